@@ -1,0 +1,57 @@
+"""IVON-LoRA in float64, one line a formula: what the fast optimizer is held against.
+
+The algorithm of arXiv 2506.14280 (on IVON, arXiv 2402.17641) for one tensor, with the precision p = h + δ as
+its state. The symbols are the paper's; nothing here is fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class ReferenceIVON:
+    """One tensor's m, g and p; `prior` is "empirical" or the number δ."""
+
+    m: np.ndarray
+    lam: float
+    beta1: float
+    beta2: float
+    h0: float
+    clip: float
+    prior: str | float = "empirical"
+    t: int = 0
+    g: np.ndarray = field(init=False)
+    p: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.m = np.asarray(self.m, dtype=np.float64)
+        self.g = np.zeros_like(self.m)
+        self.p = np.full_like(self.m, self.h0)
+        self.p = self.h0 + self.delta()
+
+    def sigma(self) -> np.ndarray:
+        return 1 / np.sqrt(self.lam * self.p)
+
+    def delta(self) -> float | np.ndarray:
+        if self.prior != "empirical":
+            return float(self.prior)
+        return 1 / (self.lam * np.mean(self.m**2 + self.sigma() ** 2))
+
+    def step(self, thetas: list[np.ndarray], gradients: list[np.ndarray], lr: float) -> None:
+        """One step from the draws θ of its micro-batches and the gradients of loss / micro-batches there."""
+        g_hat = sum(gradients)
+        h_hat = sum(
+            g * (theta - self.m) / self.sigma() ** 2 for theta, g in zip(thetas, gradients, strict=True)
+        )
+        b1, b2 = self.beta1, self.beta2
+        self.t += 1
+        self.g = b1 * self.g + (1 - b1) * g_hat
+        delta = self.delta()
+        f = h_hat + delta
+        self.p = b2 * self.p + (1 - b2) * f + 0.5 * (1 - b2) ** 2 * (self.p - f) ** 2 / self.p
+        weight_decay = 0.0 if self.prior == "empirical" else delta * self.m
+        direction = (self.g / (1 - b1**self.t) + weight_decay) / self.p
+        self.m = self.m - lr * np.clip(direction, -self.clip, self.clip)

@@ -1,0 +1,523 @@
+"""IVONLoRA against independent oracles: the float64 reference, ivon-opt, closed forms."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import ivon
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import ReferenceIVON
+from torch import nn
+
+from axolotl_ivon import IVONLoRA, effective_sample_size
+
+SETTINGS = {"lr": 3e-2, "ess": 2e4, "betas": (0.9, 0.9995), "h0": 5e-2, "clip": 1e-2}
+
+
+def lora_pair(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(4, 24, generator=generator) / 5
+    return {"A": nn.Parameter(a.to(dtype)), "B": nn.Parameter(torch.zeros(16, 4, dtype=dtype))}
+
+
+def lora_loss(pair: dict[str, nn.Parameter], batch: torch.Tensor) -> torch.Tensor:
+    target = torch.linspace(-1, 1, 16 * 24).view(16, 24).sin()
+    out = batch @ pair["A"].float().T @ pair["B"].float().T
+    return (out - batch @ target.T).square().mean()
+
+
+def batches(count: int, seed: int = 1) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(8, 24, generator=generator) for _ in range(count)]
+
+
+def relative(value: torch.Tensor, expected: np.ndarray) -> float:
+    return float(np.abs(value.double().numpy() - expected).max() / np.abs(expected).max())
+
+
+def run_beside_reference(
+    pair: dict[str, nn.Parameter], steps: int, micro_batches: int = 1, whole: bool = False, **kwargs: object
+) -> tuple[IVONLoRA, dict[str, ReferenceIVON]]:
+    """Train `pair` and feed the θ that were really drawn, and the gradients there, to the reference."""
+    hyper = {**SETTINGS, **kwargs}
+    optimizer = IVONLoRA(pair.items(), **hyper)
+    for block in optimizer._get_blocks():
+        block.whole = whole
+    references = {
+        name: ReferenceIVON(
+            param.detach().double().numpy(),
+            hyper["ess"],
+            *hyper["betas"],
+            hyper["h0"],
+            hyper["clip"],
+            hyper.get("prior", "empirical"),
+        )
+        for name, param in pair.items()
+    }
+    data = iter(batches(steps * micro_batches))
+    for step in range(steps):
+        lr = hyper["lr"] * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = lr
+        thetas: dict[str, list[np.ndarray]] = {name: [] for name in pair}
+        gradients: dict[str, list[np.ndarray]] = {name: [] for name in pair}
+        for _ in range(micro_batches):
+            batch = next(data)
+            with optimizer.sampled_params():
+                loss = lora_loss(pair, batch) / micro_batches
+                loss.backward()
+                for name, param in pair.items():
+                    thetas[name].append(param.detach().double().numpy().copy())
+                    gradients[name].append(param.grad.double().numpy().copy())
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, reference in references.items():
+            reference.step(thetas[name], gradients[name], lr)
+    return optimizer, references
+
+
+@pytest.mark.parametrize("prior", ["empirical", 1e-2])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("whole", [False, True], ids=["by tensor", "flat"])
+def test_follows_the_reference_for_a_hundred_steps(prior: object, micro_batches: int, whole: bool) -> None:
+    pair = lora_pair()
+    start = pair["A"].detach().clone()
+    optimizer, references = run_beside_reference(pair, 100, micro_batches, whole, prior=prior)
+    for name, param in pair.items():
+        assert relative(param.detach(), references[name].m) < 1e-5
+        assert relative(optimizer.sigma(param), references[name].sigma()) < 1e-5
+        expected = SETTINGS["ess"] * references[name].delta()
+        assert optimizer.prior_precision(param) == pytest.approx(float(expected), rel=1e-4)
+    assert (pair["A"] - start).abs().max() > 1e-3, "nothing moved, so nothing was compared"
+
+
+def test_bfloat16_parameters_keep_a_float32_mean_and_recover_the_noise_that_was_used() -> None:
+    pair = lora_pair(dtype=torch.bfloat16)
+    optimizer, references = run_beside_reference(pair, 60)
+    for name, param in pair.items():
+        assert optimizer.mean(param).dtype == torch.float32
+        assert relative(optimizer.mean(param), references[name].m) < 1e-5
+        assert relative(optimizer.sigma(param), references[name].sigma()) < 1e-5
+        torch.testing.assert_close(param.detach(), optimizer.mean(param).bfloat16(), rtol=0, atol=0)
+    assert (optimizer.mean(pair["A"]) != optimizer.mean(pair["A"]).bfloat16()).any()
+
+
+def test_equals_ivon_opt_with_a_fixed_prior(monkeypatch: pytest.MonkeyPatch) -> None:
+    """m against the peer in float32, which rounds as ours does; σ against the peer in float64."""
+    ours, delta = nn.Parameter(lora_pair()["A"].detach()), 1e-2
+    optimizer = IVONLoRA([ours], prior=delta, **SETTINGS)
+    peers = {}
+    for dtype in (torch.float32, torch.float64):
+        theirs = nn.Parameter(ours.detach().clone().to(dtype))
+        peers[dtype] = (
+            theirs,
+            ivon.IVON(
+                [theirs],
+                lr=SETTINGS["lr"],
+                ess=SETTINGS["ess"],
+                hess_init=SETTINGS["h0"],
+                beta1=0.9,
+                beta2=0.9995,
+                weight_decay=delta,
+                clip_radius=SETTINGS["clip"],
+                rescale_lr=False,
+            ),
+        )
+    target = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).view_as(ours)
+
+    def loss(param: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        weight = weight.to(param.dtype)
+        return (weight * (param - target.to(param.dtype)).square()).mean() + (param.sin() * weight).mean()
+
+    for step in range(100):
+        weight = torch.rand(ours.shape, generator=torch.Generator().manual_seed(step))
+        with optimizer.sampled_params():
+            noise = ((ours.detach() - optimizer.mean(ours)) / optimizer.sigma(ours)).flatten()
+            loss(ours, weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for dtype, (theirs, peer) in peers.items():
+            draw = noise.to(dtype)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "randn", lambda *_, draw=draw, **__: draw)
+                with peer.sampled_params(train=True):
+                    peer.zero_grad()
+                    loss(theirs, weight).backward()
+            peer.step()
+    precision = peers[torch.float64][1].param_groups[0]["hess"] + delta
+    sigma = 1 / (precision * SETTINGS["ess"]).sqrt()
+    assert relative(ours.detach(), peers[torch.float32][0].detach().double().numpy()) < 1e-6
+    assert relative(optimizer.sigma(ours).flatten(), sigma.numpy()) < 1e-6
+
+
+def test_sigma_converges_to_the_posterior_of_a_quadratic_loss() -> None:
+    hessian = torch.tensor([0.1, 1.0, 5.0, 20.0]).expand(256, 4)
+    param = nn.Parameter(torch.ones(256, 4))
+    delta, ess = 0.5, 1e3
+    optimizer = IVONLoRA([param], lr=0.1, ess=ess, betas=(0.9, 0.998), h0=1.0, clip=math.inf, prior=delta)
+    total, steps = torch.zeros(4), 8000
+    for step in range(steps):
+        with optimizer.sampled_params():
+            (0.5 * hessian * (param - 2).square()).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= steps // 2:
+            total += optimizer.sigma(param).square().mean(0)
+    expected = 1 / (ess * (hessian[0] + delta))
+    torch.testing.assert_close(total / (steps // 2), expected, rtol=0.02, atol=0)
+    # The minimum of loss + (δ/2)·m² is H/(H+δ)·2.
+    minimum = 2 * hessian[0] / (hessian[0] + delta)
+    torch.testing.assert_close(param.detach().mean(0), minimum, rtol=0.01, atol=0)
+
+
+def test_the_literal_reading_of_equation_2_would_be_noticed() -> None:
+    """With δ = s instead of s/λ a B matrix, which starts at 0, loses its σ within some twenty steps."""
+    pair = lora_pair()
+    optimizer = IVONLoRA(pair.items(), **SETTINGS)
+    at_start = optimizer.sigma(pair["B"]).mean()
+    for batch in batches(50):
+        with optimizer.sampled_params():
+            lora_loss(pair, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.sigma(pair["B"]).mean() > 0.5 * at_start
+    assert optimizer.prior_precision(pair["B"]) < 10 * SETTINGS["ess"] * SETTINGS["h0"]
+    assert pair["B"].abs().max() > 1e-3
+
+
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    gradients=st.lists(st.lists(floats, min_size=6, max_size=6), min_size=1, max_size=12),
+    start=st.lists(st.floats(-1e3, 1e3, width=32), min_size=6, max_size=6),
+    ess=st.sampled_from([1.0, 5e3, 1e7]),
+    prior=st.sampled_from(["empirical", 0.0, 1e-3]),
+    micro_batches=st.sampled_from([1, 3]),
+)
+def test_whatever_finite_gradients_come_sigma_stays_positive_and_finite(
+    gradients: list[list[float]], start: list[float], ess: float, prior: object, micro_batches: int
+) -> None:
+    params = [nn.Parameter(torch.tensor(start[:5])), nn.Parameter(torch.tensor(start[5:]))]
+    optimizer = IVONLoRA(params, lr=1.0, ess=ess, betas=(0.9, 0.9), h0=1e-3, clip=1.0, prior=prior)
+    for values in gradients:
+        for _ in range(micro_batches):
+            with optimizer.sampled_params():
+                params[0].grad, params[1].grad = torch.tensor(values[:5]), torch.tensor(values[5:])
+        optimizer.step()
+        optimizer.zero_grad()
+    for param in params:
+        sigma = optimizer.sigma(param)
+        assert sigma.isfinite().all()
+        assert (sigma > 0).all()
+        assert param.isfinite().all()
+        assert optimizer.mean(param).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_skips_the_step(bad: float) -> None:
+    pair = lora_pair()
+    optimizer = IVONLoRA(pair.items(), **SETTINGS)
+    data = batches(3)
+
+    def one_step(spoil: bool) -> None:
+        with optimizer.sampled_params():
+            lora_loss(pair, data.pop()).backward()
+            if spoil:
+                pair["B"].grad[0, 0] = bad
+        optimizer.step()
+        optimizer.zero_grad()
+
+    one_step(spoil=False)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    mean = pair["A"].detach().clone()
+    one_step(spoil=True)
+    assert optimizer.skipped_steps == 1
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(value, before[index][name], rtol=0, atol=0)
+    assert torch.equal(pair["A"], mean)
+    one_step(spoil=False)
+    assert optimizer.skipped_steps == 1
+    assert not torch.equal(pair["A"], mean)
+
+
+def test_the_mean_is_back_after_the_context_and_after_an_exception() -> None:
+    pair = lora_pair()
+    optimizer = IVONLoRA(pair.items(), **SETTINGS)
+    mean = {name: param.detach().clone() for name, param in pair.items()}
+    with optimizer.sampled_params():
+        assert optimizer.sampling
+        assert not torch.equal(pair["A"], mean["A"])
+        assert torch.equal(optimizer.mean(pair["A"]), mean["A"])
+    assert torch.equal(pair["A"], mean["A"])
+    with pytest.raises(ZeroDivisionError), optimizer.sampled_params():
+        lora_loss(pair, batches(1)[0]).backward()
+        raise ZeroDivisionError
+    assert not optimizer.sampling
+    assert all(torch.equal(param, mean[name]) for name, param in pair.items())
+    assert pair["A"].grad is None, "a draw that failed does not count"
+
+
+def test_a_failed_micro_batch_leaves_the_others_as_they_were() -> None:
+    plain, failing = lora_pair(), lora_pair()
+    data = batches(2)
+    results = []
+    for pair, fail in ((plain, False), (failing, True)):
+        optimizer = IVONLoRA(pair.items(), **SETTINGS)
+        for batch in data[:1]:
+            with optimizer.sampled_params():
+                lora_loss(pair, batch).backward()
+        if fail:
+            with pytest.raises(KeyError), optimizer.sampled_params():
+                lora_loss(pair, data[1]).backward()
+                raise KeyError
+        optimizer.step()
+        results.append(optimizer.sigma(pair["B"]))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(plain["B"], failing["B"])
+
+
+def test_draws_have_the_posterior_s_mean_and_deviation() -> None:
+    param = nn.Parameter(torch.full((20_000,), 0.5))
+    optimizer = IVONLoRA([param], ess=100.0, h0=0.04, prior=0.0)
+    with optimizer.sampled_params():
+        first = param.detach().clone()
+    with optimizer.sampled_params():
+        second = param.detach().clone()
+    sigma = 1 / math.sqrt(100 * 0.04)
+    for draw in (first, second):
+        assert draw.mean().item() == pytest.approx(0.5, abs=5 * sigma / math.sqrt(20_000))
+        assert draw.std().item() == pytest.approx(sigma, rel=0.03)
+    assert abs(np.corrcoef(first.numpy(), second.numpy())[0, 1]) < 0.04
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_continues_bit_for_bit(dtype: torch.dtype) -> None:
+    def train(pair: dict[str, nn.Parameter], optimizer: IVONLoRA, data: list[torch.Tensor]) -> None:
+        for batch in data:
+            with optimizer.sampled_params():
+                lora_loss(pair, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    data = batches(20)
+    straight = lora_pair(dtype=dtype)
+    optimizer = IVONLoRA(straight.items(), seed=3, **SETTINGS)
+    train(straight, optimizer, data[:10])
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    resumed = {name: nn.Parameter(param.detach().clone()) for name, param in straight.items()}
+    train(straight, optimizer, data[10:])
+
+    other = IVONLoRA(resumed.items(), ess=1.0, seed=9)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    train(resumed, other, data[10:])
+    for name in straight:
+        assert torch.equal(straight[name], resumed[name])
+        assert torch.equal(optimizer.sigma(straight[name]), other.sigma(resumed[name]))
+        assert torch.equal(optimizer.mean(straight[name]), other.mean(resumed[name]))
+
+
+def test_loading_a_state_of_another_shape_is_refused() -> None:
+    small, large = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4))
+    optimizer = IVONLoRA([small], ess=1e3)
+    optimizer.sigma(small)
+    with pytest.raises(ValueError, match=r"shapes .*\(3,\).* \(4,\)"):
+        IVONLoRA([large], ess=1e3).load_state_dict(optimizer.state_dict())
+
+
+def test_a_copied_or_pickled_optimizer_keeps_its_state() -> None:
+    pair = lora_pair()
+    optimizer, _ = run_beside_reference(pair, 3)
+    file = io.BytesIO()
+    torch.save(optimizer, file)
+    file.seek(0)
+    for other in (torch.load(file, weights_only=False), copy.deepcopy(optimizer)):
+        param = other.param_groups[0]["params"][0]
+        assert torch.equal(other.sigma(param), optimizer.sigma(pair["A"]))
+        with other.sampled_params():
+            param.sum().backward()
+        other.step()
+
+
+def test_groups_have_their_own_learning_rate_and_prior() -> None:
+    pair = lora_pair()
+    optimizer = IVONLoRA(
+        [
+            {"params": [("A", pair["A"])], "lr": 0.0},
+            {"params": [("B", pair["B"])], "prior": 0.25},
+        ],
+        **SETTINGS,
+    )
+    start = pair["A"].detach().clone()
+    with optimizer.sampled_params():
+        lora_loss(pair, batches(1)[0]).backward()
+    optimizer.step()
+    assert torch.equal(pair["A"], start)
+    assert pair["B"].abs().max() > 0
+    assert optimizer.prior_precision(pair["B"]) == pytest.approx(0.25 * SETTINGS["ess"])
+
+
+def test_dtypes_and_frozen_parameters_may_be_mixed() -> None:
+    params = [nn.Parameter(torch.ones(8, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.float16)]
+    frozen = nn.Parameter(torch.ones(8), requires_grad=False)
+    optimizer = IVONLoRA([*params, frozen], **SETTINGS)
+    for trained in (False, True):
+        frozen.requires_grad_(trained)
+        before = frozen.detach().clone()
+        with optimizer.sampled_params():
+            assert torch.equal(frozen, before) != trained
+            sum(param.float().square().sum() for param in (*params, frozen)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(frozen, before) != trained
+    for param in params:
+        assert optimizer.sigma(param).dtype == torch.float32
+        assert optimizer.mean(param).max() < 1
+
+
+def test_a_parameter_without_gradient_in_one_micro_batch_keeps_what_the_other_gave() -> None:
+    """As with experts: a tensor that no token of a micro-batch reached has no gradient there."""
+    both, alone = lora_pair(), lora_pair()
+    results = []
+    for pair, reach_twice in ((both, True), (alone, False)):
+        optimizer = IVONLoRA(pair.items(), **SETTINGS)
+        with optimizer.sampled_params():
+            pair["A"].square().sum().backward()
+        with optimizer.sampled_params():
+            (pair["B"].sum() + (0 * pair["A"].sum() if reach_twice else 0)).backward()
+        optimizer.step()
+        results.append((pair["A"].detach(), optimizer.sigma(pair["A"]), optimizer.sigma(pair["B"])))
+    for left, right in zip(*results, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_dropping_the_gradients_drops_their_hessian_estimates() -> None:
+    pair, fresh = lora_pair(), lora_pair()
+    data = batches(2)
+    optimizer, other = IVONLoRA(pair.items(), **SETTINGS), IVONLoRA(fresh.items(), **SETTINGS)
+    with optimizer.sampled_params():
+        lora_loss(pair, data[0]).backward()
+    for param in pair.values():  # as model.zero_grad() does
+        param.grad = None
+    with other.sampled_params():  # the same number of draws
+        pass
+    for opt, p in ((optimizer, pair), (other, fresh)):
+        with opt.sampled_params():
+            lora_loss(p, data[1]).backward()
+        opt.step()
+    assert torch.equal(optimizer.sigma(pair["A"]), other.sigma(fresh["A"]))
+
+
+def test_a_loss_scaler_changes_nothing_and_an_overflow_skips() -> None:
+    results = []
+    for scaled in (False, True):
+        pair = lora_pair()
+        optimizer = IVONLoRA(pair.items(), **SETTINGS)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=scaled)
+        for index, batch in enumerate(batches(6)):
+            with optimizer.sampled_params():
+                scaler.scale(lora_loss(pair, batch)).backward()
+                if scaled and index == 5:
+                    pair["A"].grad[0, 0] = math.inf
+            if index == 5 and not scaled:
+                break
+            if index % 2:  # clipping code unscales first
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        results.append((pair["A"].detach(), optimizer.sigma(pair["A"]), optimizer.sigma(pair["B"])))
+    for plain, with_scaler in zip(*results, strict=True):
+        torch.testing.assert_close(with_scaler, plain, rtol=1e-6, atol=1e-9)
+
+
+def test_closure_runs_at_a_draw() -> None:
+    pair, other = lora_pair(), lora_pair()
+    batch = batches(1)[0]
+    optimizer, by_hand = IVONLoRA(pair.items(), **SETTINGS), IVONLoRA(other.items(), **SETTINGS)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        assert optimizer.sampling
+        loss = lora_loss(pair, batch)
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    with by_hand.sampled_params():
+        expected = lora_loss(other, batch)
+        expected.backward()
+    by_hand.step()
+    assert loss.item() == expected.item()
+    assert torch.equal(pair["B"], other["B"])
+
+
+def test_misuse_is_refused() -> None:
+    pair = lora_pair()
+    optimizer = IVONLoRA(pair.items(), **SETTINGS)
+    with optimizer.sampled_params(), pytest.raises(RuntimeError, match="inside sampled_params"):
+        optimizer.step()
+    with (
+        pytest.raises(RuntimeError, match="inside sampled_params"),
+        optimizer.sampled_params(),
+        optimizer.sampled_params(),
+    ):
+        pass
+    lora_loss(pair, batches(1)[0]).backward()
+    with pytest.raises(RuntimeError, match="not taken at a draw"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="not a parameter of this optimizer"):
+        optimizer.sigma(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", -1.0),
+        ("lr", math.nan),
+        ("ess", 0.0),
+        ("ess", math.inf),
+        ("betas", (0.9, 1.0)),
+        ("betas", (-0.1, 0.9)),
+        ("h0", 0.0),
+        ("h0", math.nan),
+        ("clip", 0.0),
+        ("clip", math.nan),
+        ("prior", "flat"),
+        ("prior", -1e-3),
+        ("seed", -1),
+        ("seed", 0.5),
+    ],
+)
+def test_bad_hyperparameters_raise_with_their_value(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name) as error:
+        IVONLoRA([nn.Parameter(torch.ones(2))], **{"ess": 1e3, name: value})
+    assert repr(value) in str(error.value)
+
+
+def test_effective_sample_size() -> None:
+    assert effective_sample_size(10_000) == pytest.approx(500_000)
+    assert effective_sample_size(4, gamma=1.0) == pytest.approx(2.0)
+    for bad in ({"n": 0}, {"n": 5, "gamma": 0.0}, {"n": 5, "gamma": math.inf}):
+        with pytest.raises(ValueError, match="positive"):
+            effective_sample_size(**bad)
+
+
+def test_summary_is_the_mean_over_all_weights() -> None:
+    pair = lora_pair()
+    optimizer, _ = run_beside_reference(pair, 5)
+    sigma = torch.cat([optimizer.sigma(param).flatten() for param in pair.values()])
+    mean = torch.cat([param.detach().flatten() for param in pair.values()])
+    summary = optimizer.summary()
+    assert summary["ivon_sigma_mean"] == pytest.approx(sigma.mean().item(), rel=1e-5)
+    assert summary["ivon_snr_mean"] == pytest.approx((mean.abs() / sigma).mean().item(), rel=1e-5)
+    assert summary["ivon_ess"] == SETTINGS["ess"]
