@@ -275,8 +275,7 @@ class IVONLoRA(Optimizer):
             if set(shapes.values()) != {tuple(param.shape)}:
                 raise ValueError(f"loaded state has shapes {shapes} for a parameter of {tuple(param.shape)}")
             self.state[param] = {
-                name: torch.as_tensor(value).to(param.device, torch.float32, copy=True)
-                for name, value in saved.items()
+                name: torch.as_tensor(value).to(param.device, torch.float32, copy=True) for name, value in saved.items()
             }
         self._blocks = None
 

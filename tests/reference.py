@@ -43,9 +43,7 @@ class ReferenceIVON:
     def step(self, thetas: list[np.ndarray], gradients: list[np.ndarray], lr: float) -> None:
         """One step from the draws θ of its micro-batches and the gradients of loss / micro-batches there."""
         g_hat = sum(gradients)
-        h_hat = sum(
-            g * (theta - self.m) / self.sigma() ** 2 for theta, g in zip(thetas, gradients, strict=True)
-        )
+        h_hat = sum(g * (theta - self.m) / self.sigma() ** 2 for theta, g in zip(thetas, gradients, strict=True))
         b1, b2 = self.beta1, self.beta2
         self.t += 1
         self.g = b1 * self.g + (1 - b1) * g_hat

@@ -1,0 +1,49 @@
+"""The keys that the plugin adds to axolotl's YAML."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Average = Annotated[float, Field(ge=0, lt=1)]
+
+# What an unset key means. The fields themselves default to None, so that a run with another optimizer has no
+# trace of them in its configuration.
+DEFAULTS = {
+    "ivon_gamma": 5000.0,
+    "ivon_h0": 5e-2,
+    "ivon_clip": 5e-3,
+    "ivon_beta1": 0.9,
+    "ivon_beta2": 0.9995,
+    "ivon_prior": "empirical",
+}
+
+
+def _key(name: str, description: str) -> Any:
+    default = DEFAULTS.get(name)
+    shown = "unset" if default is None else f"{default:g}" if isinstance(default, float) else default
+    return Field(default=None, json_schema_extra={"description": f"IVON-LoRA: {description} Default: {shown}."})
+
+
+class IVONArgs(BaseModel):
+    """The `ivon_*` keys, read when `optimizer: ivon_lora` is set (IVON-LoRA, arXiv 2506.14280)."""
+
+    ivon_gamma: Positive | None = _key(
+        "ivon_gamma", "γ of the effective sample size λ = γ·√N, N being the number of training examples."
+    )
+    ivon_lambda: Positive | None = _key(
+        "ivon_lambda", "the effective sample size λ itself, instead of ivon_gamma; needed for streamed data."
+    )
+    ivon_h0: Positive | None = _key("ivon_h0", "the initial Hessian; smaller means wider draws at the start.")
+    ivon_clip: Positive | None = _key(
+        "ivon_clip",
+        "ξ, the bound on each weight's preconditioned gradient, so a step moves it by at most lr·ξ.",
+    )
+    ivon_beta1: Average | None = _key("ivon_beta1", "β1, the running average of the gradient.")
+    ivon_beta2: Average | None = _key("ivon_beta2", "β2, the running average of the posterior precision.")
+    ivon_prior: Literal["empirical"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = _key(
+        "ivon_prior",
+        "`empirical` for the prior that fits each tensor best, or a number δ for a fixed prior (IVON's weight decay).",
+    )

@@ -1,0 +1,138 @@
+"""The axolotl plugin: `optimizer: ivon_lora`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import ValidationError
+
+from .args import DEFAULTS, IVONArgs
+from .errors import IVONError
+
+if TYPE_CHECKING:
+    from axolotl.utils.dict import DictDefault
+    from transformers import Trainer
+
+OPTIMIZER = "ivon_lora"
+
+# Keys that act through an optimizer of their own, or on one that has what IVON has not, and the way out.
+_WITHOUT_EFFECT = {
+    "loraplus_lr_ratio": "remove it: IVON's step is bounded for every weight by ivon_clip",
+    "loraplus_lr_embedding": "remove it: IVON's step is bounded for every weight by ivon_clip",
+    "lr_groups": "remove it: all weights share learning_rate",
+    "embedding_lr": "remove it: all weights share learning_rate",
+    "embedding_lr_scale": "remove it: all weights share learning_rate",
+    "relora": "remove it: merging while training discards the posterior",
+    "lisa_n_layers": "remove it: LISA trains base layers, not an adapter",
+    "optim_args": "set the ivon_* keys instead",
+    "optim_target_modules": "remove it: GaLore and its like replace the optimizer",
+    "adam_beta1": "use ivon_beta1",
+    "adam_beta2": "use ivon_beta2",
+    "adam_epsilon": "remove it: IVON has no epsilon",
+    "unfrozen_parameters": "remove it: only adapter weights are trained",
+}
+# Trainers whose rollouts would come from a draw, not the mean.
+_ONLINE_RL = ("grpo", "gdpo", "ebft", "rloo", "ppo")
+
+
+class ConfigError(IVONError, SystemExit):
+    """A refused YAML: the one line, and no traceback, also where axolotl runs without a command line around it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = f"axolotl-ivon: {message}"
+
+
+class IVONLoRAPlugin(BasePlugin):
+    """Trains with IVON-LoRA when the YAML says `optimizer: ivon_lora`, and does nothing otherwise."""
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        """Check the raw YAML.
+
+        Raises:
+            ConfigError: naming the key, its value and the fix.
+        """
+        if cfg.get("optimizer") == OPTIMIZER:
+            _check_values(cfg)
+            _check_setting(cfg)
+
+    def get_input_args(self) -> str:
+        """Return where the keys' schema is."""
+        return "axolotl_ivon.args.IVONArgs"
+
+    def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
+        """Return a name that transformers knows in the optimizer's place."""
+        if cfg.optimizer != OPTIMIZER:
+            return None
+        return {"optim": "adamw_torch"}
+
+    def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
+        """Put the optimizer, the sampling and the saving of σ into the training loop."""
+        if cfg.optimizer != OPTIMIZER:
+            return
+        from .sampling import attach
+
+        values = {key: cfg[key] if cfg[key] is not None else default for key, default in DEFAULTS.items()}
+        try:
+            attach(
+                trainer,
+                gamma=values["ivon_gamma"],
+                ess=cfg.ivon_lambda,
+                h0=values["ivon_h0"],
+                clip=values["ivon_clip"],
+                betas=(values["ivon_beta1"], values["ivon_beta2"]),
+                prior=values["ivon_prior"],
+            )
+        except IVONError as error:
+            raise ConfigError(str(error)) from error
+        trainer.args.max_grad_norm = cfg.max_grad_norm or 0.0
+
+
+def _check_values(cfg: Mapping[str, Any]) -> None:
+    known = IVONArgs.model_fields
+    for key in cfg:
+        if str(key).startswith("ivon_") and key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{key} is not a key of optimizer: {OPTIMIZER}; did you mean {nearest}?")
+    values = {key: cfg[key] for key in known if cfg.get(key) is not None}
+    try:
+        IVONArgs.model_validate(values)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        problems = [e for e in error.errors() if e["loc"][0] == key]
+        must = "; or ".join(e["msg"].removeprefix("Input should be ") for e in problems)
+        raise ConfigError(f"{key}: {values[key]!r} is refused, it must be {must}") from error
+    if "ivon_lambda" in values and "ivon_gamma" in values:
+        raise ConfigError("ivon_gamma and ivon_lambda are both set: λ is γ·√N or given outright, remove one")
+
+
+def _check_setting(cfg: Mapping[str, Any]) -> None:
+    if cfg.get("adapter") not in ("lora", "qlora"):
+        raise ConfigError(
+            f"adapter: {cfg.get('adapter')} does not go with optimizer: {OPTIMIZER}; set adapter: lora or qlora"
+        )
+    for key, way_out in _WITHOUT_EFFECT.items():
+        if cfg.get(key):
+            raise ConfigError(f"{key}: {cfg[key]} has no effect with optimizer: {OPTIMIZER}; {way_out}")
+    if float(cfg.get("weight_decay") or 0):
+        raise ConfigError(
+            f"weight_decay: {cfg['weight_decay']} has no effect with optimizer: {OPTIMIZER}; the prior takes its "
+            "place: remove it, or set ivon_prior to a number"
+        )
+    if (cfg.get("streaming") or cfg.get("pretraining_dataset")) and cfg.get("ivon_lambda") is None:
+        key = "streaming" if cfg.get("streaming") else "pretraining_dataset"
+        raise ConfigError(f"{key}: streamed data has no length for λ = γ·√N; set ivon_lambda, 1e7 say")
+    if cfg.get("rl") in _ONLINE_RL:
+        raise ConfigError(
+            f"rl: {cfg['rl']} is not supported with optimizer: {OPTIMIZER}, its rollouts would come from a draw; "
+            "use another optimizer"
+        )
+    for key in ("deepspeed", "fsdp", "fsdp_config"):
+        if cfg.get(key):
+            raise ConfigError(
+                f"{key} is not supported with optimizer: {OPTIMIZER} yet; remove it (several processes without "
+                "sharding work)"
+            )

@@ -1,0 +1,285 @@
+"""IVON-LoRA inside a transformers or TRL Trainer: the optimizer, a draw for every pass, σ beside every adapter."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from .errors import IVONError
+from .files import MEAN_FILE, TensorFile
+from .hookspecs import plugin_manager
+from .optimizer import IVONLoRA, effective_sample_size
+from .posterior import Posterior, save_sigma
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+LOG = logging.getLogger(__name__)
+
+# A weight can travel at most Σ α_t·ξ in a run. The paper's commonsense runs allow 0.13; a run that allowed 0.04
+# learned nothing.
+SHORT_REACH = 0.08
+ADAM_LIKE_LR = 1e-3
+
+
+def attach(
+    trainer: Trainer,
+    *,
+    gamma: float = 5000.0,
+    ess: float | None = None,
+    h0: float = 5e-2,
+    clip: float = 5e-3,
+    betas: tuple[float, float] = (0.9, 0.9995),
+    prior: Literal["empirical"] | float = "empirical",
+    train_size: int | None = None,
+) -> None:
+    """Make a Trainer train with IVON-LoRA, and save σ beside every adapter that it or its model saves.
+
+    Call it once, between creating the Trainer and `trainer.train()`. The learning rate, its schedule and the seed
+    are the Trainer's own; 1e-2 to 1e-1 is the range. `max_grad_norm` is set to 0 if it has transformers' default of
+    1, since a clipped gradient biases the Hessian estimate.
+
+    Args:
+        trainer: any transformers or TRL Trainer whose model is a PeftModel.
+        gamma: γ of the effective sample size λ = γ·√N.
+        ess: λ itself, instead of γ and N.
+        h0, clip, betas, prior: as in `IVONLoRA`.
+        train_size: N, the number of training examples; the length of the Trainer's dataset by default (give it where
+            that dataset is packed or streamed).
+
+    Raises:
+        IVONError: the model has no adapter or trains weights outside of it, N is unknown, the Trainer already has an
+            optimizer, or a value is out of range.
+    """
+    if ess is None:
+        if train_size is None:
+            try:
+                train_size = len(trainer.train_dataset)  # type: ignore[arg-type]
+            except TypeError as error:
+                raise IVONError(
+                    "the training data has no length, so λ = γ·√N is unknown: give ess= (or train_size=)"
+                ) from error
+        try:
+            ess = effective_sample_size(train_size, gamma)
+        except ValueError as error:
+            raise IVONError(str(error)) from error
+        facts = {"gamma": str(gamma), "train_size": str(train_size)}
+    else:
+        facts = {"gamma": "", "train_size": "" if train_size is None else str(train_size)}
+    if trainer.optimizer is not None:
+        raise IVONError("the Trainer already has an optimizer: call attach() before train(), without optimizers=")
+    if trainer.args.max_grad_norm == 1.0:
+        trainer.args.max_grad_norm = 0.0
+    settings = {
+        "lr": trainer.args.learning_rate,
+        "ess": ess,
+        "betas": betas,
+        "h0": h0,
+        "clip": clip,
+        "prior": prior,
+        "seed": trainer.args.seed,
+    }
+    trainer.add_callback(_PosteriorTraining(trainer, settings, facts))
+
+
+class _PosteriorTraining(TrainerCallback):
+    """Stands between a Trainer, its model and the optimizer."""
+
+    def __init__(self, trainer: Trainer, settings: dict[str, Any], facts: dict[str, str]) -> None:
+        self.trainer, self.settings, self.facts = trainer, settings, facts
+        self.optimizer: Any = None
+        self.best_folder: str | None = None
+        self.skipped = 0
+        self.model = _peft_model(trainer)
+        self.names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        _check_trained_parameters(self.model, list(self.names))
+        # An optimizer that is made here only to be refused here, before a model is trained for hours.
+        try:
+            IVONLoRA([nn.Parameter(torch.zeros(1))], **settings)
+        except ValueError as error:
+            raise IVONError(str(error)) from error
+
+        # Every draw has a gradient of its own, so processes must not put off synchronizing to the last of them.
+        trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        trainer.create_optimizer = self.create_optimizer  # type: ignore[method-assign]
+        trainer.training_step = self.around_training_step(trainer.training_step)  # type: ignore[method-assign]
+        trainer.log = self.around_log(trainer.log)  # type: ignore[method-assign]
+        self.model.save_pretrained = self.around_save(self.model.save_pretrained)
+        for name, param in self.names.items():
+            owner, _, attribute = name.rpartition(".")
+            hook = functools.partial(self.put_mean_into_state_dict, attribute, param)
+            self.model.get_submodule(owner).register_state_dict_post_hook(hook)
+
+    # What the Trainer calls
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        if self.trainer.optimizer is None:
+            named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            self.optimizer = plugin_manager().hook.create_optimizer(named_parameters=named, settings=self.settings)
+            self.trainer.optimizer = self.optimizer
+        return self.trainer.optimizer
+
+    def around_training_step(self, training_step: Any) -> Any:
+        @functools.wraps(training_step)
+        def at_a_draw(*args: Any, **kwargs: Any) -> Tensor:
+            context = plugin_manager().hook.sampling_context(trainer=self.trainer, optimizer=self.optimizer)
+            with context:
+                return training_step(*args, **kwargs)
+
+        return at_a_draw
+
+    def around_log(self, log: Any) -> Any:
+        @functools.wraps(log)
+        def with_posterior(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if "loss" in logs and self.optimizer is not None:
+                hook = plugin_manager().hook.log_metrics
+                for metrics in reversed(hook(trainer=self.trainer, optimizer=self.optimizer)):
+                    logs.update(metrics)
+            log(logs, *args, **kwargs)
+
+        return with_posterior
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.best_folder = None
+        if not state.is_world_process_zero:
+            return
+        lr, clip = args.learning_rate, self.settings["clip"]
+        if args.max_grad_norm:
+            LOG.warning(
+                "max_grad_norm %g scales the gradients and with them the Hessian estimate, which widens the posterior; "
+                "clip already bounds the step: set max_grad_norm to 0",
+                args.max_grad_norm,
+            )
+        if lr < ADAM_LIKE_LR:
+            LOG.warning(
+                "learning_rate %g looks like one for Adam: IVON's step is a natural-gradient step bounded by "
+                "clip, and 1e-2 to 1e-1 is the usual range",
+                lr,
+            )
+        reach = sum(_schedule(kwargs.get("lr_scheduler"), lr, state.max_steps)) * clip
+        if reach < SHORT_REACH:
+            LOG.warning(
+                "in this run no weight can travel farther than %.3g (the sum of learning rate × clip over %d steps), "
+                "and below %g it may learn little: raise learning_rate or clip, or train longer",
+                reach,
+                state.max_steps,
+                SHORT_REACH,
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        skipped = getattr(self.optimizer, "skipped_steps", 0)
+        if skipped > self.skipped:
+            self.skipped = skipped
+            LOG.warning("step %d was skipped: its gradient is not finite", state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.load_best_model_at_end:
+            self.best_folder = state.best_model_checkpoint
+
+    # What is saved
+
+    def put_mean_into_state_dict(
+        self,
+        attribute: str,
+        param: nn.Parameter,
+        module: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+    ) -> None:
+        """Whoever reads the model while a draw is in it (a signal handler, a checkpoint) gets the mean."""
+        key = prefix + attribute
+        if self.optimizer is not None and self.optimizer.sampling and key in state_dict:
+            state_dict[key] = self.optimizer.mean(param).to(param.dtype)
+
+    def around_save(self, save_pretrained: Any) -> Any:
+        @functools.wraps(save_pretrained)
+        def with_sigma(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+            save_pretrained(save_directory, *args, **kwargs)
+            if self.optimizer is None or not self.trainer.is_world_process_zero():
+                return
+            for adapter in self.model.peft_config:
+                folder = Path(save_directory) / ("" if adapter == "default" else adapter)
+                if (folder / MEAN_FILE).is_file():
+                    self.save_sigma(folder, adapter)
+                    plugin_manager().hook.posterior_saved(folder=str(folder))
+
+        return with_sigma
+
+    def save_sigma(self, folder: Path, adapter: str) -> None:
+        if self.best_folder is not None:
+            # The weights are those of an earlier checkpoint now, and so is their σ.
+            best = Posterior.from_pretrained(self.best_folder)
+            save_sigma(folder, best.sigma, best.metadata)
+            return
+        states = {name: torch.zeros(()).expand(p.shape) for name, p in self.model.named_parameters()}
+        states |= {name: self.optimizer.sigma(param).cpu() for name, param in self.names.items()}
+        sigma = get_peft_model_state_dict(
+            self.model, state_dict=states, adapter_name=adapter, save_embedding_layers=False
+        )
+        # What is in the file without having been trained (a resized embedding, say) has σ = 0.
+        saved = TensorFile(folder / MEAN_FILE).entries
+        zeros = {key: torch.zeros(()).expand(entry.shape) for key, entry in saved.items()}
+        save_sigma(folder, {key: sigma.get(key, zero).contiguous() for key, zero in zeros.items()}, self.header())
+
+    def header(self) -> dict[str, str]:
+        group = self.optimizer.param_groups[0]
+        return {
+            **self.facts,
+            "ess": str(group["ess"]),
+            "h0": str(group["h0"]),
+            "beta1": str(group["betas"][0]),
+            "beta2": str(group["betas"][1]),
+            "clip": str(group["clip"]),
+            "prior": str(group["prior"]),
+            "steps": str(self.trainer.state.global_step),
+        }
+
+
+def _peft_model(trainer: Trainer) -> PeftModel:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        raise IVONError(
+            f"the model is a {type(model).__name__} without a LoRA adapter: wrap it with peft.get_peft_model"
+        )
+    return model
+
+
+def _check_trained_parameters(model: PeftModel, names: list[str]) -> None:
+    """Refuse to train what no adapter file holds, since its σ would be lost with its mean."""
+    if not names:
+        raise IVONError("the model has no trainable parameter: the adapter is frozen (is_trainable=False?)")
+    marks = {name: torch.full((), float(i)) for i, name in enumerate(names)}
+    state = {name: marks.get(name, torch.full((), -1.0)) for name, _ in model.named_parameters()}
+    kept = set()
+    for adapter in model.peft_config:
+        found = get_peft_model_state_dict(
+            model, state_dict=dict(state), adapter_name=adapter, save_embedding_layers=False
+        )
+        kept |= {int(mark) for mark in found.values()}
+    for i, name in enumerate(names):
+        if i not in kept:
+            raise IVONError(
+                f"{name} is trained but is not part of the adapter: freeze it, or add its module to "
+                "lora_target_modules or lora_modules_to_save"
+            )
+
+
+def _schedule(scheduler: Any, lr: float, steps: int) -> list[float]:
+    """Return the learning rate of every step, or its bound where the scheduler is no function of the step."""
+    lambdas = getattr(scheduler, "lr_lambdas", None)
+    if not lambdas:
+        return [lr] * steps
+    return [lr * lambdas[0](step) for step in range(steps)]
