@@ -1,0 +1,315 @@
+"""The plugin in real `axolotl` processes, on a tiny Llama; and every refusal of the YAML."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from axolotl_ivon import IVONLoRAPlugin, Posterior
+from axolotl_ivon.plugin import ConfigError
+
+AXOLOTL = Path(sys.executable).with_name("axolotl")
+# axolotl 0.21 and later find an installed plugin by themselves.
+PLUGINS = [] if version("axolotl") >= "0.21" else ["axolotl_ivon.IVONLoRAPlugin"]
+ROWS = 30
+
+
+def axolotl(*args: str | Path, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "ACCELERATE_USE_CPU": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+        "PATH": f"{AXOLOTL.parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = [str(AXOLOTL), *map(str, args)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def trained(config: Path) -> subprocess.CompletedProcess[str]:
+    result = axolotl("train", config, "--launcher", "python", cwd=config.parent)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    from tiny import write_chats
+
+    folder = tmp_path_factory.mktemp("axolotl")
+    write_chats(folder / "chats.jsonl", ROWS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make_config(workplace: Path, tiny_llama: Path) -> Any:
+    def make(name: str, **changes: Any) -> Path:
+        config = {
+            "base_model": str(tiny_llama),
+            "plugins": PLUGINS,
+            "datasets": [{"path": "chats.jsonl", "type": "chat_template", "roles_to_train": ["assistant"]}],
+            "dataset_prepared_path": "prepared",
+            "output_dir": name,
+            "adapter": "lora",
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_dropout": 0.1,
+            "lora_target_modules": ["q_proj", "v_proj"],
+            "sequence_len": 128,
+            "micro_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 6,
+            "num_epochs": 4,
+            "learning_rate": 0.03,
+            "optimizer": "ivon_lora",
+            "lr_scheduler": "linear",
+            "warmup_steps": 0,
+            "save_steps": 3,
+            "logging_steps": 2,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_num_workers": 0,
+            "use_tensorboard": False,
+            "seed": 7,
+            **changes,
+        }
+        path = workplace / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def straight_run(make_config: Any) -> Path:
+    """Six steps of two micro-batches, with a checkpoint after three."""
+    config = make_config("straight", ivon_clip="1e-2")
+    trained(config)
+    return config.with_suffix("")
+
+
+def test_one_yaml_line_gives_a_posterior_beside_the_adapter(straight_run: Path, tiny_llama: Path) -> None:
+    for folder in (straight_run, straight_run / "checkpoint-3", straight_run / "checkpoint-6"):
+        posterior = Posterior.from_pretrained(folder)
+        assert set(posterior.mean) == set(posterior.sigma)
+        assert all((sigma > 0).all() for sigma in posterior.sigma.values())
+    header = Posterior.from_pretrained(straight_run).metadata
+    assert (header["gamma"], header["h0"], header["clip"]) == ("5000.0", "0.05", "0.01")
+    assert (header["train_size"], header["steps"], header["prior"]) == (str(ROWS), "6", "empirical")
+    assert float(header["ess"]) == pytest.approx(5000 * math.sqrt(ROWS))
+    start = Posterior.from_pretrained(straight_run / "checkpoint-3").mean
+    end = Posterior.from_pretrained(straight_run).mean
+    assert any(not torch.equal(start[key], end[key]) for key in end)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), straight_run)
+    weights = model.state_dict()
+    for key, tensor in load_file(straight_run / "adapter_model.safetensors").items():
+        assert torch.equal(weights[key.replace(".weight", ".default.weight")], tensor)
+
+
+def test_the_log_of_a_real_run_shows_the_posterior(straight_run: Path) -> None:
+    state = json.loads((straight_run / "checkpoint-6" / "trainer_state.json").read_text())
+    entries = [entry for entry in state["log_history"] if "loss" in entry]
+    assert [entry["step"] for entry in entries] == [2, 4, 6]
+    for entry in entries:
+        assert {key for key in entry if "ivon" in key} == {"ivon_sigma_mean", "ivon_snr_mean", "ivon_ess"}
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(straight_run: Path, make_config: Any) -> None:
+    config = make_config("resumed", ivon_clip="1e-2", resume_from_checkpoint=str(straight_run / "checkpoint-3"))
+    trained(config)
+    for name in ("adapter_model.safetensors", "ivon_sigma.safetensors"):
+        left, right = load_file(straight_run / name), load_file(config.with_suffix("") / name)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_sigint_in_mid_step_saves_the_mean_and_its_sigma(straight_run: Path, make_config: Any) -> None:
+    config = make_config(
+        "interrupted",
+        ivon_clip="1e-2",
+        save_steps=2,  # the interrupt comes in the third step, so checkpoint-2 holds the mean of that moment
+        plugins=["axolotl_ivon.IVONLoRAPlugin", "axolotl_helpers.InterruptInForward"],
+    )
+    result = axolotl("train", config, "--launcher", "python", cwd=config.parent)
+    output = config.with_suffix("")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert not (output / "checkpoint-4").exists(), "it was not interrupted"
+    drawn = torch.load(output / "drawn.pt", weights_only=True)
+    saved, checkpoint = Posterior.from_pretrained(output), Posterior.from_pretrained(output / "checkpoint-2")
+    for name, draw in drawn.items():
+        key = name.replace(".default", "")
+        assert torch.equal(saved.mean[key], checkpoint.mean[key])
+        assert torch.equal(saved.sigma[key], checkpoint.sigma[key])
+        assert not torch.equal(saved.mean[key], draw)
+
+
+def test_another_optimizer_is_left_alone(straight_run: Path, make_config: Any) -> None:
+    outputs = []
+    start = str(straight_run / "checkpoint-3")  # axolotl does not seed the initialization of a new adapter
+    for name, plugins in (("with", ["axolotl_ivon.IVONLoRAPlugin"]), ("without", None)):
+        config = make_config(
+            f"adamw-{name}", optimizer="adamw_torch", learning_rate=2e-4, plugins=plugins, lora_model_dir=start
+        )
+        trained(config)
+        outputs.append(config.with_suffix(""))
+        assert not list(config.with_suffix("").rglob("ivon_sigma*"))
+    left, right = (load_file(output / "adapter_model.safetensors") for output in outputs)
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_the_other_commands_accept_the_yaml(straight_run: Path, make_config: Any) -> None:
+    config = make_config("others", ivon_clip="1e-2", val_set_size=0.2, lora_model_dir=str(straight_run))
+    here = config.parent
+    for command in (
+        ["preprocess", config],
+        ["evaluate", config, "--launcher", "python"],
+        ["merge-lora", config],
+    ):
+        result = axolotl(*command, cwd=here)
+        assert result.returncode == 0, (command, result.stderr[-3000:])
+    merged = AutoModelForCausalLM.from_pretrained(here / "others" / "merged")
+    assert not any("lora" in name for name in merged.state_dict())
+    result = axolotl("inference", config, "--launcher", "python", cwd=here, stdin="red dog")
+    assert "Give me an instruction" in result.stdout, result.stderr[-3000:]
+    assert "red dog" in result.stdout
+
+
+def test_a_refused_yaml_is_one_line_and_leaves_nothing(make_config: Any) -> None:
+    config = make_config("refused", ivon_h0=-1)
+    result = axolotl("train", config, "--launcher", "python", cwd=config.parent)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr + result.stdout
+    assert result.stderr.strip().splitlines()[-1] == ("axolotl-ivon: ivon_h0: -1 is refused, it must be greater than 0")
+    assert not config.with_suffix("").exists()
+
+
+BASE = {"optimizer": "ivon_lora", "adapter": "lora"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ivon_gamma": 0}, ["ivon_gamma", "0", "greater than 0"]),
+        ({"ivon_gamma": float("inf")}, ["ivon_gamma", "inf", "finite"]),
+        ({"ivon_lambda": -1e7}, ["ivon_lambda", "-10000000.0", "greater than 0"]),
+        ({"ivon_h0": "small"}, ["ivon_h0", "'small'", "number"]),
+        ({"ivon_clip": 0.0}, ["ivon_clip", "0.0", "greater than 0"]),
+        ({"ivon_beta1": 1}, ["ivon_beta1", "1", "less than 1"]),
+        ({"ivon_beta2": -0.1}, ["ivon_beta2", "-0.1", "greater than or equal to 0"]),
+        ({"ivon_prior": "flat"}, ["ivon_prior", "'flat'", "'empirical'", "number"]),
+        ({"ivon_prior": -1.0}, ["ivon_prior", "-1.0", "greater than or equal to 0"]),
+        ({"ivon_gama": 1}, ["ivon_gama", "ivon_gamma"]),
+        ({"ivon_weight_prior": 1}, ["ivon_weight_prior", "ivon_prior"]),
+        ({"ivon_gamma": 1, "ivon_lambda": 1e7}, ["ivon_gamma", "ivon_lambda", "remove one"]),
+        ({"adapter": None}, ["adapter", "None", "lora or qlora"]),
+        ({"adapter": "llama-adapter"}, ["adapter", "llama-adapter", "lora or qlora"]),
+        ({"streaming": True}, ["streaming", "ivon_lambda"]),
+        ({"pretraining_dataset": "x"}, ["pretraining_dataset", "ivon_lambda"]),
+        ({"loraplus_lr_ratio": 16}, ["loraplus_lr_ratio", "16", "remove"]),
+        ({"loraplus_lr_embedding": 1e-6}, ["loraplus_lr_embedding", "remove"]),
+        ({"lr_groups": [{"name": "a"}]}, ["lr_groups", "remove"]),
+        ({"embedding_lr": 1e-5}, ["embedding_lr", "1e-05", "remove"]),
+        ({"embedding_lr_scale": 0.5}, ["embedding_lr_scale", "0.5", "remove"]),
+        ({"weight_decay": 0.1}, ["weight_decay", "0.1", "ivon_prior"]),
+        ({"weight_decay": 0.1, "ivon_prior": 0.1}, ["weight_decay", "0.1", "remove"]),
+        ({"relora": True}, ["relora", "remove"]),
+        ({"lisa_n_layers": 4}, ["lisa_n_layers", "remove"]),
+        ({"optim_target_modules": ["q_proj"]}, ["optim_target_modules", "GaLore"]),
+        ({"optim_args": {"a": 1}}, ["optim_args", "ivon_"]),
+        ({"adam_beta2": 0.99}, ["adam_beta2", "ivon_beta2"]),
+        ({"unfrozen_parameters": ["x"]}, ["unfrozen_parameters", "remove"]),
+        ({"rl": "grpo"}, ["rl", "grpo"]),
+        ({"deepspeed": "zero2.json"}, ["deepspeed", "remove"]),
+        ({"fsdp_config": {"a": 1}}, ["fsdp_config", "remove"]),
+    ],
+)
+def test_what_would_be_ignored_or_is_out_of_range_is_refused(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        IVONLoRAPlugin().register({**BASE, **changes})
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+    IVONLoRAPlugin().register({**BASE, **changes, "optimizer": "adamw_torch"})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ivon_h0": "5e-2", "ivon_prior": "1e-3"},  # YAML reads 5e-2 as a string
+        {"adapter": "qlora", "ivon_prior": 0},
+        {"streaming": True, "ivon_lambda": 1e7},
+        {"weight_decay": 0.0, "loraplus_lr_ratio": None, "relora": False},
+        {"rl": "dpo"},
+    ],
+)
+def test_what_is_right_is_accepted(changes: dict[str, Any]) -> None:
+    IVONLoRAPlugin().register({**BASE, **changes})
+
+
+def test_the_schema_has_types_ranges_and_descriptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class that axolotl validates a YAML with, made of its own and every plugin's."""
+    from collections import OrderedDict
+
+    from axolotl.integrations.base import PluginManager
+    from axolotl.integrations.config import merge_input_args
+
+    plugins = OrderedDict({"axolotl_ivon.IVONLoRAPlugin": IVONLoRAPlugin()})
+    monkeypatch.setattr(PluginManager.get_instance(), "plugins", plugins)
+    _, merged = merge_input_args()
+    from axolotl_ivon.args import DEFAULTS, IVONArgs
+
+    properties = IVONArgs.model_json_schema()["properties"]
+    assert set(merged.model_fields) > set(properties) == {*DEFAULTS, "ivon_lambda"}
+    for name, entry in properties.items():
+        assert "IVON-LoRA" in entry["description"]
+        kinds = {kind.get("type") for kind in entry["anyOf"]}
+        assert "number" in kinds, name
+    gamma = next(kind for kind in properties["ivon_gamma"]["anyOf"] if kind["type"] == "number")
+    assert gamma["exclusiveMinimum"] == 0
+    assert "5000" in properties["ivon_gamma"]["description"]
+
+
+def test_ivon_post_is_a_command_of_axolotl(straight_run: Path) -> None:
+    result = axolotl("ivon-post", "info", straight_run, "--json", cwd=straight_run.parent)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads(result.stdout)
+
+
+def test_two_processes_follow_the_trajectory_of_one(make_adapter: Any, make_config: Any) -> None:
+    """The same global batches and draws, with gradient accumulation, in one process and in two (DDP on gloo)."""
+    start = make_adapter(lora_dropout=0.0)
+    common = {
+        "lora_model_dir": str(start),
+        "ivon_clip": "1e-1",
+        "plugins": ["axolotl_ivon.IVONLoRAPlugin", "axolotl_helpers.CpuDeviceMap"],
+        "curriculum_sampling": True,  # the order of the file, whatever the number of processes
+    }
+    one = make_config("one-process", micro_batch_size=2, **common)
+    trained(one)
+    two = make_config("two-processes", micro_batch_size=1, **common)
+    result = axolotl("train", two, "--launcher", "torchrun", "--", "--nproc_per_node", "2", cwd=two.parent)
+    assert result.returncode == 0, result.stderr[-3000:]
+    left, right = Posterior.from_pretrained(one.with_suffix("")), Posterior.from_pretrained(two.with_suffix(""))
+    before = load_file(start / "adapter_model.safetensors")
+    for key in left.mean:
+        torch.testing.assert_close(left.mean[key], right.mean[key], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(left.sigma[key], right.sigma[key], rtol=1e-4, atol=0)
+        assert not torch.allclose(left.mean[key], before[key], rtol=1e-3, atol=1e-4)
