@@ -18,12 +18,13 @@ DEFAULTS = {
     "ivon_beta1": 0.9,
     "ivon_beta2": 0.9995,
     "ivon_prior": "empirical",
+    "ivon_eval_samples": 0,
 }
 
 
 def _key(name: str, description: str) -> Any:
     default = DEFAULTS.get(name)
-    shown = "unset" if default is None else f"{default:g}" if isinstance(default, float) else default
+    shown = "unset" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
     return Field(default=None, json_schema_extra={"description": f"IVON-LoRA: {description} Default: {shown}."})
 
 
@@ -46,4 +47,8 @@ class IVONArgs(BaseModel):
     ivon_prior: Literal["empirical"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = _key(
         "ivon_prior",
         "`empirical` for the prior that fits each tensor best, or a number δ for a fixed prior (IVON's weight decay).",
+    )
+    ivon_eval_samples: Annotated[int, Field(ge=0)] | None = _key(
+        "ivon_eval_samples",
+        "number of draws whose averaged prediction every evaluation scores too, logged as eval_loss_posterior.",
     )

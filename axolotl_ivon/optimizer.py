@@ -139,7 +139,8 @@ class IVONLoRA(Optimizer):
             for group in self.param_groups:
                 group["draws"] += 1
             for block in blocks:
-                block.draw()
+                block.set_gradients_aside()
+                block.draw(block.group["draws"])
             yield
         except BaseException:
             for block in blocks:
@@ -153,6 +154,29 @@ class IVONLoRA(Optimizer):
         for block in blocks:
             block.collect()
         self._note_gradient_norm()
+
+    @contextmanager
+    def evaluation_draw(self, number: int) -> Iterator[None]:
+        """Put a draw θ ~ q into the parameters to evaluate it, and the mean back afterwards.
+
+        Neither the gradients nor the draws of training are touched; the same number always gives the same noise.
+
+        Raises:
+            RuntimeError: if entered while a draw is in the parameters already.
+        """
+        if self._drawn:
+            raise RuntimeError("evaluation_draw() was entered inside sampled_params()")
+        blocks = self._get_blocks()
+        self._drawn = True
+        try:
+            for block in blocks:
+                block.draw(f"evaluation {number}")
+            yield
+        finally:
+            for block in blocks:
+                block.restore_mean()
+                block.deviation = None
+            self._drawn = False
 
     @property
     def sampling(self) -> bool:
@@ -381,23 +405,22 @@ class _Block:
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
 
     @torch.no_grad()
-    def draw(self) -> None:
+    def draw(self, number: int | str) -> None:
         """θ = m + σ·ε, ε ~ N(0, I)."""
-        self.set_gradients_aside()
         self.deviation = torch.empty_like(self.mean)
         for indices, place in self.pieces([i for i, param in enumerate(self.params) if param.requires_grad]):
             theta, mean = self.deviation[place], self.mean[place]
-            theta.normal_(generator=self.generator.manual_seed(self.noise_seed(indices[0])))
+            theta.normal_(generator=self.generator.manual_seed(self.noise_seed(number, indices[0])))
             theta.mul_(_sigma(self.precision[place], self.group["ess"])).add_(mean)
             if self.dtype != torch.float32:
                 theta.copy_(theta.to(self.dtype))  # ε is what the forward pass really sees
             self.write(indices, self.deviation)
             theta.sub_(mean)
 
-    def noise_seed(self, index: int) -> int:
+    def noise_seed(self, number: int | str, index: int) -> int:
         # A seed for each draw and piece, not one long stream: two integers in the state are all that a
         # resumed run needs, on whatever device it goes on.
-        text = f"{self.group['seed']}/{self.group['draws']}/{self.key}/{index}"
+        text = f"{self.group['seed']}/{number}/{self.key}/{index}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
     @torch.no_grad()

@@ -85,6 +85,7 @@ class IVONLoRAPlugin(BasePlugin):
                 clip=values["ivon_clip"],
                 betas=(values["ivon_beta1"], values["ivon_beta2"]),
                 prior=values["ivon_prior"],
+                eval_samples=values["ivon_eval_samples"],
             )
         except IVONError as error:
             raise ConfigError(str(error)) from error
@@ -125,6 +126,9 @@ def _check_setting(cfg: Mapping[str, Any]) -> None:
     if (cfg.get("streaming") or cfg.get("pretraining_dataset")) and cfg.get("ivon_lambda") is None:
         key = "streaming" if cfg.get("streaming") else "pretraining_dataset"
         raise ConfigError(f"{key}: streamed data has no length for λ = γ·√N; set ivon_lambda, 1e7 say")
+    for key in ("rl", "reward_model", "process_reward_model"):
+        if cfg.get("ivon_eval_samples") and cfg.get(key):
+            raise ConfigError(f"ivon_eval_samples averages the predictions of a causal LM; remove it with {key}")
     if cfg.get("rl") in _ONLINE_RL:
         raise ConfigError(
             f"rl: {cfg['rl']} is not supported with optimizer: {OPTIMIZER}, its rollouts would come from a draw; "

@@ -18,6 +18,7 @@ from .files import MEAN_FILE, TensorFile
 from .hookspecs import plugin_manager
 from .optimizer import IVONLoRA, effective_sample_size
 from .posterior import Posterior, save_sigma
+from .posterior_loss import posterior_loss
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -40,6 +41,7 @@ def attach(
     betas: tuple[float, float] = (0.9, 0.9995),
     prior: Literal["empirical"] | float = "empirical",
     train_size: int | None = None,
+    eval_samples: int = 0,
 ) -> None:
     """Make a Trainer train with IVON-LoRA, and save σ beside every adapter that it or its model saves.
 
@@ -54,6 +56,7 @@ def attach(
         h0, clip, betas, prior: as in `IVONLoRA`.
         train_size: N, the number of training examples; the length of the Trainer's dataset by default (give it where
             that dataset is packed or streamed).
+        eval_samples: number of draws whose averaged prediction every evaluation scores too, as `eval_loss_posterior`.
 
     Raises:
         IVONError: the model has no adapter or trains weights outside of it, N is unknown, the Trainer already has an
@@ -87,14 +90,16 @@ def attach(
         "prior": prior,
         "seed": trainer.args.seed,
     }
-    trainer.add_callback(_PosteriorTraining(trainer, settings, facts))
+    if eval_samples < 0:
+        raise IVONError(f"eval_samples: {eval_samples} is negative; give the number of draws, or 0 for none")
+    trainer.add_callback(_PosteriorTraining(trainer, settings, facts, eval_samples))
 
 
 class _PosteriorTraining(TrainerCallback):
     """Stands between a Trainer, its model and the optimizer."""
 
-    def __init__(self, trainer: Trainer, settings: dict[str, Any], facts: dict[str, str]) -> None:
-        self.trainer, self.settings, self.facts = trainer, settings, facts
+    def __init__(self, trainer: Trainer, settings: dict[str, Any], facts: dict[str, str], eval_samples: int) -> None:
+        self.trainer, self.settings, self.facts, self.eval_samples = trainer, settings, facts, eval_samples
         self.optimizer: Any = None
         self.best_folder: str | None = None
         self.skipped = 0
@@ -112,6 +117,8 @@ class _PosteriorTraining(TrainerCallback):
         trainer.create_optimizer = self.create_optimizer  # type: ignore[method-assign]
         trainer.training_step = self.around_training_step(trainer.training_step)  # type: ignore[method-assign]
         trainer.log = self.around_log(trainer.log)  # type: ignore[method-assign]
+        if eval_samples:
+            trainer.evaluation_loop = self.around_evaluation(trainer.evaluation_loop)  # type: ignore[method-assign]
         self.model.save_pretrained = self.around_save(self.model.save_pretrained)
         for name, param in self.names.items():
             owner, _, attribute = name.rpartition(".")
@@ -146,6 +153,17 @@ class _PosteriorTraining(TrainerCallback):
             log(logs, *args, **kwargs)
 
         return with_posterior
+
+    def around_evaluation(self, evaluation_loop: Any) -> Any:
+        @functools.wraps(evaluation_loop)
+        def with_draws(dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+            output = evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            if self.optimizer is not None:
+                loss = posterior_loss(self.trainer, self.optimizer, dataloader, self.eval_samples)
+                output.metrics[f"{metric_key_prefix}_loss_posterior"] = loss
+            return output
+
+        return with_draws
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

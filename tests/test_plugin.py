@@ -236,6 +236,8 @@ BASE = {"optimizer": "ivon_lora", "adapter": "lora"}
         ({"adam_beta2": 0.99}, ["adam_beta2", "ivon_beta2"]),
         ({"unfrozen_parameters": ["x"]}, ["unfrozen_parameters", "remove"]),
         ({"rl": "grpo"}, ["rl", "grpo"]),
+        ({"rl": "dpo", "ivon_eval_samples": 4}, ["ivon_eval_samples", "rl"]),
+        ({"ivon_eval_samples": 2.5}, ["ivon_eval_samples", "2.5", "integer"]),
         ({"deepspeed": "zero2.json"}, ["deepspeed", "remove"]),
         ({"fsdp_config": {"a": 1}}, ["fsdp_config", "remove"]),
     ],
@@ -281,7 +283,7 @@ def test_the_schema_has_types_ranges_and_descriptions(monkeypatch: pytest.Monkey
     for name, entry in properties.items():
         assert "IVON-LoRA" in entry["description"]
         kinds = {kind.get("type") for kind in entry["anyOf"]}
-        assert "number" in kinds, name
+        assert kinds & {"number", "integer"}, name
     gamma = next(kind for kind in properties["ivon_gamma"]["anyOf"] if kind["type"] == "number")
     assert gamma["exclusiveMinimum"] == 0
     assert "5000" in properties["ivon_gamma"]["description"]

@@ -1,0 +1,63 @@
+"""The evaluation loss of the posterior while it is being trained: one prediction, averaged over draws."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import IVONError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import Trainer
+
+    from .optimizer import IVONLoRA
+
+
+def posterior_loss(trainer: Trainer, optimizer: IVONLoRA, dataloader: Iterable[Any], samples: int) -> float:
+    """Return the negative log-likelihood of the labels under the predictive distribution averaged over draws.
+
+    Per label l with input x it is −log(1/K·Σ_k p(l | x, θ_k)), θ_k ~ q, averaged over all labels: tokens of a causal
+    LM, or classes. The draws are the same at every evaluation. It makes K passes over the data, and keeps one number
+    for every label. The model is left with its mean, and the random numbers of the run as they were.
+
+    Raises:
+        IVONError: the data has no labels for the model's logits.
+    """
+    model = trainer.model
+    was_training = model.training
+    model.eval()
+    total = None
+    try:
+        # A DataLoader takes a random number at every pass, and dropout would notice.
+        with torch.random.fork_rng(devices=[]):
+            for number in range(samples):
+                with optimizer.evaluation_draw(number):
+                    drawn = torch.cat([_label_log_probabilities(trainer, batch) for batch in dataloader])
+                total = drawn if total is None else torch.logaddexp(total, drawn)
+    finally:
+        model.train(was_training)
+    assert total is not None
+    log_likelihood = total - math.log(samples)
+    sums = torch.stack([log_likelihood.sum(dtype=torch.float64), torch.tensor(float(len(log_likelihood)))])
+    sums = trainer.accelerator.reduce(sums.to(trainer.accelerator.device, torch.float32), "sum")
+    return float(-sums[0] / sums[1])
+
+
+@torch.no_grad()
+def _label_log_probabilities(trainer: Trainer, batch: Any) -> Tensor:
+    """Return log p of every label of a batch, float32 on the CPU, shape [labels]."""
+    inputs = trainer._prepare_inputs(batch)
+    labels = inputs.pop("labels", None)
+    with trainer.compute_loss_context_manager():
+        logits = trainer.model(**inputs).logits if labels is not None else None
+    if labels is None or logits.shape[: labels.dim()] != labels.shape:
+        raise IVONError("eval_samples needs data with `labels` that fit the model's logits; set it to 0")
+    if labels.dim() == 2:  # a causal LM predicts the next token
+        labels, logits = labels[:, 1:], logits[:, :-1]
+    chosen = labels != -100
+    return -torch.nn.functional.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none").cpu()
