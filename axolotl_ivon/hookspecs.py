@@ -24,9 +24,9 @@ PROJECT = "axolotl_ivon"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
-# A pruning criterion maps one tensor's (name, mean, sigma, generator) to scores of the same shape; the weights
-# with the smallest scores are pruned. The generator is seeded for that tensor.
-Criterion = Callable[["str", "torch.Tensor", "torch.Tensor", "np.random.Generator"], "torch.Tensor"]
+# A pruning criterion maps one tensor's (name, mean, sigma, generator), float32 arrays of its shape that it must not
+# change, to finite scores of that shape; the weights with the smallest are pruned. The generator is that tensor's own.
+Criterion = Callable[["str", "np.ndarray", "np.ndarray", "np.random.Generator"], "np.ndarray"]
 
 
 @hookspec(firstresult=True)
@@ -37,9 +37,7 @@ def create_optimizer(
 
 
 @hookspec(firstresult=True)
-def sampling_context(
-    trainer: Trainer, optimizer: torch.optim.Optimizer
-) -> AbstractContextManager[None] | None:
+def sampling_context(trainer: Trainer, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None] | None:
     """Return the context that one forward and backward pass of the training loop runs in."""
 
 

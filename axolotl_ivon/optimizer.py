@@ -194,7 +194,7 @@ class IVONLoRA(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update m, σ and the momentum from the gradients taken at the draws since the last step.
 
-        If a gradient is not finite the step is skipped: nothing changes and `skipped_steps` goes up by one.
+        If the gradient's norm is not finite the step is skipped: nothing changes and `skipped_steps` goes up by one.
 
         Args:
             closure: computes the loss and its gradient; it is called once, inside `sampled_params()`.
@@ -220,7 +220,7 @@ class IVONLoRA(Optimizer):
                 "step() found gradients that were not taken at a draw; "
                 "run the forward and backward pass inside `with optimizer.sampled_params():`"
             )
-        norm = get_total_norm(gradients, math.inf)
+        norm = get_total_norm(gradients)
         if torch.isfinite(norm):
             # What scaled .grad since the backward pass (a loss scaler, a clipped norm) scales ĥ alike.
             scale = torch.where(self._norm > 0, norm / self._norm, 1.0)
@@ -246,7 +246,7 @@ class IVONLoRA(Optimizer):
     def _note_gradient_norm(self) -> None:
         gradients = self._gradients()
         if gradients:
-            self._norm = get_total_norm(gradients, math.inf)
+            self._norm = get_total_norm(gradients)
 
     # ---------------------------------------------------------------- the posterior
 
@@ -333,7 +333,8 @@ def _prior(group: dict[str, Any], mean: Tensor, precision: Tensor) -> Tensor:
     if group["prior"] != "empirical":
         return torch.as_tensor(float(group["prior"]), dtype=torch.float32, device=mean.device)
     # λ·mean(m² + σ²) = λ·mean(m²) + mean(1/p); the paper's Eq. 2 is s = λ·δ, and δ is what enters the update.
-    return 1 / (group["ess"] * mean.square().mean() + precision.reciprocal().mean())
+    flat = mean.reshape(-1)
+    return 1 / (group["ess"] / flat.numel() * flat.dot(flat) + precision.reciprocal().mean())
 
 
 def _sigma(precision: Tensor, ess: float) -> Tensor:
