@@ -131,6 +131,8 @@ class _PosteriorTraining(TrainerCallback):
         if self.trainer.optimizer is None:
             named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
             self.optimizer = plugin_manager().hook.create_optimizer(named_parameters=named, settings=self.settings)
+            for group in self.optimizer.param_groups:
+                group.setdefault("weight_decay", 0.0)  # axolotl 0.21 reads it from every optimizer
             self.trainer.optimizer = self.optimizer
         return self.trainer.optimizer
 

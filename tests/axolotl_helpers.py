@@ -31,7 +31,14 @@ class InterruptInForward(BasePlugin):
 
 
 class CpuDeviceMap(BasePlugin):
-    """On a CPU with several processes axolotl maps the model to device LOCAL_RANK, which does not exist."""
+    """On a CPU with several processes axolotl looks for GPUs: it maps the model to device LOCAL_RANK, and asks
+    torch whether the devices are peers."""
+
+    def register(self, cfg: Any) -> None:
+        import axolotl.utils.trainer
+
+        if not torch.cuda.is_available():
+            axolotl.utils.trainer.check_cuda_p2p_ib_support = lambda: True
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         cfg.device_map = {"": "cpu"}

@@ -292,7 +292,7 @@ def test_the_schema_has_types_ranges_and_descriptions(monkeypatch: pytest.Monkey
 def test_ivon_post_is_a_command_of_axolotl(straight_run: Path) -> None:
     result = axolotl("ivon-post", "info", straight_run, "--json", cwd=straight_run.parent)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert json.loads(result.stdout)
+    assert json.loads(result.stdout[result.stdout.index("{") :])["weights"] > 0  # axolotl 0.21 begins with a banner
 
 
 def test_two_processes_follow_the_trajectory_of_one(make_adapter: Any, make_config: Any) -> None:
