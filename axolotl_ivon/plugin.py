@@ -75,7 +75,9 @@ class IVONLoRAPlugin(BasePlugin):
             return
         from .sampling import attach
 
-        values = {key: cfg[key] if cfg[key] is not None else default for key, default in DEFAULTS.items()}
+        values: dict[str, Any] = {
+            key: cfg[key] if cfg[key] is not None else default for key, default in DEFAULTS.items()
+        }
         try:
             attach(
                 trainer,

@@ -28,7 +28,7 @@ def posterior_loss(trainer: Trainer, optimizer: IVONLoRA, dataloader: Iterable[A
     Raises:
         IVONError: the data has no labels for the model's logits.
     """
-    model = trainer.model
+    model: Any = trainer.model
     was_training = model.training
     model.eval()
     total = None
@@ -53,10 +53,13 @@ def _label_log_probabilities(trainer: Trainer, batch: Any) -> Tensor:
     """Return log p of every label of a batch, float32 on the CPU, shape [labels]."""
     inputs = trainer._prepare_inputs(batch)
     labels = inputs.pop("labels", None)
+    if labels is None:
+        raise IVONError("eval_samples needs data with `labels`; set it to 0")
+    model: Any = trainer.model
     with trainer.compute_loss_context_manager():
-        logits = trainer.model(**inputs).logits if labels is not None else None
-    if labels is None or logits.shape[: labels.dim()] != labels.shape:
-        raise IVONError("eval_samples needs data with `labels` that fit the model's logits; set it to 0")
+        logits = model(**inputs).logits
+    if logits.shape[: labels.dim()] != labels.shape:
+        raise IVONError("eval_samples needs `labels` that fit the model's logits; set it to 0")
     if labels.dim() == 2:  # a causal LM predicts the next token
         labels, logits = labels[:, 1:], logits[:, :-1]
     chosen = labels != -100

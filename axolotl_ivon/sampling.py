@@ -119,7 +119,7 @@ class _PosteriorTraining(TrainerCallback):
         trainer.log = self.around_log(trainer.log)  # type: ignore[method-assign]
         if eval_samples:
             trainer.evaluation_loop = self.around_evaluation(trainer.evaluation_loop)  # type: ignore[method-assign]
-        self.model.save_pretrained = self.around_save(self.model.save_pretrained)
+        self.model.save_pretrained = self.around_save(self.model.save_pretrained)  # type: ignore[method-assign]
         for name, param in self.names.items():
             owner, _, attribute = name.rpartition(".")
             hook = functools.partial(self.put_mean_into_state_dict, attribute, param)

@@ -14,7 +14,28 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "red blue green sun moon rain dog cat bird warm cold fast slow good bad yes no one two three".split()
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "sun",
+    "moon",
+    "rain",
+    "dog",
+    "cat",
+    "bird",
+    "warm",
+    "cold",
+    "fast",
+    "slow",
+    "good",
+    "bad",
+    "yes",
+    "no",
+    "one",
+    "two",
+    "three",
+]
 
 
 def build_llama(folder: str | Path, seed: int = 0, **config: int) -> Path:
