@@ -1,0 +1,259 @@
+"""Several posteriors over adapters of one base model, made into one."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from .errors import IVONError
+from .posterior import Posterior
+from .tensors import Spec, Tensors, from_float
+
+METHODS = ("precision", "linear", "cat")
+_BLOCK = 2**15
+
+# What must agree for a weight of one adapter to mean the same as that weight of another.
+_MEANING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+# What selects the modules that have an adapter.
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# What a sum of low-rank updates cannot express.
+_NOT_LOW_RANK = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters")
+_FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight$")
+
+
+def combine(
+    posteriors: Sequence[Posterior], method: str = "precision", weights: Sequence[float] | None = None
+) -> Posterior:
+    """Return one posterior made of several over the same base model.
+
+    "precision": the product of the Gaussians. Precisions 1/σ² are added, means are weighted by them. A prior that
+    all of them share (the same number in `prior`, and the same `ess`) is counted once; an empirical prior is each
+    posterior's own, so nothing is taken off. Where one σ is 0 that posterior's mean stands, pruned weights included.
+
+    "linear": the distribution of Σ w_i·θ_i for independent θ_i ~ q_i, so the mean Σ w_i·m_i and the variance
+    Σ w_i²·σ_i². It averages the factors A and B, as a model soup does; w_i is 1/n unless `weights` are given.
+
+    "cat": the adapter whose update of every base weight is Σ w_i·ΔW_i exactly, whatever the ranks and targets, as
+    PEFT's `add_weighted_adapter(combination_type="cat")` makes it: factors are concatenated, ranks add up.
+
+    Raises:
+        IVONError: fewer than two posteriors, other base models or temperatures, an unknown method, weights that do
+            not fit, or adapters that the method cannot combine.
+    """
+    if method not in METHODS:
+        raise IVONError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    if len(posteriors) < 2:
+        raise IVONError(f"{len(posteriors)} posterior cannot be combined; give at least 2")
+    if weights is not None and method == "precision":
+        raise IVONError("weights are for the methods linear and cat; precision weighs each weight by 1/σ²")
+    share = [1 / len(posteriors)] * len(posteriors) if weights is None else [float(weight) for weight in weights]
+    if len(share) != len(posteriors) or not all(map(math.isfinite, share)):
+        raise IVONError(f"weights {share} do not fit {len(posteriors)} posteriors; give one finite number for each")
+    bases = [str(q.config.get("base_model_name_or_path")) for q in posteriors]
+    if len({PurePath(base).name for base in bases}) > 1:
+        raise IVONError(f"the adapters have different base models ({', '.join(dict.fromkeys(bases))})")
+    if len({q.tau for q in posteriors}) > 1:
+        raise IVONError(
+            f"the posteriors have different tau ({', '.join(str(q.tau) for q in posteriors)}); combine first"
+        )
+    combined = _cat(posteriors, share) if method == "cat" else _same(posteriors, method, share)
+    combined.folder = posteriors[0].folder
+    combined.inputs = [folder for q in posteriors for folder in q.inputs]
+    return combined
+
+
+def _facts(posteriors: Sequence[Posterior], method: str) -> dict[str, str]:
+    """Return the header of the result: what all agree on; effective and real data sizes add up with precisions."""
+    first = posteriors[0].metadata
+    facts = {key: value for key, value in first.items() if all(q.metadata.get(key) == value for q in posteriors)}
+    facts.pop("mean_sha256", None)
+    if method == "precision":
+        for key, kind in (("ess", float), ("train_size", int)):
+            try:
+                facts[key] = repr(sum(kind(q.metadata[key]) for q in posteriors))
+            except (KeyError, ValueError):
+                facts.pop(key, None)
+    return {"tau": "1.0", "pruned_ratio": "0.0", **facts, "combined": f"{method} of {len(posteriors)}"}
+
+
+def _same(posteriors: Sequence[Posterior], method: str, share: Sequence[float]) -> Posterior:
+    first = posteriors[0]
+    fix = "method cat combines adapters of different ranks and targets"
+    for q in posteriors[1:]:
+        for name in _MEANING:
+            if q.config.get(name) != first.config.get(name):
+                raise IVONError(
+                    f"the adapters differ in {name} ({first.config.get(name)}, {q.config.get(name)}); {fix}"
+                )
+        for key in sorted(first.mean.specs.keys() | q.mean.specs.keys()):
+            shapes = [p.mean.specs[key][1] if key in p.mean else None for p in (first, q)]
+            if shapes[0] != shapes[1]:
+                raise IVONError(f"the adapters differ in {key} ({shapes[0]}, {shapes[1]}); {fix}")
+    prior = _shared_prior(posteriors)
+
+    def mean(key: str) -> np.ndarray:
+        if not first.mean.is_float(key):
+            return first.mean.raw(key)
+        means, sigmas = [q.mean.float32(key) for q in posteriors], [q.sigma.raw(key) for q in posteriors]
+        if method == "linear":
+            values = _blockwise(lambda *m: _sum(w * x for w, x in zip(share, m, strict=True)), means)
+        else:
+            _check_sure(key, means, sigmas)
+            n = len(means)
+            values = _blockwise(lambda *both: _product_mean(both[:n], both[n:], prior), [*means, *sigmas])
+        return from_float(values, first.mean.specs[key][0])
+
+    def sigma(key: str) -> np.ndarray:
+        sigmas = [q.sigma.raw(key) for q in posteriors]
+        if method == "linear":
+            return _blockwise(lambda *s: np.sqrt(_sum((w * x) ** 2 for w, x in zip(share, s, strict=True))), sigmas)
+        return _blockwise(lambda *s: 1 / np.sqrt(_total([_precision(x) for x in s], prior)), sigmas)
+
+    specs = {key: ("F32", shape) for key, (_, shape) in first.mean.specs.items()}
+    facts = _facts(posteriors, method)
+    return Posterior(Tensors(first.mean.specs, mean), Tensors(specs, sigma), facts, first.config)
+
+
+def _blockwise(function: Callable[..., np.ndarray], arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Return float32 `function(*arrays)` of elementwise functions, computed in float64 in parts that fit the cache."""
+    result = np.empty(arrays[0].shape, np.float32)
+    flat = [array.reshape(-1) for array in arrays]
+    with np.errstate(divide="ignore", invalid="ignore"):  # σ = 0: infinite precision, ∞·0 and ∞/∞
+        for start in range(0, result.size, _BLOCK):
+            part = slice(start, start + _BLOCK)
+            result.reshape(-1)[part] = function(*(array[part].astype(np.float64) for array in flat))
+    return result
+
+
+def _sum(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """Return the sum of arrays that nobody else needs: the first one takes it."""
+    return functools.reduce(lambda total, array: np.add(total, array, out=total), arrays)
+
+
+def _precision(sigma: np.ndarray) -> np.ndarray:
+    return np.reciprocal(sigma * sigma)
+
+
+def _total(precisions: Sequence[np.ndarray], prior: float) -> np.ndarray:
+    """Return the precision of Π N(m_i, 1/precision_i) / N(0, 1/prior)^(n−1)."""
+    total = functools.reduce(np.add, precisions)
+    if prior:
+        # No posterior knows less than its prior; rounding and a lagging Hessian estimate can make it look so.
+        total = np.maximum(total - (len(precisions) - 1) * prior, functools.reduce(np.maximum, precisions))
+    return total
+
+
+def _product_mean(means: Sequence[np.ndarray], sigmas: Sequence[np.ndarray], prior: float) -> np.ndarray:
+    """Return the mean of Π N(m_i, σ_i²) / N(0, 1/prior)^(n−1); where a σ_i is 0, that m_i."""
+    precisions = [_precision(sigma) for sigma in sigmas]
+    mean = _sum(p * m for p, m in zip(precisions, means, strict=True)) / _total(precisions, prior)
+    for m, sigma in zip(means, sigmas, strict=True):
+        if not sigma.all():
+            mean = np.where(sigma == 0, m, mean)
+    return mean
+
+
+def _check_sure(key: str, means: Sequence[np.ndarray], sigmas: Sequence[np.ndarray]) -> None:
+    for i, j in itertools.combinations(range(len(means)), 2):
+        if ((sigmas[i] == 0) & (sigmas[j] == 0) & (means[i] != means[j])).any():
+            raise IVONError(f"σ is 0 in two posteriors at different means of {key}; combine with method linear")
+
+
+def _shared_prior(posteriors: Sequence[Posterior]) -> float:
+    """Return the precision λ·δ·τ of a prior that all posteriors share, or 0."""
+    try:
+        found = {float(q.metadata["ess"]) * float(q.metadata["prior"]) * q.tau for q in posteriors}
+    except (KeyError, ValueError):  # "empirical", or a header that does not say
+        return 0.0
+    return found.pop() if len(found) == 1 else 0.0
+
+
+def _cat(posteriors: Sequence[Posterior], share: Sequence[float]) -> Posterior:
+    parts: dict[str, list[tuple[int, str]]] = {}  # key of the result -> (posterior, its key)
+    for i, q in enumerate(posteriors):
+        for name in _NOT_LOW_RANK:
+            if q.config.get(name):
+                raise IVONError(f"method cat cannot combine adapters with {name}; use precision or linear")
+        if isinstance(q.config.get("init_lora_weights"), str) and q.config["init_lora_weights"] != "gaussian":
+            raise IVONError(
+                f"method cat cannot combine adapters with init_lora_weights {q.config['init_lora_weights']!r}, "
+                "which changes the base model"
+            )
+        for key in q.mean:
+            if not _FACTOR.match(key):
+                raise IVONError(f"method cat combines LoRA factors only, and {key} is none; use precision or linear")
+            parts.setdefault(key, []).append((i, key))
+    specs: dict[str, Spec] = {}
+    for key, found in parts.items():
+        axis = _axis(key)
+        shapes = [posteriors[i].mean.specs[key][1] for i, _ in found]
+        rests = {shape[:axis] + shape[axis + 1 :] for shape in shapes}
+        if len(rests) > 1:
+            raise IVONError(
+                f"the adapters differ in {key} ({shapes[0]}, {shapes[-1]}) beyond the rank; one base model?"
+            )
+        shape = list(shapes[0])
+        shape[axis] = sum(each[axis] for each in shapes)
+        specs[key] = (posteriors[found[0][0]].mean.specs[key][0], tuple(shape))
+
+    def joined(key: str, read: Callable[[Posterior, str], np.ndarray], sign: bool) -> np.ndarray:
+        pieces = []
+        for i, own in parts[key]:
+            values = read(posteriors[i], own)
+            if _axis(key) == 0:
+                factor = share[i] * _scaling(posteriors[i], own)
+                values = values * np.float32(factor if sign else abs(factor))
+            pieces.append(values)
+        return np.concatenate(pieces, axis=_axis(key))
+
+    sigma = {key: ("F32", shape) for key, (_, shape) in specs.items()}
+    return Posterior(
+        Tensors(specs, lambda key: from_float(joined(key, lambda q, own: q.mean.float32(own), True), specs[key][0])),
+        Tensors(sigma, lambda key: joined(key, lambda q, own: q.sigma.raw(own), False)),
+        _facts(posteriors, "cat"),
+        _cat_config(posteriors, specs),
+    )
+
+
+def _axis(key: str) -> int:
+    """Return the axis of a factor that is the rank: the rows of A, the columns of B."""
+    match = _FACTOR.match(key)
+    assert match
+    return 0 if match[2] == "A" else 1
+
+
+def _scaling(q: Posterior, key: str) -> float:
+    """Return what PEFT multiplies B·A of this module with: alpha/r, or alpha/√r (rsLoRA)."""
+    match = _FACTOR.match(key)
+    assert match
+    rank = q.mean.specs[key][1][0]
+    try:
+        alpha = q.config.get("lora_alpha", 8)
+        for pattern, value in (q.config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", match[1]):
+                alpha = value
+                break
+        return float(alpha / (math.sqrt(rank) if q.config.get("use_rslora") else rank))
+    except (TypeError, AttributeError, ZeroDivisionError, re.error) as error:
+        raise IVONError(f"adapter_config.json: lora_alpha or alpha_pattern cannot be read ({error})") from error
+
+
+def _cat_config(posteriors: Sequence[Posterior], specs: Mapping[str, Spec]) -> dict[str, Any]:
+    """Return the configuration of the concatenated adapter: scaling 1 everywhere, alpha equal to the rank."""
+    config = dict(posteriors[0].config)
+    ranks = {match[1]: specs[key][1][0] for key in specs if (match := _FACTOR.match(key)) and match[2] == "A"}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {module: rank for module, rank in ranks.items() if rank != usual}
+    config |= {"r": usual, "lora_alpha": usual, "use_rslora": False}
+    config |= {"rank_pattern": others, "alpha_pattern": others}
+    if any(q.config.get(name) != config.get(name) for q in posteriors for name in _TARGETS):
+        config |= dict.fromkeys(_TARGETS) | {"target_modules": sorted(ranks)}
+    return config

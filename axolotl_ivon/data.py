@@ -1,0 +1,142 @@
+"""Chat data for evaluation: the JSONL that axolotl trains on, one conversation a line.
+
+A line holds `{"messages": [{"role": …, "content": …}, …]}`; `conversations` with `from`/`value` (the older
+ShareGPT spelling) is read as well, and `{"text": …, "label": …}` as a one-turn chat. What is asked is
+everything before the last assistant message, what is right is that message.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import IVONError
+
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+MAX_CHOICES = 26
+_MAX_CHOICE_LENGTH = 40
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its reference answer; `source` is `FILE:LINE`, for messages to the user.
+
+    `plain` marks a `text`/`label` line, which a classifier reads without a chat template.
+    """
+
+    messages: tuple[dict[str, str], ...]
+    answer: str
+    source: str
+    plain: bool = False
+
+
+def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
+    """Read a JSONL file (UTF-8; empty lines are skipped), at most its first `limit` examples.
+
+    Raises:
+        IVONError: the file cannot be read or holds no line; a line (named by its number) is not JSON, has no
+            conversation, no assistant message, or nothing before it.
+    """
+    examples: list[Example] = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if limit is not None and len(examples) == limit:
+                    break
+                if line.strip():
+                    examples.append(_example(line, f"{path}:{number}"))
+    except FileNotFoundError:
+        raise IVONError(f"--data {path}: there is no such file; give a JSONL file of chats") from None
+    except UnicodeDecodeError as error:
+        raise IVONError(
+            f"--data {path}: not UTF-8 text ({error.reason} at byte {error.start}); give a JSONL file of chats"
+        ) from None
+    except OSError as error:
+        raise IVONError(f"--data {path}: cannot be read ({error.strerror}); give a JSONL file of chats") from None
+    if not examples:
+        raise IVONError(f"--data {path}: the file is empty; give a JSONL file with one chat a line")
+    return examples
+
+
+def _example(line: str, source: str) -> Example:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise IVONError(
+            f"{source}: not JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
+        ) from None
+    messages = _messages(record, source)
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        raise IVONError(f"{source}: no assistant message; the last one is the reference answer, add it")
+    if last == 0:
+        raise IVONError(f"{source}: nothing comes before the assistant message; add the question")
+    if not messages[last]["content"]:
+        raise IVONError(f"{source}: the assistant message is empty; it is the reference answer, fill it in")
+    return Example(tuple(messages[:last]), messages[last]["content"], source, plain="text" in record)
+
+
+def _messages(record: Any, source: str) -> list[dict[str, str]]:
+    wanted = '{"messages": [{"role": …, "content": …}, …]}'
+    if not isinstance(record, dict):
+        raise IVONError(f"{source}: not a JSON object; each line must be {wanted}")
+    if "messages" not in record and {"text", "label"} <= record.keys():
+        turns: Any = [
+            {"role": "user", "content": record["text"]},
+            {"role": "assistant", "content": str(record["label"])},
+        ]
+    else:
+        turns = record.get("messages", record.get("conversations"))
+    if not isinstance(turns, list):
+        raise IVONError(f"{source}: no list `messages`; each line must be {wanted}")
+    messages = []
+    for position, turn in enumerate(turns):
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise IVONError(
+                f"{source}: message {position} has no text `role` and `content`; each line must be {wanted}"
+            )
+        messages.append({"role": _ROLES.get(role, role), "content": content})
+    return messages
+
+
+def detect_task(examples: Sequence[Example]) -> str:
+    """Return "choice" if the answers look like a few strings to choose from, else "generate".
+
+    They do if there are at most 26 different ones, each one line of at most 40 characters, and either each is
+    a single character or they repeat (on average every answer occurs at least twice).
+    """
+    answers = {example.answer for example in examples}
+    few = len(answers) <= MAX_CHOICES
+    short = all(len(answer) <= _MAX_CHOICE_LENGTH and "\n" not in answer for answer in answers)
+    repeated = 2 * len(answers) <= len(examples) or all(len(answer.strip()) == 1 for answer in answers)
+    return "choice" if few and short and repeated else "generate"
+
+
+def find_choices(examples: Iterable[Example], given: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the strings to choose from: `given`, or the different answers of the data, sorted.
+
+    Raises:
+        IVONError: fewer than two choices, a choice given twice, or an answer that is none of them.
+    """
+    examples = list(examples)
+    if given is None:
+        choices = tuple(sorted({example.answer for example in examples}))
+        if len(choices) < 2:
+            raise IVONError(
+                f"--task choice: every answer in the data is {choices[0]!r}; name the others with --choices A,B"
+            )
+        return choices
+    choices = tuple(given)
+    if len(choices) < 2 or len(set(choices)) < len(choices) or "" in choices:
+        raise IVONError(f"--choices {','.join(choices)}: give at least two different, non-empty strings")
+    for example in examples:
+        if example.answer not in choices:
+            raise IVONError(
+                f"{example.source}: the answer {example.answer!r} is not one of --choices {','.join(choices)}"
+            )
+    return choices

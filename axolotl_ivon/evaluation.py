@@ -1,0 +1,532 @@
+"""Predictions of a posterior on data: base model, mean, averages over draws (arXiv 2506.14280, section 4.1).
+
+The posterior predictive p(y|x) = E_q[p(y|x, θ)] is the average of the probabilities of S draws. Each draw is
+written into the loaded model in place and runs once over the data; draws are shared by all rows (common
+random numbers), so rows that differ in temperature or pruning differ in nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor
+
+from .data import Example, detect_task, find_choices, read_examples
+from .errors import IVONError
+from .metrics import Scores, entropy
+from .models import AdapterSlots, evaluating, load_model, load_tokenizer, stacked
+from .prompts import Item, common_length, encode
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from .posterior import Posterior
+
+# Tokens in a batch when the size is "auto". On a CPU more would only add padding. Out of memory halves it.
+_AUTO_TOKENS = {"cpu": 512}
+_AUTO_TOKENS_ELSEWHERE = 16384
+_LOGITS = 2**27  # logits of one batch with --task generate: 512 MiB in float32
+_AVERAGES = 2**28  # probabilities (of all rows together) that are kept at a time: 1 GiB in float32
+_MIN_PREFIX = 8  # a shorter common prefix is not worth its own pass
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row of the table evaluates: the base model, or the posterior at temperature τ after pruning.
+
+    `tau=math.inf` is the mean, one pass; anything else the average over draws.
+
+    Raises:
+        IVONError: τ is not > 0, or the ratio is outside [0, 1].
+    """
+
+    name: str
+    tau: float = math.inf
+    ratio: float = 0.0
+    base: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.tau > 0:
+            raise IVONError(f"tau {self.tau} is not > 0; 1 is the posterior itself, inf the mean")
+        if not 0 <= self.ratio <= 1:
+            raise IVONError(f"ratio {self.ratio} is outside [0, 1]; 0.1 prunes a tenth of the weights")
+
+    def passes(self, samples: int) -> int:
+        """Return how many passes over the data the row takes."""
+        return 1 if self.base or math.isinf(self.tau) else samples
+
+
+def rows_of(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Row]:
+    """Return the five rows of the paper's tables 1 and 2, by name."""
+    rows = [
+        Row("base", base=True),
+        Row("mean"),
+        Row("mean-pruned", ratio=ratio),
+        Row("posterior", tau=tau),
+        Row("posterior-pruned", tau=tau, ratio=ratio),
+    ]
+    return {row.name: row for row in rows}
+
+
+# --- batches ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Right-padded token ids (rows, length), and where in them the scored positions are: row and column (m,).
+
+    `slots` (m,) says where the m distributions go among those of the chunk.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    row: Tensor
+    column: Tensor
+    slots: Tensor
+    candidates: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def part(self, start: int, stop: int) -> _Batch:
+        """Return rows `start` to `stop` as a batch."""
+        chosen = (self.row >= start) & (self.row < stop)
+        return _Batch(
+            self.ids[start:stop],
+            None if self.mask is None else self.mask[start:stop],
+            self.row[chosen] - start,
+            self.column[chosen],
+            self.slots[chosen],
+            None if self.candidates is None else self.candidates[chosen],
+        )
+
+
+def _collate(items: Sequence[Item], first_slot: int, skip: int, pad: int, device: torch.device) -> _Batch:
+    """Pad on the right, whatever the tokenizer would do: positions then need no correction in any model.
+
+    `skip` tokens at the start of every item are left out: they are in the cache.
+    """
+    length = max(len(item.ids) for item in items) - skip
+    ids = torch.full((len(items), length), pad)
+    mask = torch.zeros(len(items), length + skip, dtype=torch.long)
+    for row, item in enumerate(items):
+        ids[row, : len(item.ids) - skip] = torch.tensor(item.ids[skip:])
+        mask[row, : len(item.ids)] = 1
+    rows = torch.tensor([row for row, item in enumerate(items) for _ in item.positions])
+    column = torch.tensor([position - skip for item in items for position in item.positions])
+    candidates = None
+    if items[0].candidates is not None:
+        candidates = torch.tensor([item.candidates for item in items for _ in item.positions]).to(device)
+    return _Batch(
+        ids.to(device),
+        None if mask.all() else mask.to(device),
+        rows.to(device),
+        column.to(device),
+        torch.arange(first_slot, first_slot + len(rows)).to(device),
+        candidates,
+    )
+
+
+# --- passes -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Runner:
+    """Runs the loaded weights over items in batches that fit the memory."""
+
+    model: PeftModel
+    task: str
+    batch_size: int | None
+    notify: Callable[[str], None]
+    device: torch.device = field(init=False)
+    tokens: int = field(init=False)
+    keeps_logits: bool = field(init=False)
+    ceiling: float = math.inf  # tokens in a batch: lowered when the memory runs out
+
+    def __post_init__(self) -> None:
+        self.device = self.model.device
+        self.tokens = _AUTO_TOKENS.get(self.device.type, _AUTO_TOKENS_ELSEWHERE)
+        # The head runs on the scored positions only, where the model can do that.
+        forward = inspect.signature(self.model.get_base_model().forward)
+        self.keeps_logits = "logits_to_keep" in forward.parameters
+
+    def classes(self, items: Sequence[Item]) -> int:
+        """Return the number of classes of a distribution."""
+        if items[0].candidates is not None:
+            return len(items[0].candidates)
+        if self.task == "classify":
+            return self.model.config.num_labels
+        return self.model.config.get_text_config().vocab_size
+
+    def batches(self, items: Sequence[Item], skip: int, copies: int) -> list[_Batch]:
+        """Cut items (sorted by length) into batches; `copies` draws at once share the budget of tokens."""
+        pad = getattr(self.model.config, "pad_token_id", None) or 0
+        batches: list[_Batch] = []
+        start = slot = 0
+        while start < len(items):
+            stop = start + 1
+            while stop < len(items) and self._fits(items, start, stop + 1, skip, copies):
+                stop += 1
+            batches.append(_collate(items[start:stop], slot, skip, pad, self.device))
+            slot += len(batches[-1].slots)
+            start = stop
+        return batches
+
+    def _fits(self, items: Sequence[Item], start: int, stop: int, skip: int, copies: int) -> bool:
+        if self.batch_size is not None:
+            return stop - start <= self.batch_size
+        budget = min(self.tokens, _LOGITS // self.classes(items)) if self.task == "generate" else self.tokens
+        return (stop - start) * copies * (len(items[stop - 1].ids) - skip) <= budget
+
+    def run(self, batch: _Batch, prefix: Any, copies: int) -> Iterator[tuple[_Batch, Tensor]]:
+        """Yield (batch, probabilities (copies, m, classes)): in smaller parts when the memory runs out."""
+        waiting = [batch]
+        while waiting:
+            part = waiting.pop(0)
+            size, half = copies * part.ids.numel(), len(part) // 2
+            if size <= self.ceiling or not half:
+                probabilities = self._try_forward(part, prefix, copies)
+                if probabilities is not None:
+                    yield part, probabilities
+                    continue
+                clear_device_cache(garbage_collection=True)
+                if not half:
+                    raise IVONError(
+                        f"out of memory with a single prompt of {part.ids.shape[1]} tokens; use --load-in 8bit or "
+                        "4bit, --draws-per-pass 1, or a machine with more memory"
+                    )
+                self.notify(f"out of memory with {len(part)} prompts in a batch; going on with {half}")
+                self.ceiling = size // 2
+            waiting[:0] = [part.part(0, half), part.part(half, len(part))]
+
+    def _try_forward(self, batch: _Batch, prefix: Any, copies: int) -> Tensor | None:
+        """Return `_forward`'s probabilities, or None if the memory ran out; then nothing holds its tensors."""
+        try:
+            return self._forward(batch, prefix, copies)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            return None
+
+    def _forward(self, batch: _Batch, prefix: Any, copies: int) -> Tensor:
+        columns, column = torch.unique(batch.column, return_inverse=True)
+        inputs: dict[str, Any] = {"input_ids": batch.ids.repeat(copies, 1)}
+        if batch.mask is not None:
+            inputs["attention_mask"] = batch.mask.repeat(copies, 1)
+        if self.task == "classify":
+            logits = self.model(**inputs).logits.view(copies, len(batch), -1)
+            return logits.double().softmax(-1)
+        if prefix is not None:
+            inputs["past_key_values"] = _repeated(prefix, len(batch))
+        if self.keeps_logits:
+            inputs["logits_to_keep"] = columns
+        else:
+            column = batch.column
+        logits = self.model(**inputs, use_cache=False).logits
+        logits = logits.view(copies, len(batch), *logits.shape[1:])[:, batch.row, column]
+        if batch.candidates is None:
+            return logits.float().softmax(-1)
+        return logits.gather(2, batch.candidates.expand(copies, -1, -1)).double().softmax(-1)
+
+    def prefix(self, ids: Sequence[int], copies: int) -> Any:
+        """Return the cache after `ids` for each draw, or None if the model has none that batches can share."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=self.device).repeat(copies, 1)}
+        if self.keeps_logits:
+            inputs["logits_to_keep"] = 1
+        cache = getattr(self.model(**inputs, use_cache=True), "past_key_values", None)
+        # Sliding windows and recurrent states do not keep all of the prefix.
+        if type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers):
+            return cache
+        return None
+
+
+def _repeated(cache: Any, times: int) -> Any:
+    """Return a new cache in which every row of `cache` stands `times` times; the given one is not changed."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache(
+        ddp_cache_data=[
+            (layer.keys.repeat_interleave(times, 0), layer.values.repeat_interleave(times, 0)) for layer in cache.layers
+        ]
+    )
+
+
+# --- the evaluation ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Average:
+    """Running means over draws of the probabilities (n, classes) and of the entropies (n,) of one row.
+
+    Running, so that the average of equal draws is that draw to the last bit.
+    """
+
+    mean: Tensor
+    entropy: Tensor
+    draws: int = 0
+
+    def add(self, slots: Tensor, probabilities: Tensor) -> None:
+        """Add the next draws' `probabilities` (draws, m, classes) at `slots` (m,)."""
+        for number, one in enumerate(probabilities, start=self.draws + 1):
+            self.mean[slots] += (one - self.mean[slots]) / number
+            self.entropy[slots] += (entropy(one) - self.entropy[slots]) / number
+
+
+def count_passes(rows: Sequence[Row], samples: int) -> int:
+    """Return how many passes over the data `evaluate` takes."""
+    return sum(row.passes(samples) for row in rows)
+
+
+def evaluate(
+    model: PeftModel,
+    posterior: Posterior,
+    items: Sequence[Item],
+    rows: Sequence[Row],
+    task: str,
+    *,
+    samples: int = 10,
+    seed: int = 0,
+    batch_size: int | None = None,
+    draws_per_pass: int = 1,
+    progress: Callable[[int], None] | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> list[Scores]:
+    """Score the predictions of every row on `items`; the model is left as it was.
+
+    Draw k of every row is member k of `ivon-post sample --seed`, with the same noise at every τ and ratio.
+
+    Args:
+        model: the adapter over its base model, as `load_model` returns it.
+        batch_size: prompts in a batch, or None to choose; halved when the memory runs out, which `notify` is
+            told.
+        draws_per_pass: how many draws run in one batch over the shared base weights.
+        progress: called with the number of examples that a pass (or as many passes as there are draws) just
+            did.
+
+    Returns:
+        For every row the scores of all items; `group` is the item's index.
+
+    Raises:
+        IVONError: the model does not fit the posterior, draws cannot be stacked, or one prompt alone is too
+            large.
+    """
+    slots = AdapterSlots(model)
+    slots.check(posterior.mean)
+    runner = _Runner(model, task, batch_size, notify)
+    order = sorted(range(len(items)), key=lambda index: len(items[index].ids))
+    scores: list[list[Scores]] = [[] for _ in rows]
+    with evaluating(model):
+        skip = _prefix_length(items, task)
+        if skip and runner.prefix(items[0].ids[:skip], 1) is None:
+            skip = 0
+        for chunk in _chunks(order, items, runner.classes(items) * len(rows)):
+            part = [items[index] for index in chunk]
+            group = torch.tensor([index for index in chunk for _ in items[index].positions])
+            target = torch.tensor([target for item in part for target in item.targets])
+            size = (len(target), runner.classes(items))
+            dtype = torch.float32 if task == "generate" else torch.float64
+            zeros = functools.partial(torch.zeros, dtype=dtype, device=runner.device)
+            averages = [_Average(zeros(size), zeros(size[0])) for _ in rows]
+            batches: dict[int, list[_Batch]] = {}
+            for number, draws in _passes(posterior, rows, samples, seed, draws_per_pass):
+                copies = len(draws)
+                if copies not in batches:
+                    batches[copies] = runner.batches(part, skip, copies)
+                average = averages[number]
+                with _weights(model, slots, rows[number], draws):
+                    prefix = runner.prefix(items[0].ids[:skip], copies) if skip else None
+                    for batch in batches[copies]:
+                        for piece, probabilities in runner.run(batch, prefix, copies):
+                            average.add(piece.slots, probabilities)
+                            if progress:
+                                progress(len(piece) * copies)
+                average.draws += copies
+            for found, average in zip(scores, averages, strict=True):
+                found.append(Scores.of(average.mean, target.to(runner.device), average.entropy, group))
+    return [Scores.concatenate(parts) for parts in scores]
+
+
+def _prefix_length(items: Sequence[Item], task: str) -> int:
+    """Return how many tokens all items begin with, short of any scored position: they run once a pass."""
+    if task == "classify" or len(items) < 2:
+        return 0
+    length = min(common_length([item.ids for item in items]), min(item.positions[0] for item in items))
+    return length if length >= _MIN_PREFIX else 0
+
+
+def _chunks(order: Sequence[int], items: Sequence[Item], classes: int) -> Iterator[list[int]]:
+    """Cut the examples so that the averages of one chunk fit the memory; nearly always there is one chunk."""
+    chunk: list[int] = []
+    held = 0
+    for index in order:
+        size = len(items[index].positions) * classes
+        if chunk and held + size > _AVERAGES:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(index)
+        held += size
+    yield chunk
+
+
+def _passes(
+    posterior: Posterior, rows: Sequence[Row], samples: int, seed: int, draws_per_pass: int
+) -> Iterator[tuple[int, list[Mapping[str, Tensor]]]]:
+    """Yield (row number, adapter tensors of the draws of one pass), all rows for the same members together.
+
+    The next pass's draws are made in a thread while the model is busy with this one's.
+    """
+    pruned = {row.ratio: posterior.prune(row.ratio) if row.ratio else posterior for row in rows if not row.base}
+
+    def draws(row: Row, members: range) -> list[Mapping[str, Tensor]]:
+        if row.base:
+            return [{}]
+        if math.isinf(row.tau):
+            return [dict(pruned[row.ratio].mean)]
+        source = pruned[row.ratio].temper(row.tau)
+        return [source.sample(seed, member) for member in members]
+
+    todo = [
+        (number, row, range(start, min(start + draws_per_pass, row.passes(samples))))
+        for start in range(0, samples, draws_per_pass)
+        for number, row in enumerate(rows)
+        if start < row.passes(samples)
+    ]
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(draws, *todo[0][1:])
+        for position, (number, _, _) in enumerate(todo):
+            ready = coming.result()
+            if position + 1 < len(todo):
+                coming = pool.submit(draws, *todo[position + 1][1:])
+            yield number, ready
+
+
+def _weights(
+    model: PeftModel, slots: AdapterSlots, row: Row, draws: list[Mapping[str, Tensor]]
+) -> AbstractContextManager[None]:
+    if row.base:
+        return model.disable_adapter()
+    if len(draws) == 1:
+        return slots.loaded(draws[0])
+    return stacked(model, draws)
+
+
+# --- an adapter on data files -----------------------------------------------------------------------------------
+
+
+def open_posterior(adapter: str | Path, rows: Sequence[Row] = ()) -> Posterior:
+    """Read an adapter; one without σ serves as a posterior without width where `rows` ask for no more.
+
+    Raises:
+        IVONError: the adapter cannot be read, or has no σ and a row needs it.
+    """
+    from .posterior import SIGMA_FILE, Adapter, Posterior
+
+    held = Adapter(adapter)
+    if held.sigma is not None:
+        return Posterior.from_pretrained(adapter)
+    if not rows or any(not row.base and (row.ratio > 0 or math.isfinite(row.tau)) for row in rows):
+        raise IVONError(
+            f"{adapter} has no {SIGMA_FILE}, so there are no draws and no pruning; evaluate it with --rows base,mean"
+        )
+    sigma = {key: torch.zeros(shape) for key, (_, shape) in held.mean.specs.items()}
+    return Posterior(held.mean, sigma, {}, held.config, folder=held.folder)
+
+
+class Evaluation:
+    """An adapter with its base model in memory, and data files tokenised for it: ready to score rows.
+
+    Attributes:
+        task: "choice", "generate" or "classify".
+        choices: the strings to choose from, or the labels; empty for "generate".
+        files: the data files with the numbers of their examples, in the order given.
+        base_model: the name of the base model.
+    """
+
+    def __init__(
+        self,
+        adapter: str | Path,
+        data: Sequence[str | Path],
+        *,
+        rows: Sequence[Row] = (),
+        task: str | None = None,
+        choices: Sequence[str] | None = None,
+        limit: int | None = None,
+        base_model: str | None = None,
+        load_in: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> None:
+        """Read the data, then the adapter, then the base model: what fails sooner is tried first.
+
+        `task` is found by default: "classify" if the adapter has a classification head, else what the answers
+        look like (`detect_task`). `limit` takes the first examples of each file only.
+
+        Raises:
+            IVONError: as `read_examples`, `find_choices`, `open_posterior`, `load_model` and `encode` do.
+        """
+        examples: list[Example] = []
+        self.files: dict[str, range] = {}
+        for path in data:
+            more = read_examples(path, limit)
+            self.files[str(path)] = range(len(examples), len(examples) + len(more))
+            examples += more
+        self.posterior = open_posterior(adapter, rows)
+        folder = self.posterior.folder
+        assert folder is not None
+        head = self.posterior.config.get("task_type") == "SEQ_CLS"
+        if task is None:
+            task = "classify" if head else "choice" if choices else detect_task(examples)
+        if (task == "classify") != head:
+            trained = "with a classification head" if head else "without a classification head"
+            raise IVONError(f"--task {task}: the adapter {adapter} was trained {trained}; leave --task out")
+        self.task = task
+        self.choices = find_choices(examples, choices) if task == "choice" else ()
+        self.model = load_model(
+            folder,
+            base_model=base_model,
+            classify=task == "classify",
+            load_in=load_in,
+            device=device,
+            dtype=dtype,
+        )
+        config: Any = self.model.get_base_model().config
+        self.base_model = str(config._name_or_path)
+        tokenizer = load_tokenizer(folder, self.model)
+        label2id: dict[str, int] = {}
+        if task == "classify":
+            label2id = dict(config.label2id)
+            if config.pad_token_id is None:  # decoders find the end of a text by it
+                config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+            self.choices = tuple(sorted(label2id, key=lambda label: label2id[label]))
+        self.items = encode(
+            tokenizer,
+            examples,
+            task,
+            choices=self.choices,
+            label2id=label2id,
+            max_length=getattr(config, "max_position_embeddings", None),
+        )
+
+        tokens = self.model.get_input_embeddings().weight.shape[0]
+        for item, example in zip(self.items, examples, strict=True):
+            if max(item.ids) >= tokens:
+                raise IVONError(
+                    f"{example.source}: token {max(item.ids)} is new to the base model, which has {tokens}, and not in "
+                    "the adapter; train with lora_modules_to_save: [embed_tokens, lm_head]"
+                )
+
+    def run(self, rows: Sequence[Row], **options: Any) -> list[Scores]:
+        """Return `evaluate`'s scores of every row; `options` are its own."""
+        return evaluate(self.model, self.posterior, self.items, rows, self.task, **options)

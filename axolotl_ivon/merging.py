@@ -1,0 +1,105 @@
+"""An adapter merged into its base model, by PEFT."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import IVONError
+from .files import new_folder
+from .posterior import Adapter
+from .tensors import Progress, Tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def merge(
+    adapter: Adapter,
+    tensors: Tensors,
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write the base model with `tensors` (the mean, a pruned mean, a draw) of `adapter` merged into it.
+
+    `base_model` (a folder or Hub id) replaces the one that the adapter names; `dtype` ("float32", "bfloat16" or
+    "float16") the base model's own. Writes safetensors shards, the configuration and the tokenizer: the one beside the
+    adapter, else the base model's, if it has one. No code from a model repository is run.
+
+    Raises:
+        IVONError: an unknown dtype, a base model that cannot be loaded or does not fit, weights that are NaN after
+            merging, or a folder that exists or cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    from .models import AdapterSlots, load_model
+
+    if dtype is not None and dtype not in DTYPES:
+        raise IVONError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    base = base_model or adapter.config.get("base_model_name_or_path")
+    if not base:
+        raise IVONError(f"{adapter.folder}: adapter_config.json names no base model; name it with --base-model")
+    kind = adapter.config.get("task_type") or "CAUSAL_LM"
+    if kind not in ("CAUSAL_LM", "SEQ_CLS"):
+        raise IVONError(f"{adapter.folder} has task_type {kind}; merge knows CAUSAL_LM and SEQ_CLS")
+
+    def step(doing: str, count: int = 0) -> None:
+        if progress:
+            progress(doing, count, 1)
+
+    with new_folder(Path(folder), overwrite, [adapter.folder, *filter(Path.is_dir, [Path(base)])]) as new:
+        step("loading the base model")
+        model = load_model(
+            adapter.folder,
+            base_model=base,
+            classify=kind == "SEQ_CLS",
+            device="cpu",
+            dtype=dtype or _own_dtype(base),
+        )
+        step("loading the base model", 1)
+        step("merging")
+        slots = AdapterSlots(model)
+        slots.check(tensors)
+        slots.write(tensors)
+        try:
+            merged = model.merge_and_unload(safe_merge=True)
+        except (RuntimeError, ValueError) as error:  # NaN in a merged weight, or a kind of layer that cannot be merged
+            raise IVONError(f"{adapter.folder} cannot be merged ({' '.join(str(error).split())})") from error
+        step("merging", 1)
+        step("writing")
+        try:
+            merged.save_pretrained(new, max_shard_size=max_shard_size)
+        except SafetensorError as error:  # its writer does not raise OSError when the disk is full
+            raise IVONError(f"{folder} cannot be written ({' '.join(str(error).split())})") from error
+        if tokenizer := _tokenizer(adapter.folder, base):
+            tokenizer.save_pretrained(new)
+        step("writing", 1)
+
+
+def _own_dtype(base: str) -> str:
+    """Return the dtype that the base model was saved in, where it is one of those that a merged model can have."""
+    from transformers import AutoConfig
+
+    try:
+        own = str(AutoConfig.from_pretrained(base).dtype).removeprefix("torch.")
+    except (OSError, ValueError):  # load_model says what is wrong with it
+        return "auto"
+    return own if own in DTYPES else "auto"
+
+
+def _tokenizer(adapter: Path, base: str) -> PreTrainedTokenizerBase | None:
+    from transformers import AutoTokenizer
+
+    source = str(adapter) if (adapter / "tokenizer_config.json").exists() else base
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):  # the base model has none
+        return None

@@ -1,0 +1,169 @@
+"""Accuracy, calibration and uncertainty of predictions, with bootstrap standard errors.
+
+All metrics are functions of six numbers per prediction (`Scores`), so a posterior average over a vocabulary
+need not be kept whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
+
+# Name -> number of bins of equal width. Ten is the first that the tables show, fifteen is torchmetrics'
+# default.
+ECE_BINS = {"ece": 10, "ece15": 15}
+_CELLS = 4_000_000  # resamples × predictions that the bootstrap holds at a time
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the metrics need of n predictions: float64 tensors of shape (n,), and `group`, int64, likewise.
+
+    `group` numbers the example that a prediction belongs to: one for a choice, one per token for generation.
+    Predictions of one example are dependent, so the bootstrap draws examples. Entropies are in nats.
+    """
+
+    confidence: Tensor
+    correct: Tensor
+    nll: Tensor
+    brier: Tensor
+    entropy: Tensor
+    expected_entropy: Tensor
+    group: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        probabilities: Tensor,
+        target: Tensor,
+        expected_entropy: Tensor | None = None,
+        group: Tensor | None = None,
+    ) -> Scores:
+        """Score predictive distributions (n, classes), averaged over draws or not, against `target` (n,),
+        int64.
+
+        `expected_entropy` (n,) is the mean over draws of each draw's entropy; without draws it is the
+        entropy. The Brier score is the sum over classes, Σ_c (p_c − y_c)², between 0 and 2.
+        """
+        right = probabilities.gather(1, target[:, None]).squeeze(1)
+        confidence, guess = probabilities.max(dim=1)
+        uncertainty = entropy(probabilities)
+        columns = {
+            "confidence": confidence,
+            "correct": guess == target,
+            "nll": -right.clamp_min(torch.finfo(right.dtype).tiny).log(),
+            "brier": probabilities.square().sum(1) - 2 * right + 1,
+            "entropy": uncertainty,
+            "expected_entropy": uncertainty if expected_entropy is None else expected_entropy,
+        }
+        count = torch.arange(len(target)) if group is None else group.cpu()
+        return cls(**{name: column.double().cpu() for name, column in columns.items()}, group=count)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Scores]) -> Scores:
+        """Join scores end to end."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def of_groups(self, groups: Tensor) -> Scores:
+        """Return the scores of the examples numbered in `groups` only."""
+        chosen = torch.isin(self.group, groups)
+        return Scores(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Return the entropy in nats of distributions (…, classes), shape (…); 0·log 0 is 0."""
+    return -torch.xlogy(probabilities, probabilities).sum(-1)
+
+
+def metrics(scores: Scores) -> dict[str, float | None]:
+    """Return the metrics of one row.
+
+    accuracy, ece, ece15 (expected calibration error of the top label, 10 and 15 equal bins), nll (nats),
+    perplexity, brier, auroc (of the confidence, for being right; None if all are right or all wrong), and for
+    draws the split of the predictive entropy: entropy = expected_entropy (noise in the data) +
+    mutual_information (the draws disagree).
+    """
+    right = scores.correct.long()
+    calibration = {
+        name: binary_calibration_error(scores.confidence.clamp(0, 1), right, n_bins=bins).item()
+        for name, bins in ECE_BINS.items()
+    }
+    both = 0 < right.sum() < len(right)
+    nll = scores.nll.mean()
+    return {
+        "accuracy": scores.correct.mean().item(),
+        **calibration,
+        "nll": nll.item(),
+        "perplexity": nll.exp().item(),
+        "brier": scores.brier.mean().item(),
+        "auroc": binary_auroc(scores.confidence.clamp(0, 1), right).item() if both else None,
+        "entropy": scores.entropy.mean().item(),
+        "expected_entropy": scores.expected_entropy.mean().item(),
+        "mutual_information": (scores.entropy - scores.expected_entropy).mean().item(),
+    }
+
+
+def weighted_metrics(scores: Scores, weights: Tensor) -> dict[str, Tensor]:
+    """Return every metric of `metrics`, shape (resamples,), under `weights` (resamples, n): how often each
+    counts.
+
+    One matrix product per metric, where calling `metrics` on every resample would take seconds a row. A
+    resample in which all are right or all wrong has no AUROC: NaN.
+    """
+    total = weights.sum(1)
+    rows = {name: weights @ getattr(scores, name) / total for name in ("nll", "brier", "entropy", "expected_entropy")}
+    rows["accuracy"] = weights @ scores.correct / total
+    rows["perplexity"] = rows["nll"].exp()
+    rows["mutual_information"] = rows["entropy"] - rows["expected_entropy"]
+    gap = weights * (scores.correct - scores.confidence)
+    for name, bins in ECE_BINS.items():
+        edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+        bin_of = torch.bucketize(scores.confidence.clamp(0, 1), edges, right=True) - 1
+        rows[name] = _sum_by(gap, bin_of, bins + 1).abs().sum(1) / total
+    rows["auroc"] = _auroc(scores, weights)
+    return rows
+
+
+def _sum_by(values: Tensor, key: Tensor, keys: int) -> Tensor:
+    """Sum `values` (resamples, n) over equal `key` (n,): shape (resamples, keys)."""
+    return values.new_zeros(len(values), keys).index_add_(1, key, values)
+
+
+def _auroc(scores: Scores, weights: Tensor) -> Tensor:
+    # The share of (right, wrong) pairs in which the right one is the more confident; a tie counts half.
+    level, rank = torch.unique(scores.confidence, return_inverse=True)
+    right = _sum_by(weights * scores.correct, rank, len(level))
+    wrong = _sum_by(weights * (1 - scores.correct), rank, len(level))
+    below = wrong.cumsum(1) - wrong / 2
+    return (right * below).sum(1) / (right.sum(1) * wrong.sum(1))
+
+
+def standard_errors(scores: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, float | None]:
+    """Return the bootstrap standard error of every metric (Efron and Tibshirani 1993, algorithm 6.1).
+
+    Examples are drawn with replacement; the same `seed` draws the same examples, so rows of one table are
+    paired. None where a metric has no value in two or more resamples.
+    """
+    groups, group = torch.unique(scores.group, return_inverse=True)
+    generator = torch.Generator().manual_seed(seed)
+    step = max(1, _CELLS // max(len(group), len(groups)))
+    parts: list[dict[str, Tensor]] = []
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        drawn = torch.randint(len(groups), (rows, len(groups)), generator=generator)
+        times = torch.zeros(rows, len(groups), dtype=torch.float64)
+        times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+        parts.append(weighted_metrics(scores, times[:, group]))
+    errors: dict[str, float | None] = {}
+    for name in parts[0]:
+        values = torch.cat([part[name] for part in parts])
+        values = values[values.isfinite()]
+        error = values.std().item() if len(values) > 1 else math.inf
+        errors[name] = error if math.isfinite(error) else None
+    return errors

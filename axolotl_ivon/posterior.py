@@ -1,0 +1,416 @@
+"""The posterior over an adapter's weights, q = N(mean, diag(σ²)): reading, writing, changing.
+
+A `Posterior` reads its tensors from the files when they are asked for. `prune`, `temper` and `combine`
+return posteriors that compute theirs in the same way, so an adapter of any size needs the memory of a few
+tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import pruning
+from .drawing import normals
+from .errors import IVONError
+from .files import (
+    CONFIG_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    MEAN_FILE,
+    SIGMA_FILE,
+    TensorFile,
+    copy_companions,
+    new_file,
+    new_folder,
+    read_json,
+    resolve,
+    write_json,
+)
+from .tensors import Progress, Tensors, fingerprint, from_float, sha256, write_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FORMAT", "FORMAT_VERSION", "SIGMA_FILE", "Adapter", "Posterior", "mean_sha256", "save_sigma"]
+
+
+def mean_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the fingerprint of an adapter's tensors: names, dtypes, shapes and bytes, in any order.
+
+    It is the SHA-256 of the JSON list, sorted by name, of [name, dtype as in safetensors, shape, SHA-256 of
+    the row-major little-endian bytes].
+    """
+    held = Tensors.of(tensors)
+    return fingerprint(held, held.each(lambda key: sha256(held.raw(key))))
+
+
+class Adapter:
+    """A PEFT adapter folder as it lies on the disk: configuration, tensors, and σ where there is one.
+
+    Attributes:
+        folder: where it is (for a Hub id, the local copy).
+        config: adapter_config.json.
+        mean, mean_metadata: the tensors of adapter_model.safetensors, and its header.
+        sigma, metadata: those of ivon_sigma.safetensors; `sigma` is None where there is no such file.
+
+    Raises:
+        IVONError: the folder is no complete adapter, or σ has other names, shapes or dtypes than it must.
+    """
+
+    def __init__(self, path_or_hub_id: str | os.PathLike[str]) -> None:
+        self.folder = resolve(path_or_hub_id)
+        self.config = read_json(self.folder / CONFIG_FILE)
+        if not (self.folder / MEAN_FILE).exists() and (self.folder / "adapter_model.bin").exists():
+            raise IVONError(
+                f"{self.folder} holds its adapter as a pickle, which is never read; convert it to "
+                f"{MEAN_FILE}: load it with PEFT where you trust it, and save it with save_pretrained"
+            )
+        file = TensorFile(self.folder / MEAN_FILE)
+        self.mean = Tensors.of_file(file)
+        self.mean_metadata = file.metadata
+        self.sigma: Tensors | None = None
+        self.metadata: dict[str, str] = {}
+        if os.path.lexists(self.folder / SIGMA_FILE):
+            file = TensorFile(self.folder / SIGMA_FILE)
+            _check_header(file)
+            self.sigma = Tensors.of_file(file)
+            self.metadata = file.metadata
+            _check_names(file.path, self.mean, self.sigma)
+
+    def digests(self, progress: Progress | None = None) -> dict[str, str]:
+        """Return the SHA-256 of every tensor of the mean, whose values are checked on the way.
+
+        Raises:
+            IVONError: a value is NaN or infinite.
+        """
+
+        def digest(key: str) -> str:
+            if self.mean.is_float(key):
+                _check_finite(self.folder / MEAN_FILE, key, self.mean.float32(key))
+            return sha256(self.mean.raw(key))
+
+        return self.mean.each(digest, f"reading {MEAN_FILE}", progress)
+
+
+def _check_header(file: TensorFile) -> None:
+    facts = file.metadata
+    if facts.get("format") != FORMAT:
+        raise IVONError(f"{file.path}: format is {facts.get('format')!r}; axolotl-ivon writes {FORMAT!r}")
+    if facts.get("format_version") != FORMAT_VERSION:
+        raise IVONError(
+            f"{file.path}: format_version is {facts.get('format_version')!r}; this version of axolotl-ivon "
+            f"reads {FORMAT_VERSION!r}: upgrade it"
+        )
+    for name, default, good in (("tau", "1", lambda x: x > 0), ("pruned_ratio", "0", lambda x: 0 <= x <= 1)):
+        try:
+            valid = good(float(facts.get(name, default)))
+        except ValueError:
+            valid = False
+        if not valid:
+            raise IVONError(f"{file.path}: {name} is {facts[name]!r}, which `ivon-post` never writes")
+
+
+def _check_names(path: Path, mean: Tensors, sigma: Tensors) -> None:
+    for key in sorted(mean.specs.keys() | sigma.specs.keys()):
+        if key not in sigma:
+            raise IVONError(f"{path}: no σ for {key}, which {MEAN_FILE} has")
+        if key not in mean:
+            raise IVONError(f"{path}: σ for {key}, which {MEAN_FILE} does not have")
+        (dtype, shape), expected = sigma.specs[key], mean.specs[key][1]
+        if shape != expected:
+            raise IVONError(f"{path}: σ of {key} has shape {list(shape)}; the mean has {list(expected)}")
+        if dtype != "F32":
+            raise IVONError(f"{path}: σ of {key} has dtype {dtype}; it must be F32")
+
+
+def _check_finite(path: Path, key: str, values: np.ndarray) -> None:
+    # A NaN anywhere makes both extremes NaN.
+    if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
+        raise IVONError(f"{path}: {key} holds NaN or infinite values; use an earlier checkpoint")
+
+
+def _check_sigma(path: Path, sigma: Tensors, progress: Progress | None = None) -> None:
+    def check(key: str) -> None:
+        values = sigma.raw(key)
+        _check_finite(path, key, values)
+        if values.size and values.min() < 0:
+            raise IVONError(f"{path}: σ of {key} has negative values; a standard deviation is ≥ 0")
+
+    sigma.each(check, f"reading {SIGMA_FILE}", progress)
+
+
+class Posterior:
+    """q = N(mean, diag(σ²)) over the weights of one PEFT adapter.
+
+    Attributes:
+        mean: the adapter's tensors under PEFT's own names, in their own dtypes.
+        sigma: the standard deviations, float32, same names and shapes; 0 where a weight was pruned or not
+            trained.
+        metadata: the header of ivon_sigma.safetensors, all strings.
+        config: adapter_config.json.
+        inputs: every folder that it was made from; none is ever overwritten.
+        folder: where it was read from, or None; the model card and the tokenizer there go along when the
+            posterior is saved.
+
+    `mean` and `sigma` load a tensor each time it is asked for; `dict(q.mean)` holds them all. Nothing
+    modifies a posterior: `prune` and `temper` return new ones.
+    """
+
+    def __init__(
+        self,
+        mean: Mapping[str, torch.Tensor],
+        sigma: Mapping[str, torch.Tensor],
+        metadata: Mapping[str, str],
+        config: Mapping[str, Any],
+        *,
+        folder: Path | None = None,
+    ) -> None:
+        self.mean = Tensors.of(mean)
+        self.sigma = Tensors.of(sigma)
+        self.metadata = dict(metadata)
+        self.config = dict(config)
+        self.folder = folder
+        self._mean_metadata = {"format": "pt"}
+        self._aliases: dict[str, str] = {}
+        self._fingerprint: str | None = None
+        self._pruned: dict[str, int] = {}
+        self.inputs = [folder] if folder else []
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | os.PathLike[str], progress: Progress | None = None) -> Posterior:
+        """Read an adapter folder, or a Hugging Face Hub id, with its ivon_sigma.safetensors.
+
+        Raises:
+            IVONError: there is no such adapter, it has no σ, its files do not belong together, or they hold
+                values that no posterior has (the message says which).
+        """
+        adapter = Adapter(path_or_hub_id)
+        if adapter.sigma is None:
+            raise IVONError(
+                f"{path_or_hub_id} has no {SIGMA_FILE}, so it is no posterior: only `ivon-post info` and "
+                "`ivon-post merge` work on it; train with `optimizer: ivon_lora` to get one"
+            )
+        path = adapter.folder / SIGMA_FILE
+        digests = adapter.digests(progress)
+        posterior = cls(adapter.mean, adapter.sigma, adapter.metadata, adapter.config, folder=adapter.folder)
+        posterior._mean_metadata = adapter.mean_metadata
+        posterior._fingerprint = fingerprint(adapter.mean, digests)
+        if adapter.metadata.get("mean_sha256") != posterior._fingerprint:
+            raise IVONError(
+                f"{path} belongs to another {MEAN_FILE} (mean_sha256 differs); put the two files of one save together"
+            )
+        _check_sigma(path, adapter.sigma, progress)
+        posterior._aliases = _find_aliases(adapter.mean, adapter.sigma, digests)
+        return posterior
+
+    @property
+    def tau(self) -> float:
+        """The temperature of the posterior: σ was divided by its root."""
+        return float(self.metadata.get("tau", "1.0"))
+
+    @property
+    def pruned_ratio(self) -> float:
+        """The largest ratio that was pruned so far."""
+        return float(self.metadata.get("pruned_ratio", "0.0"))
+
+    def pruned(self) -> dict[str, int]:
+        """Return, per tensor, how many weights are pruned: mean and σ are 0, in a tensor that was trained."""
+
+        def count(key: str) -> int:
+            if key in self._pruned:
+                return self._pruned[key]
+            mean, sigma = self.mean.float32(key), self.sigma.raw(key)
+            if not sigma.any() and mean.any():
+                return 0
+            return int(np.count_nonzero((sigma == 0) & (mean == 0)))
+
+        return self.mean.each(count)
+
+    def _with(self, mean: Tensors, sigma: Tensors, fact: Mapping[str, str]) -> Posterior:
+        changed = Posterior(mean, sigma, {**self.metadata, **fact}, self.config, folder=self.folder)
+        changed._mean_metadata = self._mean_metadata
+        changed._aliases = self._aliases
+        changed.inputs = self.inputs
+        changed._fingerprint = self._fingerprint if mean is self.mean else None
+        return changed
+
+    def prune(
+        self,
+        ratio: float,
+        criterion: str = "snr",
+        scope: str = "adapter",
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Posterior:
+        """Return the posterior with mean and σ of the `ratio` least important weights set to 0.
+
+        `criterion` is "snr" (|m|/σ, smallest first; arXiv 2506.14280), "sigma" (largest σ first), "magnitude",
+        "random" (drawn with `seed`), or one that an extension adds. `scope` is "adapter" (ranked over all
+        tensors) or "tensor" (the same share of each). Exactly round(ratio·weights) weights are 0
+        afterwards, those that were pruned before included; ties are broken by name and place. Tensors that
+        were saved but not trained (σ is 0 all over, the mean is not) are neither pruned nor counted.
+
+        Raises:
+            IVONError: a ratio outside [0, 1], an unknown criterion or scope, or σ that is 0 everywhere.
+        """
+        masks = pruning.lowest(self.mean, self.sigma, ratio, criterion, scope, seed, progress, self._aliases)
+
+        def zero(key: str, raw: np.ndarray) -> np.ndarray:
+            if key not in masks:
+                return raw
+            # Whatever the dtype, a product of its bits with 0 or 1: many times faster than assigning to a mask.
+            bits = raw.reshape(-1).view(f"u{raw.itemsize}")
+            kept = np.unpackbits(masks[key][0], count=raw.size) ^ 1
+            return (bits * kept.astype(bits.dtype)).view(raw.dtype).reshape(raw.shape)
+
+        pruned = self._with(
+            self.mean.map(zero) if masks else self.mean,
+            self.sigma.map(zero),
+            {"pruned_ratio": repr(max(float(ratio), self.pruned_ratio))},
+        )
+        pruned._pruned = {key: zeros for key, (_, zeros) in masks.items()}
+        return pruned
+
+    def temper(self, tau: float) -> Posterior:
+        """Return the posterior at temperature τ (arXiv 2506.14280): λ·τ for λ, so σ/√τ; inf gives the mean.
+
+        Repeated temperatures multiply.
+
+        Raises:
+            IVONError: τ is not > 0.
+        """
+        if not tau > 0:
+            raise IVONError(f"tau {tau} is not > 0; 1 is the posterior itself, inf the mean")
+
+        def cool(key: str, raw: np.ndarray) -> np.ndarray:
+            with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+                cooled = raw / math.sqrt(tau)
+            if tau < 1 and raw.size and not np.isfinite(cooled.max()):
+                raise IVONError(f"tau {tau} makes σ of {key} infinite; choose a larger one")
+            return cooled
+
+        sigma = self.sigma if tau == 1 else self.sigma.map(cool)
+        return self._with(self.mean, sigma, {"tau": repr(float(tau) * self.tau)})
+
+    def draw(self, seed: int = 0, member: int = 0, dtype: str | None = None) -> Tensors:
+        """Return one draw θ ~ q, as `sample` does, whose tensors are made when they are asked for.
+
+        `dtype` ("F32", "BF16", "F16") replaces the mean's.
+        """
+        specs = {
+            key: (dtype if dtype and self.mean.is_float(key) else own, shape)
+            for key, (own, shape) in self.mean.specs.items()
+        }
+
+        def at(key: str) -> np.ndarray:
+            if not self.mean.is_float(key):
+                return self.mean.raw(key)
+            theta = normals(self.mean.size(key), "draw", seed, member, self._aliases.get(key, key))
+            theta = theta.reshape(self.mean.specs[key][1])
+            theta *= self.sigma.raw(key)
+            if self.mean.specs[key][0] == "F64":
+                theta = theta + self.mean.raw(key)
+            else:
+                theta += self.mean.float32(key)
+            return from_float(theta, specs[key][0])
+
+        return Tensors(specs, at)
+
+    def sample(self, seed: int = 0, member: int = 0) -> dict[str, torch.Tensor]:
+        """Return one draw θ ~ q: mean + σ·ε in float32, rounded to the mean's dtype, under PEFT's names.
+
+        ε ~ N(0, I) depends on `seed`, `member` and the tensor's name alone: it is the same on every machine, in
+        every thread, and for every τ and pruning ratio. Where σ is 0 the draw is the mean. Tensors that
+        were saved twice because the model shares them get one draw.
+        """
+        return dict(self.draw(seed, member))
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], overwrite: bool = False, progress: Progress | None = None
+    ) -> None:
+        """Write a complete PEFT adapter with its σ: `folder` appears whole, or not at all.
+
+        Raises:
+            IVONError: the folder exists (and not `overwrite`), holds the input, or cannot be written.
+        """
+        with new_folder(Path(folder), overwrite, self.inputs) as new:
+            if self.folder:
+                copy_companions(self.folder, new)
+            write_json(new / CONFIG_FILE, self.config)
+            digests = write_tensors(
+                new / MEAN_FILE, self.mean, self._mean_metadata, progress, hashed=not self._fingerprint
+            )
+            header = {
+                **self.metadata,
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "library_version": version("axolotl-ivon"),
+                "mean_sha256": self._fingerprint or fingerprint(self.mean, digests),
+            }
+            write_tensors(new / SIGMA_FILE, self.sigma, header, progress)
+
+    @classmethod
+    def combine(
+        cls,
+        posteriors: Sequence[Posterior],
+        method: str = "precision",
+        weights: Sequence[float] | None = None,
+    ) -> Posterior:
+        """Return one posterior made of several over the same base model; see `combining.combine`."""
+        from .combining import combine
+
+        return combine(posteriors, method, weights)
+
+
+def _find_aliases(mean: Tensors, sigma: Tensors, digests: Mapping[str, str]) -> dict[str, str]:
+    """Return name -> first name for tensors that were saved twice because the model shares them.
+
+    PEFT writes a shared tensor once under each name. Equal bytes in mean and σ tell it apart from tensors
+    that merely start equal, as B = 0 does: those are constant.
+    """
+    aliases: dict[str, str] = {}
+    first: dict[tuple[str, object], str] = {}
+    for key in sorted(mean):
+        twin = first.setdefault((digests[key], mean.specs[key]), key)
+        if twin == key or not mean.size(key):
+            continue
+        raw = mean.raw(key)
+        if (raw != raw.flat[0]).any() and np.array_equal(sigma.raw(key), sigma.raw(twin)):
+            aliases[key] = twin
+    return aliases
+
+
+def save_sigma(folder: str | os.PathLike[str], sigma: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> None:
+    """Write ivon_sigma.safetensors beside the adapter_model.safetensors that lies in `folder`.
+
+    `sigma` has the names and shapes of the adapter's tensors; `facts` are the header's.
+    Format, version, fingerprint of the mean, τ = 1 and pruned ratio 0 are added. The file is replaced at
+    once, or left.
+
+    Raises:
+        IVONError: names or shapes differ from the adapter's, σ is negative, NaN or infinite, or the file
+            cannot be written.
+    """
+    target = Path(folder) / SIGMA_FILE
+    mean = Tensors.of_file(TensorFile(Path(folder) / MEAN_FILE))
+    held = Tensors.of({key: value.float() for key, value in sigma.items()})
+    _check_names(target, mean, held)
+    _check_sigma(target, held)
+    header = {
+        "tau": "1.0",
+        "pruned_ratio": "0.0",
+        **facts,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library_version": version("axolotl-ivon"),
+        "mean_sha256": mean_sha256(mean),
+    }
+    with new_file(target) as path:
+        write_tensors(path, held, header)

@@ -1,0 +1,140 @@
+"""Chats as a model reads them: token ids, and the positions and classes that are scored."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .data import Example
+from .errors import IVONError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tokenised example: at `positions` of `ids` the next-token (or label) distribution is scored.
+
+    `targets` holds a class for each position: the index of the choice, the label, or the next token's id.
+    `candidates` are the token ids of the choices, or None if the classes are all tokens, or labels.
+    """
+
+    ids: list[int]
+    positions: list[int]
+    targets: list[int]
+    candidates: tuple[int, ...] | None = None
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    task: str,
+    *,
+    choices: Sequence[str] = (),
+    label2id: Mapping[str, int] | None = None,
+    max_length: int | None = None,
+) -> list[Item]:
+    """Tokenise examples for a task ("choice" needs `choices`, "classify" `label2id`).
+
+    Raises:
+        IVONError: no chat template, or one that refuses a conversation; two choices that start with the same
+            token; an unknown label; an example longer than `max_length` tokens (classify truncates instead).
+    """
+    if task == "classify":
+        return [_encode_label(tokenizer, example, label2id or {}, max_length) for example in examples]
+    if not tokenizer.chat_template:
+        raise IVONError(
+            f"the tokenizer {tokenizer.name_or_path} has no chat template; save the tokenizer that axolotl trained "
+            "with beside the adapter"
+        )
+    make = _encode_choice if task == "choice" else _encode_reference
+    items = [make(tokenizer, example, choices) for example in examples]
+    for item, example in zip(items, examples, strict=True):
+        if max_length is not None and len(item.ids) > max_length:
+            raise IVONError(
+                f"{example.source}: {len(item.ids)} tokens, but the model takes {max_length}; shorten or remove it"
+            )
+    return items
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[str, str]:
+    """Return what the chat template puts before and after the answer.
+
+    Found by rendering two answers, so that whatever the template writes before an answer in training (an
+    empty `<think>` block, say) is there; for most it is what `add_generation_prompt` gives.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        zero, one = (
+            str(
+                tokenizer.apply_chat_template(
+                    [*example.messages, {"role": "assistant", "content": content}], tokenize=False
+                )
+            )
+            for content in "01"
+        )
+    except TemplateError as error:
+        raise IVONError(f"{example.source}: the chat template refuses the messages ({error})") from None
+    start = common_length([zero, one])
+    return zero[:start], zero[start + 1 :]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    # The template writes the special tokens itself.
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def common_length(sequences: Sequence[Sequence[Any]]) -> int:
+    """Return how many leading elements all sequences share."""
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _encode_choice(tokenizer: PreTrainedTokenizerBase, example: Example, choices: Sequence[str]) -> Item:
+    before, _ = _render(tokenizer, example)
+    prompt, *answers = _tokens(tokenizer, [before, *(before + choice for choice in choices)])
+    # The last token of the prompt may merge with the answer: what is fed ends before the first difference.
+    start = min(common_length([prompt, answer]) for answer in answers)
+    first: dict[int, str] = {}
+    for choice, answer in zip(choices, answers, strict=True):
+        token = answer[start]
+        if token in first:
+            raise IVONError(
+                f"--choices: {first[token]!r} and {choice!r} start with the same token "
+                f"({tokenizer.decode([token])!r}); reword them, or use --task generate"
+            )
+        first[token] = choice
+    return Item(prompt[:start], [start - 1], [choices.index(example.answer)], tuple(first))
+
+
+def _encode_reference(tokenizer: PreTrainedTokenizerBase, example: Example, _: Sequence[str]) -> Item:
+    before, after = _render(tokenizer, example)
+    # The token that ends the turn is part of what axolotl trains on.
+    end = next((token for token in tokenizer.all_special_tokens if token and after.startswith(token)), "")
+    prompt, full = _tokens(tokenizer, [before, before + example.answer + end])
+    start = common_length([prompt, full])
+    return Item(full[:-1], list(range(start - 1, len(full) - 1)), full[start:])
+
+
+def _encode_label(
+    tokenizer: PreTrainedTokenizerBase, example: Example, label2id: Mapping[str, int], max_length: int | None
+) -> Item:
+    label = label2id.get(example.answer)
+    if label is None and example.answer.isdecimal() and int(example.answer) < len(label2id):
+        label = int(example.answer)
+    if label is None:
+        raise IVONError(
+            f"{example.source}: the label {example.answer!r} is neither one of the model's "
+            f"({', '.join(label2id)}) nor an index below {len(label2id)}"
+        )
+    if tokenizer.chat_template and not example.plain:
+        text = str(tokenizer.apply_chat_template(list(example.messages), tokenize=False))
+        ids = _tokens(tokenizer, [text])[0][:max_length]
+    else:
+        text = "\n".join(message["content"] for message in example.messages)
+        ids = tokenizer(text, truncation=max_length is not None, max_length=max_length)["input_ids"]
+    return Item(ids, [len(ids) - 1], [label])

@@ -1,0 +1,174 @@
+"""Which weights to prune: scores, and the exact choice of the lowest among hundreds of millions.
+
+Scores are computed one tensor at a time and never all held: of them only those near the
+threshold are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from .drawing import generator
+from .errors import IVONError
+from .files import in_threads
+from .hookspecs import Criterion, plugin_manager
+from .tensors import Progress, Tensors
+
+SCOPES = ("adapter", "tensor")
+
+
+def snr(name: str, mean: np.ndarray, sigma: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """|m|/σ, the signal-to-noise ratio (arXiv 2506.14280): infinite where a weight has no noise."""
+    scores = np.abs(mean)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # 0/0 is a pruned weight
+        scores /= sigma
+    return scores
+
+
+def largest_sigma(name: str, mean: np.ndarray, sigma: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """−σ: the most uncertain weights go first, as in an earlier version of arXiv 2506.14280."""
+    return -sigma
+
+
+def magnitude(name: str, mean: np.ndarray, sigma: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """|m|, which needs no posterior: the baseline."""
+    return np.abs(mean)
+
+
+def at_random(name: str, mean: np.ndarray, sigma: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Uniform in [0, 1): the control."""
+    return random.random(mean.shape, np.float32)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "snr": snr,
+    "sigma": largest_sigma,
+    "magnitude": magnitude,
+    "random": at_random,
+}
+
+
+def criteria() -> dict[str, Criterion]:
+    """Return every criterion by name: those that ship and those of installed extensions."""
+    found: dict[str, Criterion] = {}
+    for more in plugin_manager().hook.pruning_criteria():
+        found.update(more)
+    return found
+
+
+def lowest(
+    mean: Tensors,
+    sigma: Tensors,
+    ratio: float,
+    criterion: str,
+    scope: str,
+    seed: int,
+    progress: Progress | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> dict[str, tuple[np.ndarray, int]]:
+    """Return, per tensor, the weights to prune as packed bits (np.packbits), and how many are 0 then.
+
+    round(ratio · weights) weights are marked, over the whole adapter or in every tensor. Weights whose mean and σ are 0
+    already are pruned, and counted first. Equal scores are broken by the tensor's name, then the place in it. A tensor
+    that was saved with the adapter but not trained (σ is 0 all over, the mean is not) takes no part and is not counted.
+    `aliases` names the tensor whose random numbers another one uses.
+
+    Raises:
+        IVONError: a ratio outside [0, 1], an unknown criterion or scope, scores that are NaN or of
+            another shape, or σ that is 0 everywhere.
+    """
+    if not 0 <= ratio <= 1:
+        raise IVONError(f"ratio {ratio} is outside [0, 1]; 0.1 prunes a tenth of the weights")
+    known = criteria()
+    if criterion not in known:
+        raise IVONError(f"criterion {criterion!r} is unknown; choose one of {', '.join(known)}")
+    if scope not in SCOPES:
+        raise IVONError(f"scope {scope!r} is unknown; choose one of {', '.join(SCOPES)}")
+
+    def scores(key: str) -> np.ndarray:
+        m, s = mean.float32(key), sigma.raw(key)
+        values = np.asarray(
+            known[criterion](key, m, s, generator("prune", seed, (aliases or {}).get(key, key))), np.float32
+        )
+        if values.shape != m.shape:
+            raise IVONError(f"criterion {criterion!r} gave shape {values.shape} for {key}")
+        pruned = (s == 0) & (m == 0) if s.min() == 0 else None
+        if pruned is not None:
+            values = np.where(pruned, np.float32(0), values)
+        if not values.min() > -np.inf:
+            raise IVONError(f"criterion {criterion!r} gave NaN or minus infinity for {key}")
+        if pruned is not None:
+            values[pruned] = -np.inf
+        return values.reshape(-1)
+
+    def takes_part(key: str) -> bool:
+        if not mean.size(key):
+            return False
+        # The first σ answers for almost every tensor.
+        return bool(sigma.raw(key).flat[0] > 0 or sigma.raw(key).any() or not mean.raw(key).any())
+
+    taking = mean.each(takes_part, "reading", progress)
+    keys = sorted(key for key in taking if taking[key])
+    if ratio > 0 and not keys:
+        raise IVONError("σ is 0 everywhere, so no weight is less certain than another; prune before tau inf")
+    total = sum(map(mean.size, keys))
+
+    def done(key: str) -> None:
+        if progress:
+            progress("ranking", mean.size(key), total)
+
+    marked: dict[str, tuple[np.ndarray, int]] = {}
+    for group in [keys] if scope == "adapter" else [[key] for key in keys]:
+        weights = sum(map(mean.size, group))
+        if count := round(ratio * weights):
+            marked.update(_mark(group, scores, count, weights, done))
+    return marked
+
+
+def _mark(
+    keys: list[str], scores: Callable[[str], np.ndarray], count: int, weights: int, done: Callable[[str], None]
+) -> Iterator[tuple[str, tuple[np.ndarray, int]]]:
+    """Choose the `count` ≥ 1 smallest scores of tensors that have `weights` in all: yield what `lowest` returns.
+
+    A sample says between which two values the last one chosen lies, to six standard errors. Then one pass marks what is
+    below, and keeps only what is between, to be sorted. Should the sample have misled, everything is between.
+    """
+    # A prime step, or the sample would be one column of a matrix whose width divides it.
+    step = 61 if weights > 2**22 else 1
+    sample = np.sort(np.concatenate(list(in_threads(lambda key: scores(key)[::step].copy(), keys))))
+    middle, spread = count / step, 6 * math.sqrt(count / step) + 10
+    first, last = max(0, int(middle - spread)), min(len(sample) - 1, int(middle + spread))
+    for low, high in ((sample[first], sample[last]), (-np.inf, np.inf)):
+
+        def split(
+            key: str, low: float = low, high: float = high
+        ) -> tuple[np.ndarray, int, int, np.ndarray, np.ndarray]:
+            values = scores(key)
+            under = values < low
+            near = np.flatnonzero(~under & (values <= high))
+            counts = int(np.count_nonzero(under)), int(np.count_nonzero(values == -np.inf))
+            return np.packbits(under), *counts, near.astype(np.uint32), values[near]
+
+        parts = {}
+        for key, part in zip(keys, in_threads(split, keys), strict=True):
+            parts[key] = part
+            done(key)
+        left = count - sum(under for _, under, *_ in parts.values())
+        between = np.concatenate([values for *_, values in parts.values()])
+        if 0 < left <= len(between):
+            break
+    between.partition(left - 1)
+    threshold = between[left - 1]
+    left -= int(np.count_nonzero(between < threshold))
+    for key in keys:
+        under, _, gone, near, values = parts.pop(key)
+        ties = near[values == threshold][:left]  # more may be equal than are left to prune: the first ones go
+        left -= len(ties)
+        mask = np.unpackbits(under)
+        mask[near[values < threshold]] = 1
+        mask[ties] = 1
+        # Those that were pruned before have the smallest scores: all of them are chosen again, or nothing else is.
+        yield key, (np.packbits(mask), max(int(np.count_nonzero(mask)), gone))

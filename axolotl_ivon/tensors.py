@@ -1,0 +1,201 @@
+"""Tensors by name that are read, changed and written one at a time, in numpy.
+
+Importing torch takes longer than most commands take to work, so it is imported only when somebody asks for a torch
+tensor. A *raw* array holds a tensor's bits: numpy's own dtype, or uint16 for bfloat16, which numpy lacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from .errors import IVONError
+from .files import TensorFile, TensorWriter, in_threads
+
+if TYPE_CHECKING:
+    import torch
+
+Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, and shape
+Progress = Callable[[str, int, int], None]  # what is being done, weights just done, weights in all
+
+_RAW: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_NAMES = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+_T = TypeVar("_T")
+
+
+def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Return a raw array's values as float32; float32 itself is not copied."""
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return raw.astype(np.float32, copy=False)
+
+
+def from_float(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Return finite values as a raw array of `dtype`, rounded to nearest, ties to even, as torch does."""
+    if dtype != "BF16":
+        return values.astype(_RAW[dtype], copy=False)
+    bits = values.astype(np.float32, copy=False).view(np.uint32)
+    bits = bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))
+    return (bits >> np.uint32(16)).astype(np.uint16)
+
+
+class Tensors(Mapping[str, "torch.Tensor"]):
+    """A mapping from names to torch tensors, each made when it is asked for.
+
+    Attributes:
+        specs: dtype (as safetensors names it) and shape of every tensor, known without making it.
+    """
+
+    def __init__(self, specs: Mapping[str, Spec], load: Callable[[str], np.ndarray]) -> None:
+        """`load(name)` makes a tensor's raw array."""
+        self.specs = dict(specs)
+        self._load = load
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """Wrap torch tensors that are in memory."""
+        if isinstance(tensors, Tensors):
+            return tensors
+        held, specs = {}, {}
+        for key, tensor in tensors.items():
+            if str(tensor.dtype) not in _NAMES:
+                raise IVONError(f"{key} has dtype {tensor.dtype}, which is not supported; use float32 or bfloat16")
+            specs[key] = (_NAMES[str(tensor.dtype)], tuple(tensor.shape))
+            tensor = tensor.detach().cpu().contiguous()
+            held[key] = (tensor.view(_torch().int16) if specs[key][0] == "BF16" else tensor).numpy()
+            held[key] = held[key].view(_RAW[specs[key][0]])
+        return cls(specs, held.__getitem__)
+
+    @classmethod
+    def of_file(cls, file: TensorFile) -> Tensors:
+        """Read tensors from an open safetensors file, each as a private map of its bytes."""
+
+        def load(key: str) -> np.ndarray:
+            entry = file.entries[key]
+            return np.frombuffer(file.buffer(key), _RAW[entry.dtype]).reshape(entry.shape)
+
+        return cls({key: (entry.dtype, entry.shape) for key, entry in file.entries.items()}, load)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        if key not in self.specs:
+            raise KeyError(key)
+        torch = _torch()
+        # torch refuses what is not aligned, as a foreign writer may leave it, and 0-d arrays that numpy made scalars.
+        raw = np.require(self._load(key), requirements=["A", "W"])
+        tensor = torch.from_numpy(raw.view(np.int16) if self.specs[key][0] == "BF16" else raw)
+        return tensor.view(torch.bfloat16) if self.specs[key][0] == "BF16" else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.specs
+
+    def raw(self, key: str) -> np.ndarray:
+        """Return the bits of one tensor."""
+        return self._load(key)
+
+    def float32(self, key: str) -> np.ndarray:
+        """Return the values of one tensor as float32; do not write to it."""
+        return to_float32(self._load(key), self.specs[key][0])
+
+    def map(self, change: Callable[[str, np.ndarray], np.ndarray]) -> Tensors:
+        """Return tensors of the same dtypes and shapes: `change(name, raw)` of these."""
+        return Tensors(self.specs, lambda key: change(key, self._load(key)))
+
+    def each(self, work: Callable[[str], _T], doing: str = "", progress: Progress | None = None) -> dict[str, _T]:
+        """Return `work(name)` for every name, done in threads; `progress` hears of `doing`."""
+        results = {}
+        with contextlib.closing(in_threads(work, self)) as made:  # on an interrupt, wait for the threads
+            for key, result in zip(self, made, strict=True):
+                results[key] = result
+                if progress:
+                    progress(doing, self.size(key), self.weights)
+        return results
+
+    def is_float(self, key: str) -> bool:
+        """Return whether a tensor holds floating-point numbers."""
+        return self.specs[key][0] in FLOATS
+
+    def size(self, key: str) -> int:
+        """Return the number of weights in one tensor."""
+        return math.prod(self.specs[key][1])
+
+    @functools.cached_property
+    def weights(self) -> int:
+        """The number of weights in all tensors."""
+        return sum(map(self.size, self.specs))
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch
+
+
+def as_bytes(raw: np.ndarray) -> memoryview:
+    """Return the row-major bytes of a raw array."""
+    return np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data
+
+
+def sha256(raw: np.ndarray) -> str:
+    """Return the SHA-256 of a raw array's bytes, in hexadecimal."""
+    return hashlib.sha256(as_bytes(raw)).hexdigest()
+
+
+def fingerprint(tensors: Tensors, digests: Mapping[str, str]) -> str:
+    """Return the fingerprint of tensors whose `sha256` are known; see `posterior.mean_sha256`."""
+    facts = [[key, tensors.specs[key][0], list(tensors.specs[key][1]), digests[key]] for key in sorted(tensors)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def write_tensors(
+    path: Path,
+    tensors: Tensors,
+    metadata: Mapping[str, str],
+    progress: Progress | None = None,
+    hashed: bool = False,
+) -> dict[str, str]:
+    """Write a safetensors file, a tensor at a time, and return every tensor's `sha256` if `hashed`."""
+    with TensorWriter(path, tensors.specs, metadata) as writer:
+
+        def write(key: str) -> str:
+            raw = tensors.raw(key)
+            writer.write(key, as_bytes(raw))
+            return sha256(raw) if hashed else ""
+
+        return tensors.each(write, f"writing {path.name}", progress)

@@ -1,0 +1,70 @@
+"""`ivon-post`: what can be done with an adapter and its posterior after training.
+
+One module per subcommand; each holds argument parsing, progress and rendering, and imports the library that
+does the work (torch with it) inside the command, so that `ivon-post --help` starts at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+# The modules of the subcommands, in the order in which `--help` shows them.
+_MODULES = ("info", "prune", "temper", "sample", "merge", "combine", "diff", "eval", "sweep")
+
+
+def COMMANDS() -> list[click.Command]:
+    """Return the commands that ship with the project, for the hook `register_commands`."""
+    return [import_module(f".{name}", __name__).command for name in _MODULES]
+
+
+class _Group(click.Group):
+    """A group whose commands come from the hook, and whose user errors are one line on stderr."""
+
+    _registered = False
+
+    def _register(self) -> None:
+        if not self._registered:
+            from axolotl_ivon.hookspecs import plugin_manager
+
+            self._registered = True
+            # pluggy calls the latest registered first; the project's own commands come first in --help.
+            plugin_manager().hook.register_commands(cli=self)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        self._register()
+        return list(self.commands)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        self._register()
+        return super().get_command(ctx, name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from axolotl_ivon.errors import IVONError
+
+        try:
+            return super().invoke(ctx)
+        except IVONError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog='Shell completion: put eval "$(_IVON_POST_COMPLETE=bash_source ivon-post)" into ~/.bashrc; '
+    "for other shells say zsh_source or fish_source.",
+)
+@click.version_option(package_name="axolotl-ivon", prog_name="ivon-post")
+def cli() -> None:
+    """Work on the posterior of an IVON-LoRA adapter: a PEFT folder with ivon_sigma.safetensors beside it."""
+
+
+def main() -> None:
+    """Run `ivon-post`."""
+    # An interrupt and a termination unwind alike, so that nothing half written is left.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    cli(prog_name="ivon-post")

@@ -1,0 +1,44 @@
+"""`ivon-post diff`: how far apart two posteriors are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ._common import emit, json_option, number, print_table, progress_bars, quiet_option
+
+
+@click.command("diff")
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@json_option
+@quiet_option
+def command(first: str, second: str, as_json: bool, quiet: bool) -> None:
+    """Compare the posteriors A and B, module by module.
+
+    \b
+    KL(A‖B), KL(B‖A)  in nats, summed over the weights with σ > 0 in both
+    cosine            of the means
+    apart             share of weights whose means differ by more than √(σ_A² + σ_B²)
+    one-sided         share of weights with σ > 0 in one only, as after pruning; KL leaves them out
+    """
+    from axolotl_ivon.comparing import compare
+    from axolotl_ivon.posterior import Posterior
+
+    with progress_bars(quiet) as progress:
+        a, b = (Posterior.from_pretrained(adapter, progress) for adapter in (first, second))
+        facts = compare(a, b, progress)
+    if as_json:
+        emit({"a": first, "b": second, **facts})
+        return
+    print_table(
+        ["module", "weights", "KL(A‖B)", "KL(B‖A)", "cosine", "apart", "one-sided"],
+        [*map(_row, facts["modules"]), _row({**facts, "module": "all"})],
+    )
+
+
+def _row(facts: dict[str, Any]) -> list[str]:
+    cosine = "–" if facts["cosine"] is None else f"{facts['cosine']:.4f}"
+    shares = [f"{facts[name]:.1%}" for name in ("apart", "one_sided")]
+    return [facts["module"], f"{facts['weights']:,}", number(facts["kl_ab"]), number(facts["kl_ba"]), cosine, *shares]

@@ -1,0 +1,142 @@
+"""`ivon-post eval`: accuracy, calibration and uncertainty of base model, mean and posterior on data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+
+from ._common import emit, print_table, recommended_option, settings
+from ._evaluation import Reporter, decimal, evaluation_options, file_names, is_wide, percent
+
+_ROWS = "base,mean,mean-pruned,posterior,posterior-pruned"
+# Heading -> (metric, how it is written, whether its standard error is shown).
+_COLUMNS = {
+    "acc %": ("accuracy", percent, True),
+    "ECE %": ("ece", percent, True),
+    "ECE-15 %": ("ece15", percent, True),
+    "NLL": ("nll", decimal, True),
+    "PPL": ("perplexity", decimal, True),
+    "Brier": ("brier", decimal, True),
+    "AUROC": ("auroc", decimal, True),
+    "entropy": ("entropy", decimal, False),
+    "expected": ("expected_entropy", decimal, False),
+    "mutual": ("mutual_information", decimal, False),
+}
+# What fits 80 columns; --json has everything at any width.
+_NARROW = ("acc %", "ECE %", "NLL", "PPL", "Brier", "AUROC", "mutual")
+
+
+@click.command("eval")
+@evaluation_options
+@click.option("--tau", type=float, help="Temperature of the posterior rows: σ/√τ; inf is the mean.  [default: 1]")
+@click.option("--prune-ratio", type=float, help="Share of weights that the pruned rows lack.  [default: 0.1]")
+@recommended_option("τ and the ratio")
+@click.option("--rows", default=_ROWS, show_default=True, help="Which rows, with commas between.")
+def command(
+    adapter: str,
+    data: tuple[str, ...],
+    choices: str | None,
+    samples: int,
+    seed: int,
+    batch_size: int | None,
+    draws_per_pass: int,
+    tau: float | None,
+    prune_ratio: float | None,
+    recommended: str | None,
+    rows: str,
+    as_json: bool,
+    quiet: bool,
+    **loading: Any,
+) -> None:
+    """Evaluate ADAPTER on data: the base model, the mean, and the average over draws from the posterior.
+
+    \b
+    Prints, with bootstrap standard errors, for every file and row
+      accuracy    of the answer; with --task generate, of the next token of the reference answer
+      ECE         expected calibration error, 10 and 15 bins
+      NLL         of what is right, in nats; with --task generate PPL, the perplexity, too
+      Brier       score: Σ(p − y)² over the choices
+      AUROC       of the confidence, for being right
+      entropy     of the prediction = expected (noise in the data) + mutual (disagreement of the draws)
+
+    \b
+      ivon-post eval adapter/ --data held-out.jsonl --data shifted.jsonl
+    """
+    tau, prune_ratio = settings(recommended, tau=tau, ratio=prune_ratio, default_ratio=0.1)
+    with Reporter(quiet) as reporter:
+        reporter.stage("loading the base model")
+        import torch
+
+        from axolotl_ivon.errors import IVONError
+        from axolotl_ivon.evaluation import Evaluation, count_passes, rows_of
+        from axolotl_ivon.metrics import metrics, standard_errors
+
+        known = rows_of(tau, prune_ratio)
+        wanted = rows.split(",")
+        for name in wanted:
+            if name not in known:
+                raise IVONError(f"--rows {rows}: {name!r} is unknown; choose from {_ROWS}")
+        chosen = [row for name, row in known.items() if name in wanted]
+        evaluation = Evaluation(adapter, data, rows=chosen, choices=choices.split(",") if choices else None, **loading)
+        if evaluation.task == "classify" and evaluation.posterior.config.get("modules_to_save"):
+            chosen = [row for row in chosen if not row.base]
+            reporter.notify("no row for the base model: its classification head is not trained")
+        passes = count_passes(chosen, samples)
+        scores = evaluation.run(
+            chosen,
+            samples=samples,
+            seed=seed,
+            batch_size=batch_size,
+            draws_per_pass=draws_per_pass,
+            progress=reporter.begin("evaluating", passes * len(evaluation.items)),
+            notify=reporter.notify,
+        )
+        reporter.stage("bootstrap")
+        found = []
+        for path, numbers in evaluation.files.items():
+            for row, score in zip(chosen, scores, strict=True):
+                part = score.of_groups(torch.tensor(numbers))
+                found.append(
+                    {
+                        "name": row.name,
+                        "data": path,
+                        "examples": len(numbers),
+                        "predictions": len(part.group),
+                        "samples": row.passes(samples),
+                        **metrics(part),
+                        "se": standard_errors(part),
+                    }
+                )
+    facts = {
+        "task": evaluation.task,
+        "choices": list(evaluation.choices),
+        "adapter": adapter,
+        "base_model": evaluation.base_model,
+        "samples": samples,
+        "tau": "inf" if math.isinf(tau) else tau,
+        "prune_ratio": prune_ratio,
+        "seed": seed,
+    }
+    if as_json:
+        emit({"rows": found, **facts})
+    else:
+        _print(found, facts)
+
+
+def _print(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Print a table with a row for every file and model; with standard errors and all columns where there is room."""
+    wide = is_wide(140)
+    heads = [head for head in (_COLUMNS if wide else _NARROW) if facts["task"] == "generate" or head != "PPL"]
+    names = file_names([row["data"] for row in rows])
+    lines: list[list[str]] = []
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before is None or before["data"] != row["data"]:
+            lines.append([f"{names[row['data']]} ({row['examples']})", *([""] * len(heads))])
+        lines.append([f" {row['name']}"])
+        for metric, write, error in (_COLUMNS[head] for head in heads):
+            lines[-1].append(write(row[metric], row["se"][metric] if wide and error else None))
+    choices = f" between {', '.join(facts['choices'])}" if facts["choices"] else ""
+    draws = f"{facts['samples']} draws at τ {facts['tau']}, pruning ratio {facts['prune_ratio']:g}"
+    print_table(["", *heads], lines, f"{facts['task']}{choices}; {draws}")

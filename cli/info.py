@@ -1,0 +1,118 @@
+"""`ivon-post info`: what is in an adapter folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ._common import (
+    adapter_argument,
+    complete_criterion,
+    emit,
+    json_option,
+    number,
+    print_table,
+    progress_bars,
+    quiet_option,
+)
+
+
+@click.command("info")
+@adapter_argument
+@click.option("--ratio", type=float, default=0.1, show_default=True, help="Pruning ratio to show the effect of.")
+@click.option(
+    "--criterion",
+    default="snr",
+    show_default=True,
+    shell_complete=complete_criterion,
+    help="What that pruning goes by; see `prune`.",
+)
+@click.option("--summary", is_flag=True, help="Leave out the table of modules.")
+@json_option
+@quiet_option
+def command(adapter: str, ratio: float, criterion: str, summary: bool, as_json: bool, quiet: bool) -> None:
+    """Show what is in ADAPTER: a PEFT folder, a checkpoint, or a Hub id.
+
+    For every module the median of σ, the median of the signal-to-noise ratio |m|/σ, and the share of its
+    weights that `prune --ratio` would set to 0; then the same for the whole adapter, and the facts that training
+    wrote into the header of ivon_sigma.safetensors.
+    """
+    from axolotl_ivon.summary import summarize
+
+    with progress_bars(quiet) as progress:
+        facts = summarize(adapter, ratio, criterion, progress)
+    if as_json:
+        emit(facts)
+        return
+    if not summary:
+        _print_modules(facts)
+    _print_facts(facts)
+    if facts["posterior"]:
+        _print_quantiles(facts)
+        _print_histogram(facts["snr_histogram"])
+    else:
+        click.echo("No ivon_sigma.safetensors: of the commands here, `info` and `merge` work on it.")
+
+
+def _print_modules(facts: dict[str, Any]) -> None:
+    columns = ["module", "weights"]
+    if facts["posterior"]:
+        columns += ["median σ", "median |m|/σ", f"pruned at {facts['prune_ratio']:g}"]
+    print_table(
+        columns,
+        [
+            [row["module"], f"{row['weights']:,}"]
+            + (
+                [number(row["sigma_median"]), number(row["snr_median"]), f"{row['pruned']:.1%}"]
+                if facts["posterior"]
+                else []
+            )
+            for row in facts["modules"]
+        ],
+    )
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    rows = [
+        ["adapter", facts["adapter"]],
+        ["base model", str(facts["base_model"])],
+        ["type", f"{facts['peft_type']}, r {facts['r']}, alpha {facts['lora_alpha']}"],
+        ["tensors", f"{facts['tensors']:,} ({', '.join(facts['dtypes'])})"],
+        ["weights", f"{facts['weights']:,}"],
+    ]
+    rows += [[name, value] for name, value in facts["header"].items()]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value}")
+    click.echo()
+
+
+def _print_quantiles(facts: dict[str, Any]) -> None:
+    names = {"0": "min", "0.5": "median", "1": "max"}
+    columns = [names.get(q, f"{float(q):.0%}") for q in facts["sigma"]]
+    print_table(
+        ["", *columns],
+        [
+            ["σ", *(number(x) for x in facts["sigma"].values())],
+            ["|m|/σ", *(number(x) for x in facts["snr"].values())],
+        ],
+    )
+    click.echo(
+        f"{facts['would_prune']:,} weights are 0 after pruning {facts['prune_ratio']:g} by {facts['prune_criterion']}\n"
+    )
+
+
+def _print_histogram(histogram: dict[str, list[Any]]) -> None:
+    """Draw the counts between powers of ten as bars."""
+    edges, counts = histogram["log10_edges"], histogram["counts"]
+    labels = ["", *(f"{10**edge:.3g}" for edge in edges)]
+    filled = [i for i, count in enumerate(counts) if count]
+    if not filled:
+        return
+    most, total = max(counts), sum(counts)
+    click.echo("|m|/σ from")
+    for i in range(filled[0], filled[-1] + 1):
+        eighths = round(counts[i] / most * 40 * 8)
+        bar = "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
+        click.echo(f"{labels[i] or '0':>10} {bar:<40} {counts[i] / total:6.1%}")

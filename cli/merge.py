@@ -1,0 +1,69 @@
+"""`ivon-post merge`: an adapter and its base model made one model."""
+
+from __future__ import annotations
+
+import click
+
+from ._common import adapter_argument, emit, output_options, progress_bars, silence_libraries, target
+
+
+@click.command("merge")
+@adapter_argument
+@click.option("--prune-ratio", type=float, help="Prune this share of the weights by |m|/σ first.")
+@click.option(
+    "--sample-seed", type=int, metavar="K", help="Merge a draw instead of the mean: member 0 of `sample --seed K`."
+)
+@click.option("--base-model", metavar="MODEL", help="Folder or Hub id.  [default: what the adapter's config names]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the merged model.  [default: the base model's]",
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest safetensors file.")
+@output_options("ADAPTER-merged, beside ADAPTER")
+def command(
+    adapter: str,
+    prune_ratio: float | None,
+    sample_seed: int | None,
+    base_model: str | None,
+    dtype: str | None,
+    max_shard_size: str,
+    output: str | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Merge the posterior mean of ADAPTER, or one draw, into its base model.
+
+    Writes a model that transformers loads, with its tokenizer. Works without σ too, for the mean. ADAPTER is a folder
+    or a Hub id and is not modified.
+    """
+    from axolotl_ivon.merging import merge
+    from axolotl_ivon.posterior import Adapter, Posterior
+
+    path = target([adapter], output, "merged", overwrite)
+    with progress_bars(quiet) as progress:
+        held = Adapter(adapter)
+        if prune_ratio is None and sample_seed is None:
+            held.digests(progress)
+            tensors = held.mean
+        else:
+            posterior = Posterior.from_pretrained(adapter, progress)
+            if prune_ratio is not None:
+                posterior = posterior.prune(prune_ratio, progress=progress)
+            tensors = posterior.mean if sample_seed is None else posterior.draw(sample_seed)
+        silence_libraries()
+        merge(
+            held,
+            tensors,
+            path,
+            base_model=base_model,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        emit({"output": str(path)})
+        return
+    click.echo(path)

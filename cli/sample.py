@@ -1,0 +1,74 @@
+"""`ivon-post sample`: draw adapters from a posterior."""
+
+from __future__ import annotations
+
+import click
+
+from ._common import (
+    adapter_argument,
+    emit,
+    output_options,
+    progress_bars,
+    recommended_option,
+    seed_option,
+    settings,
+    target,
+)
+
+
+@click.command("sample")
+@adapter_argument
+@click.option("-n", "members", type=int, default=8, show_default=True, help="How many adapters to draw.")
+@seed_option("Member k depends on the seed and k alone, on every machine.")
+@click.option("--tau", type=float, help="Temperature: σ/√τ, see `temper`.  [default: 1]")
+@click.option("--prune-ratio", type=float, help="Prune this share by |m|/σ first, see `prune`.  [default: 0]")
+@recommended_option("τ and the ratio")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the draws.  [default: as the mean]"
+)
+@click.option("--include-mean", is_flag=True, help="Put the mean in as a member too, first.")
+@output_options("ADAPTER-samples-N, beside ADAPTER")
+def command(
+    adapter: str,
+    members: int,
+    seed: int,
+    tau: float | None,
+    prune_ratio: float | None,
+    recommended: str | None,
+    dtype: str | None,
+    include_mean: bool,
+    output: str | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Draw an ensemble from ADAPTER: a folder of complete PEFT adapters, sample-0000 and so on.
+
+    Each loads with PeftModel.from_pretrained, and in vLLM with --lora-modules sample-0000=DIR/sample-0000.
+    ensemble.json says where they came from. ADAPTER is a folder or a Hub id and is not modified.
+    """
+    from axolotl_ivon.ensemble import write_ensemble
+    from axolotl_ivon.posterior import Posterior
+
+    temperature, ratio = settings(recommended, tau=tau, ratio=prune_ratio)
+    path = target([adapter], output, f"samples-{members}", overwrite)
+    with progress_bars(quiet) as progress:
+        posterior = Posterior.from_pretrained(adapter, progress)
+        if ratio:
+            posterior = posterior.prune(ratio, progress=progress)
+        names = write_ensemble(
+            posterior.temper(temperature),
+            path,
+            members,
+            seed,
+            source=adapter,
+            dtype=dtype,
+            include_mean=include_mean,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        emit({"output": str(path), "seed": seed, "members": names})
+        return
+    click.echo(f"{len(names)} adapters, seed {seed}")
+    click.echo(path)

@@ -1,0 +1,153 @@
+"""`ivon-post sweep`: temperature and pruning ratio chosen from data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._common import emit, print_table
+from ._evaluation import Numbers, Reporter, decimal, evaluation_options, is_wide, percent
+
+if TYPE_CHECKING:
+    from axolotl_ivon.sweep import Sweep
+
+
+@click.command("sweep")
+@evaluation_options
+@click.option(
+    "--tau",
+    "taus",
+    type=Numbers(),
+    multiple=True,
+    default=["0.25,0.5,1,2,4,inf"],
+    show_default=True,
+    help="Temperatures, with commas between; inf is the mean.",
+)
+@click.option(
+    "--ratio",
+    "ratios",
+    type=Numbers(),
+    multiple=True,
+    default=["0,0.1,0.3"],
+    show_default=True,
+    help="Pruning ratios, with commas between.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["nll", "ece", "accuracy", "brier"]),
+    default="nll",
+    show_default=True,
+    help="What the recommended point is best in.",
+)
+@click.option("--output", "-o", metavar="DIR", help="Where to write.  [default: ADAPTER-sweep]")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier sweep there.")
+def command(
+    adapter: str,
+    data: tuple[str, ...],
+    choices: str | None,
+    taus: tuple[tuple[float, ...], ...],
+    ratios: tuple[tuple[float, ...], ...],
+    objective: str,
+    samples: int,
+    seed: int,
+    batch_size: int | None,
+    draws_per_pass: int,
+    output: str | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    **loading: Any,
+) -> None:
+    """Evaluate ADAPTER over a grid of temperatures and pruning ratios, and recommend one point.
+
+    The point is chosen on one half of the data and reported on the other. Writes recommended.json, which `eval`,
+    `prune`, `temper` and `sample` take as --recommended, and two pictures (PNG and SVG): accuracy against calibration
+    error over the grid with its Pareto front, and reliability diagrams.
+
+    \b
+      ivon-post sweep adapter/ --data validation.jsonl --tau 0.5,1,2,inf --ratio 0,0.1,0.2
+    """
+    folder = Path(output or f"{adapter.rstrip('/')}-sweep")
+    with Reporter(quiet) as reporter:
+        reporter.stage("loading the base model")
+        from axolotl_ivon.evaluation import Evaluation, count_passes
+        from axolotl_ivon.sweep import check_grid, check_output, number, save, sweep
+
+        rows = check_grid([tau for group in taus for tau in group], [ratio for group in ratios for ratio in group])
+        check_output(folder, overwrite)
+        evaluation = Evaluation(adapter, data, rows=rows, choices=choices.split(",") if choices else None, **loading)
+        result = sweep(
+            evaluation,
+            rows,
+            objective,
+            seed,
+            samples=samples,
+            batch_size=batch_size,
+            draws_per_pass=draws_per_pass,
+            progress=reporter.begin("evaluating", count_passes(rows, samples) * len(evaluation.items)),
+            notify=reporter.notify,
+        )
+        reporter.stage("drawing")
+        facts = {
+            "adapter": adapter,
+            "mean_sha256": evaluation.posterior.metadata.get("mean_sha256"),
+            "base_model": evaluation.base_model,
+            "data": list(data),
+            "task": evaluation.task,
+            "choices": list(evaluation.choices),
+            "samples": samples,
+            "seed": seed,
+        }
+        files = save(result, folder, facts)
+    if as_json:
+        point = result.points[result.recommended]
+        emit(
+            {
+                "recommended": {"tau": number(point.tau), "ratio": point.ratio, "objective": objective},
+                "files": [str(path) for path in files],
+                **json.loads(files[0].read_text(encoding="utf-8")),
+            }
+        )
+        return
+    _print(result)
+    click.echo(_promise(result))
+    for path in files:
+        click.echo(path)
+
+
+def _print(result: Sweep) -> None:
+    """Print the grid with the metrics on both halves, side by side."""
+    columns = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL": ("nll", decimal)}
+    if is_wide(100):
+        columns["Brier"] = ("brier", decimal)
+    lines: list[list[str]] = []
+    for before, point in zip([None, *result.points], result.points, strict=False):
+        if before and before.ratio != point.ratio:
+            lines.append([""] * (2 * len(columns) + 3))
+        lines.append([f"{point.tau:g}", f"{point.ratio:g}"])
+        for values in (point.chosen_on, point.reported_on):
+            lines[-1] += [write(values[metric]) for metric, write in columns.values()]
+        marks = {"front": point.front, "best": point is result.points[result.recommended]}
+        lines[-1].append(" ".join(mark for mark, set_ in marks.items() if set_))
+    title = f"left: on the half that chooses (best {result.objective}; Pareto front); right: on the other half"
+    print_table(["τ", "ratio", *columns, *columns, ""], lines, title)
+
+
+def _promise(result: Sweep) -> str:
+    """Return what the recommended point gave on the half that it was not chosen on."""
+    point, mean = result.points[result.recommended], result.find(float("inf"), 0.0)
+
+    def line(values: dict[str, Any], error: dict[str, Any]) -> str:
+        return (
+            f"accuracy {percent(values['accuracy'], error.get('accuracy'))} %, "
+            f"ECE {percent(values['ece'], error.get('ece'))} %, NLL {decimal(values['nll'], error.get('nll'))}"
+        )
+
+    text = f"recommended by {result.objective}: τ {point.tau:g}, ratio {point.ratio:g}; on the other half: "
+    text += line(point.reported_on, result.error)
+    if mean is not None and mean is not point:
+        text += f" (the mean, unpruned: {line(mean.reported_on, {})})"
+    return text

@@ -1,0 +1,45 @@
+"""`ivon-post temper`: make a posterior narrower or wider."""
+
+from __future__ import annotations
+
+import click
+
+from ._common import adapter_argument, emit, output_options, progress_bars, recommended_option, settings, target
+
+
+@click.command("temper")
+@adapter_argument
+@click.option("--tau", type=float, help="Temperature, > 0; inf gives the mean.  [required, unless --recommended]")
+@recommended_option("τ")
+@output_options("ADAPTER-tau-TAU, beside ADAPTER")
+def command(
+    adapter: str,
+    tau: float | None,
+    recommended: str | None,
+    output: str | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Divide σ of ADAPTER by √τ: 1 is the posterior as it is, above 1 it is narrower, inf is the mean alone.
+
+    τ scales the effective sample size λ, as in the IVON-LoRA paper (arXiv 2506.14280). The earlier workshop paper
+    (arXiv 2411.04421) multiplies the variance by its τ instead: its τ is 1/τ here.
+
+    Temperatures multiply: 2 after 2 is 4. ADAPTER is a folder or a Hub id and is not modified.
+    """
+    from axolotl_ivon.errors import IVONError
+    from axolotl_ivon.posterior import Posterior
+
+    if tau is None and recommended is None:
+        raise IVONError("no temperature; give --tau, or --recommended")
+    value, _ = settings(recommended, tau=tau)
+    path = target([adapter], output, f"tau-{value:g}", overwrite)
+    with progress_bars(quiet) as progress:
+        posterior = Posterior.from_pretrained(adapter, progress).temper(value)
+        posterior.save_pretrained(path, overwrite, progress)
+    if as_json:
+        emit({"output": str(path), "tau": posterior.metadata["tau"]})
+        return
+    click.echo(f"τ is {posterior.tau:g}")
+    click.echo(path)

@@ -1,0 +1,138 @@
+"""Fixtures that the test files share: a tiny base model and adapters over it, built once per run.
+
+Their folders are shared by all tests and never written to; a test that changes files works on a copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+FACTS = {
+    "ess": "1000.0",
+    "gamma": "100.0",
+    "train_size": "100",
+    "h0": "0.05",
+    "beta1": "0.9",
+    "beta2": "0.9995",
+    "clip": "0.005",
+    "prior": "empirical",
+    "steps": "10",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with its tokenizer."""
+    from tiny import build_llama
+
+    return build_llama(tmp_path_factory.mktemp("base") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def make_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Callable[..., Path]:
+    """A function that saves a random LoRA adapter over `tiny_llama` with PEFT, and σ beside it.
+
+    Keyword arguments are PEFT's LoraConfig's; `dtype`, `seed`, `sigma` (False: none) and `facts` are ours.
+    """
+
+    def make(
+        dtype: str = "float32",
+        seed: int = 0,
+        sigma: bool = True,
+        facts: dict[str, str] | None = None,
+        **lora: object,
+    ) -> Path:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from safetensors.torch import load_file
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from axolotl_ivon.posterior import save_sigma
+
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+        model = get_peft_model(base, LoraConfig(**{**settings, **lora}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, dtype))
+        folder = tmp_path_factory.mktemp("adapter") / "adapter"
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+        if sigma:
+            mean = load_file(folder / "adapter_model.safetensors")
+            save_sigma(
+                folder,
+                {key: torch.rand(value.shape) * 0.05 + 0.01 for key, value in mean.items()},
+                {**FACTS, **(facts or {})},
+            )
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(make_adapter: Callable[..., Path]) -> Path:
+    """A LoRA adapter (r 4 on q and v) over `tiny_llama`, with a valid ivon_sigma.safetensors."""
+    return make_adapter()
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[Path], Path]:
+    """A function that copies a folder to `tmp_path`, for a test that changes or writes beside it."""
+
+    def copy(folder: Path, name: str = "adapter") -> Path:
+        return Path(shutil.copytree(folder, tmp_path / name))
+
+    return copy
+
+
+class Cli:
+    """`ivon-post` in this process."""
+
+    def __call__(self, *arguments: object) -> str:
+        """Run a command that must succeed, and return its stdout."""
+        result = self.run(*arguments)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    def json(self, *arguments: object) -> Any:
+        """Run a command with --json, and return the document that is all of its stdout."""
+        return json.loads(self(*arguments, "--json"))
+
+    def error(self, *arguments: object) -> str:
+        """Run a command that must fail as a user's mistake does: status 1 and one line, which is returned."""
+        result = self.run(*arguments)
+        assert result.exit_code == 1, result.output
+        assert not result.stdout
+        lines = result.stderr.splitlines()
+        assert len(lines) == 1, result.stderr
+        assert lines[0].startswith("Error: ")
+        return lines[0]
+
+    def run(self, *arguments: object) -> Any:
+        from click.testing import CliRunner
+
+        from ivon_post import cli
+
+        return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def ivon_post() -> Cli:
+    """`ivon-post`, run in this process."""
+    return Cli()

@@ -1,0 +1,88 @@
+"""A third-party package, installed from a temporary folder, adds a pruning criterion and a command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from axolotl_ivon import Posterior
+
+PYPROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "ivon-example"
+version = "1"
+
+[project.entry-points.axolotl_ivon]
+example = "ivon_example"
+
+[tool.setuptools]
+py-modules = ["ivon_example"]
+"""
+
+MODULE = '''
+import click
+from axolotl_ivon import hookimpl
+
+
+@hookimpl
+def pruning_criteria():
+    return {"last-rows": lambda name, mean, sigma, random: 0 * mean - [[i] for i in range(len(mean))]}
+
+
+@hookimpl
+def register_commands(cli):
+    @cli.command("count")
+    @click.argument("adapter")
+    def count(adapter):
+        """Count the weights of ADAPTER."""
+        from axolotl_ivon import Posterior
+
+        click.echo(sum(tensor.numel() for tensor in Posterior.from_pretrained(adapter).mean.values()))
+'''
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment in which the package is installed."""
+    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    (source / "pyproject.toml").write_text(PYPROJECT)
+    (source / "ivon_example.py").write_text(MODULE)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(site), str(source)], check=True)
+    return {**os.environ, "PYTHONPATH": str(site)}
+
+
+def run(environment: dict[str, str], *arguments: object) -> str:
+    script = [sys.executable, "-c", "import ivon_post; ivon_post.main()", *map(str, arguments)]
+    return subprocess.run(script, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def test_its_criterion_prunes(installed: dict[str, str], tiny_adapter: Path, tmp_path: Path):
+    words = ("--criterion", "last-rows", "--ratio", 0.25, "--scope", "tensor", "-o", tmp_path / "out")
+    run(installed, "prune", tiny_adapter, *words)
+    for tensor in Posterior.from_pretrained(tmp_path / "out").mean.values():
+        rows = len(tensor) // 4
+        assert torch.equal(tensor == 0, (torch.arange(len(tensor)) >= len(tensor) - rows)[:, None].expand_as(tensor))
+
+
+def test_its_command_runs_and_is_in_the_help(installed: dict[str, str], tiny_adapter: Path):
+    assert run(installed, "count", tiny_adapter) == "896\n"
+    listed = run(installed, "--help")
+    assert "Count the weights of ADAPTER." in listed
+    assert listed.index("info ") < listed.index("sweep ")
+
+
+def test_without_the_package_there_is_neither(tiny_adapter: Path, ivon_post):
+    assert "unknown; choose one of snr, sigma, magnitude, random" in ivon_post.error(
+        "prune", tiny_adapter, "--criterion", "last-rows"
+    )
+    assert ivon_post.run("count", tiny_adapter).exit_code == 2

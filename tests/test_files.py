@@ -1,0 +1,223 @@
+"""What is written appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from axolotl_ivon import IVONError
+from axolotl_ivon.files import TensorWriter, in_threads, new_file, new_folder, read_json, resolve
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_folder_appears_whole(tmp_path: Path):
+    target = tmp_path / "deep" / "target"
+    with new_folder(target) as new:
+        (new / "a").write_text("a")
+        assert not target.exists()
+    assert (target / "a").read_text() == "a"
+    assert names(target.parent) == {"target"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseException]):
+    with pytest.raises(error), new_folder(tmp_path / "deep" / "target") as new:
+        (new / "a").write_text("a")
+        raise error
+    assert names(tmp_path) == set()
+
+
+def adapter_like(folder: Path, text: str = "old") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(text)
+    return folder
+
+
+def test_an_existing_target_is_refused_and_left(tmp_path: Path):
+    target = adapter_like(tmp_path / "target")
+    with pytest.raises(IVONError, match="exists"), new_folder(target):
+        pass
+    assert (target / "adapter_config.json").read_text() == "old"
+    assert names(tmp_path) == {"target"}
+
+
+def test_overwriting_replaces_all_of_it(tmp_path: Path):
+    target = adapter_like(tmp_path / "target")
+    (target / "stale").touch()
+    with new_folder(target, overwrite=True) as new:
+        (new / "adapter_config.json").write_text("new")
+    assert names(target) == {"adapter_config.json"}
+    assert (target / "adapter_config.json").read_text() == "new"
+    assert names(tmp_path) == {"target"}
+
+
+def test_overwriting_that_fails_keeps_the_old_one(tmp_path: Path):
+    target = adapter_like(tmp_path / "target")
+    with pytest.raises(RuntimeError), new_folder(target, overwrite=True) as new:
+        (new / "adapter_config.json").write_text("new")
+        raise RuntimeError
+    assert (target / "adapter_config.json").read_text() == "old"
+    assert names(tmp_path) == {"target"}
+
+
+def test_overwriting_spares_what_is_no_adapter(tmp_path: Path):
+    precious = tmp_path / "home"
+    precious.mkdir()
+    (precious / "thesis.tex").touch()
+    with pytest.raises(IVONError, match="something other"), new_folder(precious, overwrite=True):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(IVONError, match="not a folder"), new_folder(tmp_path / "file", overwrite=True):
+        pass
+    assert names(precious) == {"thesis.tex"}
+
+
+def test_overwriting_spares_the_input_and_what_holds_it(tmp_path: Path):
+    source = adapter_like(tmp_path / "run" / "checkpoint-5")
+    (tmp_path / "run" / "adapter_config.json").touch()
+    (tmp_path / "link").symlink_to(source)
+    for target in (source, source.parent, tmp_path / "link"):
+        with pytest.raises(IVONError, match="never modified"), new_folder(target, overwrite=True, inputs=[source]):
+            pass
+
+
+def test_overwriting_through_a_link_replaces_what_it_names(tmp_path: Path):
+    adapter_like(tmp_path / "target")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with new_folder(tmp_path / "link", overwrite=True) as new:
+        (new / "adapter_config.json").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / "adapter_config.json").read_text() == "new"
+    assert names(tmp_path) == {"link", "target"}
+
+
+def test_of_two_writers_the_second_is_told(tmp_path: Path):
+    target = tmp_path / "target"
+    with pytest.raises(IVONError, match="cannot be written"), new_folder(target) as second:
+        (second / "a").write_text("second")
+        with new_folder(target) as first:
+            (first / "a").write_text("first")
+    assert (target / "a").read_text() == "first"
+    assert names(tmp_path) == {"target"}
+
+
+@pytest.mark.parametrize("target", ["/proc/nothing/x", "/dev/null/x"])
+def test_a_target_that_cannot_be_written(target: str):
+    with pytest.raises(IVONError, match="cannot be written"), new_folder(Path(target)):
+        pass
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path: Path):
+    target = tmp_path / "x"
+    target.write_text("old")
+    with pytest.raises(IVONError, match="No space left"), new_file(target) as new:
+        new.symlink_to("/dev/full")
+        new.write_text("new")
+    assert target.read_text() == "old"
+    assert names(tmp_path) == {"x"}
+
+
+def test_a_file_is_replaced_or_left(tmp_path: Path):
+    target = tmp_path / "x"
+    with new_file(target) as new:
+        new.write_text("one")
+    with pytest.raises(RuntimeError), new_file(target) as new:
+        new.write_text("two")
+        raise RuntimeError
+    assert target.read_text() == "one"
+    assert names(tmp_path) == {"x"}
+
+
+def test_termination_leaves_nothing(tmp_path: Path):
+    script = f"""
+import time
+from pathlib import Path
+from axolotl_ivon.files import new_folder
+import ivon_post
+def hang(**_):
+    with new_folder(Path({str(tmp_path / "target")!r})) as new:
+        (new / "a").write_text("a")
+        print("writing", flush=True)
+        time.sleep(60)
+ivon_post.cli = hang
+ivon_post.main()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert names(tmp_path) == set()
+
+
+def test_a_tensor_that_was_forgotten_is_noticed(tmp_path: Path):
+    with pytest.raises(ValueError, match="never written"), TensorWriter(tmp_path / "x", {"a": ("F32", (2,))}, {}):
+        pass
+
+
+def test_threads_keep_the_order_and_pass_errors_on():
+    def work(key: str) -> int:
+        time.sleep(0.01 * (5 - int(key)))
+        if key == "4":
+            raise IVONError("four")
+        return int(key)
+
+    assert list(in_threads(work, "0123")) == [0, 1, 2, 3]
+    with pytest.raises(IVONError, match="four"):
+        list(in_threads(work, "01234"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "JSON object"),
+        ("[" * 100_000, "not valid JSON"),
+        ('"\\ud800', "not valid JSON"),
+    ],
+)
+def test_json_that_is_none(tmp_path: Path, text: str, message: str):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(IVONError, match=message):
+        read_json(tmp_path / "x.json")
+
+
+def test_json_of_absurd_size_is_not_read(tmp_path: Path):
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(IVONError, match="larger than"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_hub_id_resolves_to_its_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    snapshot = tmp_path / "models--someone--adapter" / "snapshots" / "abc"
+    adapter_like(snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert resolve("someone/adapter").samefile(snapshot)
+    with pytest.raises(IVONError, match="nobody/nothing: no such folder here, and not found on the Hub"):
+        resolve("nobody/nothing")
+
+
+def test_only_what_looks_like_a_hub_id_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", never)
+    for source in (tmp_path / "missing", "./some/thing", "adapter", "a/b/c", "../x"):
+        with pytest.raises(IVONError, match="no such folder"):
+            resolve(source)
+    (tmp_path / "file").touch()
+    with pytest.raises(IVONError, match="is a file"):
+        resolve(tmp_path / "file")

@@ -1,0 +1,107 @@
+"""A merged model computes what the base model with the adapter computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.merging import merge
+from axolotl_ivon.posterior import Adapter
+
+TOKENS = torch.arange(3, 19)[None]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def peft_logits(base: Path, folder: Path) -> torch.Tensor:
+    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder))
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}, {"sigma": False}]
+)
+def test_the_merged_mean(kind: dict, make_adapter: Callable, tiny_llama: Path, tmp_path: Path):
+    folder = make_adapter(**kind)
+    adapter = Adapter(folder)
+    merge(adapter, adapter.mean, tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert isinstance(merged, AutoModelForCausalLM._model_mapping[type(merged.config)])
+    torch.testing.assert_close(logits(merged), peft_logits(tiny_llama, folder), rtol=1e-4, atol=1e-5)
+    assert not list((tmp_path / "out").glob("adapter*"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_pruned_means_and_draws_are_merged_as_given(tiny_adapter: Path, tiny_llama: Path, tmp_path: Path):
+    q = Posterior.from_pretrained(tiny_adapter).prune(0.5)
+    q.save_pretrained(tmp_path / "pruned")
+    Posterior(q.sample(4), q.sigma, {}, q.config).save_pretrained(tmp_path / "drawn")
+    for name, tensors in (("pruned", q.mean), ("drawn", q.draw(4))):
+        merge(Adapter(tiny_adapter), tensors, tmp_path / f"{name}-merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-merged")
+        torch.testing.assert_close(logits(merged), peft_logits(tiny_llama, tmp_path / name), rtol=1e-4, atol=1e-5)
+
+
+def test_dtype_shards_and_another_base(tiny_adapter: Path, tiny_llama: Path, tmp_path: Path):
+    other = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    torch.nn.init.normal_(other.lm_head.weight)
+    other.bfloat16().save_pretrained(tmp_path / "other")
+    adapter = Adapter(tiny_adapter)
+    settings = {"base_model": str(tmp_path / "other"), "max_shard_size": "20KB"}
+    merge(adapter, adapter.mean, tmp_path / "out", dtype="float16", **settings)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.dtype == torch.float16
+    assert torch.equal(merged.lm_head.weight, other.lm_head.weight.half())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    merge(adapter, adapter.mean, tmp_path / "own", **settings)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "own").dtype == torch.bfloat16
+    # The tokenizer is the one beside the adapter: this base model has none.
+    assert AutoTokenizer.from_pretrained(tmp_path / "own").chat_template
+
+
+def test_a_classifier_keeps_its_head(tiny_llama: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
+    settings = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(base, settings)
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = Adapter(tmp_path / "adapter")
+    merge(adapter, adapter.mean, tmp_path / "out")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_mistakes(tiny_adapter: Path, tiny_llama: Path, tmp_path: Path):
+    from tiny import build_llama
+
+    adapter = Adapter(tiny_adapter)
+    small = build_llama(tmp_path / "small", num_hidden_layers=1)
+    wide = build_llama(tmp_path / "wide", hidden_size=64)
+    for settings, message in (
+        ({"base_model": str(tmp_path / "missing")}, "cannot be loaded.*--base-model"),
+        ({"base_model": str(small)}, "does not fit the adapter"),
+        ({"base_model": str(wide)}, "does not fit the adapter"),
+        ({"dtype": "int8"}, "dtype 'int8' is unknown"),
+    ):
+        with pytest.raises(IVONError, match=message):
+            merge(adapter, adapter.mean, tmp_path / "out", **settings)
+        assert not (tmp_path / "out").exists()
+    for changed, message in (
+        ({"base_model_name_or_path": None}, "names no base model"),
+        ({"task_type": "X"}, "task_type X"),
+    ):
+        adapter.config = {**Adapter(tiny_adapter).config, **changed}
+        with pytest.raises(IVONError, match=message):
+            merge(adapter, adapter.mean, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert AutoModelForCausalLM.from_pretrained(tiny_llama).dtype == torch.float32

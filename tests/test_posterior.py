@@ -1,0 +1,399 @@
+"""Posteriors over real PEFT adapters: what is read, changed and written is held against PEFT and plain torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.posterior import SIGMA_FILE, mean_sha256, save_sigma
+
+MEAN_FILE = "adapter_model.safetensors"
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Equal to the last bit, whatever the order."""
+    return set(a) == set(b) and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+
+
+def toy(weights: int = 200, seed: int = 0, dtype: torch.dtype = torch.float32) -> Posterior:
+    torch.manual_seed(seed)
+    mean = {"a.lora_A.weight": torch.randn(weights // 2, 2).to(dtype), "b": torch.randn(7)}
+    sigma = {key: torch.rand(value.shape) + 0.1 for key, value in mean.items()}
+    return Posterior(mean, sigma, {"ess": "10", "extra": "kept"}, {"peft_type": "LORA"})
+
+
+# --- reading and writing ----------------------------------------------------------------------------------------
+
+
+def test_what_is_read_is_what_peft_saved(tiny_adapter: Path):
+    q = Posterior.from_pretrained(tiny_adapter)
+    assert same(dict(q.mean), load_file(tiny_adapter / MEAN_FILE))
+    assert same(dict(q.sigma), load_file(tiny_adapter / SIGMA_FILE))
+    with safe_open(tiny_adapter / SIGMA_FILE, "pt") as file:
+        assert q.metadata == file.metadata()
+    assert q.config == json.loads((tiny_adapter / "adapter_config.json").read_text())
+
+
+def test_saving_and_reading_again_changes_nothing(tiny_adapter: Path, tmp_path: Path):
+    q = Posterior.from_pretrained(tiny_adapter)
+    q.save_pretrained(tmp_path / "out")
+    back = Posterior.from_pretrained(tmp_path / "out")
+    assert same(dict(back.mean), dict(q.mean))
+    assert same(dict(back.sigma), dict(q.sigma))
+    assert (back.metadata, back.config) == (q.metadata, q.config)
+    for name in ("tokenizer.json", "README.md"):
+        assert (tmp_path / "out" / name).read_bytes() == (tiny_adapter / name).read_bytes()
+
+
+def test_unknown_metadata_is_kept(tiny_adapter: Path, copied: Callable, tmp_path: Path):
+    folder = copied(tiny_adapter)
+    save_file(load_file(folder / MEAN_FILE), folder / MEAN_FILE, {"format": "pt", "theirs": "1"})
+    save_sigma(folder, load_file(folder / SIGMA_FILE), {"future": "2"})
+    Posterior.from_pretrained(folder).prune(0.5).save_pretrained(tmp_path / "out")
+    with safe_open(tmp_path / "out" / MEAN_FILE, "pt") as file:
+        assert file.metadata() == {"format": "pt", "theirs": "1"}
+    assert Posterior.from_pretrained(tmp_path / "out").metadata["future"] == "2"
+
+
+def test_a_checkpoint_is_an_adapter_but_its_optimizer_stays(tiny_adapter: Path, copied: Callable, tmp_path: Path):
+    folder = copied(tiny_adapter, "checkpoint-5")
+    (folder / "optimizer.pt").write_bytes(b"\x80\x04.")
+    (folder / "trainer_state.json").write_text("{}")
+    Posterior.from_pretrained(folder).save_pretrained(tmp_path / "out")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {path.name for path in folder.iterdir()} - {"optimizer.pt", "trainer_state.json"}
+
+
+def test_the_input_is_never_modified(tiny_adapter: Path, copied: Callable, tmp_path: Path):
+    folder = copied(tiny_adapter)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    q = Posterior.from_pretrained(folder)
+    q.mean["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].zero_()
+    q.prune(0.5).temper(3).save_pretrained(tmp_path / "out")
+    with pytest.raises(IVONError, match="never modified"):
+        q.prune(0.5).save_pretrained(folder, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_fingerprint_covers_names_dtypes_shapes_and_values():
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3)}
+    expected = mean_sha256(tensors)
+    assert mean_sha256(dict(reversed(tensors.items()))) == expected
+    assert mean_sha256({**tensors, "a": tensors["a"].clone().t().contiguous().t()}) == expected
+    changed = [
+        {"a": tensors["a"], "c": tensors["b"]},
+        {**tensors, "a": tensors["a"].reshape(3, 2)},
+        {**tensors, "b": tensors["b"].view(torch.int32)},
+        {**tensors, "b": torch.tensor([1, 1, 1 + 2**-23])},
+        {"a": tensors["a"]},
+        {**tensors, "c": torch.ones(0)},
+    ]
+    assert len({expected, *map(mean_sha256, changed)}) == len(changed) + 1
+    # Adapters on people's disks carry it: it must never change.
+    assert expected == "5618b2f326cb0c838705ff8598e4917cd34980fc187a45ebd7944acf35ac5ebe"
+
+
+def test_save_sigma_refuses_what_does_not_fit(tiny_adapter: Path, copied: Callable):
+    folder = copied(tiny_adapter)
+    before = (folder / SIGMA_FILE).read_bytes()
+    sigma = load_file(folder / SIGMA_FILE)
+    key = min(sigma)
+    for bad, message in (
+        ({k: v for k, v in sigma.items() if k != key}, f"no σ for {key}"),
+        ({**sigma, "other": torch.ones(1)}, "σ for other"),
+        ({**sigma, key: torch.ones(3)}, "shape"),
+        ({**sigma, key: sigma[key] * math.nan}, "NaN"),
+        ({**sigma, key: sigma[key] * math.inf}, "NaN or infinite"),
+        ({**sigma, key: -sigma[key]}, "negative"),
+    ):
+        with pytest.raises(IVONError, match=message):
+            save_sigma(folder, bad, {})
+    assert (folder / SIGMA_FILE).read_bytes() == before
+
+
+def test_the_library_needs_no_torch_until_a_tensor_is_asked_for(tiny_adapter: Path, tmp_path: Path):
+    script = (
+        "import sys; from axolotl_ivon import Posterior; "
+        f"q = Posterior.from_pretrained({str(tiny_adapter)!r}).prune(0.1).temper(2); "
+        f"q.save_pretrained({str(tmp_path / 'out')!r}); assert 'torch' not in sys.modules; "
+        "next(iter(q.mean.values())); assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# --- adapters of every kind -------------------------------------------------------------------------------------
+
+KINDS = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "modules_to_save": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "bias": {"bias": "lora_only"},
+    "patterns": {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_loads_every_adapter_that_is_written(kind: str, make_adapter: Callable, tiny_llama: Path, tmp_path: Path):
+    """What PEFT holds after loading is what was written; so the logits of the mean are those of the original."""
+    q = Posterior.from_pretrained(make_adapter(**KINDS[kind]))
+    tokens = torch.arange(3, 19)[None]
+
+    def logits(folder: Path) -> torch.Tensor:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), folder)
+        saved = load_file(folder / MEAN_FILE)
+        loaded = {name.replace(".default", ""): value for name, value in model.state_dict().items()}
+        for key, value in saved.items():
+            name = key if key in loaded else f"{key}.weight"  # PEFT drops it from DoRA's magnitudes
+            if name not in loaded:  # modules_to_save, by their name in the base model
+                name = key.rsplit(".", 1)[0] + ".modules_to_save." + key.rsplit(".", 1)[1]
+            assert torch.equal(loaded[name].to(value.dtype), value), key
+        with torch.no_grad():
+            return model(tokens).logits
+
+    assert q.folder is not None
+    original = logits(q.folder)
+    q.temper(2).save_pretrained(tmp_path / "tempered")
+    assert torch.equal(logits(tmp_path / "tempered"), original)
+    q.prune(0.5).save_pretrained(tmp_path / "pruned")
+    assert not torch.equal(logits(tmp_path / "pruned"), original)
+    drawn = Posterior(q.sample(3), q.temper(math.inf).sigma, q.metadata, q.config)
+    drawn.save_pretrained(tmp_path / "drawn")
+    assert not torch.equal(logits(tmp_path / "drawn"), original)
+
+
+def test_old_adapters_are_read(tiny_adapter: Path, copied: Callable, tiny_llama: Path, tmp_path: Path):
+    """A configuration as PEFT 0.4 wrote it, without the fields that came later."""
+    folder = copied(tiny_adapter)
+    fields = ("base_model_name_or_path", "peft_type", "task_type", "r", "lora_alpha", "target_modules", "bias")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({name: config[name] for name in fields}))
+    q = Posterior.from_pretrained(folder)
+    q.prune(0.1).save_pretrained(tmp_path / "out")
+    assert set(json.loads((tmp_path / "out" / "adapter_config.json").read_text())) == set(fields)
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "out")
+
+
+def test_shared_tensors_stay_equal(tmp_path: Path):
+    torch.manual_seed(0)
+    shared, other = torch.randn(30, 4), torch.zeros(30, 4)
+    mean = {"embed": shared, "head": shared.clone(), "b1.lora_B.weight": other, "b2.lora_B.weight": other.clone()}
+    sigma = {key: torch.full_like(value, 0.1) for key, value in mean.items()}
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file(mean, tmp_path / MEAN_FILE)
+    save_sigma(tmp_path, sigma, {})
+    q = Posterior.from_pretrained(tmp_path)
+    for changed in (q, q.prune(0.6, "random", seed=1)):
+        theta = changed.sample(5)
+        assert torch.equal(theta["embed"], theta["head"])
+        assert not torch.equal(theta["b1.lora_B.weight"], theta["b2.lora_B.weight"])
+
+
+# --- pruning ----------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(0, 1), st.sampled_from(["snr", "sigma", "magnitude", "random"]), st.integers(0, 3))
+@settings(max_examples=50)
+def test_pruning_zeroes_exactly_the_ratio(ratio: float, criterion: str, seed: int):
+    q = toy(seed=seed)
+    p = q.prune(ratio, criterion)
+    assert sum(p.pruned().values()) == round(ratio * q.mean.weights)
+    for key in q.mean:
+        off = (p.mean[key] == 0) & (p.sigma[key] == 0)
+        assert int(off.sum()) == p.pruned()[key]
+        assert torch.equal(p.mean[key][~off], q.mean[key][~off])
+        assert torch.equal(p.sigma[key][~off], q.sigma[key][~off])
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.sampled_from(["snr", "sigma", "magnitude", "random"]))
+@settings(max_examples=50)
+def test_pruning_twice_is_pruning_the_larger_ratio(first: float, second: float, criterion: str):
+    q = toy()
+    p = q.prune(first, criterion).prune(second, criterion)
+    once = q.prune(max(first, second), criterion)
+    assert same(dict(p.mean), dict(once.mean))
+    assert same(dict(p.sigma), dict(once.sigma))
+    assert p.pruned_ratio == max(first, second)
+    zeros = {key: int(((p.mean[key] == 0) & (p.sigma[key] == 0)).sum()) for key in p.mean}
+    assert p.pruned() == once.pruned() == zeros
+
+
+def test_a_smaller_ratio_prunes_a_part_of_a_larger_one():
+    q = toy()
+    small, large = q.prune(0.2), q.prune(0.6)
+    for key in q.mean:
+        assert bool((large.mean[key][small.mean[key] == 0] == 0).all())
+
+
+def test_each_tensor_loses_its_share_with_scope_tensor():
+    q = toy()
+    assert q.prune(0.4, scope="tensor").pruned() == {key: round(0.4 * q.mean.size(key)) for key in q.mean}
+
+
+def test_tensors_that_were_not_trained_are_left_and_not_counted():
+    q = toy()
+    mean, sigma = dict(q.mean), dict(q.sigma)
+    mean["embed"], sigma["embed"] = torch.full((1000,), 1e-9), torch.zeros(1000)
+    p = Posterior(mean, sigma, {}, {}).prune(0.5)
+    assert p.pruned() == {**q.prune(0.5).pruned(), "embed": 0}
+    assert torch.equal(p.mean["embed"], mean["embed"])
+
+
+def test_pruning_a_point_is_refused():
+    with pytest.raises(IVONError, match="σ is 0 everywhere"):
+        toy().temper(math.inf).prune(0.1)
+
+
+# --- temperature ------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(1e-3, 1e3))
+@settings(max_examples=50)
+def test_temperature_divides_the_precision(tau: float):
+    q = toy()
+    for key, sigma in q.temper(tau).sigma.items():
+        torch.testing.assert_close(sigma.double() ** -2, tau * q.sigma[key].double() ** -2, rtol=1e-6, atol=0)
+
+
+def test_temperatures_multiply(tmp_path: Path):
+    q = toy().temper(2).temper(3)
+    assert q.tau == 6.0
+    q.save_pretrained(tmp_path / "out")
+    again = Posterior.from_pretrained(tmp_path / "out").temper(0.5)
+    assert (again.tau, again.metadata["tau"]) == (3.0, "3.0")
+    for key, sigma in again.sigma.items():
+        torch.testing.assert_close(sigma, toy().sigma[key] / math.sqrt(3))
+
+
+def test_infinite_temperature_is_the_mean_to_the_last_bit(tiny_adapter: Path, tmp_path: Path):
+    q = Posterior.from_pretrained(tiny_adapter)
+    cold = q.temper(math.inf)
+    assert same(cold.sample(4), dict(q.mean))
+    cold.save_pretrained(tmp_path / "out")
+    back = Posterior.from_pretrained(tmp_path / "out")
+    assert back.tau == math.inf
+    assert same(back.sample(4), dict(q.mean))
+
+
+@pytest.mark.parametrize("tau", [0.0, -1.0, math.nan, -math.inf])
+def test_temperatures_that_are_none(tau: float):
+    with pytest.raises(IVONError, match=f"tau {tau} is not > 0"):
+        toy().temper(tau)
+
+
+def test_a_temperature_that_makes_sigma_infinite_writes_nothing(tmp_path: Path):
+    with pytest.raises(IVONError, match="infinite"):
+        toy().temper(1e-300).save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pruning_and_tempering_in_either_order_are_one_posterior():
+    q = toy()
+    one, other = q.prune(0.3).temper(4), q.temper(4).prune(0.3)
+    assert same(dict(one.mean), dict(other.mean))
+    assert same(dict(one.sigma), dict(other.sigma))
+    assert one.metadata == other.metadata
+
+
+# --- draws ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_draw_is_mean_plus_sigma_times_noise(dtype: torch.dtype):
+    q = toy(dtype=dtype)
+    # The noise itself, from a posterior with mean 0 and σ 1.
+    noise = Posterior(
+        {key: torch.zeros(value.shape) for key, value in q.mean.items()},
+        {key: torch.ones(value.shape) for key, value in q.mean.items()},
+        {},
+        {},
+    ).sample(7, 3)
+    for key, theta in q.sample(7, 3).items():
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        product = q.sigma[key] * noise[key]
+        assert torch.equal(theta, (q.mean[key].to(wide) + product.to(wide)).to(q.mean[key].dtype))
+
+
+def test_ten_thousand_draws_have_the_right_mean_and_variance():
+    q = toy(40)
+    count = 10_000
+    draws = [q.sample(0, member) for member in range(count)]
+    scores, ratios = [], []
+    for key in q.mean:
+        all_draws = torch.stack([draw[key] for draw in draws]).double()
+        scores.append(((all_draws.mean(0) - q.mean[key]) / q.sigma[key] * math.sqrt(count)).flatten())
+        ratios.append(((all_draws.var(0) / q.sigma[key].double() ** 2 - 1) * math.sqrt(count / 2)).flatten())
+    for z in (torch.cat(scores), torch.cat(ratios)):
+        # z-values of independent weights: each within 5, and together as spread out as a standard normal.
+        assert float(z.abs().max()) < 5
+        assert float((z**2).sum()) == pytest.approx(z.numel(), abs=5 * math.sqrt(2 * z.numel()))
+
+
+def test_members_depend_on_seed_and_number_alone(tiny_adapter: Path):
+    q = Posterior.from_pretrained(tiny_adapter)
+    assert same(q.sample(1, 2), q.sample(1, 2))
+    drawn = [q.sample(seed, member) for seed in (0, 1) for member in (0, 1)]
+    assert not any(same(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+    reordered = Posterior(dict(reversed(dict(q.mean).items())), dict(q.sigma), {}, {})
+    assert same(reordered.sample(1, 2), q.sample(1, 2))
+
+
+@given(st.floats(0, 1), st.floats(0.1, 10))
+@settings(max_examples=30)
+def test_pruning_and_temperature_commute_with_drawing(ratio: float, tau: float):
+    q = toy()
+    pruned = q.prune(ratio)
+    plain, of_pruned, of_tempered = q.sample(3), pruned.sample(3), q.temper(tau).sample(3)
+    both = pruned.temper(tau).sample(3)
+    for key in q.mean:
+        off = (pruned.mean[key] == 0) & (pruned.sigma[key] == 0)
+        assert torch.equal(of_pruned[key], plain[key].masked_fill(off, 0))
+        assert torch.equal(both[key], of_tempered[key].masked_fill(off, 0))
+        # The same noise at another temperature: it shrinks by √τ.
+        torch.testing.assert_close(
+            (of_tempered[key] - q.mean[key]) * math.sqrt(tau), plain[key] - q.mean[key], rtol=1e-3, atol=1e-5
+        )
+
+
+# --- refusals that need no command ------------------------------------------------------------------------------
+
+
+def test_an_adapter_without_sigma_says_what_still_works(make_adapter: Callable):
+    with pytest.raises(IVONError, match=r"only `ivon-post info` and `ivon-post merge` work on it"):
+        Posterior.from_pretrained(make_adapter(sigma=False))
+
+
+def test_a_file_that_is_swapped_while_open_does_no_harm(tiny_adapter: Path, copied: Callable, make_adapter: Callable):
+    folder = copied(tiny_adapter)
+    q = Posterior.from_pretrained(folder)
+    expected = dict(q.prune(0.3).mean)
+    replacement = shutil.copy(make_adapter(r=8, seed=1) / MEAN_FILE, folder / "new")
+    os.replace(replacement, folder / MEAN_FILE)
+    assert same(dict(q.prune(0.3).mean), expected)
+
+
+def test_many_posteriors_leave_no_open_files(tiny_adapter: Path):
+    Posterior.from_pretrained(tiny_adapter).sample()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(50):
+        Posterior.from_pretrained(tiny_adapter).prune(0.1).temper(2).sample()
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,136 @@
+"""The choice of weights is held against sorting them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from axolotl_ivon import IVONError, pruning
+from axolotl_ivon.pruning import CRITERIA, lowest
+from axolotl_ivon.tensors import Tensors
+
+# Few different values, so that ties are everywhere; zeros, so that some weights are pruned already.
+means = st.lists(st.sampled_from([0.0, -0.0, 0.25, -0.25, 1.0, -3.0]), min_size=1, max_size=12)
+sigmas = st.sampled_from([0.0, 0.5, 1.0])
+
+
+@st.composite
+def posteriors(draw: Callable) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    mean, sigma = {}, {}
+    for name in draw(st.lists(st.sampled_from("abcd"), min_size=1, unique=True)):
+        values = draw(means)
+        mean[name] = torch.tensor(values)
+        sigma[name] = torch.tensor(draw(st.lists(sigmas, min_size=len(values), max_size=len(values))))
+    return mean, sigma
+
+
+def score(criterion: str, m: float, s: float) -> float:
+    """The criteria, once more, for one weight."""
+    if m == 0 and s == 0:
+        return -np.inf
+    if criterion == "snr":
+        return np.inf if s == 0 else float(np.float32(abs(m)) / np.float32(s))
+    return {"sigma": -s, "magnitude": abs(m)}[criterion]
+
+
+def brute_force(
+    mean: dict[str, torch.Tensor], sigma: dict[str, torch.Tensor], ratio: float, criterion: str, scope: str
+) -> set[tuple[str, int]]:
+    """Which weights go: all of them sorted by score, name and place."""
+    ranked: dict[str, list[tuple[float, str, int]]] = {}
+    for name in mean:
+        if not sigma[name].any() and mean[name].any():
+            continue  # not trained
+        for i, (m, s) in enumerate(zip(mean[name].tolist(), sigma[name].tolist(), strict=True)):
+            group = "" if scope == "adapter" else name
+            ranked.setdefault(group, []).append((score(criterion, m, s), name, i))
+    return {(name, i) for rows in ranked.values() for _, name, i in sorted(rows)[: round(ratio * len(rows))]}
+
+
+def marked(mean: dict, sigma: dict, *arguments: object) -> set[tuple[str, int]]:
+    masks = lowest(Tensors.of(mean), Tensors.of(sigma), *arguments)  # type: ignore[arg-type]
+    return {
+        (name, int(i))
+        for name, (bits, _) in masks.items()
+        for i in np.flatnonzero(np.unpackbits(bits, count=mean[name].numel()))
+    }
+
+
+@settings(max_examples=300)
+@given(
+    posteriors(),
+    st.floats(0, 1),
+    st.sampled_from(["snr", "sigma", "magnitude"]),
+    st.sampled_from(["adapter", "tensor"]),
+)
+def test_exactly_the_lowest_are_chosen(posterior: tuple, ratio: float, criterion: str, scope: str):
+    mean, sigma = posterior
+    trained = [name for name in mean if sigma[name].any() or not mean[name].any()]
+    if not trained and ratio > 0:
+        with pytest.raises(IVONError, match="σ is 0 everywhere"):
+            marked(mean, sigma, ratio, criterion, scope, 0)
+        return
+    assert marked(mean, sigma, ratio, criterion, scope, 0) == brute_force(mean, sigma, ratio, criterion, scope)
+
+
+@pytest.mark.parametrize("arrangement", ["random", "sorted", "ties", "two values", "one place", "infinite"])
+def test_the_lowest_of_many(arrangement: str):
+    """The path for large adapters, which samples: an arrangement may mislead the sample, but not the result."""
+    rng = np.random.default_rng(0)
+    values = {
+        "random": lambda: rng.standard_normal(50_000),
+        "sorted": lambda: np.arange(50_000),
+        "ties": lambda: rng.integers(0, 4, 50_000),
+        "two values": lambda: np.where(np.arange(50_000) % 61 == 0, 0, 1),  # the sample sees only one of them
+        "one place": lambda: np.where(np.arange(50_000) == 7, -1, 3),
+        "infinite": lambda: np.where(rng.random(50_000) < 0.3, -np.inf, np.where(rng.random(50_000) < 0.5, np.inf, 0)),
+    }[arrangement]()
+    values = values.astype(np.float32)
+    parts = dict(zip("abcde", np.array_split(values, 5), strict=True))
+    in_order = np.argsort(values, kind="stable")
+    done: list[str] = []
+    for count in (1, 2, 819, 820, 25_000, 49_999, 50_000):
+        found = dict(pruning._mark(list(parts), parts.__getitem__, count, weights=2**23, done=done.append))
+        mask = np.concatenate([np.unpackbits(found[key][0], count=len(parts[key])) for key in parts])
+        assert np.array_equal(np.flatnonzero(mask), np.sort(in_order[:count]))
+        for key, (bits, zeros) in found.items():
+            # −∞ stands for a weight that was pruned before, which stays so.
+            both = np.unpackbits(bits, count=len(parts[key])).astype(bool) | (parts[key] == -np.inf)
+            assert zeros == both.sum()
+    assert set(done) == set(parts)
+
+
+def test_random_pruning_depends_on_its_seed_alone():
+    mean, sigma = {"a": torch.ones(500), "b": torch.ones(500)}, {"a": torch.ones(500), "b": torch.ones(500)}
+    first = marked(mean, sigma, 0.3, "random", "adapter", 1)
+    assert len(first) == 300
+    assert first == marked(dict(reversed(mean.items())), sigma, 0.3, "random", "adapter", 1)
+    assert first != marked(mean, sigma, 0.3, "random", "adapter", 2)
+    assert {i for name, i in first if name == "a"} != {i for name, i in first if name == "b"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-0.1, "snr", "adapter", 0), "ratio -0.1 is outside"),
+        ((1.5, "snr", "adapter", 0), "ratio 1.5 is outside"),
+        ((float("nan"), "snr", "adapter", 0), "ratio nan is outside"),
+        ((0.1, "best", "adapter", 0), "criterion 'best' is unknown; choose one of snr, sigma, magnitude, random"),
+        ((0.1, "snr", "layer", 0), "scope 'layer' is unknown"),
+    ],
+)
+def test_mistakes(arguments: tuple, message: str):
+    with pytest.raises(IVONError, match=message):
+        marked({"a": torch.ones(4)}, {"a": torch.ones(4)}, *arguments)
+
+
+@pytest.mark.parametrize("bad", [lambda m: m * np.nan, lambda m: m - np.inf, lambda m: m[:1]])
+def test_criteria_that_misbehave_are_named(monkeypatch: pytest.MonkeyPatch, bad: Callable):
+    monkeypatch.setitem(CRITERIA, "mine", lambda name, mean, sigma, random: bad(mean))
+    with pytest.raises(IVONError, match="criterion 'mine' gave"):
+        marked({"a": torch.ones(4)}, {"a": torch.ones(4)}, 0.5, "mine", "adapter", 0)
