@@ -1,0 +1,575 @@
+"""Evaluation against PEFT run one prompt and one draw at a time, the model's own loss, and a closed form."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from tiny import build_llama, write_chats
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Gemma2Config,
+    GPT2Config,
+    PretrainedConfig,
+)
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.data import read_examples
+from axolotl_ivon.evaluation import Evaluation, Row, count_passes, evaluate, open_posterior, rows_of
+from axolotl_ivon.metrics import Scores, metrics
+from axolotl_ivon.models import AdapterSlots, load_model, load_tokenizer, loaded, pick_device, stacked
+from axolotl_ivon.posterior import save_sigma
+from axolotl_ivon.prompts import Item
+
+MakeAdapter = Callable[..., Path]
+ROWS = list(rows_of(tau=0.5, ratio=0.3).values())
+WIDE = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", count=24)
+
+
+@pytest.fixture(scope="module")
+def adapter(make_adapter: MakeAdapter) -> Path:
+    return make_adapter()
+
+
+@pytest.fixture(scope="module", params=["choice", "generate"])
+def evaluation(request: pytest.FixtureRequest, adapter: Path, chats: Path) -> Evaluation:
+    return Evaluation(adapter, [chats], task=request.param)
+
+
+@pytest.fixture(scope="module")
+def scores(evaluation: Evaluation) -> list[Scores]:
+    return evaluation.run(ROWS, samples=3, seed=5)
+
+
+def close(one: list[Scores], other: list[Scores], tolerance: float = 1e-5) -> None:
+    for a, b in zip(one, other, strict=True):
+        first, second = a.group.argsort(stable=True), b.group.argsort(stable=True)
+        for name in ("confidence", "nll", "brier", "entropy", "expected_entropy"):
+            torch.testing.assert_close(
+                getattr(a, name)[first], getattr(b, name)[second], rtol=tolerance, atol=tolerance
+            )
+
+
+# --- predictions ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def by_hand(evaluation: Evaluation, posterior: Posterior | None, draws: int) -> list[Tensor]:
+    """Average probabilities per example, by PEFT's own loading, without padding, caches or batches."""
+    model = AutoModelForCausalLM.from_pretrained(evaluation.base_model)
+    if posterior is not None:
+        model = PeftModel.from_pretrained(model, evaluation.posterior.folder)
+    model.eval()
+    total: list[Tensor] = []
+    for member in range(draws):
+        if posterior is not None:
+            set_peft_model_state_dict(model, posterior.sample(5, member) if draws > 1 else dict(posterior.mean))
+        for index, item in enumerate(evaluation.items):
+            logits = model(torch.tensor([item.ids])).logits[0, item.positions].double()
+            if item.candidates is not None:
+                logits = logits[:, list(item.candidates)]
+            if member == 0:
+                total.append(torch.zeros_like(logits))
+            total[index] += logits.softmax(-1) / draws
+    return total
+
+
+def test_every_row_is_what_peft_gives_one_prompt_at_a_time(evaluation: Evaluation, scores: list[Scores]) -> None:
+    q = evaluation.posterior
+    sources = {
+        "base": (None, 1),
+        "mean": (q, 1),
+        "mean-pruned": (q.prune(0.3), 1),
+        "posterior": (q.temper(0.5), 3),
+        "posterior-pruned": (q.prune(0.3).temper(0.5), 3),
+    }
+    assert [row.name for row in ROWS] == list(sources)
+    for row, score in zip(ROWS, scores, strict=True):
+        probabilities = by_hand(evaluation, *sources[row.name])
+        group = torch.cat([torch.full((len(p),), i) for i, p in enumerate(probabilities)])
+        target = torch.tensor([target for item in evaluation.items for target in item.targets])
+        expected = Scores.of(torch.cat(probabilities), target, group=group)
+        order = score.group.argsort(stable=True)
+        for name in ("confidence", "nll", "brier", "entropy"):
+            torch.testing.assert_close(getattr(score, name)[order], getattr(expected, name), rtol=1e-4, atol=1e-5)
+        assert score.group[order].equal(group)
+        if row.name.startswith("posterior"):
+            assert (score.entropy - score.expected_entropy).min() > 0  # Jensen: draws that differ disagree
+        else:
+            assert score.entropy.equal(score.expected_entropy)
+
+
+def test_the_likelihood_of_answers_is_the_models_own_loss(adapter: Path, chats: Path, tiny_llama: Path) -> None:
+    evaluation = Evaluation(adapter, [chats], task="generate")
+    [score] = evaluation.run([Row("mean")])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval()
+    losses, tokens = 0.0, 0
+    for item in evaluation.items:
+        ids = torch.tensor([[*item.ids, item.targets[-1]]])
+        labels = torch.full_like(ids, -100)
+        labels[0, item.positions[0] + 1 :] = ids[0, item.positions[0] + 1 :]
+        losses += model(input_ids=ids, labels=labels).loss.item() * len(item.targets)
+        tokens += len(item.targets)
+    assert metrics(score)["nll"] == pytest.approx(losses / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 1}, {"batch_size": 5}, {"draws_per_pass": 2}, {"draws_per_pass": 3, "batch_size": 7}],
+    ids=str,
+)
+def test_batches_and_stacked_draws_change_nothing(
+    evaluation: Evaluation, scores: list[Scores], options: dict[str, int]
+) -> None:
+    close(evaluation.run(ROWS, samples=3, seed=5, **options), scores)
+
+
+def test_the_common_prefix_changes_nothing(
+    evaluation: Evaluation, scores: list[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[int] = []
+    forward = evaluation.model.forward
+    monkeypatch.setattr(
+        evaluation.model, "forward", lambda **kw: tokens.append(kw["input_ids"].numel()) or forward(**kw)
+    )
+    monkeypatch.setattr("axolotl_ivon.evaluation._MIN_PREFIX", 2)
+    close(evaluation.run(ROWS, samples=3, seed=5), scores)
+    with_prefix = sum(tokens)
+    tokens.clear()
+    monkeypatch.setattr("axolotl_ivon.evaluation._MIN_PREFIX", 10**6)
+    close(evaluation.run(ROWS, samples=3, seed=5), scores)
+    assert with_prefix < sum(tokens)
+
+
+def test_averages_that_do_not_fit_are_made_in_chunks(
+    evaluation: Evaluation, scores: list[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("axolotl_ivon.evaluation._AVERAGES", 40 * len(evaluation.choices or range(400)))
+    done: list[int] = []
+    close(evaluation.run(ROWS, samples=3, seed=5, progress=done.append), scores)
+    assert sum(done) == count_passes(ROWS, 3) * len(evaluation.items)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_tokenizers_padding_side_does_not_matter(
+    adapter: Path, chats: Path, scores: list[Scores], evaluation: Evaluation, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def padded(*args: object) -> object:
+        tokenizer = load_tokenizer(*args)
+        tokenizer.padding_side = side
+        return tokenizer
+
+    monkeypatch.setattr("axolotl_ivon.evaluation.load_tokenizer", padded)
+    other = Evaluation(adapter, [chats], task=evaluation.task)
+    close(other.run(ROWS, samples=3, seed=5), scores)
+
+
+def test_infinite_tau_is_the_mean_to_the_last_bit(evaluation: Evaluation) -> None:
+    mean, cold, still = evaluation.run([Row("mean"), Row("posterior", tau=math.inf), Row("mean")], samples=7)
+    assert mean.nll.equal(cold.nll)
+    assert mean.nll.equal(still.nll)
+    # Draws of no width, really averaged, are the mean too.
+    q = evaluation.posterior.temper(math.inf)
+    [drawn] = evaluate(evaluation.model, q, evaluation.items, [Row("posterior", tau=1)], evaluation.task, samples=7)
+    for name in ("confidence", "nll", "brier", "entropy", "expected_entropy"):
+        assert getattr(drawn, name).equal(getattr(mean, name))
+
+
+def test_rows_share_draws_and_take_no_extra_pass(evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int, float]] = []
+    sample = Posterior.sample
+
+    def spy(self: Posterior, seed: int = 0, member: int = 0) -> dict[str, Tensor]:
+        seen.append((seed, member, self.tau))
+        return sample(self, seed, member)
+
+    monkeypatch.setattr(Posterior, "sample", spy)
+    calls = []
+    forward = evaluation.model.forward
+    monkeypatch.setattr(evaluation.model, "forward", lambda **kw: calls.append(len(kw["input_ids"])) or forward(**kw))
+    grid = [Row("", tau=tau, ratio=ratio) for tau in (0.5, 2.0, math.inf) for ratio in (0.0, 0.2)]
+    done: list[int] = []
+    evaluation.run(grid, samples=3, seed=9, batch_size=6, progress=done.append)
+    assert sorted(set(seen)) == [(9, member, tau) for member in range(3) for tau in (0.5, 2.0)]
+    assert count_passes(grid, 3) == 14  # no more than 6 points × 3 draws
+    assert sum(done) == 14 * 24
+    assert len(calls) <= 14 * (24 // 6 + 1)  # the batches, and the common prefix
+
+
+def test_files_are_scored_apart(adapter: Path, tmp_path: Path) -> None:
+    one, two = write_chats(tmp_path / "1.jsonl", 10, seed=1), write_chats(tmp_path / "2.jsonl", 14, seed=2)
+    both = Evaluation(adapter, [one, two], choices=["A", "B"])
+    [score] = both.run([Row("mean")])
+    assert list(both.files) == [str(one), str(two)]
+    for path in (one, two):
+        alone = Evaluation(adapter, [path], choices=["A", "B"])
+        [expected] = alone.run([Row("mean")])
+        part = score.of_groups(torch.tensor(both.files[str(path)]))
+        assert metrics(part) == pytest.approx(metrics(expected), rel=1e-4)
+    assert len(Evaluation(adapter, [one, two], limit=3).items) == 6
+
+
+# --- what must not happen ---------------------------------------------------------------------------------------
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def test_model_and_files_are_left_as_they_were(adapter: Path, chats: Path) -> None:
+    files = {path: path.read_bytes() for path in adapter.iterdir()}
+    evaluation = Evaluation(adapter, [chats])
+    model = evaluation.model
+    model.train()
+    model.get_submodule("base_model.model.lm_head").eval()
+    before = fingerprint(model)
+    modes = {name: module.training for name, module in model.named_modules()}
+    gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    forwards = {name for name, module in model.named_modules() if "forward" in module.__dict__}
+    evaluation.run(ROWS, samples=2, draws_per_pass=2)
+    assert fingerprint(model) == before
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == gradients
+    assert {name for name, module in model.named_modules() if "forward" in module.__dict__} == forwards
+    assert {path: path.read_bytes() for path in adapter.iterdir()} == files
+
+
+def test_an_interrupted_evaluation_leaves_the_model_too(evaluation: Evaluation) -> None:
+    before = fingerprint(evaluation.model)
+
+    def interrupt(count: int) -> None:
+        raise KeyboardInterrupt
+
+    for draws_per_pass in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.run([Row("posterior", tau=1)], samples=2, draws_per_pass=draws_per_pass, progress=interrupt)
+    assert fingerprint(evaluation.model) == before
+    assert torch.is_grad_enabled()
+
+
+def test_out_of_memory_halves_the_batch(
+    evaluation: Evaluation, scores: list[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    forward = evaluation.model.forward
+
+    def small(**inputs: Tensor) -> object:
+        if len(inputs["input_ids"]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        sizes.append(len(inputs["input_ids"]))
+        return forward(**inputs)
+
+    monkeypatch.setattr(evaluation.model, "forward", small)
+    told: list[str] = []
+    close(evaluation.run(ROWS, samples=3, seed=5, notify=told.append), scores)
+    assert told[0].startswith("out of memory with 24 prompts in a batch; going on with 12")
+    assert len(told) <= 4  # what was learned is remembered in the later batches and passes
+    monkeypatch.setattr(evaluation.model, "forward", lambda **_: small(input_ids=torch.zeros(99, 1)))
+    with pytest.raises(IVONError, match="out of memory with a single prompt"):
+        evaluation.run(ROWS, samples=3)
+
+
+def test_other_errors_of_the_model_are_not_taken_for_memory(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**_: Tensor) -> None:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(evaluation.model, "forward", broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        evaluation.run(ROWS)
+
+
+# --- adapters in place ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"target_modules": "all-linear", "use_rslora": True},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"bias": "lora_only"},
+    ],
+    ids=str,
+)
+def test_slots_are_what_peft_saves_and_loads(make_adapter: MakeAdapter, tiny_llama: Path, lora: dict) -> None:
+    folder = make_adapter(**lora)
+    model = load_model(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    other = {key: torch.randn_like(tensor) for key, tensor in tensors.items()}
+    text = torch.arange(3, 40)[None]
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), folder).eval()
+    set_peft_model_state_dict(expected, dict(other))
+    before = model(text).logits
+    with loaded(model, other):
+        torch.testing.assert_close(model(text).logits, expected(text).logits)
+        inside = get_peft_model_state_dict(model)
+        assert all(inside[key].equal(other[key]) for key in tensors)
+    assert model(text).logits.equal(before)
+    assert not torch.allclose(before, expected(text).logits)
+
+
+def test_loading_refuses_tensors_of_another_adapter(adapter: Path) -> None:
+    model = load_model(adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = min(tensors)
+    bad = [
+        ({k: v for k, v in tensors.items() if k != key}, f"the adapter has no {key}"),
+        ({**tensors, "base_model.model.nothing.lora_A.weight": torch.zeros(1)}, "it has no place for base_model"),
+        ({**tensors, key: torch.zeros(2, 2)}, r"is \[2, 2\] in the adapter"),
+    ]
+    for given, message in bad:
+        with pytest.raises(IVONError, match=message), loaded(model, given):
+            pytest.fail("must not be loaded")
+
+
+@pytest.mark.parametrize(
+    "lora", [{"target_modules": WIDE}, {"target_modules": "all-linear", "use_rslora": True}], ids=str
+)
+def test_stacked_draws_equal_one_at_a_time(make_adapter: MakeAdapter, lora: dict) -> None:
+    folder = make_adapter(**lora)
+    model, posterior = load_model(folder), Posterior.from_pretrained(folder)
+    draws = [posterior.sample(1, member) for member in range(3)]
+    text = torch.randint(3, 200, (4, 9), generator=torch.Generator().manual_seed(0))
+    with stacked(model, draws), torch.no_grad():
+        together = model(text.repeat(3, 1)).logits
+    for draw, part in zip(draws, together.view(3, 4, 9, -1), strict=True):
+        with loaded(model, draw), torch.no_grad():
+            torch.testing.assert_close(part, model(text).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_stacking_refuses_more_than_plain_lora(make_adapter: MakeAdapter, chats: Path, lora: dict) -> None:
+    evaluation = Evaluation(make_adapter(**lora), [chats])
+    evaluation.run(ROWS, samples=2)
+    with pytest.raises(IVONError, match=r"--draws-per-pass 2: .* use --draws-per-pass 1"):
+        evaluation.run(ROWS, samples=2, draws_per_pass=2)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------
+
+
+def test_a_base_model_that_does_not_fit_is_refused_in_one_line(
+    adapter: Path, chats: Path, tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
+    wide = build_llama(tmp_path / "wide", hidden_size=64)
+    deep = build_llama(tmp_path / "deep", num_hidden_layers=3)
+    for base in (wide, deep):
+        with pytest.raises(IVONError, match="does not fit the adapter") as caught:
+            Evaluation(adapter, [chats], base_model=str(base)).run([Row("mean")])
+        assert "\n" not in str(caught.value)
+        assert "--base-model" in str(caught.value)
+    with pytest.raises(IVONError, match=r"the base model \S+nowhere cannot be loaded") as caught:
+        Evaluation(adapter, [chats], base_model=str(tmp_path / "nowhere"))
+    assert "\n" not in str(caught.value)
+
+
+def test_unusable_devices_are_named() -> None:
+    for device in ("cuda:99", "abacus"):
+        with pytest.raises(IVONError, match=f"--device {device}"):
+            pick_device(device)
+
+
+def test_an_adapter_without_sigma_has_a_base_and_a_mean(make_adapter: MakeAdapter, chats: Path) -> None:
+    folder = make_adapter(sigma=False)
+    two = [rows_of()["base"], rows_of()["mean"]]
+    evaluation = Evaluation(folder, [chats], rows=two)
+    assert len(evaluation.run(two)) == 2
+    with pytest.raises(IVONError, match="--rows base,mean"):
+        open_posterior(folder, list(rows_of().values()))
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    model.save_pretrained(folder, save_embedding_layers=False)
+    mean = load_file(folder / "adapter_model.safetensors")
+    save_sigma(folder, {key: torch.full_like(value, 0.02) for key, value in mean.items()}, {})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # Every second layer forgets the common prefix, which then must not be cut off.
+        Gemma2Config(sliding_window=3, hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=400,
+                     num_attention_heads=4, num_key_value_heads=2, head_dim=8),
+        # Positions are absolute, and the layers transposed.
+        GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=400),
+    ],
+    ids=["gemma2", "gpt2"],
+)  # fmt: skip
+@pytest.mark.parametrize("task", ["choice", "generate"])
+def test_other_architectures(
+    tmp_path: Path, tiny_llama: Path, chats: Path, config: PretrainedConfig, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("axolotl_ivon.evaluation._MIN_PREFIX", 2)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    targets = ["c_attn"] if config.model_type == "gpt2" else ["q_proj"]
+    lora = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    save_adapter(get_peft_model(base, lora), tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
+    evaluation = Evaluation(tmp_path / "adapter", [chats], task=task)
+    rows = [Row("mean"), Row("posterior", tau=0.1)]
+    mean, drawn = evaluation.run(rows, samples=3, seed=5)
+    for score, draws in ((mean, 1), (drawn, 3)):
+        probabilities = by_hand(evaluation, evaluation.posterior.temper(0.1), draws)
+        target = torch.tensor([target for item in evaluation.items for target in item.targets])
+        expected = Scores.of(torch.cat(probabilities), target)
+        order = score.group.argsort(stable=True)
+        torch.testing.assert_close(score.nll[order], expected.nll, rtol=1e-4, atol=1e-5)
+    close(evaluation.run(rows, samples=3, seed=5, draws_per_pass=2, batch_size=5), [mean, drawn])
+
+
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_quantized_bases(tmp_path: Path, chats: Path, load_in: str) -> None:
+    base = build_llama(tmp_path / "base", hidden_size=128, intermediate_size=128)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    save_adapter(get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora), tmp_path / "adapter")
+    evaluation = Evaluation(tmp_path / "adapter", [chats], load_in=load_in)
+    layer = evaluation.model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert load_in in type(layer).__name__
+    exact = Evaluation(tmp_path / "adapter", [chats]).run(ROWS, samples=2)
+    close(evaluation.run(ROWS, samples=2), exact, tolerance=0.1)
+    close(evaluation.run(ROWS, samples=2, draws_per_pass=2), evaluation.run(ROWS, samples=2), tolerance=0.01)
+
+
+def test_tokens_that_training_added(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.add_tokens(["<|mood|>"])
+    path = tmp_path / "data.jsonl"
+    path.write_text(chats.read_text().replace('"content": "', '"content": "<|mood|>'))
+    for saved in (["embed_tokens", "lm_head"], None):
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        base.resize_token_embeddings(len(tokenizer))
+        lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM")
+        folder = tmp_path / f"adapter-{bool(saved)}"
+        save_adapter(get_peft_model(base, lora), folder)
+        tokenizer.save_pretrained(folder)
+    evaluation = Evaluation(tmp_path / "adapter-True", [path], task="generate")
+    assert evaluation.model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    evaluation.run([Row("mean")])
+    with pytest.raises(IVONError, match="is new to the base model"):
+        Evaluation(tmp_path / "adapter-False", [path], task="generate")
+
+
+def test_the_task_follows_from_adapter_and_choices(adapter: Path, chats: Path, tmp_path: Path) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "dog cat"}]}\n')
+    assert Evaluation(adapter, [path]).task == "generate"
+    assert Evaluation(adapter, [path], choices=["dog cat", "bird"]).task == "choice"
+    with pytest.raises(IVONError, match=r"--task classify: .* was trained without a classification head"):
+        Evaluation(adapter, [chats], task="classify")
+
+
+@pytest.mark.parametrize(("tau", "ratio"), [(0.0, 0.0), (-1.0, 0.0), (math.nan, 0.0), (1.0, -0.1), (1.0, 1.1)])
+def test_rows_refuse_what_no_posterior_takes(tau: float, ratio: float) -> None:
+    with pytest.raises(IVONError, match="tau" if ratio == 0 else "ratio"):
+        Row("x", tau=tau, ratio=ratio)
+
+
+# --- classification ---------------------------------------------------------------------------------------------
+
+
+def test_a_classification_head(tmp_path: Path, tiny_llama: Path) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    save_adapter(model, tmp_path / "head")
+    path = tmp_path / "data.jsonl"
+    texts = ["red sun", "moon", "cold dog cat bird", "yes no"]
+    path.write_text("".join(f'{{"text": "{text}", "label": {i % 3}}}\n' for i, text in enumerate(texts)))
+    evaluation = Evaluation(tmp_path / "head", [path])
+    assert evaluation.task == "classify"
+    assert evaluation.choices == ("LABEL_0", "LABEL_1", "LABEL_2")
+    rows = [Row("mean"), Row("posterior", tau=1.0)]
+    mean_scores, drawn = evaluation.run(rows, samples=4)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    model.eval()
+    for index, text in enumerate(texts):
+        inputs = tokenizer(text, return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        p = model(**inputs).logits.softmax(-1)[0]
+        place = mean_scores.group.tolist().index(index)
+        assert mean_scores.nll[place].item() == pytest.approx(-p[index % 3].log().item(), rel=1e-4)
+    assert (drawn.entropy > drawn.expected_entropy).all()
+    path.write_text('{"text": "x", "label": 3}\n')
+    with pytest.raises(IVONError, match="the label '3' is neither one of the model's"):
+        Evaluation(tmp_path / "head", [path])
+    with pytest.raises(IVONError, match=r"--task choice: .* was trained with a classification head"):
+        Evaluation(tmp_path / "head", [path], task="choice")
+
+
+# --- a closed form ----------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """Two logits, (f(x), 0): f is linear in LoRA's A, so over a Gaussian A it is Gaussian."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.layer = nn.Linear(inputs.shape[1], 1, bias=False)
+        self.config = SimpleNamespace(num_labels=2, pad_token_id=0)
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
+        f = self.layer(self.inputs[input_ids[:, 0]])
+        return SimpleNamespace(logits=torch.cat([f, torch.zeros_like(f)], 1))
+
+
+def test_many_draws_of_a_linear_gaussian_model_give_the_closed_form() -> None:
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(6, 5, generator=generator)
+    model = get_peft_model(Linear(inputs), LoraConfig(r=1, lora_alpha=1, target_modules=["layer"]))
+    keys = list(AdapterSlots(model).places)
+    a_key, b_key = (next(key for key in keys if part in key) for part in ("lora_A", "lora_B"))
+    mean = {a_key: torch.randn(1, 5, generator=generator), b_key: torch.ones(1, 1)}
+    sigma = {a_key: torch.rand(1, 5, generator=generator) + 0.5, b_key: torch.zeros(1, 1)}
+    posterior = Posterior(mean, sigma, {}, {})
+    items = [Item([i], [0], [0]) for i in range(len(inputs))]
+    draws = 4000
+    tau = 0.7
+    row = Row("posterior", tau=tau)
+    [scores] = evaluate(model, posterior, items, [row], "classify", samples=draws, draws_per_pass=100)
+    with torch.no_grad():
+        mu = (inputs @ model.base_model.model.layer.base_layer.weight.T + inputs @ mean[a_key].T).squeeze(1).double()
+    sd = (inputs.square() @ sigma[a_key].square().T).squeeze(1).double().div(tau).sqrt()
+    # E[sigmoid(N(μ, s²))] by quadrature on a fine grid.
+    z = torch.linspace(-9, 9, 20001, dtype=torch.float64)
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
+    values = torch.sigmoid(mu[:, None] + sd[:, None] * z)
+    expected = values @ density
+    spread = ((values.square() @ density) - expected.square()).sqrt() / math.sqrt(draws)
+    found = (-scores.nll).exp()
+    assert ((found - expected).abs() < 4 * spread).all()
+    # The test has teeth: neither the mean's prediction nor τ the wrong way round would pass.
+    wrong = torch.sigmoid(mu[:, None] + sd[:, None] * tau * z) @ density
+    assert ((torch.sigmoid(mu) - expected).abs() > 4 * spread).any()
+    assert ((wrong - expected).abs() > 4 * spread).any()
+
+
+def test_examples_keep_their_places(adapter: Path, chats: Path) -> None:
+    evaluation = Evaluation(adapter, [chats])
+    answers = [example.answer for example in read_examples(chats)]
+    assert [evaluation.choices[item.targets[0]] for item in evaluation.items] == answers

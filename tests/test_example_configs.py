@@ -1,0 +1,151 @@
+"""The YAMLs of example_configs: axolotl accepts them, they hold the paper's values, and their prompts read well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("axolotl")
+
+FOLDER = Path(__file__).resolve().parent.parent / "example_configs"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
+
+# The settings of arXiv 2506.14280.
+TABLE = {
+    "commonsense": {
+        "ivon_gamma": 5000,
+        "ivon_h0": 5e-2,
+        "ivon_clip": 5e-3,
+        "ivon_beta1": 0.9,
+        "ivon_beta2": 0.9995,
+        "learning_rate": 1e-2,
+        "warmup_steps": 150,
+        "max_steps": 5000,
+        "micro_batch_size": 8,
+        "load_in_8bit": True,
+    },
+    "gsm8k": {
+        "ivon_lambda": 1e7,
+        "ivon_h0": 5e-3,
+        "ivon_clip": 1e-2,
+        "ivon_beta1": 0.9,
+        "ivon_beta2": 0.99999,
+        "learning_rate": 3e-2,
+        "warmup_steps": 0,
+        "num_epochs": 6,
+        "micro_batch_size": 16,
+    },
+    "glue": {
+        "ivon_lambda": 5e6,
+        "ivon_h0": 5e-3,
+        "ivon_clip": 2e-2,
+        "ivon_beta1": 0.9,
+        "ivon_beta2": 0.9998,
+        "learning_rate": 1e-2,
+        "warmup_ratio": 0.06,
+        "max_steps": 5000,
+        "micro_batch_size": 16,
+    },
+}
+LORA = {
+    "adapter": "lora",
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.1,
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "lr_scheduler": "linear",
+    "gradient_accumulation_steps": 1,
+    "optimizer": "ivon_lora",
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def validate(raw: dict[str, Any]) -> Any:
+    """Validate as `axolotl train` does, on a machine that pretends to have a GPU."""
+    import torch
+    from axolotl.cli.config import prepare_plugins
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+
+    config = DictDefault(raw)
+    prepare_plugins(config)
+    version = {"torch_version": torch.__version__.split("+")[0]}
+    return validate_config(config, capabilities=GPU, env_capabilities=version)
+
+
+def test_every_setting_of_the_table_has_a_config() -> None:
+    assert {"demo", *TABLE} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_axolotl_accepts_the_config_and_keeps_every_key(name: str) -> None:
+    raw = load(name)
+    config = validate(raw)
+    expected = {**raw, **LORA, **TABLE.get(name, {})}
+    for key in expected.keys() - {"datasets", "special_tokens", "bf16", "plugins", "learning_rate"}:
+        assert (
+            config[key] == pytest.approx(expected[key])
+            if isinstance(expected[key], float)
+            else (config[key] == expected[key])
+        ), key
+    assert float(config["learning_rate"]) == pytest.approx(float(expected["learning_rate"]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_misspelt_ivon_key_would_be_noticed(name: str) -> None:
+    with pytest.raises(Exception, match="ivon_gama"):
+        validate({**load(name), "ivon_gama": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "prompt", "answer"),
+    [
+        (
+            "commonsense",
+            {
+                "sentence": "The trophy does not fit in the case because the _ is too big.",
+                "option1": "trophy",
+                "option2": "case",
+                "answer": "1",
+            },
+            "Which option fills the blank?\n1. trophy\n2. case\n"
+            "The trophy does not fit in the case because the _ is too big.\nAnswer: ",
+            "1",
+        ),
+        (
+            "gsm8k",
+            {"question": "What is two and three?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"},
+            "Question: What is two and three?\nAnswer: ",
+            "2 + 3 = <<2+3=5>>5\n#### 5",
+        ),
+        (
+            "glue",
+            {"text1": "It rained.", "text2": "The sun shone.", "label": 1, "label_text": "not entailment"},
+            "It rained.\nDoes it follow that: The sun shone.\nAnswer: ",
+            "not entailment",
+        ),
+    ],
+)
+def test_the_prompt_holds_the_fields_and_only_the_answer_is_trained_on(
+    name: str, row: dict[str, Any], prompt: str, answer: str, tiny_llama: Path
+) -> None:
+    from axolotl.prompt_strategies import load as load_strategy
+    from axolotl.utils.dict import DictDefault
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    config = validate(load(name))
+    settings = {key: value for key, value in config["datasets"][0]["type"].items() if value is not None}
+    strategy = load_strategy("user_defined", tokenizer, DictDefault(train_on_inputs=False, sequence_len=512), settings)
+    tokens = strategy.tokenize_prompt(row)
+    trained = [token for token, label in zip(tokens["input_ids"], tokens["labels"], strict=True) if label != -100]
+    given = tokens["input_ids"][: len(tokens["input_ids"]) - len(trained)]
+    assert tokenizer.decode(given, skip_special_tokens=True) == prompt
+    assert tokenizer.decode(trained) == answer + tokenizer.eos_token

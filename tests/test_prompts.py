@@ -1,0 +1,81 @@
+"""Tokenised chats against the tokenizer's own rendering of what axolotl trains on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from axolotl_ivon import IVONError
+from axolotl_ivon.data import Example
+from axolotl_ivon.prompts import encode
+
+
+def example(answer: str, question: str = "red sun") -> Example:
+    return Example(({"role": "user", "content": question},), answer, "f:1")
+
+
+@pytest.fixture
+def tokenizer(tiny_llama: Path) -> AutoTokenizer:
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def test_a_choice_is_the_token_after_the_generation_prompt(tokenizer: AutoTokenizer) -> None:
+    [item] = encode(tokenizer, [example("B")], "choice", choices=("A", "B"))
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "red sun"}], add_generation_prompt=True, return_dict=False
+    )
+    assert item.ids == prompt
+    assert item.positions == [len(prompt) - 1]
+    assert item.targets == [1]
+    # As trained: the whole conversation has that token there.
+    for choice, token in zip("AB", item.candidates, strict=True):
+        whole = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "red sun"}, {"role": "assistant", "content": choice}], return_dict=False
+        )
+        assert whole[len(prompt)] == token
+
+
+def test_a_choice_may_merge_with_the_end_of_the_prompt(tokenizer: AutoTokenizer) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    [item] = encode(tokenizer, [example("blue")], "choice", choices=("blue", "green"))
+    space = tokenizer("x ")["input_ids"][-1]
+    texts = [tokenizer.decode([*item.ids, token]) for token in item.candidates]
+    # " blue" is one token, so the prompt that is fed stops before the space.
+    assert item.ids[-1] != space
+    assert texts == ["user: red sunassistant: blue", "user: red sunassistant: green"]
+
+
+def test_what_the_template_writes_before_an_answer_belongs_to_the_prompt(tokenizer: AutoTokenizer) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['role'] == 'assistant' %}<t></t>\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    [item] = encode(tokenizer, [example("A")], "choice", choices=("A", "B"))
+    assert tokenizer.decode(item.ids).endswith("<|im_start|>assistant\n<t></t>\n")
+
+
+def test_choices_that_start_alike_are_refused(tokenizer: AutoTokenizer) -> None:
+    with pytest.raises(IVONError, match=r"'Ax' and 'Ay' start with the same token \('A'\)"):
+        encode(tokenizer, [example("B")], "choice", choices=("B", "Ax", "Ay"))
+    with pytest.raises(IVONError, match="start with the same token"):
+        encode(tokenizer, [example("Ax")], "choice", choices=("Ax", "Ay"))
+
+
+def test_a_reference_answer_is_scored_to_the_end_of_its_turn(tokenizer: AutoTokenizer) -> None:
+    [item] = encode(tokenizer, [example("blue moon")], "generate")
+    assert tokenizer.decode(item.targets) == "blue moon<|im_end|>"
+    assert [item.ids[position + 1] for position in item.positions[:-1]] == item.targets[:-1]
+
+
+def test_tokenizing_refuses_in_one_line(tokenizer: AutoTokenizer) -> None:
+    with pytest.raises(IVONError, match=r"f:1: \d+ tokens, but the model takes 5"):
+        encode(tokenizer, [example("A")], "generate", max_length=5)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(IVONError, match="f:1: the chat template refuses the messages"):
+        encode(tokenizer, [example("A")], "generate")
+    tokenizer.chat_template = None
+    with pytest.raises(IVONError, match="no chat template"):
+        encode(tokenizer, [example("A")], "generate")
