@@ -10,7 +10,7 @@ AXOLOTL := $(shell sed -n 's/^axolotl = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 BIN := $(VENV)/bin
 SOURCES := axolotl_ivon cli tests benchmarks example_configs
 
-.PHONY: help demo test test-long lint clean
+.PHONY: help demo test lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,11 +22,8 @@ demo: $(VENV)/.demo  ## train SmolLM2 on movie snippets with IVON-LoRA and evalu
 test test-long: export OMP_NUM_THREADS = 1
 test test-long: export AXOLOTL_DO_NOT_TRACK = 1
 
-test: $(VENV)/.dev  ## run the tests, except those marked slow
-	$(BIN)/python -m pytest -n 2 -m "not slow"
-
-test-long: $(VENV)/.dev  ## run all tests
-	$(BIN)/python -m pytest -n 2 --timeout 0
+test: $(VENV)/.dev  ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff check $(SOURCES)

@@ -28,7 +28,7 @@ DEMO = Path(__file__).resolve().parent.parent / ".demo"
 MODEL = "SmolLM2-135M-Instruct"
 QUESTION = "Answer positive or negative."
 NEAR_ZERO = 0.5  # ratings go from -4 to 4; below this the raters did not agree on a sign
-SEED = 2506_14280
+SEED = 0
 
 
 class Package(NamedTuple):
@@ -45,10 +45,10 @@ VADER = Package("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066e
 # (file of the data set, name of what is written, number of snippets); the movie snippets come first for
 # training, then for evaluation; the other domains are evaluated on only.
 SETS = {
-    "movieReviewSnippets": {"movie-train": 1280, "movie": 160},
-    "amazonReviewSnippets": {"amazon": 60},
-    "nytEditorialSnippets": {"nyt": 60},
-    "tweets": {"twitter": 60},
+    "movieReviewSnippets": {"movie-train": 1280, "movie": 150},
+    "amazonReviewSnippets": {"amazon": 40},
+    "nytEditorialSnippets": {"nyt": 40},
+    "tweets": {"twitter": 40},
 }
 
 

@@ -11,8 +11,6 @@ from types import ModuleType
 
 import pytest
 
-pytest.importorskip("axolotl")
-
 ROOT = Path(__file__).resolve().parent.parent
 
 

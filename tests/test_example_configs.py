@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import yaml
 
-pytest.importorskip("axolotl")
-
 FOLDER = Path(__file__).resolve().parent.parent / "example_configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
