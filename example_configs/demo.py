@@ -30,16 +30,18 @@ def main() -> None:
     """Run the demo."""
     started = time.monotonic()
     os.chdir(ROOT)  # the paths in demo.yaml, and so in the adapter, start here
-    heading("1/4  SmolLM2-135M-Instruct and the snippets")
+    heading("1/5  SmolLM2-135M-Instruct and the snippets")
     prepare()
     made_from = inputs()
-    heading(f"2/4  axolotl train {CONFIG.relative_to(ROOT)}")
+    heading(f"2/5  axolotl train {CONFIG.relative_to(ROOT)}")
     train(DEMO / "adapter", made_from)
-    heading("3/4  ivon-post info")
+    heading("3/5  ivon-post info")
     run("ivon-post", "info", "--summary", ".demo/adapter")
-    heading("4/4  ivon-post eval")
+    heading("4/5  ivon-post eval")
     rows = evaluate(DEMO / "evaluation.json", made_from)
     print_table(rows)
+    heading("5/5  ivon-post sweep")
+    sweep(DEMO / "sweep", made_from)
     say(f"Everything is in {DEMO}; this took {(time.monotonic() - started) / 60:.1f} minutes.")
     sys.exit(judge(rows))
 
@@ -63,6 +65,28 @@ def evaluate(record: Path, made_from: str) -> list[dict[str, Any]]:
         printed = run("ivon-post", "eval", ".demo/adapter", *data, "--rows", ",".join(ROWS), "--json")
         write(record, {"inputs": made_from, "rows": json.loads(printed)["rows"]})
     return json.loads(record.read_text(encoding="utf-8"))["rows"]
+
+
+def sweep(folder: Path, made_from: str) -> None:
+    """Try a few temperatures and pruning ratios, which draws two pictures, unless an earlier run did."""
+    record = DEMO / "swept.json"
+    if is_made_from(record, made_from):
+        say(f"{folder} is there already, and nothing that it was made from has changed.")
+        return
+    record.unlink(missing_ok=True)
+    grid = ("--tau", "0.25,1,inf", "--ratio", "0,0.3", "--samples", "3", "--limit", "60")
+    run(
+        "ivon-post",
+        "sweep",
+        ".demo/adapter",
+        "--data",
+        ".demo/data/movie.jsonl",
+        *grid,
+        "-o",
+        ".demo/sweep",
+        "--overwrite",
+    )
+    write(record, {"inputs": made_from})
 
 
 def inputs() -> str:

@@ -129,7 +129,6 @@ def test_axolotl_gets_the_same_command():
 
 
 def test_axolotl_runs_it(tiny_adapter: Path, tmp_path: Path):
-    pytest.importorskip("axolotl")
     script = "from axolotl.cli.main import cli; cli()"
     script_words = [
         sys.executable,
@@ -147,7 +146,6 @@ def test_axolotl_runs_it(tiny_adapter: Path, tmp_path: Path):
 
 
 def test_axolotl_merges_what_was_written(tiny_adapter: Path, tiny_llama: Path, tmp_path: Path, ivon_post: Callable):
-    pytest.importorskip("axolotl")
     from peft import PeftModel
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM

@@ -57,7 +57,8 @@ def test_what_is_finished_is_reused(demo: ModuleType) -> None:
     for _ in range(2):
         demo.train(demo.DEMO / "adapter", demo.inputs())
         assert demo.evaluate(demo.DEMO / "evaluation.json", demo.inputs()) == rows(0.6, 0.8)
-    assert demo.calls == ["axolotl", "ivon-post"]
+        demo.sweep(demo.DEMO / "sweep", demo.inputs())
+    assert demo.calls == ["axolotl", "ivon-post", "ivon-post"]
 
 
 def test_other_data_means_training_and_evaluating_again(demo: ModuleType) -> None:
@@ -65,7 +66,8 @@ def test_other_data_means_training_and_evaluating_again(demo: ModuleType) -> Non
         (demo.DEMO / "data" / "movie-train.jsonl").write_text(content)
         demo.train(demo.DEMO / "adapter", demo.inputs())
         demo.evaluate(demo.DEMO / "evaluation.json", demo.inputs())
-    assert demo.calls == ["axolotl", "ivon-post"] * 2
+        demo.sweep(demo.DEMO / "sweep", demo.inputs())
+    assert demo.calls == ["axolotl", "ivon-post", "ivon-post"] * 2
 
 
 def test_a_training_that_fails_is_done_again_from_nothing(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import lm_eval
 import pytest
 import torch
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.models import load_model, load_tokenizer, loaded
-
-lm_eval = pytest.importorskip("lm_eval")
 
 QUESTIONS = [("red sun", ["cold", "warm dog"], 1), ("moon rain", ["good", "bad cat"], 0), ("bird", ["yes", "no"], 0)]
 
