@@ -62,7 +62,9 @@ def evaluate(record: Path, made_from: str) -> list[dict[str, Any]]:
     """Return the rows that `ivon-post eval` prints, from an earlier run if its inputs were the same."""
     if not is_made_from(record, made_from):
         data = [part for name in EVALUATED for part in ("--data", f".demo/data/{name}.jsonl")]
-        printed = run("ivon-post", "eval", ".demo/adapter", *data, "--rows", ",".join(ROWS), "--json")
+        printed = run(
+            "ivon-post", "eval", ".demo/adapter", *data, "--rows", ",".join(ROWS), "--draws-per-pass", "5", "--json"
+        )
         write(record, {"inputs": made_from, "rows": json.loads(printed)["rows"]})
     return json.loads(record.read_text(encoding="utf-8"))["rows"]
 
@@ -74,7 +76,7 @@ def sweep(folder: Path, made_from: str) -> None:
         say(f"{folder} is there already, and nothing that it was made from has changed.")
         return
     record.unlink(missing_ok=True)
-    grid = ("--tau", "0.25,1,inf", "--ratio", "0,0.3", "--samples", "3", "--limit", "60")
+    grid = ("--tau", "0.25,1,inf", "--ratio", "0,0.3", "--samples", "3", "--limit", "40")
     run(
         "ivon-post",
         "sweep",
