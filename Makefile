@@ -19,11 +19,10 @@ demo: $(VENV)/.demo  ## train SmolLM2 on movie snippets with IVON-LoRA and evalu
 	$(BIN)/python example_configs/demo.py
 
 # Two workers, and one thread in each: threads that wait for one another's core make everything ten times slower.
-test test-long: export OMP_NUM_THREADS = 1
-test test-long: export AXOLOTL_DO_NOT_TRACK = 1
-
+test: export OMP_NUM_THREADS = 1
+test: export AXOLOTL_DO_NOT_TRACK = 1
 test: $(VENV)/.dev  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff check $(SOURCES)
