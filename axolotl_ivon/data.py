@@ -68,7 +68,7 @@ def _example(line: str, source: str) -> Example:
         raise IVONError(
             f"{source}: not JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
         ) from None
-    messages = _messages(record, source)
+    messages = chat_messages(record, source)
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if last is None:
         raise IVONError(f"{source}: no assistant message; the last one is the reference answer, add it")
@@ -79,7 +79,12 @@ def _example(line: str, source: str) -> Example:
     return Example(tuple(messages[:last]), messages[last]["content"], source, plain="text" in record)
 
 
-def _messages(record: Any, source: str) -> list[dict[str, str]]:
+def chat_messages(record: Any, source: str) -> list[dict[str, str]]:
+    """Return the chat of one line of a file, as `role` and `content`; `source` says where the line is.
+
+    Raises:
+        IVONError: the line holds no chat.
+    """
     wanted = '{"messages": [{"role": …, "content": …}, …]}'
     if not isinstance(record, dict):
         raise IVONError(f"{source}: not a JSON object; each line must be {wanted}")

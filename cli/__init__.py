@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 # The modules of the subcommands, in the order in which `--help` shows them.
-_MODULES = ("info", "prune", "temper", "sample", "merge", "combine", "diff", "eval", "sweep")
+_MODULES = ("info", "prune", "temper", "sample", "merge", "combine", "diff", "eval", "sweep", "generate", "mbr")
 
 
 def COMMANDS() -> list[click.Command]:

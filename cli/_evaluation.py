@@ -170,7 +170,7 @@ class Reporter:
 
     def notify(self, message: str) -> None:
         """Tell the user something that is not progress."""
-        self._console.print(message, style="yellow", highlight=False)
+        self._console.print(message, style="yellow", highlight=False, markup=False)
 
 
 def percent(value: float | None, error: float | None = None) -> str:

@@ -27,6 +27,11 @@ from ._common import (
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the draws.  [default: as the mean]"
 )
 @click.option("--include-mean", is_flag=True, help="Put the mean in as a member too, first.")
+@click.option(
+    "--serve",
+    type=click.Choice(["vllm"]),
+    help="Also write serve.sh, which serves every member, and print its command.",
+)
 @output_options("ADAPTER-samples-N, beside ADAPTER")
 def command(
     adapter: str,
@@ -37,6 +42,7 @@ def command(
     recommended: str | None,
     dtype: str | None,
     include_mean: bool,
+    serve: str | None,
     output: str | None,
     overwrite: bool,
     as_json: bool,
@@ -46,6 +52,11 @@ def command(
 
     Each loads with PeftModel.from_pretrained, and in vLLM with --lora-modules sample-0000=DIR/sample-0000.
     ensemble.json says where they came from. ADAPTER is a folder or a Hub id and is not modified.
+
+    \b
+      ivon-post sample adapter/ -n 8 --serve vllm -o ensemble/
+      sh ensemble/serve.sh --port 8000 &
+      ivon-post generate ensemble/ --prompts test.jsonl -n 64 --endpoint http://localhost:8000
     """
     from axolotl_ivon.ensemble import write_ensemble
     from axolotl_ivon.posterior import Posterior
@@ -54,6 +65,10 @@ def command(
     path = target([adapter], output, f"samples-{members}", overwrite)
     with progress_bars(quiet) as progress:
         posterior = Posterior.from_pretrained(adapter, progress)
+        if serve:
+            from axolotl_ivon.serving import Ensemble, served_rank
+
+            served_rank(posterior.config)  # refused before anything is drawn
         if ratio:
             posterior = posterior.prune(ratio, progress=progress)
         names = write_ensemble(
@@ -67,8 +82,13 @@ def command(
             overwrite=overwrite,
             progress=progress,
         )
+    served: dict[str, str] = {}
+    if serve:
+        ensemble = Ensemble(path)
+        served = {"serve": ensemble.serve_command(), "serve_script": str(ensemble.write_serve_script())}
     if as_json:
-        emit({"output": str(path), "seed": seed, "members": names})
+        emit({"output": str(path), "seed": seed, "members": names, **served})
         return
     click.echo(f"{len(names)} adapters, seed {seed}")
-    click.echo(path)
+    for line in (path, *served.values()):
+        click.echo(line)

@@ -79,7 +79,7 @@ def validate(raw: dict[str, Any]) -> Any:
 
 
 def test_every_setting_of_the_table_has_a_config() -> None:
-    assert {"demo", *TABLE} == set(NAMES)
+    assert {"demo", "arithmetic", *TABLE} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

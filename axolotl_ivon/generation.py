@@ -1,0 +1,605 @@
+"""n-best lists: several outputs for every prompt, from draws of the posterior (arXiv 2506.14280, section 4.2).
+
+An engine turns prompts into outputs. `TransformersEngine` runs here: one base model in memory, several draws in one
+batch over its weights. `axolotl_ivon.serving.EndpointEngine` asks an OpenAI-compatible server that serves the draws.
+`NBestFile` holds the results, a line of JSON for each prompt, and goes on where an interrupted run stopped.
+
+An output is determined by the seed, the prompt, the member and the output's number, up to rounding in the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+from .data import Example, chat_messages
+from .drawing import generator
+from .errors import IVONError
+from .files import new_file, read_json, write_json
+from .prompts import encode
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from .posterior import Posterior
+
+_T = TypeVar("_T")
+_HALF = re.compile("[\ud800-\udfff]")
+# Sequences that are decoded at once, unless told otherwise; out of memory halves it.
+_ROWS = {"cpu": 64}
+_ROWS_ELSEWHERE = 256
+_KEPT = 4 * 2**30  # bytes of draws that are kept between batches; more are drawn again each time
+_SHRINK = 0.75  # finished sequences leave the batch when it gets that much smaller
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is generated for every prompt: `n` outputs, `per_model` from each draw, or all from the mean.
+
+    Attributes:
+        temperature: 0 takes the most probable token each time, so that a member's outputs are all the same.
+        top_p: the smallest set of tokens with this probability is drawn from.
+        max_tokens: of one output, the token that ends it included.
+        stop: an output ends before the first of these strings.
+
+    Raises:
+        IVONError: a value out of range, or `n` is not a multiple of `per_model` (which the mean ignores).
+    """
+
+    n: int = 32
+    per_model: int = 8
+    mean: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("-n", self.n), ("--per-model", self.per_model), ("--max-tokens", self.max_tokens)):
+            if value < 1:
+                raise IVONError(f"{name} {value}: must be at least 1")
+        if not self.mean and self.n % self.per_model:
+            below = self.n - self.n % self.per_model or self.per_model
+            raise IVONError(
+                f"-n {self.n} is not a multiple of --per-model {self.per_model}; say -n {below}, or another --per-model"
+            )
+        if not 0 <= self.temperature < float("inf"):
+            raise IVONError(f"--temperature {self.temperature}: must be at least 0; 0 is greedy, 1 the model itself")
+        if not 0 < self.top_p <= 1:
+            raise IVONError(f"--top-p {self.top_p}: must be above 0 and at most 1; 1 draws from all tokens")
+        if "" in self.stop:
+            raise IVONError("--stop '': an empty string would stop every output at once; leave it out")
+
+    @property
+    def members(self) -> int:
+        """How many models generate."""
+        return 1 if self.mean else self.n // self.per_model
+
+    @property
+    def per_member(self) -> int:
+        """How many outputs each of them gives."""
+        return self.n if self.mean else self.per_model
+
+    @property
+    def distinct(self) -> int:
+        """How many outputs of one member have to be generated: greedy ones are all the same."""
+        return self.per_member if self.temperature else 1
+
+
+class Chat(NamedTuple):
+    """One line of a prompts file: what is asked, the reference answer if there is one, `FILE:LINE`."""
+
+    messages: tuple[dict[str, str], ...]
+    reference: str | None
+    source: str
+
+
+class Prompt(NamedTuple):
+    """A chat as the model reads it: text and token ids after the chat template."""
+
+    text: str
+    ids: list[int]
+    reference: str | None
+    source: str
+
+
+class Output(NamedTuple):
+    """One output.
+
+    `member` is the number of the draw, and 0 for the mean. `logprob` is the sum, in nats, of the log-probabilities of
+    all tokens generated, the one that ended the output included, under that member's own distribution: at temperature
+    1 and without top-p, whatever they were drawn with. None: the server does not tell. `tokens` is their number.
+    """
+
+    text: str
+    member: int
+    logprob: float | None
+    tokens: int
+
+
+class Engine(Protocol):
+    """What generates."""
+
+    def outputs(
+        self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None
+    ) -> Iterator[list[Output]]:
+        """Yield the plan's n outputs, member by member, for each of `prompts[start:]`, in their order.
+
+        `count` is told how many tokens were generated since it was last called.
+        """
+        ...
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------
+
+
+def read_lines(path: str | Path, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (`FILE:LINE`, object) for every line of a JSONL file (UTF-8; empty lines are skipped).
+
+    Raises:
+        IVONError: the file cannot be read (`option` is named), or a line is not a JSON object.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise IVONError(f"{path}:{number}: not JSON ({error}); each line must be one JSON object") from None
+                if not isinstance(record, dict):
+                    raise IVONError(f"{path}:{number}: not a JSON object")
+                yield f"{path}:{number}", record
+    except OSError as error:
+        raise IVONError(f"{option} {path}: cannot be read ({error.strerror}); give a JSONL file") from None
+    except UnicodeDecodeError as error:
+        raise IVONError(f"{option} {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def read_chats(path: str | Path, limit: int | None = None) -> list[Chat]:
+    """Read the prompts of a JSONL file of chats, as axolotl trains on; at most the first `limit`.
+
+    An assistant message at the end is the reference answer; a chat may also end with the question.
+
+    Raises:
+        IVONError: the file cannot be read or has no lines, or a line holds no chat with a user turn.
+    """
+    chats: list[Chat] = []
+    for source, record in read_lines(path, "--prompts"):
+        if limit is not None and len(chats) == limit:
+            break
+        messages = chat_messages(record, source)
+        reference = None
+        if messages and messages[-1]["role"] == "assistant":
+            reference = messages.pop()["content"] or None
+        if not any(message["role"] == "user" for message in messages):
+            raise IVONError(f"{source}: no user turn; add the question as a message with role user")
+        if any(_HALF.search(message["content"]) for message in messages):
+            raise IVONError(f"{source}: holds half a surrogate pair (\\ud800 to \\udfff), which is no text; remove it")
+        chats.append(Chat(tuple(messages), reference, source))
+    if not chats:
+        raise IVONError(f"--prompts {path}: the file is empty; give a JSONL file with one chat a line")
+    return chats
+
+
+def open_tokenizer(folder: str | Path, base_model: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that training saved in `folder`, else that of the base model.
+
+    Raises:
+        IVONError: neither has one.
+    """
+    from transformers import AutoTokenizer
+
+    source = str(folder) if (Path(folder) / "tokenizer_config.json").exists() else base_model
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # `tokenizers` raises nothing more special
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise IVONError(
+            f"no tokenizer in {source} ({reason}); save the tokenizer of training beside the adapter"
+        ) from None
+
+
+def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[Prompt]:
+    """Put chats through the chat template: what it writes before an answer in training is the prompt.
+
+    Raises:
+        IVONError: no chat template, or one that refuses a chat.
+    """
+    # `encode` finds where an answer begins; any answer serves.
+    items = encode(tokenizer, [Example(chat.messages, "0", chat.source) for chat in chats], "generate")
+    prompts = []
+    for chat, item in zip(chats, items, strict=True):
+        ids = item.ids[: item.positions[0] + 1]
+        if not ids:
+            raise IVONError(f"{chat.source}: the chat template makes nothing of it; use the template of training")
+        text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        prompts.append(Prompt(text, ids, chat.reference, chat.source))
+    return prompts
+
+
+# --- the file ---------------------------------------------------------------------------------------------------
+
+
+class NBestFile:
+    """The n-best lists of one run: JSONL, and beside it FILE.settings.json with what they were made with.
+
+    A line holds `{"prompt": text, "reference": text or null, "outputs": [{"text", "member", "logprob"}, …]}`, the
+    outputs member by member. Each is on the disk before the next begins; half a line at the end, which an interrupt
+    may leave, is dropped.
+
+    Attributes:
+        done: how many prompts the file has outputs for.
+
+    Raises:
+        IVONError: the file is there and was made with other settings or from other prompts, or cannot be written.
+    """
+
+    def __init__(
+        self, path: str | Path, settings: Mapping[str, Any], prompts: Sequence[Prompt], overwrite: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self._settings_path = self.path.with_name(self.path.name + ".settings.json")
+        self._settings = dict(settings)
+        self._file: IO[bytes] | None = None
+        self._size = 0
+        self.done = 0
+        self._resumed = self.path.exists() and not overwrite
+        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
+            raise IVONError(f"--output {self.path}: not a file in an existing folder; choose another name")
+        if self._resumed:
+            self._compare()
+            try:
+                self._read(prompts)
+            except OSError as error:
+                raise IVONError(f"--output {self.path}: cannot be read ({error.strerror})") from None
+
+    def _compare(self) -> None:
+        fix = "choose another --output, or start anew with --overwrite"
+        if not self._settings_path.exists():
+            raise IVONError(f"{self.path} exists and was not made by `ivon-post generate`; {fix}")
+        before = read_json(self._settings_path)
+        for name, value in json.loads(json.dumps(self._settings)).items():
+            if before.get(name) != value:
+                raise IVONError(f"{self.path} was made with {name} {before.get(name)!r}, not {value!r}; {fix}")
+
+    def _read(self, prompts: Sequence[Prompt]) -> None:
+        with self.path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    text = json.loads(line)["prompt"]
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise IVONError(
+                        f"{self.path}:{self.done + 1}: not an n-best list; choose another --output"
+                    ) from None
+                if self.done >= len(prompts) or text != prompts[self.done].text:
+                    raise IVONError(
+                        f"{self.path}:{self.done + 1} answers another prompt than --prompts has there; choose another "
+                        "--output, or start anew with --overwrite"
+                    )
+                self._size += len(line)
+                self.done += 1
+
+    def append(self, prompt: Prompt, outputs: Sequence[Output]) -> None:
+        """Write one prompt's line to the disk.
+
+        Raises:
+            IVONError: it cannot be written.
+        """
+        record = {
+            "prompt": prompt.text,
+            "reference": prompt.reference,
+            "outputs": [{"text": o.text, "member": o.member, "logprob": o.logprob} for o in outputs],
+        }
+        try:
+            if self._file is None:
+                self._file = self._open()
+            # Half a surrogate pair, which a server may send, becomes its own JSON escape.
+            line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+            self._file.write(line + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise IVONError(f"{self.path} cannot be written ({error.strerror})") from None
+        self.done += 1
+
+    def _open(self) -> IO[bytes]:
+        if self._resumed:
+            os.truncate(self.path, self._size)
+            return self.path.open("ab")
+        self.path.unlink(missing_ok=True)
+        with new_file(self._settings_path) as temporary:
+            write_json(temporary, self._settings)
+        return self.path.open("xb")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+# --- the engine that runs here ----------------------------------------------------------------------------------
+
+
+def random_bits(plan: Plan, prompt: Prompt, member: int, *more: object) -> Any:
+    """Return numpy's bit generator for one prompt and member (and output, say)."""
+    return generator("generate", plan.seed, prompt.text, member, *more).bit_generator
+
+
+class TransformersEngine:
+    """Generates with a PEFT model in memory, as `load_model` returns it.
+
+    A batch holds sequences of several members, prompts and outputs: the base layers see them as one, each LoRA layer
+    multiplies every member's rows by that member's own A and B (`models.stacked`). A prompt runs once for each member,
+    its key-value cache is then repeated for the outputs, and sequences that have ended leave the batch.
+
+    Args:
+        posterior: pruned and tempered as wished; member k is its `sample(plan.seed, k)`, as in `ivon-post sample`.
+        batch_size: sequences that are decoded at once, or None to choose; halved when the memory runs out, which
+            `notify` is told.
+
+    Raises:
+        IVONError: the model does not fit the posterior.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        posterior: Posterior,
+        plan: Plan,
+        *,
+        batch_size: int | None = None,
+        notify: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        from .models import AdapterSlots
+
+        self._model, self._tokenizer, self._posterior, self._plan = model, tokenizer, posterior, plan
+        self._notify = notify
+        self._slots = AdapterSlots(model)
+        self._slots.check(posterior.mean)
+        self._rows = batch_size or _ROWS.get(model.device.type, _ROWS_ELSEWHERE)
+        self._draws: dict[int, Mapping[str, torch.Tensor]] = {}
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self._slots.places.values())
+        self._kept = _KEPT // max(size, 1)
+        self._stackable = self._can_stack()
+        base: Any = model.get_base_model()
+        self._takes = set(inspect.signature(base.forward).parameters)
+        ends = base.generation_config.eos_token_id
+        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        # Only the newest token can complete a stop string, and none is longer, in tokens, than in bytes.
+        self._tail = max((len(text.encode()) for text in plan.stop), default=0) + 4
+
+    def _can_stack(self) -> bool:
+        from .models import stacked
+
+        mean = dict(self._posterior.mean)
+        try:
+            with stacked(self._model, [mean, mean]):
+                return True
+        except IVONError:  # DoRA, saved modules, …: one member at a time
+            return False
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise IVONError if a prompt does not fit the model."""
+        base: Any = self._model.get_base_model()
+        longest = getattr(base.config, "max_position_embeddings", None)
+        tokens = base.get_input_embeddings().weight.shape[0]
+        for prompt in prompts:
+            if longest is not None and len(prompt.ids) + self._plan.max_tokens > longest:
+                raise IVONError(
+                    f"{prompt.source}: {len(prompt.ids)} tokens and --max-tokens {self._plan.max_tokens}, but the "
+                    f"model takes {longest} in all; shorten or remove it, or lower --max-tokens"
+                )
+            if max(prompt.ids) >= tokens:
+                raise IVONError(
+                    f"{prompt.source}: token {max(prompt.ids)} is new to the base model, which has {tokens}, and not "
+                    "in the adapter; train with lora_modules_to_save: [embed_tokens, lm_head]"
+                )
+
+    def outputs(
+        self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None
+    ) -> Iterator[list[Output]]:
+        """Yield the outputs for each of `prompts[start:]`; see `Engine`.
+
+        Raises:
+            IVONError: as `check` does, or the memory runs out with a single sequence.
+        """
+        self.check(prompts[start:])
+        group = max(1, self._rows // (self._plan.members * self._plan.distinct))
+        # Batches begin where those of an uninterrupted run do: rounding may depend on who is in a batch.
+        for begin in range(start - start % group, len(prompts), group):
+            found = self._group(prompts[begin : begin + group], count)
+            yield from found[max(0, start - begin) :]
+
+    def _group(self, prompts: Sequence[Prompt], count: Callable[[int], None]) -> list[list[Output]]:
+        from accelerate.utils.memory import clear_device_cache
+
+        while True:
+            found = self._try_group(prompts, count)
+            if found is not None:
+                return found
+            clear_device_cache(garbage_collection=True)
+            if self._rows == 1:
+                raise IVONError(
+                    f"out of memory with a single sequence of {max(len(prompt.ids) for prompt in prompts)} tokens and "
+                    f"--max-tokens {self._plan.max_tokens}; use --load-in 8bit or 4bit, or a machine with more memory"
+                )
+            self._notify(f"out of memory with {self._rows} sequences in a batch; going on with {self._rows // 2}")
+            self._rows //= 2
+
+    def _try_group(self, prompts: Sequence[Prompt], count: Callable[[int], None]) -> list[list[Output]] | None:
+        """Return the prompts' outputs, or None if the memory ran out; then nothing holds its tensors."""
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        from .models import evaluating
+
+        plan = self._plan
+        outputs = min(plan.distinct, self._rows)
+        members = max(1, self._rows // outputs) if self._stackable else 1
+        together = max(1, self._rows // (outputs * min(members, plan.members)))
+        found: list[list[Output]] = [[] for _ in prompts]
+        try:
+            with evaluating(self._model):
+                for some in _pieces(range(plan.members), members):
+                    with self._weights(some):
+                        decoded = {
+                            (member, index, number): output
+                            for part in _pieces(range(len(prompts)), together)
+                            for numbers in _pieces(range(plan.distinct), outputs)
+                            for (member, index, number), output in self._decode(prompts, some, part, numbers, count)
+                        }
+                    for index, own in enumerate(found):
+                        for member in some:
+                            own += [decoded[member, index, j % plan.distinct] for j in range(plan.per_member)]
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            return None
+        return found
+
+    def _weights(self, members: Sequence[int]) -> AbstractContextManager[None]:
+        from .models import stacked
+
+        draws = [self._draw(member) for member in members]
+        return self._slots.loaded(draws[0]) if len(draws) == 1 else stacked(self._model, draws)
+
+    def _draw(self, member: int) -> Mapping[str, torch.Tensor]:
+        if member in self._draws:
+            return self._draws[member]
+        plan, posterior = self._plan, self._posterior
+        draw = dict(posterior.mean) if plan.mean else posterior.sample(plan.seed, member)
+        if len(self._draws) < self._kept:
+            self._draws[member] = draw
+        return draw
+
+    def _decode(
+        self,
+        prompts: Sequence[Prompt],
+        members: Sequence[int],
+        part: Sequence[int],
+        numbers: Sequence[int],
+        count: Callable[[int], None],
+    ) -> Iterator[tuple[tuple[int, int, int], Output]]:
+        """Yield ((member, prompt's index, output's number), output) for one batch."""
+        import torch
+
+        plan, device = self._plan, self._model.device
+        keys = [(member, index, number) for member in members for index in part for number in numbers]
+        drawn = [random_bits(plan, prompts[i], m, j).random_raw(plan.max_tokens) >> 41 for m, i, j in keys]
+        # 23 bits, so that a float32 below 1 stays below it in a product.
+        uniform = torch.tensor([values.tolist() for values in drawn], dtype=torch.float32, device=device) / 2**23
+        logits, cache, mask = self._prefill([prompts[i].ids for i in part], len(members))
+        rows = torch.arange(len(mask), device=device).repeat_interleave(len(numbers))
+        cache.reorder_cache(rows)
+        logits, mask = logits[rows], mask[rows]
+        slots = list(range(len(keys)))  # whose sequence each row of the batch is
+        sequences: list[list[int]] = [[] for _ in keys]
+        logprobs = [0.0] * len(keys)
+        alive = [True] * len(keys)
+        for step in range(plan.max_tokens):
+            token = self._choose(logits, uniform[slots, step])
+            likely = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+            fresh = 0
+            for slot, one, logprob in zip(slots, token.tolist(), likely.tolist(), strict=True):
+                if alive[slot]:
+                    sequences[slot].append(one)
+                    logprobs[slot] += logprob
+                    alive[slot] = one not in self._ends and not self._stopped(sequences[slot])
+                    fresh += 1
+            count(fresh)
+            if not any(alive) or step + 1 == plan.max_tokens:
+                break
+            kept = _shrunk([alive[slot] for slot in slots], len(members))
+            if kept is not None:
+                rows = torch.tensor(kept, device=device)
+                cache.reorder_cache(rows)
+                token, mask = token[rows], mask[rows]
+                slots = [slots[row] for row in kept]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            logits, cache = self._forward(token[:, None], mask, cache)
+        for key, sequence, logprob in zip(keys, sequences, logprobs, strict=True):
+            yield key, Output(self._text(sequence), key[0], round(logprob, 6), len(sequence))
+
+    def _prefill(self, ids: Sequence[list[int]], copies: int) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """Run prompts, padded on the left, once for each member; return last logits, cache and mask."""
+        import torch
+
+        width = max(map(len, ids))
+        pad = next(iter(self._ends), 0)
+        padded = torch.tensor([[pad] * (width - len(own)) + own for own in ids], device=self._model.device)
+        held = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in ids], device=self._model.device)
+        padded, held = padded.repeat(copies, 1), held.repeat(copies, 1)
+        return *self._forward(padded, held, None), held
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        """Return the last position's logits, float32, shape (rows, vocabulary), and the cache."""
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        if "position_ids" in self._takes:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if "logits_to_keep" in self._takes:
+            inputs["logits_to_keep"] = 1
+        result = self._model(**inputs)
+        if not hasattr(getattr(result, "past_key_values", None), "reorder_cache"):
+            raise IVONError("the base model has no key-value cache that can be repeated; serve it, and use --endpoint")
+        return result.logits[:, -1].float(), result.past_key_values
+
+    def _choose(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """Return a token for each row: the one at which the cumulated probability passes `uniform`."""
+        import torch
+
+        if not self._plan.temperature:
+            return logits.argmax(-1)
+        probabilities = (logits / self._plan.temperature).softmax(-1)
+        order = None
+        if self._plan.top_p < 1:
+            probabilities, order = probabilities.sort(descending=True, stable=True)
+            outside = probabilities.cumsum(-1) - probabilities >= self._plan.top_p
+            probabilities = probabilities.masked_fill(outside, 0)
+        cumulated = probabilities.cumsum(-1)
+        place = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
+        place = place.clamp(max=logits.shape[1] - 1)
+        return (place if order is None else order.gather(1, place))[:, 0]
+
+    def _stopped(self, sequence: list[int]) -> bool:
+        if not self._plan.stop:
+            return False
+        end = self._tokenizer.decode(sequence[-self._tail :], skip_special_tokens=True)
+        return any(text in end for text in self._plan.stop)
+
+    def _text(self, sequence: list[int]) -> str:
+        text = str(self._tokenizer.decode(sequence, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return text[: min((text.find(stop) for stop in self._plan.stop if stop in text), default=len(text))]
+
+
+def _pieces(values: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    for begin in range(0, len(values), size):
+        yield values[begin : begin + size]
+
+
+def _shrunk(alive: Sequence[bool], members: int) -> list[int] | None:
+    """Return which rows stay, the same number for each member and all that are alive, or None to keep all."""
+    each = len(alive) // members
+    blocks = [alive[begin : begin + each] for begin in range(0, len(alive), each)]
+    width = max(map(sum, blocks))
+    if width > _SHRINK * each:
+        return None
+    rows: list[int] = []
+    for number, block in enumerate(blocks):
+        rows += [number * each + row for row in sorted(range(each), key=lambda row: not block[row])[:width]]
+    return rows

@@ -1,0 +1,322 @@
+"""Generation on a server: the command line that serves an ensemble with vLLM, and the engine that asks it.
+
+Any server with OpenAI's interface will do that serves every member under its name (sample-0000, …) and takes prompts as
+token ids: `GET /v1/models` and `POST /v1/completions`. The environment variable OPENAI_API_KEY, if set, is sent along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import shlex
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import IVONError
+from .files import CONFIG_FILE, ENSEMBLE_FILE, new_file, read_json
+from .generation import Output, Plan, Prompt, random_bits
+
+if TYPE_CHECKING:
+    import httpx
+
+_T = TypeVar("_T")
+SERVE_FILE = "serve.sh"
+# What vLLM takes for --max-lora-rank.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_RETRIED = {408, 429, 500, 502, 503, 504}
+_ATTEMPTS = 6
+_BACKOFF = 0.5  # seconds before the second attempt, doubled before each further one
+_LONGEST_WAIT = 60.0  # seconds, whatever the server's Retry-After says
+_CONNECT_TIMEOUT = 10.0
+
+
+class Ensemble:
+    """An ensemble's folder, as `ivon-post sample` writes it.
+
+    Attributes:
+        facts: ensemble.json without the members: source, seed, tau, pruned_ratio.
+        base_model: the name of the base model.
+        tokenizer_folder: where the adapter that it was drawn from lies, if it still does, with its tokenizer.
+
+    Raises:
+        IVONError: the folder is no ensemble, or names no base model.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / ENSEMBLE_FILE).is_file():
+            raise IVONError(f"{folder} is no ensemble; give the folder that `ivon-post sample --serve vllm` wrote")
+        self.facts = read_json(self.folder / ENSEMBLE_FILE)
+        self._members = self.facts.pop("members", None)
+        if not isinstance(self._members, list) or not self._members or not all(map(_is_name, self._members)):
+            raise IVONError(f"{self.folder / ENSEMBLE_FILE}: members is not a list of names")
+        self.config = read_json(self.folder / self._members[0] / CONFIG_FILE)
+        self.base_model = str(self.config.get("base_model_name_or_path") or "")
+        if not self.base_model:
+            raise IVONError(f"{self.folder / self._members[0] / CONFIG_FILE} names no base model")
+        self.tokenizer_folder = str(self.facts.get("source", ""))
+
+    def members(self, plan: Plan) -> list[str]:
+        """Return the names of the members that `plan` needs.
+
+        Raises:
+            IVONError: the ensemble has fewer, or no mean.
+        """
+        if plan.mean:
+            if "mean" not in self._members:
+                raise IVONError(f"--mean: {self.folder} has no mean; draw it with `ivon-post sample --include-mean`")
+            return ["mean"]
+        draws = [name for name in self._members if name != "mean"]
+        if len(draws) < plan.members:
+            raise IVONError(
+                f"-n {plan.n} takes {plan.members} draws of {plan.per_model} outputs; {self.folder} has {len(draws)}: "
+                f"say -n {len(draws) * plan.per_model}, or draw more with `ivon-post sample -n {plan.members}`"
+            )
+        return draws[: plan.members]
+
+    def serve_command(self) -> str:
+        """Return the command line that serves every member with vLLM, under its name; paths are absolute.
+
+        Raises:
+            IVONError: vLLM cannot serve such adapters.
+        """
+        base = Path(self.base_model)
+        modules = [f"{name}={(self.folder / name).resolve()}" for name in self._members]
+        return shlex.join(
+            [
+                "vllm",
+                "serve",
+                str(base.resolve()) if base.is_dir() else self.base_model,
+                "--enable-lora",
+                "--max-lora-rank",
+                str(served_rank(self.config)),
+                "--max-loras",
+                str(len(modules)),
+                # Else a request inherits what the base model's generation_config.json says, penalties included.
+                "--generation-config",
+                "vllm",
+                "--lora-modules",
+                *modules,
+            ]
+        )
+
+    def write_serve_script(self) -> Path:
+        """Write the command line into the folder, as a script that passes its own arguments on, and return its path."""
+        path = self.folder / SERVE_FILE
+        with new_file(path) as temporary:
+            temporary.write_text(f'#!/bin/sh\nexec {self.serve_command()} "$@"\n', encoding="utf-8")
+            temporary.chmod(0o755)
+        return path
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value
+
+
+def served_rank(config: dict[str, Any]) -> int:
+    """Return the --max-lora-rank with which vLLM serves adapters of this adapter_config.json.
+
+    Raises:
+        IVONError: it serves none such, or no base model is named.
+    """
+    if not config.get("base_model_name_or_path"):
+        raise IVONError("--serve vllm: adapter_config.json names no base model; write its name there")
+    for key in ("use_dora", "modules_to_save", "lora_bias"):
+        if config.get(key):
+            raise IVONError(f"--serve vllm: vLLM serves no adapters with {key}; `ivon-post merge` gives whole models")
+    if config.get("bias", "none") != "none":
+        raise IVONError(f"--serve vllm: vLLM serves no adapters with bias {config['bias']!r}")
+    rank = max([config.get("r", 0), *(config.get("rank_pattern") or {}).values()])
+    for size in _RANKS:
+        if rank <= size:
+            return size
+    raise IVONError(f"--serve vllm: vLLM serves adapters up to rank {_RANKS[-1]}; this one has {rank}")
+
+
+class EndpointEngine:
+    """Generates on an OpenAI-compatible server; see `axolotl_ivon.generation.Engine`.
+
+    A request asks one member for all its outputs of one prompt; `concurrency` of them run at a time. A request that
+    fails in passing (no connection, no answer in `timeout` seconds, status 408, 429 or 5xx) is repeated, later each
+    time. The server's log-probabilities are taken as they come: with vLLM those of the untempered model.
+
+    Args:
+        members: the names under which the plan's members are served.
+
+    Raises:
+        IVONError: no server answers, or it does not serve every member.
+    """
+
+    def __init__(
+        self, url: str, members: Sequence[str], plan: Plan, *, concurrency: int = 32, timeout: float = 600.0
+    ) -> None:
+        import httpx
+
+        self._given, self._members, self._plan = url, members, plan
+        self._concurrency = concurrency
+        root = url.rstrip("/")
+        key = os.environ.get("OPENAI_API_KEY")
+        self._options: dict[str, Any] = {
+            "base_url": root if root.endswith("/v1") else f"{root}/v1",
+            "headers": {"Authorization": f"Bearer {key}"} if key else {},
+            "timeout": httpx.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT), pool=None),
+        }
+        self._check()
+
+    def _check(self) -> None:
+        """Raise IVONError unless the server is there and serves every member."""
+        import httpx
+
+        try:
+            with httpx.Client(**self._options) as client:
+                response = client.get("/models")
+        except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
+            raise IVONError(
+                f"--endpoint {self._given}: no server answers there ({_reason(error)}); start it with serve.sh of the "
+                "ensemble, or name another address"
+            ) from None
+        self._refuse(response)
+        served = _field(response, lambda body: [str(model["id"]) for model in body["data"]], self._given)
+        for name in self._members:
+            if name not in served:
+                raise IVONError(
+                    f"--endpoint {self._given} does not serve {name}, but {', '.join(served[:8]) or 'nothing'}"
+                    f"{', …' if len(served) > 8 else ''}; start it with serve.sh of the ensemble"
+                )
+
+    def _refuse(self, response: httpx.Response) -> None:
+        """Raise IVONError if the server refuses the request."""
+        if response.status_code != 200:
+            text = " ".join(response.text.split())[:300]
+            raise IVONError(
+                f"--endpoint {self._given}: {response.request.url.path} answers {response.status_code}: {text}"
+            )
+
+    def outputs(
+        self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None
+    ) -> Iterator[list[Output]]:
+        """Yield the outputs for each of `prompts[start:]`; see `Engine`.
+
+        Raises:
+            IVONError: the server refuses a request, keeps failing, or answers something else than completions.
+        """
+        import httpx
+
+        loop = asyncio.new_event_loop()
+        waiting: deque[list[asyncio.Task[list[Output]]]] = deque()
+        client = httpx.AsyncClient(**self._options)
+        gate = asyncio.Semaphore(self._concurrency)
+        todo = deque(prompts[start:])
+        try:
+            while todo or waiting:
+                # Enough to keep the server busy while the first prompt's last request is waited for.
+                while todo and len(waiting) * len(self._members) < 2 * self._concurrency:
+                    prompt = todo.popleft()
+                    asked = [self._ask(client, gate, prompt, k, count) for k in range(len(self._members))]
+                    waiting.append([loop.create_task(request) for request in asked])
+                found = loop.run_until_complete(_all(waiting[0]))
+                waiting.popleft()
+                yield [output for own in found for output in own]
+        finally:
+            # Those that failed too are waited for as well: asyncio prints an exception that nobody looked at.
+            left = [task for own in waiting for task in own]
+            for task in left:
+                task.cancel()
+            loop.run_until_complete(_ended(left))
+            loop.run_until_complete(client.aclose())
+            loop.close()
+
+    async def _ask(
+        self,
+        client: httpx.AsyncClient,
+        gate: asyncio.Semaphore,
+        prompt: Prompt,
+        member: int,
+        count: Callable[[int], None],
+    ) -> list[Output]:
+        plan = self._plan
+        body = {
+            "model": self._members[member],
+            "prompt": prompt.ids,
+            "n": plan.distinct,
+            "temperature": plan.temperature,
+            "top_p": plan.top_p,
+            "max_tokens": plan.max_tokens,
+            "seed": int(random_bits(plan, prompt, member).random_raw() >> 33),
+            "logprobs": 1,
+            **({"stop": list(plan.stop)} if plan.stop else {}),
+        }
+        async with gate:
+            response = await self._post(client, body)
+        found = _field(response, lambda body: [_output(choice, member) for choice in body["choices"]], self._given)
+        if len(found) != plan.distinct:
+            raise IVONError(
+                f"--endpoint {self._given}: {len(found)} outputs where {plan.distinct} were asked for; use a server "
+                "that knows n, or --per-model 1"
+            )
+        count(sum(output.tokens for output in found))
+        return [found[j % plan.distinct] for j in range(plan.per_member)]
+
+    async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Response:
+        import httpx
+
+        problem = ""
+        for attempt in range(_ATTEMPTS):
+            wait = _BACKOFF * 2**attempt
+            try:
+                response = await client.post("/completions", json=body)
+                if response.status_code not in _RETRIED:
+                    self._refuse(response)
+                    return response
+                problem = f"status {response.status_code}"
+                after = response.headers.get("Retry-After", "")
+                wait = min(_LONGEST_WAIT, float(after)) if after.isdecimal() else wait
+            except httpx.RequestError as error:
+                problem = _reason(error)
+            if attempt + 1 < _ATTEMPTS:
+                await asyncio.sleep(wait)
+        raise IVONError(
+            f"--endpoint {self._given}: {_ATTEMPTS} attempts failed, the last with {problem}; what is done is kept: "
+            "run the same command again when the server is well"
+        )
+
+
+async def _all(tasks: Sequence[asyncio.Task[_T]]) -> list[_T]:
+    return await asyncio.gather(*tasks)
+
+
+async def _ended(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _field(response: httpx.Response, take: Callable[[Any], _T], url: str) -> _T:
+    """Return what `take` finds in a response, which anybody may have written.
+
+    Raises:
+        IVONError: it is not there.
+    """
+    try:
+        return take(response.json())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        path = response.request.url.path
+        raise IVONError(f"--endpoint {url}: {path} does not answer as OpenAI's interface does") from None
+
+
+def _output(choice: dict[str, Any], member: int) -> Output:
+    text = choice["text"]
+    if not isinstance(text, str):
+        raise TypeError
+    held = choice.get("logprobs")
+    if not held or held.get("token_logprobs") is None:
+        return Output(text, member, None, 0)
+    logprobs = [float(value) for value in held["token_logprobs"]]
+    if not all(map(math.isfinite, logprobs)):
+        raise ValueError
+    return Output(text, member, round(sum(logprobs), 6), len(logprobs))

@@ -1,0 +1,127 @@
+"""`ivon-post mbr`: choose one of many outputs by minimum Bayes risk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ._common import emit, json_option, print_table, quiet_option
+from ._evaluation import Reporter, decimal, percent
+
+if TYPE_CHECKING:
+    from axolotl_ivon.mbr import Decoded
+
+
+@click.command("mbr")
+@click.argument("files", metavar="[LABEL=]FILE...", nargs=-1, required=True)
+@click.option(
+    "--utility",
+    type=click.Choice(["exact", "bleu", "chrf", "rouge", "bertscore"]),
+    default="exact",
+    show_default=True,
+    help="How good an output is if another is right. exact: equal answers, a majority vote.",
+)
+@click.option(
+    "--answer-regex",
+    "-a",
+    metavar="REGEX",
+    help="The answer in a text: gsm8k (#### 7), boxed (\\boxed{7}), choice (a capital letter alone), or a regular "
+    "expression, whose first group it is; the last match counts.  [default: the whole text]",
+)
+@click.option(
+    "--level",
+    type=click.Choice(["sequence", "model"]),
+    default="sequence",
+    show_default=True,
+    help="sequence: all outputs in one pool. model: the average of the members' expectations.",
+)
+@click.option("--output", "-o", metavar="DIR", help="Where the choices and the figure go.  [default: FILE-mbr]")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@json_option
+@quiet_option
+def command(
+    files: tuple[str, ...],
+    utility: str,
+    answer_regex: str | None,
+    level: str,
+    output: str | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Choose one output per prompt from the FILEs that `ivon-post generate` writes, by minimum Bayes risk.
+
+    The output that the others agree with most is chosen (Daheim et al., ICLR 2025), in a tie the more probable one.
+    With references, prints the accuracy by the number of outputs, and how well disagreement among the members tells
+    errors (AUROC). Writes the choices as LABEL.jsonl, and accuracy.png and .svg with a curve per FILE.
+
+    \b
+      ivon-post mbr mean.jsonl posterior.jsonl "10 % pruned=pruned.jsonl" --answer-regex gsm8k
+    """
+    with Reporter(quiet) as reporter:
+        reporter.stage("reading")
+        from rich.markup import escape
+
+        from axolotl_ivon.errors import IVONError
+        from axolotl_ivon.mbr import UTILITIES, Answers, decode, labels, read_nbest, save
+
+        paths = labels(files)
+        first = Path(next(iter(paths.values())))
+        folder = Path(output) if output else first.with_name(f"{first.stem}-mbr")
+        if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
+            raise IVONError(f"{folder} is there; choose another name with -o, or overwrite it with --overwrite")
+        answers = Answers(answer_regex)
+        measure = UTILITIES[utility](answers)
+        lists = {label: read_nbest(path) for label, path in paths.items()}
+        unmatched = {}
+        for label, nbests in lists.items():
+            missing, total, example = answers.unmatched(nbests)
+            unmatched[label] = missing
+            if missing:
+                # What a model wrote is no markup.
+                reporter.notify(escape(f"{label}: no answer in {missing} of {total} outputs, {example} for one"))
+        advance = reporter.begin("choosing", sum(map(len, lists.values())))
+        results = {label: decode(nbests, measure, answers, level, advance) for label, nbests in lists.items()}
+        reporter.stage("writing")
+        written = [str(path) for path in save(results, folder)]
+    if as_json:
+        documents = [
+            {"label": label, "file": paths[label], "unmatched": unmatched[label], **result.document()}
+            for label, result in results.items()
+        ]
+        emit(
+            {
+                "accuracy": documents[0]["accuracy"],
+                "utility": utility,
+                "answer_regex": answer_regex,
+                "level": level,
+                "results": documents,
+                "files": written,
+            }
+        )
+        return
+    _print(results, utility)
+    for path in written:
+        click.echo(path)
+
+
+def _print(results: dict[str, Decoded], utility: str) -> None:
+    """Print a row for each file: accuracy of one output, of the choice among n, and the AUROC of disagreement."""
+    numbers = sorted({point.n for result in results.values() for point in result.curve})
+    if not numbers:
+        for label, result in results.items():
+            click.echo(f"{label}: {len(result.choices)} prompts, no references and so no accuracy")
+        return
+    lines = []
+    for label, result in results.items():
+        by_n = {point.n: point for point in result.curve}
+        line = [f"{label} ({len(result.choices)})", percent(result.single)]
+        line += [percent(by_n[n].accuracy, by_n[n].se) if n in by_n else "" for n in numbers]
+        if utility != "exact":
+            line.append(decimal(result.curve[-1].utility) if result.curve else "")
+        lines.append([*line, decimal(result.auroc)])
+    click.echo("accuracy (%) of one output and of the choice among n; AUROC of disagreement, for a wrong choice")
+    heads = ["", "one", *(f"n = {n}" for n in numbers), *([] if utility == "exact" else [utility]), "AUROC"]
+    print_table(heads, lines)

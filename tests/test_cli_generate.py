@@ -1,0 +1,136 @@
+"""`ivon-post generate` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cli
+from tiny import write_chats
+
+from axolotl_ivon import IVONError, generation
+
+SMALL = ["-n", 4, "--per-model", 2, "--max-tokens", 6, "--batch-size", 4]
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", 4)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_line_per_prompt_with_its_reference(ivon_post: Cli, tiny_adapter: Path, chats: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    found = ivon_post.json("generate", tiny_adapter, "-p", chats, *SMALL, "-o", path)
+    assert {key: found[key] for key in ("output", "prompts", "resumed", "members", "n", "per_model")} == {
+        "output": str(path),
+        "prompts": 4,
+        "resumed": 0,
+        "members": 2,
+        "n": 4,
+        "per_model": 2,
+    }
+    lines = read(path)
+    assert [line["reference"] for line in lines] == [
+        json.loads(line)["messages"][-1]["content"] for line in chats.read_text().splitlines()
+    ]
+    assert all(line["prompt"].endswith("<|im_start|>assistant\n") for line in lines)
+    assert all([output["member"] for output in line["outputs"]] == [0, 0, 1, 1] for line in lines)
+    assert found["tokens"] > 0
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(
+    ivon_post: Cli, tiny_adapter: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    ivon_post("generate", tiny_adapter, "-p", chats, *SMALL, "-o", whole)
+    append = generation.NBestFile.append
+
+    def fails_at_two(self: generation.NBestFile, *more: Any) -> None:
+        if self.done == 2:
+            self._file.write(b'{"prompt": "half a li')
+            raise IVONError("pulled the plug")
+        append(self, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation.NBestFile, "append", fails_at_two)
+        assert "pulled" in ivon_post.run("generate", tiny_adapter, "-p", chats, *SMALL, "-o", path).stderr
+    assert path.read_text().endswith("half a li")
+    again = ["generate", tiny_adapter, "-p", chats, *SMALL, "-o", path]
+    assert "4 prompts (2 were there), 4 outputs each from 2 draws, seed 0" in ivon_post(*again)
+    assert path.read_bytes() == whole.read_bytes()
+    monkeypatch.setattr(generation, "TransformersEngine", None)  # a complete file needs no model
+    assert ivon_post.json(*again)["resumed"] == 4
+    assert "made with seed 0, not 1" in ivon_post.error(*again, "--seed", 1, "--quiet")
+
+
+def test_pruning_temperature_and_mean_reach_the_engine(
+    ivon_post: Cli, tiny_adapter: Path, chats: Path, tmp_path: Path
+) -> None:
+    def texts(name: str, *options: object) -> list[list[str]]:
+        ivon_post("generate", tiny_adapter, "-p", chats, *SMALL, "-o", tmp_path / name, *options)
+        return [[output["text"] for output in line["outputs"]] for line in read(tmp_path / name)]
+
+    mean = texts("mean", "--mean")
+    cold = texts("cold", "--tau", "inf", "--per-model", 4)
+    assert mean == cold
+    recommended = tmp_path / "recommended.json"
+    recommended.write_text('{"tau": 0.5, "ratio": 0.3}')
+    pruned = texts("pruned", "--tau", 0.5, "--prune-ratio", 0.3)
+    assert pruned == texts("recommended", "--recommended", recommended)
+    assert pruned not in (mean, texts("posterior"), texts("tempered", "--tau", 0.5))
+
+
+def test_the_mean_of_an_adapter_without_sigma(
+    ivon_post: Cli, make_adapter: Callable[..., Path], chats: Path, tmp_path: Path
+) -> None:
+    plain = make_adapter(sigma=False)
+    assert "no ivon_sigma" in ivon_post.error("generate", plain, "-p", chats, "-q")
+    ivon_post("generate", plain, "-p", chats, *SMALL, "--mean", "--limit", 2, "-o", tmp_path / "out.jsonl")
+    lines = read(tmp_path / "out.jsonl")
+    assert [[output["member"] for output in line["outputs"]] for line in lines] == [[0] * 4] * 2
+
+
+def test_progress_tells_tokens_per_second(ivon_post: Cli, tiny_adapter: Path, chats: Path, tmp_path: Path) -> None:
+    options = ["generate", tiny_adapter, "-p", chats, *SMALL, "--limit", 1, "-o"]
+    loud = ivon_post.run(*options, tmp_path / "a")
+    assert "tokens/s" in loud.stderr
+    assert "tokens/s" not in loud.stdout
+    assert ivon_post.run(*options, tmp_path / "b", "--quiet").stderr == ""
+
+
+def no_user(folder: Path) -> Path:
+    (folder / "bad.jsonl").write_text('{"messages": [{"role": "assistant", "content": "A"}]}\n')
+    return folder / "bad.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda tmp, adapter, chats: [adapter, "-p", no_user(tmp)], "bad.jsonl:1: no user turn"),
+        (lambda tmp, adapter, chats: [adapter, "-p", tmp / "no.jsonl"], "no.jsonl: cannot be read"),
+        (lambda tmp, adapter, chats: [tmp / "no", "-p", chats], "no: no such folder"),
+        (lambda tmp, adapter, chats: [adapter, "-p", chats, "-n", 12], "-n 12 is not a multiple of --per-model 8"),
+        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--top-p", 2], "--top-p 2.0"),
+        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--tau", 0], "tau 0.0 is not > 0"),
+        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--mean", "--tau", 2], "--tau 2.0: --mean has no"),
+        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--prune-ratio", 2], "ratio 2.0 is outside"),
+        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--base-model", tmp / "no"], "--base-model"),
+        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--max-tokens", 512], "--max-tokens 512, but the model"),
+        (lambda tmp, adapter, chats: [adapter, "-p", chats, "-o", chats], "was not made by `ivon-post generate`"),
+        (lambda tmp, adapter, chats: [adapter, "-p", chats, "-o", tmp / "a" / "b"], "not a file in an existing"),
+    ],
+)
+def test_bad_input_is_one_line(
+    ivon_post: Cli, tiny_adapter: Path, chats: Path, tmp_path: Path, arguments: Callable[..., list], message: str
+) -> None:
+    given = arguments(tmp_path, tiny_adapter, chats)
+    output = [] if "-o" in given else ["-o", tmp_path / "out.jsonl"]
+    assert message in ivon_post.error("generate", *given, *output, "--quiet")
+    assert not list(tmp_path.glob("out*"))

@@ -1,0 +1,391 @@
+"""Generation against PEFT's own `generate` on exported members, teacher forcing, and transformers' top-p."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from tiny import write_chats
+from transformers import AutoModelForCausalLM, AutoTokenizer, TopPLogitsWarper
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.ensemble import write_ensemble
+from axolotl_ivon.generation import (
+    NBestFile,
+    Output,
+    Plan,
+    Prompt,
+    TransformersEngine,
+    _shrunk,
+    open_tokenizer,
+    read_chats,
+    render,
+)
+from axolotl_ivon.models import load_model
+
+GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=12, seed=3)
+SAMPLED = Plan(n=12, per_model=4, temperature=0.8, top_p=0.9, max_tokens=12, seed=3)
+
+
+class Scene:
+    """A posterior over the tiny model, its exported ensemble, and prompts of several lengths."""
+
+    def __init__(self, adapter: Path, base: Path, folder: Path) -> None:
+        self.posterior = Posterior.from_pretrained(adapter).prune(0.2).temper(0.25)
+        self.ensemble, self.base = folder / "ensemble", base
+        write_ensemble(self.posterior, self.ensemble, 3, seed=3)
+        self.tokenizer = open_tokenizer(adapter, str(base))
+        self.prompts = render(self.tokenizer, read_chats(write_chats(folder / "chats.jsonl", 5)))
+        self.model = load_model(adapter)
+        # Of 400 tokens nearly each is drawn now and then, and its end with it.
+        assert len({len(prompt.ids) for prompt in self.prompts}) > 1
+
+    def engine(self, plan: Plan, **options: Any) -> TransformersEngine:
+        return TransformersEngine(self.model, self.tokenizer, self.posterior, plan, **options)
+
+    def outputs(self, plan: Plan, **options: Any) -> list[list[Output]]:
+        return list(self.engine(plan, **options).outputs(self.prompts))
+
+    def member(self, number: int) -> PeftModel:
+        base = AutoModelForCausalLM.from_pretrained(self.base)
+        return PeftModel.from_pretrained(base, self.ensemble / f"sample-{number:04d}").eval()
+
+
+class Numbers(TransformersEngine):
+    """Gives token ids for text, so that a test knows what was generated."""
+
+    def _text(self, sequence: list[int]) -> str:
+        return " ".join(map(str, sequence))
+
+
+@pytest.fixture(scope="module")
+def scene(make_adapter: Callable[..., Path], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return Scene(make_adapter(), tiny_llama, tmp_path_factory.mktemp("scene"))
+
+
+@pytest.fixture
+def many_ends(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A third of all tokens end an output, so that sequences end at all lengths."""
+    ends = list(range(2, len(scene.tokenizer), 10))
+    monkeypatch.setattr(scene.model.get_base_model().generation_config, "eos_token_id", ends)
+    return ends
+
+
+def same(one: list[list[Output]], other: list[list[Output]]) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert [(o.text, o.member, o.tokens) for o in a] == [(o.text, o.member, o.tokens) for o in b]
+        assert [o.logprob for o in a] == pytest.approx([o.logprob for o in b], abs=1e-3)
+
+
+def by_peft(scene: Scene, plan: Plan, ends: list[int]) -> list[list[tuple[str, int]]]:
+    """Greedy (text, member) by PEFT's `generate`, one prompt and member at a time."""
+    found: list[list[tuple[str, int]]] = [[] for _ in scene.prompts]
+    for number in range(plan.members):
+        model = scene.member(number)
+        for own, prompt in zip(found, scene.prompts, strict=True):
+            ids = torch.tensor([prompt.ids])
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=plan.max_tokens,
+                eos_token_id=ends,
+            )
+            tokens = output[0, len(prompt.ids) :].tolist()
+            own += [(scene.tokenizer.decode(tokens, skip_special_tokens=True), number)] * plan.per_model
+    return found
+
+
+# --- the engine -------------------------------------------------------------------------------------------------
+
+
+def test_greedy_equals_peft_on_exported_members(scene: Scene) -> None:
+    found = scene.outputs(GREEDY)
+    expected = by_peft(scene, GREEDY, [scene.tokenizer.eos_token_id])
+    assert [[(o.text, o.member) for o in own] for own in found] == expected
+    assert len({o.text for own in found for o in own}) > len(scene.prompts)  # members differ
+
+
+def test_greedy_equals_peft_when_sequences_end_at_all_lengths(scene: Scene, many_ends: list[int]) -> None:
+    found = scene.outputs(GREEDY)
+    assert [[(o.text, o.member) for o in own] for own in found] == by_peft(scene, GREEDY, many_ends)
+    assert len({o.tokens for own in found for o in own}) > 2
+
+
+def test_an_adapter_that_cannot_be_stacked_goes_one_member_at_a_time(
+    make_adapter: Callable[..., Path], tiny_llama: Path, tmp_path: Path
+) -> None:
+    dora = Scene(make_adapter(use_dora=True), tiny_llama, tmp_path)
+    found = dora.outputs(GREEDY)
+    expected = by_peft(dora, GREEDY, [dora.tokenizer.eos_token_id])
+    assert [[(o.text, o.member) for o in own] for own in found] == expected
+
+
+def test_logprob_is_that_of_the_untempered_member(scene: Scene, many_ends: list[int]) -> None:
+    engine = Numbers(scene.model, scene.tokenizer, scene.posterior, SAMPLED)
+    for number in range(SAMPLED.members):
+        model = scene.member(number)
+        for prompt, outputs in zip(scene.prompts, engine.outputs(scene.prompts), strict=True):
+            for output in outputs[4 * number : 4 * number + 4]:
+                tokens = [int(token) for token in output.text.split()]
+                with torch.no_grad():
+                    logits = model(input_ids=torch.tensor([prompt.ids + tokens])).logits[0, len(prompt.ids) - 1 : -1]
+                expected = logits.log_softmax(-1)[range(len(tokens)), tokens].sum()
+                assert output.member == number
+                assert output.tokens == len(tokens)
+                assert output.logprob == pytest.approx(float(expected), abs=1e-3)
+                assert not set(tokens[:-1]) & set(many_ends)
+                assert tokens[-1] in many_ends or len(tokens) == SAMPLED.max_tokens
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (2.0, 0.95)])
+def test_tokens_are_drawn_with_their_probabilities(scene: Scene, temperature: float, top_p: float) -> None:
+    engine = scene.engine(Plan(temperature=temperature, top_p=top_p))
+    draws = 4096
+    logits = 2 * torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
+    uniform = (torch.arange(draws) + 0.5) / draws
+    drawn = torch.bincount(engine._choose(logits.expand(draws, -1), uniform), minlength=50) / draws
+    tempered = logits / temperature
+    kept = TopPLogitsWarper(top_p)(None, tempered) if top_p < 1 else tempered
+    torch.testing.assert_close(drawn, kept.softmax(-1)[0], rtol=0, atol=2.5 / draws)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 16])
+def test_the_batch_does_not_matter(scene: Scene, many_ends: list[int], batch_size: int) -> None:
+    same(scene.outputs(SAMPLED, batch_size=batch_size), scene.outputs(SAMPLED))
+
+
+def test_outputs_depend_on_seed_prompt_member_and_number(scene: Scene) -> None:
+    first = scene.outputs(SAMPLED)
+    assert len({o.text for own in first for o in own}) > 0.9 * 12 * len(scene.prompts)
+    assert scene.outputs(Plan(**{**vars(SAMPLED), "seed": 4})) != first
+    turned = list(scene.engine(SAMPLED).outputs(scene.prompts[::-1]))
+    same(turned[::-1], first)
+    fewer = scene.outputs(Plan(**{**vars(SAMPLED), "n": 4}))
+    same(fewer, [own[:4] for own in first])
+
+
+def test_a_late_start_gives_the_rest(scene: Scene) -> None:
+    whole = scene.outputs(SAMPLED, batch_size=24)
+    assert list(scene.engine(SAMPLED, batch_size=24).outputs(scene.prompts, 3)) == whole[3:]
+
+
+def test_the_mean_is_the_posterior_at_infinite_tau(scene: Scene) -> None:
+    mean = scene.outputs(Plan(**{**vars(SAMPLED), "n": 5, "mean": True}))
+    cold = TransformersEngine(
+        scene.model,
+        scene.tokenizer,
+        scene.posterior.temper(float("inf")),
+        Plan(**{**vars(SAMPLED), "n": 5, "per_model": 5}),
+    )
+    same(mean, list(cold.outputs(scene.prompts)))
+    assert {output.member for own in mean for output in own} == {0}
+
+
+def test_a_stop_string_ends_the_text_before_it(scene: Scene) -> None:
+    free = scene.outputs(SAMPLED)
+    stops = (free[0][0].text[4:6], "a")
+    count: list[int] = []
+    stopped = list(scene.engine(Plan(**{**vars(SAMPLED), "stop": stops})).outputs(scene.prompts, count=count.append))
+    for one, other in zip((o for own in stopped for o in own), (o for own in free for o in own), strict=True):
+        assert one.text == min((other.text.split(stop)[0] for stop in stops), key=len)
+        assert one.tokens <= other.tokens
+    assert stopped[0][0].tokens < free[0][0].tokens
+    assert sum(count) == sum(output.tokens for own in stopped for output in own)
+
+
+def test_out_of_memory_halves_the_batch(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, told, limit = scene.engine(SAMPLED, batch_size=16), [], 5
+    engine._notify = told.append
+    forward = engine._forward
+
+    def tight(ids: torch.Tensor, *more: Any) -> Any:
+        if len(ids) > limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return forward(ids, *more)
+
+    monkeypatch.setattr(engine, "_forward", tight)
+    same(list(engine.outputs(scene.prompts)), scene.outputs(SAMPLED))
+    assert len(told) == 2
+    limit = 0
+    with pytest.raises(IVONError, match="single sequence"):
+        list(engine.outputs(scene.prompts))
+
+
+def test_prompts_that_do_not_fit_are_refused(scene: Scene) -> None:
+    with pytest.raises(IVONError, match=r"chats.jsonl:1: \d+ tokens and --max-tokens 510"):
+        next(scene.engine(Plan(max_tokens=510)).outputs(scene.prompts))
+    strange = scene.prompts[0]._replace(ids=[9999])
+    with pytest.raises(IVONError, match="token 9999 is new"):
+        next(scene.engine(GREEDY).outputs([strange]))
+
+
+@given(st.integers(1, 4).flatmap(lambda k: st.tuples(st.just(k), st.integers(1, 6))), st.randoms())
+def test_shrinking_keeps_what_is_alive_and_equal_shares(shape: tuple[int, int], draw: Any) -> None:
+    members, each = shape
+    alive = [draw.random() < 0.4 for _ in range(members * each)]
+    rows = _shrunk(alive, members)
+    if rows is None:
+        return
+    assert len(set(rows)) == len(rows) < len(alive)
+    assert {row for row, lives in enumerate(alive) if lives} <= set(rows)
+    shares = [row // each for row in rows]
+    assert shares == sorted(shares)
+    assert len({shares.count(member) for member in range(members)}) == 1
+
+
+# --- plan and prompts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n": 12}, "-n 12 is not a multiple of --per-model 8; say -n 8"),
+        ({"n": 3}, "say -n 8"),
+        ({"n": 0}, "-n 0"),
+        ({"per_model": 0}, "--per-model 0"),
+        ({"max_tokens": 0}, "--max-tokens 0"),
+        ({"temperature": -1.0}, "--temperature -1.0"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"top_p": 0.0}, "--top-p 0.0"),
+        ({"top_p": 1.1}, "--top-p 1.1"),
+        ({"stop": ("x", "")}, "--stop ''"),
+    ],
+)
+def test_a_wrong_plan_is_told(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(IVONError) as error:
+        Plan(**wrong)
+    assert message in str(error.value)
+
+
+def test_the_mean_needs_no_multiple() -> None:
+    plan = Plan(n=12, mean=True)
+    assert (plan.members, plan.per_member) == (1, 12)
+
+
+def test_prompts_are_what_the_template_puts_before_an_answer(tmp_path: Path, tiny_llama: Path) -> None:
+    turns = [
+        {"role": "system", "content": "be good"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    path = tmp_path / "chats.jsonl"
+    answered = {"conversations": [{"from": "human", "value": "sun"}, {"from": "gpt", "value": "moon"}]}
+    path.write_text("\n".join([json.dumps({"messages": turns}), "", json.dumps(answered)]) + "\n")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    open_ended, closed = render(tokenizer, read_chats(path))
+    expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert (open_ended.text, open_ended.reference, open_ended.source) == (expected, None, f"{path}:1")
+    assert open_ended.ids == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert (closed.reference, closed.source) == ("moon", f"{path}:3")
+    assert "moon" not in closed.text
+    assert len(read_chats(path, 1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"messages": [{"role": "assistant", "content": "A"}]}', "p.jsonl:1: no user turn"),
+        ('{"messages": [{"role": "system", "content": "A"}]}', "p.jsonl:1: no user turn"),
+        ('{"messages": []}', "p.jsonl:1: no user turn"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "p.jsonl:1: holds half a surrogate pair"),
+        ("{", "p.jsonl:1: not JSON"),
+        ("9" * 5000, "p.jsonl:1: not JSON"),
+        ("[" * 99999, "p.jsonl:1: not JSON"),
+        ("[1]", "p.jsonl:1: not a JSON object"),
+        ('{"text": 1}', "p.jsonl:1: no list `messages`"),
+        ("", "the file is empty"),
+    ],
+)
+def test_a_wrong_prompts_file_is_told(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(IVONError) as error:
+        read_chats(tmp_path / "p.jsonl")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_or_binary_prompts_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(IVONError, match=r"--prompts .*no.jsonl: cannot be read"):
+        read_chats(tmp_path / "no.jsonl")
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(IVONError, match="not UTF-8"):
+        read_chats(tmp_path / "b.jsonl")
+
+
+# --- the file ---------------------------------------------------------------------------------------------------
+
+PROMPTS = [Prompt(f"question {i}\n", [i], None if i else "yes", f"p:{i}") for i in range(4)]
+OUTPUTS = [[Output(f"text\n\r\u2028 {i}", 0, -1.5, 3), Output("\ud800", 1, None, 1)] for i in range(4)]
+
+
+def fill(path: Path, upto: int, settings: dict[str, Any] | None = None, **options: Any) -> NBestFile:
+    file = NBestFile(path, settings or {"seed": 0, "stop": ("x",)}, PROMPTS, **options)
+    for index in range(file.done, upto):
+        file.append(PROMPTS[index], OUTPUTS[index])
+    file.close()
+    return file
+
+
+def test_a_line_holds_what_is_promised(tmp_path: Path) -> None:
+    fill(tmp_path / "out.jsonl", 4)
+    lines = (tmp_path / "out.jsonl").read_bytes().split(b"\n")
+    assert len(lines) == 5
+    assert json.loads(lines[0]) == {
+        "prompt": "question 0\n",
+        "reference": "yes",
+        "outputs": [
+            {"text": "text\n\r\u2028 0", "member": 0, "logprob": -1.5},
+            {"text": "\ud800", "member": 1, "logprob": None},
+        ],
+    }
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 40])
+def test_an_interrupted_file_goes_on_and_ends_the_same(tmp_path: Path, cut: int) -> None:
+    fill(tmp_path / "whole.jsonl", 4)
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    fill(tmp_path / "out.jsonl", 2)
+    content = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").write_bytes(content[: len(content) - cut])
+    assert NBestFile(tmp_path / "out.jsonl", {"seed": 0, "stop": ["x"]}, PROMPTS).done == (1 if cut else 2)
+    assert (tmp_path / "out.jsonl").read_bytes() == content[: len(content) - cut]  # nothing is changed by looking
+    assert fill(tmp_path / "out.jsonl", 4).done == 4
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+def test_other_settings_prompts_or_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    fill(path, 3)
+    content = path.read_bytes()
+    with pytest.raises(IVONError, match=r"made with seed 0, not 1; choose another --output, or .*--overwrite"):
+        fill(path, 4, {"seed": 1, "stop": ("x",)})
+    for prompts in (PROMPTS[:2], PROMPTS[1:]):
+        with pytest.raises(IVONError, match="answers another prompt"):
+            NBestFile(path, {"seed": 0, "stop": ("x",)}, prompts)
+    assert path.read_bytes() == content
+    path.write_bytes(content + b"junk\n")
+    with pytest.raises(IVONError, match=r"out.jsonl:4: not an n-best list"):
+        fill(path, 4)
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    with pytest.raises(IVONError, match="was not made by"):
+        fill(tmp_path / "other.jsonl", 4)
+    for nowhere in (tmp_path, tmp_path / "no" / "out.jsonl"):
+        with pytest.raises(IVONError, match="not a file in an existing folder"):
+            fill(nowhere, 4)
+
+
+def test_overwrite_starts_anew(tmp_path: Path) -> None:
+    fill(tmp_path / "out.jsonl", 3)
+    file = fill(tmp_path / "out.jsonl", 1, {"seed": 1}, overwrite=True)
+    assert file.done == 1
+    assert len((tmp_path / "out.jsonl").read_bytes().splitlines()) == 1
+    assert json.loads((tmp_path / "out.jsonl.settings.json").read_text()) == {"seed": 1}

@@ -1,0 +1,296 @@
+"""The endpoint engine against a real HTTP server, and the vLLM command line."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shlex
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cli
+from openai_server import Server, serving
+from tiny import write_chats
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon import serving as module
+from axolotl_ivon.ensemble import write_ensemble
+from axolotl_ivon.generation import Plan, Prompt, TransformersEngine, open_tokenizer, read_chats, render
+from axolotl_ivon.models import load_model
+from axolotl_ivon.serving import EndpointEngine, Ensemble, served_rank
+
+MEMBERS = ["mean", "sample-0000", "sample-0001", "sample-0002"]
+GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=8)
+SAMPLED = Plan(n=6, per_model=2, max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def ensemble(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "ensemble"
+    names = write_ensemble(
+        Posterior.from_pretrained(tiny_adapter), folder, 3, source=str(tiny_adapter), include_mean=True
+    )
+    assert names == MEMBERS
+    return folder
+
+
+@pytest.fixture(scope="module")
+def held(ensemble: Path, tiny_llama: Path) -> Iterator[Server]:
+    with serving(Server(ensemble, tiny_llama, MEMBERS)) as served:
+        yield served
+
+
+@pytest.fixture
+def server(held: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    held.requests.clear()
+    held.headers.clear()
+    held.failures.clear()
+    held.spoil = lambda answer: answer
+    held.most = 0
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(module, "_BACKOFF", 0.001)
+    return held
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", 4)
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_adapter: Path, tiny_llama: Path, chats: Path) -> list[Prompt]:
+    return render(open_tokenizer(tiny_adapter, str(tiny_llama)), read_chats(chats))
+
+
+def engine(server: Server, plan: Plan, **options: Any) -> EndpointEngine:
+    return EndpointEngine(server.url, MEMBERS[1 : 1 + plan.members], plan, **options)
+
+
+# --- the engine -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", [GREEDY, Plan(**{**vars(GREEDY), "mean": True})], ids=["draws", "mean"])
+def test_greedy_equals_the_transformers_engine(
+    server: Server, tiny_adapter: Path, tiny_llama: Path, ensemble: Path, prompts: list[Prompt], plan: Plan
+) -> None:
+    found = list(EndpointEngine(f"{server.url}/v1/", Ensemble(ensemble).members(plan), plan).outputs(prompts))
+    local = TransformersEngine(
+        load_model(tiny_adapter),
+        open_tokenizer(tiny_adapter, str(tiny_llama)),
+        Posterior.from_pretrained(tiny_adapter),
+        plan,
+    )
+    for one, other in zip(found, local.outputs(prompts), strict=True):
+        assert [(o.text, o.member, o.tokens) for o in one] == [(o.text, o.member, o.tokens) for o in other]
+        assert [o.logprob for o in one] == pytest.approx([o.logprob for o in other], abs=1e-3)
+
+
+def test_a_request_asks_one_member_for_all_its_outputs(server: Server, prompts: list[Prompt]) -> None:
+    plan = Plan(**{**vars(SAMPLED), "temperature": 0.5, "top_p": 0.9, "stop": ("x",)})
+    counted: list[int] = []
+    found = list(engine(server, plan).outputs(prompts, count=counted.append))
+    assert len(server.requests) == len(prompts) * plan.members
+    assert sum(counted) == sum(output.tokens for own in found for output in own)
+    for request in server.requests:
+        wanted = {"n": 2, "temperature": 0.5, "top_p": 0.9, "max_tokens": 8, "stop": ["x"], "logprobs": 1}
+        assert {key: request[key] for key in wanted} == wanted
+    asked = {(request["model"], tuple(request["prompt"])) for request in server.requests}
+    assert asked == {(name, tuple(prompt.ids)) for name in MEMBERS[1:] for prompt in prompts}
+    assert len({request["seed"] for request in server.requests}) == len(server.requests)
+
+
+def test_the_same_seed_gives_the_same_whatever_ran_at_a_time(server: Server, prompts: list[Prompt]) -> None:
+    whole = list(engine(server, SAMPLED, concurrency=8).outputs(prompts))
+    assert server.most > 1
+    server.most = 0
+    assert list(engine(server, SAMPLED, concurrency=1).outputs(prompts, 2)) == whole[2:]
+    assert server.most == 1
+    assert list(engine(server, Plan(**{**vars(SAMPLED), "seed": 1})).outputs(prompts)) != whole
+
+
+def test_passing_failures_are_repeated(server: Server, prompts: list[Prompt]) -> None:
+    whole = list(engine(server, SAMPLED).outputs(prompts[:1]))
+    server.requests.clear()
+    server.failures = [503, 429, 0, 500]
+    assert list(engine(server, SAMPLED).outputs(prompts[:1])) == whole
+    assert len(server.requests) == 3 + 4
+
+
+def test_lasting_failures_end_the_run(server: Server, prompts: list[Prompt], caplog: pytest.LogCaptureFixture) -> None:
+    server.failures = [400] * 99
+    with pytest.raises(IVONError, match="answers 400"):
+        list(engine(server, SAMPLED).outputs(prompts))
+    gc.collect()
+    assert "never retrieved" not in caplog.text  # of the others that failed at the same time
+    server.requests.clear()
+    server.failures = [503] * 99
+    with pytest.raises(IVONError, match="6 attempts failed, the last with status 503; what is done is kept"):
+        list(engine(server, SAMPLED, concurrency=1).outputs(prompts))
+    assert len(server.requests) < 30  # the others were called off
+    server.failures = [400]
+    with pytest.raises(IVONError, match=r"/v1/completions answers 400: .*not\\nnow") as error:
+        list(engine(server, SAMPLED, concurrency=1).outputs(prompts))
+    assert "\n" not in str(error.value)
+
+
+def test_a_slow_server_is_timed_out(server: Server, prompts: list[Prompt]) -> None:
+    import time
+
+    server.spoil = lambda answer: time.sleep(0.4) or answer
+    with pytest.raises(IVONError, match="attempts failed"):
+        next(engine(server, SAMPLED, timeout=0.1).outputs(prompts[:1]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda answer: [], "does not answer as OpenAI's interface does"),
+        (lambda answer: {"choices": [{"text": 1}]}, "does not answer as OpenAI's interface does"),
+        (lambda answer: {"choices": [{"text": "", "logprobs": {"token_logprobs": ["x"]}}]}, "does not answer as"),
+        (lambda answer: {"choices": answer["choices"][:1]}, "1 outputs where 2 were asked for"),
+    ],
+)
+def test_a_strange_answer_is_told(server: Server, prompts: list[Prompt], spoil: Any, message: str) -> None:
+    server.spoil = spoil
+    with pytest.raises(IVONError, match=message):
+        list(engine(server, SAMPLED).outputs(prompts))
+
+
+def test_a_server_that_tells_no_logprobs_will_do(server: Server, prompts: list[Prompt]) -> None:
+    server.spoil = lambda answer: {"choices": [{"text": choice["text"]} for choice in answer["choices"]]}
+    [found] = engine(server, SAMPLED).outputs(prompts[:1])
+    assert [output.logprob for output in found] == [None] * 6
+
+
+def test_the_key_is_sent(server: Server, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "abc")
+    list(engine(server, SAMPLED).outputs(prompts[:1]))
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer abc"}
+
+
+def test_a_member_that_is_not_served_is_named(server: Server) -> None:
+    with pytest.raises(IVONError, match=r"does not serve sample-0009, but base, mean, sample-0000, .* serve\.sh"):
+        EndpointEngine(server.url, ["sample-0000", "sample-0009"], SAMPLED)
+    with pytest.raises(IVONError, match=r"/nothing/v1/models answers 404"):
+        EndpointEngine(f"{server.url}/nothing", ["mean"], SAMPLED)
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}", "127.0.0.1:{port}", "http://[bad", ""])
+def test_an_endpoint_that_does_not_answer_is_one_line(url: str) -> None:
+    with pytest.raises(IVONError, match="no server answers there") as error:
+        EndpointEngine(url.format(port=free_port()), ["mean"], SAMPLED)
+    assert "\n" not in str(error.value)
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def test_generate_asks_the_server(server: Server, ensemble: Path, chats: Path, tmp_path: Path, ivon_post: Cli) -> None:
+    options = ["-p", chats, "-n", 6, "--per-model", 2, "--max-tokens", 8, "--endpoint", server.url]
+    path = tmp_path / "out.jsonl"
+    found = ivon_post.json("generate", ensemble, *options, "-o", path)
+    assert (found["prompts"], found["members"]) == (4, 3)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [output["member"] for output in lines[0]["outputs"]] == [0, 0, 1, 1, 2, 2]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    ivon_post("generate", ensemble, *options, "-o", path)
+    assert path.read_bytes() == whole
+    mean = ivon_post.json("generate", ensemble, *options, "--mean", "-o", tmp_path / "mean.jsonl")
+    assert mean["members"] == 1
+    assert server.requests[-1]["model"] == "mean"
+    assert "was made with mean False, not True" in ivon_post.error(
+        "generate", ensemble, *options, "--mean", "-o", path, "-q"
+    )
+
+
+def test_wrong_endpoints_are_one_line(
+    server: Server, ensemble: Path, tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli
+) -> None:
+    def error(folder: Path, *options: object, url: str = server.url) -> str:
+        out = tmp_path / "out.jsonl"
+        text = ivon_post.error("generate", folder, "-p", chats, "-o", out, "--endpoint", url, "-q", *options)
+        assert not list(tmp_path.iterdir())
+        return text
+
+    assert "no server answers there" in error(ensemble, "-n", 8, url=f"http://127.0.0.1:{free_port()}")
+    assert "is no ensemble" in error(tiny_adapter)
+    assert "-n 32 takes 4 draws of 8 outputs" in error(ensemble)
+    assert "say -n 24" in error(ensemble)
+    assert "drawn already" in error(ensemble, "--tau", 2)
+    server.members = MEMBERS[:2]
+    try:
+        assert "does not serve sample-0001" in error(ensemble, "-n", 16)
+    finally:
+        server.members = MEMBERS
+
+
+def test_an_ensemble_without_the_mean(tiny_adapter: Path, tmp_path: Path) -> None:
+    write_ensemble(Posterior.from_pretrained(tiny_adapter), tmp_path / "e", 1)
+    with pytest.raises(IVONError, match="--include-mean"):
+        Ensemble(tmp_path / "e").members(Plan(mean=True))
+
+
+def test_sample_writes_the_command_that_serves(
+    ivon_post: Cli, tiny_adapter: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "en semble"
+    found = ivon_post.json("sample", tiny_adapter, "-n", 2, "--include-mean", "--serve", "vllm", "-o", folder)
+    words = shlex.split(found["serve"])
+    names = ["mean", "sample-0000", "sample-0001"]
+    assert words == [
+        *("vllm", "serve", str(tiny_llama.resolve()), "--enable-lora", "--max-lora-rank", "8", "--max-loras", "3"),
+        *("--generation-config", "vllm", "--lora-modules"),
+        *(f"{name}={folder.resolve() / name}" for name in names),
+    ]
+    # Run with a `vllm` that prints its arguments.
+    fake = tmp_path / "bin" / "vllm"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" vllm "$@"\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{fake.parent}:{Path(shutil.which('sh') or '/bin/sh').parent}:/usr/bin:/bin"}
+    printed = subprocess.run(
+        ["sh", found["serve_script"], "--port", "8001"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.splitlines() == [*words, "--port", "8001"]
+    lines = ivon_post("sample", tiny_adapter, "-n", 2, "--include-mean", "--serve", "vllm", "-o", folder, "--overwrite")
+    assert lines.splitlines() == ["3 adapters, seed 0", str(folder), found["serve"], str(folder / "serve.sh")]
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"use_dora": True}, "serves no adapters with use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "serves no adapters with modules_to_save"),
+    ],
+)
+def test_what_vllm_does_not_serve_is_refused_before_anything_is_drawn(
+    ivon_post: Cli, make_adapter: Callable[..., Path], tmp_path: Path, lora: dict[str, Any], message: str
+) -> None:
+    assert message in ivon_post.error("sample", make_adapter(**lora), "--serve", "vllm", "-o", tmp_path / "e")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_rank_is_one_that_vllm_takes() -> None:
+    base = {"base_model_name_or_path": "x"}
+    ranks = [served_rank({**base, "r": r}) for r in (1, 2, 8, 9, 64, 65, 512)]
+    assert ranks == [1, 8, 8, 16, 64, 128, 512]
+    assert served_rank({**base, "r": 8, "rank_pattern": {"q_proj": 40}}) == 64
+    with pytest.raises(IVONError, match="up to rank 512; this one has 513"):
+        served_rank({**base, "r": 513})
+    with pytest.raises(IVONError, match="bias 'all'"):
+        served_rank({**base, "r": 8, "bias": "all"})
+    with pytest.raises(IVONError, match="names no base model"):
+        served_rank({"r": 8})

@@ -1,0 +1,116 @@
+"""vLLM itself on a CPU: it serves an exported ensemble, and its greedy answers are those of the transformers engine.
+
+`make test-vllm` makes an environment with vLLM, names its Python in IVON_VLLM_PYTHON, and prepares SmolLM2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Cli
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from axolotl_ivon import IVONError
+from axolotl_ivon.generation import Plan
+from axolotl_ivon.posterior import save_sigma
+from axolotl_ivon.serving import EndpointEngine
+
+PYTHON = os.environ.get("IVON_VLLM_PYTHON", "")
+BASE = Path(__file__).resolve().parent.parent / ".demo" / "SmolLM2-135M-Instruct"
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Ana has 7 boxes with 6 cards in each. Ana loses 30 cards. How many are left?",
+    "Is a whale a fish?",
+]
+START = 300  # seconds until the server must be there
+
+pytestmark = pytest.mark.skipif(not PYTHON, reason="IVON_VLLM_PYTHON names no Python with vLLM; see `make test-vllm`")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter over SmolLM2 that changes its answers, with a σ that makes the draws differ."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vllm") / "adapter"
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    model.save_pretrained(folder)
+    mean = load_file(folder / "adapter_model.safetensors")
+    save_sigma(folder, {key: torch.full_like(value, 0.01) for key, value in mean.items()}, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(adapter: Path) -> Iterator[tuple[Path, str]]:
+    """(folder of the ensemble, URL of vLLM that serves it, as serve.sh starts it)."""
+    folder = adapter.parent / "ensemble"
+    Cli()("sample", adapter, "-n", 3, "--include-mean", "--serve", "vllm", "-o", folder)
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    here = ["--host", "127.0.0.1", "--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    log = adapter.parent / "vllm.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            ["sh", folder / "serve.sh", *here, "--port", str(port)],
+            env=environment, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(START):
+            try:
+                EndpointEngine(url, ["mean"], Plan())
+                break
+            except IVONError:
+                assert server.poll() is None, log.read_text()[-5000:]
+                time.sleep(1)
+        yield folder, url
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@pytest.mark.parametrize("which", [(), ("--mean",)], ids=["draws", "mean"])
+def test_greedy_answers_are_those_of_transformers(
+    served: tuple[Path, str], adapter: Path, tmp_path: Path, which: tuple[str, ...]
+) -> None:
+    folder, url = served
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"messages": [{"role": "user", "content": q}]}) + "\n" for q in QUESTIONS))
+    options = ["-p", chats, "-n", 3, "--per-model", 1, "--temperature", 0, "--max-tokens", 24, *which]
+    run = Cli()
+    run("generate", folder, *options, "--endpoint", url, "-o", tmp_path / "vllm.jsonl")
+    run("generate", adapter, *options, "-o", tmp_path / "here.jsonl")
+    theirs, ours = (
+        [json.loads(line)["outputs"] for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("vllm.jsonl", "here.jsonl")
+    )
+    assert [[(o["member"], o["text"]) for o in own] for own in theirs] == [
+        [(o["member"], o["text"]) for o in own] for own in ours
+    ]
+    for one, other in zip(theirs, ours, strict=True):
+        assert [o["logprob"] for o in one] == pytest.approx([o["logprob"] for o in other], abs=0.05)
+    if not which:
+        assert any(len({o["text"] for o in own}) > 1 for own in ours)  # the members differ
