@@ -8,21 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, chain
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
+
+from .parallel import in_parallel
 
 # Bounds on p that keep σ = 1/√(λ·p) finite and positive in float32 for every λ that is accepted. The update
 # keeps p positive; the floor is there for rounding, the ceiling for gradients whose square overflows.
 PRECISION_FLOOR, PRECISION_CEILING = 1e-12, 1e24
-# A gradient sample of the Hessian beyond this would overflow when samples are added.
-_HESSIAN_LIMIT = 1e30
+# A step that is longer overflows sooner or later, whatever lr and clip allow.
+TRAVEL = 1e18
+# Weights that are worked on at once on a CPU: few enough to stay in the cache from one operation to the next, and
+# for torch not to split an operation over threads, since every thread has a piece of its own.
+_PIECE = 2**15
+
+
+class Skipped(NamedTuple):
+    """The steps that were skipped because the norm of their gradient was not finite.
+
+    `total` counts all of them and `in_a_row` the latest without a step between them; `tensor` is the first tensor, by
+    its name where the optimizer was given names, whose gradient was not finite in the latest (None before any).
+    """
+
+    total: int
+    in_a_row: int
+    tensor: str | None
 
 
 def effective_sample_size(n: int, gamma: float = 5000.0) -> float:
@@ -99,15 +115,19 @@ class IVONLoRA(Optimizer):
             "draws": 0,
         }
         _check_hyperparameters(defaults)
-        self._blocks: list[_Block] | None = None
+        self._blocks: list[Block] | None = None
+        self.process = 0  # number of the process, where each has draws of its own: see synchronize()
         self._drawn = False
-        self.skipped_steps = 0
+        self._norm = 0.0  # of the gradients when the last draw was over
+        self._not_finite: str | None = None  # the first tensor with a gradient that was not, at that moment
+        self._skipped = Skipped(0, 0, None)
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._blocks, self._drawn = None, False
-        self.__dict__.setdefault("skipped_steps", 0)
+        self.__dict__.setdefault("_skipped", Skipped(0, 0, None))
+        self.__dict__.setdefault("process", 0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in `torch.optim.Optimizer`."""
@@ -116,7 +136,7 @@ class IVONLoRA(Optimizer):
         for param in self.param_groups[-1]["params"]:
             if not param.is_floating_point():
                 raise ValueError(f"IVONLoRA optimizes floating-point parameters, got {param.dtype}")
-        self._blocks = None
+        self._forget_blocks()
 
     # ---------------------------------------------------------------- sampling
 
@@ -140,20 +160,24 @@ class IVONLoRA(Optimizer):
                 group["draws"] += 1
             for block in blocks:
                 block.set_gradients_aside()
-                block.draw(block.group["draws"])
+                draws = block.group["draws"]
+                block.draw(f"{draws} of process {self.process}" if self.process else draws)
             yield
+            first = all(block.products is None for block in blocks)
+            for block in blocks:
+                block.collect()
+            # Once the norm was not finite it stays so until the next step, whatever the draws after it add.
+            if (first or math.isfinite(self._norm)) and not any(block.fused for block in blocks):
+                self._norm = self._gradient_norm()
+                # Looked for now, as clipping code makes one gradient that is not finite into many.
+                self._not_finite = None if math.isfinite(self._norm) else self._first_not_finite()
         except BaseException:
             for block in blocks:
                 block.restore_mean()
                 block.forget_draw()
-            self._drawn = False
             raise
-        for block in blocks:
-            block.restore_mean()
-        self._drawn = False
-        for block in blocks:
-            block.collect()
-        self._note_gradient_norm()
+        finally:
+            self._drawn = False
 
     @contextmanager
     def evaluation_draw(self, number: int) -> Iterator[None]:
@@ -175,7 +199,6 @@ class IVONLoRA(Optimizer):
         finally:
             for block in blocks:
                 block.restore_mean()
-                block.deviation = None
             self._drawn = False
 
     @property
@@ -194,7 +217,7 @@ class IVONLoRA(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update m, σ and the momentum from the gradients taken at the draws since the last step.
 
-        If the gradient's norm is not finite the step is skipped: nothing changes and `skipped_steps` goes up by one.
+        If the gradient's norm is not finite the step is skipped: nothing changes, and `skipped` tells.
 
         Args:
             closure: computes the loss and its gradient; it is called once, inside `sampled_params()`.
@@ -212,41 +235,101 @@ class IVONLoRA(Optimizer):
             with torch.enable_grad(), self.sampled_params():
                 loss = closure()
         blocks = self._get_blocks()
-        gradients = self._gradients()
-        if not gradients:
+        if not self._gradients():
             return loss
-        if not any(block.hessian is not None for block in blocks):
+        if not any(block.products is not None for block in blocks):
             raise RuntimeError(
                 "step() found gradients that were not taken at a draw; "
                 "run the forward and backward pass inside `with optimizer.sampled_params():`"
             )
-        norm = get_total_norm(gradients)
-        if torch.isfinite(norm):
-            # What scaled .grad since the backward pass (a loss scaler, a clipped norm) scales ĥ alike.
-            scale = torch.where(self._norm > 0, norm / self._norm, 1.0)
-            for block in blocks:
-                block.update(scale.to(block.device))
-        else:
-            self.skipped_steps += 1
+        scale = self._judge(blocks)
         for block in blocks:
-            block.hessian = None
+            if scale is not None:
+                block.update(scale)
+            block.products = None
         return loss
+
+    @torch.no_grad()
+    def synchronize(self, average: Callable[[list[Tensor]], None]) -> None:
+        """Average ĝ and ĥ over processes whose draws differ (`process` was set); call it before `step()`.
+
+        ĝ is linear in what the processes see and ĥ = ĝ·(θ−m)/σ² is not, so each is averaged by itself.
+
+        Args:
+            average: puts the means over the processes into tensors, which are as many everywhere and alike in shape.
+        """
+        blocks = self._get_blocks()
+        average([*self._gradients(), *(block.products for block in blocks if block.products is not None)])
+        if any(block.fused for block in blocks):
+            blocks[0].measure()  # type: ignore[attr-defined]
+        else:
+            self._norm = self._gradient_norm()
+            self._not_finite = None if math.isfinite(self._norm) else self._first_not_finite()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and the Hessian estimates that were taken with them."""
         super().zero_grad(set_to_none)
         for block in self._blocks or ():
-            block.hessian = None
+            block.products = None
             block.earlier = None
+
+    @property
+    def skipped(self) -> Skipped:
+        """The steps that were skipped because their gradient was not finite, and where it was not."""
+        skipped = self._skipped
+        for block in self._blocks or ():
+            if block.fused:
+                total, in_a_row, tensor = block.skipped  # type: ignore[attr-defined]
+                earlier = skipped.in_a_row if in_a_row == total else 0
+                name = self._name(tensor) if total else skipped.tensor
+                skipped = Skipped(skipped.total + total, earlier + in_a_row, name)
+        return skipped
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of steps that were skipped because their gradient was not finite."""
+        return self.skipped.total
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     @torch.no_grad()
-    def _note_gradient_norm(self) -> None:
+    def _gradient_norm(self) -> float:
         gradients = self._gradients()
-        if gradients:
-            self._norm = get_total_norm(gradients)
+        if not gradients:
+            return 0.0
+        # float32 also for a float16 gradient, whose norm overflows early.
+        norms = torch._foreach_norm(gradients, dtype=torch.float32)
+        return float(torch.stack([norm.to(norms[0].device) for norm in norms]).norm())
+
+    def _judge(self, blocks: list[Block]) -> float | Tensor | None:
+        """Return by what the gradients were scaled since the draws, or None if the step is to be skipped.
+
+        What scales .grad after the backward pass, a loss scaler or a clipped norm, scales ĥ alike.
+        """
+        if any(block.fused for block in blocks):
+            return blocks[0].judge()  # type: ignore[attr-defined]
+        norm = self._gradient_norm()
+        if math.isfinite(norm + self._norm):
+            self._skipped = self._skipped._replace(in_a_row=0)
+            return norm / self._norm if self._norm > 0 else 1.0
+        total, in_a_row, _ = self._skipped
+        self._skipped = Skipped(total + 1, in_a_row + 1, self._not_finite or self._first_not_finite())
+        return None
+
+    def _first_not_finite(self) -> str:
+        finite = [p.grad is None or bool(p.grad.isfinite().all()) for g in self.param_groups for p in g["params"]]
+        return self._name([*finite, False].index(False))
+
+    def _name(self, number: int) -> str:
+        for group in self.param_groups:
+            if number < len(group["params"]):
+                return group["param_names"][number] if "param_names" in group else f"tensor {number}"
+            number -= len(group["params"])
+        return "all tensors together"  # that of each is finite, and only their norm is not
+
+    def _forget_blocks(self) -> None:
+        self._skipped, self._blocks = self.skipped, None
 
     # ---------------------------------------------------------------- the posterior
 
@@ -295,13 +378,13 @@ class IVONLoRA(Optimizer):
             saved = state_dict["state"].get(key)
             if saved is None:
                 continue
-            shapes = {name: tuple(saved[name].shape) for name in _Block.FLATS}
+            shapes = {name: tuple(saved[name].shape) for name in Block.FLATS}
             if set(shapes.values()) != {tuple(param.shape)}:
                 raise ValueError(f"loaded state has shapes {shapes} for a parameter of {tuple(param.shape)}")
             self.state[param] = {
                 name: torch.as_tensor(value).to(param.device, torch.float32, copy=True) for name, value in saved.items()
             }
-        self._blocks = None
+        self._forget_blocks()
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         for group in self.param_groups:
@@ -315,59 +398,109 @@ class IVONLoRA(Optimizer):
         return self.state[param]
 
     @torch.no_grad()
-    def _get_blocks(self) -> list[_Block]:
+    def _get_blocks(self) -> list[Block]:
         """Lay the state of all parameters out, taking over what state there is and initializing the rest."""
         if self._blocks is None:
-            self._blocks = []
+            # Not there until complete: a signal handler that saves may ask for σ meanwhile.
+            blocks, make = list[Block](), _block_type(self.param_groups)
             for index, group in enumerate(self.param_groups):
                 homes: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
                 for param in group["params"]:
                     homes.setdefault((param.device, param.dtype), []).append(param)
                 for number, params in enumerate(homes.values()):
-                    self._blocks.append(_Block(group, params, self.state, key=(index, number)))
+                    blocks.append(make(group, params, self.state, key=(index, number)))
+            self._blocks = blocks
         return self._blocks
 
 
-def _prior(group: dict[str, Any], mean: Tensor, precision: Tensor) -> Tensor:
-    """Return δ of one tensor: the fixed one, or 1/(λ·mean(m² + σ²)), the KL-optimal one."""
-    if group["prior"] != "empirical":
-        return torch.as_tensor(float(group["prior"]), dtype=torch.float32, device=mean.device)
-    # λ·mean(m² + σ²) = λ·mean(m²) + mean(1/p); the paper's Eq. 2 is s = λ·δ, and δ is what enters the update.
-    flat = mean.reshape(-1)
-    return 1 / (group["ess"] / flat.numel() * flat.dot(flat) + precision.reciprocal().mean())
+def _block_type(groups: list[dict[str, Any]]) -> Any:
+    params = [param for group in groups for param in group["params"]]
+    if len(groups) > 1 or {param.device.type for param in params} != {"cuda"}:
+        return Block
+    try:
+        from .fused import FusedBlock, usable
+    except ImportError:  # a build without Triton
+        return Block
+    return FusedBlock if usable(params) else Block
 
 
 def _sigma(precision: Tensor, ess: float) -> Tensor:
     return precision.mul(ess).rsqrt_()
 
 
-class _Block:
+def _prior(group: dict[str, Any], mean: Tensor, precision: Tensor) -> float:
+    """Return δ of one tensor: the fixed one, or 1/(λ·mean(m² + σ²)), the KL-optimal one."""
+    if group["prior"] != "empirical":
+        return float(group["prior"])
+    # The paper's Eq. 2 is s = λ·δ; δ is what enters the update.
+    return mean.numel() / float(group["ess"] * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)
+
+
+class Piece:
+    """Neighbouring weights of a block that are worked on at once: whole tensors, or some rows of a large one.
+
+    `mean`, `momentum` and `precision` are its place in the block's buffers, `means` and `momenta` the same values in
+    the shapes that they have in the parameters.
+    """
+
+    def __init__(self, block: Block, parts: Sequence[tuple[int, slice | None]]) -> None:
+        self.parts = parts  # number of the tensor, and its rows if not all
+        self.params = block.params
+        self.shapes = [theta.shape for theta in self.thetas]
+        self.sizes = [shape.numel() for shape in self.shapes]
+        i, rows = parts[0]
+        start = block.offsets[i] + (rows.start * block.params[i][0].numel() if rows else 0)
+        self.place = slice(start, start + sum(self.sizes))
+        self.mean, self.momentum, self.precision = (getattr(block, name)[self.place] for name in block.FLATS)
+        self.means, self.momenta = self.shaped(self.mean), self.shaped(self.momentum)
+        self.norms: Sequence[Tensor] = ()  # of m and of √λ·σ, tensor by tensor
+
+    @property
+    def thetas(self) -> list[Tensor]:
+        """What the parameters hold here."""
+        return [self.params[i] if rows is None else self.params[i][rows] for i, rows in self.parts]
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Their gradients."""
+        gradients: list[tuple[Any, slice | None]] = [(self.params[i].grad, rows) for i, rows in self.parts]
+        return [gradient if rows is None else gradient[rows] for gradient, rows in gradients]
+
+    def split(self, flat: Tensor) -> Sequence[Tensor]:
+        """Part values of the piece by tensor."""
+        return (flat,) if len(self.sizes) == 1 else flat.split_with_sizes(self.sizes)
+
+    def shaped(self, flat: Tensor) -> list[Tensor]:
+        """Part values of the piece by tensor, in the shapes that they have in the parameters."""
+        return [part.view(shape) for part, shape in zip(self.split(flat), self.shapes, strict=True)]
+
+
+class Block:
     """The state of a group's parameters on one device and of one dtype.
 
     m, g and p are one flat float32 buffer each, in which every tensor has its place; `optimizer.state` holds
-    views of them. They are worked on in pieces: on a CPU a piece is one tensor, so that what is read stays in
-    the cache; elsewhere it is the whole buffer, so that no launch is made for each tensor.
+    views of them. They are worked on in pieces: on a CPU small ones, in several threads; elsewhere the whole.
     """
 
     FLATS = ("mean", "momentum", "precision")
+    fused = False
 
     def __init__(
         self, group: dict[str, Any], params: list[Tensor], state: dict[Tensor, Any], key: tuple[int, int]
     ) -> None:
         self.group, self.params, self.key = group, params, key
-        self.device, self.dtype = params[0].device, params[0].dtype
-        self.whole = self.device.type != "cpu"
-        self.sizes = [param.numel() for param in params]
-        self.offsets = [0, *accumulate(self.sizes)]
-        self.lengths = torch.tensor(self.sizes, device=self.device)
-        self.generator = torch.Generator(self.device)
+        self.device = params[0].device
+        self.limit = float(_PIECE) if self.device.type == "cpu" else math.inf
+        self.offsets = [0, *accumulate(param.numel() for param in params)]
         self.mean, self.momentum, self.precision = (
             torch.zeros(self.offsets[-1], device=self.device) for _ in self.FLATS
         )
-        self.steps = torch.zeros(len(params), device=self.device)
-        self.deviation: Tensor | None = None  # θ−m of a draw
-        self.hessian: Tensor | None = None  # ĥ, summed over the draws since the last step
+        self.steps = torch.zeros(len(params))
+        self.moments: dict[int, float] = {}  # λ·Σ(m² + σ²) of each tensor that was drawn last
+        self.products: Tensor | None = None  # ĝ·(θ−m) = ĥ/(λ·p), summed over the draws since the last step
         self.earlier: list[Tensor | None] | None = None  # .grad of the draws before this one
+        self._layout: tuple[float, ...] = ()
+        self._pieces: list[Piece] = []
 
         for i, param in enumerate(params):
             views = {name: self.view(getattr(self, name), i) for name in self.FLATS}
@@ -376,7 +509,7 @@ class _Block:
                 for name, view in views.items():
                     view.copy_(saved[name])
                 step.copy_(saved["step"])
-            else:
+            elif param.numel():
                 views["mean"].copy_(param)
                 views["precision"].fill_(group["h0"])
                 views["precision"].add_(_prior(group, views["mean"], views["precision"]))
@@ -385,83 +518,118 @@ class _Block:
     def view(self, flat: Tensor, i: int) -> Tensor:
         return flat[self.offsets[i] : self.offsets[i + 1]].view(self.params[i].shape)
 
-    def pieces(self, chosen: list[int]) -> Iterator[tuple[list[int], slice]]:
-        """Yield what is worked on at once: indices of tensors, and their place in the flat buffers."""
-        if self.whole and len(chosen) == len(self.params):
-            yield chosen, slice(None)
-        else:
-            for i in chosen:
-                yield [i], slice(self.offsets[i], self.offsets[i + 1])
+    def pieces(self, chosen: list[int], ages: Sequence[float] | None = None) -> list[Piece]:
+        """Return the pieces that make up some tensors; the tensors of one piece are of the same age."""
+        if not chosen:
+            return []
+        ages = ages or [0.0] * len(chosen)
+        layout = (self.limit, *chosen, *(age - ages[0] for age in ages))
+        if layout != self._layout:
+            self._layout, self._pieces = layout, self._lay_out(chosen, ages)
+        return self._pieces
+
+    def _lay_out(self, chosen: list[int], ages: Sequence[float]) -> list[Piece]:
+        pieces: list[list[tuple[int, slice | None]]] = []
+        room, follows = 0.0, None
+        for i, age in zip(chosen, ages, strict=True):
+            size = self.params[i].numel()
+            if size > self.limit and self.params[i].dim():
+                rows = max(1, int(self.limit) * len(self.params[i]) // size)
+                pieces += [[(i, slice(j, j + rows))] for j in range(0, len(self.params[i]), rows)]
+                follows = None
+                continue
+            if size <= room and (i, age) == follows:
+                pieces[-1].append((i, None))
+            else:
+                pieces.append([(i, None)])
+                room = self.limit
+            room, follows = room - size, (i + 1, age)
+        return [Piece(self, parts) for parts in pieces]
 
     def with_gradient(self) -> list[int]:
-        return [i for i, param in enumerate(self.params) if param.grad is not None]
+        return [i for i in self.moments if self.params[i].grad is not None]
 
-    def write(self, indices: list[int], flat: Tensor) -> None:
-        """Copy from a flat buffer into parameters, in their dtype."""
-        torch._foreach_copy_([self.params[i] for i in indices], [self.view(flat, i) for i in indices])
-
-    def gradient(self, indices: list[int]) -> Tensor:
-        """Return the gradients of some parameters as one flat float32 tensor."""
-        parts = [self.params[i].grad.reshape(-1) for i in indices]  # type: ignore[union-attr]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
-
-    @torch.no_grad()
     def draw(self, number: int | str) -> None:
-        """θ = m + σ·ε, ε ~ N(0, I)."""
-        self.deviation = torch.empty_like(self.mean)
-        for indices, place in self.pieces([i for i, param in enumerate(self.params) if param.requires_grad]):
-            theta, mean = self.deviation[place], self.mean[place]
-            theta.normal_(generator=self.generator.manual_seed(self.noise_seed(number, indices[0])))
-            theta.mul_(_sigma(self.precision[place], self.group["ess"])).add_(mean)
-            if self.dtype != torch.float32:
-                theta.copy_(theta.to(self.dtype))  # ε is what the forward pass really sees
-            self.write(indices, self.deviation)
-            theta.sub_(mean)
+        """θ = m + σ·ε, ε ~ N(0, I), and beside it what δ needs, for which σ is at hand."""
+        ess = self.group["ess"]
 
-    def noise_seed(self, number: int | str, index: int) -> int:
-        # A seed for each draw and piece, not one long stream: two integers in the state are all that a
-        # resumed run needs, on whatever device it goes on.
-        text = f"{self.group['seed']}/{number}/{self.key}/{index}"
+        def draw(piece: Piece) -> None:
+            root = piece.precision.rsqrt()  # √λ·σ
+            noise, roots = piece.shaped(self.noise(piece, number)), piece.shaped(root)
+            for theta, m, eps, r in zip(piece.thetas, piece.means, noise, roots, strict=True):
+                torch.addcmul(m, eps, r, value=ess**-0.5, out=theta)
+            piece.norms = torch._foreach_norm([*piece.means, *roots])
+
+        self.moments = {i: 0.0 for i, param in enumerate(self.params) if param.requires_grad and param.numel()}
+        pieces = self.pieces(list(self.moments))
+        in_parallel(draw, pieces)
+        for piece in pieces:
+            norms = [float(norm) for norm in piece.norms]
+            half = len(norms) // 2
+            for (i, _), m, r in zip(piece.parts, norms[:half], norms[half:], strict=True):
+                self.moments[i] += ess * m**2 + r**2
+
+    def noise(self, piece: Piece, number: int | str) -> Tensor:
+        noise = torch.empty(sum(piece.sizes), device=self.device)
+        generator = torch.Generator(self.device)
+        # On a CPU every tensor, or part of a large one, has noise of its own, however they are put into pieces.
+        split = piece.split(noise) if self.device.type == "cpu" else (noise,)
+        for (i, rows), part in zip(piece.parts, split, strict=False):
+            part.normal_(generator=generator.manual_seed(self.noise_seed(number, i, rows.start if rows else 0)))
+        return noise
+
+    def noise_seed(self, number: int | str, index: int, row: int) -> int:
+        # A seed for each draw and part, not one long stream: two integers in the state are all that a
+        # resumed run needs, on whatever device it goes on, and it does not matter which thread draws what.
+        text = f"{self.group['seed']}/{number}/{self.key}/{index}" + (f"/{row}" if row else "")
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
-    @torch.no_grad()
     def restore_mean(self) -> None:
-        self.write([i for i, param in enumerate(self.params) if param.requires_grad], self.mean)
+        def restore(piece: Piece) -> None:
+            torch._foreach_copy_(piece.thetas, piece.means)
+
+        in_parallel(restore, self.pieces(list(self.moments)))
 
     def set_gradients_aside(self) -> None:
         """Make room for the gradient of a draw, which ĥ needs apart from those of the draws before it."""
         self.earlier = None
-        if self.hessian is not None:
+        if self.products is not None:
             earlier = [param.grad for param in self.params]
             if all(gradient is None for gradient in earlier):
-                self.hessian = None  # the gradients were dropped, so what was computed with them goes too
+                self.products = None  # the gradients were dropped, so what was computed with them goes too
                 return
             self.earlier = earlier
             for i, gradient in enumerate(earlier):
                 self.params[i].grad = None
                 if gradient is None:
-                    self.view(self.hessian, i).zero_()
+                    self.view(self.products, i).zero_()
 
-    @torch.no_grad()
     def collect(self) -> None:
-        """ĥ = ĝ·(θ−m)/σ², added to that of earlier draws; .grad becomes the sum over the draws."""
-        assert self.deviation is not None
-        hessian, self.deviation = self.deviation, None
+        """Put the mean back and note ĝ·(θ−m), added to that of earlier draws; .grad becomes the sum over the draws.
+
+        It is all of ĥ = ĝ·(θ−m)/σ² = λ·p·ĝ·(θ−m) that must be kept, as p stays what it is until the step. θ is read
+        from the parameters, so it is what the forward pass saw, after rounding to their dtype.
+        """
         chosen = self.with_gradient()
-        for indices, place in self.pieces(chosen):
-            sample = hessian[place].mul_(self.gradient(indices)).mul_(self.precision[place])
-            sample.mul_(self.group["ess"]).clamp_(-_HESSIAN_LIMIT, _HESSIAN_LIMIT)
-        for i in set(range(len(self.params))).difference(chosen):
-            self.view(hessian, i).zero_()
-        if self.hessian is not None:
-            self.hessian += hessian
+        products = torch.zeros_like(self.mean) if len(chosen) < len(self.params) else torch.empty_like(self.mean)
+
+        def collect(piece: Piece) -> None:
+            thetas, results = piece.thetas, piece.shaped(products[piece.place])
+            for theta, mean, gradient, product in zip(thetas, piece.means, piece.gradients, results, strict=True):
+                torch.sub(theta, mean, out=product).mul_(gradient)
+            torch._foreach_copy_(thetas, piece.means)
+
+        in_parallel(collect, self.pieces(chosen))
+        if len(chosen) < len(self.moments):
+            self.restore_mean()
+        if self.products is not None:
+            self.products += products
         elif chosen:
-            self.hessian = hessian
+            self.products = products
         self.put_gradients_back(add=True)
 
     def forget_draw(self) -> None:
         """Take back what a draw that failed left behind."""
-        self.deviation = None
         self.put_gradients_back(add=False)
 
     def put_gradients_back(self, *, add: bool) -> None:
@@ -472,40 +640,43 @@ class _Block:
                 param.grad = gradient if param.grad is None else gradient.add_(param.grad)
         self.earlier = None
 
-    def update(self, scale: Tensor) -> None:
+    def update(self, scale: Any) -> None:
         """Apply one step of the algorithm to every tensor that has a gradient."""
-        if self.hessian is None:
+        if self.products is None:
             return
-        group = self.group
-        lr, clip, (beta1, beta2) = group["lr"], group["clip"], group["betas"]
-        for indices, place in self.pieces(self.with_gradient()):
-            m, g, p = self.mean[place], self.momentum[place], self.precision[place]
-            h = self.hessian[place].mul_(scale)
-            steps = self.steps[indices[0] : indices[-1] + 1].add_(1)
+        products, fixed = self.products, self.group["prior"] != "empirical"
+        lr, ess, clip, (beta1, beta2) = (self.group[name] for name in ("lr", "ess", "clip", "betas"))
+        chosen = self.with_gradient()
+        self.steps[chosen] += 1
+        steps = self.steps.tolist()
+        minus_one = torch.tensor(beta2 - 1, device=self.device)  # times 1−β2
 
-            g.lerp_(self.gradient(indices), 1 - beta1)
-            delta = self.spread(self.prior(m, p, indices), indices)
-            # IVON's p ← β2·p + (1−β2)·(ĥ+δ) + ½(1−β2)²·(p−ĥ−δ)²/p is p·(1 + d + ½d²), positive for every d.
-            d = h.add_(delta).sub_(p).div_(p).mul_(1 - beta2)
-            p.addcmul_(p, d.mul(0.5).add_(1).mul_(d)).clamp_(PRECISION_FLOOR, PRECISION_CEILING)
-            direction = g / self.spread(1 - beta1**steps, indices)
-            if group["prior"] != "empirical":
-                direction.addcmul_(delta, m)
-            m.sub_(direction.div_(p).clamp_(-clip, clip), alpha=lr)
-            self.write(indices, self.mean)
+        def update(piece: Piece) -> None:
+            m, g, p, product = piece.mean, piece.momentum, piece.precision, products[piece.place]
+            indices = [i for i, _ in piece.parts]
+            deltas = [self.delta(i) for i in indices]
+            debias = 1 - beta1 ** steps[indices[0]]
 
-    def prior(self, mean: Tensor, precision: Tensor, indices: list[int]) -> Tensor:
-        """Return δ of each tensor of a piece."""
-        if len(indices) == 1 or self.group["prior"] != "empirical":
-            return _prior(self.group, mean, precision)
-        second_moment = mean.square().mul_(self.group["ess"]).add_(precision.reciprocal())
-        return 1 / torch.segment_reduce(second_moment, "mean", lengths=self.lengths, unsafe=True)
+            torch._foreach_lerp_(piece.momenta, [gradient.float() for gradient in piece.gradients], 1 - beta1)
+            # IVON's p ← β2·p + (1−β2)·(ĥ+δ) + ½(1−β2)²·(p−ĥ−δ)²/p is p·(1 + d + ½d²), positive for every d, where
+            # d = (1−β2)·((ĥ+δ)/p − 1) and ĥ/p = λ·ĝ·(θ−m).
+            d = p.reciprocal()
+            for part, delta in zip(piece.split(d), deltas, strict=True):
+                torch.add(minus_one, part, alpha=(1 - beta2) * delta, out=part)
+            d.add_(product, alpha=(1 - beta2) * ess * min(scale, TRAVEL)).nan_to_num_(nan=0.0, neginf=-TRAVEL)
+            p.addcmul_(p, torch.addcmul(d, d, d, value=0.5)).clamp_(PRECISION_FLOOR, PRECISION_CEILING)
+            # clip(x/(1−β1^t), ±ξ) = clip(x, ±ξ·(1−β1^t))/(1−β1^t)
+            direction = torch.add(g, m, alpha=deltas[0] * debias).div_(p) if fixed else g / p
+            bound = min(clip, TRAVEL / max(lr, 1.0)) * debias
+            m.sub_(direction.clamp_(-bound, bound), alpha=min(lr / debias, TRAVEL))
+            torch._foreach_copy_(piece.thetas, piece.means)
 
-    def spread(self, values: Tensor, indices: list[int]) -> Tensor:
-        """Give every weight of a piece the value of its tensor."""
-        if len(indices) == 1 or values.dim() == 0:
-            return values
-        return values.repeat_interleave(self.lengths, output_size=self.offsets[-1])
+        in_parallel(update, self.pieces(chosen, [steps[i] for i in chosen]))
+
+    def delta(self, i: int) -> float:
+        """δ of a tensor, from the m and σ of the last draw, which are those before the step."""
+        prior = self.group["prior"]
+        return self.params[i].numel() / self.moments[i] if prior == "empirical" else float(prior)
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:

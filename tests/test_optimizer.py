@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 
@@ -48,7 +49,7 @@ def run_beside_reference(
     hyper = {**SETTINGS, **kwargs}
     optimizer = IVONLoRA(pair.items(), **hyper)
     for block in optimizer._get_blocks():
-        block.whole = whole
+        block.limit = math.inf if whole else 64
     references = {
         name: ReferenceIVON(
             param.detach().double().numpy(),
@@ -521,3 +522,241 @@ def test_summary_is_the_mean_over_all_weights() -> None:
     assert summary["ivon_sigma_mean"] == pytest.approx(sigma.mean().item(), rel=1e-5)
     assert summary["ivon_snr_mean"] == pytest.approx((mean.abs() / sigma).mean().item(), rel=1e-5)
     assert summary["ivon_ess"] == SETTINGS["ess"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_threads_nor_pieces_change_a_bit(
+    threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of one piece, of several, and of a part of one, in one thread and in three."""
+    shapes = [(5, 3), (40, 30), (7,), (), (1, 900), (0, 4), (33, 20), (2, 2)]
+
+    def train(count: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+        params[1] = nn.Parameter(params[1].detach().T)  # columns are contiguous, not rows
+        optimizer = IVONLoRA(params, **SETTINGS)
+        for block in optimizer._get_blocks():
+            block.limit = 100
+        for _ in range(4):
+            with optimizer.sampled_params():
+                sum((param.float().sin() * (1 + param.float())).sum() for param in params).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [optimizer.sigma(param) for param in params] + [param.detach() for param in params]
+
+    for left, right in zip(train(1), train(threads), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_large_tensor_follows_the_reference_in_pieces_of_several_rows() -> None:
+    param = nn.Parameter(torch.randn(50, 30, generator=torch.Generator().manual_seed(0)))
+    optimizer = IVONLoRA([param], **SETTINGS)
+    optimizer._get_blocks()[0].limit = 100
+    reference = ReferenceIVON(
+        param.detach().double().numpy(), SETTINGS["ess"], *SETTINGS["betas"], SETTINGS["h0"], SETTINGS["clip"]
+    )
+    for _ in range(20):
+        with optimizer.sampled_params():
+            (param.sin() * (1 + param)).mean().backward()
+            theta, gradient = param.detach().double().numpy().copy(), param.grad.double().numpy().copy()
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.step([theta], [gradient], SETTINGS["lr"])
+    assert len(optimizer._get_blocks()[0]._pieces) == 17
+    assert relative(param.detach(), reference.m) < 1e-5
+    assert relative(optimizer.sigma(param), reference.sigma()) < 1e-5
+
+
+def test_the_noise_of_every_piece_and_draw_is_its_own() -> None:
+    params = [nn.Parameter(torch.zeros(shape)) for shape in ((64, 30), (64, 30), (30, 30))]
+    optimizer = IVONLoRA(params, ess=1.0, h0=1.0, prior=0.0)
+    optimizer._get_blocks()[0].limit = 600
+    rows = []
+    for _ in range(2):
+        with optimizer.sampled_params():
+            rows += [row.detach().clone() for param in params for row in param]
+    correlation = np.corrcoef(torch.stack(rows).numpy()) - np.eye(len(rows))
+    assert abs(correlation).max() < 0.99, "no two rows of the same noise"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bad_steps=st.sets(st.integers(0, 11)),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf, 3e38]),
+    spoiled=st.sampled_from(["A", "B"]),
+    micro_batches=st.sampled_from([1, 2]),
+    zero=st.booleans(),
+)
+def test_bad_gradients_at_any_steps_leave_the_last_good_state(
+    bad_steps: set[int], bad: float, spoiled: str, micro_batches: int, zero: bool
+) -> None:
+    """A run with bad steps ends where the run ends that has no gradient at all at those steps."""
+    results = []
+    for has_bad in (True, False):
+        pair = lora_pair()
+        optimizer = IVONLoRA(pair.items(), **SETTINGS)
+        for step, batch in enumerate(batches(12)):
+            for micro in range(micro_batches):
+                with optimizer.sampled_params():
+                    (lora_loss(pair, batch) * (0 if zero else 1)).backward()
+                    if step in bad_steps and micro == 0:
+                        pair[spoiled].grad[1, 1] = bad
+            if step in bad_steps and not has_bad:
+                optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
+            if has_bad and step in bad_steps:
+                assert optimizer.skipped.tensor == (spoiled if abs(bad) != 3e38 else "all tensors together")
+                assert optimizer.skipped.in_a_row >= 1
+            elif has_bad:
+                assert optimizer.skipped.in_a_row == 0
+        assert optimizer.skipped_steps == (len(bad_steps) if has_bad else 0)
+        state = optimizer.state_dict()["state"].values()
+        results.append([value for tensors in state for value in tensors.values()])
+    for left, right in zip(*results, strict=True):
+        assert torch.equal(left, right)
+        assert right.isfinite().all()
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-30, 1e3, 1e30, 1e300])
+@pytest.mark.parametrize("clip", [1e-2, math.inf])
+@pytest.mark.parametrize("prior", ["empirical", 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_learning_rate_brings_a_nan(lr: float, clip: float, prior: object, dtype: torch.dtype) -> None:
+    one = nn.Parameter(torch.full((1,), 0.3, dtype=dtype))  # a tensor of one weight, of one training example
+    pair = {"one": one, **lora_pair(dtype=dtype)}
+    optimizer = IVONLoRA(pair.items(), lr=lr, ess=effective_sample_size(1), clip=clip, prior=prior)
+    start = {name: optimizer.mean(param) for name, param in pair.items()}
+    for batch in batches(40):
+        with optimizer.sampled_params():
+            (lora_loss(pair, batch) + (one.float() - 1).square().sum()).backward()
+            one.grad.nan_to_num_(0.0, 0.0, 0.0)  # a weight that the loss does not see, be it infinite
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, param in pair.items():
+        assert optimizer.mean(param).isfinite().all()
+        assert optimizer.sigma(param).isfinite().all()
+        assert (optimizer.sigma(param) > 0).all()
+        if lr == 0:
+            assert torch.equal(optimizer.mean(param), start[name])
+
+
+def test_a_constant_loss_and_zero_gradients_move_nothing_but_sigma() -> None:
+    pair = lora_pair()
+    optimizer = IVONLoRA(pair.items(), **SETTINGS)
+    before = {name: optimizer.sigma(param) for name, param in pair.items()}
+    for _ in range(50):
+        with optimizer.sampled_params():
+            (0 * sum(param.sum() for param in pair.values()) + 3).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(pair["A"].detach(), lora_pair()["A"].detach())
+    assert (optimizer.sigma(pair["A"]) > before["A"]).all(), "a loss that says nothing leaves the prior, which is wider"
+    torch.testing.assert_close(optimizer.sigma(pair["B"]), before["B"], rtol=1e-5, atol=0)  # at 0 it is the prior
+
+
+def test_empty_groups_and_empty_tensors_are_left_alone() -> None:
+    pair = lora_pair()
+    empty = nn.Parameter(torch.zeros(0, 3))
+    optimizer = IVONLoRA([{"params": [*pair.values(), empty]}, {"params": []}], **SETTINGS)
+    plain = lora_pair()
+    alone = IVONLoRA([*plain.values()], **SETTINGS)
+    for opt, params in ((optimizer, pair), (alone, plain)):
+        for batch in batches(3):
+            with opt.sampled_params():
+                lora_loss(params, batch).backward()
+                if params is pair:
+                    empty.grad = torch.zeros(0, 3)
+            opt.step()
+            opt.zero_grad()
+    assert all(torch.equal(pair[name], plain[name]) for name in pair)
+
+
+def test_a_tensor_that_thaws_later_starts_where_a_new_one_would() -> None:
+    late, fresh = lora_pair(1), lora_pair(1)
+    for param in late.values():
+        param.requires_grad_(False)
+    early = nn.Parameter(torch.ones(3, 3))
+    optimizer = IVONLoRA([*late.items(), ("early", early)], **SETTINGS)
+    data = batches(8)
+    for batch in data:
+        if batch is data[4]:
+            for param in late.values():
+                param.requires_grad_(True)
+        with optimizer.sampled_params():
+            loss = early.square().sum()
+            if late["A"].requires_grad:
+                loss = loss + lora_loss(late, batch)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    other = IVONLoRA(fresh.items(), **SETTINGS)
+    other.param_groups[0]["draws"] = 4  # so that the draws are the same
+    for batch in data[4:]:
+        with other.sampled_params():
+            lora_loss(fresh, batch).backward()
+        other.step()
+        other.zero_grad()
+    for name in fresh:
+        torch.testing.assert_close(late[name], fresh[name], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(optimizer.sigma(late[name]), other.sigma(fresh[name]), rtol=1e-6, atol=0)
+
+
+def test_nothing_grows_with_the_number_of_steps() -> None:
+    pair = lora_pair()
+    optimizer = IVONLoRA(pair.items(), **SETTINGS)
+
+    def held() -> int:
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    counts = []
+    for _ in range(3):
+        for batch in batches(20):
+            with optimizer.sampled_params():
+                lora_loss(pair, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        counts.append(held())
+    assert counts[1] == counts[2]
+    state = optimizer.state_dict()["state"].values()
+    weights = sum(param.numel() for param in pair.values())
+    assert sum(value.nbytes for tensors in state for value in tensors.values()) == 12 * weights + 4 * len(pair)
+
+
+def test_processes_with_draws_of_their_own_take_the_step_of_all_their_draws() -> None:
+    start = torch.randn(7, 5, generator=torch.Generator().manual_seed(3)) * 0.1
+    params = [nn.Parameter(start.clone()) for _ in range(2)]
+    optimizers = [IVONLoRA([param], **SETTINGS) for param in params]
+    optimizers[1].process = 1
+    reference = ReferenceIVON(
+        start.double().numpy(), SETTINGS["ess"], *SETTINGS["betas"], SETTINGS["h0"], SETTINGS["clip"]
+    )
+    for step in range(20):
+        thetas, gradients, held = [], [], []
+        for process, (param, optimizer) in enumerate(zip(params, optimizers, strict=True)):
+            with optimizer.sampled_params():
+                (param.sin() * (1 + process + step % 3)).mean().backward()
+                thetas.append(param.detach().double().numpy().copy())
+                gradients.append(param.grad.double().numpy() / 2)
+            tensors: list[torch.Tensor] = []
+            optimizer.synchronize(tensors.extend)
+            held.append(tensors)
+        assert not np.allclose(thetas[0], thetas[1])
+        means = [(a + b) / 2 for a, b in zip(*held, strict=True)]
+        for optimizer in optimizers:
+
+            def average(tensors: list[torch.Tensor], means: list[torch.Tensor] = means) -> None:
+                for tensor, mean in zip(tensors, means, strict=True):
+                    tensor.copy_(mean)
+
+            optimizer.synchronize(average)
+            optimizer.step()
+            optimizer.zero_grad()
+        reference.step(thetas, gradients, SETTINGS["lr"])
+        assert torch.equal(params[0], params[1])
+        assert relative(optimizers[0].mean(params[0]), reference.m) < 1e-5
+        assert relative(optimizers[0].sigma(params[0]), reference.sigma()) < 1e-5

@@ -1,0 +1,45 @@
+"""Work on many small pieces in several threads."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+
+Piece = TypeVar("Piece")
+
+# Of the time for a piece about a fifth goes into Python, which runs in one thread at a time.
+_MOST_THREADS = 4
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="axolotl-ivon")
+
+
+def in_parallel(function: Callable[[Piece], object], pieces: Sequence[Piece]) -> None:
+    """Call `function` on every piece, without gradients, in up to `torch.get_num_threads()` threads.
+
+    Each thread, this one included, takes the next piece when it is done with one, so a core that is busy elsewhere
+    costs its share only. When this returns or raises no piece is being worked on.
+    """
+    left = iter(pieces)
+
+    def work() -> None:
+        with torch.no_grad():
+            for piece in left:
+                function(piece)
+
+    helpers = min(torch.get_num_threads(), _MOST_THREADS) - 1
+    # The process is part of the key since a fork has none of its parent's threads.
+    futures = [_pool(helpers, os.getpid()).submit(work) for _ in range(min(helpers, len(pieces) - 1))]
+    try:
+        work()
+    finally:
+        wait(futures)
+    for future in futures:
+        future.result()

@@ -1,0 +1,60 @@
+"""The fused kernels, in a process whose Triton interprets them: no GPU is needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_the_kernels_in_triton_s_interpreter() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "fused_in_interpreter.py")]
+    done = subprocess.run(
+        command, cwd=HERE.parent, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " skipped" not in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(dtype: torch.dtype) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from axolotl_ivon import fused
+
+    integers = {"programs", "tensors", "thetas", "gradients", "report"}
+    scalars = {"ess", "inverse_root_ess", "lr", "log2_beta1", "one_minus_beta1", "one_minus_beta2", "clip"}
+    scalars |= {"fixed_delta", "travel", "floor", "ceiling"}
+    variants = [("_draw", {}), ("_restore", {}), ("_judge", {})]
+    variants += [("_collect", {"FIRST": first}) for first in (True, False)]
+    variants += [("_square", {"STICKY": sticky}) for sticky in (True, False)]
+    variants += [("_update", {"FIXED": fixed}) for fixed in (True, False)]
+    for name, constants in variants:
+        kernel = getattr(fused, name)
+        known = {**constants, "TYPE": fused._TYPES[dtype], "BLOCK": fused._BLOCK}
+        known = {key: value for key, value in known.items() if key in kernel.arg_names}
+        kinds = {
+            key: "constexpr"
+            if key in known
+            else "i32"
+            if key.endswith("_count")
+            else "fp32"
+            if key in scalars
+            else "*i64"
+            if key in integers
+            else "*fp32"
+            for key in kernel.arg_names
+        }
+        built = triton.compile(ASTSource(kernel, kinds, constexprs=known), target=GPUTarget("cuda", 90, 32))
+        assert built.asm["cubin"]
