@@ -24,11 +24,11 @@ test: export AXOLOTL_DO_NOT_TRACK = 1
 test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest -n 2
 
+test-long: export IVON_LONG = 1
 test-long: export OMP_NUM_THREADS = 1
 test-long: export AXOLOTL_DO_NOT_TRACK = 1
-test-long: $(VENV)/.dev  ## the long versions of some tests: 20,000 mutated files, 200 interrupted runs (an hour)
-	IVON_LONG=1 $(BIN)/python -m pytest -n 2 -m long --timeout 7200
-	$(BIN)/python tests/interrupts.py --moments 200 --jobs 2
+test-long: $(VENV)/.dev  ## 24,000 damaged files, 200 interrupted runs, leaks (about an hour on 2 cores)
+	$(BIN)/python -m pytest tests/test_fuzz.py tests/test_interrupts.py tests/test_leaks.py --timeout 7200
 
 # An environment for each axolotl that is supported: 0.19 needs Python 3.11, the others 3.12.
 INTEGRATION := plugin sampling sharding support posterior_loss demo example_configs

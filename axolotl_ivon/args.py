@@ -19,6 +19,7 @@ DEFAULTS = {
     "ivon_beta2": 0.9995,
     "ivon_prior": "empirical",
     "ivon_eval_samples": 0,
+    "ivon_draws": "shared",
 }
 
 
@@ -51,4 +52,8 @@ class IVONArgs(BaseModel):
     ivon_eval_samples: Annotated[int, Field(ge=0)] | None = _key(
         "ivon_eval_samples",
         "number of draws whose averaged prediction every evaluation scores too, logged as eval_loss_posterior.",
+    )
+    ivon_draws: Literal["shared", "per_rank"] | None = _key(
+        "ivon_draws",
+        "`shared` for the same draw in all processes, `per_rank` for one each, with gradients and Hessians averaged.",
     )

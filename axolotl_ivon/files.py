@@ -7,6 +7,7 @@ Nothing here imports torch. Tensors are read and written one at a time, as bytes
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import mmap
@@ -14,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +26,7 @@ from .errors import IVONError
 CONFIG_FILE = "adapter_config.json"
 MEAN_FILE = "adapter_model.safetensors"
 SIGMA_FILE = "ivon_sigma.safetensors"
+NEXT_SIGMA_FILE = ".ivon_sigma.safetensors.next"  # while the mean that it belongs to is being replaced
 ENSEMBLE_FILE = "ensemble.json"
 
 FORMAT = "ivon-lora"
@@ -50,6 +53,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
 _JSON_LIMIT = 16 * 2**20
 _FLUSH_EVERY = 64 * 2**20
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and stdio.h
 _T = TypeVar("_T")
 
 
@@ -87,14 +91,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
     Raises:
-        IVONError: it is missing, too large, or not a JSON object.
+        IVONError: it is missing, too large, or not a JSON object of finite numbers.
     """
     try:
-        if path.stat().st_size > _JSON_LIMIT:
+        if not (size := _size(path)):
+            raise IVONError(f"{path} is not valid JSON (it is empty)")
+        if size > _JSON_LIMIT:
             raise IVONError(f"{path} is larger than {_JSON_LIMIT >> 20} MiB; it is not a configuration")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError as error:
-        raise IVONError(f"{path.parent} has no {path.name}; give the folder of a PEFT adapter") from error
+        fix = "; give the folder of a PEFT adapter" if path.name == CONFIG_FILE else ""
+        raise IVONError(f"{path.parent} has no {path.name}{fix}") from error
     except OSError as error:
         raise IVONError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -102,6 +109,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise IVONError(f"{path} does not hold a JSON object")
     return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number")
+    return number
+
+
+def _size(path: Path) -> int:
+    """Return the size of a regular file; a pipe or a device, which has no end, is refused."""
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise IVONError(f"{path} is not a regular file")
+    return facts.st_size
 
 
 class Entry(NamedTuple):
@@ -127,6 +149,8 @@ class TensorFile:
 
         self.path = path
         try:
+            if not _size(path):
+                raise IVONError(f"{path} is not a complete safetensors file (it is empty)")
             self._file = path.open("rb")
             # The descriptor's own path, so that header and bytes come from one file even if it is replaced now.
             same = f"/proc/self/fd/{self._file.fileno()}"
@@ -269,10 +293,7 @@ def new_folder(target: Path, overwrite: bool = False, inputs: Iterable[Path] = (
             target.absolute().parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
             yield temporary
-            for path in [*temporary.rglob("*"), temporary]:
-                _sync(path)
-            _move(temporary, target, overwrite)
-            _sync(target.absolute().parent)
+            put_in_place(temporary, target, overwrite)
             missing = []
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -297,19 +318,73 @@ def check_target(target: Path, overwrite: bool = False, inputs: Iterable[Path] =
         raise IVONError(f"{target} holds something other than an adapter, an ensemble or a model; choose another name")
 
 
-def _move(temporary: Path, target: Path, overwrite: bool) -> None:
+def put_in_place(temporary: Path, target: Path, overwrite: bool = False) -> None:
+    """Make a folder's files durable and give it the name `target` in the same file system, replacing what is there.
+
+    Raises:
+        OSError: there is something, and not `overwrite`; or the system refuses.
+    """
+    for path in [*temporary.rglob("*"), temporary]:
+        _sync(path)
     if not (overwrite and target.is_dir()):
         # POSIX replaces an empty folder and refuses any other: of two writers, the second is told.
         os.rename(temporary, target)
+    else:
+        _exchange(temporary, target)
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(target.absolute().parent)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap the names of two folders: at once where Linux can, so that there is no moment without either."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 and renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return
-    old = _beside(target)
-    os.rename(target, old)
+    old = _beside(other)
+    os.rename(other, old)
     try:
-        os.rename(temporary, target)
+        os.rename(one, other)
     except OSError:
-        os.rename(old, target)
+        os.rename(old, other)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    os.rename(old, one)
+
+
+@contextlib.contextmanager
+def updated_adapter(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder whose files take their places in `folder` when the block ends well; others there stay.
+
+    Whoever reads the adapter meanwhile, or after a kill, finds a mean with its own σ: the new σ waits under
+    `NEXT_SIGMA_FILE`, where it is looked for, until the new mean has its place. Folders in the temporary folder (PEFT's
+    further adapters) are treated alike.
+
+    Raises:
+        IVONError: a file cannot be written.
+    """
+    temporary = _beside(folder / "adapter")
+    with _told(folder):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            files = [path for path in temporary.rglob("*") if path.is_file()]
+            for path in files:
+                _sync(path)
+            places = {path: folder / path.relative_to(temporary) for path in files}
+            waiting = []
+            for path, place in sorted(places.items(), key=lambda item: item[1].name == MEAN_FILE):
+                place.parent.mkdir(exist_ok=True)
+                if place.name == SIGMA_FILE:
+                    waiting.append(place)
+                    place = place.with_name(NEXT_SIGMA_FILE)
+                elif place.name == MEAN_FILE:
+                    _sync(place.parent)
+                os.replace(path, place)
+            for place in waiting:
+                os.replace(place.with_name(NEXT_SIGMA_FILE), place)
+            for parent in {place.parent for place in places.values()}:
+                _sync(parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -318,10 +393,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the model card and the tokenizer that lie beside the adapter in `source`, where there are any."""
+    """Copy the model card and the tokenizer that lie beside the adapter in `source`, where there are any.
+
+    A link that leads out of the folder is not followed, unless to the blobs of the Hub's cache: what it names need not
+    be the adapter's.
+    """
+    here = source.resolve()
     for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        path = source / name
+        # What has no size can still be without end, in /proc.
+        if path.is_file() and path.stat().st_size:
+            found = path.resolve()
+            if here in found.parents or here.parent.parent / "blobs" in found.parents:
+                shutil.copyfile(path, target / name)
 
 
 def _beside(target: Path) -> Path:

@@ -89,8 +89,8 @@ def _own_dtype(base: str) -> str:
     from transformers import AutoConfig
 
     try:
-        own = str(AutoConfig.from_pretrained(base).dtype).removeprefix("torch.")
-    except (OSError, ValueError):  # load_model says what is wrong with it
+        own = str(AutoConfig.from_pretrained(base, trust_remote_code=False).dtype).removeprefix("torch.")
+    except Exception:  # load_model says what is wrong with it
         return "auto"
     return own if own in DTYPES else "auto"
 
@@ -98,8 +98,10 @@ def _own_dtype(base: str) -> str:
 def _tokenizer(adapter: Path, base: str) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
-    source = str(adapter) if (adapter / "tokenizer_config.json").exists() else base
+    beside = (adapter / "tokenizer_config.json").exists()
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):  # the base model has none
+        return AutoTokenizer.from_pretrained(str(adapter) if beside else base, trust_remote_code=False)
+    except Exception as error:  # `tokenizers` raises nothing more special
+        if beside:
+            raise IVONError(f"{adapter}: its tokenizer cannot be read ({' '.join(str(error).split())})") from error
         return None

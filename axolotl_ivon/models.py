@@ -7,6 +7,8 @@ puts back what was there. `stacked` runs several draws in one batch over the sha
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import IVONError
+from .files import MEAN_FILE, TensorFile
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,15 +61,21 @@ def load_model(
     Raises:
         IVONError: no base model is named, it cannot be loaded, or it does not fit the adapter.
     """
+    _import_bitsandbytes()
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-    config = PeftConfig.from_pretrained(str(adapter))
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except Exception as error:  # a wrong value in the configuration can make PEFT raise anything
+        raise IVONError(f"{adapter}: PEFT cannot read adapter_config.json ({_reason(error)})") from None
+    _check_ranks(Path(adapter), config)
     name = base_model or config.base_model_name_or_path
     if not name:
         raise IVONError(f"{adapter}: adapter_config.json names no base model; name it with --base-model")
     place = pick_device(device)
-    options: dict[str, Any] = {"device_map": {"": place}}
+    # Said outright, or transformers asks on the terminal whether to run a model's own code.
+    options: dict[str, Any] = {"device_map": {"": place}, "trust_remote_code": False}
     if dtype == "auto":
         options["dtype"] = torch.float32 if place.type == "cpu" else "auto"
     else:
@@ -80,9 +89,9 @@ def load_model(
         if classify:
             options["num_labels"] = _head_size(Path(adapter), str(name))
         base = auto.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # as many kinds as there are models
         raise IVONError(
-            f"the base model {name} cannot be loaded ({_first_line(error)}); name another with --base-model"
+            f"the base model {name} cannot be loaded ({_reason(error)}); name another with --base-model"
         ) from None
     _resize_embeddings(base, Path(adapter))
     try:
@@ -90,12 +99,35 @@ def load_model(
             # PEFT only warns of keys that it misses; AdapterSlots.check below refuses them.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base, str(adapter), torch_device=str(place))
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # a wrong value in the configuration can make PEFT raise anything
         raise IVONError(
-            f"the base model {name} does not fit the adapter {adapter} ({_first_line(error)}); "
+            f"the base model {name} does not fit the adapter {adapter} ({_reason(error)}); "
             "name the one that it was trained on with --base-model"
         ) from None
     return model.eval()
+
+
+def _import_bitsandbytes() -> None:
+    """Import it before PEFT does: where it finds `kernels`, it fetches compiled code from the Hub, unasked."""
+    if "bitsandbytes" in sys.modules:
+        return
+    kernels = {name: sys.modules.pop(name) for name in ["kernels"] if name in sys.modules}
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # which makes importing it fail
+    try:
+        with contextlib.suppress(Exception):  # it may be missing, or not work here
+            importlib.import_module("bitsandbytes")
+    finally:
+        del sys.modules["kernels"]
+        sys.modules.update(kernels)
+
+
+def _check_ranks(adapter: Path, config: PeftConfig) -> None:
+    """Refuse a rank that no tensor of the adapter has: PEFT would fill the memory before it compares them."""
+    shapes = [entry.shape for entry in TensorFile(adapter / MEAN_FILE).entries.values()]
+    longest = max((size for shape in shapes for size in shape), default=0)
+    for rank in (getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()):
+        if not isinstance(rank, int) or rank > longest:
+            raise IVONError(f"{adapter}: adapter_config.json has rank {rank!r}; no tensor in {MEAN_FILE} has")
 
 
 def load_tokenizer(adapter: str | Path, model: PeftModel) -> PreTrainedTokenizerBase:
@@ -106,10 +138,10 @@ def load_tokenizer(adapter: str | Path, model: PeftModel) -> PreTrainedTokenizer
     base: Any = model.get_base_model()
     source = str(adapter) if beside else base.config._name_or_path
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # `tokenizers` raises nothing more special
         raise IVONError(
-            f"no tokenizer in {source} ({_first_line(error)}); save the tokenizer of training beside the adapter"
+            f"no tokenizer in {source} ({_reason(error)}); save the tokenizer of training beside the adapter"
         ) from None
 
 
@@ -126,7 +158,7 @@ def _head_size(adapter: Path, base_model: str) -> int:
             for key in file.keys()  # noqa: SIM118 - a safetensors handle is no mapping
             if key.endswith(".weight") and "lora_" not in key and {"score", "classifier"} & {*key.split(".")}
         ]
-    return min(widths) if widths else AutoConfig.from_pretrained(base_model).num_labels
+    return min(widths) if widths else AutoConfig.from_pretrained(base_model, trust_remote_code=False).num_labels
 
 
 def _resize_embeddings(base: PreTrainedModel, adapter: Path) -> None:
@@ -143,7 +175,9 @@ def _resize_embeddings(base: PreTrainedModel, adapter: Path) -> None:
                     base.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"  # the message alone says little
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A size mismatch comes as a headline and one line per tensor: the first tensor says more.
     line = next((line for line in lines if line.startswith("size mismatch")), lines[0] if lines else "no message")

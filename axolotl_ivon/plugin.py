@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from .errors import IVONError
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
+    from peft import PeftModel
     from transformers import Trainer
 
 OPTIMIZER = "ivon_lora"
@@ -88,10 +90,16 @@ class IVONLoRAPlugin(BasePlugin):
                 betas=(values["ivon_beta1"], values["ivon_beta2"]),
                 prior=values["ivon_prior"],
                 eval_samples=values["ivon_eval_samples"],
+                draws=values["ivon_draws"],
             )
         except IVONError as error:
             raise ConfigError(str(error)) from error
         trainer.args.max_grad_norm = cfg.max_grad_norm or 0.0
+
+    def post_train(self, cfg: DictDefault, model: PeftModel) -> None:
+        """Save mean and σ again where axolotl writes an FSDP-trained adapter itself, without asking the model."""
+        if cfg.optimizer == OPTIMIZER and cfg.fsdp_config and int(os.environ.get("RANK", "0")) == 0:
+            model.save_pretrained(cfg.output_dir)
 
 
 def _check_values(cfg: Mapping[str, Any]) -> None:
@@ -117,8 +125,12 @@ def _check_setting(cfg: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"adapter: {cfg.get('adapter')} does not go with optimizer: {OPTIMIZER}; set adapter: lora or qlora"
         )
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
     for key, way_out in _WITHOUT_EFFECT.items():
-        if cfg.get(key):
+        # Ray's workers get the YAML with all the defaults filled in.
+        default = AxolotlInputConfig.model_fields[key].default if key in AxolotlInputConfig.model_fields else None
+        if cfg.get(key) and cfg[key] != default:
             raise ConfigError(f"{key}: {cfg[key]} has no effect with optimizer: {OPTIMIZER}; {way_out}")
     if float(cfg.get("weight_decay") or 0):
         raise ConfigError(
@@ -136,9 +148,3 @@ def _check_setting(cfg: Mapping[str, Any]) -> None:
             f"rl: {cfg['rl']} is not supported with optimizer: {OPTIMIZER}, its rollouts would come from a draw; "
             "use another optimizer"
         )
-    for key in ("deepspeed", "fsdp", "fsdp_config"):
-        if cfg.get(key):
-            raise ConfigError(
-                f"{key} is not supported with optimizer: {OPTIMIZER} yet; remove it (several processes without "
-                "sharding work)"
-            )

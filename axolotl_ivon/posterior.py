@@ -7,6 +7,7 @@ tensors.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from .files import (
     FORMAT,
     FORMAT_VERSION,
     MEAN_FILE,
+    NEXT_SIGMA_FILE,
     SIGMA_FILE,
     TensorFile,
     copy_companions,
@@ -77,8 +79,13 @@ class Adapter:
         self.mean_metadata = file.metadata
         self.sigma: Tensors | None = None
         self.metadata: dict[str, str] = {}
-        if os.path.lexists(self.folder / SIGMA_FILE):
-            file = TensorFile(self.folder / SIGMA_FILE)
+        path = self.folder / SIGMA_FILE
+        with contextlib.suppress(IVONError):  # a save was cut off, or is under way: see files.updated_adapter
+            waiting = TensorFile(self.folder / NEXT_SIGMA_FILE)
+            if waiting.metadata.get("mean_sha256") == fingerprint(self.mean, self.digests()):
+                path = waiting.path
+        if os.path.lexists(path):
+            file = TensorFile(path)
             _check_header(file)
             self.sigma = Tensors.of_file(file)
             self.metadata = file.metadata

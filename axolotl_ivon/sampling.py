@@ -5,20 +5,25 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from .errors import IVONError
-from .files import MEAN_FILE, TensorFile
+from .files import MEAN_FILE, SIGMA_FILE, TensorFile, updated_adapter
 from .hookspecs import plugin_manager
-from .optimizer import IVONLoRA, effective_sample_size
+from .optimizer import IVONLoRA, Skipped, effective_sample_size
 from .posterior import Posterior, save_sigma
 from .posterior_loss import posterior_loss
+from .saving import no_step_past_the_end, whole_checkpoints
+from .sharding import WholeAdapter, agree_on_gradients, average, check_sharding, is_sharded
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -29,6 +34,8 @@ LOG = logging.getLogger(__name__)
 # learned nothing.
 SHORT_REACH = 0.08
 ADAM_LIKE_LR = 1e-3
+# So many skipped steps in a row are no accident of one batch, nor of a loss scaler that finds its scale.
+DIVERGED = 10
 
 
 def attach(
@@ -42,6 +49,7 @@ def attach(
     prior: Literal["empirical"] | float = "empirical",
     train_size: int | None = None,
     eval_samples: int = 0,
+    draws: Literal["shared", "per_rank"] = "shared",
 ) -> None:
     """Make a Trainer train with IVON-LoRA, and save σ beside every adapter that it or its model saves.
 
@@ -57,6 +65,8 @@ def attach(
         train_size: N, the number of training examples; the length of the Trainer's dataset by default (give it where
             that dataset is packed or streamed).
         eval_samples: number of draws whose averaged prediction every evaluation scores too, as `eval_loss_posterior`.
+        draws: "shared" for one draw in all processes, so that a run does not depend on their number; "per_rank" for
+            one each, with gradients and Hessian estimates averaged: less variance, at twice the communication.
 
     Raises:
         IVONError: the model has no adapter or trains weights outside of it, N is unknown, the Trainer already has an
@@ -92,20 +102,28 @@ def attach(
     }
     if eval_samples < 0:
         raise IVONError(f"eval_samples: {eval_samples} is negative; give the number of draws, or 0 for none")
-    trainer.add_callback(_PosteriorTraining(trainer, settings, facts, eval_samples))
+    if draws not in ("shared", "per_rank"):
+        raise IVONError(f"draws: {draws!r} is neither 'shared' nor 'per_rank'")
+    trainer.add_callback(_PosteriorTraining(trainer, settings, facts, eval_samples, draws == "per_rank"))
 
 
 class _PosteriorTraining(TrainerCallback):
     """Stands between a Trainer, its model and the optimizer."""
 
-    def __init__(self, trainer: Trainer, settings: dict[str, Any], facts: dict[str, str], eval_samples: int) -> None:
+    def __init__(
+        self, trainer: Trainer, settings: dict[str, Any], facts: dict[str, str], eval_samples: int, per_rank: bool
+    ) -> None:
         self.trainer, self.settings, self.facts, self.eval_samples = trainer, settings, facts, eval_samples
+        self.per_rank = per_rank and trainer.args.world_size > 1
         self.optimizer: Any = None
         self.best_folder: str | None = None
-        self.skipped = 0
+        self.begun = False
+        self.skipped = Skipped(0, 0, None)
         self.model = _peft_model(trainer)
         self.names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         _check_trained_parameters(self.model, list(self.names))
+        check_sharding(trainer)
+        self.adapter: WholeAdapter | None = None  # under DeepSpeed and FSDP
         # An optimizer that is made here only to be refused here, before a model is trained for hours.
         try:
             IVONLoRA([nn.Parameter(torch.zeros(1))], **settings)
@@ -120,28 +138,41 @@ class _PosteriorTraining(TrainerCallback):
         if eval_samples:
             trainer.evaluation_loop = self.around_evaluation(trainer.evaluation_loop)  # type: ignore[method-assign]
         self.model.save_pretrained = self.around_save(self.model.save_pretrained)  # type: ignore[method-assign]
-        for name, param in self.names.items():
+        whole_checkpoints(trainer)
+        no_step_past_the_end(trainer)
+        for name in self.names:
             owner, _, attribute = name.rpartition(".")
-            hook = functools.partial(self.put_mean_into_state_dict, attribute, param)
+            hook = functools.partial(self.put_mean_into_state_dict, attribute, name)
             self.model.get_submodule(owner).register_state_dict_post_hook(hook)
 
     # What the Trainer calls
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         if self.trainer.optimizer is None:
-            named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            self.names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            if is_sharded(self.trainer):
+                self.adapter = WholeAdapter(self.trainer, self.model, self.names)
+                self.names = self.adapter.params
+            named = list(self.names.items())
             self.optimizer = plugin_manager().hook.create_optimizer(named_parameters=named, settings=self.settings)
             for group in self.optimizer.param_groups:
                 group.setdefault("weight_decay", 0.0)  # axolotl 0.21 reads it from every optimizer
-            self.trainer.optimizer = self.optimizer
+            if self.per_rank:
+                self.optimizer.process = self.trainer.args.process_index
+            self.trainer.optimizer = self.adapter.take_over(self.optimizer) if self.adapter else self.optimizer
         return self.trainer.optimizer
 
     def around_training_step(self, training_step: Any) -> Any:
         @functools.wraps(training_step)
         def at_a_draw(*args: Any, **kwargs: Any) -> Tensor:
             context = plugin_manager().hook.sampling_context(trainer=self.trainer, optimizer=self.optimizer)
-            with context:
-                return training_step(*args, **kwargs)
+            model: Any = kwargs.get("model", args[0] if args else None)
+            by_itself = self.per_rank and isinstance(model, DistributedDataParallel)
+            with context, model.no_sync() if by_itself else nullcontext():
+                loss = training_step(*args, **kwargs)
+                if self.adapter is not None and not self.per_rank:
+                    average(agree_on_gradients(list(self.names.values())))
+                return loss
 
         return at_a_draw
 
@@ -152,6 +183,8 @@ class _PosteriorTraining(TrainerCallback):
                 hook = plugin_manager().hook.log_metrics
                 for metrics in reversed(hook(trainer=self.trainer, optimizer=self.optimizer)):
                     logs.update(metrics)
+                if "grad_norm" in logs and self.adapter is not None and self.adapter.gradient_norm is not None:
+                    logs["grad_norm"] = float(self.adapter.gradient_norm)
             log(logs, *args, **kwargs)
 
         return with_posterior
@@ -171,6 +204,7 @@ class _PosteriorTraining(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.best_folder = None
+        self.begun = True  # before, the optimizer may not have the state that it resumes from
         if not state.is_world_process_zero:
             return
         lr, clip = args.learning_rate, self.settings["clip"]
@@ -196,11 +230,35 @@ class _PosteriorTraining(TrainerCallback):
                 SHORT_REACH,
             )
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.per_rank:
+            agree_on_gradients(list(self.names.values()))
+            self.optimizer.synchronize(average)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        skipped = getattr(self.optimizer, "skipped_steps", 0)
-        if skipped > self.skipped:
-            self.skipped = skipped
-            LOG.warning("step %d was skipped: its gradient is not finite", state.global_step)
+        # To ask a device is to wait for it, so then only when the Trainer waits anyway.
+        if control.should_log or all(param.device.type == "cpu" for param in self.names.values()):
+            self.tell_of_skipped_steps(state.global_step)
+
+    def tell_of_skipped_steps(self, step: int) -> None:
+        before, skipped = self.skipped, getattr(self.optimizer, "skipped", None)
+        if skipped is None or skipped == before:
+            return
+        self.skipped = skipped
+        if skipped.in_a_row >= DIVERGED > before.in_a_row:
+            LOG.error(
+                "the run diverges: the last %d steps were skipped, since the gradient of %s is not finite; m and σ are "
+                "those of step %d: go on from a checkpoint with a smaller learning_rate",
+                skipped.in_a_row,
+                skipped.tensor,
+                step - skipped.in_a_row,
+            )
+        elif 0 < skipped.in_a_row < DIVERGED or skipped.total > before.total + skipped.in_a_row:
+            number = skipped.total - before.total
+            steps = f"step {step} was" if number == 1 and skipped.in_a_row else f"{number} steps up to step {step} were"
+            LOG.warning("%s skipped: the gradient of %s is not finite", steps, skipped.tensor)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -213,28 +271,42 @@ class _PosteriorTraining(TrainerCallback):
     def put_mean_into_state_dict(
         self,
         attribute: str,
-        param: nn.Parameter,
+        name: str,
         module: nn.Module,
         state_dict: dict[str, Any],
         prefix: str,
         local_metadata: dict[str, Any],
     ) -> None:
         """Whoever reads the model while a draw is in it (a signal handler, a checkpoint) gets the mean."""
-        key = prefix + attribute
-        if self.optimizer is not None and self.optimizer.sampling and key in state_dict:
+        key, param = prefix + attribute, self.names[name]
+        taken_out = self.adapter is not None and self.adapter.prepared
+        if taken_out or (self.optimizer is not None and self.optimizer.sampling and key in state_dict):
             state_dict[key] = self.optimizer.mean(param).to(param.dtype)
 
     def around_save(self, save_pretrained: Any) -> Any:
         @functools.wraps(save_pretrained)
         def with_sigma(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-            save_pretrained(save_directory, *args, **kwargs)
-            if self.optimizer is None or not self.trainer.is_world_process_zero():
+            if self.adapter is not None and kwargs.get("state_dict") is not None:
+                kwargs["state_dict"] = self.adapter.complete(kwargs["state_dict"])
+            if not self.trainer.is_world_process_zero():
+                save_pretrained(save_directory, *args, **kwargs)
                 return
-            for adapter in self.model.peft_config:
-                folder = Path(save_directory) / ("" if adapter == "default" else adapter)
-                if (folder / MEAN_FILE).is_file():
-                    self.save_sigma(folder, adapter)
-                    plugin_manager().hook.posterior_saved(folder=str(folder))
+            target = Path(save_directory)
+            if not self.begun and (target / SIGMA_FILE).is_file():
+                LOG.warning("%s holds a posterior and this run has not begun to train: left as it is", target)
+                return
+            saved = []
+            with updated_adapter(target) as new:
+                if (target / "README.md").is_file():
+                    shutil.copyfile(target / "README.md", new / "README.md")  # PEFT goes on with what it finds
+                save_pretrained(new, *args, **kwargs)
+                for adapter in self.model.peft_config if self.begun else ():
+                    name = "" if adapter == "default" else adapter
+                    if (new / name / MEAN_FILE).is_file():
+                        self.save_sigma(new / name, adapter)
+                        saved.append(target / name)
+            for folder in saved:
+                plugin_manager().hook.posterior_saved(folder=str(folder))
 
         return with_sigma
 

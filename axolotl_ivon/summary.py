@@ -17,6 +17,7 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 # A positive float32 without its last 14 bits: bins that are at most 0.2 % wide, so are the errors of quantiles.
 _SHIFT = 14
 _BINS = 2 ** (31 - _SHIFT)
+_LARGEST = np.finfo(np.float32).max
 # The decades that the histogram of the signal-to-noise ratio shows, in halves; outliers go to the ends.
 _EDGES = tuple(round(x / 2, 1) for x in range(-6, 7))
 
@@ -84,7 +85,8 @@ def summarize(
         weights, kept = len(s), s > 0
         if not kept.all():
             s, m = s[kept], m[kept]
-        ratios = np.abs(m) / s
+        with np.errstate(over="ignore"):
+            ratios = np.minimum(np.abs(m) / s, _LARGEST)
         noisy += len(s)
         sigma += _counts(s)
         snr += _counts(ratios)
@@ -92,8 +94,8 @@ def summarize(
             {
                 "module": name,
                 "weights": weights,
-                "sigma_median": float(np.median(s)) if len(s) else None,
-                "snr_median": float(np.median(ratios)) if len(s) else None,
+                "sigma_median": _median(s),
+                "snr_median": _median(ratios),
                 "pruned": sum(pruned.get(key, 0) for key in keys) / max(weights, 1),
             }
         )
@@ -113,6 +115,13 @@ def summarize(
 
 def _has_noise(posterior: Posterior) -> bool:
     return any(posterior.sigma.each(lambda key: bool(posterior.sigma.raw(key).any())).values())
+
+
+def _median(values: np.ndarray) -> float | None:
+    if not len(values):
+        return None
+    with np.errstate(over="ignore"):  # of the sum of the middle two
+        return min(float(np.median(values)), float(_LARGEST))
 
 
 def _counts(values: np.ndarray) -> np.ndarray:

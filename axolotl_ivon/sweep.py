@@ -8,15 +8,16 @@ Importing this module imports no torch: the commands that only read a recommenda
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import IVONError
+from .files import read_json
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation, Row
@@ -35,12 +36,10 @@ def read_recommended(path: str | Path) -> tuple[float, float]:
     """
     fix = "give the recommended.json that `ivon-post sweep` wrote"
     try:
-        facts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise IVONError(f"--recommended {path}: cannot be read ({error.strerror}); {fix}") from None
-    except ValueError:
-        raise IVONError(f"--recommended {path}: not a JSON file; {fix}") from None
-    if not isinstance(facts, dict) or not {"tau", "ratio"} <= facts.keys():
+        facts = read_json(Path(path))
+    except IVONError as error:
+        raise IVONError(f"--recommended cannot be read: {error}; {fix}") from None
+    if not {"tau", "ratio"} <= facts.keys():
         raise IVONError(f"--recommended {path}: it has no `tau` and `ratio`; {fix}")
     tau, ratio = (math.inf if value == "inf" else value for value in (facts["tau"], facts["ratio"]))
     if not _is_number(tau) or not tau > 0:
@@ -51,7 +50,9 @@ def read_recommended(path: str | Path) -> tuple[float, float]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 def pareto_front(values: Sequence[dict[str, Any]]) -> list[bool]:

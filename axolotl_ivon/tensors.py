@@ -58,7 +58,8 @@ def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
     """Return a raw array's values as float32; float32 itself is not copied."""
     if dtype == "BF16":
         return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return raw.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # infinite then, as it says
+        return raw.astype(np.float32, copy=False)
 
 
 def from_float(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -194,7 +195,11 @@ def write_tensors(
     with TensorWriter(path, tensors.specs, metadata) as writer:
 
         def write(key: str) -> str:
-            raw = tensors.raw(key)
+            try:
+                with np.errstate(over="raise"):
+                    raw = tensors.raw(key)
+            except FloatingPointError as error:
+                raise IVONError(f"{path.name}: a value of {key} is too large for {tensors.specs[key][0]}") from error
             writer.write(key, as_bytes(raw))
             return sha256(raw) if hashed else ""
 

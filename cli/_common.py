@@ -127,7 +127,7 @@ def progress_bars(quiet: bool) -> Iterator[Progress | None]:
 
 def emit(document: dict[str, Any]) -> None:
     """Print one JSON document."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    click.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
@@ -135,6 +135,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     from rich import box
     from rich.console import Console
     from rich.table import Table
+
+    from axolotl_ivon.errors import printable
 
     console = Console()
     # Somebody who pipes wants every character; a terminal may wrap.
@@ -144,7 +146,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     console.print(table, highlight=False, markup=False)
 
 

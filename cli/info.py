@@ -74,6 +74,8 @@ def _print_modules(facts: dict[str, Any]) -> None:
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
+    from axolotl_ivon.errors import printable
+
     rows = [
         ["adapter", facts["adapter"]],
         ["base model", str(facts["base_model"])],
@@ -84,7 +86,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
     rows += [[name, value] for name, value in facts["header"].items()]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        click.echo(f"{name:<{width}}  {value}")
+        click.echo(f"{printable(name):<{width}}  {printable(value)}")
     click.echo()
 
 

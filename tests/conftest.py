@@ -102,6 +102,17 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
     return copy
 
 
+@pytest.fixture(scope="module")
+def make_config(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Any:
+    """A `runs.Configs` in a folder of this module, with a small data set in it."""
+    from runs import ROWS, Configs
+    from tiny import write_chats
+
+    folder = tmp_path_factory.mktemp("axolotl")
+    write_chats(folder / "chats.jsonl", ROWS)
+    return Configs(folder, tiny_llama)
+
+
 class Cli:
     """`ivon-post` in this process."""
 

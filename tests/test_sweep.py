@@ -122,11 +122,13 @@ def test_an_earlier_sweep_is_kept_unless_told(result: Sweep, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a JSON file"),
-        ("[1]", "no `tau` and `ratio`"),
+        ("{", "not valid JSON"),
+        ("[1]", "does not hold a JSON object"),
         ('{"tau": 1}', "no `tau` and `ratio`"),
         ('{"tau": 0, "ratio": 0}', "tau is 0"),
-        ('{"tau": NaN, "ratio": 0}', "tau is nan"),
+        ('{"tau": NaN, "ratio": 0}', "not valid JSON"),
+        ('{"tau": 1e999, "ratio": 0}', "not valid JSON"),
+        ('{"tau": 1' + "0" * 400 + ', "ratio": 0}', "tau is 10"),
         ('{"tau": "hot", "ratio": 0}', "tau is 'hot'"),
         ('{"tau": true, "ratio": 0}', "tau is True"),
         ('{"tau": 1, "ratio": 1.5}', "ratio is 1.5"),

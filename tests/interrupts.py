@@ -1,0 +1,395 @@
+"""Signals at random moments of a small axolotl run, and what is on the disk afterwards.
+
+    python tests/interrupts.py --moments 200 --seed 0
+
+A moment is a signal (SIGINT, SIGTERM, SIGKILL), a part of the run (forward, backward, step, save, what axolotl-ivon
+itself does to save, evaluation, or the loop around them) and a place inside that part: the n-th call of a Python
+function, or line in the files that save and step. After the signal every adapter on
+the disk must be complete, its mean and σ those of one step of the uninterrupted run to the last bit (in the middle of
+a step: of that step or the next, tensor by tensor), and every checkpoint whole. Then the run is started again, resumes
+by itself, and must end with the same files as the uninterrupted run, with nothing left over.
+
+One process imports axolotl and loads configuration and data, and every run is a fork of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ |= {"ACCELERATE_USE_CPU": "1", "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import torch
+import yaml
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.config import load_cfg
+from axolotl.common.datasets import load_datasets
+from axolotl.integrations.base import BasePlugin
+from axolotl.train import train
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from axolotl_ivon import IVONLoRA, Posterior
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGKILL")
+PARTS = ("forward", "backward", "step", "save", "write", "evaluation", "loop")
+# Elsewhere only calls of functions are places, or a run would take a minute.
+LINE_BY_LINE = ("axolotl_ivon", "transformers/trainer", "peft/peft_model", "axolotl/train.py", "trainers/base.py")
+CONFIG, MEAN, SIGMA = "adapter_config.json", "adapter_model.safetensors", "ivon_sigma.safetensors"
+SECONDS = 120
+# How a run knows what to do: {"modules": file}, {"count": file} or {"signal": name, "part": name, "place": n}.
+ORDERS = "IVON_INTERRUPT"
+
+
+class Moment(NamedTuple):
+    """A signal at the `place`-th place that a part of the run comes by."""
+
+    signal: str
+    part: str
+    place: int
+
+
+class Places:
+    """Counts the places that a run comes by in every part, and acts at one of them."""
+
+    def __init__(self, orders: dict[str, Any]) -> None:
+        self.orders = orders
+        self.counts: Counter[str] = Counter()
+        self.stack: list[str] = []
+
+    def trace(self, frame: Any, event: str, argument: Any) -> Any:
+        if event in ("call", "line") and self.stack:
+            # A forward pass of an evaluation belongs to the evaluation; everything belongs to the loop.
+            part = self.stack[min(1, len(self.stack) - 1)]
+            if part == "save" and "axolotl_ivon" in frame.f_code.co_filename:
+                part = "write"
+            self.counts[part] += 1
+            if self.counts[part] == self.orders.get("place") and part == self.orders["part"]:
+                os.kill(os.getpid(), signal.Signals[self.orders["signal"]])
+        return self.trace if any(name in frame.f_code.co_filename for name in LINE_BY_LINE) else None
+
+    def around(self, owner: Any, name: str, part: str) -> None:
+        """Let `owner.name` be a part of the run."""
+        function = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.stack.append(part)
+            before = sys.gettrace()
+            sys.settrace(self.trace)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                sys.settrace(before)
+                self.stack.pop()
+
+        setattr(owner, name, counted)
+
+
+class Interrupts(BasePlugin):
+    """The axolotl plugin of a run: sends the signal, or counts places and notes the mean and σ after every step."""
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        orders = json.loads(os.environ.get(ORDERS, "{}"))
+        if not orders.keys() & {"count", "place"}:
+            return
+        self.places = Places(orders)
+        self.notes = Notes(trainer)  # in every run, so that all come by the same places
+        trainer.add_callback(self.notes)
+        for owner, name, part in (
+            (trainer, "compute_loss", "forward"),
+            (trainer.accelerator, "backward", "backward"),
+            (IVONLoRA, "step", "step"),
+            (trainer, "_save_checkpoint", "save"),
+            (trainer.model, "save_pretrained", "save"),
+            (trainer, "evaluate", "evaluation"),
+            (trainer, "train", "loop"),
+        ):
+            self.places.around(owner, name, part)
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        orders = json.loads(os.environ.get(ORDERS, "{}"))
+        if "modules" in orders:
+            Path(orders["modules"]).write_text("\n".join(sys.modules))
+        if "count" in orders:
+            torch.save((dict(self.places.counts), self.notes.steps), orders["count"])
+
+
+class Notes(TrainerCallback):
+    """Mean and σ of every tensor after every step, under PEFT's names."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.steps: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+        named = self.trainer.model.named_parameters()
+        self.steps.append(
+            {
+                name.replace(".default", ""): (param.detach().clone(), optimizer.sigma(param))
+                for name, param in named
+                if param.requires_grad
+            }
+        )
+
+    on_step_end = on_train_begin
+
+
+class Wrong(Exception):
+    """What must not be."""
+
+
+def demand(holds: bool, what: str) -> None:
+    if not holds:
+        raise Wrong(what)
+
+
+class Bench:
+    """A folder with a base model, data and a first adapter, and the uninterrupted run."""
+
+    def __init__(self, folder: Path) -> None:
+        from tiny import build_llama, write_chats
+
+        self.folder = folder
+        base = build_llama(folder / "base")
+        write_chats(folder / "chats.jsonl", 30)
+        self.config = {
+            "base_model": str(base),
+            "plugins": ["axolotl_ivon.IVONLoRAPlugin", "interrupts.Interrupts"],
+            "datasets": [
+                {"path": str(folder / "chats.jsonl"), "type": "chat_template", "roles_to_train": ["assistant"]}
+            ],
+            "dataset_prepared_path": str(folder / "prepared"),
+            "dataset_num_proc": 1,
+            "output_dir": "out",
+            "auto_resume_from_checkpoints": True,
+            "adapter": "lora",
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_dropout": 0.1,
+            "lora_target_modules": ["q_proj", "v_proj"],
+            "sequence_len": 128,
+            "val_set_size": 0.2,
+            "micro_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 4,
+            "num_epochs": 4,
+            "learning_rate": 0.03,
+            "optimizer": "ivon_lora",
+            "ivon_clip": 0.1,
+            "ivon_eval_samples": 2,
+            "lr_scheduler": "linear",
+            "warmup_steps": 0,
+            "save_steps": 2,
+            "save_total_limit": 1,
+            "eval_steps": 3,
+            "logging_steps": 1,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_num_workers": 0,
+            "use_tensorboard": False,
+            "seed": 7,
+        }
+        # axolotl does not seed a new adapter, so all runs begin with one that a short run has made.
+        self.load(max_steps=1, save_steps=1, eval_steps=1)
+        status, log = self.run(folder / "start", {"modules": "modules"})
+        demand(status == 0, f"the first run failed\n{log}")
+        # What a run imports, the next ones find imported; nor does their garbage collector look at it.
+        for name in (folder / "start" / "modules").read_text().split():
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+        self.load(lora_model_dir=str(folder / "start" / "out"))
+        gc.collect()
+        gc.freeze()
+        self.reference = folder / "reference"
+        status, log = self.run(self.reference, {"count": str(folder / "steps.pt")})
+        demand(status == 0, f"the uninterrupted run failed\n{log}")
+        self.counts, self.steps = torch.load(folder / "steps.pt")
+        demand(len(self.steps) == 5 and set(self.counts) == set(PARTS), f"{len(self.steps)} steps, {self.counts}")
+
+    def load(self, **changes: Any) -> None:
+        """Load configuration and data, as `axolotl train` does."""
+        path = self.folder / "run.yaml"
+        path.write_text(yaml.safe_dump({**self.config, **changes}))
+        here = Path.cwd()
+        os.chdir(self.folder)
+        try:
+            self.cfg = load_cfg(str(path))
+            self.data = load_datasets(cfg=self.cfg, cli_args=TrainerCliArgs())
+        finally:
+            os.chdir(here)
+
+    def run(self, place: Path, orders: dict[str, Any]) -> tuple[int, str]:
+        """Run axolotl in a fork, in the folder `place`; return how it ended (as waitstatus_to_exitcode) and its log."""
+        place.mkdir(exist_ok=True)
+        sys.stdout.flush()
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                os.chdir(place)
+                log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+                os.environ[ORDERS] = json.dumps(orders)
+                signal.alarm(SECONDS)
+                train(cfg=self.cfg, dataset_meta=self.data)
+                status = 0
+            except SystemExit as error:
+                status = error.code if isinstance(error.code, int) else int(error.code is not None)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status), (place / "log").read_text(errors="replace")[-4000:]
+
+    def moments(self, count: int, seed: int) -> Iterator[Moment]:
+        """Every signal in every part equally often, at random places."""
+        rng = random.Random(seed)
+        pairs = [(name, part) for name in SIGNALS for part in PARTS]
+        for i in range(count):
+            if i % len(pairs) == 0:
+                rng.shuffle(pairs)
+            name, part = pairs[i % len(pairs)]
+            # The counts of two runs differ a little, so none of the last places.
+            yield Moment(name, part, rng.randint(1, int(0.97 * self.counts[part])))
+
+    def check(self, moment: Moment, place: Path) -> None:
+        """Interrupt a run, look at what is on the disk, resume it, and look again.
+
+        Raises:
+            Wrong: something is not as it must be.
+        """
+        status, log = self.run(place, moment._asdict())
+        expected = 0 if moment.signal == "SIGINT" else -signal.Signals[moment.signal]
+        demand(status == expected, f"it ended with {status}\n{log}")
+        self.check_adapters(place / "out", moment)
+        status, log = self.run(place, {})
+        demand(status == 0, f"resuming failed with {status}\n{log}")
+        for name in (CONFIG, MEAN, SIGMA):
+            same = (place / "out" / name).read_bytes() == (self.reference / "out" / name).read_bytes()
+            demand(same, f"after resuming, {name} is not that of the uninterrupted run")
+        files = {str(path.relative_to(place)) for path in place.rglob("*")}
+        wanted = {str(path.relative_to(self.reference)) for path in self.reference.rglob("*")}
+        # Killed after the last checkpoint was there and before the one that it replaces was gone, a run leaves both.
+        extra = {name for name in files - wanted if not name.startswith("out/checkpoint-2")}
+        demand(not extra and wanted <= files, f"after resuming, files differ: {sorted(extra | (wanted - files))}")
+        self.check_adapters(place / "out", moment)
+
+    def check_adapters(self, out: Path, moment: Moment) -> None:
+        for path in out.rglob(MEAN):
+            folder = path.parent
+            if any(part.startswith(".") for part in folder.relative_to(out).parts):
+                continue  # a temporary name: nobody takes it for an adapter
+            name = str(folder.relative_to(out.parent))
+            json.loads((folder / CONFIG).read_text())
+            if not (folder / SIGMA).exists():
+                # A signal before training began: axolotl's handler saves what it has loaded.
+                demand(moment[:2] == ("SIGINT", "loop"), f"{name} has no σ")
+                means, sigmas = load_file(path), None
+            else:
+                posterior = Posterior.from_pretrained(folder)
+                means, sigmas = dict(posterior.mean), dict(posterior.sigma)
+            steps = [self.steps_of(means, sigmas, key) for key in self.steps[0]]
+            demand(all(steps), f"{name} holds a mean or σ that no step of the run had")
+            if folder.name.startswith("checkpoint-"):
+                number = int(folder.name.rpartition("-")[2])
+                demand(all(number in each for each in steps), f"{name} is not of its step")
+                kept = {each.name for each in (self.reference / "out" / "checkpoint-4").iterdir()}
+                demand({each.name for each in folder.iterdir()} == kept, f"{name} is not complete")
+                state = json.loads((folder / "trainer_state.json").read_text())
+                demand(state["global_step"] == number, f"{name}: trainer_state.json is of another step")
+                torch.load(folder / "optimizer.pt", weights_only=True)
+            elif moment.part != "step":
+                demand(bool(set.intersection(*steps)), f"{name} mixes steps: {steps}")
+
+    def steps_of(self, means: Any, sigmas: Any, key: str) -> set[int]:
+        """Return the steps after which a tensor had this mean and, or one step on, this σ."""
+        found = set()
+        for t, step in enumerate(self.steps):
+            if torch.equal(means[key], step[key][0]):
+                after = self.steps[t : t + 2]
+                if sigmas is None or any(torch.equal(sigmas[key], each[key][1]) for each in after):
+                    found.add(t)
+        return found
+
+
+def work(bench: Bench, moments: list[Moment], tell: Any) -> None:
+    """Check moments one after the other, and tell of each what was wrong, if anything."""
+    for i, moment in enumerate(moments):
+        place = bench.folder / f"run-{os.getpid()}-{i}"
+        try:
+            bench.check(moment, place)
+            wrong = ""
+        except Wrong as error:
+            wrong = str(error)
+        except Exception:
+            wrong = traceback.format_exc()
+        tell(moment, wrong)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def interrupt(count: int, seed: int, jobs: int, folder: Path) -> list[tuple[Moment, str]]:
+    """Check `count` moments in `jobs` processes, and return each with what was wrong."""
+    bench = Bench(folder)
+    print(f"places per part: {dict(sorted(bench.counts.items()))}", flush=True)
+    moments = list(bench.moments(count, seed))
+    results = folder / "results"
+    workers = []
+    for job in range(jobs):
+        worker = os.fork()
+        if not worker:
+            with contextlib.suppress(BaseException), results.open("a") as file:
+
+                def tell(moment: Moment, wrong: str, file: Any = file) -> None:
+                    file.write(json.dumps([moment, wrong]) + "\n")
+                    file.flush()
+                    print(*moment, wrong or "ok", flush=True)
+
+                work(bench, moments[job::jobs], tell)
+            os._exit(0)
+        workers.append(worker)
+    for worker in workers:
+        os.waitpid(worker, 0)
+    lines = results.read_text().splitlines() if results.exists() else []
+    return [(Moment(*moment), wrong) for moment, wrong in map(json.loads, lines)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--moments", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results = interrupt(options.moments, options.seed, options.jobs, Path(folder))
+    bad = [result for result in results if result[1]]
+    print(f"{len(results)} moments, seed {options.seed}: {len(bad)} wrong")
+    for name in SIGNALS:
+        each = [f"{part} {sum(m.part == part and m.signal == name for m, _ in results)}" for part in PARTS]
+        print(f"  {name:8} {', '.join(each)}")
+    if bad or len(results) != options.moments:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

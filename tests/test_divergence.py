@@ -1,0 +1,66 @@
+"""A training run whose gradients are not finite: what the log says, and what is kept."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_sampling import Spy, make_trainer
+
+from axolotl_ivon import Posterior, attach
+
+TENSOR = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.default.weight"
+
+
+def train(tiny_llama: Path, tmp_path: Path, bad: set[int], **args: Any) -> Spy:
+    """Train with a gradient that is not finite, in `TENSOR` and the one after it, at steps `bad`."""
+    spy = Spy()
+    trainer = make_trainer(tiny_llama, tmp_path, None, [spy], learning_rate=1e-1, **args)
+    attach(trainer)
+    names = dict(trainer.model.named_parameters())
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (math.nan if trainer.state.global_step + 1 in bad else 1.0)
+
+    names[TENSOR].register_hook(spoil)
+    names[TENSOR.replace("lora_A", "lora_B")].register_hook(spoil)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    return spy
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    return [
+        (record.levelno, record.getMessage()) for record in caplog.records if record.name == "axolotl_ivon.sampling"
+    ]
+
+
+def test_the_step_and_the_first_tensor_are_told(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spy = train(tiny_llama, tmp_path, {2, 5}, max_steps=6)
+    told = [text for _, text in messages(caplog) if "skipped" in text]
+    assert told == [f"step {step} was skipped: the gradient of {TENSOR} is not finite" for step in (2, 5)]
+    for step in (2, 5):
+        assert all(torch.equal(spy.means[step - 1][name], spy.means[step - 2][name]) for name in spy.means[0])
+
+
+def test_a_run_that_diverges_says_so_once_and_keeps_the_last_good_state(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spy = train(tiny_llama, tmp_path, set(range(4, 17)), max_steps=16, save_strategy="no")
+    told = messages(caplog)
+    errors = [text for level, text in told if level == logging.ERROR]
+    assert len([text for _, text in told if "was skipped" in text]) == 9, "from the tenth on it is one story"
+    (error,) = errors
+    assert error.startswith("the run diverges: the last 10 steps were skipped")
+    assert TENSOR in error
+    assert "those of step 3:" in error
+    posterior = Posterior.from_pretrained(tmp_path / "final")
+    for name, mean in spy.means[2].items():
+        assert torch.equal(posterior.mean[name.replace(".default", "")], mean)
+    assert all(sigma.isfinite().all() and (sigma > 0).all() for sigma in posterior.sigma.values())

@@ -1,0 +1,70 @@
+"""The files of this format version must be read by every later version of the library: tests/data holds some."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from axolotl_ivon import IVONError, Posterior
+
+# Never write these again: add another folder when the format changes.
+VERSION_1 = Path(__file__).parent / "data" / "format-1"
+SIGMA = "ivon_sigma.safetensors"
+
+
+def test_an_adapter_of_format_version_1() -> None:
+    """Trained by version 0.1.0 on the tiny Llama, then read without this library: its values are written down here."""
+    q = Posterior.from_pretrained(VERSION_1 / "adapter")
+    expected = json.loads((VERSION_1 / "expected.json").read_text())
+    assert q.metadata == expected["metadata"]
+    assert q.config["r"] == expected["r"]
+    assert {key: list(value.shape) for key, value in q.mean.items()} == expected["shapes"]
+    for kind, tensors in (("mean", q.mean), ("sigma", q.sigma)):
+        sums = {key: float(value.double().sum()) for key, value in tensors.items()}
+        assert sums == pytest.approx(expected[kind], rel=1e-12)
+
+
+def test_a_draw_and_a_pruned_adapter_are_what_they_were(ivon_post: Any, tmp_path: Path) -> None:
+    """The seed of an ensemble is all that some people keep of it."""
+    expected = json.loads((VERSION_1 / "expected.json").read_text())
+    draw = Posterior.from_pretrained(VERSION_1 / "adapter").prune(0.3).temper(2).sample(seed=5, member=3)
+    assert {key: float(value.double().sum()) for key, value in draw.items()} == pytest.approx(expected["draw"], 1e-12)
+    assert ivon_post.json("prune", VERSION_1 / "adapter", "-o", tmp_path / "out")["pruned"] == expected["pruned"]
+
+
+def with_facts(folder: Path, **facts: str) -> Path:
+    with safe_open(folder / SIGMA, "np") as file:
+        header = file.metadata()
+    save_file(load_file(folder / SIGMA), folder / SIGMA, {**header, **facts})
+    return folder
+
+
+@pytest.mark.parametrize("version", ["2", "10", "1.1", ""])
+def test_another_format_version_is_refused_by_name(version: str, copied: Callable[..., Path]) -> None:
+    with pytest.raises(IVONError, match=rf"{SIGMA}: format_version is '{version}'.*reads '1'"):
+        Posterior.from_pretrained(with_facts(copied(VERSION_1 / "adapter"), format_version=version))
+
+
+def test_what_a_later_version_adds_is_kept(copied: Callable[..., Path], ivon_post: Any) -> None:
+    """In the header of σ and of the mean, and in adapter_config.json, by every command that writes an adapter."""
+    folder = with_facts(copied(VERSION_1 / "adapter"), new_fact="kept")
+    mean = load_file(folder / "adapter_model.safetensors")
+    save_file(mean, folder / "adapter_model.safetensors", {"format": "pt", "new_fact": "kept"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "new_field": {"a": [1, None]}}))
+    here = folder.parent
+    ivon_post("prune", folder, "-o", here / "pruned")
+    ivon_post("temper", here / "pruned", "--tau", 2, "-o", here / "tempered")
+    ivon_post("combine", here / "tempered", here / "tempered", "--method", "linear", "-o", here / "combined")
+    for name in ("pruned", "tempered", "combined"):
+        q = Posterior.from_pretrained(here / name)
+        assert q.metadata["new_fact"] == "kept"
+        assert q.config["new_field"] == {"a": [1, None]}
+    with safe_open(here / "tempered" / "adapter_model.safetensors", "np") as file:
+        assert file.metadata()["new_fact"] == "kept"

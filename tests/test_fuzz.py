@@ -1,0 +1,537 @@
+"""Every file of an adapter folder and of an ensemble, damaged at random: a right result, or one line and status 1.
+
+A case is a number: it decides what is damaged, how, and which command runs on it, so `IVON_FUZZ_CASE=123` repeats one.
+With IVON_LONG=1 there are 24,000 of them, a few hundred without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import axolotl_ivon.files
+from axolotl_ivon.posterior import Posterior
+from axolotl_ivon.tensors import Tensors, fingerprint, sha256
+
+LONG = os.environ.get("IVON_LONG") == "1"
+CASES = 24_000 if LONG else 300
+MERGES = 400 if LONG else 12
+SECONDS = 5
+MIB = 2**20
+
+CONFIG, MEAN, SIGMA = "adapter_config.json", "adapter_model.safetensors", "ivon_sigma.safetensors"
+ENSEMBLE, RECOMMENDED = "ensemble.json", "recommended.json"
+
+# --- values that files should not hold ----------------------------------------------------------------------------
+
+KEYS = ("", "..", "../../evil", "/etc/passwd", "a\nb", "\x1b[31m", "a\0b", "x" * 5000, "__metadata__", "é\u202eb", "%s")
+NUMBERS = ("0", "-1", "1e999", "-1e999", "NaN", "Infinity", "-Infinity", "1e-400", "0.5", "9" * 400, "9" * 5000)
+VALUES = (
+    *NUMBERS,
+    *(str(2**power) for power in (31, 32, 53, 63, 64)),
+    "null",
+    "true",
+    "[]",
+    "{}",
+    '""',
+    '"\\ud800"',
+    '"\\u0000"',
+    '"\\u001b[2J\\nline"',
+    '"../../evil"',
+    '"/etc/passwd"',
+    '"' + "x" * 5_000 + '"',
+    "[" * 1000 + "]" * 1000,
+    "[" * 100_000 + "]" * 100_000,
+    '{"a":' * 5000 + "1" + "}" * 5000,
+    "[[0, 1], [2]]",
+    '["a", 1, null]',
+)
+DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "U64", "C64", "F4", "f32", "")
+FACTS = ("nan", "inf", "-inf", "0", "-0.0", "1e400", "1e-400", "1_0", "7", "٣", "", "9" * 5000, "a\nb", "\x1b[2J")
+
+
+def flipped(data: bytes, rng: random.Random) -> bytes:
+    """Bytes changed, inserted, removed, repeated, cut off or added."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at = rng.randrange(len(data) + 1)
+        length = rng.choice((1, 2, 8, 64, 4096))
+        kind = rng.randrange(6)
+        if kind == 0 and data:
+            data[at % len(data)] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at : at + length] = rng.randbytes(length)
+        elif kind == 2:
+            data[at:at] = rng.randbytes(length)
+        elif kind == 3:
+            del data[at : at + length]
+        elif kind == 4:
+            data[at:at] = data[at : at + length]
+        else:
+            del data[at:]
+    return bytes(data)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place inside a JSON value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+def changed_json(text: bytes, rng: random.Random) -> bytes:
+    """A JSON text with a value that does not belong there, a key renamed, doubled or gone, or wrapped in rubbish."""
+    value = json.loads(text)
+    path = rng.choice(list(places(value))[1:] or [()])
+    kind = rng.randrange(8)
+    if kind == 0 or not path:
+        return rng.choice((b"", b"\xef\xbb\xbf" + text, text.decode().encode("utf-16"), text + b"x", b"null", b"[]"))
+    holder = value
+    for step in path[:-1]:
+        holder = holder[step]
+    mark = f"mark-{rng.random()}"
+    if kind == 1 and isinstance(holder, dict):
+        holder[rng.choice(KEYS)] = holder.pop(path[-1])
+        return json.dumps(value).encode()
+    if kind == 2:
+        del holder[path[-1]]
+        return json.dumps(value).encode()
+    new = rng.choice(VALUES)
+    if kind == 3 and isinstance(holder, dict):
+        doubled = f"{json.dumps(path[-1])}: {new}, {json.dumps(path[-1])}: {json.dumps(holder[path[-1]])}"
+        holder[mark] = None
+        return json.dumps(value).replace(f'"{mark}": null', doubled).encode()
+    holder[path[-1]] = mark
+    return json.dumps(value).replace(f'"{mark}"', new).encode()
+
+
+def split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header and the tensors of a safetensors file."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def joined(header: bytes, tensors: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + tensors
+
+
+def changed_header(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file whose header lies: about lengths, dtypes, shapes, offsets, names or facts."""
+    header, tensors = split(data)
+    key = rng.choice([name for name in header if name != "__metadata__"])
+    entry = header[key]
+    kind = rng.randrange(9)
+    if kind == 0:
+        size = rng.choice((0, 1, 7, len(data), len(data) - 8, 2**27, 2**31, 2**63, 2**64 - 1, rng.randrange(len(data))))
+        return struct.pack("<Q", size) + data[8:]
+    if kind == 1:
+        entry["dtype"] = rng.choice(DTYPES)
+    elif kind == 2:
+        sizes = (0, 1, -1, 2**31, 2**32, 2**62, 2**63, 2**64, 10**30, 0.5, "4", None, [4])
+        entry["shape"] = rng.choice(([], [0, 2**62], [2**33, 2**33, 0], [1] * 40, [1] * 70, [2**63 + 4], [-4, -32]))
+        if rng.random() < 0.5:
+            entry["shape"] = [*split(data)[0][key]["shape"]]
+            entry["shape"][rng.randrange(len(entry["shape"]))] = rng.choice(sizes)
+    elif kind == 3:
+        entry["data_offsets"][rng.randrange(2)] += rng.choice((-1, 1, 4, -4, 2**40, 2**63, -(10**9)))
+    elif kind == 4:
+        header[rng.choice(KEYS)] = header.pop(key)
+    elif kind == 5:
+        del header[key]
+    elif kind == 6:
+        facts = header.setdefault("__metadata__", {})
+        facts[rng.choice(("tau", "pruned_ratio", "ess", "new", "a\nb"))] = rng.choice(FACTS)
+    elif kind == 7:
+        return joined(changed_json(json.dumps(header).encode(), rng), tensors)
+    else:
+        text = json.dumps(header)
+        return joined((text[:-1] + f", {json.dumps(key)}: {json.dumps(entry)}}}").encode(), tensors)
+    return joined(json.dumps(header).encode(), tensors)
+
+
+def consistent(folder: Path) -> None:
+    """Put the fingerprint of the mean as it is now into σ, so that what lies behind that check is reached too."""
+    if not all((folder / name).is_file() and (folder / name).stat().st_size for name in (MEAN, SIGMA)):
+        return
+    with contextlib.suppress(Exception):  # the files may be beyond that
+        mean = Tensors.of_file(axolotl_ivon.files.TensorFile(folder / MEAN))
+        header, tensors = split((folder / SIGMA).read_bytes())
+        header["__metadata__"]["mean_sha256"] = fingerprint(mean, {key: sha256(mean.raw(key)) for key in mean})
+        (folder / SIGMA).write_bytes(joined(json.dumps(header).encode(), tensors))
+
+
+def odd_pair(folder: Path, rng: random.Random) -> None:
+    """A mean and a σ that belong together, with unusual names, shapes, dtypes and values."""
+    mean, sigma = {}, {}
+    extremes = [0.0, -0.0, 1e-45, 1e-38, 3e38, -3e38, 1.0]
+    for _ in range(rng.choice((0, 1, 3))):
+        key = rng.choice((*KEYS, "base_model.model.a.lora_A.weight", "a.0", "a.00", "1", "a²"))
+        if key == "__metadata__":
+            continue
+        shape = rng.choice(((), (0,), (1,), (3, 0, 2), (5,), (4, 4), (1,) * 30))
+        dtype = rng.choice((np.float64, np.float32, np.float16, np.int64, np.int8, np.bool_))
+        values = [rng.choice((*extremes, math.nan, math.inf, rng.gauss(0, 1))) for _ in range(math.prod(shape))]
+        with np.errstate(all="ignore"):
+            mean[key] = np.array(values, np.float64).reshape(shape).astype(dtype)
+        bad = (math.nan, math.inf, -1.0) if rng.random() < 0.2 else ()
+        values = [abs(rng.choice((*extremes, rng.random()))) for _ in range(math.prod(shape))]
+        sigma[key] = np.array([rng.choice((v, *bad)) for v in values], np.float32).reshape(shape)
+    save_file(mean, folder / MEAN, {"format": "pt"})
+    save_file(sigma, folder / SIGMA, split((folder / SIGMA).read_bytes())[0]["__metadata__"])
+    consistent(folder)
+
+
+def replaced(path: Path, rng: random.Random) -> None:
+    """Something other than a file in a file's place."""
+    data = path.read_bytes()
+    path.unlink()
+    kind = rng.randrange(8)
+    if kind == 0:
+        path.mkdir()
+    elif kind == 1:
+        os.mkfifo(path)
+    elif kind == 2:
+        devices = "/dev/zero /dev/full /dev/null /dev/stdin /proc/self/mem /proc/kmsg"
+        path.symlink_to(rng.choice(devices.split()))
+    elif kind == 3:
+        path.symlink_to(path.name)
+    elif kind == 4:
+        path.symlink_to("../../nowhere")
+    elif kind == 5:
+        path.symlink_to("..")
+    elif kind == 6:  # as the Hub's cache has it
+        blob = path.with_name(path.name + ".blob")
+        blob.write_bytes(data)
+        path.symlink_to(blob.name)
+
+
+def damage(folder: Path, rng: random.Random) -> None:
+    """Damage one file, or two."""
+    kind = rng.randrange(10)
+    if kind == 0:
+        odd_pair(folder, rng)
+        return
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        path = rng.choice([p for p in sorted(folder.rglob("*")) if p.is_file() and not p.is_symlink()] or [None])
+        if path is None:
+            return
+        if kind == 1:
+            replaced(path, rng)
+        elif kind <= 3:
+            path.write_bytes(flipped(path.read_bytes(), rng))
+        else:
+            with contextlib.suppress(ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError):
+                # Where it was damaged before, it stays as it is.
+                change = changed_header if path.suffix == ".safetensors" else changed_json
+                path.write_bytes(change(path.read_bytes(), rng))
+    if rng.random() < 0.7:
+        consistent(folder)
+
+
+# --- commands and what must hold after them -----------------------------------------------------------------------
+
+
+def check_temper(folder: Path, out: Path, stdout: str) -> None:
+    before, after = load_file(folder / SIGMA), load_file(out / SIGMA)
+    assert before.keys() == after.keys()
+    for key in before:
+        assert np.array_equal(after[key], (before[key] / np.sqrt(np.float32(4))).astype(np.float32))
+    Posterior.from_pretrained(out)
+
+
+def check_prune(folder: Path, out: Path, stdout: str) -> None:
+    q = Posterior.from_pretrained(out)
+    facts = json.loads(stdout)
+    assert facts["pruned"] == sum(q.pruned().values())
+    assert facts["weights"] == q.mean.weights
+
+
+def check_sample(folder: Path, out: Path, stdout: str) -> None:
+    assert sorted(path.name for path in out.iterdir()) == [ENSEMBLE, "sample-0000", "sample-0001"]
+    specs = axolotl_ivon.files.TensorFile(folder / MEAN).entries
+    for name in json.loads((out / ENSEMBLE).read_text())["members"]:
+        saved = axolotl_ivon.files.TensorFile(out / name / MEAN).entries
+        assert {key: entry.shape for key, entry in saved.items()} == {key: entry.shape for key, entry in specs.items()}
+
+
+def check_info(folder: Path, out: Path, stdout: str) -> None:
+    facts = json.loads(stdout)
+    sizes = (math.prod(entry.shape) for entry in axolotl_ivon.files.TensorFile(folder / MEAN).entries.values())
+    assert facts["weights"] == sum(sizes)
+
+
+def nothing(folder: Path, out: Path, stdout: str) -> None:
+    pass
+
+
+COMMANDS: tuple[tuple[tuple[str, ...], Callable[[Path, Path, str], None]], ...] = (
+    (("info", "ADAPTER", "--json"), check_info),
+    (("info", "ADAPTER"), nothing),
+    (("prune", "ADAPTER", "-o", "OUT", "--ratio", "0.3", "--json"), check_prune),
+    (("prune", "ADAPTER", "-o", "OUT", "--criterion", "random"), nothing),
+    (("temper", "ADAPTER", "-o", "OUT", "--tau", "4"), check_temper),
+    (("sample", "ADAPTER", "-o", "OUT", "-n", "2"), check_sample),
+    (("sample", "ADAPTER", "-o", "OUT", "-n", "1", "--recommended", f"ADAPTER/{RECOMMENDED}"), nothing),
+    (("combine", "ADAPTER", "GOOD", "-o", "OUT"), nothing),
+    (("combine", "GOOD", "ADAPTER", "-o", "OUT", "--method", "linear"), nothing),
+    (("combine", "ADAPTER", "GOOD", "-o", "OUT", "--method", "cat"), nothing),
+    (("diff", "ADAPTER", "GOOD", "--json"), nothing),
+    (("diff", "GOOD", "ADAPTER"), nothing),
+)
+MERGE = (("merge", "ADAPTER", "-o", "OUT"), nothing)
+
+
+def snapshot(folder: Path) -> dict[str, object]:
+    """What is below a folder: content, or what a link names, or what kind of thing it is."""
+
+    def content(path: Path) -> object:
+        if path.is_symlink():
+            return os.readlink(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else path.lstat().st_mode
+
+    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*"))}
+
+
+class TooLong(BaseException):
+    """Nobody catches it."""
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    def alarm(*_: object) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Serial:
+    """A pool of threads without threads, which take longer to start than a case takes."""
+
+    def __init__(self, threads: int) -> None:
+        pass
+
+    def __enter__(self) -> Serial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        pass
+
+    map = staticmethod(map)
+
+
+@pytest.fixture
+def template(tiny_adapter: Path, tmp_path: Path) -> Iterator[Path]:
+    """A folder with what a case starts from: an adapter that is an ensemble too, a good adapter, things outside."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
+        yield fill_template(Path(folder) / "template", tiny_adapter)
+
+
+def fill_template(folder: Path, tiny_adapter: Path) -> Path:
+    for name in ("adapter", "good"):
+        (folder / name).mkdir(parents=True)
+        for file in (CONFIG, MEAN, SIGMA, "README.md", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tiny_adapter / file, folder / name / file)
+    adapter = folder / "adapter"
+    (adapter / RECOMMENDED).write_text('{"tau": 2.0, "ratio": 0.1, "seed": 0}')
+    (adapter / "sample-0000").mkdir()
+    for file in (CONFIG, MEAN):
+        shutil.copy(adapter / file, adapter / "sample-0000" / file)
+    (adapter / ENSEMBLE).write_text(
+        '{"source": "x", "seed": 0, "tau": 1.0, "pruned_ratio": 0.0, "members": ["sample-0000", "/etc", "../outside"]}'
+    )
+    (folder / "outside").mkdir()
+    (folder / "outside" / "canary").write_text("precious")
+    return folder
+
+
+def one_case(number: int, template: Path, place: Path, ivon_post: Any, commands: tuple[Any, ...]) -> int:
+    """Run a case, and return how many bytes its files have."""
+    rng = random.Random(number)
+    if place.exists():
+        shutil.rmtree(place)
+    shutil.copytree(template, place)
+    adapter, out = place / "adapter", place / "out"
+    damage(adapter, rng)
+    words, check = rng.choice(commands)
+    target = adapter / "sample-0000" if rng.random() < 0.05 else adapter
+    names = {"ADAPTER": target, "GOOD": place / "good", "OUT": out}
+    arguments = [names.get(word, word.replace("ADAPTER/", f"{adapter}/")) for word in words]
+    before = snapshot(place)
+    with at_most(SECONDS):
+        result = ivon_post.run(*arguments)
+    said = f"case {number}: {' '.join(map(str, arguments))}\n{result.output[-2000:]}"
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise AssertionError(said) from result.exception
+    after = {name: kind for name, kind in snapshot(place).items() if name != "out" and not name.startswith("out/")}
+    assert after == before, said
+    if result.exit_code:
+        assert result.exit_code == 1, said
+        assert not result.stdout, said
+        assert not out.exists(), said
+        assert result.stderr.startswith("Error: "), said
+        assert result.stderr.endswith("\n"), said
+        assert result.stderr[:-1].isprintable(), said
+        assert len(result.stderr) < 20_000, said
+    else:
+        assert out.exists() == ("OUT" in words), said
+        check(target, out, result.stdout)
+    return sum(path.lstat().st_size for path in adapter.rglob("*"))
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_cases(
+    count: int, seed: int, template: Path, ivon_post: Any, commands: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(axolotl_ivon.files, "_sync", lambda path: None)  # nobody pulls the plug here
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(axolotl_ivon.files, "ThreadPoolExecutor", Serial)
+    monkeypatch.chdir(template)
+    place = template.parent / "case"
+    if only := os.environ.get("IVON_FUZZ_CASE"):
+        one_case(int(only), template, place, ivon_post, commands)
+        return
+    largest = max(one_case(seed + i, template, place, ivon_post, commands) for i in range(count // 10))
+    before = peak()
+    largest = max(one_case(seed + i, template, place, ivon_post, commands) for i in range(count // 10, count))
+    assert peak() - before <= 2 * largest + 64 * MIB
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # numpy's, of values that it could not represent
+def test_damaged_files_give_a_right_result_or_one_line(
+    template: Path, ivon_post: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_cases(CASES, 0, template, ivon_post, COMMANDS, monkeypatch)
+
+
+def test_merging_damaged_adapters(template: Path, ivon_post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT, transformers and tokenizers read the files here."""
+    run_cases(MERGES, 10**6, template, ivon_post, (MERGE,), monkeypatch)
+
+
+def huge_adapter(folder: Path, tiny_adapter: Path) -> int:
+    """Write an adapter of eight tensors of 4 MiB, and return the size of its mean and σ."""
+    folder.mkdir()
+    shutil.copy(tiny_adapter / CONFIG, folder / CONFIG)
+    rng = np.random.default_rng(0)
+    mean = {f"layers.{i}.lora_A.weight": rng.normal(size=(1024, 1024)).astype(np.float32) for i in range(8)}
+    save_file(mean, folder / MEAN, {"format": "pt"})
+    header = split((tiny_adapter / SIGMA).read_bytes())[0]["__metadata__"]
+    save_file({key: np.abs(value) for key, value in mean.items()}, folder / SIGMA, header)
+    consistent(folder)
+    return sum((folder / name).stat().st_size for name in (MEAN, SIGMA))
+
+
+MEASURE = """
+import resource, sys
+import numpy, safetensors, rich.table, ivon_post, axolotl_ivon.summary, axolotl_ivon.ensemble, axolotl_ivon.comparing
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+try: ivon_post.cli(sys.argv[1:])
+except SystemExit as end: assert not end.code
+print(peak() - before, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("info", "ADAPTER", "--json"),
+        ("prune", "ADAPTER", "-o", "out"),
+        ("temper", "ADAPTER", "--tau", "2", "-o", "out"),
+        ("sample", "ADAPTER", "-n", "2", "-o", "out"),
+        ("combine", "ADAPTER", "ADAPTER", "-o", "out"),
+        ("diff", "ADAPTER", "ADAPTER"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_memory_is_at_most_twice_what_is_read(words: tuple[str, ...], tiny_adapter: Path, tmp_path: Path) -> None:
+    size = huge_adapter(tmp_path / "adapter", tiny_adapter)
+    arguments = [word.replace("ADAPTER", "adapter") for word in words]
+    script = [sys.executable, "-c", MEASURE, *arguments]
+    done = subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert int(done.stderr) <= 2 * size + 16 * MIB
+
+
+# --- nothing is run, nothing is fetched ---------------------------------------------------------------------------
+
+
+def test_code_of_a_model_is_never_run_nor_asked_about(
+    tiny_llama: Path, tiny_adapter: Path, copied: Callable, ivon_post: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base model that brings code of its own: transformers would ask on the terminal whether to run it."""
+
+    def asked(*_: object) -> str:
+        raise AssertionError("the user was asked")
+
+    monkeypatch.setattr("builtins.input", asked)
+    base, adapter = copied(tiny_llama, "base"), copied(tiny_adapter)
+    ran = base.parent / "ran"
+    (base / "modeling_evil.py").write_text(f"open({str(ran)!r}, 'w')")
+    config = json.loads((base / "config.json").read_text())
+    names = {f"Auto{kind}": "modeling_evil.Evil" for kind in ("Config", "Model", "ModelForCausalLM")}
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": names}))
+    tokenizer = json.loads((adapter / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["modeling_evil.Evil", None]}}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (adapter / "modeling_evil.py").write_text(f"open({str(ran)!r}, 'w')")
+    assert "custom code" in ivon_post.error("merge", adapter, "--base-model", base, "-o", base.parent / "out")
+    ivon_post.run("merge", adapter, "-o", base.parent / "out")
+    assert not ran.exists()
+
+
+OFFLINE = """
+import os, socket, sys
+def refuse(*_, **__): raise SystemExit("the network was asked")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+for name in ("HF_HUB_OFFLINE", "AXOLOTL_DO_NOT_TRACK"): os.environ.pop(name, None)
+import ivon_post
+for words in (
+    ["info", "adapter"], ["prune", "adapter"], ["temper", "adapter", "--tau", "2"], ["sample", "adapter", "-n", "1"],
+    ["diff", "adapter", "adapter-pruned-0.1"], ["combine", "adapter", "adapter", "-o", "both"], ["merge", "adapter"],
+):
+    try: ivon_post.cli(words)
+    except SystemExit as end: assert not end.code, (words, end.code)
+try: ivon_post.cli(["info", "someone/adapter"])
+except SystemExit as end: print("asked:", end.code)
+"""
+
+
+def test_no_command_asks_the_network_unless_for_a_hub_id(tiny_adapter: Path, copied: Callable) -> None:
+    folder = copied(tiny_adapter)
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE], cwd=folder.parent, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].startswith("asked: ")

@@ -1,0 +1,133 @@
+"""What a Trainer's run writes: checkpoints that are whole or not there, and no mean without its σ."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_sampling import make_trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from axolotl_ivon import Posterior, attach
+
+MEAN, SIGMA = "adapter_model.safetensors", "ivon_sigma.safetensors"
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def attached(base: Path, output: Path, **args: Any) -> Any:
+    trainer = make_trainer(base, output, **args)
+    attach(trainer, clip=0.1)
+    return trainer
+
+
+@pytest.mark.parametrize("part", ["_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_a_save_that_fails_leaves_no_checkpoint(part: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """The Trainer would leave its folder half full, and resume from it."""
+    trainer = attached(tiny_llama, tmp_path, max_steps=6, save_steps=2)
+    save, calls = getattr(trainer, part), []
+
+    def fails(*args: Any) -> None:
+        calls.append(names(tmp_path))
+        if len(calls) == 2:
+            raise OSError("the disk is gone")
+        save(*args)
+
+    setattr(trainer, part, fails)
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.train()
+    assert calls == [{".checkpoint-2.tmp"}, {"checkpoint-2", ".checkpoint-4.tmp"}]
+    assert names(tmp_path) == {"checkpoint-2"}
+    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_checkpoint_that_is_there_is_replaced_whole(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "stale").touch()
+    attached(tiny_llama, tmp_path, max_steps=4, save_steps=2).train()
+    assert names(tmp_path) == {"checkpoint-2", "checkpoint-4"}
+    assert names(tmp_path / "checkpoint-2") == names(tmp_path / "checkpoint-4")
+
+
+def test_what_a_killed_run_left_is_removed(tiny_llama: Path, tmp_path: Path) -> None:
+    for name in (".checkpoint-2.tmp/checkpoint-2", ".adapter.0123abcd.tmp", "mine.tmp"):
+        (tmp_path / name).mkdir(parents=True)
+    attached(tiny_llama, tmp_path)
+    assert names(tmp_path) == {"mine.tmp"}
+
+
+def test_the_limit_and_the_best_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
+    """As the Trainer has it without us: the newest and the best stay, and the state names the best by its place."""
+
+    def run(output: Path, ours: bool) -> tuple[set[str], str, str]:
+        options = {"save_total_limit": 2, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+        trainer = make_trainer(tiny_llama, output, max_steps=5, save_steps=1, **options)
+        losses = iter([5.0, 1.0, 4.0, 3.0, 2.0])
+        evaluate = trainer.evaluate
+        trainer.evaluate = lambda *a, **k: {**evaluate(*a, **k), "eval_loss": next(losses)}
+        if ours:
+            attach(trainer, clip=0.1)
+        trainer.train()
+        state = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())
+        places = [trainer.state.best_model_checkpoint, state["best_model_checkpoint"]]
+        return names(output), *(str(Path(place).relative_to(output)) for place in places)
+
+    expected = ({"checkpoint-2", "checkpoint-5"}, "checkpoint-2", "checkpoint-2")
+    assert run(tmp_path / "theirs", ours=False) == expected
+    assert run(tmp_path / "ours", ours=True) == expected
+
+
+def test_resuming_at_the_end_trains_no_further(tiny_llama: Path, tmp_path: Path) -> None:
+    """In the middle of an epoch; the Trainer itself takes one step more."""
+    trainer = attached(tiny_llama, tmp_path, max_steps=4, save_steps=2, lr_scheduler_type="constant")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "first"))
+    again = attached(tiny_llama, tmp_path, max_steps=4, save_steps=2, lr_scheduler_type="constant")
+    again.train(resume_from_checkpoint=True)
+    again.save_model(str(tmp_path / "second"))
+    assert again.state.global_step == 4
+    assert names(tmp_path) == {"checkpoint-2", "checkpoint-4", "first", "second"}
+    for name in (MEAN, SIGMA):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_before_training_a_posterior_is_not_overwritten(
+    tiny_llama: Path, tiny_adapter: Path, copied: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """axolotl saves the model when it is interrupted, however early: a run that was resumed into its own folder."""
+    folder = copied(tiny_adapter)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    trainer = attached(tiny_llama, folder.parent / "run")
+    with caplog.at_level(logging.WARNING, "axolotl_ivon"):
+        trainer.model.save_pretrained(folder)
+    assert "left as it is" in caplog.text
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    trainer.model.save_pretrained(folder.parent / "fresh")
+    assert MEAN in names(folder.parent / "fresh")
+    assert SIGMA not in names(folder.parent / "fresh")
+
+
+def test_saving_over_an_adapter_keeps_what_else_is_there(
+    tiny_llama: Path, tiny_adapter: Path, copied: Any, tmp_path: Path
+) -> None:
+    folder = copied(tiny_adapter)
+    (folder / "README.md").write_text("---\nlanguage: en\n---\n# My adapter\n")
+    (folder / "notes.txt").write_text("mine")
+    trainer = attached(tiny_llama, tmp_path / "run", max_steps=1, save_strategy="no")
+    trainer.train()
+    trainer.model.save_pretrained(folder)
+    assert "# My adapter" in (folder / "README.md").read_text()
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert names(folder) == names(tiny_adapter) | {"notes.txt"}
+    saved = load_file(folder / MEAN)
+    for name, param in trainer.model.named_parameters():
+        if param.requires_grad:
+            assert torch.equal(saved[name.replace(".default", "")], param)
+    Posterior.from_pretrained(folder)

@@ -1,0 +1,242 @@
+"""Several real axolotl processes (DDP, DeepSpeed, FSDP2), held against one that sees the same global batches."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from runs import AXOLOTL, Configs, environment, trained
+from safetensors.torch import load_file
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.sharding import check_sharding
+
+FSDP2 = {
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+    "reshard_after_forward": True,
+}
+MODES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "zero1": {"deepspeed": {"stage": 1}},
+    "zero2": {"deepspeed": {"stage": 2}},
+    "zero3": {"deepspeed": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}},
+    # Neither gathers its weights to save them.
+    "zero3-offload": {
+        "deepspeed": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+    },
+    "fsdp2-full": {"fsdp_config": {**FSDP2, "state_dict_type": "FULL_STATE_DICT"}},
+    "fsdp2-sharded": {"fsdp_config": {**FSDP2, "state_dict_type": "SHARDED_STATE_DICT", "offload_params": True}},
+}
+
+
+class SeveralProcesses:
+    """Configs for one run that is the same in any number of processes, from one starting point."""
+
+    def __init__(self, make_config: Configs, start: Path) -> None:
+        self.make_config, self.start = make_config, start
+
+    def config(self, name: str, mode: str, processes: int, **changes: Any) -> Path:
+        extra = dict(MODES[mode])
+        if "deepspeed" in extra:
+            path = self.make_config.folder / f"{mode}.json"
+            # All of a partition, however small: nothing is kept whole.
+            zero = {"stage3_param_persistence_threshold": 0, **extra["deepspeed"]}
+            automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+            path.write_text(json.dumps({"zero_optimization": zero, **dict.fromkeys(automatic, "auto")}))
+            extra["deepspeed"] = str(path)
+        if "fsdp_config" in extra:
+            extra["fsdp_version"] = 2
+        helper = "CpuDeviceMap" if mode == "ddp" else "ShardedOnCpu"
+        settings = {
+            "lora_model_dir": str(self.start),
+            "plugins": ["axolotl_ivon.IVONLoRAPlugin", f"axolotl_helpers.{helper}", "axolotl_helpers.NotesOfRanks"],
+            "curriculum_sampling": True,  # the order of the file, whatever the number of processes
+            "micro_batch_size": 2 // processes,
+            "ivon_clip": "1e-1",
+            **extra,
+            **changes,
+        }
+        return self.make_config(name, **settings)
+
+    def train(self, config: Path, mode: str, processes: int) -> Path:
+        trained(config, processes, **variables(mode))
+        return config.with_suffix("")
+
+
+def variables(mode: str) -> dict[str, str]:
+    # accelerate takes the variable that asks for a CPU to mean that there is neither DeepSpeed nor FSDP.
+    return {} if mode == "ddp" else {"ACCELERATE_USE_CPU": "", "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def several(make_config: Configs, make_adapter: Any) -> SeveralProcesses:
+    return SeveralProcesses(make_config, make_adapter(lora_dropout=0.0))
+
+
+@pytest.fixture(scope="module")
+def alone(several: SeveralProcesses) -> Path:
+    """The run in one process, without torchrun: six steps of two micro-batches, with a checkpoint after three."""
+    config = several.config("alone", "ddp", 1)
+    trained(config)
+    return config.with_suffix("")
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    left, right = Posterior.from_pretrained(folder), Posterior.from_pretrained(other)
+    assert set(left.mean) == set(right.mean)
+    for key in left.mean:
+        torch.testing.assert_close(left.mean[key], right.mean[key], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(left.sigma[key], right.sigma[key], rtol=1e-4, atol=0)
+    assert left.metadata["steps"] == right.metadata["steps"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_train_save_and_resume_as_one_does(mode: str, several: SeveralProcesses, alone: Path) -> None:
+    two = several.train(several.config(mode, mode, 2), mode, 2)
+
+    notes = [(two / f"rank-{rank}.txt").read_text().split() for rank in range(2)]
+    assert notes[0] == notes[1]
+    assert len(set(notes[0])) == 6
+    for folder in ("", "checkpoint-3", "checkpoint-6"):
+        assert_same(two / folder, alone / folder)
+    moved = Posterior.from_pretrained(two).mean
+    before = load_file(several.start / "adapter_model.safetensors")
+    assert all(not torch.allclose(moved[key], before[key], rtol=1e-3, atol=1e-4) for key in moved)
+    assert sorted(path.name for path in two.iterdir() if path.name.startswith("checkpoint")) == [
+        "checkpoint-3",
+        "checkpoint-6",
+    ]
+
+    resumed = several.config(f"{mode}-resumed", mode, 1, resume_from_checkpoint=str(two / "checkpoint-3"))
+    assert_same(several.train(resumed, mode, 1), alone)
+
+
+@pytest.mark.parametrize("mode", ["zero3", "fsdp2-full"])
+def test_a_run_resumes_in_as_many_processes_as_it_had(mode: str, several: SeveralProcesses, alone: Path) -> None:
+    first = several.config(f"{mode}-again", mode, 2)
+    checkpoint = several.train(first, mode, 2) / "checkpoint-3"
+    resumed = several.config(f"{mode}-again-resumed", mode, 2, resume_from_checkpoint=str(checkpoint))
+    assert_same(several.train(resumed, mode, 2), alone)
+
+
+def test_draws_of_their_own_in_every_process(several: SeveralProcesses, alone: Path) -> None:
+    """DDP and ZeRO average by different means, so they check each other; both share noise, rank by rank."""
+    runs = []
+    for mode in ("ddp", "zero3"):
+        run = several.train(several.config(f"{mode}-own", mode, 2, ivon_draws="per_rank"), mode, 2)
+        notes = [(run / f"rank-{rank}.txt").read_text().split() for rank in range(2)]
+        assert notes[0] == notes[1]
+        runs.append(run)
+    assert_same(*runs)
+    own, shared = (Posterior.from_pretrained(folder).sigma for folder in (runs[0], alone))
+    assert not any(torch.allclose(own[key], shared[key], rtol=1e-5) for key in own)
+
+
+def test_sigterm_to_the_launcher_leaves_whole_checkpoints(several: SeveralProcesses) -> None:
+    config = several.config("terminated", "zero2", 2, max_steps=100_000, num_epochs=100_000, save_steps=1)
+    folder = config.with_suffix("")
+    command = [AXOLOTL, "train", config, "--launcher", "torchrun", "--", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.Popen(
+        command,
+        cwd=config.parent,
+        env=environment(**variables("zero2")),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while len(list(folder.glob("checkpoint-*"))) < 3 and time.monotonic() < deadline:
+            assert run.poll() is None
+            time.sleep(0.2)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=60) != 0
+    finally:
+        run.kill()
+    checkpoints = list(folder.glob("checkpoint-*"))
+    assert len(checkpoints) >= 3
+    for checkpoint in checkpoints:
+        assert Posterior.from_pretrained(checkpoint).metadata["steps"] == checkpoint.name.rpartition("-")[2]
+
+
+def test_two_nodes_train_as_one_process_does(several: SeveralProcesses, alone: Path) -> None:
+    """Two launchers that meet at a port, as on two machines."""
+    config = several.config("nodes", "ddp", 2)
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
+    endpoint = f"localhost:{get_free_port()}"
+    command = [AXOLOTL, "train", config, "--launcher", "torchrun", "--", "--nnodes", "2", "--nproc_per_node", "1"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_id", "test"]
+    nodes = [
+        subprocess.Popen(
+            command,
+            cwd=config.parent,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        for node in nodes:
+            _, errors = node.communicate(timeout=240)
+            assert node.returncode == 0, errors[-3000:]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert_same(config.with_suffix(""), alone)
+
+
+def test_ray_trains_as_one_process_does(several: SeveralProcesses, alone: Path) -> None:
+    plugins = ["axolotl_ivon.IVONLoRAPlugin", "axolotl_helpers.RayOnCpu"]
+    ray = {"use_ray": True, "ray_num_workers": 2, "resources_per_worker": {"CPU": 1}, "plugins": plugins}
+    trained(several.config("ray", "ddp", 2, **ray), RAY_USAGE_STATS_ENABLED="0")
+    assert_same(several.make_config.folder / "ray", alone)
+
+
+def fake_trainer(**changes: Any) -> Any:
+    """What `check_sharding` looks at."""
+    plugin = SimpleNamespace(deepspeed_config=changes.pop("deepspeed", {}))
+    state = SimpleNamespace(
+        deepspeed_plugin=plugin, fsdp_plugin=SimpleNamespace(fsdp_version=changes.pop("fsdp_version", 2))
+    )
+    parallelism = SimpleNamespace(tp_size=changes.pop("tp_size", 1), cp_size=changes.pop("cp_size", 1))
+    return SimpleNamespace(
+        accelerator=SimpleNamespace(state=state, parallelism_config=parallelism),
+        is_deepspeed_enabled=changes.pop("is_deepspeed_enabled", False),
+        is_fsdp_enabled=changes.pop("is_fsdp_enabled", False),
+        args=SimpleNamespace(**{"fp16": False, "max_grad_norm": 0.0, **changes}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"is_deepspeed_enabled": True, "deepspeed": {"optimizer": {"type": "AdamW"}}}, ["optimizer", "remove"]),
+        ({"is_fsdp_enabled": True, "fsdp_version": 1}, ["fsdp_version: 2"]),
+        ({"is_fsdp_enabled": True, "fp16": True}, ["fp16", "bf16: true"]),
+        ({"is_deepspeed_enabled": True, "max_grad_norm": 1.0}, ["max_grad_norm: 1", "remove"]),
+        ({"tp_size": 2}, ["tensor_parallel_size: 2"]),
+        ({"cp_size": 4}, ["context_parallel_size: 4"]),
+    ],
+)
+def test_what_would_train_something_else_is_refused_in_one_line(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(IVONError) as caught:
+        check_sharding(fake_trainer(**changes))
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("changes", [{}, {"is_deepspeed_enabled": True}, {"is_fsdp_enabled": True}, {"fp16": True}])
+def test_what_works_is_not_refused(changes: dict[str, Any]) -> None:
+    check_sharding(fake_trainer(**changes))

@@ -1,0 +1,249 @@
+"""Writing where it goes wrong: a full disk, a folder that is read-only, two writers, a process killed at any rename."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.files import new_folder, updated_adapter
+
+MEAN, SIGMA = "adapter_model.safetensors", "ivon_sigma.safetensors"
+
+COMMANDS: dict[str, tuple[object, ...]] = {
+    "prune": ("prune", "ADAPTER", "-o", "OUT", "--overwrite"),
+    "temper": ("temper", "ADAPTER", "--tau", 2, "-o", "OUT", "--overwrite"),
+    "sample": ("sample", "ADAPTER", "-n", 2, "-o", "OUT", "--overwrite"),
+    "combine": ("combine", "ADAPTER", "ADAPTER", "-o", "OUT", "--overwrite"),
+    "merge": ("merge", "ADAPTER", "-o", "OUT", "--overwrite"),
+}
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """A function that mounts a small file system; only root may."""
+    mounted: list[Path] = []
+
+    def make(options: str) -> Path:
+        place = tmp_path / f"mount-{len(mounted)}"
+        place.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting a tmpfs takes a right that this process has not")
+        mounted.append(place)
+        return place
+
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount here")
+    yield make
+    for place in mounted:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["overwriting", "new"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk(command: str, old: bool, mount: Callable[..., Path], tiny_adapter: Path, ivon_post: Any) -> None:
+    disk = mount("size=32k")
+    out = disk / "out"
+    if old:
+        out.mkdir()
+        for name in ("adapter_config.json", MEAN, SIGMA):
+            shutil.copy(tiny_adapter / name, out / name)
+    else:
+        (disk / "other").write_bytes(bytes(20 * 1024))
+    before = content(disk)
+    line = ivon_post.error(*({"ADAPTER": tiny_adapter, "OUT": out}.get(x, x) for x in COMMANDS[command]))
+    assert "out cannot be written (" in line
+    assert "space" in line.lower()
+    assert content(disk) == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_read_only_folder(command: str, mount: Callable[..., Path], tiny_adapter: Path, ivon_post: Any) -> None:
+    disk = mount("size=1m")
+    shutil.copytree(tiny_adapter, disk / "out")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    before = content(disk)
+    for name in ("out", "new"):
+        line = ivon_post.error(*({"ADAPTER": tiny_adapter, "OUT": disk / name}.get(x, x) for x in COMMANDS[command]))
+        assert f"{name} cannot be written (Read-only file system)" in line
+    assert content(disk) == before
+
+
+def test_saving_from_training_on_a_full_disk_leaves_the_old_pair(
+    mount: Callable[..., Path], tiny_adapter: Path, make_adapter: Callable[..., Path]
+) -> None:
+    disk = mount("size=64k")
+    shutil.copytree(tiny_adapter, disk / "out", ignore=shutil.ignore_patterns("token*", "*.jinja"))
+    before = content(disk)
+    with pytest.raises(IVONError, match="No space left"), updated_adapter(disk / "out") as new:
+        for name in (MEAN, SIGMA):
+            shutil.copy(make_adapter(r=8) / name, new / name)
+        (new / "more").write_bytes(bytes(65536))
+    assert content(disk) == before
+
+
+# --- killed at any moment -----------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The process is gone: not even `finally` runs."""
+
+
+@pytest.fixture
+def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], bool]:
+    """A function that runs something, kills it before the n-th change of the disk's names, and says whether it did."""
+
+    def run(n: int, work: Callable[[], None]) -> bool:
+        left = [n]
+
+        def counted(function: Any) -> Any:
+            def change(*args: Any, **kwargs: Any) -> Any:
+                left[0] -= 1
+                if left[0] < 0:  # and everything that `finally` would do is not done either
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return change
+
+        with monkeypatch.context() as patch:
+            for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            patch.setattr("axolotl_ivon.files._exchange", counted(axolotl_exchange))
+            patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+            try:
+                work()
+            except Killed:
+                return True
+        return left[0] < 0
+
+    from axolotl_ivon.files import _exchange as axolotl_exchange
+
+    return run
+
+
+@pytest.mark.parametrize("old", ["none", "same shapes", "other shapes"])
+def test_whoever_reads_after_a_kill_finds_a_mean_with_its_own_sigma(
+    old: str, killed_at: Any, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    new, before = make_adapter(seed=3), make_adapter(r=4 if old == "same shapes" else 2)
+    found = []
+    for n in range(100):
+        folder = tmp_path / str(n)
+        if old != "none":
+            shutil.copytree(before, folder)
+
+        def save(folder: Path = folder) -> None:
+            with updated_adapter(folder) as temporary:
+                for name in ("adapter_config.json", MEAN, SIGMA):
+                    shutil.copy(new / name, temporary / name)
+
+        killed = killed_at(n, save)
+        if (folder / MEAN).exists():
+            q = Posterior.from_pretrained(folder)
+            found.append((folder / MEAN).read_bytes() == (new / MEAN).read_bytes())
+            original = Posterior.from_pretrained(new if found[-1] else before)
+            assert all((q.sigma[key] == original.sigma[key]).all() for key in q.sigma)
+        else:
+            assert old == "none"
+        if not killed:
+            break
+        save()  # the next save ends as if nothing had been
+        assert Posterior.from_pretrained(folder).metadata == Posterior.from_pretrained(new).metadata
+        assert not (folder / ".ivon_sigma.safetensors.next").exists()
+    assert not killed
+    assert found[-1]
+    assert found == sorted(found)
+    assert len(found) > 5 or old == "none"
+    assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == set()
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["at-once", "in-two-renames"])
+def test_overwriting_a_folder_that_is_killed(
+    exchange: bool, killed_at: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:  # as on a system without renameat2
+        monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    seen = []
+    for n in range(100):
+        target = tmp_path / str(n) / "target"
+        target.mkdir(parents=True)
+        (target / "adapter_config.json").write_text("old")
+
+        def save(target: Path = target) -> None:
+            with new_folder(target, overwrite=True) as new:
+                (new / "adapter_config.json").write_text("new")
+
+        killed = killed_at(n, save)
+        if exchange or target.exists():
+            seen.append((target / "adapter_config.json").read_text())
+        else:  # the moment between the two: nothing is lost
+            hidden = list(target.parent.glob(".*/adapter_config.json"))
+            assert {path.read_text() for path in hidden} == {"old", "new"}
+        if not killed:
+            break
+    assert set(seen) == {"old", "new"}
+    assert seen == sorted(seen, reverse=True)
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+# --- two processes ------------------------------------------------------------------------------------------------
+
+WRITER = """
+import sys, time
+from pathlib import Path
+import axolotl_ivon.files as files
+import ivon_post
+put_in_place = files.put_in_place
+def slowly(*args, **kwargs):
+    print("ready", flush=True)
+    sys.stdin.readline()
+    put_in_place(*args, **kwargs)
+files.put_in_place = slowly
+ivon_post.main()
+"""
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_processes_with_one_target(overwrite: bool, tiny_adapter: Path, tmp_path: Path) -> None:
+    """Both have written all before either takes the name: one has it whole, the other is told, or comes second."""
+    if overwrite:
+        shutil.copytree(tiny_adapter, tmp_path / "out")
+    words = ["-o", str(tmp_path / "out"), *(["--overwrite"] if overwrite else [])]
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, "temper", str(tiny_adapter), "--tau", tau, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for tau in ("2", "3")
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    results = [(writer.communicate("go\n", timeout=60), writer.returncode) for writer in writers]
+    assert results[0][1] == 0
+    tau = Posterior.from_pretrained(tmp_path / "out").metadata["tau"]
+    if overwrite:
+        assert (results[1][1], tau) == (0, "3.0")
+    else:
+        assert (results[1][1], tau) == (1, "2.0")
+        assert results[1][0][1] == f"Error: {tmp_path / 'out'} cannot be written (Directory not empty)\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
