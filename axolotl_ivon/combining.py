@@ -195,10 +195,8 @@ def _cat(posteriors: Sequence[Posterior], share: Sequence[float]) -> Posterior:
     for key, found in parts.items():
         axis = _axis(key)
         shapes = [posteriors[i].mean.specs[key][1] for i, _ in found]
-        if min(map(len, shapes)) < 2:
-            raise IVONError(
-                f"method cat combines matrices, and {key} has shape {list(min(shapes, key=lambda shape: len(shape)))}"
-            )
+        if flat := [each for each in shapes if len(each) < 2]:
+            raise IVONError(f"method cat combines matrices, and {key} has shape {list(flat[0])}")
         rests = {shape[:axis] + shape[axis + 1 :] for shape in shapes}
         if len(rests) > 1:
             raise IVONError(

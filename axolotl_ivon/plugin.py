@@ -76,6 +76,7 @@ class IVONLoRAPlugin(BasePlugin):
         if cfg.optimizer != OPTIMIZER:
             return
         from .sampling import attach
+        from .sharding import check_sharding
 
         values: dict[str, Any] = {
             key: cfg[key] if cfg[key] is not None else default for key, default in DEFAULTS.items()
@@ -92,9 +93,10 @@ class IVONLoRAPlugin(BasePlugin):
                 eval_samples=values["ivon_eval_samples"],
                 draws=values["ivon_draws"],
             )
+            trainer.args.max_grad_norm = cfg.max_grad_norm or 0.0
+            check_sharding(trainer)
         except IVONError as error:
             raise ConfigError(str(error)) from error
-        trainer.args.max_grad_norm = cfg.max_grad_norm or 0.0
 
     def post_train(self, cfg: DictDefault, model: PeftModel) -> None:
         """Save mean and σ again where axolotl writes an FSDP-trained adapter itself, without asking the model."""
