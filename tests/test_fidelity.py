@@ -1,0 +1,460 @@
+"""benchmarks/fidelity*.py: the methods against closed forms, the plan and the tables from made-up results."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _path() -> Iterator[None]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, num_labels=2
+    )
+    folder = tmp_path_factory.mktemp("bert")
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def encoder(folder: Path, seed: int = 0, dropout: float = 0.1) -> Any:
+    from fidelity_data import Encoder
+
+    return Encoder(folder, 2, seed, 2, ["query", "value"], dropout, 2)
+
+
+def examples(count: int, seed: int = 0) -> list[Any]:
+    """Texts whose class is whether token 7 is in them."""
+    from fidelity_data import Example
+
+    rng = random.Random(seed)
+    made = []
+    for i in range(count):
+        ids = [1, *(rng.randrange(10, 50) for _ in range(rng.randrange(3, 9)))]
+        if i % 2:
+            ids[rng.randrange(1, len(ids))] = 7
+        made.append(Example(ids, i % 2))
+    return made
+
+
+def task(**sets: Any) -> Any:
+    from fidelity_data import Task
+
+    return Task(**{"train": examples(32), "validation": [], "test": [], "shifted": {}, "classes": 2, **sets})
+
+
+SETTINGS = {
+    "steps": 6, "batch": 4, "seed": 0, "lr": 1e-2, "gamma": 50, "h0": 0.05, "clip": 0.01, "beta2": 0.999,
+    "weight_decay": 1e-4, "width": 0.05, "kl_lr": 0.02, "prior_sigma": 0.2,
+}  # fmt: skip
+
+
+# -------------------------------------------------------------------- the model and the data
+
+
+def test_encoder_equals_the_model_that_it_shortens(bert: Path) -> None:
+    from fidelity_data import collate
+
+    model = encoder(bert).eval()
+    for name, value in model.trained().items():
+        if "lora_B" in name:
+            nn.init.normal_(value)
+    batch = collate(examples(5))
+    expected = model.peft(input_ids=batch["input_ids"], attention_mask=(batch["input_ids"] != 0).long()).logits
+    torch.testing.assert_close(model(batch), expected)
+    assert {name.split(".layer.")[1][0] for name in model.trained() if "lora_B" in name} == {"1", "2"}
+    frozen = model.freeze(examples(5), size=2)
+    torch.testing.assert_close(model(collate(frozen)), expected)
+    batch["input_ids"] = batch["input_ids"] + 1  # of no effect then: the ids only say what is padding
+    torch.testing.assert_close(model({**collate(frozen), "input_ids": (batch["input_ids"] != 1).long()}), expected)
+
+
+def test_predictions_are_in_the_order_of_the_examples(bert: Path) -> None:
+    from fidelity_data import collate, predict
+
+    model, texts = encoder(bert).eval(), examples(11)
+    expected = torch.cat([model(collate([text])) for text in texts]).double()
+    torch.testing.assert_close(predict(model, texts, size=4), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_training_batches_hold_every_example_once_an_epoch() -> None:
+    from fidelity_data import training_batches
+
+    texts = examples(10)
+    batches = training_batches(texts, 4, seed=3)
+    for _ in range(2):
+        seen = [tuple(row[row != 0].tolist()) for _ in range(3) for row in next(batches)["input_ids"]]
+        assert sorted(seen) == sorted(tuple(text.ids) for text in texts)
+
+
+def test_questions_become_pairs_of_the_answer_and_another_choice(tmp_path: Path) -> None:
+    from fidelity_data import _choices, _pairs
+
+    prompt = "Select one of the choices that answers the following question: {} Choices: {} Answer:"
+    rows = [
+        ("The most reasonable goal of 'Dig. A. hole' is", "A. Plant Trees B. Fly to A.B. C. Swim", "A"),
+        ("Is it so?", "A. No B. Yes C. Well", "B"),
+    ]
+    path = tmp_path / "made.train.jsonl"
+    with path.open("w") as file:
+        for question, choices, answer in rows:
+            messages = [{"content": prompt.format(question, choices)}, {"content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    assert _choices(path) == [(rows[0][0], 0), ("Is it so?", 1)]
+    pairs = _pairs(path)
+    assert {text for text, label in pairs if label} == {"Dig. A. hole: Plant Trees", "Is it so?: Yes"}
+    wrong = {"Dig. A. hole": {"Fly to A.B.", "Swim"}, "Is it so?": {"No", "Well"}}
+    found = [text.split(": ") for text, label in pairs if not label]
+    assert len(found) == 2
+    assert all(choice in wrong[question] for question, choice in found)
+
+
+# -------------------------------------------------------------------- the methods
+
+
+def test_blob_kl_is_that_of_torch_distributions() -> None:
+    from fidelity_methods import BlobLinear
+
+    torch.manual_seed(1)
+    layer = BlobLinear(nn.Linear(5, 3, bias=False), 0.05, torch.Generator().manual_seed(0))
+    q = torch.distributions.Normal(layer.weight, layer.g.square())
+    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 0.2)).sum()
+    torch.testing.assert_close(layer.kl(0.2), expected)
+
+
+def test_blob_flipout_has_the_moments_of_a_draw_of_the_weights() -> None:
+    from fidelity_methods import BlobLinear
+
+    torch.manual_seed(2)
+    layer = BlobLinear(nn.Linear(4, 2, bias=False), 0.9, torch.Generator().manual_seed(0)).train()
+    x = torch.randn(1, 1, 4)
+    with torch.no_grad():
+        noise = torch.stack([layer(x) for _ in range(20000)]) - F.linear(x, layer.weight)
+        variance = F.linear(x.square(), layer.g.square().square())
+    torch.testing.assert_close(noise.mean(0), torch.zeros(1, 1, 2), atol=4 * variance.max().sqrt().item() / 141, rtol=0)
+    torch.testing.assert_close(noise.var(0), variance, atol=0, rtol=0.06)
+    torch.testing.assert_close(layer.eval()(x), F.linear(x, layer.weight))
+
+
+def test_blob_flipout_gives_tokens_of_a_batch_independent_noise() -> None:
+    from fidelity_methods import BlobLinear
+
+    layer = BlobLinear(nn.Linear(4, 2, bias=False), 0.9, torch.Generator().manual_seed(0)).train()
+    x = torch.ones(1, 2, 4)
+    with torch.no_grad():
+        noise = torch.stack([layer(x) for _ in range(5000)])[:, 0, :, 0]
+    assert abs(torch.corrcoef(noise.T)[0, 1]) < 0.06
+
+
+@pytest.mark.parametrize("cycle", [1, 3, 10])
+def test_kl_weights_of_a_cycle_double_and_sum_to_one_less_the_first_term(cycle: int) -> None:
+    from fidelity_methods import kl_weight
+
+    weights = [kl_weight(step, cycle) for step in range(2 * cycle)]
+    assert weights[:cycle] == weights[cycle:]
+    assert weights[0] * 2 ** (cycle - 1) == pytest.approx(weights[cycle - 1])
+    # The paper's 2^i / (2^(M+1) − 1), i = 0 … M, sums to 1; i = 0 is not used.
+    assert sum(weights[:cycle]) == pytest.approx(1 - 1 / (2 ** (cycle + 1) - 1))
+
+
+def test_temperature_scaling_undoes_a_known_temperature() -> None:
+    from fidelity_methods import fit_temperature
+
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20000, 3, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+    assert fit_temperature(3 * logits, labels) == pytest.approx(3, rel=0.05)
+    # At the optimum the derivative of the NLL by the temperature is 0: no grid around does better.
+    best = fit_temperature(logits, labels)
+    losses = [F.cross_entropy(logits / (best * factor), labels) for factor in (0.99, 1, 1.01)]
+    assert losses[1] == min(losses)
+
+
+def test_averaged_predictions_and_their_entropy() -> None:
+    from fidelity_methods import Predictions
+
+    logits = [torch.tensor([[0.0, math.log(3)]]), torch.tensor([[math.log(3), 0.0]])]
+    found = Predictions.of(logits)
+    torch.testing.assert_close(found.probabilities, torch.tensor([[0.5, 0.5]]))
+    torch.testing.assert_close(found.expected_entropy, torch.tensor([-0.25 * math.log(0.25) - 0.75 * math.log(0.75)]))
+
+
+def test_learning_rate_from_travel_is_what_the_schedule_adds_up_to() -> None:
+    from fidelity_methods import learning_rate, schedule
+
+    rate = learning_rate({"travel": 0.2}, 400, clip=0.01)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
+    scheduler, travelled = schedule(optimizer, 400), 0.0
+    for _ in range(400):
+        travelled += 0.01 * optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+    assert travelled == pytest.approx(0.2, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["adamw", "ivon-lora", "ivon-opt", "blob"])
+def test_every_method_trains_and_its_posterior_has_the_encoders_names(bert: Path, method: str) -> None:
+    from fidelity_methods import TRAINERS
+
+    model = encoder(bert)
+    names = set(model.trained())
+    run = TRAINERS[method](model, task(), SETTINGS)
+    sigma = dict(run.posterior.sigma)
+    assert set(run.posterior.mean) == set(sigma) == names
+    uncertain = {name for name, value in sigma.items() if (value > 0).all()}
+    assert uncertain == {
+        "adamw": set(),
+        "blob": {name for name in names if "lora_A" in name},
+    }.get(method, names)
+    fresh = encoder(bert).trained()
+    assert any(not torch.equal(value, fresh[name]) for name, value in dict(run.posterior.mean).items())
+    assert run.state_bytes >= 8 * sum(value.numel() for value in fresh.values())
+
+
+def test_ivon_lora_with_a_fixed_prior_moves_as_ivon_opt_does(bert: Path) -> None:
+    from fidelity_methods import TRAINERS
+
+    # σ as good as 0 and a precision that stands still: what the draws change is then lost in rounding.
+    settings = {**SETTINGS, "gamma": 1e11, "prior": 1e-4, "beta2": 1 - 1e-12}
+    means = []
+    for method in ("ivon-lora", "ivon-opt"):
+        torch.manual_seed(0)
+        means.append(dict(TRAINERS[method](encoder(bert, dropout=0.0), task(), settings).posterior.mean))
+    for name, value in means[0].items():
+        torch.testing.assert_close(value, means[1][name], atol=2e-6, rtol=1e-3)
+
+
+def test_one_draw_a_step_is_shared_by_its_micro_batches(bert: Path) -> None:
+    from fidelity_methods import train_ivon_lora
+
+    torch.manual_seed(0)
+    apart = train_ivon_lora(encoder(bert), task(), {**SETTINGS, "accumulate": 2})
+    torch.manual_seed(0)
+    shared = train_ivon_lora(encoder(bert), task(), {**SETTINGS, "accumulate": 2, "one_draw": True})
+    different = [not torch.equal(shared.posterior.mean[name], value) for name, value in apart.posterior.mean.items()]
+    assert any(different)
+
+
+# -------------------------------------------------------------------- plan, resumption, tables
+
+
+def suite() -> dict[str, Any]:
+    return yaml.safe_load("""
+steps: 4
+batch: 4
+rank: 2
+targets: [query, value]
+dropout: 0.1
+upper: 2
+max_tokens: 24
+draws: 2
+seeds: [0, 1]
+domains: [amazon]
+tasks: {movie: {source: movie, train: 16, validation: 8, test: 8, shifted: 8}}
+methods:
+  adamw: {trainer: adamw, grid: {lr: [0.1, 0.2]}, select: mean, choose_by: [nll, 0.1], rows: [mean, ensemble]}
+  ivon-lora: {trainer: ivon-lora, grid: {gamma: [5, 50]}, lr: 0.1, select: posterior, rows: [mean, posterior]}
+stages:
+  - {tasks: [movie], methods: [adamw, ivon-lora], seeds: [0, 1]}
+  - {ablation: [prior]}
+ablations:
+  prior: {task: movie, method: ivon-lora, seeds: [0], rows: [mean, tau=2], variants: [{}, {prior: 0.001}]}
+""")
+
+
+def finish(jobs: list[Any], records: list[dict[str, Any]], losses: dict[float, float] | None = None) -> None:
+    """Pretend to run jobs: the NLL is that of the grid's value, plus a hundredth for each seed."""
+    for job in jobs:
+        settings = json.loads(job.settings)
+        value = settings["gamma"] if job.method == "ivon-lora" else settings["lr"]
+        nll = (losses or {}).get(value, 1.0) + 0.01 * settings["seed"]
+        for row, data in job.rows:
+            metrics = {"nll": nll, "accuracy": nll / 2, "ece": nll / 4}
+            facts = {"train_seconds": 1.0, "state_mb": 0.5}
+            records.append({"run": job.key, "row": row, "data": data, "metrics": metrics, "facts": facts})
+
+
+def test_plan_chooses_on_validation_data_and_then_runs_all_seeds() -> None:
+    import fidelity
+
+    records: list[dict[str, Any]] = []
+    stages = fidelity.plan(suite(), records)
+    grid = next(stages)
+    assert [(job.method, json.loads(job.settings)["seed"]) for job in grid] == [
+        ("adamw", 0), ("adamw", 0), ("ivon-lora", 0), ("ivon-lora", 0),
+    ]  # fmt: skip
+    assert all(("mean", "validation") in job.rows or ("posterior", "validation") in job.rows for job in grid)
+    finish(grid, records, {0.1: 0.6, 0.2: 0.5, 5: 0.4, 50: 0.7})
+    seeds = next(stages)
+    # 0.2 has the lowest NLL; 0.1 is asked for.
+    adamw = {(s["lr"], s["seed"]) for s in (json.loads(job.settings) for job in seeds if job.method == "adamw")}
+    assert adamw == {(0.2, 0), (0.2, 1), (0.1, 0), (0.1, 1)}
+    ours = {(s["gamma"], s["seed"]) for s in (json.loads(job.settings) for job in seeds if job.method == "ivon-lora")}
+    assert ours == {(5, 0), (5, 1)}
+    ensembles = [json.loads(job.settings)["seed"] for job in seeds if ("ensemble", "test") in job.rows]
+    assert set(ensembles) == {1}
+    finish(seeds, records, {0.1: 0.6, 0.2: 0.5, 5: 0.4, 50: 0.7})
+    ablation = next(stages)
+    assert [json.loads(job.settings).get("prior") for job in ablation] == [None, 0.001]
+    assert {json.loads(job.settings)["gamma"] for job in ablation} == {5}
+    # The default variant of the ablation is a run that the table has already.
+    assert ablation[0].key in {record["run"] for record in records}
+    assert fidelity.missing_rows(ablation[0], records) == [("tau=2", "test")]
+
+
+def test_results_survive_an_interruption(tmp_path: Path) -> None:
+    import fidelity
+
+    path = tmp_path / "results.jsonl"
+    fidelity.append(path, {"run": "a", "row": "mean", "data": "test"})
+    with path.open("a") as file:
+        file.write('{"run": "a", "row": "post')
+    assert [record["row"] for record in fidelity.read_results(path)] == ["mean"]
+    fidelity.append(path, {"run": "a", "row": "posterior", "data": "test"})
+    assert [record["row"] for record in fidelity.read_results(path)] == ["mean", "posterior"]
+    job = SimpleNamespace(key="a", rows=(("mean", "test"), ("mean", "amazon")))
+    assert fidelity.missing_rows(job, fidelity.read_results(path)) == [("mean", "amazon")]  # type: ignore[arg-type]
+
+
+def test_settings_that_decide_the_outcome_change_the_run() -> None:
+    import fidelity
+
+    one = fidelity.settings_of(suite(), "movie", "adamw", 0, lr=0.1)
+    assert fidelity.run_key(one) == fidelity.run_key(fidelity.settings_of(suite(), "movie", "adamw", 0, lr=0.1))
+    other_steps = {**suite(), "steps": 5}
+    more_draws = {**suite(), "draws": 20}
+    assert fidelity.settings_of(other_steps, "movie", "adamw", 0, lr=0.1) != one
+    assert fidelity.settings_of(more_draws, "movie", "adamw", 0, lr=0.1) == one
+
+
+def test_tables_hold_means_and_standard_errors(tmp_path: Path) -> None:
+    import fidelity
+    from fidelity_report import Results, cell, main_table, report, verdict_table
+
+    records: list[dict[str, Any]] = []
+    for jobs in fidelity.plan(suite(), records):
+        finish(jobs, records, {0.1: 2.0, 0.2: 1.0, 5: 0.4, 50: 0.7})
+    results = Results(suite(), records)
+    # Seeds 0 and 1 have NLL 1.00 and 1.01: mean 1.005, standard error 0.01/√2/√2.
+    assert results.values("nll", "movie", "adamw", "mean") == {0: 1.0, 1: pytest.approx(1.01)}
+    assert cell([1.0, 1.01], "nll") == "1.005 ± 0.005"
+    assert cell([0.5], "accuracy") == "50.0"
+    assert "| AdamW | 1.005 ± 0.005 | 1.005 ± 0.005 |" in main_table(results)
+    assert "| **IVON-LoRA, 10 draws** | 0.405 ± 0.005 | 0.405 ± 0.005 |" in main_table(results)
+    lines = verdict_table(results).splitlines()
+    assert any("NLL (10 draws)" in line and "0.40 of AdamW's" in line and line.endswith("| yes |") for line in lines)
+    assert any("accuracy (mean)" in line and line.endswith("| no |") for line in lines)
+    text = report(suite(), records, tmp_path)
+    assert "prior 0.001" in text
+    assert (tmp_path / "fidelity-methods.png").stat().st_size > 1000
+
+
+def test_a_run_is_trained_once_and_evaluated_row_by_row(bert: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    import fidelity
+    import fidelity_methods
+
+    (tmp_path / "minilm").symlink_to(bert)
+    data = task(validation=examples(8, 1), test=examples(8, 2))
+    monkeypatch.setattr(fidelity, "_read_task", lambda *_: data)
+    made = suite()
+    made["methods"]["ivon-lora"].update({"h0": 0.05, "clip": 0.01, "beta2": 0.999})
+    settings = fidelity.settings_of(made, "movie", "ivon-lora", 0, gamma=50)
+    places = fidelity.Places(tmp_path, None, tmp_path / "results.jsonl", "abc", 2, "{}")
+    job = fidelity.Job("movie", "ivon-lora", settings, (("mean", "test"), ("posterior", "test")))
+    fidelity.work_off(job, [("posterior", "test")], places)
+    monkeypatch.setitem(fidelity_methods.TRAINERS, "ivon-lora", None)  # a second training would fail
+    fidelity.work_off(job, fidelity.missing_rows(job, fidelity.read_results(places.results)), places)
+    records = fidelity.read_results(places.results)
+    assert [record["row"] for record in records] == ["posterior", "mean"]
+    assert fidelity.missing_rows(job, records) == []
+    assert records[0]["metrics"] != records[1]["metrics"]
+
+
+def test_the_experiment_file_is_complete() -> None:
+    import fidelity
+    import fidelity_rows
+
+    suites = yaml.safe_load((BENCHMARKS / "fidelity.yaml").read_text(encoding="utf-8"))["suites"]
+    encoder_suite = suites["encoder"]
+    for task_name in encoder_suite["tasks"]:
+        for method, spec in encoder_suite["methods"].items():
+            assert len(fidelity.grid_jobs(encoder_suite, task_name, method)) == 3
+            assert {row.split("=")[0] for row in spec["rows"]} <= set(fidelity_rows.ROWS)
+    for stage in encoder_suite["stages"]:
+        assert set(stage.get("ablation", [])) <= set(encoder_suite["ablations"])
+        assert set(stage.get("tasks", [])) <= set(encoder_suite["tasks"])
+
+
+# -------------------------------------------------------------------- the suites that axolotl trains
+
+
+@pytest.mark.parametrize("name", ["causal", "paper"])
+def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
+    from fidelity_configs import write_configs
+
+    suite = yaml.safe_load((BENCHMARKS / "fidelity.yaml").read_text(encoding="utf-8"))["suites"][name]
+    write_configs(suite, tmp_path / "out", tmp_path / "tasks")
+    written = {path.stem: yaml.safe_load(path.read_text()) for path in (tmp_path / "out").glob("*.yaml")}
+    values = sum(len(next(iter(spec["grid"].values()))) for spec in suite["methods"].values())
+    assert len(written) == len(suite["tasks"]) * values * len(suite["seeds"])
+    for config in written.values():
+        assert config["max_steps"] * config["micro_batch_size"] == 40000
+        assert ("ivon_gamma" in config) == (config["optimizer"] == "ivon_lora")
+        assert not {"grid", "rows"} & set(config)
+    outputs = {config["output_dir"] for config in written.values()}
+    assert len(outputs) == len(written)
+    # With programs that only say what they are called with, every run is trained, evaluated, and not run again.
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for program in ("axolotl", "ivon-post", "python"):
+        (programs / program).write_text(f'#!/bin/bash\necho "{program} $*" | tee -a {tmp_path / "log"}\n')
+        (programs / program).chmod(0o755)
+    for _ in range(2):
+        subprocess.run(["bash", str(tmp_path / "out/run.sh")], check=True, env={"PATH": f"{programs}:/usr/bin:/bin"})
+    called = (tmp_path / "log").read_text().splitlines()
+    assert sum(line.startswith("axolotl train") for line in called) == len(written)
+    assert sum(line.startswith("ivon-post eval") for line in called) == len(written)
+
+
+def test_the_papers_data_sets_become_lettered_questions() -> None:
+    from fidelity_configs import HUB, as_chat
+
+    rows = {
+        "winogrande_s": {"sentence": "A _ B", "option1": "x", "option2": "y", "answer": "2"},
+        "arc_easy": {
+            "question": "Q?",
+            "choices": {"text": ["p", "q", "r"], "label": ["1", "2", "3"]},
+            "answerKey": "3",
+        },
+        "openbookqa": {"question_stem": "S", "choices": {"text": ["p", "q"], "label": ["A", "B"]}, "answerKey": "A"},
+        "boolq": {"question": "is it", "passage": "P.", "answer": True},
+    }
+    answers = {name: as_chat(HUB[name][3](row))["messages"][1]["content"] for name, row in rows.items()}
+    assert answers == {"winogrande_s": "B", "arc_easy": "C", "openbookqa": "A", "boolq": "B"}
+    prompt = as_chat(HUB["arc_easy"][3](rows["arc_easy"]))["messages"][0]["content"]
+    assert prompt == (
+        "Select one of the choices that answers the following question: Q? Choices: A. p B. q C. r Answer:"
+    )
