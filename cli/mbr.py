@@ -62,7 +62,6 @@ def command(
     """
     with Reporter(quiet) as reporter:
         reporter.stage("reading")
-        from rich.markup import escape
 
         from axolotl_ivon.errors import IVONError
         from axolotl_ivon.mbr import UTILITIES, Answers, decode, labels, read_nbest, save
@@ -81,7 +80,7 @@ def command(
             unmatched[label] = missing
             if missing:
                 # What a model wrote is no markup.
-                reporter.notify(escape(f"{label}: no answer in {missing} of {total} outputs, {example} for one"))
+                reporter.notify(f"{label}: no answer in {missing} of {total} outputs, {example} for one")
         advance = reporter.begin("choosing", sum(map(len, lists.values())))
         results = {label: decode(nbests, measure, answers, level, advance) for label, nbests in lists.items()}
         reporter.stage("writing")

@@ -124,7 +124,8 @@ def test_it_trains_and_leaves_a_posterior(name: str, train: Callable[..., Path])
     assert posterior.metadata["steps"] == "3"
     for key, sigma in posterior.sigma.items():
         assert torch.isfinite(posterior.mean[key]).all()
-        assert (sigma > 0).all(), key
+        # PEFT saves the embedding itself beside its LoRA; nobody has trained it.
+        assert (sigma > 0).all() or ("base_layer" in key and not sigma.any()), key
     logged = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     spread = [line["ivon_sigma_mean"] for line in logged if "ivon_sigma_mean" in line]
     assert len(set(spread)) > 1  # a Hessian was estimated

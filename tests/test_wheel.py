@@ -67,7 +67,9 @@ def test_the_wheel_works_alone_and_without_axolotl(wheel: Path, tiny_adapter: Pa
 
     where = "import axolotl_ivon, ivon_post; print(axolotl_ivon.__file__, ivon_post.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    found = subprocess.run([sys.executable, "-c", where], env=environment, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     assert found.stdout.count(str(site)) == 2
     assert "info" in run("--help")
     assert json.loads(run("info", tiny_adapter, "--json"))["weights"] == 896
