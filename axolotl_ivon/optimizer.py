@@ -25,8 +25,8 @@ PRECISION_FLOOR, PRECISION_CEILING = 1e-12, 1e24
 # A step that is longer overflows sooner or later, whatever lr and clip allow.
 TRAVEL = 1e18
 # Weights that are worked on at once on a CPU: few enough to stay in the cache from one operation to the next, and
-# for torch not to split an operation over threads, since every thread has a piece of its own.
-_PIECE = 2**15
+# enough for the time that Python takes to call an operation not to count.
+_PIECE = 2**17
 
 
 class Skipped(NamedTuple):

@@ -14,6 +14,8 @@ Piece = TypeVar("Piece")
 
 # Of the time for a piece about a fifth goes into Python, which runs in one thread at a time.
 _MOST_THREADS = 4
+# With fewer pieces than this a thread waits for Python more than it works.
+_PIECES_EACH = 8
 
 
 @functools.cache
@@ -34,9 +36,9 @@ def in_parallel(function: Callable[[Piece], object], pieces: Sequence[Piece]) ->
             for piece in left:
                 function(piece)
 
-    helpers = min(torch.get_num_threads(), _MOST_THREADS) - 1
+    helpers = max(1, min(torch.get_num_threads(), _MOST_THREADS, len(pieces) // _PIECES_EACH)) - 1
     # The process is part of the key since a fork has none of its parent's threads.
-    futures = [_pool(helpers, os.getpid()).submit(work) for _ in range(min(helpers, len(pieces) - 1))]
+    futures = [_pool(helpers, os.getpid()).submit(work) for _ in range(helpers)]
     try:
         work()
     finally:
