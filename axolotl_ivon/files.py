@@ -387,6 +387,18 @@ def updated_adapter(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def output_folder(folder: Path) -> None:
+    """Make a folder for several outputs, if it is not there.
+
+    Raises:
+        IVONError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IVONError(f"{folder} cannot be written ({error.strerror}); choose another name with -o") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

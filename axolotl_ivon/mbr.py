@@ -416,12 +416,9 @@ def save(results: Mapping[str, Decoded], folder: Path) -> list[Path]:
     Raises:
         IVONError: a file cannot be written.
     """
-    from .files import new_file
+    from .files import new_file, output_folder
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise IVONError(f"{folder} cannot be written ({error.strerror}); choose another name with -o") from None
+    output_folder(folder)
     paths: list[Path] = []
     for label, result in results.items():
         paths.append(folder / f"{label}.jsonl")

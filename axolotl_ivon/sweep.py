@@ -176,13 +176,10 @@ def save(result: Sweep, folder: Path, facts: dict[str, Any]) -> list[Path]:
     Raises:
         IVONError: a file cannot be written.
     """
-    from .files import new_file, write_json
+    from .files import new_file, output_folder, write_json
     from .plots import reliability, trade_off
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise IVONError(f"{folder} cannot be written ({error.strerror}); choose another name with -o") from None
+    output_folder(folder)
     pictures = {"trade-off": trade_off(result), "reliability": reliability(result.reliability)}
     paths = [folder / f"{name}.{kind}" for name in pictures for kind in ("png", "svg")]
     for path in paths:
