@@ -27,6 +27,8 @@ TRAVEL = 1e18
 # Weights that are worked on at once on a CPU: few enough to stay in the cache from one operation to the next, and
 # enough for the time that Python takes to call an operation not to count.
 _PIECE = 2**17
+# Weights from which on a CPU the seconds that it takes to compile the arithmetic are worth it.
+_COMPILED = 2**18
 
 
 class Skipped(NamedTuple):
@@ -424,6 +426,14 @@ def _block_type(groups: list[dict[str, Any]]) -> Any:
     return FusedBlock if usable(params) else Block
 
 
+def _arithmetic(device: torch.device, weights: int) -> type[Arithmetic]:
+    if device.type != "cpu" or weights < _COMPILED:
+        return Arithmetic
+    from .compiled import arithmetic
+
+    return arithmetic() or Arithmetic
+
+
 def _sigma(precision: Tensor, ess: float) -> Tensor:
     return precision.mul(ess).rsqrt_()
 
@@ -434,6 +444,59 @@ def _prior(group: dict[str, Any], mean: Tensor, precision: Tensor) -> float:
         return float(group["prior"])
     # The paper's Eq. 2 is s = λ·δ; δ is what enters the update.
     return mean.numel() / float(group["ess"] * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)
+
+
+class Constants(NamedTuple):
+    """The numbers in the update that are the same for all weights of a piece."""
+
+    debias: float  # 1 − β1^t
+    beta1: float
+    beta2: float
+    product: float  # what turns ĝ·(θ−m) into ĥ/p
+    bound: float  # ξ
+    lr: float
+    fixed: bool  # whether the prior is a number, so that it acts on m as well
+
+
+class Arithmetic:
+    """The algorithm on the weights of a piece, in torch's operations."""
+
+    @staticmethod
+    def draw(piece: Piece, noise: Tensor, ess: float) -> Tensor:
+        """Put θ = m + σ·ε into the parameters; return the norms of m and of √λ·σ by tensor, for δ: [2, tensors]."""
+        root = piece.precision.rsqrt()  # √λ·σ
+        roots = piece.shaped(root)
+        for theta, m, eps, r in zip(piece.thetas, piece.means, piece.shaped(noise), roots, strict=True):
+            torch.addcmul(m, eps, r, value=ess**-0.5, out=theta)
+        return torch.stack(torch._foreach_norm([*piece.means, *roots])).view(2, -1)
+
+    @staticmethod
+    def collect(piece: Piece, product: Tensor) -> None:
+        """Note ĝ·(θ−m) in `product` and put the mean back."""
+        thetas = piece.thetas
+        for theta, mean, gradient, part in zip(
+            thetas, piece.means, piece.gradients, piece.shaped(product), strict=True
+        ):
+            torch.sub(theta, mean, out=part).mul_(gradient)
+        torch._foreach_copy_(thetas, piece.means)
+
+    @staticmethod
+    def update(piece: Piece, product: Tensor, deltas: list[float], c: Constants) -> None:
+        """Take one step, from ĝ in .grad and ĝ·(θ−m); `deltas` are δ by tensor."""
+        m, g, p = piece.mean, piece.momentum, piece.precision
+        torch._foreach_lerp_(piece.momenta, [gradient.float() for gradient in piece.gradients], 1 - c.beta1)
+        # IVON's p ← β2·p + (1−β2)·(ĥ+δ) + ½(1−β2)²·(p−ĥ−δ)²/p is p·(1 + d + ½d²), positive for every d, where
+        # d = (1−β2)·((ĥ+δ)/p − 1).
+        d = p.reciprocal()
+        minus_one = torch.tensor(c.beta2 - 1, device=d.device)  # times 1−β2
+        for part, delta in zip(piece.split(d), deltas, strict=True):
+            torch.add(minus_one, part, alpha=(1 - c.beta2) * delta, out=part)
+        d.add_(product, alpha=(1 - c.beta2) * c.product).nan_to_num_(nan=0.0, neginf=-TRAVEL)
+        p.addcmul_(p, torch.addcmul(d, d, d, value=0.5)).clamp_(PRECISION_FLOOR, PRECISION_CEILING)
+        # clip(x/(1−β1^t), ±ξ) = clip(x, ±ξ·(1−β1^t))/(1−β1^t)
+        direction = torch.add(g, m, alpha=deltas[0] * c.debias).div_(p) if c.fixed else g / p
+        m.sub_(direction.clamp_(-c.bound * c.debias, c.bound * c.debias), alpha=min(c.lr / c.debias, TRAVEL))
+        torch._foreach_copy_(piece.thetas, piece.means)
 
 
 class Piece:
@@ -453,7 +516,7 @@ class Piece:
         self.place = slice(start, start + sum(self.sizes))
         self.mean, self.momentum, self.precision = (getattr(block, name)[self.place] for name in block.FLATS)
         self.means, self.momenta = self.shaped(self.mean), self.shaped(self.momentum)
-        self.norms: Sequence[Tensor] = ()  # of m and of √λ·σ, tensor by tensor
+        self.norms = torch.zeros(2, 0)  # of m and of √λ·σ, tensor by tensor
 
     @property
     def thetas(self) -> list[Tensor]:
@@ -491,6 +554,7 @@ class Block:
         self.group, self.params, self.key = group, params, key
         self.device = params[0].device
         self.limit = float(_PIECE) if self.device.type == "cpu" else math.inf
+        self.arithmetic = _arithmetic(self.device, sum(param.numel() for param in params))
         self.offsets = [0, *accumulate(param.numel() for param in params)]
         self.mean, self.momentum, self.precision = (
             torch.zeros(self.offsets[-1], device=self.device) for _ in self.FLATS
@@ -554,20 +618,14 @@ class Block:
         ess = self.group["ess"]
 
         def draw(piece: Piece) -> None:
-            root = piece.precision.rsqrt()  # √λ·σ
-            noise, roots = piece.shaped(self.noise(piece, number)), piece.shaped(root)
-            for theta, m, eps, r in zip(piece.thetas, piece.means, noise, roots, strict=True):
-                torch.addcmul(m, eps, r, value=ess**-0.5, out=theta)
-            piece.norms = torch._foreach_norm([*piece.means, *roots])
+            piece.norms = self.arithmetic.draw(piece, self.noise(piece, number), ess)
 
         self.moments = {i: 0.0 for i, param in enumerate(self.params) if param.requires_grad and param.numel()}
         pieces = self.pieces(list(self.moments))
         in_parallel(draw, pieces)
         for piece in pieces:
-            norms = [float(norm) for norm in piece.norms]
-            half = len(norms) // 2
-            for (i, _), m, r in zip(piece.parts, norms[:half], norms[half:], strict=True):
-                self.moments[i] += ess * m**2 + r**2
+            for (i, _), m, root in zip(piece.parts, *piece.norms.tolist(), strict=True):
+                self.moments[i] += ess * m**2 + root**2
 
     def noise(self, piece: Piece, number: int | str) -> Tensor:
         noise = torch.empty(sum(piece.sizes), device=self.device)
@@ -614,10 +672,7 @@ class Block:
         products = torch.zeros_like(self.mean) if len(chosen) < len(self.params) else torch.empty_like(self.mean)
 
         def collect(piece: Piece) -> None:
-            thetas, results = piece.thetas, piece.shaped(products[piece.place])
-            for theta, mean, gradient, product in zip(thetas, piece.means, piece.gradients, results, strict=True):
-                torch.sub(theta, mean, out=product).mul_(gradient)
-            torch._foreach_copy_(thetas, piece.means)
+            self.arithmetic.collect(piece, products[piece.place])
 
         in_parallel(collect, self.pieces(chosen))
         if len(chosen) < len(self.moments):
@@ -649,27 +704,20 @@ class Block:
         chosen = self.with_gradient()
         self.steps[chosen] += 1
         steps = self.steps.tolist()
-        minus_one = torch.tensor(beta2 - 1, device=self.device)  # times 1−β2
 
         def update(piece: Piece) -> None:
-            m, g, p, product = piece.mean, piece.momentum, piece.precision, products[piece.place]
             indices = [i for i, _ in piece.parts]
-            deltas = [self.delta(i) for i in indices]
-            debias = 1 - beta1 ** steps[indices[0]]
-
-            torch._foreach_lerp_(piece.momenta, [gradient.float() for gradient in piece.gradients], 1 - beta1)
-            # IVON's p ← β2·p + (1−β2)·(ĥ+δ) + ½(1−β2)²·(p−ĥ−δ)²/p is p·(1 + d + ½d²), positive for every d, where
-            # d = (1−β2)·((ĥ+δ)/p − 1) and ĥ/p = λ·ĝ·(θ−m).
-            d = p.reciprocal()
-            for part, delta in zip(piece.split(d), deltas, strict=True):
-                torch.add(minus_one, part, alpha=(1 - beta2) * delta, out=part)
-            d.add_(product, alpha=(1 - beta2) * ess * min(scale, TRAVEL)).nan_to_num_(nan=0.0, neginf=-TRAVEL)
-            p.addcmul_(p, torch.addcmul(d, d, d, value=0.5)).clamp_(PRECISION_FLOOR, PRECISION_CEILING)
-            # clip(x/(1−β1^t), ±ξ) = clip(x, ±ξ·(1−β1^t))/(1−β1^t)
-            direction = torch.add(g, m, alpha=deltas[0] * debias).div_(p) if fixed else g / p
-            bound = min(clip, TRAVEL / max(lr, 1.0)) * debias
-            m.sub_(direction.clamp_(-bound, bound), alpha=min(lr / debias, TRAVEL))
-            torch._foreach_copy_(piece.thetas, piece.means)
+            constants = Constants(
+                debias=1 - beta1 ** steps[indices[0]],
+                beta1=beta1,
+                beta2=beta2,
+                # ĥ/p = λ·ĝ·(θ−m), with ĝ scaled as the gradients were
+                product=ess * min(scale, TRAVEL),
+                bound=min(clip, TRAVEL / max(lr, 1.0)),
+                lr=min(lr, TRAVEL),
+                fixed=fixed,
+            )
+            self.arithmetic.update(piece, products[piece.place], [self.delta(i) for i in indices], constants)
 
         in_parallel(update, self.pieces(chosen, [steps[i] for i in chosen]))
 

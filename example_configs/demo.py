@@ -76,7 +76,7 @@ def sweep(folder: Path, made_from: str) -> None:
         say(f"{folder} is there already, and nothing that it was made from has changed.")
         return
     record.unlink(missing_ok=True)
-    grid = ("--tau", "0.25,1,inf", "--ratio", "0,0.3", "--samples", "3", "--limit", "40")
+    grid = ("--tau", "0.25,1,inf", "--ratio", "0,0.3", "--samples", "3", "--limit", "30")
     run(
         "ivon-post",
         "sweep",

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import math
+from collections.abc import Iterator
 
 import ivon
 import numpy as np
@@ -16,9 +17,20 @@ from hypothesis import strategies as st
 from reference import ReferenceIVON
 from torch import nn
 
-from axolotl_ivon import IVONLoRA, effective_sample_size
+import axolotl_ivon.optimizer as algorithm
+from axolotl_ivon import IVONLoRA, compiled, effective_sample_size
 
 SETTINGS = {"lr": 3e-2, "ess": 2e4, "betas": (0.9, 0.9995), "h0": 5e-2, "clip": 1e-2}
+
+
+@pytest.fixture(autouse=True, scope="module", params=["plain", "compiled"])
+def arithmetic(request: pytest.FixtureRequest) -> Iterator[type[algorithm.Arithmetic]]:
+    """Everything here holds for torch's operations and for the compiled kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(algorithm, "_COMPILED", math.inf if request.param == "plain" else 0)
+        chosen = algorithm._arithmetic(torch.device("cpu"), 1)
+        assert issubclass(chosen, compiled.CompiledArithmetic) == (request.param == "compiled")
+        yield chosen
 
 
 def lora_pair(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
@@ -711,7 +723,7 @@ def test_nothing_grows_with_the_number_of_steps() -> None:
 
     def held() -> int:
         gc.collect()
-        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())  # dead proxies have a type too
 
     counts = []
     for _ in range(3):
@@ -760,3 +772,17 @@ def test_processes_with_draws_of_their_own_take_the_step_of_all_their_draws() ->
         assert torch.equal(params[0], params[1])
         assert relative(optimizers[0].mean(params[0]), reference.m) < 1e-5
         assert relative(optimizers[0].sigma(params[0]), reference.sigma()) < 1e-5
+
+
+def test_without_numba_or_with_one_that_fails_the_plain_operations_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(algorithm, "_COMPILED", 0)
+    monkeypatch.setattr(compiled, "arithmetic", compiled.arithmetic.__wrapped__)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+        assert algorithm._arithmetic(torch.device("cpu"), 1) is algorithm.Arithmetic
+        assert not caplog.records
+    monkeypatch.setattr("numba.njit", lambda **_: 1 / 0)
+    assert algorithm._arithmetic(torch.device("cpu"), 1) is algorithm.Arithmetic
+    assert "costs time only" in caplog.text
