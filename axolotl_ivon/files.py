@@ -53,6 +53,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
 _JSON_LIMIT = 16 * 2**20
 _FLUSH_EVERY = 64 * 2**20
+_WRITE_AT_ONCE = 2**20  # for more, Linux looks for larger runs of free memory than there may be
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and stdio.h
 _T = TypeVar("_T")
 
@@ -225,7 +226,7 @@ class TensorWriter:
     def _put(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)
         while view.nbytes:
-            written = os.pwrite(self._file.fileno(), view, offset)
+            written = os.pwrite(self._file.fileno(), view[:_WRITE_AT_ONCE], offset)
             view, offset = view[written:], offset + written
 
     def write(self, key: str, data: memoryview) -> None:

@@ -51,6 +51,10 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
+# The score of a weight depends on its own mean and σ alone: some weights can be scored without the others.
+_ELEMENTWISE = (snr, largest_sigma, magnitude)
+
+
 def criteria() -> dict[str, Criterion]:
     """Return every criterion by name: those that ship and those of installed extensions."""
     found: dict[str, Criterion] = {}
@@ -88,8 +92,11 @@ def lowest(
     if scope not in SCOPES:
         raise IVONError(f"scope {scope!r} is unknown; choose one of {', '.join(SCOPES)}")
 
-    def scores(key: str) -> np.ndarray:
+    def scores(key: str, step: int = 1) -> np.ndarray:
+        """Return the scores of a tensor, or of every `step`th of its weights."""
         m, s = mean.float32(key), sigma.raw(key)
+        if known[criterion] in _ELEMENTWISE:
+            m, s, step = m.reshape(-1)[::step], s.reshape(-1)[::step], 1
         values = np.asarray(
             known[criterion](key, m, s, generator("prune", seed, (aliases or {}).get(key, key))), np.float32
         )
@@ -102,7 +109,7 @@ def lowest(
             raise IVONError(f"criterion {criterion!r} gave NaN or minus infinity for {key}")
         if pruned is not None:
             values[pruned] = -np.inf
-        return values.reshape(-1)
+        return values.reshape(-1)[::step]
 
     def takes_part(key: str) -> bool:
         if not mean.size(key):
@@ -129,7 +136,7 @@ def lowest(
 
 
 def _mark(
-    keys: list[str], scores: Callable[[str], np.ndarray], count: int, weights: int, done: Callable[[str], None]
+    keys: list[str], scores: Callable[..., np.ndarray], count: int, weights: int, done: Callable[[str], None]
 ) -> Iterator[tuple[str, tuple[np.ndarray, int]]]:
     """Choose the `count` ≥ 1 smallest scores of tensors that have `weights` in all: yield what `lowest` returns.
 
@@ -138,7 +145,7 @@ def _mark(
     """
     # A prime step, or the sample would be one column of a matrix whose width divides it.
     step = 61 if weights > 2**22 else 1
-    sample = np.sort(np.concatenate(list(in_threads(lambda key: scores(key)[::step].copy(), keys))))
+    sample = np.sort(np.concatenate(list(in_threads(lambda key: scores(key, step).copy(), keys))))
     middle, spread = count / step, 6 * math.sqrt(count / step) + 10
     first, last = max(0, int(middle - spread)), min(len(sample) - 1, int(middle + spread))
     for low, high in ((sample[first], sample[last]), (-np.inf, np.inf)):

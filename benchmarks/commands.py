@@ -1,15 +1,17 @@
-"""What `ivon-post` costs on large adapters, beside `cp` of the bytes that it reads and writes.
+"""What `ivon-post` costs on large adapters, beside `cp` of the bytes that it reads and writes, and the obvious script.
 
     python benchmarks/commands.py [--sizes 2 160 320] [--repeats 3] [--folder DIR]
 
 Each command runs as a process of its own, start-up included, in turn with its `cp`; the table shows medians, the ratio
 of time, and the peak of resident memory. `ivon-post` has what it writes on the disk before it reports success (fsync),
-and `cp` leaves it in memory, so `cp` is timed with `sync` of what it wrote as well.
+and `cp` leaves it in memory, so `cp` is timed with `sync` of what it wrote as well. The obvious way loads the
+adapter by PEFT, changes it in torch and saves it: nothing is checked, and nothing is on the disk for certain.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import shutil
@@ -27,6 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from axolotl_ivon.drawing import normals
+from axolotl_ivon.files import CONFIG_FILE
 from axolotl_ivon.posterior import MEAN_FILE, SIGMA_FILE, Posterior
 from axolotl_ivon.tensors import Spec, Tensors
 
@@ -81,6 +84,42 @@ def run(*command: str) -> tuple[float, float]:
     return time.perf_counter() - started, usage.ru_maxrss / 1000
 
 
+def obvious(command: str, adapter: Path, other: Path, target: Path) -> None:
+    """Do what a command does as a script of ten lines would."""
+    import torch
+    from peft import load_peft_weights
+    from safetensors.torch import load_file, save_file
+
+    mean, sigma = load_peft_weights(str(adapter), device="cpu"), load_file(adapter / SIGMA_FILE)
+    outputs: dict[str, dict[str, Any]] = {"": mean}
+    if command == "prune":
+        snr = torch.cat([(mean[key].abs() / sigma[key]).flatten() for key in mean])
+        threshold = snr.kthvalue(round(0.1 * len(snr))).values
+        for key, value in mean.items():
+            low = value.abs() / sigma[key] <= threshold
+            value[low], sigma[key][low] = 0.0, 0.0
+    elif command == "temper":
+        sigma = {key: value / math.sqrt(2) for key, value in sigma.items()}
+    elif command == "sample":
+        outputs = {
+            f"sample-{k}": {key: m + sigma[key] * torch.randn_like(m) for key, m in mean.items()} for k in range(8)
+        }
+    else:
+        means = mean, load_peft_weights(str(other), device="cpu")
+        precisions = [{key: value**-2 for key, value in q.items()} for q in (sigma, load_file(other / SIGMA_FILE))]
+        total = {key: sum(p[key] for p in precisions) for key in mean}
+        for key in mean:
+            mean[key] = sum(m[key] * p[key] for m, p in zip(means, precisions, strict=True)) / total[key]
+        sigma = {key: value**-0.5 for key, value in total.items()}
+    for name, weights in outputs.items():
+        folder = target / name
+        folder.mkdir(parents=True)
+        shutil.copy(adapter / CONFIG_FILE, folder)
+        save_file(weights, folder / MEAN_FILE)
+    if "" in outputs:
+        save_file(sigma, target / SIGMA_FILE)
+
+
 def measure(adapter: Path, other: Path, work: Path, repeats: int, console: Console) -> list[list[str]]:
     """Return the rows of the table for one adapter."""
     ivon_post = (sys.executable, "-c", "import ivon_post; ivon_post.main()")
@@ -97,25 +136,28 @@ def measure(adapter: Path, other: Path, work: Path, repeats: int, console: Conso
     }
     rows = []
     for name, (words, shell) in commands.items():
-        timed: dict[str, list[tuple[float, float]]] = {"ours": [], "cp": [], "cp + sync": []}
+        timed: dict[str, list[tuple[float, float]]] = {"ours": [], "cp": [], "cp + sync": [], "obvious": []}
+        script = (sys.executable, __file__, "--obvious", words[0], str(adapter), str(other), str(target))
         ways: dict[str, Callable[[], tuple[float, float]]] = {
             "ours": lambda words=words: run(*ivon_post, *words, "-o", str(target), "--quiet"),
             "cp": lambda shell=shell: run("sh", "-c", shell),
             "cp + sync": lambda shell=shell: run("sh", "-c", f"{shell}; find {target} -type f | xargs sync"),
+            "obvious": lambda script=script: run(*script),
         }
         for _ in track(range(repeats), name, console=console, transient=True):
             for way, work_once in ways.items():
                 timed[way].append(work_once())
                 shutil.rmtree(target)
         seconds = {way: statistics.median(t for t, _ in results) for way, results in timed.items()}
-        memory = max(m for _, m in timed["ours"])
+        memory = {way: max(m for _, m in timed[way]) for way in ("ours", "obvious")}
         rows.append(
             [
                 name,
                 *(f"{seconds[way]:.2f}" for way in timed),
                 f"{seconds['ours'] / seconds['cp']:.1f}",
                 f"{seconds['ours'] / seconds['cp + sync']:.1f}",
-                f"{memory:,.0f}",
+                f"{seconds['ours'] / seconds['obvious']:.2f}",
+                *(f"{peak:,.0f}" for peak in memory.values()),
             ]
         )
     return rows
@@ -127,10 +169,15 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", choices=list(MODELS), default=[160], help="millions of weights")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", help="where to work; needs 15 GB for 160 million weights")
+    parser.add_argument("--obvious", nargs=4, metavar=("COMMAND", "ADAPTER", "OTHER", "TARGET"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.obvious:
+        obvious(arguments.obvious[0], *map(Path, arguments.obvious[1:]))
+        return
     errors = Console(stderr=True)
     table = Table(title=f"{platform.machine()}, {os.cpu_count()} processors, medians of {arguments.repeats}, seconds")
-    for column in ("weights", "command", "ivon-post", "cp", "cp + sync", "× cp", "× cp + sync", "peak MB"):
+    columns = ("ivon-post", "cp", "cp + sync", "obvious", "× cp", "× cp + sync", "× obvious", "peak MB", "its peak MB")
+    for column in ("weights", "command", *columns):
         table.add_column(column, justify="left" if column == "command" else "right")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
         for millions in arguments.sizes:
@@ -142,7 +189,7 @@ def main() -> None:
                 table.add_row(f"{weights:,}", *row)
             shutil.rmtree(adapter)
             shutil.rmtree(other)
-    Console(width=120).print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -94,8 +94,12 @@ def test_the_lowest_of_many(arrangement: str):
     parts = dict(zip("abcde", np.array_split(values, 5), strict=True))
     in_order = np.argsort(values, kind="stable")
     done: list[str] = []
+
+    def scores(key: str, step: int = 1) -> np.ndarray:
+        return parts[key][::step]
+
     for count in (1, 2, 819, 820, 25_000, 49_999, 50_000):
-        found = dict(pruning._mark(list(parts), parts.__getitem__, count, weights=2**23, done=done.append))
+        found = dict(pruning._mark(list(parts), scores, count, weights=2**23, done=done.append))
         mask = np.concatenate([np.unpackbits(found[key][0], count=len(parts[key])) for key in parts])
         assert np.array_equal(np.flatnonzero(mask), np.sort(in_order[:count]))
         for key, (bits, zeros) in found.items():
