@@ -32,10 +32,7 @@ ENSEMBLE_FILE = "ensemble.json"
 FORMAT = "ivon-lora"
 FORMAT_VERSION = "1"
 
-# What axolotl and the Trainer save beside an adapter that belongs to it: the model card and the tokenizer.
-# Optimizer states and their like belong to a checkpoint and stay there.
-COMPANIONS = (
-    "README.md",
+TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "merges.txt",
@@ -45,6 +42,9 @@ COMPANIONS = (
     "tokenizer_config.json",
     "vocab.json",
 )
+# What axolotl and the Trainer save beside an adapter that belongs to it: the model card and the tokenizer.
+# Optimizer states and their like belong to a checkpoint and stay there.
+COMPANIONS = ("README.md", *TOKENIZER_FILES)
 
 # A folder with one of these was written by this project, PEFT or transformers, and may be overwritten.
 _MARKERS = (CONFIG_FILE, ENSEMBLE_FILE, "config.json")
@@ -405,14 +405,14 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the model card and the tokenizer that lie beside the adapter in `source`, where there are any.
+def copy_companions(source: Path, target: Path, names: Iterable[str] = COMPANIONS) -> None:
+    """Copy the model card and the tokenizer that lie beside the adapter in `source`, where there are any; unread.
 
     A link that leads out of the folder is not followed, unless to the blobs of the Hub's cache: what it names need not
     be the adapter's.
     """
     here = source.resolve()
-    for name in COMPANIONS:
+    for name in names:
         path = source / name
         # What has no size can still be without end, in /proc.
         if path.is_file() and path.stat().st_size:

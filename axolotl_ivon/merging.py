@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import IVONError
-from .files import new_folder
+from .files import TOKENIZER_FILES, copy_companions, new_folder
 from .posterior import Adapter
 from .tensors import Progress, Tensors
 
@@ -79,7 +79,9 @@ def merge(
             merged.save_pretrained(new, max_shard_size=max_shard_size)
         except SafetensorError as error:  # its writer does not raise OSError when the disk is full
             raise IVONError(f"{folder} cannot be written ({' '.join(str(error).split())})") from error
-        if tokenizer := _tokenizer(adapter.folder, base):
+        if (adapter.folder / "tokenizer_config.json").exists():
+            copy_companions(adapter.folder, new, TOKENIZER_FILES)
+        elif tokenizer := _tokenizer(base):
             tokenizer.save_pretrained(new)
         step("writing", 1)
 
@@ -95,13 +97,10 @@ def _own_dtype(base: str) -> str:
     return own if own in DTYPES else "auto"
 
 
-def _tokenizer(adapter: Path, base: str) -> PreTrainedTokenizerBase | None:
+def _tokenizer(base: str) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
-    beside = (adapter / "tokenizer_config.json").exists()
     try:
-        return AutoTokenizer.from_pretrained(str(adapter) if beside else base, trust_remote_code=False)
-    except Exception as error:  # `tokenizers` raises nothing more special
-        if beside:
-            raise IVONError(f"{adapter}: its tokenizer cannot be read ({' '.join(str(error).split())})") from error
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    except Exception:  # `tokenizers` raises nothing more special; a model without a tokenizer is a model
         return None

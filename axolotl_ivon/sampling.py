@@ -32,7 +32,7 @@ LOG = logging.getLogger(__name__)
 
 # A weight can travel at most Σ α_t·ξ in a run. The paper's commonsense runs allow 0.13; a run that allowed 0.04
 # learned nothing.
-SHORT_REACH = 0.08
+SHORT_REACH, PAPER_REACH = 0.08, 0.13
 ADAM_LIKE_LR = 1e-3
 # So many skipped steps in a row are no accident of one batch, nor of a loss scaler that finds its scale.
 DIVERGED = 10
@@ -224,10 +224,11 @@ class _PosteriorTraining(TrainerCallback):
         if reach < SHORT_REACH:
             LOG.warning(
                 "in this run no weight can travel farther than %.3g (the sum of learning rate × clip over %d steps), "
-                "and below %g it may learn little: raise learning_rate or clip, or train longer",
+                "and below %g it may learn little: raise learning_rate%s or clip, or train longer",
                 reach,
                 state.max_steps,
                 SHORT_REACH,
+                f" (with {lr * PAPER_REACH / reach:.2g} it is {PAPER_REACH}, as in the paper)" if reach else "",
             )
 
     def on_pre_optimizer_step(

@@ -67,6 +67,9 @@ def test_dtype_shards_and_another_base(tiny_adapter: Path, tiny_llama: Path, tmp
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "own").dtype == torch.bfloat16
     # The tokenizer is the one beside the adapter: this base model has none.
     assert AutoTokenizer.from_pretrained(tmp_path / "own").chat_template
+    name = "tokenizer.json"  # copied without being read, as a damaged one can keep its reader busy for minutes
+    assert (tmp_path / "own" / name).read_bytes() == (tiny_adapter / name).read_bytes()
+    assert not (tmp_path / "own" / "README.md").exists(), "the adapter's card is not the model's"
 
 
 def test_a_classifier_keeps_its_head(tiny_llama: Path, tmp_path: Path):

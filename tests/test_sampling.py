@@ -301,6 +301,7 @@ def test_warnings_say_why(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCa
     assert "learning_rate 0.0002 looks like one for Adam" in caplog.text
     reach = 2e-4 * 0.01 * (1 + 0.75 + 0.5 + 0.25)
     assert f"farther than {reach:.3g}" in caplog.text
+    assert f"with {2e-4 * 0.13 / reach:.2g} it is 0.13" in caplog.text
     caplog.clear()
     trainer = make_trainer(tiny_llama, tmp_path, max_steps=4, learning_rate=0.1)
     attach(trainer, clip=1.0)
