@@ -138,6 +138,78 @@ def train_ivon_lora(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
     return Trained(model, as_posterior(mean, sigma), seconds, state_bytes(optimizer), optimizer.summary())
 
 
+class AlgorithmOne(torch.optim.Optimizer):
+    """IVON-LoRA as its paper's Algorithm 1 has it: h is averaged over the steps, and the newest δ is added to it.
+
+    For the ablation alone: σ² = 1/(λ·(h + δ)), where h + δ has a floor, as it turns negative when δ jumps.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, ess: float, beta2: float, h0: float, clip: float, seed: int
+    ) -> None:
+        super().__init__(params, {"lr": lr})
+        self.ess, self.beta2, self.clip, self.floor = ess, beta2, clip, 1e-3 * h0
+        self.generator = torch.Generator().manual_seed(seed)
+        self.steps, self.floored = 0, 0
+        for p in self.param_groups[0]["params"]:
+            m = p.detach().clone()
+            delta = 1 / (ess * (m.square() + 1 / (ess * h0)).mean())
+            self.state[p] = {"m": m, "g": torch.zeros_like(m), "h": torch.full_like(m, h0), "delta": delta}
+
+    def precision(self, p: Tensor) -> Tensor:
+        """Return h + δ, not below the floor."""
+        return (self.state[p]["h"] + self.state[p]["delta"]).clamp_min(self.floor)
+
+    def sigma(self, p: Tensor) -> Tensor:
+        """Return σ."""
+        return (self.ess * self.precision(p)).rsqrt()
+
+    @contextmanager
+    def sampled_params(self) -> Iterator[None]:
+        """Put a draw into the parameters inside the context; keep ĥ."""
+        with torch.no_grad():
+            for p in self.state:
+                p.add_(self.sigma(p) * torch.randn(p.shape, generator=self.generator))
+        yield
+        with torch.no_grad():
+            for p, state in self.state.items():
+                state["hessian"] = p.grad * (p - state["m"]) * self.ess * self.precision(p)
+                p.copy_(state["m"])
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step."""
+        self.steps += 1
+        for p, state in self.state.items():
+            m, g, h = state["m"], state["g"], state["h"]
+            state["delta"] = 1 / (self.ess * (m.square() + self.sigma(p).square()).mean())
+            g.lerp_(p.grad, 0.1)
+            gap = h - state["hessian"]
+            h += (self.beta2 - 1) * gap + 0.5 * (1 - self.beta2) ** 2 * gap.square() / self.precision(p)
+            self.floored += int((h + state["delta"] < self.floor).sum())
+            direction = g / (1 - 0.9**self.steps) / self.precision(p)
+            m -= self.param_groups[0]["lr"] * direction.clamp(-self.clip, self.clip)
+            p.copy_(m)
+
+
+def train_algorithm_one(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Trained:
+    """IVON-LoRA with h, and not the precision, as the state."""
+    parameters = model.trained()
+    optimizer = AlgorithmOne(
+        parameters.values(),
+        learning_rate(settings, settings["steps"], settings["clip"]),
+        effective_sample_size(len(task.train), settings["gamma"]),
+        settings["beta2"],
+        settings["h0"],
+        settings["clip"],
+        settings["seed"],
+    )
+    seconds = loop(model, task.train, optimizer, settings, optimizer.sampled_params)
+    sigma = {name: optimizer.sigma(value) for name, value in parameters.items()}
+    floored = optimizer.floored / optimizer.steps
+    return Trained(model, as_posterior(parameters, sigma), seconds, state_bytes(optimizer), {"floored_a_step": floored})
+
+
 def train_ivon_opt(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Trained:
     """IVON with its fixed prior, by the package `ivon-opt`."""
     import ivon
@@ -238,6 +310,7 @@ def train_blob(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Train
 TRAINERS: dict[str, Callable[[Encoder, Task, Mapping[str, Any]], Trained]] = {
     "adamw": train_adamw,
     "ivon-lora": train_ivon_lora,
+    "algorithm-1": train_algorithm_one,
     "ivon-opt": train_ivon_opt,
     "blob": train_blob,
 }

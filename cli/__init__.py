@@ -22,6 +22,12 @@ def COMMANDS() -> list[click.Command]:
     return [import_module(f".{name}", __name__).command for name in _MODULES]
 
 
+class _Mistyped(click.ClickException):
+    """A usage error without the three lines of usage."""
+
+    exit_code = click.UsageError.exit_code
+
+
 class _Group(click.Group):
     """A group whose commands come from the hook, and whose user errors are one line on stderr."""
 
@@ -50,6 +56,9 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except IVONError as error:
             raise click.ClickException(str(error)) from error
+        except click.UsageError as error:
+            path = (error.ctx or ctx).command_path
+            raise _Mistyped(f"{error.format_message()} See '{path} --help'.") from error
 
 
 @click.group(

@@ -215,7 +215,7 @@ def test_learning_rate_from_travel_is_what_the_schedule_adds_up_to() -> None:
     assert travelled == pytest.approx(0.2, rel=0.02)
 
 
-@pytest.mark.parametrize("method", ["adamw", "ivon-lora", "ivon-opt", "blob"])
+@pytest.mark.parametrize("method", ["adamw", "ivon-lora", "algorithm-1", "ivon-opt", "blob"])
 def test_every_method_trains_and_its_posterior_has_the_encoders_names(bert: Path, method: str) -> None:
     from fidelity_methods import TRAINERS
 
