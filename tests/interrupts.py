@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ from axolotl.common.datasets import load_datasets
 from axolotl.integrations.base import BasePlugin
 from axolotl.train import train
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from axolotl_ivon import IVONLoRA, Posterior
@@ -380,6 +382,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
+    # tqdm's own lock is one for all forks, and a run that is killed while it holds it would stop all that come after.
+    tqdm.set_lock(threading.RLock())
     with tempfile.TemporaryDirectory() as folder:
         results = interrupt(options.moments, options.seed, options.jobs, Path(folder))
     bad = [result for result in results if result[1]]
