@@ -488,7 +488,7 @@ class Arithmetic:
         # IVON's p ← β2·p + (1−β2)·(ĥ+δ) + ½(1−β2)²·(p−ĥ−δ)²/p is p·(1 + d + ½d²), positive for every d, where
         # d = (1−β2)·((ĥ+δ)/p − 1).
         d = p.reciprocal()
-        minus_one = torch.tensor(c.beta2 - 1, device=d.device)  # times 1−β2
+        minus_one = torch.full((), c.beta2 - 1, device=d.device)  # times 1−β2; no copy that a GPU waits for
         for part, delta in zip(piece.split(d), deltas, strict=True):
             torch.add(minus_one, part, alpha=(1 - c.beta2) * delta, out=part)
         d.add_(product, alpha=(1 - c.beta2) * c.product).nan_to_num_(nan=0.0, neginf=-TRAVEL)
