@@ -131,6 +131,9 @@ class WholeAdapter(TrainerCallback):
         trainer.accelerator.prepare = self.around_prepare(trainer.accelerator.prepare)
         trainer._save_optimizer_and_scheduler = self.around_save(trainer._save_optimizer_and_scheduler)
         trainer._load_optimizer_and_scheduler = self.around_load(trainer._load_optimizer_and_scheduler)
+        # The base model is frozen, and the adapter's weights come with the state; torch 2.14 fails on weights in a
+        # checkpoint of FSDP2 that the model, from which they are taken, does not have.
+        trainer._load_from_checkpoint = lambda *args, **kwargs: None
         trainer._load_best_model = self.load_best
         trainer.save_model = self.around_save_model(trainer.save_model)  # type: ignore[method-assign]
         trainer.add_callback(self)

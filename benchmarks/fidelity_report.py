@@ -31,9 +31,16 @@ ROW_NAMES = {
     ("ivon-lora", "posterior"): "**IVON-LoRA, 10 draws**",
     ("ivon-lora", "posterior-pruned"): "IVON-LoRA, 10 draws, 10 % pruned",
     ("ivon-lora", "recommended"): "IVON-LoRA, 10 draws, τ and pruning by validation",
+    ("ivon-lora-h0", "mean"): "**IVON-LoRA, h0 0.5, mean**",
+    ("ivon-lora-h0", "posterior"): "**IVON-LoRA, h0 0.5, 10 draws**",
+    ("ivon-lora-h0", "recommended"): "IVON-LoRA, h0 0.5, 10 draws, τ and pruning by validation",
 }
-
-SHIFTED = (("adamw", "mean"), ("blob", "posterior"), ("ivon-lora", "mean"), ("ivon-lora", "posterior"))
+OURS = ("ivon-lora", "ivon-lora-h0")
+SHIFTED = (
+    ("adamw", "mean"),
+    ("blob", "posterior"),
+    *((method, row) for method in OURS for row in ("mean", "posterior")),
+)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -126,11 +133,12 @@ def main_table(results: Results) -> str:
 def verdict_table(results: Results) -> str:
     """What must show: IVON-LoRA against AdamW, paired by seed, averaged over tasks."""
     rows = []
-    for by in results.suite["methods"]["adamw"].get("choose_by", ["nll"]):
+    compared = [method for method in OURS if method in results.suite["methods"]]
+    for method, by in itertools.product(compared, results.suite["methods"]["adamw"].get("choose_by", ["nll"])):
         for metric, row in (("nll", "posterior"), ("ece", "posterior"), ("accuracy", "mean")):
             pairs = []
             for task in results.tasks():
-                ours = results.values(metric, task, "ivon-lora", row)
+                ours = results.values(metric, task, method, row)
                 theirs = results.values(metric, task, "adamw", "mean", choose_by=by)
                 pairs.append({seed: (ours[seed], theirs[seed]) for seed in ours.keys() & theirs.keys()})
             seeds = sorted(set.intersection(*(set(pair) for pair in pairs))) if pairs else []
@@ -147,7 +155,7 @@ def verdict_table(results: Results) -> str:
                 ratio = statistics.fmean(ours_mean) / statistics.fmean(theirs_mean)
                 text, holds = f"{ratio:.2f} of AdamW's", margin + 2 * error < 0
             rows.append([
-                f"{METRICS[metric][0]} ({'10 draws' if row == 'posterior' else row})",
+                f"{ROW_NAMES[method, row].replace('*', '')}: {METRICS[metric][0]}",
                 f"validation {METRICS[by][0]}" if isinstance(by, str) else f"{by:g}",
                 cell(ours_mean, metric), cell(theirs_mean, metric), text, "yes" if holds else "no",
             ])  # fmt: skip
@@ -161,12 +169,7 @@ def shift_table(results: Results) -> str:
     for task in results.tasks():
         if not results.suite["tasks"][task].get("shifted"):
             continue
-        for method, row in (
-            ("adamw", "mean"),
-            ("blob", "posterior"),
-            ("ivon-lora", "mean"),
-            ("ivon-lora", "posterior"),
-        ):
+        for method, row in SHIFTED:
             if method not in results.suite["methods"]:
                 continue
             for by in results.suite["methods"][method].get("choose_by", ["nll"]):
@@ -244,7 +247,13 @@ def scatter(results: Results) -> Figure:
     """Draw accuracy against ECE and NLL of every row, one line of panels for each task."""
     tasks = results.tasks()
     figure = Figure(figsize=(10, 3.2 * len(tasks)), layout="constrained")
-    colors = {"adamw": "#9a9a9a", "blob": "#d55e00", "ivon-opt": "#e69f00", "ivon-lora": "#0072b2"}
+    colors = {
+        "adamw": "#9a9a9a",
+        "blob": "#d55e00",
+        "ivon-opt": "#e69f00",
+        "ivon-lora": "#0072b2",
+        "ivon-lora-h0": "#009e73",
+    }
     panels = figure.subplots(len(tasks), 2, sharey="row", squeeze=False)
     for task, axes in zip(tasks, panels, strict=True):
         for (method, row, by), marker in zip(_lines(results), itertools.cycle("os^vDP*Xsph<>d8"), strict=False):
