@@ -14,13 +14,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .drawing import mixed, quantiles
 from .optimizer import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Arithmetic, Block, Constants, Piece
 
 LOG = logging.getLogger(__name__)
 
 # What lets sums be vectorized; a NaN stays one.
 _FASTMATH = {"reassoc", "contract", "nsz"}
-_at: Any = None  # (address, size) -> array; compiled before the kernels, which call it
+# Compiled before the kernels, which call them: (address, size) -> array, and drawing.mixed.
+_at: Any = None
+_mixed: Any = None
+_16, _32, _48, _BITS = np.uint64(16), np.uint64(32), np.uint64(48), np.uint64(0xFFFF)
+
+
+def _noise(noise: Any, sizes: Any, seeds: Any, table: Any) -> None:
+    stop = 0
+    for part in range(len(sizes)):
+        start, stop = stop, stop + sizes[part]
+        noise_, first, stride = noise[start:stop], seeds[part, 0], seeds[part, 1]
+        for i in range(len(noise_) // 2):
+            z = _mixed(np.uint64(i), first, stride)
+            noise_[2 * i] = table[z & _BITS] + table[(z >> _16) & _BITS]
+            noise_[2 * i + 1] = table[(z >> _32) & _BITS] + table[z >> _48]
+        if len(noise_) % 2:
+            z = _mixed(np.uint64(len(noise_) // 2), first, stride)
+            noise_[-1] = table[z & _BITS] + table[(z >> _16) & _BITS]
 
 
 def _draw(m: Any, p: Any, noise: Any, thetas: Any, sizes: Any, inverse_root_ess: Any, norms: Any) -> None:
@@ -46,6 +64,17 @@ def _collect(m: Any, product: Any, thetas: Any, gradients: Any, sizes: Any) -> N
         for i in range(len(m_)):
             product_[i] = (theta_[i] - m_[i]) * gradient_[i]
             theta_[i] = m_[i]
+
+
+def _gradient_norm(gradients: Any, sizes: Any) -> Any:
+    total = np.float32(0)
+    for tensor in range(len(sizes)):
+        gradient_ = _at(gradients[tensor], sizes[tensor])
+        squares = np.float32(0)
+        for i in range(len(gradient_)):
+            squares += gradient_[i] * gradient_[i]
+        total += squares
+    return np.sqrt(total)
 
 
 def _update(
@@ -93,9 +122,18 @@ def _update(
 class CompiledArithmetic(Arithmetic):
     """`Arithmetic` in one pass each, on float32 parameters; on others in torch's operations."""
 
+    PARTS = 2  # each passes through the CPU once, so it is the noise alone that must stay in the cache
+
+    _noise: Any
     _draw: Any
     _collect: Any
+    _gradient_norm: Any
     _update: Any
+
+    @classmethod
+    def noise(cls, noise: Tensor, sizes: list[int], seeds: np.ndarray) -> None:
+        """Put ε ~ N(0, I) into `noise`, the same that `Arithmetic` does."""
+        cls._noise(noise.numpy(), np.array(sizes), seeds, quantiles())
 
     @classmethod
     def draw(cls, piece: Piece, noise: Tensor, ess: float) -> Tensor:
@@ -116,6 +154,14 @@ class CompiledArithmetic(Arithmetic):
             Arithmetic.collect(piece, product)
         else:
             cls._collect(piece.mean.numpy(), product.numpy(), thetas, gradients, np.array(piece.sizes))
+
+    @classmethod
+    def gradient_norm(cls, piece: Piece) -> float:
+        """Return the norm of the gradients."""
+        gradients = _addresses(piece.gradients)
+        if gradients is None:
+            return Arithmetic.gradient_norm(piece)
+        return float(cls._gradient_norm(gradients, np.array(piece.sizes)))
 
     @classmethod
     def update(cls, piece: Piece, product: Tensor, deltas: list[float], c: Constants) -> None:
@@ -160,8 +206,10 @@ def _try(made: type[Arithmetic]) -> None:
     block = Block({"h0": 1.0, "ess": 1.0, "prior": 1.0}, [param], {}, (0, 0))
     [piece] = block.pieces([0])
     with torch.no_grad():
+        made.noise(torch.ones(1), [1], np.ones((1, 2), np.uint64))
         made.draw(piece, torch.ones(1), 1.0)
         made.collect(piece, torch.ones(1))
+        made.gradient_norm(piece)
         made.update(piece, torch.ones(1), [1.0], Constants(1.0, 0.9, 0.9, 1.0, 1.0, 0.1, True))
 
 
@@ -170,7 +218,7 @@ def arithmetic() -> type[Arithmetic] | None:
     """Return the compiled arithmetic, or None where there is no numba or it cannot compile it."""
     if importlib.util.find_spec("numba") is None:
         return None
-    global _at
+    global _at, _mixed
     try:
         import numba
         from numba.core import types
@@ -185,7 +233,8 @@ def arithmetic() -> type[Arithmetic] | None:
 
         compiled = numba.njit(nogil=True, fastmath=_FASTMATH, error_model="numpy")
         _at = compiled(lambda address, size: numba.carray(pointer(address), size))  # type: ignore[call-arg]
-        kernels = {kernel.__name__: compiled(kernel) for kernel in (_draw, _collect, _update)}
+        _mixed = compiled(mixed)
+        kernels = {kernel.__name__: compiled(kernel) for kernel in (_noise, _draw, _collect, _gradient_norm, _update)}
         made = type("Compiled", (CompiledArithmetic,), kernels)
         _try(made)
         return made

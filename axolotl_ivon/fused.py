@@ -275,7 +275,7 @@ class FusedBlock(Block):
     def draw(self, number: int | str) -> None:
         """θ = m + σ·ε, ε ~ N(0, I), and beside it what δ needs."""
         self.moments = {i: 0.0 for i, param in enumerate(self.params) if param.requires_grad and param.numel()}
-        noise = self.noise(self.everything, number)
+        noise = self.noise(self.everything, self.noise_seed(number))
         ess = float(self.group["ess"])
         self.launch(_draw, self.thetas(), noise, self.mean, self.precision, self.partial[0], ess, ess**-0.5)
 

@@ -6,17 +6,18 @@ q = N(m, diag(σ²)) with σ² = 1/(λ·p), where p is the posterior precision o
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .drawing import mixed, random_bits, training_noise
 from .parallel import in_parallel
 
 # Bounds on p that keep σ = 1/√(λ·p) finite and positive in float32 for every λ that is accepted. The update
@@ -24,9 +25,9 @@ from .parallel import in_parallel
 PRECISION_FLOOR, PRECISION_CEILING = 1e-12, 1e24
 # A step that is longer overflows sooner or later, whatever lr and clip allow.
 TRAVEL = 1e18
-# Weights that are worked on at once on a CPU: few enough to stay in the cache from one operation to the next, and
-# enough for the time that Python takes to call an operation not to count.
-_PIECE = 2**17
+# Weights that have noise of their own and are worked on at once on a CPU: few enough to stay in the cache from one
+# operation to the next, and enough for the time that Python takes to call an operation not to count.
+_PART = 2**17
 # Weights from which on a CPU the seconds that it takes to compile the arithmetic are worth it.
 _COMPILED = 2**18
 
@@ -295,14 +296,8 @@ class IVONLoRA(Optimizer):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
-    @torch.no_grad()
     def _gradient_norm(self) -> float:
-        gradients = self._gradients()
-        if not gradients:
-            return 0.0
-        # float32 also for a float16 gradient, whose norm overflows early.
-        norms = torch._foreach_norm(gradients, dtype=torch.float32)
-        return float(torch.stack([norm.to(norms[0].device) for norm in norms]).norm())
+        return math.hypot(*(block.gradient_norm() for block in self._get_blocks()))
 
     def _judge(self, blocks: list[Block]) -> float | Tensor | None:
         """Return by what the gradients were scaled since the draws, or None if the step is to be skipped.
@@ -461,6 +456,14 @@ class Constants(NamedTuple):
 class Arithmetic:
     """The algorithm on the weights of a piece, in torch's operations."""
 
+    PARTS = 1  # of _PART weights that make a piece
+
+    @staticmethod
+    def noise(noise: Tensor, sizes: list[int], seeds: np.ndarray) -> None:
+        """Put ε ~ N(0, I) into `noise`, which has parts of these sizes, and seeds: uint64 [parts, 2]."""
+        for part, (start, stride) in zip(noise.split_with_sizes(sizes), seeds, strict=True):
+            training_noise(part.numpy(), start, stride)
+
     @staticmethod
     def draw(piece: Piece, noise: Tensor, ess: float) -> Tensor:
         """Put θ = m + σ·ε into the parameters; return the norms of m and of √λ·σ by tensor, for δ: [2, tensors]."""
@@ -479,6 +482,12 @@ class Arithmetic:
         ):
             torch.sub(theta, mean, out=part).mul_(gradient)
         torch._foreach_copy_(thetas, piece.means)
+
+    @staticmethod
+    def gradient_norm(piece: Piece) -> float:
+        """Return the norm of the gradients."""
+        # float32 also for a float16 gradient, whose norm overflows early.
+        return float(torch.stack(torch._foreach_norm(piece.gradients, dtype=torch.float32)).norm())
 
     @staticmethod
     def update(piece: Piece, product: Tensor, deltas: list[float], c: Constants) -> None:
@@ -500,7 +509,7 @@ class Arithmetic:
 
 
 class Piece:
-    """Neighbouring weights of a block that are worked on at once: whole tensors, or some rows of a large one.
+    """Neighbouring weights of a block that are worked on at once: whole tensors, or some rows of large ones.
 
     `mean`, `momentum` and `precision` are its place in the block's buffers, `means` and `momenta` the same values in
     the shapes that they have in the parameters.
@@ -516,6 +525,8 @@ class Piece:
         self.place = slice(start, start + sum(self.sizes))
         self.mean, self.momentum, self.precision = (getattr(block, name)[self.place] for name in block.FLATS)
         self.means, self.momenta = self.shaped(self.mean), self.shaped(self.momentum)
+        # What tells the noise of a part from that of others.
+        self.streams = np.stack([random_bits(f"{block.key}/{i}/{rows.start if rows else 0}") for i, rows in parts])
         self.norms = torch.zeros(2, 0)  # of m and of √λ·σ, tensor by tensor
 
     @property
@@ -553,7 +564,7 @@ class Block:
     ) -> None:
         self.group, self.params, self.key = group, params, key
         self.device = params[0].device
-        self.limit = float(_PIECE) if self.device.type == "cpu" else math.inf
+        self.limit = float(_PART) if self.device.type == "cpu" else math.inf
         self.arithmetic = _arithmetic(self.device, sum(param.numel() for param in params))
         self.offsets = [0, *accumulate(param.numel() for param in params)]
         self.mean, self.momentum, self.precision = (
@@ -596,29 +607,33 @@ class Block:
         pieces: list[list[tuple[int, slice | None]]] = []
         room, follows = 0.0, None
         for i, age in zip(chosen, ages, strict=True):
-            size = self.params[i].numel()
-            if size > self.limit and self.params[i].dim():
-                rows = max(1, int(self.limit) * len(self.params[i]) // size)
-                pieces += [[(i, slice(j, j + rows))] for j in range(0, len(self.params[i]), rows)]
-                follows = None
-                continue
-            if size <= room and (i, age) == follows:
-                pieces[-1].append((i, None))
-            else:
-                pieces.append([(i, None)])
-                room = self.limit
-            room, follows = room - size, (i + 1, age)
+            for rows in self.parts(i):
+                size = self.params[i][rows].numel() if rows else self.params[i].numel()
+                if size <= room and follows in ((i, age), (i - 1, age)):
+                    pieces[-1].append((i, rows))
+                else:
+                    pieces.append([(i, rows)])
+                    room = self.limit * self.arithmetic.PARTS
+                room, follows = room - size, (i, age)
         return [Piece(self, parts) for parts in pieces]
+
+    def parts(self, i: int) -> list[slice | None]:
+        """Return the rows that are the parts of a tensor, or None for all of a small one."""
+        param = self.params[i]
+        if param.numel() <= self.limit or not param.dim():
+            return [None]
+        rows = max(1, int(self.limit) * len(param) // param.numel())
+        return [slice(first, first + rows) for first in range(0, len(param), rows)]
 
     def with_gradient(self) -> list[int]:
         return [i for i in self.moments if self.params[i].grad is not None]
 
     def draw(self, number: int | str) -> None:
         """θ = m + σ·ε, ε ~ N(0, I), and beside it what δ needs, for which σ is at hand."""
-        ess = self.group["ess"]
+        ess, seed = self.group["ess"], self.noise_seed(number)
 
         def draw(piece: Piece) -> None:
-            piece.norms = self.arithmetic.draw(piece, self.noise(piece, number), ess)
+            piece.norms = self.arithmetic.draw(piece, self.noise(piece, seed), ess)
 
         self.moments = {i: 0.0 for i, param in enumerate(self.params) if param.requires_grad and param.numel()}
         pieces = self.pieces(list(self.moments))
@@ -627,20 +642,20 @@ class Block:
             for (i, _), m, root in zip(piece.parts, *piece.norms.tolist(), strict=True):
                 self.moments[i] += ess * m**2 + root**2
 
-    def noise(self, piece: Piece, number: int | str) -> Tensor:
+    def noise(self, piece: Piece, seed: np.ndarray) -> Tensor:
         noise = torch.empty(sum(piece.sizes), device=self.device)
-        generator = torch.Generator(self.device)
-        # On a CPU every tensor, or part of a large one, has noise of its own, however they are put into pieces.
-        split = piece.split(noise) if self.device.type == "cpu" else (noise,)
-        for (i, rows), part in zip(piece.parts, split, strict=False):
-            part.normal_(generator=generator.manual_seed(self.noise_seed(number, i, rows.start if rows else 0)))
+        # Every tensor, or part of a large one, has noise of its own, however they are put into pieces.
+        seeds = mixed(seed, piece.streams[:, :1], piece.streams[:, 1:])
+        if self.device.type == "cpu":
+            self.arithmetic.noise(noise, piece.sizes, seeds)
+        else:
+            noise.normal_(generator=torch.Generator(self.device).manual_seed(int(seeds[0, 0]) >> 1))
         return noise
 
-    def noise_seed(self, number: int | str, index: int, row: int) -> int:
+    def noise_seed(self, number: int | str) -> np.ndarray:
         # A seed for each draw and part, not one long stream: two integers in the state are all that a
         # resumed run needs, on whatever device it goes on, and it does not matter which thread draws what.
-        text = f"{self.group['seed']}/{number}/{self.key}/{index}" + (f"/{row}" if row else "")
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+        return random_bits(f"{self.group['seed']}/{number}")
 
     def restore_mean(self) -> None:
         def restore(piece: Piece) -> None:
@@ -686,6 +701,11 @@ class Block:
     def forget_draw(self) -> None:
         """Take back what a draw that failed left behind."""
         self.put_gradients_back(add=False)
+
+    def gradient_norm(self) -> float:
+        pieces = self.pieces(self.with_gradient())
+        norms = in_parallel(lambda piece: self.arithmetic.gradient_norm(piece), pieces)
+        return math.hypot(*norms)
 
     def put_gradients_back(self, *, add: bool) -> None:
         for param, gradient in zip(self.params, self.earlier or [None] * len(self.params), strict=True):

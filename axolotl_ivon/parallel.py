@@ -11,11 +11,12 @@ from typing import TypeVar
 import torch
 
 Piece = TypeVar("Piece")
+Result = TypeVar("Result")
 
 # Of the time for a piece about a fifth goes into Python, which runs in one thread at a time.
 _MOST_THREADS = 4
 # With fewer pieces than this a thread waits for Python more than it works.
-_PIECES_EACH = 8
+_PIECES_EACH = 4
 
 
 @functools.cache
@@ -23,18 +24,19 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="axolotl-ivon")
 
 
-def in_parallel(function: Callable[[Piece], object], pieces: Sequence[Piece]) -> None:
-    """Call `function` on every piece, without gradients, in up to `torch.get_num_threads()` threads.
+def in_parallel(function: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list[Result]:
+    """Return `function` of every piece, without gradients, from up to `torch.get_num_threads()` threads.
 
     Each thread, this one included, takes the next piece when it is done with one, so a core that is busy elsewhere
     costs its share only. When this returns or raises no piece is being worked on.
     """
-    left = iter(pieces)
+    left = iter(enumerate(pieces))
+    results: dict[int, Result] = {}
 
     def work() -> None:
         with torch.no_grad():
-            for piece in left:
-                function(piece)
+            for number, piece in left:
+                results[number] = function(piece)
 
     helpers = max(1, min(torch.get_num_threads(), _MOST_THREADS, len(pieces) // _PIECES_EACH)) - 1
     # The process is part of the key since a fork has none of its parent's threads.
@@ -45,3 +47,4 @@ def in_parallel(function: Callable[[Piece], object], pieces: Sequence[Piece]) ->
         wait(futures)
     for future in futures:
         future.result()
+    return [results[number] for number in range(len(pieces))]

@@ -1,19 +1,36 @@
-"""The normals are checked against numpy's and against the normal distribution itself."""
+"""The normals are checked against the normal distribution itself, and their bits against a plain transcription."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from statistics import NormalDist
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from axolotl_ivon.drawing import generator, normals
+from axolotl_ivon.compiled import arithmetic
+from axolotl_ivon.drawing import generator, normals, quantiles, random_bits, training_noise
+
+Draw = Callable[..., np.ndarray]
 
 
-def test_moments_are_those_of_the_normal_distribution():
-    x = normals(4_000_000, "test", 0).astype(np.float64)
+def noise(size: int, *key: object) -> np.ndarray:
+    """The stream of training noise whose seed is a hash of `key`."""
+    out = np.empty(size, np.float32)
+    training_noise(out, *random_bits(repr(key)))
+    return out
+
+
+both = pytest.mark.parametrize("draw", [normals, noise])
+
+
+@both
+def test_moments_are_those_of_the_normal_distribution(draw: Draw):
+    x = draw(4_000_000, "test", 0).astype(np.float64)
     # Six standard errors of each moment's estimate.
     assert abs(x.mean()) < 6 * math.sqrt(1 / x.size)
     assert abs(x.var() - 1) < 6 * math.sqrt(2 / x.size)
@@ -21,26 +38,29 @@ def test_moments_are_those_of_the_normal_distribution():
     assert abs((x**4).mean() - 3) < 6 * math.sqrt(96 / x.size)
 
 
-def test_distribution_is_normal_by_kolmogorov_and_smirnov():
-    x = np.sort(normals(100_000, "test", 1)).astype(np.float64)
+@both
+def test_distribution_is_normal_by_kolmogorov_and_smirnov(draw: Draw):
+    x = np.sort(draw(100_000, "test", 1)).astype(np.float64)
     expected = np.array([NormalDist().cdf(value) for value in x])
     steps = np.arange(1, x.size + 1) / x.size
     distance = max(np.abs(steps - expected).max(), np.abs(steps - 1 / x.size - expected).max())
     assert distance < 1.95 / math.sqrt(x.size)  # the quantile of the statistic at 0.999
 
 
-def test_tails_are_there():
-    x = normals(4_000_000, "test", 2)
+@both
+def test_tails_are_there(draw: Draw):
+    x = draw(4_000_000, "test", 2)
     for bound in (3.0, 4.0):
         expected = 2 * NormalDist().cdf(-bound) * x.size
         assert np.count_nonzero(np.abs(x) > bound) == pytest.approx(expected, abs=6 * math.sqrt(expected))
 
 
-def test_neighbours_are_independent():
-    x = normals(1_000_000, "test", 3).astype(np.float64)
-    for lag in (1, 2, 2**13, 2**14, 2**15):
+@both
+def test_neighbours_are_independent(draw: Draw):
+    x = draw(1_000_000, "test", 3).astype(np.float64)
+    for lag in (1, 2, 3, 4, 2**13, 2**14, 2**15):
         assert abs((x[:-lag] * x[lag:]).mean()) < 6 / math.sqrt(x.size)
-    other = normals(1_000_000, "test", 4).astype(np.float64)
+    other = draw(1_000_000, "test", 4).astype(np.float64)
     assert abs((x * other).mean()) < 6 / math.sqrt(x.size)
 
 
@@ -75,3 +95,51 @@ def test_threads_do_not_matter():
         together = list(pool.map(lambda key: normals(50_000, key), keys))
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+U64 = st.integers(0, 2**64 - 1)
+
+
+@given(sizes=st.lists(st.integers(0, 40_000), min_size=1, max_size=3), start=U64, stride=U64)
+def test_training_noise_is_a_hash_of_the_place_looked_up(sizes: list[int], start: int, stride: int):
+    def mixed(place: int) -> int:
+        z = (start + place * (stride | 1)) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    table = quantiles()
+    for size in sizes:
+        out = np.empty(size, np.float32)
+        training_noise(out, np.uint64(start), np.uint64(stride))
+        for i in {0, 1, 2, 3, 16_383, 16_384, 32_767, 32_768, size // 2, size - 1} & set(range(size)):
+            bits = mixed(i // 2) >> 32 * (i % 2)
+            assert out[i] == table[bits & 0xFFFF] + table[bits >> 16 & 0xFFFF]
+
+
+@settings(deadline=None)  # compiling takes its time
+@given(sizes=st.lists(st.integers(0, 40_000), min_size=1, max_size=3), pairs=st.lists(st.tuples(U64, U64), min_size=3))
+def test_training_noise_is_the_same_compiled(sizes: list[int], pairs: list[tuple[int, int]]):
+    import torch
+
+    from axolotl_ivon.optimizer import Arithmetic
+
+    compiled = arithmetic()
+    assert compiled is not None
+    seeds = np.array(pairs[: len(sizes)], np.uint64)
+    plain, fast = torch.empty(sum(sizes)), torch.empty(sum(sizes))
+    Arithmetic.noise(plain, sizes, seeds)
+    compiled.noise(fast, sizes, seeds)
+    assert torch.equal(plain, fast)
+
+
+def test_streams_do_not_run_into_each_other():
+    # Two streams of one stride whose starts are a few strides apart give the same numbers, shifted by as many.
+    stride, apart = 0x9E3779B97F4A7C15, 5
+    start = np.uint64(apart * stride % 2**64)
+    one, same, other = np.empty((3, 1000), np.float32)
+    training_noise(one, np.uint64(0), np.uint64(stride))
+    training_noise(same, start, np.uint64(stride))
+    np.testing.assert_array_equal(one[2 * apart :], same[: -2 * apart])
+    training_noise(other, start, np.uint64(stride + 2))
+    assert abs(np.corrcoef(one[2 * apart :], other[: -2 * apart])[0, 1]) < 0.2

@@ -577,7 +577,9 @@ def test_a_large_tensor_follows_the_reference_in_pieces_of_several_rows() -> Non
         optimizer.step()
         optimizer.zero_grad()
         reference.step([theta], [gradient], SETTINGS["lr"])
-    assert len(optimizer._get_blocks()[0]._pieces) == 17
+    pieces = optimizer._get_blocks()[0]._pieces
+    assert sum(len(piece.parts) for piece in pieces) == 17
+    assert len(pieces) > 8
     assert relative(param.detach(), reference.m) < 1e-5
     assert relative(optimizer.sigma(param), reference.sigma()) < 1e-5
 
@@ -772,6 +774,18 @@ def test_processes_with_draws_of_their_own_take_the_step_of_all_their_draws() ->
         assert torch.equal(params[0], params[1])
         assert relative(optimizers[0].mean(params[0]), reference.m) < 1e-5
         assert relative(optimizers[0].sigma(params[0]), reference.sigma()) < 1e-5
+
+
+def test_both_have_the_same_draws(arithmetic: type[algorithm.Arithmetic], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run goes on with the same noise where there is no numba."""
+    draws = []
+    for chosen in (arithmetic, algorithm.Arithmetic):
+        monkeypatch.setattr(algorithm, "_arithmetic", lambda *_, chosen=chosen: chosen)
+        params = [nn.Parameter(torch.zeros(shape)) for shape in ((7,), (2000, 130), (3, 5), (1000, 140), (11,))]
+        with IVONLoRA(params, **SETTINGS).sampled_params():
+            draws.append(torch.cat([param.detach().flatten() for param in params]))
+    assert draws[0].std() > 0
+    torch.testing.assert_close(*draws, rtol=1e-6, atol=0)
 
 
 def test_without_numba_or_with_one_that_fails_the_plain_operations_work(
