@@ -12,6 +12,7 @@ Average = Annotated[float, Field(ge=0, lt=1)]
 # What an unset key means. The fields themselves default to None, so that a run with another optimizer has no
 # trace of them in its configuration.
 DEFAULTS = {
+    "ivon_preset": "paper",
     "ivon_gamma": 5000.0,
     "ivon_h0": 5e-2,
     "ivon_clip": 5e-3,
@@ -32,6 +33,11 @@ def _key(name: str, description: str) -> Any:
 class IVONArgs(BaseModel):
     """The `ivon_*` keys, read when `optimizer: ivon_lora` is set (IVON-LoRA, arXiv 2506.14280)."""
 
+    ivon_preset: Literal["paper", "small_data"] | None = _key(
+        "ivon_preset",
+        "what unset keys are. `paper`: the defaults here. `small_data`: λ = 10·N, ivon_clip 0.01, as learning_rate "
+        "the one with which a weight can travel 0.15 in the run.",
+    )
     ivon_gamma: Positive | None = _key(
         "ivon_gamma", "γ of the effective sample size λ = γ·√N, N being the number of training examples."
     )

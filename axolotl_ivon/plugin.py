@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from .args import DEFAULTS, IVONArgs
 from .errors import IVONError
+from .presets import PRESETS
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -52,14 +53,23 @@ class IVONLoRAPlugin(BasePlugin):
     """Trains with IVON-LoRA when the YAML says `optimizer: ivon_lora`, and does nothing otherwise."""
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Check the raw YAML.
+        """Check the raw YAML; where a preset chooses the learning rate, fill in 0 for the one that axolotl requires.
 
         Raises:
             ConfigError: naming the key, its value and the fix.
         """
-        if cfg.get("optimizer") == OPTIMIZER:
-            _check_values(cfg)
-            _check_setting(cfg)
+        if cfg.get("optimizer") != OPTIMIZER:
+            return
+        _check_values(cfg)
+        _check_setting(cfg)
+        name = str(cfg.get("ivon_preset") or DEFAULTS["ivon_preset"])
+        if PRESETS[name].travel is not None:
+            if cfg.get("learning_rate"):
+                raise ConfigError(
+                    f"learning_rate: {cfg['learning_rate']} has no effect with ivon_preset: {name}, which chooses it: "
+                    "remove it"
+                )
+            cfg["learning_rate"] = 0.0
 
     def get_input_args(self) -> str:
         """Return where the keys' schema is."""
@@ -84,10 +94,11 @@ class IVONLoRAPlugin(BasePlugin):
         try:
             attach(
                 trainer,
-                gamma=values["ivon_gamma"],
+                preset=values["ivon_preset"],
+                gamma=cfg.ivon_gamma,
                 ess=cfg.ivon_lambda,
                 h0=values["ivon_h0"],
-                clip=values["ivon_clip"],
+                clip=cfg.ivon_clip,
                 betas=(values["ivon_beta1"], values["ivon_beta2"]),
                 prior=values["ivon_prior"],
                 eval_samples=values["ivon_eval_samples"],

@@ -22,6 +22,8 @@ from .hookspecs import plugin_manager
 from .optimizer import IVONLoRA, Skipped, effective_sample_size
 from .posterior import Posterior, save_sigma
 from .posterior_loss import posterior_loss
+from .presets import preset as find_preset
+from .presets import rates
 from .saving import no_step_past_the_end, whole_checkpoints
 from .sharding import WholeAdapter, agree_on_gradients, average, check_sharding, is_sharded
 
@@ -41,10 +43,11 @@ DIVERGED = 10
 def attach(
     trainer: Trainer,
     *,
-    gamma: float = 5000.0,
+    preset: Literal["paper", "small_data"] = "paper",
+    gamma: float | None = None,
     ess: float | None = None,
     h0: float = 5e-2,
-    clip: float = 5e-3,
+    clip: float | None = None,
     betas: tuple[float, float] = (0.9, 0.9995),
     prior: Literal["empirical"] | float = "empirical",
     train_size: int | None = None,
@@ -59,6 +62,9 @@ def attach(
 
     Args:
         trainer: any transformers or TRL Trainer whose model is a PeftModel.
+        preset: what γ, λ and clip are where they are not given. "paper": γ = 5000, clip 5e-3. "small_data", for
+            hundreds of examples or steps: λ = 10·N, clip 1e-2, and the Trainer's learning rate is replaced by the one
+            with which a weight can travel 0.15 in the run.
         gamma: γ of the effective sample size λ = γ·√N.
         ess: λ itself, instead of γ and N.
         h0, clip, betas, prior: as in `IVONLoRA`.
@@ -72,6 +78,7 @@ def attach(
         IVONError: the model has no adapter or trains weights outside of it, N is unknown, the Trainer already has an
             optimizer, or a value is out of range.
     """
+    chosen = find_preset(preset)
     if ess is None:
         if train_size is None:
             try:
@@ -80,13 +87,17 @@ def attach(
                 raise IVONError(
                     "the training data has no length, so λ = γ·√N is unknown: give ess= (or train_size=)"
                 ) from error
+        gamma = chosen.gamma if gamma is None else gamma
         try:
-            ess = effective_sample_size(train_size, gamma)
+            ess = chosen.ess(train_size) if gamma is None else effective_sample_size(train_size, gamma)
         except ValueError as error:
             raise IVONError(str(error)) from error
-        facts = {"gamma": str(gamma), "train_size": str(train_size)}
     else:
-        facts = {"gamma": "", "train_size": "" if train_size is None else str(train_size)}
+        gamma = None
+    facts = {
+        "gamma": "" if gamma is None else str(gamma),
+        "train_size": "" if train_size is None else str(train_size),
+    }
     if trainer.optimizer is not None:
         raise IVONError("the Trainer already has an optimizer: call attach() before train(), without optimizers=")
     if trainer.args.max_grad_norm == 1.0:
@@ -96,7 +107,7 @@ def attach(
         "ess": ess,
         "betas": betas,
         "h0": h0,
-        "clip": clip,
+        "clip": chosen.clip if clip is None else clip,
         "prior": prior,
         "seed": trainer.args.seed,
     }
@@ -104,7 +115,13 @@ def attach(
         raise IVONError(f"eval_samples: {eval_samples} is negative; give the number of draws, or 0 for none")
     if draws not in ("shared", "per_rank"):
         raise IVONError(f"draws: {draws!r} is neither 'shared' nor 'per_rank'")
-    trainer.add_callback(_PosteriorTraining(trainer, settings, facts, eval_samples, draws == "per_rank"))
+    training = _PosteriorTraining(trainer, settings, facts, eval_samples, draws == "per_rank")
+    trainer.add_callback(training)
+    if chosen.travel is not None:
+        if trainer.is_deepspeed_enabled and "scheduler" in trainer.accelerator.state.deepspeed_plugin.deepspeed_config:
+            raise IVONError(f"preset {preset} sets the learning rate: remove the scheduler from the DeepSpeed config")
+        around = training.around_create_scheduler(trainer.create_scheduler, chosen.travel)
+        trainer.create_scheduler = around  # type: ignore[method-assign]
 
 
 class _PosteriorTraining(TrainerCallback):
@@ -161,6 +178,23 @@ class _PosteriorTraining(TrainerCallback):
                 self.optimizer.process = self.trainer.args.process_index
             self.trainer.optimizer = self.adapter.take_over(self.optimizer) if self.adapter else self.optimizer
         return self.trainer.optimizer
+
+    def around_create_scheduler(self, create_scheduler: Any, travel: float) -> Any:
+        @functools.wraps(create_scheduler)
+        def at_the_rate_for_the_travel(num_training_steps: int, optimizer: Any = None) -> Any:
+            trainer: Any = self.trainer
+            # What the schedule adds up to, only the schedule knows.
+            shape = create_scheduler(num_training_steps, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+            trainer.lr_scheduler = None
+            total = sum(rates(shape, 1.0, num_training_steps))
+            lr = travel / (self.settings["clip"] * total) if total else trainer.args.learning_rate
+            trainer.args.learning_rate = lr
+            for group in (optimizer or trainer.optimizer).param_groups:
+                group["lr"] = lr
+            LOG.warning("the preset takes learning_rate %.3g for these %d steps", lr, num_training_steps)
+            return create_scheduler(num_training_steps, optimizer)
+
+        return at_the_rate_for_the_travel
 
     def around_training_step(self, training_step: Any) -> Any:
         @functools.wraps(training_step)
@@ -220,7 +254,7 @@ class _PosteriorTraining(TrainerCallback):
                 "clip, and 1e-2 to 1e-1 is the usual range",
                 lr,
             )
-        reach = sum(_schedule(kwargs.get("lr_scheduler"), lr, state.max_steps)) * clip
+        reach = sum(rates(kwargs.get("lr_scheduler"), lr, state.max_steps)) * clip
         if reach < SHORT_REACH:
             LOG.warning(
                 "in this run no weight can travel farther than %.3g (the sum of learning rate × clip over %d steps), "
@@ -368,11 +402,3 @@ def _check_trained_parameters(model: PeftModel, names: list[str]) -> None:
                 f"{name} is trained but is not part of the adapter: freeze it, or add its module to "
                 "lora_target_modules or lora_modules_to_save"
             )
-
-
-def _schedule(scheduler: Any, lr: float, steps: int) -> list[float]:
-    """Return the learning rate of every step, or its bound where the scheduler is no function of the step."""
-    lambdas = getattr(scheduler, "lr_lambdas", None)
-    if not lambdas:
-        return [lr] * steps
-    return [lr * lambdas[0](step) for step in range(steps)]

@@ -81,6 +81,19 @@ def test_sigint_in_mid_step_saves_the_mean_and_its_sigma(straight_run: Path, mak
         assert not torch.equal(saved.mean[key], draw)
 
 
+def test_the_preset_for_small_data_sets_lambda_clip_and_learning_rate(make_config: Any) -> None:
+    config = make_config("small", ivon_preset="small_data", learning_rate=None, warmup_steps=2, lr_scheduler="cosine")
+    result = trained(config)
+    header = Posterior.from_pretrained(config.with_suffix("")).metadata
+    assert (header["gamma"], header["clip"], float(header["ess"])) == ("", "0.01", 10 * ROWS)
+    state = json.loads((config.with_suffix("") / "checkpoint-6" / "trainer_state.json").read_text())
+    # The last step's rate is that of 3/4 of a half cosine over the four steps after the warmup.
+    peak = 0.15 / 0.01 / (0 + 0.5 + sum((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)))
+    logged = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert logged[-1] == pytest.approx(peak * (1 + math.cos(math.pi * 3 / 4)) / 2)
+    assert f"learning_rate {peak:.3g} for these 6 steps" in result.stdout + result.stderr
+
+
 def test_another_optimizer_is_left_alone(straight_run: Path, make_config: Any) -> None:
     outputs = []
     start = str(straight_run / "checkpoint-3")  # axolotl does not seed the initialization of a new adapter
@@ -127,6 +140,8 @@ BASE = {"optimizer": "ivon_lora", "adapter": "lora"}
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"ivon_preset": "tiny"}, ["ivon_preset", "'tiny'", "'paper' or 'small_data'"]),
+        ({"ivon_preset": "small_data", "learning_rate": 1e-2}, ["learning_rate: 0.01", "ivon_preset", "remove"]),
         ({"ivon_gamma": 0}, ["ivon_gamma", "0", "greater than 0"]),
         ({"ivon_gamma": float("inf")}, ["ivon_gamma", "inf", "finite"]),
         ({"ivon_lambda": -1e7}, ["ivon_lambda", "-10000000.0", "greater than 0"]),
@@ -179,6 +194,9 @@ def test_what_would_be_ignored_or_is_out_of_range_is_refused(changes: dict[str, 
         {"streaming": True, "ivon_lambda": 1e7},
         {"weight_decay": 0.0, "loraplus_lr_embedding": 1e-6, "loraplus_lr_ratio": None, "relora": False},
         {"rl": "dpo"},
+        {"ivon_preset": "small_data", "ivon_gamma": 10},
+        {"ivon_preset": "small_data", "learning_rate": 0.0},  # as it is filled in
+        {"ivon_preset": "paper", "learning_rate": 1e-2},
     ],
 )
 def test_what_is_right_is_accepted(changes: dict[str, Any]) -> None:

@@ -423,3 +423,62 @@ def test_a_third_party_adds_metrics_and_hears_of_saved_posteriors(tiny_llama: Pa
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert entry["my_metric"] == 1.5
     assert entry["ivon_sigma_mean"] > 0
+
+
+class Rates(TrainerCallback):
+    """Notes the learning rate of every step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"lr_scheduler_type": "linear"},
+        {"lr_scheduler_type": "constant"},
+        {"lr_scheduler_type": "cosine", "warmup_steps": 2},
+        {"lr_scheduler_type": "linear", "max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2},
+    ],
+)
+def test_the_preset_for_small_data_lets_a_weight_travel_as_far_in_any_schedule(
+    schedule: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    spy = Rates()
+    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], learning_rate=1e-5, **schedule)
+    attach(trainer, preset="small_data")
+    trainer.train()
+    assert len(spy.rates) == trainer.state.max_steps > 3
+    assert sum(spy.rates) * 0.01 == pytest.approx(0.15)
+    header = Posterior.from_pretrained(tmp_path / "checkpoint-3").metadata
+    assert (float(header["ess"]), header["gamma"], header["train_size"]) == (240.0, "", "24")
+
+
+def test_what_is_given_goes_before_a_preset(tiny_llama: Path, tmp_path: Path) -> None:
+    spy = Rates()
+    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
+    attach(trainer, preset="small_data", gamma=7.0, clip=0.02)
+    trainer.train()
+    assert sum(spy.rates) * 0.02 == pytest.approx(0.15)
+    header = Posterior.from_pretrained(tmp_path / "checkpoint-3").metadata
+    assert (float(header["ess"]), header["gamma"], header["clip"]) == (7.0 * math.sqrt(24), "7.0", "0.02")
+
+
+def test_a_run_with_a_preset_resumes_at_the_same_rates(tiny_llama: Path, tmp_path: Path) -> None:
+    ends = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        spy = Rates()
+        trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
+        attach(trainer, preset="small_data")
+        trainer.train(resume_from_checkpoint=resume)
+        ends.append((spy.rates[-3:], lora_weights(trainer.model)))
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
+
+
+def test_an_unknown_preset_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(IVONError, match="preset: 'tiny' is unknown; choose one of paper, small_data"):
+        attach(make_trainer(tiny_llama, tmp_path), preset="tiny")  # type: ignore[arg-type]
