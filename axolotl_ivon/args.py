@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from .presets import PRESETS
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Average = Annotated[float, Field(ge=0, lt=1)]
 
@@ -13,9 +15,9 @@ Average = Annotated[float, Field(ge=0, lt=1)]
 # trace of them in its configuration.
 DEFAULTS = {
     "ivon_preset": "paper",
-    "ivon_gamma": 5000.0,
+    "ivon_gamma": PRESETS["paper"].gamma,
     "ivon_h0": 5e-2,
-    "ivon_clip": 5e-3,
+    "ivon_clip": PRESETS["paper"].clip,
     "ivon_beta1": 0.9,
     "ivon_beta2": 0.9995,
     "ivon_prior": "empirical",

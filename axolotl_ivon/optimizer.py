@@ -644,17 +644,17 @@ class Block:
 
     def noise(self, piece: Piece, seed: np.ndarray) -> Tensor:
         noise = torch.empty(sum(piece.sizes), device=self.device)
-        # Every tensor, or part of a large one, has noise of its own, however they are put into pieces.
         seeds = mixed(seed, piece.streams[:, :1], piece.streams[:, 1:])
         if self.device.type == "cpu":
+            # Every tensor, or part of a large one, has noise of its own, however they are put into pieces.
             self.arithmetic.noise(noise, piece.sizes, seeds)
         else:
             noise.normal_(generator=torch.Generator(self.device).manual_seed(int(seeds[0, 0]) >> 1))
         return noise
 
     def noise_seed(self, number: int | str) -> np.ndarray:
-        # A seed for each draw and part, not one long stream: two integers in the state are all that a
-        # resumed run needs, on whatever device it goes on, and it does not matter which thread draws what.
+        # A seed for each draw, and from it one for each part, not one long stream: two integers in the state are all
+        # that a resumed run needs, on whatever device it goes on, and it does not matter which thread draws what.
         return random_bits(f"{self.group['seed']}/{number}")
 
     def restore_mean(self) -> None:

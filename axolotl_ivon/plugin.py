@@ -152,7 +152,7 @@ def _check_setting(cfg: Mapping[str, Any]) -> None:
         )
     if (cfg.get("streaming") or cfg.get("pretraining_dataset")) and cfg.get("ivon_lambda") is None:
         key = "streaming" if cfg.get("streaming") else "pretraining_dataset"
-        raise ConfigError(f"{key}: streamed data has no length for λ = γ·√N; set ivon_lambda, 1e7 say")
+        raise ConfigError(f"{key}: streamed data has no length for λ; set ivon_lambda, 1e7 say")
     for key in ("rl", "reward_model", "process_reward_model"):
         if cfg.get("ivon_eval_samples") and cfg.get(key):
             raise ConfigError(f"ivon_eval_samples averages the predictions of a causal LM; remove it with {key}")

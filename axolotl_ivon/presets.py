@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import torch
+from torch.optim import SGD
 
 from .errors import IVONError
 from .optimizer import effective_sample_size
@@ -14,6 +19,8 @@ class Preset(NamedTuple):
     Attributes:
         gamma: γ of λ = γ·√N; None where λ is a multiple of N.
         ess_per_example: λ/N; None where λ has γ.
+        noise: the most that the draws of a run's beginning may add up to, Σ σ²/var(A) over all LoRA matrices A, which
+            bounds λ from below: what several layers are disturbed by adds up. None for no bound.
         clip: ξ.
         travel: Σ α_t·ξ, the farthest that a weight can get in a run, which the learning rate is chosen for; None to
             take the learning rate that is given.
@@ -21,24 +28,31 @@ class Preset(NamedTuple):
 
     gamma: float | None
     ess_per_example: float | None
+    noise: float | None
     clip: float
     travel: float | None
 
-    def ess(self, train_size: int) -> float:
-        """Return λ for N training examples.
+    def ess(self, train_size: int, h0: float, fan_ins: Sequence[int]) -> float:
+        """Return λ for N training examples and LoRA matrices A with so many inputs each.
 
         Raises:
             ValueError: `train_size` is not positive.
         """
-        by_gamma = effective_sample_size(train_size, self.gamma or 1.0)
-        return by_gamma if self.ess_per_example is None else self.ess_per_example * train_size
+        ess = effective_sample_size(train_size, self.gamma or 1.0)
+        if self.gamma is not None:
+            return ess
+        ess = (self.ess_per_example or 0.0) * train_size
+        if self.noise is not None and h0 > 0:  # what is not is refused elsewhere
+            # PEFT's A has variance 1/(3·inputs) at the start, and σ² is 1/(λ·h0) there.
+            ess = max(ess, sum(3 * fan_in for fan_in in fan_ins) / (h0 * self.noise))
+        return ess
 
 
 PRESETS = {
     # arXiv 2506.14280, commonsense reasoning
-    "paper": Preset(gamma=5000.0, ess_per_example=None, clip=5e-3, travel=None),
-    # benchmarks/RESULTS.md; the paper's 5,000 steps have a travel of 0.13
-    "small_data": Preset(gamma=None, ess_per_example=10.0, clip=1e-2, travel=0.15),
+    "paper": Preset(gamma=5000.0, ess_per_example=None, noise=None, clip=5e-3, travel=None),
+    # benchmarks/RESULTS.md. The paper's runs have a travel of 0.13 and noise of 20 to 80.
+    "small_data": Preset(gamma=None, ess_per_example=10.0, noise=64.0, clip=1e-2, travel=0.15),
 }
 
 
@@ -59,3 +73,30 @@ def rates(scheduler: Any, lr: float, steps: int) -> list[float]:
     if not lambdas:
         return [lr] * steps
     return [lr * lambdas[0](step) for step in range(steps)]
+
+
+def rate_for(travel: float, clip: float, steps: int, schedule: Callable[[float, SGD], Any]) -> float:
+    """Return the peak learning rate with which a weight can travel so far, Σ α_t·ξ, under a schedule.
+
+    `schedule(lr, optimizer)` makes a scheduler of this peak; it is called with optimizers that train nothing. A
+    scheduler that asks for more than the step is taken to stay at the peak.
+    """
+
+    def total(lr: float) -> float:
+        optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+        scheduler, sum_of_rates = schedule(lr, optimizer), 0.0
+        for _ in range(steps):
+            sum_of_rates += optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            try:
+                scheduler.step()
+            except TypeError:  # it wants the loss
+                return lr * steps
+        return sum_of_rates
+
+    before, lr = 0.0, 1.0
+    for _ in range(20):  # once would do, but for schedules with an absolute floor
+        if math.isclose(before, lr, rel_tol=1e-6):
+            break
+        before, lr = lr, lr * travel / clip / (total(lr) or 1.0)
+    return lr

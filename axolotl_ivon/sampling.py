@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import shutil
 from contextlib import nullcontext
@@ -19,11 +20,11 @@ from transformers import TrainerCallback
 from .errors import IVONError
 from .files import MEAN_FILE, SIGMA_FILE, TensorFile, updated_adapter
 from .hookspecs import plugin_manager
-from .optimizer import IVONLoRA, Skipped, effective_sample_size
+from .optimizer import IVONLoRA, Skipped
 from .posterior import Posterior, save_sigma
 from .posterior_loss import posterior_loss
 from .presets import preset as find_preset
-from .presets import rates
+from .presets import rate_for, rates
 from .saving import no_step_past_the_end, whole_checkpoints
 from .sharding import WholeAdapter, agree_on_gradients, average, check_sharding, is_sharded
 
@@ -63,8 +64,9 @@ def attach(
     Args:
         trainer: any transformers or TRL Trainer whose model is a PeftModel.
         preset: what γ, λ and clip are where they are not given. "paper": γ = 5000, clip 5e-3. "small_data", for
-            hundreds of examples or steps: λ = 10·N, clip 1e-2, and the Trainer's learning rate is replaced by the one
-            with which a weight can travel 0.15 in the run.
+            hundreds of examples or steps: λ = 10·N, or more where the draws would disturb the model too much
+            (`presets.Preset`), clip 1e-2, and the Trainer's learning rate is replaced by the one with which a weight
+            can travel 0.15 in the run.
         gamma: γ of the effective sample size λ = γ·√N.
         ess: λ itself, instead of γ and N.
         h0, clip, betas, prior: as in `IVONLoRA`.
@@ -79,30 +81,27 @@ def attach(
             optimizer, or a value is out of range.
     """
     chosen = find_preset(preset)
+    if gamma is not None:
+        chosen = chosen._replace(gamma=gamma)
+    facts = {"gamma": "", "train_size": "" if train_size is None else str(train_size)}
     if ess is None:
         if train_size is None:
             try:
                 train_size = len(trainer.train_dataset)  # type: ignore[arg-type]
             except TypeError as error:
                 raise IVONError(
-                    "the training data has no length, so λ = γ·√N is unknown: give ess= (or train_size=)"
+                    "the training data has no length, so λ is unknown: give ess= (or train_size=)"
                 ) from error
-        gamma = chosen.gamma if gamma is None else gamma
         try:
-            ess = chosen.ess(train_size) if gamma is None else effective_sample_size(train_size, gamma)
+            ess = chosen.ess(train_size, h0, _fan_ins(_peft_model(trainer)))
         except ValueError as error:
             raise IVONError(str(error)) from error
-    else:
-        gamma = None
-    facts = {
-        "gamma": "" if gamma is None else str(gamma),
-        "train_size": "" if train_size is None else str(train_size),
-    }
+        facts = {"gamma": str(chosen.gamma or ""), "train_size": str(train_size)}
     if trainer.optimizer is not None:
         raise IVONError("the Trainer already has an optimizer: call attach() before train(), without optimizers=")
     if trainer.args.max_grad_norm == 1.0:
         trainer.args.max_grad_norm = 0.0
-    settings = {
+    settings: dict[str, Any] = {
         "lr": trainer.args.learning_rate,
         "ess": ess,
         "betas": betas,
@@ -118,8 +117,15 @@ def attach(
     training = _PosteriorTraining(trainer, settings, facts, eval_samples, draws == "per_rank")
     trainer.add_callback(training)
     if chosen.travel is not None:
-        if trainer.is_deepspeed_enabled and "scheduler" in trainer.accelerator.state.deepspeed_plugin.deepspeed_config:
+        in_deepspeed = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        if in_deepspeed and "scheduler" in in_deepspeed:
             raise IVONError(f"preset {preset} sets the learning rate: remove the scheduler from the DeepSpeed config")
+        if trainer.lr_scheduler is not None:
+            raise IVONError(f"preset {preset} sets the learning rate: give the Trainer no scheduler of your own")
+        if not math.isfinite(settings["clip"]):
+            raise IVONError(
+                f"clip: {clip} has no learning rate that bounds the travel of preset {preset}; give a number"
+            )
         around = training.around_create_scheduler(trainer.create_scheduler, chosen.travel)
         trainer.create_scheduler = around  # type: ignore[method-assign]
 
@@ -183,15 +189,19 @@ class _PosteriorTraining(TrainerCallback):
         @functools.wraps(create_scheduler)
         def at_the_rate_for_the_travel(num_training_steps: int, optimizer: Any = None) -> Any:
             trainer: Any = self.trainer
-            # What the schedule adds up to, only the schedule knows.
-            shape = create_scheduler(num_training_steps, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
-            trainer.lr_scheduler = None
-            total = sum(rates(shape, 1.0, num_training_steps))
-            lr = travel / (self.settings["clip"] * total) if total else trainer.args.learning_rate
-            trainer.args.learning_rate = lr
-            for group in (optimizer or trainer.optimizer).param_groups:
-                group["lr"] = lr
-            LOG.warning("the preset takes learning_rate %.3g for these %d steps", lr, num_training_steps)
+
+            def schedule(lr: float, probe: Any) -> Any:
+                trainer.args.learning_rate, trainer.lr_scheduler = lr, None
+                return create_scheduler(num_training_steps, probe)
+
+            lr = rate_for(travel, self.settings["clip"], num_training_steps, schedule)
+            trainer.args.learning_rate, trainer.lr_scheduler = lr, None
+            chosen = optimizer or trainer.optimizer
+            for group in chosen.param_groups:
+                group["lr"] = group["initial_lr"] = lr
+            getattr(chosen, "defaults", {})["lr"] = lr  # where some schedules look
+            if trainer.is_world_process_zero():
+                LOG.warning("the preset takes learning_rate %.3g for these %d steps", lr, num_training_steps)
             return create_scheduler(num_training_steps, optimizer)
 
         return at_the_rate_for_the_travel
@@ -242,6 +252,10 @@ class _PosteriorTraining(TrainerCallback):
         if not state.is_world_process_zero:
             return
         lr, clip = args.learning_rate, self.settings["clip"]
+        resumed = getattr(kwargs.get("lr_scheduler"), "base_lrs", [lr])[0]
+        if not math.isclose(lr, resumed):
+            LOG.warning("the checkpoint goes on at its learning_rate %.3g, not at %.3g", resumed, lr)
+            lr = resumed
         if args.max_grad_norm:
             LOG.warning(
                 "max_grad_norm %g scales the gradients and with them the Hessian estimate, which widens the posterior; "
@@ -382,6 +396,13 @@ def _peft_model(trainer: Trainer) -> PeftModel:
             f"the model is a {type(model).__name__} without a LoRA adapter: wrap it with peft.get_peft_model"
         )
     return model
+
+
+def _fan_ins(model: PeftModel) -> list[int]:
+    """Return the number of inputs of every LoRA matrix A that is trained."""
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    # ZeRO-3 leaves an empty tensor where it has partitioned one.
+    return [getattr(param, "ds_shape", param.shape)[-1] for name, param in named if ".lora_A." in name]
 
 
 def _check_trained_parameters(model: PeftModel, names: list[str]) -> None:

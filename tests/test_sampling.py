@@ -442,19 +442,34 @@ class Rates(TrainerCallback):
         {"lr_scheduler_type": "constant"},
         {"lr_scheduler_type": "cosine", "warmup_steps": 2},
         {"lr_scheduler_type": "linear", "max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2},
+        {"lr_scheduler_type": "polynomial", "learning_rate": 0.0},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.5}, "learning_rate": 0.0},
+        {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 1},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 100},
     ],
 )
 def test_the_preset_for_small_data_lets_a_weight_travel_as_far_in_any_schedule(
     schedule: dict[str, Any], tiny_llama: Path, tmp_path: Path
 ) -> None:
     spy = Rates()
-    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], learning_rate=1e-5, **schedule)
+    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], **{"learning_rate": 1e-5, **schedule})
     attach(trainer, preset="small_data")
     trainer.train()
     assert len(spy.rates) == trainer.state.max_steps > 3
     assert sum(spy.rates) * 0.01 == pytest.approx(0.15)
     header = Posterior.from_pretrained(tmp_path / "checkpoint-3").metadata
     assert (float(header["ess"]), header["gamma"], header["train_size"]) == (240.0, "", "24")
+
+
+def test_the_preset_keeps_the_noise_of_all_layers_together_in_bounds(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path)
+    matrices = [p.detach() for name, p in trainer.model.named_parameters() if "lora_A" in name]
+    attach(trainer, preset="small_data", h0=1e-3)
+    ess = trainer.callback_handler.callbacks[-1].settings["ess"]
+    assert ess > 240
+    # σ² = 1/(λ·h0) at the start, to what the matrices' own variance is on average
+    noise = sum(1 / (ess * 1e-3) / matrix.var() for matrix in matrices)
+    assert noise == pytest.approx(64, rel=0.2)
 
 
 def test_what_is_given_goes_before_a_preset(tiny_llama: Path, tmp_path: Path) -> None:
@@ -467,18 +482,47 @@ def test_what_is_given_goes_before_a_preset(tiny_llama: Path, tmp_path: Path) ->
     assert (float(header["ess"]), header["gamma"], header["clip"]) == (7.0 * math.sqrt(24), "7.0", "0.02")
 
 
-def test_a_run_with_a_preset_resumes_at_the_same_rates(tiny_llama: Path, tmp_path: Path) -> None:
-    ends = []
+def test_a_run_with_a_preset_resumes_at_the_same_rates(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends, chosen = [], []
     for resume in (None, str(tmp_path / "checkpoint-3")):
         spy = Rates()
         trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
         attach(trainer, preset="small_data")
         trainer.train(resume_from_checkpoint=resume)
         ends.append((spy.rates[-3:], lora_weights(trainer.model)))
+        chosen.append(trainer.args.learning_rate)
     assert ends[0][0] == ends[1][0]
+    assert chosen[0] == chosen[1]
     assert all(torch.equal(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
+    assert "goes on at its learning_rate" not in caplog.text
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=12)
+    attach(trainer, preset="small_data")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert f"goes on at its learning_rate {chosen[0]:.3g}, not at" in caplog.text
 
 
-def test_an_unknown_preset_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_second_run_of_another_length_has_a_rate_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+    spy = Rates()
+    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
+    attach(trainer, preset="small_data")
+    trainer.train()
+    trainer.args.max_steps = 3
+    trainer.train()
+    assert sum(spy.rates[6:]) * 0.01 == pytest.approx(0.15)
+
+
+def test_what_a_preset_cannot_work_with_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(IVONError, match="preset: 'tiny' is unknown; choose one of paper, small_data"):
         attach(make_trainer(tiny_llama, tmp_path), preset="tiny")  # type: ignore[arg-type]
+    with pytest.raises(IVONError, match="h0 must be positive"):
+        attach(make_trainer(tiny_llama, tmp_path), preset="small_data", h0=0.0)
+    with pytest.raises(IVONError, match="clip: inf"):
+        attach(make_trainer(tiny_llama, tmp_path), preset="small_data", clip=math.inf)
+    trainer = make_trainer(tiny_llama, tmp_path)
+    trainer.create_optimizer()
+    trainer.create_scheduler(6)
+    trainer.optimizer = None
+    with pytest.raises(IVONError, match="no scheduler of your own"):
+        attach(trainer, preset="small_data")

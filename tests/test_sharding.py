@@ -105,6 +105,14 @@ def assert_same(folder: Path, other: Path) -> None:
     assert left.metadata["steps"] == right.metadata["steps"]
 
 
+def test_a_preset_chooses_the_same_learning_rate_in_two_processes(several: SeveralProcesses) -> None:
+    preset = {"ivon_preset": "small_data", "learning_rate": None, "ivon_clip": None}
+    one = several.train(several.config("preset-alone", "ddp", 1, **preset), "ddp", 0)
+    two = several.train(several.config("preset-zero3", "zero3", 2, **preset), "zero3", 2)
+    assert_same(two, one)
+    assert Posterior.from_pretrained(two).metadata["ess"] == "300.0"
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_train_save_and_resume_as_one_does(mode: str, several: SeveralProcesses, alone: Path) -> None:
     two = several.train(several.config(mode, mode, 2), mode, 2)
