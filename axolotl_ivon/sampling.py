@@ -66,7 +66,7 @@ def attach(
         preset: what γ, λ and clip are where they are not given. "paper": γ = 5000, clip 5e-3. "small_data", for
             hundreds of examples or steps: λ = 10·N, or more where the draws would disturb the model too much
             (`presets.Preset`), clip 1e-2, and the Trainer's learning rate is replaced by the one with which a weight
-            can travel 0.15 in the run.
+            can travel 0.125 in the run.
         gamma: γ of the effective sample size λ = γ·√N.
         ess: λ itself, instead of γ and N.
         h0, clip, betas, prior: as in `IVONLoRA`.

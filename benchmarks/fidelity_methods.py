@@ -121,7 +121,10 @@ def train_ivon_lora(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
         for name, parameter in parameters.items():
             if "lora_" in name:  # PEFT casts what comes in and what goes out
                 parameter.data = parameter.data.bfloat16()
-    ess = settings.get("ess") or effective_sample_size(len(task.train), settings["gamma"])
+    if weight := settings.get("weight"):
+        ess = weight * len(task.train)
+    else:
+        ess = effective_sample_size(len(task.train), settings["gamma"])
     optimizer = IVONLoRA(
         parameters.values(),
         lr=learning_rate(settings, settings["steps"], settings["clip"]),

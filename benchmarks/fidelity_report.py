@@ -31,11 +31,20 @@ ROW_NAMES = {
     ("ivon-lora", "posterior"): "**IVON-LoRA, 10 draws**",
     ("ivon-lora", "posterior-pruned"): "IVON-LoRA, 10 draws, 10 % pruned",
     ("ivon-lora", "recommended"): "IVON-LoRA, 10 draws, τ and pruning by validation",
+    ("ivon-lora", "temperature-scaling"): "IVON-LoRA, mean + temperature scaling",
+    ("ivon-lora", "posterior-scaled"): "IVON-LoRA, 10 draws + temperature scaling",
     ("ivon-lora-h0", "mean"): "**IVON-LoRA, h0 0.5, mean**",
     ("ivon-lora-h0", "posterior"): "**IVON-LoRA, h0 0.5, 10 draws**",
     ("ivon-lora-h0", "recommended"): "IVON-LoRA, h0 0.5, 10 draws, τ and pruning by validation",
+    ("ivon-lora-rate", "mean"): "**IVON-LoRA, λ = 10·N, mean**",
+    ("ivon-lora-rate", "posterior"): "**IVON-LoRA, λ = 10·N, 10 draws**",
+    ("ivon-lora-rate", "recommended"): "IVON-LoRA, λ = 10·N, 10 draws, τ and pruning by validation",
+    ("ivon-lora-rate", "temperature-scaling"): "IVON-LoRA, λ = 10·N, mean + temperature scaling",
+    ("ivon-lora-rate", "posterior-scaled"): "IVON-LoRA, λ = 10·N, 10 draws + temperature scaling",
+    ("ivon-lora-preset", "mean"): "**IVON-LoRA, preset small_data, mean**",
+    ("ivon-lora-preset", "posterior"): "**IVON-LoRA, preset small_data, 10 draws**",
 }
-OURS = ("ivon-lora", "ivon-lora-h0")
+OURS = ("ivon-lora", "ivon-lora-h0", "ivon-lora-rate", "ivon-lora-preset")
 SHIFTED = (
     ("adamw", "mean"),
     ("blob", "posterior"),
@@ -253,6 +262,8 @@ def scatter(results: Results) -> Figure:
         "ivon-opt": "#e69f00",
         "ivon-lora": "#0072b2",
         "ivon-lora-h0": "#009e73",
+        "ivon-lora-rate": "#cc79a7",
+        "ivon-lora-preset": "#56b4e9",
     }
     panels = figure.subplots(len(tasks), 2, sharey="row", squeeze=False)
     for task, axes in zip(tasks, panels, strict=True):

@@ -29,7 +29,7 @@ from axolotl_ivon.metrics import Scores, metrics
 
 Answer = tuple[Predictions, dict[str, Any]]
 RATIO = 0.1  # the paper's share of pruned weights
-TEMPERATURES, RATIOS = (0.25, 0.5, 1.0, 2.0), (0.0, 0.1)
+TEMPERATURES, RATIOS = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0), (0.0, 0.1)
 
 
 def labels(examples: Sequence[Example]) -> torch.Tensor:
@@ -101,6 +101,16 @@ def temperature_scaling(
     return Predictions.of([logits / temperature]), {"temperature": temperature}
 
 
+def posterior_scaled(
+    model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any
+) -> Answer:
+    """The average over draws, its log-probabilities divided by the temperature that fits the validation data best."""
+    held_out = predict_posterior(model, q, task.validation, draws).probabilities.log()
+    temperature = fit_temperature(held_out, labels(task.validation))
+    logits = predict_posterior(model, q, examples, draws).probabilities.log()
+    return Predictions.of([logits / temperature]), {"temperature": temperature}
+
+
 def mc_dropout(model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any) -> Answer:
     """The average over passes with dropout."""
     return predict_dropout(model, examples, draws), {}
@@ -139,6 +149,7 @@ ROWS: dict[str, Callable[..., Answer]] = {
     "tau": tempered,
     "recommended": recommended,
     "temperature-scaling": temperature_scaling,
+    "posterior-scaled": posterior_scaled,
     "mc-dropout": mc_dropout,
     "laplace": laplace,
     "ensemble": ensemble,

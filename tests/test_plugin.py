@@ -88,7 +88,7 @@ def test_the_preset_for_small_data_sets_lambda_clip_and_learning_rate(make_confi
     assert (header["gamma"], header["clip"], float(header["ess"])) == ("", "0.01", 10 * ROWS)
     state = json.loads((config.with_suffix("") / "checkpoint-6" / "trainer_state.json").read_text())
     # The last step's rate is that of 3/4 of a half cosine over the four steps after the warmup.
-    peak = 0.15 / 0.01 / (0 + 0.5 + sum((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)))
+    peak = 0.125 / 0.01 / (0 + 0.5 + sum((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)))
     logged = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
     assert logged[-1] == pytest.approx(peak * (1 + math.cos(math.pi * 3 / 4)) / 2)
     assert f"learning_rate {peak:.3g} for these 6 steps" in result.stdout + result.stderr
