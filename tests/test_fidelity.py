@@ -193,6 +193,18 @@ def test_temperature_scaling_undoes_a_known_temperature() -> None:
     assert losses[1] == min(losses)
 
 
+def test_scaling_the_average_of_equal_draws_is_scaling_the_weights_themselves(bert: Path) -> None:
+    from fidelity_methods import as_posterior
+    from fidelity_rows import posterior_scaled, temperature_scaling
+
+    model = encoder(bert).eval()
+    q, data = as_posterior(model.trained()), task(validation=examples(40))
+    ours, facts = posterior_scaled(model, q, data, examples(9), 3)
+    expected, facts_of_weights = temperature_scaling(model, q, data, examples(9), 0)
+    assert facts["temperature"] == pytest.approx(facts_of_weights["temperature"], rel=1e-3)
+    torch.testing.assert_close(ours.probabilities, expected.probabilities, atol=1e-4, rtol=0)
+
+
 def test_averaged_predictions_and_their_entropy() -> None:
     from fidelity_methods import Predictions
 
@@ -402,11 +414,26 @@ def test_the_experiment_file_is_complete() -> None:
     encoder_suite = suites["encoder"]
     for task_name in encoder_suite["tasks"]:
         for method, spec in encoder_suite["methods"].items():
-            assert len(fidelity.grid_jobs(encoder_suite, task_name, method)) == 3
+            of_grid = 1 if method == "ivon-lora-preset" else 3
+            assert len(fidelity.grid_jobs(encoder_suite, task_name, method)) == of_grid
             assert {row.split("=")[0] for row in spec["rows"]} <= set(fidelity_rows.ROWS)
     for stage in encoder_suite["stages"]:
         assert set(stage.get("ablation", [])) <= set(encoder_suite["ablations"])
         assert set(stage.get("tasks", [])) <= set(encoder_suite["tasks"])
+
+
+def test_what_is_said_of_the_preset_is_measured_with_it() -> None:
+    from axolotl_ivon.presets import PRESETS
+
+    suite = yaml.safe_load((BENCHMARKS / "fidelity.yaml").read_text(encoding="utf-8"))["suites"]["encoder"]
+    measured, preset = suite["methods"]["ivon-lora-preset"], PRESETS["small_data"]
+    assert measured["grid"] == {"travel": [preset.travel]}
+    assert (measured["clip"], measured["h0"]) == (preset.clip, 0.05)
+    for task in suite["tasks"].values():  # query and value of one layer: the data decide λ
+        assert measured["weight"] * task["train"] == preset.ess(task["train"], 0.05, [384, 384])
+    [variant] = suite["ablations"]["all-layers"]["variants"]
+    assert variant["gamma"] * 256**0.5 == pytest.approx(preset.ess(256, 0.05, [384] * 12))
+    assert variant["travel"] == preset.travel
 
 
 # -------------------------------------------------------------------- the suites that axolotl trains
