@@ -122,7 +122,7 @@ def _update(
 class CompiledArithmetic(Arithmetic):
     """`Arithmetic` in one pass each, on float32 parameters; on others in torch's operations."""
 
-    PARTS = 2  # each passes through the CPU once, so it is the noise alone that must stay in the cache
+    PARTS = 4  # each passes through the CPU once, so it is the noise alone that must stay in the cache
 
     _noise: Any
     _draw: Any

@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 # Of the time for a piece about a fifth goes into Python, which runs in one thread at a time.
 _MOST_THREADS = 4
 # With fewer pieces than this a thread waits for Python more than it works.
-_PIECES_EACH = 4
+_PIECES_EACH = 2
 
 
 @functools.cache

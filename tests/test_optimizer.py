@@ -579,7 +579,7 @@ def test_a_large_tensor_follows_the_reference_in_pieces_of_several_rows() -> Non
         reference.step([theta], [gradient], SETTINGS["lr"])
     pieces = optimizer._get_blocks()[0]._pieces
     assert sum(len(piece.parts) for piece in pieces) == 17
-    assert len(pieces) > 8
+    assert len(pieces) > 4
     assert relative(param.detach(), reference.m) < 1e-5
     assert relative(optimizer.sigma(param), reference.sigma()) < 1e-5
 
