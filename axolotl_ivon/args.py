@@ -37,8 +37,8 @@ class IVONArgs(BaseModel):
 
     ivon_preset: Literal["paper", "small_data"] | None = _key(
         "ivon_preset",
-        "what unset keys are. `paper`: the defaults here. `small_data`: λ = 10·N, ivon_clip 0.01, as learning_rate "
-        "the one with which a weight can travel 0.125 in the run.",
+        "what unset keys are. `paper`: the defaults here. `small_data`: λ = 10·N, or more for many layers, ivon_clip "
+        "0.01, and as learning_rate the one with which a weight can travel 0.125 in the run.",
     )
     ivon_gamma: Positive | None = _key(
         "ivon_gamma", "γ of the effective sample size λ = γ·√N, N being the number of training examples."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple, overload
 
@@ -516,6 +517,7 @@ class Piece:
     """
 
     def __init__(self, block: Block, parts: Sequence[tuple[int, slice | None]]) -> None:
+        self.key = block.key
         self.parts = parts  # number of the tensor, and its rows if not all
         self.params = block.params
         self.shapes = [theta.shape for theta in self.thetas]
@@ -525,9 +527,12 @@ class Piece:
         self.place = slice(start, start + sum(self.sizes))
         self.mean, self.momentum, self.precision = (getattr(block, name)[self.place] for name in block.FLATS)
         self.means, self.momenta = self.shaped(self.mean), self.shaped(self.momentum)
-        # What tells the noise of a part from that of others.
-        self.streams = np.stack([random_bits(f"{block.key}/{i}/{rows.start if rows else 0}") for i, rows in parts])
         self.norms = torch.zeros(2, 0)  # of m and of √λ·σ, tensor by tensor
+
+    @cached_property
+    def streams(self) -> np.ndarray:
+        """What tells the noise of a part from that of others: uint64 [parts, 2]."""
+        return np.stack([random_bits(f"{self.key}/{i}/{rows.start if rows else 0}") for i, rows in self.parts])
 
     @property
     def thetas(self) -> list[Tensor]:

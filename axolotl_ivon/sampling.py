@@ -114,18 +114,11 @@ def attach(
         raise IVONError(f"eval_samples: {eval_samples} is negative; give the number of draws, or 0 for none")
     if draws not in ("shared", "per_rank"):
         raise IVONError(f"draws: {draws!r} is neither 'shared' nor 'per_rank'")
+    if chosen.travel is not None:
+        _check_that_a_rate_can_be_chosen(trainer, preset, settings["clip"])
     training = _PosteriorTraining(trainer, settings, facts, eval_samples, draws == "per_rank")
     trainer.add_callback(training)
     if chosen.travel is not None:
-        in_deepspeed = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.deepspeed_config
-        if in_deepspeed and "scheduler" in in_deepspeed:
-            raise IVONError(f"preset {preset} sets the learning rate: remove the scheduler from the DeepSpeed config")
-        if trainer.lr_scheduler is not None:
-            raise IVONError(f"preset {preset} sets the learning rate: give the Trainer no scheduler of your own")
-        if not math.isfinite(settings["clip"]):
-            raise IVONError(
-                f"clip: {clip} has no learning rate that bounds the travel of preset {preset}; give a number"
-            )
         around = training.around_create_scheduler(trainer.create_scheduler, chosen.travel)
         trainer.create_scheduler = around  # type: ignore[method-assign]
 
@@ -252,10 +245,11 @@ class _PosteriorTraining(TrainerCallback):
         if not state.is_world_process_zero:
             return
         lr, clip = args.learning_rate, self.settings["clip"]
-        resumed = getattr(kwargs.get("lr_scheduler"), "base_lrs", [lr])[0]
-        if not math.isclose(lr, resumed):
-            LOG.warning("the checkpoint goes on at its learning_rate %.3g, not at %.3g", resumed, lr)
-            lr = resumed
+        scheduler: Any = kwargs.get("lr_scheduler")
+        # The rates of others, one_cycle's say, begin elsewhere than at their peak.
+        if hasattr(scheduler, "lr_lambdas") and not math.isclose(lr, scheduler.base_lrs[0]):
+            LOG.warning("the checkpoint goes on at its learning_rate %.3g, not at %.3g", scheduler.base_lrs[0], lr)
+            lr = scheduler.base_lrs[0]
         if args.max_grad_norm:
             LOG.warning(
                 "max_grad_norm %g scales the gradients and with them the Hessian estimate, which widens the posterior; "
@@ -268,7 +262,7 @@ class _PosteriorTraining(TrainerCallback):
                 "clip, and 1e-2 to 1e-1 is the usual range",
                 lr,
             )
-        reach = sum(rates(kwargs.get("lr_scheduler"), lr, state.max_steps)) * clip
+        reach = sum(rates(scheduler, lr, state.max_steps)) * clip
         if reach < SHORT_REACH:
             LOG.warning(
                 "in this run no weight can travel farther than %.3g (the sum of learning rate × clip over %d steps), "
@@ -396,6 +390,16 @@ def _peft_model(trainer: Trainer) -> PeftModel:
             f"the model is a {type(model).__name__} without a LoRA adapter: wrap it with peft.get_peft_model"
         )
     return model
+
+
+def _check_that_a_rate_can_be_chosen(trainer: Trainer, preset: str, clip: float) -> None:
+    in_deepspeed = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    if in_deepspeed and "scheduler" in in_deepspeed:
+        raise IVONError(f"preset {preset} sets the learning rate: remove the scheduler from the DeepSpeed config")
+    if trainer.lr_scheduler is not None:
+        raise IVONError(f"preset {preset} sets the learning rate: give the Trainer no scheduler of your own")
+    if not math.isfinite(clip):
+        raise IVONError(f"clip: {clip} has no learning rate that bounds the travel of preset {preset}; give a number")
 
 
 def _fan_ins(model: PeftModel) -> list[int]:

@@ -776,12 +776,11 @@ def test_processes_with_draws_of_their_own_take_the_step_of_all_their_draws() ->
         assert relative(optimizers[0].sigma(params[0]), reference.sigma()) < 1e-5
 
 
-def test_both_have_the_same_draws(arithmetic: type[algorithm.Arithmetic], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_have_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run goes on with the same noise where there is no numba."""
-    if arithmetic is algorithm.Arithmetic:
-        pytest.skip("compares the two")
-    draws = []
-    for chosen in (arithmetic, algorithm.Arithmetic):
+    draws, fast = [], compiled.arithmetic()
+    assert fast is not None
+    for chosen in (fast, algorithm.Arithmetic):
         monkeypatch.setattr(algorithm, "_arithmetic", lambda *_, chosen=chosen: chosen)
         params = [nn.Parameter(torch.zeros(shape)) for shape in ((7,), (2000, 130), (3, 5), (1000, 140), (11,))]
         with IVONLoRA(params, **SETTINGS).sampled_params():

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import OneCycleLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, effective_sample_size, hookimpl
@@ -513,13 +514,34 @@ def test_a_second_run_of_another_length_has_a_rate_of_its_own(tiny_llama: Path, 
     assert sum(spy.rates[6:]) * 0.01 == pytest.approx(0.125)
 
 
+def test_a_schedule_that_begins_below_its_peak_is_no_checkpoint(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spy = Rates()
+    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
+
+    def one_cycle(num_training_steps: int, optimizer: Any = None) -> Any:
+        peak, total = trainer.args.learning_rate, num_training_steps + 1
+        trainer.lr_scheduler = OneCycleLR(optimizer or trainer.optimizer, max_lr=peak, total_steps=total)
+        return trainer.lr_scheduler
+
+    trainer.create_scheduler = one_cycle
+    attach(trainer, preset="small_data")
+    trainer.train()
+    assert sum(spy.rates) * 0.01 == pytest.approx(0.125)
+    assert "goes on at its learning_rate" not in caplog.text
+
+
 def test_what_a_preset_cannot_work_with_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(IVONError, match="preset: 'tiny' is unknown; choose one of paper, small_data"):
         attach(make_trainer(tiny_llama, tmp_path), preset="tiny")  # type: ignore[arg-type]
     with pytest.raises(IVONError, match="h0 must be positive"):
         attach(make_trainer(tiny_llama, tmp_path), preset="small_data", h0=0.0)
+    trainer = make_trainer(tiny_llama, tmp_path)
     with pytest.raises(IVONError, match="clip: inf"):
-        attach(make_trainer(tiny_llama, tmp_path), preset="small_data", clip=math.inf)
+        attach(trainer, preset="small_data", clip=math.inf)
+    attach(trainer, preset="small_data")  # the refusal left nothing behind
+    assert sum("PosteriorTraining" in type(one).__name__ for one in trainer.callback_handler.callbacks) == 1
     trainer = make_trainer(tiny_llama, tmp_path)
     trainer.create_optimizer()
     trainer.create_scheduler(6)

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that nothing is left in the checkout and nothing in it but the sources gets in."""
-    pytest.importorskip("build")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("axolotl_ivon", "cli", "pyproject.toml", "README.md", "LICENSE", "tests", "benchmarks"):
         (source / name).symlink_to(ROOT / name)
