@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .drawing import mixed, quantiles
+from .noise import mixed, quantiles
 from .optimizer import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Arithmetic, Block, Constants, Piece
 
 LOG = logging.getLogger(__name__)

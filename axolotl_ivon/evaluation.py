@@ -431,7 +431,8 @@ def open_posterior(adapter: str | Path, rows: Sequence[Row] = ()) -> Posterior:
     Raises:
         IVONError: the adapter cannot be read, or has no σ and a row needs it.
     """
-    from .posterior import SIGMA_FILE, Adapter, Posterior
+    from .files import SIGMA_FILE
+    from .posterior import Adapter, Posterior
 
     held = Adapter(adapter)
     if held.sigma is not None:

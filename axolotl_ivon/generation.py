@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from .data import Example, chat_messages
-from .drawing import generator
 from .errors import IVONError
 from .files import new_file, read_json, write_json
+from .noise import generator
 from .prompts import encode
 
 if TYPE_CHECKING:

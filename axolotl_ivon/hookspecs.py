@@ -1,13 +1,12 @@
-"""The hooks through which axolotl-ivon is extended, and the manager that calls them.
+"""The hooks through which axolotl-ivon is extended.
 
 A third party declares an entry point in the group `axolotl_ivon` that names a module (or object) with
 functions marked by `axolotl_ivon.hookimpl`. What ships with the project is registered through the same hooks
-(see `builtin.py`).
+(see `plugins.py`).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -59,17 +58,3 @@ def pruning_criteria() -> dict[str, Criterion]:
 @hookspec
 def register_commands(cli: click.Group) -> None:
     """Add commands to `ivon-post`; import what is heavy inside the command, not beside it."""
-
-
-@functools.cache
-def plugin_manager() -> pluggy.PluginManager:
-    """Return the manager with what ships and every installed entry point of the group `axolotl_ivon`."""
-    import sys
-
-    from . import builtin
-
-    manager = pluggy.PluginManager(PROJECT)
-    manager.add_hookspecs(sys.modules[__name__])
-    manager.register(builtin, name=f"{PROJECT}.builtin")
-    manager.load_setuptools_entrypoints(PROJECT)
-    return manager

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .drawing import mixed, random_bits, training_noise
+from .noise import mixed, random_bits, training_noise
 from .parallel import in_parallel
 
 # Bounds on p that keep σ = 1/√(λ·p) finite and positive in float32 for every λ that is accepted. The update

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import pruning
-from .drawing import normals
 from .errors import IVONError
 from .files import (
     CONFIG_FILE,
@@ -35,6 +34,7 @@ from .files import (
     resolve,
     write_json,
 )
+from .noise import normals
 from .tensors import Progress, Tensors, fingerprint, from_float, sha256, write_tensors
 
 if TYPE_CHECKING:

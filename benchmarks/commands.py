@@ -28,9 +28,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from axolotl_ivon.drawing import normals
-from axolotl_ivon.files import CONFIG_FILE
-from axolotl_ivon.posterior import MEAN_FILE, SIGMA_FILE, Posterior
+from axolotl_ivon.files import CONFIG_FILE, MEAN_FILE, SIGMA_FILE
+from axolotl_ivon.noise import normals
+from axolotl_ivon.posterior import Posterior
 from axolotl_ivon.tensors import Spec, Tensors
 
 Q_V = (("self_attn.q_proj", "d", "d"), ("self_attn.v_proj", "d", "kv"))

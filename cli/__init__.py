@@ -35,7 +35,7 @@ class _Group(click.Group):
 
     def _register(self) -> None:
         if not self._registered:
-            from axolotl_ivon.hookspecs import plugin_manager
+            from axolotl_ivon.plugins import plugin_manager
 
             self._registered = True
             # pluggy calls the latest registered first; the project's own commands come first in --help.

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, effective_sample_size, hookimpl
-from axolotl_ivon.hookspecs import plugin_manager
+from axolotl_ivon.plugins import plugin_manager
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axolotl_ivon.compiled import arithmetic
-from axolotl_ivon.drawing import generator, normals, quantiles, random_bits, training_noise
+from axolotl_ivon.noise import generator, normals, quantiles, random_bits, training_noise
 
 Draw = Callable[..., np.ndarray]
 

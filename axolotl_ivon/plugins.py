@@ -1,0 +1,24 @@
+"""The plugin manager: the hooks of `hookspecs.py`, with what ships and what third parties have installed."""
+
+from __future__ import annotations
+
+import functools
+from importlib import import_module
+
+import pluggy
+
+from . import hookspecs
+
+# What ships is registered through the hooks that a third party would use, and named here so that nothing imports it.
+SHIPPED = ("axolotl_ivon.builtin",)
+
+
+@functools.cache
+def plugin_manager() -> pluggy.PluginManager:
+    """Return the manager with what ships and every installed entry point of the group `axolotl_ivon`."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for name in SHIPPED:
+        manager.register(import_module(name), name=name)
+    manager.load_setuptools_entrypoints(hookspecs.PROJECT)
+    return manager
