@@ -21,11 +21,11 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
-from .data import Example, detect_task, find_choices, read_examples
+from .data.chats import Example, detect_task, find_choices, read_examples
+from .data.encode import Item, common_length, encode
 from .errors import IVONError
 from .metrics import Scores, entropy
 from .models import AdapterSlots, evaluating, load_model, load_tokenizer, stacked
-from .prompts import Item, common_length, encode
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -12,18 +12,16 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from .data import Example, chat_messages
+from .data.encode import Prompt
 from .errors import IVONError
 from .files import new_file, read_json, write_json
 from .noise import generator
-from .prompts import encode
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from .posterior import Posterior
 
 _T = TypeVar("_T")
-_HALF = re.compile("[\ud800-\udfff]")
 # Sequences that are decoded at once, unless told otherwise; out of memory halves it.
 _ROWS = {"cpu": 64}
 _ROWS_ELSEWHERE = 256
@@ -96,23 +93,6 @@ class Plan:
         return self.per_member if self.temperature else 1
 
 
-class Chat(NamedTuple):
-    """One line of a prompts file: what is asked, the reference answer if there is one, `FILE:LINE`."""
-
-    messages: tuple[dict[str, str], ...]
-    reference: str | None
-    source: str
-
-
-class Prompt(NamedTuple):
-    """A chat as the model reads it: text and token ids after the chat template."""
-
-    text: str
-    ids: list[int]
-    reference: str | None
-    source: str
-
-
 class Output(NamedTuple):
     """One output.
 
@@ -143,56 +123,6 @@ class Engine(Protocol):
 # --- prompts ----------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: str | Path, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (`FILE:LINE`, object) for every line of a JSONL file (UTF-8; empty lines are skipped).
-
-    Raises:
-        IVONError: the file cannot be read (`option` is named), or a line is not a JSON object.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise IVONError(f"{path}:{number}: not JSON ({error}); each line must be one JSON object") from None
-                if not isinstance(record, dict):
-                    raise IVONError(f"{path}:{number}: not a JSON object")
-                yield f"{path}:{number}", record
-    except OSError as error:
-        raise IVONError(f"{option} {path}: cannot be read ({error.strerror}); give a JSONL file") from None
-    except UnicodeDecodeError as error:
-        raise IVONError(f"{option} {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def read_chats(path: str | Path, limit: int | None = None) -> list[Chat]:
-    """Read the prompts of a JSONL file of chats, as axolotl trains on; at most the first `limit`.
-
-    An assistant message at the end is the reference answer; a chat may also end with the question.
-
-    Raises:
-        IVONError: the file cannot be read or has no lines, or a line holds no chat with a user turn.
-    """
-    chats: list[Chat] = []
-    for source, record in read_lines(path, "--prompts"):
-        if limit is not None and len(chats) == limit:
-            break
-        messages = chat_messages(record, source)
-        reference = None
-        if messages and messages[-1]["role"] == "assistant":
-            reference = messages.pop()["content"] or None
-        if not any(message["role"] == "user" for message in messages):
-            raise IVONError(f"{source}: no user turn; add the question as a message with role user")
-        if any(_HALF.search(message["content"]) for message in messages):
-            raise IVONError(f"{source}: holds half a surrogate pair (\\ud800 to \\udfff), which is no text; remove it")
-        chats.append(Chat(tuple(messages), reference, source))
-    if not chats:
-        raise IVONError(f"--prompts {path}: the file is empty; give a JSONL file with one chat a line")
-    return chats
-
-
 def open_tokenizer(folder: str | Path, base_model: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that training saved in `folder`, else that of the base model.
 
@@ -209,24 +139,6 @@ def open_tokenizer(folder: str | Path, base_model: str) -> PreTrainedTokenizerBa
         raise IVONError(
             f"no tokenizer in {source} ({reason}); save the tokenizer of training beside the adapter"
         ) from None
-
-
-def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[Prompt]:
-    """Put chats through the chat template: what it writes before an answer in training is the prompt.
-
-    Raises:
-        IVONError: no chat template, or one that refuses a chat.
-    """
-    # `encode` finds where an answer begins; any answer serves.
-    items = encode(tokenizer, [Example(chat.messages, "0", chat.source) for chat in chats], "generate")
-    prompts = []
-    for chat, item in zip(chats, items, strict=True):
-        ids = item.ids[: item.positions[0] + 1]
-        if not ids:
-            raise IVONError(f"{chat.source}: the chat template makes nothing of it; use the template of training")
-        text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-        prompts.append(Prompt(text, ids, chat.reference, chat.source))
-    return prompts
 
 
 # --- the file ---------------------------------------------------------------------------------------------------

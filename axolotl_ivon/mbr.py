@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
+from .data.chats import read_lines
 from .errors import IVONError
-from .generation import read_lines
 
 LEVELS = ("sequence", "model")
 SMALLEST_N = 8

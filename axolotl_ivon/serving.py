@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .data.encode import Prompt
 from .errors import IVONError
 from .files import CONFIG_FILE, ENSEMBLE_FILE, new_file, read_json
-from .generation import Output, Plan, Prompt, random_bits
+from .generation import Output, Plan, random_bits
 
 if TYPE_CHECKING:
     import httpx

@@ -20,9 +20,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from axolotl_ivon import Posterior
+from axolotl_ivon.data.encode import Item
 from axolotl_ivon.evaluation import Row, evaluate
 from axolotl_ivon.models import AdapterSlots, pick_device
-from axolotl_ivon.prompts import Item
 
 MEAN, DRAWN = Row("mean"), Row("posterior", tau=1.0)
 

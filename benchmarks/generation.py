@@ -27,7 +27,8 @@ from evaluation import build
 from peft import PeftModel
 
 from axolotl_ivon import Posterior
-from axolotl_ivon.generation import Plan, Prompt, TransformersEngine
+from axolotl_ivon.data.encode import Prompt
+from axolotl_ivon.generation import Plan, TransformersEngine
 from axolotl_ivon.models import AdapterSlots
 
 # Enough of a tokenizer for an engine whose texts nobody reads.

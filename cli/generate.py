@@ -14,7 +14,8 @@ from ._common import adapter_argument, emit, json_option, quiet_option, recommen
 from ._evaluation import BatchSize, Reporter
 
 if TYPE_CHECKING:
-    from axolotl_ivon.generation import Engine, Plan, Prompt
+    from axolotl_ivon.data.encode import Prompt
+    from axolotl_ivon.generation import Engine, Plan
 
 
 class _Meter(Reporter):
@@ -118,8 +119,10 @@ def command(
     reporter = _Meter(quiet)
     with reporter:
         reporter.stage("reading the adapter and the prompts")
+        from axolotl_ivon.data.chats import read_chats
+        from axolotl_ivon.data.encode import render
         from axolotl_ivon.errors import IVONError
-        from axolotl_ivon.generation import NBestFile, Plan, open_tokenizer, read_chats, render
+        from axolotl_ivon.generation import NBestFile, Plan, open_tokenizer
 
         plan = Plan(**planned)
         if plan.mean and tau is not None:

@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.data import read_examples
+from axolotl_ivon.data.chats import read_examples
+from axolotl_ivon.data.encode import Item
 from axolotl_ivon.evaluation import Evaluation, Row, count_passes, evaluate, open_posterior, rows_of
 from axolotl_ivon.metrics import Scores, metrics
 from axolotl_ivon.models import AdapterSlots, load_model, load_tokenizer, loaded, pick_device, stacked
 from axolotl_ivon.posterior import save_sigma
-from axolotl_ivon.prompts import Item
 
 MakeAdapter = Callable[..., Path]
 ROWS = list(rows_of(tau=0.5, ratio=0.3).values())

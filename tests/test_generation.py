@@ -16,18 +16,10 @@ from tiny import write_chats
 from transformers import AutoModelForCausalLM, AutoTokenizer, TopPLogitsWarper
 
 from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.data.chats import read_chats
+from axolotl_ivon.data.encode import Prompt, render
 from axolotl_ivon.ensemble import write_ensemble
-from axolotl_ivon.generation import (
-    NBestFile,
-    Output,
-    Plan,
-    Prompt,
-    TransformersEngine,
-    _shrunk,
-    open_tokenizer,
-    read_chats,
-    render,
-)
+from axolotl_ivon.generation import NBestFile, Output, Plan, TransformersEngine, _shrunk, open_tokenizer
 from axolotl_ivon.models import load_model
 
 GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=12, seed=3)

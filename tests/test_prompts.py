@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.data import Example
-from axolotl_ivon.prompts import encode
+from axolotl_ivon.data.chats import Example
+from axolotl_ivon.data.encode import encode
 
 
 def example(answer: str, question: str = "red sun") -> Example:

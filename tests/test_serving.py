@@ -19,8 +19,10 @@ from tiny import write_chats
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon import serving as module
+from axolotl_ivon.data.chats import read_chats
+from axolotl_ivon.data.encode import Prompt, render
 from axolotl_ivon.ensemble import write_ensemble
-from axolotl_ivon.generation import Plan, Prompt, TransformersEngine, open_tokenizer, read_chats, render
+from axolotl_ivon.generation import Plan, TransformersEngine, open_tokenizer
 from axolotl_ivon.models import load_model
 from axolotl_ivon.serving import EndpointEngine, Ensemble, served_rank
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .data import Example
-from .errors import IVONError
+from ..errors import IVONError
+from .chats import Chat, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,3 +138,30 @@ def _encode_label(
         text = "\n".join(message["content"] for message in example.messages)
         ids = tokenizer(text, truncation=max_length is not None, max_length=max_length)["input_ids"]
     return Item(ids, [len(ids) - 1], [label])
+
+
+class Prompt(NamedTuple):
+    """A chat as the model reads it: text and token ids after the chat template."""
+
+    text: str
+    ids: list[int]
+    reference: str | None
+    source: str
+
+
+def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[Prompt]:
+    """Put chats through the chat template: what it writes before an answer in training is the prompt.
+
+    Raises:
+        IVONError: no chat template, or one that refuses a chat.
+    """
+    # `encode` finds where an answer begins; any answer serves.
+    items = encode(tokenizer, [Example(chat.messages, "0", chat.source) for chat in chats], "generate")
+    prompts = []
+    for chat, item in zip(chats, items, strict=True):
+        ids = item.ids[: item.positions[0] + 1]
+        if not ids:
+            raise IVONError(f"{chat.source}: the chat template makes nothing of it; use the template of training")
+        text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        prompts.append(Prompt(text, ids, chat.reference, chat.source))
+    return prompts

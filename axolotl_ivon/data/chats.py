@@ -8,16 +8,18 @@ everything before the last assistant message, what is right is that message.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .errors import IVONError
+from ..errors import IVONError
 
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 MAX_CHOICES = 26
 _MAX_CHOICE_LENGTH = 40
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -145,3 +147,61 @@ def find_choices(examples: Iterable[Example], given: Sequence[str] | None = None
                 f"{example.source}: the answer {example.answer!r} is not one of --choices {','.join(choices)}"
             )
     return choices
+
+
+class Chat(NamedTuple):
+    """One line of a prompts file: what is asked, the reference answer if there is one, `FILE:LINE`."""
+
+    messages: tuple[dict[str, str], ...]
+    reference: str | None
+    source: str
+
+
+def read_lines(path: str | Path, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (`FILE:LINE`, object) for every line of a JSONL file (UTF-8; empty lines are skipped).
+
+    Raises:
+        IVONError: the file cannot be read (`option` is named), or a line is not a JSON object.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise IVONError(f"{path}:{number}: not JSON ({error}); each line must be one JSON object") from None
+                if not isinstance(record, dict):
+                    raise IVONError(f"{path}:{number}: not a JSON object")
+                yield f"{path}:{number}", record
+    except OSError as error:
+        raise IVONError(f"{option} {path}: cannot be read ({error.strerror}); give a JSONL file") from None
+    except UnicodeDecodeError as error:
+        raise IVONError(f"{option} {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def read_chats(path: str | Path, limit: int | None = None) -> list[Chat]:
+    """Read the prompts of a JSONL file of chats, as axolotl trains on; at most the first `limit`.
+
+    An assistant message at the end is the reference answer; a chat may also end with the question.
+
+    Raises:
+        IVONError: the file cannot be read or has no lines, or a line holds no chat with a user turn.
+    """
+    chats: list[Chat] = []
+    for source, record in read_lines(path, "--prompts"):
+        if limit is not None and len(chats) == limit:
+            break
+        messages = chat_messages(record, source)
+        reference = None
+        if messages and messages[-1]["role"] == "assistant":
+            reference = messages.pop()["content"] or None
+        if not any(message["role"] == "user" for message in messages):
+            raise IVONError(f"{source}: no user turn; add the question as a message with role user")
+        if any(_HALF.search(message["content"]) for message in messages):
+            raise IVONError(f"{source}: holds half a surrogate pair (\\ud800 to \\udfff), which is no text; remove it")
+        chats.append(Chat(tuple(messages), reference, source))
+    if not chats:
+        raise IVONError(f"--prompts {path}: the file is empty; give a JSONL file with one chat a line")
+    return chats

@@ -1,0 +1,1 @@
+"""Training and evaluation data: chats, and how a model reads them."""
