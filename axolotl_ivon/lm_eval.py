@@ -19,9 +19,9 @@ from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from .evaluation import Row, open_posterior
+from .evaluation.evaluate import Row, open_posterior
+from .evaluation.sweep import read_recommended
 from .models import AdapterSlots, load_model, load_tokenizer
-from .sweep import read_recommended
 
 Answers = TypeVar("Answers")
 

@@ -427,7 +427,7 @@ def save(results: Mapping[str, Decoded], folder: Path) -> list[Path]:
             temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     curves = {label: result.curve for label, result in results.items() if result.curve}
     if curves:
-        from .plots import scaling
+        from .evaluation.report import scaling
 
         figure = scaling(curves)
         for kind in ("png", "svg"):

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.data.encode import Item
-from axolotl_ivon.evaluation import Row, evaluate
+from axolotl_ivon.evaluation.evaluate import Row, evaluate
 from axolotl_ivon.models import AdapterSlots, pick_device
 
 MEAN, DRAWN = Row("mean"), Row("posterior", tau=1.0)

@@ -19,7 +19,7 @@ from fidelity_data import Encoder, Example, Task, collate, predict, training_bat
 from torch import Tensor, nn
 
 from axolotl_ivon import IVONLoRA, Posterior, effective_sample_size
-from axolotl_ivon.metrics import entropy
+from axolotl_ivon.evaluation.metrics import entropy
 
 Weights = Mapping[str, Tensor]
 WARMUP = 0.05

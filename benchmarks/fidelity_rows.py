@@ -25,7 +25,7 @@ from fidelity_methods import (
 )
 
 from axolotl_ivon import Posterior
-from axolotl_ivon.metrics import Scores, metrics
+from axolotl_ivon.evaluation.metrics import Scores, metrics
 
 Answer = tuple[Predictions, dict[str, Any]]
 RATIO = 0.1  # the paper's share of pruned weights

@@ -55,7 +55,7 @@ def settings(
     """Return τ and ratio: the options', else the recommendation's, else the defaults."""
     best_tau, best_ratio = 1.0, default_ratio
     if recommended:
-        from axolotl_ivon.sweep import read_recommended
+        from axolotl_ivon.evaluation.sweep import read_recommended
 
         best_tau, best_ratio = read_recommended(recommended)
     return best_tau if tau is None else tau, best_ratio if ratio is None else ratio

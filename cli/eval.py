@@ -70,8 +70,8 @@ def command(
         import torch
 
         from axolotl_ivon.errors import IVONError
-        from axolotl_ivon.evaluation import Evaluation, count_passes, rows_of
-        from axolotl_ivon.metrics import metrics, standard_errors
+        from axolotl_ivon.evaluation.evaluate import Evaluation, count_passes, rows_of
+        from axolotl_ivon.evaluation.metrics import metrics, standard_errors
 
         known = rows_of(tau, prune_ratio)
         wanted = rows.split(",")

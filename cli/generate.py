@@ -187,7 +187,7 @@ def command(
 def _open(adapter: str, plan: Plan, tau: float, ratio: float, base_model: str | None) -> tuple[Any, str]:
     """Return the posterior, pruned and tempered, and the name of its base model."""
     from axolotl_ivon.errors import IVONError
-    from axolotl_ivon.evaluation import Row, open_posterior
+    from axolotl_ivon.evaluation.evaluate import Row, open_posterior
     from axolotl_ivon.posterior import Posterior
 
     if plan.mean and not ratio:

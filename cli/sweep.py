@@ -12,7 +12,7 @@ from ._common import emit, print_table
 from ._evaluation import Numbers, Reporter, decimal, evaluation_options, is_wide, percent
 
 if TYPE_CHECKING:
-    from axolotl_ivon.sweep import Sweep
+    from axolotl_ivon.evaluation.sweep import Sweep
 
 
 @click.command("sweep")
@@ -73,8 +73,9 @@ def command(
     folder = Path(output or f"{adapter.rstrip('/')}-sweep")
     with Reporter(quiet) as reporter:
         reporter.stage("loading the base model")
-        from axolotl_ivon.evaluation import Evaluation, count_passes
-        from axolotl_ivon.sweep import check_grid, check_output, number, save, sweep
+        from axolotl_ivon.evaluation.evaluate import Evaluation, count_passes
+        from axolotl_ivon.evaluation.report import check_output, save
+        from axolotl_ivon.evaluation.sweep import check_grid, number, sweep
 
         rows = check_grid([tau for group in taus for tau in group], [ratio for group in ratios for ratio in group])
         check_output(folder, overwrite)

@@ -26,8 +26,8 @@ from transformers import (
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.data.encode import Item
-from axolotl_ivon.evaluation import Evaluation, Row, count_passes, evaluate, open_posterior, rows_of
-from axolotl_ivon.metrics import Scores, metrics
+from axolotl_ivon.evaluation.evaluate import Evaluation, Row, count_passes, evaluate, open_posterior, rows_of
+from axolotl_ivon.evaluation.metrics import Scores, metrics
 from axolotl_ivon.models import AdapterSlots, load_model, load_tokenizer, loaded, pick_device, stacked
 from axolotl_ivon.posterior import save_sigma
 
@@ -147,11 +147,11 @@ def test_the_common_prefix_changes_nothing(
     monkeypatch.setattr(
         evaluation.model, "forward", lambda **kw: tokens.append(kw["input_ids"].numel()) or forward(**kw)
     )
-    monkeypatch.setattr("axolotl_ivon.evaluation._MIN_PREFIX", 2)
+    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._MIN_PREFIX", 2)
     close(evaluation.run(ROWS, samples=3, seed=5), scores)
     with_prefix = sum(tokens)
     tokens.clear()
-    monkeypatch.setattr("axolotl_ivon.evaluation._MIN_PREFIX", 10**6)
+    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._MIN_PREFIX", 10**6)
     close(evaluation.run(ROWS, samples=3, seed=5), scores)
     assert with_prefix < sum(tokens)
 
@@ -159,7 +159,7 @@ def test_the_common_prefix_changes_nothing(
 def test_averages_that_do_not_fit_are_made_in_chunks(
     evaluation: Evaluation, scores: list[Scores], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("axolotl_ivon.evaluation._AVERAGES", 40 * len(evaluation.choices or range(400)))
+    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._AVERAGES", 40 * len(evaluation.choices or range(400)))
     done: list[int] = []
     close(evaluation.run(ROWS, samples=3, seed=5, progress=done.append), scores)
     assert sum(done) == count_passes(ROWS, 3) * len(evaluation.items)
@@ -174,7 +174,7 @@ def test_the_tokenizers_padding_side_does_not_matter(
         tokenizer.padding_side = side
         return tokenizer
 
-    monkeypatch.setattr("axolotl_ivon.evaluation.load_tokenizer", padded)
+    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate.load_tokenizer", padded)
     other = Evaluation(adapter, [chats], task=evaluation.task)
     close(other.run(ROWS, samples=3, seed=5), scores)
 
@@ -421,7 +421,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 def test_other_architectures(
     tmp_path: Path, tiny_llama: Path, chats: Path, config: PretrainedConfig, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("axolotl_ivon.evaluation._MIN_PREFIX", 2)
+    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._MIN_PREFIX", 2)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

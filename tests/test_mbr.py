@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torchmetrics.functional.classification import binary_auroc
 
 from axolotl_ivon import IVONError
+from axolotl_ivon.evaluation.report import scaling
 from axolotl_ivon.mbr import (
     UTILITIES,
     Answers,
@@ -35,7 +36,6 @@ from axolotl_ivon.mbr import (
     sizes,
     utility_matrix,
 )
-from axolotl_ivon.plots import scaling
 
 # rouge-score brings absl, whose handler closes the stderr that pytest captures when axolotl, in a later test of this
 # process, sets logging up anew; the true stderr it leaves alone.

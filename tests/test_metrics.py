@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from axolotl_ivon.metrics import Scores, entropy, metrics, standard_errors, weighted_metrics
+from axolotl_ivon.evaluation.metrics import Scores, entropy, metrics, standard_errors, weighted_metrics
 
 
 @st.composite
@@ -120,7 +120,7 @@ def test_the_bootstrap_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
     p = torch.softmax(torch.randn(50, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 1)
     scores = Scores.of(p, torch.arange(50) % 3)
     whole = standard_errors(scores, resamples=200)
-    monkeypatch.setattr("axolotl_ivon.metrics._CELLS", 50 * 7)
+    monkeypatch.setattr("axolotl_ivon.evaluation.metrics._CELLS", 50 * 7)
     assert standard_errors(scores, resamples=200) == pytest.approx(whole)
 
 

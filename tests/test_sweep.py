@@ -16,20 +16,10 @@ from matplotlib.image import imread
 from tiny import write_chats
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.evaluation import Evaluation
-from axolotl_ivon.metrics import Scores, metrics
-from axolotl_ivon.plots import reliability_bins
-from axolotl_ivon.sweep import (
-    OBJECTIVES,
-    Sweep,
-    best,
-    check_grid,
-    check_output,
-    pareto_front,
-    read_recommended,
-    save,
-    sweep,
-)
+from axolotl_ivon.evaluation.evaluate import Evaluation
+from axolotl_ivon.evaluation.metrics import Scores, metrics
+from axolotl_ivon.evaluation.report import check_output, reliability_bins, save
+from axolotl_ivon.evaluation.sweep import OBJECTIVES, Sweep, best, check_grid, pareto_front, read_recommended, sweep
 
 TAUS, RATIOS = (0.3, 1.0, math.inf), (0.0, 0.4)
 

@@ -9,18 +9,17 @@ Importing this module imports no torch: the commands that only read a recommenda
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import IVONError
-from .files import read_json
+from ..errors import IVONError
+from ..files import read_json
 
 if TYPE_CHECKING:
-    from .evaluation import Evaluation, Row
+    from .evaluate import Evaluation, Row
     from .metrics import Scores
 
 # What an objective makes small.
@@ -110,7 +109,7 @@ def check_grid(taus: Sequence[float], ratios: Sequence[float]) -> list[Row]:
     Raises:
         IVONError: a τ ≤ 0, a ratio outside [0, 1], or nothing to choose between.
     """
-    from .evaluation import Row
+    from .evaluate import Row
 
     rows = [
         Row(f"τ={tau:g}, ratio={ratio:g}", tau=tau, ratio=ratio)
@@ -154,53 +153,6 @@ def sweep(evaluation: Evaluation, rows: Sequence[Row], objective: str = "nll", s
     reliability = {name: held[where] for name, where in known.items() if where in held}
     reliability[f"recommended (τ {rows[place].tau:g}, ratio {rows[place].ratio:g})"] = reported[place]
     return Sweep(points, place, objective, standard_errors(reported[place]), reliability)
-
-
-def check_output(folder: Path, overwrite: bool = False) -> None:
-    """Raise IVONError if `save` would refuse `folder`: worth asking before the evaluation."""
-    if folder.exists() and not folder.is_dir():
-        raise IVONError(f"{folder} is not a folder; choose another name with -o")
-    if (folder / RECOMMENDED_FILE).exists() and not overwrite:
-        raise IVONError(f"{folder} holds a sweep; choose another name with -o, or overwrite it with --overwrite")
-    parent = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
-    if not os.access(parent, os.W_OK):
-        raise IVONError(f"{folder} cannot be written (no permission for {parent}); choose another name with -o")
-
-
-def save(result: Sweep, folder: Path, facts: dict[str, Any]) -> list[Path]:
-    """Write two pictures, each as PNG and SVG, and then recommended.json with `facts` about the run in it.
-
-    Returns:
-        The files, recommended.json first.
-
-    Raises:
-        IVONError: a file cannot be written.
-    """
-    from .files import new_file, output_folder, write_json
-    from .plots import reliability, trade_off
-
-    output_folder(folder)
-    pictures = {"trade-off": trade_off(result), "reliability": reliability(result.reliability)}
-    paths = [folder / f"{name}.{kind}" for name in pictures for kind in ("png", "svg")]
-    for path in paths:
-        with new_file(path) as temporary:
-            pictures[path.stem].savefig(temporary, format=path.suffix[1:], dpi=150)
-    point, mean = result.points[result.recommended], result.find(math.inf, 0.0)
-    with new_file(folder / RECOMMENDED_FILE) as temporary:
-        write_json(
-            temporary,
-            {
-                "tau": number(point.tau),
-                "ratio": point.ratio,
-                "objective": result.objective,
-                **facts,
-                "chosen_on": point.chosen_on,
-                "reported_on": {**point.reported_on, "se": result.error},
-                "mean_reported_on": mean.reported_on if mean else None,
-                "grid": [{**asdict(point), "tau": number(point.tau)} for point in result.points],
-            },
-        )
-    return [folder / RECOMMENDED_FILE, *paths]
 
 
 def number(value: float) -> float | str:

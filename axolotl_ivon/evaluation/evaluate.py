@@ -8,34 +8,29 @@ random numbers), so rows that differ in temperature or pruning differ in nothing
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
-from .data.chats import Example, detect_task, find_choices, read_examples
-from .data.encode import Item, common_length, encode
-from .errors import IVONError
+from ..data.chats import Example, detect_task, find_choices, read_examples
+from ..data.encode import Item, common_length, encode
+from ..errors import IVONError
+from ..models import AdapterSlots, evaluating, load_model, load_tokenizer, stacked
 from .metrics import Scores, entropy
-from .models import AdapterSlots, evaluating, load_model, load_tokenizer, stacked
+from .predict import Batch, Runner
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from .posterior import Posterior
+    from ..posterior import Posterior
 
-# Tokens in a batch when the size is "auto". On a CPU more would only add padding. Out of memory halves it.
-_AUTO_TOKENS = {"cpu": 512}
-_AUTO_TOKENS_ELSEWHERE = 16384
-_LOGITS = 2**27  # logits of one batch with --task generate: 512 MiB in float32
 _AVERAGES = 2**28  # probabilities (of all rows together) that are kept at a time: 1 GiB in float32
 _MIN_PREFIX = 8  # a shorter common prefix is not worth its own pass
 
@@ -81,186 +76,7 @@ def rows_of(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Row]:
 # --- batches ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Right-padded token ids (rows, length), and where in them the scored positions are: row and column (m,).
-
-    `slots` (m,) says where the m distributions go among those of the chunk.
-    """
-
-    ids: Tensor
-    mask: Tensor | None
-    row: Tensor
-    column: Tensor
-    slots: Tensor
-    candidates: Tensor | None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def part(self, start: int, stop: int) -> _Batch:
-        """Return rows `start` to `stop` as a batch."""
-        chosen = (self.row >= start) & (self.row < stop)
-        return _Batch(
-            self.ids[start:stop],
-            None if self.mask is None else self.mask[start:stop],
-            self.row[chosen] - start,
-            self.column[chosen],
-            self.slots[chosen],
-            None if self.candidates is None else self.candidates[chosen],
-        )
-
-
-def _collate(items: Sequence[Item], first_slot: int, skip: int, pad: int, device: torch.device) -> _Batch:
-    """Pad on the right, whatever the tokenizer would do: positions then need no correction in any model.
-
-    `skip` tokens at the start of every item are left out: they are in the cache.
-    """
-    length = max(len(item.ids) for item in items) - skip
-    ids = torch.full((len(items), length), pad)
-    mask = torch.zeros(len(items), length + skip, dtype=torch.long)
-    for row, item in enumerate(items):
-        ids[row, : len(item.ids) - skip] = torch.tensor(item.ids[skip:])
-        mask[row, : len(item.ids)] = 1
-    rows = torch.tensor([row for row, item in enumerate(items) for _ in item.positions])
-    column = torch.tensor([position - skip for item in items for position in item.positions])
-    candidates = None
-    if items[0].candidates is not None:
-        candidates = torch.tensor([item.candidates for item in items for _ in item.positions]).to(device)
-    return _Batch(
-        ids.to(device),
-        None if mask.all() else mask.to(device),
-        rows.to(device),
-        column.to(device),
-        torch.arange(first_slot, first_slot + len(rows)).to(device),
-        candidates,
-    )
-
-
 # --- passes -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Runner:
-    """Runs the loaded weights over items in batches that fit the memory."""
-
-    model: PeftModel
-    task: str
-    batch_size: int | None
-    notify: Callable[[str], None]
-    device: torch.device = field(init=False)
-    tokens: int = field(init=False)
-    keeps_logits: bool = field(init=False)
-    ceiling: float = math.inf  # tokens in a batch: lowered when the memory runs out
-
-    def __post_init__(self) -> None:
-        self.device = self.model.device
-        self.tokens = _AUTO_TOKENS.get(self.device.type, _AUTO_TOKENS_ELSEWHERE)
-        # The head runs on the scored positions only, where the model can do that.
-        forward = inspect.signature(self.model.get_base_model().forward)
-        self.keeps_logits = "logits_to_keep" in forward.parameters
-
-    def classes(self, items: Sequence[Item]) -> int:
-        """Return the number of classes of a distribution."""
-        if items[0].candidates is not None:
-            return len(items[0].candidates)
-        if self.task == "classify":
-            return self.model.config.num_labels
-        return self.model.config.get_text_config().vocab_size
-
-    def batches(self, items: Sequence[Item], skip: int, copies: int) -> list[_Batch]:
-        """Cut items (sorted by length) into batches; `copies` draws at once share the budget of tokens."""
-        pad = getattr(self.model.config, "pad_token_id", None) or 0
-        batches: list[_Batch] = []
-        start = slot = 0
-        while start < len(items):
-            stop = start + 1
-            while stop < len(items) and self._fits(items, start, stop + 1, skip, copies):
-                stop += 1
-            batches.append(_collate(items[start:stop], slot, skip, pad, self.device))
-            slot += len(batches[-1].slots)
-            start = stop
-        return batches
-
-    def _fits(self, items: Sequence[Item], start: int, stop: int, skip: int, copies: int) -> bool:
-        if self.batch_size is not None:
-            return stop - start <= self.batch_size
-        budget = min(self.tokens, _LOGITS // self.classes(items)) if self.task == "generate" else self.tokens
-        return (stop - start) * copies * (len(items[stop - 1].ids) - skip) <= budget
-
-    def run(self, batch: _Batch, prefix: Any, copies: int) -> Iterator[tuple[_Batch, Tensor]]:
-        """Yield (batch, probabilities (copies, m, classes)): in smaller parts when the memory runs out."""
-        waiting = [batch]
-        while waiting:
-            part = waiting.pop(0)
-            size, half = copies * part.ids.numel(), len(part) // 2
-            if size <= self.ceiling or not half:
-                probabilities = self._try_forward(part, prefix, copies)
-                if probabilities is not None:
-                    yield part, probabilities
-                    continue
-                clear_device_cache(garbage_collection=True)
-                if not half:
-                    raise IVONError(
-                        f"out of memory with a single prompt of {part.ids.shape[1]} tokens; use --load-in 8bit or "
-                        "4bit, --draws-per-pass 1, or a machine with more memory"
-                    )
-                self.notify(f"out of memory with {len(part)} prompts in a batch; going on with {half}")
-                self.ceiling = size // 2
-            waiting[:0] = [part.part(0, half), part.part(half, len(part))]
-
-    def _try_forward(self, batch: _Batch, prefix: Any, copies: int) -> Tensor | None:
-        """Return `_forward`'s probabilities, or None if the memory ran out; then nothing holds its tensors."""
-        try:
-            return self._forward(batch, prefix, copies)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            return None
-
-    def _forward(self, batch: _Batch, prefix: Any, copies: int) -> Tensor:
-        columns, column = torch.unique(batch.column, return_inverse=True)
-        inputs: dict[str, Any] = {"input_ids": batch.ids.repeat(copies, 1)}
-        if batch.mask is not None:
-            inputs["attention_mask"] = batch.mask.repeat(copies, 1)
-        if self.task == "classify":
-            logits = self.model(**inputs).logits.view(copies, len(batch), -1)
-            return logits.double().softmax(-1)
-        if prefix is not None:
-            inputs["past_key_values"] = _repeated(prefix, len(batch))
-        if self.keeps_logits:
-            inputs["logits_to_keep"] = columns
-        else:
-            column = batch.column
-        logits = self.model(**inputs, use_cache=False).logits
-        logits = logits.view(copies, len(batch), *logits.shape[1:])[:, batch.row, column]
-        if batch.candidates is None:
-            return logits.float().softmax(-1)
-        return logits.gather(2, batch.candidates.expand(copies, -1, -1)).double().softmax(-1)
-
-    def prefix(self, ids: Sequence[int], copies: int) -> Any:
-        """Return the cache after `ids` for each draw, or None if the model has none that batches can share."""
-        from transformers.cache_utils import DynamicCache, DynamicLayer
-
-        inputs: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=self.device).repeat(copies, 1)}
-        if self.keeps_logits:
-            inputs["logits_to_keep"] = 1
-        cache = getattr(self.model(**inputs, use_cache=True), "past_key_values", None)
-        # Sliding windows and recurrent states do not keep all of the prefix.
-        if type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers):
-            return cache
-        return None
-
-
-def _repeated(cache: Any, times: int) -> Any:
-    """Return a new cache in which every row of `cache` stands `times` times; the given one is not changed."""
-    from transformers.cache_utils import DynamicCache
-
-    return DynamicCache(
-        ddp_cache_data=[
-            (layer.keys.repeat_interleave(times, 0), layer.values.repeat_interleave(times, 0)) for layer in cache.layers
-        ]
-    )
 
 
 # --- the evaluation ---------------------------------------------------------------------------------------------
@@ -324,7 +140,7 @@ def evaluate(
     """
     slots = AdapterSlots(model)
     slots.check(posterior.mean)
-    runner = _Runner(model, task, batch_size, notify)
+    runner = Runner(model, task, batch_size, notify)
     order = sorted(range(len(items)), key=lambda index: len(items[index].ids))
     scores: list[list[Scores]] = [[] for _ in rows]
     with evaluating(model):
@@ -339,7 +155,7 @@ def evaluate(
             dtype = torch.float32 if task == "generate" else torch.float64
             zeros = functools.partial(torch.zeros, dtype=dtype, device=runner.device)
             averages = [_Average(zeros(size), zeros(size[0])) for _ in rows]
-            batches: dict[int, list[_Batch]] = {}
+            batches: dict[int, list[Batch]] = {}
             for number, draws in _passes(posterior, rows, samples, seed, draws_per_pass):
                 copies = len(draws)
                 if copies not in batches:
@@ -431,8 +247,8 @@ def open_posterior(adapter: str | Path, rows: Sequence[Row] = ()) -> Posterior:
     Raises:
         IVONError: the adapter cannot be read, or has no σ and a row needs it.
     """
-    from .files import SIGMA_FILE
-    from .posterior import Adapter, Posterior
+    from ..files import SIGMA_FILE
+    from ..posterior import Adapter, Posterior
 
     held = Adapter(adapter)
     if held.sigma is not None:

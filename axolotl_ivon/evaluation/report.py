@@ -1,4 +1,4 @@
-"""The pictures of `ivon-post sweep`, accuracy against calibration and reliability diagrams, and of `ivon-post mbr`.
+"""What `ivon-post sweep` leaves behind: recommended.json, accuracy against calibration, and reliability diagrams.
 
 Figures are made without pyplot, so nothing global changes and no display is needed.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +20,13 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
+from ..errors import IVONError
 from .metrics import ECE_BINS, Scores, metrics
+from .sweep import RECOMMENDED_FILE, Sweep, number
 
 if TYPE_CHECKING:
-    from .mbr import Point
-    from .sweep import GridPoint, Sweep
+    from ..mbr import Point
+    from .sweep import GridPoint
 
 _TEMPERATURE, _PRUNING, _CHOSEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#9a9a9a"
 
@@ -167,3 +172,49 @@ def scaling(curves: Mapping[str, Sequence[Point]]) -> Figure:
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="best")
     return figure
+
+
+def check_output(folder: Path, overwrite: bool = False) -> None:
+    """Raise IVONError if `save` would refuse `folder`: worth asking before the evaluation."""
+    if folder.exists() and not folder.is_dir():
+        raise IVONError(f"{folder} is not a folder; choose another name with -o")
+    if (folder / RECOMMENDED_FILE).exists() and not overwrite:
+        raise IVONError(f"{folder} holds a sweep; choose another name with -o, or overwrite it with --overwrite")
+    parent = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise IVONError(f"{folder} cannot be written (no permission for {parent}); choose another name with -o")
+
+
+def save(result: Sweep, folder: Path, facts: dict[str, Any]) -> list[Path]:
+    """Write two pictures, each as PNG and SVG, and then recommended.json with `facts` about the run in it.
+
+    Returns:
+        The files, recommended.json first.
+
+    Raises:
+        IVONError: a file cannot be written.
+    """
+    from ..files import new_file, output_folder, write_json
+
+    output_folder(folder)
+    pictures = {"trade-off": trade_off(result), "reliability": reliability(result.reliability)}
+    paths = [folder / f"{name}.{kind}" for name in pictures for kind in ("png", "svg")]
+    for path in paths:
+        with new_file(path) as temporary:
+            pictures[path.stem].savefig(temporary, format=path.suffix[1:], dpi=150)
+    point, mean = result.points[result.recommended], result.find(math.inf, 0.0)
+    with new_file(folder / RECOMMENDED_FILE) as temporary:
+        write_json(
+            temporary,
+            {
+                "tau": number(point.tau),
+                "ratio": point.ratio,
+                "objective": result.objective,
+                **facts,
+                "chosen_on": point.chosen_on,
+                "reported_on": {**point.reported_on, "se": result.error},
+                "mean_reported_on": mean.reported_on if mean else None,
+                "grid": [{**asdict(point), "tau": number(point.tau)} for point in result.points],
+            },
+        )
+    return [folder / RECOMMENDED_FILE, *paths]
