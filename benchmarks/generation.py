@@ -28,7 +28,8 @@ from peft import PeftModel
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.data.encode import Prompt
-from axolotl_ivon.generation import Plan, TransformersEngine
+from axolotl_ivon.generation.local import TransformersEngine
+from axolotl_ivon.generation.plan import Plan
 from axolotl_ivon.models import AdapterSlots
 
 # Enough of a tokenizer for an engine whose texts nobody reads.

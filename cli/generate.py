@@ -15,7 +15,7 @@ from ._evaluation import BatchSize, Reporter
 
 if TYPE_CHECKING:
     from axolotl_ivon.data.encode import Prompt
-    from axolotl_ivon.generation import Engine, Plan
+    from axolotl_ivon.generation.plan import Engine, Plan
 
 
 class _Meter(Reporter):
@@ -122,7 +122,8 @@ def command(
         from axolotl_ivon.data.chats import read_chats
         from axolotl_ivon.data.encode import render
         from axolotl_ivon.errors import IVONError
-        from axolotl_ivon.generation import NBestFile, Plan, open_tokenizer
+        from axolotl_ivon.generation.nbest import NBestFile
+        from axolotl_ivon.generation.plan import Plan, open_tokenizer
 
         plan = Plan(**planned)
         if plan.mean and tau is not None:
@@ -134,7 +135,8 @@ def command(
                 raise IVONError(
                     "--endpoint: the members are drawn already; give --tau and --prune-ratio to `ivon-post sample`"
                 )
-            from axolotl_ivon.serving import EndpointEngine, Ensemble
+            from axolotl_ivon.generation.endpoint import EndpointEngine
+            from axolotl_ivon.generation.serve import Ensemble
 
             ensemble = Ensemble(adapter)
             rendered = render(open_tokenizer(ensemble.tokenizer_folder, base_model or ensemble.base_model), chats)
@@ -167,7 +169,7 @@ def command(
                 )
             else:
                 reporter.stage("loading the base model")
-                from axolotl_ivon.generation import TransformersEngine
+                from axolotl_ivon.generation.local import TransformersEngine
                 from axolotl_ivon.models import load_model
 
                 model = load_model(posterior.folder, base_model=base, load_in=load_in, device=device, dtype=dtype)

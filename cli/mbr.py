@@ -11,7 +11,7 @@ from ._common import emit, json_option, print_table, quiet_option
 from ._evaluation import Reporter, decimal, percent
 
 if TYPE_CHECKING:
-    from axolotl_ivon.mbr import Decoded
+    from axolotl_ivon.generation.mbr import Decoded
 
 
 @click.command("mbr")
@@ -64,7 +64,10 @@ def command(
         reporter.stage("reading")
 
         from axolotl_ivon.errors import IVONError
-        from axolotl_ivon.mbr import UTILITIES, Answers, decode, labels, read_nbest, save
+        from axolotl_ivon.generation.mbr import decode, labels
+        from axolotl_ivon.generation.nbest import read_nbest
+        from axolotl_ivon.generation.report import save
+        from axolotl_ivon.generation.utilities import UTILITIES, Answers
 
         paths = labels(files)
         first = Path(next(iter(paths.values())))

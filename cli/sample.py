@@ -66,7 +66,7 @@ def command(
     with progress_bars(quiet) as progress:
         posterior = Posterior.from_pretrained(adapter, progress)
         if serve:
-            from axolotl_ivon.serving import Ensemble, served_rank
+            from axolotl_ivon.generation.serve import Ensemble, served_rank
 
             served_rank(posterior.config)  # refused before anything is drawn
         if ratio:

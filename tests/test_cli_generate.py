@@ -11,7 +11,8 @@ import pytest
 from conftest import Cli
 from tiny import write_chats
 
-from axolotl_ivon import IVONError, generation
+from axolotl_ivon import IVONError
+from axolotl_ivon.generation import local, nbest
 
 SMALL = ["-n", 4, "--per-model", 2, "--max-tokens", 6, "--batch-size", 4]
 
@@ -50,22 +51,22 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 ) -> None:
     whole, path = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     ivon_post("generate", tiny_adapter, "-p", chats, *SMALL, "-o", whole)
-    append = generation.NBestFile.append
+    append = nbest.NBestFile.append
 
-    def fails_at_two(self: generation.NBestFile, *more: Any) -> None:
+    def fails_at_two(self: nbest.NBestFile, *more: Any) -> None:
         if self.done == 2:
             self._file.write(b'{"prompt": "half a li')
             raise IVONError("pulled the plug")
         append(self, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generation.NBestFile, "append", fails_at_two)
+        patch.setattr(nbest.NBestFile, "append", fails_at_two)
         assert "pulled" in ivon_post.run("generate", tiny_adapter, "-p", chats, *SMALL, "-o", path).stderr
     assert path.read_text().endswith("half a li")
     again = ["generate", tiny_adapter, "-p", chats, *SMALL, "-o", path]
     assert "4 prompts (2 were there), 4 outputs each from 2 draws, seed 0" in ivon_post(*again)
     assert path.read_bytes() == whole.read_bytes()
-    monkeypatch.setattr(generation, "TransformersEngine", None)  # a complete file needs no model
+    monkeypatch.setattr(local, "TransformersEngine", None)  # a complete file needs no model
     assert ivon_post.json(*again)["resumed"] == 4
     assert "made with seed 0, not 1" in ivon_post.error(*again, "--seed", 1, "--quiet")
 

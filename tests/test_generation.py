@@ -19,7 +19,9 @@ from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_chats
 from axolotl_ivon.data.encode import Prompt, render
 from axolotl_ivon.ensemble import write_ensemble
-from axolotl_ivon.generation import NBestFile, Output, Plan, TransformersEngine, _shrunk, open_tokenizer
+from axolotl_ivon.generation.local import TransformersEngine, _shrunk
+from axolotl_ivon.generation.nbest import NBestFile
+from axolotl_ivon.generation.plan import Output, Plan, open_tokenizer
 from axolotl_ivon.models import load_model
 
 GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=12, seed=3)

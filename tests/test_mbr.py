@@ -18,12 +18,8 @@ from hypothesis import strategies as st
 from torchmetrics.functional.classification import binary_auroc
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.evaluation.report import scaling
-from axolotl_ivon.mbr import (
-    UTILITIES,
-    Answers,
+from axolotl_ivon.generation.mbr import (
     Decoded,
-    NBest,
     Point,
     auroc,
     choose,
@@ -31,11 +27,12 @@ from axolotl_ivon.mbr import (
     disagreement,
     expected_utility,
     labels,
-    read_nbest,
-    save,
     sizes,
     utility_matrix,
 )
+from axolotl_ivon.generation.nbest import NBest, read_nbest
+from axolotl_ivon.generation.report import save, scaling
+from axolotl_ivon.generation.utilities import UTILITIES, Answers
 
 # rouge-score brings absl, whose handler closes the stderr that pytest captures when axolotl, in a later test of this
 # process, sets logging up anew; the true stderr it leaves alone.

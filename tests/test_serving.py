@@ -18,13 +18,15 @@ from openai_server import Server, serving
 from tiny import write_chats
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon import serving as module
 from axolotl_ivon.data.chats import read_chats
 from axolotl_ivon.data.encode import Prompt, render
 from axolotl_ivon.ensemble import write_ensemble
-from axolotl_ivon.generation import Plan, TransformersEngine, open_tokenizer
+from axolotl_ivon.generation import endpoint
+from axolotl_ivon.generation.endpoint import EndpointEngine
+from axolotl_ivon.generation.local import TransformersEngine
+from axolotl_ivon.generation.plan import Plan, open_tokenizer
+from axolotl_ivon.generation.serve import Ensemble, served_rank
 from axolotl_ivon.models import load_model
-from axolotl_ivon.serving import EndpointEngine, Ensemble, served_rank
 
 MEMBERS = ["mean", "sample-0000", "sample-0001", "sample-0002"]
 GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=8)
@@ -56,7 +58,7 @@ def server(held: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     held.most = 0
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(module, "_BACKOFF", 0.001)
+    monkeypatch.setattr(endpoint, "_BACKOFF", 0.001)
     return held
 
 

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.generation import Plan
+from axolotl_ivon.generation.endpoint import EndpointEngine
+from axolotl_ivon.generation.plan import Plan
 from axolotl_ivon.posterior import save_sigma
-from axolotl_ivon.serving import EndpointEngine
 
 PYTHON = os.environ.get("IVON_VLLM_PYTHON", "")
 BASE = Path(__file__).resolve().parent.parent / ".demo" / "SmolLM2-135M-Instruct"

@@ -5,7 +5,6 @@ Figures are made without pyplot, so nothing global changes and no display is nee
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,6 @@ from .metrics import ECE_BINS, Scores, metrics
 from .sweep import RECOMMENDED_FILE, Sweep, number
 
 if TYPE_CHECKING:
-    from ..mbr import Point
     from .sweep import GridPoint
 
 _TEMPERATURE, _PRUNING, _CHOSEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#9a9a9a"
@@ -143,34 +141,6 @@ def reliability(named: Mapping[str, Scores]) -> Figure:
     grid[0][0].set_ylabel("accuracy")
     grid[1][0].set_ylabel("predictions (%)")
     grid[0][0].legend(fontsize=8, loc="upper left")
-    return figure
-
-
-def scaling(curves: Mapping[str, Sequence[Point]]) -> Figure:
-    """Draw accuracy against the number of outputs, a curve with its standard errors for each label.
-
-    It is figure 3 of arXiv 2506.14280. The points of a curve share prompts, and so do the curves: they differ by less
-    than the bars say.
-    """
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    styles = zip(itertools.cycle((_GREY, _TEMPERATURE, _PRUNING, _CHOSEN)), itertools.cycle("so^D"), strict=False)
-    for place, ((label, curve), (color, marker)) in enumerate(zip(curves.items(), styles, strict=False)):
-        shift = 1 + 0.03 * (place - (len(curves) - 1) / 2)  # bars side by side
-        axes.errorbar(
-            [shift * point.n for point in curve],
-            [100 * point.accuracy for point in curve],
-            [100 * point.se for point in curve],
-            color=color, marker=marker, markersize=5, linewidth=1.5, elinewidth=0.7, capsize=2, label=label,
-        )  # fmt: skip
-    ticks = sorted({point.n for curve in curves.values() for point in curve})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{n}" for n in ticks], minor=False)
-    axes.minorticks_off()
-    axes.set_xlabel("outputs per prompt")
-    axes.set_ylabel("accuracy (%)")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="best")
     return figure
 
 

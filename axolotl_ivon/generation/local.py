@@ -1,34 +1,22 @@
-"""n-best lists: several outputs for every prompt, from draws of the posterior (arXiv 2506.14280, section 4.2).
-
-An engine turns prompts into outputs. `TransformersEngine` runs here: one base model in memory, several draws in one
-batch over its weights. `axolotl_ivon.serving.EndpointEngine` asks an OpenAI-compatible server that serves the draws.
-`NBestFile` holds the results, a line of JSON for each prompt, and goes on where an interrupted run stopped.
-
-An output is determined by the seed, the prompt, the member and the output's number, up to rounding in the model.
-"""
+"""Generation with a model in memory: one base model, several draws in one batch over its weights."""
 
 from __future__ import annotations
 
 import inspect
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .data.encode import Prompt
-from .errors import IVONError
-from .files import new_file, read_json, write_json
-from .noise import generator
+from ..data.encode import Prompt
+from ..errors import IVONError
+from .plan import Output, Plan, random_bits
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from .posterior import Posterior
+    from ..posterior import Posterior
 
 _T = TypeVar("_T")
 # Sequences that are decoded at once, unless told otherwise; out of memory halves it.
@@ -36,219 +24,6 @@ _ROWS = {"cpu": 64}
 _ROWS_ELSEWHERE = 256
 _KEPT = 4 * 2**30  # bytes of draws that are kept between batches; more are drawn again each time
 _SHRINK = 0.75  # finished sequences leave the batch when it gets that much smaller
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is generated for every prompt: `n` outputs, `per_model` from each draw, or all from the mean.
-
-    Attributes:
-        temperature: 0 takes the most probable token each time, so that a member's outputs are all the same.
-        top_p: the smallest set of tokens with this probability is drawn from.
-        max_tokens: of one output, the token that ends it included.
-        stop: an output ends before the first of these strings.
-
-    Raises:
-        IVONError: a value out of range, or `n` is not a multiple of `per_model` (which the mean ignores).
-    """
-
-    n: int = 32
-    per_model: int = 8
-    mean: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 256
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in (("-n", self.n), ("--per-model", self.per_model), ("--max-tokens", self.max_tokens)):
-            if value < 1:
-                raise IVONError(f"{name} {value}: must be at least 1")
-        if not self.mean and self.n % self.per_model:
-            below = self.n - self.n % self.per_model or self.per_model
-            raise IVONError(
-                f"-n {self.n} is not a multiple of --per-model {self.per_model}; say -n {below}, or another --per-model"
-            )
-        if not 0 <= self.temperature < float("inf"):
-            raise IVONError(f"--temperature {self.temperature}: must be at least 0; 0 is greedy, 1 the model itself")
-        if not 0 < self.top_p <= 1:
-            raise IVONError(f"--top-p {self.top_p}: must be above 0 and at most 1; 1 draws from all tokens")
-        if "" in self.stop:
-            raise IVONError("--stop '': an empty string would stop every output at once; leave it out")
-
-    @property
-    def members(self) -> int:
-        """How many models generate."""
-        return 1 if self.mean else self.n // self.per_model
-
-    @property
-    def per_member(self) -> int:
-        """How many outputs each of them gives."""
-        return self.n if self.mean else self.per_model
-
-    @property
-    def distinct(self) -> int:
-        """How many outputs of one member have to be generated: greedy ones are all the same."""
-        return self.per_member if self.temperature else 1
-
-
-class Output(NamedTuple):
-    """One output.
-
-    `member` is the number of the draw, and 0 for the mean. `logprob` is the sum, in nats, of the log-probabilities of
-    all tokens generated, the one that ended the output included, under that member's own distribution: at temperature
-    1 and without top-p, whatever they were drawn with. None: the server does not tell. `tokens` is their number.
-    """
-
-    text: str
-    member: int
-    logprob: float | None
-    tokens: int
-
-
-class Engine(Protocol):
-    """What generates."""
-
-    def outputs(
-        self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None
-    ) -> Iterator[list[Output]]:
-        """Yield the plan's n outputs, member by member, for each of `prompts[start:]`, in their order.
-
-        `count` is told how many tokens were generated since it was last called.
-        """
-        ...
-
-
-# --- prompts ----------------------------------------------------------------------------------------------------
-
-
-def open_tokenizer(folder: str | Path, base_model: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that training saved in `folder`, else that of the base model.
-
-    Raises:
-        IVONError: neither has one.
-    """
-    from transformers import AutoTokenizer
-
-    source = str(folder) if (Path(folder) / "tokenizer_config.json").exists() else base_model
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # `tokenizers` raises nothing more special
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise IVONError(
-            f"no tokenizer in {source} ({reason}); save the tokenizer of training beside the adapter"
-        ) from None
-
-
-# --- the file ---------------------------------------------------------------------------------------------------
-
-
-class NBestFile:
-    """The n-best lists of one run: JSONL, and beside it FILE.settings.json with what they were made with.
-
-    A line holds `{"prompt": text, "reference": text or null, "outputs": [{"text", "member", "logprob"}, …]}`, the
-    outputs member by member. Each is on the disk before the next begins; half a line at the end, which an interrupt
-    may leave, is dropped.
-
-    Attributes:
-        done: how many prompts the file has outputs for.
-
-    Raises:
-        IVONError: the file is there and was made with other settings or from other prompts, or cannot be written.
-    """
-
-    def __init__(
-        self, path: str | Path, settings: Mapping[str, Any], prompts: Sequence[Prompt], overwrite: bool = False
-    ) -> None:
-        self.path = Path(path)
-        self._settings_path = self.path.with_name(self.path.name + ".settings.json")
-        self._settings = dict(settings)
-        self._file: IO[bytes] | None = None
-        self._size = 0
-        self.done = 0
-        self._resumed = self.path.exists() and not overwrite
-        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
-            raise IVONError(f"--output {self.path}: not a file in an existing folder; choose another name")
-        if self._resumed:
-            self._compare()
-            try:
-                self._read(prompts)
-            except OSError as error:
-                raise IVONError(f"--output {self.path}: cannot be read ({error.strerror})") from None
-
-    def _compare(self) -> None:
-        fix = "choose another --output, or start anew with --overwrite"
-        if not self._settings_path.exists():
-            raise IVONError(f"{self.path} exists and was not made by `ivon-post generate`; {fix}")
-        before = read_json(self._settings_path)
-        for name, value in json.loads(json.dumps(self._settings)).items():
-            if before.get(name) != value:
-                raise IVONError(f"{self.path} was made with {name} {before.get(name)!r}, not {value!r}; {fix}")
-
-    def _read(self, prompts: Sequence[Prompt]) -> None:
-        with self.path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    text = json.loads(line)["prompt"]
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    raise IVONError(
-                        f"{self.path}:{self.done + 1}: not an n-best list; choose another --output"
-                    ) from None
-                if self.done >= len(prompts) or text != prompts[self.done].text:
-                    raise IVONError(
-                        f"{self.path}:{self.done + 1} answers another prompt than --prompts has there; choose another "
-                        "--output, or start anew with --overwrite"
-                    )
-                self._size += len(line)
-                self.done += 1
-
-    def append(self, prompt: Prompt, outputs: Sequence[Output]) -> None:
-        """Write one prompt's line to the disk.
-
-        Raises:
-            IVONError: it cannot be written.
-        """
-        record = {
-            "prompt": prompt.text,
-            "reference": prompt.reference,
-            "outputs": [{"text": o.text, "member": o.member, "logprob": o.logprob} for o in outputs],
-        }
-        try:
-            if self._file is None:
-                self._file = self._open()
-            # Half a surrogate pair, which a server may send, becomes its own JSON escape.
-            line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
-            self._file.write(line + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise IVONError(f"{self.path} cannot be written ({error.strerror})") from None
-        self.done += 1
-
-    def _open(self) -> IO[bytes]:
-        if self._resumed:
-            os.truncate(self.path, self._size)
-            return self.path.open("ab")
-        self.path.unlink(missing_ok=True)
-        with new_file(self._settings_path) as temporary:
-            write_json(temporary, self._settings)
-        return self.path.open("xb")
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-
-
-# --- the engine that runs here ----------------------------------------------------------------------------------
-
-
-def random_bits(plan: Plan, prompt: Prompt, member: int, *more: object) -> Any:
-    """Return numpy's bit generator for one prompt and member (and output, say)."""
-    return generator("generate", plan.seed, prompt.text, member, *more).bit_generator
 
 
 class TransformersEngine:
@@ -277,7 +52,7 @@ class TransformersEngine:
         batch_size: int | None = None,
         notify: Callable[[str], None] = lambda message: None,
     ) -> None:
-        from .models import AdapterSlots
+        from ..models import AdapterSlots
 
         self._model, self._tokenizer, self._posterior, self._plan = model, tokenizer, posterior, plan
         self._notify = notify
@@ -296,7 +71,7 @@ class TransformersEngine:
         self._tail = max((len(text.encode()) for text in plan.stop), default=0) + 4
 
     def _can_stack(self) -> bool:
-        from .models import stacked
+        from ..models import stacked
 
         mean = dict(self._posterior.mean)
         try:
@@ -357,7 +132,7 @@ class TransformersEngine:
         """Return the prompts' outputs, or None if the memory ran out; then nothing holds its tensors."""
         from accelerate.utils.memory import should_reduce_batch_size
 
-        from .models import evaluating
+        from ..models import evaluating
 
         plan = self._plan
         outputs = min(plan.distinct, self._rows)
@@ -384,7 +159,7 @@ class TransformersEngine:
         return found
 
     def _weights(self, members: Sequence[int]) -> AbstractContextManager[None]:
-        from .models import stacked
+        from ..models import stacked
 
         draws = [self._draw(member) for member in members]
         return self._slots.loaded(draws[0]) if len(draws) == 1 else stacked(self._model, draws)

@@ -1,0 +1,215 @@
+"""Minimum Bayes risk decoding over the outputs of several draws (Daheim et al., ICLR 2025, arXiv 2503.05318).
+
+Of a prompt's outputs y_1 … y_n the one with the largest expected utility is chosen,
+
+    argmax_i Σ_j w_j u(y_i, y_j),
+
+where u(y_i, y_j) tells how good y_i is if y_j is right, and the weights say whose outputs count for how much:
+
+    sequence level   w_j = 1/n: the outputs of all members in one pool (equation 9 there)
+    model level      w_j = 1/(M·n_m), m being j's member: each member's own expectation, averaged over the M members,
+                     which, as draws, have equal posterior weight
+
+The two agree where every member gives the same number of outputs, as `ivon-post generate` has it. With the utility
+"answers are equal" this is a vote.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import IVONError
+from .nbest import NBest
+from .utilities import Answers, Utility, exact
+
+LEVELS = ("sequence", "model")
+SMALLEST_N = 8
+
+
+def utility_matrix(texts: Sequence[str], utility: Utility) -> np.ndarray:
+    """Return u(texts[i], texts[j]) at [i, j], float64; equal texts are compared once."""
+    unique = list(dict.fromkeys(texts))
+    place = {text: index for index, text in enumerate(unique)}
+    pairs = [(a, b) for a in unique for b in unique]
+    square = utility([a for a, _ in pairs], [b for _, b in pairs]).reshape(len(unique), len(unique))
+    index = [place[text] for text in texts]
+    return square[np.ix_(index, index)]
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------
+
+
+def expected_utility(utilities: np.ndarray, members: Sequence[int], level: str = "sequence") -> np.ndarray:
+    """Return each output's expected utility, shape [n], from utilities of shape [n, n]; see above for `level`."""
+    _, index, sizes = np.unique(np.asarray(members), return_inverse=True, return_counts=True)
+    weights = 1 / (len(sizes) * sizes[index]) if level == "model" else np.full(len(index), 1 / len(index))
+    return utilities @ weights
+
+
+def choose(expected: np.ndarray, logprobs: Sequence[float]) -> int:
+    """Return the index of the largest expected utility; of equal ones that of the largest log-probability."""
+    # The same utilities summed in another order differ in their last bits.
+    best = np.flatnonzero(expected >= expected.max() - 1e-9)
+    return int(max(best, key=lambda i: logprobs[i]))
+
+
+def disagreement(utilities: np.ndarray, members: Sequence[int]) -> float:
+    """Return 1 − the mean utility between outputs of different members; with one member, between different outputs."""
+    own = np.asarray(members)
+    other = own[:, None] != own
+    if not other.any():
+        other = ~np.eye(len(own), dtype=bool)
+    return float(1 - utilities[other].mean()) if other.any() else 0.0
+
+
+def auroc(score: np.ndarray, positive: np.ndarray) -> float | None:
+    """Return the probability that a positive has the larger score than a negative, ties being half; None without both.
+
+    `score` and `positive` (bool) have shape [n].
+    """
+    high, low = score[positive][:, None], score[~positive]
+    if not high.size or not low.size:
+        return None
+    return float(np.mean((high > low) + 0.5 * (high == low)))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one prompt: which output, its expected utility, and how far the members disagree."""
+
+    prompt: str
+    reference: str | None
+    index: int
+    text: str
+    answer: str | None
+    member: int
+    expected_utility: float
+    disagreement: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """The result with the first n outputs: accuracy, its standard error, and mean utility against the references."""
+
+    n: int
+    accuracy: float
+    se: float
+    utility: float
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The choices for one file of n-best lists, and how good they are where there are references.
+
+    Attributes:
+        choices: with all n outputs, one for each prompt.
+        curve: from the first 8 outputs on, doubling, up to all n; empty without references.
+        single: the accuracy of one output taken at random.
+        auroc: of the disagreement, for the choice being wrong; None if all or none are wrong.
+    """
+
+    choices: list[Choice]
+    curve: list[Point]
+    single: float | None
+    auroc: float | None
+
+    def document(self) -> dict[str, Any]:
+        """Return what `--json` prints of it."""
+        last = self.curve[-1] if self.curve else None
+        return {
+            "prompts": len(self.choices),
+            "accuracy": last and last.accuracy,
+            "se": last and last.se,
+            "utility": last and last.utility,
+            "single": self.single,
+            "curve": [asdict(point) for point in self.curve],
+            "disagreement": float(np.mean([choice.disagreement for choice in self.choices])),
+            "auroc": self.auroc,
+        }
+
+
+def sizes(n: int) -> list[int]:
+    """Return the numbers of outputs that a curve has: 8, 16, … up to n, which is the last."""
+    doubled = [SMALLEST_N << k for k in range(n.bit_length())]
+    return [*(size for size in doubled if size < n), n]
+
+
+def decode(
+    nbests: Sequence[NBest],
+    utility: Utility,
+    answers: Answers,
+    level: str = "sequence",
+    progress: Callable[[int], None] | None = None,
+) -> Decoded:
+    """Choose an output for each prompt, with the first 8, 16, … and with all of its outputs.
+
+    A choice is right if its answer is the reference's. Accuracies need a reference on every line.
+
+    Args:
+        level: "sequence" or "model".
+        progress: told, after each prompt, that one more is done.
+    """
+    scored = all(nbest.reference is not None for nbest in nbests)
+    steps = sizes(len(nbests[0].texts))
+    choices: list[Choice] = []
+    right = np.zeros((len(steps), len(nbests)))
+    gained = np.zeros_like(right)
+    single: list[float] = []
+    for number, nbest in enumerate(nbests):
+        utilities = utility_matrix(nbest.texts, utility)
+        chosen, expected = 0, np.zeros(1)
+        for row, n in enumerate(steps):
+            expected = expected_utility(utilities[:n, :n], nbest.members[:n], level)
+            chosen = choose(expected, nbest.logprobs)
+            if nbest.reference is not None:
+                right[row, number] = exact(answers)([nbest.texts[chosen]], [nbest.reference])[0]
+                gained[row, number] = utility([nbest.texts[chosen]], [nbest.reference])[0]
+        if nbest.reference is not None:
+            single.append(exact(answers)(nbest.texts, [nbest.reference] * len(nbest.texts)).mean())
+        choices.append(
+            Choice(
+                nbest.prompt,
+                nbest.reference,
+                chosen,
+                nbest.texts[chosen],
+                answers(nbest.texts[chosen]),
+                nbest.members[chosen],
+                float(expected[chosen]),
+                disagreement(utilities, nbest.members),
+            )
+        )
+        if progress:
+            progress(1)
+    if not scored:
+        return Decoded(choices, [], None, None)
+    curve = []
+    for n, own, worth in zip(steps, right, gained, strict=True):
+        accuracy = float(own.mean())
+        error = math.sqrt(accuracy * (1 - accuracy) / len(nbests))
+        curve.append(Point(n, accuracy, error, float(worth.mean())))
+    score = np.array([choice.disagreement for choice in choices])
+    return Decoded(choices, curve, float(np.mean(single)), auroc(score, right[-1] == 0))
+
+
+def labels(files: Sequence[str]) -> dict[str, str]:
+    """Return path by label, for `path` and `label=path`; without a label the file's name does.
+
+    Raises:
+        IVONError: two files have one label.
+    """
+    found: dict[str, str] = {}
+    for given in files:
+        label, equals, path = given.partition("=")
+        if not equals or not label or "/" in label or os.path.lexists(given):
+            label, path = Path(given).stem, given
+        if label in found:
+            raise IVONError(f"FILE {given}: the label {label!r} is taken by {found[label]}; say other={path}")
+        found[label] = path
+    return found

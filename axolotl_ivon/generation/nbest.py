@@ -1,0 +1,164 @@
+"""n-best lists on the disk: written by `ivon-post generate`, read by `ivon-post mbr`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ..data.chats import read_lines
+from ..data.encode import Prompt
+from ..errors import IVONError
+from ..files import new_file, read_json, write_json
+from .plan import Output
+
+
+class NBestFile:
+    """The n-best lists of one run: JSONL, and beside it FILE.settings.json with what they were made with.
+
+    A line holds `{"prompt": text, "reference": text or null, "outputs": [{"text", "member", "logprob"}, …]}`, the
+    outputs member by member. Each is on the disk before the next begins; half a line at the end, which an interrupt
+    may leave, is dropped.
+
+    Attributes:
+        done: how many prompts the file has outputs for.
+
+    Raises:
+        IVONError: the file is there and was made with other settings or from other prompts, or cannot be written.
+    """
+
+    def __init__(
+        self, path: str | Path, settings: Mapping[str, Any], prompts: Sequence[Prompt], overwrite: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self._settings_path = self.path.with_name(self.path.name + ".settings.json")
+        self._settings = dict(settings)
+        self._file: IO[bytes] | None = None
+        self._size = 0
+        self.done = 0
+        self._resumed = self.path.exists() and not overwrite
+        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
+            raise IVONError(f"--output {self.path}: not a file in an existing folder; choose another name")
+        if self._resumed:
+            self._compare()
+            try:
+                self._read(prompts)
+            except OSError as error:
+                raise IVONError(f"--output {self.path}: cannot be read ({error.strerror})") from None
+
+    def _compare(self) -> None:
+        fix = "choose another --output, or start anew with --overwrite"
+        if not self._settings_path.exists():
+            raise IVONError(f"{self.path} exists and was not made by `ivon-post generate`; {fix}")
+        before = read_json(self._settings_path)
+        for name, value in json.loads(json.dumps(self._settings)).items():
+            if before.get(name) != value:
+                raise IVONError(f"{self.path} was made with {name} {before.get(name)!r}, not {value!r}; {fix}")
+
+    def _read(self, prompts: Sequence[Prompt]) -> None:
+        with self.path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    text = json.loads(line)["prompt"]
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise IVONError(
+                        f"{self.path}:{self.done + 1}: not an n-best list; choose another --output"
+                    ) from None
+                if self.done >= len(prompts) or text != prompts[self.done].text:
+                    raise IVONError(
+                        f"{self.path}:{self.done + 1} answers another prompt than --prompts has there; choose another "
+                        "--output, or start anew with --overwrite"
+                    )
+                self._size += len(line)
+                self.done += 1
+
+    def append(self, prompt: Prompt, outputs: Sequence[Output]) -> None:
+        """Write one prompt's line to the disk.
+
+        Raises:
+            IVONError: it cannot be written.
+        """
+        record = {
+            "prompt": prompt.text,
+            "reference": prompt.reference,
+            "outputs": [{"text": o.text, "member": o.member, "logprob": o.logprob} for o in outputs],
+        }
+        try:
+            if self._file is None:
+                self._file = self._open()
+            # Half a surrogate pair, which a server may send, becomes its own JSON escape.
+            line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+            self._file.write(line + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise IVONError(f"{self.path} cannot be written ({error.strerror})") from None
+        self.done += 1
+
+    def _open(self) -> IO[bytes]:
+        if self._resumed:
+            os.truncate(self.path, self._size)
+            return self.path.open("ab")
+        self.path.unlink(missing_ok=True)
+        with new_file(self._settings_path) as temporary:
+            write_json(temporary, self._settings)
+        return self.path.open("xb")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+@dataclass(frozen=True)
+class NBest:
+    """One prompt's outputs: a line of what `ivon-post generate` writes; `source` is `FILE:LINE`."""
+
+    prompt: str
+    reference: str | None
+    texts: tuple[str, ...]
+    members: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    source: str
+
+
+def read_nbest(path: str | Path) -> list[NBest]:
+    """Read n-best lists, which need as many outputs on each line.
+
+    `member` is 0 and `logprob` unknown where a line does not tell; an unknown log-probability loses every tie.
+
+    Raises:
+        IVONError: the file cannot be read, has no lines, or a line that is not such a list.
+    """
+    found: list[NBest] = []
+    for source, record in read_lines(path, "FILE"):
+        outputs, reference = record.get("outputs"), record.get("reference")
+        if not isinstance(outputs, list) or not outputs or not isinstance(reference, str | None):
+            raise IVONError(f"{source}: no list of outputs; give what `ivon-post generate` writes")
+        for output in outputs:
+            values = output if isinstance(output, dict) else {}
+            logprob = values.get("logprob")
+            known = logprob is None or (isinstance(logprob, int | float) and abs(logprob) < math.inf)
+            if not isinstance(values.get("text"), str) or not isinstance(values.get("member", 0), int) or not known:
+                raise IVONError(f"{source}: an output has no text, or a member or logprob that is no number")
+        found.append(
+            NBest(
+                str(record.get("prompt", "")),
+                reference,
+                tuple(output["text"] for output in outputs),
+                tuple(output.get("member", 0) for output in outputs),
+                tuple(-math.inf if output.get("logprob") is None else output["logprob"] for output in outputs),
+                source,
+            )
+        )
+        if len(outputs) != len(found[0].texts):
+            raise IVONError(f"{source}: {len(outputs)} outputs, but {len(found[0].texts)} on the first line")
+    if not found:
+        raise IVONError(f"FILE {path}: the file is empty; give what `ivon-post generate` writes")
+    return found

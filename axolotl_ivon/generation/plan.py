@@ -1,0 +1,136 @@
+"""What is generated for every prompt: several outputs from draws of the posterior (arXiv 2506.14280, section 4.2).
+
+An engine turns prompts into outputs. `local.TransformersEngine` runs here: one base model in memory, several draws in
+one batch over its weights. `endpoint.EndpointEngine` asks an OpenAI-compatible server that serves the draws.
+`nbest.NBestFile` holds the results, a line of JSON for each prompt, and goes on where an interrupted run stopped.
+
+An output is determined by the seed, the prompt, the member and the output's number, up to rounding in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from ..data.encode import Prompt
+from ..errors import IVONError
+from ..noise import generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is generated for every prompt: `n` outputs, `per_model` from each draw, or all from the mean.
+
+    Attributes:
+        temperature: 0 takes the most probable token each time, so that a member's outputs are all the same.
+        top_p: the smallest set of tokens with this probability is drawn from.
+        max_tokens: of one output, the token that ends it included.
+        stop: an output ends before the first of these strings.
+
+    Raises:
+        IVONError: a value out of range, or `n` is not a multiple of `per_model` (which the mean ignores).
+    """
+
+    n: int = 32
+    per_model: int = 8
+    mean: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("-n", self.n), ("--per-model", self.per_model), ("--max-tokens", self.max_tokens)):
+            if value < 1:
+                raise IVONError(f"{name} {value}: must be at least 1")
+        if not self.mean and self.n % self.per_model:
+            below = self.n - self.n % self.per_model or self.per_model
+            raise IVONError(
+                f"-n {self.n} is not a multiple of --per-model {self.per_model}; say -n {below}, or another --per-model"
+            )
+        if not 0 <= self.temperature < float("inf"):
+            raise IVONError(f"--temperature {self.temperature}: must be at least 0; 0 is greedy, 1 the model itself")
+        if not 0 < self.top_p <= 1:
+            raise IVONError(f"--top-p {self.top_p}: must be above 0 and at most 1; 1 draws from all tokens")
+        if "" in self.stop:
+            raise IVONError("--stop '': an empty string would stop every output at once; leave it out")
+
+    @property
+    def members(self) -> int:
+        """How many models generate."""
+        return 1 if self.mean else self.n // self.per_model
+
+    @property
+    def per_member(self) -> int:
+        """How many outputs each of them gives."""
+        return self.n if self.mean else self.per_model
+
+    @property
+    def distinct(self) -> int:
+        """How many outputs of one member have to be generated: greedy ones are all the same."""
+        return self.per_member if self.temperature else 1
+
+
+class Output(NamedTuple):
+    """One output.
+
+    `member` is the number of the draw, and 0 for the mean. `logprob` is the sum, in nats, of the log-probabilities of
+    all tokens generated, the one that ended the output included, under that member's own distribution: at temperature
+    1 and without top-p, whatever they were drawn with. None: the server does not tell. `tokens` is their number.
+    """
+
+    text: str
+    member: int
+    logprob: float | None
+    tokens: int
+
+
+class Engine(Protocol):
+    """What generates."""
+
+    def outputs(
+        self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None
+    ) -> Iterator[list[Output]]:
+        """Yield the plan's n outputs, member by member, for each of `prompts[start:]`, in their order.
+
+        `count` is told how many tokens were generated since it was last called.
+        """
+        ...
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------
+
+
+def open_tokenizer(folder: str | Path, base_model: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that training saved in `folder`, else that of the base model.
+
+    Raises:
+        IVONError: neither has one.
+    """
+    from transformers import AutoTokenizer
+
+    source = str(folder) if (Path(folder) / "tokenizer_config.json").exists() else base_model
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # `tokenizers` raises nothing more special
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise IVONError(
+            f"no tokenizer in {source} ({reason}); save the tokenizer of training beside the adapter"
+        ) from None
+
+
+# --- the file ---------------------------------------------------------------------------------------------------
+
+
+# --- the engine that runs here ----------------------------------------------------------------------------------
+
+
+def random_bits(plan: Plan, prompt: Prompt, member: int, *more: object) -> Any:
+    """Return numpy's bit generator for one prompt and member (and output, say)."""
+    return generator("generate", plan.seed, prompt.text, member, *more).bit_generator

@@ -1,0 +1,118 @@
+"""An ensemble's folder, and the command line that serves its members with vLLM."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ..errors import IVONError
+from ..files import CONFIG_FILE, ENSEMBLE_FILE, new_file, read_json
+from .plan import Plan
+
+SERVE_FILE = "serve.sh"
+# What vLLM takes for --max-lora-rank.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class Ensemble:
+    """An ensemble's folder, as `ivon-post sample` writes it.
+
+    Attributes:
+        facts: ensemble.json without the members: source, seed, tau, pruned_ratio.
+        base_model: the name of the base model.
+        tokenizer_folder: where the adapter that it was drawn from lies, if it still does, with its tokenizer.
+
+    Raises:
+        IVONError: the folder is no ensemble, or names no base model.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / ENSEMBLE_FILE).is_file():
+            raise IVONError(f"{folder} is no ensemble; give the folder that `ivon-post sample --serve vllm` wrote")
+        self.facts = read_json(self.folder / ENSEMBLE_FILE)
+        self._members = self.facts.pop("members", None)
+        if not isinstance(self._members, list) or not self._members or not all(map(_is_name, self._members)):
+            raise IVONError(f"{self.folder / ENSEMBLE_FILE}: members is not a list of names")
+        self.config = read_json(self.folder / self._members[0] / CONFIG_FILE)
+        self.base_model = str(self.config.get("base_model_name_or_path") or "")
+        if not self.base_model:
+            raise IVONError(f"{self.folder / self._members[0] / CONFIG_FILE} names no base model")
+        self.tokenizer_folder = str(self.facts.get("source", ""))
+
+    def members(self, plan: Plan) -> list[str]:
+        """Return the names of the members that `plan` needs.
+
+        Raises:
+            IVONError: the ensemble has fewer, or no mean.
+        """
+        if plan.mean:
+            if "mean" not in self._members:
+                raise IVONError(f"--mean: {self.folder} has no mean; draw it with `ivon-post sample --include-mean`")
+            return ["mean"]
+        draws = [name for name in self._members if name != "mean"]
+        if len(draws) < plan.members:
+            raise IVONError(
+                f"-n {plan.n} takes {plan.members} draws of {plan.per_model} outputs; {self.folder} has {len(draws)}: "
+                f"say -n {len(draws) * plan.per_model}, or draw more with `ivon-post sample -n {plan.members}`"
+            )
+        return draws[: plan.members]
+
+    def serve_command(self) -> str:
+        """Return the command line that serves every member with vLLM, under its name; paths are absolute.
+
+        Raises:
+            IVONError: vLLM cannot serve such adapters.
+        """
+        base = Path(self.base_model)
+        modules = [f"{name}={(self.folder / name).resolve()}" for name in self._members]
+        return shlex.join(
+            [
+                "vllm",
+                "serve",
+                str(base.resolve()) if base.is_dir() else self.base_model,
+                "--enable-lora",
+                "--max-lora-rank",
+                str(served_rank(self.config)),
+                "--max-loras",
+                str(len(modules)),
+                # Else a request inherits what the base model's generation_config.json says, penalties included.
+                "--generation-config",
+                "vllm",
+                "--lora-modules",
+                *modules,
+            ]
+        )
+
+    def write_serve_script(self) -> Path:
+        """Write the command line into the folder, as a script that passes its own arguments on, and return its path."""
+        path = self.folder / SERVE_FILE
+        with new_file(path) as temporary:
+            temporary.write_text(f'#!/bin/sh\nexec {self.serve_command()} "$@"\n', encoding="utf-8")
+            temporary.chmod(0o755)
+        return path
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value
+
+
+def served_rank(config: dict[str, Any]) -> int:
+    """Return the --max-lora-rank with which vLLM serves adapters of this adapter_config.json.
+
+    Raises:
+        IVONError: it serves none such, or no base model is named.
+    """
+    if not config.get("base_model_name_or_path"):
+        raise IVONError("--serve vllm: adapter_config.json names no base model; write its name there")
+    for key in ("use_dora", "modules_to_save", "lora_bias"):
+        if config.get(key):
+            raise IVONError(f"--serve vllm: vLLM serves no adapters with {key}; `ivon-post merge` gives whole models")
+    if config.get("bias", "none") != "none":
+        raise IVONError(f"--serve vllm: vLLM serves no adapters with bias {config['bias']!r}")
+    rank = max([config.get("r", 0), *(config.get("rank_pattern") or {}).values()])
+    for size in _RANKS:
+        if rank <= size:
+            return size
+    raise IVONError(f"--serve vllm: vLLM serves adapters up to rank {_RANKS[-1]}; this one has {rank}")
