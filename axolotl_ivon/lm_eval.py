@@ -21,7 +21,8 @@ from lm_eval.models.huggingface import HFLM
 
 from .evaluation.evaluate import Row, open_posterior
 from .evaluation.sweep import read_recommended
-from .models import AdapterSlots, load_model, load_tokenizer
+from .models.load import load_model, load_tokenizer
+from .models.swap import AdapterSlots
 
 Answers = TypeVar("Answers")
 
@@ -38,7 +39,7 @@ class IVONPosterior(HFLM):
         adapter: folder or Hub id of the adapter.
         samples, tau, ratio, seed: as in `ivon-post eval`; `tau=inf` is the mean alone.
         recommended: a recommended.json, in place of `tau` and `ratio`.
-        base_model, load_in, device, dtype: as in `axolotl_ivon.models.load_model`.
+        base_model, load_in, device, dtype: as in `models.load.load_model`.
         options: further arguments of the harness's class `hf` (batch_size, max_length, add_bos_token, …).
 
     Raises:

@@ -123,7 +123,8 @@ def command(
         from axolotl_ivon.data.encode import render
         from axolotl_ivon.errors import IVONError
         from axolotl_ivon.generation.nbest import NBestFile
-        from axolotl_ivon.generation.plan import Plan, open_tokenizer
+        from axolotl_ivon.generation.plan import Plan
+        from axolotl_ivon.models.load import open_tokenizer
 
         plan = Plan(**planned)
         if plan.mean and tau is not None:
@@ -170,7 +171,7 @@ def command(
             else:
                 reporter.stage("loading the base model")
                 from axolotl_ivon.generation.local import TransformersEngine
-                from axolotl_ivon.models import load_model
+                from axolotl_ivon.models.load import load_model
 
                 model = load_model(posterior.folder, base_model=base, load_in=load_in, device=device, dtype=dtype)
                 engine = TransformersEngine(

@@ -38,7 +38,7 @@ def command(
     Writes a model that transformers loads, with its tokenizer. Works without σ too, for the mean. ADAPTER is a folder
     or a Hub id and is not modified.
     """
-    from axolotl_ivon.merging import merge
+    from axolotl_ivon.models.merge import merge
     from axolotl_ivon.posterior import Adapter, Posterior
 
     path = target([adapter], output, "merged", overwrite)

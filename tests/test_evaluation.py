@@ -28,7 +28,8 @@ from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.data.encode import Item
 from axolotl_ivon.evaluation.evaluate import Evaluation, Row, count_passes, evaluate, open_posterior, rows_of
 from axolotl_ivon.evaluation.metrics import Scores, metrics
-from axolotl_ivon.models import AdapterSlots, load_model, load_tokenizer, loaded, pick_device, stacked
+from axolotl_ivon.models.load import load_model, load_tokenizer, pick_device
+from axolotl_ivon.models.swap import AdapterSlots, loaded, stacked
 from axolotl_ivon.posterior import save_sigma
 
 MakeAdapter = Callable[..., Path]

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.models import load_model, load_tokenizer, loaded
+from axolotl_ivon.models.load import load_model, load_tokenizer
+from axolotl_ivon.models.swap import loaded
 
 QUESTIONS = [("red sun", ["cold", "warm dog"], 1), ("moon rain", ["good", "bad cat"], 0), ("bird", ["yes", "no"], 0)]
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.merging import merge
+from axolotl_ivon.models.merge import merge
 from axolotl_ivon.posterior import Adapter
 
 TOKENS = torch.arange(3, 19)[None]

@@ -24,9 +24,9 @@ from axolotl_ivon.ensemble import write_ensemble
 from axolotl_ivon.generation import endpoint
 from axolotl_ivon.generation.endpoint import EndpointEngine
 from axolotl_ivon.generation.local import TransformersEngine
-from axolotl_ivon.generation.plan import Plan, open_tokenizer
+from axolotl_ivon.generation.plan import Plan
 from axolotl_ivon.generation.serve import Ensemble, served_rank
-from axolotl_ivon.models import load_model
+from axolotl_ivon.models.load import load_model, open_tokenizer
 
 MEMBERS = ["mean", "sample-0000", "sample-0001", "sample-0002"]
 GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=8)

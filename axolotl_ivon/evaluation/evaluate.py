@@ -22,7 +22,8 @@ from torch import Tensor
 from ..data.chats import Example, detect_task, find_choices, read_examples
 from ..data.encode import Item, common_length, encode
 from ..errors import IVONError
-from ..models import AdapterSlots, evaluating, load_model, load_tokenizer, stacked
+from ..models.load import load_model, load_tokenizer
+from ..models.swap import AdapterSlots, evaluating, stacked
 from .metrics import Scores, entropy
 from .predict import Batch, Runner
 

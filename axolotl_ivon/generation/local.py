@@ -52,7 +52,7 @@ class TransformersEngine:
         batch_size: int | None = None,
         notify: Callable[[str], None] = lambda message: None,
     ) -> None:
-        from ..models import AdapterSlots
+        from ..models.swap import AdapterSlots
 
         self._model, self._tokenizer, self._posterior, self._plan = model, tokenizer, posterior, plan
         self._notify = notify
@@ -71,7 +71,7 @@ class TransformersEngine:
         self._tail = max((len(text.encode()) for text in plan.stop), default=0) + 4
 
     def _can_stack(self) -> bool:
-        from ..models import stacked
+        from ..models.swap import stacked
 
         mean = dict(self._posterior.mean)
         try:
@@ -132,7 +132,7 @@ class TransformersEngine:
         """Return the prompts' outputs, or None if the memory ran out; then nothing holds its tensors."""
         from accelerate.utils.memory import should_reduce_batch_size
 
-        from ..models import evaluating
+        from ..models.swap import evaluating
 
         plan = self._plan
         outputs = min(plan.distinct, self._rows)
@@ -159,7 +159,7 @@ class TransformersEngine:
         return found
 
     def _weights(self, members: Sequence[int]) -> AbstractContextManager[None]:
-        from ..models import stacked
+        from ..models.swap import stacked
 
         draws = [self._draw(member) for member in members]
         return self._slots.loaded(draws[0]) if len(draws) == 1 else stacked(self._model, draws)

@@ -11,15 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..data.encode import Prompt
 from ..errors import IVONError
 from ..noise import generator
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -105,24 +101,6 @@ class Engine(Protocol):
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------
-
-
-def open_tokenizer(folder: str | Path, base_model: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that training saved in `folder`, else that of the base model.
-
-    Raises:
-        IVONError: neither has one.
-    """
-    from transformers import AutoTokenizer
-
-    source = str(folder) if (Path(folder) / "tokenizer_config.json").exists() else base_model
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # `tokenizers` raises nothing more special
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise IVONError(
-            f"no tokenizer in {source} ({reason}); save the tokenizer of training beside the adapter"
-        ) from None
 
 
 # --- the file ---------------------------------------------------------------------------------------------------

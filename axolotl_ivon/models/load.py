@@ -1,8 +1,4 @@
-"""A PEFT model in memory, and draws from its posterior written into it in place.
-
-A draw costs one copy of the adapter, not a reload: `loaded` puts a set of adapter tensors into the model and
-puts back what was there. `stacked` runs several draws in one batch over the shared base weights.
-"""
+"""A base model, an adapter over it, and its tokenizer, loaded from folders or the Hub."""
 
 from __future__ import annotations
 
@@ -10,15 +6,13 @@ import contextlib
 import importlib
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
-from .errors import IVONError
-from .files import MEAN_FILE, TensorFile
+from ..errors import IVONError
+from ..files import MEAN_FILE, TensorFile
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -184,146 +178,19 @@ def _reason(error: BaseException) -> str:
     return line.rstrip(".")
 
 
-class AdapterSlots:
-    """The tensors of one adapter inside a PEFT model, under the keys by which PEFT saves them.
-
-    Attributes:
-        places: the live parameters (and buffers of `modules_to_save`), by PEFT's key.
-    """
-
-    def __init__(self, model: PeftModel, adapter_name: str = "default") -> None:
-        from peft import get_peft_model_state_dict
-
-        # Not state_dict(): quantized layers pack and copy there, and these must be the parameters themselves.
-        live: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        live |= dict(model.named_buffers(remove_duplicate=False))
-        self.places = get_peft_model_state_dict(model, live, adapter_name, save_embedding_layers=False)
-        self._all = dict(self.places)
-        if hasattr(model, "get_input_embeddings"):
-            # PEFT saves the embeddings too when they are targeted or were resized: an adapter may have them.
-            self._all |= get_peft_model_state_dict(model, live, adapter_name, save_embedding_layers=True)
-
-    def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise IVONError unless `tensors` are the adapter's: every key, no other key, the same shapes."""
-        fix = "name the base model that the adapter was trained on with --base-model"
-        for key, tensor in tensors.items():
-            if key not in self._all:
-                raise IVONError(f"the base model does not fit the adapter: it has no place for {key}; {fix}")
-            if self._all[key].shape != tensor.shape:
-                raise IVONError(
-                    f"the base model does not fit the adapter: {key} is {list(tensor.shape)} in the adapter and "
-                    f"{list(self._all[key].shape)} in the model; {fix}"
-                )
-        for key in self.places:
-            if key not in tensors:
-                raise IVONError(f"the base model does not fit the adapter: the adapter has no {key}; {fix}")
-
-    @torch.no_grad()
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy `tensors` into the model, each cast to its parameter's dtype."""
-        for key, tensor in tensors.items():
-            self._all[key].copy_(tensor)
-
-    @contextlib.contextmanager
-    def loaded(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Hold `tensors` in the model inside the block; afterwards, whatever happened, what was there."""
-        before = {key: self._all[key].detach().clone() for key in tensors}
-        try:
-            self.write(tensors)
-            yield
-        finally:
-            self.write(before)
-
-
-@contextlib.contextmanager
-def loaded(model: PeftModel, tensors: Mapping[str, Tensor], adapter_name: str = "default") -> Iterator[None]:
-    """Hold one set of adapter tensors, a draw say, in `model` inside the block; nothing is reloaded.
-
-    Args:
-        tensors: by PEFT's saved keys, as `Posterior.sample` returns them.
+def open_tokenizer(folder: str | Path, base_model: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that training saved in `folder`, else that of the base model.
 
     Raises:
-        IVONError: a key or shape that the model does not have, or a missing key.
+        IVONError: neither has one.
     """
-    slots = AdapterSlots(model, adapter_name)
-    slots.check(tensors)
-    with slots.loaded(tensors):
-        yield
+    from transformers import AutoTokenizer
 
-
-@contextlib.contextmanager
-def stacked(model: PeftModel, draws: Sequence[Mapping[str, Tensor]], adapter_name: str = "default") -> Iterator[None]:
-    """Run k draws at once inside the block: of k·b input rows, rows i·b to (i+1)·b see draw i.
-
-    The base layers see all rows as one batch; each LoRA layer multiplies the rows by their own A and B, two
-    batched products whatever k is.
-
-    Raises:
-        IVONError: the adapter is more than plain LoRA on linear layers (DoRA, embeddings, saved modules,
-            biases).
-    """
-    from peft.tuners.lora import LoraLayer
-
-    layers: list[tuple[Any, Tensor, Tensor]] = []
-    used: set[str] = set()
-    for name, module in model.named_modules():
-        keys = [f"{name}.lora_A.weight", f"{name}.lora_B.weight"]
-        if isinstance(module, LoraLayer) and keys[0] in draws[0] and adapter_name not in module.lora_variant:
-            weight: Any = module.lora_A[adapter_name].weight
-            a, b = (torch.stack([draw[key] for draw in draws]).to(weight) for key in keys)
-            if a.dim() == 3:  # LoRA on a convolution has more
-                layers.append((module, a, b))
-                used.update(keys)
-    if left := draws[0].keys() - used:
+    source = str(folder) if (Path(folder) / "tokenizer_config.json").exists() else base_model
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # `tokenizers` raises nothing more special
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise IVONError(
-            f"--draws-per-pass {len(draws)}: {sorted(left)[0]} is not plain LoRA on a linear layer; "
-            "use --draws-per-pass 1"
-        )
-    with contextlib.ExitStack() as stack:
-        for module, a, b in layers:
-            stack.enter_context(_replaced_forward(module, _stacked_forward(module, a, b, adapter_name)))
-        yield
-
-
-def _stacked_forward(module: Any, a: Tensor, b: Tensor, adapter_name: str) -> Any:
-    scaling = module.scaling[adapter_name]
-    a, b = a.transpose(1, 2), b.transpose(1, 2) * scaling
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result = module.base_layer(x, *args, **kwargs)
-        rows = x.to(a.dtype).reshape(len(a), -1, x.shape[-1])
-        return result + (rows @ a @ b).reshape(result.shape).to(result.dtype)
-
-    return forward
-
-
-@contextlib.contextmanager
-def _replaced_forward(module: Any, forward: Any) -> Iterator[None]:
-    own = module.__dict__.get("forward")  # accelerate's hooks put one on the instance
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode without gradients inside the block, and back as it was afterwards.
-
-    Back module by module, and with the parameters' `requires_grad`, which PEFT's `disable_adapter` changes.
-    """
-    training = [module for module in model.modules() if module.training]
-    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
-    try:
-        with torch.no_grad():  # not inference_mode: what a module caches meanwhile must serve training later
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter, wanted in gradients.items():
-            parameter.requires_grad_(wanted)
+            f"no tokenizer in {source} ({reason}); save the tokenizer of training beside the adapter"
+        ) from None

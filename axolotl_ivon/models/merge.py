@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import IVONError
-from .files import TOKENIZER_FILES, copy_companions, new_folder
-from .posterior import Adapter
-from .tensors import Progress, Tensors
+from ..errors import IVONError
+from ..files import TOKENIZER_FILES, copy_companions, new_folder
+from ..posterior import Adapter
+from ..tensors import Progress, Tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,8 @@ def merge(
     """
     from safetensors import SafetensorError
 
-    from .models import AdapterSlots, load_model
+    from .load import load_model
+    from .swap import AdapterSlots
 
     if dtype is not None and dtype not in DTYPES:
         raise IVONError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")

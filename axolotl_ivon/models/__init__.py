@@ -1,0 +1,1 @@
+"""A base model with an adapter in memory: loading, draws in place, merging."""
