@@ -11,7 +11,7 @@ from .errors import IVONError
 from .hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from .optimizer import IVONLoRA, effective_sample_size
+    from .optim.ivon import IVONLoRA, effective_sample_size
     from .plugin import IVONLoRAPlugin
     from .posterior import Posterior
     from .sampling import attach
@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "IVONLoRA": "optimizer",
-    "effective_sample_size": "optimizer",
+    "IVONLoRA": "optim.ivon",
+    "effective_sample_size": "optim.ivon",
     "Posterior": "posterior",
     "attach": "sampling",
     "IVONLoRAPlugin": "plugin",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def create_optimizer(
     named_parameters: list[tuple[str, torch.nn.Parameter]], settings: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    from .optimizer import IVONLoRA
+    from .optim.ivon import IVONLoRA
 
     return IVONLoRA(named_parameters, **settings)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from transformers import Trainer
 
-    from .optimizer import IVONLoRA
+    from .optim.ivon import IVONLoRA
 
 
 def posterior_loss(trainer: Trainer, optimizer: IVONLoRA, dataloader: Iterable[Any], samples: int) -> float:

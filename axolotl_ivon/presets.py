@@ -10,7 +10,7 @@ import torch
 from torch.optim import SGD
 
 from .errors import IVONError
-from .optimizer import effective_sample_size
+from .optim.ivon import effective_sample_size
 
 
 class Preset(NamedTuple):

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from .errors import IVONError
 from .files import MEAN_FILE, SIGMA_FILE, TensorFile, updated_adapter
-from .optimizer import IVONLoRA, Skipped
+from .optim.ivon import IVONLoRA, Skipped
 from .plugins import plugin_manager
 from .posterior import Posterior, save_sigma
 from .posterior_loss import posterior_loss

@@ -10,7 +10,10 @@ import torch
 from test_optimizer import SETTINGS, batches, lora_loss, lora_pair, relative, run_beside_reference
 from torch import nn
 
-from axolotl_ivon import IVONLoRA, fused, optimizer
+from axolotl_ivon import IVONLoRA
+from axolotl_ivon.optim import ivon as optimizer
+from axolotl_ivon.optim.buffers import Block
+from axolotl_ivon.optim.kernels import gpu as fused
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +50,7 @@ def test_does_what_the_plain_operations_do_with_scaled_clipped_missing_and_infin
     results = []
     for plain in (True, False):
         if plain:
-            monkeypatch.setattr(optimizer, "_block_type", lambda groups: optimizer.Block)
+            monkeypatch.setattr(optimizer, "_block_type", lambda groups: Block)
         else:
             monkeypatch.setattr(optimizer, "_block_type", lambda groups: fused.FusedBlock)
         pair = lora_pair()

@@ -30,7 +30,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(dtype: torch.dtype) -> 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from axolotl_ivon import fused
+    from axolotl_ivon.optim.kernels import gpu as fused
 
     integers = {"programs", "tensors", "thetas", "gradients", "report"}
     scalars = {"ess", "inverse_root_ess", "lr", "log2_beta1", "one_minus_beta1", "one_minus_beta2", "clip"}

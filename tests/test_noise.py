@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axolotl_ivon.compiled import arithmetic
 from axolotl_ivon.noise import generator, normals, quantiles, random_bits, training_noise
+from axolotl_ivon.optim.kernels.cpu import arithmetic
 
 Draw = Callable[..., np.ndarray]
 
@@ -122,7 +122,7 @@ def test_training_noise_is_a_hash_of_the_place_looked_up(sizes: list[int], start
 def test_training_noise_is_the_same_compiled(sizes: list[int], pairs: list[tuple[int, int]]):
     import torch
 
-    from axolotl_ivon.optimizer import Arithmetic
+    from axolotl_ivon.optim.kernels.plain import Arithmetic
 
     compiled = arithmetic()
     assert compiled is not None

@@ -17,18 +17,19 @@ from hypothesis import strategies as st
 from reference import ReferenceIVON
 from torch import nn
 
-import axolotl_ivon.optimizer as algorithm
-from axolotl_ivon import IVONLoRA, compiled, effective_sample_size
+from axolotl_ivon import IVONLoRA, effective_sample_size
+from axolotl_ivon.optim import buffers, kernels
+from axolotl_ivon.optim.kernels import cpu as compiled
 
 SETTINGS = {"lr": 3e-2, "ess": 2e4, "betas": (0.9, 0.9995), "h0": 5e-2, "clip": 1e-2}
 
 
 @pytest.fixture(autouse=True, scope="module", params=["plain", "compiled"])
-def arithmetic(request: pytest.FixtureRequest) -> Iterator[type[algorithm.Arithmetic]]:
+def arithmetic(request: pytest.FixtureRequest) -> Iterator[type[kernels.Arithmetic]]:
     """Everything here holds for torch's operations and for the compiled kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(algorithm, "_COMPILED", math.inf if request.param == "plain" else 0)
-        chosen = algorithm._arithmetic(torch.device("cpu"), 1)
+        patch.setattr(kernels, "_COMPILED", math.inf if request.param == "plain" else 0)
+        chosen = kernels._arithmetic(torch.device("cpu"), 1)
         assert issubclass(chosen, compiled.CompiledArithmetic) == (request.param == "compiled")
         yield chosen
 
@@ -780,8 +781,8 @@ def test_both_have_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run goes on with the same noise where there is no numba."""
     draws, fast = [], compiled.arithmetic()
     assert fast is not None
-    for chosen in (fast, algorithm.Arithmetic):
-        monkeypatch.setattr(algorithm, "_arithmetic", lambda *_, chosen=chosen: chosen)
+    for chosen in (fast, kernels.Arithmetic):
+        monkeypatch.setattr(buffers, "_arithmetic", lambda *_, chosen=chosen: chosen)
         params = [nn.Parameter(torch.zeros(shape)) for shape in ((7,), (2000, 130), (3, 5), (1000, 140), (11,))]
         with IVONLoRA(params, **SETTINGS).sampled_params():
             draws.append(torch.cat([param.detach().flatten() for param in params]))
@@ -792,12 +793,12 @@ def test_both_have_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_numba_or_with_one_that_fails_the_plain_operations_work(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(algorithm, "_COMPILED", 0)
+    monkeypatch.setattr(kernels, "_COMPILED", 0)
     monkeypatch.setattr(compiled, "arithmetic", compiled.arithmetic.__wrapped__)
     with monkeypatch.context() as patch:
         patch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
-        assert algorithm._arithmetic(torch.device("cpu"), 1) is algorithm.Arithmetic
+        assert kernels._arithmetic(torch.device("cpu"), 1) is kernels.Arithmetic
         assert not caplog.records
     monkeypatch.setattr("numba.njit", lambda **_: 1 / 0)
-    assert algorithm._arithmetic(torch.device("cpu"), 1) is algorithm.Arithmetic
+    assert kernels._arithmetic(torch.device("cpu"), 1) is kernels.Arithmetic
     assert "costs time only" in caplog.text

@@ -8,20 +8,24 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .noise import mixed, quantiles
-from .optimizer import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Arithmetic, Block, Constants, Piece
+from ...noise import mixed, quantiles
+from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Constants
+from .plain import Arithmetic
+
+if TYPE_CHECKING:
+    from ..buffers import Piece
 
 LOG = logging.getLogger(__name__)
 
 # What lets sums be vectorized; a NaN stays one.
 _FASTMATH = {"reassoc", "contract", "nsz"}
-# Compiled before the kernels, which call them: (address, size) -> array, and drawing.mixed.
+# Compiled before the kernels, which call them: (address, size) -> array, and noise.mixed.
 _at: Any = None
 _mixed: Any = None
 _16, _32, _48, _BITS = np.uint64(16), np.uint64(32), np.uint64(48), np.uint64(0xFFFF)
@@ -201,6 +205,8 @@ def _addresses(tensors: list[Tensor]) -> np.ndarray | None:
 
 def _try(made: type[Arithmetic]) -> None:
     """Compile the kernels, which numba does at their first call."""
+    from ..buffers import Block
+
     param = torch.nn.Parameter(torch.ones(1))
     param.grad = torch.ones(1)
     block = Block({"h0": 1.0, "ess": 1.0, "prior": 1.0}, [param], {}, (0, 0))

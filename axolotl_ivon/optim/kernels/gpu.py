@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .optimizer import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Block, Piece
+from ..buffers import Block, Piece
+from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL
 
 LOG = logging.getLogger(__name__)
 
