@@ -13,7 +13,7 @@ from .hookspecs import hookimpl
 if TYPE_CHECKING:
     from .optim.ivon import IVONLoRA, effective_sample_size
     from .plugin import IVONLoRAPlugin
-    from .posterior import Posterior
+    from .posterior.posterior import Posterior
     from .sampling import attach
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 _HOME = {
     "IVONLoRA": "optim.ivon",
     "effective_sample_size": "optim.ivon",
-    "Posterior": "posterior",
+    "Posterior": "posterior.posterior",
     "attach": "sampling",
     "IVONLoRAPlugin": "plugin",
 }

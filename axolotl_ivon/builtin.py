@@ -35,7 +35,7 @@ def log_metrics(trainer: Trainer, optimizer: torch.optim.Optimizer) -> dict[str,
 
 @hookimpl
 def pruning_criteria() -> dict[str, Criterion]:
-    from .pruning import CRITERIA
+    from .posterior.prune import CRITERIA
 
     return CRITERIA
 

@@ -21,7 +21,8 @@ from .errors import IVONError
 from .files import MEAN_FILE, SIGMA_FILE, TensorFile, updated_adapter
 from .optim.ivon import IVONLoRA, Skipped
 from .plugins import plugin_manager
-from .posterior import Posterior, save_sigma
+from .posterior.adapter import save_sigma
+from .posterior.posterior import Posterior
 from .posterior_loss import posterior_loss
 from .presets import preset as find_preset
 from .presets import rate_for, rates

@@ -30,8 +30,8 @@ from rich.table import Table
 
 from axolotl_ivon.files import CONFIG_FILE, MEAN_FILE, SIGMA_FILE
 from axolotl_ivon.noise import normals
-from axolotl_ivon.posterior import Posterior
-from axolotl_ivon.tensors import Spec, Tensors
+from axolotl_ivon.posterior.posterior import Posterior
+from axolotl_ivon.posterior.tensors import Spec, Tensors
 
 Q_V = (("self_attn.q_proj", "d", "d"), ("self_attn.v_proj", "d", "kv"))
 LINEAR = (

@@ -63,7 +63,7 @@ def settings(
 
 def complete_criterion(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Return the pruning criteria that start with what was typed."""
-    from axolotl_ivon.pruning import criteria
+    from axolotl_ivon.posterior.prune import criteria
 
     return [name for name in criteria() if name.startswith(incomplete)]
 

@@ -49,7 +49,7 @@ def command(
     once. Use it for adapters trained on different parts of the data. The other methods are PEFT's kinds of
     weighted adapters, with σ carried along. No ADAPTER is modified.
     """
-    from axolotl_ivon.posterior import Posterior
+    from axolotl_ivon.posterior.posterior import Posterior
 
     path = target(adapters, output, "combined", overwrite)
     with progress_bars(quiet) as progress:

@@ -143,7 +143,7 @@ def command(
             rendered = render(open_tokenizer(ensemble.tokenizer_folder, base_model or ensemble.base_model), chats)
             facts = {"engine": "endpoint", "ensemble": ensemble.facts}
         else:
-            from axolotl_ivon.posterior import mean_sha256
+            from axolotl_ivon.posterior.adapter import mean_sha256
 
             temperature, ratio = settings(recommended, tau=tau, ratio=prune_ratio)
             posterior, base = _open(adapter, plan, temperature, ratio, base_model)
@@ -191,7 +191,7 @@ def _open(adapter: str, plan: Plan, tau: float, ratio: float, base_model: str | 
     """Return the posterior, pruned and tempered, and the name of its base model."""
     from axolotl_ivon.errors import IVONError
     from axolotl_ivon.evaluation.evaluate import Row, open_posterior
-    from axolotl_ivon.posterior import Posterior
+    from axolotl_ivon.posterior.posterior import Posterior
 
     if plan.mean and not ratio:
         posterior = open_posterior(adapter, [Row("mean")])

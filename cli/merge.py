@@ -39,7 +39,8 @@ def command(
     or a Hub id and is not modified.
     """
     from axolotl_ivon.models.merge import merge
-    from axolotl_ivon.posterior import Adapter, Posterior
+    from axolotl_ivon.posterior.adapter import Adapter
+    from axolotl_ivon.posterior.posterior import Posterior
 
     path = target([adapter], output, "merged", overwrite)
     with progress_bars(quiet) as progress:

@@ -55,7 +55,7 @@ def command(
     Exactly round(RATIO × weights) weights are 0 afterwards, those that were pruned before included: pruning 0.1 twice
     is pruning 0.1. ADAPTER is a folder or a Hub id and is not modified.
     """
-    from axolotl_ivon.posterior import Posterior
+    from axolotl_ivon.posterior.posterior import Posterior
 
     _, share = settings(recommended, ratio=ratio, default_ratio=0.1)
     path = target([adapter], output, f"pruned-{share:g}", overwrite)

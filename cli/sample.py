@@ -58,8 +58,8 @@ def command(
       sh ensemble/serve.sh --port 8000 &
       ivon-post generate ensemble/ --prompts test.jsonl -n 64 --endpoint http://localhost:8000
     """
-    from axolotl_ivon.ensemble import write_ensemble
-    from axolotl_ivon.posterior import Posterior
+    from axolotl_ivon.posterior.posterior import Posterior
+    from axolotl_ivon.posterior.sample import write_ensemble
 
     temperature, ratio = settings(recommended, tau=tau, ratio=prune_ratio)
     path = target([adapter], output, f"samples-{members}", overwrite)

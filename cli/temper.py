@@ -29,7 +29,7 @@ def command(
     Temperatures multiply: 2 after 2 is 4. ADAPTER is a folder or a Hub id and is not modified.
     """
     from axolotl_ivon.errors import IVONError
-    from axolotl_ivon.posterior import Posterior
+    from axolotl_ivon.posterior.posterior import Posterior
 
     if tau is None and recommended is None:
         raise IVONError("no temperature; give --tau, or --recommended")

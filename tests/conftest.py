@@ -58,7 +58,7 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> 
         from safetensors.torch import load_file
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from axolotl_ivon.posterior import save_sigma
+        from axolotl_ivon.posterior.adapter import save_sigma
 
         torch.manual_seed(seed)
         base = AutoModelForCausalLM.from_pretrained(tiny_llama)

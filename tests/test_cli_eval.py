@@ -147,7 +147,7 @@ def test_an_untrained_head_has_no_row(tmp_path: Path, tiny_llama: Path) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForSequenceClassification
 
-    from axolotl_ivon.posterior import save_sigma
+    from axolotl_ivon.posterior.adapter import save_sigma
 
     base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=2)
     folder = tmp_path / "head"

@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.comparing import compare
+from axolotl_ivon.posterior.diff import compare
 
 PREFIX = "base_model.model.model.layers."
 

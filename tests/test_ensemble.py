@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.ensemble import write_ensemble
+from axolotl_ivon.posterior.sample import write_ensemble
 
 MEAN_FILE = "adapter_model.safetensors"
 
@@ -54,7 +54,7 @@ def test_a_member_does_not_depend_on_how_many_there_are(tiny_adapter: Path, tmp_
 def test_a_member_does_not_depend_on_the_threads(tiny_adapter: Path, tmp_path: Path, processors: int):
     script = (
         f"import os; os.cpu_count = lambda: {processors * 3 - 2}\n"
-        "from axolotl_ivon import Posterior; from axolotl_ivon.ensemble import write_ensemble\n"
+        "from axolotl_ivon import Posterior; from axolotl_ivon.posterior.sample import write_ensemble\n"
         f"write_ensemble(Posterior.from_pretrained({str(tiny_adapter)!r}), {str(tmp_path / 'out')!r}, 1)"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(processors)}

@@ -30,7 +30,7 @@ from axolotl_ivon.evaluation.evaluate import Evaluation, Row, count_passes, eval
 from axolotl_ivon.evaluation.metrics import Scores, metrics
 from axolotl_ivon.models.load import load_model, load_tokenizer, pick_device
 from axolotl_ivon.models.swap import AdapterSlots, loaded, stacked
-from axolotl_ivon.posterior import save_sigma
+from axolotl_ivon.posterior.adapter import save_sigma
 
 MakeAdapter = Callable[..., Path]
 ROWS = list(rows_of(tau=0.5, ratio=0.3).values())

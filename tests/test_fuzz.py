@@ -28,8 +28,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import axolotl_ivon.files
-from axolotl_ivon.posterior import Posterior
-from axolotl_ivon.tensors import Tensors, fingerprint, sha256
+from axolotl_ivon.posterior.posterior import Posterior
+from axolotl_ivon.posterior.tensors import Tensors, fingerprint, sha256
 
 LONG = os.environ.get("IVON_LONG") == "1"
 CASES = 24_000 if LONG else 300
@@ -455,7 +455,7 @@ def huge_adapter(folder: Path, tiny_adapter: Path) -> int:
 
 MEASURE = """
 import resource, sys
-import numpy, safetensors, rich.table, ivon_post, axolotl_ivon.summary, axolotl_ivon.ensemble, axolotl_ivon.comparing
+import numpy, safetensors, rich.table, ivon_post, axolotl_ivon.posterior.info, axolotl_ivon.posterior.sample, axolotl_ivon.posterior.diff
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 try: ivon_post.cli(sys.argv[1:])

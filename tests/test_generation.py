@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TopPLogitsWarper
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_chats
 from axolotl_ivon.data.encode import Prompt, render
-from axolotl_ivon.ensemble import write_ensemble
 from axolotl_ivon.generation.local import TransformersEngine, _shrunk
 from axolotl_ivon.generation.nbest import NBestFile
 from axolotl_ivon.generation.plan import Output, Plan
 from axolotl_ivon.models.load import load_model, open_tokenizer
+from axolotl_ivon.posterior.sample import write_ensemble
 
 GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=12, seed=3)
 SAMPLED = Plan(n=12, per_model=4, temperature=0.8, top_p=0.9, max_tokens=12, seed=3)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.models.merge import merge
-from axolotl_ivon.posterior import Adapter
+from axolotl_ivon.posterior.adapter import Adapter
 
 TOKENS = torch.arange(3, 19)[None]
 

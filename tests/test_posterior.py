@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.files import SIGMA_FILE
-from axolotl_ivon.posterior import mean_sha256, save_sigma
+from axolotl_ivon.posterior.adapter import mean_sha256, save_sigma
 
 MEAN_FILE = "adapter_model.safetensors"
 

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axolotl_ivon import IVONError, pruning
-from axolotl_ivon.pruning import CRITERIA, lowest
-from axolotl_ivon.tensors import Tensors
+from axolotl_ivon import IVONError
+from axolotl_ivon.posterior import prune as pruning
+from axolotl_ivon.posterior.prune import CRITERIA, lowest
+from axolotl_ivon.posterior.tensors import Tensors
 
 # Few different values, so that ties are everywhere; zeros, so that some weights are pruned already.
 means = st.lists(st.sampled_from([0.0, -0.0, 0.25, -0.25, 1.0, -3.0]), min_size=1, max_size=12)

@@ -20,13 +20,13 @@ from tiny import write_chats
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_chats
 from axolotl_ivon.data.encode import Prompt, render
-from axolotl_ivon.ensemble import write_ensemble
 from axolotl_ivon.generation import endpoint
 from axolotl_ivon.generation.endpoint import EndpointEngine
 from axolotl_ivon.generation.local import TransformersEngine
 from axolotl_ivon.generation.plan import Plan
 from axolotl_ivon.generation.serve import Ensemble, served_rank
 from axolotl_ivon.models.load import load_model, open_tokenizer
+from axolotl_ivon.posterior.sample import write_ensemble
 
 MEMBERS = ["mean", "sample-0000", "sample-0001", "sample-0002"]
 GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from axolotl_ivon import Posterior
-from axolotl_ivon.summary import QUANTILES, module_of, summarize
+from axolotl_ivon.posterior.info import QUANTILES, module_of, summarize
 
 
 def test_numbers_are_those_of_all_weights(tiny_adapter: Path):

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from axolotl_ivon import IVONError
 from axolotl_ivon.generation.endpoint import EndpointEngine
 from axolotl_ivon.generation.plan import Plan
-from axolotl_ivon.posterior import save_sigma
+from axolotl_ivon.posterior.adapter import save_sigma
 
 PYTHON = os.environ.get("IVON_VLLM_PYTHON", "")
 BASE = Path(__file__).resolve().parent.parent / ".demo" / "SmolLM2-135M-Instruct"

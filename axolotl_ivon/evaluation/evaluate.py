@@ -30,7 +30,7 @@ from .predict import Batch, Runner
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from ..posterior import Posterior
+    from ..posterior.posterior import Posterior
 
 _AVERAGES = 2**28  # probabilities (of all rows together) that are kept at a time: 1 GiB in float32
 _MIN_PREFIX = 8  # a shorter common prefix is not worth its own pass
@@ -249,7 +249,8 @@ def open_posterior(adapter: str | Path, rows: Sequence[Row] = ()) -> Posterior:
         IVONError: the adapter cannot be read, or has no σ and a row needs it.
     """
     from ..files import SIGMA_FILE
-    from ..posterior import Adapter, Posterior
+    from ..posterior.adapter import Adapter
+    from ..posterior.posterior import Posterior
 
     held = Adapter(adapter)
     if held.sigma is not None:

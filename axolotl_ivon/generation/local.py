@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from ..posterior import Posterior
+    from ..posterior.posterior import Posterior
 
 _T = TypeVar("_T")
 # Sequences that are decoded at once, unless told otherwise; out of memory halves it.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import IVONError
 from ..files import TOKENIZER_FILES, copy_companions, new_folder
-from ..posterior import Adapter
-from ..tensors import Progress, Tensors
+from ..posterior.adapter import Adapter
+from ..posterior.tensors import Progress, Tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,8 +6,8 @@ import math
 import os
 from pathlib import Path
 
-from .errors import IVONError
-from .files import CONFIG_FILE, ENSEMBLE_FILE, MEAN_FILE, new_folder, write_json
+from ..errors import IVONError
+from ..files import CONFIG_FILE, ENSEMBLE_FILE, MEAN_FILE, new_folder, write_json
 from .posterior import Posterior
 from .tensors import Progress, Tensors, write_tensors
 

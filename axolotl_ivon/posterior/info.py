@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .posterior import Adapter, Posterior
+from .adapter import Adapter
+from .posterior import Posterior
 from .tensors import Progress, Tensors
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

@@ -9,13 +9,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .errors import IVONError
-from .posterior import Posterior
+from ..errors import IVONError
 from .tensors import Spec, Tensors, from_float
+
+if TYPE_CHECKING:
+    from .posterior import Posterior
 
 METHODS = ("precision", "linear", "cat")
 _BLOCK = 2**15
@@ -29,10 +31,19 @@ _NOT_LOW_RANK = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_in
 _FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight$")
 
 
+class Combined(NamedTuple):
+    """What a posterior is made of: mean and σ by name, the header, adapter_config.json."""
+
+    mean: Tensors
+    sigma: Tensors
+    metadata: dict[str, str]
+    config: dict[str, Any]
+
+
 def combine(
     posteriors: Sequence[Posterior], method: str = "precision", weights: Sequence[float] | None = None
-) -> Posterior:
-    """Return one posterior made of several over the same base model.
+) -> Combined:
+    """Return what makes one posterior of several over the same base model; `Posterior.combine` wraps it.
 
     "precision": the product of the Gaussians. Precisions 1/σ² are added, means are weighted by them. A prior that
     all of them share (the same number in `prior`, and the same `ess`) is counted once; an empirical prior is each
@@ -64,10 +75,7 @@ def combine(
         raise IVONError(
             f"the posteriors have different tau ({', '.join(str(q.tau) for q in posteriors)}); combine first"
         )
-    combined = _cat(posteriors, share) if method == "cat" else _same(posteriors, method, share)
-    combined.folder = posteriors[0].folder
-    combined.inputs = [folder for q in posteriors for folder in q.inputs]
-    return combined
+    return _cat(posteriors, share) if method == "cat" else _same(posteriors, method, share)
 
 
 def _facts(posteriors: Sequence[Posterior], method: str) -> dict[str, str]:
@@ -84,7 +92,7 @@ def _facts(posteriors: Sequence[Posterior], method: str) -> dict[str, str]:
     return {"tau": "1.0", "pruned_ratio": "0.0", **facts, "combined": f"{method} of {len(posteriors)}"}
 
 
-def _same(posteriors: Sequence[Posterior], method: str, share: Sequence[float]) -> Posterior:
+def _same(posteriors: Sequence[Posterior], method: str, share: Sequence[float]) -> Combined:
     first = posteriors[0]
     fix = "method cat combines adapters of different ranks and targets"
     for q in posteriors[1:]:
@@ -119,7 +127,7 @@ def _same(posteriors: Sequence[Posterior], method: str, share: Sequence[float]) 
 
     specs = {key: ("F32", shape) for key, (_, shape) in first.mean.specs.items()}
     facts = _facts(posteriors, method)
-    return Posterior(Tensors(first.mean.specs, mean), Tensors(specs, sigma), facts, first.config)
+    return Combined(Tensors(first.mean.specs, mean), Tensors(specs, sigma), facts, dict(first.config))
 
 
 def _blockwise(function: Callable[..., np.ndarray], arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -176,7 +184,7 @@ def _shared_prior(posteriors: Sequence[Posterior]) -> float:
     return found.pop() if len(found) == 1 else 0.0
 
 
-def _cat(posteriors: Sequence[Posterior], share: Sequence[float]) -> Posterior:
+def _cat(posteriors: Sequence[Posterior], share: Sequence[float]) -> Combined:
     parts: dict[str, list[tuple[int, str]]] = {}  # key of the result -> (posterior, its key)
     for i, q in enumerate(posteriors):
         for name in _NOT_LOW_RANK:
@@ -217,7 +225,7 @@ def _cat(posteriors: Sequence[Posterior], share: Sequence[float]) -> Posterior:
         return np.concatenate(pieces, axis=_axis(key))
 
     sigma = {key: ("F32", shape) for key, (_, shape) in specs.items()}
-    return Posterior(
+    return Combined(
         Tensors(specs, lambda key: from_float(joined(key, lambda q, own: q.mean.float32(own), True), specs[key][0])),
         Tensors(sigma, lambda key: joined(key, lambda q, own: q.sigma.raw(own), False)),
         _facts(posteriors, "cat"),

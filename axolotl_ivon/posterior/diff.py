@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .errors import IVONError
+from ..errors import IVONError
+from .info import modules
 from .posterior import Posterior
-from .summary import modules
 from .tensors import Progress
 
 

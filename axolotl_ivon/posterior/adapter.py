@@ -1,0 +1,169 @@
+"""An adapter folder on the disk: its files, and the checks that they belong together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import IVONError
+from ..files import (
+    CONFIG_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    MEAN_FILE,
+    NEXT_SIGMA_FILE,
+    SIGMA_FILE,
+    TensorFile,
+    new_file,
+    read_json,
+    resolve,
+)
+from .tensors import Progress, Tensors, fingerprint, sha256, write_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+def mean_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the fingerprint of an adapter's tensors: names, dtypes, shapes and bytes, in any order.
+
+    It is the SHA-256 of the JSON list, sorted by name, of [name, dtype as in safetensors, shape, SHA-256 of
+    the row-major little-endian bytes].
+    """
+    held = Tensors.of(tensors)
+    return fingerprint(held, held.each(lambda key: sha256(held.raw(key))))
+
+
+class Adapter:
+    """A PEFT adapter folder as it lies on the disk: configuration, tensors, and σ where there is one.
+
+    Attributes:
+        folder: where it is (for a Hub id, the local copy).
+        config: adapter_config.json.
+        mean, mean_metadata: the tensors of adapter_model.safetensors, and its header.
+        sigma, metadata: those of ivon_sigma.safetensors; `sigma` is None where there is no such file.
+
+    Raises:
+        IVONError: the folder is no complete adapter, or σ has other names, shapes or dtypes than it must.
+    """
+
+    def __init__(self, path_or_hub_id: str | os.PathLike[str]) -> None:
+        self.folder = resolve(path_or_hub_id)
+        self.config = read_json(self.folder / CONFIG_FILE)
+        if not (self.folder / MEAN_FILE).exists() and (self.folder / "adapter_model.bin").exists():
+            raise IVONError(
+                f"{self.folder} holds its adapter as a pickle, which is never read; convert it to "
+                f"{MEAN_FILE}: load it with PEFT where you trust it, and save it with save_pretrained"
+            )
+        file = TensorFile(self.folder / MEAN_FILE)
+        self.mean = Tensors.of_file(file)
+        self.mean_metadata = file.metadata
+        self.sigma: Tensors | None = None
+        self.metadata: dict[str, str] = {}
+        path = self.folder / SIGMA_FILE
+        with contextlib.suppress(IVONError):  # a save was cut off, or is under way: see files.updated_adapter
+            waiting = TensorFile(self.folder / NEXT_SIGMA_FILE)
+            if waiting.metadata.get("mean_sha256") == fingerprint(self.mean, self.digests()):
+                path = waiting.path
+        if os.path.lexists(path):
+            file = TensorFile(path)
+            _check_header(file)
+            self.sigma = Tensors.of_file(file)
+            self.metadata = file.metadata
+            _check_names(file.path, self.mean, self.sigma)
+
+    def digests(self, progress: Progress | None = None) -> dict[str, str]:
+        """Return the SHA-256 of every tensor of the mean, whose values are checked on the way.
+
+        Raises:
+            IVONError: a value is NaN or infinite.
+        """
+
+        def digest(key: str) -> str:
+            if self.mean.is_float(key):
+                _check_finite(self.folder / MEAN_FILE, key, self.mean.float32(key))
+            return sha256(self.mean.raw(key))
+
+        return self.mean.each(digest, f"reading {MEAN_FILE}", progress)
+
+
+def _check_header(file: TensorFile) -> None:
+    facts = file.metadata
+    if facts.get("format") != FORMAT:
+        raise IVONError(f"{file.path}: format is {facts.get('format')!r}; axolotl-ivon writes {FORMAT!r}")
+    if facts.get("format_version") != FORMAT_VERSION:
+        raise IVONError(
+            f"{file.path}: format_version is {facts.get('format_version')!r}; this version of axolotl-ivon "
+            f"reads {FORMAT_VERSION!r}: upgrade it"
+        )
+    for name, default, good in (("tau", "1", lambda x: x > 0), ("pruned_ratio", "0", lambda x: 0 <= x <= 1)):
+        try:
+            valid = good(float(facts.get(name, default)))
+        except ValueError:
+            valid = False
+        if not valid:
+            raise IVONError(f"{file.path}: {name} is {facts[name]!r}, which `ivon-post` never writes")
+
+
+def _check_names(path: Path, mean: Tensors, sigma: Tensors) -> None:
+    for key in sorted(mean.specs.keys() | sigma.specs.keys()):
+        if key not in sigma:
+            raise IVONError(f"{path}: no σ for {key}, which {MEAN_FILE} has")
+        if key not in mean:
+            raise IVONError(f"{path}: σ for {key}, which {MEAN_FILE} does not have")
+        (dtype, shape), expected = sigma.specs[key], mean.specs[key][1]
+        if shape != expected:
+            raise IVONError(f"{path}: σ of {key} has shape {list(shape)}; the mean has {list(expected)}")
+        if dtype != "F32":
+            raise IVONError(f"{path}: σ of {key} has dtype {dtype}; it must be F32")
+
+
+def _check_finite(path: Path, key: str, values: np.ndarray) -> None:
+    # A NaN anywhere makes both extremes NaN.
+    if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
+        raise IVONError(f"{path}: {key} holds NaN or infinite values; use an earlier checkpoint")
+
+
+def check_sigma(path: Path, sigma: Tensors, progress: Progress | None = None) -> None:
+    def check(key: str) -> None:
+        values = sigma.raw(key)
+        _check_finite(path, key, values)
+        if values.size and values.min() < 0:
+            raise IVONError(f"{path}: σ of {key} has negative values; a standard deviation is ≥ 0")
+
+    sigma.each(check, f"reading {SIGMA_FILE}", progress)
+
+
+def save_sigma(folder: str | os.PathLike[str], sigma: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> None:
+    """Write ivon_sigma.safetensors beside the adapter_model.safetensors that lies in `folder`.
+
+    `sigma` has the names and shapes of the adapter's tensors; `facts` are the header's.
+    Format, version, fingerprint of the mean, τ = 1 and pruned ratio 0 are added. The file is replaced at
+    once, or left.
+
+    Raises:
+        IVONError: names or shapes differ from the adapter's, σ is negative, NaN or infinite, or the file
+            cannot be written.
+    """
+    target = Path(folder) / SIGMA_FILE
+    mean = Tensors.of_file(TensorFile(Path(folder) / MEAN_FILE))
+    held = Tensors.of({key: value.float() for key, value in sigma.items()})
+    _check_names(target, mean, held)
+    check_sigma(target, held)
+    header = {
+        "tau": "1.0",
+        "pruned_ratio": "0.0",
+        **facts,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library_version": version("axolotl-ivon"),
+        "mean_sha256": mean_sha256(mean),
+    }
+    with new_file(target) as path:
+        write_tensors(path, held, header)
