@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from .errors import IVONError
-from .files import MEAN_FILE, SIGMA_FILE, TensorFile, updated_adapter
 from .optim.ivon import IVONLoRA, Skipped
 from .plugins import plugin_manager
 from .posterior.adapter import save_sigma
@@ -28,6 +27,9 @@ from .presets import preset as find_preset
 from .presets import rate_for, rates
 from .saving import no_step_past_the_end, whole_checkpoints
 from .sharding import WholeAdapter, agree_on_gradients, average, check_sharding, is_sharded
+from .storage.atomic import updated_adapter
+from .storage.format import MEAN_FILE, SIGMA_FILE
+from .storage.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from .errors import IVONError
-from .files import new_file
+from .storage.atomic import new_file
 
 if TYPE_CHECKING:
     from peft import PeftModel

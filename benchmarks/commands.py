@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from axolotl_ivon.files import CONFIG_FILE, MEAN_FILE, SIGMA_FILE
 from axolotl_ivon.noise import normals
 from axolotl_ivon.posterior.posterior import Posterior
 from axolotl_ivon.posterior.tensors import Spec, Tensors
+from axolotl_ivon.storage.format import CONFIG_FILE, MEAN_FILE, SIGMA_FILE
 
 Q_V = (("self_attn.q_proj", "d", "d"), ("self_attn.v_proj", "d", "kv"))
 LINEAR = (

@@ -82,7 +82,7 @@ def silence_libraries() -> None:
 
 def target(adapters: Sequence[str], output: str | None, what: str, overwrite: bool) -> Path:
     """Return the folder to write, beside the first input (for a Hub id: here) unless one is named; refused early."""
-    from axolotl_ivon.files import check_target
+    from axolotl_ivon.storage.atomic import check_target
 
     sources = [Path(adapter) for adapter in adapters]
     if output:

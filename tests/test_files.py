@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.files import TensorWriter, in_threads, new_file, new_folder, read_json, resolve
+from axolotl_ivon.storage.atomic import new_file, new_folder
+from axolotl_ivon.storage.format import read_json, resolve
+from axolotl_ivon.storage.tensorfile import TensorWriter, in_threads
 
 
 def names(folder: Path) -> set[str]:
@@ -142,7 +144,7 @@ def test_termination_leaves_nothing(tmp_path: Path):
     script = f"""
 import time
 from pathlib import Path
-from axolotl_ivon.files import new_folder
+from axolotl_ivon.storage.atomic import new_folder
 import ivon_post
 def hang(**_):
     with new_folder(Path({str(tmp_path / "target")!r})) as new:

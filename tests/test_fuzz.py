@@ -27,9 +27,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import axolotl_ivon.files
 from axolotl_ivon.posterior.posterior import Posterior
 from axolotl_ivon.posterior.tensors import Tensors, fingerprint, sha256
+from axolotl_ivon.storage import atomic, tensorfile
+from axolotl_ivon.storage.tensorfile import TensorFile
 
 LONG = os.environ.get("IVON_LONG") == "1"
 CASES = 24_000 if LONG else 300
@@ -173,7 +174,7 @@ def consistent(folder: Path) -> None:
     if not all((folder / name).is_file() and (folder / name).stat().st_size for name in (MEAN, SIGMA)):
         return
     with contextlib.suppress(Exception):  # the files may be beyond that
-        mean = Tensors.of_file(axolotl_ivon.files.TensorFile(folder / MEAN))
+        mean = Tensors.of_file(TensorFile(folder / MEAN))
         header, tensors = split((folder / SIGMA).read_bytes())
         header["__metadata__"]["mean_sha256"] = fingerprint(mean, {key: sha256(mean.raw(key)) for key in mean})
         (folder / SIGMA).write_bytes(joined(json.dumps(header).encode(), tensors))
@@ -267,15 +268,15 @@ def check_prune(folder: Path, out: Path, stdout: str) -> None:
 
 def check_sample(folder: Path, out: Path, stdout: str) -> None:
     assert sorted(path.name for path in out.iterdir()) == [ENSEMBLE, "sample-0000", "sample-0001"]
-    specs = axolotl_ivon.files.TensorFile(folder / MEAN).entries
+    specs = TensorFile(folder / MEAN).entries
     for name in json.loads((out / ENSEMBLE).read_text())["members"]:
-        saved = axolotl_ivon.files.TensorFile(out / name / MEAN).entries
+        saved = TensorFile(out / name / MEAN).entries
         assert {key: entry.shape for key, entry in saved.items()} == {key: entry.shape for key, entry in specs.items()}
 
 
 def check_info(folder: Path, out: Path, stdout: str) -> None:
     facts = json.loads(stdout)
-    sizes = (math.prod(entry.shape) for entry in axolotl_ivon.files.TensorFile(folder / MEAN).entries.values())
+    sizes = (math.prod(entry.shape) for entry in TensorFile(folder / MEAN).entries.values())
     assert facts["weights"] == sum(sizes)
 
 
@@ -414,9 +415,9 @@ def peak() -> int:
 def run_cases(
     count: int, seed: int, template: Path, ivon_post: Any, commands: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(axolotl_ivon.files, "_sync", lambda path: None)  # nobody pulls the plug here
+    monkeypatch.setattr(atomic, "_sync", lambda path: None)  # nobody pulls the plug here
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(axolotl_ivon.files, "ThreadPoolExecutor", Serial)
+    monkeypatch.setattr(tensorfile, "ThreadPoolExecutor", Serial)
     monkeypatch.chdir(template)
     place = template.parent / "case"
     if only := os.environ.get("IVON_FUZZ_CASE"):
@@ -455,7 +456,8 @@ def huge_adapter(folder: Path, tiny_adapter: Path) -> int:
 
 MEASURE = """
 import resource, sys
-import numpy, safetensors, rich.table, ivon_post, axolotl_ivon.posterior.info, axolotl_ivon.posterior.sample, axolotl_ivon.posterior.diff
+import numpy, safetensors, rich.table, ivon_post
+from axolotl_ivon.posterior import diff, info, sample
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 try: ivon_post.cli(sys.argv[1:])

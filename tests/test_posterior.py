@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.files import SIGMA_FILE
 from axolotl_ivon.posterior.adapter import mean_sha256, save_sigma
+from axolotl_ivon.storage.format import SIGMA_FILE
 
 MEAN_FILE = "adapter_model.safetensors"
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.files import TensorFile
 from axolotl_ivon.posterior.tensors import Tensors, from_float, to_float32, write_tensors
+from axolotl_ivon.storage.tensorfile import TensorFile
 
 NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.files import new_folder, updated_adapter
+from axolotl_ivon.storage.atomic import new_folder, updated_adapter
 
 MEAN, SIGMA = "adapter_model.safetensors", "ivon_sigma.safetensors"
 
@@ -124,7 +124,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], No
         with monkeypatch.context() as patch:
             for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
                 patch.setattr(os, name, counted(getattr(os, name)))
-            patch.setattr("axolotl_ivon.files._exchange", counted(axolotl_exchange))
+            patch.setattr("axolotl_ivon.storage.atomic._exchange", counted(axolotl_exchange))
             patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
             try:
                 work()
@@ -132,7 +132,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], No
                 return True
         return left[0] < 0
 
-    from axolotl_ivon.files import _exchange as axolotl_exchange
+    from axolotl_ivon.storage.atomic import _exchange as axolotl_exchange
 
     return run
 
@@ -207,7 +207,7 @@ def test_overwriting_a_folder_that_is_killed(
 WRITER = """
 import sys, time
 from pathlib import Path
-import axolotl_ivon.files as files
+import axolotl_ivon.storage.atomic as files
 import ivon_post
 put_in_place = files.put_in_place
 def slowly(*args, **kwargs):

@@ -248,9 +248,9 @@ def open_posterior(adapter: str | Path, rows: Sequence[Row] = ()) -> Posterior:
     Raises:
         IVONError: the adapter cannot be read, or has no σ and a row needs it.
     """
-    from ..files import SIGMA_FILE
     from ..posterior.adapter import Adapter
     from ..posterior.posterior import Posterior
+    from ..storage.format import SIGMA_FILE
 
     held = Adapter(adapter)
     if held.sigma is not None:

@@ -164,7 +164,8 @@ def save(result: Sweep, folder: Path, facts: dict[str, Any]) -> list[Path]:
     Raises:
         IVONError: a file cannot be written.
     """
-    from ..files import new_file, output_folder, write_json
+    from ..storage.atomic import new_file, output_folder
+    from ..storage.format import write_json
 
     output_folder(folder)
     pictures = {"trade-off": trade_off(result), "reliability": reliability(result.reliability)}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError
-from ..files import read_json
+from ..storage.format import read_json
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation, Row

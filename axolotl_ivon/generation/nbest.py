@@ -13,7 +13,8 @@ from typing import IO, Any
 from ..data.chats import read_lines
 from ..data.encode import Prompt
 from ..errors import IVONError
-from ..files import new_file, read_json, write_json
+from ..storage.atomic import new_file
+from ..storage.format import read_json, write_json
 from .plan import Output
 
 

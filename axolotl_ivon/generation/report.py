@@ -51,7 +51,7 @@ def save(results: Mapping[str, Decoded], folder: Path) -> list[Path]:
     Raises:
         IVONError: a file cannot be written.
     """
-    from ..files import new_file, output_folder
+    from ..storage.atomic import new_file, output_folder
 
     output_folder(folder)
     paths: list[Path] = []

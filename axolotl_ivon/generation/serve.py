@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import IVONError
-from ..files import CONFIG_FILE, ENSEMBLE_FILE, new_file, read_json
+from ..storage.atomic import new_file
+from ..storage.format import CONFIG_FILE, ENSEMBLE_FILE, read_json
 from .plan import Plan
 
 SERVE_FILE = "serve.sh"

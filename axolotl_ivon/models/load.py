@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import IVONError
-from ..files import MEAN_FILE, TensorFile
+from ..storage.format import MEAN_FILE
+from ..storage.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

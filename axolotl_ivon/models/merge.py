@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import IVONError
-from ..files import TOKENIZER_FILES, copy_companions, new_folder
 from ..posterior.adapter import Adapter
 from ..posterior.tensors import Progress, Tensors
+from ..storage.atomic import new_folder
+from ..storage.format import TOKENIZER_FILES, copy_companions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

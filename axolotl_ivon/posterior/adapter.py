@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import IVONError
-from ..files import (
+from ..storage.atomic import new_file
+from ..storage.format import (
     CONFIG_FILE,
     FORMAT,
     FORMAT_VERSION,
     MEAN_FILE,
     NEXT_SIGMA_FILE,
     SIGMA_FILE,
-    TensorFile,
-    new_file,
     read_json,
     resolve,
 )
+from ..storage.tensorfile import TensorFile
 from .tensors import Progress, Tensors, fingerprint, sha256, write_tensors
 
 if TYPE_CHECKING:

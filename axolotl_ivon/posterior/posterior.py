@@ -17,17 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import IVONError
-from ..files import (
-    CONFIG_FILE,
-    FORMAT,
-    FORMAT_VERSION,
-    MEAN_FILE,
-    SIGMA_FILE,
-    copy_companions,
-    new_folder,
-    write_json,
-)
 from ..noise import normals
+from ..storage.atomic import new_folder
+from ..storage.format import CONFIG_FILE, FORMAT, FORMAT_VERSION, MEAN_FILE, SIGMA_FILE, copy_companions, write_json
 from . import prune as pruning
 from .adapter import Adapter, check_sigma
 from .combine import combine

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from ..errors import IVONError
-from ..files import in_threads
 from ..hookspecs import Criterion
 from ..noise import generator
 from ..plugins import plugin_manager
+from ..storage.tensorfile import in_threads
 from .tensors import Progress, Tensors
 
 SCOPES = ("adapter", "tensor")

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from ..errors import IVONError
-from ..files import CONFIG_FILE, ENSEMBLE_FILE, MEAN_FILE, new_folder, write_json
+from ..storage.atomic import new_folder
+from ..storage.format import CONFIG_FILE, ENSEMBLE_FILE, MEAN_FILE, write_json
 from .posterior import Posterior
 from .tensors import Progress, Tensors, write_tensors
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ..errors import IVONError
-from ..files import TensorFile, TensorWriter, in_threads
+from ..storage.tensorfile import TensorFile, TensorWriter, in_threads
 
 if TYPE_CHECKING:
     import torch

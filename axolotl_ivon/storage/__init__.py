@@ -1,0 +1,1 @@
+"""Files: formats, writes that happen whole or not at all, tensors by name. Nothing here imports torch."""

@@ -1,0 +1,182 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ..errors import IVONError, one_line
+from .format import CONFIG_FILE, ENSEMBLE_FILE, MEAN_FILE, NEXT_SIGMA_FILE, SIGMA_FILE
+
+# A folder with one of these was written by this project, PEFT or transformers, and may be overwritten.
+_MARKERS = (CONFIG_FILE, ENSEMBLE_FILE, "config.json")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and stdio.h
+
+
+@contextlib.contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Give a temporary path beside `target` that takes its place when the block ends without an exception.
+
+    Raises:
+        IVONError: the file cannot be written; what was there is left.
+    """
+    temporary = _beside(target)
+    with _told(target):
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, target)
+            _sync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+    """Give an empty temporary folder beside `target` that takes its place when the block ends well.
+
+    With `overwrite`, a folder that holds an adapter, an ensemble or a model may be replaced, whole; never one
+    that is or contains one of `inputs`.
+
+    Raises:
+        IVONError: the target exists, or cannot be written; what was there is left.
+    """
+    check_target(target, overwrite, inputs)
+    if target.is_symlink():
+        target = target.resolve()
+    temporary = _beside(target)
+    with _told(target):
+        missing = [p for p in target.absolute().parents if not p.exists()]
+        try:
+            target.absolute().parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            put_in_place(temporary, target, overwrite)
+            missing = []
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            for made in missing:
+                with contextlib.suppress(OSError):
+                    made.rmdir()
+
+
+def check_target(target: Path, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Raise IVONError if `new_folder` would refuse `target`: worth asking before long work."""
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise IVONError(f"{target} exists; choose another name, or overwrite it with --overwrite")
+    if not target.is_dir():
+        raise IVONError(f"{target} is not a folder; choose another name")
+    here = target.resolve()
+    for kept in map(Path.resolve, inputs):
+        if here == kept or here in kept.parents:
+            raise IVONError(f"{target} holds the input, which is never modified; choose another name")
+    if any(target.iterdir()) and not any((target / name).is_file() for name in _MARKERS):
+        raise IVONError(f"{target} holds something other than an adapter, an ensemble or a model; choose another name")
+
+
+def put_in_place(temporary: Path, target: Path, overwrite: bool = False) -> None:
+    """Make a folder's files durable and give it the name `target` in the same file system, replacing what is there.
+
+    Raises:
+        OSError: there is something, and not `overwrite`; or the system refuses.
+    """
+    for path in [*temporary.rglob("*"), temporary]:
+        _sync(path)
+    if not (overwrite and target.is_dir()):
+        # POSIX replaces an empty folder and refuses any other: of two writers, the second is told.
+        os.rename(temporary, target)
+    else:
+        _exchange(temporary, target)
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(target.absolute().parent)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap the names of two folders: at once where Linux can, so that there is no moment without either."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 and renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return
+    old = _beside(other)
+    os.rename(other, old)
+    try:
+        os.rename(one, other)
+    except OSError:
+        os.rename(old, other)
+        raise
+    os.rename(old, one)
+
+
+@contextlib.contextmanager
+def updated_adapter(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder whose files take their places in `folder` when the block ends well; others there stay.
+
+    Whoever reads the adapter meanwhile, or after a kill, finds a mean with its own σ: the new σ waits under
+    `NEXT_SIGMA_FILE`, where it is looked for, until the new mean has its place. Folders in the temporary folder (PEFT's
+    further adapters) are treated alike.
+
+    Raises:
+        IVONError: a file cannot be written.
+    """
+    temporary = _beside(folder / "adapter")
+    with _told(folder):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            files = [path for path in temporary.rglob("*") if path.is_file()]
+            for path in files:
+                _sync(path)
+            places = {path: folder / path.relative_to(temporary) for path in files}
+            waiting = []
+            for path, place in sorted(places.items(), key=lambda item: item[1].name == MEAN_FILE):
+                place.parent.mkdir(exist_ok=True)
+                if place.name == SIGMA_FILE:
+                    waiting.append(place)
+                    place = place.with_name(NEXT_SIGMA_FILE)
+                elif place.name == MEAN_FILE:
+                    _sync(place.parent)
+                os.replace(path, place)
+            for place in waiting:
+                os.replace(place.with_name(NEXT_SIGMA_FILE), place)
+            for parent in {place.parent for place in places.values()}:
+                _sync(parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def output_folder(folder: Path) -> None:
+    """Make a folder for several outputs, if it is not there.
+
+    Raises:
+        IVONError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IVONError(f"{folder} cannot be written ({error.strerror}); choose another name with -o") from None
+
+
+def _beside(target: Path) -> Path:
+    return target.absolute().parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _told(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise IVONError(f"{target} cannot be written ({error.strerror or one_line(error)})") from error

@@ -1,0 +1,125 @@
+"""The files of an adapter: their names, JSON that is checked when it is read, and folders from the Hub."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import IVONError, one_line
+
+CONFIG_FILE = "adapter_config.json"
+MEAN_FILE = "adapter_model.safetensors"
+SIGMA_FILE = "ivon_sigma.safetensors"
+NEXT_SIGMA_FILE = ".ivon_sigma.safetensors.next"  # while the mean that it belongs to is being replaced
+ENSEMBLE_FILE = "ensemble.json"
+
+FORMAT = "ivon-lora"
+FORMAT_VERSION = "1"
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+# What axolotl and the Trainer save beside an adapter that belongs to it: the model card and the tokenizer.
+# Optimizer states and their like belong to a checkpoint and stay there.
+COMPANIONS = ("README.md", *TOKENIZER_FILES)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_JSON_LIMIT = 16 * 2**20
+
+
+def resolve(source: str | os.PathLike[str]) -> Path:
+    """Return the folder that `source` names: a folder, or the local copy of a Hugging Face Hub id.
+
+    The Hub is asked only when there is no such folder and `source` has the form `owner/name`.
+
+    Raises:
+        IVONError: there is neither.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise IVONError(f"{path} is a file; give the adapter's folder instead")
+    if not _HUB_ID.fullmatch(str(source)):
+        raise IVONError(f"{path}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(str(source), allow_patterns=[CONFIG_FILE, MEAN_FILE, SIGMA_FILE, *COMPANIONS])
+    except Exception as error:  # the client raises a dozen kinds, requests' and httpx' among them
+        raise IVONError(f"{source}: no such folder here, and not found on the Hub ({type(error).__name__})") from error
+    return Path(found)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`.
+
+    Raises:
+        IVONError: it is missing, too large, or not a JSON object of finite numbers.
+    """
+    try:
+        if not (size := regular_size(path)):
+            raise IVONError(f"{path} is not valid JSON (it is empty)")
+        if size > _JSON_LIMIT:
+            raise IVONError(f"{path} is larger than {_JSON_LIMIT >> 20} MiB; it is not a configuration")
+        value = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+    except FileNotFoundError as error:
+        fix = "; give the folder of a PEFT adapter" if path.name == CONFIG_FILE else ""
+        raise IVONError(f"{path.parent} has no {path.name}{fix}") from error
+    except OSError as error:
+        raise IVONError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise IVONError(f"{path} is not valid JSON ({one_line(error)})") from error
+    if not isinstance(value, dict):
+        raise IVONError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number")
+    return number
+
+
+def regular_size(path: Path) -> int:
+    """Return the size of a regular file; a pipe or a device, which has no end, is refused."""
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise IVONError(f"{path} is not a regular file")
+    return facts.st_size
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, target: Path, names: Iterable[str] = COMPANIONS) -> None:
+    """Copy the model card and the tokenizer that lie beside the adapter in `source`, where there are any; unread.
+
+    A link that leads out of the folder is not followed, unless to the blobs of the Hub's cache: what it names need not
+    be the adapter's.
+    """
+    here = source.resolve()
+    for name in names:
+        path = source / name
+        # What has no size can still be without end, in /proc.
+        if path.is_file() and path.stat().st_size:
+            found = path.resolve()
+            if here in found.parents or here.parent.parent / "blobs" in found.parents:
+                shutil.copyfile(path, target / name)
