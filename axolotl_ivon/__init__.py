@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .optim.ivon import IVONLoRA, effective_sample_size
     from .plugin import IVONLoRAPlugin
     from .posterior.posterior import Posterior
-    from .sampling import attach
+    from .training.attach import attach
 
 __all__ = [
     "IVONError",
@@ -30,7 +30,7 @@ _HOME = {
     "IVONLoRA": "optim.ivon",
     "effective_sample_size": "optim.ivon",
     "Posterior": "posterior.posterior",
-    "attach": "sampling",
+    "attach": "training.attach",
     "IVONLoRAPlugin": "plugin",
 }
 

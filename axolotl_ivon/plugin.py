@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from .args import DEFAULTS, IVONArgs
 from .errors import IVONError
-from .presets import PRESETS
+from .training.presets import PRESETS
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -85,8 +85,8 @@ class IVONLoRAPlugin(BasePlugin):
         """Put the optimizer, the sampling and the saving of σ into the training loop."""
         if cfg.optimizer != OPTIMIZER:
             return
-        from .sampling import attach
-        from .sharding import check_sharding
+        from .training.attach import attach
+        from .training.processes import check_sharding
 
         values: dict[str, Any] = {
             key: cfg[key] if cfg[key] is not None else default for key, default in DEFAULTS.items()

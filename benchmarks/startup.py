@@ -26,7 +26,7 @@ from rich.table import Table
 IVON_POST = "import ivon_post; ivon_post.main()"
 # What `axolotl train` imports with or without the plugin, and what the plugin does when it trains.
 AXOLOTL = "import axolotl.cli.main, axolotl.cli.train, axolotl.train, axolotl.core.builders"
-PLUGIN = "from axolotl_ivon import IVONLoRAPlugin; import axolotl_ivon.sampling"
+PLUGIN = "from axolotl_ivon import IVONLoRAPlugin; import axolotl_ivon.training.trainer"
 ADDED = f"import time; {AXOLOTL}; started = time.perf_counter(); {PLUGIN}; print(time.perf_counter() - started)"
 
 

@@ -17,11 +17,6 @@ import click
 _MODULES = ("info", "prune", "temper", "sample", "merge", "combine", "diff", "eval", "sweep", "generate", "mbr")
 
 
-def COMMANDS() -> list[click.Command]:
-    """Return the commands that ship with the project, for the hook `register_commands`."""
-    return [import_module(f".{name}", __name__).command for name in _MODULES]
-
-
 class _Mistyped(click.ClickException):
     """A usage error without the three lines of usage."""
 
@@ -29,7 +24,7 @@ class _Mistyped(click.ClickException):
 
 
 class _Group(click.Group):
-    """A group whose commands come from the hook, and whose user errors are one line on stderr."""
+    """A group that third parties add commands to, and whose user errors are one line on stderr."""
 
     _registered = False
 
@@ -38,7 +33,8 @@ class _Group(click.Group):
             from axolotl_ivon.plugins import plugin_manager
 
             self._registered = True
-            # pluggy calls the latest registered first; the project's own commands come first in --help.
+            for name in _MODULES:
+                self.add_command(import_module(f".{name}", __name__).command)
             plugin_manager().hook.register_commands(cli=self)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -35,7 +35,9 @@ def train(tiny_llama: Path, tmp_path: Path, bad: set[int], **args: Any) -> Spy:
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
     return [
-        (record.levelno, record.getMessage()) for record in caplog.records if record.name == "axolotl_ivon.sampling"
+        (record.levelno, record.getMessage())
+        for record in caplog.records
+        if record.name == "axolotl_ivon.training.trainer"
     ]
 
 

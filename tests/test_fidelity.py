@@ -423,7 +423,7 @@ def test_the_experiment_file_is_complete() -> None:
 
 
 def test_what_is_said_of_the_preset_is_measured_with_it() -> None:
-    from axolotl_ivon.presets import PRESETS
+    from axolotl_ivon.training.presets import PRESETS
 
     suite = yaml.safe_load((BENCHMARKS / "fidelity.yaml").read_text(encoding="utf-8"))["suites"]["encoder"]
     measured, preset = suite["methods"]["ivon-lora-preset"], PRESETS["small_data"]

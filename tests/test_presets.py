@@ -12,7 +12,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from axolotl_ivon import effective_sample_size
-from axolotl_ivon.presets import PRESETS, rate_for, rates
+from axolotl_ivon.training.presets import PRESETS, rate_for, rates
 
 
 @settings(deadline=None)  # torch's first step imports for a second

@@ -16,7 +16,7 @@ from runs import AXOLOTL, Configs, environment, trained
 from safetensors.torch import load_file
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.sharding import check_sharding
+from axolotl_ivon.training.processes import check_sharding
 
 FSDP2 = {
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import SGD
 
-from .errors import IVONError
-from .optim.ivon import effective_sample_size
+from ..errors import IVONError
+from ..optim.ivon import effective_sample_size
 
 
 class Preset(NamedTuple):

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .storage.atomic import put_in_place
+from ..storage.atomic import put_in_place
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -1,4 +1,4 @@
-"""What ships with axolotl-ivon, registered through the hooks that a third party would use."""
+"""What ships for training, registered through the hooks that a third party would use."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from .hookspecs import Criterion, hookimpl
+from ..hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    import click
     import torch
     from transformers import Trainer
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 def create_optimizer(
     named_parameters: list[tuple[str, torch.nn.Parameter]], settings: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    from .optim.ivon import IVONLoRA
+    from ..optim.ivon import IVONLoRA
 
     return IVONLoRA(named_parameters, **settings)
 
@@ -31,18 +30,3 @@ def sampling_context(trainer: Trainer, optimizer: torch.optim.Optimizer) -> Abst
 @hookimpl
 def log_metrics(trainer: Trainer, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return optimizer.summary()  # type: ignore[attr-defined]
-
-
-@hookimpl
-def pruning_criteria() -> dict[str, Criterion]:
-    from .posterior.prune import CRITERIA
-
-    return CRITERIA
-
-
-@hookimpl
-def register_commands(cli: click.Group) -> None:
-    from ivon_post import COMMANDS
-
-    for command in COMMANDS():
-        cli.add_command(command)

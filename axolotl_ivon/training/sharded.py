@@ -10,7 +10,7 @@ an anchor, one parameter that nothing reads.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
-from .errors import IVONError
-from .storage.atomic import new_file
+from ..errors import IVONError
+from ..storage.atomic import new_file
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,58 +33,6 @@ if TYPE_CHECKING:
 ANCHOR = "ivon_anchor"
 STATE_FILE = "ivon_state.safetensors"
 _STATE_FORMAT = {"format": "ivon-state", "format_version": "1"}
-
-
-def is_sharded(trainer: Trainer) -> bool:
-    """Whether DeepSpeed or FSDP takes the model over."""
-    return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
-
-
-def average(tensors: Sequence[Tensor]) -> None:
-    """Put the means over the processes into tensors that are alike in number and shape everywhere, in place."""
-    if tensors and dist.is_initialized() and dist.get_world_size() > 1:
-        flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
-        dist.all_reduce(flat)
-        parts = flat.div_(dist.get_world_size()).split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-
-def agree_on_gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    """Let every process have a gradient, zero if need be, where any of them has one, and return these gradients."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        present = torch.tensor([float(param.grad is not None) for param in params], device=params[0].device)
-        dist.all_reduce(present)
-        for param, count in zip(params, present.tolist(), strict=True):
-            if count and param.grad is None:
-                param.grad = torch.zeros_like(param)
-    return [param.grad for param in params if param.grad is not None]
-
-
-def check_sharding(trainer: Trainer) -> None:
-    """Refuse what would train something else than the user asked for.
-
-    Raises:
-        IVONError: naming the setting and the way out.
-    """
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    for name, key in (("tp_size", "tensor_parallel_size"), ("cp_size", "context_parallel_size")):
-        size = getattr(parallelism, name, 1) or 1
-        if size > 1:
-            raise IVONError(f"{key}: {size} splits the adapter or a sequence over processes, which IVON cannot do yet")
-    if not is_sharded(trainer):
-        return
-    if trainer.is_deepspeed_enabled and "optimizer" in trainer.accelerator.state.deepspeed_plugin.deepspeed_config:
-        raise IVONError("the DeepSpeed config has an optimizer, which would take IVON's place; remove it from there")
-    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
-        raise IVONError("FSDP 1 flattens the adapter into the base model; set fsdp_version: 2")
-    if trainer.args.fp16:
-        raise IVONError("fp16 with DeepSpeed or FSDP scales the loss out of IVON's sight; set bf16: true instead")
-    if trainer.args.max_grad_norm:
-        raise IVONError(
-            f"max_grad_norm: {trainer.args.max_grad_norm:g} has no effect on the adapter under DeepSpeed or FSDP; "
-            "remove it: clip bounds the step"
-        )
 
 
 class WholeAdapter(TrainerCallback):

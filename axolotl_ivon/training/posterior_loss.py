@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import IVONError
+from ..errors import IVONError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from transformers import Trainer
 
-    from .optim.ivon import IVONLoRA
+    from ..optim.ivon import IVONLoRA
 
 
 def posterior_loss(trainer: Trainer, optimizer: IVONLoRA, dataloader: Iterable[Any], samples: int) -> float:

@@ -1,0 +1,1 @@
+"""IVON-LoRA inside a transformers or TRL Trainer."""
