@@ -28,21 +28,20 @@ test-long: export IVON_LONG = 1
 test-long: export OMP_NUM_THREADS = 1
 test-long: export AXOLOTL_DO_NOT_TRACK = 1
 test-long: $(VENV)/.dev  ## 24,000 damaged files, 200 interrupted runs, leaks (about an hour on 2 cores)
-	$(BIN)/python -m pytest tests/test_fuzz.py tests/test_interrupts.py tests/test_leaks.py --timeout 7200
+	$(BIN)/python -m pytest tests/robustness --timeout 7200
 
 # An environment for each axolotl that is supported: 0.19 needs Python 3.11, the others 3.12.
-INTEGRATION := plugin sampling sharding support posterior_loss demo example_configs
 test-matrix: axolotl-0.19-python3.11 axolotl-0.20-python3.12 axolotl-0.21-python3.12  ## integration tests in each axolotl
 axolotl-%: export OMP_NUM_THREADS = 1
 axolotl-%: export AXOLOTL_DO_NOT_TRACK = 1
 axolotl-%:
 	$(MAKE) VENV=.venv-$@ PYTHON=$(word 2,$(subst -, ,$*)) AXOLOTL='axolotl==$(word 1,$(subst -, ,$*)).*' .venv-$@/.dev
-	.venv-$@/bin/python -m pytest -n 2 $(INTEGRATION:%=tests/test_%.py)
+	.venv-$@/bin/python -m pytest -n 2 tests/integration tests/training
 
 VLLM ?= .venv-vllm
 test-vllm: $(VENV)/.dev $(VLLM)/.vllm  ## compare vLLM on the CPU with ivon-post generate
 	cd example_configs && $(abspath $(BIN))/python -c 'import prepare_demo as p; p.prepare_model(p.DEMO / p.MODEL)'
-	OMP_NUM_THREADS=1 IVON_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest tests/test_vllm.py
+	OMP_NUM_THREADS=1 IVON_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest tests/integration/test_vllm.py
 # The registry's torchvision and its kin are CUDA builds; vLLM finds its platform by the metadata of a package "vllm".
 $(VLLM)/.vllm:
 	$(PYTHON) -m venv $(VLLM)

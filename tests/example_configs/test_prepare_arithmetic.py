@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parent.parent / "example_configs"
+FOLDER = Path(__file__).resolve().parents[2] / "example_configs"
 
 
 @pytest.fixture

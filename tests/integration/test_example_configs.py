@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-FOLDER = Path(__file__).resolve().parent.parent / "example_configs"
+FOLDER = Path(__file__).resolve().parents[2] / "example_configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
 

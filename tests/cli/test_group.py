@@ -10,10 +10,11 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
-from ivon_post import COMMANDS
+from ivon_post import cli
 
 
 def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -54,7 +55,7 @@ def test_a_mistyped_command_line_is_one_line_and_status_2(ivon_post: Callable, w
     assert complaint in result.stderr
 
 
-@pytest.mark.parametrize("name", [command.name for command in COMMANDS()])
+@pytest.mark.parametrize("name", cli.list_commands(click.Context(cli)))
 def test_every_command_has_help(name: str, ivon_post: Callable):
     text = ivon_post(name, "--help")
     assert "Usage:" in text

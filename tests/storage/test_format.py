@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from axolotl_ivon import IVONError, Posterior
 
 # Never write these again: add another folder when the format changes.
-VERSION_1 = Path(__file__).parent / "data" / "format-1"
+VERSION_1 = Path(__file__).parent / "format-1"
 SIGMA = "ivon_sigma.safetensors"
 
 

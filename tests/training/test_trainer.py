@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_sampling import Spy, make_trainer
+from trainers import Spy, make_trainer
 
 from axolotl_ivon import Posterior, attach
 

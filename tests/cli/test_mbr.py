@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cli
+from command_line import Cli
 
 
 def write(path: Path, answers: list[list[str]], references: list[str | None]) -> Path:

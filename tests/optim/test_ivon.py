@@ -16,12 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ReferenceIVON
 from torch import nn
+from toy import SETTINGS, batches, lora_loss, lora_pair, relative, run_beside_reference
 
 from axolotl_ivon import IVONLoRA, effective_sample_size
 from axolotl_ivon.optim import buffers, kernels
 from axolotl_ivon.optim.kernels import cpu as compiled
-
-SETTINGS = {"lr": 3e-2, "ess": 2e4, "betas": (0.9, 0.9995), "h0": 5e-2, "clip": 1e-2}
 
 
 @pytest.fixture(autouse=True, scope="module", params=["plain", "compiled"])
@@ -32,67 +31,6 @@ def arithmetic(request: pytest.FixtureRequest) -> Iterator[type[kernels.Arithmet
         chosen = kernels._arithmetic(torch.device("cpu"), 1)
         assert issubclass(chosen, compiled.CompiledArithmetic) == (request.param == "compiled")
         yield chosen
-
-
-def lora_pair(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(4, 24, generator=generator) / 5
-    return {"A": nn.Parameter(a.to(dtype)), "B": nn.Parameter(torch.zeros(16, 4, dtype=dtype))}
-
-
-def lora_loss(pair: dict[str, nn.Parameter], batch: torch.Tensor) -> torch.Tensor:
-    target = torch.linspace(-1, 1, 16 * 24).view(16, 24).sin()
-    out = batch @ pair["A"].float().T @ pair["B"].float().T
-    return (out - batch @ target.T).square().mean()
-
-
-def batches(count: int, seed: int = 1) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(8, 24, generator=generator) for _ in range(count)]
-
-
-def relative(value: torch.Tensor, expected: np.ndarray) -> float:
-    return float(np.abs(value.double().numpy() - expected).max() / np.abs(expected).max())
-
-
-def run_beside_reference(
-    pair: dict[str, nn.Parameter], steps: int, micro_batches: int = 1, whole: bool = False, **kwargs: object
-) -> tuple[IVONLoRA, dict[str, ReferenceIVON]]:
-    """Train `pair` and feed the θ that were really drawn, and the gradients there, to the reference."""
-    hyper = {**SETTINGS, **kwargs}
-    optimizer = IVONLoRA(pair.items(), **hyper)
-    for block in optimizer._get_blocks():
-        block.limit = math.inf if whole else 64
-    references = {
-        name: ReferenceIVON(
-            param.detach().double().numpy(),
-            hyper["ess"],
-            *hyper["betas"],
-            hyper["h0"],
-            hyper["clip"],
-            hyper.get("prior", "empirical"),
-        )
-        for name, param in pair.items()
-    }
-    data = iter(batches(steps * micro_batches))
-    for step in range(steps):
-        lr = hyper["lr"] * (1 - step / steps)
-        optimizer.param_groups[0]["lr"] = lr
-        thetas: dict[str, list[np.ndarray]] = {name: [] for name in pair}
-        gradients: dict[str, list[np.ndarray]] = {name: [] for name in pair}
-        for _ in range(micro_batches):
-            batch = next(data)
-            with optimizer.sampled_params():
-                loss = lora_loss(pair, batch) / micro_batches
-                loss.backward()
-                for name, param in pair.items():
-                    thetas[name].append(param.detach().double().numpy().copy())
-                    gradients[name].append(param.grad.double().numpy().copy())
-        optimizer.step()
-        optimizer.zero_grad()
-        for name, reference in references.items():
-            reference.step(thetas[name], gradients[name], lr)
-    return optimizer, references
 
 
 @pytest.mark.parametrize("prior", ["empirical", 1e-2])

@@ -1,6 +1,6 @@
 """Signals at random moments of a small axolotl run, and what is on the disk afterwards.
 
-    python tests/interrupts.py --moments 200 --seed 0
+    python tests/robustness/interrupts.py --moments 200 --seed 0
 
 A moment is a signal (SIGINT, SIGTERM, SIGKILL), a part of the run (forward, backward, step, save, what axolotl-ivon
 itself does to save, evaluation, or the loop around them) and a place inside that part: the n-th call of a Python
@@ -165,6 +165,7 @@ class Bench:
     """A folder with a base model, data and a first adapter, and the uninterrupted run."""
 
     def __init__(self, folder: Path) -> None:
+        sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
         from tiny import build_llama, write_chats
 
         self.folder = folder

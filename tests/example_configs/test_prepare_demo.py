@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parent.parent / "example_configs"
+FOLDER = Path(__file__).resolve().parents[2] / "example_configs"
 SIZES = {"movieReviewSnippets": {"train": 12, "held-out": 6}, "tweets": {"shifted": 4}}
 
 

@@ -19,7 +19,7 @@ import yaml
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -73,7 +73,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[subprocess.Popen[str]]:
-    script = Path(__file__).with_name("fork_server.py")
+    script = Path(__file__).parents[1] / "helpers" / "fork_server.py"
     process = subprocess.Popen(
         [sys.executable, str(script)],
         env=environment(),

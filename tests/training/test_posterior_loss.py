@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_sampling import lora_weights, make_trainer
+from trainers import lora_weights, make_trainer
 from transformers import TrainerCallback
 
 from axolotl_ivon import IVONError, attach

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_sampling import make_trainer
+from trainers import make_trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from axolotl_ivon import Posterior, attach

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_optimizer import SETTINGS, batches, lora_loss, lora_pair, relative, run_beside_reference
 from torch import nn
+from toy import SETTINGS, batches, lora_loss, lora_pair, relative, run_beside_reference
 
 from axolotl_ivon import IVONLoRA
 from axolotl_ivon.optim import ivon as optimizer

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
-    expected = {f"axolotl_ivon/{path.name}" for path in (ROOT / "axolotl_ivon").glob("*.py")}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "axolotl_ivon").rglob("*.py")}
     expected |= {f"ivon_post/{path.name}" for path in (ROOT / "cli").glob("*.py")}
     expected |= {"axolotl_ivon/py.typed", "ivon_post/py.typed"}
     with zipfile.ZipFile(wheel) as archive:

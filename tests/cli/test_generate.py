@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cli
+from command_line import Cli
 from tiny import write_chats
 
 from axolotl_ivon import IVONError

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Cli
+from command_line import Cli
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -26,7 +26,7 @@ from axolotl_ivon.generation.plan import Plan
 from axolotl_ivon.posterior.adapter import save_sigma
 
 PYTHON = os.environ.get("IVON_VLLM_PYTHON", "")
-BASE = Path(__file__).resolve().parent.parent / ".demo" / "SmolLM2-135M-Instruct"
+BASE = Path(__file__).resolve().parents[2] / ".demo" / "SmolLM2-135M-Instruct"
 QUESTIONS = [
     "What is the capital of France?",
     "Write one sentence about the sea.",

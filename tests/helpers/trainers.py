@@ -1,0 +1,61 @@
+"""A transformers Trainer over the tiny Llama, in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+def tiny_dataset(count: int = 24) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 300, (count, 12), generator=generator).tolist()
+    return Dataset.from_list([{"input_ids": row, "labels": row, "attention_mask": [1] * 12} for row in rows])
+
+
+def make_trainer(
+    base: Path, output: Path, lora: dict[str, Any] | None = None, callbacks: list[Any] | None = None, **args: Any
+) -> Trainer:
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**{**LORA, **(lora or {})}))
+    settings = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 3e-2,
+        "logging_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 5,
+        **args,
+    }
+    dataset = tiny_dataset()
+    return Trainer(
+        model,
+        TrainingArguments(str(output), **settings),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        callbacks=callbacks,
+    )
+
+
+def lora_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Spy(TrainerCallback):
+    """Notes the adapter's weights at the end of every step, which is outside of every draw."""
+
+    def __init__(self) -> None:
+        self.means: list[dict[str, torch.Tensor]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.means.append(lora_weights(model))
