@@ -1,6 +1,14 @@
 """The error that a user is meant to read."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
 _LONGEST = 2000
+# Around the name of a parameter in a message; private-use characters, which no message has otherwise.
+_BEGIN, _END = "\ue000", "\ue001"
+_NAMED = re.compile(f"{_BEGIN}(\\w+){_END}")
 
 
 def printable(text: str) -> str:
@@ -13,14 +21,34 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def parameter(name: str) -> str:
+    """Return the name of a parameter for the message of an `IVONError`.
+
+    The library does not know who called it: Python shows `per_model`, `ivon-post` shows `--per-model`, and the axolotl
+    plugin shows the key of the YAML.
+    """
+    return f"{_BEGIN}{name}{_END}"
+
+
 class IVONError(Exception):
     """A wrong input, told in one line that names the key, the value and the fix.
 
     `ivon-post` prints the line and exits with status 1; library users catch it like any other exception.
+
+    Attributes:
+        parameter: the first parameter that the message names (see `parameter`), or None.
     """
 
     def __init__(self, message: str) -> None:
-        line = printable(message)
+        parts = _NAMED.split(message)  # every other one is a name
+        parts[::2] = [printable(part) for part in parts[::2]]
+        line = "".join(f"{_BEGIN}{part}{_END}" if i % 2 else part for i, part in enumerate(parts))
         if len(line) > _LONGEST:
             line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
-        super().__init__(line)
+        self._line = line
+        self.parameter: str | None = parts[1] if len(parts) > 1 else None
+        super().__init__(self.told(str))
+
+    def told(self, name: Callable[[str], str]) -> str:
+        """Return the message with every parameter's name as `name` makes it: its option, say."""
+        return _NAMED.sub(lambda match: name(match[1]), self._line).replace(_BEGIN, "").replace(_END, "")

@@ -6,6 +6,7 @@ does the work (torch with it) inside the command, so that `ivon-post --help` sta
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 from importlib import import_module
@@ -21,6 +22,19 @@ class _Mistyped(click.ClickException):
     """A usage error without the three lines of usage."""
 
     exit_code = click.UsageError.exit_code
+
+
+# What the library calls otherwise than the commands do.
+_ALIASES = {"ratio": "prune_ratio"}
+
+
+def _option(command: click.Command | None, parameter: str) -> str:
+    """Return the option of a command that gives a parameter of the library; the parameter where it has none."""
+    known = {param.name: param for param in command.params} if command else {}
+    for name in (parameter, _ALIASES.get(parameter, "")):
+        if name in known:
+            return max(known[name].opts, key=len) if isinstance(known[name], click.Option) else name.upper()
+    return parameter
 
 
 class _Group(click.Group):
@@ -51,7 +65,8 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except IVONError as error:
-            raise click.ClickException(str(error)) from error
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            raise click.ClickException(error.told(functools.partial(_option, command))) from error
         except click.UsageError as error:
             path = (error.ctx or ctx).command_path
             raise _Mistyped(f"{error.format_message()} See '{path} --help'.") from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from ..data.encode import Prompt
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 from ..noise import generator
 
 
@@ -42,20 +42,26 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("-n", self.n), ("--per-model", self.per_model), ("--max-tokens", self.max_tokens)):
-            if value < 1:
-                raise IVONError(f"{name} {value}: must be at least 1")
+        for name in ("n", "per_model", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise IVONError(f"{parameter(name)} {getattr(self, name)}: must be at least 1")
+        n, per_model = parameter("n"), parameter("per_model")
         if not self.mean and self.n % self.per_model:
             below = self.n - self.n % self.per_model or self.per_model
             raise IVONError(
-                f"-n {self.n} is not a multiple of --per-model {self.per_model}; say -n {below}, or another --per-model"
+                f"{n} {self.n} is not a multiple of {per_model} {self.per_model}; "
+                f"say {n} {below}, or another {per_model}"
             )
         if not 0 <= self.temperature < float("inf"):
-            raise IVONError(f"--temperature {self.temperature}: must be at least 0; 0 is greedy, 1 the model itself")
+            raise IVONError(
+                f"{parameter('temperature')} {self.temperature}: must be at least 0; 0 is greedy, 1 the model itself"
+            )
         if not 0 < self.top_p <= 1:
-            raise IVONError(f"--top-p {self.top_p}: must be above 0 and at most 1; 1 draws from all tokens")
+            raise IVONError(
+                f"{parameter('top_p')} {self.top_p}: must be above 0 and at most 1; 1 draws from all tokens"
+            )
         if "" in self.stop:
-            raise IVONError("--stop '': an empty string would stop every output at once; leave it out")
+            raise IVONError(f"{parameter('stop')} '': an empty string would stop every output at once; leave it out")
 
     @property
     def members(self) -> int:
