@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from .training.presets import PRESETS
+from .defaults import DEFAULTS as _DEFAULTS
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Average = Annotated[float, Field(ge=0, lt=1)]
@@ -14,15 +14,9 @@ Average = Annotated[float, Field(ge=0, lt=1)]
 # What an unset key means. The fields themselves default to None, so that a run with another optimizer has no
 # trace of them in its configuration.
 DEFAULTS = {
-    "ivon_preset": "paper",
-    "ivon_gamma": PRESETS["paper"].gamma,
-    "ivon_h0": 5e-2,
-    "ivon_clip": PRESETS["paper"].clip,
-    "ivon_beta1": 0.9,
-    "ivon_beta2": 0.9995,
-    "ivon_prior": "empirical",
-    "ivon_eval_samples": 0,
-    "ivon_draws": "shared",
+    **{f"ivon_{name}": value for name, value in _DEFAULTS._asdict().items() if name not in ("lr", "betas")},
+    "ivon_beta1": _DEFAULTS.betas[0],
+    "ivon_beta2": _DEFAULTS.betas[1],
 }
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..defaults import DEFAULTS
 from .buffers import Block, _prior, _sigma
 from .kernels import _block_type
 
@@ -32,7 +33,7 @@ class Skipped(NamedTuple):
     tensor: str | None
 
 
-def effective_sample_size(n: int, gamma: float = 5000.0) -> float:
+def effective_sample_size(n: int, gamma: float = DEFAULTS.gamma) -> float:
     """Return λ = γ·√N, the effective sample size of IVON-LoRA (arXiv 2506.14280, section 3).
 
     Args:
@@ -86,13 +87,13 @@ class IVONLoRA(Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-2,
+        lr: float = DEFAULTS.lr,
         *,
         ess: float,
-        betas: tuple[float, float] = (0.9, 0.9995),
-        h0: float = 5e-2,
-        clip: float = 5e-3,
-        prior: Literal["empirical"] | float = "empirical",
+        betas: tuple[float, float] = DEFAULTS.betas,
+        h0: float = DEFAULTS.h0,
+        clip: float = DEFAULTS.clip,
+        prior: Literal["empirical"] | float = DEFAULTS.prior,
         seed: int = 0,
     ) -> None:
         defaults = {

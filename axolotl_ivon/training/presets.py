@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import SGD
 
-from ..errors import IVONError
+from ..defaults import DEFAULTS
+from ..errors import IVONError, parameter
 from ..optim.ivon import effective_sample_size
 
 
@@ -49,8 +50,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    # arXiv 2506.14280, commonsense reasoning
-    "paper": Preset(gamma=5000.0, ess_per_example=None, noise=None, clip=5e-3, travel=None),
+    "paper": Preset(gamma=DEFAULTS.gamma, ess_per_example=None, noise=None, clip=DEFAULTS.clip, travel=None),
     # benchmarks/RESULTS.md. The paper's runs have the same travel, and noise of 20 to 80.
     "small_data": Preset(gamma=None, ess_per_example=10.0, noise=64.0, clip=1e-2, travel=0.125),
 }
@@ -63,7 +63,7 @@ def preset(name: str) -> Preset:
         IVONError: there is none of that name.
     """
     if name not in PRESETS:
-        raise IVONError(f"preset: {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        raise IVONError(f"{parameter('preset')}: {name!r} is unknown; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 

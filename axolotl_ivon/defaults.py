@@ -1,0 +1,34 @@
+"""What a setting is where nobody gives it. The optimizer, `attach` and the YAML keys all read it here."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+
+class Defaults(NamedTuple):
+    """The hyperparameters of the paper's commonsense runs (arXiv 2506.14280), and what `attach` adds to them.
+
+    Attributes:
+        lr: learning rate α.
+        gamma: γ of λ = γ·√N.
+        betas: β1 of the gradient's and β2 of the precision's running average.
+        h0: initial Hessian.
+        clip: ξ.
+        prior: "empirical", or δ of a fixed prior.
+        preset: name of the preset that says what unset values are.
+        eval_samples: number of draws that an evaluation averages over.
+        draws: one draw for all processes, or one each.
+    """
+
+    lr: float = 1e-2
+    gamma: float = 5000.0
+    betas: tuple[float, float] = (0.9, 0.9995)
+    h0: float = 5e-2
+    clip: float = 5e-3
+    prior: Literal["empirical"] | float = "empirical"
+    preset: Literal["paper", "small_data"] = "paper"
+    eval_samples: int = 0
+    draws: Literal["shared", "per_rank"] = "shared"
+
+
+DEFAULTS = Defaults()
