@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
-from peft import PeftModel
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
 
-from ..errors import IVONError
+from ..defaults import DEFAULTS
+from ..errors import IVONError, parameter
+from ..optim.ivon import IVONLoRA
+from .callback import PosteriorTraining, trained_parameters
+from .checkpoints import remove_unfinished
+from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean, show_the_mean
 from .presets import preset as find_preset
-from .trainer import PosteriorTraining, peft_model
+from .processes import check_sharding
+from .trainer import PosteriorTrainerMixin
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-LOG = logging.getLogger(__name__)
 
 
 def attach(
     trainer: Trainer,
     *,
-    preset: Literal["paper", "small_data"] = "paper",
+    preset: Literal["paper", "small_data"] = DEFAULTS.preset,
     gamma: float | None = None,
     ess: float | None = None,
-    h0: float = 5e-2,
+    h0: float = DEFAULTS.h0,
     clip: float | None = None,
-    betas: tuple[float, float] = (0.9, 0.9995),
-    prior: Literal["empirical"] | float = "empirical",
+    betas: tuple[float, float] = DEFAULTS.betas,
+    prior: Literal["empirical"] | float = DEFAULTS.prior,
     train_size: int | None = None,
-    eval_samples: int = 0,
-    draws: Literal["shared", "per_rank"] = "shared",
+    eval_samples: int = DEFAULTS.eval_samples,
+    draws: Literal["shared", "per_rank"] = DEFAULTS.draws,
 ) -> None:
     """Make a Trainer train with IVON-LoRA, and save σ beside every adapter that it or its model saves.
 
@@ -57,61 +62,124 @@ def attach(
         IVONError: the model has no adapter or trains weights outside of it, N is unknown, the Trainer already has an
             optimizer, or a value is out of range.
     """
-    chosen = find_preset(preset)
+    if isinstance(trainer, PosteriorTrainerMixin):
+        raise IVONError("attach() was called on this Trainer already; make a new Trainer for other settings")
+    model, chosen = _peft_model(trainer), find_preset(preset)
     if gamma is not None:
         chosen = chosen._replace(gamma=gamma)
     facts = {"gamma": "", "train_size": "" if train_size is None else str(train_size)}
-    if ess is None:
-        if train_size is None:
-            try:
-                train_size = len(trainer.train_dataset)  # type: ignore[arg-type]
-            except TypeError as error:
-                raise IVONError(
-                    "the training data has no length, so λ is unknown: give ess= (or train_size=)"
-                ) from error
-        try:
-            ess = chosen.ess(train_size, h0, _fan_ins(peft_model(trainer)))
-        except ValueError as error:
-            raise IVONError(str(error)) from error
-        facts = {"gamma": str(chosen.gamma or ""), "train_size": str(train_size)}
+    try:
+        if ess is None:
+            train_size = _train_size(trainer) if train_size is None else train_size
+            ess = chosen.ess(train_size, h0, _fan_ins(model))
+            facts = {"gamma": str(chosen.gamma or ""), "train_size": str(train_size)}
+        settings: dict[str, Any] = {
+            "lr": trainer.args.learning_rate,
+            "ess": ess,
+            "betas": betas,
+            "h0": h0,
+            "clip": chosen.clip if clip is None else clip,
+            "prior": prior,
+            "seed": trainer.args.seed,
+        }
+        # An optimizer that is made here only to be refused here, before a model is trained for hours.
+        IVONLoRA([nn.Parameter(torch.zeros(1))], **settings)
+    except ValueError as error:
+        name, must, rest = str(error).partition(" must ")
+        name = {"n": "train_size", "lr": "learning_rate"}.get(name, name)
+        raise IVONError(f"{parameter(name)}{must}{rest}" if must else str(error)) from error
+    if eval_samples < 0:
+        raise IVONError(
+            f"{parameter('eval_samples')}: {eval_samples} is negative; give the number of draws, or 0 for none"
+        )
+    if draws not in ("shared", "per_rank"):
+        raise IVONError(f"{parameter('draws')}: {draws!r} is neither 'shared' nor 'per_rank'")
     if trainer.optimizer is not None:
         raise IVONError("the Trainer already has an optimizer: call attach() before train(), without optimizers=")
-    if trainer.args.max_grad_norm == 1.0:
-        trainer.args.max_grad_norm = 0.0
-    settings: dict[str, Any] = {
-        "lr": trainer.args.learning_rate,
-        "ess": ess,
-        "betas": betas,
-        "h0": h0,
-        "clip": chosen.clip if clip is None else clip,
-        "prior": prior,
-        "seed": trainer.args.seed,
-    }
-    if eval_samples < 0:
-        raise IVONError(f"eval_samples: {eval_samples} is negative; give the number of draws, or 0 for none")
-    if draws not in ("shared", "per_rank"):
-        raise IVONError(f"draws: {draws!r} is neither 'shared' nor 'per_rank'")
     if chosen.travel is not None:
         _check_that_a_rate_can_be_chosen(trainer, preset, settings["clip"])
-    training = PosteriorTraining(trainer, settings, facts, eval_samples, draws == "per_rank")
-    trainer.add_callback(training)
-    if chosen.travel is not None:
-        around = training.around_create_scheduler(trainer.create_scheduler, chosen.travel)
-        trainer.create_scheduler = around  # type: ignore[method-assign]
+    _check_trained_parameters(model)
+    check_sharding(trainer)
+
+    per_rank = draws == "per_rank" and trainer.args.world_size > 1
+    run = PosteriorTraining(
+        trainer, model, settings, facts, eval_samples=eval_samples, per_rank=per_rank, travel=chosen.travel
+    )
+    if trainer.args.max_grad_norm == 1.0:
+        trainer.args.max_grad_norm = 0.0
+    remove_unfinished(trainer)
+    average_in_every_backward_pass(trainer)
+    save_sigma_beside_the_mean(run)
+    show_the_mean(run)
+    _put_mixin_first(trainer)
+    trainer.posterior_training = run  # type: ignore[attr-defined]
+    trainer.add_callback(run)
+
+
+def _put_mixin_first(trainer: Trainer) -> None:
+    """Let the Trainer's class be the mixin on top of its own class, by the same name."""
+    own = type(trainer)
+    # A function that somebody has assigned to this Trainer would hide the mixin's: it goes where `super()` finds it.
+    overridden = vars(PosteriorTrainerMixin).keys() & vars(trainer)
+    assigned = {name: staticmethod(vars(trainer).pop(name)) for name in overridden}
+    parent: type = type(own.__name__, (own,), assigned) if assigned else own
+    names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    trainer.__class__ = type(own.__name__, (PosteriorTrainerMixin, parent), names)
+
+
+def _train_size(trainer: Trainer) -> int:
+    try:
+        return len(trainer.train_dataset)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise IVONError(
+            f"the training data has no length, so λ is unknown: give {parameter('ess')} (or train_size, in Python)"
+        ) from error
+
+
+def _peft_model(trainer: Trainer) -> PeftModel:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        raise IVONError(
+            f"the model is a {type(model).__name__} without a LoRA adapter: wrap it with peft.get_peft_model"
+        )
+    return model
+
+
+def _check_trained_parameters(model: PeftModel) -> None:
+    """Refuse to train what no adapter file holds, since its σ would be lost with its mean."""
+    names = list(trained_parameters(model))
+    if not names:
+        raise IVONError("the model has no trainable parameter: the adapter is frozen (is_trainable=False?)")
+    marks = {name: torch.full((), float(i)) for i, name in enumerate(names)}
+    state = {name: marks.get(name, torch.full((), -1.0)) for name, _ in model.named_parameters()}
+    kept = set()
+    for adapter in model.peft_config:
+        found = get_peft_model_state_dict(
+            model, state_dict=dict(state), adapter_name=adapter, save_embedding_layers=False
+        )
+        kept |= {int(mark) for mark in found.values()}
+    for i, name in enumerate(names):
+        if i not in kept:
+            raise IVONError(
+                f"{name} is trained but is not part of the adapter: freeze it, or add its module to "
+                "lora_target_modules or lora_modules_to_save"
+            )
 
 
 def _check_that_a_rate_can_be_chosen(trainer: Trainer, preset: str, clip: float) -> None:
+    chooses = f"{parameter('preset')} {preset} sets the learning rate"
     in_deepspeed = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.deepspeed_config
     if in_deepspeed and "scheduler" in in_deepspeed:
-        raise IVONError(f"preset {preset} sets the learning rate: remove the scheduler from the DeepSpeed config")
+        raise IVONError(f"{chooses}: remove the scheduler from the DeepSpeed config")
     if trainer.lr_scheduler is not None:
-        raise IVONError(f"preset {preset} sets the learning rate: give the Trainer no scheduler of your own")
+        raise IVONError(f"{chooses}: give the Trainer no scheduler of your own")
     if not math.isfinite(clip):
-        raise IVONError(f"clip: {clip} has no learning rate that bounds the travel of preset {preset}; give a number")
+        raise IVONError(
+            f"{parameter('clip')}: {clip} has no learning rate that bounds the travel of preset {preset}; give a number"
+        )
 
 
 def _fan_ins(model: PeftModel) -> list[int]:
     """Return the number of inputs of every LoRA matrix A that is trained."""
-    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     # ZeRO-3 leaves an empty tensor where it has partitioned one.
-    return [getattr(param, "ds_shape", param.shape)[-1] for name, param in named if ".lora_A." in name]
+    return [getattr(p, "ds_shape", p.shape)[-1] for name, p in trained_parameters(model).items() if ".lora_A." in name]

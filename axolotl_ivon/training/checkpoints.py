@@ -1,4 +1,4 @@
-"""Checkpoints of a transformers Trainer that appear whole or not at all, and a resumed run that ends where it must.
+"""What a run writes: an adapter with its σ, and checkpoints that appear whole or not at all.
 
 The Trainer writes a checkpoint's files one after the other into the folder by which it is found again. A run that is
 killed meanwhile leaves a half one, and resuming from the last checkpoint (transformers' `resume_from_checkpoint=True`,
@@ -7,79 +7,66 @@ axolotl's `auto_resume_from_checkpoints`) takes it for whole.
 
 from __future__ import annotations
 
-import functools
+import logging
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..storage.atomic import put_in_place
+import torch
+from peft import get_peft_model_state_dict
+
+from ..plugins import plugin_manager
+from ..posterior.adapter import save_sigma
+from ..posterior.posterior import Posterior
+from ..storage.atomic import put_in_place, updated_adapter
+from ..storage.format import MEAN_FILE, SIGMA_FILE
+from ..storage.tensorfile import TensorFile
+from .callback import PosteriorTraining
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
+LOG = logging.getLogger(__name__)
+
 _HIDDEN = ".{}.tmp"
 
 
-def whole_checkpoints(trainer: Trainer) -> None:
-    """Let a Trainer write every checkpoint under a hidden name, and give it its own when it is complete and durable.
-
-    What an earlier run left under such names is removed. With `push_to_hub` the Trainer uploads from the folder while
-    it goes on, so there it writes as ever.
-    """
+def remove_unfinished(trainer: Trainer) -> None:
+    """Remove what an earlier run, killed while it was saving, left under hidden names."""
     if trainer.args.should_save:
         for name in ("checkpoint-*", "adapter.*"):
             for left in Path(str(trainer.args.output_dir)).glob(_HIDDEN.format(name)):
                 shutil.rmtree(left, ignore_errors=True)
-    if not trainer.args.push_to_hub:
-        trainer._save_checkpoint = _around(trainer, trainer._save_checkpoint)  # type: ignore[method-assign]
 
 
-def no_step_past_the_end(trainer: Trainer) -> None:
-    """Let a Trainer that resumes from a checkpoint of the last step train no further.
+@contextmanager
+def whole_checkpoint(trainer: Any, trial: Any) -> Iterator[None]:
+    """Let the Trainer write a checkpoint under a hidden name, and give it its own when it is complete and durable.
 
-    It looks at the number of steps after each step, so it would train one more.
+    `trainer` writes into `checkpoints_folder` where that is set, as `PosteriorTrainerMixin` does.
     """
-    run_epoch = getattr(trainer, "_run_epoch", None)
-    if run_epoch is None:  # another version of transformers
-        return
-
-    @functools.wraps(run_epoch)
-    def unless_done(*args: Any, **kwargs: Any) -> None:
-        if trainer.state.global_step >= trainer.state.max_steps:
-            trainer.control.should_training_stop = True
-        else:
-            run_epoch(*args, **kwargs)
-
-    trainer._run_epoch = unless_done  # type: ignore[method-assign]
-
-
-def _around(trainer: Trainer, save_checkpoint: Any) -> Any:
-    output_dir = trainer._get_output_dir
-
-    @functools.wraps(save_checkpoint)
-    def whole(model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        run, name = output_dir(trial=trial), f"checkpoint-{trainer.state.global_step}"
-        hidden, target = os.path.join(run, _HIDDEN.format(name)), os.path.join(run, name)
-        trainer._get_output_dir = lambda trial: hidden  # type: ignore[method-assign]
-        try:
-            save_checkpoint(model, trial, *args, **kwargs)
-            trainer.accelerator.wait_for_everyone()  # every process has written its part
-            state, temporary = trainer.state, os.path.join(hidden, name)
-            if state.best_model_checkpoint == temporary:
-                state.best_model_checkpoint = target
-                if trainer.args.should_save:
-                    state.save_to_json(os.path.join(temporary, "trainer_state.json"))
+    run, name = trainer._get_output_dir(trial), f"checkpoint-{trainer.state.global_step}"
+    hidden, target = os.path.join(run, _HIDDEN.format(name)), os.path.join(run, name)
+    trainer.checkpoints_folder = hidden
+    try:
+        yield
+        trainer.accelerator.wait_for_everyone()  # every process has written its part
+        state, temporary = trainer.state, os.path.join(hidden, name)
+        if state.best_model_checkpoint == temporary:
+            state.best_model_checkpoint = target
             if trainer.args.should_save:
-                put_in_place(Path(temporary), Path(target), overwrite=True)
-                _remove_oldest(run, trainer.args.save_total_limit, state.best_model_checkpoint)
-            trainer.accelerator.wait_for_everyone()  # nobody looks for it before it is there
-        finally:
-            trainer._get_output_dir = output_dir  # type: ignore[method-assign]
-            if trainer.args.should_save:
-                shutil.rmtree(hidden, ignore_errors=True)
-
-    return whole
+                state.save_to_json(os.path.join(temporary, "trainer_state.json"))
+        if trainer.args.should_save:
+            put_in_place(Path(temporary), Path(target), overwrite=True)
+            _remove_oldest(run, trainer.args.save_total_limit, state.best_model_checkpoint)
+        trainer.accelerator.wait_for_everyone()  # nobody looks for it before it is there
+    finally:
+        trainer.checkpoints_folder = None
+        if trainer.args.should_save:
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _remove_oldest(run: str, limit: int | None, best: str | None) -> None:
@@ -93,3 +80,50 @@ def _remove_oldest(run: str, limit: int | None, best: str | None) -> None:
         hidden = path.with_name(_HIDDEN.format(path.name))
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def save_with_sigma(
+    run: PosteriorTraining, save_pretrained: Callable[..., None], folder: Path, *args: Any, **kwargs: Any
+) -> None:
+    """Save the model's adapters by PEFT's `save_pretrained`, each with its σ, so that both appear at once."""
+    if not run.begun and (folder / SIGMA_FILE).is_file():
+        LOG.warning("%s holds a posterior and this run has not begun to train: left as it is", folder)
+        return
+    saved = []
+    with updated_adapter(folder) as new:
+        if (folder / "README.md").is_file():
+            shutil.copyfile(folder / "README.md", new / "README.md")  # PEFT goes on with what it finds
+        save_pretrained(new, *args, **kwargs)
+        for adapter in run.model.peft_config if run.begun else ():
+            name = "" if adapter == "default" else adapter
+            if (new / name / MEAN_FILE).is_file():
+                _save_sigma(run, new / name, adapter)
+                saved.append(folder / name)
+    for each in saved:
+        plugin_manager().hook.posterior_saved(folder=str(each))
+
+
+def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
+    if run.best_folder is not None:
+        # The weights are those of an earlier checkpoint now, and so is their σ.
+        best = Posterior.from_pretrained(run.best_folder)
+        save_sigma(folder, best.sigma, best.metadata)
+        return
+    states = {name: torch.zeros(()).expand(p.shape) for name, p in run.model.named_parameters()}
+    states |= {name: run.optimizer.sigma(param).cpu() for name, param in run.params.items()}
+    sigma = get_peft_model_state_dict(run.model, state_dict=states, adapter_name=adapter, save_embedding_layers=False)
+    # What is in the file without having been trained (a resized embedding, say) has σ = 0.
+    saved = TensorFile(folder / MEAN_FILE).entries
+    zeros = {key: torch.zeros(()).expand(entry.shape) for key, entry in saved.items()}
+    group = run.optimizer.param_groups[0]
+    facts = {
+        **run.facts,
+        "ess": str(group["ess"]),
+        "h0": str(group["h0"]),
+        "beta1": str(group["betas"][0]),
+        "beta2": str(group["betas"][1]),
+        "clip": str(group["clip"]),
+        "prior": str(group["prior"]),
+        "steps": str(run.trainer.state.global_step),
+    }
+    save_sigma(folder, {key: sigma.get(key, zero).contiguous() for key, zero in zeros.items()}, facts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,12 +54,12 @@ def _label_log_probabilities(trainer: Trainer, batch: Any) -> Tensor:
     inputs = trainer._prepare_inputs(batch)
     labels = inputs.pop("labels", None)
     if labels is None:
-        raise IVONError("eval_samples needs data with `labels`; set it to 0")
+        raise IVONError(f"{parameter('eval_samples')} needs data with `labels`; set it to 0")
     model: Any = trainer.model
     with trainer.compute_loss_context_manager():
         logits = model(**inputs).logits
     if logits.shape[: labels.dim()] != labels.shape:
-        raise IVONError("eval_samples needs `labels` that fit the model's logits; set it to 0")
+        raise IVONError(f"{parameter('eval_samples')} needs `labels` that fit the model's logits; set it to 0")
     if labels.dim() == 2:  # a causal LM predicts the next token
         labels, logits = labels[:, 1:], logits[:, :-1]
     chosen = labels != -100

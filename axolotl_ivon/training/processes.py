@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -63,5 +63,5 @@ def check_sharding(trainer: Trainer) -> None:
     if trainer.args.max_grad_norm:
         raise IVONError(
             f"max_grad_norm: {trainer.args.max_grad_norm:g} has no effect on the adapter under DeepSpeed or FSDP; "
-            "remove it: clip bounds the step"
+            f"remove it: {parameter('clip')} bounds the step"
         )

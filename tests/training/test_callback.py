@@ -37,7 +37,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
     return [
         (record.levelno, record.getMessage())
         for record in caplog.records
-        if record.name == "axolotl_ivon.training.trainer"
+        if record.name == "axolotl_ivon.training.callback"
     ]
 
 

@@ -1,0 +1,143 @@
+"""The state of one posterior's training, and what happens at the events of its Trainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from ..optim.ivon import Skipped
+from .presets import rates
+from .processes import agree_on_gradients, average
+from .sharded import ReplicatedAdapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+LOG = logging.getLogger(__name__)
+
+# A weight can travel at most Σ α_t·ξ in a run. The paper's commonsense runs allow 0.13; a run that allowed 0.04
+# learned nothing.
+SHORT_REACH, PAPER_REACH = 0.08, 0.13
+ADAM_LIKE_LR = 1e-3
+# So many skipped steps in a row are no accident of one batch, nor of a loss scaler that finds its scale.
+DIVERGED = 10
+
+
+class PosteriorTraining(TrainerCallback):
+    """What the Trainer's overrides, its model and its events share.
+
+    Attributes:
+        model: the PEFT model, without what a Trainer wraps around it.
+        params: the trained weights, by their names in the model.
+        settings, facts: what the optimizer is made with, and what else the header of σ tells.
+        eval_samples: draws that every evaluation averages over.
+        per_rank: whether each process has draws of its own.
+        travel: how far a weight can get in the run, where the learning rate is chosen for that.
+        optimizer: None until the Trainer makes it.
+        adapter: the trained weights in each process, under DeepSpeed and FSDP2.
+        begun: whether training has begun: before, the optimizer may not have the state that it resumes from.
+        best_folder: the checkpoint whose weights the Trainer has loaded at the end.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: PeftModel,
+        settings: Mapping[str, Any],
+        facts: Mapping[str, str],
+        *,
+        eval_samples: int,
+        per_rank: bool,
+        travel: float | None,
+    ) -> None:
+        self.trainer, self.model, self.settings, self.facts = trainer, model, settings, facts
+        self.eval_samples, self.per_rank, self.travel = eval_samples, per_rank, travel
+        self.params = trained_parameters(model)
+        self.optimizer: Any = None
+        self.adapter: ReplicatedAdapter | None = None
+        self.begun = False
+        self.best_folder: str | None = None
+        self.skipped = Skipped(0, 0, None)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.best_folder = None
+        self.begun = True
+        if not state.is_world_process_zero:
+            return
+        lr, clip = args.learning_rate, self.settings["clip"]
+        scheduler: Any = kwargs.get("lr_scheduler")
+        # The rates of others, one_cycle's say, begin elsewhere than at their peak.
+        if hasattr(scheduler, "lr_lambdas") and not math.isclose(lr, scheduler.base_lrs[0]):
+            LOG.warning("the checkpoint goes on at its learning_rate %.3g, not at %.3g", scheduler.base_lrs[0], lr)
+            lr = scheduler.base_lrs[0]
+        if args.max_grad_norm:
+            LOG.warning(
+                "max_grad_norm %g scales the gradients and with them the Hessian estimate, which widens the posterior; "
+                "clip already bounds the step: set max_grad_norm to 0",
+                args.max_grad_norm,
+            )
+        if lr < ADAM_LIKE_LR:
+            LOG.warning(
+                "learning_rate %g looks like one for Adam: IVON's step is a natural-gradient step bounded by "
+                "clip, and 1e-2 to 1e-1 is the usual range",
+                lr,
+            )
+        reach = sum(rates(scheduler, lr, state.max_steps)) * clip
+        if reach < SHORT_REACH:
+            LOG.warning(
+                "in this run no weight can travel farther than %.3g (the sum of learning rate × clip over %d steps), "
+                "and below %g it may learn little: raise learning_rate%s or clip, or train longer",
+                reach,
+                state.max_steps,
+                SHORT_REACH,
+                f" (with {lr * PAPER_REACH / reach:.2g} it is {PAPER_REACH}, as in the paper)" if reach else "",
+            )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.per_rank:
+            agree_on_gradients(list(self.params.values()))
+            self.optimizer.synchronize(average)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # To ask a device is to wait for it, so then only when the Trainer waits anyway.
+        if control.should_log or all(param.device.type == "cpu" for param in self.params.values()):
+            self._report_skipped_steps(state.global_step)
+
+    def _report_skipped_steps(self, step: int) -> None:
+        before, skipped = self.skipped, getattr(self.optimizer, "skipped", None)
+        if skipped is None or skipped == before:
+            return
+        self.skipped = skipped
+        if skipped.in_a_row >= DIVERGED > before.in_a_row:
+            LOG.error(
+                "the run diverges: the last %d steps were skipped, since the gradient of %s is not finite; m and σ are "
+                "those of step %d: go on from a checkpoint with a smaller learning_rate",
+                skipped.in_a_row,
+                skipped.tensor,
+                step - skipped.in_a_row,
+            )
+        elif 0 < skipped.in_a_row < DIVERGED or skipped.total > before.total + skipped.in_a_row:
+            number = skipped.total - before.total
+            steps = f"step {step} was" if number == 1 and skipped.in_a_row else f"{number} steps up to step {step} were"
+            LOG.warning("%s skipped: the gradient of %s is not finite", steps, skipped.tensor)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.load_best_model_at_end:
+            self.best_folder = state.best_model_checkpoint
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by their names in the model."""
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}

@@ -1,0 +1,91 @@
+"""Everything that is changed on objects other than the Trainer, each with the reason why no override does it.
+
+- `model.save_pretrained`: whoever saves the adapter must save σ with it, and axolotl's last save, its handler of
+  SIGINT and the user call the model, not the Trainer. PEFT and FSDP2 give the model classes of their own, so it is
+  this one method and not the class that changes.
+- A state-dict hook on every module with trained weights: whoever reads the model while a draw is in it gets the mean,
+  and PEFT, accelerate, DeepSpeed and axolotl all read through `state_dict()`.
+- `accelerator.gradient_state.plugin_kwargs`: each backward pass has a draw of its own, so processes must not put off
+  averaging to the last of them. The Trainer has this setting in a config that is read before `attach` is called.
+
+Under DeepSpeed and FSDP2, when the optimizer is made:
+
+- The trained weights leave the modules' parameters, and the model gets an anchor (`sharded.py`): what the engine sees
+  it shards.
+- `accelerator.prepare`: the Trainer has no method of its own between handing the model over and loading a checkpoint.
+- DeepSpeed's `engine.load_checkpoint`: it would restore the anchor, and only in as many processes as have saved it.
+- DeepSpeed's `zero_force_ds_cpu_optimizer`: it would want an Adam of its own for the anchor where it offloads.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .callback import PosteriorTraining
+from .checkpoints import save_with_sigma
+from .sharded import ReplicatedAdapter
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def average_in_every_backward_pass(trainer: Trainer) -> None:
+    """Let processes average their gradients in every backward pass of an accumulation."""
+    trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+
+def save_sigma_beside_the_mean(run: PosteriorTraining) -> None:
+    """Let the model's `save_pretrained` save σ too."""
+    model: Any = run.model
+    save_pretrained = model.save_pretrained
+
+    @functools.wraps(save_pretrained)
+    def with_sigma(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        if run.adapter is not None and kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = run.adapter.add_mean(kwargs["state_dict"])
+        if run.trainer.is_world_process_zero():
+            save_with_sigma(run, save_pretrained, Path(save_directory), *args, **kwargs)
+        else:
+            save_pretrained(save_directory, *args, **kwargs)
+
+    model.save_pretrained = with_sigma
+
+
+def show_the_mean(run: PosteriorTraining) -> None:
+    """Let `state_dict()` of the model have the mean while a draw is in the parameters, and where they are taken out."""
+
+    def put_mean(
+        attribute: str, name: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+    ) -> None:
+        key, param, optimizer = prefix + attribute, run.params[name], run.optimizer
+        taken_out = run.adapter is not None and run.adapter.prepared
+        if taken_out or (optimizer is not None and optimizer.sampling and key in state_dict):
+            state_dict[key] = optimizer.mean(param).to(param.dtype)
+
+    for name in run.params:
+        owner, _, attribute = name.rpartition(".")
+        run.model.get_submodule(owner).register_state_dict_post_hook(functools.partial(put_mean, attribute, name))
+
+
+def keep_engine_off_the_adapter(trainer: Trainer, adapter: ReplicatedAdapter) -> None:
+    """Notice when the engine has taken the model over, and take away how DeepSpeed would load the anchor."""
+    accelerator: Any = trainer.accelerator
+    prepare = accelerator.prepare
+    if trainer.is_deepspeed_enabled:
+        accelerator.state.deepspeed_plugin.hf_ds_config.config["zero_force_ds_cpu_optimizer"] = False
+
+    @functools.wraps(prepare)
+    def and_take_loading_away(*args: Any, **kwargs: Any) -> Any:
+        result = prepare(*args, **kwargs)
+        adapter.prepared = True
+        if trainer.is_deepspeed_enabled:
+            engine = accelerator.deepspeed_engine_wrapped.engine
+            engine.load_checkpoint = lambda folder, *args, **kwargs: (folder, {})
+        return result
+
+    accelerator.prepare = and_take_loading_away
