@@ -107,12 +107,18 @@ class IVONLoRAPlugin(BasePlugin):
             trainer.args.max_grad_norm = cfg.max_grad_norm or 0.0
             check_sharding(trainer)
         except IVONError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(error.told(_yaml_key)) from error
 
     def post_train(self, cfg: DictDefault, model: PeftModel) -> None:
         """Save mean and σ again where axolotl writes an FSDP-trained adapter itself, without asking the model."""
         if cfg.optimizer == OPTIMIZER and cfg.fsdp_config and int(os.environ.get("RANK", "0")) == 0:
             model.save_pretrained(cfg.output_dir)
+
+
+def _yaml_key(parameter: str) -> str:
+    """Return the key that sets a parameter of `attach`."""
+    keys = {"ess": "ivon_lambda", "betas": "ivon_beta1 and ivon_beta2"}
+    return keys.get(parameter, f"ivon_{parameter}" if f"ivon_{parameter}" in DEFAULTS else parameter)
 
 
 def _check_values(cfg: Mapping[str, Any]) -> None:

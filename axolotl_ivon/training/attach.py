@@ -99,20 +99,20 @@ def attach(
     if chosen.travel is not None:
         _check_that_a_rate_can_be_chosen(trainer, preset, settings["clip"])
     _check_trained_parameters(model)
+    if trainer.args.max_grad_norm == 1.0:
+        trainer.args.max_grad_norm = 0.0
     check_sharding(trainer)
 
     per_rank = draws == "per_rank" and trainer.args.world_size > 1
     run = PosteriorTraining(
         trainer, model, settings, facts, eval_samples=eval_samples, per_rank=per_rank, travel=chosen.travel
     )
-    if trainer.args.max_grad_norm == 1.0:
-        trainer.args.max_grad_norm = 0.0
     remove_unfinished(trainer)
     average_in_every_backward_pass(trainer)
     save_sigma_beside_the_mean(run)
     show_the_mean(run)
-    _put_mixin_first(trainer)
     trainer.posterior_training = run  # type: ignore[attr-defined]
+    _put_mixin_first(trainer)
     trainer.add_callback(run)
 
 

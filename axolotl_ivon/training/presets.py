@@ -39,7 +39,7 @@ class Preset(NamedTuple):
         Raises:
             ValueError: `train_size` is not positive.
         """
-        ess = effective_sample_size(train_size, self.gamma or 1.0)
+        ess = effective_sample_size(train_size, 1.0 if self.gamma is None else self.gamma)
         if self.gamma is not None:
             return ess
         ess = (self.ess_per_example or 0.0) * train_size

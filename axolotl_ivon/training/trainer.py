@@ -28,10 +28,15 @@ LOG = logging.getLogger(__name__)
 
 
 class PosteriorTrainerMixin(Trainer):
-    """Overrides of a transformers Trainer."""
+    """Overrides of a transformers Trainer.
+
+    Attributes:
+        posterior_training: what the overrides, the model and the Trainer's events share.
+        checkpoints_folder: where a checkpoint goes while it is written, in place of the run's folder.
+    """
 
     posterior_training: PosteriorTraining
-    checkpoints_folder: str | None = None  # in place of the run's own, while a checkpoint is written
+    checkpoints_folder: str | None = None
 
     # The optimizer and its learning rate
 
@@ -57,7 +62,7 @@ class PosteriorTrainerMixin(Trainer):
         """Make the schedule, after choosing its peak where a preset bounds how far a weight can travel."""
         create_scheduler, run = super().create_scheduler, self.posterior_training
         if run.travel is None:
-            return create_scheduler(num_training_steps, optimizer)
+            return create_scheduler(num_training_steps, *([optimizer] if optimizer else ()))
 
         def schedule(lr: float, probe: Any) -> Any:
             self.args.learning_rate, self.lr_scheduler = lr, None
@@ -106,10 +111,18 @@ class PosteriorTrainerMixin(Trainer):
                 logs["grad_norm"] = float(run.adapter.gradient_norm)
         super().log(logs, *args, **kwargs)
 
-    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """Score the averaged prediction of the draws too."""
-        kwargs["metric_key_prefix"] = metric_key_prefix
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
         run = self.posterior_training
         if run.eval_samples and run.optimizer is not None:
             loss = posterior_loss(self, run.optimizer, dataloader, run.eval_samples)

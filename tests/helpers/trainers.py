@@ -20,7 +20,12 @@ def tiny_dataset(count: int = 24) -> Dataset:
 
 
 def make_trainer(
-    base: Path, output: Path, lora: dict[str, Any] | None = None, callbacks: list[Any] | None = None, **args: Any
+    base: Path,
+    output: Path,
+    lora: dict[str, Any] | None = None,
+    callbacks: list[Any] | None = None,
+    trainer_class: type[Trainer] = Trainer,
+    **args: Any,
 ) -> Trainer:
     torch.manual_seed(1)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**{**LORA, **(lora or {})}))
@@ -38,7 +43,7 @@ def make_trainer(
         **args,
     }
     dataset = tiny_dataset()
-    return Trainer(
+    return trainer_class(
         model,
         TrainingArguments(str(output), **settings),
         train_dataset=dataset,
@@ -59,3 +64,13 @@ class Spy(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.means.append(lora_weights(model))
+
+
+class Rates(TrainerCallback):
+    """Notes the learning rate of every step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from axolotl.utils.dict import DictDefault
 from peft import PeftModel
 from runs import ROWS, axolotl, trained
 from safetensors.torch import load_file
+from trainers import make_trainer
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONLoRAPlugin, Posterior
@@ -183,6 +185,27 @@ def test_what_would_be_ignored_or_is_out_of_range_is_refused(changes: dict[str, 
     assert "\n" not in message
     assert all(word in message for word in words), message
     IVONLoRAPlugin().register({**BASE, **changes, "optimizer": "adamw_torch"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ivon_beta2": 1.5}, r"ivon_beta1 and ivon_beta2 must be two numbers in \[0, 1\)"),
+        ({"ivon_lambda": math.nan}, "ivon_lambda must be"),
+        ({"ivon_preset": "small_data", "ivon_clip": math.inf}, "ivon_clip: inf has no learning rate"),
+        ({"learning_rate": -1.0}, "learning_rate must be"),
+        ({"ivon_lambda": None}, "give ivon_lambda"),
+    ],
+)
+def test_what_attach_refuses_is_told_by_its_key(
+    changes: dict[str, Any], message: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    cfg = DictDefault({**BASE, "learning_rate": 1e-2, "ivon_lambda": 1e4, **changes})
+    trainer = make_trainer(tiny_llama, tmp_path, learning_rate=cfg.learning_rate)
+    if cfg.ivon_lambda is None:
+        trainer.train_dataset = iter(())  # streamed data
+    with pytest.raises(ConfigError, match=message):
+        IVONLoRAPlugin().post_trainer_create(cfg, trainer)
 
 
 @pytest.mark.parametrize(

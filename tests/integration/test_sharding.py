@@ -7,7 +7,6 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +14,7 @@ import torch
 from runs import AXOLOTL, Configs, environment, trained
 from safetensors.torch import load_file
 
-from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.training.processes import check_sharding
+from axolotl_ivon import Posterior
 
 FSDP2 = {
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -221,41 +219,3 @@ def test_ray_trains_as_one_process_does(several: SeveralProcesses, alone: Path) 
     ray["output_dir"] = str(several.make_config.folder / "ray")
     trained(several.config("ray", "ddp", 2, **ray), RAY_USAGE_STATS_ENABLED="0")
     assert_same(several.make_config.folder / "ray", alone)
-
-
-def fake_trainer(**changes: Any) -> Any:
-    """What `check_sharding` looks at."""
-    plugin = SimpleNamespace(deepspeed_config=changes.pop("deepspeed", {}))
-    state = SimpleNamespace(
-        deepspeed_plugin=plugin, fsdp_plugin=SimpleNamespace(fsdp_version=changes.pop("fsdp_version", 2))
-    )
-    parallelism = SimpleNamespace(tp_size=changes.pop("tp_size", 1), cp_size=changes.pop("cp_size", 1))
-    return SimpleNamespace(
-        accelerator=SimpleNamespace(state=state, parallelism_config=parallelism),
-        is_deepspeed_enabled=changes.pop("is_deepspeed_enabled", False),
-        is_fsdp_enabled=changes.pop("is_fsdp_enabled", False),
-        args=SimpleNamespace(**{"fp16": False, "max_grad_norm": 0.0, **changes}),
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"is_deepspeed_enabled": True, "deepspeed": {"optimizer": {"type": "AdamW"}}}, ["optimizer", "remove"]),
-        ({"is_fsdp_enabled": True, "fsdp_version": 1}, ["fsdp_version: 2"]),
-        ({"is_fsdp_enabled": True, "fp16": True}, ["fp16", "bf16: true"]),
-        ({"is_deepspeed_enabled": True, "max_grad_norm": 1.0}, ["max_grad_norm: 1", "remove"]),
-        ({"tp_size": 2}, ["tensor_parallel_size: 2"]),
-        ({"cp_size": 4}, ["context_parallel_size: 4"]),
-    ],
-)
-def test_what_would_train_something_else_is_refused_in_one_line(changes: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(IVONError) as caught:
-        check_sharding(fake_trainer(**changes))
-    assert "\n" not in str(caught.value)
-    assert all(word in str(caught.value) for word in words)
-
-
-@pytest.mark.parametrize("changes", [{}, {"is_deepspeed_enabled": True}, {"is_fsdp_enabled": True}, {"fp16": True}])
-def test_what_works_is_not_refused(changes: dict[str, Any]) -> None:
-    check_sharding(fake_trainer(**changes))

@@ -1,8 +1,7 @@
-"""attach(): IVON-LoRA in transformers' and TRL's Trainers, in this process, on the tiny Llama."""
+"""attach(): IVON-LoRA in transformers and TRL Trainers, in this process, on the tiny Llama."""
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
-from torch.optim.lr_scheduler import OneCycleLR
-from trainers import LORA, Spy, lora_weights, make_trainer
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trainers import LORA, Rates, lora_weights, make_trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, effective_sample_size, hookimpl
-from axolotl_ivon.plugins import plugin_manager
+from axolotl_ivon import IVONError, Posterior, attach, effective_sample_size
 
 
 def test_trains_and_saves_sigma_beside_every_adapter(tiny_llama: Path, tmp_path: Path) -> None:
@@ -49,136 +45,6 @@ def test_trains_and_saves_sigma_beside_every_adapter(tiny_llama: Path, tmp_path:
     assert Posterior.from_pretrained(tmp_path / "checkpoint-3").metadata["steps"] == "3"
 
 
-def test_the_log_shows_the_posterior_and_nothing_per_parameter(tiny_llama: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_llama, tmp_path)
-    attach(trainer)
-    trainer.train()
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(entries) == 3
-    for entry in entries:
-        ours = {key for key in entry if key.startswith("ivon_")}
-        assert ours == {"ivon_sigma_mean", "ivon_snr_mean", "ivon_ess"}
-        assert entry["ivon_sigma_mean"] > 0
-        assert entry["ivon_ess"] == pytest.approx(effective_sample_size(24))
-
-
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_the_trainer_does_what_a_plain_loop_does(tiny_llama: Path, tmp_path: Path, accumulation: int) -> None:
-    """The loop that the README shows, on the same batches, ends where the Trainer ends, bit for bit."""
-    spy = Spy()
-    trainer = make_trainer(
-        tiny_llama,
-        tmp_path / "a",
-        {"lora_dropout": 0.0},
-        [spy],
-        gradient_accumulation_steps=accumulation,
-        per_device_train_batch_size=2,
-        max_steps=4,
-        save_strategy="no",
-        lr_scheduler_type="constant",
-    )
-    seen: list[tuple[Any, Any]] = []
-    compute_loss = trainer.compute_loss
-
-    def spying(model: Any, inputs: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
-        seen.append(({key: value.clone() for key, value in inputs.items()}, num_items_in_batch))
-        return compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
-
-    trainer.compute_loss = spying
-    attach(trainer, clip=0.1)
-    trainer.train()
-
-    other = make_trainer(tiny_llama, tmp_path / "b", {"lora_dropout": 0.0})
-    model = other.model.train()
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = IVONLoRA(named, lr=3e-2, ess=effective_sample_size(24), clip=0.1, seed=5)
-    for step in range(4):
-        for inputs, items in seen[step * accumulation : (step + 1) * accumulation]:
-            with optimizer.sampled_params():
-                model(**inputs, num_items_in_batch=items).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        for name, param in named:
-            assert torch.equal(param, spy.means[step][name]), (step, name)
-
-
-def test_whoever_reads_the_model_at_a_draw_reads_the_mean(tiny_llama: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_llama, tmp_path, save_strategy="no")
-    attach(trainer, gamma=10.0)
-    compute_loss = trainer.compute_loss
-    previous: dict[str, torch.Tensor] = {}
-    checked = []
-
-    def reading(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if previous:
-            drawn = lora_weights(model)
-            state = model.state_dict()
-            model.save_pretrained(tmp_path / "mid-step")
-            posterior = Posterior.from_pretrained(tmp_path / "mid-step")
-            for name, mean in previous.items():
-                assert not torch.equal(drawn[name], mean)
-                assert torch.equal(state[name], mean)
-                assert torch.equal(posterior.mean[name.replace(".default", "")], mean)
-            assert all(torch.equal(drawn[name], p) for name, p in lora_weights(model).items()), "the draw goes on"
-            checked.append(True)
-        return compute_loss(model, *args, **kwargs)
-
-    class Note(TrainerCallback):
-        def on_step_end(self, *args: Any, model: Any = None, **_: Any) -> None:
-            previous.update(lora_weights(model))
-
-    trainer.add_callback(Note())
-    trainer.compute_loss = reading
-    trainer.train()
-    assert len(checked) == 5
-
-
-def test_an_exception_in_the_forward_pass_leaves_the_mean(tiny_llama: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_llama, tmp_path)
-    before = lora_weights(trainer.model)
-    attach(trainer)
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        assert not torch.equal(next(iter(lora_weights(trainer.model).values())), next(iter(before.values())))
-        raise MemoryError
-
-    trainer.compute_loss = failing
-    with pytest.raises(MemoryError):
-        trainer.train()
-    assert all(torch.equal(before[name], p) for name, p in lora_weights(trainer.model).items())
-
-
-def test_evaluation_during_training_sees_the_mean(tiny_llama: Path, tmp_path: Path) -> None:
-    spy = Spy()
-    trainer = make_trainer(tiny_llama, tmp_path, None, [spy], eval_strategy="steps", eval_steps=1, save_strategy="no")
-    attach(trainer, gamma=10.0)
-    trainer.train()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert len(losses) == 6
-    plain = make_trainer(tiny_llama, tmp_path / "plain")
-    for loss, mean in zip(losses, spy.means, strict=True):
-        plain.model.load_state_dict(mean, strict=False)
-        assert plain.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-5)
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_resuming_from_a_checkpoint_continues_the_same_run(tiny_llama: Path, tmp_path: Path, accumulation: int) -> None:
-    def train(folder: str, resume: str | None = None) -> dict[str, torch.Tensor]:
-        trainer = make_trainer(
-            tiny_llama, tmp_path / folder, gradient_accumulation_steps=accumulation, per_device_train_batch_size=2
-        )
-        attach(trainer)
-        trainer.train(resume_from_checkpoint=resume)
-        return lora_weights(trainer.model)
-
-    straight = train("a")
-    resumed = train("b", str(tmp_path / "a" / "checkpoint-3"))
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    for name in ("adapter_model.safetensors", "ivon_sigma.safetensors"):
-        left, right = (load_file(tmp_path / run / "checkpoint-6" / name) for run in ("a", "b"))
-        assert all(torch.equal(left[key], right[key]) for key in left)
-
-
 @pytest.mark.parametrize(
     ("lora", "dtype"),
     [
@@ -206,80 +72,6 @@ def test_kinds_of_adapters(tiny_llama: Path, tmp_path: Path, lora: dict[str, Any
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "checkpoint-2")
     assert set(loaded.state_dict()) >= set(lora_weights(trainer.model))
     assert {key: value.dtype for key, value in mean.items()} == dict.fromkeys(mean, dtype)
-
-
-def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(tiny_llama: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(
-        tiny_llama,
-        tmp_path,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=True,  # so that it is not the last
-    )
-    attach(trainer, clip=1.0)
-    trainer.train()
-    best = Path(trainer.state.best_model_checkpoint)
-    assert best.name != "checkpoint-6"
-    trainer.save_model(str(tmp_path / "final"))
-    final, checkpoint = Posterior.from_pretrained(tmp_path / "final"), Posterior.from_pretrained(best)
-    assert final.metadata["steps"] == checkpoint.metadata["steps"] != "6"
-    for key in final.mean:
-        assert torch.equal(final.mean[key], checkpoint.mean[key])
-        assert torch.equal(final.sigma[key], checkpoint.sigma[key])
-
-
-def test_gradient_clipping_is_off_unless_it_was_asked_for(
-    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    trainer = make_trainer(tiny_llama, tmp_path, max_steps=1)
-    attach(trainer)
-    assert trainer.args.max_grad_norm == 0
-    trainer.train()
-    assert "max_grad_norm" not in caplog.text
-    trainer = make_trainer(tiny_llama, tmp_path, max_steps=1, max_grad_norm=0.3)
-    attach(trainer)
-    assert trainer.args.max_grad_norm == 0.3
-    trainer.train()
-    assert "max_grad_norm 0.3" in caplog.text
-
-
-def test_warnings_say_why(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = make_trainer(tiny_llama, tmp_path, max_steps=4, learning_rate=2e-4, lr_scheduler_type="linear")
-    attach(trainer, clip=0.01)
-    trainer.train()
-    assert "learning_rate 0.0002 looks like one for Adam" in caplog.text
-    reach = 2e-4 * 0.01 * (1 + 0.75 + 0.5 + 0.25)
-    assert f"farther than {reach:.3g}" in caplog.text
-    assert f"with {2e-4 * 0.13 / reach:.2g} it is 0.13" in caplog.text
-    caplog.clear()
-    trainer = make_trainer(tiny_llama, tmp_path, max_steps=4, learning_rate=0.1)
-    attach(trainer, clip=1.0)
-    with caplog.at_level(logging.WARNING):
-        trainer.train()
-    assert "axolotl_ivon" not in caplog.text
-
-
-def test_a_gradient_that_is_not_finite_is_told_with_its_step(
-    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    spy = Spy()
-    trainer = make_trainer(tiny_llama, tmp_path, None, [spy], max_steps=3)
-    attach(trainer)
-    compute_loss, calls = trainer.compute_loss, []
-
-    def spoiled(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return compute_loss(*args, **kwargs) * (math.nan if len(calls) == 2 else 1.0)
-
-    trainer.compute_loss = spoiled
-    trainer.train()
-    assert "step 2 was skipped" in caplog.text
-    first, second, third = spy.means
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert any(not torch.equal(second[name], third[name]) for name in first)
 
 
 def test_refusals(tiny_llama: Path, tmp_path: Path) -> None:
@@ -350,69 +142,6 @@ def test_trl_s_sft_and_dpo_trainers(tiny_llama: Path, tmp_path: Path) -> None:
         assert Posterior.from_pretrained(tmp_path / name / "final").metadata["train_size"] == "8"
 
 
-def test_a_third_party_adds_metrics_and_hears_of_saved_posteriors(tiny_llama: Path, tmp_path: Path) -> None:
-    saved = []
-
-    class ThirdParty:
-        @hookimpl
-        def log_metrics(self, trainer: Any, optimizer: Any) -> dict[str, float]:
-            return {"my_metric": 1.5}
-
-        @hookimpl
-        def posterior_saved(self, folder: str) -> None:
-            assert Posterior.from_pretrained(folder)
-            saved.append(Path(folder).name)
-
-    third_party = ThirdParty()
-    plugin_manager().register(third_party)
-    try:
-        trainer = make_trainer(tiny_llama, tmp_path)
-        attach(trainer)
-        trainer.train()
-    finally:
-        plugin_manager().unregister(third_party)
-    assert saved == ["checkpoint-3", "checkpoint-6"]
-    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    assert entry["my_metric"] == 1.5
-    assert entry["ivon_sigma_mean"] > 0
-
-
-class Rates(TrainerCallback):
-    """Notes the learning rate of every step."""
-
-    def __init__(self) -> None:
-        self.rates: list[float] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        self.rates.append(optimizer.param_groups[0]["lr"])
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        {"lr_scheduler_type": "linear"},
-        {"lr_scheduler_type": "constant"},
-        {"lr_scheduler_type": "cosine", "warmup_steps": 2},
-        {"lr_scheduler_type": "linear", "max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2},
-        {"lr_scheduler_type": "polynomial", "learning_rate": 0.0},
-        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.5}, "learning_rate": 0.0},
-        {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 1},
-        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 100},
-    ],
-)
-def test_the_preset_for_small_data_lets_a_weight_travel_as_far_in_any_schedule(
-    schedule: dict[str, Any], tiny_llama: Path, tmp_path: Path
-) -> None:
-    spy = Rates()
-    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], **{"learning_rate": 1e-5, **schedule})
-    attach(trainer, preset="small_data")
-    trainer.train()
-    assert len(spy.rates) == trainer.state.max_steps > 3
-    assert sum(spy.rates) * 0.01 == pytest.approx(0.125)
-    header = Posterior.from_pretrained(tmp_path / "checkpoint-3").metadata
-    assert (float(header["ess"]), header["gamma"], header["train_size"]) == (240.0, "", "24")
-
-
 def test_the_preset_keeps_the_noise_of_all_layers_together_in_bounds(tiny_llama: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_llama, tmp_path)
     matrices = [p.detach() for name, p in trainer.model.named_parameters() if "lora_A" in name]
@@ -434,55 +163,6 @@ def test_what_is_given_goes_before_a_preset(tiny_llama: Path, tmp_path: Path) ->
     assert (float(header["ess"]), header["gamma"], header["clip"]) == (7.0 * math.sqrt(24), "7.0", "0.02")
 
 
-def test_a_run_with_a_preset_resumes_at_the_same_rates(
-    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    ends, chosen = [], []
-    for resume in (None, str(tmp_path / "checkpoint-3")):
-        spy = Rates()
-        trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
-        attach(trainer, preset="small_data")
-        trainer.train(resume_from_checkpoint=resume)
-        ends.append((spy.rates[-3:], lora_weights(trainer.model)))
-        chosen.append(trainer.args.learning_rate)
-    assert ends[0][0] == ends[1][0]
-    assert chosen[0] == chosen[1]
-    assert all(torch.equal(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
-    assert "goes on at its learning_rate" not in caplog.text
-    trainer = make_trainer(tiny_llama, tmp_path, max_steps=12)
-    attach(trainer, preset="small_data")
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert f"goes on at its learning_rate {chosen[0]:.3g}, not at" in caplog.text
-
-
-def test_a_second_run_of_another_length_has_a_rate_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
-    spy = Rates()
-    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
-    attach(trainer, preset="small_data")
-    trainer.train()
-    trainer.args.max_steps = 3
-    trainer.train()
-    assert sum(spy.rates[6:]) * 0.01 == pytest.approx(0.125)
-
-
-def test_a_schedule_that_begins_below_its_peak_is_no_checkpoint(
-    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    spy = Rates()
-    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
-
-    def one_cycle(num_training_steps: int, optimizer: Any = None) -> Any:
-        peak, total = trainer.args.learning_rate, num_training_steps + 1
-        trainer.lr_scheduler = OneCycleLR(optimizer or trainer.optimizer, max_lr=peak, total_steps=total)
-        return trainer.lr_scheduler
-
-    trainer.create_scheduler = one_cycle
-    attach(trainer, preset="small_data")
-    trainer.train()
-    assert sum(spy.rates) * 0.01 == pytest.approx(0.125)
-    assert "goes on at its learning_rate" not in caplog.text
-
-
 def test_what_a_preset_cannot_work_with_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(IVONError, match="preset: 'tiny' is unknown; choose one of paper, small_data"):
         attach(make_trainer(tiny_llama, tmp_path), preset="tiny")  # type: ignore[arg-type]
@@ -499,3 +179,43 @@ def test_what_a_preset_cannot_work_with_is_one_line(tiny_llama: Path, tmp_path: 
     trainer.optimizer = None
     with pytest.raises(IVONError, match="no scheduler of your own"):
         attach(trainer, preset="small_data")
+
+
+def test_a_second_attach_is_refused_and_changes_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path)
+    attach(trainer, gamma=10.0)
+    kind, callbacks = type(trainer), list(trainer.callback_handler.callbacks)
+    with pytest.raises(IVONError, match="called on this Trainer already; make a new Trainer"):
+        attach(trainer, gamma=20.0)
+    assert type(trainer) is kind
+    assert trainer.callback_handler.callbacks == callbacks
+    trainer.train()
+    assert Posterior.from_pretrained(tmp_path / "checkpoint-6").metadata["gamma"] == "10.0"
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameter"),
+    [
+        ({"gamma": 0.0}, "gamma"),
+        ({"ess": math.nan}, "ess"),
+        ({"h0": -1.0}, "h0"),
+        ({"clip": 0.0}, "clip"),
+        ({"betas": (1.0, 0.5)}, "betas"),
+        ({"prior": -1.0}, "prior"),
+        ({"train_size": 0}, "train_size"),
+        ({"eval_samples": -1}, "eval_samples"),
+        ({"draws": "both"}, "draws"),
+        ({"preset": "tiny"}, "preset"),
+        ({"preset": "small_data", "clip": math.inf}, "clip"),
+    ],
+)
+def test_a_refusal_carries_the_parameter_that_it_is_about(
+    settings: dict[str, Any], parameter: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path)
+    with pytest.raises(IVONError) as caught:
+        attach(trainer, **settings)
+    assert caught.value.parameter == parameter
+    assert str(caught.value).startswith(parameter)
+    assert trainer.args.max_grad_norm == 1.0
+    assert type(trainer) is Trainer

@@ -1,4 +1,4 @@
-"""A training run whose gradients are not finite: what the log says, and what is kept."""
+"""What the log of a run warns of; a run whose gradients are not finite, and what is kept."""
 
 from __future__ import annotations
 
@@ -66,3 +66,54 @@ def test_a_run_that_diverges_says_so_once_and_keeps_the_last_good_state(
     for name, mean in spy.means[2].items():
         assert torch.equal(posterior.mean[name.replace(".default", "")], mean)
     assert all(sigma.isfinite().all() and (sigma > 0).all() for sigma in posterior.sigma.values())
+
+
+def test_gradient_clipping_is_off_unless_it_was_asked_for(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=1)
+    attach(trainer)
+    assert trainer.args.max_grad_norm == 0
+    trainer.train()
+    assert "max_grad_norm" not in caplog.text
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=1, max_grad_norm=0.3)
+    attach(trainer)
+    assert trainer.args.max_grad_norm == 0.3
+    trainer.train()
+    assert "max_grad_norm 0.3" in caplog.text
+
+
+def test_warnings_say_why(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=4, learning_rate=2e-4, lr_scheduler_type="linear")
+    attach(trainer, clip=0.01)
+    trainer.train()
+    assert "learning_rate 0.0002 looks like one for Adam" in caplog.text
+    reach = 2e-4 * 0.01 * (1 + 0.75 + 0.5 + 0.25)
+    assert f"farther than {reach:.3g}" in caplog.text
+    assert f"with {2e-4 * 0.13 / reach:.2g} it is 0.13" in caplog.text
+    caplog.clear()
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=4, learning_rate=0.1)
+    attach(trainer, clip=1.0)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "axolotl_ivon" not in caplog.text
+
+
+def test_a_gradient_that_is_not_finite_is_told_with_its_step(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spy = Spy()
+    trainer = make_trainer(tiny_llama, tmp_path, None, [spy], max_steps=3)
+    attach(trainer)
+    compute_loss, calls = trainer.compute_loss, []
+
+    def spoiled(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return compute_loss(*args, **kwargs) * (math.nan if len(calls) == 2 else 1.0)
+
+    trainer.compute_loss = spoiled
+    trainer.train()
+    assert "step 2 was skipped" in caplog.text
+    first, second, third = spy.means
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(second[name], third[name]) for name in first)

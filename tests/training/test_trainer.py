@@ -1,0 +1,314 @@
+"""The Trainer's overrides, in transformers' Trainer and in subclasses of it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.optim.lr_scheduler import OneCycleLR
+from trainers import Rates, Spy, lora_weights, make_trainer
+from transformers import Trainer
+
+from axolotl_ivon import IVONLoRA, Posterior, attach, effective_sample_size
+
+
+def test_the_log_shows_the_posterior_and_nothing_per_parameter(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path)
+    attach(trainer)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 3
+    for entry in entries:
+        ours = {key for key in entry if key.startswith("ivon_")}
+        assert ours == {"ivon_sigma_mean", "ivon_snr_mean", "ivon_ess"}
+        assert entry["ivon_sigma_mean"] > 0
+        assert entry["ivon_ess"] == pytest.approx(effective_sample_size(24))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_trainer_does_what_a_plain_loop_does(tiny_llama: Path, tmp_path: Path, accumulation: int) -> None:
+    """The loop that the README shows, on the same batches, ends where the Trainer ends, bit for bit."""
+    spy = Spy()
+    trainer = make_trainer(
+        tiny_llama,
+        tmp_path / "a",
+        {"lora_dropout": 0.0},
+        [spy],
+        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=2,
+        max_steps=4,
+        save_strategy="no",
+        lr_scheduler_type="constant",
+    )
+    seen: list[tuple[Any, Any]] = []
+    compute_loss = trainer.compute_loss
+
+    def spying(model: Any, inputs: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        seen.append(({key: value.clone() for key, value in inputs.items()}, num_items_in_batch))
+        return compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
+
+    trainer.compute_loss = spying
+    attach(trainer, clip=0.1)
+    trainer.train()
+
+    other = make_trainer(tiny_llama, tmp_path / "b", {"lora_dropout": 0.0})
+    model = other.model.train()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = IVONLoRA(named, lr=3e-2, ess=effective_sample_size(24), clip=0.1, seed=5)
+    for step in range(4):
+        for inputs, items in seen[step * accumulation : (step + 1) * accumulation]:
+            with optimizer.sampled_params():
+                model(**inputs, num_items_in_batch=items).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, param in named:
+            assert torch.equal(param, spy.means[step][name]), (step, name)
+
+
+def test_an_exception_in_the_forward_pass_leaves_the_mean(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path)
+    before = lora_weights(trainer.model)
+    attach(trainer)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        assert not torch.equal(next(iter(lora_weights(trainer.model).values())), next(iter(before.values())))
+        raise MemoryError
+
+    trainer.compute_loss = failing
+    with pytest.raises(MemoryError):
+        trainer.train()
+    assert all(torch.equal(before[name], p) for name, p in lora_weights(trainer.model).items())
+
+
+def test_evaluation_during_training_sees_the_mean(tiny_llama: Path, tmp_path: Path) -> None:
+    spy = Spy()
+    trainer = make_trainer(tiny_llama, tmp_path, None, [spy], eval_strategy="steps", eval_steps=1, save_strategy="no")
+    attach(trainer, gamma=10.0)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 6
+    plain = make_trainer(tiny_llama, tmp_path / "plain")
+    for loss, mean in zip(losses, spy.means, strict=True):
+        plain.model.load_state_dict(mean, strict=False)
+        assert plain.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resuming_from_a_checkpoint_continues_the_same_run(tiny_llama: Path, tmp_path: Path, accumulation: int) -> None:
+    def train(folder: str, resume: str | None = None) -> dict[str, torch.Tensor]:
+        trainer = make_trainer(
+            tiny_llama, tmp_path / folder, gradient_accumulation_steps=accumulation, per_device_train_batch_size=2
+        )
+        attach(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        return lora_weights(trainer.model)
+
+    straight = train("a")
+    resumed = train("b", str(tmp_path / "a" / "checkpoint-3"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    for name in ("adapter_model.safetensors", "ivon_sigma.safetensors"):
+        left, right = (load_file(tmp_path / run / "checkpoint-6" / name) for run in ("a", "b"))
+        assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tiny_llama,
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # so that it is not the last
+    )
+    attach(trainer, clip=1.0)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-6"
+    trainer.save_model(str(tmp_path / "final"))
+    final, checkpoint = Posterior.from_pretrained(tmp_path / "final"), Posterior.from_pretrained(best)
+    assert final.metadata["steps"] == checkpoint.metadata["steps"] != "6"
+    for key in final.mean:
+        assert torch.equal(final.mean[key], checkpoint.mean[key])
+        assert torch.equal(final.sigma[key], checkpoint.sigma[key])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"lr_scheduler_type": "linear"},
+        {"lr_scheduler_type": "constant"},
+        {"lr_scheduler_type": "cosine", "warmup_steps": 2},
+        {"lr_scheduler_type": "linear", "max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2},
+        {"lr_scheduler_type": "polynomial", "learning_rate": 0.0},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.5}, "learning_rate": 0.0},
+        {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 1},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 100},
+    ],
+)
+def test_the_preset_for_small_data_lets_a_weight_travel_as_far_in_any_schedule(
+    schedule: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    spy = Rates()
+    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], **{"learning_rate": 1e-5, **schedule})
+    attach(trainer, preset="small_data")
+    trainer.train()
+    assert len(spy.rates) == trainer.state.max_steps > 3
+    assert sum(spy.rates) * 0.01 == pytest.approx(0.125)
+    header = Posterior.from_pretrained(tmp_path / "checkpoint-3").metadata
+    assert (float(header["ess"]), header["gamma"], header["train_size"]) == (240.0, "", "24")
+
+
+def test_a_run_with_a_preset_resumes_at_the_same_rates(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends, chosen = [], []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        spy = Rates()
+        trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
+        attach(trainer, preset="small_data")
+        trainer.train(resume_from_checkpoint=resume)
+        ends.append((spy.rates[-3:], lora_weights(trainer.model)))
+        chosen.append(trainer.args.learning_rate)
+    assert ends[0][0] == ends[1][0]
+    assert chosen[0] == chosen[1]
+    assert all(torch.equal(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
+    assert "goes on at its learning_rate" not in caplog.text
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=12)
+    attach(trainer, preset="small_data")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert f"goes on at its learning_rate {chosen[0]:.3g}, not at" in caplog.text
+
+
+def test_a_second_run_of_another_length_has_a_rate_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+    spy = Rates()
+    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
+    attach(trainer, preset="small_data")
+    trainer.train()
+    trainer.args.max_steps = 3
+    trainer.train()
+    assert sum(spy.rates[6:]) * 0.01 == pytest.approx(0.125)
+
+
+def test_a_schedule_that_begins_below_its_peak_is_no_checkpoint(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spy = Rates()
+    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
+
+    def one_cycle(num_training_steps: int, optimizer: Any = None) -> Any:
+        peak, total = trainer.args.learning_rate, num_training_steps + 1
+        trainer.lr_scheduler = OneCycleLR(optimizer or trainer.optimizer, max_lr=peak, total_steps=total)
+        return trainer.lr_scheduler
+
+    trainer.create_scheduler = one_cycle
+    attach(trainer, preset="small_data")
+    trainer.train()
+    assert sum(spy.rates) * 0.01 == pytest.approx(0.125)
+    assert "goes on at its learning_rate" not in caplog.text
+
+
+class Own(Trainer):
+    """A user's Trainer that notes which of its own methods run."""
+
+    def noted(self, name: str) -> None:
+        vars(self).setdefault("calls", set()).add(name)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.noted("training_step")
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.noted("compute_loss")
+        return super().compute_loss(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int) -> Any:  # type: ignore[override] # as the Trainer calls it
+        self.noted("create_scheduler")
+        return super().create_scheduler(num_training_steps)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        self.noted("log")
+        super().log({**logs, "mine": 1.0}, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.noted("evaluation_loop")
+        return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self.noted("save_model")
+        super().save_model(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.noted("_save_checkpoint")
+        super()._save_checkpoint(*args, **kwargs)
+
+
+METHODS = {name for name in vars(Own) if callable(getattr(Own, name)) and name[:2] != "__"} - {"noted"}
+
+
+def test_a_user_s_own_methods_still_run_under_ours(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path, trainer_class=Own, eval_strategy="steps", eval_steps=3)
+    attach(trainer, eval_samples=2)
+    trainer.train()
+    assert vars(trainer)["calls"] == METHODS
+    entries = trainer.state.log_history
+    assert any({"mine", "loss", "ivon_sigma_mean"} <= entry.keys() for entry in entries)
+    assert any({"mine", "eval_loss", "eval_loss_posterior"} <= entry.keys() for entry in entries)
+    assert Posterior.from_pretrained(tmp_path / "checkpoint-6").metadata["steps"] == "6"
+
+
+def test_a_trainer_stays_what_it_was(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path, trainer_class=Own)
+    attach(trainer)
+    assert isinstance(trainer, Own)
+    kind = type(trainer)
+    assert (kind.__name__, kind.__qualname__, kind.__module__) == (Own.__name__, Own.__qualname__, Own.__module__)
+    assert kind.__doc__ == Own.__doc__
+    other = make_trainer(tiny_llama, tmp_path, trainer_class=Own)
+    assert type(other) is Own, "only the Trainer that was given has changed"
+
+
+def test_functions_that_were_assigned_to_a_trainer_still_run(tiny_llama: Path, tmp_path: Path) -> None:
+    """As a plugin does that wraps a method of this one Trainer, before or after `attach`."""
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=2, logging_steps=1, save_strategy="no")
+    calls = []
+
+    def wrap(name: str, when: str) -> None:
+        function = getattr(trainer, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, when))
+            return function(*args, **kwargs)
+
+        setattr(trainer, name, wrapped)
+
+    for name in ("training_step", "compute_loss"):
+        wrap(name, "before")
+    attach(trainer)
+    for name in ("training_step", "compute_loss"):
+        wrap(name, "after")
+    trainer.train()
+    step = [
+        ("training_step", "after"),
+        ("training_step", "before"),
+        ("compute_loss", "after"),
+        ("compute_loss", "before"),
+    ]
+    assert calls == 2 * step
+    assert "ivon_sigma_mean" in trainer.state.log_history[0]
+
+
+def test_a_shallow_copy_makes_schedules_too(tiny_llama: Path, tmp_path: Path) -> None:
+    """DeepSpeed's integration makes the schedule with a copy of the Trainer."""
+    trainer = make_trainer(tiny_llama, tmp_path, lr_scheduler_type="linear")
+    attach(trainer, preset="small_data")
+    trainer.create_optimizer()
+    copied = copy.copy(trainer)
+    schedule = copied.create_scheduler(6, optimizer=trainer.optimizer)
+    assert trainer.lr_scheduler is None
+    assert sum(schedule.base_lrs[0] * (1 - step / 6) for step in range(6)) * 0.01 == pytest.approx(0.125)
