@@ -88,22 +88,12 @@ class IVONLoRAPlugin(BasePlugin):
         from .training.attach import attach
         from .training.processes import check_sharding
 
-        values: dict[str, Any] = {
-            key: cfg[key] if cfg[key] is not None else default for key, default in DEFAULTS.items()
-        }
+        values = {key: default if cfg[key] is None else cfg[key] for key, default in DEFAULTS.items()}
+        names = ("preset", "h0", "prior", "eval_samples", "draws")
+        settings: dict[str, Any] = {name: values[f"ivon_{name}"] for name in names}
+        settings["betas"] = values["ivon_beta1"], values["ivon_beta2"]
         try:
-            attach(
-                trainer,
-                preset=values["ivon_preset"],
-                gamma=cfg.ivon_gamma,
-                ess=cfg.ivon_lambda,
-                h0=values["ivon_h0"],
-                clip=cfg.ivon_clip,
-                betas=(values["ivon_beta1"], values["ivon_beta2"]),
-                prior=values["ivon_prior"],
-                eval_samples=values["ivon_eval_samples"],
-                draws=values["ivon_draws"],
-            )
+            attach(trainer, gamma=cfg.ivon_gamma, ess=cfg.ivon_lambda, clip=cfg.ivon_clip, **settings)
             trainer.args.max_grad_norm = cfg.max_grad_norm or 0.0
             check_sharding(trainer)
         except IVONError as error:

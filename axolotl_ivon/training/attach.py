@@ -103,10 +103,8 @@ def attach(
         trainer.args.max_grad_norm = 0.0
     check_sharding(trainer)
 
-    per_rank = draws == "per_rank" and trainer.args.world_size > 1
-    run = PosteriorTraining(
-        trainer, model, settings, facts, eval_samples=eval_samples, per_rank=per_rank, travel=chosen.travel
-    )
+    per_rank, params = draws == "per_rank" and trainer.args.world_size > 1, trained_parameters(model)
+    run = PosteriorTraining(trainer, model, params, settings, facts, eval_samples, per_rank, chosen.travel)
     remove_unfinished(trainer)
     average_in_every_backward_pass(trainer)
     save_sigma_beside_the_mean(run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from .sharded import ReplicatedAdapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+    from transformers import Trainer
 
 LOG = logging.getLogger(__name__)
 
@@ -27,8 +28,10 @@ SHORT_REACH, PAPER_REACH = 0.08, 0.13
 ADAM_LIKE_LR = 1e-3
 # So many skipped steps in a row are no accident of one batch, nor of a loss scaler that finds its scale.
 DIVERGED = 10
+NONE_SKIPPED = Skipped(0, 0, None)
 
 
+@dataclass(eq=False, repr=False)
 class PosteriorTraining(TrainerCallback):
     """What the Trainer's overrides, its model and its events share.
 
@@ -43,31 +46,24 @@ class PosteriorTraining(TrainerCallback):
         adapter: the trained weights in each process, under DeepSpeed and FSDP2.
         begun: whether training has begun: before, the optimizer may not have the state that it resumes from.
         best_folder: the checkpoint whose weights the Trainer has loaded at the end.
+        skipped: the steps that the log has told of.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        model: PeftModel,
-        settings: Mapping[str, Any],
-        facts: Mapping[str, str],
-        *,
-        eval_samples: int,
-        per_rank: bool,
-        travel: float | None,
-    ) -> None:
-        self.trainer, self.model, self.settings, self.facts = trainer, model, settings, facts
-        self.eval_samples, self.per_rank, self.travel = eval_samples, per_rank, travel
-        self.params = trained_parameters(model)
-        self.optimizer: Any = None
-        self.adapter: ReplicatedAdapter | None = None
-        self.begun = False
-        self.best_folder: str | None = None
-        self.skipped = Skipped(0, 0, None)
+    trainer: Trainer
+    model: PeftModel
+    params: dict[str, nn.Parameter]
+    settings: Mapping[str, Any]
+    facts: Mapping[str, str]
+    eval_samples: int
+    per_rank: bool
+    travel: float | None
+    optimizer: Any = None
+    adapter: ReplicatedAdapter | None = None
+    begun: bool = False
+    best_folder: str | None = None
+    skipped: Skipped = NONE_SKIPPED
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.best_folder = None
         self.begun = True
         if not state.is_world_process_zero:
@@ -101,14 +97,12 @@ class PosteriorTraining(TrainerCallback):
                 f" (with {lr * PAPER_REACH / reach:.2g} it is {PAPER_REACH}, as in the paper)" if reach else "",
             )
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.per_rank:
             agree_on_gradients(list(self.params.values()))
             self.optimizer.synchronize(average)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # To ask a device is to wait for it, so then only when the Trainer waits anyway.
         if control.should_log or all(param.device.type == "cpu" for param in self.params.values()):
             self._report_skipped_steps(state.global_step)
@@ -131,9 +125,7 @@ class PosteriorTraining(TrainerCallback):
             steps = f"step {step} was" if number == 1 and skipped.in_a_row else f"{number} steps up to step {step} were"
             LOG.warning("%s skipped: the gradient of %s is not finite", steps, skipped.tensor)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
             self.best_folder = state.best_model_checkpoint
 

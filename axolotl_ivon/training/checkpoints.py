@@ -116,14 +116,8 @@ def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
     saved = TensorFile(folder / MEAN_FILE).entries
     zeros = {key: torch.zeros(()).expand(entry.shape) for key, entry in saved.items()}
     group = run.optimizer.param_groups[0]
-    facts = {
-        **run.facts,
-        "ess": str(group["ess"]),
-        "h0": str(group["h0"]),
-        "beta1": str(group["betas"][0]),
-        "beta2": str(group["betas"][1]),
-        "clip": str(group["clip"]),
-        "prior": str(group["prior"]),
-        "steps": str(run.trainer.state.global_step),
-    }
+    beta1, beta2 = group["betas"]
+    values = {**group, "beta1": beta1, "beta2": beta2, "steps": run.trainer.state.global_step}
+    names = ("ess", "h0", "beta1", "beta2", "clip", "prior", "steps")
+    facts = {**run.facts, **{name: str(values[name]) for name in names}}
     save_sigma(folder, {key: sigma.get(key, zero).contiguous() for key, zero in zeros.items()}, facts)
