@@ -150,7 +150,7 @@ def trial(kernels: Kernels, device: torch.device, dtype: torch.dtype = torch.flo
     chunk = Chunk(params, [(i, None) for i in range(len(params))], starts[:-1], flats, streams)
     noise = kernels.noise(chunk, chunk.streams)
     results = [noise, kernels.draw(chunk, noise, 1e3)]
-    results += [theta.flatten().float() for theta in chunk.thetas]
+    results += [torch.cat([theta.detach().flatten().float() for theta in chunk.thetas])]
     for param in params:
         param.grad = param.sin() * 0.1
     h_hat = torch.empty_like(mean)
@@ -161,7 +161,7 @@ def trial(kernels: Kernels, device: torch.device, dtype: torch.dtype = torch.flo
     for fixed, taken in ((False, None), (True, torch.ones((), dtype=torch.bool, device=device))):
         constants = Constants(lr=1e-2, ess=1e3, beta1=0.9, beta2=0.99, bound=1e-2, fixed=fixed)
         kernels.update(chunk, h_hat, small, small, taken, constants)
-    return [*results, *flats, *(theta.flatten().float() for theta in chunk.thetas)]
+    return [*results, *flats, *(theta.detach().flatten().float() for theta in chunk.thetas)]
 
 
 def agree(kernels: Kernels, other: Kernels, device: torch.device) -> None:

@@ -123,8 +123,8 @@ def _update(
     BLOCK: tl.constexpr,
 ):
     """One step, as in `Kernels.update`."""
-    part, places, flat, inside = _place(programs, parts, BLOCK)
-    inside &= tl.load(taken) != 0
+    part, places, flat, _ = _place(programs, parts, BLOCK)
+    inside = places < tl.load(parts + 4 * part) * tl.load(taken).to(tl.int64)
     m = tl.load(mean + flat, mask=inside, other=0.0)
     g = tl.load(momentum + flat, mask=inside, other=0.0)
     p = tl.load(precision + flat, mask=inside, other=1.0)
