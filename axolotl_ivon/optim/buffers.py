@@ -1,114 +1,82 @@
-"""The state of the optimizer in flat buffers, and the pieces that are worked on at once."""
+"""The state of the optimizer in flat buffers, and the chunks of it that are worked on at once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..noise import mixed, random_bits
-from .kernels import _arithmetic
-from .kernels.base import TRAVEL, Constants
+from .kernels.base import Chunk, Constants, Kernels, to_device
 from .threads import in_parallel
 
 # Weights that have noise of their own and are worked on at once on a CPU: few enough to stay in the cache from one
 # operation to the next, and enough for the time that Python takes to call an operation not to count.
 _PART = 2**17
+# Layouts that are kept: most often all tensors have a gradient, sometimes some have none.
+_MOST_LAYOUTS = 4
 
 
-def _sigma(precision: Tensor, ess: float) -> Tensor:
-    return precision.mul(ess).rsqrt_()
+class Layout(NamedTuple):
+    """Some tensors in chunks."""
+
+    chunks: list[Chunk]
+    counts: list[int]  # of the parts of every chunk
+    owners: Tensor  # int64 [parts]: the tensor of every part
+    there: Tensor  # float32 [tensors]: 1 for the tensors in it, 0 for others
+    complete: bool  # whether all tensors are in it
+    whole: bool  # whether its parts are all the tensors, one each
 
 
-def _prior(group: dict[str, Any], mean: Tensor, precision: Tensor) -> float:
-    """Return δ of one tensor: the fixed one, or 1/(λ·mean(m² + σ²)), the KL-optimal one."""
-    if group["prior"] != "empirical":
-        return float(group["prior"])
-    # The paper's Eq. 2 is s = λ·δ; δ is what enters the update.
-    return mean.numel() / float(group["ess"] * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)
-
-
-class Piece:
-    """Neighbouring weights of a block that are worked on at once: whole tensors, or some rows of large ones.
-
-    `mean`, `momentum` and `precision` are its place in the block's buffers, `means` and `momenta` the same values in
-    the shapes that they have in the parameters.
-    """
-
-    def __init__(self, block: Block, parts: Sequence[tuple[int, slice | None]]) -> None:
-        self.key = block.key
-        self.parts = parts  # number of the tensor, and its rows if not all
-        self.params = block.params
-        self.shapes = [theta.shape for theta in self.thetas]
-        self.sizes = [shape.numel() for shape in self.shapes]
-        i, rows = parts[0]
-        start = block.offsets[i] + (rows.start * block.params[i][0].numel() if rows else 0)
-        self.place = slice(start, start + sum(self.sizes))
-        self.mean, self.momentum, self.precision = (getattr(block, name)[self.place] for name in block.FLATS)
-        self.means, self.momenta = self.shaped(self.mean), self.shaped(self.momentum)
-        self.norms = torch.zeros(2, 0)  # of m and of √λ·σ, tensor by tensor
-
-    @cached_property
-    def streams(self) -> np.ndarray:
-        """What tells the noise of a part from that of others: uint64 [parts, 2]."""
-        return np.stack([random_bits(f"{self.key}/{i}/{rows.start if rows else 0}") for i, rows in self.parts])
-
-    @property
-    def thetas(self) -> list[Tensor]:
-        """What the parameters hold here."""
-        return [self.params[i] if rows is None else self.params[i][rows] for i, rows in self.parts]
-
-    @property
-    def gradients(self) -> list[Tensor]:
-        """Their gradients."""
-        gradients: list[tuple[Any, slice | None]] = [(self.params[i].grad, rows) for i, rows in self.parts]
-        return [gradient if rows is None else gradient[rows] for gradient, rows in gradients]
-
-    def split(self, flat: Tensor) -> Sequence[Tensor]:
-        """Part values of the piece by tensor."""
-        return (flat,) if len(self.sizes) == 1 else flat.split_with_sizes(self.sizes)
-
-    def shaped(self, flat: Tensor) -> list[Tensor]:
-        """Part values of the piece by tensor, in the shapes that they have in the parameters."""
-        return [part.view(shape) for part, shape in zip(self.split(flat), self.shapes, strict=True)]
-
-
-class Block:
+class Buffers:
     """The state of a group's parameters on one device and of one dtype.
 
-    m, g and p are one flat float32 buffer each, in which every tensor has its place; `optimizer.state` holds
-    views of them. They are worked on in pieces: on a CPU small ones, in several threads; elsewhere the whole.
+    m, g and p are one flat float32 buffer each, in which every tensor has its place; `optimizer.state` holds views of
+    them. They are worked on in chunks: on a CPU small ones, in several threads; elsewhere as few as the kernels can.
+    Values by tensor are float32 [tensors] on the same device.
+
+    Attributes:
+        mean, momentum, precision: m, g and p.
+        steps: t by tensor.
+        drawn: the numbers of the tensors that were drawn last.
+        moments: λ·Σ(m² + σ²) by tensor, of the last draw.
+        h_hat: ĥ in units of λ·p, which stays what it is until the step: Σ ĝ·(θ−m) over the draws since the last one,
+            float32 [weights], or None.
+        earlier: .grad of the draws before this one, set aside while it goes on, or None.
     """
 
     FLATS = ("mean", "momentum", "precision")
-    fused = False
 
     def __init__(
-        self, group: dict[str, Any], params: list[Tensor], state: dict[Tensor, Any], key: tuple[int, int]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        kernels: Kernels,
+        key: tuple[int, int],
+        state: dict[Tensor, Any],
+        start: Callable[[dict[str, Any], Tensor], Tensor],
     ) -> None:
-        self.group, self.params, self.key = group, params, key
+        """Take over what state there is; where there is none m is the parameter and p is `start(group, m)`."""
+        self.group, self.params, self.kernels, self.key = group, params, kernels, key
         self.device = params[0].device
         self.limit = float(_PART) if self.device.type == "cpu" else math.inf
-        self.arithmetic = _arithmetic(self.device, sum(param.numel() for param in params))
         self.offsets = [0, *accumulate(param.numel() for param in params)]
-        self.mean, self.momentum, self.precision = (
-            torch.zeros(self.offsets[-1], device=self.device) for _ in self.FLATS
-        )
-        self.steps = torch.zeros(len(params))
-        self.moments: dict[int, float] = {}  # λ·Σ(m² + σ²) of each tensor that was drawn last
-        self.products: Tensor | None = None  # ĝ·(θ−m) = ĥ/(λ·p), summed over the draws since the last step
-        self.earlier: list[Tensor | None] | None = None  # .grad of the draws before this one
-        self._layout: tuple[float, ...] = ()
-        self._pieces: list[Piece] = []
+        flats = [torch.zeros(self.offsets[-1], device=self.device) for _ in self.FLATS]
+        self.mean, self.momentum, self.precision = flats
+        self.steps, self.moments = torch.zeros(2, len(params), device=self.device)
+        self.numels = to_device([float(param.numel()) for param in params], self.device)
+        self.drawn: list[int] = []
+        self.h_hat: Tensor | None = None
+        self.earlier: list[Tensor | None] | None = None
+        self._layouts: dict[tuple[float, ...], Layout] = {}
 
         for i, param in enumerate(params):
-            views = {name: self.view(getattr(self, name), i) for name in self.FLATS}
+            views = {name: self.view(flat, i) for name, flat in zip(self.FLATS, flats, strict=True)}
             step = self.steps[i]
             if saved := state.get(param):
                 for name, view in views.items():
@@ -116,38 +84,54 @@ class Block:
                 step.copy_(saved["step"])
             elif param.numel():
                 views["mean"].copy_(param)
-                views["precision"].fill_(group["h0"])
-                views["precision"].add_(_prior(group, views["mean"], views["precision"]))
+                views["precision"].copy_(start(group, views["mean"]))
             state[param] = {**views, "step": step}
 
     def view(self, flat: Tensor, i: int) -> Tensor:
+        """Return the values of one tensor, in its shape."""
         return flat[self.offsets[i] : self.offsets[i + 1]].view(self.params[i].shape)
 
-    def pieces(self, chosen: list[int], ages: Sequence[float] | None = None) -> list[Piece]:
-        """Return the pieces that make up some tensors; the tensors of one piece are of the same age."""
-        if not chosen:
-            return []
-        ages = ages or [0.0] * len(chosen)
-        layout = (self.limit, *chosen, *(age - ages[0] for age in ages))
-        if layout != self._layout:
-            self._layout, self._pieces = layout, self._lay_out(chosen, ages)
-        return self._pieces
+    # ---------------------------------------------------------------- chunks
 
-    def _lay_out(self, chosen: list[int], ages: Sequence[float]) -> list[Piece]:
-        pieces: list[list[tuple[int, slice | None]]] = []
-        room, follows = 0.0, None
-        for i, age in zip(chosen, ages, strict=True):
-            for rows in self.parts(i):
+    def layout(self, chosen: list[int]) -> Layout:
+        """Return the chunks that make up some tensors."""
+        key = (self.limit, *chosen)
+        if key not in self._layouts:
+            if len(self._layouts) == _MOST_LAYOUTS:
+                self._layouts.clear()
+            chunks = self._lay_out(chosen)
+            owners = [i for chunk in chunks for i, _ in chunk.parts]
+            self._layouts[key] = Layout(
+                chunks,
+                counts=[len(chunk.parts) for chunk in chunks],
+                owners=to_device(torch.tensor(owners, dtype=torch.int64), self.device),
+                there=to_device(
+                    torch.zeros(len(self.params)).index_fill_(0, torch.tensor(chosen).long(), 1), self.device
+                ),
+                complete=len(chosen) == len(self.params),
+                whole=owners == list(range(len(self.params))),
+            )
+        return self._layouts[key]
+
+    def with_gradient(self) -> Layout:
+        """Return the chunks of the drawn tensors that have a gradient."""
+        return self.layout([i for i in self.drawn if self.params[i].grad is not None])
+
+    def _lay_out(self, chosen: list[int]) -> list[Chunk]:
+        chunks: list[list[tuple[int, slice | None]]] = []
+        room, before = 0.0, -1
+        for i in chosen:
+            for rows in self._parts(i):
                 size = self.params[i][rows].numel() if rows else self.params[i].numel()
-                if size <= room and follows in ((i, age), (i - 1, age)):
-                    pieces[-1].append((i, rows))
+                if chunks and size <= room and (self.kernels.GAPS or i - before <= 1):
+                    chunks[-1].append((i, rows))
                 else:
-                    pieces.append([(i, rows)])
-                    room = self.limit * self.arithmetic.PARTS
-                room, follows = room - size, (i, age)
-        return [Piece(self, parts) for parts in pieces]
+                    chunks.append([(i, rows)])
+                    room = self.limit * self.kernels.PARTS
+                room, before = room - size, i
+        return [self._chunk(parts) for parts in chunks]
 
-    def parts(self, i: int) -> list[slice | None]:
+    def _parts(self, i: int) -> list[slice | None]:
         """Return the rows that are the parts of a tensor, or None for all of a small one."""
         param = self.params[i]
         if param.numel() <= self.limit or not param.dim():
@@ -155,89 +139,60 @@ class Block:
         rows = max(1, int(self.limit) * len(param) // param.numel())
         return [slice(first, first + rows) for first in range(0, len(param), rows)]
 
-    def with_gradient(self) -> list[int]:
-        return [i for i in self.moments if self.params[i].grad is not None]
+    def _chunk(self, parts: list[tuple[int, slice | None]]) -> Chunk:
+        firsts = [(i, rows.start if rows else 0) for i, rows in parts]
+        starts = [self.offsets[i] + (row * self.params[i][0].numel() if row else 0) for i, row in firsts]
+        # Every tensor, or part of a large one, has noise of its own, however they are put into chunks.
+        streams = np.stack([random_bits(f"{self.key}/{i}/{row}") for i, row in firsts])
+        return Chunk(self.params, parts, starts, (self.mean, self.momentum, self.precision), streams)
 
-    def draw(self, number: int | str) -> None:
-        """θ = m + σ·ε, ε ~ N(0, I), and beside it what δ needs, for which σ is at hand."""
-        ess, seed = self.group["ess"], self.noise_seed(number)
+    def _by_tensor(self, layout: Layout, parts: Sequence[Tensor]) -> Tensor:
+        """Add up the values of parts, chunk by chunk, by tensor: 0 where there is no part."""
+        if layout.whole and len(parts) == 1:
+            return parts[0]
+        sums = torch.zeros(len(self.params), device=self.device)
+        return sums.index_add_(0, layout.owners, torch.cat([*parts])) if parts else sums
 
-        def draw(piece: Piece) -> None:
-            piece.norms = self.arithmetic.draw(piece, self.noise(piece, seed), ess)
+    # ---------------------------------------------------------------- a draw
 
-        self.moments = {i: 0.0 for i, param in enumerate(self.params) if param.requires_grad and param.numel()}
-        pieces = self.pieces(list(self.moments))
-        in_parallel(draw, pieces)
-        for piece in pieces:
-            for (i, _), m, root in zip(piece.parts, *piece.norms.tolist(), strict=True):
-                self.moments[i] += ess * m**2 + root**2
+    def draw(self, seed: str, ess: float) -> None:
+        """θ = m + σ·ε, ε ~ N(0, I), into the parameters, and beside it what δ needs, for which σ is at hand.
 
-    def noise(self, piece: Piece, seed: np.ndarray) -> Tensor:
-        noise = torch.empty(sum(piece.sizes), device=self.device)
-        seeds = mixed(seed, piece.streams[:, :1], piece.streams[:, 1:])
-        if self.device.type == "cpu":
-            # Every tensor, or part of a large one, has noise of its own, however they are put into pieces.
-            self.arithmetic.noise(noise, piece.sizes, seeds)
-        else:
-            noise.normal_(generator=torch.Generator(self.device).manual_seed(int(seeds[0, 0]) >> 1))
-        return noise
+        `seed` is that of the draw, and from it one is made for each part, not one long stream: two integers in the
+        state are all that a resumed run needs, and it does not matter which thread draws what.
+        """
+        bits = random_bits(seed)
 
-    def noise_seed(self, number: int | str) -> np.ndarray:
-        # A seed for each draw, and from it one for each part, not one long stream: two integers in the state are all
-        # that a resumed run needs, on whatever device it goes on, and it does not matter which thread draws what.
-        return random_bits(f"{self.group['seed']}/{number}")
+        def draw(chunk: Chunk) -> Tensor:
+            noise = self.kernels.noise(chunk, mixed(bits, chunk.streams[:, :1], chunk.streams[:, 1:]))
+            return self.kernels.draw(chunk, noise, ess)
+
+        self.drawn = [i for i, param in enumerate(self.params) if param.requires_grad and param.numel()]
+        layout = self.layout(self.drawn)
+        self.moments = self._by_tensor(layout, in_parallel(draw, layout.chunks))
 
     def restore_mean(self) -> None:
-        def restore(piece: Piece) -> None:
-            torch._foreach_copy_(piece.thetas, piece.means)
+        """Put m back into the parameters."""
+        in_parallel(lambda chunk: torch._foreach_copy_(chunk.thetas, chunk.means), self.layout(self.drawn).chunks)
 
-        in_parallel(restore, self.pieces(list(self.moments)))
+    # ---------------------------------------------------------------- gradients
 
     def set_gradients_aside(self) -> None:
         """Make room for the gradient of a draw, which ĥ needs apart from those of the draws before it."""
         self.earlier = None
-        if self.products is not None:
+        if self.h_hat is not None:
             earlier = [param.grad for param in self.params]
             if all(gradient is None for gradient in earlier):
-                self.products = None  # the gradients were dropped, so what was computed with them goes too
+                self.h_hat = None  # the gradients were dropped, so what was computed with them goes too
                 return
             self.earlier = earlier
             for i, gradient in enumerate(earlier):
                 self.params[i].grad = None
                 if gradient is None:
-                    self.view(self.products, i).zero_()
-
-    def collect(self) -> None:
-        """Put the mean back and note ĝ·(θ−m), added to that of earlier draws; .grad becomes the sum over the draws.
-
-        It is all of ĥ = ĝ·(θ−m)/σ² = λ·p·ĝ·(θ−m) that must be kept, as p stays what it is until the step. θ is read
-        from the parameters, so it is what the forward pass saw, after rounding to their dtype.
-        """
-        chosen = self.with_gradient()
-        products = torch.zeros_like(self.mean) if len(chosen) < len(self.params) else torch.empty_like(self.mean)
-
-        def collect(piece: Piece) -> None:
-            self.arithmetic.collect(piece, products[piece.place])
-
-        in_parallel(collect, self.pieces(chosen))
-        if len(chosen) < len(self.moments):
-            self.restore_mean()
-        if self.products is not None:
-            self.products += products
-        elif chosen:
-            self.products = products
-        self.put_gradients_back(add=True)
-
-    def forget_draw(self) -> None:
-        """Take back what a draw that failed left behind."""
-        self.put_gradients_back(add=False)
-
-    def gradient_norm(self) -> float:
-        pieces = self.pieces(self.with_gradient())
-        norms = in_parallel(lambda piece: self.arithmetic.gradient_norm(piece), pieces)
-        return math.hypot(*norms)
+                    self.view(self.h_hat, i).zero_()
 
     def put_gradients_back(self, *, add: bool) -> None:
+        """Add what was set aside to the gradient of this draw, or take it instead."""
         for param, gradient in zip(self.params, self.earlier or [None] * len(self.params), strict=True):
             if not add:
                 param.grad = gradient
@@ -245,33 +200,32 @@ class Block:
                 param.grad = gradient if param.grad is None else gradient.add_(param.grad)
         self.earlier = None
 
-    def update(self, scale: Any) -> None:
-        """Apply one step of the algorithm to every tensor that has a gradient."""
-        if self.products is None:
+    def collect(self) -> None:
+        """Take ĥ of the draw, put the mean back, and add both ĝ and ĥ to those of the draws before it."""
+        layout = self.with_gradient()
+        h_hat, add = self.h_hat, self.h_hat is not None
+        if h_hat is None:
+            h_hat = torch.empty_like(self.mean) if layout.complete else torch.zeros_like(self.mean)
+        in_parallel(lambda chunk: self.kernels.collect(chunk, h_hat[chunk.place], add=add), layout.chunks)
+        if layout is not self.layout(self.drawn):
+            self.restore_mean()
+        if layout.chunks:
+            self.h_hat = h_hat
+        self.put_gradients_back(add=True)
+
+    def squares(self) -> Tensor:
+        """Return Σĝ² by tensor: NaN where ĝ is not finite."""
+        layout = self.with_gradient()
+        return self._by_tensor(layout, in_parallel(self.kernels.squares, layout.chunks))
+
+    # ---------------------------------------------------------------- the step
+
+    def update(self, deltas: Tensor, debias: Tensor, taken: Tensor | None, constants: Constants) -> None:
+        """Apply one step to every tensor that has a gradient; `deltas` (δ) and `debias` (1−β1^t) are by tensor."""
+        layout = self.with_gradient()
+        if self.h_hat is None or not layout.chunks:
             return
-        products, fixed = self.products, self.group["prior"] != "empirical"
-        lr, ess, clip, (beta1, beta2) = (self.group[name] for name in ("lr", "ess", "clip", "betas"))
-        chosen = self.with_gradient()
-        self.steps[chosen] += 1
-        steps = self.steps.tolist()
-
-        def update(piece: Piece) -> None:
-            indices = [i for i, _ in piece.parts]
-            constants = Constants(
-                debias=1 - beta1 ** steps[indices[0]],
-                beta1=beta1,
-                beta2=beta2,
-                # ĥ/p = λ·ĝ·(θ−m), with ĝ scaled as the gradients were
-                product=ess * min(scale, TRAVEL),
-                bound=min(clip, TRAVEL / max(lr, 1.0)),
-                lr=min(lr, TRAVEL),
-                fixed=fixed,
-            )
-            self.arithmetic.update(piece, products[piece.place], [self.delta(i) for i in indices], constants)
-
-        in_parallel(update, self.pieces(chosen, [steps[i] for i in chosen]))
-
-    def delta(self, i: int) -> float:
-        """δ of a tensor, from the m and σ of the last draw, which are those before the step."""
-        prior = self.group["prior"]
-        return self.params[i].numel() / self.moments[i] if prior == "empirical" else float(prior)
+        h_hat, counts = self.h_hat, layout.counts
+        by_part = [values[layout.owners].split(counts) for values in (deltas, debias)]
+        work = list(zip(layout.chunks, *by_part, strict=True))
+        in_parallel(lambda w: self.kernels.update(w[0], h_hat[w[0].place], w[1], w[2], taken, constants), work)

@@ -17,8 +17,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..defaults import DEFAULTS
-from .buffers import Block, _prior, _sigma
-from .kernels import _block_type
+from . import kernels
+from .buffers import Buffers
+from .kernels.base import TRAVEL, Constants, to_device
+
+# Steps skipped in all and in a row, and the number of a tensor.
+_NOTHING_SKIPPED = torch.zeros(3, dtype=torch.int64)
 
 
 class Skipped(NamedTuple):
@@ -52,6 +56,19 @@ def effective_sample_size(n: int, gamma: float = DEFAULTS.gamma) -> float:
 
 class IVONLoRA(Optimizer):
     """Variational optimizer for LoRA weights: learns a mean m and a standard deviation σ for every weight.
+
+    One step t, for every tensor i:
+
+        θ  = m + σ·ε,  ε ~ N(0, I)                          sample, then forward and backward at θ
+        ĝ  = ∇ℓ(θ)                                          mean loss of the batch
+        ĥ  = ĝ·(θ−m)/σ²                                     σ is the one that θ was drawn with
+        g ← β1·g + (1−β1)·ĝ
+        δ_i = 1 / (λ·mean_j(m_ij² + σ_ij²))                 the KL-optimal prior
+        p ← β2·p + (1−β2)·(ĥ+δ) + ½(1−β2)²·(p−ĥ−δ)²/p       the precision over λ, prior included
+        m ← m − α·clip((g/(1−β1^t))/p, ±ξ)                  with a fixed δ: (g/(1−β1^t) + δ·m)/p
+        σ ← 1/√(λ·p)
+
+    It starts from m = the parameters, g = 0 and p = h0 + δ, with δ at σ² = 1/(λ·h0).
 
     Run every forward and backward pass inside `sampled_params()`, which puts a draw θ = m + σ·ε into the
     parameters, and call `step()` outside of it. With gradient accumulation, enter it once for each
@@ -107,18 +124,18 @@ class IVONLoRA(Optimizer):
             "draws": 0,
         }
         _check_hyperparameters(defaults)
-        self._blocks: list[Block] | None = None
+        kernels.wanted()  # complains of a name that means nothing
+        self._buffers: list[Buffers] | None = None
         self.process = 0  # number of the process, where each has draws of its own: see synchronize()
         self._drawn = False
-        self._norm = 0.0  # of the gradients when the last draw was over
-        self._not_finite: str | None = None  # the first tensor with a gradient that was not, at that moment
-        self._skipped = Skipped(0, 0, None)
+        self._at_draw: Tensor
+        self._report = _NOTHING_SKIPPED
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._blocks, self._drawn = None, False
-        self.__dict__.setdefault("_skipped", Skipped(0, 0, None))
+        self._buffers, self._drawn = None, False
+        self.__dict__.setdefault("_report", _NOTHING_SKIPPED)
         self.__dict__.setdefault("process", 0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -128,7 +145,7 @@ class IVONLoRA(Optimizer):
         for param in self.param_groups[-1]["params"]:
             if not param.is_floating_point():
                 raise ValueError(f"IVONLoRA optimizes floating-point parameters, got {param.dtype}")
-        self._forget_blocks()
+        self._buffers = None
 
     # ---------------------------------------------------------------- sampling
 
@@ -145,28 +162,26 @@ class IVONLoRA(Optimizer):
         """
         if self._drawn:
             raise RuntimeError("sampled_params() was entered inside sampled_params()")
-        blocks = self._get_blocks()
+        all_buffers = self._get_buffers()
         self._drawn = True
         try:
             for group in self.param_groups:
                 group["draws"] += 1
-            for block in blocks:
-                block.set_gradients_aside()
-                draws = block.group["draws"]
-                block.draw(f"{draws} of process {self.process}" if self.process else draws)
+            for buffers in all_buffers:
+                buffers.set_gradients_aside()
+                draws = buffers.group["draws"]
+                self._draw(buffers, f"{draws} of process {self.process}" if self.process else draws)
             yield
-            first = all(block.products is None for block in blocks)
-            for block in blocks:
-                block.collect()
-            # Once the norm was not finite it stays so until the next step, whatever the draws after it add.
-            if (first or math.isfinite(self._norm)) and not any(block.fused for block in blocks):
-                self._norm = self._gradient_norm()
-                # Looked for now, as clipping code makes one gradient that is not finite into many.
-                self._not_finite = None if math.isfinite(self._norm) else self._first_not_finite()
+            first = all(buffers.h_hat is None for buffers in all_buffers)
+            for buffers in all_buffers:
+                buffers.collect()  # ĝ and ĥ
+            squares = self._squares()
+            # What was not finite stays so until the next step, whatever the draws after it add.
+            self._at_draw = squares if first else torch.where(self._at_draw.isfinite(), squares, self._at_draw)
         except BaseException:
-            for block in blocks:
-                block.restore_mean()
-                block.forget_draw()
+            for buffers in all_buffers:
+                buffers.restore_mean()
+                buffers.put_gradients_back(add=False)
             raise
         finally:
             self._drawn = False
@@ -182,16 +197,20 @@ class IVONLoRA(Optimizer):
         """
         if self._drawn:
             raise RuntimeError("evaluation_draw() was entered inside sampled_params()")
-        blocks = self._get_blocks()
+        all_buffers = self._get_buffers()
         self._drawn = True
         try:
-            for block in blocks:
-                block.draw(f"evaluation {number}")
+            for buffers in all_buffers:
+                self._draw(buffers, f"evaluation {number}")
             yield
         finally:
-            for block in blocks:
-                block.restore_mean()
+            for buffers in all_buffers:
+                buffers.restore_mean()
             self._drawn = False
+
+    def _draw(self, buffers: Buffers, number: int | str) -> None:
+        """θ = m + σ·ε."""
+        buffers.draw(f"{buffers.group['seed']}/{number}", float(buffers.group["ess"]))
 
     @property
     def sampling(self) -> bool:
@@ -226,20 +245,43 @@ class IVONLoRA(Optimizer):
         if closure is not None:
             with torch.enable_grad(), self.sampled_params():
                 loss = closure()
-        blocks = self._get_blocks()
+        all_buffers = self._get_buffers()
         if not self._gradients():
             return loss
-        if not any(block.products is not None for block in blocks):
+        if not any(buffers.h_hat is not None for buffers in all_buffers):
             raise RuntimeError(
                 "step() found gradients that were not taken at a draw; "
                 "run the forward and backward pass inside `with optimizer.sampled_params():`"
             )
-        scale = self._judge(blocks)
-        for block in blocks:
-            if scale is not None:
-                block.update(scale)
-            block.products = None
+        taken, scale = self._judge()
+        decided = taken.device.type == "cpu"  # elsewhere the kernels read what the device decided
+        for buffers in all_buffers:
+            if not decided or taken:
+                here = scale.to(buffers.device, non_blocking=True)
+                self._update(buffers, here, None if decided else taken.to(buffers.device, non_blocking=True))
+            buffers.h_hat = None
         return loss
+
+    def _update(self, buffers: Buffers, scale: Tensor, taken: Tensor | None) -> None:
+        """Apply lines 4 to 8 of the algorithm, unless `taken` is false; ĝ was scaled by `scale` since its draw."""
+        if buffers.h_hat is None:
+            return
+        group = buffers.group
+        lr, ess, clip, (beta1, beta2) = (group[name] for name in ("lr", "ess", "clip", "betas"))
+        there = buffers.with_gradient().there
+        buffers.steps += there if taken is None else there * taken
+        if taken is not None or scale != 1:
+            buffers.h_hat *= scale  # what scales .grad after the backward pass scales ĥ alike
+        debias = -torch.expm1(buffers.steps * math.log(max(beta1, 1e-30)))  # 1 − β1^t, for a small 1 − β1 as well
+        constants = Constants(
+            lr=min(lr, TRAVEL),
+            ess=ess,
+            beta1=beta1,
+            beta2=beta2,
+            bound=min(clip, TRAVEL / max(lr, 1.0)),
+            fixed=group["prior"] != "empirical",
+        )
+        buffers.update(_deltas(buffers), debias, taken, constants)
 
     @torch.no_grad()
     def synchronize(self, average: Callable[[list[Tensor]], None]) -> None:
@@ -250,32 +292,22 @@ class IVONLoRA(Optimizer):
         Args:
             average: puts the means over the processes into tensors, which are as many everywhere and alike in shape.
         """
-        blocks = self._get_blocks()
-        average([*self._gradients(), *(block.products for block in blocks if block.products is not None)])
-        if any(block.fused for block in blocks):
-            blocks[0].measure()  # type: ignore[attr-defined]
-        else:
-            self._norm = self._gradient_norm()
-            self._not_finite = None if math.isfinite(self._norm) else self._first_not_finite()
+        h_hats = (buffers.h_hat for buffers in self._get_buffers())
+        average([*self._gradients(), *(h_hat for h_hat in h_hats if h_hat is not None)])
+        self._at_draw = self._squares()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and the Hessian estimates that were taken with them."""
         super().zero_grad(set_to_none)
-        for block in self._blocks or ():
-            block.products = None
-            block.earlier = None
+        for buffers in self._buffers or ():
+            buffers.h_hat = None
+            buffers.earlier = None
 
     @property
     def skipped(self) -> Skipped:
         """The steps that were skipped because their gradient was not finite, and where it was not."""
-        skipped = self._skipped
-        for block in self._blocks or ():
-            if block.fused:
-                total, in_a_row, tensor = block.skipped  # type: ignore[attr-defined]
-                earlier = skipped.in_a_row if in_a_row == total else 0
-                name = self._name(tensor) if total else skipped.tensor
-                skipped = Skipped(skipped.total + total, earlier + in_a_row, name)
-        return skipped
+        total, in_a_row, number = self._report.tolist()
+        return Skipped(total, in_a_row, self._name(number) if total else None)
 
     @property
     def skipped_steps(self) -> int:
@@ -285,27 +317,32 @@ class IVONLoRA(Optimizer):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
-    def _gradient_norm(self) -> float:
-        return math.hypot(*(block.gradient_norm() for block in self._get_blocks()))
+    @torch.no_grad()
+    def _squares(self) -> Tensor:
+        """Return Σĝ² of every tensor, in the order of the buffers, on the device that judges."""
+        squares = [
+            buffers.squares().to(self._home, non_blocking=self._home.type != "cpu") for buffers in self._get_buffers()
+        ]
+        return torch.cat(squares)
 
-    def _judge(self, blocks: list[Block]) -> float | Tensor | None:
-        """Return by what the gradients were scaled since the draws, or None if the step is to be skipped.
+    def _judge(self) -> tuple[Tensor, Tensor]:
+        """Return whether the step is taken (bool []), and by what ĝ was scaled since the draws (float32 []).
 
-        What scales .grad after the backward pass, a loss scaler or a clipped norm, scales ĥ alike.
+        The gradients' norm must be finite, at the draws and now. Nothing here waits for a device.
         """
-        if any(block.fused for block in blocks):
-            return blocks[0].judge()  # type: ignore[attr-defined]
-        norm = self._gradient_norm()
-        if math.isfinite(norm + self._norm):
-            self._skipped = self._skipped._replace(in_a_row=0)
-            return norm / self._norm if self._norm > 0 else 1.0
-        total, in_a_row, _ = self._skipped
-        self._skipped = Skipped(total + 1, in_a_row + 1, self._not_finite or self._first_not_finite())
-        return None
+        at_draw, now = self._at_draw, self._squares()
+        norms = torch.stack([at_draw, now]).sum(1).sqrt()
+        taken = norms.isfinite().all()
+        scale = torch.where(norms[0] > 0, norms[1] / norms[0], 1.0).clamp(max=TRAVEL)
 
-    def _first_not_finite(self) -> str:
-        finite = [p.grad is None or bool(p.grad.isfinite().all()) for g in self.param_groups for p in g["params"]]
-        return self._name([*finite, False].index(False))
+        count = len(self._numbers)
+        first, first_now = torch.where(torch.stack([at_draw, now]).isnan(), self._numbers, count).amin(1)
+        # Clipping code makes one gradient that is not finite into many, so what was so at the draw is named first.
+        first = torch.where(norms[0].isfinite(), first_now, first)
+        total, in_a_row, before = self._report.to(self._home, non_blocking=True)
+        skipped = ~taken
+        self._report = torch.stack([total + skipped, (in_a_row + 1) * skipped, torch.where(taken, before, first)])
+        return taken, scale
 
     def _name(self, number: int) -> str:
         for group in self.param_groups:
@@ -313,9 +350,6 @@ class IVONLoRA(Optimizer):
                 return group["param_names"][number] if "param_names" in group else f"tensor {number}"
             number -= len(group["params"])
         return "all tensors together"  # that of each is finite, and only their norm is not
-
-    def _forget_blocks(self) -> None:
-        self._skipped, self._blocks = self.skipped, None
 
     # ---------------------------------------------------------------- the posterior
 
@@ -331,16 +365,16 @@ class IVONLoRA(Optimizer):
     def prior_precision(self, param: Tensor) -> float:
         """Return the prior precision s = λ·δ of the parameter's tensor (arXiv 2506.14280, Eq. 2)."""
         group, state = self._group_of(param), self._state_of(param)
-        return float(group["ess"] * _prior(group, state["mean"], state["precision"]))
+        return float(group["ess"] * _delta(group, state["mean"], state["precision"]))
 
     def summary(self) -> dict[str, float]:
         """Return the mean σ and the mean signal-to-noise ratio |m|/σ over all weights, and λ."""
         totals = torch.zeros(2, dtype=torch.float64)
         count = 0
-        for block in self._get_blocks():
-            sigma = _sigma(block.precision, block.group["ess"])
+        for buffers in self._get_buffers():
+            sigma = _sigma(buffers.precision, buffers.group["ess"])
             totals[0] += sigma.mean(dtype=torch.float64).cpu() * sigma.numel()
-            totals[1] += (block.mean.abs() / sigma).mean(dtype=torch.float64).cpu() * sigma.numel()
+            totals[1] += (buffers.mean.abs() / sigma).mean(dtype=torch.float64).cpu() * sigma.numel()
             count += sigma.numel()
         return {
             "ivon_sigma_mean": float(totals[0] / max(count, 1)),
@@ -364,13 +398,13 @@ class IVONLoRA(Optimizer):
             saved = state_dict["state"].get(key)
             if saved is None:
                 continue
-            shapes = {name: tuple(saved[name].shape) for name in Block.FLATS}
+            shapes = {name: tuple(saved[name].shape) for name in Buffers.FLATS}
             if set(shapes.values()) != {tuple(param.shape)}:
                 raise ValueError(f"loaded state has shapes {shapes} for a parameter of {tuple(param.shape)}")
             self.state[param] = {
                 name: torch.as_tensor(value).to(param.device, torch.float32, copy=True) for name, value in saved.items()
             }
-        self._forget_blocks()
+        self._buffers = None
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         for group in self.param_groups:
@@ -380,23 +414,56 @@ class IVONLoRA(Optimizer):
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         self._group_of(param)
-        self._get_blocks()
+        self._get_buffers()
         return self.state[param]
 
     @torch.no_grad()
-    def _get_blocks(self) -> list[Block]:
+    def _get_buffers(self) -> list[Buffers]:
         """Lay the state of all parameters out, taking over what state there is and initializing the rest."""
-        if self._blocks is None:
+        if self._buffers is None:
             # Not there until complete: a signal handler that saves may ask for σ meanwhile.
-            blocks, make = list[Block](), _block_type(self.param_groups)
+            found, numbers, number = list[Buffers](), list[int](), 0
             for index, group in enumerate(self.param_groups):
-                homes: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-                for param in group["params"]:
-                    homes.setdefault((param.device, param.dtype), []).append(param)
-                for number, params in enumerate(homes.values()):
-                    blocks.append(make(group, params, self.state, key=(index, number)))
-            self._blocks = blocks
-        return self._blocks
+                homes: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+                for i, param in enumerate(group["params"]):
+                    homes.setdefault((param.device, param.dtype), []).append(i)
+                for place, members in enumerate(homes.values()):
+                    params = [group["params"][i] for i in members]
+                    found.append(Buffers(group, params, kernels.choose(params), (index, place), self.state, _start))
+                    numbers += [number + i for i in members]
+                number += len(group["params"])
+            devices = [buffers.device for buffers in found]
+            on_cpu = not devices or any(device.type == "cpu" for device in devices)
+            self._home = torch.device("cpu") if on_cpu else devices[0]
+            self._at_draw = torch.zeros(len(numbers), device=self._home)  # Σĝ² by tensor when the last draw was over
+            self._numbers = to_device(torch.tensor(numbers, dtype=torch.int64), self._home)
+            self._buffers = found
+        return self._buffers
+
+
+def _sigma(precision: Tensor, ess: float) -> Tensor:
+    return precision.mul(ess).rsqrt_()
+
+
+def _delta(group: dict[str, Any], mean: Tensor, precision: Tensor) -> float:
+    """Return δ of one tensor: the fixed one, or 1/(λ·mean(m² + σ²)), the KL-optimal one."""
+    if group["prior"] != "empirical":
+        return float(group["prior"])
+    # The paper's Eq. 2 is s = λ·δ; δ is what enters the update.
+    return mean.numel() / float(group["ess"] * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)
+
+
+def _deltas(buffers: Buffers) -> Tensor:
+    """Return δ by tensor, from the m and σ of the last draw, which are those before the step."""
+    if (prior := buffers.group["prior"]) != "empirical":
+        return torch.full_like(buffers.moments, prior)
+    return buffers.numels / buffers.moments
+
+
+def _start(group: dict[str, Any], mean: Tensor) -> Tensor:
+    """Return the p that a tensor starts with: h0 + δ."""
+    precision = torch.full_like(mean, group["h0"])
+    return precision.add_(_delta(group, mean, precision))
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:

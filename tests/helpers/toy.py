@@ -41,8 +41,8 @@ def run_beside_reference(
     """Train `pair` and feed the θ that were really drawn, and the gradients there, to the reference."""
     hyper = {**SETTINGS, **kwargs}
     optimizer = IVONLoRA(pair.items(), **hyper)
-    for block in optimizer._get_blocks():
-        block.limit = math.inf if whole else 64
+    for buffers in optimizer._get_buffers():
+        buffers.limit = math.inf if whole else 64
     references = {
         name: ReferenceIVON(
             param.detach().double().numpy(),

@@ -19,18 +19,17 @@ from torch import nn
 from toy import SETTINGS, batches, lora_loss, lora_pair, relative, run_beside_reference
 
 from axolotl_ivon import IVONLoRA, effective_sample_size
-from axolotl_ivon.optim import buffers, kernels
-from axolotl_ivon.optim.kernels import cpu as compiled
+from axolotl_ivon.optim import kernels
 
 
-@pytest.fixture(autouse=True, scope="module", params=["plain", "compiled"])
-def arithmetic(request: pytest.FixtureRequest) -> Iterator[type[kernels.Arithmetic]]:
+@pytest.fixture(autouse=True, scope="module", params=["plain", "cpu"])
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     """Everything here holds for torch's operations and for the compiled kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_COMPILED", math.inf if request.param == "plain" else 0)
-        chosen = kernels._arithmetic(torch.device("cpu"), 1)
-        assert issubclass(chosen, compiled.CompiledArithmetic) == (request.param == "compiled")
-        yield chosen
+        patch.setenv(kernels.VARIABLE, request.param)
+        [buffers] = IVONLoRA([nn.Parameter(torch.ones(1))], ess=1.0)._get_buffers()
+        assert buffers.kernels.__name__.endswith(f".{request.param}")
+        yield
 
 
 @pytest.mark.parametrize("prior", ["empirical", 1e-2])
@@ -475,66 +474,6 @@ def test_summary_is_the_mean_over_all_weights() -> None:
     assert summary["ivon_ess"] == SETTINGS["ess"]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_neither_threads_nor_pieces_change_a_bit(
-    threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tensors of one piece, of several, and of a part of one, in one thread and in three."""
-    shapes = [(5, 3), (40, 30), (7,), (), (1, 900), (0, 4), (33, 20), (2, 2)]
-
-    def train(count: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(torch, "get_num_threads", lambda: count)
-        generator = torch.Generator().manual_seed(0)
-        params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-        params[1] = nn.Parameter(params[1].detach().T)  # columns are contiguous, not rows
-        optimizer = IVONLoRA(params, **SETTINGS)
-        for block in optimizer._get_blocks():
-            block.limit = 100
-        for _ in range(4):
-            with optimizer.sampled_params():
-                sum((param.float().sin() * (1 + param.float())).sum() for param in params).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return [optimizer.sigma(param) for param in params] + [param.detach() for param in params]
-
-    for left, right in zip(train(1), train(threads), strict=True):
-        assert torch.equal(left, right)
-
-
-def test_a_large_tensor_follows_the_reference_in_pieces_of_several_rows() -> None:
-    param = nn.Parameter(torch.randn(50, 30, generator=torch.Generator().manual_seed(0)))
-    optimizer = IVONLoRA([param], **SETTINGS)
-    optimizer._get_blocks()[0].limit = 100
-    reference = ReferenceIVON(
-        param.detach().double().numpy(), SETTINGS["ess"], *SETTINGS["betas"], SETTINGS["h0"], SETTINGS["clip"]
-    )
-    for _ in range(20):
-        with optimizer.sampled_params():
-            (param.sin() * (1 + param)).mean().backward()
-            theta, gradient = param.detach().double().numpy().copy(), param.grad.double().numpy().copy()
-        optimizer.step()
-        optimizer.zero_grad()
-        reference.step([theta], [gradient], SETTINGS["lr"])
-    pieces = optimizer._get_blocks()[0]._pieces
-    assert sum(len(piece.parts) for piece in pieces) == 17
-    assert len(pieces) > 4
-    assert relative(param.detach(), reference.m) < 1e-5
-    assert relative(optimizer.sigma(param), reference.sigma()) < 1e-5
-
-
-def test_the_noise_of_every_piece_and_draw_is_its_own() -> None:
-    params = [nn.Parameter(torch.zeros(shape)) for shape in ((64, 30), (64, 30), (30, 30))]
-    optimizer = IVONLoRA(params, ess=1.0, h0=1.0, prior=0.0)
-    optimizer._get_blocks()[0].limit = 600
-    rows = []
-    for _ in range(2):
-        with optimizer.sampled_params():
-            rows += [row.detach().clone() for param in params for row in param]
-    correlation = np.corrcoef(torch.stack(rows).numpy()) - np.eye(len(rows))
-    assert abs(correlation).max() < 0.99, "no two rows of the same noise"
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     bad_steps=st.sets(st.integers(0, 11)),
@@ -713,30 +652,3 @@ def test_processes_with_draws_of_their_own_take_the_step_of_all_their_draws() ->
         assert torch.equal(params[0], params[1])
         assert relative(optimizers[0].mean(params[0]), reference.m) < 1e-5
         assert relative(optimizers[0].sigma(params[0]), reference.sigma()) < 1e-5
-
-
-def test_both_have_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run goes on with the same noise where there is no numba."""
-    draws, fast = [], compiled.arithmetic()
-    assert fast is not None
-    for chosen in (fast, kernels.Arithmetic):
-        monkeypatch.setattr(buffers, "_arithmetic", lambda *_, chosen=chosen: chosen)
-        params = [nn.Parameter(torch.zeros(shape)) for shape in ((7,), (2000, 130), (3, 5), (1000, 140), (11,))]
-        with IVONLoRA(params, **SETTINGS).sampled_params():
-            draws.append(torch.cat([param.detach().flatten() for param in params]))
-    assert draws[0].std() > 0
-    torch.testing.assert_close(*draws, rtol=1e-6, atol=0)
-
-
-def test_without_numba_or_with_one_that_fails_the_plain_operations_work(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(kernels, "_COMPILED", 0)
-    monkeypatch.setattr(compiled, "arithmetic", compiled.arithmetic.__wrapped__)
-    with monkeypatch.context() as patch:
-        patch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
-        assert kernels._arithmetic(torch.device("cpu"), 1) is kernels.Arithmetic
-        assert not caplog.records
-    monkeypatch.setattr("numba.njit", lambda **_: 1 / 0)
-    assert kernels._arithmetic(torch.device("cpu"), 1) is kernels.Arithmetic
-    assert "costs time only" in caplog.text

@@ -1,8 +1,15 @@
-"""What all kernels share: the constants of a step, and the bounds that keep it finite."""
+"""What all kernels share: the protocol, the weights that they are given, and the bounds that keep a step finite."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
 
 # Bounds on p that keep σ = 1/√(λ·p) finite and positive in float32 for every λ that is accepted. The update
 # keeps p positive; the floor is there for rounding, the ceiling for gradients whose square overflows.
@@ -12,12 +19,152 @@ TRAVEL = 1e18
 
 
 class Constants(NamedTuple):
-    """The numbers in the update that are the same for all weights of a piece."""
+    """The numbers of a step that are the same for all weights of a group."""
 
-    debias: float  # 1 − β1^t
+    lr: float  # α
+    ess: float  # λ
     beta1: float
     beta2: float
-    product: float  # what turns ĝ·(θ−m) into ĥ/p
     bound: float  # ξ
-    lr: float
     fixed: bool  # whether the prior is a number, so that it acts on m as well
+
+
+class Chunk:
+    """Weights that are worked on at once: some tensors, or some rows of large ones, called its parts.
+
+    Attributes:
+        place: where they lie in the flat buffers, from the first to the last.
+        mean, momentum, precision: m, g and p there, float32 [place].
+        starts, sizes: where the parts begin in `place`, and how many weights each has. They follow one another without
+            a gap, unless the kernels' `GAPS` allows some.
+        streams: what tells the noise of a part from that of others, uint64 [parts, 2].
+        tables: what kernels keep about the chunk between calls.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        parts: Sequence[tuple[int, slice | None]],
+        starts: Sequence[int],
+        flats: Sequence[Tensor],
+        streams: np.ndarray,
+    ) -> None:
+        """`parts` are numbers of tensors, each with its rows if not all; `flats` are all of m, g and p."""
+        self.params, self.parts, self.streams = params, parts, streams
+        self.shapes = [theta.shape for theta in self.thetas]
+        self.sizes = [shape.numel() for shape in self.shapes]
+        self.place = slice(starts[0], starts[-1] + self.sizes[-1])
+        self.starts = [start - starts[0] for start in starts]
+        self.mean, self.momentum, self.precision = (flat[self.place] for flat in flats)
+        self.tables: dict[str, Any] = {}
+
+    @property
+    def thetas(self) -> list[Tensor]:
+        """What the parameters hold here, by part, in their own shapes and dtype."""
+        return [self.params[i] if rows is None else self.params[i][rows] for i, rows in self.parts]
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Their gradients, by part."""
+        gradients: list[tuple[Any, slice | None]] = [(self.params[i].grad, rows) for i, rows in self.parts]
+        return [gradient if rows is None else gradient[rows] for gradient, rows in gradients]
+
+    @cached_property
+    def means(self) -> list[Tensor]:
+        """m by part, in the shapes that the parameters have."""
+        return self.shaped(self.mean)
+
+    @cached_property
+    def momenta(self) -> list[Tensor]:
+        """g by part, in the shapes that the parameters have."""
+        return self.shaped(self.momentum)
+
+    def shaped(self, flat: Tensor) -> list[Tensor]:
+        """Part values [place] by part, in the shapes that the parameters have."""
+        places = zip(self.starts, self.sizes, self.shapes, strict=True)
+        return [flat[start : start + size].view(shape) for start, size, shape in places]
+
+
+class Kernels(Protocol):
+    """What runs over every weight, as a module of functions; `plain`, `cpu` and `gpu` are such modules.
+
+    Values of a chunk are float32 [place], values by part float32 [parts]; both are on the device of the parameters,
+    which have a dtype of their own. A kernel for a GPU does not wait for it.
+    """
+
+    PARTS: float  # a chunk is as large as so many parts of a large tensor
+    GAPS: bool  # whether weights that are left alone may lie between the parts of a chunk
+
+    def noise(self, chunk: Chunk, seeds: np.ndarray) -> Tensor:
+        """Return ε ~ N(0, I) for the chunk, which depends on the seeds (uint64 [parts, 2]) alone.
+
+        On a CPU every part has a stream of its own, the same bits from all kernels, however parts are put into chunks.
+        """
+
+    def draw(self, chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
+        """θ = m + σ·ε with σ = 1/√(λ·p): put it into the parameters; return λ·Σ(m² + σ²) by part, for δ."""
+
+    def collect(self, chunk: Chunk, h_hat: Tensor, *, add: bool) -> None:
+        """ĥ/(λ·p) = ĝ·(θ−m): put it into `h_hat` [place] or add it, and put m back into the parameters.
+
+        θ is read from the parameters, so it is what the forward pass saw, after rounding to their dtype.
+        """
+
+    def squares(self, chunk: Chunk) -> Tensor:
+        """Return Σĝ² by part: NaN where ĝ is not finite, infinity where it is and the sum overflows."""
+
+    def update(
+        self, chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, taken: Tensor | None, c: Constants
+    ) -> None:
+        """Take the step from ĝ in .grad and ĥ, and put the new m into the parameters.
+
+        g ← β1·g + (1−β1)·ĝ
+        p ← p·(1 + d + ½d²), which is IVON's update, with d = (1−β2)·((ĥ+δ)/p − 1); it is positive for every d
+        m ← m − α·clip((g/(1−β1^t) [+ δ·m with a fixed prior])/p, ±ξ)
+
+        Args:
+            h_hat: ĥ/(λ·p), float32 [place].
+            deltas: δ by part.
+            debias: 1−β1^t by part.
+            taken: bool [], on the device: where it is false nothing is written. None: it is true.
+        """
+
+
+def to_device(values: Any, device: torch.device) -> Tensor:
+    """Return a small table on a device, without waiting for it."""
+    table = torch.as_tensor(values)
+    # Only a copy from pinned memory waits for nothing.
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+
+
+@torch.no_grad()
+def trial(kernels: Kernels, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Run every kernel on some thousand weights and return all that came of it, to hold kernels against each other."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(70, 50), (40, 3), (1,)]
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
+    starts = list(accumulate((param.numel() for param in params), initial=0))
+    mean = torch.cat([param.flatten() for param in params]).float()
+    flats = (mean, mean.cos() * 0.1, mean.abs() + 0.1)
+    streams = np.arange(1, 2 * len(params) + 1, dtype=np.uint64).reshape(-1, 2)
+    chunk = Chunk(params, [(i, None) for i in range(len(params))], starts[:-1], flats, streams)
+    noise = kernels.noise(chunk, chunk.streams)
+    results = [noise, kernels.draw(chunk, noise, 1e3)]
+    results += [torch.cat([theta.detach().flatten().float() for theta in chunk.thetas])]
+    for param in params:
+        param.grad = param.sin() * 0.1
+    h_hat = torch.empty_like(mean)
+    for add in (False, True):
+        kernels.collect(chunk, h_hat, add=add)
+        results += [h_hat.clone(), kernels.squares(chunk)]
+    small = torch.linspace(0.1, 0.9, len(params), device=device)
+    for fixed, taken in ((False, None), (True, torch.ones((), dtype=torch.bool, device=device))):
+        constants = Constants(lr=1e-2, ess=1e3, beta1=0.9, beta2=0.99, bound=1e-2, fixed=fixed)
+        kernels.update(chunk, h_hat, small, small, taken, constants)
+    return [*results, *flats, *(theta.detach().flatten().float() for theta in chunk.thetas)]
+
+
+def agree(kernels: Kernels, other: Kernels, device: torch.device) -> None:
+    """Raise an AssertionError if two sets of kernels do not do the same in float32."""
+    for left, right in zip(trial(kernels, device), trial(other, device), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The fused kernels in Triton's interpreter, on a CPU: run by test_fused.py, which sets TRITON_INTERPRET."""
+"""The fused kernels in Triton's interpreter, on a CPU: run by test_gpu.py, which sets TRITON_INTERPRET."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import nn
 from toy import SETTINGS, batches, lora_loss, lora_pair, relative, run_beside_reference
 
 from axolotl_ivon import IVONLoRA
-from axolotl_ivon.optim import ivon as optimizer
-from axolotl_ivon.optim.buffers import Block
-from axolotl_ivon.optim.kernels import gpu as fused
+from axolotl_ivon.errors import IVONError
+from axolotl_ivon.optim import kernels
+from axolotl_ivon.optim.kernels import gpu
 
 
 @pytest.fixture(autouse=True)
-def _use_fused_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer, "_block_type", lambda groups: fused.FusedBlock)
+def _use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, "gpu")
 
 
 @pytest.fixture(autouse=True)
 def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_BLOCK", 32)  # so that a tensor is worked on by several
+    monkeypatch.setattr(gpu, "_BLOCK", 32)  # so that a tensor is worked on by several
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_follows_the_reference(prior: Any, micro_batches: int, dtype: torch.dtype) -> None:
     pair = lora_pair(dtype=dtype)
     opt, references = run_beside_reference(pair, 12, micro_batches, prior=prior)
-    assert all(type(block) is fused.FusedBlock for block in opt._get_blocks())
+    assert all(buffers.kernels is gpu for buffers in opt._get_buffers())
     for name, param in pair.items():
         assert relative(opt.mean(param), references[name].m) < 1e-5
         assert relative(opt.sigma(param), references[name].sigma()) < 1e-5
@@ -49,10 +49,7 @@ def test_does_what_the_plain_operations_do_with_scaled_clipped_missing_and_infin
 ) -> None:
     results = []
     for plain in (True, False):
-        if plain:
-            monkeypatch.setattr(optimizer, "_block_type", lambda groups: Block)
-        else:
-            monkeypatch.setattr(optimizer, "_block_type", lambda groups: fused.FusedBlock)
+        monkeypatch.setenv(kernels.VARIABLE, "plain" if plain else "gpu")
         pair = lora_pair()
         frozen = nn.Parameter(torch.ones(50), requires_grad=False)
         opt = IVONLoRA([*pair.items(), ("C", frozen)], **SETTINGS)
@@ -91,34 +88,94 @@ def test_an_exception_brings_the_mean_back() -> None:
     assert torch.equal(pair["A"], before)
 
 
-def test_what_is_asked_on_a_device_before_the_kernels_are_used() -> None:
-    assert fused.usable([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 5))])
-    assert not fused.usable([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2).bfloat16())])
-    assert not fused.usable([nn.Parameter(torch.ones(4, 3).T)])
+def test_what_is_asked_before_the_kernels_are_used() -> None:
+    assert kernels.choose([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 5))]) is gpu
+    assert kernels.choose([nn.Parameter(torch.ones(3).bfloat16())]) is gpu
+    with pytest.raises(IVONError, match="a parameter is not contiguous"):
+        kernels.choose([nn.Parameter(torch.ones(4, 3).T)])
+    with pytest.raises(IVONError, match="float64"):
+        kernels.choose([nn.Parameter(torch.ones(3).double())])
 
 
-def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(fused, "PRECISION_FLOOR", 1.0)
-    fused._right.cache_clear()
-    assert not fused.usable([nn.Parameter(torch.ones(3))])
-    fused._right.cache_clear()
-    assert "the fused kernels are not used on cpu" in caplog.text
+def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PRECISION_FLOOR", 1.0)
+    kernels._tried.cache_clear()
+    params = [nn.Parameter(torch.ones(3))]
+    with pytest.raises(IVONError, match=r"IVON_KERNELS=gpu cannot be used .* cpu: Tensor-likes are not close"):
+        kernels.choose(params)
+    kernels._tried.cache_clear()
+
+
+def test_several_groups_and_dtypes_keep_triton_and_follow_the_plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for name in ("plain", "gpu"):
+        monkeypatch.setenv(kernels.VARIABLE, name)
+        pair, other = lora_pair(), nn.Parameter(torch.linspace(-1, 1, 70).view(7, 10))
+        groups = [
+            {"params": [("A", pair["A"])], "lr": 1e-2},
+            {"params": [("B", pair["B"]), ("other", other)], "prior": 0.25},
+        ]
+        opt = IVONLoRA(groups, **SETTINGS)
+        assert [buffers.kernels.__name__.rsplit(".")[-1] for buffers in opt._get_buffers()] == [name, name]
+        for step, batch in enumerate(batches(6)):
+            with opt.sampled_params():
+                (lora_loss(pair, batch) + other.sin().mean()).backward()
+                if step == 2:
+                    other.grad[0, 0] = math.inf
+            opt.step()
+            opt.zero_grad()
+        assert opt.skipped == (1, 0, "other")
+        results.append([value for state in opt.state_dict()["state"].values() for value in state.values()])
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_that_the_device_refuses_writes_nothing() -> None:
+    """As on a GPU, where the kernels are told by a tensor."""
+    for module in (gpu, kernels.plain):
+        pair = lora_pair()
+        opt = IVONLoRA(pair.items(), **SETTINGS)
+        [buffers] = opt._get_buffers()
+        buffers.kernels = module
+        with opt.sampled_params():
+            lora_loss(pair, batches(1)[0]).backward()
+        before = [value.clone() for value in (buffers.mean, buffers.momentum, buffers.precision, buffers.steps)]
+        with torch.no_grad():
+            opt._update(buffers, torch.tensor(math.nan), torch.tensor(False))
+        after = (buffers.mean, buffers.momentum, buffers.precision, buffers.steps)
+        assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
+        assert torch.equal(pair["A"].detach(), opt.mean(pair["A"]))
+
+
+def test_tensors_without_a_gradient_cost_no_launch_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [nn.Parameter(torch.ones(40)) for _ in range(5)]
+    opt = IVONLoRA(params, **SETTINGS)
+    with opt.sampled_params():
+        sum(params[i].square().sum() for i in (0, 2, 4)).backward()
+    opt.step()
+    [buffers] = opt._get_buffers()
+    assert len(buffers.with_gradient().chunks) == 1
+    assert [bool((param != 1).any()) for param in params] == [True, False, True, False, True]
 
 
 def test_the_number_of_launches_does_not_depend_on_the_number_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = []
-    launch, judge = fused.FusedBlock.launch, fused.FusedBlock.judge
-    monkeypatch.setattr(
-        fused.FusedBlock, "launch", lambda self, k, *a, **c: (launches.append(str(k)), launch(self, k, *a, **c))
-    )
-    monkeypatch.setattr(fused.FusedBlock, "judge", lambda self: (launches.append("judge"), judge(self))[1])
+    for name in ("_draw", "_collect", "_squares", "_sum", "_update"):
+        kernel = getattr(gpu, name)
+
+        class Counted:
+            def __getitem__(self, grid: Any, kernel: Any = kernel) -> Any:
+                return launches.append(grid) or kernel[grid]
+
+        monkeypatch.setattr(gpu, name, Counted())
     counts = []
     for tensors in (1, 40):
         params = [nn.Parameter(torch.ones(3, 2)) for _ in range(tensors)]
         opt = IVONLoRA(params, **SETTINGS)
+        opt._get_buffers()
         launches.clear()
         with opt.sampled_params():
             sum(param.square().sum() for param in params).backward()
         opt.step()
         counts.append(len(launches))
-    assert counts == [6, 6]  # and one for the normals
+    assert counts == [8, 8]  # and one for the normals, and some on a number for each tensor

@@ -1,4 +1,4 @@
-"""The fused kernels, in a process whose Triton interprets them: no GPU is needed."""
+"""The Triton kernels, in a process whose Triton interprets them: no GPU is needed."""
 
 from __future__ import annotations
 
@@ -30,24 +30,23 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(dtype: torch.dtype) -> 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from axolotl_ivon.optim.kernels import gpu as fused
+    from axolotl_ivon.optim.kernels import gpu
 
-    integers = {"programs", "tensors", "thetas", "gradients", "report"}
-    scalars = {"ess", "inverse_root_ess", "lr", "log2_beta1", "one_minus_beta1", "one_minus_beta2", "clip"}
-    scalars |= {"fixed_delta", "travel", "floor", "ceiling"}
-    variants = [("_draw", {}), ("_restore", {}), ("_judge", {})]
-    variants += [("_collect", {"FIRST": first}) for first in (True, False)]
-    variants += [("_square", {"STICKY": sticky}) for sticky in (True, False)]
+    integers = {"programs", "parts", "thetas", "gradients"}
+    scalars = {"ess", "inverse_root_ess", "lr", "one_minus_beta1", "one_minus_beta2", "per_h_hat", "bound"}
+    scalars |= {"travel", "floor", "ceiling"}
+    variants = [("_draw", {}), ("_squares", {}), ("_sum", {})]
+    variants += [("_collect", {"ADD": add}) for add in (True, False)]
     variants += [("_update", {"FIXED": fixed}) for fixed in (True, False)]
     for name, constants in variants:
-        kernel = getattr(fused, name)
-        known = {**constants, "TYPE": fused._TYPES[dtype], "BLOCK": fused._BLOCK}
+        kernel = getattr(gpu, name)
+        known = {**constants, "TYPE": gpu._TYPES[dtype], "BLOCK": gpu._BLOCK}
         known = {key: value for key, value in known.items() if key in kernel.arg_names}
         kinds = {
             key: "constexpr"
             if key in known
-            else "i32"
-            if key.endswith("_count")
+            else "*i8"
+            if key == "taken"
             else "fp32"
             if key in scalars
             else "*i64"

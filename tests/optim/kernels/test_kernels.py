@@ -1,0 +1,100 @@
+"""Every implementation of the protocol against the float64 formulas."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference import ReferenceIVON
+from torch import nn
+
+from axolotl_ivon.optim.kernels import agree, plain
+from axolotl_ivon.optim.kernels.base import Chunk, Constants
+
+LR, ESS, BETA1, BETA2, BOUND = 1e-2, 1e3, 0.9, 0.99, 1e-2
+
+
+@pytest.fixture(params=["plain", "cpu"])
+def kernels(request: pytest.FixtureRequest) -> Any:
+    return importlib.import_module(f"axolotl_ivon.optim.kernels.{request.param}")
+
+
+def chunk_of(sizes: list[int], dtype: torch.dtype = torch.float32) -> Chunk:
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
+    mean = torch.cat([param.detach() for param in params]).float()
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    streams = np.arange(2 * len(sizes), dtype=np.uint64).reshape(-1, 2)
+    flats = (mean, mean.cos() * 0.1, mean.abs() + 0.1)
+    return Chunk(params, [(i, None) for i in range(len(sizes))], starts, flats, streams)
+
+
+def test_they_agree(kernels: Any) -> None:
+    agree(kernels, plain, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("prior", ["empirical", 0.3])
+@torch.no_grad()
+def test_one_step_is_that_of_the_reference(kernels: Any, prior: Any) -> None:
+    sizes = [37, 5, 1]
+    chunk = chunk_of(sizes)
+    references = []
+    for m, g, p in zip(*(flat.split(sizes) for flat in (chunk.mean, chunk.momentum, chunk.precision)), strict=True):
+        reference = ReferenceIVON(m.double().numpy(), ESS, BETA1, BETA2, 0.1, BOUND, prior)
+        reference.t, reference.g, reference.p = 4, g.double().numpy(), p.double().numpy()
+        references.append(reference)
+    moments = kernels.draw(chunk, kernels.noise(chunk, chunk.streams), ESS)
+    thetas = [param.double().numpy().copy() for param in chunk.params]
+    for param in chunk.params:
+        param.grad = param.sin()
+    gradients = [param.grad.double().numpy().copy() for param in chunk.params]
+    h_hat = torch.empty_like(chunk.mean)
+    kernels.collect(chunk, h_hat, add=False)
+    expected = [(gradient**2).sum() for gradient in gradients]
+    np.testing.assert_allclose(kernels.squares(chunk).numpy(), expected, rtol=1e-5)
+    sized = torch.tensor([float(size) for size in sizes])
+    deltas = sized / moments if prior == "empirical" else torch.full_like(sized, prior)
+    np.testing.assert_allclose(deltas.numpy(), [reference.delta() for reference in references], rtol=1e-5)
+    debias = torch.full_like(sized, 1 - BETA1**5)
+    constants = Constants(LR, ESS, BETA1, BETA2, BOUND, fixed=prior != "empirical")
+    kernels.update(chunk, h_hat, deltas, debias, None, constants)
+    for reference, theta, gradient in zip(references, thetas, gradients, strict=True):
+        reference.step([theta], [gradient], LR)
+    for name, flat in (("m", chunk.mean), ("g", chunk.momentum), ("p", chunk.precision)):
+        expected = np.concatenate([getattr(reference, name) for reference in references])
+        np.testing.assert_allclose(flat.double().numpy(), expected, rtol=2e-5, atol=1e-7)
+    assert torch.equal(torch.cat([*chunk.params]), chunk.mean)
+
+
+@pytest.mark.parametrize(("bad", "expected"), [(3e38, np.inf), (np.inf, np.nan), (np.nan, np.nan)])
+@torch.no_grad()
+def test_squares_tell_an_overflow_from_a_gradient_that_is_not_finite(kernels: Any, bad: float, expected: float) -> None:
+    chunk = chunk_of([9, 20])
+    for param in chunk.params:
+        param.grad = torch.ones_like(param)
+    chunk.params[1].grad[7] = bad
+    np.testing.assert_array_equal(kernels.squares(chunk).numpy(), [9, expected])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_second_draw_is_added_and_theta_is_what_was_rounded(kernels: Any, dtype: torch.dtype) -> None:
+    chunk = chunk_of([50, 3], dtype)
+    h_hat, total = torch.empty_like(chunk.mean), torch.zeros_like(chunk.mean)
+    for draw in range(2):
+        kernels.draw(chunk, kernels.noise(chunk, chunk.streams + np.uint64(draw)), ESS)
+        for param in chunk.params:
+            param.grad = param.cos()
+        theta, gradient = (torch.cat(list(x)).float() for x in (chunk.params, (p.grad for p in chunk.params)))
+        total += (theta - chunk.mean) * gradient
+        kernels.collect(chunk, h_hat, add=draw > 0)
+    torch.testing.assert_close(h_hat, total, rtol=1e-5, atol=1e-7)
+
+
+def test_both_have_the_same_noise() -> None:
+    cpu = importlib.import_module("axolotl_ivon.optim.kernels.cpu")
+    chunk = chunk_of([7, 200_001, 15])
+    assert torch.equal(plain.noise(chunk, chunk.streams), cpu.noise(chunk, chunk.streams))
