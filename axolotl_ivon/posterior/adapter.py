@@ -25,7 +25,7 @@ from ..storage.format import (
     resolve,
 )
 from ..storage.tensorfile import TensorFile
-from .tensors import Progress, Tensors, fingerprint, sha256, write_tensors
+from .tensors import Progress, Tensors, as_float32, fingerprint, sha256, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -87,9 +87,10 @@ class Adapter:
         """
 
         def digest(key: str) -> str:
+            raw = self.mean.raw(key)
             if self.mean.is_float(key):
-                _check_finite(self.folder / MEAN_FILE, key, self.mean.float32(key))
-            return sha256(self.mean.raw(key))
+                _check_finite(self.folder / MEAN_FILE, key, as_float32(raw))
+            return sha256(raw)
 
         return self.mean.each(digest, f"reading {MEAN_FILE}", progress)
 

@@ -114,8 +114,7 @@ def pruning_masks(
     def takes_part(key: str) -> bool:
         if not mean.size(key):
             return False
-        # The first σ answers for almost every tensor.
-        return bool(sigma.raw(key).flat[0] > 0 or sigma.raw(key).any() or not mean.raw(key).any())
+        return bool(sigma.raw(key).any() or not mean.raw(key).any())
 
     taking = mean.each(takes_part, "reading", progress)
     keys = sorted(key for key in taking if taking[key])

@@ -39,6 +39,12 @@ def in_threads(work: Callable[[str], _T], keys: Iterable[str]) -> Generator[_T]:
         yield from pool.map(work, keys)
 
 
+def as_float32(raw: np.ndarray) -> np.ndarray:
+    """Return the values of a raw array as float32; float32 itself is not copied."""
+    with np.errstate(over="ignore"):  # infinite then, as it says
+        return raw.astype(np.float32, copy=False)
+
+
 class Tensors(Mapping[str, "torch.Tensor"]):
     """A mapping from names to torch tensors, each made when it is asked for.
 
@@ -94,8 +100,7 @@ class Tensors(Mapping[str, "torch.Tensor"]):
 
     def float32(self, key: str) -> np.ndarray:
         """Return the values of one tensor as float32; do not write to it."""
-        with np.errstate(over="ignore"):  # infinite then, as it says
-            return self._load(key).astype(np.float32, copy=False)
+        return as_float32(self._load(key))
 
     def map(self, change: Callable[[str, np.ndarray], np.ndarray]) -> Tensors:
         """Return tensors of the same dtypes and shapes: `change(name, raw)` of these."""
