@@ -23,12 +23,12 @@ def command(first: str, second: str, as_json: bool, quiet: bool) -> None:
     apart             share of weights whose means differ by more than √(σ_A² + σ_B²)
     one-sided         share of weights with σ > 0 in one only, as after pruning; KL leaves them out
     """
-    from axolotl_ivon.posterior.diff import compare
+    from axolotl_ivon.posterior.diff import diff
     from axolotl_ivon.posterior.posterior import Posterior
 
     with progress_bars(quiet) as progress:
         a, b = (Posterior.from_pretrained(adapter, progress) for adapter in (first, second))
-        facts = compare(a, b, progress)
+        facts = diff(a, b, progress)
     if as_json:
         emit({"a": first, "b": second, **facts})
         return

@@ -38,10 +38,10 @@ def command(adapter: str, ratio: float, criterion: str, summary: bool, as_json: 
     weights that `prune --ratio` would set to 0; then the same for the whole adapter, and the facts that training
     wrote into the header of ivon_sigma.safetensors.
     """
-    from axolotl_ivon.posterior.info import summarize
+    from axolotl_ivon.posterior.info import info
 
     with progress_bars(quiet) as progress:
-        facts = summarize(adapter, ratio, criterion, progress)
+        facts = info(adapter, ratio, criterion, progress)
     if as_json:
         emit(facts)
         return

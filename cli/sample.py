@@ -59,7 +59,7 @@ def command(
       ivon-post generate ensemble/ --prompts test.jsonl -n 64 --endpoint http://localhost:8000
     """
     from axolotl_ivon.posterior.posterior import Posterior
-    from axolotl_ivon.posterior.sample import write_ensemble
+    from axolotl_ivon.posterior.sample import sample
 
     temperature, ratio = settings(recommended, tau=tau, ratio=prune_ratio)
     path = target([adapter], output, f"samples-{members}", overwrite)
@@ -71,7 +71,7 @@ def command(
             served_rank(posterior.config)  # refused before anything is drawn
         if ratio:
             posterior = posterior.prune(ratio, progress=progress)
-        names = write_ensemble(
+        names = sample(
             posterior.temper(temperature),
             path,
             members,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..storage.format import (
     resolve,
 )
 from ..storage.tensorfile import TensorFile
-from .tensors import Progress, Tensors, fingerprint, sha256, write_tensors
+from .tensors import Progress, Tensors, as_float32, fingerprint, sha256, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,7 @@ class Adapter:
         self.sigma: Tensors | None = None
         self.metadata: dict[str, str] = {}
         path = self.folder / SIGMA_FILE
-        with contextlib.suppress(IVONError):  # a save was cut off, or is under way: see files.updated_adapter
+        with contextlib.suppress(IVONError):  # a save was cut off, or is under way: see storage.atomic.updated_adapter
             waiting = TensorFile(self.folder / NEXT_SIGMA_FILE)
             if waiting.metadata.get("mean_sha256") == fingerprint(self.mean, self.digests()):
                 path = waiting.path
@@ -86,11 +87,30 @@ class Adapter:
         """
 
         def digest(key: str) -> str:
+            raw = self.mean.raw(key)
             if self.mean.is_float(key):
-                _check_finite(self.folder / MEAN_FILE, key, self.mean.float32(key))
-            return sha256(self.mean.raw(key))
+                _check_finite(self.folder / MEAN_FILE, key, as_float32(raw))
+            return sha256(raw)
 
         return self.mean.each(digest, f"reading {MEAN_FILE}", progress)
+
+
+def module_of(key: str) -> str:
+    """Return the module that a tensor of an adapter belongs to: its name without PEFT's prefix and endings."""
+    name = re.sub(r"^base_model\.model\.", "", key)
+    return re.sub(r"\.(lora_[A-Za-z_]+|modules_to_save|base_layer)\b.*$|\.(weight|bias)$", "", name)
+
+
+def modules(tensors: Tensors) -> dict[str, list[str]]:
+    """Return the tensors of each module, modules in their natural order (layer 2 before layer 10)."""
+    found: dict[str, list[str]] = {}
+    for key in sorted(tensors):
+        found.setdefault(module_of(key), []).append(key)
+
+    def numbers_by_size(item: tuple[str, object]) -> list[int | str]:
+        return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", item[0])]
+
+    return dict(sorted(found.items(), key=numbers_by_size))
 
 
 def _check_header(file: TensorFile) -> None:
@@ -108,7 +128,7 @@ def _check_header(file: TensorFile) -> None:
         except ValueError:
             valid = False
         if not valid:
-            raise IVONError(f"{file.path}: {name} is {facts[name]!r}, which `ivon-post` never writes")
+            raise IVONError(f"{file.path}: {name} is {facts[name]!r}, which axolotl-ivon never writes")
 
 
 def _check_names(path: Path, mean: Tensors, sigma: Tensors) -> None:
@@ -131,6 +151,12 @@ def _check_finite(path: Path, key: str, values: np.ndarray) -> None:
 
 
 def check_sigma(path: Path, sigma: Tensors, progress: Progress | None = None) -> None:
+    """Check every value of σ, which is read from (or goes to) `path`.
+
+    Raises:
+        IVONError: one is NaN, infinite or negative.
+    """
+
     def check(key: str) -> None:
         values = sigma.raw(key)
         _check_finite(path, key, values)

@@ -9,15 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import IVONError
-from .tensors import Spec, Tensors, from_float
-
-if TYPE_CHECKING:
-    from .posterior import Posterior
+from ..errors import IVONError, parameter
+from ..storage.dtypes import NUMPY
+from .tensors import Spec, Tensors
 
 METHODS = ("precision", "linear", "cat")
 _BLOCK = 2**15
@@ -31,7 +29,7 @@ _NOT_LOW_RANK = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_in
 _FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight$")
 
 
-class Combined(NamedTuple):
+class Parts(NamedTuple):
     """What a posterior is made of: mean and σ by name, the header, adapter_config.json."""
 
     mean: Tensors
@@ -39,11 +37,14 @@ class Combined(NamedTuple):
     metadata: dict[str, str]
     config: dict[str, Any]
 
+    @property
+    def tau(self) -> float:
+        """The temperature: σ was divided by its root."""
+        return float(self.metadata.get("tau", "1.0"))
 
-def combine(
-    posteriors: Sequence[Posterior], method: str = "precision", weights: Sequence[float] | None = None
-) -> Combined:
-    """Return what makes one posterior of several over the same base model; `Posterior.combine` wraps it.
+
+def combine(posteriors: Sequence[Parts], method: str = "precision", weights: Sequence[float] | None = None) -> Parts:
+    """Return the parts of one posterior made of several over the same base model; `Posterior.combine` wraps it.
 
     "precision": the product of the Gaussians. Precisions 1/σ² are added, means are weighted by them. A prior that
     all of them share (the same number in `prior`, and the same `ess`) is counted once; an empirical prior is each
@@ -60,14 +61,18 @@ def combine(
             not fit, or adapters that the method cannot combine.
     """
     if method not in METHODS:
-        raise IVONError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+        raise IVONError(f"{parameter('method')} {method!r} is unknown; choose one of {', '.join(METHODS)}")
     if len(posteriors) < 2:
         raise IVONError(f"{len(posteriors)} posterior cannot be combined; give at least 2")
     if weights is not None and method == "precision":
-        raise IVONError("weights are for the methods linear and cat; precision weighs each weight by 1/σ²")
+        raise IVONError(
+            f"{parameter('weights')} are for the methods linear and cat; precision weighs each weight by 1/σ²"
+        )
     share = [1 / len(posteriors)] * len(posteriors) if weights is None else [float(weight) for weight in weights]
     if len(share) != len(posteriors) or not all(map(math.isfinite, share)):
-        raise IVONError(f"weights {share} do not fit {len(posteriors)} posteriors; give one finite number for each")
+        raise IVONError(
+            f"{parameter('weights')} {share} do not fit {len(posteriors)} posteriors; give one finite number for each"
+        )
     bases = [str(q.config.get("base_model_name_or_path")) for q in posteriors]
     if len({PurePath(base).name for base in bases}) > 1:
         raise IVONError(f"the adapters have different base models ({', '.join(dict.fromkeys(bases))})")
@@ -75,10 +80,10 @@ def combine(
         raise IVONError(
             f"the posteriors have different tau ({', '.join(str(q.tau) for q in posteriors)}); combine first"
         )
-    return _cat(posteriors, share) if method == "cat" else _same(posteriors, method, share)
+    return _concatenated(posteriors, share) if method == "cat" else _elementwise(posteriors, method, share)
 
 
-def _facts(posteriors: Sequence[Posterior], method: str) -> dict[str, str]:
+def _header(posteriors: Sequence[Parts], method: str) -> dict[str, str]:
     """Return the header of the result: what all agree on; effective and real data sizes add up with precisions."""
     first = posteriors[0].metadata
     facts = {key: value for key, value in first.items() if all(q.metadata.get(key) == value for q in posteriors)}
@@ -92,7 +97,7 @@ def _facts(posteriors: Sequence[Posterior], method: str) -> dict[str, str]:
     return {"tau": "1.0", "pruned_ratio": "0.0", **facts, "combined": f"{method} of {len(posteriors)}"}
 
 
-def _same(posteriors: Sequence[Posterior], method: str, share: Sequence[float]) -> Combined:
+def _elementwise(posteriors: Sequence[Parts], method: str, share: Sequence[float]) -> Parts:
     first = posteriors[0]
     fix = "method cat combines adapters of different ranks and targets"
     for q in posteriors[1:]:
@@ -114,20 +119,20 @@ def _same(posteriors: Sequence[Posterior], method: str, share: Sequence[float]) 
         if method == "linear":
             values = _blockwise(lambda *m: _sum(w * x for w, x in zip(share, m, strict=True)), means)
         else:
-            _check_sure(key, means, sigmas)
+            _check_no_contradiction(key, means, sigmas)
             n = len(means)
             values = _blockwise(lambda *both: _product_mean(both[:n], both[n:], prior), [*means, *sigmas])
-        return from_float(values, first.mean.specs[key][0])
+        return values.astype(NUMPY[first.mean.specs[key][0]], copy=False)
 
     def sigma(key: str) -> np.ndarray:
         sigmas = [q.sigma.raw(key) for q in posteriors]
         if method == "linear":
             return _blockwise(lambda *s: np.sqrt(_sum((w * x) ** 2 for w, x in zip(share, s, strict=True))), sigmas)
-        return _blockwise(lambda *s: 1 / np.sqrt(_total([_precision(x) for x in s], prior)), sigmas)
+        return _blockwise(lambda *s: 1 / np.sqrt(_product_precision([_precision(x) for x in s], prior)), sigmas)
 
     specs = {key: ("F32", shape) for key, (_, shape) in first.mean.specs.items()}
-    facts = _facts(posteriors, method)
-    return Combined(Tensors(first.mean.specs, mean), Tensors(specs, sigma), facts, dict(first.config))
+    facts = _header(posteriors, method)
+    return Parts(Tensors(first.mean.specs, mean), Tensors(specs, sigma), facts, dict(first.config))
 
 
 def _blockwise(function: Callable[..., np.ndarray], arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -150,7 +155,7 @@ def _precision(sigma: np.ndarray) -> np.ndarray:
     return np.reciprocal(sigma * sigma)
 
 
-def _total(precisions: Sequence[np.ndarray], prior: float) -> np.ndarray:
+def _product_precision(precisions: Sequence[np.ndarray], prior: float) -> np.ndarray:
     """Return the precision of Π N(m_i, 1/precision_i) / N(0, 1/prior)^(n−1)."""
     total = functools.reduce(np.add, precisions)
     if prior:
@@ -162,20 +167,20 @@ def _total(precisions: Sequence[np.ndarray], prior: float) -> np.ndarray:
 def _product_mean(means: Sequence[np.ndarray], sigmas: Sequence[np.ndarray], prior: float) -> np.ndarray:
     """Return the mean of Π N(m_i, σ_i²) / N(0, 1/prior)^(n−1); where a σ_i is 0, that m_i."""
     precisions = [_precision(sigma) for sigma in sigmas]
-    mean = _sum(p * m for p, m in zip(precisions, means, strict=True)) / _total(precisions, prior)
+    mean = _sum(p * m for p, m in zip(precisions, means, strict=True)) / _product_precision(precisions, prior)
     for m, sigma in zip(means, sigmas, strict=True):
         if not sigma.all():
             mean = np.where(sigma == 0, m, mean)
     return mean
 
 
-def _check_sure(key: str, means: Sequence[np.ndarray], sigmas: Sequence[np.ndarray]) -> None:
+def _check_no_contradiction(key: str, means: Sequence[np.ndarray], sigmas: Sequence[np.ndarray]) -> None:
     for i, j in itertools.combinations(range(len(means)), 2):
         if ((sigmas[i] == 0) & (sigmas[j] == 0) & (means[i] != means[j])).any():
             raise IVONError(f"σ is 0 in two posteriors at different means of {key}; combine with method linear")
 
 
-def _shared_prior(posteriors: Sequence[Posterior]) -> float:
+def _shared_prior(posteriors: Sequence[Parts]) -> float:
     """Return the precision λ·δ·τ of a prior that all posteriors share, or 0."""
     try:
         found = {float(q.metadata["ess"]) * float(q.metadata["prior"]) * q.tau for q in posteriors}
@@ -184,7 +189,7 @@ def _shared_prior(posteriors: Sequence[Posterior]) -> float:
     return found.pop() if len(found) == 1 else 0.0
 
 
-def _cat(posteriors: Sequence[Posterior], share: Sequence[float]) -> Combined:
+def _concatenated(posteriors: Sequence[Parts], share: Sequence[float]) -> Parts:
     parts: dict[str, list[tuple[int, str]]] = {}  # key of the result -> (posterior, its key)
     for i, q in enumerate(posteriors):
         for name in _NOT_LOW_RANK:
@@ -214,7 +219,7 @@ def _cat(posteriors: Sequence[Posterior], share: Sequence[float]) -> Combined:
         shape[axis] = sum(each[axis] for each in shapes)
         specs[key] = (posteriors[found[0][0]].mean.specs[key][0], tuple(shape))
 
-    def joined(key: str, read: Callable[[Posterior, str], np.ndarray], sign: bool) -> np.ndarray:
+    def joined(key: str, read: Callable[[Parts, str], np.ndarray], sign: bool) -> np.ndarray:
         pieces = []
         for i, own in parts[key]:
             values = read(posteriors[i], own)
@@ -225,11 +230,11 @@ def _cat(posteriors: Sequence[Posterior], share: Sequence[float]) -> Combined:
         return np.concatenate(pieces, axis=_axis(key))
 
     sigma = {key: ("F32", shape) for key, (_, shape) in specs.items()}
-    return Combined(
-        Tensors(specs, lambda key: from_float(joined(key, lambda q, own: q.mean.float32(own), True), specs[key][0])),
+    return Parts(
+        Tensors(specs, lambda key: joined(key, lambda q, own: q.mean.float32(own), True).astype(NUMPY[specs[key][0]])),
         Tensors(sigma, lambda key: joined(key, lambda q, own: q.sigma.raw(own), False)),
-        _facts(posteriors, "cat"),
-        _cat_config(posteriors, specs),
+        _header(posteriors, "cat"),
+        _concatenated_config(posteriors, specs),
     )
 
 
@@ -240,7 +245,7 @@ def _axis(key: str) -> int:
     return 0 if match[2] == "A" else 1
 
 
-def _scaling(q: Posterior, key: str) -> float:
+def _scaling(q: Parts, key: str) -> float:
     """Return what PEFT multiplies B·A of this module with: alpha/r, or alpha/√r (rsLoRA)."""
     match = _FACTOR.match(key)
     assert match
@@ -256,7 +261,7 @@ def _scaling(q: Posterior, key: str) -> float:
         raise IVONError(f"adapter_config.json: lora_alpha or alpha_pattern cannot be read ({error})") from error
 
 
-def _cat_config(posteriors: Sequence[Posterior], specs: Mapping[str, Spec]) -> dict[str, Any]:
+def _concatenated_config(posteriors: Sequence[Parts], specs: Mapping[str, Spec]) -> dict[str, Any]:
     """Return the configuration of the concatenated adapter: scaling 1 everywhere, alpha equal to the rank."""
     config = dict(posteriors[0].config)
     ranks = {match[1]: specs[key][1][0] for key in specs if (match := _FACTOR.match(key)) and match[2] == "A"}

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import IVONError
-from .info import modules
+from .adapter import modules
 from .posterior import Posterior
 from .tensors import Progress
 
 
-def compare(first: Posterior, second: Posterior, progress: Progress | None = None) -> dict[str, Any]:
+def diff(first: Posterior, second: Posterior, progress: Progress | None = None) -> dict[str, Any]:
     """Return the distance of two posteriors over the same tensors, in all and per module, as plain numbers.
 
     For q_a = N(m_a, σ_a²) and q_b:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from .adapter import Adapter
+from .adapter import Adapter, modules
 from .posterior import Posterior
-from .tensors import Progress, Tensors
+from .tensors import Progress
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -23,31 +22,13 @@ _LARGEST = np.finfo(np.float32).max
 _EDGES = tuple(round(x / 2, 1) for x in range(-6, 7))
 
 
-def module_of(key: str) -> str:
-    """Return the module that a tensor of an adapter belongs to: its name without PEFT's prefix and endings."""
-    name = re.sub(r"^base_model\.model\.", "", key)
-    return re.sub(r"\.(lora_[A-Za-z_]+|modules_to_save|base_layer)\b.*$|\.(weight|bias)$", "", name)
-
-
-def modules(tensors: Tensors) -> dict[str, list[str]]:
-    """Return the tensors of each module, modules in their natural order (layer 2 before layer 10)."""
-    found: dict[str, list[str]] = {}
-    for key in sorted(tensors):
-        found.setdefault(module_of(key), []).append(key)
-    return dict(sorted(found.items(), key=lambda item: [int(x) if x.isdigit() else x for x in _parts(item[0])]))
-
-
-def _parts(name: str) -> list[str]:
-    return re.split(r"(\d+)", name)
-
-
-def summarize(
+def info(
     path_or_hub_id: str | os.PathLike[str],
     ratio: float = 0.1,
     criterion: str = "snr",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Return what `ivon-post info --json` prints: plain numbers, strings, lists and dicts.
+    """Return what is in an adapter folder, as plain numbers, strings, lists and dicts.
 
     σ and SNR statistics are over the weights with σ > 0. `modules` gives each module's medians and the share of its
     weights that pruning `ratio` of the adapter by `criterion` would leave at 0. Without σ, only what the adapter

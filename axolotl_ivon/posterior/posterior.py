@@ -7,28 +7,33 @@ tensors.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import IVONError
+from ..errors import IVONError, parameter, printable
 from ..noise import normals
 from ..storage.atomic import new_folder
+from ..storage.dtypes import NUMPY
 from ..storage.format import CONFIG_FILE, FORMAT, FORMAT_VERSION, MEAN_FILE, SIGMA_FILE, copy_companions, write_json
-from . import prune as pruning
-from .adapter import Adapter, check_sigma
-from .combine import combine
-from .tensors import Progress, Tensors, fingerprint, from_float, write_tensors
+from .adapter import Adapter, check_sigma, modules
+from .combine import Parts, combine
+from .prune import pruning_masks
+from .tensors import Progress, Tensors, fingerprint, write_tensors
 
 if TYPE_CHECKING:
     import torch
 
 
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Posterior:
     """q = N(mean, diag(σ²)) over the weights of one PEFT adapter.
 
@@ -38,13 +43,29 @@ class Posterior:
             trained.
         metadata: the header of ivon_sigma.safetensors, all strings.
         config: adapter_config.json.
-        inputs: every folder that it was made from; none is ever overwritten.
         folder: where it was read from, or None; the model card and the tokenizer there go along when the
             posterior is saved.
+        inputs: every folder that it was made from; none is ever overwritten.
+        mean_metadata: the header of adapter_model.safetensors.
+        aliases: name -> first name of tensors that were saved twice because the model shares them.
 
     `mean` and `sigma` load a tensor each time it is asked for; `dict(q.mean)` holds them all. Nothing
-    modifies a posterior: `prune` and `temper` return new ones.
+    modifies a posterior: `prune` and `temper` return new ones, and so does `dataclasses.replace`.
     """
+
+    mean: Tensors
+    sigma: Tensors
+    metadata: dict[str, str]
+    config: dict[str, Any]
+    folder: Path | None
+    inputs: tuple[Path, ...]
+    mean_metadata: Mapping[str, str]
+    aliases: Mapping[str, str]
+    # What is known of the tensors need not be computed again; `replace` forgets it unless it is told anew.
+    known_fingerprint: InitVar[str | None] = None
+    known_pruned: InitVar[Mapping[str, int] | None] = None
+    _fingerprint: str | None = field(init=False)
+    _pruned: Mapping[str, int] = field(init=False)
 
     def __init__(
         self,
@@ -54,17 +75,35 @@ class Posterior:
         config: Mapping[str, Any],
         *,
         folder: Path | None = None,
+        inputs: Iterable[Path] | None = None,
+        mean_metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
+        aliases: Mapping[str, str] = MappingProxyType({}),
+        known_fingerprint: str | None = None,
+        known_pruned: Mapping[str, int] | None = None,
     ) -> None:
-        self.mean = Tensors.of(mean)
-        self.sigma = Tensors.of(sigma)
-        self.metadata = dict(metadata)
-        self.config = dict(config)
-        self.folder = folder
-        self._mean_metadata = {"format": "pt"}
-        self._aliases: dict[str, str] = {}
-        self._fingerprint: str | None = None
-        self._pruned: dict[str, int] = {}
-        self.inputs = [folder] if folder else []
+        """`inputs` are [`folder`] by default."""
+        values: dict[str, Any] = {
+            "mean": Tensors.of(mean),
+            "sigma": Tensors.of(sigma),
+            "metadata": dict(metadata),
+            "config": dict(config),
+            "folder": folder,
+            "inputs": tuple(inputs) if inputs is not None else (folder,) if folder else (),
+            "mean_metadata": mean_metadata,
+            "aliases": aliases,
+            "_fingerprint": known_fingerprint,
+            "_pruned": known_pruned or {},
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        facts = [f"{self.mean.weights:,} weights of {len(modules(self.mean))} modules"]
+        for name, value in (("r", self.config.get("r")), ("λ", self.metadata.get("ess"))):
+            with contextlib.suppress(TypeError, ValueError):
+                facts.append(f"{name} {float(value):g}")  # type: ignore[arg-type]  # from a file: anything
+        facts += [f"τ {self.tau:g}", f"{self.pruned_ratio:.3g} pruned"]
+        return printable(f"<Posterior {self.folder or 'in memory'}: {', '.join(facts)}>")
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike[str], progress: Progress | None = None) -> Posterior:
@@ -77,21 +116,27 @@ class Posterior:
         adapter = Adapter(path_or_hub_id)
         if adapter.sigma is None:
             raise IVONError(
-                f"{path_or_hub_id} has no {SIGMA_FILE}, so it is no posterior: only `ivon-post info` and "
-                "`ivon-post merge` work on it; train with `optimizer: ivon_lora` to get one"
+                f"{path_or_hub_id} has no {SIGMA_FILE}, so it is no posterior: it can be looked at and merged; "
+                "train with `optimizer: ivon_lora` to get one"
             )
         path = adapter.folder / SIGMA_FILE
         digests = adapter.digests(progress)
-        posterior = cls(adapter.mean, adapter.sigma, adapter.metadata, adapter.config, folder=adapter.folder)
-        posterior._mean_metadata = adapter.mean_metadata
-        posterior._fingerprint = fingerprint(adapter.mean, digests)
-        if adapter.metadata.get("mean_sha256") != posterior._fingerprint:
+        known = fingerprint(adapter.mean, digests)
+        if adapter.metadata.get("mean_sha256") != known:
             raise IVONError(
                 f"{path} belongs to another {MEAN_FILE} (mean_sha256 differs); put the two files of one save together"
             )
         check_sigma(path, adapter.sigma, progress)
-        posterior._aliases = _find_aliases(adapter.mean, adapter.sigma, digests)
-        return posterior
+        return cls(
+            adapter.mean,
+            adapter.sigma,
+            adapter.metadata,
+            adapter.config,
+            folder=adapter.folder,
+            mean_metadata=adapter.mean_metadata,
+            aliases=_find_aliases(adapter.mean, adapter.sigma, digests),
+            known_fingerprint=known,
+        )
 
     @property
     def tau(self) -> float:
@@ -116,14 +161,6 @@ class Posterior:
 
         return self.mean.each(count)
 
-    def _with(self, mean: Tensors, sigma: Tensors, fact: Mapping[str, str]) -> Posterior:
-        changed = Posterior(mean, sigma, {**self.metadata, **fact}, self.config, folder=self.folder)
-        changed._mean_metadata = self._mean_metadata
-        changed._aliases = self._aliases
-        changed.inputs = self.inputs
-        changed._fingerprint = self._fingerprint if mean is self.mean else None
-        return changed
-
     def prune(
         self,
         ratio: float,
@@ -143,7 +180,7 @@ class Posterior:
         Raises:
             IVONError: a ratio outside [0, 1], an unknown criterion or scope, or σ that is 0 everywhere.
         """
-        masks = pruning.lowest(self.mean, self.sigma, ratio, criterion, scope, seed, progress, self._aliases)
+        masks = pruning_masks(self.mean, self.sigma, ratio, criterion, scope, seed, progress, self.aliases)
 
         def zero(key: str, raw: np.ndarray) -> np.ndarray:
             if key not in masks:
@@ -152,13 +189,14 @@ class Posterior:
             bits = raw.reshape(-1).view(f"u{raw.itemsize}")
             return np.multiply(bits, np.unpackbits(~masks[key][0], count=raw.size)).view(raw.dtype).reshape(raw.shape)
 
-        pruned = self._with(
-            self.mean.map(zero) if masks else self.mean,
-            self.sigma.map(zero),
-            {"pruned_ratio": repr(max(float(ratio), self.pruned_ratio))},
+        return replace(
+            self,
+            mean=self.mean.map(zero) if masks else self.mean,
+            sigma=self.sigma.map(zero),
+            metadata={**self.metadata, "pruned_ratio": repr(max(float(ratio), self.pruned_ratio))},
+            known_fingerprint=None if masks else self._fingerprint,
+            known_pruned={key: zeros for key, (_, zeros) in masks.items()},
         )
-        pruned._pruned = {key: zeros for key, (_, zeros) in masks.items()}
-        return pruned
 
     def temper(self, tau: float) -> Posterior:
         """Return the posterior at temperature τ (arXiv 2506.14280): λ·τ for λ, so σ/√τ; inf gives the mean.
@@ -169,17 +207,21 @@ class Posterior:
             IVONError: τ is not > 0.
         """
         if not tau > 0:
-            raise IVONError(f"tau {tau} is not > 0; 1 is the posterior itself, inf the mean")
+            raise IVONError(f"{parameter('tau')} {tau} is not > 0; 1 is the posterior itself, inf the mean")
 
         def cool(key: str, raw: np.ndarray) -> np.ndarray:
             with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
                 cooled = raw / math.sqrt(tau)
             if tau < 1 and raw.size and not np.isfinite(cooled.max()):
-                raise IVONError(f"tau {tau} makes σ of {key} infinite; choose a larger one")
+                raise IVONError(f"{parameter('tau')} {tau} makes σ of {key} infinite; choose a larger one")
             return cooled
 
-        sigma = self.sigma if tau == 1 else self.sigma.map(cool)
-        return self._with(self.mean, sigma, {"tau": repr(float(tau) * self.tau)})
+        return replace(
+            self,
+            sigma=self.sigma if tau == 1 else self.sigma.map(cool),
+            metadata={**self.metadata, "tau": repr(float(tau) * self.tau)},
+            known_fingerprint=self._fingerprint,
+        )
 
     def draw(self, seed: int = 0, member: int = 0, dtype: str | None = None) -> Tensors:
         """Return one draw θ ~ q, as `sample` does, whose tensors are made when they are asked for.
@@ -194,14 +236,14 @@ class Posterior:
         def at(key: str) -> np.ndarray:
             if not self.mean.is_float(key):
                 return self.mean.raw(key)
-            theta = normals(self.mean.size(key), "draw", seed, member, self._aliases.get(key, key))
+            theta = normals(self.mean.size(key), "draw", seed, member, self.aliases.get(key, key))
             theta = theta.reshape(self.mean.specs[key][1])
             theta *= self.sigma.raw(key)
             if self.mean.specs[key][0] == "F64":
                 theta = theta + self.mean.raw(key)
             else:
                 theta += self.mean.float32(key)
-            return from_float(theta, specs[key][0])
+            return theta.astype(NUMPY[specs[key][0]], copy=False)
 
         return Tensors(specs, at)
 
@@ -226,9 +268,8 @@ class Posterior:
             if self.folder:
                 copy_companions(self.folder, new)
             write_json(new / CONFIG_FILE, self.config)
-            digests = write_tensors(
-                new / MEAN_FILE, self.mean, self._mean_metadata, progress, hashed=not self._fingerprint
-            )
+            hashed = not self._fingerprint
+            digests = write_tensors(new / MEAN_FILE, self.mean, self.mean_metadata, progress, hashed)
             header = {
                 **self.metadata,
                 "format": FORMAT,
@@ -246,9 +287,9 @@ class Posterior:
         weights: Sequence[float] | None = None,
     ) -> Posterior:
         """Return one posterior made of several over the same base model; see `posterior.combine.combine`."""
-        combined = cls(*combine(posteriors, method, weights), folder=posteriors[0].folder)
-        combined.inputs = [folder for q in posteriors for folder in q.inputs]
-        return combined
+        combined = combine([Parts(q.mean, q.sigma, q.metadata, q.config) for q in posteriors], method, weights)
+        inputs = [folder for q in posteriors for folder in q.inputs]
+        return cls(*combined, folder=posteriors[0].folder, inputs=inputs)
 
 
 def _find_aliases(mean: Tensors, sigma: Tensors, digests: Mapping[str, str]) -> dict[str, str]:

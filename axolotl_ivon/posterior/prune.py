@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 from ..hookspecs import Criterion
 from ..noise import generator
 from ..plugins import plugin_manager
-from ..storage.tensorfile import in_threads
-from .tensors import Progress, Tensors
+from .tensors import Progress, Tensors, in_threads
 
 SCOPES = ("adapter", "tensor")
 
@@ -64,7 +63,7 @@ def criteria() -> dict[str, Criterion]:
     return found
 
 
-def lowest(
+def pruning_masks(
     mean: Tensors,
     sigma: Tensors,
     ratio: float,
@@ -86,12 +85,12 @@ def lowest(
             another shape, or σ that is 0 everywhere.
     """
     if not 0 <= ratio <= 1:
-        raise IVONError(f"ratio {ratio} is outside [0, 1]; 0.1 prunes a tenth of the weights")
+        raise IVONError(f"{parameter('ratio')} {ratio} is outside [0, 1]; 0.1 prunes a tenth of the weights")
     known = criteria()
     if criterion not in known:
-        raise IVONError(f"criterion {criterion!r} is unknown; choose one of {', '.join(known)}")
+        raise IVONError(f"{parameter('criterion')} {criterion!r} is unknown; choose one of {', '.join(known)}")
     if scope not in SCOPES:
-        raise IVONError(f"scope {scope!r} is unknown; choose one of {', '.join(SCOPES)}")
+        raise IVONError(f"{parameter('scope')} {scope!r} is unknown; choose one of {', '.join(SCOPES)}")
 
     def scores(key: str, step: int = 1) -> np.ndarray:
         """Return the scores of a tensor, or of every `step`th of its weights."""
@@ -115,8 +114,7 @@ def lowest(
     def takes_part(key: str) -> bool:
         if not mean.size(key):
             return False
-        # The first σ answers for almost every tensor.
-        return bool(sigma.raw(key).flat[0] > 0 or sigma.raw(key).any() or not mean.raw(key).any())
+        return bool(sigma.raw(key).any() or not mean.raw(key).any())
 
     taking = mean.each(takes_part, "reading", progress)
     keys = sorted(key for key in taking if taking[key])
@@ -132,14 +130,14 @@ def lowest(
     for group in [keys] if scope == "adapter" else [[key] for key in keys]:
         weights = sum(map(mean.size, group))
         if count := round(ratio * weights):
-            marked.update(_mark(group, scores, count, weights, done))
+            marked.update(_lowest(group, scores, count, weights, done))
     return marked
 
 
-def _mark(
+def _lowest(
     keys: list[str], scores: Callable[..., np.ndarray], count: int, weights: int, done: Callable[[str], None]
 ) -> Iterator[tuple[str, tuple[np.ndarray, int]]]:
-    """Choose the `count` ≥ 1 smallest scores of tensors that have `weights` in all: yield what `lowest` returns.
+    """Choose the `count` ≥ 1 smallest scores of tensors that have `weights` in all: yield what `pruning_masks` returns.
 
     A sample says between which two values the last one chosen lies, to six standard errors. Then one pass marks what is
     below, and keeps only what is between, to be sorted. Should the sample have misled, everything is between.

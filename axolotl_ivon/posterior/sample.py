@@ -6,16 +6,15 @@ import math
 import os
 from pathlib import Path
 
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 from ..storage.atomic import new_folder
+from ..storage.dtypes import CHOICES, SAFETENSORS
 from ..storage.format import CONFIG_FILE, ENSEMBLE_FILE, MEAN_FILE, write_json
 from .posterior import Posterior
 from .tensors import Progress, Tensors, write_tensors
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
-
-def write_ensemble(
+def sample(
     posterior: Posterior,
     folder: str | os.PathLike[str],
     members: int,
@@ -38,9 +37,9 @@ def write_ensemble(
     """
     if members < 1:
         raise IVONError(f"{members} members make no ensemble; ask for at least 1")
-    if dtype is not None and dtype not in DTYPES:
-        raise IVONError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    kind = DTYPES[dtype] if dtype else None
+    if dtype is not None and dtype not in CHOICES:
+        raise IVONError(f"{parameter('dtype')} {dtype!r} is unknown; choose one of {', '.join(CHOICES)}")
+    kind = SAFETENSORS[dtype] if dtype else None
     draws: dict[str, Tensors] = {}
     if include_mean:
         draws["mean"] = posterior.temper(math.inf).draw(dtype=kind)

@@ -1,7 +1,7 @@
 """Tensors by name that are read, changed and written one at a time, in numpy.
 
 Importing torch takes longer than most commands take to work, so it is imported only when somebody asks for a torch
-tensor. A *raw* array holds a tensor's bits: numpy's own dtype, or uint16 for bfloat16, which numpy lacks.
+tensor. A *raw* array has the tensor's own dtype (`storage.dtypes.NUMPY`), bfloat16 included.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from ..errors import IVONError
-from ..storage.tensorfile import TensorFile, TensorWriter, in_threads
+from ..storage.dtypes import FLOATS, NUMPY, SAFETENSORS
+from ..storage.tensorfile import TensorFile, TensorWriter
 
 if TYPE_CHECKING:
     import torch
@@ -26,49 +29,20 @@ if TYPE_CHECKING:
 Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, and shape
 Progress = Callable[[str, int, int], None]  # what is being done, weights just done, weights in all
 
-_RAW: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": np.uint16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-_NAMES = {
-    "torch.float64": "F64",
-    "torch.float32": "F32",
-    "torch.float16": "F16",
-    "torch.bfloat16": "BF16",
-    "torch.int64": "I64",
-    "torch.int32": "I32",
-    "torch.int16": "I16",
-    "torch.int8": "I8",
-    "torch.uint8": "U8",
-    "torch.bool": "BOOL",
-}
-FLOATS = ("F64", "F32", "F16", "BF16")
 _T = TypeVar("_T")
 
 
-def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Return a raw array's values as float32; float32 itself is not copied."""
-    if dtype == "BF16":
-        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+def in_threads(work: Callable[[str], _T], keys: Iterable[str]) -> Generator[_T]:
+    """Yield `work(key)` for every key, in order, from as many threads as there are processors (8 at most)."""
+    # Not `optim.threads`: that one counts torch's threads, turns gradients off, and gives its results all at once.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        yield from pool.map(work, keys)
+
+
+def as_float32(raw: np.ndarray) -> np.ndarray:
+    """Return the values of a raw array as float32; float32 itself is not copied."""
     with np.errstate(over="ignore"):  # infinite then, as it says
         return raw.astype(np.float32, copy=False)
-
-
-def from_float(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Return finite values as a raw array of `dtype`, rounded to nearest, ties to even, as torch does."""
-    if dtype != "BF16":
-        return values.astype(_RAW[dtype], copy=False)
-    bits = values.astype(np.float32, copy=False).view(np.uint32)
-    bits = bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))
-    return (bits >> np.uint32(16)).astype(np.uint16)
 
 
 class Tensors(Mapping[str, "torch.Tensor"]):
@@ -90,30 +64,24 @@ class Tensors(Mapping[str, "torch.Tensor"]):
             return tensors
         held, specs = {}, {}
         for key, tensor in tensors.items():
-            if str(tensor.dtype) not in _NAMES:
+            dtype = SAFETENSORS.get(str(tensor.dtype).removeprefix("torch."))
+            if dtype is None:
                 raise IVONError(f"{key} has dtype {tensor.dtype}, which is not supported; use float32 or bfloat16")
-            specs[key] = (_NAMES[str(tensor.dtype)], tuple(tensor.shape))
+            specs[key] = (dtype, tuple(tensor.shape))
             tensor = tensor.detach().cpu().contiguous()
-            held[key] = (tensor.view(_torch().int16) if specs[key][0] == "BF16" else tensor).numpy()
-            held[key] = held[key].view(_RAW[specs[key][0]])
+            held[key] = (tensor.view(_torch().int16) if dtype == "BF16" else tensor).numpy().view(NUMPY[dtype])
         return cls(specs, held.__getitem__)
 
     @classmethod
     def of_file(cls, file: TensorFile) -> Tensors:
-        """Read tensors from an open safetensors file, each as a private map of its bytes."""
-
-        def load(key: str) -> np.ndarray:
-            entry = file.entries[key]
-            return np.frombuffer(file.buffer(key), _RAW[entry.dtype]).reshape(entry.shape)
-
-        return cls({key: (entry.dtype, entry.shape) for key, entry in file.entries.items()}, load)
+        """Read tensors from an open safetensors file, each time that one is asked for."""
+        return cls(file.entries, file.array)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         if key not in self.specs:
             raise KeyError(key)
         torch = _torch()
-        # torch refuses what is not aligned, as a foreign writer may leave it, and 0-d arrays that numpy made scalars.
-        raw = np.require(self._load(key), requirements=["A", "W"])
+        raw = np.asarray(self._load(key))  # numpy makes scalars of 0-d arrays
         tensor = torch.from_numpy(raw.view(np.int16) if self.specs[key][0] == "BF16" else raw)
         return tensor.view(torch.bfloat16) if self.specs[key][0] == "BF16" else tensor
 
@@ -127,12 +95,12 @@ class Tensors(Mapping[str, "torch.Tensor"]):
         return key in self.specs
 
     def raw(self, key: str) -> np.ndarray:
-        """Return the bits of one tensor."""
+        """Return one tensor as a raw array."""
         return self._load(key)
 
     def float32(self, key: str) -> np.ndarray:
         """Return the values of one tensor as float32; do not write to it."""
-        return to_float32(self._load(key), self.specs[key][0])
+        return as_float32(self._load(key))
 
     def map(self, change: Callable[[str, np.ndarray], np.ndarray]) -> Tensors:
         """Return tensors of the same dtypes and shapes: `change(name, raw)` of these."""

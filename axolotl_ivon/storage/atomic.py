@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..errors import IVONError, one_line
+from ..errors import IVONError, one_line, parameter
 from .format import CONFIG_FILE, ENSEMBLE_FILE, MEAN_FILE, NEXT_SIGMA_FILE, SIGMA_FILE
 
 # A folder with one of these was written by this project, PEFT or transformers, and may be overwritten.
@@ -25,8 +25,8 @@ def new_file(target: Path) -> Iterator[Path]:
     Raises:
         IVONError: the file cannot be written; what was there is left.
     """
-    temporary = _beside(target)
-    with _told(target):
+    temporary = _temporary_path(target)
+    with _write_errors(target):
         try:
             yield temporary
             _sync(temporary)
@@ -49,8 +49,8 @@ def new_folder(target: Path, overwrite: bool = False, inputs: Iterable[Path] = (
     check_target(target, overwrite, inputs)
     if target.is_symlink():
         target = target.resolve()
-    temporary = _beside(target)
-    with _told(target):
+    temporary = _temporary_path(target)
+    with _write_errors(target):
         missing = [p for p in target.absolute().parents if not p.exists()]
         try:
             target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def check_target(target: Path, overwrite: bool = False, inputs: Iterable[Path] =
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise IVONError(f"{target} exists; choose another name, or overwrite it with --overwrite")
+        raise IVONError(f"{target} exists; choose another name, or overwrite it with {parameter('overwrite')}")
     if not target.is_dir():
         raise IVONError(f"{target} is not a folder; choose another name")
     here = target.resolve()
@@ -103,7 +103,7 @@ def _exchange(one: Path, other: Path) -> None:
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 and renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return
-    old = _beside(other)
+    old = _temporary_path(other)
     os.rename(other, old)
     try:
         os.rename(one, other)
@@ -124,8 +124,8 @@ def updated_adapter(folder: Path) -> Iterator[Path]:
     Raises:
         IVONError: a file cannot be written.
     """
-    temporary = _beside(folder / "adapter")
-    with _told(folder):
+    temporary = _temporary_path(folder / "adapter")
+    with _write_errors(folder):
         temporary.mkdir(parents=True)
         try:
             yield temporary
@@ -159,10 +159,12 @@ def output_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise IVONError(f"{folder} cannot be written ({error.strerror}); choose another name with -o") from None
+        raise IVONError(
+            f"{folder} cannot be written ({error.strerror}); choose another {parameter('output')}"
+        ) from None
 
 
-def _beside(target: Path) -> Path:
+def _temporary_path(target: Path) -> Path:
     return target.absolute().parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
 
 
@@ -175,7 +177,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _told(target: Path) -> Iterator[None]:
+def _write_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""safetensors files, read and written one tensor at a time, as bytes.
+"""safetensors files, read and written one tensor at a time.
 
 The format (https://github.com/huggingface/safetensors, "Format") is 8 bytes of header length, a JSON header, and the
 tensors.
@@ -6,93 +6,80 @@ tensors.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import mmap
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from ..errors import IVONError, one_line
+from .dtypes import NUMPY
 from .format import regular_size
 
-_T = TypeVar("_T")
 _FLUSH_EVERY = 64 * 2**20
 _WRITE_AT_ONCE = 2**20  # for more, Linux looks for larger runs of free memory than there may be
-# The dtypes of the format that adapters have, and their sizes.
-_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
-
-
-def in_threads(work: Callable[[str], _T], keys: Iterable[str]) -> Generator[_T]:
-    """Yield `work(key)` for every key, in order, from as many threads as there are processors (8 at most)."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(work, keys)
 
 
 class Entry(NamedTuple):
-    """One tensor of a safetensors file: dtype as the format names it, shape, first byte, number of bytes."""
+    """One tensor of a safetensors file: dtype as the format names it, and shape."""
 
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    nbytes: int
 
 
 class TensorFile:
-    """A safetensors file that stays open: its header, and each tensor's bytes mapped on demand.
+    """A safetensors file that stays open, whose tensors are read on demand, from any thread.
 
-    The open file keeps giving the same bytes after another one was renamed over its path.
+    The open file keeps giving the same tensors after another one was renamed over its path.
+
+    Attributes:
+        path: where it was when it was opened.
+        metadata: the facts in its header.
+        entries: dtype and shape of every tensor.
 
     Raises:
-        IVONError: the file is missing, truncated or not safetensors.
+        IVONError: the file is missing, truncated, not safetensors, or has dtypes that no adapter has.
     """
 
     def __init__(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.path = path
-        try:
+        with self._read_errors():
             if not regular_size(path):
                 raise IVONError(f"{path} is not a complete safetensors file (it is empty)")
-            self._file = path.open("rb")
-            # The descriptor's own path, so that header and bytes come from one file even if it is replaced now.
-            same = f"/proc/self/fd/{self._file.fileno()}"
-            with safe_open(same if os.path.exists(same) else path, framework="np") as header:
-                self.metadata: dict[str, str] = dict(header.metadata() or {})
-                slices = [(key, header.get_slice(key)) for key in header.offset_keys()]
-                shapes = [(key, str(s.get_dtype()), tuple(s.get_shape())) for key, s in slices]
+            # Not "mmap": the pages that were read would count as memory of this process.
+            self._file = safe_open(path, framework="np", backend="pread")
+            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+            slices = [(key, self._file.get_slice(key)) for key in self._file.offset_keys()]
+        self.entries = {key: Entry(str(s.get_dtype()), tuple(s.get_shape())) for key, s in slices}
+        for key, entry in self.entries.items():
+            if entry.dtype not in NUMPY:
+                raise IVONError(f"{path}: {key} has dtype {entry.dtype}; save the adapter as float32 or bfloat16")
+
+    def array(self, key: str) -> np.ndarray:
+        """Return one tensor: a new array of the dtype in `dtypes.NUMPY`.
+
+        Raises:
+            IVONError: the file was cut off since it was opened, or cannot be read.
+        """
+        with self._read_errors():
+            return self._file.get_tensor(key)
+
+    @contextlib.contextmanager
+    def _read_errors(self) -> Iterator[None]:
+        try:
+            yield
         except FileNotFoundError as error:
-            raise IVONError(f"{path.parent} has no {path.name}") from error
+            raise IVONError(f"{self.path.parent} has no {self.path.name}") from error
         except OSError as error:
-            raise IVONError(f"{path} cannot be read ({error.strerror or one_line(error)})") from error
+            raise IVONError(f"{self.path} cannot be read ({error.strerror or one_line(error)})") from error
         except SafetensorError as error:
-            raise IVONError(f"{path} is not a complete safetensors file ({one_line(error)})") from error
-        # safetensors has checked that the tensors fill the rest of the file without gaps, in this order.
-        sizes = []
-        for key, dtype, shape in shapes:
-            if dtype not in _BYTES:
-                raise IVONError(f"{path}: {key} has dtype {dtype}; save the adapter as float32 or bfloat16")
-            sizes.append(_BYTES[dtype] * math.prod(shape))
-        start = os.fstat(self._file.fileno()).st_size - sum(sizes)
-        self.entries: dict[str, Entry] = {}
-        for (key, dtype, shape), size in zip(shapes, sizes, strict=True):
-            self.entries[key] = Entry(dtype, shape, start, size)
-            start += size
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
-
-    def buffer(self, key: str) -> memoryview:
-        """Return the bytes of one tensor: a private map of the file, writable without changing the file."""
-        entry = self.entries[key]
-        if not entry.nbytes:
-            return memoryview(bytearray())
-        skip = entry.start % mmap.ALLOCATIONGRANULARITY
-        view = mmap.mmap(self._file.fileno(), entry.nbytes + skip, offset=entry.start - skip, access=mmap.ACCESS_COPY)
-        return memoryview(view)[skip:]
+            raise IVONError(f"{self.path} is not a complete safetensors file ({one_line(error)})") from error
 
 
 class TensorWriter:
@@ -112,8 +99,8 @@ class TensorWriter:
         offset = 0
         self._left: dict[str, tuple[int, int]] = {}
         # As safetensors does: wide dtypes first, so that every tensor is aligned to its own.
-        for key, (dtype, shape) in sorted(specs.items(), key=lambda item: (-_BYTES[item[1][0]], item[0])):
-            size = _BYTES[dtype] * math.prod(shape)
+        for key, (dtype, shape) in sorted(specs.items(), key=lambda item: (-NUMPY[item[1][0]].itemsize, item[0])):
+            size = NUMPY[dtype].itemsize * math.prod(shape)
             header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
             self._left[key] = (offset, size)
             offset += size

@@ -26,7 +26,7 @@ from axolotl_ivon.generation.local import TransformersEngine
 from axolotl_ivon.generation.plan import Plan
 from axolotl_ivon.generation.serve import Ensemble, served_rank
 from axolotl_ivon.models.load import load_model, open_tokenizer
-from axolotl_ivon.posterior.sample import write_ensemble
+from axolotl_ivon.posterior.sample import sample
 
 MEMBERS = ["mean", "sample-0000", "sample-0001", "sample-0002"]
 GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=8)
@@ -36,9 +36,7 @@ SAMPLED = Plan(n=6, per_model=2, max_tokens=8)
 @pytest.fixture(scope="module")
 def ensemble(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served") / "ensemble"
-    names = write_ensemble(
-        Posterior.from_pretrained(tiny_adapter), folder, 3, source=str(tiny_adapter), include_mean=True
-    )
+    names = sample(Posterior.from_pretrained(tiny_adapter), folder, 3, source=str(tiny_adapter), include_mean=True)
     assert names == MEMBERS
     return folder
 
@@ -242,7 +240,7 @@ def test_wrong_endpoints_are_one_line(
 
 
 def test_an_ensemble_without_the_mean(tiny_adapter: Path, tmp_path: Path) -> None:
-    write_ensemble(Posterior.from_pretrained(tiny_adapter), tmp_path / "e", 1)
+    sample(Posterior.from_pretrained(tiny_adapter), tmp_path / "e", 1)
     with pytest.raises(IVONError, match="--include-mean"):
         Ensemble(tmp_path / "e").members(Plan(mean=True))
 

@@ -22,7 +22,7 @@ from axolotl_ivon.generation.local import TransformersEngine, _shrunk
 from axolotl_ivon.generation.nbest import NBestFile
 from axolotl_ivon.generation.plan import Output, Plan
 from axolotl_ivon.models.load import load_model, open_tokenizer
-from axolotl_ivon.posterior.sample import write_ensemble
+from axolotl_ivon.posterior.sample import sample
 
 GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=12, seed=3)
 SAMPLED = Plan(n=12, per_model=4, temperature=0.8, top_p=0.9, max_tokens=12, seed=3)
@@ -34,7 +34,7 @@ class Scene:
     def __init__(self, adapter: Path, base: Path, folder: Path) -> None:
         self.posterior = Posterior.from_pretrained(adapter).prune(0.2).temper(0.25)
         self.ensemble, self.base = folder / "ensemble", base
-        write_ensemble(self.posterior, self.ensemble, 3, seed=3)
+        sample(self.posterior, self.ensemble, 3, seed=3)
         self.tokenizer = open_tokenizer(adapter, str(base))
         self.prompts = render(self.tokenizer, read_chats(write_chats(folder / "chats.jsonl", 5)))
         self.model = load_model(adapter)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.posterior import prune as pruning
-from axolotl_ivon.posterior.prune import CRITERIA, lowest
+from axolotl_ivon.posterior.prune import CRITERIA, pruning_masks
 from axolotl_ivon.posterior.tensors import Tensors
 
 # Few different values, so that ties are everywhere; zeros, so that some weights are pruned already.
@@ -54,7 +54,7 @@ def brute_force(
 
 
 def marked(mean: dict, sigma: dict, *arguments: object) -> set[tuple[str, int]]:
-    masks = lowest(Tensors.of(mean), Tensors.of(sigma), *arguments)  # type: ignore[arg-type]
+    masks = pruning_masks(Tensors.of(mean), Tensors.of(sigma), *arguments)  # type: ignore[arg-type]
     return {
         (name, int(i))
         for name, (bits, _) in masks.items()
@@ -100,7 +100,7 @@ def test_the_lowest_of_many(arrangement: str):
         return parts[key][::step]
 
     for count in (1, 2, 819, 820, 25_000, 49_999, 50_000):
-        found = dict(pruning._mark(list(parts), scores, count, weights=2**23, done=done.append))
+        found = dict(pruning._lowest(list(parts), scores, count, weights=2**23, done=done.append))
         mask = np.concatenate([np.unpackbits(found[key][0], count=len(parts[key])) for key in parts])
         assert np.array_equal(np.flatnonzero(mask), np.sort(in_order[:count]))
         for key, (bits, zeros) in found.items():

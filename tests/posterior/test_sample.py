@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.posterior.sample import write_ensemble
+from axolotl_ivon.posterior.sample import sample
 
 MEAN_FILE = "adapter_model.safetensors"
 
 
 def test_members_are_the_draws_and_peft_loads_them(tiny_adapter: Path, tiny_llama: Path, tmp_path: Path):
     q = Posterior.from_pretrained(tiny_adapter).prune(0.3).temper(2)
-    names = write_ensemble(q, tmp_path / "out", 3, seed=5, source="here")
+    names = sample(q, tmp_path / "out", 3, seed=5, source="here")
     assert names == ["sample-0000", "sample-0001", "sample-0002"]
     assert json.loads((tmp_path / "out" / "ensemble.json").read_text()) == {
         "source": "here",
@@ -44,8 +44,8 @@ def test_members_are_the_draws_and_peft_loads_them(tiny_adapter: Path, tiny_llam
 
 def test_a_member_does_not_depend_on_how_many_there_are(tiny_adapter: Path, tmp_path: Path):
     q = Posterior.from_pretrained(tiny_adapter)
-    write_ensemble(q, tmp_path / "two", 2)
-    write_ensemble(q, tmp_path / "five", 5)
+    sample(q, tmp_path / "two", 2)
+    sample(q, tmp_path / "five", 5)
     for name in ("sample-0000", "sample-0001"):
         assert (tmp_path / "two" / name / MEAN_FILE).read_bytes() == (tmp_path / "five" / name / MEAN_FILE).read_bytes()
 
@@ -54,8 +54,8 @@ def test_a_member_does_not_depend_on_how_many_there_are(tiny_adapter: Path, tmp_
 def test_a_member_does_not_depend_on_the_threads(tiny_adapter: Path, tmp_path: Path, processors: int):
     script = (
         f"import os; os.cpu_count = lambda: {processors * 3 - 2}\n"
-        "from axolotl_ivon import Posterior; from axolotl_ivon.posterior.sample import write_ensemble\n"
-        f"write_ensemble(Posterior.from_pretrained({str(tiny_adapter)!r}), {str(tmp_path / 'out')!r}, 1)"
+        "from axolotl_ivon import Posterior; from axolotl_ivon.posterior.sample import sample\n"
+        f"sample(Posterior.from_pretrained({str(tiny_adapter)!r}), {str(tmp_path / 'out')!r}, 1)"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(processors)}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
@@ -68,7 +68,7 @@ def test_a_member_does_not_depend_on_the_threads(tiny_adapter: Path, tmp_path: P
 @pytest.mark.parametrize("own", ["float32", "bfloat16"])
 def test_another_dtype_is_the_same_draw_rounded(own: str, dtype: str, make_adapter: Callable, tmp_path: Path):
     q = Posterior.from_pretrained(make_adapter(dtype=own))
-    write_ensemble(q, tmp_path / "out", 1, dtype=dtype)
+    sample(q, tmp_path / "out", 1, dtype=dtype)
     exact = Posterior({key: value.float() for key, value in q.mean.items()}, q.sigma, {}, {}).sample()
     for key, value in load_file(tmp_path / "out" / "sample-0000" / MEAN_FILE).items():
         assert torch.equal(value, exact[key].to(getattr(torch, dtype)))
@@ -76,7 +76,7 @@ def test_another_dtype_is_the_same_draw_rounded(own: str, dtype: str, make_adapt
 
 def test_the_mean_comes_first_if_wanted(tiny_adapter: Path, tmp_path: Path):
     q = Posterior.from_pretrained(tiny_adapter).temper(math.inf)
-    assert write_ensemble(q, tmp_path / "out", 1, include_mean=True) == ["mean", "sample-0000"]
+    assert sample(q, tmp_path / "out", 1, include_mean=True) == ["mean", "sample-0000"]
     for name in ("mean", "sample-0000"):
         saved = load_file(tmp_path / "out" / name / MEAN_FILE)
         assert all(torch.equal(saved[key], q.mean[key]) for key in q.mean)
@@ -86,14 +86,14 @@ def test_the_mean_comes_first_if_wanted(tiny_adapter: Path, tmp_path: Path):
 def test_progress_ends_at_all(tiny_adapter: Path, tmp_path: Path):
     heard: list[tuple[str, int, int]] = []
     q = Posterior.from_pretrained(tiny_adapter)
-    write_ensemble(q, tmp_path / "out", 3, progress=lambda *report: heard.append(report))
+    sample(q, tmp_path / "out", 3, progress=lambda *report: heard.append(report))
     assert sum(count for _, count, _ in heard) == heard[0][2] == 3 * q.mean.weights
 
 
 def test_mistakes(tiny_adapter: Path, tmp_path: Path):
     q = Posterior.from_pretrained(tiny_adapter)
     with pytest.raises(IVONError, match="0 members"):
-        write_ensemble(q, tmp_path / "out", 0)
+        sample(q, tmp_path / "out", 0)
     with pytest.raises(IVONError, match="dtype 'int8' is unknown"):
-        write_ensemble(q, tmp_path / "out", 1, dtype="int8")
+        sample(q, tmp_path / "out", 1, dtype="int8")
     assert not list(tmp_path.iterdir())

@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from axolotl_ivon.posterior import tensors as posterior_tensors
 from axolotl_ivon.posterior.posterior import Posterior
 from axolotl_ivon.posterior.tensors import Tensors, fingerprint, sha256
 from axolotl_ivon.storage import atomic, tensorfile
@@ -417,7 +418,8 @@ def run_cases(
 ) -> None:
     monkeypatch.setattr(atomic, "_sync", lambda path: None)  # nobody pulls the plug here
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(tensorfile, "ThreadPoolExecutor", Serial)
+    for module in (tensorfile, posterior_tensors):
+        monkeypatch.setattr(module, "ThreadPoolExecutor", Serial)
     monkeypatch.chdir(template)
     place = template.parent / "case"
     if only := os.environ.get("IVON_FUZZ_CASE"):

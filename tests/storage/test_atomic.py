@@ -6,15 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.storage.atomic import new_file, new_folder
-from axolotl_ivon.storage.format import read_json, resolve
-from axolotl_ivon.storage.tensorfile import TensorWriter, in_threads
 
 
 def names(folder: Path) -> set[str]:
@@ -160,66 +157,3 @@ ivon_post.main()
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM
     assert names(tmp_path) == set()
-
-
-def test_a_tensor_that_was_forgotten_is_noticed(tmp_path: Path):
-    with pytest.raises(ValueError, match="never written"), TensorWriter(tmp_path / "x", {"a": ("F32", (2,))}, {}):
-        pass
-
-
-def test_threads_keep_the_order_and_pass_errors_on():
-    def work(key: str) -> int:
-        time.sleep(0.01 * (5 - int(key)))
-        if key == "4":
-            raise IVONError("four")
-        return int(key)
-
-    assert list(in_threads(work, "0123")) == [0, 1, 2, 3]
-    with pytest.raises(IVONError, match="four"):
-        list(in_threads(work, "01234"))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not valid JSON"),
-        ("[1]", "JSON object"),
-        ("[" * 100_000, "not valid JSON"),
-        ('"\\ud800', "not valid JSON"),
-    ],
-)
-def test_json_that_is_none(tmp_path: Path, text: str, message: str):
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(IVONError, match=message):
-        read_json(tmp_path / "x.json")
-
-
-def test_json_of_absurd_size_is_not_read(tmp_path: Path):
-    with (tmp_path / "x.json").open("wb") as file:
-        file.truncate(2**40)
-    with pytest.raises(IVONError, match="larger than"):
-        read_json(tmp_path / "x.json")
-
-
-def test_a_hub_id_resolves_to_its_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    snapshot = tmp_path / "models--someone--adapter" / "snapshots" / "abc"
-    adapter_like(snapshot)
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text("abc")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert resolve("someone/adapter").samefile(snapshot)
-    with pytest.raises(IVONError, match="nobody/nothing: no such folder here, and not found on the Hub"):
-        resolve("nobody/nothing")
-
-
-def test_only_what_looks_like_a_hub_id_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("the Hub was asked")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", never)
-    for source in (tmp_path / "missing", "./some/thing", "adapter", "a/b/c", "../x"):
-        with pytest.raises(IVONError, match="no such folder"):
-            resolve(source)
-    (tmp_path / "file").touch()
-    with pytest.raises(IVONError, match="is a file"):
-        resolve(tmp_path / "file")

@@ -1,4 +1,4 @@
-"""The files of this format version must be read by every later version of the library: tests/data holds some."""
+"""The files of this format version must be read by every later version of the library: format-1 holds some."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.storage.format import read_json, resolve
 
 # Never write these again: add another folder when the format changes.
 VERSION_1 = Path(__file__).parent / "format-1"
@@ -68,3 +69,50 @@ def test_what_a_later_version_adds_is_kept(copied: Callable[..., Path], ivon_pos
         assert q.config["new_field"] == {"a": [1, None]}
     with safe_open(here / "tempered" / "adapter_model.safetensors", "np") as file:
         assert file.metadata()["new_fact"] == "kept"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "JSON object"),
+        ("[" * 100_000, "not valid JSON"),
+        ('"\\ud800', "not valid JSON"),
+    ],
+)
+def test_json_that_is_none(tmp_path: Path, text: str, message: str):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(IVONError, match=message):
+        read_json(tmp_path / "x.json")
+
+
+def test_json_of_absurd_size_is_not_read(tmp_path: Path):
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(IVONError, match="larger than"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_hub_id_resolves_to_its_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    snapshot = tmp_path / "models--someone--adapter" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "adapter_config.json").touch()
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert resolve("someone/adapter").samefile(snapshot)
+    with pytest.raises(IVONError, match="nobody/nothing: no such folder here, and not found on the Hub"):
+        resolve("nobody/nothing")
+
+
+def test_only_what_looks_like_a_hub_id_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", never)
+    for source in (tmp_path / "missing", "./some/thing", "adapter", "a/b/c", "../x"):
+        with pytest.raises(IVONError, match="no such folder"):
+            resolve(source)
+    (tmp_path / "file").touch()
+    with pytest.raises(IVONError, match="is a file"):
+        resolve(tmp_path / "file")
