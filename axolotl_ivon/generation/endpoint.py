@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..data.encode import Prompt
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 from .plan import Output, Plan, random_bits
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class EndpointEngine:
     ) -> None:
         import httpx
 
-        self._given, self._members, self._plan = url, members, plan
+        self._named, self._members, self._plan = f"{parameter('endpoint')} {url}", members, plan
         self._concurrency = concurrency
         root = url.rstrip("/")
         key = os.environ.get("OPENAI_API_KEY")
@@ -67,15 +67,15 @@ class EndpointEngine:
                 response = client.get("/models")
         except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
             raise IVONError(
-                f"--endpoint {self._given}: no server answers there ({_reason(error)}); start it with serve.sh of the "
+                f"{self._named}: no server answers there ({_reason(error)}); start it with serve.sh of the "
                 "ensemble, or name another address"
             ) from None
         self._refuse(response)
-        served = _field(response, lambda body: [str(model["id"]) for model in body["data"]], self._given)
+        served = _field(response, lambda body: [str(model["id"]) for model in body["data"]], self._named)
         for name in self._members:
             if name not in served:
                 raise IVONError(
-                    f"--endpoint {self._given} does not serve {name}, but {', '.join(served[:8]) or 'nothing'}"
+                    f"{self._named} does not serve {name}, but {', '.join(served[:8]) or 'nothing'}"
                     f"{', …' if len(served) > 8 else ''}; start it with serve.sh of the ensemble"
                 )
 
@@ -83,9 +83,7 @@ class EndpointEngine:
         """Raise IVONError if the server refuses the request."""
         if response.status_code != 200:
             text = " ".join(response.text.split())[:300]
-            raise IVONError(
-                f"--endpoint {self._given}: {response.request.url.path} answers {response.status_code}: {text}"
-            )
+            raise IVONError(f"{self._named}: {response.request.url.path} answers {response.status_code}: {text}")
 
     def outputs(
         self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None
@@ -143,11 +141,11 @@ class EndpointEngine:
         }
         async with gate:
             response = await self._post(client, body)
-        found = _field(response, lambda body: [_output(choice, member) for choice in body["choices"]], self._given)
+        found = _field(response, lambda body: [_output(choice, member) for choice in body["choices"]], self._named)
         if len(found) != plan.distinct:
             raise IVONError(
-                f"--endpoint {self._given}: {len(found)} outputs where {plan.distinct} were asked for; use a server "
-                "that knows n, or --per-model 1"
+                f"{self._named}: {len(found)} outputs where {plan.distinct} were asked for; use a server "
+                f"that knows n, or {parameter('per_model')} 1"
             )
         count(sum(output.tokens for output in found))
         return [found[j % plan.distinct] for j in range(plan.per_member)]
@@ -171,7 +169,7 @@ class EndpointEngine:
             if attempt + 1 < _ATTEMPTS:
                 await asyncio.sleep(wait)
         raise IVONError(
-            f"--endpoint {self._given}: {_ATTEMPTS} attempts failed, the last with {problem}; what is done is kept: "
+            f"{self._named}: {_ATTEMPTS} attempts failed, the last with {problem}; what is done is kept: "
             "run the same command again when the server is well"
         )
 
@@ -188,8 +186,8 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _field(response: httpx.Response, take: Callable[[Any], _T], url: str) -> _T:
-    """Return what `take` finds in a response, which anybody may have written.
+def _field(response: httpx.Response, take: Callable[[Any], _T], named: str) -> _T:
+    """Return what `take` finds in a response of the server `named`, which anybody may have written.
 
     Raises:
         IVONError: it is not there.
@@ -198,7 +196,7 @@ def _field(response: httpx.Response, take: Callable[[Any], _T], url: str) -> _T:
         return take(response.json())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         path = response.request.url.path
-        raise IVONError(f"--endpoint {url}: {path} does not answer as OpenAI's interface does") from None
+        raise IVONError(f"{named}: {path} does not answer as OpenAI's interface does") from None
 
 
 def _output(choice: dict[str, Any], member: int) -> Output:
