@@ -35,7 +35,7 @@ def trade_off(result: Sweep) -> Figure:
     """
     points = result.points
     ratio = min(point.ratio for point in points)
-    tau = min((point.tau for point in points), key=_distance_to_one)
+    tau = min((point.tau for point in points), key=lambda tau: abs(math.log(tau)))
     curves = [
         (f"temperature τ (ratio {ratio:g})", "τ", BLUE, [p for p in points if p.ratio == ratio]),
         (f"pruning ratio (τ {_tau_text(tau)})", "r", VERMILION, [p for p in points if p.tau == tau]),
@@ -88,10 +88,6 @@ def _annotate(axes: Axes, labels: Sequence[tuple[str, GridPoint, str]], points: 
                 taken.append(box)
                 break
             note.remove()
-
-
-def _distance_to_one(tau: float) -> float:
-    return abs(math.log(tau))
 
 
 def _tau_text(value: float) -> str:

@@ -11,14 +11,13 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import httpx
 
 from ..data.encode import Prompt
 from ..errors import IVONError, parameter
 from .plan import Output, Plan, random_bits
-
-if TYPE_CHECKING:
-    import httpx
 
 _T = TypeVar("_T")
 _RETRIED = {408, 429, 500, 502, 503, 504}
@@ -45,8 +44,6 @@ class EndpointEngine:
     def __init__(
         self, url: str, members: Sequence[str], plan: Plan, *, concurrency: int = 32, timeout: float = 600.0
     ) -> None:
-        import httpx
-
         self._named, self._members, self._plan = f"{parameter('endpoint')} {url}", members, plan
         self._concurrency = concurrency
         root = url.rstrip("/")
@@ -60,8 +57,6 @@ class EndpointEngine:
 
     def _check(self) -> None:
         """Raise IVONError unless the server is there and serves every member."""
-        import httpx
-
         try:
             with httpx.Client(**self._options) as client:
                 response = client.get("/models")
@@ -93,8 +88,6 @@ class EndpointEngine:
         Raises:
             IVONError: the server refuses a request, keeps failing, or answers something else than completions.
         """
-        import httpx
-
         loop = asyncio.new_event_loop()
         waiting: deque[list[asyncio.Task[list[Output]]]] = deque()
         client = httpx.AsyncClient(**self._options)
@@ -107,7 +100,7 @@ class EndpointEngine:
                     prompt = todo.popleft()
                     asked = [self._ask(client, gate, prompt, k, count) for k in range(len(self._members))]
                     waiting.append([loop.create_task(request) for request in asked])
-                found = loop.run_until_complete(_all(waiting[0]))
+                found = loop.run_until_complete(asyncio.gather(*waiting[0]))
                 waiting.popleft()
                 yield [output for own in found for output in own]
         finally:
@@ -115,7 +108,8 @@ class EndpointEngine:
             left = [task for own in waiting for task in own]
             for task in left:
                 task.cancel()
-            loop.run_until_complete(_ended(left))
+            if left:
+                loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
             loop.run_until_complete(client.aclose())
             loop.close()
 
@@ -151,8 +145,6 @@ class EndpointEngine:
         return [found[j % plan.distinct] for j in range(plan.per_member)]
 
     async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Response:
-        import httpx
-
         problem = ""
         for attempt in range(_ATTEMPTS):
             wait = _BACKOFF * 2**attempt
@@ -172,14 +164,6 @@ class EndpointEngine:
             f"{self._named}: {_ATTEMPTS} attempts failed, the last with {problem}; what is done is kept: "
             "run the same command again when the server is well"
         )
-
-
-async def _all(tasks: Sequence[asyncio.Task[_T]]) -> list[_T]:
-    return await asyncio.gather(*tasks)
-
-
-async def _ended(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _reason(error: Exception) -> str:
