@@ -19,10 +19,11 @@ from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from .evaluation.evaluate import Row, open_posterior
+from .evaluation.evaluate import Row
 from .evaluation.sweep import read_recommended
 from .models.load import load_model, load_tokenizer
 from .models.swap import AdapterSlots
+from .posterior.open import open_posterior
 
 Answers = TypeVar("Answers")
 
@@ -65,7 +66,7 @@ class IVONPosterior(HFLM):
         if recommended is not None:
             tau, ratio = read_recommended(recommended)
         row = Row("posterior", tau=float(tau), ratio=float(ratio))
-        posterior = open_posterior(adapter, [row])
+        posterior = open_posterior(adapter, mean_only=not row.needs_sigma)
         folder = posterior.folder
         assert folder is not None
         # The harness's command line says cuda:0 when it was told nothing, GPU or not.

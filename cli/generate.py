@@ -190,11 +190,11 @@ def command(
 def _open(adapter: str, plan: Plan, tau: float, ratio: float, base_model: str | None) -> tuple[Any, str]:
     """Return the posterior, pruned and tempered, and the name of its base model."""
     from axolotl_ivon.errors import IVONError
-    from axolotl_ivon.evaluation.evaluate import Row, open_posterior
+    from axolotl_ivon.posterior.open import open_posterior
     from axolotl_ivon.posterior.posterior import Posterior
 
     if plan.mean and not ratio:
-        posterior = open_posterior(adapter, [Row("mean")])
+        posterior = open_posterior(adapter, mean_only=True)
     else:
         posterior = Posterior.from_pretrained(adapter)
         if ratio:

@@ -64,7 +64,7 @@ def command(
         reporter.stage("reading")
 
         from axolotl_ivon.errors import IVONError
-        from axolotl_ivon.generation.mbr import decode, labels
+        from axolotl_ivon.generation.mbr import labels, mbr
         from axolotl_ivon.generation.nbest import read_nbest
         from axolotl_ivon.generation.report import save
         from axolotl_ivon.generation.utilities import UTILITIES, Answers
@@ -85,7 +85,7 @@ def command(
                 # What a model wrote is no markup.
                 reporter.notify(f"{label}: no answer in {missing} of {total} outputs, {example} for one")
         advance = reporter.begin("choosing", sum(map(len, lists.values())))
-        results = {label: decode(nbests, measure, answers, level, advance) for label, nbests in lists.items()}
+        results = {label: mbr(nbests, measure, answers, level, advance) for label, nbests in lists.items()}
         reporter.stage("writing")
         written = [str(path) for path in save(results, folder)]
     if as_json:

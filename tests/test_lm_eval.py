@@ -162,5 +162,5 @@ def test_bad_settings_are_told(adapter: Path, make_adapter: Callable[..., Path],
         make(adapter, tau=0)
     with pytest.raises(IVONError, match="has no ivon_sigma"):
         make(make_adapter(sigma=False))
-    with pytest.raises(IVONError, match="--recommended"):
+    with pytest.raises(IVONError, match="recommended cannot be read"):
         make(adapter, recommended=str(tmp_path / "nothing.json"))

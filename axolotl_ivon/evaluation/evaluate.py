@@ -21,11 +21,12 @@ from torch import Tensor
 
 from ..data.chats import Example, detect_task, find_choices, read_examples
 from ..data.encode import Item, common_length, encode
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 from ..models.load import load_model, load_tokenizer
 from ..models.swap import AdapterSlots, evaluating, stacked
+from ..posterior.open import open_posterior
 from .metrics import Scores, entropy
-from .predict import Batch, Runner
+from .predict import Batch, Predictor
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,6 +58,11 @@ class Row:
         if not 0 <= self.ratio <= 1:
             raise IVONError(f"ratio {self.ratio} is outside [0, 1]; 0.1 prunes a tenth of the weights")
 
+    @property
+    def needs_sigma(self) -> bool:
+        """Say whether the row takes more of a posterior than its mean."""
+        return not self.base and (self.ratio > 0 or math.isfinite(self.tau))
+
     def passes(self, samples: int) -> int:
         """Return how many passes over the data the row takes."""
         return 1 if self.base or math.isinf(self.tau) else samples
@@ -72,15 +78,6 @@ def rows_of(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Row]:
         Row("posterior-pruned", tau=tau, ratio=ratio),
     ]
     return {row.name: row for row in rows}
-
-
-# --- batches ----------------------------------------------------------------------------------------------------
-
-
-# --- passes -----------------------------------------------------------------------------------------------------
-
-
-# --- the evaluation ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -122,7 +119,7 @@ def evaluate(
 ) -> list[Scores]:
     """Score the predictions of every row on `items`; the model is left as it was.
 
-    Draw k of every row is member k of `ivon-post sample --seed`, with the same noise at every τ and ratio.
+    Draw k of every row is `posterior.sample(seed, k)`, with the same noise at every τ and ratio.
 
     Args:
         model: the adapter over its base model, as `load_model` returns it.
@@ -141,37 +138,37 @@ def evaluate(
     """
     slots = AdapterSlots(model)
     slots.check(posterior.mean)
-    runner = Runner(model, task, batch_size, notify)
+    predictor = Predictor(model, task, batch_size, notify)
     order = sorted(range(len(items)), key=lambda index: len(items[index].ids))
     scores: list[list[Scores]] = [[] for _ in rows]
     with evaluating(model):
         skip = _prefix_length(items, task)
-        if skip and runner.prefix(items[0].ids[:skip], 1) is None:
+        if skip and predictor.prefix(items[0].ids[:skip], 1) is None:
             skip = 0
-        for chunk in _chunks(order, items, runner.classes(items) * len(rows)):
+        for chunk in _chunks(order, items, predictor.classes(items) * len(rows)):
             part = [items[index] for index in chunk]
             group = torch.tensor([index for index in chunk for _ in items[index].positions])
             target = torch.tensor([target for item in part for target in item.targets])
-            size = (len(target), runner.classes(items))
+            size = (len(target), predictor.classes(items))
             dtype = torch.float32 if task == "generate" else torch.float64
-            zeros = functools.partial(torch.zeros, dtype=dtype, device=runner.device)
+            zeros = functools.partial(torch.zeros, dtype=dtype, device=predictor.device)
             averages = [_Average(zeros(size), zeros(size[0])) for _ in rows]
             batches: dict[int, list[Batch]] = {}
             for number, draws in _passes(posterior, rows, samples, seed, draws_per_pass):
                 copies = len(draws)
                 if copies not in batches:
-                    batches[copies] = runner.batches(part, skip, copies)
+                    batches[copies] = predictor.batches(part, skip, copies)
                 average = averages[number]
                 with _weights(model, slots, rows[number], draws):
-                    prefix = runner.prefix(items[0].ids[:skip], copies) if skip else None
+                    prefix = predictor.prefix(items[0].ids[:skip], copies) if skip else None
                     for batch in batches[copies]:
-                        for piece, probabilities in runner.run(batch, prefix, copies):
+                        for piece, probabilities in predictor.predict(batch, prefix, copies):
                             average.add(piece.slots, probabilities)
                             if progress:
                                 progress(len(piece) * copies)
                 average.draws += copies
             for found, average in zip(scores, averages, strict=True):
-                found.append(Scores.of(average.mean, target.to(runner.device), average.entropy, group))
+                found.append(Scores.of(average.mean, target.to(predictor.device), average.entropy, group))
     return [Scores.concatenate(parts) for parts in scores]
 
 
@@ -239,30 +236,6 @@ def _weights(
     return stacked(model, draws)
 
 
-# --- an adapter on data files -----------------------------------------------------------------------------------
-
-
-def open_posterior(adapter: str | Path, rows: Sequence[Row] = ()) -> Posterior:
-    """Read an adapter; one without σ serves as a posterior without width where `rows` ask for no more.
-
-    Raises:
-        IVONError: the adapter cannot be read, or has no σ and a row needs it.
-    """
-    from ..posterior.adapter import Adapter
-    from ..posterior.posterior import Posterior
-    from ..storage.format import SIGMA_FILE
-
-    held = Adapter(adapter)
-    if held.sigma is not None:
-        return Posterior.from_pretrained(adapter)
-    if not rows or any(not row.base and (row.ratio > 0 or math.isfinite(row.tau)) for row in rows):
-        raise IVONError(
-            f"{adapter} has no {SIGMA_FILE}, so there are no draws and no pruning; evaluate it with --rows base,mean"
-        )
-    sigma = {key: torch.zeros(shape) for key, (_, shape) in held.mean.specs.items()}
-    return Posterior(held.mean, sigma, {}, held.config, folder=held.folder)
-
-
 class Evaluation:
     """An adapter with its base model in memory, and data files tokenised for it: ready to score rows.
 
@@ -301,7 +274,7 @@ class Evaluation:
             more = read_examples(path, limit)
             self.files[str(path)] = range(len(examples), len(examples) + len(more))
             examples += more
-        self.posterior = open_posterior(adapter, rows)
+        self.posterior = open_posterior(adapter, mean_only=bool(rows) and not any(row.needs_sigma for row in rows))
         folder = self.posterior.folder
         assert folder is not None
         head = self.posterior.config.get("task_type") == "SEQ_CLS"
@@ -309,7 +282,8 @@ class Evaluation:
             task = "classify" if head else "choice" if choices else detect_task(examples)
         if (task == "classify") != head:
             trained = "with a classification head" if head else "without a classification head"
-            raise IVONError(f"--task {task}: the adapter {adapter} was trained {trained}; leave --task out")
+            named = parameter("task")
+            raise IVONError(f"{named} {task}: the adapter {adapter} was trained {trained}; leave {named} out")
         self.task = task
         self.choices = find_choices(examples, choices) if task == "choice" else ()
         self.model = load_model(

@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
+
+from ..auroc import auroc
 
 # Name -> number of bins of equal width. Ten is the first that the tables show, fifteen is torchmetrics'
 # default.
@@ -89,59 +90,39 @@ def metrics(scores: Scores) -> dict[str, float | None]:
     draws the split of the predictive entropy: entropy = expected_entropy (noise in the data) +
     mutual_information (the draws disagree).
     """
-    right = scores.correct.long()
-    calibration = {
-        name: binary_calibration_error(scores.confidence.clamp(0, 1), right, n_bins=bins).item()
-        for name, bins in ECE_BINS.items()
-    }
-    both = 0 < right.sum() < len(right)
-    nll = scores.nll.mean()
-    return {
-        "accuracy": scores.correct.mean().item(),
-        **calibration,
-        "nll": nll.item(),
-        "perplexity": nll.exp().item(),
-        "brier": scores.brier.mean().item(),
-        "auroc": binary_auroc(scores.confidence.clamp(0, 1), right).item() if both else None,
-        "entropy": scores.entropy.mean().item(),
-        "expected_entropy": scores.expected_entropy.mean().item(),
-        "mutual_information": (scores.entropy - scores.expected_entropy).mean().item(),
-    }
+    values = weighted_metrics(scores, torch.ones(1, len(scores.group), dtype=torch.float64))
+    return {name: None if value.isnan() else value.item() for name, value in values.items()}
 
 
 def weighted_metrics(scores: Scores, weights: Tensor) -> dict[str, Tensor]:
-    """Return every metric of `metrics`, shape (resamples,), under `weights` (resamples, n): how often each
-    counts.
+    """Return every metric of `metrics`, shape (resamples,), under `weights` (resamples, n): how often each counts.
 
-    One matrix product per metric, where calling `metrics` on every resample would take seconds a row. A
-    resample in which all are right or all wrong has no AUROC: NaN.
+    One matrix product per metric, where a call for every resample would take seconds a row. A resample in which all
+    are right or all wrong has no AUROC: NaN.
     """
     total = weights.sum(1)
-    rows = {name: weights @ getattr(scores, name) / total for name in ("nll", "brier", "entropy", "expected_entropy")}
-    rows["accuracy"] = weights @ scores.correct / total
-    rows["perplexity"] = rows["nll"].exp()
-    rows["mutual_information"] = rows["entropy"] - rows["expected_entropy"]
+
+    def mean(name: str) -> Tensor:
+        return weights @ getattr(scores, name) / total
+
     gap = weights * (scores.correct - scores.confidence)
+    errors = {}
     for name, bins in ECE_BINS.items():
         edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
         bin_of = torch.bucketize(scores.confidence.clamp(0, 1), edges, right=True) - 1
-        rows[name] = _sum_by(gap, bin_of, bins + 1).abs().sum(1) / total
-    rows["auroc"] = _auroc(scores, weights)
-    return rows
-
-
-def _sum_by(values: Tensor, key: Tensor, keys: int) -> Tensor:
-    """Sum `values` (resamples, n) over equal `key` (n,): shape (resamples, keys)."""
-    return values.new_zeros(len(values), keys).index_add_(1, key, values)
-
-
-def _auroc(scores: Scores, weights: Tensor) -> Tensor:
-    # The share of (right, wrong) pairs in which the right one is the more confident; a tie counts half.
-    level, rank = torch.unique(scores.confidence, return_inverse=True)
-    right = _sum_by(weights * scores.correct, rank, len(level))
-    wrong = _sum_by(weights * (1 - scores.correct), rank, len(level))
-    below = wrong.cumsum(1) - wrong / 2
-    return (right * below).sum(1) / (right.sum(1) * wrong.sum(1))
+        errors[name] = gap.new_zeros(len(gap), bins + 1).index_add_(1, bin_of, gap).abs().sum(1) / total
+    nll, total_entropy, noise = mean("nll"), mean("entropy"), mean("expected_entropy")
+    return {
+        "accuracy": mean("correct"),
+        **errors,
+        "nll": nll,
+        "perplexity": nll.exp(),
+        "brier": mean("brier"),
+        "auroc": torch.from_numpy(auroc(scores.confidence.numpy(), scores.correct.numpy(), weights.numpy())),
+        "entropy": total_entropy,
+        "expected_entropy": noise,
+        "mutual_information": total_entropy - noise,
+    }
 
 
 def standard_errors(scores: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, float | None]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from ..data.encode import Item
-from ..errors import IVONError
+from ..errors import parameter
+from ..models.forward import cache_name, forward_parameters, run_halving
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 # Tokens in a batch when the size is "auto". On a CPU more would only add padding. Out of memory halves it.
 _AUTO_TOKENS = {"cpu": 512}
 _AUTO_TOKENS_ELSEWHERE = 16384
-_LOGITS = 2**27  # logits of one batch with --task generate: 512 MiB in float32
+_LOGITS = 2**27  # logits of one batch of the task "generate": 512 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class Batch:
 
     def part(self, start: int, stop: int) -> Batch:
         """Return rows `start` to `stop` as a batch."""
+        if stop - start == len(self):
+            return self
         chosen = (self.row >= start) & (self.row < stop)
         return Batch(
             self.ids[start:stop],
@@ -81,8 +82,12 @@ def collate(items: Sequence[Item], first_slot: int, skip: int, pad: int, device:
 
 
 @dataclass
-class Runner:
-    """Runs the loaded weights over items in batches that fit the memory."""
+class Predictor:
+    """Gives the probabilities of the loaded weights on items, in batches that fit the memory.
+
+    Args:
+        batch_size: prompts in a batch, or None to choose; halved when the memory runs out, which `notify` is told.
+    """
 
     model: PeftModel
     task: str
@@ -90,15 +95,13 @@ class Runner:
     notify: Callable[[str], None]
     device: torch.device = field(init=False)
     tokens: int = field(init=False)
-    keeps_logits: bool = field(init=False)
-    ceiling: float = math.inf  # tokens in a batch: lowered when the memory runs out
+    takes: Set[str] = field(init=False)  # the arguments of the base model's forward
+    ceiling: int = sys.maxsize  # tokens in a batch: lowered when the memory runs out
 
     def __post_init__(self) -> None:
         self.device = self.model.device
         self.tokens = _AUTO_TOKENS.get(self.device.type, _AUTO_TOKENS_ELSEWHERE)
-        # The head runs on the scored positions only, where the model can do that.
-        forward = inspect.signature(self.model.get_base_model().forward)
-        self.keeps_logits = "logits_to_keep" in forward.parameters
+        self.takes = forward_parameters(self.model)
 
     def classes(self, items: Sequence[Item]) -> int:
         """Return the number of classes of a distribution."""
@@ -128,35 +131,30 @@ class Runner:
         budget = min(self.tokens, _LOGITS // self.classes(items)) if self.task == "generate" else self.tokens
         return (stop - start) * copies * (len(items[stop - 1].ids) - skip) <= budget
 
-    def run(self, batch: Batch, prefix: Any, copies: int) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield (batch, probabilities (copies, m, classes)): in smaller parts when the memory runs out."""
-        waiting = [batch]
-        while waiting:
-            part = waiting.pop(0)
-            size, half = copies * part.ids.numel(), len(part) // 2
-            if size <= self.ceiling or not half:
-                probabilities = self._try_forward(part, prefix, copies)
-                if probabilities is not None:
-                    yield part, probabilities
-                    continue
-                clear_device_cache(garbage_collection=True)
-                if not half:
-                    raise IVONError(
-                        f"out of memory with a single prompt of {part.ids.shape[1]} tokens; use --load-in 8bit or "
-                        "4bit, --draws-per-pass 1, or a machine with more memory"
-                    )
-                self.notify(f"out of memory with {len(part)} prompts in a batch; going on with {half}")
-                self.ceiling = size // 2
-            waiting[:0] = [part.part(0, half), part.part(half, len(part))]
+    def predict(self, batch: Batch, prefix: Any, copies: int) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield (batch, probabilities (copies, m, classes)): in smaller parts when the memory runs out.
 
-    def _try_forward(self, batch: Batch, prefix: Any, copies: int) -> Tensor | None:
-        """Return `_forward`'s probabilities, or None if the memory ran out; then nothing holds its tensors."""
-        try:
-            return self._forward(batch, prefix, copies)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            return None
+        Raises:
+            IVONError: one prompt alone is too large.
+        """
+        length = batch.ids.shape[1]
+        hopeless = (
+            f"prompt of {length} tokens; use {parameter('load_in')} 8bit or 4bit, {parameter('draws_per_pass')} 1, "
+            "or a machine with more memory"
+        )
+        start = 0
+        while start < len(batch):
+            most = min(len(batch) - start, max(1, self.ceiling // (copies * length)))
+
+            def run(rows: int, start: int = start) -> tuple[Batch, Tensor]:
+                part = batch.part(start, start + rows)
+                return part, self._forward(part, prefix, copies)
+
+            found, rows = run_halving(run, most, "prompts", self.notify, hopeless)
+            if rows < most:
+                self.ceiling = copies * length * rows
+            yield found
+            start += rows
 
     def _forward(self, batch: Batch, prefix: Any, copies: int) -> Tensor:
         columns, column = torch.unique(batch.column, return_inverse=True)
@@ -167,8 +165,8 @@ class Runner:
             logits = self.model(**inputs).logits.view(copies, len(batch), -1)
             return logits.double().softmax(-1)
         if prefix is not None:
-            inputs["past_key_values"] = _repeated(prefix, len(batch))
-        if self.keeps_logits:
+            inputs[cache_name(self.takes)] = _repeated(prefix, len(batch))
+        if "logits_to_keep" in self.takes:  # the head runs on the scored positions only
             inputs["logits_to_keep"] = columns
         else:
             column = batch.column
@@ -183,9 +181,9 @@ class Runner:
         from transformers.cache_utils import DynamicCache, DynamicLayer
 
         inputs: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=self.device).repeat(copies, 1)}
-        if self.keeps_logits:
+        if "logits_to_keep" in self.takes:
             inputs["logits_to_keep"] = 1
-        cache = getattr(self.model(**inputs, use_cache=True), "past_key_values", None)
+        cache = getattr(self.model(**inputs, use_cache=True), cache_name(self.takes), None)
         # Sliding windows and recurrent states do not keep all of the prefix.
         if type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers):
             return cache

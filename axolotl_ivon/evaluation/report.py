@@ -1,7 +1,4 @@
-"""What `ivon-post sweep` leaves behind: recommended.json, accuracy against calibration, and reliability diagrams.
-
-Figures are made without pyplot, so nothing global changes and no display is needed.
-"""
+"""What `ivon-post sweep` leaves behind: recommended.json, accuracy against calibration, and reliability diagrams."""
 
 from __future__ import annotations
 
@@ -19,14 +16,15 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from ..errors import IVONError
+from ..errors import IVONError, parameter
+from ..figures import BLUE, GREEN, GREY, VERMILION, save_figure
+from ..storage.atomic import new_file, output_folder
+from ..storage.format import write_json
 from .metrics import ECE_BINS, Scores, metrics
 from .sweep import RECOMMENDED_FILE, Sweep, number
 
 if TYPE_CHECKING:
     from .sweep import GridPoint
-
-_TEMPERATURE, _PRUNING, _CHOSEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#9a9a9a"
 
 
 def trade_off(result: Sweep) -> Figure:
@@ -37,28 +35,28 @@ def trade_off(result: Sweep) -> Figure:
     """
     points = result.points
     ratio = min(point.ratio for point in points)
-    tau = min((point.tau for point in points), key=_distance_to_one)
+    tau = min((point.tau for point in points), key=lambda tau: abs(math.log(tau)))
     curves = [
-        (f"temperature τ (ratio {ratio:g})", "τ", _TEMPERATURE, [p for p in points if p.ratio == ratio]),
-        (f"pruning ratio (τ {_text(tau)})", "r", _PRUNING, [p for p in points if p.tau == tau]),
+        (f"temperature τ (ratio {ratio:g})", "τ", BLUE, [p for p in points if p.ratio == ratio]),
+        (f"pruning ratio (τ {_tau_text(tau)})", "r", VERMILION, [p for p in points if p.tau == tau]),
     ]
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot()
-    axes.scatter(*_place(points), s=14, color=_GREY, zorder=1, label="other grid points")
+    axes.scatter(*_coordinates(points), s=14, color=GREY, zorder=1, label="other grid points")
     labels: list[tuple[str, GridPoint, str]] = []
     for label, symbol, color, curve in curves:
         if len(curve) > 1:
-            axes.plot(*_place(curve), "o-", color=color, markersize=5, linewidth=1.5, zorder=3, label=label)
-            labels += [(f"{symbol} {_text(p.tau if symbol == 'τ' else p.ratio)}", p, color) for p in curve]
+            axes.plot(*_coordinates(curve), "o-", color=color, markersize=5, linewidth=1.5, zorder=3, label=label)
+            labels += [(f"{symbol} {_tau_text(p.tau if symbol == 'τ' else p.ratio)}", p, color) for p in curve]
     front = sorted((p for p in points if p.front), key=lambda p: p.chosen_on["ece"])
     axes.plot(
-        *_place(front), "--o", color="black", linewidth=0.8, markersize=11, markerfacecolor="none", zorder=2,
+        *_coordinates(front), "--o", color="black", linewidth=0.8, markersize=11, markerfacecolor="none", zorder=2,
         label="Pareto front",
     )  # fmt: skip
     chosen = points[result.recommended]
     axes.scatter(
-        *_place([chosen]), marker="*", s=220, color=_CHOSEN, edgecolor="black", linewidth=0.6, zorder=4,
-        label=f"recommended by {result.objective}: τ {_text(chosen.tau)}, ratio {chosen.ratio:g}",
+        *_coordinates([chosen]), marker="*", s=220, color=GREEN, edgecolor="black", linewidth=0.6, zorder=4,
+        label=f"recommended by {result.objective}: τ {_tau_text(chosen.tau)}, ratio {chosen.ratio:g}",
     )  # fmt: skip
     axes.set_xlabel("expected calibration error (%), 10 bins")
     axes.set_ylabel("accuracy (%)")
@@ -72,12 +70,12 @@ def trade_off(result: Sweep) -> Figure:
 def _annotate(axes: Axes, labels: Sequence[tuple[str, GridPoint, str]], points: Sequence[GridPoint]) -> None:
     """Write each label beside its point, where it covers no point and no other label."""
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]
-    where = axes.transData.transform(list(zip(*_place(points), strict=True)))
+    where = axes.transData.transform(list(zip(*_coordinates(points), strict=True)))
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in where]
     # Points from the point: the further ones get a line to it.
     offsets = [(x, y) for y in (4, -12, 20, -28, 36, -44) for x in (7, -7)]
     for text, point, color in labels:
-        [[x], [y]] = _place([point])
+        [[x], [y]] = _coordinates([point])
         for offset in offsets:
             line = {"arrowstyle": "-", "color": color, "linewidth": 0.5} if abs(offset[1]) > 12 else None
             side = "left" if offset[0] > 0 else "right"
@@ -92,15 +90,11 @@ def _annotate(axes: Axes, labels: Sequence[tuple[str, GridPoint, str]], points: 
             note.remove()
 
 
-def _distance_to_one(tau: float) -> float:
-    return abs(math.log(tau))
-
-
-def _text(value: float) -> str:
+def _tau_text(value: float) -> str:
     return "∞" if math.isinf(value) else f"{value:g}"
 
 
-def _place(points: Sequence[GridPoint]) -> tuple[list[float], list[float]]:
+def _coordinates(points: Sequence[GridPoint]) -> tuple[list[float], list[float]]:
     return [100 * p.chosen_on["ece"] for p in points], [100 * p.chosen_on["accuracy"] for p in points]
 
 
@@ -127,14 +121,14 @@ def reliability(named: Mapping[str, Scores]) -> Figure:
         width = 1 / len(share)
         middle = [(i + 0.5) * width for i in range(len(share))]
         top, bottom = grid[0][column], grid[1][column]
-        top.bar(middle, accuracy, width * 0.94, color=_TEMPERATURE, alpha=0.6, label="accuracy")
+        top.bar(middle, accuracy, width * 0.94, color=BLUE, alpha=0.6, label="accuracy")
         gap = [c - a for a, c in zip(accuracy, confidence, strict=True)]
-        hatched = {"facecolor": "none", "edgecolor": _PRUNING, "linewidth": 0, "hatch": "////"}
+        hatched = {"facecolor": "none", "edgecolor": VERMILION, "linewidth": 0, "hatch": "////"}
         top.bar(middle, gap, width * 0.94, bottom=accuracy, label="gap to confidence", **hatched)
         top.plot([0, 1], [0, 1], "--", color="black", linewidth=0.8)
         top.set_title(f"{name}: ECE {100 * (metrics(scores)['ece'] or 0):.1f} %", fontsize=10)
         top.set(xlim=(0, 1), ylim=(0, 1))
-        bottom.bar(middle, [100 * s for s in share], width * 0.94, color=_GREY)
+        bottom.bar(middle, [100 * s for s in share], width * 0.94, color=GREY)
         bottom.set_xlabel("confidence")
         bottom.yaxis.set_major_locator(MaxNLocator(3))
     figure.get_layout_engine().set(wspace=0.05)  # type: ignore[union-attr, call-arg]
@@ -147,12 +141,17 @@ def reliability(named: Mapping[str, Scores]) -> Figure:
 def check_output(folder: Path, overwrite: bool = False) -> None:
     """Raise IVONError if `save` would refuse `folder`: worth asking before the evaluation."""
     if folder.exists() and not folder.is_dir():
-        raise IVONError(f"{folder} is not a folder; choose another name with -o")
+        raise IVONError(f"{folder} is not a folder; choose another name with {parameter('output')}")
     if (folder / RECOMMENDED_FILE).exists() and not overwrite:
-        raise IVONError(f"{folder} holds a sweep; choose another name with -o, or overwrite it with --overwrite")
+        raise IVONError(
+            f"{folder} holds a sweep; choose another name with {parameter('output')}, or overwrite it "
+            f"with {parameter('overwrite')}"
+        )
     parent = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     if not os.access(parent, os.W_OK):
-        raise IVONError(f"{folder} cannot be written (no permission for {parent}); choose another name with -o")
+        raise IVONError(
+            f"{folder} cannot be written (no permission for {parent}); choose another name with {parameter('output')}"
+        )
 
 
 def save(result: Sweep, folder: Path, facts: dict[str, Any]) -> list[Path]:
@@ -164,15 +163,9 @@ def save(result: Sweep, folder: Path, facts: dict[str, Any]) -> list[Path]:
     Raises:
         IVONError: a file cannot be written.
     """
-    from ..storage.atomic import new_file, output_folder
-    from ..storage.format import write_json
-
     output_folder(folder)
     pictures = {"trade-off": trade_off(result), "reliability": reliability(result.reliability)}
-    paths = [folder / f"{name}.{kind}" for name in pictures for kind in ("png", "svg")]
-    for path in paths:
-        with new_file(path) as temporary:
-            pictures[path.stem].savefig(temporary, format=path.suffix[1:], dpi=150)
+    paths = [path for name, picture in pictures.items() for path in save_figure(picture, folder, name)]
     point, mean = result.points[result.recommended], result.find(math.inf, 0.0)
     with new_file(folder / RECOMMENDED_FILE) as temporary:
         write_json(

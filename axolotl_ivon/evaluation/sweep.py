@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 from ..storage.format import read_json
 
 if TYPE_CHECKING:
@@ -33,18 +33,18 @@ def read_recommended(path: str | Path) -> tuple[float, float]:
     Raises:
         IVONError: the file cannot be read, is not such a file, or holds a τ ≤ 0 or a ratio outside [0, 1].
     """
-    fix = "give the recommended.json that `ivon-post sweep` wrote"
+    named, fix = parameter("recommended"), "give the recommended.json that `ivon-post sweep` wrote"
     try:
         facts = read_json(Path(path))
     except IVONError as error:
-        raise IVONError(f"--recommended cannot be read: {error}; {fix}") from None
+        raise IVONError(f"{named} cannot be read: {error}; {fix}") from None
     if not {"tau", "ratio"} <= facts.keys():
-        raise IVONError(f"--recommended {path}: it has no `tau` and `ratio`; {fix}")
+        raise IVONError(f"{named} {path}: it has no `tau` and `ratio`; {fix}")
     tau, ratio = (math.inf if value == "inf" else value for value in (facts["tau"], facts["ratio"]))
     if not _is_number(tau) or not tau > 0:
-        raise IVONError(f'--recommended {path}: tau is {facts["tau"]!r}; it must be a number > 0, or "inf"')
+        raise IVONError(f'{named} {path}: tau is {facts["tau"]!r}; it must be a number > 0, or "inf"')
     if not _is_number(ratio) or not 0 <= ratio <= 1:
-        raise IVONError(f"--recommended {path}: ratio is {facts['ratio']!r}; it must be between 0 and 1")
+        raise IVONError(f"{named} {path}: ratio is {facts['ratio']!r}; it must be between 0 and 1")
     return float(tau), float(ratio)
 
 
@@ -117,7 +117,10 @@ def check_grid(taus: Sequence[float], ratios: Sequence[float]) -> list[Row]:
         for tau in sorted(set(taus))
     ]
     if len(rows) < 2:
-        raise IVONError("--tau and --ratio: one point is nothing to choose between; give more values of either")
+        raise IVONError(
+            f"{parameter('taus')} and {parameter('ratios')}: one point is nothing to choose between; "
+            "give more values of either"
+        )
     return rows
 
 
@@ -136,7 +139,9 @@ def sweep(evaluation: Evaluation, rows: Sequence[Row], objective: str = "nll", s
 
     count = len(evaluation.items)
     if count < 4:
-        raise IVONError(f"--data: {count} examples cannot be split in two halves; give at least 4, better 200")
+        raise IVONError(
+            f"{parameter('data')}: {count} examples cannot be split in two halves; give at least 4, better 200"
+        )
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     choose, report = shuffled[: count // 2], shuffled[count // 2 :]
     scores = evaluation.run(rows, seed=seed, **options)

@@ -11,14 +11,13 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import httpx
 
 from ..data.encode import Prompt
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 from .plan import Output, Plan, random_bits
-
-if TYPE_CHECKING:
-    import httpx
 
 _T = TypeVar("_T")
 _RETRIED = {408, 429, 500, 502, 503, 504}
@@ -45,9 +44,7 @@ class EndpointEngine:
     def __init__(
         self, url: str, members: Sequence[str], plan: Plan, *, concurrency: int = 32, timeout: float = 600.0
     ) -> None:
-        import httpx
-
-        self._given, self._members, self._plan = url, members, plan
+        self._named, self._members, self._plan = f"{parameter('endpoint')} {url}", members, plan
         self._concurrency = concurrency
         root = url.rstrip("/")
         key = os.environ.get("OPENAI_API_KEY")
@@ -60,22 +57,20 @@ class EndpointEngine:
 
     def _check(self) -> None:
         """Raise IVONError unless the server is there and serves every member."""
-        import httpx
-
         try:
             with httpx.Client(**self._options) as client:
                 response = client.get("/models")
         except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
             raise IVONError(
-                f"--endpoint {self._given}: no server answers there ({_reason(error)}); start it with serve.sh of the "
+                f"{self._named}: no server answers there ({_reason(error)}); start it with serve.sh of the "
                 "ensemble, or name another address"
             ) from None
         self._refuse(response)
-        served = _field(response, lambda body: [str(model["id"]) for model in body["data"]], self._given)
+        served = _field(response, lambda body: [str(model["id"]) for model in body["data"]], self._named)
         for name in self._members:
             if name not in served:
                 raise IVONError(
-                    f"--endpoint {self._given} does not serve {name}, but {', '.join(served[:8]) or 'nothing'}"
+                    f"{self._named} does not serve {name}, but {', '.join(served[:8]) or 'nothing'}"
                     f"{', …' if len(served) > 8 else ''}; start it with serve.sh of the ensemble"
                 )
 
@@ -83,9 +78,7 @@ class EndpointEngine:
         """Raise IVONError if the server refuses the request."""
         if response.status_code != 200:
             text = " ".join(response.text.split())[:300]
-            raise IVONError(
-                f"--endpoint {self._given}: {response.request.url.path} answers {response.status_code}: {text}"
-            )
+            raise IVONError(f"{self._named}: {response.request.url.path} answers {response.status_code}: {text}")
 
     def outputs(
         self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None
@@ -95,8 +88,6 @@ class EndpointEngine:
         Raises:
             IVONError: the server refuses a request, keeps failing, or answers something else than completions.
         """
-        import httpx
-
         loop = asyncio.new_event_loop()
         waiting: deque[list[asyncio.Task[list[Output]]]] = deque()
         client = httpx.AsyncClient(**self._options)
@@ -109,7 +100,7 @@ class EndpointEngine:
                     prompt = todo.popleft()
                     asked = [self._ask(client, gate, prompt, k, count) for k in range(len(self._members))]
                     waiting.append([loop.create_task(request) for request in asked])
-                found = loop.run_until_complete(_all(waiting[0]))
+                found = loop.run_until_complete(asyncio.gather(*waiting[0]))
                 waiting.popleft()
                 yield [output for own in found for output in own]
         finally:
@@ -117,7 +108,8 @@ class EndpointEngine:
             left = [task for own in waiting for task in own]
             for task in left:
                 task.cancel()
-            loop.run_until_complete(_ended(left))
+            if left:
+                loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
             loop.run_until_complete(client.aclose())
             loop.close()
 
@@ -143,18 +135,16 @@ class EndpointEngine:
         }
         async with gate:
             response = await self._post(client, body)
-        found = _field(response, lambda body: [_output(choice, member) for choice in body["choices"]], self._given)
+        found = _field(response, lambda body: [_output(choice, member) for choice in body["choices"]], self._named)
         if len(found) != plan.distinct:
             raise IVONError(
-                f"--endpoint {self._given}: {len(found)} outputs where {plan.distinct} were asked for; use a server "
-                "that knows n, or --per-model 1"
+                f"{self._named}: {len(found)} outputs where {plan.distinct} were asked for; use a server "
+                f"that knows n, or {parameter('per_model')} 1"
             )
         count(sum(output.tokens for output in found))
         return [found[j % plan.distinct] for j in range(plan.per_member)]
 
     async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Response:
-        import httpx
-
         problem = ""
         for attempt in range(_ATTEMPTS):
             wait = _BACKOFF * 2**attempt
@@ -171,25 +161,17 @@ class EndpointEngine:
             if attempt + 1 < _ATTEMPTS:
                 await asyncio.sleep(wait)
         raise IVONError(
-            f"--endpoint {self._given}: {_ATTEMPTS} attempts failed, the last with {problem}; what is done is kept: "
+            f"{self._named}: {_ATTEMPTS} attempts failed, the last with {problem}; what is done is kept: "
             "run the same command again when the server is well"
         )
-
-
-async def _all(tasks: Sequence[asyncio.Task[_T]]) -> list[_T]:
-    return await asyncio.gather(*tasks)
-
-
-async def _ended(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _field(response: httpx.Response, take: Callable[[Any], _T], url: str) -> _T:
-    """Return what `take` finds in a response, which anybody may have written.
+def _field(response: httpx.Response, take: Callable[[Any], _T], named: str) -> _T:
+    """Return what `take` finds in a response of the server `named`, which anybody may have written.
 
     Raises:
         IVONError: it is not there.
@@ -198,7 +180,7 @@ def _field(response: httpx.Response, take: Callable[[Any], _T], url: str) -> _T:
         return take(response.json())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         path = response.request.url.path
-        raise IVONError(f"--endpoint {url}: {path} does not answer as OpenAI's interface does") from None
+        raise IVONError(f"{named}: {path} does not answer as OpenAI's interface does") from None
 
 
 def _output(choice: dict[str, Any], member: int) -> Output:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from ..data.encode import Prompt
-from ..errors import IVONError
+from ..errors import IVONError, parameter
+from ..models.forward import cache_name, forward_parameters, run_halving
+from ..models.swap import AdapterSlots, evaluating, stacked
 from .plan import Output, Plan, random_bits
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -52,8 +54,6 @@ class TransformersEngine:
         batch_size: int | None = None,
         notify: Callable[[str], None] = lambda message: None,
     ) -> None:
-        from ..models.swap import AdapterSlots
-
         self._model, self._tokenizer, self._posterior, self._plan = model, tokenizer, posterior, plan
         self._notify = notify
         self._slots = AdapterSlots(model)
@@ -64,15 +64,14 @@ class TransformersEngine:
         self._kept = _KEPT // max(size, 1)
         self._stackable = self._can_stack()
         base: Any = model.get_base_model()
-        self._takes = set(inspect.signature(base.forward).parameters)
+        self._takes = forward_parameters(model)
+        self._cache = cache_name(self._takes)
         ends = base.generation_config.eos_token_id
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         # Only the newest token can complete a stop string, and none is longer, in tokens, than in bytes.
         self._tail = max((len(text.encode()) for text in plan.stop), default=0) + 4
 
     def _can_stack(self) -> bool:
-        from ..models.swap import stacked
-
         mean = dict(self._posterior.mean)
         try:
             with stacked(self._model, [mean, mean]):
@@ -88,8 +87,8 @@ class TransformersEngine:
         for prompt in prompts:
             if longest is not None and len(prompt.ids) + self._plan.max_tokens > longest:
                 raise IVONError(
-                    f"{prompt.source}: {len(prompt.ids)} tokens and --max-tokens {self._plan.max_tokens}, but the "
-                    f"model takes {longest} in all; shorten or remove it, or lower --max-tokens"
+                    f"{prompt.source}: {len(prompt.ids)} tokens and {parameter('max_tokens')} {self._plan.max_tokens}, "
+                    f"but the model takes {longest} in all; shorten or remove it, or lower {parameter('max_tokens')}"
                 )
             if max(prompt.ids) >= tokens:
                 raise IVONError(
@@ -109,58 +108,42 @@ class TransformersEngine:
         group = max(1, self._rows // (self._plan.members * self._plan.distinct))
         # Batches begin where those of an uninterrupted run do: rounding may depend on who is in a batch.
         for begin in range(start - start % group, len(prompts), group):
-            found = self._group(prompts[begin : begin + group], count)
+            found = self._generate(prompts[begin : begin + group], count)
             yield from found[max(0, start - begin) :]
 
-    def _group(self, prompts: Sequence[Prompt], count: Callable[[int], None]) -> list[list[Output]]:
-        from accelerate.utils.memory import clear_device_cache
+    def _generate(self, prompts: Sequence[Prompt], count: Callable[[int], None]) -> list[list[Output]]:
+        """Return the prompts' outputs, made with fewer sequences in a batch when the memory runs out."""
+        hopeless = (
+            f"sequence of {max(len(prompt.ids) for prompt in prompts)} tokens and {parameter('max_tokens')} "
+            f"{self._plan.max_tokens}; use {parameter('load_in')} 8bit or 4bit, or a machine with more memory"
+        )
+        found, self._rows = run_halving(
+            lambda rows: self._generate_in(rows, prompts, count), self._rows, "sequences", self._notify, hopeless
+        )
+        return found
 
-        while True:
-            found = self._try_group(prompts, count)
-            if found is not None:
-                return found
-            clear_device_cache(garbage_collection=True)
-            if self._rows == 1:
-                raise IVONError(
-                    f"out of memory with a single sequence of {max(len(prompt.ids) for prompt in prompts)} tokens and "
-                    f"--max-tokens {self._plan.max_tokens}; use --load-in 8bit or 4bit, or a machine with more memory"
-                )
-            self._notify(f"out of memory with {self._rows} sequences in a batch; going on with {self._rows // 2}")
-            self._rows //= 2
-
-    def _try_group(self, prompts: Sequence[Prompt], count: Callable[[int], None]) -> list[list[Output]] | None:
-        """Return the prompts' outputs, or None if the memory ran out; then nothing holds its tensors."""
-        from accelerate.utils.memory import should_reduce_batch_size
-
-        from ..models.swap import evaluating
-
+    def _generate_in(self, rows: int, prompts: Sequence[Prompt], count: Callable[[int], None]) -> list[list[Output]]:
+        """Return the prompts' outputs, made in batches of at most `rows` sequences."""
         plan = self._plan
-        outputs = min(plan.distinct, self._rows)
-        members = max(1, self._rows // outputs) if self._stackable else 1
-        together = max(1, self._rows // (outputs * min(members, plan.members)))
+        outputs = min(plan.distinct, rows)
+        members = max(1, rows // outputs) if self._stackable else 1
+        together = max(1, rows // (outputs * min(members, plan.members)))
         found: list[list[Output]] = [[] for _ in prompts]
-        try:
-            with evaluating(self._model):
-                for some in _pieces(range(plan.members), members):
-                    with self._weights(some):
-                        decoded = {
-                            (member, index, number): output
-                            for part in _pieces(range(len(prompts)), together)
-                            for numbers in _pieces(range(plan.distinct), outputs)
-                            for (member, index, number), output in self._decode(prompts, some, part, numbers, count)
-                        }
-                    for index, own in enumerate(found):
-                        for member in some:
-                            own += [decoded[member, index, j % plan.distinct] for j in range(plan.per_member)]
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            return None
+        with evaluating(self._model):
+            for some in _slices(range(plan.members), members):
+                with self._weights(some):
+                    decoded = {
+                        key: output
+                        for part in _slices(range(len(prompts)), together)
+                        for numbers in _slices(range(plan.distinct), outputs)
+                        for key, output in self._decode(prompts, some, part, numbers, count)
+                    }
+                for index, own in enumerate(found):
+                    for member in some:
+                        own += [decoded[member, index, j % plan.distinct] for j in range(plan.per_member)]
         return found
 
     def _weights(self, members: Sequence[int]) -> AbstractContextManager[None]:
-        from ..models.swap import stacked
-
         draws = [self._draw(member) for member in members]
         return self._slots.loaded(draws[0]) if len(draws) == 1 else stacked(self._model, draws)
 
@@ -182,8 +165,6 @@ class TransformersEngine:
         count: Callable[[int], None],
     ) -> Iterator[tuple[tuple[int, int, int], Output]]:
         """Yield ((member, prompt's index, output's number), output) for one batch."""
-        import torch
-
         plan, device = self._plan, self._model.device
         keys = [(member, index, number) for member in members for index in part for number in numbers]
         drawn = [random_bits(plan, prompts[i], m, j).random_raw(plan.max_tokens) >> 41 for m, i, j in keys]
@@ -198,19 +179,19 @@ class TransformersEngine:
         logprobs = [0.0] * len(keys)
         alive = [True] * len(keys)
         for step in range(plan.max_tokens):
-            token = self._choose(logits, uniform[slots, step])
+            token = self._next_tokens(logits, uniform[slots, step])
             likely = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
             fresh = 0
             for slot, one, logprob in zip(slots, token.tolist(), likely.tolist(), strict=True):
                 if alive[slot]:
                     sequences[slot].append(one)
                     logprobs[slot] += logprob
-                    alive[slot] = one not in self._ends and not self._stopped(sequences[slot])
+                    alive[slot] = one not in self._ends and not self._has_stopped(sequences[slot])
                     fresh += 1
             count(fresh)
             if not any(alive) or step + 1 == plan.max_tokens:
                 break
-            kept = _shrunk([alive[slot] for slot in slots], len(members))
+            kept = kept_rows([alive[slot] for slot in slots], len(members))
             if kept is not None:
                 rows = torch.tensor(kept, device=device)
                 cache.reorder_cache(rows)
@@ -219,12 +200,10 @@ class TransformersEngine:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             logits, cache = self._forward(token[:, None], mask, cache)
         for key, sequence, logprob in zip(keys, sequences, logprobs, strict=True):
-            yield key, Output(self._text(sequence), key[0], round(logprob, 6), len(sequence))
+            yield key, Output(self._decoded_text(sequence), key[0], round(logprob, 6), len(sequence))
 
     def _prefill(self, ids: Sequence[list[int]], copies: int) -> tuple[torch.Tensor, Any, torch.Tensor]:
         """Run prompts, padded on the left, once for each member; return last logits, cache and mask."""
-        import torch
-
         width = max(map(len, ids))
         pad = next(iter(self._ends), 0)
         padded = torch.tensor([[pad] * (width - len(own)) + own for own in ids], device=self._model.device)
@@ -236,20 +215,21 @@ class TransformersEngine:
         """Return the last position's logits, float32, shape (rows, vocabulary), and the cache."""
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
         if cache is not None:
-            inputs["past_key_values"] = cache
+            inputs[self._cache] = cache
         if "position_ids" in self._takes:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if "logits_to_keep" in self._takes:
             inputs["logits_to_keep"] = 1
         result = self._model(**inputs)
-        if not hasattr(getattr(result, "past_key_values", None), "reorder_cache"):
-            raise IVONError("the base model has no key-value cache that can be repeated; serve it, and use --endpoint")
-        return result.logits[:, -1].float(), result.past_key_values
+        cache = getattr(result, self._cache, None)
+        if not hasattr(cache, "reorder_cache"):
+            raise IVONError(
+                f"the base model has no key-value cache that can be repeated; serve it, and use {parameter('endpoint')}"
+            )
+        return result.logits[:, -1].float(), cache
 
-    def _choose(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    def _next_tokens(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """Return a token for each row: the one at which the cumulated probability passes `uniform`."""
-        import torch
-
         if not self._plan.temperature:
             return logits.argmax(-1)
         probabilities = (logits / self._plan.temperature).softmax(-1)
@@ -263,23 +243,23 @@ class TransformersEngine:
         place = place.clamp(max=logits.shape[1] - 1)
         return (place if order is None else order.gather(1, place))[:, 0]
 
-    def _stopped(self, sequence: list[int]) -> bool:
+    def _has_stopped(self, sequence: list[int]) -> bool:
         if not self._plan.stop:
             return False
         end = self._tokenizer.decode(sequence[-self._tail :], skip_special_tokens=True)
         return any(text in end for text in self._plan.stop)
 
-    def _text(self, sequence: list[int]) -> str:
+    def _decoded_text(self, sequence: list[int]) -> str:
         text = str(self._tokenizer.decode(sequence, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         return text[: min((text.find(stop) for stop in self._plan.stop if stop in text), default=len(text))]
 
 
-def _pieces(values: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+def _slices(values: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
     for begin in range(0, len(values), size):
         yield values[begin : begin + size]
 
 
-def _shrunk(alive: Sequence[bool], members: int) -> list[int] | None:
+def kept_rows(alive: Sequence[bool], members: int) -> list[int] | None:
     """Return which rows stay, the same number for each member and all that are alive, or None to keep all."""
     each = len(alive) // members
     blocks = [alive[begin : begin + each] for begin in range(0, len(alive), each)]

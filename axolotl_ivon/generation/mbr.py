@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from ..auroc import auroc
 from ..errors import IVONError
 from .nbest import NBest
 from .utilities import Answers, Utility, exact
@@ -41,9 +42,6 @@ def utility_matrix(texts: Sequence[str], utility: Utility) -> np.ndarray:
     square = utility([a for a, _ in pairs], [b for _, b in pairs]).reshape(len(unique), len(unique))
     index = [place[text] for text in texts]
     return square[np.ix_(index, index)]
-
-
-# --- decoding ---------------------------------------------------------------------------------------------------
 
 
 def expected_utility(utilities: np.ndarray, members: Sequence[int], level: str = "sequence") -> np.ndarray:
@@ -67,17 +65,6 @@ def disagreement(utilities: np.ndarray, members: Sequence[int]) -> float:
     if not other.any():
         other = ~np.eye(len(own), dtype=bool)
     return float(1 - utilities[other].mean()) if other.any() else 0.0
-
-
-def auroc(score: np.ndarray, positive: np.ndarray) -> float | None:
-    """Return the probability that a positive has the larger score than a negative, ties being half; None without both.
-
-    `score` and `positive` (bool) have shape [n].
-    """
-    high, low = score[positive][:, None], score[~positive]
-    if not high.size or not low.size:
-        return None
-    return float(np.mean((high > low) + 0.5 * (high == low)))
 
 
 @dataclass(frozen=True)
@@ -141,7 +128,7 @@ def sizes(n: int) -> list[int]:
     return [*(size for size in doubled if size < n), n]
 
 
-def decode(
+def mbr(
     nbests: Sequence[NBest],
     utility: Utility,
     answers: Answers,
@@ -195,7 +182,8 @@ def decode(
         error = math.sqrt(accuracy * (1 - accuracy) / len(nbests))
         curve.append(Point(n, accuracy, error, float(worth.mean())))
     score = np.array([choice.disagreement for choice in choices])
-    return Decoded(choices, curve, float(np.mean(single)), auroc(score, right[-1] == 0))
+    area = float(auroc(score, right[-1] == 0))
+    return Decoded(choices, curve, float(np.mean(single)), None if math.isnan(area) else area)
 
 
 def labels(files: Sequence[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from ..data.chats import read_lines
 from ..data.encode import Prompt
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 from ..storage.atomic import new_file
 from ..storage.format import read_json, write_json
 from .plan import Output
@@ -41,24 +41,24 @@ class NBestFile:
         self._file: IO[bytes] | None = None
         self._size = 0
         self.done = 0
+        self._fix = f"choose another {parameter('output')}, or start anew with {parameter('overwrite')}"
         self._resumed = self.path.exists() and not overwrite
         if self.path.is_dir() or not self.path.absolute().parent.is_dir():
-            raise IVONError(f"--output {self.path}: not a file in an existing folder; choose another name")
+            raise IVONError(f"{parameter('output')} {self.path}: not a file in an existing folder; choose another name")
         if self._resumed:
             self._compare()
             try:
                 self._read(prompts)
             except OSError as error:
-                raise IVONError(f"--output {self.path}: cannot be read ({error.strerror})") from None
+                raise IVONError(f"{parameter('output')} {self.path}: cannot be read ({error.strerror})") from None
 
     def _compare(self) -> None:
-        fix = "choose another --output, or start anew with --overwrite"
         if not self._settings_path.exists():
-            raise IVONError(f"{self.path} exists and was not made by `ivon-post generate`; {fix}")
+            raise IVONError(f"{self.path} exists and was not made by `ivon-post generate`; {self._fix}")
         before = read_json(self._settings_path)
         for name, value in json.loads(json.dumps(self._settings)).items():
             if before.get(name) != value:
-                raise IVONError(f"{self.path} was made with {name} {before.get(name)!r}, not {value!r}; {fix}")
+                raise IVONError(f"{self.path} was made with {name} {before.get(name)!r}, not {value!r}; {self._fix}")
 
     def _read(self, prompts: Sequence[Prompt]) -> None:
         with self.path.open("rb") as file:
@@ -69,12 +69,12 @@ class NBestFile:
                     text = json.loads(line)["prompt"]
                 except (ValueError, KeyError, TypeError, RecursionError):
                     raise IVONError(
-                        f"{self.path}:{self.done + 1}: not an n-best list; choose another --output"
+                        f"{self.path}:{self.done + 1}: not an n-best list; choose another {parameter('output')}"
                     ) from None
                 if self.done >= len(prompts) or text != prompts[self.done].text:
                     raise IVONError(
-                        f"{self.path}:{self.done + 1} answers another prompt than --prompts has there; choose another "
-                        "--output, or start anew with --overwrite"
+                        f"{self.path}:{self.done + 1} answers another prompt than {parameter('prompts')} has there; "
+                        f"{self._fix}"
                     )
                 self._size += len(line)
                 self.done += 1

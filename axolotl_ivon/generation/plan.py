@@ -106,15 +106,6 @@ class Engine(Protocol):
         ...
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------
-
-
-# --- the file ---------------------------------------------------------------------------------------------------
-
-
-# --- the engine that runs here ----------------------------------------------------------------------------------
-
-
 def random_bits(plan: Plan, prompt: Prompt, member: int, *more: object) -> Any:
     """Return numpy's bit generator for one prompt and member (and output, say)."""
     return generator("generate", plan.seed, prompt.text, member, *more).bit_generator

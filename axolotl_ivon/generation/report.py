@@ -10,7 +10,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..evaluation.report import _CHOSEN, _GREY, _PRUNING, _TEMPERATURE
+from ..figures import BLUE, GREEN, GREY, VERMILION, save_figure
+from ..storage.atomic import new_file, output_folder
 from .mbr import Decoded, Point
 
 
@@ -22,7 +23,7 @@ def scaling(curves: Mapping[str, Sequence[Point]]) -> Figure:
     """
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    styles = zip(itertools.cycle((_GREY, _TEMPERATURE, _PRUNING, _CHOSEN)), itertools.cycle("so^D"), strict=False)
+    styles = zip(itertools.cycle((GREY, BLUE, VERMILION, GREEN)), itertools.cycle("so^D"), strict=False)
     for place, ((label, curve), (color, marker)) in enumerate(zip(curves.items(), styles, strict=False)):
         shift = 1 + 0.03 * (place - (len(curves) - 1) / 2)  # bars side by side
         axes.errorbar(
@@ -51,8 +52,6 @@ def save(results: Mapping[str, Decoded], folder: Path) -> list[Path]:
     Raises:
         IVONError: a file cannot be written.
     """
-    from ..storage.atomic import new_file, output_folder
-
     output_folder(folder)
     paths: list[Path] = []
     for label, result in results.items():
@@ -62,9 +61,5 @@ def save(results: Mapping[str, Decoded], folder: Path) -> list[Path]:
             temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     curves = {label: result.curve for label, result in results.items() if result.curve}
     if curves:
-        figure = scaling(curves)
-        for kind in ("png", "svg"):
-            paths.append(folder / f"accuracy.{kind}")
-            with new_file(paths[-1]) as temporary:
-                figure.savefig(temporary, format=kind, dpi=150)
+        paths += save_figure(scaling(curves), folder, "accuracy")
     return paths

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 from ..storage.atomic import new_file
 from ..storage.format import CONFIG_FILE, ENSEMBLE_FILE, read_json
 from .plan import Plan
@@ -50,13 +50,16 @@ class Ensemble:
         """
         if plan.mean:
             if "mean" not in self._members:
-                raise IVONError(f"--mean: {self.folder} has no mean; draw it with `ivon-post sample --include-mean`")
+                raise IVONError(
+                    f"{parameter('mean')}: {self.folder} has no mean; draw it with `ivon-post sample --include-mean`"
+                )
             return ["mean"]
         draws = [name for name in self._members if name != "mean"]
         if len(draws) < plan.members:
+            n = parameter("n")
             raise IVONError(
-                f"-n {plan.n} takes {plan.members} draws of {plan.per_model} outputs; {self.folder} has {len(draws)}: "
-                f"say -n {len(draws) * plan.per_model}, or draw more with `ivon-post sample -n {plan.members}`"
+                f"{n} {plan.n} takes {plan.members} draws of {plan.per_model} outputs; {self.folder} has {len(draws)}: "
+                f"say {n} {len(draws) * plan.per_model}, or draw more with `ivon-post sample -n {plan.members}`"
             )
         return draws[: plan.members]
 
@@ -106,14 +109,16 @@ def served_rank(config: dict[str, Any]) -> int:
         IVONError: it serves none such, or no base model is named.
     """
     if not config.get("base_model_name_or_path"):
-        raise IVONError("--serve vllm: adapter_config.json names no base model; write its name there")
+        raise IVONError(f"{parameter('serve')} vllm: adapter_config.json names no base model; write its name there")
     for key in ("use_dora", "modules_to_save", "lora_bias"):
         if config.get(key):
-            raise IVONError(f"--serve vllm: vLLM serves no adapters with {key}; `ivon-post merge` gives whole models")
+            raise IVONError(
+                f"{parameter('serve')} vllm: vLLM serves no adapters with {key}; `ivon-post merge` gives whole models"
+            )
     if config.get("bias", "none") != "none":
-        raise IVONError(f"--serve vllm: vLLM serves no adapters with bias {config['bias']!r}")
+        raise IVONError(f"{parameter('serve')} vllm: vLLM serves no adapters with bias {config['bias']!r}")
     rank = max([config.get("r", 0), *(config.get("rank_pattern") or {}).values()])
     for size in _RANKS:
         if rank <= size:
             return size
-    raise IVONError(f"--serve vllm: vLLM serves adapters up to rank {_RANKS[-1]}; this one has {rank}")
+    raise IVONError(f"{parameter('serve')} vllm: vLLM serves adapters up to rank {_RANKS[-1]}; this one has {rank}")

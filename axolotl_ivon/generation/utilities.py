@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 from .nbest import NBest
 
 # A pattern's first group is the answer (the whole match if it has none); of several matches the last counts.
@@ -37,7 +37,8 @@ class Answers:
             self._regex = None if pattern is None else re.compile(ANSWERS.get(pattern, pattern), re.MULTILINE)
         except re.error as error:
             raise IVONError(
-                f"--answer-regex {pattern!r}: not a regular expression ({error}); presets are {', '.join(ANSWERS)}"
+                f"{parameter('answer_regex')} {pattern!r}: not a regular expression ({error}); "
+                f"presets are {', '.join(ANSWERS)}"
             ) from None
         self._group = 1 if self._regex is not None and self._regex.groups else 0
 
@@ -58,13 +59,13 @@ class Answers:
         total = sum(len(nbest.texts) for nbest in nbests)
         if len(missing) == total:
             raise IVONError(
-                f"--answer-regex {self.pattern!r} matches none of the {total} outputs in "
+                f"{parameter('answer_regex')} {self.pattern!r} matches none of the {total} outputs in "
                 f"{nbests[0].source.rpartition(':')[0]}, {_excerpt(missing[0])} for one; choose another"
             )
         for nbest in nbests:
             if nbest.reference is not None and self(nbest.reference) is None:
                 raise IVONError(
-                    f"{nbest.source}: --answer-regex {self.pattern!r} does not match the reference "
+                    f"{nbest.source}: {parameter('answer_regex')} {self.pattern!r} does not match the reference "
                     f"{_excerpt(nbest.reference)}; choose another"
                 )
         return len(missing), total, _excerpt(missing[0]) if missing else ""
@@ -128,7 +129,9 @@ def _bertscore(_: Answers) -> Utility:
     try:
         scorer = module.BERTScorer(lang="en")
     except OSError as error:
-        raise IVONError(f"--utility bertscore: its model cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise IVONError(
+            f"{parameter('utility')} bertscore: its model cannot be loaded ({str(error).splitlines()[0]})"
+        ) from None
     return lambda hypotheses, references: scorer.score(list(hypotheses), list(references))[2].double().numpy()
 
 
@@ -147,4 +150,6 @@ def _import(module: str, package: str, utility: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise IVONError(f"--utility {utility} needs the package {package}: pip install {package}") from None
+        raise IVONError(
+            f"{parameter('utility')} {utility} needs the package {package}: pip install {package}"
+        ) from None

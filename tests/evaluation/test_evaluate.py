@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from evaluations import ROWS, close
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import build_llama, write_chats
@@ -26,44 +27,14 @@ from transformers import (
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.data.encode import Item
-from axolotl_ivon.evaluation.evaluate import Evaluation, Row, count_passes, evaluate, open_posterior, rows_of
+from axolotl_ivon.evaluation.evaluate import Evaluation, Row, count_passes, evaluate, rows_of
 from axolotl_ivon.evaluation.metrics import Scores, metrics
 from axolotl_ivon.models.load import load_model, load_tokenizer, pick_device
 from axolotl_ivon.models.swap import AdapterSlots, loaded, stacked
 from axolotl_ivon.posterior.adapter import save_sigma
 
 MakeAdapter = Callable[..., Path]
-ROWS = list(rows_of(tau=0.5, ratio=0.3).values())
 WIDE = ["q_proj", "v_proj", "down_proj"]
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", count=24)
-
-
-@pytest.fixture(scope="module")
-def adapter(make_adapter: MakeAdapter) -> Path:
-    return make_adapter()
-
-
-@pytest.fixture(scope="module", params=["choice", "generate"])
-def evaluation(request: pytest.FixtureRequest, adapter: Path, chats: Path) -> Evaluation:
-    return Evaluation(adapter, [chats], task=request.param)
-
-
-@pytest.fixture(scope="module")
-def scores(evaluation: Evaluation) -> list[Scores]:
-    return evaluation.run(ROWS, samples=3, seed=5)
-
-
-def close(one: list[Scores], other: list[Scores], tolerance: float = 1e-5) -> None:
-    for a, b in zip(one, other, strict=True):
-        first, second = a.group.argsort(stable=True), b.group.argsort(stable=True)
-        for name in ("confidence", "nll", "brier", "entropy", "expected_entropy"):
-            torch.testing.assert_close(
-                getattr(a, name)[first], getattr(b, name)[second], rtol=tolerance, atol=tolerance
-            )
 
 
 # --- predictions ------------------------------------------------------------------------------------------------
@@ -127,34 +98,6 @@ def test_the_likelihood_of_answers_is_the_models_own_loss(adapter: Path, chats: 
         losses += model(input_ids=ids, labels=labels).loss.item() * len(item.targets)
         tokens += len(item.targets)
     assert metrics(score)["nll"] == pytest.approx(losses / tokens, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"batch_size": 1}, {"batch_size": 5}, {"draws_per_pass": 2}, {"draws_per_pass": 3, "batch_size": 7}],
-    ids=str,
-)
-def test_batches_and_stacked_draws_change_nothing(
-    evaluation: Evaluation, scores: list[Scores], options: dict[str, int]
-) -> None:
-    close(evaluation.run(ROWS, samples=3, seed=5, **options), scores)
-
-
-def test_the_common_prefix_changes_nothing(
-    evaluation: Evaluation, scores: list[Scores], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens: list[int] = []
-    forward = evaluation.model.forward
-    monkeypatch.setattr(
-        evaluation.model, "forward", lambda **kw: tokens.append(kw["input_ids"].numel()) or forward(**kw)
-    )
-    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._MIN_PREFIX", 2)
-    close(evaluation.run(ROWS, samples=3, seed=5), scores)
-    with_prefix = sum(tokens)
-    tokens.clear()
-    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._MIN_PREFIX", 10**6)
-    close(evaluation.run(ROWS, samples=3, seed=5), scores)
-    assert with_prefix < sum(tokens)
 
 
 def test_averages_that_do_not_fit_are_made_in_chunks(
@@ -266,39 +209,6 @@ def test_an_interrupted_evaluation_leaves_the_model_too(evaluation: Evaluation) 
     assert torch.is_grad_enabled()
 
 
-def test_out_of_memory_halves_the_batch(
-    evaluation: Evaluation, scores: list[Scores], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes: list[int] = []
-    forward = evaluation.model.forward
-
-    def small(**inputs: Tensor) -> object:
-        if len(inputs["input_ids"]) > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        sizes.append(len(inputs["input_ids"]))
-        return forward(**inputs)
-
-    monkeypatch.setattr(evaluation.model, "forward", small)
-    told: list[str] = []
-    close(evaluation.run(ROWS, samples=3, seed=5, notify=told.append), scores)
-    assert told[0].startswith("out of memory with 24 prompts in a batch; going on with 12")
-    assert len(told) <= 4  # what was learned is remembered in the later batches and passes
-    monkeypatch.setattr(evaluation.model, "forward", lambda **_: small(input_ids=torch.zeros(99, 1)))
-    with pytest.raises(IVONError, match="out of memory with a single prompt"):
-        evaluation.run(ROWS, samples=3)
-
-
-def test_other_errors_of_the_model_are_not_taken_for_memory(
-    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(**_: Tensor) -> None:
-        raise RuntimeError("shape mismatch")
-
-    monkeypatch.setattr(evaluation.model, "forward", broken)
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        evaluation.run(ROWS)
-
-
 # --- adapters in place ------------------------------------------------------------------------------------------
 
 
@@ -397,8 +307,8 @@ def test_an_adapter_without_sigma_has_a_base_and_a_mean(make_adapter: MakeAdapte
     two = [rows_of()["base"], rows_of()["mean"]]
     evaluation = Evaluation(folder, [chats], rows=two)
     assert len(evaluation.run(two)) == 2
-    with pytest.raises(IVONError, match="--rows base,mean"):
-        open_posterior(folder, list(rows_of().values()))
+    with pytest.raises(IVONError, match="evaluate it with rows base,mean"):
+        Evaluation(folder, [chats], rows=list(rows_of().values()))
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -479,7 +389,7 @@ def test_the_task_follows_from_adapter_and_choices(adapter: Path, chats: Path, t
     path.write_text('{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "dog cat"}]}\n')
     assert Evaluation(adapter, [path]).task == "generate"
     assert Evaluation(adapter, [path], choices=["dog cat", "bird"]).task == "choice"
-    with pytest.raises(IVONError, match=r"--task classify: .* was trained without a classification head"):
+    with pytest.raises(IVONError, match=r"task classify: .* was trained without a classification head"):
         Evaluation(adapter, [chats], task="classify")
 
 
@@ -517,7 +427,7 @@ def test_a_classification_head(tmp_path: Path, tiny_llama: Path) -> None:
     path.write_text('{"text": "x", "label": 3}\n')
     with pytest.raises(IVONError, match="the label '3' is neither one of the model's"):
         Evaluation(tmp_path / "head", [path])
-    with pytest.raises(IVONError, match=r"--task choice: .* was trained with a classification head"):
+    with pytest.raises(IVONError, match=r"task choice: .* was trained with a classification head"):
         Evaluation(tmp_path / "head", [path], task="choice")
 
 

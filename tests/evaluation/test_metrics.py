@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
 from axolotl_ivon.evaluation.metrics import Scores, entropy, metrics, standard_errors, weighted_metrics
 
@@ -61,6 +62,19 @@ def test_metrics_follow_their_definitions(data: tuple[Tensor, Tensor]) -> None:
         assert found["ece"] == pytest.approx(ece(confidence, correct, 10), abs=1e-9)
         assert found["ece15"] == pytest.approx(ece(confidence, correct, 15), abs=1e-9)
     assert found["auroc"] == pytest.approx(auroc(confidence, correct), abs=1e-6)
+
+
+@given(predictions())
+def test_calibration_and_auroc_are_those_of_torchmetrics(data: tuple[Tensor, Tensor]) -> None:
+    scores = Scores.of(*data)
+    found, right = metrics(scores), scores.correct.long()
+    confidence = scores.confidence.clamp(0, 1)
+    for name, bins in (("ece", 10), ("ece15", 15)):
+        assert found[name] == pytest.approx(binary_calibration_error(confidence, right, n_bins=bins).item(), abs=2e-6)
+    if 0 < right.sum() < len(right):
+        assert found["auroc"] == pytest.approx(binary_auroc(confidence, right).item(), abs=2e-6)
+    else:
+        assert found["auroc"] is None
 
 
 @given(predictions(), st.data())

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
-import xml.etree.ElementTree
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.image import imread
 from tiny import write_chats
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.evaluation.evaluate import Evaluation
-from axolotl_ivon.evaluation.metrics import Scores, metrics
-from axolotl_ivon.evaluation.report import check_output, reliability_bins, save
+from axolotl_ivon.evaluation.metrics import metrics
 from axolotl_ivon.evaluation.sweep import OBJECTIVES, Sweep, best, check_grid, pareto_front, read_recommended, sweep
 
 TAUS, RATIOS = (0.3, 1.0, math.inf), (0.0, 0.4)
-
-
-@pytest.fixture(scope="module")
-def evaluation(make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
-    data = write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", count=31)
-    return Evaluation(make_adapter(), [data])
-
-
-@pytest.fixture(scope="module")
-def result(evaluation: Evaluation) -> Sweep:
-    return sweep(evaluation, check_grid(TAUS, RATIOS), "nll", seed=4, samples=2)
 
 
 def point(accuracy: float, ece: float, nll: float = 0.0) -> dict[str, float]:
@@ -56,10 +40,10 @@ def test_the_best_is_least_or_greatest_and_nll_decides_between_equals() -> None:
     assert best(values, "brier") == 2
 
 
-def test_the_choice_is_made_on_one_half_and_reported_on_the_other(evaluation: Evaluation, result: Sweep) -> None:
+def test_the_choice_is_made_on_one_half_and_reported_on_the_other(swept: Evaluation, result: Sweep) -> None:
     assert [(p.tau, p.ratio) for p in result.points] == [(tau, ratio) for ratio in RATIOS for tau in TAUS]
     assert result.recommended == min(range(6), key=lambda i: result.points[i].chosen_on["nll"])
-    scores = evaluation.run(check_grid(TAUS, RATIOS), seed=4, samples=2)
+    scores = swept.run(check_grid(TAUS, RATIOS), seed=4, samples=2)
     shuffled = torch.randperm(31, generator=torch.Generator().manual_seed(4))
     for p, score in zip(result.points, scores, strict=True):
         assert p.chosen_on == metrics(score.of_groups(shuffled[:15]))
@@ -72,41 +56,10 @@ def test_the_choice_is_made_on_one_half_and_reported_on_the_other(evaluation: Ev
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_is_followed(evaluation: Evaluation, objective: str) -> None:
-    found = sweep(evaluation, check_grid(TAUS, RATIOS), objective, seed=4, samples=2)
+def test_every_objective_is_followed(swept: Evaluation, objective: str) -> None:
+    found = sweep(swept, check_grid(TAUS, RATIOS), objective, seed=4, samples=2)
     values = [p.chosen_on[objective] for p in found.points]
     assert values[found.recommended] == (max(values) if objective == "accuracy" else min(values))
-
-
-def test_what_is_saved_is_read_back(result: Sweep, tmp_path: Path) -> None:
-    files = save(result, tmp_path / "a" / "out", {"adapter": "x"})
-    assert {path.name for path in files} == {path.name for path in (tmp_path / "a" / "out").iterdir()}
-    chosen = result.points[result.recommended]
-    assert read_recommended(files[0]) == (chosen.tau, chosen.ratio)
-    written = json.loads(files[0].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert written["adapter"] == "x"
-    assert written["chosen_on"] == chosen.chosen_on
-    assert [p["tau"] for p in written["grid"]] == [0.3, 1.0, "inf", 0.3, 1.0, "inf"]
-    for path in files[1:]:
-        if path.suffix == ".png":
-            picture = imread(path)
-            assert picture.shape[0] > 400
-            assert picture.std() > 0.05
-        else:
-            assert xml.etree.ElementTree.parse(path).getroot().tag.endswith("svg")
-
-
-def test_an_earlier_sweep_is_kept_unless_told(result: Sweep, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    save(result, out, {})
-    with pytest.raises(IVONError, match="--overwrite"):
-        check_output(out)
-    check_output(out, overwrite=True)
-    (tmp_path / "file").touch()
-    with pytest.raises(IVONError, match="is not a folder"):
-        check_output(tmp_path / "file")
-    with pytest.raises(IVONError, match="cannot be written"):
-        save(result, tmp_path / "file" / "below", {})
 
 
 @pytest.mark.parametrize(
@@ -136,22 +89,11 @@ def test_a_recommendation_that_is_none_is_refused(tmp_path: Path, text: str, mes
         read_recommended(tmp_path)
 
 
-def test_grids_and_data_that_leave_nothing_to_choose(evaluation: Evaluation, tmp_path: Path) -> None:
+def test_grids_and_data_that_leave_nothing_to_choose(swept: Evaluation, tmp_path: Path) -> None:
     with pytest.raises(IVONError, match="one point is nothing to choose"):
         check_grid([1.0, 1.0], [0.0])
     with pytest.raises(IVONError, match="tau"):
         check_grid([0.0, 1.0], [0.0])
-    few = Evaluation(evaluation.posterior.folder, [write_chats(tmp_path / "few.jsonl", 3)], choices=["A", "B"])
+    few = Evaluation(swept.posterior.folder, [write_chats(tmp_path / "few.jsonl", 3)], choices=["A", "B"])
     with pytest.raises(IVONError, match="3 examples cannot be split"):
         sweep(few, check_grid(TAUS, RATIOS))
-
-
-def test_reliability_bins_add_up_to_the_calibration_error() -> None:
-    generator = torch.Generator().manual_seed(0)
-    p = torch.softmax(torch.randn(200, 3, generator=generator, dtype=torch.float64) * 2, 1)
-    scores = Scores.of(p, torch.randint(3, (200,), generator=generator))
-    accuracy, confidence, share = reliability_bins(scores)
-    assert sum(share) == pytest.approx(1)
-    error = sum(s * abs(a - c) for a, c, s in zip(accuracy, confidence, share, strict=True) if s)
-    assert error == pytest.approx(metrics(scores)["ece"])
-    assert math.isnan(accuracy[0])  # three classes: no confidence is below 1/3

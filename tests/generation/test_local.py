@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import NAMES, rename_cache
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -17,9 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TopPLogitsWarper
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_chats
-from axolotl_ivon.data.encode import Prompt, render
-from axolotl_ivon.generation.local import TransformersEngine, _shrunk
-from axolotl_ivon.generation.nbest import NBestFile
+from axolotl_ivon.data.encode import render
+from axolotl_ivon.generation.local import TransformersEngine, kept_rows
 from axolotl_ivon.generation.plan import Output, Plan
 from axolotl_ivon.models.load import load_model, open_tokenizer
 from axolotl_ivon.posterior.sample import sample
@@ -55,7 +55,7 @@ class Scene:
 class Numbers(TransformersEngine):
     """Gives token ids for text, so that a test knows what was generated."""
 
-    def _text(self, sequence: list[int]) -> str:
+    def _decoded_text(self, sequence: list[int]) -> str:
         return " ".join(map(str, sequence))
 
 
@@ -113,6 +113,15 @@ def test_greedy_equals_peft_when_sequences_end_at_all_lengths(scene: Scene, many
     assert len({o.tokens for own in found for o in own}) > 2
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cache_may_have_either_name(
+    scene: Scene, many_ends: list[int], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = scene.outputs(SAMPLED)
+    rename_cache(scene.model, name, monkeypatch)
+    same(scene.outputs(SAMPLED), expected)
+
+
 def test_an_adapter_that_cannot_be_stacked_goes_one_member_at_a_time(
     make_adapter: Callable[..., Path], tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -145,7 +154,7 @@ def test_tokens_are_drawn_with_their_probabilities(scene: Scene, temperature: fl
     draws = 4096
     logits = 2 * torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
     uniform = (torch.arange(draws) + 0.5) / draws
-    drawn = torch.bincount(engine._choose(logits.expand(draws, -1), uniform), minlength=50) / draws
+    drawn = torch.bincount(engine._next_tokens(logits.expand(draws, -1), uniform), minlength=50) / draws
     tempered = logits / temperature
     kept = TopPLogitsWarper(top_p)(None, tempered) if top_p < 1 else tempered
     torch.testing.assert_close(drawn, kept.softmax(-1)[0], rtol=0, atol=2.5 / draws)
@@ -214,7 +223,7 @@ def test_out_of_memory_halves_the_batch(scene: Scene, monkeypatch: pytest.Monkey
 
 
 def test_prompts_that_do_not_fit_are_refused(scene: Scene) -> None:
-    with pytest.raises(IVONError, match=r"chats.jsonl:1: \d+ tokens and --max-tokens 510"):
+    with pytest.raises(IVONError, match=r"chats.jsonl:1: \d+ tokens and max_tokens 510"):
         next(scene.engine(Plan(max_tokens=510)).outputs(scene.prompts))
     strange = scene.prompts[0]._replace(ids=[9999])
     with pytest.raises(IVONError, match="token 9999 is new"):
@@ -225,7 +234,7 @@ def test_prompts_that_do_not_fit_are_refused(scene: Scene) -> None:
 def test_shrinking_keeps_what_is_alive_and_equal_shares(shape: tuple[int, int], draw: Any) -> None:
     members, each = shape
     alive = [draw.random() < 0.4 for _ in range(members * each)]
-    rows = _shrunk(alive, members)
+    rows = kept_rows(alive, members)
     if rows is None:
         return
     assert len(set(rows)) == len(rows) < len(alive)
@@ -235,33 +244,7 @@ def test_shrinking_keeps_what_is_alive_and_equal_shares(shape: tuple[int, int], 
     assert len({shares.count(member) for member in range(members)}) == 1
 
 
-# --- plan and prompts -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"n": 12}, "-n 12 is not a multiple of --per-model 8; say -n 8"),
-        ({"n": 3}, "say -n 8"),
-        ({"n": 0}, "-n 0"),
-        ({"per_model": 0}, "--per-model 0"),
-        ({"max_tokens": 0}, "--max-tokens 0"),
-        ({"temperature": -1.0}, "--temperature -1.0"),
-        ({"temperature": float("nan")}, "--temperature nan"),
-        ({"top_p": 0.0}, "--top-p 0.0"),
-        ({"top_p": 1.1}, "--top-p 1.1"),
-        ({"stop": ("x", "")}, "--stop ''"),
-    ],
-)
-def test_a_wrong_plan_is_told(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(IVONError) as error:
-        Plan(**wrong)
-    assert message in str(error.value)
-
-
-def test_the_mean_needs_no_multiple() -> None:
-    plan = Plan(n=12, mean=True)
-    assert (plan.members, plan.per_member) == (1, 12)
+# --- prompts ------------------------------------------------------------------------------------------------------
 
 
 def test_prompts_are_what_the_template_puts_before_an_answer(tmp_path: Path, tiny_llama: Path) -> None:
@@ -313,73 +296,3 @@ def test_a_missing_or_binary_prompts_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(IVONError, match="not UTF-8"):
         read_chats(tmp_path / "b.jsonl")
-
-
-# --- the file ---------------------------------------------------------------------------------------------------
-
-PROMPTS = [Prompt(f"question {i}\n", [i], None if i else "yes", f"p:{i}") for i in range(4)]
-OUTPUTS = [[Output(f"text\n\r\u2028 {i}", 0, -1.5, 3), Output("\ud800", 1, None, 1)] for i in range(4)]
-
-
-def fill(path: Path, upto: int, settings: dict[str, Any] | None = None, **options: Any) -> NBestFile:
-    file = NBestFile(path, settings or {"seed": 0, "stop": ("x",)}, PROMPTS, **options)
-    for index in range(file.done, upto):
-        file.append(PROMPTS[index], OUTPUTS[index])
-    file.close()
-    return file
-
-
-def test_a_line_holds_what_is_promised(tmp_path: Path) -> None:
-    fill(tmp_path / "out.jsonl", 4)
-    lines = (tmp_path / "out.jsonl").read_bytes().split(b"\n")
-    assert len(lines) == 5
-    assert json.loads(lines[0]) == {
-        "prompt": "question 0\n",
-        "reference": "yes",
-        "outputs": [
-            {"text": "text\n\r\u2028 0", "member": 0, "logprob": -1.5},
-            {"text": "\ud800", "member": 1, "logprob": None},
-        ],
-    }
-
-
-@pytest.mark.parametrize("cut", [0, 1, 7, 40])
-def test_an_interrupted_file_goes_on_and_ends_the_same(tmp_path: Path, cut: int) -> None:
-    fill(tmp_path / "whole.jsonl", 4)
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    fill(tmp_path / "out.jsonl", 2)
-    content = (tmp_path / "out.jsonl").read_bytes()
-    (tmp_path / "out.jsonl").write_bytes(content[: len(content) - cut])
-    assert NBestFile(tmp_path / "out.jsonl", {"seed": 0, "stop": ["x"]}, PROMPTS).done == (1 if cut else 2)
-    assert (tmp_path / "out.jsonl").read_bytes() == content[: len(content) - cut]  # nothing is changed by looking
-    assert fill(tmp_path / "out.jsonl", 4).done == 4
-    assert (tmp_path / "out.jsonl").read_bytes() == whole
-
-
-def test_other_settings_prompts_or_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    fill(path, 3)
-    content = path.read_bytes()
-    with pytest.raises(IVONError, match=r"made with seed 0, not 1; choose another --output, or .*--overwrite"):
-        fill(path, 4, {"seed": 1, "stop": ("x",)})
-    for prompts in (PROMPTS[:2], PROMPTS[1:]):
-        with pytest.raises(IVONError, match="answers another prompt"):
-            NBestFile(path, {"seed": 0, "stop": ("x",)}, prompts)
-    assert path.read_bytes() == content
-    path.write_bytes(content + b"junk\n")
-    with pytest.raises(IVONError, match=r"out.jsonl:4: not an n-best list"):
-        fill(path, 4)
-    (tmp_path / "other.jsonl").write_text("{}\n")
-    with pytest.raises(IVONError, match="was not made by"):
-        fill(tmp_path / "other.jsonl", 4)
-    for nowhere in (tmp_path, tmp_path / "no" / "out.jsonl"):
-        with pytest.raises(IVONError, match="not a file in an existing folder"):
-            fill(nowhere, 4)
-
-
-def test_overwrite_starts_anew(tmp_path: Path) -> None:
-    fill(tmp_path / "out.jsonl", 3)
-    file = fill(tmp_path / "out.jsonl", 1, {"seed": 1}, overwrite=True)
-    assert file.done == 1
-    assert len((tmp_path / "out.jsonl").read_bytes().splitlines()) == 1
-    assert json.loads((tmp_path / "out.jsonl.settings.json").read_text()) == {"seed": 1}

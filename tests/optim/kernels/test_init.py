@@ -40,14 +40,14 @@ def test_the_variable_overrides_the_size(name: str, monkeypatch: pytest.MonkeyPa
 
 def test_a_wrong_name_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IVON_KERNELS", "cuda")
-    with pytest.raises(IVONError, match="^IVON_KERNELS=cuda: must be plain, cpu or gpu$"):
+    with pytest.raises(IVONError, match=r"^IVON_KERNELS=cuda: must be plain, cpu or gpu$"):
         IVONLoRA([nn.Parameter(torch.ones(3))], ess=1.0)
 
 
 def test_what_cannot_be_used_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IVON_KERNELS", "gpu")
     with pytest.raises(
-        IVONError, match="IVON_KERNELS=gpu cannot be used for torch.float32 parameters on cpu: "
+        IVONError, match=r"IVON_KERNELS=gpu cannot be used for torch\.float32 parameters on cpu: "
     ) as error:
         name_of(3)
     assert "\n" not in str(error.value)

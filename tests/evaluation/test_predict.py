@@ -1,0 +1,88 @@
+"""Batches, common prefixes and a memory that runs out change nothing about predictions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from caches import NAMES, rename_cache
+from evaluations import ROWS, close
+from torch import Tensor
+
+from axolotl_ivon import IVONError
+from axolotl_ivon.data.encode import common_length
+from axolotl_ivon.evaluation.evaluate import Evaluation
+from axolotl_ivon.evaluation.metrics import Scores
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 1}, {"batch_size": 5}, {"draws_per_pass": 2}, {"draws_per_pass": 3, "batch_size": 7}],
+    ids=str,
+)
+def test_batches_and_stacked_draws_change_nothing(
+    evaluation: Evaluation, scores: list[Scores], options: dict[str, int]
+) -> None:
+    close(evaluation.run(ROWS, samples=3, seed=5, **options), scores)
+
+
+def test_the_common_prefix_changes_nothing(
+    evaluation: Evaluation, scores: list[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[int] = []
+    forward = evaluation.model.forward
+    monkeypatch.setattr(
+        evaluation.model, "forward", lambda **kw: tokens.append(kw["input_ids"].numel()) or forward(**kw)
+    )
+    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._MIN_PREFIX", 2)
+    close(evaluation.run(ROWS, samples=3, seed=5), scores)
+    with_prefix = sum(tokens)
+    tokens.clear()
+    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._MIN_PREFIX", 10**6)
+    close(evaluation.run(ROWS, samples=3, seed=5), scores)
+    assert with_prefix < sum(tokens)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cache_may_have_either_name(
+    evaluation: Evaluation, scores: list[Scores], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = rename_cache(evaluation.model, name, monkeypatch)
+    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._MIN_PREFIX", 2)
+    close(evaluation.run(ROWS, samples=3, seed=5), scores)
+    # The prefix ran by itself, and what followed it without it.
+    prefix = common_length([item.ids for item in evaluation.items])
+    assert lengths.count(prefix) > 1
+    assert max(lengths) == max(len(item.ids) for item in evaluation.items) - prefix
+
+
+def test_out_of_memory_halves_the_batch(
+    evaluation: Evaluation, scores: list[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    forward = evaluation.model.forward
+
+    def small(**inputs: Tensor) -> object:
+        if len(inputs["input_ids"]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        sizes.append(len(inputs["input_ids"]))
+        return forward(**inputs)
+
+    monkeypatch.setattr(evaluation.model, "forward", small)
+    told: list[str] = []
+    close(evaluation.run(ROWS, samples=3, seed=5, notify=told.append), scores)
+    assert told[0].startswith("out of memory with 24 prompts in a batch; going on with 12")
+    assert len(told) <= 4  # what was learned is remembered in the later batches and passes
+    monkeypatch.setattr(evaluation.model, "forward", lambda **_: small(input_ids=torch.zeros(99, 1)))
+    with pytest.raises(IVONError, match="out of memory with a single prompt"):
+        evaluation.run(ROWS, samples=3)
+
+
+def test_other_errors_of_the_model_are_not_taken_for_memory(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**_: Tensor) -> None:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(evaluation.model, "forward", broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        evaluation.run(ROWS)
