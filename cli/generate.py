@@ -124,7 +124,7 @@ def command(
         from axolotl_ivon.errors import IVONError
         from axolotl_ivon.generation.nbest import NBestFile
         from axolotl_ivon.generation.plan import Plan
-        from axolotl_ivon.models.load import open_tokenizer
+        from axolotl_ivon.models.load import load_tokenizer
 
         plan = Plan(**planned)
         if plan.mean and tau is not None:
@@ -140,14 +140,14 @@ def command(
             from axolotl_ivon.generation.serve import Ensemble
 
             ensemble = Ensemble(adapter)
-            rendered = render(open_tokenizer(ensemble.tokenizer_folder, base_model or ensemble.base_model), chats)
+            rendered = render(load_tokenizer(ensemble.tokenizer_folder, base_model or ensemble.base_model), chats)
             facts = {"engine": "endpoint", "ensemble": ensemble.facts}
         else:
             from axolotl_ivon.posterior.adapter import mean_sha256
 
             temperature, ratio = settings(recommended, tau=tau, ratio=prune_ratio)
             posterior, base = _open(adapter, plan, temperature, ratio, base_model)
-            tokenizer = open_tokenizer(posterior.folder, base)
+            tokenizer = load_tokenizer(posterior.folder, base)
             rendered = render(tokenizer, chats)
             facts = {
                 "engine": "transformers",

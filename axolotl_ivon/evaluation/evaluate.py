@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..data.chats import Example, detect_task, find_choices, read_examples
-from ..data.encode import Item, common_length, encode
+from ..data.encode import Item, check_tokens, common_length, encode
 from ..errors import IVONError
 from ..models.load import load_model, load_tokenizer
 from ..models.swap import AdapterSlots, evaluating, stacked
@@ -322,7 +322,7 @@ class Evaluation:
         )
         config: Any = self.model.get_base_model().config
         self.base_model = str(config._name_or_path)
-        tokenizer = load_tokenizer(folder, self.model)
+        tokenizer = load_tokenizer(folder, self.base_model)
         label2id: dict[str, int] = {}
         if task == "classify":
             label2id = dict(config.label2id)
@@ -340,11 +340,7 @@ class Evaluation:
 
         tokens = self.model.get_input_embeddings().weight.shape[0]
         for item, example in zip(self.items, examples, strict=True):
-            if max(item.ids) >= tokens:
-                raise IVONError(
-                    f"{example.source}: token {max(item.ids)} is new to the base model, which has {tokens}, and not in "
-                    "the adapter; train with lora_modules_to_save: [embed_tokens, lm_head]"
-                )
+            check_tokens(item.ids, tokens, example.source)
 
     def run(self, rows: Sequence[Row], **options: Any) -> list[Scores]:
         """Return `evaluate`'s scores of every row; `options` are its own."""

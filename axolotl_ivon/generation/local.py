@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..data.encode import Prompt
+from ..data.encode import Prompt, check_tokens
 from ..errors import IVONError
 from .plan import Output, Plan, random_bits
 
@@ -91,11 +91,7 @@ class TransformersEngine:
                     f"{prompt.source}: {len(prompt.ids)} tokens and --max-tokens {self._plan.max_tokens}, but the "
                     f"model takes {longest} in all; shorten or remove it, or lower --max-tokens"
                 )
-            if max(prompt.ids) >= tokens:
-                raise IVONError(
-                    f"{prompt.source}: token {max(prompt.ids)} is new to the base model, which has {tokens}, and not "
-                    "in the adapter; train with lora_modules_to_save: [embed_tokens, lm_head]"
-                )
+            check_tokens(prompt.ids, tokens, prompt.source)
 
     def outputs(
         self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None

@@ -117,7 +117,7 @@ def test_choices_are_found_or_given() -> None:
         (["A"], "at least two different"),
         (["A", "A"], "at least two different"),
         (["A", ""], "at least two different"),
-        (["B", "C"], "f:0: the answer 'A' is not one of --choices B,C"),
+        (["B", "C"], "f:0: the answer 'A' is not one of choices B,C"),
     ],
 )
 def test_choices_that_leave_nothing_to_choose(given: list[str] | None, message: str) -> None:

@@ -91,7 +91,7 @@ def test_mistakes(tiny_adapter: Path, tiny_llama: Path, tmp_path: Path):
     small = build_llama(tmp_path / "small", num_hidden_layers=1)
     wide = build_llama(tmp_path / "wide", hidden_size=64)
     for settings, message in (
-        ({"base_model": str(tmp_path / "missing")}, "cannot be loaded.*--base-model"),
+        ({"base_model": str(tmp_path / "missing")}, "cannot be loaded.*base_model"),
         ({"base_model": str(small)}, "does not fit the adapter"),
         ({"base_model": str(wide)}, "does not fit the adapter"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown"),
