@@ -10,6 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..errors import IVONError, parameter
 from ..evaluation.report import _CHOSEN, _GREY, _PRUNING, _TEMPERATURE
 from .mbr import Decoded, Point
 
@@ -68,3 +69,12 @@ def save(results: Mapping[str, Decoded], folder: Path) -> list[Path]:
             with new_file(paths[-1]) as temporary:
                 figure.savefig(temporary, format=kind, dpi=150)
     return paths
+
+
+def check_output(folder: Path, overwrite: bool = False) -> None:
+    """Raise IVONError if `folder` holds something already: worth asking before the choosing."""
+    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
+        raise IVONError(
+            f"{folder} is there; choose another name with {parameter('output')}, "
+            f"or overwrite it with {parameter('overwrite')}"
+        )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import IVONError, one_line, parameter
 from ..posterior.adapter import Adapter
+from ..posterior.posterior import Posterior
 from ..posterior.tensors import Progress, Tensors
 from ..storage.atomic import new_folder
 from ..storage.format import TOKENIZER_FILES, copy_companions
@@ -81,6 +82,28 @@ def merge(
             with contextlib.suppress(IVONError):  # a model without a tokenizer is a model
                 load_tokenizer(adapter.folder, base).save_pretrained(new)
         step("writing", 1)
+
+
+def choose_weights(
+    adapter: Adapter,
+    prune_ratio: float | None = None,
+    sample_seed: int | None = None,
+    progress: Progress | None = None,
+) -> Tensors:
+    """Return what `merge` may be given: the mean, or member 0 of the draws with a seed, pruned first if asked.
+
+    The unpruned mean needs no σ, and is checked alone.
+
+    Raises:
+        IVONError: the adapter is damaged, has no σ and needs one, or the ratio is outside [0, 1].
+    """
+    if prune_ratio is None and sample_seed is None:
+        adapter.digests(progress)
+        return adapter.mean
+    posterior = Posterior.from_pretrained(adapter.folder, progress)
+    if prune_ratio is not None:
+        posterior = posterior.prune(prune_ratio, progress=progress)
+    return posterior.mean if sample_seed is None else posterior.draw(sample_seed)
 
 
 def _own_dtype(base: str) -> str:
