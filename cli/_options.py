@@ -139,7 +139,12 @@ evaluation_options = add_all(
         help="choice: the answer is one of a few strings, by the next token. generate: per-token likelihood "
         "of the reference answer. classify: a sequence-classification head. Default: found from the data.",
     ),
-    click.option("--choices", metavar="A,B,…", help="The strings to choose from. Default: the answers in the data."),
+    click.option(
+        "--choices",
+        metavar="A,B,…",
+        callback=lambda ctx, param, value: value.split(",") if value else None,
+        help="The strings to choose from. Default: the answers in the data.",
+    ),
     click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT examples of each file."),
     click.option(
         "--samples", "-n", type=click.IntRange(min=1), default=10, show_default=True, help="Draws to average."

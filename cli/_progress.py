@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Callable
@@ -83,10 +82,7 @@ class Progress:
         self(doing, 0, total)
         if not self._bars:
             self.say(doing)
-        return functools.partial(self._advance, doing, total)
-
-    def _advance(self, doing: str, total: int, count: int) -> None:
-        self(doing, count, total)
+        return lambda count: self(doing, count, total)
 
     def describe(self, doing: str, text: str) -> None:
         """Show `text` where `doing` stands."""

@@ -38,7 +38,6 @@ _NARROW = ("acc %", "ECE %", "NLL", "PPL", "Brier", "AUROC", "mutual")
 def command(
     adapter: str,
     data: tuple[str, ...],
-    choices: str | None,
     samples: int,
     seed: int,
     batch_size: int | None,
@@ -72,18 +71,17 @@ def command(
         from axolotl_ivon.evaluation.evaluate import Evaluation, choose_rows, count_passes, summarize
 
         chosen = choose_rows(rows.split(","), tau, prune_ratio)
-        evaluation = Evaluation(adapter, data, rows=chosen, choices=choices.split(",") if choices else None, **loading)
+        evaluation = Evaluation(adapter, data, rows=chosen, **loading)
         if evaluation.task == "classify" and evaluation.posterior.config.get("modules_to_save"):
             chosen = [row for row in chosen if not row.base]
             progress.notify("no row for the base model: its classification head is not trained")
-        passes = count_passes(chosen, samples)
         scores = evaluation.run(
             chosen,
             samples=samples,
             seed=seed,
             batch_size=batch_size,
             draws_per_pass=draws_per_pass,
-            progress=progress.begin("evaluating", passes * len(evaluation.items)),
+            progress=progress.begin("evaluating", count_passes(chosen, samples) * len(evaluation.items)),
             notify=progress.notify,
         )
         progress.begin("bootstrap")

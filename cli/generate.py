@@ -86,12 +86,9 @@ def command(
       ivon-post generate ensemble/ -p test.jsonl -n 64 --endpoint http://localhost:8000
     """
     path = output or f"{adapter.rstrip('/')}-nbest.jsonl"
-    tokens = 0
     with Progress(quiet) as progress:
 
-        def count(new: int) -> None:
-            nonlocal tokens
-            tokens += new
+        def count(tokens: int) -> None:
             speed = tokens / max(progress.seconds("generating"), 1e-9)
             progress.describe("generating", f"generating, {speed:.0f} tokens/s")
 

@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 def command(
     adapter: str,
     data: tuple[str, ...],
-    choices: str | None,
     taus: tuple[tuple[float, ...], ...],
     ratios: tuple[tuple[float, ...], ...],
     objective: str,
@@ -81,7 +80,7 @@ def command(
 
         rows = check_grid([tau for group in taus for tau in group], [ratio for group in ratios for ratio in group])
         check_output(folder, overwrite)
-        evaluation = Evaluation(adapter, data, rows=rows, choices=choices.split(",") if choices else None, **loading)
+        evaluation = Evaluation(adapter, data, rows=rows, **loading)
         result = sweep(
             evaluation,
             rows,

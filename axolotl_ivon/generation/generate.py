@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.chats import read_chats
-from ..data.encode import Prompt, render
+from ..data.encode import render
 from ..models.load import base_model_name, load_model, load_tokenizer
 from .nbest import NBestFile
 from .plan import Engine, Plan
@@ -67,7 +67,7 @@ def generate(
         base_model, load_in, device, dtype: as `load_model` has them.
         batch_size: as `TransformersEngine` has it.
         begin: told what begins and how much of it there is (0: nobody knows); what it returns hears of every prompt.
-        count: told how many tokens were generated.
+        count: told how many tokens were generated so far.
 
     Raises:
         IVONError: the prompts, the adapter, the base model, the server or the output are not what they must be.
@@ -111,11 +111,24 @@ def generate(
             return TransformersEngine(model, tokenizer, posterior, plan, batch_size=batch_size, notify=notify)
 
     file = NBestFile(output, {**facts, **asdict(plan)}, rendered, overwrite)
-    before = file.done
+    before, tokens = file.done, 0
     if before == len(rendered):
         return Generated(before, before)
+
+    def counted(new: int) -> None:
+        nonlocal tokens
+        tokens += new
+        count(tokens)
+
     begin(doing, 0)
-    return _fill(file, start(), rendered, begin("generating", len(rendered) - before), count)
+    engine = start()
+    advance = begin("generating", len(rendered) - before)
+    begun = time.monotonic()
+    with closing(file):
+        for prompt, outputs in zip(rendered[before:], engine.outputs(rendered, before, counted), strict=True):
+            file.append(prompt, outputs)
+            advance(1)
+    return Generated(len(rendered), before, tokens, time.monotonic() - begun)
 
 
 def open_posterior(adapter: str, plan: Plan, tau: float = 1.0, prune_ratio: float = 0.0) -> Posterior:
@@ -128,25 +141,3 @@ def open_posterior(adapter: str, plan: Plan, tau: float = 1.0, prune_ratio: floa
         return open_rows(adapter, [Row("mean")])
     posterior = Posterior.from_pretrained(adapter)
     return (posterior.prune(prune_ratio) if prune_ratio else posterior).temper(tau)
-
-
-def _fill(
-    file: NBestFile,
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    advance: Callable[[int], None],
-    count: Callable[[int], None],
-) -> Generated:
-    """Generate what the file lacks."""
-    before, begun, tokens = file.done, time.monotonic(), 0
-
-    def counted(new: int) -> None:
-        nonlocal tokens
-        tokens += new
-        count(new)
-
-    with closing(file):
-        for prompt, outputs in zip(prompts[before:], engine.outputs(prompts, before, counted), strict=True):
-            file.append(prompt, outputs)
-            advance(1)
-    return Generated(len(prompts), before, tokens, time.monotonic() - begun)

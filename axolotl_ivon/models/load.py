@@ -127,8 +127,7 @@ def _import_bitsandbytes() -> None:
 
 def _check_ranks(adapter: Path, config: PeftConfig) -> None:
     """Refuse a rank that no tensor of the adapter has: PEFT would fill the memory before it compares them."""
-    shapes = [entry.shape for entry in TensorFile(adapter / MEAN_FILE).entries.values()]
-    longest = max((size for shape in shapes for size in shape), default=0)
+    longest = max((size for shape in _shapes(adapter).values() for size in shape), default=0)
     for rank in (getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()):
         if not isinstance(rank, int) or rank > longest:
             raise IVONError(f"{adapter}: adapter_config.json has rank {rank!r}; no tensor in {MEAN_FILE} has")
@@ -153,32 +152,29 @@ def load_tokenizer(folder: str | Path, base_model: str) -> PreTrainedTokenizerBa
 
 def _head_size(adapter: Path, base_model: str) -> int:
     """Return how many labels the classification head has: as the adapter saved it, else as the base does."""
-    from safetensors import safe_open
     from transformers import AutoConfig
 
-    with safe_open(adapter / MEAN_FILE, framework="pt") as file:
-        # A head may have hidden layers (classifier.dense) before the one that gives the labels: the
-        # narrowest.
-        widths = [
-            file.get_slice(key).get_shape()[0]
-            for key in file.keys()  # noqa: SIM118 - a safetensors handle is no mapping
-            if key.endswith(".weight") and "lora_" not in key and {"score", "classifier"} & {*key.split(".")}
-        ]
+    # A head may have hidden layers (classifier.dense) before the one that gives the labels: the narrowest.
+    widths = [
+        shape[0]
+        for key, shape in _shapes(adapter).items()
+        if key.endswith(".weight") and "lora_" not in key and {"score", "classifier"} & {*key.split(".")}
+    ]
     return min(widths) if widths else AutoConfig.from_pretrained(base_model, trust_remote_code=False).num_labels
 
 
 def _resize_embeddings(base: PreTrainedModel, adapter: Path) -> None:
     """Give the base model as many tokens as training gave it, where the adapter has the embeddings."""
-    from safetensors import safe_open
-
     embeddings: Any = base.get_input_embeddings()
     name = next((name for name, module in base.named_modules() if module is embeddings), None)
-    with safe_open(adapter / MEAN_FILE, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-            if key == f"base_model.model.{name}.weight":
-                rows = file.get_slice(key).get_shape()[0]
-                if rows != embeddings.weight.shape[0]:
-                    base.resize_token_embeddings(rows, mean_resizing=False)
+    shape = _shapes(adapter).get(f"base_model.model.{name}.weight")
+    if shape and shape[0] != embeddings.weight.shape[0]:
+        base.resize_token_embeddings(shape[0], mean_resizing=False)
+
+
+def _shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of an adapter."""
+    return {key: entry.shape for key, entry in TensorFile(adapter / MEAN_FILE).entries.items()}
 
 
 def _reason(error: BaseException) -> str:

@@ -29,8 +29,8 @@ def test_a_file_is_filled_and_then_left(tiny_adapter: Path, tmp_path: Path) -> N
 
     path = tmp_path / "out.jsonl"
     first = generate(str(tiny_adapter), chats, path, PLAN, limit=3, batch_size=4, begin=begin, count=tokens.append)
-    assert (first.prompts, first.resumed, first.tokens) == (3, 0, sum(tokens))
-    assert first.tokens_per_second == pytest.approx(sum(tokens) / first.seconds)
+    assert (first.prompts, first.resumed, first.tokens) == (3, 0, max(tokens))
+    assert first.tokens_per_second == pytest.approx(max(tokens) / first.seconds)
     assert begun == [("loading the base model", 0), ("generating", 3)]
     assert prompts == [1, 1, 1]
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
