@@ -59,10 +59,9 @@ def read_lines(path: str | Path, name: str) -> Iterator[tuple[str, dict[str, Any
                     raise IVONError(f"{path}:{number}: not a JSON object")
                 empty = False
                 yield f"{path}:{number}", record
-    except FileNotFoundError:
-        raise IVONError(f"{held}: cannot be read (there is no such file); give a JSONL file") from None
     except OSError as error:
-        raise IVONError(f"{held}: cannot be read ({error.strerror}); give a JSONL file") from None
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise IVONError(f"{held}: cannot be read ({reason}); give a JSONL file") from None
     except UnicodeDecodeError as error:
         raise IVONError(f"{held}: not UTF-8 text ({error.reason} at byte {error.start}); give a JSONL file") from None
     if empty:
