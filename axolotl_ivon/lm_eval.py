@@ -80,7 +80,9 @@ class IVONPosterior(HFLM):
         self._posterior, self._seed = pruned.temper(row.tau), int(seed)
         self._draws = row.passes(int(samples))
         self._single = math.isinf(row.tau)
-        super().__init__(pretrained=model, tokenizer=load_tokenizer(folder, model), **options)
+        base: Any = model.get_base_model()
+        tokenizer = load_tokenizer(folder, base.config._name_or_path)
+        super().__init__(pretrained=model, tokenizer=tokenizer, **options)
 
     def _per_draw(self, run: Callable[[], Answers]) -> Iterator[Answers]:
         """Yield what `run` returns at each draw; the harness's cache sees none of it."""

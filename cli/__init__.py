@@ -7,6 +7,7 @@ does the work (torch with it) inside the command, so that `ivon-post --help` sta
 from __future__ import annotations
 
 import functools
+import re
 import signal
 import sys
 from importlib import import_module
@@ -24,16 +25,19 @@ class _Mistyped(click.ClickException):
     exit_code = click.UsageError.exit_code
 
 
-# What the library calls otherwise than the commands do.
+# What the library calls otherwise than the commands do, besides what they take several of (tau: taus, file: files).
 _ALIASES = {"ratio": "prune_ratio"}
 
 
 def _option(command: click.Command | None, parameter: str) -> str:
-    """Return the option of a command that gives a parameter of the library; the parameter where it has none."""
+    """Return the option or argument of a command that gives a parameter of the library; the parameter if none does."""
     known = {param.name: param for param in command.params} if command else {}
-    for name in (parameter, _ALIASES.get(parameter, "")):
+    for name in (parameter, f"{parameter}s", _ALIASES.get(parameter)):
         if name in known:
-            return max(known[name].opts, key=len) if isinstance(known[name], click.Option) else name.upper()
+            param = known[name]
+            if isinstance(param, click.Option):
+                return max(param.opts, key=len)
+            return re.findall(r"\w+", param.metavar or parameter.upper())[-1]  # FILE of [LABEL=]FILE...
     return parameter
 
 

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
-from ._common import emit, output_options, progress_bars, target
-
-
-class Weights(click.ParamType):
-    """Numbers with commas between."""
-
-    name = "w,w,…"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Return the numbers in `value`."""
-        try:
-            return tuple(float(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers with commas between", param, ctx)
+from ._options import Numbers, output_options, target
+from ._progress import Progress
+from ._tables import emit
 
 
 @click.command("combine")
@@ -32,7 +19,9 @@ class Weights(click.ParamType):
     help="precision: product of the Gaussians. linear: weighted mean of the factors. cat: exact weighted sum of the "
     "updates, by concatenation; ranks and targets may differ.",
 )
-@click.option("--weights", type=Weights(), help="For linear and cat, one for each ADAPTER.  [default: 1/n each]")
+@click.option(
+    "--weights", type=Numbers(), metavar="W,W,…", help="For linear and cat, one for each ADAPTER.  [default: 1/n each]"
+)
 @output_options("ADAPTER-combined, beside the first ADAPTER")
 def command(
     adapters: tuple[str, ...],
@@ -52,7 +41,7 @@ def command(
     from axolotl_ivon.posterior.posterior import Posterior
 
     path = target(adapters, output, "combined", overwrite)
-    with progress_bars(quiet) as progress:
+    with Progress(quiet) as progress:
         posteriors = [Posterior.from_pretrained(adapter, progress) for adapter in adapters]
         Posterior.combine(posteriors, method, weights).save_pretrained(path, overwrite, progress)
     if as_json:

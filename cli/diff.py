@@ -6,7 +6,9 @@ from typing import Any
 
 import click
 
-from ._common import emit, json_option, number, print_table, progress_bars, quiet_option
+from ._options import json_option, quiet_option
+from ._progress import Progress
+from ._tables import emit, number, print_table
 
 
 @click.command("diff")
@@ -26,7 +28,7 @@ def command(first: str, second: str, as_json: bool, quiet: bool) -> None:
     from axolotl_ivon.posterior.diff import diff
     from axolotl_ivon.posterior.posterior import Posterior
 
-    with progress_bars(quiet) as progress:
+    with Progress(quiet) as progress:
         a, b = (Posterior.from_pretrained(adapter, progress) for adapter in (first, second))
         facts = diff(a, b, progress)
     if as_json:

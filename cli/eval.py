@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from ._common import emit, print_table, recommended_option, settings
-from ._evaluation import Reporter, decimal, evaluation_options, file_names, is_wide, percent
+from ._options import evaluation_options, recommended_option, settings
+from ._progress import Progress, silence_libraries
+from ._tables import decimal, emit, file_names, is_wide, percent, print_table
 
 _ROWS = "base,mean,mean-pruned,posterior,posterior-pruned"
 # Heading -> (metric, how it is written, whether its standard error is shown).
@@ -37,7 +38,6 @@ _NARROW = ("acc %", "ECE %", "NLL", "PPL", "Brier", "AUROC", "mutual")
 def command(
     adapter: str,
     data: tuple[str, ...],
-    choices: str | None,
     samples: int,
     seed: int,
     batch_size: int | None,
@@ -65,50 +65,27 @@ def command(
       ivon-post eval adapter/ --data held-out.jsonl --data shifted.jsonl
     """
     tau, prune_ratio = settings(recommended, tau=tau, ratio=prune_ratio, default_ratio=0.1)
-    with Reporter(quiet) as reporter:
-        reporter.stage("loading the base model")
-        import torch
+    with Progress(quiet) as progress:
+        progress.begin("loading the base model")
+        silence_libraries()
+        from axolotl_ivon.evaluation.evaluate import Evaluation, choose_rows, count_passes, summarize
 
-        from axolotl_ivon.errors import IVONError
-        from axolotl_ivon.evaluation.evaluate import Evaluation, count_passes, rows_of
-        from axolotl_ivon.evaluation.metrics import metrics, standard_errors
-
-        known = rows_of(tau, prune_ratio)
-        wanted = rows.split(",")
-        for name in wanted:
-            if name not in known:
-                raise IVONError(f"--rows {rows}: {name!r} is unknown; choose from {_ROWS}")
-        chosen = [row for name, row in known.items() if name in wanted]
-        evaluation = Evaluation(adapter, data, rows=chosen, choices=choices.split(",") if choices else None, **loading)
+        chosen = choose_rows(rows.split(","), tau, prune_ratio)
+        evaluation = Evaluation(adapter, data, rows=chosen, **loading)
         if evaluation.task == "classify" and evaluation.posterior.config.get("modules_to_save"):
             chosen = [row for row in chosen if not row.base]
-            reporter.notify("no row for the base model: its classification head is not trained")
-        passes = count_passes(chosen, samples)
+            progress.notify("no row for the base model: its classification head is not trained")
         scores = evaluation.run(
             chosen,
             samples=samples,
             seed=seed,
             batch_size=batch_size,
             draws_per_pass=draws_per_pass,
-            progress=reporter.begin("evaluating", passes * len(evaluation.items)),
-            notify=reporter.notify,
+            progress=progress.begin("evaluating", count_passes(chosen, samples) * len(evaluation.items)),
+            notify=progress.notify,
         )
-        reporter.stage("bootstrap")
-        found = []
-        for path, numbers in evaluation.files.items():
-            for row, score in zip(chosen, scores, strict=True):
-                part = score.of_groups(torch.tensor(numbers))
-                found.append(
-                    {
-                        "name": row.name,
-                        "data": path,
-                        "examples": len(numbers),
-                        "predictions": len(part.group),
-                        "samples": row.passes(samples),
-                        **metrics(part),
-                        "se": standard_errors(part),
-                    }
-                )
+        progress.begin("bootstrap")
+        found = summarize(evaluation, chosen, scores, samples)
     facts = {
         "task": evaluation.task,
         "choices": list(evaluation.choices),

@@ -6,16 +6,9 @@ from typing import Any
 
 import click
 
-from ._common import (
-    adapter_argument,
-    complete_criterion,
-    emit,
-    json_option,
-    number,
-    print_table,
-    progress_bars,
-    quiet_option,
-)
+from ._options import adapter_argument, complete_criterion, json_option, quiet_option
+from ._progress import Progress
+from ._tables import emit, number, print_table
 
 
 @click.command("info")
@@ -40,7 +33,7 @@ def command(adapter: str, ratio: float, criterion: str, summary: bool, as_json: 
     """
     from axolotl_ivon.posterior.info import info
 
-    with progress_bars(quiet) as progress:
+    with Progress(quiet) as progress:
         facts = info(adapter, ratio, criterion, progress)
     if as_json:
         emit(facts)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._common import emit, json_option, print_table, quiet_option
-from ._evaluation import Reporter, decimal, percent
+from ._options import json_option, quiet_option
+from ._progress import Progress, silence_libraries
+from ._tables import decimal, emit, percent, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.generation.mbr import Decoded
@@ -60,20 +61,19 @@ def command(
     \b
       ivon-post mbr mean.jsonl posterior.jsonl "10 % pruned=pruned.jsonl" --answer-regex gsm8k
     """
-    with Reporter(quiet) as reporter:
-        reporter.stage("reading")
-
-        from axolotl_ivon.errors import IVONError
+    with Progress(quiet) as progress:
+        progress.begin("reading")
+        if utility == "bertscore":  # the only one with a model
+            silence_libraries()
         from axolotl_ivon.generation.mbr import labels, mbr
         from axolotl_ivon.generation.nbest import read_nbest
-        from axolotl_ivon.generation.report import save
+        from axolotl_ivon.generation.report import check_output, save
         from axolotl_ivon.generation.utilities import UTILITIES, Answers
 
         paths = labels(files)
         first = Path(next(iter(paths.values())))
         folder = Path(output) if output else first.with_name(f"{first.stem}-mbr")
-        if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-            raise IVONError(f"{folder} is there; choose another name with -o, or overwrite it with --overwrite")
+        check_output(folder, overwrite)
         answers = Answers(answer_regex)
         measure = UTILITIES[utility](answers)
         lists = {label: read_nbest(path) for label, path in paths.items()}
@@ -82,11 +82,10 @@ def command(
             missing, total, example = answers.unmatched(nbests)
             unmatched[label] = missing
             if missing:
-                # What a model wrote is no markup.
-                reporter.notify(f"{label}: no answer in {missing} of {total} outputs, {example} for one")
-        advance = reporter.begin("choosing", sum(map(len, lists.values())))
+                progress.notify(f"{label}: no answer in {missing} of {total} outputs, {example} for one")
+        advance = progress.begin("choosing", sum(map(len, lists.values())))
         results = {label: mbr(nbests, measure, answers, level, advance) for label, nbests in lists.items()}
-        reporter.stage("writing")
+        progress.begin("writing")
         written = [str(path) for path in save(results, folder)]
     if as_json:
         documents = [

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ._common import adapter_argument, emit, output_options, progress_bars, silence_libraries, target
+from ._options import adapter_argument, base_model_option, dtype_option, output_options, target
+from ._progress import Progress, silence_libraries
+from ._tables import emit
 
 
 @click.command("merge")
@@ -13,12 +15,8 @@ from ._common import adapter_argument, emit, output_options, progress_bars, sile
 @click.option(
     "--sample-seed", type=int, metavar="K", help="Merge a draw instead of the mean: member 0 of `sample --seed K`."
 )
-@click.option("--base-model", metavar="MODEL", help="Folder or Hub id.  [default: what the adapter's config names]")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the merged model.  [default: the base model's]",
-)
+@base_model_option
+@dtype_option("Of the merged model.  [default: the base model's]")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest safetensors file.")
 @output_options("ADAPTER-merged, beside ADAPTER")
 def command(
@@ -38,21 +36,13 @@ def command(
     Writes a model that transformers loads, with its tokenizer. Works without σ too, for the mean. ADAPTER is a folder
     or a Hub id and is not modified.
     """
-    from axolotl_ivon.models.merge import merge
+    from axolotl_ivon.models.merge import choose_weights, merge
     from axolotl_ivon.posterior.adapter import Adapter
-    from axolotl_ivon.posterior.posterior import Posterior
 
     path = target([adapter], output, "merged", overwrite)
-    with progress_bars(quiet) as progress:
+    with Progress(quiet) as progress:
         held = Adapter(adapter)
-        if prune_ratio is None and sample_seed is None:
-            held.digests(progress)
-            tensors = held.mean
-        else:
-            posterior = Posterior.from_pretrained(adapter, progress)
-            if prune_ratio is not None:
-                posterior = posterior.prune(prune_ratio, progress=progress)
-            tensors = posterior.mean if sample_seed is None else posterior.draw(sample_seed)
+        tensors = choose_weights(held, prune_ratio, sample_seed, progress)
         silence_libraries()
         merge(
             held,

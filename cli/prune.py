@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import click
 
-from ._common import (
+from ._options import (
     adapter_argument,
     complete_criterion,
-    emit,
     output_options,
-    progress_bars,
     recommended_option,
     seed_option,
     settings,
     target,
 )
+from ._progress import Progress
+from ._tables import emit
 
 
 @click.command("prune")
@@ -59,7 +59,7 @@ def command(
 
     _, share = settings(recommended, ratio=ratio, default_ratio=0.1)
     path = target([adapter], output, f"pruned-{share:g}", overwrite)
-    with progress_bars(quiet) as progress:
+    with Progress(quiet) as progress:
         posterior = Posterior.from_pretrained(adapter, progress).prune(share, criterion, scope, seed, progress)
         posterior.save_pretrained(path, overwrite, progress)
         pruned, weights = sum(posterior.pruned().values()), posterior.mean.weights

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ._common import (
-    adapter_argument,
-    emit,
-    output_options,
-    progress_bars,
-    recommended_option,
-    seed_option,
-    settings,
-    target,
-)
+from ._options import adapter_argument, dtype_option, output_options, recommended_option, seed_option, settings, target
+from ._progress import Progress
+from ._tables import emit
 
 
 @click.command("sample")
@@ -23,9 +16,7 @@ from ._common import (
 @click.option("--tau", type=float, help="Temperature: σ/√τ, see `temper`.  [default: 1]")
 @click.option("--prune-ratio", type=float, help="Prune this share by |m|/σ first, see `prune`.  [default: 0]")
 @recommended_option("τ and the ratio")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the draws.  [default: as the mean]"
-)
+@dtype_option("Of the draws.  [default: as the mean]")
 @click.option("--include-mean", is_flag=True, help="Put the mean in as a member too, first.")
 @click.option(
     "--serve",
@@ -63,7 +54,7 @@ def command(
 
     temperature, ratio = settings(recommended, tau=tau, ratio=prune_ratio)
     path = target([adapter], output, f"samples-{members}", overwrite)
-    with progress_bars(quiet) as progress:
+    with Progress(quiet) as progress:
         posterior = Posterior.from_pretrained(adapter, progress)
         if serve:
             from axolotl_ivon.generation.serve import Ensemble, served_rank

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._common import emit, print_table
-from ._evaluation import Numbers, Reporter, decimal, evaluation_options, is_wide, percent
+from ._options import Numbers, evaluation_options
+from ._progress import Progress, silence_libraries
+from ._tables import decimal, emit, is_wide, percent, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.evaluation.sweep import Sweep
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 def command(
     adapter: str,
     data: tuple[str, ...],
-    choices: str | None,
     taus: tuple[tuple[float, ...], ...],
     ratios: tuple[tuple[float, ...], ...],
     objective: str,
@@ -71,15 +71,16 @@ def command(
       ivon-post sweep adapter/ --data validation.jsonl --tau 0.5,1,2,inf --ratio 0,0.1,0.2
     """
     folder = Path(output or f"{adapter.rstrip('/')}-sweep")
-    with Reporter(quiet) as reporter:
-        reporter.stage("loading the base model")
+    with Progress(quiet) as progress:
+        progress.begin("loading the base model")
+        silence_libraries()
         from axolotl_ivon.evaluation.evaluate import Evaluation, count_passes
         from axolotl_ivon.evaluation.report import check_output, save
         from axolotl_ivon.evaluation.sweep import check_grid, number, sweep
 
         rows = check_grid([tau for group in taus for tau in group], [ratio for group in ratios for ratio in group])
         check_output(folder, overwrite)
-        evaluation = Evaluation(adapter, data, rows=rows, choices=choices.split(",") if choices else None, **loading)
+        evaluation = Evaluation(adapter, data, rows=rows, **loading)
         result = sweep(
             evaluation,
             rows,
@@ -88,10 +89,10 @@ def command(
             samples=samples,
             batch_size=batch_size,
             draws_per_pass=draws_per_pass,
-            progress=reporter.begin("evaluating", count_passes(rows, samples) * len(evaluation.items)),
-            notify=reporter.notify,
+            progress=progress.begin("evaluating", count_passes(rows, samples) * len(evaluation.items)),
+            notify=progress.notify,
         )
-        reporter.stage("drawing")
+        progress.begin("drawing")
         facts = {
             "adapter": adapter,
             "mean_sha256": evaluation.posterior.metadata.get("mean_sha256"),

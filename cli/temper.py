@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ._common import adapter_argument, emit, output_options, progress_bars, recommended_option, settings, target
+from ._options import adapter_argument, output_options, recommended_option, settings, target
+from ._progress import Progress
+from ._tables import emit
 
 
 @click.command("temper")
@@ -35,7 +37,7 @@ def command(
         raise IVONError("no temperature; give --tau, or --recommended")
     value, _ = settings(recommended, tau=tau)
     path = target([adapter], output, f"tau-{value:g}", overwrite)
-    with progress_bars(quiet) as progress:
+    with Progress(quiet) as progress:
         posterior = Posterior.from_pretrained(adapter, progress).temper(value)
         posterior.save_pretrained(path, overwrite, progress)
     if as_json:

@@ -49,7 +49,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 @torch.no_grad()
 def by_hand(adapter: Path, draws: list[dict[str, torch.Tensor]], context: str, continuation: str) -> float:
     model = load_model(adapter)
-    tokenizer = load_tokenizer(adapter, model)
+    tokenizer = load_tokenizer(adapter, model.get_base_model().config._name_or_path)
     start = len(tokenizer(context)["input_ids"])
     ids = torch.tensor(tokenizer(context + continuation)["input_ids"])
     total = 0.0
@@ -150,7 +150,7 @@ def test_text_is_generated_from_the_mean(adapter: Path) -> None:
     [text] = model.generate_until([request("red sun", {"max_gen_toks": 5, "until": ["\n"]})], disable_tqdm=True)
     pruned = dict(Posterior.from_pretrained(adapter).prune(0.2).mean)
     base = load_model(adapter)
-    tokenizer = load_tokenizer(adapter, base)
+    tokenizer = load_tokenizer(adapter, base.get_base_model().config._name_or_path)
     ids = tokenizer("red sun", return_tensors="pt")["input_ids"]
     with loaded(base, pruned):
         expected = base.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]

@@ -7,6 +7,7 @@ everything before the last assistant message, what is right is that message.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 MAX_CHOICES = 26
@@ -35,41 +36,49 @@ class Example:
     plain: bool = False
 
 
+def read_lines(path: str | Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (`FILE:LINE`, object) for every line of a JSONL file (UTF-8; empty lines are skipped).
+
+    `name` is the parameter that gave the path, for messages.
+
+    Raises:
+        IVONError: the file cannot be read or holds no line, or a line is not a JSON object.
+    """
+    held = f"{parameter(name)} {path}"
+    empty = True
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise IVONError(f"{path}:{number}: not JSON ({error}); each line must be one JSON object") from None
+                if not isinstance(record, dict):
+                    raise IVONError(f"{path}:{number}: not a JSON object")
+                empty = False
+                yield f"{path}:{number}", record
+    except OSError as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise IVONError(f"{held}: cannot be read ({reason}); give a JSONL file") from None
+    except UnicodeDecodeError as error:
+        raise IVONError(f"{held}: not UTF-8 text ({error.reason} at byte {error.start}); give a JSONL file") from None
+    if empty:
+        raise IVONError(f"{held}: the file is empty; give a JSONL file, one object a line")
+
+
 def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
-    """Read a JSONL file (UTF-8; empty lines are skipped), at most its first `limit` examples.
+    """Read the questions and reference answers of a JSONL file of chats, at most the first `limit`.
 
     Raises:
         IVONError: the file cannot be read or holds no line; a line (named by its number) is not JSON, has no
             conversation, no assistant message, or nothing before it.
     """
-    examples: list[Example] = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if limit is not None and len(examples) == limit:
-                    break
-                if line.strip():
-                    examples.append(_example(line, f"{path}:{number}"))
-    except FileNotFoundError:
-        raise IVONError(f"--data {path}: there is no such file; give a JSONL file of chats") from None
-    except UnicodeDecodeError as error:
-        raise IVONError(
-            f"--data {path}: not UTF-8 text ({error.reason} at byte {error.start}); give a JSONL file of chats"
-        ) from None
-    except OSError as error:
-        raise IVONError(f"--data {path}: cannot be read ({error.strerror}); give a JSONL file of chats") from None
-    if not examples:
-        raise IVONError(f"--data {path}: the file is empty; give a JSONL file with one chat a line")
-    return examples
+    return [_example(record, source) for source, record in itertools.islice(read_lines(path, "data"), limit)]
 
 
-def _example(line: str, source: str) -> Example:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise IVONError(
-            f"{source}: not JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
-        ) from None
+def _example(record: dict[str, Any], source: str) -> Example:
     messages = chat_messages(record, source)
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if last is None:
@@ -81,15 +90,13 @@ def _example(line: str, source: str) -> Example:
     return Example(tuple(messages[:last]), messages[last]["content"], source, plain="text" in record)
 
 
-def chat_messages(record: Any, source: str) -> list[dict[str, str]]:
+def chat_messages(record: dict[str, Any], source: str) -> list[dict[str, str]]:
     """Return the chat of one line of a file, as `role` and `content`; `source` says where the line is.
 
     Raises:
         IVONError: the line holds no chat.
     """
     wanted = '{"messages": [{"role": …, "content": …}, …]}'
-    if not isinstance(record, dict):
-        raise IVONError(f"{source}: not a JSON object; each line must be {wanted}")
     if "messages" not in record and {"text", "label"} <= record.keys():
         turns: Any = [
             {"role": "user", "content": record["text"]},
@@ -135,17 +142,17 @@ def find_choices(examples: Iterable[Example], given: Sequence[str] | None = None
         choices = tuple(sorted({example.answer for example in examples}))
         if len(choices) < 2:
             raise IVONError(
-                f"--task choice: every answer in the data is {choices[0]!r}; name the others with --choices A,B"
+                f"{parameter('task')} choice: every answer in the data is {choices[0]!r}; name the others with "
+                f"{parameter('choices')} A,B"
             )
         return choices
     choices = tuple(given)
+    told = f"{parameter('choices')} {','.join(choices)}"
     if len(choices) < 2 or len(set(choices)) < len(choices) or "" in choices:
-        raise IVONError(f"--choices {','.join(choices)}: give at least two different, non-empty strings")
+        raise IVONError(f"{told}: give at least two different, non-empty strings")
     for example in examples:
         if example.answer not in choices:
-            raise IVONError(
-                f"{example.source}: the answer {example.answer!r} is not one of --choices {','.join(choices)}"
-            )
+            raise IVONError(f"{example.source}: the answer {example.answer!r} is not one of {told}")
     return choices
 
 
@@ -157,30 +164,6 @@ class Chat(NamedTuple):
     source: str
 
 
-def read_lines(path: str | Path, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (`FILE:LINE`, object) for every line of a JSONL file (UTF-8; empty lines are skipped).
-
-    Raises:
-        IVONError: the file cannot be read (`option` is named), or a line is not a JSON object.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise IVONError(f"{path}:{number}: not JSON ({error}); each line must be one JSON object") from None
-                if not isinstance(record, dict):
-                    raise IVONError(f"{path}:{number}: not a JSON object")
-                yield f"{path}:{number}", record
-    except OSError as error:
-        raise IVONError(f"{option} {path}: cannot be read ({error.strerror}); give a JSONL file") from None
-    except UnicodeDecodeError as error:
-        raise IVONError(f"{option} {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
 def read_chats(path: str | Path, limit: int | None = None) -> list[Chat]:
     """Read the prompts of a JSONL file of chats, as axolotl trains on; at most the first `limit`.
 
@@ -190,9 +173,7 @@ def read_chats(path: str | Path, limit: int | None = None) -> list[Chat]:
         IVONError: the file cannot be read or has no lines, or a line holds no chat with a user turn.
     """
     chats: list[Chat] = []
-    for source, record in read_lines(path, "--prompts"):
-        if limit is not None and len(chats) == limit:
-            break
+    for source, record in itertools.islice(read_lines(path, "prompts"), limit):
         messages = chat_messages(record, source)
         reference = None
         if messages and messages[-1]["role"] == "assistant":
@@ -202,6 +183,4 @@ def read_chats(path: str | Path, limit: int | None = None) -> list[Chat]:
         if any(_HALF.search(message["content"]) for message in messages):
             raise IVONError(f"{source}: holds half a surrogate pair (\\ud800 to \\udfff), which is no text; remove it")
         chats.append(Chat(tuple(messages), reference, source))
-    if not chats:
-        raise IVONError(f"--prompts {path}: the file is empty; give a JSONL file with one chat a line")
     return chats

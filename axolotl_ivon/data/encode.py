@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 from .chats import Chat, Example
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ def _encode_choice(tokenizer: PreTrainedTokenizerBase, example: Example, choices
         token = answer[start]
         if token in first:
             raise IVONError(
-                f"--choices: {first[token]!r} and {choice!r} start with the same token "
-                f"({tokenizer.decode([token])!r}); reword them, or use --task generate"
+                f"{parameter('choices')}: {first[token]!r} and {choice!r} start with the same token "
+                f"({tokenizer.decode([token])!r}); reword them, or use {parameter('task')} generate"
             )
         first[token] = choice
     return Item(prompt[:start], [start - 1], [choices.index(example.answer)], tuple(first))
@@ -138,6 +138,15 @@ def _encode_label(
         text = "\n".join(message["content"] for message in example.messages)
         ids = tokenizer(text, truncation=max_length is not None, max_length=max_length)["input_ids"]
     return Item(ids, [len(ids) - 1], [label])
+
+
+def check_tokens(ids: Sequence[int], embeddings: int, source: str) -> None:
+    """Raise IVONError if one of `ids` is beyond the `embeddings` that the model has: training added it, unsaved."""
+    if max(ids) >= embeddings:
+        raise IVONError(
+            f"{source}: token {max(ids)} is new to the base model, which has {embeddings}, and not in the adapter; "
+            "train with lora_modules_to_save: [embed_tokens, lm_head]"
+        )
 
 
 class Prompt(NamedTuple):

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from ..data.chats import Example, detect_task, find_choices, read_examples
-from ..data.encode import Item, common_length, encode
+from ..data.encode import Item, check_tokens, common_length, encode
 from ..errors import IVONError, parameter
 from ..models.load import load_model, load_tokenizer
 from ..models.swap import AdapterSlots, evaluating, stacked
 from ..posterior.open import open_posterior
-from .metrics import Scores, entropy
+from .metrics import Scores, entropy, metrics, standard_errors
 from .predict import Batch, Predictor
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ class Evaluation:
         )
         config: Any = self.model.get_base_model().config
         self.base_model = str(config._name_or_path)
-        tokenizer = load_tokenizer(folder, self.model)
+        tokenizer = load_tokenizer(folder, self.base_model)
         label2id: dict[str, int] = {}
         if task == "classify":
             label2id = dict(config.label2id)
@@ -314,12 +314,45 @@ class Evaluation:
 
         tokens = self.model.get_input_embeddings().weight.shape[0]
         for item, example in zip(self.items, examples, strict=True):
-            if max(item.ids) >= tokens:
-                raise IVONError(
-                    f"{example.source}: token {max(item.ids)} is new to the base model, which has {tokens}, and not in "
-                    "the adapter; train with lora_modules_to_save: [embed_tokens, lm_head]"
-                )
+            check_tokens(item.ids, tokens, example.source)
 
     def run(self, rows: Sequence[Row], **options: Any) -> list[Scores]:
         """Return `evaluate`'s scores of every row; `options` are its own."""
         return evaluate(self.model, self.posterior, self.items, rows, self.task, **options)
+
+
+def choose_rows(names: Sequence[str], tau: float = 1.0, ratio: float = 0.1) -> list[Row]:
+    """Return those of `rows_of` that are named, in their own order.
+
+    Raises:
+        IVONError: there is no such row.
+    """
+    known = rows_of(tau, ratio)
+    for name in names:
+        if name not in known:
+            raise IVONError(
+                f"{parameter('rows')} {','.join(names)}: {name!r} is unknown; choose from {','.join(known)}"
+            )
+    return [row for name, row in known.items() if name in names]
+
+
+def summarize(
+    evaluation: Evaluation, rows: Sequence[Row], scores: Sequence[Scores], samples: int
+) -> list[dict[str, Any]]:
+    """Return the metrics of every file and row, with bootstrap standard errors (`se`): numbers and strings alone."""
+    found = []
+    for path, numbers in evaluation.files.items():
+        for row, score in zip(rows, scores, strict=True):
+            part = score.of_groups(torch.tensor(numbers))
+            found.append(
+                {
+                    "name": row.name,
+                    "data": path,
+                    "examples": len(numbers),
+                    "predictions": len(part.group),
+                    "samples": row.passes(samples),
+                    **metrics(part),
+                    "se": standard_errors(part),
+                }
+            )
+    return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..data.encode import Prompt
+from ..data.encode import Prompt, check_tokens
 from ..errors import IVONError, parameter
 from ..models.forward import cache_name, forward_parameters, run_halving
 from ..models.swap import AdapterSlots, evaluating, stacked
@@ -90,11 +90,7 @@ class TransformersEngine:
                     f"{prompt.source}: {len(prompt.ids)} tokens and {parameter('max_tokens')} {self._plan.max_tokens}, "
                     f"but the model takes {longest} in all; shorten or remove it, or lower {parameter('max_tokens')}"
                 )
-            if max(prompt.ids) >= tokens:
-                raise IVONError(
-                    f"{prompt.source}: token {max(prompt.ids)} is new to the base model, which has {tokens}, and not "
-                    "in the adapter; train with lora_modules_to_save: [embed_tokens, lm_head]"
-                )
+            check_tokens(prompt.ids, tokens, prompt.source)
 
     def outputs(
         self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None

@@ -138,7 +138,7 @@ def read_nbest(path: str | Path) -> list[NBest]:
         IVONError: the file cannot be read, has no lines, or a line that is not such a list.
     """
     found: list[NBest] = []
-    for source, record in read_lines(path, "FILE"):
+    for source, record in read_lines(path, "file"):
         outputs, reference = record.get("outputs"), record.get("reference")
         if not isinstance(outputs, list) or not outputs or not isinstance(reference, str | None):
             raise IVONError(f"{source}: no list of outputs; give what `ivon-post generate` writes")
@@ -160,6 +160,4 @@ def read_nbest(path: str | Path) -> list[NBest]:
         )
         if len(outputs) != len(found[0].texts):
             raise IVONError(f"{source}: {len(outputs)} outputs, but {len(found[0].texts)} on the first line")
-    if not found:
-        raise IVONError(f"FILE {path}: the file is empty; give what `ivon-post generate` writes")
     return found

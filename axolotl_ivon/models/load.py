@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 from ..storage.format import MEAN_FILE
 from ..storage.tensorfile import TensorFile
+from . import DTYPES
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -30,9 +29,20 @@ def pick_device(device: str = "auto") -> torch.device:
             torch.empty(0, device=chosen)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise IVONError(f"--device {device}: not usable here ({reason}); use auto or cpu") from None
+            raise IVONError(f"{parameter('device')} {device}: not usable here ({reason}); use auto or cpu") from None
         return chosen
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def base_model_name(adapter: str | Path, named: str | None) -> str:
+    """Return the base model that an adapter's configuration or the user has `named`.
+
+    Raises:
+        IVONError: neither has.
+    """
+    if not named:
+        raise IVONError(f"{adapter}: adapter_config.json names no base model; name it with {parameter('base_model')}")
+    return str(named)
 
 
 def load_model(
@@ -51,10 +61,10 @@ def load_model(
         base_model: folder or Hub id; the one that the adapter's config names by default.
         classify: load a sequence-classification head instead of a language-model head.
         load_in: "8bit" or "4bit" (nf4) quantizes the base model with bitsandbytes.
-        dtype: of the base model; "auto" is float32 on a CPU and what the checkpoint has elsewhere.
+        dtype: of the base model, one of DTYPES; "auto" is float32 on a CPU and what the checkpoint has elsewhere.
 
     Raises:
-        IVONError: no base model is named, it cannot be loaded, or it does not fit the adapter.
+        IVONError: an unknown dtype or device, or a base model that is not named, cannot be loaded or does not fit.
     """
     _import_bitsandbytes()
     from peft import PeftConfig, PeftModel
@@ -65,16 +75,15 @@ def load_model(
     except Exception as error:  # a wrong value in the configuration can make PEFT raise anything
         raise IVONError(f"{adapter}: PEFT cannot read adapter_config.json ({_reason(error)})") from None
     _check_ranks(Path(adapter), config)
-    name = base_model or config.base_model_name_or_path
-    if not name:
-        raise IVONError(f"{adapter}: adapter_config.json names no base model; name it with --base-model")
+    name = base_model_name(adapter, base_model or config.base_model_name_or_path)
+    if dtype not in ("auto", *DTYPES):
+        raise IVONError(f"{parameter('dtype')} {dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
     place = pick_device(device)
     # Said outright, or transformers asks on the terminal whether to run a model's own code.
     options: dict[str, Any] = {"device_map": {"": place}, "trust_remote_code": False}
-    if dtype == "auto":
-        options["dtype"] = torch.float32 if place.type == "cpu" else "auto"
-    else:
-        options["dtype"] = _DTYPES[dtype]
+    if dtype == "auto" and place.type == "cpu":
+        dtype = "float32"
+    options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
     if load_in == "8bit":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif load_in == "4bit":
@@ -82,11 +91,11 @@ def load_model(
     auto = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
     try:
         if classify:
-            options["num_labels"] = _head_size(Path(adapter), str(name))
+            options["num_labels"] = _head_size(Path(adapter), name)
         base = auto.from_pretrained(name, **options)
     except Exception as error:  # as many kinds as there are models
         raise IVONError(
-            f"the base model {name} cannot be loaded ({_reason(error)}); name another with --base-model"
+            f"the base model {name} cannot be loaded ({_reason(error)}); name another with {parameter('base_model')}"
         ) from None
     _resize_embeddings(base, Path(adapter))
     try:
@@ -97,7 +106,7 @@ def load_model(
     except Exception as error:  # a wrong value in the configuration can make PEFT raise anything
         raise IVONError(
             f"the base model {name} does not fit the adapter {adapter} ({_reason(error)}); "
-            "name the one that it was trained on with --base-model"
+            f"name the one that it was trained on with {parameter('base_model')}"
         ) from None
     return model.eval()
 
@@ -118,69 +127,14 @@ def _import_bitsandbytes() -> None:
 
 def _check_ranks(adapter: Path, config: PeftConfig) -> None:
     """Refuse a rank that no tensor of the adapter has: PEFT would fill the memory before it compares them."""
-    shapes = [entry.shape for entry in TensorFile(adapter / MEAN_FILE).entries.values()]
-    longest = max((size for shape in shapes for size in shape), default=0)
+    longest = max((size for shape in _shapes(adapter).values() for size in shape), default=0)
     for rank in (getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()):
         if not isinstance(rank, int) or rank > longest:
             raise IVONError(f"{adapter}: adapter_config.json has rank {rank!r}; no tensor in {MEAN_FILE} has")
 
 
-def load_tokenizer(adapter: str | Path, model: PeftModel) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that training saved beside the adapter, else that of the base model."""
-    from transformers import AutoTokenizer
-
-    beside = (Path(adapter) / "tokenizer_config.json").exists()
-    base: Any = model.get_base_model()
-    source = str(adapter) if beside else base.config._name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # `tokenizers` raises nothing more special
-        raise IVONError(
-            f"no tokenizer in {source} ({_reason(error)}); save the tokenizer of training beside the adapter"
-        ) from None
-
-
-def _head_size(adapter: Path, base_model: str) -> int:
-    """Return how many labels the classification head has: as the adapter saved it, else as the base does."""
-    from safetensors import safe_open
-    from transformers import AutoConfig
-
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        # A head may have hidden layers (classifier.dense) before the one that gives the labels: the
-        # narrowest.
-        widths = [
-            file.get_slice(key).get_shape()[0]
-            for key in file.keys()  # noqa: SIM118 - a safetensors handle is no mapping
-            if key.endswith(".weight") and "lora_" not in key and {"score", "classifier"} & {*key.split(".")}
-        ]
-    return min(widths) if widths else AutoConfig.from_pretrained(base_model, trust_remote_code=False).num_labels
-
-
-def _resize_embeddings(base: PreTrainedModel, adapter: Path) -> None:
-    """Give the base model as many tokens as training gave it, where the adapter has the embeddings."""
-    from safetensors import safe_open
-
-    embeddings: Any = base.get_input_embeddings()
-    name = next((name for name, module in base.named_modules() if module is embeddings), None)
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-            if key == f"base_model.model.{name}.weight":
-                rows = file.get_slice(key).get_shape()[0]
-                if rows != embeddings.weight.shape[0]:
-                    base.resize_token_embeddings(rows, mean_resizing=False)
-
-
-def _reason(error: BaseException) -> str:
-    if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"  # the message alone says little
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A size mismatch comes as a headline and one line per tensor: the first tensor says more.
-    line = next((line for line in lines if line.startswith("size mismatch")), lines[0] if lines else "no message")
-    return line.rstrip(".")
-
-
-def open_tokenizer(folder: str | Path, base_model: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that training saved in `folder`, else that of the base model.
+def load_tokenizer(folder: str | Path, base_model: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that training saved in the adapter's `folder`, else that of the base model.
 
     Raises:
         IVONError: neither has one.
@@ -191,7 +145,42 @@ def open_tokenizer(folder: str | Path, base_model: str) -> PreTrainedTokenizerBa
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # `tokenizers` raises nothing more special
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise IVONError(
-            f"no tokenizer in {source} ({reason}); save the tokenizer of training beside the adapter"
+            f"no tokenizer in {source} ({_reason(error)}); save the tokenizer of training beside the adapter"
         ) from None
+
+
+def _head_size(adapter: Path, base_model: str) -> int:
+    """Return how many labels the classification head has: as the adapter saved it, else as the base does."""
+    from transformers import AutoConfig
+
+    # A head may have hidden layers (classifier.dense) before the one that gives the labels: the narrowest.
+    widths = [
+        shape[0]
+        for key, shape in _shapes(adapter).items()
+        if key.endswith(".weight") and "lora_" not in key and {"score", "classifier"} & {*key.split(".")}
+    ]
+    return min(widths) if widths else AutoConfig.from_pretrained(base_model, trust_remote_code=False).num_labels
+
+
+def _resize_embeddings(base: PreTrainedModel, adapter: Path) -> None:
+    """Give the base model as many tokens as training gave it, where the adapter has the embeddings."""
+    embeddings: Any = base.get_input_embeddings()
+    name = next((name for name, module in base.named_modules() if module is embeddings), None)
+    shape = _shapes(adapter).get(f"base_model.model.{name}.weight")
+    if shape and shape[0] != embeddings.weight.shape[0]:
+        base.resize_token_embeddings(shape[0], mean_resizing=False)
+
+
+def _shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of an adapter."""
+    return {key: entry.shape for key, entry in TensorFile(adapter / MEAN_FILE).entries.items()}
+
+
+def _reason(error: BaseException) -> str:
+    if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"  # the message alone says little
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A size mismatch comes as a headline and one line per tensor: the first tensor says more.
+    line = next((line for line in lines if line.startswith("size mismatch")), lines[0] if lines else "no message")
+    return line.rstrip(".")

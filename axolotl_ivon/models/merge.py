@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..errors import IVONError
+from ..errors import IVONError, one_line, parameter
 from ..posterior.adapter import Adapter
+from ..posterior.posterior import Posterior
 from ..posterior.tensors import Progress, Tensors
 from ..storage.atomic import new_folder
 from ..storage.format import TOKENIZER_FILES, copy_companions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-DTYPES = ("float32", "bfloat16", "float16")
+from . import DTYPES
 
 
 def merge(
@@ -41,14 +38,12 @@ def merge(
     """
     from safetensors import SafetensorError
 
-    from .load import load_model
+    from .load import base_model_name, load_model, load_tokenizer
     from .swap import AdapterSlots
 
     if dtype is not None and dtype not in DTYPES:
-        raise IVONError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    base = base_model or adapter.config.get("base_model_name_or_path")
-    if not base:
-        raise IVONError(f"{adapter.folder}: adapter_config.json names no base model; name it with --base-model")
+        raise IVONError(f"{parameter('dtype')} {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    base = base_model_name(adapter.folder, base_model or adapter.config.get("base_model_name_or_path"))
     kind = adapter.config.get("task_type") or "CAUSAL_LM"
     if kind not in ("CAUSAL_LM", "SEQ_CLS"):
         raise IVONError(f"{adapter.folder} has task_type {kind}; merge knows CAUSAL_LM and SEQ_CLS")
@@ -74,18 +69,41 @@ def merge(
         try:
             merged = model.merge_and_unload(safe_merge=True)
         except (RuntimeError, ValueError) as error:  # NaN in a merged weight, or a kind of layer that cannot be merged
-            raise IVONError(f"{adapter.folder} cannot be merged ({' '.join(str(error).split())})") from error
+            raise IVONError(f"{adapter.folder} cannot be merged ({one_line(error)})") from error
         step("merging", 1)
         step("writing")
         try:
             merged.save_pretrained(new, max_shard_size=max_shard_size)
         except SafetensorError as error:  # its writer does not raise OSError when the disk is full
-            raise IVONError(f"{folder} cannot be written ({' '.join(str(error).split())})") from error
+            raise IVONError(f"{folder} cannot be written ({one_line(error)})") from error
         if (adapter.folder / "tokenizer_config.json").exists():
             copy_companions(adapter.folder, new, TOKENIZER_FILES)
-        elif tokenizer := _tokenizer(base):
-            tokenizer.save_pretrained(new)
+        else:
+            with contextlib.suppress(IVONError):  # a model without a tokenizer is a model
+                load_tokenizer(adapter.folder, base).save_pretrained(new)
         step("writing", 1)
+
+
+def choose_weights(
+    adapter: Adapter,
+    prune_ratio: float | None = None,
+    sample_seed: int | None = None,
+    progress: Progress | None = None,
+) -> Tensors:
+    """Return what `merge` may be given: the mean, or member 0 of the draws with a seed, pruned first if asked.
+
+    The unpruned mean needs no σ, and is checked alone.
+
+    Raises:
+        IVONError: the adapter is damaged, has no σ and needs one, or the ratio is outside [0, 1].
+    """
+    if prune_ratio is None and sample_seed is None:
+        adapter.digests(progress)
+        return adapter.mean
+    posterior = Posterior.from_pretrained(adapter.folder, progress)
+    if prune_ratio is not None:
+        posterior = posterior.prune(prune_ratio, progress=progress)
+    return posterior.mean if sample_seed is None else posterior.draw(sample_seed)
 
 
 def _own_dtype(base: str) -> str:
@@ -97,12 +115,3 @@ def _own_dtype(base: str) -> str:
     except Exception:  # load_model says what is wrong with it
         return "auto"
     return own if own in DTYPES else "auto"
-
-
-def _tokenizer(base: str) -> PreTrainedTokenizerBase | None:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    except Exception:  # `tokenizers` raises nothing more special; a model without a tokenizer is a model
-        return None

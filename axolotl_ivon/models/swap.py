@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,7 +40,7 @@ class AdapterSlots:
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise IVONError unless `tensors` are the adapter's: every key, no other key, the same shapes."""
-        fix = "name the base model that the adapter was trained on with --base-model"
+        fix = f"name the base model that the adapter was trained on with {parameter('base_model')}"
         for key, tensor in tensors.items():
             if key not in self._all:
                 raise IVONError(f"the base model does not fit the adapter: it has no place for {key}; {fix}")
@@ -111,8 +111,8 @@ def stacked(model: PeftModel, draws: Sequence[Mapping[str, Tensor]], adapter_nam
                 used.update(keys)
     if left := draws[0].keys() - used:
         raise IVONError(
-            f"--draws-per-pass {len(draws)}: {sorted(left)[0]} is not plain LoRA on a linear layer; "
-            "use --draws-per-pass 1"
+            f"{parameter('draws_per_pass')} {len(draws)}: {sorted(left)[0]} is not plain LoRA on a linear layer; "
+            f"use {parameter('draws_per_pass')} 1"
         )
     with contextlib.ExitStack() as stack:
         for module, a, b in layers:

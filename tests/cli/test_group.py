@@ -125,24 +125,6 @@ def test_a_hub_id_writes_here(tiny_adapter: Path, tmp_path: Path, monkeypatch: p
     assert (tmp_path / "mine-samples-1" / "sample-0000").is_dir()
 
 
-def test_progress_shows_on_a_terminal_and_nowhere_else(tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch):
-    from rich.console import Console
-
-    from ivon_post._common import progress_bars
-
-    clock = iter(range(1000))
-    monkeypatch.setattr("ivon_post._common.time.monotonic", lambda: float(next(clock)))
-    with progress_bars(quiet=False) as report:
-        assert report is None  # pytest's stderr is no terminal
-    monkeypatch.setattr(Console, "is_terminal", True)
-    with progress_bars(quiet=True) as report:
-        assert report is None
-    with progress_bars(quiet=False) as report:
-        assert report is not None
-        for _ in range(4):
-            report("pruning", 1, 4)
-
-
 def test_axolotl_gets_the_same_command():
     [entry] = [entry for entry in entry_points(group="axolotl.cli_commands") if entry.name == "ivon-post"]
     from ivon_post import cli

@@ -82,8 +82,8 @@ def test_files_without_references_give_choices(ivon_post: Cli, tmp_path: Path) -
         (["{file}", "-a", "["], "--answer-regex '[': not a regular expression"),
         (["{file}", "-a", "boxed"], "matches none of the 32 outputs"),
         (["{file}", "{file}"], "the label 'mean' is taken"),
-        (["{file}", "-o", "{tmp}"], "is there; choose another name with -o"),
-        (["{file}", "-o", "{file}", "--overwrite"], "is there; choose another name with -o"),
+        (["{file}", "-o", "{tmp}"], "is there; choose another name with --output"),
+        (["{file}", "-o", "{file}", "--overwrite"], "is there; choose another name with --output"),
         (["{file}", "--utility", "bertscore"], "pip install bert-score"),
     ],
 )

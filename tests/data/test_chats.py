@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.data.chats import Example, detect_task, find_choices, read_examples
+from axolotl_ivon.data.chats import Example, detect_task, find_choices, read_examples, read_lines
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXT})
@@ -117,9 +117,28 @@ def test_choices_are_found_or_given() -> None:
         (["A"], "at least two different"),
         (["A", "A"], "at least two different"),
         (["A", ""], "at least two different"),
-        (["B", "C"], "f:0: the answer 'A' is not one of --choices B,C"),
+        (["B", "C"], "f:0: the answer 'A' is not one of choices B,C"),
     ],
 )
 def test_choices_that_leave_nothing_to_choose(given: list[str] | None, message: str) -> None:
     with pytest.raises(IVONError, match=message):
         find_choices(examples("A", "A"), given)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 99999, r":1: not JSON"),
+        (b"9" * 5000, r":1: not JSON"),
+        (b"\xff", r"given \S+x.jsonl: not UTF-8 text"),
+        (b" \n", r"given \S+x.jsonl: the file is empty"),
+        (None, r"given \S+x.jsonl: cannot be read \(there is no such file\)"),
+    ],
+)
+def test_any_line_file_is_read_alike(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "x.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(IVONError, match=message) as caught:
+        list(read_lines(path, "given"))
+    assert caught.value.parameter in ("given", None)

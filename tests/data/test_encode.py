@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.chats import Example
-from axolotl_ivon.data.encode import encode
+from axolotl_ivon.data.encode import check_tokens, encode
 
 
 def example(answer: str, question: str = "red sun") -> Example:
@@ -79,3 +79,9 @@ def test_tokenizing_refuses_in_one_line(tokenizer: AutoTokenizer) -> None:
     tokenizer.chat_template = None
     with pytest.raises(IVONError, match="no chat template"):
         encode(tokenizer, [example("A")], "generate")
+
+
+def test_tokens_that_the_model_lacks_are_named() -> None:
+    check_tokens([0, 6], 7, "f:1")
+    with pytest.raises(IVONError, match="f:1: token 7 is new to the base model, which has 7"):
+        check_tokens([7, 0], 7, "f:1")

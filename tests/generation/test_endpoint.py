@@ -22,7 +22,7 @@ from axolotl_ivon.generation.endpoint import EndpointEngine
 from axolotl_ivon.generation.local import TransformersEngine
 from axolotl_ivon.generation.plan import Plan
 from axolotl_ivon.generation.serve import Ensemble
-from axolotl_ivon.models.load import load_model, open_tokenizer
+from axolotl_ivon.models.load import load_model, load_tokenizer
 from axolotl_ivon.posterior.sample import sample
 
 MEMBERS = ["mean", "sample-0000", "sample-0001", "sample-0002"]
@@ -64,7 +64,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prompts(tiny_adapter: Path, tiny_llama: Path, chats: Path) -> list[Prompt]:
-    return render(open_tokenizer(tiny_adapter, str(tiny_llama)), read_chats(chats))
+    return render(load_tokenizer(tiny_adapter, str(tiny_llama)), read_chats(chats))
 
 
 def engine(server: Server, plan: Plan, **options: Any) -> EndpointEngine:
@@ -81,7 +81,7 @@ def test_greedy_equals_the_transformers_engine(
     found = list(EndpointEngine(f"{server.url}/v1/", Ensemble(ensemble).members(plan), plan).outputs(prompts))
     local = TransformersEngine(
         load_model(tiny_adapter),
-        open_tokenizer(tiny_adapter, str(tiny_llama)),
+        load_tokenizer(tiny_adapter, str(tiny_llama)),
         Posterior.from_pretrained(tiny_adapter),
         plan,
     )

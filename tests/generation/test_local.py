@@ -21,7 +21,7 @@ from axolotl_ivon.data.chats import read_chats
 from axolotl_ivon.data.encode import render
 from axolotl_ivon.generation.local import TransformersEngine, kept_rows
 from axolotl_ivon.generation.plan import Output, Plan
-from axolotl_ivon.models.load import load_model, open_tokenizer
+from axolotl_ivon.models.load import load_model, load_tokenizer
 from axolotl_ivon.posterior.sample import sample
 
 GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=12, seed=3)
@@ -35,7 +35,7 @@ class Scene:
         self.posterior = Posterior.from_pretrained(adapter).prune(0.2).temper(0.25)
         self.ensemble, self.base = folder / "ensemble", base
         sample(self.posterior, self.ensemble, 3, seed=3)
-        self.tokenizer = open_tokenizer(adapter, str(base))
+        self.tokenizer = load_tokenizer(adapter, str(base))
         self.prompts = render(self.tokenizer, read_chats(write_chats(folder / "chats.jsonl", 5)))
         self.model = load_model(adapter)
         # Of 400 tokens nearly each is drawn now and then, and its end with it.
@@ -291,7 +291,7 @@ def test_a_wrong_prompts_file_is_told(tmp_path: Path, content: str, message: str
 
 
 def test_a_missing_or_binary_prompts_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(IVONError, match=r"--prompts .*no.jsonl: cannot be read"):
+    with pytest.raises(IVONError, match=r"prompts .*no.jsonl: cannot be read"):
         read_chats(tmp_path / "no.jsonl")
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(IVONError, match="not UTF-8"):

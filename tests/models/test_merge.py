@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.models.merge import merge
+from axolotl_ivon.models.merge import choose_weights, merge
 from axolotl_ivon.posterior.adapter import Adapter
 
 TOKENS = torch.arange(3, 19)[None]
@@ -91,7 +91,7 @@ def test_mistakes(tiny_adapter: Path, tiny_llama: Path, tmp_path: Path):
     small = build_llama(tmp_path / "small", num_hidden_layers=1)
     wide = build_llama(tmp_path / "wide", hidden_size=64)
     for settings, message in (
-        ({"base_model": str(tmp_path / "missing")}, "cannot be loaded.*--base-model"),
+        ({"base_model": str(tmp_path / "missing")}, "cannot be loaded.*base_model"),
         ({"base_model": str(small)}, "does not fit the adapter"),
         ({"base_model": str(wide)}, "does not fit the adapter"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown"),
@@ -108,3 +108,17 @@ def test_mistakes(tiny_adapter: Path, tiny_llama: Path, tmp_path: Path):
             merge(adapter, adapter.mean, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert AutoModelForCausalLM.from_pretrained(tiny_llama).dtype == torch.float32
+
+
+def test_the_weights_that_are_merged(tiny_adapter: Path, make_adapter: Callable) -> None:
+    def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+        return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+    held, q = Adapter(tiny_adapter), Posterior.from_pretrained(tiny_adapter)
+    assert same(choose_weights(held), q.mean)
+    assert same(choose_weights(held, prune_ratio=0.4), q.prune(0.4).mean)
+    assert same(choose_weights(held, 0.4, 3), q.prune(0.4).sample(3))
+    plain = Adapter(make_adapter(sigma=False))
+    assert same(choose_weights(plain), plain.mean)
+    with pytest.raises(IVONError, match="it is no posterior"):
+        choose_weights(plain, sample_seed=0)

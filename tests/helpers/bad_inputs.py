@@ -1,15 +1,16 @@
-"""Every bad input that a user can give: status 1, one line that names it, nothing written."""
+"""Adapter folders that are damaged in every way that a user's can be, and what commands say of them."""
 
 from __future__ import annotations
 
 import json
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Cli
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -123,83 +124,45 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "ratio is no ratio": (change_sigma(dict, pruned_ratio="7"), "pruned_ratio is '7'"),
 }
 
-COMMANDS: dict[str, tuple[object, ...]] = {
-    "prune": ("prune", "ADAPTER"),
-    "temper": ("temper", "ADAPTER", "--tau", 2),
-    "sample": ("sample", "ADAPTER", "-n", 1),
-    "combine": ("combine", "GOOD", "ADAPTER"),
-    "diff": ("diff", "GOOD", "ADAPTER"),
-    "info": ("info", "ADAPTER"),
-    "merge": ("merge", "ADAPTER", "--prune-ratio", 0.1),
-}
+
+class BadInputs:
+    """What every command must do with a bad input: status 1, one line that names it, nothing written.
+
+    Folders in `place`: `adapter` and `there`, good ones; `home`, with a user's own file; `file` is a file.
+    """
+
+    def __init__(self, place: Path, good: Path, ivon_post: Cli, copied: Callable[..., Path]) -> None:
+        self.place, self._good, self._ivon_post, self._copied = place, good, ivon_post, copied
+
+    def damaged(self, damage: str, *words: object) -> None:
+        """Run a command with BAD, a copy that is damaged, and GOOD."""
+        break_it, message = FOLDERS[damage]
+        good, bad = self._copied(self._good, "good"), self._copied(self._good)
+        break_it(bad)
+        error = self._ivon_post.error(*({"BAD": bad, "GOOD": good}.get(x, x) for x in words))
+        assert message in error
+        assert {path.name for path in bad.parent.iterdir()} == {"good", "adapter"}
+
+    def argument(self, words: tuple[object, ...], message: str) -> None:
+        """Run a command with wrong words."""
+        for name in ("adapter", "there"):
+            self._copied(self._good, name)
+        (self.place / "home").mkdir()
+        (self.place / "home" / "thesis.tex").write_text("precious")
+        (self.place / "file").write_text("precious")
+        before = self._everything()
+        assert message in self._ivon_post.error(*words)
+        assert self._everything() == before
+
+    def _everything(self) -> dict[Path, bytes | None]:
+        return {path: path.read_bytes() if path.is_file() else None for path in self.place.rglob("*")}
 
 
-@pytest.mark.parametrize(
-    ("command", "damage"),
-    # `info` describes an adapter without σ; every other pair is an error.
-    [(command, damage) for command in COMMANDS for damage in FOLDERS if (command, damage) != ("info", "no sigma")],
-)
-def test_damaged_folders(
-    command: str, damage: str, tiny_adapter: Path, copied: Callable, ivon_post, monkeypatch: pytest.MonkeyPatch
-):
-    break_it, message = FOLDERS[damage]
-    good, bad = copied(tiny_adapter, "good"), copied(tiny_adapter)
-    break_it(bad)
-    monkeypatch.chdir(bad.parent)
-    assert message in ivon_post.error(*({"ADAPTER": bad, "GOOD": good}.get(x, x) for x in COMMANDS[command]))
-    assert {path.name for path in bad.parent.iterdir()} == {"good", "adapter"}
-
-
-ARGUMENTS: dict[str, tuple[tuple[object, ...], str]] = {
-    "missing folder": (("prune", "missing"), "missing: no such folder"),
-    "a file": (("prune", f"adapter/{MEAN_FILE}"), "is a file; give the adapter's folder"),
-    "ratio above 1": (("prune", "adapter", "--ratio", 1.1), "ratio 1.1 is outside [0, 1]"),
-    "ratio below 0": (("prune", "adapter", "--ratio", -0.1), "ratio -0.1 is outside [0, 1]"),
-    "ratio is NaN": (("prune", "adapter", "--ratio", "nan"), "ratio nan is outside [0, 1]"),
-    "tau is 0": (("temper", "adapter", "--tau", 0), "tau 0.0 is not > 0"),
-    "tau is negative": (("temper", "adapter", "--tau", -2), "tau -2.0 is not > 0"),
-    "tau is NaN": (("temper", "adapter", "--tau", "nan"), "tau nan is not > 0"),
-    "tau too small": (("temper", "adapter", "--tau", "1e-300"), "makes σ of"),
-    "no tau": (("temper", "adapter"), "no temperature"),
-    "tau of a draw": (("sample", "adapter", "--tau", 0), "tau 0.0 is not > 0"),
-    "ratio of a draw": (("sample", "adapter", "--prune-ratio", 2), "ratio 2.0 is outside"),
-    "no members": (("sample", "adapter", "-n", 0), "0 members make no ensemble"),
-    "unknown criterion": (("prune", "adapter", "--criterion", "best"), "criterion 'best' is unknown; choose one of"),
-    "unknown criterion of info": (("info", "adapter", "--criterion", "best"), "criterion 'best' is unknown"),
-    "target exists": (("prune", "adapter", "-o", "there"), "there exists; choose another name"),
-    "target is a file": (("prune", "adapter", "-o", "file", "--overwrite"), "file is not a folder"),
-    "target is something else": (("prune", "adapter", "-o", "home", "--overwrite"), "holds something other"),
-    "target is the input": (("prune", "adapter", "-o", "adapter", "--overwrite"), "never modified"),
-    "target holds the input": (("sample", "adapter", "-o", ".", "--overwrite"), "never modified"),
-    "target cannot be written": (("temper", "adapter", "--tau", 2, "-o", "file/x"), "file/x cannot be written"),
-    "target in no file system": (("sample", "adapter", "-n", 1, "-o", "/proc/x"), "/proc/x cannot be written"),
-    "one posterior": (("combine", "adapter"), "1 posterior cannot be combined"),
-    "weights for precision": (("combine", "adapter", "adapter", "--weights", "1,1"), "for the methods linear and cat"),
-    "too few weights": (("combine", "adapter", "adapter", "--method", "linear", "--weights", "1"), "do not fit 2"),
-    "missing recommendation": (("prune", "adapter", "--recommended", "none.json"), "none.json"),
-    "no base model": (("merge", "adapter", "--base-model", "./none"), "cannot be loaded"),
-}
-
-
-@pytest.mark.parametrize("case", ARGUMENTS)
-def test_bad_arguments(
-    case: str, tiny_adapter: Path, copied: Callable, ivon_post, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    arguments, message = ARGUMENTS[case]
-    copied(tiny_adapter)
-    copied(tiny_adapter, "there")
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("precious")
-    (tmp_path / "file").write_text("precious")
+@pytest.fixture
+def bad_inputs(
+    tmp_path: Path, tiny_adapter: Path, ivon_post: Cli, copied: Callable, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[BadInputs]:
+    """Bad inputs, in the folder that the test runs in; no pickle was run afterwards."""
     monkeypatch.chdir(tmp_path)
-
-    def everything() -> dict[Path, bytes | None]:
-        return {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
-
-    before = everything()
-    assert message in ivon_post.error(*arguments)
-    assert everything() == before
-
-
-def test_evil_pickles_were_never_run():
-    assert not Path("evil").exists()
+    yield BadInputs(tmp_path, tiny_adapter, ivon_post, copied)
+    assert not (tmp_path / "evil").exists()

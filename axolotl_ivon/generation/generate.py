@@ -1,0 +1,137 @@
+"""n-best lists for a file of prompts: from an adapter that is loaded here, or from an ensemble that a server serves."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.chats import read_chats
+from ..data.encode import render
+from ..models.load import base_model_name, load_model, load_tokenizer
+from ..posterior.adapter import mean_sha256
+from ..posterior.open import open_posterior
+from ..posterior.posterior import Posterior
+from .nbest import NBestFile
+from .plan import Engine, Plan
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a run did: how many prompts the file has, how many of them were there, and what the others took."""
+
+    prompts: int
+    resumed: int
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that were generated in a second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def generate(
+    adapter: str,
+    prompts: str | Path,
+    output: str | Path,
+    plan: Plan,
+    *,
+    tau: float = 1.0,
+    prune_ratio: float = 0.0,
+    limit: int | None = None,
+    endpoint: str | None = None,
+    concurrency: int = 32,
+    timeout: float = 600.0,
+    base_model: str | None = None,
+    load_in: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    overwrite: bool = False,
+    begin: Callable[[str, int], Callable[[int], None]] = lambda doing, total: lambda count: None,
+    count: Callable[[int], None] = lambda tokens: None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Generated:
+    """Write the outputs that `plan` asks for, of every prompt, to a `NBestFile`, or those that it lacks.
+
+    Args:
+        adapter: folder or Hub id of the adapter; with `endpoint`, the folder of the ensemble that is served there.
+        tau, prune_ratio: of the posterior that is drawn from; an ensemble has its own.
+        limit: take the first prompts only.
+        concurrency, timeout: as `EndpointEngine` has them.
+        base_model, load_in, device, dtype: as `load_model` has them.
+        batch_size: as `TransformersEngine` has it.
+        begin: told what begins and how much of it there is (0: nobody knows); what it returns hears of every prompt.
+        count: told how many tokens were generated so far.
+
+    Raises:
+        IVONError: the prompts, the adapter, the base model, the server or the output are not what they must be.
+    """
+    chats = read_chats(prompts, limit)
+    if endpoint:
+        from .endpoint import EndpointEngine
+        from .serve import Ensemble
+
+        ensemble = Ensemble(adapter)
+        rendered = render(load_tokenizer(ensemble.tokenizer_folder, base_model or ensemble.base_model), chats)
+        facts: dict[str, Any] = {"engine": "endpoint", "ensemble": ensemble.facts}
+        doing = "asking the server for its models"
+
+        def start() -> Engine:
+            return EndpointEngine(endpoint, ensemble.members(plan), plan, concurrency=concurrency, timeout=timeout)
+    else:
+        posterior = _open(adapter, plan, tau, prune_ratio)
+        assert posterior.folder is not None
+        folder = posterior.folder
+        base = base_model_name(adapter, base_model or posterior.config.get("base_model_name_or_path"))
+        tokenizer = load_tokenizer(folder, base)
+        rendered = render(tokenizer, chats)
+        facts = {
+            "engine": "transformers",
+            "adapter": posterior.metadata.get("mean_sha256") or mean_sha256(posterior.mean),
+            "base_model": base,
+            "load_in": load_in,
+            "dtype": dtype,
+            "tau": "inf" if plan.mean or math.isinf(posterior.tau) else posterior.tau,
+            "prune_ratio": prune_ratio,
+        }
+        doing = "loading the base model"
+
+        def start() -> Engine:
+            from .local import TransformersEngine
+
+            model = load_model(folder, base_model=base, load_in=load_in, device=device, dtype=dtype)
+            return TransformersEngine(model, tokenizer, posterior, plan, batch_size=batch_size, notify=notify)
+
+    file = NBestFile(output, {**facts, **asdict(plan)}, rendered, overwrite)
+    before, tokens = file.done, 0
+    if before == len(rendered):
+        return Generated(before, before)
+
+    def counted(new: int) -> None:
+        nonlocal tokens
+        tokens += new
+        count(tokens)
+
+    begin(doing, 0)
+    engine = start()
+    advance = begin("generating", len(rendered) - before)
+    begun = time.monotonic()
+    with closing(file):
+        for prompt, outputs in zip(rendered[before:], engine.outputs(rendered, before, counted), strict=True):
+            file.append(prompt, outputs)
+            advance(1)
+    return Generated(len(rendered), before, tokens, time.monotonic() - begun)
+
+
+def _open(adapter: str, plan: Plan, tau: float = 1.0, prune_ratio: float = 0.0) -> Posterior:
+    """Return the posterior that `plan` draws from; the mean alone needs no σ."""
+    if plan.mean and not prune_ratio:
+        return open_posterior(adapter, mean_only=True)
+    posterior = Posterior.from_pretrained(adapter)
+    return (posterior.prune(prune_ratio) if prune_ratio else posterior).temper(tau)

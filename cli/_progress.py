@@ -1,0 +1,116 @@
+"""Progress on stderr."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+_BARS_AFTER = 1.0  # seconds: a quick command shows none
+_LINE_EVERY = 10.0  # seconds
+
+
+class Progress:
+    """Progress on stderr: bars on a terminal, a line now and then elsewhere (a log, CI), nothing if quiet.
+
+    Called as the library calls a function that it reports to: what is being done, how much of it just was, and how much
+    it is in all (0: nobody knows).
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._texts: dict[str, str] = {}
+        self._done: dict[str, int] = {}
+        self._begun: dict[str, float] = {}
+
+    def __enter__(self) -> Progress:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, quiet=self._quiet)
+        self._printed = time.monotonic()
+        if self._console.is_terminal and not self._quiet:
+            from rich import progress
+
+            self._bars = progress.Progress(
+                progress.SpinnerColumn(),
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(),
+                progress.TaskProgressColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._timer = threading.Timer(_BARS_AFTER, self._bars.start)
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._timer.cancel()
+            self._timer.join()  # or it may start the bars after they were stopped
+            self._bars.stop()
+
+    def __call__(self, doing: str, count: int, total: int) -> None:
+        """Report that `count` more of `total` are done."""
+        if self._quiet:
+            return
+        if doing not in self._done or 0 < total <= self._done[doing]:  # the same again, with another adapter
+            self._done[doing], self._begun[doing] = 0, time.monotonic()
+            if self._bars and doing in self._tasks:
+                self._bars.reset(self._tasks[doing], total=total)
+            elif self._bars:
+                for task in self._bars.tasks:  # what had no known length has ended
+                    if task.total is None:
+                        self._bars.update(task.id, total=1, completed=1)
+                self._tasks[doing] = self._bars.add_task(doing, total=total or None)
+        self._done[doing] += count
+        if self._bars:
+            self._bars.advance(self._tasks[doing], count)
+        elif self._done[doing] and time.monotonic() - self._printed >= _LINE_EVERY:
+            self._printed = time.monotonic()
+            left = (self._printed - self._begun[doing]) * (total / self._done[doing] - 1)
+            text = self._texts.get(doing, doing)
+            self.say(f"{text}: {self._done[doing] / total:.0%}, {left:.0f} s left")
+
+    def begin(self, doing: str, total: int = 0) -> Callable[[int], None]:
+        """Announce what takes a while, and return the function that is told how many more of `total` are done."""
+        self(doing, 0, total)
+        if not self._bars:
+            self.say(doing)
+        return lambda count: self(doing, count, total)
+
+    def describe(self, doing: str, text: str) -> None:
+        """Show `text` where `doing` stands."""
+        self._texts[doing] = text
+        if doing in self._tasks:
+            self._bars.update(self._tasks[doing], description=text)
+
+    def seconds(self, doing: str) -> float:
+        """Return for how long something has been going on."""
+        return time.monotonic() - self._begun[doing]
+
+    def notify(self, message: str) -> None:
+        """Tell the user something that is not progress."""
+        self.say(message, style="yellow")
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print a line on stderr."""
+        # A file name or what a model wrote is no markup.
+        self._console.print(text, highlight=False, markup=False, soft_wrap=not self._console.is_terminal, style=style)
+
+
+def silence_libraries() -> None:
+    """Keep the loading bars and notices of transformers and its kin off the terminal; their errors still come."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,65 @@
+"""Results on stdout: JSON documents, tables, and the numbers in them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+
+def emit(document: dict[str, Any]) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """Print a table: the first column left, the others right; plain where stdout is no terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from axolotl_ivon.errors import printable
+
+    console = Console()
+    # Somebody who pipes wants every character; a terminal may wrap.
+    if not console.is_terminal:
+        console = Console(width=1000)
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD if console.is_terminal else None)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    for row in rows:
+        table.add_row(*map(printable, row))
+    console.print(table, highlight=False, markup=False)
+
+
+def number(value: float | None) -> str:
+    """Return a measured number with three significant digits."""
+    return "–" if value is None else f"{value:.3g}"
+
+
+def percent(value: float | None, error: float | None = None) -> str:
+    """Return a share as percent, with its standard error."""
+    return decimal(value and 100 * value, error and 100 * error, 1)
+
+
+def decimal(value: float | None, error: float | None = None, digits: int = 3) -> str:
+    """Return a number, with its standard error."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def is_wide(columns: int) -> bool:
+    """Say whether a table that is so wide may be printed: to a file or pipe, or a terminal with room for it."""
+    return not sys.stdout.isatty() or shutil.get_terminal_size().columns >= columns
+
+
+def file_names(paths: Sequence[str]) -> dict[str, str]:
+    """Return a short name for each path: the file's, unless two share it."""
+    short = {path: path.rsplit("/", 1)[-1] for path in paths}
+    names = list(short.values())
+    return {path: name if names.count(name) == 1 else path for path, name in short.items()}

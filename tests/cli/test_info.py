@@ -1,0 +1,56 @@
+"""`ivon-post info`: what is in a folder, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bad_inputs import FOLDERS, BadInputs
+
+
+def test_info_shows_modules_facts_and_histogram(tiny_adapter: Path, ivon_post):
+    text = ivon_post("info", tiny_adapter, "--ratio", 0.5)
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    assert lines[0][:2] == ["module", "weights"]
+    modules = [line for line in lines if line[0].startswith("model.layers")]
+    assert [line[1] for line in modules] == ["256", "192", "256", "192"]
+    assert ["weights", "896"] in lines
+    assert ["prior", "empirical"] in lines
+    assert "448 weights are 0 after pruning 0.5 by snr" in text
+    bars = [line for line in text.splitlines() if "█" in line]
+    assert bars
+    shares = [float(line.split()[-1].rstrip("%")) for line in text.split("|m|/σ from\n")[1].splitlines()]
+    assert sum(shares) == pytest.approx(100, abs=1)
+    assert "model.layers" not in ivon_post("info", tiny_adapter, "--summary")
+
+
+def test_info_as_json(tiny_adapter: Path, ivon_post):
+    facts = ivon_post.json("info", tiny_adapter)
+    assert (facts["weights"], facts["would_prune"], len(facts["modules"])) == (896, 90, 4)
+    assert facts["header"]["prior"] == "empirical"
+
+
+def test_info_without_sigma(make_adapter: Callable, ivon_post):
+    text = ivon_post("info", make_adapter(sigma=False))
+    assert "`info` and `merge` work on it" in text
+    assert "model.layers.1.self_attn.v_proj" in text
+
+
+@pytest.mark.parametrize(
+    "damage", [name for name in FOLDERS if name != "no sigma"]
+)  # an adapter without σ is described
+def test_damaged_folders(damage: str, bad_inputs: BadInputs):
+    bad_inputs.damaged(damage, "info", "BAD")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(
+            ("info", "adapter", "--criterion", "best"), "criterion 'best' is unknown", id="unknown criterion of info"
+        ),
+    ],
+)
+def test_bad_arguments(words: tuple[object, ...], message: str, bad_inputs: BadInputs):
+    bad_inputs.argument(words, message)

@@ -1,0 +1,93 @@
+"""Progress: bars on a terminal, lines now and then elsewhere, nothing if quiet."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from rich.console import Console
+
+from ivon_post import _progress
+from ivon_post._progress import Progress
+
+
+def report(progress: Progress, pause: float = 0.0) -> None:
+    with progress:
+        for _ in range(4):
+            progress("pruning", 1, 4)
+        time.sleep(pause)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Console, "is_terminal", True)
+    monkeypatch.setattr(_progress, "_BARS_AFTER", 0.01)
+
+
+def test_bars_on_a_terminal(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    report(Progress(quiet=False), pause=0.3)
+    shown = capsys.readouterr()
+    assert "pruning" in shown.err
+    assert "100%" in shown.err
+    assert not shown.out
+
+
+def test_no_bars_for_what_is_quick(
+    terminal: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_progress, "_BARS_AFTER", 60.0)
+    begun = time.monotonic()
+    report(Progress(quiet=False))
+    assert capsys.readouterr().err.strip() == ""
+    assert time.monotonic() - begun < 30, "it does not wait for the bars"
+
+
+def test_nothing_if_quiet(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(quiet=True)
+    report(progress, pause=0.1)
+    progress.begin("drawing")(1)
+    progress.notify("oh")
+    assert capsys.readouterr().err == ""
+
+
+def test_lines_now_and_then_elsewhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = 0.0
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: clock)
+    with Progress(quiet=False) as progress:
+        for _ in range(8):
+            clock += 4.0
+            progress("pruning", 1, 8)
+    lines = capsys.readouterr().err.splitlines()
+    # Begun when the first is done, at 4 s; told at 12 s and 24 s.
+    assert lines == ["pruning: 38%, 13 s left", "pruning: 75%, 7 s left"]
+
+
+def test_what_begins_is_told_elsewhere_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(quiet=False) as progress:
+        advance = progress.begin("evaluating [/bold] x", 4)
+        advance(4)
+        progress.begin("bootstrap")
+        progress.notify("mean: no answer in [/INST] seven")
+    told = ["evaluating [/bold] x", "bootstrap", "mean: no answer in [/INST] seven"]
+    assert capsys.readouterr().err.splitlines() == told
+
+
+def test_the_same_again_counts_from_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = 0.0
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: clock)
+    with Progress(quiet=False) as progress:
+        for count in (3, 1):
+            progress("reading", count, 3)
+        clock += 20.0
+        progress("reading", 1, 3)
+    assert capsys.readouterr().err.splitlines() == ["reading: 67%, 10 s left"]
+
+
+def test_stages_end_when_the_next_begins_and_can_be_described(terminal: None) -> None:
+    with Progress(quiet=False) as progress:
+        progress.begin("loading")
+        progress.begin("generating", 2)(1)
+        progress.describe("generating", "generating, 7 tokens/s")
+        first, second = progress._bars.tasks
+        assert (first.finished, second.completed, second.description) == (True, 1, "generating, 7 tokens/s")
+        assert progress.seconds("generating") >= 0

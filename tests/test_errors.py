@@ -1,0 +1,87 @@
+"""Errors for users: one line, whose parameters each caller names its own way; the library does not speak the CLI."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import axolotl_ivon
+from axolotl_ivon.errors import IVONError, one_line, parameter, printable
+
+ROOT = Path(axolotl_ivon.__file__).parent
+# Packages and modules whose messages name no option of `ivon-post`.
+DONE = ("data", "models", "lm_eval.py")
+# Another program's command line.
+OTHERS = {
+    "generation/serve.py": {"--enable-lora", "--max-lora-rank", "--max-loras", "--generation-config", "--lora-modules"}
+}
+
+
+def told_options(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and option for each `--word` in a string that is no docstring and quotes no whole command of ivon-post."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            text = re.sub(r"`ivon-post [^`]*(`|$)", "", node.value)
+            for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
+                yield node.lineno, option
+
+
+def test_the_check_finds_options(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(
+        '"""Docs of --this."""\n'
+        'def f():\n    """And --that."""\n    raise E(f"{x}: --bad {x}; say `ivon-post sample -n 3 --include-mean`")\n'
+        'LINE = "# --- section ---"\nother = "--worse"\n'
+    )
+    assert sorted(told_options(tmp_path / "x.py")) == [(4, "--bad"), (6, "--worse")]
+
+
+@pytest.mark.parametrize("place", DONE)
+def test_the_library_names_no_option(place: str) -> None:
+    paths = [ROOT / place] if place.endswith(".py") else sorted((ROOT / place).rglob("*.py"))
+    assert paths
+    found = [
+        f"{name}:{line}: {option}"
+        for path in paths
+        for name in [path.relative_to(ROOT).as_posix()]
+        for line, option in told_options(path)
+        if option not in OTHERS.get(name, ())
+    ]
+    assert not found, "name the parameter: {parameter('…')} of axolotl_ivon.errors"
+
+
+NAMES = st.from_regex(r"[a-z_]{1,12}", fullmatch=True)
+TEXTS = st.text(st.characters(exclude_characters="\ue000\ue001"), max_size=30)
+
+
+@given(st.lists(st.tuples(TEXTS, NAMES), max_size=5), TEXTS)
+def test_parameters_are_named_as_the_caller_likes(pairs: list[tuple[str, str]], end: str) -> None:
+    error = IVONError("".join(text + parameter(name) for text, name in pairs) + end)
+    for show in (str, lambda name: f"--{name.replace('_', '-')}"):
+        assert error.told(show) == "".join(printable(text) + show(name) for text, name in pairs) + printable(end)
+    assert str(error) == error.told(str)
+    assert error.parameter == (pairs[0][1] if pairs else None)
+
+
+@given(st.text(max_size=200), st.integers(0, 3000))
+def test_a_message_is_one_line_that_a_terminal_does_not_obey(text: str, more: int) -> None:
+    line = str(IVONError(text + "x" * more))
+    assert line.isprintable()
+    assert len(line) < 2100
+
+
+def test_one_line_of_several() -> None:
+    assert one_line(ValueError("a\n  b\tc")) == "a b c"
