@@ -16,7 +16,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## train SmolLM2 on movie snippets with IVON-LoRA and evaluate its posterior (8 minutes on 2 cores)
-	$(BIN)/python example_configs/demo.py
+	$(BIN)/python example_configs/smollm2/demo.py
 
 # Two workers, and one thread in each: threads that wait for one another's core make everything ten times slower.
 test: export OMP_NUM_THREADS = 1
@@ -40,7 +40,7 @@ axolotl-%:
 
 VLLM ?= .venv-vllm
 test-vllm: $(VENV)/.dev $(VLLM)/.vllm  ## compare vLLM on the CPU with ivon-post generate
-	cd example_configs && $(abspath $(BIN))/python -c 'import prepare_demo as p; p.prepare_model(p.DEMO / p.MODEL)'
+	cd example_configs/smollm2 && $(abspath $(BIN))/python -c 'import prepare_demo as p; p.prepare_model(p.DEMO / p.MODEL)'
 	OMP_NUM_THREADS=1 IVON_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest tests/integration/test_vllm.py
 # The registry's torchvision and its kin are CUDA builds; vLLM finds its platform by the metadata of a package "vllm".
 $(VLLM)/.vllm:

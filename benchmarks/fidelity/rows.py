@@ -12,8 +12,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from fidelity_data import Encoder, Example, Task, predict
-from fidelity_methods import (
+
+from axolotl_ivon import Posterior
+from axolotl_ivon.evaluation.metrics import Scores, metrics
+
+from .data import Encoder, Example, Task, predict
+from .methods import (
     Predictions,
     fit_laplace,
     fit_temperature,
@@ -23,9 +27,6 @@ from fidelity_methods import (
     predict_laplace,
     predict_posterior,
 )
-
-from axolotl_ivon import Posterior
-from axolotl_ivon.evaluation.metrics import Scores, metrics
 
 Answer = tuple[Predictions, dict[str, Any]]
 RATIO = 0.1  # the paper's share of pruned weights

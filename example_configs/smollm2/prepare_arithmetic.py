@@ -5,7 +5,7 @@ Every problem takes two steps, which the answer writes down before the result, i
     Tom has 12 apples. Tom buys 7 more and gives 5 to Ana. How many are left?
     12 + 7 = 19. 19 - 5 = 14. #### 14
 
-    python example_configs/prepare_arithmetic.py
+    python example_configs/smollm2/prepare_arithmetic.py
 """
 
 from __future__ import annotations

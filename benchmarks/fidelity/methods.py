@@ -1,4 +1,4 @@
-"""The methods that `fidelity.py` compares: AdamW and what is made of it, BLoB, ivon-opt, IVON-LoRA.
+"""The methods that are compared: AdamW and what is made of it, BLoB, ivon-opt, IVON-LoRA.
 
 Every method trains the same parameters (LoRA and the classifier) for the same steps on the same batches, with the
 learning rate warming up over 5 % of the steps and then falling linearly to 0. One trained run gives several rows.
@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fidelity_data import Encoder, Example, Task, collate, predict, training_batches
 from torch import Tensor, nn
 
 from axolotl_ivon import IVONLoRA, Posterior, effective_sample_size
 from axolotl_ivon.evaluation.metrics import entropy
+
+from .data import Encoder, Example, Task, collate, predict, training_batches
 
 Weights = Mapping[str, Tensor]
 WARMUP = 0.05

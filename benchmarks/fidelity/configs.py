@@ -1,13 +1,13 @@
-"""The suites of `fidelity.py` that axolotl trains: one YAML for each run, and the commands.
+"""The suites that axolotl trains: one YAML for each run, and the commands.
 
-    python benchmarks/fidelity.py configs causal --bigbench DIR --out outputs/causal
-    python benchmarks/fidelity.py configs paper --out outputs/paper      # needs a hub and a GPU
+    python -m benchmarks.fidelity configs causal --bigbench DIR --out outputs/causal
+    python -m benchmarks.fidelity configs paper --out outputs/paper      # needs a hub and a GPU
     bash outputs/paper/run.sh
 
 `run.sh` is resumable: a run whose evaluation is there is skipped. For the paper's suite it begins by writing the six
 data sets of the hub as chat JSONL, which this module does:
 
-    python benchmarks/fidelity_configs.py outputs/paper/data
+    python -m benchmarks.fidelity.configs outputs/paper/data
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ def write_configs(suite: Mapping[str, Any], out: Path, bigbench: Path | None) ->
     """Write the YAMLs and `run.sh` into `out`; return what to say about them.
 
     Raises:
-        SystemExit: the suite is trained by `fidelity.py` itself, or its data folder is not given.
+        SystemExit: the suite is trained by `python -m benchmarks.fidelity run`, or its data folder is not given.
     """
     if "axolotl" not in suite:
-        raise SystemExit("the encoder suite needs no configs: `fidelity.py run`")
+        raise SystemExit("the encoder suite needs no configs: `python -m benchmarks.fidelity run`")
     hub = suite["data"] == "hub"
     if not hub and bigbench is None:
         raise SystemExit("this suite trains on the BIG-bench tasks: give their folder with --bigbench")
@@ -112,7 +112,7 @@ def write_configs(suite: Mapping[str, Any], out: Path, bigbench: Path | None) ->
     evaluate = shlex.join(["--json", "--quiet", *suite.get("evaluate", [])])
     lines = ["#!/bin/bash", "set -e", f"out={shlex.quote(str(out))} data={shlex.quote(str(data))}"]
     if hub:
-        lines.append('[ -d "$data" ] || python benchmarks/fidelity_configs.py "$data"')
+        lines.append('[ -d "$data" ] || python -m benchmarks.fidelity.configs "$data"')
     lines += [
         "one() {  # name, task, rows",
         '  [ -s "$out/$1.json" ] && return',
