@@ -8,9 +8,9 @@ TORCH_CPU ?= torch==2.13.0+cpu
 AXOLOTL := $(shell sed -n 's/^axolotl = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 
 BIN := $(VENV)/bin
-SOURCES := axolotl_ivon cli tests benchmarks example_configs
+SOURCES := axolotl_ivon cli tests benchmarks example_configs docs
 
-.PHONY: help demo test test-long test-matrix test-vllm lint clean
+.PHONY: help demo test test-long test-matrix test-vllm lint docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,8 +57,11 @@ lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
+docs: $(VENV)/.dev  ## build the documentation, warnings are errors: docs/_build/html/index.html
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+
 clean:  ## remove what make has made: .venv, .demo, build and cache folders
-	rm -rf .venv .venv-* .demo build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf .venv .venv-* .demo build dist docs/_build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
 # An environment is as new as its stamp; what pip has installed by then, it does not install again.
 $(VENV)/.%: pyproject.toml
