@@ -1,14 +1,14 @@
 """Sphinx configuration: `make docs`."""
 
+import re
 from pathlib import Path
+from typing import Any
 
-import tomllib
-
-PYPROJECT = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 project = "axolotl-ivon"
 author = "The axolotl-ivon authors"
-version = release = PYPROJECT["project"]["version"]
+version = release = re.findall(r'^version = "(.+)"$', PYPROJECT.read_text(encoding="utf-8"), re.M)[0]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 exclude_patterns = ["_build"]
 
