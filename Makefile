@@ -8,15 +8,15 @@ TORCH_CPU ?= torch==2.13.0+cpu
 AXOLOTL := $(shell sed -n 's/^axolotl = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 
 BIN := $(VENV)/bin
-SOURCES := axolotl_ivon cli tests benchmarks example_configs
+SOURCES := axolotl_ivon cli tests benchmarks example_configs docs
 
-.PHONY: help demo test test-long test-matrix newest test-vllm lint clean
+.PHONY: help demo test test-long test-matrix newest test-vllm lint docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## train SmolLM2 on movie snippets with IVON-LoRA and evaluate its posterior (8 minutes on 2 cores)
-	$(BIN)/python example_configs/demo.py
+	$(BIN)/python example_configs/smollm2/demo.py
 
 # Two workers, and one thread in each: threads that wait for one another's core make everything ten times slower.
 test: export OMP_NUM_THREADS = 1
@@ -50,7 +50,7 @@ newest:  ## the library's tests with the newest of everything, without axolotl (
 
 VLLM ?= .venv-vllm
 test-vllm: $(VENV)/.dev $(VLLM)/.vllm  ## compare vLLM on the CPU with ivon-post generate
-	cd example_configs && $(abspath $(BIN))/python -c 'import prepare_demo as p; p.prepare_model(p.DEMO / p.MODEL)'
+	cd example_configs/smollm2 && $(abspath $(BIN))/python -c 'import prepare_demo as p; p.prepare_model(p.DEMO / p.MODEL)'
 	OMP_NUM_THREADS=1 IVON_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest tests/integration/test_vllm.py
 # The registry's torchvision and its kin are CUDA builds; vLLM finds its platform by the metadata of a package "vllm".
 $(VLLM)/.vllm:
@@ -67,8 +67,11 @@ lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
+docs: $(VENV)/.dev  ## build the documentation, warnings are errors: docs/_build/html/index.html
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+
 clean:  ## remove what make has made: .venv, .demo, build and cache folders
-	rm -rf .venv .venv-* .demo build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf .venv .venv-* .demo build dist docs/_build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
 # An environment is as new as its stamp; what pip has installed by then, it does not install again.
 $(VENV)/.%: pyproject.toml

@@ -1,6 +1,6 @@
 """What a whole training step costs with IVONLoRA and with ivon-opt, beside AdamW.
 
-    python example_configs/prepare_demo.py                                 # makes .demo, with SmolLM2-135M
+    python example_configs/smollm2/prepare_demo.py                         # makes .demo, with SmolLM2-135M
     python benchmarks/training.py                                          # on a CPU
     python benchmarks/training.py --model meta-llama/Llama-3.2-3B --device cuda --dtype bfloat16
 

@@ -1,4 +1,4 @@
-"""benchmarks/fidelity*.py: the methods against closed forms, the plan and the tables from made-up results."""
+"""benchmarks/fidelity: the methods against closed forms, the plan and the tables from made-up results."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ import yaml
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _path() -> Iterator[None]:
-    sys.path.insert(0, str(BENCHMARKS))
+    sys.path.insert(0, str(ROOT))
     yield
-    sys.path.remove(str(BENCHMARKS))
+    sys.path.remove(str(ROOT))
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +42,14 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encoder(folder: Path, seed: int = 0, dropout: float = 0.1) -> Any:
-    from fidelity_data import Encoder
+    from benchmarks.fidelity.data import Encoder
 
     return Encoder(folder, 2, seed, 2, ["query", "value"], dropout, 2)
 
 
 def examples(count: int, seed: int = 0) -> list[Any]:
     """Texts whose class is whether token 7 is in them."""
-    from fidelity_data import Example
+    from benchmarks.fidelity.data import Example
 
     rng = random.Random(seed)
     made = []
@@ -61,7 +62,7 @@ def examples(count: int, seed: int = 0) -> list[Any]:
 
 
 def task(**sets: Any) -> Any:
-    from fidelity_data import Task
+    from benchmarks.fidelity.data import Task
 
     return Task(**{"train": examples(32), "validation": [], "test": [], "shifted": {}, "classes": 2, **sets})
 
@@ -76,7 +77,7 @@ SETTINGS = {
 
 
 def test_encoder_equals_the_model_that_it_shortens(bert: Path) -> None:
-    from fidelity_data import collate
+    from benchmarks.fidelity.data import collate
 
     model = encoder(bert).eval()
     for name, value in model.trained().items():
@@ -93,7 +94,7 @@ def test_encoder_equals_the_model_that_it_shortens(bert: Path) -> None:
 
 
 def test_predictions_are_in_the_order_of_the_examples(bert: Path) -> None:
-    from fidelity_data import collate, predict
+    from benchmarks.fidelity.data import collate, predict
 
     model, texts = encoder(bert).eval(), examples(11)
     expected = torch.cat([model(collate([text])) for text in texts]).double()
@@ -101,7 +102,7 @@ def test_predictions_are_in_the_order_of_the_examples(bert: Path) -> None:
 
 
 def test_training_batches_hold_every_example_once_an_epoch() -> None:
-    from fidelity_data import training_batches
+    from benchmarks.fidelity.data import training_batches
 
     texts = examples(10)
     batches = training_batches(texts, 4, seed=3)
@@ -111,7 +112,7 @@ def test_training_batches_hold_every_example_once_an_epoch() -> None:
 
 
 def test_questions_become_pairs_of_the_answer_and_another_choice(tmp_path: Path) -> None:
-    from fidelity_data import _choices, _pairs
+    from benchmarks.fidelity.data import _choices, _pairs
 
     prompt = "Select one of the choices that answers the following question: {} Choices: {} Answer:"
     rows = [
@@ -136,7 +137,7 @@ def test_questions_become_pairs_of_the_answer_and_another_choice(tmp_path: Path)
 
 
 def test_blob_kl_is_that_of_torch_distributions() -> None:
-    from fidelity_methods import BlobLinear
+    from benchmarks.fidelity.methods import BlobLinear
 
     torch.manual_seed(1)
     layer = BlobLinear(nn.Linear(5, 3, bias=False), 0.05, torch.Generator().manual_seed(0))
@@ -146,7 +147,7 @@ def test_blob_kl_is_that_of_torch_distributions() -> None:
 
 
 def test_blob_flipout_has_the_moments_of_a_draw_of_the_weights() -> None:
-    from fidelity_methods import BlobLinear
+    from benchmarks.fidelity.methods import BlobLinear
 
     torch.manual_seed(2)
     layer = BlobLinear(nn.Linear(4, 2, bias=False), 0.9, torch.Generator().manual_seed(0)).train()
@@ -160,7 +161,7 @@ def test_blob_flipout_has_the_moments_of_a_draw_of_the_weights() -> None:
 
 
 def test_blob_flipout_gives_tokens_of_a_batch_independent_noise() -> None:
-    from fidelity_methods import BlobLinear
+    from benchmarks.fidelity.methods import BlobLinear
 
     layer = BlobLinear(nn.Linear(4, 2, bias=False), 0.9, torch.Generator().manual_seed(0)).train()
     x = torch.ones(1, 2, 4)
@@ -171,7 +172,7 @@ def test_blob_flipout_gives_tokens_of_a_batch_independent_noise() -> None:
 
 @pytest.mark.parametrize("cycle", [1, 3, 10])
 def test_kl_weights_of_a_cycle_double_and_sum_to_one_less_the_first_term(cycle: int) -> None:
-    from fidelity_methods import kl_weight
+    from benchmarks.fidelity.methods import kl_weight
 
     weights = [kl_weight(step, cycle) for step in range(2 * cycle)]
     assert weights[:cycle] == weights[cycle:]
@@ -181,7 +182,7 @@ def test_kl_weights_of_a_cycle_double_and_sum_to_one_less_the_first_term(cycle: 
 
 
 def test_temperature_scaling_undoes_a_known_temperature() -> None:
-    from fidelity_methods import fit_temperature
+    from benchmarks.fidelity.methods import fit_temperature
 
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(20000, 3, generator=generator, dtype=torch.float64)
@@ -194,8 +195,8 @@ def test_temperature_scaling_undoes_a_known_temperature() -> None:
 
 
 def test_scaling_the_average_of_equal_draws_is_scaling_the_weights_themselves(bert: Path) -> None:
-    from fidelity_methods import as_posterior
-    from fidelity_rows import posterior_scaled, temperature_scaling
+    from benchmarks.fidelity.methods import as_posterior
+    from benchmarks.fidelity.rows import posterior_scaled, temperature_scaling
 
     model = encoder(bert).eval()
     q, data = as_posterior(model.trained()), task(validation=examples(40))
@@ -206,7 +207,7 @@ def test_scaling_the_average_of_equal_draws_is_scaling_the_weights_themselves(be
 
 
 def test_averaged_predictions_and_their_entropy() -> None:
-    from fidelity_methods import Predictions
+    from benchmarks.fidelity.methods import Predictions
 
     logits = [torch.tensor([[0.0, math.log(3)]]), torch.tensor([[math.log(3), 0.0]])]
     found = Predictions.of(logits)
@@ -215,7 +216,7 @@ def test_averaged_predictions_and_their_entropy() -> None:
 
 
 def test_learning_rate_from_travel_is_what_the_schedule_adds_up_to() -> None:
-    from fidelity_methods import learning_rate, schedule
+    from benchmarks.fidelity.methods import learning_rate, schedule
 
     rate = learning_rate({"travel": 0.2}, 400, clip=0.01)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
@@ -229,7 +230,7 @@ def test_learning_rate_from_travel_is_what_the_schedule_adds_up_to() -> None:
 
 @pytest.mark.parametrize("method", ["adamw", "ivon-lora", "algorithm-1", "ivon-opt", "blob"])
 def test_every_method_trains_and_its_posterior_has_the_encoders_names(bert: Path, method: str) -> None:
-    from fidelity_methods import TRAINERS
+    from benchmarks.fidelity.methods import TRAINERS
 
     model = encoder(bert)
     names = set(model.trained())
@@ -247,7 +248,7 @@ def test_every_method_trains_and_its_posterior_has_the_encoders_names(bert: Path
 
 
 def test_ivon_lora_with_a_fixed_prior_moves_as_ivon_opt_does(bert: Path) -> None:
-    from fidelity_methods import TRAINERS
+    from benchmarks.fidelity.methods import TRAINERS
 
     # σ as good as 0 and a precision that stands still: what the draws change is then lost in rounding.
     settings = {**SETTINGS, "gamma": 1e11, "prior": 1e-4, "beta2": 1 - 1e-12}
@@ -260,7 +261,7 @@ def test_ivon_lora_with_a_fixed_prior_moves_as_ivon_opt_does(bert: Path) -> None
 
 
 def test_one_draw_a_step_is_shared_by_its_micro_batches(bert: Path) -> None:
-    from fidelity_methods import train_ivon_lora
+    from benchmarks.fidelity.methods import train_ivon_lora
 
     torch.manual_seed(0)
     apart = train_ivon_lora(encoder(bert), task(), {**SETTINGS, "accumulate": 2})
@@ -310,7 +311,7 @@ def finish(jobs: list[Any], records: list[dict[str, Any]], losses: dict[float, f
 
 
 def test_plan_chooses_on_validation_data_and_then_runs_all_seeds() -> None:
-    import fidelity
+    from benchmarks.fidelity import run as fidelity
 
     records: list[dict[str, Any]] = []
     stages = fidelity.plan(suite(), records)
@@ -338,7 +339,7 @@ def test_plan_chooses_on_validation_data_and_then_runs_all_seeds() -> None:
 
 
 def test_results_survive_an_interruption(tmp_path: Path) -> None:
-    import fidelity
+    from benchmarks.fidelity import run as fidelity
 
     path = tmp_path / "results.jsonl"
     fidelity.append(path, {"run": "a", "row": "mean", "data": "test"})
@@ -352,7 +353,7 @@ def test_results_survive_an_interruption(tmp_path: Path) -> None:
 
 
 def test_settings_that_decide_the_outcome_change_the_run() -> None:
-    import fidelity
+    from benchmarks.fidelity import run as fidelity
 
     one = fidelity.settings_of(suite(), "movie", "adamw", 0, lr=0.1)
     assert fidelity.run_key(one) == fidelity.run_key(fidelity.settings_of(suite(), "movie", "adamw", 0, lr=0.1))
@@ -363,8 +364,8 @@ def test_settings_that_decide_the_outcome_change_the_run() -> None:
 
 
 def test_tables_hold_means_and_standard_errors(tmp_path: Path) -> None:
-    import fidelity
-    from fidelity_report import Results, cell, main_table, report, verdict_table
+    from benchmarks.fidelity import run as fidelity
+    from benchmarks.fidelity.report import Results, cell, main_table, report, verdict_table
 
     records: list[dict[str, Any]] = []
     for jobs in fidelity.plan(suite(), records):
@@ -386,8 +387,8 @@ def test_tables_hold_means_and_standard_errors(tmp_path: Path) -> None:
 
 
 def test_a_run_is_trained_once_and_evaluated_row_by_row(bert: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    import fidelity
-    import fidelity_methods
+    from benchmarks.fidelity import methods as fidelity_methods
+    from benchmarks.fidelity import run as fidelity
 
     (tmp_path / "minilm").symlink_to(bert)
     data = task(validation=examples(8, 1), test=examples(8, 2))
@@ -407,10 +408,10 @@ def test_a_run_is_trained_once_and_evaluated_row_by_row(bert: Path, tmp_path: Pa
 
 
 def test_the_experiment_file_is_complete() -> None:
-    import fidelity
-    import fidelity_rows
+    from benchmarks.fidelity import rows as fidelity_rows
+    from benchmarks.fidelity import run as fidelity
 
-    suites = yaml.safe_load((BENCHMARKS / "fidelity.yaml").read_text(encoding="utf-8"))["suites"]
+    suites = yaml.safe_load((BENCHMARKS / "fidelity/experiments.yaml").read_text(encoding="utf-8"))["suites"]
     encoder_suite = suites["encoder"]
     for task_name in encoder_suite["tasks"]:
         for method, spec in encoder_suite["methods"].items():
@@ -425,7 +426,7 @@ def test_the_experiment_file_is_complete() -> None:
 def test_what_is_said_of_the_preset_is_measured_with_it() -> None:
     from axolotl_ivon.training.presets import PRESETS
 
-    suite = yaml.safe_load((BENCHMARKS / "fidelity.yaml").read_text(encoding="utf-8"))["suites"]["encoder"]
+    suite = yaml.safe_load((BENCHMARKS / "fidelity/experiments.yaml").read_text(encoding="utf-8"))["suites"]["encoder"]
     measured, preset = suite["methods"]["ivon-lora-preset"], PRESETS["small_data"]
     assert measured["grid"] == {"travel": [preset.travel]}
     assert (measured["clip"], measured["h0"]) == (preset.clip, 0.05)
@@ -441,9 +442,9 @@ def test_what_is_said_of_the_preset_is_measured_with_it() -> None:
 
 @pytest.mark.parametrize("name", ["causal", "paper"])
 def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
-    from fidelity_configs import write_configs
+    from benchmarks.fidelity.configs import write_configs
 
-    suite = yaml.safe_load((BENCHMARKS / "fidelity.yaml").read_text(encoding="utf-8"))["suites"][name]
+    suite = yaml.safe_load((BENCHMARKS / "fidelity/experiments.yaml").read_text(encoding="utf-8"))["suites"][name]
     write_configs(suite, tmp_path / "out", tmp_path / "tasks")
     written = {path.stem: yaml.safe_load(path.read_text()) for path in (tmp_path / "out").glob("*.yaml")}
     values = sum(len(next(iter(spec["grid"].values()))) for spec in suite["methods"].values())
@@ -468,7 +469,7 @@ def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
 
 
 def test_the_papers_data_sets_become_lettered_questions() -> None:
-    from fidelity_configs import HUB, as_chat
+    from benchmarks.fidelity.configs import HUB, as_chat
 
     rows = {
         "winogrande_s": {"sentence": "A _ B", "option1": "x", "option2": "y", "answer": "2"},

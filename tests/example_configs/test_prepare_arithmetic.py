@@ -1,4 +1,4 @@
-"""The word problems that `example_configs/arithmetic.yaml` trains on."""
+"""The word problems that `example_configs/smollm2/arithmetic.yaml` trains on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "example_configs"
+FOLDER = Path(__file__).resolve().parents[2] / "example_configs" / "smollm2"
 
 
 @pytest.fixture

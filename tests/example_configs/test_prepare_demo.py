@@ -1,4 +1,4 @@
-"""example_configs/prepare_demo.py, on a source distribution that the tests build."""
+"""example_configs/smollm2/prepare_demo.py, on a source distribution that the tests build."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "example_configs"
+FOLDER = Path(__file__).resolve().parents[2] / "example_configs" / "smollm2"
 SIZES = {"movieReviewSnippets": {"train": 12, "held-out": 6}, "tweets": {"shifted": 4}}
 
 

@@ -1,4 +1,4 @@
-"""example_configs/demo.py: what is reused, what is done again, and when the demo fails."""
+"""example_configs/smollm2/demo.py: what is reused, what is done again, and when the demo fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def module() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "example_configs"))
+        patch.syspath_prepend(str(ROOT / "example_configs" / "smollm2"))
         yield importlib.import_module("demo")
     for name in ("demo", "prepare_demo"):
         sys.modules.pop(name, None)

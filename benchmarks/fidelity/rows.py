@@ -1,0 +1,157 @@
+"""What is evaluated of a trained run: the rows of the tables.
+
+A row is a function of (model, posterior, task, examples, number of draws, argument, ensemble) that returns
+`Predictions` for the examples and the facts to note. What a row chooses, it chooses on the validation data. The
+ensemble is [function that reads a run's posterior, its runs…].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from axolotl_ivon import Posterior
+from axolotl_ivon.evaluation.metrics import Scores, metrics
+
+from .data import Encoder, Example, Task, predict
+from .methods import (
+    Predictions,
+    fit_laplace,
+    fit_temperature,
+    loaded,
+    predict_at,
+    predict_dropout,
+    predict_laplace,
+    predict_posterior,
+)
+
+Answer = tuple[Predictions, dict[str, Any]]
+RATIO = 0.1  # the paper's share of pruned weights
+TEMPERATURES, RATIOS = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0), (0.0, 0.1)
+
+
+def labels(examples: Sequence[Example]) -> torch.Tensor:
+    """Return the labels, int64 (n,)."""
+    return torch.tensor([example.label for example in examples])
+
+
+def score(predictions: Predictions, examples: Sequence[Example]) -> dict[str, float | None]:
+    """Return the metrics of predictions, as `ivon-post eval` computes them."""
+    return metrics(Scores.of(predictions.probabilities, labels(examples), predictions.expected_entropy))
+
+
+def mean(model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any) -> Answer:
+    """The prediction at the mean; for AdamW, at its weights."""
+    return predict_posterior(model, q, examples, 0), {}
+
+
+def posterior(
+    model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, argument: str, *_: Any
+) -> Answer:
+    """The average over draws, or over another number of them."""
+    return predict_posterior(model, q, examples, int(argument or draws)), {}
+
+
+def mean_pruned(
+    model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, argument: str, *_: Any
+) -> Answer:
+    """At the mean, pruned: 10 % by SNR, or `criterion,ratio`."""
+    criterion, _, ratio = argument.partition(",")
+    return predict_posterior(model, q.prune(float(ratio or RATIO), criterion or "snr"), examples, 0), {}
+
+
+def posterior_pruned(
+    model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any
+) -> Answer:
+    """The average over draws, pruned."""
+    return predict_posterior(model, q.prune(RATIO), examples, draws), {}
+
+
+def tempered(
+    model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, argument: str, *_: Any
+) -> Answer:
+    """The average over draws at the temperature τ given."""
+    return predict_posterior(model, q.temper(float(argument)), examples, draws), {}
+
+
+def recommended(model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any) -> Answer:
+    """The average over draws at the τ, and then the pruning ratio, with the lowest validation NLL."""
+
+    @cache
+    def loss(point: tuple[float, float]) -> float:
+        tau, ratio = point
+        found = predict_posterior(model, q.prune(ratio).temper(tau), task.validation, draws)
+        return float(score(found, task.validation)["nll"] or 0)
+
+    tau = min(TEMPERATURES, key=lambda tau: loss((tau, 0.0)))
+    ratio = min(RATIOS, key=lambda ratio: loss((tau, ratio)))
+    found = predict_posterior(model, q.prune(ratio).temper(tau), examples, draws)
+    return found, {"tau": tau, "ratio": ratio}
+
+
+def temperature_scaling(
+    model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any
+) -> Answer:
+    """The weights themselves, logits divided by the temperature that fits the validation data best."""
+    with loaded(model, dict(q.mean)):
+        temperature = fit_temperature(predict(model, task.validation), labels(task.validation))
+        logits = predict(model, examples)
+    return Predictions.of([logits / temperature]), {"temperature": temperature}
+
+
+def posterior_scaled(
+    model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any
+) -> Answer:
+    """The average over draws, its log-probabilities divided by the temperature that fits the validation data best."""
+    held_out = predict_posterior(model, q, task.validation, draws).probabilities.log()
+    temperature = fit_temperature(held_out, labels(task.validation))
+    logits = predict_posterior(model, q, examples, draws).probabilities.log()
+    return Predictions.of([logits / temperature]), {"temperature": temperature}
+
+
+def mc_dropout(model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any) -> Answer:
+    """The average over passes with dropout."""
+    return predict_dropout(model, examples, draws), {}
+
+
+def laplace(
+    model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, argument: str, *_: Any
+) -> Answer:
+    """Laplace-LoRA with the Hessian's structure given."""
+    fitted = fit_laplace(model, task, argument)
+    found = predict_laplace(fitted, examples)
+    for value in model.peft.parameters():
+        value.grad = None
+    return found, {"prior_precision": float(fitted.prior_precision.mean())}
+
+
+def ensemble(
+    model: Encoder,
+    q: Posterior,
+    task: Task,
+    examples: Sequence[Example],
+    draws: int,
+    argument: str,
+    members: Sequence[Any],
+) -> Answer:
+    """The average over the runs of all seeds."""
+    read, *runs = members
+    return predict_at(model, (dict(read(run).mean) for run in runs), examples), {"members": len(runs)}
+
+
+ROWS: dict[str, Callable[..., Answer]] = {
+    "mean": mean,
+    "posterior": posterior,
+    "mean-pruned": mean_pruned,
+    "posterior-pruned": posterior_pruned,
+    "tau": tempered,
+    "recommended": recommended,
+    "temperature-scaling": temperature_scaling,
+    "posterior-scaled": posterior_scaled,
+    "mc-dropout": mc_dropout,
+    "laplace": laplace,
+    "ensemble": ensemble,
+}

@@ -1,0 +1,62 @@
+"""The documentation: it builds without a warning, its links lead somewhere, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def test_it_builds_without_a_warning(tmp_path: Path) -> None:
+    sphinx = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(tmp_path / "doctrees")]
+    built = subprocess.run([*sphinx, str(ROOT / "docs"), str(tmp_path / "html")], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert not built.stderr
+    api = (tmp_path / "html" / "api.html").read_text(encoding="utf-8")
+    for name in ("attach", "IVONLoRA.sampled_params", "effective_sample_size", "Posterior.prune", "IVONError"):
+        assert f'id="axolotl_ivon.{name}"' in api
+    how = (tmp_path / "html" / "how-it-works.html").read_text(encoding="utf-8")
+    assert 'class="math' in how
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_exists(page: Path) -> None:
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_command_has_its_transcript_and_its_section() -> None:
+    from click import Context
+
+    from ivon_post import cli
+
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for name in cli.list_commands(Context(cli)):
+        transcript = (ROOT / "docs" / "transcripts" / f"{name}.txt").read_text(encoding="utf-8")
+        assert transcript.startswith(f"$ ivon-post {name} ")
+        assert f"transcripts/{name}.txt" in text
+        assert f"\n## {name}\n" in text
+        assert f"`ivon-post {name} " in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_has_one_title_and_the_sections_that_axolotl_knows() -> None:
+    prose = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    assert re.findall(r"^# (.+)$", prose, re.M) == ["axolotl-ivon"]
+    sections = ["Requirements", "Installation", "Usage", "Options", "Limitations", "Citation"]
+    assert re.findall(r"^## (.+)$", prose, re.M) == sections
+    assert {"make demo", "make test"} <= set(re.findall(r"^    (make \w+)", prose, re.M))
+
+
+def test_files_that_name_the_version_agree() -> None:
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]  # type: ignore[index]
+    assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]) == version
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"version = {{{version}}}" in (ROOT / "README.md").read_text(encoding="utf-8")
