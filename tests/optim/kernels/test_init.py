@@ -40,7 +40,7 @@ def test_the_variable_overrides_the_size(name: str, monkeypatch: pytest.MonkeyPa
 
 def test_a_wrong_name_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IVON_KERNELS", "cuda")
-    with pytest.raises(IVONError, match="^IVON_KERNELS=cuda: must be plain, cpu or gpu$"):
+    with pytest.raises(IVONError, match=r"^IVON_KERNELS=cuda: must be plain, cpu or gpu$"):
         IVONLoRA([nn.Parameter(torch.ones(3))], ess=1.0)
 
 
