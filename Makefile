@@ -19,10 +19,11 @@ demo: $(VENV)/.demo  ## train SmolLM2 on movie snippets with IVON-LoRA and evalu
 	$(BIN)/python example_configs/demo.py
 
 # Two workers, and one thread in each: threads that wait for one another's core make everything ten times slower.
+# A worker keeps the tests of a file together, which share what they build, until the other has none left.
 test: export OMP_NUM_THREADS = 1
 test: export AXOLOTL_DO_NOT_TRACK = 1
 test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: export IVON_LONG = 1
 test-long: export OMP_NUM_THREADS = 1
@@ -36,7 +37,7 @@ axolotl-%: export OMP_NUM_THREADS = 1
 axolotl-%: export AXOLOTL_DO_NOT_TRACK = 1
 axolotl-%:
 	$(MAKE) VENV=.venv-$@ PYTHON=$(word 2,$(subst -, ,$*)) AXOLOTL='axolotl==$(word 1,$(subst -, ,$*)).*' .venv-$@/.dev
-	.venv-$@/bin/python -m pytest -n 2 tests/integration tests/training
+	.venv-$@/bin/python -m pytest -n 2 --dist worksteal tests/integration tests/training
 
 VLLM ?= .venv-vllm
 test-vllm: $(VENV)/.dev $(VLLM)/.vllm  ## compare vLLM on the CPU with ivon-post generate
