@@ -43,6 +43,9 @@ MODES: dict[str, dict[str, Any]] = {
     },
 }
 
+# DDP, DeepSpeed and FSDP2 each once under torchrun itself.
+TORCHRUN = ("ddp", "zero2", "fsdp2-sharded")
+
 
 class SeveralProcesses:
     """Configs for one run that is the same in any number of processes, from one starting point."""
@@ -80,11 +83,11 @@ class SeveralProcesses:
         return config.with_suffix("")
 
     def pair(self, mode: str) -> Path:
-        """The run of two processes, once for all tests; DDP's are torchrun's own."""
+        """The run of two processes, once for all tests."""
         if mode not in self.pairs:
             config = self.config(mode, mode, 2)
-            if mode == "ddp":
-                trained(config, 2)
+            if mode in TORCHRUN:
+                trained(config, 2, **variables(mode))
             else:
                 self.train(config, mode, 2)
             self.pairs[mode] = config.with_suffix("")
