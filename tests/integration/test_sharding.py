@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import AXOLOTL, Configs, environment, trained
+from runs import AXOLOTL, Configs, Forks, environment, trained
 from safetensors.torch import load_file
 
 from axolotl_ivon import Posterior
@@ -41,12 +41,16 @@ MODES: dict[str, dict[str, Any]] = {
     },
 }
 
+# DDP, DeepSpeed and FSDP2 each once under torchrun itself.
+TORCHRUN = ("ddp", "zero2", "fsdp2-sharded")
+
 
 class SeveralProcesses:
     """Configs for one run that is the same in any number of processes, from one starting point."""
 
-    def __init__(self, make_config: Configs, start: Path) -> None:
-        self.make_config, self.start = make_config, start
+    def __init__(self, make_config: Configs, start: Path, forks: Forks) -> None:
+        self.make_config, self.start, self.forks = make_config, start, forks
+        self.pairs: dict[str, Path] = {}
 
     def config(self, name: str, mode: str, processes: int, **changes: Any) -> Path:
         extra = dict(MODES[mode])
@@ -72,8 +76,20 @@ class SeveralProcesses:
         return self.make_config(name, **settings)
 
     def train(self, config: Path, mode: str, processes: int) -> Path:
-        trained(config, processes, **variables(mode))
+        """Train in forks that have torchrun's variables."""
+        self.forks.train(config, processes, **variables(mode))
         return config.with_suffix("")
+
+    def pair(self, mode: str) -> Path:
+        """The run of two processes, once for all tests."""
+        if mode not in self.pairs:
+            config = self.config(mode, mode, 2)
+            if mode in TORCHRUN:
+                trained(config, 2, **variables(mode))
+            else:
+                self.train(config, mode, 2)
+            self.pairs[mode] = config.with_suffix("")
+        return self.pairs[mode]
 
 
 def variables(mode: str) -> dict[str, str]:
@@ -82,16 +98,14 @@ def variables(mode: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def several(make_config: Configs, make_adapter: Any) -> SeveralProcesses:
-    return SeveralProcesses(make_config, make_adapter(lora_dropout=0.0))
+def several(make_config: Configs, make_adapter: Any, forks: Forks) -> SeveralProcesses:
+    return SeveralProcesses(make_config, make_adapter(lora_dropout=0.0), forks)
 
 
 @pytest.fixture(scope="module")
 def alone(several: SeveralProcesses) -> Path:
     """The run in one process, without torchrun: six steps of two micro-batches, with a checkpoint after three."""
-    config = several.config("alone", "ddp", 1)
-    trained(config)
-    return config.with_suffix("")
+    return several.train(several.config("alone", "ddp", 1), "ddp", 0)
 
 
 def assert_same(folder: Path, other: Path) -> None:
@@ -113,7 +127,7 @@ def test_a_preset_chooses_the_same_learning_rate_in_two_processes(several: Sever
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_train_save_and_resume_as_one_does(mode: str, several: SeveralProcesses, alone: Path) -> None:
-    two = several.train(several.config(mode, mode, 2), mode, 2)
+    two = several.pair(mode)
 
     notes = [(two / f"rank-{rank}.txt").read_text().split() for rank in range(2)]
     assert notes[0] == notes[1]
@@ -134,8 +148,7 @@ def test_two_processes_train_save_and_resume_as_one_does(mode: str, several: Sev
 
 @pytest.mark.parametrize("mode", ["zero3", "fsdp2-full"])
 def test_a_run_resumes_in_as_many_processes_as_it_had(mode: str, several: SeveralProcesses, alone: Path) -> None:
-    first = several.config(f"{mode}-again", mode, 2)
-    checkpoint = several.train(first, mode, 2) / "checkpoint-3"
+    checkpoint = several.pair(mode) / "checkpoint-3"
     resumed = several.config(f"{mode}-again-resumed", mode, 2, resume_from_checkpoint=str(checkpoint))
     assert_same(several.train(resumed, mode, 2), alone)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import PLUGINS, Configs, environment
+from runs import PLUGINS, Configs, Forks
 
 from axolotl_ivon import Posterior
 
@@ -72,23 +70,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen[str]]:
-    script = Path(__file__).parents[1] / "helpers" / "fork_server.py"
-    process = subprocess.Popen(
-        [sys.executable, str(script)],
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    yield process
-    process.stdin.close()  # type: ignore[union-attr]
-    process.wait(timeout=60)
-
-
-@pytest.fixture(scope="module")
-def train(server: subprocess.Popen[str], make_config: Configs) -> Callable[..., Path]:
+def train(forks: Forks, make_config: Configs) -> Callable[..., Path]:
     """A function that trains with some keys and returns the output folder."""
     folder = make_config.folder
     chats = [(f"{a} {b}", "A", "B") if i % 2 else (f"{b} {a}", "B", "A") for i, a in enumerate(WORDS) for b in WORDS]
@@ -107,9 +89,7 @@ def train(server: subprocess.Popen[str], make_config: Configs) -> Callable[..., 
 
     def run(name: str, **keys: Any) -> Path:
         config = make_config(name, **{"max_steps": 3, "save_steps": 3, "ivon_clip": "1e-1", "logging_steps": 1, **keys})
-        print(config, file=server.stdin, flush=True)
-        status = server.stdout.readline().strip()  # type: ignore[union-attr]
-        assert status == "0", config.with_suffix(".log").read_text()[-3000:]
+        forks.train(config)
         return config.with_suffix("")
 
     return run

@@ -1,0 +1,126 @@
+"""What the plugin refuses in a YAML, and the schema that it hands to axolotl."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axolotl.utils.dict import DictDefault
+from trainers import make_trainer
+
+from axolotl_ivon import IVONLoRAPlugin
+from axolotl_ivon.plugin import ConfigError
+
+BASE = {"optimizer": "ivon_lora", "adapter": "lora"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ivon_preset": "tiny"}, ["ivon_preset", "'tiny'", "'paper' or 'small_data'"]),
+        ({"ivon_preset": "small_data", "learning_rate": 1e-2}, ["learning_rate: 0.01", "ivon_preset", "remove"]),
+        ({"ivon_gamma": 0}, ["ivon_gamma", "0", "greater than 0"]),
+        ({"ivon_gamma": float("inf")}, ["ivon_gamma", "inf", "finite"]),
+        ({"ivon_lambda": -1e7}, ["ivon_lambda", "-10000000.0", "greater than 0"]),
+        ({"ivon_h0": "small"}, ["ivon_h0", "'small'", "number"]),
+        ({"ivon_clip": 0.0}, ["ivon_clip", "0.0", "greater than 0"]),
+        ({"ivon_beta1": 1}, ["ivon_beta1", "1", "less than 1"]),
+        ({"ivon_beta2": -0.1}, ["ivon_beta2", "-0.1", "greater than or equal to 0"]),
+        ({"ivon_prior": "flat"}, ["ivon_prior", "'flat'", "'empirical'", "number"]),
+        ({"ivon_prior": -1.0}, ["ivon_prior", "-1.0", "greater than or equal to 0"]),
+        ({"ivon_gama": 1}, ["ivon_gama", "ivon_gamma"]),
+        ({"ivon_weight_prior": 1}, ["ivon_weight_prior", "ivon_prior"]),
+        ({"ivon_gamma": 1, "ivon_lambda": 1e7}, ["ivon_gamma", "ivon_lambda", "remove one"]),
+        ({"adapter": None}, ["adapter", "None", "lora or qlora"]),
+        ({"adapter": "llama-adapter"}, ["adapter", "llama-adapter", "lora or qlora"]),
+        ({"streaming": True}, ["streaming", "ivon_lambda"]),
+        ({"pretraining_dataset": "x"}, ["pretraining_dataset", "ivon_lambda"]),
+        ({"loraplus_lr_ratio": 16}, ["loraplus_lr_ratio", "16", "remove"]),
+        ({"loraplus_lr_embedding": 1e-5}, ["loraplus_lr_embedding", "remove"]),
+        ({"lr_groups": [{"name": "a"}]}, ["lr_groups", "remove"]),
+        ({"embedding_lr": 1e-5}, ["embedding_lr", "1e-05", "remove"]),
+        ({"embedding_lr_scale": 0.5}, ["embedding_lr_scale", "0.5", "remove"]),
+        ({"weight_decay": 0.1}, ["weight_decay", "0.1", "ivon_prior"]),
+        ({"weight_decay": 0.1, "ivon_prior": 0.1}, ["weight_decay", "0.1", "remove"]),
+        ({"relora": True}, ["relora", "remove"]),
+        ({"lisa_n_layers": 4}, ["lisa_n_layers", "remove"]),
+        ({"optim_target_modules": ["q_proj"]}, ["optim_target_modules", "GaLore"]),
+        ({"optim_args": {"a": 1}}, ["optim_args", "ivon_"]),
+        ({"adam_beta2": 0.99}, ["adam_beta2", "ivon_beta2"]),
+        ({"unfrozen_parameters": ["x"]}, ["unfrozen_parameters", "remove"]),
+        ({"rl": "grpo"}, ["rl", "grpo"]),
+        ({"rl": "dpo", "ivon_eval_samples": 4}, ["ivon_eval_samples", "rl"]),
+        ({"ivon_eval_samples": 2.5}, ["ivon_eval_samples", "2.5", "integer"]),
+    ],
+)
+def test_what_would_be_ignored_or_is_out_of_range_is_refused(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        IVONLoRAPlugin().register({**BASE, **changes})
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+    IVONLoRAPlugin().register({**BASE, **changes, "optimizer": "adamw_torch"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ivon_beta2": 1.5}, r"ivon_beta1 and ivon_beta2 must be two numbers in \[0, 1\)"),
+        ({"ivon_lambda": math.nan}, "ivon_lambda must be"),
+        ({"ivon_preset": "small_data", "ivon_clip": math.inf}, "ivon_clip: inf has no learning rate"),
+        ({"learning_rate": -1.0}, "learning_rate must be"),
+        ({"ivon_lambda": None}, "give ivon_lambda"),
+    ],
+)
+def test_what_attach_refuses_is_told_by_its_key(
+    changes: dict[str, Any], message: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    cfg = DictDefault({**BASE, "learning_rate": 1e-2, "ivon_lambda": 1e4, **changes})
+    trainer = make_trainer(tiny_llama, tmp_path, learning_rate=cfg.learning_rate)
+    if cfg.ivon_lambda is None:
+        trainer.train_dataset = iter(())  # streamed data
+    with pytest.raises(ConfigError, match=message):
+        IVONLoRAPlugin().post_trainer_create(cfg, trainer)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ivon_h0": "5e-2", "ivon_prior": "1e-3"},  # YAML reads 5e-2 as a string
+        {"adapter": "qlora", "ivon_prior": 0},
+        {"streaming": True, "ivon_lambda": 1e7},
+        {"weight_decay": 0.0, "loraplus_lr_embedding": 1e-6, "loraplus_lr_ratio": None, "relora": False},
+        {"rl": "dpo"},
+        {"ivon_preset": "small_data", "ivon_gamma": 10},
+        {"ivon_preset": "small_data", "learning_rate": 0.0},  # as it is filled in
+        {"ivon_preset": "paper", "learning_rate": 1e-2},
+    ],
+)
+def test_what_is_right_is_accepted(changes: dict[str, Any]) -> None:
+    IVONLoRAPlugin().register({**BASE, **changes})
+
+
+def test_the_schema_has_types_ranges_and_descriptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class that axolotl validates a YAML with, made of its own and every plugin's."""
+    from collections import OrderedDict
+
+    from axolotl.integrations.base import PluginManager
+    from axolotl.integrations.config import merge_input_args
+
+    plugins = OrderedDict({"axolotl_ivon.IVONLoRAPlugin": IVONLoRAPlugin()})
+    monkeypatch.setattr(PluginManager.get_instance(), "plugins", plugins)
+    _, merged = merge_input_args()
+    from axolotl_ivon.args import DEFAULTS, IVONArgs
+
+    properties = IVONArgs.model_json_schema()["properties"]
+    assert set(merged.model_fields) > set(properties) == {*DEFAULTS, "ivon_lambda"}
+    for name, entry in properties.items():
+        assert "IVON-LoRA" in entry["description"]
+        kinds = {kind.get("type") for kind in entry["anyOf"]}
+        assert kinds & {"number", "integer"} or any("enum" in kind for kind in entry["anyOf"]), name
+    gamma = next(kind for kind in properties["ivon_gamma"]["anyOf"] if kind["type"] == "number")
+    assert gamma["exclusiveMinimum"] == 0
+    assert "5000" in properties["ivon_gamma"]["description"]
