@@ -52,7 +52,7 @@ def test_what_cannot_be_used_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch
         name_of(3)
     assert "\n" not in str(error.value)
     monkeypatch.setenv("IVON_KERNELS", "cpu")
-    with pytest.raises(IVONError, match="on meta: they are for a CPU"):
+    with pytest.raises(IVONError, match=r"on meta: they are for a CPU"):
         kernels.choose([nn.Parameter(torch.ones(3, device="meta"))])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(IVONError, match="on cpu: numba is not installed"):
