@@ -1,4 +1,4 @@
-"""Work in threads: all of it is done once, in order of the results, and an error is raised when nobody works any more."""
+"""Work in threads: all is done once, results come in order, and an error is raised when nobody works any more."""
 
 from __future__ import annotations
 
