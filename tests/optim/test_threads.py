@@ -1,4 +1,4 @@
-"""Work on many pieces in threads: all results in their order, none lost, an exception told, no gradients recorded."""
+"""Work in threads: all is done once, results come in order, and an error is raised when nobody works any more."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_a_wrong_name_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_cannot_be_used_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IVON_KERNELS", "gpu")
     with pytest.raises(
-        IVONError, match=r"IVON_KERNELS=gpu cannot be used for torch\.float32 parameters on cpu: "
+        IVONError, match=r"IVON_KERNELS=gpu cannot be used for torch.float32 parameters on cpu: "
     ) as error:
         name_of(3)
     assert "\n" not in str(error.value)
