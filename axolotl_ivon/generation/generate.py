@@ -85,7 +85,7 @@ def generate(
         def start() -> Engine:
             return EndpointEngine(endpoint, ensemble.members(plan), plan, concurrency=concurrency, timeout=timeout)
     else:
-        posterior = _open(adapter, plan, tau, prune_ratio)
+        posterior = drawn_posterior(adapter, plan, tau, prune_ratio)
         assert posterior.folder is not None
         folder = posterior.folder
         base = base_model_name(adapter, base_model or posterior.config.get("base_model_name_or_path"))
@@ -129,7 +129,7 @@ def generate(
     return Generated(len(rendered), before, tokens, time.monotonic() - begun)
 
 
-def _open(adapter: str, plan: Plan, tau: float = 1.0, prune_ratio: float = 0.0) -> Posterior:
+def drawn_posterior(adapter: str, plan: Plan, tau: float = 1.0, prune_ratio: float = 0.0) -> Posterior:
     """Return the posterior that `plan` draws from; the mean alone needs no σ."""
     if plan.mean and not prune_ratio:
         return open_posterior(adapter, mean_only=True)
