@@ -8,17 +8,16 @@ from typing import Any
 import click
 
 from ._options import (
+    Output,
     adapter_argument,
     batch_option,
-    json_option,
     model_options,
-    quiet_option,
+    output_options,
     recommended_option,
     seed_option,
     settings,
 )
-from ._progress import Progress, silence_libraries
-from ._tables import emit
+from ._progress import silence_libraries
 
 
 @click.command("generate")
@@ -47,19 +46,14 @@ from ._tables import emit
 )
 @model_options
 @batch_option("Sequences decoded at once.")
-@click.option("--output", "-o", metavar="FILE", help="JSONL to write or to go on with.  [default: ADAPTER-nbest.jsonl]")
-@click.option("--overwrite", is_flag=True, help="Start the output anew.")
-@json_option
-@quiet_option
+@output_options("ADAPTER-nbest.jsonl", "JSONL to write or to go on with.", "Start the output anew.", metavar="FILE")
 def command(
     adapter: str,
     prompts: str,
     tau: float | None,
     prune_ratio: float | None,
     recommended: str | None,
-    output: str | None,
-    as_json: bool,
-    quiet: bool,
+    output: Output,
     n: int,
     per_model: int,
     mean: bool,
@@ -85,8 +79,8 @@ def command(
       ivon-post generate adapter/ -p test.jsonl -n 64 --mean -o mean.jsonl
       ivon-post generate ensemble/ -p test.jsonl -n 64 --endpoint http://localhost:8000
     """
-    path = output or f"{adapter.rstrip('/')}-nbest.jsonl"
-    with Progress(quiet) as progress:
+    path = output.output or f"{adapter.rstrip('/')}-nbest.jsonl"
+    with output.progress() as progress:
 
         def count(tokens: int) -> None:
             speed = tokens / max(progress.seconds("generating"), 1e-9)
@@ -116,17 +110,15 @@ def command(
             begin=progress.begin,
             count=count,
             notify=progress.notify,
+            overwrite=output.overwrite,
             **options,
         )
         speed = done.tokens_per_second
         if done.resumed < done.prompts:
             progress.say(f"{done.tokens} tokens in {done.seconds:.1f} s: {speed:.0f} tokens/s")
-    if as_json:
-        took = {"tokens": done.tokens, "seconds": round(done.seconds, 3), "tokens_per_second": round(speed, 1)}
-        facts = {"output": path, "prompts": done.prompts, "resumed": done.resumed, "members": plan.members}
-        emit({**facts, **asdict(plan), **took})
-        return
+    took = {"tokens": done.tokens, "seconds": round(done.seconds, 3), "tokens_per_second": round(speed, 1)}
+    facts = {"output": path, "prompts": done.prompts, "resumed": done.resumed, "members": plan.members}
     source = "the mean" if plan.mean else f"{plan.members} draws"
     kept = f" ({done.resumed} were there)" if done.resumed else ""
-    click.echo(f"{done.prompts} prompts{kept}, {plan.n} outputs each from {source}, seed {plan.seed}")
-    click.echo(path)
+    told = f"{done.prompts} prompts{kept}, {plan.n} outputs each from {source}, seed {plan.seed}"
+    output.finish({**facts, **asdict(plan), **took}, told, path)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import click
 
-from ._options import adapter_argument, base_model_option, dtype_option, output_options, target
-from ._progress import Progress, silence_libraries
-from ._tables import emit
+from ._options import Output, adapter_argument, base_model_option, dtype_option, output_options
+from ._progress import silence_libraries
 
 
 @click.command("merge")
@@ -26,10 +25,7 @@ def command(
     base_model: str | None,
     dtype: str | None,
     max_shard_size: str,
-    output: str | None,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
+    output: Output,
 ) -> None:
     """Merge the posterior mean of ADAPTER, or one draw, into its base model.
 
@@ -39,8 +35,8 @@ def command(
     from axolotl_ivon.models.merge import choose_weights, merge
     from axolotl_ivon.posterior.adapter import Adapter
 
-    path = target([adapter], output, "merged", overwrite)
-    with Progress(quiet) as progress:
+    path = output.target([adapter], "merged")
+    with output.progress() as progress:
         held = Adapter(adapter)
         tensors = choose_weights(held, prune_ratio, sample_seed, progress)
         silence_libraries()
@@ -51,10 +47,7 @@ def command(
             base_model=base_model,
             dtype=dtype,
             max_shard_size=max_shard_size,
-            overwrite=overwrite,
+            overwrite=output.overwrite,
             progress=progress,
         )
-    if as_json:
-        emit({"output": str(path)})
-        return
-    click.echo(path)
+    output.finish({"output": str(path)}, path)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ._options import adapter_argument, dtype_option, output_options, recommended_option, seed_option, settings, target
-from ._progress import Progress
-from ._tables import emit
+from ._options import Output, adapter_argument, dtype_option, output_options, recommended_option, seed_option, settings
 
 
 @click.command("sample")
@@ -34,10 +32,7 @@ def command(
     dtype: str | None,
     include_mean: bool,
     serve: str | None,
-    output: str | None,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
+    output: Output,
 ) -> None:
     """Draw an ensemble from ADAPTER: a folder of complete PEFT adapters, sample-0000 and so on.
 
@@ -53,8 +48,8 @@ def command(
     from axolotl_ivon.posterior.sample import sample
 
     temperature, ratio = settings(recommended, tau=tau, ratio=prune_ratio)
-    path = target([adapter], output, f"samples-{members}", overwrite)
-    with Progress(quiet) as progress:
+    path = output.target([adapter], f"samples-{members}")
+    with output.progress() as progress:
         posterior = Posterior.from_pretrained(adapter, progress)
         if serve:
             from axolotl_ivon.generation.serve import Ensemble, served_rank
@@ -70,16 +65,12 @@ def command(
             source=adapter,
             dtype=dtype,
             include_mean=include_mean,
-            overwrite=overwrite,
+            overwrite=output.overwrite,
             progress=progress,
         )
     served: dict[str, str] = {}
     if serve:
         ensemble = Ensemble(path)
         served = {"serve": ensemble.serve_command(), "serve_script": str(ensemble.write_serve_script())}
-    if as_json:
-        emit({"output": str(path), "seed": seed, "members": names, **served})
-        return
-    click.echo(f"{len(names)} adapters, seed {seed}")
-    for line in (path, *served.values()):
-        click.echo(line)
+    facts = {"output": str(path), "seed": seed, "members": names, **served}
+    output.finish(facts, f"{len(names)} adapters, seed {seed}", path, *served.values())

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import Numbers, evaluation_options
-from ._progress import Progress, silence_libraries
+from ._options import Numbers, Terminal, choice_option, evaluation_options
+from ._progress import silence_libraries
 from ._tables import decimal, emit, is_wide, percent, print_table
 
 if TYPE_CHECKING:
@@ -36,13 +36,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Pruning ratios, with commas between.",
 )
-@click.option(
-    "--objective",
-    type=click.Choice(["nll", "ece", "accuracy", "brier"]),
-    default="nll",
-    show_default=True,
-    help="What the recommended point is best in.",
-)
+@choice_option("--objective", ["nll", "ece", "accuracy", "brier"], "What the recommended point is best in.")
 @click.option("--output", "-o", metavar="DIR", help="Where to write.  [default: ADAPTER-sweep]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier sweep there.")
 def command(
@@ -51,14 +45,10 @@ def command(
     taus: tuple[tuple[float, ...], ...],
     ratios: tuple[tuple[float, ...], ...],
     objective: str,
-    samples: int,
-    seed: int,
-    batch_size: int | None,
-    draws_per_pass: int,
+    run: dict[str, Any],
     output: str | None,
     overwrite: bool,
-    as_json: bool,
-    quiet: bool,
+    terminal: Terminal,
     **loading: Any,
 ) -> None:
     """Evaluate ADAPTER over a grid of temperatures and pruning ratios, and recommend one point.
@@ -71,7 +61,7 @@ def command(
       ivon-post sweep adapter/ --data validation.jsonl --tau 0.5,1,2,inf --ratio 0,0.1,0.2
     """
     folder = Path(output or f"{adapter.rstrip('/')}-sweep")
-    with Progress(quiet) as progress:
+    with terminal.progress() as progress:
         progress.begin("loading the base model")
         silence_libraries()
         from axolotl_ivon.evaluation.evaluate import Evaluation, count_passes
@@ -85,11 +75,8 @@ def command(
             evaluation,
             rows,
             objective,
-            seed,
-            samples=samples,
-            batch_size=batch_size,
-            draws_per_pass=draws_per_pass,
-            progress=progress.begin("evaluating", count_passes(rows, samples) * len(evaluation.items)),
+            **run,
+            progress=progress.begin("evaluating", count_passes(rows, run["samples"]) * len(evaluation.items)),
             notify=progress.notify,
         )
         progress.begin("drawing")
@@ -100,11 +87,11 @@ def command(
             "data": list(data),
             "task": evaluation.task,
             "choices": list(evaluation.choices),
-            "samples": samples,
-            "seed": seed,
+            "samples": run["samples"],
+            "seed": run["seed"],
         }
         files = save(result, folder, facts)
-    if as_json:
+    if terminal.as_json:
         point = result.points[result.recommended]
         emit(
             {

@@ -316,6 +316,16 @@ class Evaluation:
         for item, example in zip(self.items, examples, strict=True):
             check_tokens(item.ids, tokens, example.source)
 
+    def meaningful(self, rows: Sequence[Row], notify: Callable[[str], None] = lambda message: None) -> list[Row]:
+        """Return `rows` without the base model where its classification head is untrained, which `notify` is told.
+
+        The trained head is then among the adapter's saved modules, and the base model's own is random.
+        """
+        if self.task != "classify" or not self.posterior.config.get("modules_to_save"):
+            return list(rows)
+        notify("no row for the base model: its classification head is not trained")
+        return [row for row in rows if not row.base]
+
     def run(self, rows: Sequence[Row], **options: Any) -> list[Scores]:
         """Return `evaluate`'s scores of every row; `options` are its own."""
         return evaluate(self.model, self.posterior, self.items, rows, self.task, **options)
