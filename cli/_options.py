@@ -92,6 +92,24 @@ class Output(Terminal):
         return path
 
 
+@dataclass(frozen=True)
+class Point:
+    """Temperature and pruning ratio, as far as the user gave them, and a file that recommends both."""
+
+    recommended: str | None
+    tau: float | None = None
+    prune_ratio: float | None = None
+
+    def settings(self, default_ratio: float = 0.0) -> tuple[float, float]:
+        """Return τ and ratio: the options', else the recommendation's, else the defaults."""
+        tau, ratio = 1.0, default_ratio
+        if self.recommended:
+            from axolotl_ivon.evaluation.sweep import read_recommended
+
+            tau, ratio = read_recommended(self.recommended)
+        return tau if self.tau is None else self.tau, ratio if self.prune_ratio is None else self.prune_ratio
+
+
 def add_all(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
     """Add options that the help lists in this order."""
 
@@ -181,16 +199,14 @@ def recommended_option(what: str) -> Callable[[Command], Command]:
     )
 
 
-def settings(
-    recommended: str | None, *, tau: float | None = None, ratio: float | None = None, default_ratio: float = 0.0
-) -> tuple[float, float]:
-    """Return τ and ratio: the options', else the recommendation's, else the defaults."""
-    best_tau, best_ratio = 1.0, default_ratio
-    if recommended:
-        from axolotl_ivon.evaluation.sweep import read_recommended
-
-        best_tau, best_ratio = read_recommended(recommended)
-    return best_tau if tau is None else tau, best_ratio if ratio is None else ratio
+def point_options(tau: str, ratio: str, *also: str) -> Callable[[Command], Command]:
+    """Add --tau and --prune-ratio (which may `also` be spelled otherwise) with these texts, and --recommended."""
+    return add_all(
+        click.option("--tau", type=float, help=tau),
+        click.option("--prune-ratio", *also, type=float, help=ratio),
+        recommended_option("τ and the ratio"),
+        as_one("point", Point, "recommended", "tau", "prune_ratio"),
+    )
 
 
 def criterion_option(text: str) -> Callable[[Command], Command]:

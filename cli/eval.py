@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from ._options import Terminal, evaluation_options, recommended_option, settings
+from ._options import Point, Terminal, evaluation_options, point_options
 from ._progress import silence_libraries
 from ._tables import decimal, emit, file_names, is_wide, percent, print_table
 
@@ -31,20 +32,13 @@ _NARROW = ("acc %", "ECE %", "NLL", "PPL", "Brier", "AUROC", "mutual")
 
 @click.command("eval")
 @evaluation_options
-@click.option("--tau", type=float, help="Temperature of the posterior rows: σ/√τ; inf is the mean.  [default: 1]")
-@click.option("--prune-ratio", type=float, help="Share of weights that the pruned rows lack.  [default: 0.1]")
-@recommended_option("τ and the ratio")
+@point_options(
+    "Temperature of the posterior rows: σ/√τ; inf is the mean.  [default: 1]",
+    "Share of weights that the pruned rows lack.  [default: 0.1]",
+)
 @click.option("--rows", default=_ROWS, show_default=True, help="Which rows, with commas between.")
 def command(
-    adapter: str,
-    data: tuple[str, ...],
-    run: dict[str, Any],
-    tau: float | None,
-    prune_ratio: float | None,
-    recommended: str | None,
-    rows: str,
-    terminal: Terminal,
-    **loading: Any,
+    adapter: str, data: Sequence[str], run: dict[str, Any], point: Point, rows: str, terminal: Terminal, **loading: Any
 ) -> None:
     """Evaluate ADAPTER on data: the base model, the mean, and the average over draws from the posterior.
 
@@ -60,7 +54,7 @@ def command(
     \b
       ivon-post eval adapter/ --data held-out.jsonl --data shifted.jsonl
     """
-    tau, prune_ratio = settings(recommended, tau=tau, ratio=prune_ratio, default_ratio=0.1)
+    tau, prune_ratio = point.settings(default_ratio=0.1)
     with terminal.progress() as progress:
         progress.begin("loading the base model")
         silence_libraries()

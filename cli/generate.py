@@ -9,13 +9,14 @@ import click
 
 from ._options import (
     Output,
+    Point,
     adapter_argument,
+    as_one,
     batch_option,
     model_options,
     output_options,
-    recommended_option,
+    point_options,
     seed_option,
-    settings,
 )
 from ._progress import silence_libraries
 
@@ -26,9 +27,11 @@ from ._progress import silence_libraries
 @click.option("-n", "n", type=int, default=32, show_default=True, help="Outputs for each prompt.")
 @click.option("--per-model", type=int, default=8, show_default=True, help="Outputs of each draw; n/PER-MODEL draws.")
 @click.option("--mean", is_flag=True, help="All n from the mean, not from draws.")
-@click.option("--tau", type=float, help="Temperature of the posterior: σ/√τ, see `temper`.  [default: 1]")
-@click.option("--prune-ratio", "--ratio", type=float, help="Prune this share by |m|/σ first.  [default: 0]")
-@recommended_option("τ and the ratio")
+@point_options(
+    "Temperature of the posterior: σ/√τ, see `temper`.  [default: 1]",
+    "Prune this share by |m|/σ first.  [default: 0]",
+    "--ratio",
+)
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the tokens; 0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest tokens only.")
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Of one output.")
@@ -47,23 +50,8 @@ from ._progress import silence_libraries
 @model_options
 @batch_option("Sequences decoded at once.")
 @output_options("ADAPTER-nbest.jsonl", "JSONL to write or to go on with.", "Start the output anew.", metavar="FILE")
-def command(
-    adapter: str,
-    prompts: str,
-    tau: float | None,
-    prune_ratio: float | None,
-    recommended: str | None,
-    output: Output,
-    n: int,
-    per_model: int,
-    mean: bool,
-    temperature: float,
-    top_p: float,
-    max_tokens: int,
-    stop: tuple[str, ...],
-    seed: int,
-    **options: Any,
-) -> None:
+@as_one("planned", dict, "n", "per_model", "mean", "temperature", "top_p", "max_tokens", "stop", "seed")
+def command(adapter: str, prompts: str, planned: dict[str, Any], point: Point, output: Output, **options: Any) -> None:
     """Generate n outputs for every prompt: n/PER-MODEL draws from ADAPTER's posterior, PER-MODEL outputs each.
 
     Writes JSONL, a line per prompt, for `ivon-post mbr`:
@@ -92,14 +80,14 @@ def command(
         from axolotl_ivon.generation.generate import generate
         from axolotl_ivon.generation.plan import Plan
 
-        plan = Plan(n, per_model, mean, temperature, top_p, max_tokens, stop, seed)
-        if mean and tau is not None:
-            raise IVONError(f"--tau {tau}: --mean has no temperature; leave one of them out")
-        if options["endpoint"] and (tau is not None or prune_ratio is not None or recommended):
+        plan = Plan(**planned)
+        if plan.mean and point.tau is not None:
+            raise IVONError(f"--tau {point.tau}: --mean has no temperature; leave one of them out")
+        if options["endpoint"] and point != Point(None):
             raise IVONError(
                 "--endpoint: the members are drawn already; give --tau and --prune-ratio to `ivon-post sample`"
             )
-        tau, prune_ratio = settings(recommended, tau=tau, ratio=prune_ratio)
+        tau, prune_ratio = point.settings()
         done = generate(
             adapter,
             prompts,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ._options import Output, adapter_argument, base_model_option, dtype_option, output_options
@@ -18,15 +20,7 @@ from ._progress import silence_libraries
 @dtype_option("Of the merged model.  [default: the base model's]")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest safetensors file.")
 @output_options("ADAPTER-merged, beside ADAPTER")
-def command(
-    adapter: str,
-    prune_ratio: float | None,
-    sample_seed: int | None,
-    base_model: str | None,
-    dtype: str | None,
-    max_shard_size: str,
-    output: Output,
-) -> None:
+def command(adapter: str, prune_ratio: float | None, sample_seed: int | None, output: Output, **options: Any) -> None:
     """Merge the posterior mean of ADAPTER, or one draw, into its base model.
 
     Writes a model that transformers loads, with its tokenizer. Works without σ too, for the mean. ADAPTER is a folder
@@ -40,14 +34,5 @@ def command(
         held = Adapter(adapter)
         tensors = choose_weights(held, prune_ratio, sample_seed, progress)
         silence_libraries()
-        merge(
-            held,
-            tensors,
-            path,
-            base_model=base_model,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            overwrite=output.overwrite,
-            progress=progress,
-        )
+        merge(held, tensors, path, overwrite=output.overwrite, progress=progress, **options)
     output.finish({"output": str(path)}, path)

@@ -6,13 +6,13 @@ import click
 
 from ._options import (
     Output,
+    Point,
     adapter_argument,
     choice_option,
     criterion_option,
     output_options,
     recommended_option,
     seed_option,
-    settings,
 )
 
 
@@ -24,21 +24,13 @@ from ._options import (
     "(random), or what an extension adds."
 )
 @choice_option(
-    "--scope",
-    ["adapter", "tensor"],
-    "Rank over the whole adapter, or prune the same share of every tensor.",
+    "--scope", ["adapter", "tensor"], "Rank over the whole adapter, or prune the same share of every tensor."
 )
 @seed_option("Seed of --criterion random.")
 @recommended_option("the ratio")
 @output_options("ADAPTER-pruned-RATIO, beside ADAPTER")
 def command(
-    adapter: str,
-    ratio: float | None,
-    criterion: str,
-    scope: str,
-    seed: int,
-    recommended: str | None,
-    output: Output,
+    adapter: str, ratio: float | None, criterion: str, scope: str, seed: int, recommended: str | None, output: Output
 ) -> None:
     """Set mean and σ of the least important weights of ADAPTER to 0.
 
@@ -47,7 +39,7 @@ def command(
     """
     from axolotl_ivon.posterior.posterior import Posterior
 
-    _, share = settings(recommended, ratio=ratio, default_ratio=0.1)
+    _, share = Point(recommended, prune_ratio=ratio).settings(default_ratio=0.1)
     path = output.target([adapter], f"pruned-{share:g}")
     with output.progress() as progress:
         posterior = Posterior.from_pretrained(adapter, progress).prune(share, criterion, scope, seed, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ._options import Output, adapter_argument, output_options, recommended_option, settings
+from ._options import Output, Point, adapter_argument, output_options, recommended_option
 
 
 @click.command("temper")
@@ -25,7 +25,7 @@ def command(adapter: str, tau: float | None, recommended: str | None, output: Ou
 
     if tau is None and recommended is None:
         raise IVONError("no temperature; give --tau, or --recommended")
-    value, _ = settings(recommended, tau=tau)
+    value, _ = Point(recommended, tau).settings()
     path = output.target([adapter], f"tau-{value:g}")
     with output.progress() as progress:
         posterior = Posterior.from_pretrained(adapter, progress).temper(value)

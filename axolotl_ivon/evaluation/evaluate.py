@@ -25,13 +25,12 @@ from ..errors import IVONError, parameter
 from ..models.load import load_model, load_tokenizer
 from ..models.swap import AdapterSlots, evaluating, stacked
 from ..posterior.open import open_posterior
+from ..posterior.posterior import Posterior
 from .metrics import Scores, entropy, metrics, standard_errors
 from .predict import Batch, Predictor
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-    from ..posterior.posterior import Posterior
 
 _AVERAGES = 2**28  # probabilities (of all rows together) that are kept at a time: 1 GiB in float32
 _MIN_PREFIX = 8  # a shorter common prefix is not worth its own pass
@@ -287,12 +286,7 @@ class Evaluation:
         self.task = task
         self.choices = find_choices(examples, choices) if task == "choice" else ()
         self.model = load_model(
-            folder,
-            base_model=base_model,
-            classify=task == "classify",
-            load_in=load_in,
-            device=device,
-            dtype=dtype,
+            folder, base_model=base_model, classify=task == "classify", load_in=load_in, device=device, dtype=dtype
         )
         config: Any = self.model.get_base_model().config
         self.base_model = str(config._name_or_path)

@@ -39,11 +39,7 @@ class Scores:
 
     @classmethod
     def of(
-        cls,
-        probabilities: Tensor,
-        target: Tensor,
-        expected_entropy: Tensor | None = None,
-        group: Tensor | None = None,
+        cls, probabilities: Tensor, target: Tensor, expected_entropy: Tensor | None = None, group: Tensor | None = None
     ) -> Scores:
         """Score predictive distributions (n, classes), averaged over draws or not, against `target` (n,),
         int64.

@@ -12,13 +12,12 @@ from ..data.encode import Prompt, check_tokens
 from ..errors import IVONError, parameter
 from ..models.forward import cache_name, forward_parameters, run_halving
 from ..models.swap import AdapterSlots, evaluating, stacked
+from ..posterior.posterior import Posterior
 from .plan import Output, Plan, random_bits
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-    from ..posterior.posterior import Posterior
 
 _T = TypeVar("_T")
 # Sequences that are decoded at once, unless told otherwise; out of memory halves it.

@@ -55,11 +55,7 @@ def merge(
     with new_folder(Path(folder), overwrite, [adapter.folder, *filter(Path.is_dir, [Path(base)])]) as new:
         step("loading the base model")
         model = load_model(
-            adapter.folder,
-            base_model=base,
-            classify=kind == "SEQ_CLS",
-            device="cpu",
-            dtype=dtype or _own_dtype(base),
+            adapter.folder, base_model=base, classify=kind == "SEQ_CLS", device="cpu", dtype=dtype or _own_dtype(base)
         )
         step("loading the base model", 1)
         step("merging")
@@ -85,10 +81,7 @@ def merge(
 
 
 def choose_weights(
-    adapter: Adapter,
-    prune_ratio: float | None = None,
-    sample_seed: int | None = None,
-    progress: Progress | None = None,
+    adapter: Adapter, prune_ratio: float | None = None, sample_seed: int | None = None, progress: Progress | None = None
 ) -> Tensors:
     """Return what `merge` may be given: the mean, or member 0 of the draws with a seed, pruned first if asked.
 

@@ -12,7 +12,7 @@ import torch
 from tiny import write_chats
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.generation.generate import Generated, generate, open_posterior
+from axolotl_ivon.generation.generate import Generated, _open, generate
 from axolotl_ivon.generation.plan import Plan
 
 PLAN = Plan(n=4, per_model=2, max_tokens=5)
@@ -42,11 +42,11 @@ def test_a_file_is_filled_and_then_left(tiny_adapter: Path, tmp_path: Path) -> N
 
 def test_the_posterior_that_is_drawn_from(tiny_adapter: Path, make_adapter: Callable[..., Path]) -> None:
     expected = Posterior.from_pretrained(tiny_adapter).prune(0.3).temper(2.0)
-    opened = open_posterior(str(tiny_adapter), PLAN, 2.0, 0.3)
+    opened = _open(str(tiny_adapter), PLAN, 2.0, 0.3)
     assert all(torch.equal(opened.sigma[key], expected.sigma[key]) for key in expected.sigma)
     plain = str(make_adapter(sigma=False))
-    mean = open_posterior(plain, Plan(n=4, mean=True))
+    mean = _open(plain, Plan(n=4, mean=True))
     assert not any(sigma.any() for sigma in mean.sigma.values())
     for plan, ratio in ((PLAN, 0.0), (Plan(n=4, mean=True), 0.1)):
         with pytest.raises(IVONError, match=r"has no ivon_sigma\.safetensors"):
-            open_posterior(plain, plan, math.inf, ratio)
+            _open(plain, plan, math.inf, ratio)
