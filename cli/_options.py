@@ -140,8 +140,10 @@ _json_and_quiet = add_all(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout."),
     click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
 )
-# Gives the command `terminal`.
-terminal_options = add_all(_json_and_quiet, as_one("terminal", Terminal, "as_json", "quiet"))
+# How the options become `terminal`, and `output`.
+terminal_as_one = as_one("terminal", Terminal, "as_json", "quiet")
+output_as_one = as_one("output", Output, "output", "overwrite", "as_json", "quiet")
+terminal_options = add_all(_json_and_quiet, terminal_as_one)
 base_model_option = click.option(
     "--base-model", metavar="MODEL", help="Folder or Hub id.  [default: what the adapter's config names]"
 )
@@ -183,7 +185,7 @@ def output_options(
         click.option("--output", "-o", metavar=metavar, help=f"{text}  [default: {default}]"),
         click.option("--overwrite", is_flag=True, help=overwrite),
         _json_and_quiet,
-        as_one("output", Output, "output", "overwrite", "as_json", "quiet"),
+        output_as_one,
     )
 
 
@@ -258,6 +260,6 @@ evaluation_options = add_all(
         show_default=True,
         help="Draws that run in one batch over the shared base model; pays where a batch leaves the hardware idle.",
     ),
-    terminal_options,
+    _json_and_quiet,
     as_one("run", dict, "samples", "seed", "batch_size", "draws_per_pass"),
 )

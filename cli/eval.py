@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ._options import Point, Terminal, evaluation_options, point_options
+from ._options import Point, Terminal, evaluation_options, point_options, terminal_as_one
 from ._progress import silence_libraries
 from ._tables import decimal, emit, file_names, is_wide, percent, print_table
 
@@ -37,6 +37,7 @@ _NARROW = ("acc %", "ECE %", "NLL", "PPL", "Brier", "AUROC", "mutual")
     "Share of weights that the pruned rows lack.  [default: 0.1]",
 )
 @click.option("--rows", default=_ROWS, show_default=True, help="Which rows, with commas between.")
+@terminal_as_one
 def command(
     adapter: str, data: Sequence[str], run: dict[str, Any], point: Point, rows: str, terminal: Terminal, **loading: Any
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import Numbers, Terminal, choice_option, evaluation_options
+from ._options import Numbers, Output, choice_option, evaluation_options, output_as_one
 from ._progress import silence_libraries
 from ._tables import decimal, emit, is_wide, percent, print_table
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 @choice_option("--objective", ["nll", "ece", "accuracy", "brier"], "What the recommended point is best in.")
 @click.option("--output", "-o", metavar="DIR", help="Where to write.  [default: ADAPTER-sweep]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier sweep there.")
+@output_as_one
 def command(
     adapter: str,
     data: tuple[str, ...],
@@ -46,9 +47,7 @@ def command(
     ratios: tuple[tuple[float, ...], ...],
     objective: str,
     run: dict[str, Any],
-    output: str | None,
-    overwrite: bool,
-    terminal: Terminal,
+    output: Output,
     **loading: Any,
 ) -> None:
     """Evaluate ADAPTER over a grid of temperatures and pruning ratios, and recommend one point.
@@ -60,8 +59,8 @@ def command(
     \b
       ivon-post sweep adapter/ --data validation.jsonl --tau 0.5,1,2,inf --ratio 0,0.1,0.2
     """
-    folder = Path(output or f"{adapter.rstrip('/')}-sweep")
-    with terminal.progress() as progress:
+    folder = Path(output.output or f"{adapter.rstrip('/')}-sweep")
+    with output.progress() as progress:
         progress.begin("loading the base model")
         silence_libraries()
         from axolotl_ivon.evaluation.evaluate import Evaluation, count_passes
@@ -69,7 +68,7 @@ def command(
         from axolotl_ivon.evaluation.sweep import check_grid, number, sweep
 
         rows = check_grid([tau for group in taus for tau in group], [ratio for group in ratios for ratio in group])
-        check_output(folder, overwrite)
+        check_output(folder, output.overwrite)
         evaluation = Evaluation(adapter, data, rows=rows, **loading)
         result = sweep(
             evaluation,
@@ -91,7 +90,7 @@ def command(
             "seed": run["seed"],
         }
         files = save(result, folder, facts)
-    if terminal.as_json:
+    if output.as_json:
         point = result.points[result.recommended]
         emit(
             {

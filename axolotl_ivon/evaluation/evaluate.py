@@ -11,7 +11,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from ..data.chats import Example, detect_task, find_choices, read_examples
 from ..data.encode import Item, check_tokens, common_length, encode
 from ..errors import IVONError, parameter
 from ..models.load import load_model, load_tokenizer
-from ..models.swap import AdapterSlots, evaluating, stacked
+from ..models.swap import AdapterSlots, evaluating
 from ..posterior.open import open_posterior
 from ..posterior.posterior import Posterior
 from .metrics import Scores, entropy, metrics, standard_errors
@@ -158,7 +157,7 @@ def evaluate(
                 if copies not in batches:
                     batches[copies] = predictor.batches(part, skip, copies)
                 average = averages[number]
-                with _weights(model, slots, rows[number], draws):
+                with model.disable_adapter() if rows[number].base else slots.drawn(draws):
                     prefix = predictor.prefix(items[0].ids[:skip], copies) if skip else None
                     for batch in batches[copies]:
                         for piece, probabilities in predictor.predict(batch, prefix, copies):
@@ -223,16 +222,6 @@ def _passes(
             if position + 1 < len(todo):
                 coming = pool.submit(draws, *todo[position + 1][1:])
             yield number, ready
-
-
-def _weights(
-    model: PeftModel, slots: AdapterSlots, row: Row, draws: list[Mapping[str, Tensor]]
-) -> AbstractContextManager[None]:
-    if row.base:
-        return model.disable_adapter()
-    if len(draws) == 1:
-        return slots.loaded(draws[0])
-    return stacked(model, draws)
 
 
 class Evaluation:

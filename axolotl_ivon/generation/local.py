@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -127,7 +126,7 @@ class TransformersEngine:
         found: list[list[Output]] = [[] for _ in prompts]
         with evaluating(self._model):
             for some in _slices(range(plan.members), members):
-                with self._weights(some):
+                with self._slots.drawn([self._draw(member) for member in some]):
                     decoded = {
                         key: output
                         for part in _slices(range(len(prompts)), together)
@@ -138,10 +137,6 @@ class TransformersEngine:
                     for member in some:
                         own += [decoded[member, index, j % plan.distinct] for j in range(plan.per_member)]
         return found
-
-    def _weights(self, members: Sequence[int]) -> AbstractContextManager[None]:
-        draws = [self._draw(member) for member in members]
-        return self._slots.loaded(draws[0]) if len(draws) == 1 else stacked(self._model, draws)
 
     def _draw(self, member: int) -> Mapping[str, torch.Tensor]:
         if member in self._draws:
