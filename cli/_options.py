@@ -47,13 +47,13 @@ class BatchSize(click.ParamType):
 
 @dataclass(frozen=True)
 class Terminal:
-    """How a command tells what it does: --json and --quiet."""
+    """How a command reports to its user, as --json and --quiet say."""
 
     as_json: bool
     quiet: bool
 
     def progress(self) -> Progress:
-        """Return the progress to report to, to be entered."""
+        """Return the progress on stderr, a context manager."""
         return Progress(self.quiet)
 
     def finish(self, document: dict[str, Any], *lines: object) -> None:
@@ -67,7 +67,7 @@ class Terminal:
 
 @dataclass(frozen=True)
 class Output(Terminal):
-    """Where a command writes, besides how it tells: -o and --overwrite."""
+    """Where a command writes, as -o and --overwrite say, and how it reports."""
 
     output: str | None
     overwrite: bool
@@ -76,7 +76,7 @@ class Output(Terminal):
         """Return the folder to write, beside the first input (for a Hub id: here) unless one is named.
 
         Raises:
-            IVONError: it would be refused: asked before the work.
+            IVONError: it may not be written; the user hears of it before the work.
         """
         from axolotl_ivon.storage.atomic import check_target
 
@@ -122,7 +122,7 @@ def add_all(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
 
 
 def as_one(name: str, make: Callable[..., Any], *parameters: str) -> Callable[[Command], Command]:
-    """Give the command one argument, `name`, in place of `parameters`: what `make` makes of them."""
+    """Give the command one argument, `name`, in place of `parameters`: what `make` returns for them."""
 
     def change(command: Command) -> Command:
         @functools.wraps(command)
@@ -140,7 +140,7 @@ _json_and_quiet = add_all(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout."),
     click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
 )
-# How the options become `terminal`, and `output`.
+# They turn the options into the commands' arguments `terminal` and `output`.
 terminal_as_one = as_one("terminal", Terminal, "as_json", "quiet")
 output_as_one = as_one("output", Output, "output", "overwrite", "as_json", "quiet")
 terminal_options = add_all(_json_and_quiet, terminal_as_one)
@@ -228,7 +228,6 @@ evaluation_options = add_all(
     click.option(
         "--data",
         "-d",
-        "data",
         multiple=True,
         required=True,
         metavar="FILE",

@@ -9,7 +9,7 @@ import click
 
 from ._options import Output, choice_option, output_options
 from ._progress import silence_libraries
-from ._tables import decimal, emit, percent, print_table
+from ._tables import decimal, percent, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.generation.mbr import Decoded
@@ -71,25 +71,14 @@ def command(files: tuple[str, ...], utility: str, answer_regex: str | None, leve
         results = {label: mbr(nbests, measure, answers, level, advance) for label, nbests in lists.items()}
         progress.begin("writing")
         written = [str(path) for path in save(results, folder)]
-    if output.as_json:
-        documents = [
-            {"label": label, "file": paths[label], "unmatched": unmatched[label], **result.document()}
-            for label, result in results.items()
-        ]
-        emit(
-            {
-                "accuracy": documents[0]["accuracy"],
-                "utility": utility,
-                "answer_regex": answer_regex,
-                "level": level,
-                "results": documents,
-                "files": written,
-            }
-        )
-        return
-    _print(results, utility)
-    for path in written:
-        click.echo(path)
+    if not output.as_json:
+        _print(results, utility)
+    documents = [
+        {"label": label, "file": paths[label], "unmatched": unmatched[label], **result.document()}
+        for label, result in results.items()
+    ]
+    settings = {"utility": utility, "answer_regex": answer_regex, "level": level}
+    output.finish({"accuracy": documents[0]["accuracy"], **settings, "results": documents, "files": written}, *written)
 
 
 def _print(results: dict[str, Decoded], utility: str) -> None:

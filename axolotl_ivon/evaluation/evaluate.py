@@ -248,7 +248,7 @@ class Evaluation:
         device: str = "auto",
         dtype: str = "auto",
     ) -> None:
-        """Read the data, then the adapter, then the base model: what fails sooner is tried first.
+        """Read the data, then the adapter, then the base model: a mistake shows before the slower steps.
 
         `task` is found by default: "classify" if the adapter has a classification head, else what the answers
         look like (`detect_task`). `limit` takes the first examples of each file only.

@@ -155,7 +155,7 @@ def _replaced_forward(module: Any, forward: Any) -> Iterator[None]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model in evaluation mode without gradients inside the block, and back as it was afterwards.
 
-    Back module by module, and with the parameters' `requires_grad`, which PEFT's `disable_adapter` changes.
+    Each module gets its own mode back, and each parameter its `requires_grad`, which PEFT's `disable_adapter` changes.
     """
     training = [module for module in model.modules() if module.training]
     gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
