@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from axolotl_ivon.models import DTYPES
+
+from ._progress import Progress
+from ._tables import emit
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -40,20 +45,69 @@ class BatchSize(click.ParamType):
         return int(value)
 
 
-adapter_argument = click.argument("adapter", metavar="ADAPTER")
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout."
-)
-quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
-base_model_option = click.option(
-    "--base-model", metavar="MODEL", help="Folder or Hub id.  [default: what the adapter's config names]"
-)
+@dataclass(frozen=True)
+class Terminal:
+    """How a command reports to its user, as --json and --quiet say."""
+
+    as_json: bool
+    quiet: bool
+
+    def progress(self) -> Progress:
+        """Return the progress on stderr, a context manager."""
+        return Progress(self.quiet)
+
+    def finish(self, document: dict[str, Any], *lines: object) -> None:
+        """Print the result: as JSON if that was asked for, else as lines."""
+        if self.as_json:
+            emit(document)
+            return
+        for line in lines:
+            click.echo(line)
 
 
-def dtype_option(text: str, *more: str) -> Callable[[Command], Command]:
-    """Add --dtype, with `more` values (the first is the default) before the names of dtypes."""
-    kind = click.Choice([*more, *DTYPES])
-    return click.option("--dtype", type=kind, default=more[0] if more else None, show_default=bool(more), help=text)
+@dataclass(frozen=True)
+class Output(Terminal):
+    """Where a command writes, as -o and --overwrite say, and how it reports."""
+
+    output: str | None
+    overwrite: bool
+
+    def target(self, adapters: Sequence[str], what: str) -> Path:
+        """Return the folder to write, beside the first input (for a Hub id: here) unless one is named.
+
+        Raises:
+            IVONError: it may not be written; the user hears of it before the work.
+        """
+        from axolotl_ivon.storage.atomic import check_target
+
+        sources = [Path(adapter) for adapter in adapters]
+        if self.output:
+            path = Path(self.output)
+        elif sources[0].is_dir():
+            named = sources[0] if sources[0].name not in ("", "..") else sources[0].resolve()
+            path = named.parent / f"{named.name}-{what}"
+        else:
+            path = Path(f"{sources[0].name}-{what}")
+        check_target(path, self.overwrite, filter(Path.is_dir, sources))
+        return path
+
+
+@dataclass(frozen=True)
+class Point:
+    """Temperature and pruning ratio, as far as the user gave them, and a file that recommends both."""
+
+    recommended: str | None
+    tau: float | None = None
+    prune_ratio: float | None = None
+
+    def settings(self, default_ratio: float = 0.0) -> tuple[float, float]:
+        """Return τ and ratio: the options', else the recommendation's, else the defaults."""
+        tau, ratio = 1.0, default_ratio
+        if self.recommended:
+            from axolotl_ivon.evaluation.sweep import read_recommended
+
+            tau, ratio = read_recommended(self.recommended)
+        return tau if self.tau is None else self.tau, ratio if self.prune_ratio is None else self.prune_ratio
 
 
 def add_all(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -67,11 +121,51 @@ def add_all(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return add
 
 
+def as_one(name: str, make: Callable[..., Any], *parameters: str) -> Callable[[Command], Command]:
+    """Give the command one argument, `name`, in place of `parameters`: what `make` returns for them."""
+
+    def change(command: Command) -> Command:
+        @functools.wraps(command)
+        def changed(**given: Any) -> Any:
+            one = make(**{parameter: given.pop(parameter) for parameter in parameters})
+            return command(**{name: one}, **given)
+
+        return changed  # type: ignore[return-value]
+
+    return change
+
+
+adapter_argument = click.argument("adapter", metavar="ADAPTER")
+_json_and_quiet = add_all(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout."),
+    click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
+)
+# They turn the options into the commands' arguments `terminal` and `output`.
+terminal_as_one = as_one("terminal", Terminal, "as_json", "quiet")
+output_as_one = as_one("output", Output, "output", "overwrite", "as_json", "quiet")
+terminal_options = add_all(_json_and_quiet, terminal_as_one)
+base_model_option = click.option(
+    "--base-model", metavar="MODEL", help="Folder or Hub id.  [default: what the adapter's config names]"
+)
+
+
+def dtype_option(text: str) -> Callable[[Command], Command]:
+    """Add --dtype, of what is written."""
+    return click.option("--dtype", type=click.Choice(DTYPES), help=text)
+
+
+def choice_option(name: str, values: Sequence[str], text: str) -> Callable[[Command], Command]:
+    """Add an option that takes one of `values`, the first by default."""
+    return click.option(name, type=click.Choice(values), default=values[0], show_default=True, help=text)
+
+
 model_options = add_all(
     base_model_option,
     click.option("--load-in", type=click.Choice(["8bit", "4bit"]), help="Quantize the base model (bitsandbytes)."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, …"),
-    dtype_option("Of the base model. auto: float32 on a CPU, the checkpoint's elsewhere.", "auto"),
+    choice_option(
+        "--dtype", ["auto", *DTYPES], "Of the base model. auto: float32 on a CPU, the checkpoint's elsewhere."
+    ),
 )
 
 
@@ -80,13 +174,18 @@ def batch_option(text: str) -> Callable[[Command], Command]:
     return click.option("--batch-size", type=BatchSize(), default="auto", show_default=True, help=text)
 
 
-def output_options(default: str) -> Callable[[Command], Command]:
-    """Add -o (with the name that is used without it in the help), --overwrite, --json and --quiet."""
+def output_options(
+    default: str,
+    text: str = "Where to write.",
+    overwrite: str = "Replace the target if it is there.",
+    metavar: str = "DIR",
+) -> Callable[[Command], Command]:
+    """Add -o (with the name that is used without it in the help), --overwrite, --json and --quiet, as `output`."""
     return add_all(
-        click.option("--output", "-o", metavar="DIR", help=f"Where to write.  [default: {default}]"),
-        click.option("--overwrite", is_flag=True, help="Replace the target if it is there."),
-        json_option,
-        quiet_option,
+        click.option("--output", "-o", metavar=metavar, help=f"{text}  [default: {default}]"),
+        click.option("--overwrite", is_flag=True, help=overwrite),
+        _json_and_quiet,
+        output_as_one,
     )
 
 
@@ -102,32 +201,33 @@ def recommended_option(what: str) -> Callable[[Command], Command]:
     )
 
 
-def settings(
-    recommended: str | None, *, tau: float | None = None, ratio: float | None = None, default_ratio: float = 0.0
-) -> tuple[float, float]:
-    """Return τ and ratio: the options', else the recommendation's, else the defaults."""
-    best_tau, best_ratio = 1.0, default_ratio
-    if recommended:
-        from axolotl_ivon.evaluation.sweep import read_recommended
-
-        best_tau, best_ratio = read_recommended(recommended)
-    return best_tau if tau is None else tau, best_ratio if ratio is None else ratio
+def point_options(tau: str, ratio: str, *also: str) -> Callable[[Command], Command]:
+    """Add --tau and --prune-ratio (which may `also` be spelled otherwise) with these texts, and --recommended."""
+    return add_all(
+        click.option("--tau", type=float, help=tau),
+        click.option("--prune-ratio", *also, type=float, help=ratio),
+        recommended_option("τ and the ratio"),
+        as_one("point", Point, "recommended", "tau", "prune_ratio"),
+    )
 
 
-def complete_criterion(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Return the pruning criteria that start with what was typed."""
-    from axolotl_ivon.posterior.prune import criteria
+def criterion_option(text: str) -> Callable[[Command], Command]:
+    """Add --criterion."""
 
-    return [name for name in criteria() if name.startswith(incomplete)]
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+        from axolotl_ivon.posterior.prune import criteria
+
+        return [name for name in criteria() if name.startswith(incomplete)]
+
+    return click.option("--criterion", default="snr", show_default=True, shell_complete=complete, help=text)
 
 
-# What is evaluated, on what, and how.
+# What is evaluated, on what, and how. Of these, the command gets those of `evaluate` as the dictionary `run`.
 evaluation_options = add_all(
     adapter_argument,
     click.option(
         "--data",
         "-d",
-        "data",
         multiple=True,
         required=True,
         metavar="FILE",
@@ -159,22 +259,6 @@ evaluation_options = add_all(
         show_default=True,
         help="Draws that run in one batch over the shared base model; pays where a batch leaves the hardware idle.",
     ),
-    json_option,
-    quiet_option,
+    _json_and_quiet,
+    as_one("run", dict, "samples", "seed", "batch_size", "draws_per_pass"),
 )
-
-
-def target(adapters: Sequence[str], output: str | None, what: str, overwrite: bool) -> Path:
-    """Return the folder to write, beside the first input (for a Hub id: here) unless one is named; refused early."""
-    from axolotl_ivon.storage.atomic import check_target
-
-    sources = [Path(adapter) for adapter in adapters]
-    if output:
-        path = Path(output)
-    elif sources[0].is_dir():
-        named = sources[0] if sources[0].name not in ("", "..") else sources[0].resolve()
-        path = named.parent / f"{named.name}-{what}"
-    else:
-        path = Path(f"{sources[0].name}-{what}")
-    check_target(path, overwrite, filter(Path.is_dir, sources))
-    return path

@@ -57,8 +57,6 @@ class Progress:
 
     def __call__(self, doing: str, count: int, total: int) -> None:
         """Report that `count` more of `total` are done."""
-        if self._quiet:
-            return
         if doing not in self._done or 0 < total <= self._done[doing]:  # the same again, with another adapter
             self._done[doing], self._begun[doing] = 0, time.monotonic()
             if self._bars and doing in self._tasks:

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import click
 
-from ._options import Numbers, output_options, target
-from ._progress import Progress
-from ._tables import emit
+from ._options import Numbers, Output, choice_option, output_options
 
 
 @click.command("combine")
 @click.argument("adapters", metavar="ADAPTER…", nargs=-1, required=True)
-@click.option(
+@choice_option(
     "--method",
-    type=click.Choice(["precision", "linear", "cat"]),
-    default="precision",
-    show_default=True,
-    help="precision: product of the Gaussians. linear: weighted mean of the factors. cat: exact weighted sum of the "
+    ["precision", "linear", "cat"],
+    "precision: product of the Gaussians. linear: weighted mean of the factors. cat: exact weighted sum of the "
     "updates, by concatenation; ranks and targets may differ.",
 )
 @click.option(
     "--weights", type=Numbers(), metavar="W,W,…", help="For linear and cat, one for each ADAPTER.  [default: 1/n each]"
 )
 @output_options("ADAPTER-combined, beside the first ADAPTER")
-def command(
-    adapters: tuple[str, ...],
-    method: str,
-    weights: tuple[float, ...] | None,
-    output: str | None,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def command(adapters: tuple[str, ...], method: str, weights: tuple[float, ...] | None, output: Output) -> None:
     """Combine the posteriors of several ADAPTERs over one base model into one.
 
     With precision, means are weighted by 1/σ² and precisions add up; a fixed prior that all share is counted
@@ -40,11 +28,8 @@ def command(
     """
     from axolotl_ivon.posterior.posterior import Posterior
 
-    path = target(adapters, output, "combined", overwrite)
-    with Progress(quiet) as progress:
+    path = output.target(adapters, "combined")
+    with output.progress() as progress:
         posteriors = [Posterior.from_pretrained(adapter, progress) for adapter in adapters]
-        Posterior.combine(posteriors, method, weights).save_pretrained(path, overwrite, progress)
-    if as_json:
-        emit({"output": str(path), "method": method, "adapters": list(adapters)})
-        return
-    click.echo(path)
+        Posterior.combine(posteriors, method, weights).save_pretrained(path, output.overwrite, progress)
+    output.finish({"output": str(path), "method": method, "adapters": list(adapters)}, path)

@@ -6,17 +6,15 @@ from typing import Any
 
 import click
 
-from ._options import json_option, quiet_option
-from ._progress import Progress
+from ._options import Terminal, terminal_options
 from ._tables import emit, number, print_table
 
 
 @click.command("diff")
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
-@json_option
-@quiet_option
-def command(first: str, second: str, as_json: bool, quiet: bool) -> None:
+@terminal_options
+def command(first: str, second: str, terminal: Terminal) -> None:
     """Compare the posteriors A and B, module by module.
 
     \b
@@ -28,10 +26,10 @@ def command(first: str, second: str, as_json: bool, quiet: bool) -> None:
     from axolotl_ivon.posterior.diff import diff
     from axolotl_ivon.posterior.posterior import Posterior
 
-    with Progress(quiet) as progress:
+    with terminal.progress() as progress:
         a, b = (Posterior.from_pretrained(adapter, progress) for adapter in (first, second))
         facts = diff(a, b, progress)
-    if as_json:
+    if terminal.as_json:
         emit({"a": first, "b": second, **facts})
         return
     print_table(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from ._options import evaluation_options, recommended_option, settings
-from ._progress import Progress, silence_libraries
+from ._options import Point, Terminal, evaluation_options, point_options, terminal_as_one
+from ._progress import silence_libraries
 from ._tables import decimal, emit, file_names, is_wide, percent, print_table
 
 _ROWS = "base,mean,mean-pruned,posterior,posterior-pruned"
@@ -31,24 +32,14 @@ _NARROW = ("acc %", "ECE %", "NLL", "PPL", "Brier", "AUROC", "mutual")
 
 @click.command("eval")
 @evaluation_options
-@click.option("--tau", type=float, help="Temperature of the posterior rows: σ/√τ; inf is the mean.  [default: 1]")
-@click.option("--prune-ratio", type=float, help="Share of weights that the pruned rows lack.  [default: 0.1]")
-@recommended_option("τ and the ratio")
+@point_options(
+    "Temperature of the posterior rows: σ/√τ; inf is the mean.  [default: 1]",
+    "Share of weights that the pruned rows lack.  [default: 0.1]",
+)
 @click.option("--rows", default=_ROWS, show_default=True, help="Which rows, with commas between.")
+@terminal_as_one
 def command(
-    adapter: str,
-    data: tuple[str, ...],
-    samples: int,
-    seed: int,
-    batch_size: int | None,
-    draws_per_pass: int,
-    tau: float | None,
-    prune_ratio: float | None,
-    recommended: str | None,
-    rows: str,
-    as_json: bool,
-    quiet: bool,
-    **loading: Any,
+    adapter: str, data: Sequence[str], run: dict[str, Any], point: Point, rows: str, terminal: Terminal, **loading: Any
 ) -> None:
     """Evaluate ADAPTER on data: the base model, the mean, and the average over draws from the posterior.
 
@@ -64,39 +55,34 @@ def command(
     \b
       ivon-post eval adapter/ --data held-out.jsonl --data shifted.jsonl
     """
-    tau, prune_ratio = settings(recommended, tau=tau, ratio=prune_ratio, default_ratio=0.1)
-    with Progress(quiet) as progress:
+    tau, prune_ratio = point.settings(default_ratio=0.1)
+    with terminal.progress() as progress:
         progress.begin("loading the base model")
         silence_libraries()
         from axolotl_ivon.evaluation.evaluate import Evaluation, choose_rows, count_passes, summarize
 
         chosen = choose_rows(rows.split(","), tau, prune_ratio)
         evaluation = Evaluation(adapter, data, rows=chosen, **loading)
-        if evaluation.task == "classify" and evaluation.posterior.config.get("modules_to_save"):
-            chosen = [row for row in chosen if not row.base]
-            progress.notify("no row for the base model: its classification head is not trained")
+        chosen = evaluation.meaningful(chosen, progress.notify)
         scores = evaluation.run(
             chosen,
-            samples=samples,
-            seed=seed,
-            batch_size=batch_size,
-            draws_per_pass=draws_per_pass,
-            progress=progress.begin("evaluating", count_passes(chosen, samples) * len(evaluation.items)),
+            **run,
+            progress=progress.begin("evaluating", count_passes(chosen, run["samples"]) * len(evaluation.items)),
             notify=progress.notify,
         )
         progress.begin("bootstrap")
-        found = summarize(evaluation, chosen, scores, samples)
+        found = summarize(evaluation, chosen, scores, run["samples"])
     facts = {
         "task": evaluation.task,
         "choices": list(evaluation.choices),
         "adapter": adapter,
         "base_model": evaluation.base_model,
-        "samples": samples,
+        "samples": run["samples"],
         "tau": "inf" if math.isinf(tau) else tau,
         "prune_ratio": prune_ratio,
-        "seed": seed,
+        "seed": run["seed"],
     }
-    if as_json:
+    if terminal.as_json:
         emit({"rows": found, **facts})
     else:
         _print(found, facts)

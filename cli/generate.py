@@ -8,17 +8,17 @@ from typing import Any
 import click
 
 from ._options import (
+    Output,
+    Point,
     adapter_argument,
+    as_one,
     batch_option,
-    json_option,
     model_options,
-    quiet_option,
-    recommended_option,
+    output_options,
+    point_options,
     seed_option,
-    settings,
 )
-from ._progress import Progress, silence_libraries
-from ._tables import emit
+from ._progress import silence_libraries
 
 
 @click.command("generate")
@@ -27,9 +27,11 @@ from ._tables import emit
 @click.option("-n", "n", type=int, default=32, show_default=True, help="Outputs for each prompt.")
 @click.option("--per-model", type=int, default=8, show_default=True, help="Outputs of each draw; n/PER-MODEL draws.")
 @click.option("--mean", is_flag=True, help="All n from the mean, not from draws.")
-@click.option("--tau", type=float, help="Temperature of the posterior: σ/√τ, see `temper`.  [default: 1]")
-@click.option("--prune-ratio", "--ratio", type=float, help="Prune this share by |m|/σ first.  [default: 0]")
-@recommended_option("τ and the ratio")
+@point_options(
+    "Temperature of the posterior: σ/√τ, see `temper`.  [default: 1]",
+    "Prune this share by |m|/σ first.  [default: 0]",
+    "--ratio",
+)
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the tokens; 0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest tokens only.")
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Of one output.")
@@ -47,29 +49,9 @@ from ._tables import emit
 )
 @model_options
 @batch_option("Sequences decoded at once.")
-@click.option("--output", "-o", metavar="FILE", help="JSONL to write or to go on with.  [default: ADAPTER-nbest.jsonl]")
-@click.option("--overwrite", is_flag=True, help="Start the output anew.")
-@json_option
-@quiet_option
-def command(
-    adapter: str,
-    prompts: str,
-    tau: float | None,
-    prune_ratio: float | None,
-    recommended: str | None,
-    output: str | None,
-    as_json: bool,
-    quiet: bool,
-    n: int,
-    per_model: int,
-    mean: bool,
-    temperature: float,
-    top_p: float,
-    max_tokens: int,
-    stop: tuple[str, ...],
-    seed: int,
-    **options: Any,
-) -> None:
+@output_options("ADAPTER-nbest.jsonl", "JSONL to write or to go on with.", "Start the output anew.", metavar="FILE")
+@as_one("planned", dict, "n", "per_model", "mean", "temperature", "top_p", "max_tokens", "stop", "seed")
+def command(adapter: str, prompts: str, planned: dict[str, Any], point: Point, output: Output, **options: Any) -> None:
     """Generate n outputs for every prompt: n/PER-MODEL draws from ADAPTER's posterior, PER-MODEL outputs each.
 
     Writes JSONL, a line per prompt, for `ivon-post mbr`:
@@ -85,8 +67,8 @@ def command(
       ivon-post generate adapter/ -p test.jsonl -n 64 --mean -o mean.jsonl
       ivon-post generate ensemble/ -p test.jsonl -n 64 --endpoint http://localhost:8000
     """
-    path = output or f"{adapter.rstrip('/')}-nbest.jsonl"
-    with Progress(quiet) as progress:
+    path = output.output or f"{adapter.rstrip('/')}-nbest.jsonl"
+    with output.progress() as progress:
 
         def count(tokens: int) -> None:
             speed = tokens / max(progress.seconds("generating"), 1e-9)
@@ -98,14 +80,14 @@ def command(
         from axolotl_ivon.generation.generate import generate
         from axolotl_ivon.generation.plan import Plan
 
-        plan = Plan(n, per_model, mean, temperature, top_p, max_tokens, stop, seed)
-        if mean and tau is not None:
-            raise IVONError(f"--tau {tau}: --mean has no temperature; leave one of them out")
-        if options["endpoint"] and (tau is not None or prune_ratio is not None or recommended):
+        plan = Plan(**planned)
+        if plan.mean and point.tau is not None:
+            raise IVONError(f"--tau {point.tau}: --mean has no temperature; leave one of them out")
+        if options["endpoint"] and point != Point(None):
             raise IVONError(
                 "--endpoint: the members are drawn already; give --tau and --prune-ratio to `ivon-post sample`"
             )
-        tau, prune_ratio = settings(recommended, tau=tau, ratio=prune_ratio)
+        tau, prune_ratio = point.settings()
         done = generate(
             adapter,
             prompts,
@@ -116,17 +98,15 @@ def command(
             begin=progress.begin,
             count=count,
             notify=progress.notify,
+            overwrite=output.overwrite,
             **options,
         )
         speed = done.tokens_per_second
         if done.resumed < done.prompts:
             progress.say(f"{done.tokens} tokens in {done.seconds:.1f} s: {speed:.0f} tokens/s")
-    if as_json:
-        took = {"tokens": done.tokens, "seconds": round(done.seconds, 3), "tokens_per_second": round(speed, 1)}
-        facts = {"output": path, "prompts": done.prompts, "resumed": done.resumed, "members": plan.members}
-        emit({**facts, **asdict(plan), **took})
-        return
+    took = {"tokens": done.tokens, "seconds": round(done.seconds, 3), "tokens_per_second": round(speed, 1)}
+    facts = {"output": path, "prompts": done.prompts, "resumed": done.resumed, "members": plan.members}
     source = "the mean" if plan.mean else f"{plan.members} draws"
     kept = f" ({done.resumed} were there)" if done.resumed else ""
-    click.echo(f"{done.prompts} prompts{kept}, {plan.n} outputs each from {source}, seed {plan.seed}")
-    click.echo(path)
+    told = f"{done.prompts} prompts{kept}, {plan.n} outputs each from {source}, seed {plan.seed}"
+    output.finish({**facts, **asdict(plan), **took}, told, path)

@@ -6,25 +6,17 @@ from typing import Any
 
 import click
 
-from ._options import adapter_argument, complete_criterion, json_option, quiet_option
-from ._progress import Progress
+from ._options import Terminal, adapter_argument, criterion_option, terminal_options
 from ._tables import emit, number, print_table
 
 
 @click.command("info")
 @adapter_argument
 @click.option("--ratio", type=float, default=0.1, show_default=True, help="Pruning ratio to show the effect of.")
-@click.option(
-    "--criterion",
-    default="snr",
-    show_default=True,
-    shell_complete=complete_criterion,
-    help="What that pruning goes by; see `prune`.",
-)
+@criterion_option("What that pruning goes by; see `prune`.")
 @click.option("--summary", is_flag=True, help="Leave out the table of modules.")
-@json_option
-@quiet_option
-def command(adapter: str, ratio: float, criterion: str, summary: bool, as_json: bool, quiet: bool) -> None:
+@terminal_options
+def command(adapter: str, ratio: float, criterion: str, summary: bool, terminal: Terminal) -> None:
     """Show what is in ADAPTER: a PEFT folder, a checkpoint, or a Hub id.
 
     For every module the median of σ, the median of the signal-to-noise ratio |m|/σ, and the share of its
@@ -33,9 +25,9 @@ def command(adapter: str, ratio: float, criterion: str, summary: bool, as_json: 
     """
     from axolotl_ivon.posterior.info import info
 
-    with Progress(quiet) as progress:
+    with terminal.progress() as progress:
         facts = info(adapter, ratio, criterion, progress)
-    if as_json:
+    if terminal.as_json:
         emit(facts)
         return
     if not summary:
@@ -50,20 +42,12 @@ def command(adapter: str, ratio: float, criterion: str, summary: bool, as_json: 
 
 def _print_modules(facts: dict[str, Any]) -> None:
     columns = ["module", "weights"]
+    rows = [[row["module"], f"{row['weights']:,}"] for row in facts["modules"]]
     if facts["posterior"]:
         columns += ["median σ", "median |m|/σ", f"pruned at {facts['prune_ratio']:g}"]
-    print_table(
-        columns,
-        [
-            [row["module"], f"{row['weights']:,}"]
-            + (
-                [number(row["sigma_median"]), number(row["snr_median"]), f"{row['pruned']:.1%}"]
-                if facts["posterior"]
-                else []
-            )
-            for row in facts["modules"]
-        ],
-    )
+        for line, row in zip(rows, facts["modules"], strict=True):
+            line += [number(row["sigma_median"]), number(row["snr_median"]), f"{row['pruned']:.1%}"]
+    print_table(columns, rows)
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
@@ -86,13 +70,8 @@ def _print_facts(facts: dict[str, Any]) -> None:
 def _print_quantiles(facts: dict[str, Any]) -> None:
     names = {"0": "min", "0.5": "median", "1": "max"}
     columns = [names.get(q, f"{float(q):.0%}") for q in facts["sigma"]]
-    print_table(
-        ["", *columns],
-        [
-            ["σ", *(number(x) for x in facts["sigma"].values())],
-            ["|m|/σ", *(number(x) for x in facts["snr"].values())],
-        ],
-    )
+    rows = {"σ": facts["sigma"], "|m|/σ": facts["snr"]}
+    print_table(["", *columns], [[name, *map(number, values.values())] for name, values in rows.items()])
     click.echo(
         f"{facts['would_prune']:,} weights are 0 after pruning {facts['prune_ratio']:g} by {facts['prune_criterion']}\n"
     )

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._options import json_option, quiet_option
-from ._progress import Progress, silence_libraries
-from ._tables import decimal, emit, percent, print_table
+from ._options import Output, choice_option, output_options
+from ._progress import silence_libraries
+from ._tables import decimal, percent, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.generation.mbr import Decoded
@@ -17,12 +17,10 @@ if TYPE_CHECKING:
 
 @click.command("mbr")
 @click.argument("files", metavar="[LABEL=]FILE...", nargs=-1, required=True)
-@click.option(
+@choice_option(
     "--utility",
-    type=click.Choice(["exact", "bleu", "chrf", "rouge", "bertscore"]),
-    default="exact",
-    show_default=True,
-    help="How good an output is if another is right. exact: equal answers, a majority vote.",
+    ["exact", "bleu", "chrf", "rouge", "bertscore"],
+    "How good an output is if another is right. exact: equal answers, a majority vote.",
 )
 @click.option(
     "--answer-regex",
@@ -31,27 +29,13 @@ if TYPE_CHECKING:
     help="The answer in a text: gsm8k (#### 7), boxed (\\boxed{7}), choice (a capital letter alone), or a regular "
     "expression, whose first group it is; the last match counts.  [default: the whole text]",
 )
-@click.option(
+@choice_option(
     "--level",
-    type=click.Choice(["sequence", "model"]),
-    default="sequence",
-    show_default=True,
-    help="sequence: all outputs in one pool. model: the average of the members' expectations.",
+    ["sequence", "model"],
+    "sequence: all outputs in one pool. model: the average of the members' expectations.",
 )
-@click.option("--output", "-o", metavar="DIR", help="Where the choices and the figure go.  [default: FILE-mbr]")
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
-@json_option
-@quiet_option
-def command(
-    files: tuple[str, ...],
-    utility: str,
-    answer_regex: str | None,
-    level: str,
-    output: str | None,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+@output_options("FILE-mbr", "Where the choices and the figure go.", overwrite="Replace what is there.")
+def command(files: tuple[str, ...], utility: str, answer_regex: str | None, level: str, output: Output) -> None:
     """Choose one output per prompt from the FILEs that `ivon-post generate` writes, by minimum Bayes risk.
 
     The output that the others agree with most is chosen (Daheim et al., ICLR 2025), in a tie the more probable one.
@@ -61,7 +45,7 @@ def command(
     \b
       ivon-post mbr mean.jsonl posterior.jsonl "10 % pruned=pruned.jsonl" --answer-regex gsm8k
     """
-    with Progress(quiet) as progress:
+    with output.progress() as progress:
         progress.begin("reading")
         if utility == "bertscore":  # the only one with a model
             silence_libraries()
@@ -72,8 +56,8 @@ def command(
 
         paths = labels(files)
         first = Path(next(iter(paths.values())))
-        folder = Path(output) if output else first.with_name(f"{first.stem}-mbr")
-        check_output(folder, overwrite)
+        folder = Path(output.output) if output.output else first.with_name(f"{first.stem}-mbr")
+        check_output(folder, output.overwrite)
         answers = Answers(answer_regex)
         measure = UTILITIES[utility](answers)
         lists = {label: read_nbest(path) for label, path in paths.items()}
@@ -87,25 +71,14 @@ def command(
         results = {label: mbr(nbests, measure, answers, level, advance) for label, nbests in lists.items()}
         progress.begin("writing")
         written = [str(path) for path in save(results, folder)]
-    if as_json:
-        documents = [
-            {"label": label, "file": paths[label], "unmatched": unmatched[label], **result.document()}
-            for label, result in results.items()
-        ]
-        emit(
-            {
-                "accuracy": documents[0]["accuracy"],
-                "utility": utility,
-                "answer_regex": answer_regex,
-                "level": level,
-                "results": documents,
-                "files": written,
-            }
-        )
-        return
-    _print(results, utility)
-    for path in written:
-        click.echo(path)
+    if not output.as_json:
+        _print(results, utility)
+    documents = [
+        {"label": label, "file": paths[label], "unmatched": unmatched[label], **result.document()}
+        for label, result in results.items()
+    ]
+    settings = {"utility": utility, "answer_regex": answer_regex, "level": level}
+    output.finish({"accuracy": documents[0]["accuracy"], **settings, "results": documents, "files": written}, *written)
 
 
 def _print(results: dict[str, Decoded], utility: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from ._options import adapter_argument, base_model_option, dtype_option, output_options, target
-from ._progress import Progress, silence_libraries
-from ._tables import emit
+from ._options import Output, adapter_argument, base_model_option, dtype_option, output_options
+from ._progress import silence_libraries
 
 
 @click.command("merge")
@@ -19,18 +20,7 @@ from ._tables import emit
 @dtype_option("Of the merged model.  [default: the base model's]")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest safetensors file.")
 @output_options("ADAPTER-merged, beside ADAPTER")
-def command(
-    adapter: str,
-    prune_ratio: float | None,
-    sample_seed: int | None,
-    base_model: str | None,
-    dtype: str | None,
-    max_shard_size: str,
-    output: str | None,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def command(adapter: str, prune_ratio: float | None, sample_seed: int | None, output: Output, **options: Any) -> None:
     """Merge the posterior mean of ADAPTER, or one draw, into its base model.
 
     Writes a model that transformers loads, with its tokenizer. Works without σ too, for the mean. ADAPTER is a folder
@@ -39,22 +29,10 @@ def command(
     from axolotl_ivon.models.merge import choose_weights, merge
     from axolotl_ivon.posterior.adapter import Adapter
 
-    path = target([adapter], output, "merged", overwrite)
-    with Progress(quiet) as progress:
+    path = output.target([adapter], "merged")
+    with output.progress() as progress:
         held = Adapter(adapter)
         tensors = choose_weights(held, prune_ratio, sample_seed, progress)
         silence_libraries()
-        merge(
-            held,
-            tensors,
-            path,
-            base_model=base_model,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if as_json:
-        emit({"output": str(path)})
-        return
-    click.echo(path)
+        merge(held, tensors, path, overwrite=output.overwrite, progress=progress, **options)
+    output.finish({"output": str(path)}, path)

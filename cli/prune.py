@@ -5,50 +5,32 @@ from __future__ import annotations
 import click
 
 from ._options import (
+    Output,
+    Point,
     adapter_argument,
-    complete_criterion,
+    choice_option,
+    criterion_option,
     output_options,
     recommended_option,
     seed_option,
-    settings,
-    target,
 )
-from ._progress import Progress
-from ._tables import emit
 
 
 @click.command("prune")
 @adapter_argument
 @click.option("--ratio", type=float, help="Share of all weights that is 0 afterwards.  [default: 0.1]")
-@click.option(
-    "--criterion",
-    default="snr",
-    show_default=True,
-    shell_complete=complete_criterion,
-    help="What goes first: the smallest |m|/σ (snr), the largest σ (sigma), the smallest |m| (magnitude), chance "
-    "(random), or what an extension adds.",
+@criterion_option(
+    "What goes first: the smallest |m|/σ (snr), the largest σ (sigma), the smallest |m| (magnitude), chance "
+    "(random), or what an extension adds."
 )
-@click.option(
-    "--scope",
-    type=click.Choice(["adapter", "tensor"]),
-    default="adapter",
-    show_default=True,
-    help="Rank over the whole adapter, or prune the same share of every tensor.",
+@choice_option(
+    "--scope", ["adapter", "tensor"], "Rank over the whole adapter, or prune the same share of every tensor."
 )
 @seed_option("Seed of --criterion random.")
 @recommended_option("the ratio")
 @output_options("ADAPTER-pruned-RATIO, beside ADAPTER")
 def command(
-    adapter: str,
-    ratio: float | None,
-    criterion: str,
-    scope: str,
-    seed: int,
-    recommended: str | None,
-    output: str | None,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
+    adapter: str, ratio: float | None, criterion: str, scope: str, seed: int, recommended: str | None, output: Output
 ) -> None:
     """Set mean and σ of the least important weights of ADAPTER to 0.
 
@@ -57,15 +39,12 @@ def command(
     """
     from axolotl_ivon.posterior.posterior import Posterior
 
-    _, share = settings(recommended, ratio=ratio, default_ratio=0.1)
-    path = target([adapter], output, f"pruned-{share:g}", overwrite)
-    with Progress(quiet) as progress:
+    _, share = Point(recommended, prune_ratio=ratio).settings(default_ratio=0.1)
+    path = output.target([adapter], f"pruned-{share:g}")
+    with output.progress() as progress:
         posterior = Posterior.from_pretrained(adapter, progress).prune(share, criterion, scope, seed, progress)
-        posterior.save_pretrained(path, overwrite, progress)
+        posterior.save_pretrained(path, output.overwrite, progress)
         pruned, weights = sum(posterior.pruned().values()), posterior.mean.weights
-    if as_json:
-        facts = {"output": str(path), "ratio": share, "criterion": criterion, "scope": scope}
-        emit({**facts, "pruned": pruned, "weights": weights})
-        return
-    click.echo(f"{pruned:,} of {weights:,} weights are 0 ({pruned / max(weights, 1):.2%}), by {criterion}")
-    click.echo(path)
+    facts = {"output": str(path), "ratio": share, "criterion": criterion, "scope": scope}
+    told = f"{pruned:,} of {weights:,} weights are 0 ({pruned / max(weights, 1):.2%}), by {criterion}"
+    output.finish({**facts, "pruned": pruned, "weights": weights}, told, path)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from ._options import adapter_argument, dtype_option, output_options, recommended_option, seed_option, settings, target
-from ._progress import Progress
-from ._tables import emit
+from ._options import Output, Point, adapter_argument, dtype_option, output_options, point_options, seed_option
 
 
 @click.command("sample")
 @adapter_argument
 @click.option("-n", "members", type=int, default=8, show_default=True, help="How many adapters to draw.")
 @seed_option("Member k depends on the seed and k alone, on every machine.")
-@click.option("--tau", type=float, help="Temperature: σ/√τ, see `temper`.  [default: 1]")
-@click.option("--prune-ratio", type=float, help="Prune this share by |m|/σ first, see `prune`.  [default: 0]")
-@recommended_option("τ and the ratio")
+@point_options(
+    "Temperature: σ/√τ, see `temper`.  [default: 1]",
+    "Prune this share by |m|/σ first, see `prune`.  [default: 0]",
+)
 @dtype_option("Of the draws.  [default: as the mean]")
 @click.option("--include-mean", is_flag=True, help="Put the mean in as a member too, first.")
 @click.option(
@@ -25,19 +26,7 @@ from ._tables import emit
 )
 @output_options("ADAPTER-samples-N, beside ADAPTER")
 def command(
-    adapter: str,
-    members: int,
-    seed: int,
-    tau: float | None,
-    prune_ratio: float | None,
-    recommended: str | None,
-    dtype: str | None,
-    include_mean: bool,
-    serve: str | None,
-    output: str | None,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
+    adapter: str, members: int, seed: int, point: Point, serve: str | None, output: Output, **options: Any
 ) -> None:
     """Draw an ensemble from ADAPTER: a folder of complete PEFT adapters, sample-0000 and so on.
 
@@ -52,9 +41,9 @@ def command(
     from axolotl_ivon.posterior.posterior import Posterior
     from axolotl_ivon.posterior.sample import sample
 
-    temperature, ratio = settings(recommended, tau=tau, ratio=prune_ratio)
-    path = target([adapter], output, f"samples-{members}", overwrite)
-    with Progress(quiet) as progress:
+    tau, ratio = point.settings()
+    path = output.target([adapter], f"samples-{members}")
+    with output.progress() as progress:
         posterior = Posterior.from_pretrained(adapter, progress)
         if serve:
             from axolotl_ivon.generation.serve import Ensemble, served_rank
@@ -62,24 +51,13 @@ def command(
             served_rank(posterior.config)  # refused before anything is drawn
         if ratio:
             posterior = posterior.prune(ratio, progress=progress)
+        posterior = posterior.temper(tau)
         names = sample(
-            posterior.temper(temperature),
-            path,
-            members,
-            seed,
-            source=adapter,
-            dtype=dtype,
-            include_mean=include_mean,
-            overwrite=overwrite,
-            progress=progress,
+            posterior, path, members, seed, source=adapter, overwrite=output.overwrite, progress=progress, **options
         )
     served: dict[str, str] = {}
     if serve:
         ensemble = Ensemble(path)
         served = {"serve": ensemble.serve_command(), "serve_script": str(ensemble.write_serve_script())}
-    if as_json:
-        emit({"output": str(path), "seed": seed, "members": names, **served})
-        return
-    click.echo(f"{len(names)} adapters, seed {seed}")
-    for line in (path, *served.values()):
-        click.echo(line)
+    facts = {"output": str(path), "seed": seed, "members": names, **served}
+    output.finish(facts, f"{len(names)} adapters, seed {seed}", path, *served.values())

@@ -3,62 +3,41 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import Numbers, evaluation_options
-from ._progress import Progress, silence_libraries
-from ._tables import decimal, emit, is_wide, percent, print_table
+from ._options import Command, Numbers, Output, choice_option, evaluation_options, output_as_one
+from ._progress import silence_libraries
+from ._tables import decimal, is_wide, percent, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.evaluation.sweep import Sweep
 
 
+def _grid_option(name: str, default: str, text: str) -> Callable[[Command], Command]:
+    kind, plural = Numbers(), f"{name}s"
+    return click.option(f"--{name}", plural, type=kind, multiple=True, default=[default], show_default=True, help=text)
+
+
 @click.command("sweep")
 @evaluation_options
-@click.option(
-    "--tau",
-    "taus",
-    type=Numbers(),
-    multiple=True,
-    default=["0.25,0.5,1,2,4,inf"],
-    show_default=True,
-    help="Temperatures, with commas between; inf is the mean.",
-)
-@click.option(
-    "--ratio",
-    "ratios",
-    type=Numbers(),
-    multiple=True,
-    default=["0,0.1,0.3"],
-    show_default=True,
-    help="Pruning ratios, with commas between.",
-)
-@click.option(
-    "--objective",
-    type=click.Choice(["nll", "ece", "accuracy", "brier"]),
-    default="nll",
-    show_default=True,
-    help="What the recommended point is best in.",
-)
+@_grid_option("tau", "0.25,0.5,1,2,4,inf", "Temperatures, with commas between; inf is the mean.")
+@_grid_option("ratio", "0,0.1,0.3", "Pruning ratios, with commas between.")
+@choice_option("--objective", ["nll", "ece", "accuracy", "brier"], "What the recommended point is best in.")
 @click.option("--output", "-o", metavar="DIR", help="Where to write.  [default: ADAPTER-sweep]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier sweep there.")
+@output_as_one
 def command(
     adapter: str,
     data: tuple[str, ...],
     taus: tuple[tuple[float, ...], ...],
     ratios: tuple[tuple[float, ...], ...],
     objective: str,
-    samples: int,
-    seed: int,
-    batch_size: int | None,
-    draws_per_pass: int,
-    output: str | None,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
+    run: dict[str, Any],
+    output: Output,
     **loading: Any,
 ) -> None:
     """Evaluate ADAPTER over a grid of temperatures and pruning ratios, and recommend one point.
@@ -70,26 +49,23 @@ def command(
     \b
       ivon-post sweep adapter/ --data validation.jsonl --tau 0.5,1,2,inf --ratio 0,0.1,0.2
     """
-    folder = Path(output or f"{adapter.rstrip('/')}-sweep")
-    with Progress(quiet) as progress:
+    folder = Path(output.output or f"{adapter.rstrip('/')}-sweep")
+    with output.progress() as progress:
         progress.begin("loading the base model")
         silence_libraries()
         from axolotl_ivon.evaluation.evaluate import Evaluation, count_passes
         from axolotl_ivon.evaluation.report import check_output, save
-        from axolotl_ivon.evaluation.sweep import check_grid, number, sweep
+        from axolotl_ivon.evaluation.sweep import check_grid, sweep
 
         rows = check_grid([tau for group in taus for tau in group], [ratio for group in ratios for ratio in group])
-        check_output(folder, overwrite)
+        check_output(folder, output.overwrite)
         evaluation = Evaluation(adapter, data, rows=rows, **loading)
         result = sweep(
             evaluation,
             rows,
             objective,
-            seed,
-            samples=samples,
-            batch_size=batch_size,
-            draws_per_pass=draws_per_pass,
-            progress=progress.begin("evaluating", count_passes(rows, samples) * len(evaluation.items)),
+            **run,
+            progress=progress.begin("evaluating", count_passes(rows, run["samples"]) * len(evaluation.items)),
             notify=progress.notify,
         )
         progress.begin("drawing")
@@ -100,24 +76,16 @@ def command(
             "data": list(data),
             "task": evaluation.task,
             "choices": list(evaluation.choices),
-            "samples": samples,
-            "seed": seed,
+            "samples": run["samples"],
+            "seed": run["seed"],
         }
         files = save(result, folder, facts)
-    if as_json:
-        point = result.points[result.recommended]
-        emit(
-            {
-                "recommended": {"tau": number(point.tau), "ratio": point.ratio, "objective": objective},
-                "files": [str(path) for path in files],
-                **json.loads(files[0].read_text(encoding="utf-8")),
-            }
-        )
-        return
-    _print(result)
-    click.echo(_promise(result))
-    for path in files:
-        click.echo(path)
+    if not output.as_json:
+        _print(result)
+    written = json.loads(files[0].read_text(encoding="utf-8"))
+    recommended = {name: written[name] for name in ("tau", "ratio", "objective")}
+    document = {"recommended": recommended, "files": [str(path) for path in files], **written}
+    output.finish(document, _promise(result), *files)
 
 
 def _print(result: Sweep) -> None:

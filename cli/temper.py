@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ._options import adapter_argument, output_options, recommended_option, settings, target
-from ._progress import Progress
-from ._tables import emit
+from ._options import Output, Point, adapter_argument, output_options, recommended_option
 
 
 @click.command("temper")
@@ -14,15 +12,7 @@ from ._tables import emit
 @click.option("--tau", type=float, help="Temperature, > 0; inf gives the mean.  [required, unless --recommended]")
 @recommended_option("τ")
 @output_options("ADAPTER-tau-TAU, beside ADAPTER")
-def command(
-    adapter: str,
-    tau: float | None,
-    recommended: str | None,
-    output: str | None,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def command(adapter: str, tau: float | None, recommended: str | None, output: Output) -> None:
     """Divide σ of ADAPTER by √τ: 1 is the posterior as it is, above 1 it is narrower, inf is the mean alone.
 
     τ scales the effective sample size λ, as in the IVON-LoRA paper (arXiv 2506.14280). The earlier workshop paper
@@ -35,13 +25,9 @@ def command(
 
     if tau is None and recommended is None:
         raise IVONError("no temperature; give --tau, or --recommended")
-    value, _ = settings(recommended, tau=tau)
-    path = target([adapter], output, f"tau-{value:g}", overwrite)
-    with Progress(quiet) as progress:
+    value, _ = Point(recommended, tau).settings()
+    path = output.target([adapter], f"tau-{value:g}")
+    with output.progress() as progress:
         posterior = Posterior.from_pretrained(adapter, progress).temper(value)
-        posterior.save_pretrained(path, overwrite, progress)
-    if as_json:
-        emit({"output": str(path), "tau": posterior.metadata["tau"]})
-        return
-    click.echo(f"τ is {posterior.tau:g}")
-    click.echo(path)
+        posterior.save_pretrained(path, output.overwrite, progress)
+    output.finish({"output": str(path), "tau": posterior.metadata["tau"]}, f"τ is {posterior.tau:g}", path)

@@ -1,8 +1,8 @@
 """Chat data for evaluation: the JSONL that axolotl trains on, one conversation a line.
 
 A line holds `{"messages": [{"role": …, "content": …}, …]}`; `conversations` with `from`/`value` (the older
-ShareGPT spelling) is read as well, and `{"text": …, "label": …}` as a one-turn chat. What is asked is
-everything before the last assistant message, what is right is that message.
+ShareGPT spelling) is read as well, and `{"text": …, "label": …}` as a one-turn chat. The question is everything
+before the last assistant message; that message is the reference answer.
 """
 
 from __future__ import annotations

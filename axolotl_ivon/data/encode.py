@@ -63,8 +63,8 @@ def encode(
 def _render(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[str, str]:
     """Return what the chat template puts before and after the answer.
 
-    Found by rendering two answers, so that whatever the template writes before an answer in training (an
-    empty `<think>` block, say) is there; for most it is what `add_generation_prompt` gives.
+    Two answers are rendered: what both share before they differ is written before any answer in training. For most
+    templates it is what `add_generation_prompt` gives; others write more there (an empty `<think>` block, say).
     """
     from jinja2 import TemplateError
 

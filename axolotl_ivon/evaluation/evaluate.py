@@ -11,7 +11,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +22,14 @@ from ..data.chats import Example, detect_task, find_choices, read_examples
 from ..data.encode import Item, check_tokens, common_length, encode
 from ..errors import IVONError, parameter
 from ..models.load import load_model, load_tokenizer
-from ..models.swap import AdapterSlots, evaluating, stacked
+from ..models.swap import AdapterSlots, evaluating
 from ..posterior.open import open_posterior
+from ..posterior.posterior import Posterior
 from .metrics import Scores, entropy, metrics, standard_errors
 from .predict import Batch, Predictor
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-    from ..posterior.posterior import Posterior
 
 _AVERAGES = 2**28  # probabilities (of all rows together) that are kept at a time: 1 GiB in float32
 _MIN_PREFIX = 8  # a shorter common prefix is not worth its own pass
@@ -159,7 +157,7 @@ def evaluate(
                 if copies not in batches:
                     batches[copies] = predictor.batches(part, skip, copies)
                 average = averages[number]
-                with _weights(model, slots, rows[number], draws):
+                with model.disable_adapter() if rows[number].base else slots.drawn(draws):
                     prefix = predictor.prefix(items[0].ids[:skip], copies) if skip else None
                     for batch in batches[copies]:
                         for piece, probabilities in predictor.predict(batch, prefix, copies):
@@ -226,16 +224,6 @@ def _passes(
             yield number, ready
 
 
-def _weights(
-    model: PeftModel, slots: AdapterSlots, row: Row, draws: list[Mapping[str, Tensor]]
-) -> AbstractContextManager[None]:
-    if row.base:
-        return model.disable_adapter()
-    if len(draws) == 1:
-        return slots.loaded(draws[0])
-    return stacked(model, draws)
-
-
 class Evaluation:
     """An adapter with its base model in memory, and data files tokenised for it: ready to score rows.
 
@@ -260,7 +248,7 @@ class Evaluation:
         device: str = "auto",
         dtype: str = "auto",
     ) -> None:
-        """Read the data, then the adapter, then the base model: what fails sooner is tried first.
+        """Read the data, then the adapter, then the base model: a mistake shows before the slower steps.
 
         `task` is found by default: "classify" if the adapter has a classification head, else what the answers
         look like (`detect_task`). `limit` takes the first examples of each file only.
@@ -287,12 +275,7 @@ class Evaluation:
         self.task = task
         self.choices = find_choices(examples, choices) if task == "choice" else ()
         self.model = load_model(
-            folder,
-            base_model=base_model,
-            classify=task == "classify",
-            load_in=load_in,
-            device=device,
-            dtype=dtype,
+            folder, base_model=base_model, classify=task == "classify", load_in=load_in, device=device, dtype=dtype
         )
         config: Any = self.model.get_base_model().config
         self.base_model = str(config._name_or_path)
@@ -315,6 +298,16 @@ class Evaluation:
         tokens = self.model.get_input_embeddings().weight.shape[0]
         for item, example in zip(self.items, examples, strict=True):
             check_tokens(item.ids, tokens, example.source)
+
+    def meaningful(self, rows: Sequence[Row], notify: Callable[[str], None] = lambda message: None) -> list[Row]:
+        """Return `rows` without the base model where its classification head is untrained, which `notify` is told.
+
+        The trained head is then among the adapter's saved modules, and the base model's own is random.
+        """
+        if self.task != "classify" or not self.posterior.config.get("modules_to_save"):
+            return list(rows)
+        notify("no row for the base model: its classification head is not trained")
+        return [row for row in rows if not row.base]
 
     def run(self, rows: Sequence[Row], **options: Any) -> list[Scores]:
         """Return `evaluate`'s scores of every row; `options` are its own."""

@@ -39,17 +39,13 @@ class Scores:
 
     @classmethod
     def of(
-        cls,
-        probabilities: Tensor,
-        target: Tensor,
-        expected_entropy: Tensor | None = None,
-        group: Tensor | None = None,
+        cls, probabilities: Tensor, target: Tensor, expected_entropy: Tensor | None = None, group: Tensor | None = None
     ) -> Scores:
-        """Score predictive distributions (n, classes), averaged over draws or not, against `target` (n,),
-        int64.
+        """Score predictive distributions (n, classes), averaged over draws or not.
 
-        `expected_entropy` (n,) is the mean over draws of each draw's entropy; without draws it is the
-        entropy. The Brier score is the sum over classes, Σ_c (p_c − y_c)², between 0 and 2.
+        `target` (n,), int64, is the right class of each. `expected_entropy` (n,) is the mean over draws of each
+        draw's entropy; without draws it is the entropy. The Brier score is the sum over classes, Σ_c (p_c − y_c)²,
+        between 0 and 2.
         """
         right = probabilities.gather(1, target[:, None]).squeeze(1)
         confidence, guess = probabilities.max(dim=1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,7 +81,6 @@ def collate(items: Sequence[Item], first_slot: int, skip: int, pad: int, device:
     )
 
 
-@dataclass
 class Predictor:
     """Gives the probabilities of the loaded weights on items, in batches that fit the memory.
 
@@ -89,19 +88,12 @@ class Predictor:
         batch_size: prompts in a batch, or None to choose; halved when the memory runs out, which `notify` is told.
     """
 
-    model: PeftModel
-    task: str
-    batch_size: int | None
-    notify: Callable[[str], None]
-    device: torch.device = field(init=False)
-    tokens: int = field(init=False)
-    takes: Set[str] = field(init=False)  # the arguments of the base model's forward
-    ceiling: int = sys.maxsize  # tokens in a batch: lowered when the memory runs out
-
-    def __post_init__(self) -> None:
-        self.device = self.model.device
+    def __init__(self, model: PeftModel, task: str, batch_size: int | None, notify: Callable[[str], None]) -> None:
+        self.model, self.task, self.batch_size, self.notify = model, task, batch_size, notify
+        self.device = model.device
         self.tokens = _AUTO_TOKENS.get(self.device.type, _AUTO_TOKENS_ELSEWHERE)
-        self.takes = forward_parameters(self.model)
+        self.takes = forward_parameters(model)  # the arguments of the base model's forward
+        self.ceiling = sys.maxsize  # tokens in a batch: lowered when the memory runs out
 
     def classes(self, items: Sequence[Item]) -> int:
         """Return the number of classes of a distribution."""

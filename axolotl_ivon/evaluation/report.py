@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -21,10 +21,7 @@ from ..figures import BLUE, GREEN, GREY, VERMILION, save_figure
 from ..storage.atomic import new_file, output_folder
 from ..storage.format import write_json
 from .metrics import ECE_BINS, Scores, metrics
-from .sweep import RECOMMENDED_FILE, Sweep, number
-
-if TYPE_CHECKING:
-    from .sweep import GridPoint
+from .sweep import RECOMMENDED_FILE, GridPoint, Sweep, number
 
 
 def trade_off(result: Sweep) -> Figure:

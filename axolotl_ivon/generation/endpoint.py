@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import httpx
 
 from ..data.encode import Prompt
-from ..errors import IVONError, parameter
+from ..errors import IVONError, one_line, parameter
 from .plan import Output, Plan, random_bits
 
 _T = TypeVar("_T")
@@ -61,8 +61,9 @@ class EndpointEngine:
             with httpx.Client(**self._options) as client:
                 response = client.get("/models")
         except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
+            reason = one_line(error) or type(error).__name__
             raise IVONError(
-                f"{self._named}: no server answers there ({_reason(error)}); start it with serve.sh of the "
+                f"{self._named}: no server answers there ({reason}); start it with serve.sh of the "
                 "ensemble, or name another address"
             ) from None
         self._refuse(response)
@@ -157,17 +158,13 @@ class EndpointEngine:
                 after = response.headers.get("Retry-After", "")
                 wait = min(_LONGEST_WAIT, float(after)) if after.isdecimal() else wait
             except httpx.RequestError as error:
-                problem = _reason(error)
+                problem = one_line(error) or type(error).__name__
             if attempt + 1 < _ATTEMPTS:
                 await asyncio.sleep(wait)
         raise IVONError(
             f"{self._named}: {_ATTEMPTS} attempts failed, the last with {problem}; what is done is kept: "
             "run the same command again when the server is well"
         )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _field(response: httpx.Response, take: Callable[[Any], _T], named: str) -> _T:

@@ -22,7 +22,13 @@ from .plan import Engine, Plan
 
 @dataclass(frozen=True)
 class Generated:
-    """What a run did: how many prompts the file has, how many of them were there, and what the others took."""
+    """What a run did.
+
+    Attributes:
+        prompts: how many prompts the file has outputs for.
+        resumed: for how many of them an earlier run had made the outputs.
+        tokens, seconds: what the others took, without the loading.
+    """
 
     prompts: int
     resumed: int

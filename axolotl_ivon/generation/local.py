@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -12,13 +11,12 @@ from ..data.encode import Prompt, check_tokens
 from ..errors import IVONError, parameter
 from ..models.forward import cache_name, forward_parameters, run_halving
 from ..models.swap import AdapterSlots, evaluating, stacked
+from ..posterior.posterior import Posterior
 from .plan import Output, Plan, random_bits
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-    from ..posterior.posterior import Posterior
 
 _T = TypeVar("_T")
 # Sequences that are decoded at once, unless told otherwise; out of memory halves it.
@@ -128,7 +126,7 @@ class TransformersEngine:
         found: list[list[Output]] = [[] for _ in prompts]
         with evaluating(self._model):
             for some in _slices(range(plan.members), members):
-                with self._weights(some):
+                with self._slots.drawn([self._draw(member) for member in some]):
                     decoded = {
                         key: output
                         for part in _slices(range(len(prompts)), together)
@@ -139,10 +137,6 @@ class TransformersEngine:
                     for member in some:
                         own += [decoded[member, index, j % plan.distinct] for j in range(plan.per_member)]
         return found
-
-    def _weights(self, members: Sequence[int]) -> AbstractContextManager[None]:
-        draws = [self._draw(member) for member in members]
-        return self._slots.loaded(draws[0]) if len(draws) == 1 else stacked(self._model, draws)
 
     def _draw(self, member: int) -> Mapping[str, torch.Tensor]:
         if member in self._draws:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from collections.abc import Callable, Sequence
@@ -90,38 +91,37 @@ def _excerpt(text: str) -> str:
 Utility = Callable[[Sequence[str], Sequence[str]], "np.ndarray"]
 
 
+def _pairwise(score: Callable[[str, str], float]) -> Utility:
+    """Return the utility that scores each hypothesis against its reference by itself."""
+    return lambda hypotheses, references: np.array(
+        [score(hypothesis, reference) for hypothesis, reference in zip(hypotheses, references, strict=True)], float
+    )
+
+
 def exact(answers: Answers) -> Utility:
-    def equal(hypotheses: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        held = {text: answers(text) for text in {*hypotheses, *references}}
-        pairs = zip(hypotheses, references, strict=True)
-        return np.array([held[h] is not None and held[h] == held[r] for h, r in pairs], float)
+    """Return the utility that is 1 where both texts have one answer, and the same."""
+    answer = functools.cache(answers)
 
-    return equal
+    def equal(hypothesis: str, reference: str) -> bool:
+        return answer(hypothesis) is not None and answer(hypothesis) == answer(reference)
+
+    return _pairwise(equal)
 
 
-def _sacrebleu(metric: str) -> Callable[[Answers], Utility]:
-    def make(_: Answers) -> Utility:
-        module = _import("sacrebleu.metrics", "sacrebleu", metric.lower())
-        # A short sentence may have no 4-grams at all: effective_order leaves those orders out.
-        scorer = module.BLEU(effective_order=True) if metric == "BLEU" else module.CHRF()
+def _bleu(_: Answers) -> Utility:
+    # A short sentence may have no 4-grams at all: effective_order leaves those orders out.
+    scorer = _import("sacrebleu.metrics", "sacrebleu", "bleu").BLEU(effective_order=True)
+    return _pairwise(lambda hypothesis, reference: scorer.sentence_score(hypothesis, [reference]).score / 100)
 
-        def score(hypotheses: Sequence[str], references: Sequence[str]) -> np.ndarray:
-            pairs = zip(hypotheses, references, strict=True)
-            return np.array([scorer.sentence_score(h, [r]).score / 100 for h, r in pairs])
 
-        return score
-
-    return make
+def _chrf(_: Answers) -> Utility:
+    scorer = _import("sacrebleu.metrics", "sacrebleu", "chrf").CHRF()
+    return _pairwise(lambda hypothesis, reference: scorer.sentence_score(hypothesis, [reference]).score / 100)
 
 
 def _rouge(_: Answers) -> Utility:
     scorer = _import("rouge_score.rouge_scorer", "rouge-score", "rouge").RougeScorer(["rougeL"], use_stemmer=True)
-
-    def score(hypotheses: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        pairs = zip(hypotheses, references, strict=True)
-        return np.array([scorer.score(r, h)["rougeL"].fmeasure for h, r in pairs])
-
-    return score
+    return _pairwise(lambda hypothesis, reference: scorer.score(reference, hypothesis)["rougeL"].fmeasure)
 
 
 def _bertscore(_: Answers) -> Utility:
@@ -139,8 +139,8 @@ def _bertscore(_: Answers) -> Utility:
 # bertscore: F of BERTScore for English.
 UTILITIES: dict[str, Callable[[Answers], Utility]] = {
     "exact": exact,
-    "bleu": _sacrebleu("BLEU"),
-    "chrf": _sacrebleu("CHRF"),
+    "bleu": _bleu,
+    "chrf": _chrf,
     "rouge": _rouge,
     "bertscore": _bertscore,
 }

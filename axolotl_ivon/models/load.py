@@ -79,7 +79,7 @@ def load_model(
     if dtype not in ("auto", *DTYPES):
         raise IVONError(f"{parameter('dtype')} {dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
     place = pick_device(device)
-    # Said outright, or transformers asks on the terminal whether to run a model's own code.
+    # Without trust_remote_code=False transformers asks on the terminal whether to run a model's own code.
     options: dict[str, Any] = {"device_map": {"": place}, "trust_remote_code": False}
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
@@ -100,7 +100,7 @@ def load_model(
     _resize_embeddings(base, Path(adapter))
     try:
         with warnings.catch_warnings():
-            # PEFT only warns of keys that it misses; AdapterSlots.check below refuses them.
+            # PEFT only warns of keys that it misses; `AdapterSlots.check`, which callers run, refuses them.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base, str(adapter), torch_device=str(place))
     except Exception as error:  # a wrong value in the configuration can make PEFT raise anything
@@ -181,6 +181,6 @@ def _reason(error: BaseException) -> str:
     if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
         return f"{type(error).__name__}: {' '.join(str(error).split())}"  # the message alone says little
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A size mismatch comes as a headline and one line per tensor: the first tensor says more.
+    # A size mismatch comes as a headline and one line per tensor; the first tensor's line says more.
     line = next((line for line in lines if line.startswith("size mismatch")), lines[0] if lines else "no message")
     return line.rstrip(".")

@@ -48,21 +48,14 @@ def merge(
     if kind not in ("CAUSAL_LM", "SEQ_CLS"):
         raise IVONError(f"{adapter.folder} has task_type {kind}; merge knows CAUSAL_LM and SEQ_CLS")
 
-    def step(doing: str, count: int = 0) -> None:
-        if progress:
-            progress(doing, count, 1)
-
+    tell = progress or (lambda doing, count, total: None)
     with new_folder(Path(folder), overwrite, [adapter.folder, *filter(Path.is_dir, [Path(base)])]) as new:
-        step("loading the base model")
+        tell("loading the base model", 0, 1)
         model = load_model(
-            adapter.folder,
-            base_model=base,
-            classify=kind == "SEQ_CLS",
-            device="cpu",
-            dtype=dtype or _own_dtype(base),
+            adapter.folder, base_model=base, classify=kind == "SEQ_CLS", device="cpu", dtype=dtype or _own_dtype(base)
         )
-        step("loading the base model", 1)
-        step("merging")
+        tell("loading the base model", 1, 1)
+        tell("merging", 0, 1)
         slots = AdapterSlots(model)
         slots.check(tensors)
         slots.write(tensors)
@@ -70,8 +63,8 @@ def merge(
             merged = model.merge_and_unload(safe_merge=True)
         except (RuntimeError, ValueError) as error:  # NaN in a merged weight, or a kind of layer that cannot be merged
             raise IVONError(f"{adapter.folder} cannot be merged ({one_line(error)})") from error
-        step("merging", 1)
-        step("writing")
+        tell("merging", 1, 1)
+        tell("writing", 0, 1)
         try:
             merged.save_pretrained(new, max_shard_size=max_shard_size)
         except SafetensorError as error:  # its writer does not raise OSError when the disk is full
@@ -81,14 +74,11 @@ def merge(
         else:
             with contextlib.suppress(IVONError):  # a model without a tokenizer is a model
                 load_tokenizer(adapter.folder, base).save_pretrained(new)
-        step("writing", 1)
+        tell("writing", 1, 1)
 
 
 def choose_weights(
-    adapter: Adapter,
-    prune_ratio: float | None = None,
-    sample_seed: int | None = None,
-    progress: Progress | None = None,
+    adapter: Adapter, prune_ratio: float | None = None, sample_seed: int | None = None, progress: Progress | None = None
 ) -> Tensors:
     """Return what `merge` may be given: the mean, or member 0 of the draws with a seed, pruned first if asked.
 

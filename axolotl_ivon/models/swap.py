@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ class AdapterSlots:
     def __init__(self, model: PeftModel, adapter_name: str = "default") -> None:
         from peft import get_peft_model_state_dict
 
+        self._model, self._adapter_name = model, adapter_name
         # Not state_dict(): quantized layers pack and copy there, and these must be the parameters themselves.
         live: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         live |= dict(model.named_buffers(remove_duplicate=False))
@@ -68,6 +70,10 @@ class AdapterSlots:
             yield
         finally:
             self.write(before)
+
+    def drawn(self, draws: Sequence[Mapping[str, Tensor]]) -> AbstractContextManager[None]:
+        """Run one draw, which may be of any kind, or several in one batch as `stacked` does, inside the block."""
+        return self.loaded(draws[0]) if len(draws) == 1 else stacked(self._model, draws, self._adapter_name)
 
 
 @contextlib.contextmanager
@@ -149,7 +155,7 @@ def _replaced_forward(module: Any, forward: Any) -> Iterator[None]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model in evaluation mode without gradients inside the block, and back as it was afterwards.
 
-    Back module by module, and with the parameters' `requires_grad`, which PEFT's `disable_adapter` changes.
+    Each module gets its own mode back, and each parameter its `requires_grad`, which PEFT's `disable_adapter` changes.
     """
     training = [module for module in model.modules() if module.training]
     gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}

@@ -91,3 +91,13 @@ def test_stages_end_when_the_next_begins_and_can_be_described(terminal: None) ->
         first, second = progress._bars.tasks
         assert (first.finished, second.completed, second.description) == (True, 1, "generating, 7 tokens/s")
         assert progress.seconds("generating") >= 0
+
+
+def test_a_quiet_run_is_timed_and_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(quiet=True) as progress:
+        advance = progress.begin("generating", 2)
+        advance(1)
+        progress.describe("generating", "generating, 1 tokens/s")
+        assert progress.seconds("generating") >= 0
+        advance(1)
+    assert capsys.readouterr() == ("", "")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.data.chats import Example, detect_task, find_choices, read_examples, read_lines
+from axolotl_ivon.data.chats import Example, detect_task, find_choices, read_chats, read_examples, read_lines
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXT})
@@ -142,3 +142,39 @@ def test_any_line_file_is_read_alike(tmp_path: Path, content: bytes | None, mess
     with pytest.raises(IVONError, match=message) as caught:
         list(read_lines(path, "given"))
     assert caught.value.parameter in ("given", None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"messages": [{"role": "assistant", "content": "A"}]}', "p.jsonl:1: no user turn"),
+        ('{"messages": [{"role": "system", "content": "A"}]}', "p.jsonl:1: no user turn"),
+        ('{"messages": []}', "p.jsonl:1: no user turn"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "p.jsonl:1: holds half a surrogate pair"),
+        ("{", "p.jsonl:1: not JSON"),
+        ("9" * 5000, "p.jsonl:1: not JSON"),
+        ("[" * 99999, "p.jsonl:1: not JSON"),
+        ("[1]", "p.jsonl:1: not a JSON object"),
+        ('{"text": 1}', "p.jsonl:1: no list `messages`"),
+        ("", "the file is empty"),
+    ],
+)
+def test_a_wrong_prompts_file_is_told(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(IVONError) as error:
+        read_chats(tmp_path / "p.jsonl")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_or_binary_prompts_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(IVONError, match=r"prompts .*no.jsonl: cannot be read"):
+        read_chats(tmp_path / "no.jsonl")
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(IVONError, match="not UTF-8"):
+        read_chats(tmp_path / "b.jsonl")
+
+
+def test_a_limit_takes_the_first_prompts(tmp_path: Path) -> None:
+    path = write(tmp_path, chat("A", "one?"), chat("B", "two?"))
+    assert [prompt.source for prompt in read_chats(path, 1)] == [f"{path}:1"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.data.chats import Example
-from axolotl_ivon.data.encode import check_tokens, encode
+from axolotl_ivon.data.chats import Example, read_chats
+from axolotl_ivon.data.encode import check_tokens, encode, render
 
 
 def example(answer: str, question: str = "red sun") -> Example:
@@ -85,3 +86,22 @@ def test_tokens_that_the_model_lacks_are_named() -> None:
     check_tokens([0, 6], 7, "f:1")
     with pytest.raises(IVONError, match="f:1: token 7 is new to the base model, which has 7"):
         check_tokens([7, 0], 7, "f:1")
+
+
+def test_prompts_are_what_the_template_puts_before_an_answer(tmp_path: Path, tiny_llama: Path) -> None:
+    turns = [
+        {"role": "system", "content": "be good"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    path = tmp_path / "chats.jsonl"
+    answered = {"conversations": [{"from": "human", "value": "sun"}, {"from": "gpt", "value": "moon"}]}
+    path.write_text("\n".join([json.dumps({"messages": turns}), "", json.dumps(answered)]) + "\n")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    open_ended, closed = render(tokenizer, read_chats(path))
+    expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert (open_ended.text, open_ended.reference, open_ended.source) == (expected, None, f"{path}:1")
+    assert open_ended.ids == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert (closed.reference, closed.source) == ("moon", f"{path}:3")
+    assert "moon" not in closed.text

@@ -209,39 +209,6 @@ def test_an_interrupted_evaluation_leaves_the_model_too(evaluation: Evaluation) 
     assert torch.is_grad_enabled()
 
 
-def test_out_of_memory_halves_the_batch(
-    evaluation: Evaluation, scores: list[Scores], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes: list[int] = []
-    forward = evaluation.model.forward
-
-    def small(**inputs: Tensor) -> object:
-        if len(inputs["input_ids"]) > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        sizes.append(len(inputs["input_ids"]))
-        return forward(**inputs)
-
-    monkeypatch.setattr(evaluation.model, "forward", small)
-    told: list[str] = []
-    close(evaluation.run(ROWS, samples=3, seed=5, notify=told.append), scores)
-    assert told[0].startswith("out of memory with 24 prompts in a batch; going on with 12")
-    assert len(told) <= 4  # what was learned is remembered in the later batches and passes
-    monkeypatch.setattr(evaluation.model, "forward", lambda **_: small(input_ids=torch.zeros(99, 1)))
-    with pytest.raises(IVONError, match="out of memory with a single prompt"):
-        evaluation.run(ROWS, samples=3)
-
-
-def test_other_errors_of_the_model_are_not_taken_for_memory(
-    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(**_: Tensor) -> None:
-        raise RuntimeError("shape mismatch")
-
-    monkeypatch.setattr(evaluation.model, "forward", broken)
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        evaluation.run(ROWS)
-
-
 # --- loading ----------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +297,9 @@ def test_tokens_that_training_added(tmp_path: Path, tiny_llama: Path, chats: Pat
 def test_the_task_follows_from_adapter_and_choices(adapter: Path, chats: Path, tmp_path: Path) -> None:
     path = tmp_path / "one.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "dog cat"}]}\n')
-    assert Evaluation(adapter, [path]).task == "generate"
+    evaluation = Evaluation(adapter, [path])
+    assert evaluation.task == "generate"
+    assert evaluation.meaningful([Row("base", base=True)]) == [Row("base", base=True)]
     assert Evaluation(adapter, [path], choices=["dog cat", "bird"]).task == "choice"
     with pytest.raises(IVONError, match=r"task classify: .* was trained without a classification head"):
         Evaluation(adapter, [chats], task="classify")
@@ -367,6 +336,9 @@ def test_a_classification_head(tmp_path: Path, tiny_llama: Path) -> None:
         place = mean_scores.group.tolist().index(index)
         assert mean_scores.nll[place].item() == pytest.approx(-p[index % 3].log().item(), rel=1e-4)
     assert (drawn.entropy > drawn.expected_entropy).all()
+    told: list[str] = []
+    assert evaluation.meaningful([Row("base", base=True), *rows], told.append) == rows
+    assert told == ["no row for the base model: its classification head is not trained"]
     path.write_text('{"text": "x", "label": 3}\n')
     with pytest.raises(IVONError, match="the label '3' is neither one of the model's"):
         Evaluation(tmp_path / "head", [path])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from tiny import write_chats
-from transformers import AutoModelForCausalLM, AutoTokenizer, TopPLogitsWarper
+from transformers import AutoModelForCausalLM, TopPLogitsWarper
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_chats
@@ -242,57 +241,3 @@ def test_shrinking_keeps_what_is_alive_and_equal_shares(shape: tuple[int, int], 
     shares = [row // each for row in rows]
     assert shares == sorted(shares)
     assert len({shares.count(member) for member in range(members)}) == 1
-
-
-# --- prompts ------------------------------------------------------------------------------------------------------
-
-
-def test_prompts_are_what_the_template_puts_before_an_answer(tmp_path: Path, tiny_llama: Path) -> None:
-    turns = [
-        {"role": "system", "content": "be good"},
-        {"role": "user", "content": "one"},
-        {"role": "assistant", "content": "two"},
-        {"role": "user", "content": "three"},
-    ]
-    path = tmp_path / "chats.jsonl"
-    answered = {"conversations": [{"from": "human", "value": "sun"}, {"from": "gpt", "value": "moon"}]}
-    path.write_text("\n".join([json.dumps({"messages": turns}), "", json.dumps(answered)]) + "\n")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    open_ended, closed = render(tokenizer, read_chats(path))
-    expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert (open_ended.text, open_ended.reference, open_ended.source) == (expected, None, f"{path}:1")
-    assert open_ended.ids == tokenizer(expected, add_special_tokens=False)["input_ids"]
-    assert (closed.reference, closed.source) == ("moon", f"{path}:3")
-    assert "moon" not in closed.text
-    assert len(read_chats(path, 1)) == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"messages": [{"role": "assistant", "content": "A"}]}', "p.jsonl:1: no user turn"),
-        ('{"messages": [{"role": "system", "content": "A"}]}', "p.jsonl:1: no user turn"),
-        ('{"messages": []}', "p.jsonl:1: no user turn"),
-        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "p.jsonl:1: holds half a surrogate pair"),
-        ("{", "p.jsonl:1: not JSON"),
-        ("9" * 5000, "p.jsonl:1: not JSON"),
-        ("[" * 99999, "p.jsonl:1: not JSON"),
-        ("[1]", "p.jsonl:1: not a JSON object"),
-        ('{"text": 1}', "p.jsonl:1: no list `messages`"),
-        ("", "the file is empty"),
-    ],
-)
-def test_a_wrong_prompts_file_is_told(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "p.jsonl").write_text(content)
-    with pytest.raises(IVONError) as error:
-        read_chats(tmp_path / "p.jsonl")
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_or_binary_prompts_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(IVONError, match=r"prompts .*no.jsonl: cannot be read"):
-        read_chats(tmp_path / "no.jsonl")
-    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(IVONError, match="not UTF-8"):
-        read_chats(tmp_path / "b.jsonl")
