@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
+from transformers import Trainer
 
 from ..defaults import DEFAULTS
 from ..errors import IVONError, parameter
@@ -18,9 +19,6 @@ from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean,
 from .presets import preset as find_preset
 from .processes import check_sharding
 from .trainer import PosteriorTrainerMixin
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 
 def attach(

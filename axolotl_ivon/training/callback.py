@@ -6,19 +6,16 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ..optim.ivon import Skipped
 from .presets import rates
 from .processes import agree_on_gradients, average
 from .sharded import ReplicatedAdapter
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import Trainer
 
 LOG = logging.getLogger(__name__)
 

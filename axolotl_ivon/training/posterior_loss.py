@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Trainer
 
 from ..errors import IVONError, parameter
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from transformers import Trainer
-
-    from ..optim.ivon import IVONLoRA
+from ..optim.ivon import IVONLoRA
 
 
 def posterior_loss(trainer: Trainer, optimizer: IVONLoRA, dataloader: Iterable[Any], samples: int) -> float:
