@@ -190,7 +190,7 @@ def _shared_prior(posteriors: Sequence[Parts]) -> float:
 
 
 def _concatenated(posteriors: Sequence[Parts], share: Sequence[float]) -> Parts:
-    parts: dict[str, list[tuple[int, str]]] = {}  # key of the result -> (posterior, its key)
+    owners: dict[str, list[int]] = {}  # which posteriors have a factor
     for i, q in enumerate(posteriors):
         for name in _NOT_LOW_RANK:
             if q.config.get(name):
@@ -203,11 +203,11 @@ def _concatenated(posteriors: Sequence[Parts], share: Sequence[float]) -> Parts:
         for key in q.mean:
             if not _FACTOR.match(key):
                 raise IVONError(f"method cat combines LoRA factors only, and {key} is none; use precision or linear")
-            parts.setdefault(key, []).append((i, key))
+            owners.setdefault(key, []).append(i)
     specs: dict[str, Spec] = {}
-    for key, found in parts.items():
+    for key, found in owners.items():
         axis = _axis(key)
-        shapes = [posteriors[i].mean.specs[key][1] for i, _ in found]
+        shapes = [posteriors[i].mean.specs[key][1] for i in found]
         if flat := [each for each in shapes if len(each) < 2]:
             raise IVONError(f"method cat combines matrices, and {key} has shape {list(flat[0])}")
         rests = {shape[:axis] + shape[axis + 1 :] for shape in shapes}
@@ -217,32 +217,31 @@ def _concatenated(posteriors: Sequence[Parts], share: Sequence[float]) -> Parts:
             )
         shape = list(shapes[0])
         shape[axis] = sum(each[axis] for each in shapes)
-        specs[key] = (posteriors[found[0][0]].mean.specs[key][0], tuple(shape))
+        specs[key] = (posteriors[found[0]].mean.specs[key][0], tuple(shape))
 
-    def joined(key: str, read: Callable[[Parts, str], np.ndarray], sign: bool) -> np.ndarray:
+    def joined(key: str, values_of: Callable[[Parts], np.ndarray]) -> np.ndarray:
         pieces = []
-        for i, own in parts[key]:
-            values = read(posteriors[i], own)
-            if _axis(key) == 0:
-                factor = share[i] * _scaling(posteriors[i], own)
-                values = values * np.float32(factor if sign else abs(factor))
+        for i in owners[key]:
+            values = values_of(posteriors[i])
+            if _axis(key) == 0:  # the factor A alone takes the scaling of B·A
+                values = values * np.float32(share[i] * _scaling(posteriors[i], key))
             pieces.append(values)
         return np.concatenate(pieces, axis=_axis(key))
 
-    sigma = {key: ("F32", shape) for key, (_, shape) in specs.items()}
-    return Parts(
-        Tensors(specs, lambda key: joined(key, lambda q, own: q.mean.float32(own), True).astype(NUMPY[specs[key][0]])),
-        Tensors(sigma, lambda key: joined(key, lambda q, own: q.sigma.raw(own), False)),
-        _header(posteriors, "cat"),
-        _concatenated_config(posteriors, specs),
-    )
+    def mean(key: str) -> np.ndarray:
+        return joined(key, lambda q: q.mean.float32(key)).astype(NUMPY[specs[key][0]])
+
+    def sigma(key: str) -> np.ndarray:
+        return np.abs(joined(key, lambda q: q.sigma.raw(key)))  # a weight may be negative
+
+    sigma_specs = {key: ("F32", shape) for key, (_, shape) in specs.items()}
+    config = _concatenated_config(posteriors, specs)
+    return Parts(Tensors(specs, mean), Tensors(sigma_specs, sigma), _header(posteriors, "cat"), config)
 
 
 def _axis(key: str) -> int:
     """Return the axis of a factor that is the rank: the rows of A, the columns of B."""
-    match = _FACTOR.match(key)
-    assert match
-    return 0 if match[2] == "A" else 1
+    return 0 if key.endswith(".lora_A.weight") else 1
 
 
 def _scaling(q: Parts, key: str) -> float:

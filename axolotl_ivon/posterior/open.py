@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import IVONError, parameter
 from ..storage.format import SIGMA_FILE
 from .adapter import Adapter
 from .posterior import Posterior
+from .tensors import Tensors
 
 
 def open_posterior(adapter: str | Path, mean_only: bool = False) -> Posterior:
@@ -24,7 +27,6 @@ def open_posterior(adapter: str | Path, mean_only: bool = False) -> Posterior:
             f"{adapter} has no {SIGMA_FILE}, so there are no draws and no pruning; evaluate it with "
             f"{parameter('rows')} base,mean"
         )
-    import torch
-
-    sigma = {key: torch.zeros(shape) for key, (_, shape) in held.mean.specs.items()}
-    return Posterior(held.mean, sigma, {}, held.config, folder=held.folder)
+    specs = {key: ("F32", shape) for key, (_, shape) in held.mean.specs.items()}
+    zeros = Tensors(specs, lambda key: np.zeros(specs[key][1], np.float32))
+    return Posterior(held.mean, zeros, {}, held.config, folder=held.folder)
