@@ -24,7 +24,7 @@ from ..data.encode import Item, check_tokens, common_length, encode
 from ..errors import IVONError, parameter
 from ..models.load import load_model, load_tokenizer
 from ..models.swap import AdapterSlots, evaluating, stacked
-from ..posterior.open import open_posterior
+from ..posterior.posterior import open_posterior
 from .metrics import Scores, entropy, metrics, standard_errors
 from .predict import Batch, Predictor
 

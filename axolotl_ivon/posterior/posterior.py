@@ -24,7 +24,7 @@ from ..storage.atomic import new_folder
 from ..storage.dtypes import NUMPY
 from ..storage.format import CONFIG_FILE, MEAN_FILE, SIGMA_FILE, copy_companions, write_json
 from .adapter import Adapter, check_sigma, modules, write_sigma
-from .combine import Parts, combine
+from .combine import combine
 from .prune import pruning_masks
 from .tensors import Progress, Tensors, fingerprint, write_tensors
 
@@ -278,9 +278,27 @@ class Posterior:
         weights: Sequence[float] | None = None,
     ) -> Posterior:
         """Return one posterior made of several over the same base model; see `posterior.combine.combine`."""
-        combined = combine([Parts(q.mean, q.sigma, q.metadata, q.config) for q in posteriors], method, weights)
         inputs = [folder for q in posteriors for folder in q.inputs]
-        return cls(*combined, folder=posteriors[0].folder, inputs=inputs)
+        return cls(*combine(posteriors, method, weights), folder=posteriors[0].folder, inputs=inputs)
+
+
+def open_posterior(adapter: str | Path, mean_only: bool = False) -> Posterior:
+    """Read an adapter; one without σ serves as a posterior without width where no more than the mean is wanted.
+
+    Raises:
+        IVONError: the adapter cannot be read, or has no σ and more than the mean is wanted.
+    """
+    held = Adapter(adapter)
+    if held.sigma is not None:
+        return Posterior.from_pretrained(adapter)
+    if not mean_only:
+        raise IVONError(
+            f"{adapter} has no {SIGMA_FILE}, so there are no draws and no pruning; evaluate it with "
+            f"{parameter('rows')} base,mean"
+        )
+    specs = {key: ("F32", shape) for key, (_, shape) in held.mean.specs.items()}
+    zeros = Tensors(specs, lambda key: np.zeros(specs[key][1], np.float32))
+    return Posterior(held.mean, zeros, {}, held.config, folder=held.folder)
 
 
 def _find_aliases(mean: Tensors, sigma: Tensors, digests: Mapping[str, str]) -> dict[str, str]:

@@ -41,7 +41,7 @@ def in_threads(work: Callable[[str], _T], keys: Iterable[str]) -> Generator[_T]:
 
 def as_float32(raw: np.ndarray) -> np.ndarray:
     """Return the values of a raw array as float32; float32 itself is not copied."""
-    with np.errstate(over="ignore"):  # infinite then, as it says
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
         return raw.astype(np.float32, copy=False)
 
 

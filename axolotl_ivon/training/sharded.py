@@ -113,9 +113,8 @@ class ReplicatedAdapter(TrainerCallback):
         saved = self.optimizer.state_dict()
         names = list(self.params)
         tensors = {
-            f"{name}/{key}": value.detach().cpu().contiguous()
+            f"{names[index]}/{key}": value.detach().cpu().contiguous()
             for index, values in saved["state"].items()
-            for name in [names[index]]
             for key, value in values.items()
         }
         draws = str(saved["param_groups"][0]["draws"])
