@@ -23,7 +23,7 @@ from .evaluation.evaluate import Row
 from .evaluation.sweep import read_recommended
 from .models.load import load_model, load_tokenizer
 from .models.swap import AdapterSlots
-from .posterior.open import open_posterior
+from .posterior.posterior import open_posterior
 
 Answers = TypeVar("Answers")
 

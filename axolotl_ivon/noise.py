@@ -31,7 +31,7 @@ def generator(*key: object) -> np.random.Generator:
 
 @functools.cache
 def quantiles() -> np.ndarray:
-    """Return the values that two of which, picked by 16 random bits each, add up to a normal: float32 [65536]."""
+    """Return a table, float32 [65536]: two of its values, picked by 16 random bits each, add up to a normal."""
     # The normal quantiles of the 65,536 values of 16 random bits, scaled so that the sum of two has variance 1.
     lower = np.array([NormalDist().inv_cdf((i + 0.5) / 2**16) for i in range(2**15)])
     table = np.concatenate([lower, -lower[::-1]])

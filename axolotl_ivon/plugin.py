@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OPTIMIZER = "ivon_lora"
 
-# Keys that act through an optimizer of their own, or on one that has what IVON has not, and the way out.
+# Keys that need another optimizer, or act on what IVON does not have; and the way out of each.
 _WITHOUT_EFFECT = {
     "loraplus_lr_ratio": "remove it: IVON's step is bounded for every weight by ivon_clip",
     "loraplus_lr_embedding": "remove it: IVON's step is bounded for every weight by ivon_clip",
@@ -77,9 +77,7 @@ class IVONLoRAPlugin(BasePlugin):
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
         """Return a name that transformers knows in the optimizer's place."""
-        if cfg.optimizer != OPTIMIZER:
-            return None
-        return {"optim": "adamw_torch"}
+        return {"optim": "adamw_torch"} if cfg.optimizer == OPTIMIZER else None
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
         """Put the optimizer, the sampling and the saving of σ into the training loop."""

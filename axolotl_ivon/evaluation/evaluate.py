@@ -23,8 +23,7 @@ from ..data.encode import Item, check_tokens, common_length, encode
 from ..errors import IVONError, parameter
 from ..models.load import load_model, load_tokenizer
 from ..models.swap import AdapterSlots, evaluating
-from ..posterior.open import open_posterior
-from ..posterior.posterior import Posterior
+from ..posterior.posterior import Posterior, open_posterior
 from .metrics import Scores, entropy, metrics, standard_errors
 from .predict import Batch, Predictor
 

@@ -14,8 +14,7 @@ from ..data.chats import read_chats
 from ..data.encode import render
 from ..models.load import base_model_name, load_model, load_tokenizer
 from ..posterior.adapter import mean_sha256
-from ..posterior.open import open_posterior
-from ..posterior.posterior import Posterior
+from ..posterior.posterior import Posterior, open_posterior
 from .nbest import NBestFile
 from .plan import Engine, Plan
 

@@ -182,14 +182,19 @@ def save_sigma(folder: str | os.PathLike[str], sigma: Mapping[str, torch.Tensor]
     held = Tensors.of({key: value.float() for key, value in sigma.items()})
     _check_names(target, mean, held)
     check_sigma(target, held)
+    with new_file(target) as path:
+        write_sigma(path, held, {"tau": "1.0", "pruned_ratio": "0.0", **facts}, mean_sha256(mean))
+
+
+def write_sigma(
+    path: Path, sigma: Tensors, facts: Mapping[str, str], mean_fingerprint: str, progress: Progress | None = None
+) -> None:
+    """Write σ with the facts of its header, to which format, version and the fingerprint of its mean are added."""
     header = {
-        "tau": "1.0",
-        "pruned_ratio": "0.0",
         **facts,
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "library_version": version("axolotl-ivon"),
-        "mean_sha256": mean_sha256(mean),
+        "mean_sha256": mean_fingerprint,
     }
-    with new_file(target) as path:
-        write_tensors(path, held, header)
+    write_tensors(path, sigma, header, progress)

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,8 +17,13 @@ from ..errors import IVONError, parameter
 from ..storage.dtypes import NUMPY
 from .tensors import Spec, Tensors
 
+if TYPE_CHECKING:
+    from .posterior import Posterior
+
 METHODS = ("precision", "linear", "cat")
 _BLOCK = 2**15
+
+Parts = tuple[Tensors, Tensors, dict[str, str], dict[str, Any]]  # mean, σ, header and configuration
 
 # What must agree for a weight of one adapter to mean the same as that weight of another.
 _MEANING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
@@ -29,21 +34,9 @@ _NOT_LOW_RANK = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_in
 _FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight$")
 
 
-class Parts(NamedTuple):
-    """What a posterior is made of: mean and σ by name, the header, adapter_config.json."""
-
-    mean: Tensors
-    sigma: Tensors
-    metadata: dict[str, str]
-    config: dict[str, Any]
-
-    @property
-    def tau(self) -> float:
-        """The temperature: σ was divided by its root."""
-        return float(self.metadata.get("tau", "1.0"))
-
-
-def combine(posteriors: Sequence[Parts], method: str = "precision", weights: Sequence[float] | None = None) -> Parts:
+def combine(
+    posteriors: Sequence[Posterior], method: str = "precision", weights: Sequence[float] | None = None
+) -> Parts:
     """Return the parts of one posterior made of several over the same base model; `Posterior.combine` wraps it.
 
     "precision": the product of the Gaussians. Precisions 1/σ² are added, means are weighted by them. A prior that
@@ -83,7 +76,7 @@ def combine(posteriors: Sequence[Parts], method: str = "precision", weights: Seq
     return _concatenated(posteriors, share) if method == "cat" else _elementwise(posteriors, method, share)
 
 
-def _header(posteriors: Sequence[Parts], method: str) -> dict[str, str]:
+def _header(posteriors: Sequence[Posterior], method: str) -> dict[str, str]:
     """Return the header of the result: what all agree on; effective and real data sizes add up with precisions."""
     first = posteriors[0].metadata
     facts = {key: value for key, value in first.items() if all(q.metadata.get(key) == value for q in posteriors)}
@@ -97,7 +90,7 @@ def _header(posteriors: Sequence[Parts], method: str) -> dict[str, str]:
     return {"tau": "1.0", "pruned_ratio": "0.0", **facts, "combined": f"{method} of {len(posteriors)}"}
 
 
-def _elementwise(posteriors: Sequence[Parts], method: str, share: Sequence[float]) -> Parts:
+def _elementwise(posteriors: Sequence[Posterior], method: str, share: Sequence[float]) -> Parts:
     first = posteriors[0]
     fix = "method cat combines adapters of different ranks and targets"
     for q in posteriors[1:]:
@@ -132,7 +125,7 @@ def _elementwise(posteriors: Sequence[Parts], method: str, share: Sequence[float
 
     specs = {key: ("F32", shape) for key, (_, shape) in first.mean.specs.items()}
     facts = _header(posteriors, method)
-    return Parts(Tensors(first.mean.specs, mean), Tensors(specs, sigma), facts, dict(first.config))
+    return Tensors(first.mean.specs, mean), Tensors(specs, sigma), facts, dict(first.config)
 
 
 def _blockwise(function: Callable[..., np.ndarray], arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -180,7 +173,7 @@ def _check_no_contradiction(key: str, means: Sequence[np.ndarray], sigmas: Seque
             raise IVONError(f"σ is 0 in two posteriors at different means of {key}; combine with method linear")
 
 
-def _shared_prior(posteriors: Sequence[Parts]) -> float:
+def _shared_prior(posteriors: Sequence[Posterior]) -> float:
     """Return the precision λ·δ·τ of a prior that all posteriors share, or 0."""
     try:
         found = {float(q.metadata["ess"]) * float(q.metadata["prior"]) * q.tau for q in posteriors}
@@ -189,8 +182,8 @@ def _shared_prior(posteriors: Sequence[Parts]) -> float:
     return found.pop() if len(found) == 1 else 0.0
 
 
-def _concatenated(posteriors: Sequence[Parts], share: Sequence[float]) -> Parts:
-    parts: dict[str, list[tuple[int, str]]] = {}  # key of the result -> (posterior, its key)
+def _concatenated(posteriors: Sequence[Posterior], share: Sequence[float]) -> Parts:
+    owners: dict[str, list[int]] = {}  # which posteriors have a factor
     for i, q in enumerate(posteriors):
         for name in _NOT_LOW_RANK:
             if q.config.get(name):
@@ -203,11 +196,11 @@ def _concatenated(posteriors: Sequence[Parts], share: Sequence[float]) -> Parts:
         for key in q.mean:
             if not _FACTOR.match(key):
                 raise IVONError(f"method cat combines LoRA factors only, and {key} is none; use precision or linear")
-            parts.setdefault(key, []).append((i, key))
+            owners.setdefault(key, []).append(i)
     specs: dict[str, Spec] = {}
-    for key, found in parts.items():
+    for key, found in owners.items():
         axis = _axis(key)
-        shapes = [posteriors[i].mean.specs[key][1] for i, _ in found]
+        shapes = [posteriors[i].mean.specs[key][1] for i in found]
         if flat := [each for each in shapes if len(each) < 2]:
             raise IVONError(f"method cat combines matrices, and {key} has shape {list(flat[0])}")
         rests = {shape[:axis] + shape[axis + 1 :] for shape in shapes}
@@ -217,35 +210,34 @@ def _concatenated(posteriors: Sequence[Parts], share: Sequence[float]) -> Parts:
             )
         shape = list(shapes[0])
         shape[axis] = sum(each[axis] for each in shapes)
-        specs[key] = (posteriors[found[0][0]].mean.specs[key][0], tuple(shape))
+        specs[key] = (posteriors[found[0]].mean.specs[key][0], tuple(shape))
 
-    def joined(key: str, read: Callable[[Parts, str], np.ndarray], sign: bool) -> np.ndarray:
+    def joined(key: str, values_of: Callable[[Posterior], np.ndarray]) -> np.ndarray:
         pieces = []
-        for i, own in parts[key]:
-            values = read(posteriors[i], own)
-            if _axis(key) == 0:
-                factor = share[i] * _scaling(posteriors[i], own)
-                values = values * np.float32(factor if sign else abs(factor))
+        for i in owners[key]:
+            values = values_of(posteriors[i])
+            if _axis(key) == 0:  # the factor A alone takes the scaling of B·A
+                values = values * np.float32(share[i] * _scaling(posteriors[i], key))
             pieces.append(values)
         return np.concatenate(pieces, axis=_axis(key))
 
-    sigma = {key: ("F32", shape) for key, (_, shape) in specs.items()}
-    return Parts(
-        Tensors(specs, lambda key: joined(key, lambda q, own: q.mean.float32(own), True).astype(NUMPY[specs[key][0]])),
-        Tensors(sigma, lambda key: joined(key, lambda q, own: q.sigma.raw(own), False)),
-        _header(posteriors, "cat"),
-        _concatenated_config(posteriors, specs),
-    )
+    def mean(key: str) -> np.ndarray:
+        return joined(key, lambda q: q.mean.float32(key)).astype(NUMPY[specs[key][0]])
+
+    def sigma(key: str) -> np.ndarray:
+        return np.abs(joined(key, lambda q: q.sigma.raw(key)))  # a weight may be negative
+
+    sigma_specs = {key: ("F32", shape) for key, (_, shape) in specs.items()}
+    config = _concatenated_config(posteriors, specs)
+    return Tensors(specs, mean), Tensors(sigma_specs, sigma), _header(posteriors, "cat"), config
 
 
 def _axis(key: str) -> int:
     """Return the axis of a factor that is the rank: the rows of A, the columns of B."""
-    match = _FACTOR.match(key)
-    assert match
-    return 0 if match[2] == "A" else 1
+    return 0 if key.endswith(".lora_A.weight") else 1
 
 
-def _scaling(q: Parts, key: str) -> float:
+def _scaling(q: Posterior, key: str) -> float:
     """Return what PEFT multiplies B·A of this module with: alpha/r, or alpha/√r (rsLoRA)."""
     match = _FACTOR.match(key)
     assert match
@@ -261,7 +253,7 @@ def _scaling(q: Parts, key: str) -> float:
         raise IVONError(f"adapter_config.json: lora_alpha or alpha_pattern cannot be read ({error})") from error
 
 
-def _concatenated_config(posteriors: Sequence[Parts], specs: Mapping[str, Spec]) -> dict[str, Any]:
+def _concatenated_config(posteriors: Sequence[Posterior], specs: Mapping[str, Spec]) -> dict[str, Any]:
     """Return the configuration of the concatenated adapter: scaling 1 everywhere, alpha equal to the rank."""
     config = dict(posteriors[0].config)
     ranks = {match[1]: specs[key][1][0] for key in specs if (match := _FACTOR.match(key)) and match[2] == "A"}

@@ -14,7 +14,7 @@ from .tensors import Progress
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
-# A positive float32 without its last 14 bits: bins that are at most 0.2 % wide, so are the errors of quantiles.
+# A bin is a positive float32 without its last 14 bits. It is at most 0.2 % wide, and so is the error of a quantile.
 _SHIFT = 14
 _BINS = 2 ** (31 - _SHIFT)
 _LARGEST = np.finfo(np.float32).max

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,9 @@ from ..errors import IVONError, parameter, printable
 from ..noise import normals
 from ..storage.atomic import new_folder
 from ..storage.dtypes import NUMPY
-from ..storage.format import CONFIG_FILE, FORMAT, FORMAT_VERSION, MEAN_FILE, SIGMA_FILE, copy_companions, write_json
-from .adapter import Adapter, check_sigma, modules
-from .combine import Parts, combine
+from ..storage.format import CONFIG_FILE, MEAN_FILE, SIGMA_FILE, copy_companions, write_json
+from .adapter import Adapter, check_sigma, modules, write_sigma
+from .combine import combine
 from .prune import pruning_masks
 from .tensors import Progress, Tensors, fingerprint, write_tensors
 
@@ -82,20 +81,18 @@ class Posterior:
         known_pruned: Mapping[str, int] | None = None,
     ) -> None:
         """`inputs` are [`folder`] by default."""
-        values: dict[str, Any] = {
-            "mean": Tensors.of(mean),
-            "sigma": Tensors.of(sigma),
-            "metadata": dict(metadata),
-            "config": dict(config),
-            "folder": folder,
-            "inputs": tuple(inputs) if inputs is not None else (folder,) if folder else (),
-            "mean_metadata": mean_metadata,
-            "aliases": aliases,
-            "_fingerprint": known_fingerprint,
-            "_pruned": known_pruned or {},
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(
+            mean=Tensors.of(mean),
+            sigma=Tensors.of(sigma),
+            metadata=dict(metadata),
+            config=dict(config),
+            folder=folder,
+            inputs=tuple(inputs) if inputs is not None else (folder,) if folder else (),
+            mean_metadata=mean_metadata,
+            aliases=aliases,
+            _fingerprint=known_fingerprint,
+            _pruned=known_pruned or {},
+        )
 
     def __repr__(self) -> str:
         facts = [f"{self.mean.weights:,} weights of {len(modules(self.mean))} modules"]
@@ -268,16 +265,10 @@ class Posterior:
             if self.folder:
                 copy_companions(self.folder, new)
             write_json(new / CONFIG_FILE, self.config)
-            hashed = not self._fingerprint
-            digests = write_tensors(new / MEAN_FILE, self.mean, self.mean_metadata, progress, hashed)
-            header = {
-                **self.metadata,
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "library_version": version("axolotl-ivon"),
-                "mean_sha256": self._fingerprint or fingerprint(self.mean, digests),
-            }
-            write_tensors(new / SIGMA_FILE, self.sigma, header, progress)
+            known = self._fingerprint
+            digests = write_tensors(new / MEAN_FILE, self.mean, self.mean_metadata, progress, hashed=not known)
+            known = known or fingerprint(self.mean, digests)
+            write_sigma(new / SIGMA_FILE, self.sigma, self.metadata, known, progress)
 
     @classmethod
     def combine(
@@ -287,9 +278,27 @@ class Posterior:
         weights: Sequence[float] | None = None,
     ) -> Posterior:
         """Return one posterior made of several over the same base model; see `posterior.combine.combine`."""
-        combined = combine([Parts(q.mean, q.sigma, q.metadata, q.config) for q in posteriors], method, weights)
         inputs = [folder for q in posteriors for folder in q.inputs]
-        return cls(*combined, folder=posteriors[0].folder, inputs=inputs)
+        return cls(*combine(posteriors, method, weights), folder=posteriors[0].folder, inputs=inputs)
+
+
+def open_posterior(adapter: str | Path, mean_only: bool = False) -> Posterior:
+    """Read an adapter; one without σ serves as a posterior without width where no more than the mean is wanted.
+
+    Raises:
+        IVONError: the adapter cannot be read, or has no σ and more than the mean is wanted.
+    """
+    held = Adapter(adapter)
+    if held.sigma is not None:
+        return Posterior.from_pretrained(adapter)
+    if not mean_only:
+        raise IVONError(
+            f"{adapter} has no {SIGMA_FILE}, so there are no draws and no pruning; evaluate it with "
+            f"{parameter('rows')} base,mean"
+        )
+    specs = {key: ("F32", shape) for key, (_, shape) in held.mean.specs.items()}
+    zeros = Tensors(specs, lambda key: np.zeros(specs[key][1], np.float32))
+    return Posterior(held.mean, zeros, {}, held.config, folder=held.folder)
 
 
 def _find_aliases(mean: Tensors, sigma: Tensors, digests: Mapping[str, str]) -> dict[str, str]:

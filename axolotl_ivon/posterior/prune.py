@@ -1,7 +1,6 @@
 """Which weights to prune: scores, and the exact choice of the lowest among hundreds of millions.
 
-Scores are computed one tensor at a time and never all held: of them only those near the
-threshold are.
+Scores are computed one tensor at a time. Only those near the threshold are held.
 """
 
 from __future__ import annotations
@@ -139,8 +138,8 @@ def _lowest(
 ) -> Iterator[tuple[str, tuple[np.ndarray, int]]]:
     """Choose the `count` ≥ 1 smallest scores of tensors that have `weights` in all: yield what `pruning_masks` returns.
 
-    A sample says between which two values the last one chosen lies, to six standard errors. Then one pass marks what is
-    below, and keeps only what is between, to be sorted. Should the sample have misled, everything is between.
+    A sample gives two bounds between which the threshold lies, to six standard errors. One pass marks the scores below
+    both and keeps those between, which are then partitioned. If the sample has misled, a second pass keeps them all.
     """
     # A prime step, or the sample would be one column of a matrix whose width divides it.
     step = 61 if weights > 2**22 else 1

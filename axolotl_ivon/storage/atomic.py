@@ -85,7 +85,7 @@ def put_in_place(temporary: Path, target: Path, overwrite: bool = False) -> None
     """Make a folder's files durable and give it the name `target` in the same file system, replacing what is there.
 
     Raises:
-        OSError: there is something, and not `overwrite`; or the system refuses.
+        OSError: something is there and `overwrite` is not set, or the system refuses.
     """
     for path in [*temporary.rglob("*"), temporary]:
         _sync(path)
@@ -117,9 +117,9 @@ def _exchange(one: Path, other: Path) -> None:
 def updated_adapter(folder: Path) -> Iterator[Path]:
     """Give a temporary folder whose files take their places in `folder` when the block ends well; others there stay.
 
-    Whoever reads the adapter meanwhile, or after a kill, finds a mean with its own σ: the new σ waits under
-    `NEXT_SIGMA_FILE`, where it is looked for, until the new mean has its place. Folders in the temporary folder (PEFT's
-    further adapters) are treated alike.
+    A reader finds a mean with its own σ at every moment, and after a kill too. The new σ waits under `NEXT_SIGMA_FILE`
+    until the new mean has its place, and readers look for it there. Folders in the temporary folder (PEFT's further
+    adapters) are treated alike.
 
     Raises:
         IVONError: a file cannot be written.

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 (teaches numpy the name bfloat16)
 import numpy as np
 
-_TYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
+# Every dtype that the tensors of an adapter may have: numpy and torch call it alike, and so do users.
+SAFETENSORS = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
-# Every dtype that the tensors of an adapter may have.
-NUMPY: dict[str, np.dtype[Any]] = {name: np.dtype(kind) for name, kind in _TYPES.items()}
+NUMPY: dict[str, np.dtype[Any]] = {short: np.dtype(name) for name, short in SAFETENSORS.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
-# "bfloat16" -> "BF16": numpy and torch call a dtype alike, and so do users.
-SAFETENSORS = {dtype.name: name for name, dtype in NUMPY.items()}
 # What a user may choose for floating-point output.
 CHOICES = ("float32", "bfloat16", "float16")

@@ -118,7 +118,7 @@ def copy_companions(source: Path, target: Path, names: Iterable[str] = COMPANION
     here = source.resolve()
     for name in names:
         path = source / name
-        # What has no size can still be without end, in /proc.
+        # A file of size 0 is left out: in /proc it can be endless.
         if path.is_file() and path.stat().st_size:
             found = path.resolve()
             if here in found.parents or here.parent.parent / "blobs" in found.parents:

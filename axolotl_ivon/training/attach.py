@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
+from transformers import Trainer
 
 from ..defaults import DEFAULTS
 from ..errors import IVONError, parameter
@@ -15,12 +16,9 @@ from ..optim.ivon import IVONLoRA
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import remove_unfinished
 from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean, show_the_mean
-from .presets import preset as find_preset
+from .presets import PRESETS
 from .processes import check_sharding
 from .trainer import PosteriorTrainerMixin
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 
 def attach(
@@ -64,14 +62,24 @@ def attach(
     """
     if isinstance(trainer, PosteriorTrainerMixin):
         raise IVONError("attach() was called on this Trainer already; make a new Trainer for other settings")
-    model, chosen = _peft_model(trainer), find_preset(preset)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        raise IVONError(
+            f"the model is a {type(model).__name__} without a LoRA adapter: wrap it with peft.get_peft_model"
+        )
+    if preset not in PRESETS:
+        raise IVONError(f"{parameter('preset')}: {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    chosen, params = PRESETS[preset], trained_parameters(model)
     if gamma is not None:
         chosen = chosen._replace(gamma=gamma)
     facts = {"gamma": "", "train_size": "" if train_size is None else str(train_size)}
     try:
         if ess is None:
             train_size = _train_size(trainer) if train_size is None else train_size
-            ess = chosen.ess(train_size, h0, _fan_ins(model))
+            # ZeRO-3 leaves an empty tensor where it has partitioned one.
+            shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in params.items()}
+            fan_ins = [shape[-1] for name, shape in shapes.items() if ".lora_A." in name]
+            ess = chosen.ess(train_size, h0, fan_ins)
             facts = {"gamma": str(chosen.gamma or ""), "train_size": str(train_size)}
         settings: dict[str, Any] = {
             "lr": trainer.args.learning_rate,
@@ -82,7 +90,7 @@ def attach(
             "prior": prior,
             "seed": trainer.args.seed,
         }
-        # An optimizer that is made here only to be refused here, before a model is trained for hours.
+        # This optimizer is made for its checks alone: a wrong value shows here, and not when training begins.
         IVONLoRA([nn.Parameter(torch.zeros(1))], **settings)
     except ValueError as error:
         name, must, rest = str(error).partition(" must ")
@@ -98,12 +106,12 @@ def attach(
         raise IVONError("the Trainer already has an optimizer: call attach() before train(), without optimizers=")
     if chosen.travel is not None:
         _check_that_a_rate_can_be_chosen(trainer, preset, settings["clip"])
-    _check_trained_parameters(model)
+    _check_that_all_is_saved(model, list(params))
     if trainer.args.max_grad_norm == 1.0:
         trainer.args.max_grad_norm = 0.0
     check_sharding(trainer)
 
-    per_rank, params = draws == "per_rank" and trainer.args.world_size > 1, trained_parameters(model)
+    per_rank = draws == "per_rank" and trainer.args.world_size > 1
     run = PosteriorTraining(trainer, model, params, settings, facts, eval_samples, per_rank, chosen.travel)
     remove_unfinished(trainer)
     average_in_every_backward_pass(trainer)
@@ -134,18 +142,8 @@ def _train_size(trainer: Trainer) -> int:
         ) from error
 
 
-def _peft_model(trainer: Trainer) -> PeftModel:
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(model, PeftModel):
-        raise IVONError(
-            f"the model is a {type(model).__name__} without a LoRA adapter: wrap it with peft.get_peft_model"
-        )
-    return model
-
-
-def _check_trained_parameters(model: PeftModel) -> None:
+def _check_that_all_is_saved(model: PeftModel, names: list[str]) -> None:
     """Refuse to train what no adapter file holds, since its σ would be lost with its mean."""
-    names = list(trained_parameters(model))
     if not names:
         raise IVONError("the model has no trainable parameter: the adapter is frozen (is_trainable=False?)")
     marks = {name: torch.full((), float(i)) for i, name in enumerate(names)}
@@ -175,9 +173,3 @@ def _check_that_a_rate_can_be_chosen(trainer: Trainer, preset: str, clip: float)
         raise IVONError(
             f"{parameter('clip')}: {clip} has no learning rate that bounds the travel of preset {preset}; give a number"
         )
-
-
-def _fan_ins(model: PeftModel) -> list[int]:
-    """Return the number of inputs of every LoRA matrix A that is trained."""
-    # ZeRO-3 leaves an empty tensor where it has partitioned one.
-    return [getattr(p, "ds_shape", p.shape)[-1] for name, p in trained_parameters(model).items() if ".lora_A." in name]

@@ -6,19 +6,16 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ..optim.ivon import Skipped
 from .presets import rates
 from .processes import agree_on_gradients, average
 from .sharded import ReplicatedAdapter
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import Trainer
 
 LOG = logging.getLogger(__name__)
 
@@ -44,7 +41,7 @@ class PosteriorTraining(TrainerCallback):
         travel: how far a weight can get in the run, where the learning rate is chosen for that.
         optimizer: None until the Trainer makes it.
         adapter: the trained weights in each process, under DeepSpeed and FSDP2.
-        begun: whether training has begun: before, the optimizer may not have the state that it resumes from.
+        begun: whether training has begun. Before that, the optimizer may lack the state that it resumes from.
         best_folder: the checkpoint whose weights the Trainer has loaded at the end.
         skipped: the steps that the log has told of.
     """
@@ -70,7 +67,7 @@ class PosteriorTraining(TrainerCallback):
             return
         lr, clip = args.learning_rate, self.settings["clip"]
         scheduler: Any = kwargs.get("lr_scheduler")
-        # The rates of others, one_cycle's say, begin elsewhere than at their peak.
+        # Only schedules with lr_lambdas have their peak in base_lrs; one_cycle, say, has its first rate there.
         if hasattr(scheduler, "lr_lambdas") and not math.isclose(lr, scheduler.base_lrs[0]):
             LOG.warning("the checkpoint goes on at its learning_rate %.3g, not at %.3g", scheduler.base_lrs[0], lr)
             lr = scheduler.base_lrs[0]
@@ -103,7 +100,7 @@ class PosteriorTraining(TrainerCallback):
             self.optimizer.synchronize(average)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # To ask a device is to wait for it, so then only when the Trainer waits anyway.
+        # Whoever asks a device waits for it, so it is asked only when the Trainer waits anyway.
         if control.should_log or all(param.device.type == "cpu" for param in self.params.values()):
             self._report_skipped_steps(state.global_step)
 

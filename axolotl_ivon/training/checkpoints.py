@@ -13,10 +13,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
+from transformers import Trainer
 
 from ..plugins import plugin_manager
 from ..posterior.adapter import save_sigma
@@ -25,9 +26,6 @@ from ..storage.atomic import put_in_place, updated_adapter
 from ..storage.format import MEAN_FILE, SIGMA_FILE
 from ..storage.tensorfile import TensorFile
 from .callback import PosteriorTraining
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 LOG = logging.getLogger(__name__)
 

@@ -22,16 +22,14 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from transformers import Trainer
 
 from .callback import PosteriorTraining
 from .checkpoints import save_with_sigma
 from .sharded import ReplicatedAdapter
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 
 def average_in_every_backward_pass(trainer: Trainer) -> None:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Trainer
 
 from ..errors import IVONError, parameter
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from transformers import Trainer
-
-    from ..optim.ivon import IVONLoRA
+from ..optim.ivon import IVONLoRA
 
 
 def posterior_loss(trainer: Trainer, optimizer: IVONLoRA, dataloader: Iterable[Any], samples: int) -> float:
@@ -31,17 +27,16 @@ def posterior_loss(trainer: Trainer, optimizer: IVONLoRA, dataloader: Iterable[A
     model: Any = trainer.model
     was_training = model.training
     model.eval()
-    total = None
+    total = torch.tensor(-math.inf)
     try:
         # A DataLoader takes a random number at every pass, and dropout would notice.
         with torch.random.fork_rng(devices=[]):
             for number in range(samples):
                 with optimizer.evaluation_draw(number):
                     drawn = torch.cat([_label_log_probabilities(trainer, batch) for batch in dataloader])
-                total = drawn if total is None else torch.logaddexp(total, drawn)
+                total = torch.logaddexp(total, drawn)
     finally:
         model.train(was_training)
-    assert total is not None
     log_likelihood = total - math.log(samples)
     sums = torch.stack([log_likelihood.sum(dtype=torch.float64), torch.tensor(float(len(log_likelihood)))])
     sums = trainer.accelerator.reduce(sums.to(trainer.accelerator.device, torch.float32), "sum")

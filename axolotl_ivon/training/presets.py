@@ -10,7 +10,6 @@ import torch
 from torch.optim import SGD
 
 from ..defaults import DEFAULTS
-from ..errors import IVONError, parameter
 from ..optim.ivon import effective_sample_size
 
 
@@ -19,19 +18,19 @@ class Preset(NamedTuple):
 
     Attributes:
         gamma: γ of λ = γ·√N; None where λ is a multiple of N.
-        ess_per_example: λ/N; None where λ has γ.
-        noise: the most that the draws of a run's beginning may add up to, Σ σ²/var(A) over all LoRA matrices A, which
-            bounds λ from below: what several layers are disturbed by adds up. None for no bound.
+        ess_per_example: λ/N where there is no γ.
+        noise: the most that the draws of a run's beginning may add up to, Σ σ²/var(A) over all LoRA matrices A. It
+            bounds λ from below where there is no γ, since the disturbances of several layers add up.
         clip: ξ.
         travel: Σ α_t·ξ, the farthest that a weight can get in a run, which the learning rate is chosen for; None to
             take the learning rate that is given.
     """
 
     gamma: float | None
-    ess_per_example: float | None
-    noise: float | None
     clip: float
     travel: float | None
+    ess_per_example: float = 0.0
+    noise: float = math.inf
 
     def ess(self, train_size: int, h0: float, fan_ins: Sequence[int]) -> float:
         """Return λ for N training examples and LoRA matrices A with so many inputs each.
@@ -40,31 +39,17 @@ class Preset(NamedTuple):
             ValueError: `train_size` is not positive.
         """
         ess = effective_sample_size(train_size, 1.0 if self.gamma is None else self.gamma)
-        if self.gamma is not None:
+        if self.gamma is not None or not h0 > 0:  # the optimizer refuses such an h0
             return ess
-        ess = (self.ess_per_example or 0.0) * train_size
-        if self.noise is not None and h0 > 0:  # what is not is refused elsewhere
-            # PEFT's A has variance 1/(3·inputs) at the start, and σ² is 1/(λ·h0) there.
-            ess = max(ess, sum(3 * fan_in for fan_in in fan_ins) / (h0 * self.noise))
-        return ess
+        # PEFT's A has variance 1/(3·inputs) at the start, and σ² is 1/(λ·h0) there.
+        return max(self.ess_per_example * train_size, 3 * sum(fan_ins) / (h0 * self.noise))
 
 
 PRESETS = {
-    "paper": Preset(gamma=DEFAULTS.gamma, ess_per_example=None, noise=None, clip=DEFAULTS.clip, travel=None),
+    "paper": Preset(gamma=DEFAULTS.gamma, clip=DEFAULTS.clip, travel=None),
     # benchmarks/RESULTS.md. The paper's runs have the same travel, and noise of 20 to 80.
-    "small_data": Preset(gamma=None, ess_per_example=10.0, noise=64.0, clip=1e-2, travel=0.125),
+    "small_data": Preset(gamma=None, clip=1e-2, travel=0.125, ess_per_example=10.0, noise=64.0),
 }
-
-
-def preset(name: str) -> Preset:
-    """Return a preset by name.
-
-    Raises:
-        IVONError: there is none of that name.
-    """
-    if name not in PRESETS:
-        raise IVONError(f"{parameter('preset')}: {name!r} is unknown; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 def rates(scheduler: Any, lr: float, steps: int) -> list[float]:
@@ -95,7 +80,7 @@ def rate_for(travel: float, clip: float, steps: int, schedule: Callable[[float, 
         return sum_of_rates
 
     before, lr = 0.0, 1.0
-    for _ in range(20):  # once would do, but for schedules with an absolute floor
+    for _ in range(20):  # one round is enough, except for schedules with an absolute floor
         if math.isclose(before, lr, rel_tol=1e-6):
             break
         before, lr = lr, lr * travel / clip / (total(lr) or 1.0)

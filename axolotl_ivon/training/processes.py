@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import Trainer
 
 from ..errors import IVONError, parameter
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 
 def is_sharded(trainer: Trainer) -> bool:

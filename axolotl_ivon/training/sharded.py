@@ -11,23 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ..errors import IVONError
 from ..storage.atomic import new_file
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import Trainer
 
 ANCHOR = "ivon_anchor"
 STATE_FILE = "ivon_state.safetensors"
@@ -116,9 +113,8 @@ class ReplicatedAdapter(TrainerCallback):
         saved = self.optimizer.state_dict()
         names = list(self.params)
         tensors = {
-            f"{name}/{key}": value.detach().cpu().contiguous()
+            f"{names[index]}/{key}": value.detach().cpu().contiguous()
             for index, values in saved["state"].items()
-            for name in [names[index]]
             for key, value in values.items()
         }
         draws = str(saved["param_groups"][0]["draws"])

@@ -158,7 +158,7 @@ class PosteriorTrainerMixin(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.posterior_training.adapter is not None and checkpoint is not None:
             self.posterior_training.adapter.load_state(Path(checkpoint) / STATE_FILE)
-            # DeepSpeed keeps the learning rate with what it was kept from loading.
+            # DeepSpeed saves the learning rate with the optimizer's state, which it was kept from loading.
             optimizer, scheduler = self.optimizer, self.lr_scheduler
             for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):  # type: ignore[union-attr]
                 group["lr"] = lr
@@ -177,7 +177,7 @@ class PosteriorTrainerMixin(Trainer):
             adapter.load_state(Path(best) / STATE_FILE)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train no further than the last step: the Trainer, resumed there, would look at the number after one more."""
+        """Train no further than the last step: a Trainer that resumes there would take one more before it looks."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.posterior.adapter import save_sigma
+from axolotl_ivon.posterior.posterior import open_posterior
 from axolotl_ivon.storage.format import SIGMA_FILE
 
 MEAN_FILE = "adapter_model.safetensors"
@@ -405,3 +406,20 @@ def test_many_posteriors_leave_no_open_files(tiny_adapter: Path):
     for _ in range(50):
         Posterior.from_pretrained(tiny_adapter).prune(0.1).temper(2).sample()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_adapter_with_sigma_opens_as_its_posterior(tiny_adapter: Path) -> None:
+    expected = Posterior.from_pretrained(tiny_adapter)
+    for mean_only in (False, True):
+        found = open_posterior(tiny_adapter, mean_only)
+        assert all(found.sigma[key].equal(expected.sigma[key]) for key in expected.sigma)
+
+
+def test_an_adapter_without_sigma_opens_without_width(make_adapter: Callable[..., Path]) -> None:
+    folder = make_adapter(sigma=False)
+    found = open_posterior(folder, mean_only=True)
+    assert found.mean.keys() == found.sigma.keys()
+    assert not any(found.sigma[key].any() for key in found.sigma)
+    assert all(found.sigma[key].shape == found.mean[key].shape for key in found.mean)
+    with pytest.raises(IVONError, match=r"has no ivon_sigma.safetensors, so there are no draws and no pruning"):
+        open_posterior(folder)
