@@ -52,7 +52,8 @@ def test_one_step_is_that_of_the_reference(kernels: Any, prior: Any) -> None:
         param.grad = param.sin()
     gradients = [param.grad.double().numpy().copy() for param in chunk.params]
     h_hat = torch.empty_like(chunk.mean)
-    kernels.collect(chunk, h_hat, add=False)
+    squares = kernels.collect(chunk, h_hat, add=False)
+    assert torch.equal(squares, kernels.squares(chunk))
     expected = [(gradient**2).sum() for gradient in gradients]
     np.testing.assert_allclose(kernels.squares(chunk).numpy(), expected, rtol=1e-5)
     sized = torch.tensor([float(size) for size in sizes])
@@ -60,7 +61,7 @@ def test_one_step_is_that_of_the_reference(kernels: Any, prior: Any) -> None:
     np.testing.assert_allclose(deltas.numpy(), [reference.delta() for reference in references], rtol=1e-5)
     debias = torch.full_like(sized, 1 - BETA1**5)
     constants = Constants(LR, ESS, BETA1, BETA2, BOUND, fixed=prior != "empirical")
-    kernels.update(chunk, h_hat, deltas, debias, None, constants)
+    kernels.update(chunk, h_hat, deltas, debias, (1.0, 1.0), constants)
     for reference, theta, gradient in zip(references, thetas, gradients, strict=True):
         reference.step([theta], [gradient], LR)
     for name, flat in (("m", chunk.mean), ("g", chunk.momentum), ("p", chunk.precision)):
@@ -77,6 +78,8 @@ def test_squares_tell_an_overflow_from_a_gradient_that_is_not_finite(kernels: An
         param.grad = torch.ones_like(param)
     chunk.params[1].grad[7] = bad
     np.testing.assert_array_equal(kernels.squares(chunk).numpy(), [9, expected])
+    squares = kernels.collect(chunk, torch.empty_like(chunk.mean), add=False)
+    np.testing.assert_array_equal(squares.numpy(), [9, expected])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
