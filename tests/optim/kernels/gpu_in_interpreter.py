@@ -23,6 +23,8 @@ def _use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        kernels._tried("gpu", torch.device("cpu"), dtype)  # in programs of the usual size, which takes less time
     monkeypatch.setattr(gpu, "_BLOCK", 32)  # so that a tensor is worked on by several
 
 
@@ -99,6 +101,7 @@ def test_what_is_asked_before_the_kernels_are_used() -> None:
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(gpu, "PRECISION_FLOOR", 1.0)
+    monkeypatch.setattr(gpu, "_BLOCK", 2048)
     monkeypatch.setattr(kernels, "_tried", kernels._tried.__wrapped__)
     monkeypatch.setattr(kernels, "_warn", kernels._warn.__wrapped__)
     params = [nn.Parameter(torch.ones(3))]

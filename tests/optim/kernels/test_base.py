@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from reference import ReferenceIVON
-from torch import nn
+from toy import chunk_of
 
 from axolotl_ivon.optim.kernels import agree, plain
-from axolotl_ivon.optim.kernels.base import Chunk, Constants
+from axolotl_ivon.optim.kernels.base import Constants
 
 LR, ESS, BETA1, BETA2, BOUND = 1e-2, 1e3, 0.9, 0.99, 1e-2
 
@@ -22,18 +23,14 @@ def kernels(request: pytest.FixtureRequest) -> Any:
     return importlib.import_module(f"axolotl_ivon.optim.kernels.{request.param}")
 
 
-def chunk_of(sizes: list[int], dtype: torch.dtype = torch.float32) -> Chunk:
-    generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
-    mean = torch.cat([param.detach() for param in params]).float()
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    streams = np.arange(2 * len(sizes), dtype=np.uint64).reshape(-1, 2)
-    flats = (mean, mean.cos() * 0.1, mean.abs() + 0.1)
-    return Chunk(params, [(i, None) for i in range(len(sizes))], starts, flats, streams)
-
-
 def test_they_agree(kernels: Any) -> None:
     agree(kernels, plain, torch.device("cpu"))
+    for name in ("noise", "draw", "squares", "collect"):
+        with pytest.raises(AssertionError):
+            right = getattr(kernels, name)
+            wrong = SimpleNamespace(**vars(kernels))
+            setattr(wrong, name, lambda *args, right=right, **kwargs: right(*args, **kwargs) * 1.01)
+            agree(wrong, plain, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("prior", ["empirical", 0.3])
@@ -95,9 +92,3 @@ def test_a_second_draw_is_added_and_theta_is_what_was_rounded(kernels: Any, dtyp
         total += (theta - chunk.mean) * gradient
         kernels.collect(chunk, h_hat, add=draw > 0)
     torch.testing.assert_close(h_hat, total, rtol=1e-5, atol=1e-7)
-
-
-def test_both_have_the_same_noise() -> None:
-    cpu = importlib.import_module("axolotl_ivon.optim.kernels.cpu")
-    chunk = chunk_of([7, 200_001, 15])
-    assert torch.equal(plain.noise(chunk, chunk.streams), cpu.noise(chunk, chunk.streams))
