@@ -268,15 +268,11 @@ class IVONLoRA(Optimizer):
             verdict = verdict.to(buffers.device, non_blocking=True)
         buffers.steps += buffers.with_gradient().there * verdict[0]
         debias = (buffers.steps * math.log(max(beta1, 1e-30))).expm1_().neg_()  # 1 − β1^t, for a small 1 − β1 as well
-        constants = Constants(
-            lr=min(lr, TRAVEL),
-            ess=ess,
-            beta1=beta1,
-            beta2=beta2,
-            bound=min(clip, TRAVEL / max(lr, 1.0)),
-            fixed=group["prior"] != "empirical",
-        )
-        buffers.update(_deltas(buffers), debias, verdict, constants)
+        # δ is from the m and σ of the last draw, which are those before the step.
+        fixed, kl_optimal = group["prior"] != "empirical", buffers.numels / buffers.moments
+        deltas = torch.full_like(kl_optimal, group["prior"]) if fixed else kl_optimal
+        bound = min(clip, TRAVEL / max(lr, 1.0))
+        buffers.update(deltas, debias, verdict, Constants(min(lr, TRAVEL), ess, beta1, beta2, bound, fixed))
 
     @torch.no_grad()
     def synchronize(self, average: Callable[[list[Tensor]], None]) -> None:
@@ -430,13 +426,6 @@ def _delta(group: dict[str, Any], mean: Tensor, precision: Tensor) -> float:
         return float(group["prior"])
     # The paper's Eq. 2 is s = λ·δ; δ is what enters the update.
     return mean.numel() / float(group["ess"] * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)
-
-
-def _deltas(buffers: Buffers) -> Tensor:
-    """Return δ by tensor, from the m and σ of the last draw, which are those before the step."""
-    if (prior := buffers.group["prior"]) != "empirical":
-        return torch.full_like(buffers.moments, prior)
-    return buffers.numels / buffers.moments
 
 
 def _start(group: dict[str, Any], mean: Tensor) -> Tensor:

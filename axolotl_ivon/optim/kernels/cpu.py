@@ -50,12 +50,12 @@ _mixed = _compiled(mixed)
 
 
 @_compiled
-def _at(address: Any, size: Any) -> Any:
+def _at(address, size):
     return carray(_pointer(address), size)  # type: ignore[call-arg]
 
 
 @_compiled
-def _noise(noise: Any, sizes: Any, seeds: Any, table: Any) -> None:
+def _noise(noise, sizes, seeds, table):
     for part in range(len(sizes)):
         noise_, first, stride = _at(noise, sizes[part]), seeds[part, 0], seeds[part, 1]
         for i in range(len(noise_) // 2):
@@ -69,7 +69,7 @@ def _noise(noise: Any, sizes: Any, seeds: Any, table: Any) -> None:
 
 
 @_compiled
-def _draw(m: Any, p: Any, noise: Any, thetas: Any, sizes: Any, ess: Any, inverse_root_ess: Any, moments: Any) -> None:
+def _draw(m, p, noise, thetas, sizes, ess, inverse_root_ess, moments):
     start = 0
     for part in range(len(sizes)):
         size = sizes[part]
@@ -90,7 +90,7 @@ def _draw(m: Any, p: Any, noise: Any, thetas: Any, sizes: Any, ess: Any, inverse
 
 
 @_compiled
-def _sum_of_squares(gradient: Any) -> Any:
+def _sum_of_squares(gradient):
     total = _ZERO
     for i in range(len(gradient)):
         total += gradient[i] * gradient[i]
@@ -102,7 +102,7 @@ def _sum_of_squares(gradient: Any) -> Any:
 
 
 @_compiled
-def _collect(m: Any, h_hat: Any, thetas: Any, gradients: Any, sizes: Any, add: Any, sums: Any) -> None:
+def _collect(m, h_hat, thetas, gradients, sizes, add, sums):
     start = 0
     for part in range(len(sizes)):
         size = sizes[part]
@@ -125,29 +125,14 @@ def _collect(m: Any, h_hat: Any, thetas: Any, gradients: Any, sizes: Any, add: A
 
 
 @_compiled
-def _squares(gradients: Any, sizes: Any, sums: Any) -> None:
+def _squares(gradients, sizes, sums):
     for part in range(len(sizes)):
         _at(sums, len(sizes))[part] = _sum_of_squares(_at(gradients[part], sizes[part]))
 
 
 @_compiled
-def _update(
-    m: Any,
-    g: Any,
-    p: Any,
-    h_hat: Any,
-    thetas: Any,
-    gradients: Any,
-    sizes: Any,
-    deltas: Any,
-    debias: Any,
-    fixed: Any,
-    one_minus_beta1: Any,
-    one_minus_beta2: Any,
-    per_h_hat: Any,
-    bound: Any,
-    lr: Any,
-) -> None:
+def _update(m, g, p, h_hat, thetas, gradients, sizes, deltas, debias, fixed, numbers):
+    one_minus_beta1, one_minus_beta2, per_h_hat, bound, lr = numbers
     start = 0
     for part in range(len(sizes)):
         size = sizes[part]
@@ -220,7 +205,7 @@ def update(chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, verdict:
         m, g, p = chunk.mean, chunk.momentum, chunk.precision
         flats, by_part = ([x.data_ptr() for x in xs] for xs in ((m, g, p, h_hat), (deltas, debias)))
         numbers = (1 - c.beta1, 1 - c.beta2, (1 - c.beta2) * c.ess * float(scale), c.bound, c.lr)
-        _update(*flats, thetas, gradients, np.array(chunk.sizes), *by_part, c.fixed, *map(np.float32, numbers))
+        _update(*flats, thetas, gradients, np.array(chunk.sizes), *by_part, c.fixed, tuple(map(np.float32, numbers)))
 
 
 def _addresses(tensors: list[Tensor]) -> np.ndarray | None:

@@ -41,23 +41,13 @@ def _at(addresses, part, places, TYPE: tl.constexpr):
 
 @triton.jit
 def _draw(
-    programs,
-    parts,
-    thetas,
-    noise,
-    mean,
-    precision,
-    partial,
-    ess,
-    inverse_root_ess,
-    TYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    programs, parts, thetas, noise, mean, precision, partial, ess, scale, TYPE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """θ = m + σ·ε, and λ·Σ(m² + σ²) of every program."""
+    """θ = m + σ·ε with σ = scale/√p, and λ·Σ(m² + σ²) of every program."""
     part, places, flat, inside = _place(programs, parts, BLOCK)
     m = tl.load(mean + flat, mask=inside, other=0.0)
     root = 1 / tl.sqrt(tl.load(precision + flat, mask=inside, other=1.0))
-    theta = m + tl.load(noise + flat, mask=inside, other=0.0) * root * inverse_root_ess
+    theta = m + tl.load(noise + flat, mask=inside, other=0.0) * root * scale
     tl.store(_at(thetas, part, places, TYPE), theta.to(TYPE), mask=inside)
     tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, ess * m * m + root * root, 0.0)))
 
