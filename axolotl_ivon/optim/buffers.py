@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..noise import mixed, random_bits
-from .kernels.base import Chunk, Constants, Kernels, to_device
+from .kernels.base import Chunk, Constants, Kernels, Verdict, to_device
 from .threads import in_parallel
 
 # Weights that have noise of their own and are worked on at once on a CPU: few enough to stay in the cache from one
@@ -148,8 +148,8 @@ class Buffers:
 
     def _by_tensor(self, layout: Layout, parts: Sequence[Tensor]) -> Tensor:
         """Add up the values of parts, chunk by chunk, by tensor: 0 where there is no part."""
-        if layout.whole and len(parts) == 1:
-            return parts[0]
+        if layout.whole:
+            return parts[0] if len(parts) == 1 else torch.cat([*parts])
         sums = torch.zeros(len(self.params), device=self.device)
         return sums.index_add_(0, layout.owners, torch.cat([*parts])) if parts else sums
 
@@ -200,18 +200,25 @@ class Buffers:
                 param.grad = gradient if param.grad is None else gradient.add_(param.grad)
         self.earlier = None
 
-    def collect(self) -> None:
-        """Take ĥ of the draw, put the mean back, and add both ĝ and ĥ to those of the draws before it."""
+    def collect(self) -> Tensor:
+        """Take ĥ of the draw, put the mean back, and add both ĝ and ĥ to those of the draws before it.
+
+        Returns:
+            Σĝ² by tensor, as `squares` does.
+        """
         layout = self.with_gradient()
         h_hat, add = self.h_hat, self.h_hat is not None
         if h_hat is None:
             h_hat = torch.empty_like(self.mean) if layout.complete else torch.zeros_like(self.mean)
-        in_parallel(lambda chunk: self.kernels.collect(chunk, h_hat[chunk.place], add=add), layout.chunks)
+        squares = in_parallel(lambda chunk: self.kernels.collect(chunk, h_hat[chunk.place], add=add), layout.chunks)
         if layout is not self.layout(self.drawn):
             self.restore_mean()
         if layout.chunks:
             self.h_hat = h_hat
+        if self.earlier is None:
+            return self._by_tensor(layout, squares)
         self.put_gradients_back(add=True)
+        return self.squares()
 
     def squares(self) -> Tensor:
         """Return Σĝ² by tensor: NaN where ĝ is not finite."""
@@ -220,12 +227,12 @@ class Buffers:
 
     # ---------------------------------------------------------------- the step
 
-    def update(self, deltas: Tensor, debias: Tensor, taken: Tensor | None, constants: Constants) -> None:
+    def update(self, deltas: Tensor, debias: Tensor, verdict: Verdict, constants: Constants) -> None:
         """Apply one step to every tensor that has a gradient; `deltas` (δ) and `debias` (1−β1^t) are by tensor."""
         layout = self.with_gradient()
         if self.h_hat is None or not layout.chunks:
             return
-        h_hat, counts = self.h_hat, layout.counts
-        by_part = [values[layout.owners].split(counts) for values in (deltas, debias)]
-        work = list(zip(layout.chunks, *by_part, strict=True))
-        in_parallel(lambda w: self.kernels.update(w[0], h_hat[w[0].place], w[1], w[2], taken, constants), work)
+        h_hat = self.h_hat
+        by_part = [values if layout.whole else values[layout.owners] for values in (deltas, debias)]
+        work = list(zip(layout.chunks, *(values.split(layout.counts) for values in by_part), strict=True))
+        in_parallel(lambda w: self.kernels.update(w[0], h_hat[w[0].place], w[1], w[2], verdict, constants), work)

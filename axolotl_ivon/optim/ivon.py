@@ -7,7 +7,7 @@ q = N(m, diag(σ²)) with σ² = 1/(λ·p), where p is the posterior precision o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Literal, NamedTuple, overload
@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from ..defaults import DEFAULTS
 from . import kernels
 from .buffers import Buffers
-from .kernels.base import TRAVEL, Constants, to_device
+from .kernels.base import TRAVEL, Constants, Verdict, to_device
 
 # Steps skipped in all and in a row, and the number of a tensor.
-_NOTHING_SKIPPED = torch.zeros(3, dtype=torch.int64)
+_NOTHING_SKIPPED = (0, 0, 0)
 
 
 class Skipped(NamedTuple):
@@ -129,7 +129,7 @@ class IVONLoRA(Optimizer):
         self.process = 0  # number of the process, where each has draws of its own: see synchronize()
         self._drawn = False
         self._at_draw: Tensor
-        self._report = _NOTHING_SKIPPED
+        self._report: Sequence[int] | Tensor = _NOTHING_SKIPPED
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -173,9 +173,7 @@ class IVONLoRA(Optimizer):
                 self._draw(buffers, f"{draws} of process {self.process}" if self.process else draws)
             yield
             first = all(buffers.h_hat is None for buffers in all_buffers)
-            for buffers in all_buffers:
-                buffers.collect()  # ĝ and ĥ
-            squares = self._squares()
+            squares = self._here([buffers.collect() for buffers in all_buffers])  # of ĝ, and beside it ĥ
             # What was not finite stays so until the next step, whatever the draws after it add.
             self._at_draw = squares if first else torch.where(self._at_draw.isfinite(), squares, self._at_draw)
         except BaseException:
@@ -253,35 +251,28 @@ class IVONLoRA(Optimizer):
                 "step() found gradients that were not taken at a draw; "
                 "run the forward and backward pass inside `with optimizer.sampled_params():`"
             )
-        taken, scale = self._judge()
-        decided = taken.device.type == "cpu"  # elsewhere the kernels read what the device decided
+        verdict, self._report = self._judge(self._at_draw, self._squares(), self._numbers, self._report)
         for buffers in all_buffers:
-            if not decided or taken:
-                here = scale.to(buffers.device, non_blocking=True)
-                self._update(buffers, here, None if decided else taken.to(buffers.device, non_blocking=True))
+            if isinstance(verdict, Tensor) or verdict[0]:
+                self._update(buffers, verdict)
             buffers.h_hat = None
         return loss
 
-    def _update(self, buffers: Buffers, scale: Tensor, taken: Tensor | None) -> None:
-        """Apply lines 4 to 8 of the algorithm, unless `taken` is false; ĝ was scaled by `scale` since its draw."""
+    def _update(self, buffers: Buffers, verdict: Verdict) -> None:
+        """Apply lines 4 to 8 of the algorithm, unless the verdict is that the step is skipped."""
         if buffers.h_hat is None:
             return
         group = buffers.group
         lr, ess, clip, (beta1, beta2) = (group[name] for name in ("lr", "ess", "clip", "betas"))
-        there = buffers.with_gradient().there
-        buffers.steps += there if taken is None else there * taken
-        if taken is not None or scale != 1:
-            buffers.h_hat *= scale  # what scales .grad after the backward pass scales ĥ alike
-        debias = -torch.expm1(buffers.steps * math.log(max(beta1, 1e-30)))  # 1 − β1^t, for a small 1 − β1 as well
-        constants = Constants(
-            lr=min(lr, TRAVEL),
-            ess=ess,
-            beta1=beta1,
-            beta2=beta2,
-            bound=min(clip, TRAVEL / max(lr, 1.0)),
-            fixed=group["prior"] != "empirical",
-        )
-        buffers.update(_deltas(buffers), debias, taken, constants)
+        if isinstance(verdict, Tensor):  # on a device that decided for itself
+            verdict = verdict.to(buffers.device, non_blocking=True)
+        buffers.steps += buffers.with_gradient().there * verdict[0]
+        debias = (buffers.steps * math.log(max(beta1, 1e-30))).expm1_().neg_()  # 1 − β1^t, for a small 1 − β1 as well
+        # δ is from the m and σ of the last draw, which are those before the step.
+        fixed, kl_optimal = group["prior"] != "empirical", buffers.numels / buffers.moments
+        deltas = torch.full_like(kl_optimal, group["prior"]) if fixed else kl_optimal
+        bound = min(clip, TRAVEL / max(lr, 1.0))
+        buffers.update(deltas, debias, verdict, Constants(min(lr, TRAVEL), ess, beta1, beta2, bound, fixed))
 
     @torch.no_grad()
     def synchronize(self, average: Callable[[list[Tensor]], None]) -> None:
@@ -306,7 +297,7 @@ class IVONLoRA(Optimizer):
     @property
     def skipped(self) -> Skipped:
         """The steps that were skipped because their gradient was not finite, and where it was not."""
-        total, in_a_row, number = self._report.tolist()
+        total, in_a_row, number = map(int, self._report)
         return Skipped(total, in_a_row, self._name(number) if total else None)
 
     @property
@@ -317,32 +308,15 @@ class IVONLoRA(Optimizer):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
-    @torch.no_grad()
     def _squares(self) -> Tensor:
         """Return Σĝ² of every tensor, in the order of the buffers, on the device that judges."""
-        squares = [
-            buffers.squares().to(self._home, non_blocking=self._home.type != "cpu") for buffers in self._get_buffers()
-        ]
-        return torch.cat(squares)
+        return self._here([buffers.squares() for buffers in self._get_buffers()])
 
-    def _judge(self) -> tuple[Tensor, Tensor]:
-        """Return whether the step is taken (bool []), and by what ĝ was scaled since the draws (float32 []).
-
-        The gradients' norm must be finite, at the draws and now. Nothing here waits for a device.
-        """
-        at_draw, now = self._at_draw, self._squares()
-        norms = torch.stack([at_draw, now]).sum(1).sqrt()
-        taken = norms.isfinite().all()
-        scale = torch.where(norms[0] > 0, norms[1] / norms[0], 1.0).clamp(max=TRAVEL)
-
-        count = len(self._numbers)
-        first, first_now = torch.where(torch.stack([at_draw, now]).isnan(), self._numbers, count).amin(1)
-        # Clipping code makes one gradient that is not finite into many, so what was so at the draw is named first.
-        first = torch.where(norms[0].isfinite(), first_now, first)
-        total, in_a_row, before = self._report.to(self._home, non_blocking=True)
-        skipped = ~taken
-        self._report = torch.stack([total + skipped, (in_a_row + 1) * skipped, torch.where(taken, before, first)])
-        return taken, scale
+    def _here(self, values: list[Tensor]) -> Tensor:
+        """Put what buffers gave on the device that judges, without waiting for another."""
+        if len(values) == 1:
+            return values[0]
+        return torch.cat([value.to(self._home, non_blocking=self._home.type != "cpu") for value in values])
 
     def _name(self, number: int) -> str:
         for group in self.param_groups:
@@ -432,9 +406,10 @@ class IVONLoRA(Optimizer):
                     found.append(Buffers(group, params, kernels.choose(params), (index, place), self.state, _start))
                     numbers += [number + i for i in members]
                 number += len(group["params"])
-            devices = [buffers.device for buffers in found]
-            on_cpu = not devices or any(device.type == "cpu" for device in devices)
-            self._home = torch.device("cpu") if on_cpu else devices[0]
+            # A GPU decides for itself whether a step is taken if all tensors are on GPUs, and their kernels can.
+            judges = {buffers.kernels.judge for buffers in found}
+            self._judge = judges.pop() if len(judges) == 1 else kernels.plain.judge
+            self._home = found[0].device if found and self._judge is not kernels.plain.judge else torch.device("cpu")
             self._at_draw = torch.zeros(len(numbers), device=self._home)  # Σĝ² by tensor when the last draw was over
             self._numbers = to_device(torch.tensor(numbers, dtype=torch.int64), self._home)
             self._buffers = found
@@ -451,13 +426,6 @@ def _delta(group: dict[str, Any], mean: Tensor, precision: Tensor) -> float:
         return float(group["prior"])
     # The paper's Eq. 2 is s = λ·δ; δ is what enters the update.
     return mean.numel() / float(group["ess"] * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)
-
-
-def _deltas(buffers: Buffers) -> Tensor:
-    """Return δ by tensor, from the m and σ of the last draw, which are those before the step."""
-    if (prior := buffers.group["prior"]) != "empirical":
-        return torch.full_like(buffers.moments, prior)
-    return buffers.numels / buffers.moments
 
 
 def _start(group: dict[str, Any], mean: Tensor) -> Tensor:

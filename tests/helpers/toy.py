@@ -10,6 +10,7 @@ from reference import ReferenceIVON
 from torch import nn
 
 from axolotl_ivon import IVONLoRA
+from axolotl_ivon.optim.kernels.base import Chunk
 
 SETTINGS = {"lr": 3e-2, "ess": 2e4, "betas": (0.9, 0.9995), "h0": 5e-2, "clip": 1e-2}
 
@@ -73,3 +74,14 @@ def run_beside_reference(
         for name, reference in references.items():
             reference.step(thetas[name], gradients[name], lr)
     return optimizer, references
+
+
+def chunk_of(sizes: list[int], dtype: torch.dtype = torch.float32) -> Chunk:
+    """Return flat tensors of these sizes as a chunk for kernels, with some state."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
+    mean = torch.cat([param.detach() for param in params]).float()
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    streams = np.arange(2 * len(sizes), dtype=np.uint64).reshape(-1, 2)
+    flats = (mean, mean.cos() * 0.1, mean.abs() + 0.1)
+    return Chunk(params, [(i, None) for i in range(len(sizes))], starts, flats, streams)

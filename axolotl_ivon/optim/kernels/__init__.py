@@ -25,6 +25,7 @@ LOG = logging.getLogger(__name__)
 
 VARIABLE = "IVON_KERNELS"
 _LIBRARIES = {"cpu": "numba", "gpu": "triton"}
+_BY_DEVICE = {"cpu": "cpu", "cuda": "gpu"}
 # Weights from which on a CPU the seconds that numba takes are worth it.
 _COMPILED = 2**18
 
@@ -49,7 +50,7 @@ def choose(params: Sequence[Tensor]) -> Kernels:
     """
     device, dtype = params[0].device, params[0].dtype
     asked = wanted()
-    name = asked or {"cpu": "cpu", "cuda": "gpu"}.get(device.type, "plain")
+    name = asked or _BY_DEVICE.get(device.type, "plain")
     if asked is None and name == "cpu" and sum(param.numel() for param in params) < _COMPILED:
         name = "plain"
     if name == "plain":

@@ -16,6 +16,8 @@ from torch import Tensor
 PRECISION_FLOOR, PRECISION_CEILING = 1e-12, 1e24
 # A step that is longer overflows sooner or later, whatever lr and clip allow.
 TRAVEL = 1e18
+# Whether a step is taken (1 or 0), and by what ĝ was scaled since its draws; a device's own is float32 [2].
+Verdict = tuple[float, float] | Tensor
 
 
 class Constants(NamedTuple):
@@ -104,8 +106,8 @@ class Kernels(Protocol):
     def draw(self, chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
         """θ = m + σ·ε with σ = 1/√(λ·p): put it into the parameters; return λ·Σ(m² + σ²) by part, for δ."""
 
-    def collect(self, chunk: Chunk, h_hat: Tensor, *, add: bool) -> None:
-        """ĥ/(λ·p) = ĝ·(θ−m): put it into `h_hat` [place] or add it, and put m back into the parameters.
+    def collect(self, chunk: Chunk, h_hat: Tensor, *, add: bool) -> Tensor:
+        """ĥ/(λ·p) = ĝ·(θ−m): put it into `h_hat` [place] or add it, and put m back; return what `squares` does.
 
         θ is read from the parameters, so it is what the forward pass saw, after rounding to their dtype.
         """
@@ -113,8 +115,22 @@ class Kernels(Protocol):
     def squares(self, chunk: Chunk) -> Tensor:
         """Return Σĝ² by part: NaN where ĝ is not finite, infinity where it is and the sum overflows."""
 
+    def judge(
+        self, at_draw: Tensor, now: Tensor, numbers: Tensor, report: Sequence[int] | Tensor
+    ) -> tuple[Verdict, Sequence[int] | Tensor]:
+        """Decide whether the step is taken: the norm of ĝ must be finite, at the draws and now.
+
+        Args:
+            at_draw, now: Σĝ² of all tensors, float32 [tensors].
+            numbers: the numbers of these tensors, int64 [tensors].
+            report: steps that were skipped in all and in a row, and the first tensor with a bad ĝ in the latest.
+
+        Returns:
+            The verdict, and the report after this step; what is a bad ĝ of no tensor alone is that of number `tensors`.
+        """
+
     def update(
-        self, chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, taken: Tensor | None, c: Constants
+        self, chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, verdict: Verdict, c: Constants
     ) -> None:
         """Take the step from ĝ in .grad and ĥ, and put the new m into the parameters.
 
@@ -126,7 +142,7 @@ class Kernels(Protocol):
             h_hat: ĥ/(λ·p), float32 [place].
             deltas: δ by part.
             debias: 1−β1^t by part.
-            taken: bool [], on the device: where it is false nothing is written. None: it is true.
+            verdict: what `judge` gave: nothing is written if the step is skipped, and ĥ is scaled as ĝ was.
         """
 
 
@@ -155,12 +171,12 @@ def trial(kernels: Kernels, device: torch.device, dtype: torch.dtype = torch.flo
         param.grad = param.sin() * 0.1
     h_hat = torch.empty_like(mean)
     for add in (False, True):
-        kernels.collect(chunk, h_hat, add=add)
-        results += [h_hat.clone(), kernels.squares(chunk)]
+        results += [kernels.collect(chunk, h_hat, add=add), h_hat.clone(), kernels.squares(chunk)]
     small = torch.linspace(0.1, 0.9, len(params), device=device)
-    for fixed, taken in ((False, None), (True, torch.ones((), dtype=torch.bool, device=device))):
+    for fixed in (False, True):
         constants = Constants(lr=1e-2, ess=1e3, beta1=0.9, beta2=0.99, bound=1e-2, fixed=fixed)
-        kernels.update(chunk, h_hat, small, small, taken, constants)
+        verdict, _ = kernels.judge(small, small * 4, torch.arange(len(params), device=device), (0, 0, 0))
+        kernels.update(chunk, h_hat, small, small, verdict, constants)
     return [*results, *flats, *(theta.detach().flatten().float() for theta in chunk.thetas)]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...noise import mixed, quantiles
 from . import plain
-from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants
+from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants, Verdict
 
 PARTS, GAPS = 4.0, False  # it is the noise alone that must stay in the cache
 
@@ -50,16 +50,14 @@ _mixed = _compiled(mixed)
 
 
 @_compiled
-def _at(address: Any, size: Any) -> Any:
+def _at(address, size):
     return carray(_pointer(address), size)  # type: ignore[call-arg]
 
 
 @_compiled
-def _noise(noise: Any, sizes: Any, seeds: Any, table: Any) -> None:
-    stop = 0
+def _noise(noise, sizes, seeds, table):
     for part in range(len(sizes)):
-        start, stop = stop, stop + sizes[part]
-        noise_, first, stride = noise[start:stop], seeds[part, 0], seeds[part, 1]
+        noise_, first, stride = _at(noise, sizes[part]), seeds[part, 0], seeds[part, 1]
         for i in range(len(noise_) // 2):
             z = _mixed(np.uint64(i), first, stride)
             noise_[2 * i] = table[z & _BITS] + table[(z >> _16) & _BITS]
@@ -67,80 +65,82 @@ def _noise(noise: Any, sizes: Any, seeds: Any, table: Any) -> None:
         if len(noise_) % 2:
             z = _mixed(np.uint64(len(noise_) // 2), first, stride)
             noise_[-1] = table[z & _BITS] + table[(z >> _16) & _BITS]
+        noise += 4 * sizes[part]
 
 
 @_compiled
-def _draw(m: Any, p: Any, noise: Any, thetas: Any, sizes: Any, ess: Any, inverse_root_ess: Any, moments: Any) -> None:
-    stop = 0
+def _draw(m, p, noise, thetas, sizes, ess, inverse_root_ess, moments):
+    start = 0
     for part in range(len(sizes)):
-        start, stop = stop, stop + sizes[part]
-        m_, p_, noise_, theta_ = m[start:stop], p[start:stop], noise[start:stop], _at(thetas[part], sizes[part])
+        size = sizes[part]
+        m_, p_, noise_, theta_ = (
+            _at(m + start, size),
+            _at(p + start, size),
+            _at(noise + start, size),
+            _at(thetas[part], size),
+        )
         squares, variances = _ZERO, _ZERO
-        for i in range(len(m_)):
+        for i in range(size):
             root = _ONE / np.sqrt(p_[i])
             theta_[i] = m_[i] + noise_[i] * root * inverse_root_ess
             squares += m_[i] * m_[i]
             variances += root * root
-        moments[part] = ess * squares + variances
+        _at(moments, len(sizes))[part] = ess * squares + variances
+        start += 4 * size
 
 
 @_compiled
-def _collect(m: Any, h_hat: Any, thetas: Any, gradients: Any, sizes: Any, add: Any) -> None:
-    stop = 0
+def _sum_of_squares(gradient):
+    total = _ZERO
+    for i in range(len(gradient)):
+        total += gradient[i] * gradient[i]
+    if not total < _INFINITY:
+        for i in range(len(gradient)):
+            if not abs(gradient[i]) < _INFINITY:
+                total = _NAN
+    return total
+
+
+@_compiled
+def _collect(m, h_hat, thetas, gradients, sizes, add, sums):
+    start = 0
     for part in range(len(sizes)):
-        start, stop = stop, stop + sizes[part]
-        m_, h_ = m[start:stop], h_hat[start:stop]
-        theta_, gradient_ = _at(thetas[part], sizes[part]), _at(gradients[part], sizes[part])
+        size = sizes[part]
+        m_, h_, theta_, gradient_ = (
+            _at(m + start, size),
+            _at(h_hat + start, size),
+            _at(thetas[part], size),
+            _at(gradients[part], size),
+        )
         if add:
-            for i in range(len(m_)):
+            for i in range(size):
                 h_[i] += (theta_[i] - m_[i]) * gradient_[i]
                 theta_[i] = m_[i]
         else:
-            for i in range(len(m_)):
+            for i in range(size):
                 h_[i] = (theta_[i] - m_[i]) * gradient_[i]
                 theta_[i] = m_[i]
+        _at(sums, len(sizes))[part] = _sum_of_squares(gradient_)  # which is in the cache
+        start += 4 * size
 
 
 @_compiled
-def _squares(gradients: Any, sizes: Any, sums: Any) -> None:
+def _squares(gradients, sizes, sums):
     for part in range(len(sizes)):
-        gradient_ = _at(gradients[part], sizes[part])
-        total = _ZERO
-        for i in range(len(gradient_)):
-            total += gradient_[i] * gradient_[i]
-        if not total < _INFINITY:
-            for i in range(len(gradient_)):
-                if not abs(gradient_[i]) < _INFINITY:
-                    total = _NAN
-        sums[part] = total
+        _at(sums, len(sizes))[part] = _sum_of_squares(_at(gradients[part], sizes[part]))
 
 
 @_compiled
-def _update(
-    m: Any,
-    g: Any,
-    p: Any,
-    h_hat: Any,
-    thetas: Any,
-    gradients: Any,
-    sizes: Any,
-    deltas: Any,
-    debias: Any,
-    fixed: Any,
-    one_minus_beta1: Any,
-    one_minus_beta2: Any,
-    per_h_hat: Any,
-    bound: Any,
-    lr: Any,
-) -> None:
-    stop = 0
+def _update(m, g, p, h_hat, thetas, gradients, sizes, deltas, debias, fixed, numbers):
+    one_minus_beta1, one_minus_beta2, per_h_hat, bound, lr = numbers
+    start = 0
     for part in range(len(sizes)):
-        start, stop = stop, stop + sizes[part]
-        m_, g_, p_, h_ = m[start:stop], g[start:stop], p[start:stop], h_hat[start:stop]
-        theta_, gradient_ = _at(thetas[part], sizes[part]), _at(gradients[part], sizes[part])
-        delta, inverse_debias = deltas[part], _ONE / debias[part]
+        size = sizes[part]
+        m_, g_, p_ = _at(m + start, size), _at(g + start, size), _at(p + start, size)
+        h_, theta_, gradient_ = _at(h_hat + start, size), _at(thetas[part], size), _at(gradients[part], size)
+        delta, inverse_debias = _at(deltas, len(sizes))[part], _ONE / _at(debias, len(sizes))[part]
         decay = delta if fixed else _ZERO
-        for i in range(len(m_)):
+        for i in range(size):
             g_i = g_[i] + one_minus_beta1 * (gradient_[i] - g_[i])
             d = one_minus_beta2 * (delta / p_[i] - _ONE) + per_h_hat * h_[i]
             d = d if d == d else _ZERO
@@ -153,12 +153,13 @@ def _update(
             direction = direction if direction > -bound else -bound
             m_i = m_[i] - lr * direction
             g_[i], p_[i], m_[i], theta_[i] = g_i, p_i, m_i, m_i
+        start += 4 * size
 
 
 def noise(chunk: Chunk, seeds: np.ndarray) -> Tensor:
     """Return ε ~ N(0, I); see `Kernels.noise`."""
     out = torch.empty_like(chunk.mean)
-    _noise(out.numpy(), np.array(chunk.sizes), seeds, quantiles())
+    _noise(out.data_ptr(), np.array(chunk.sizes), seeds, quantiles())
     return out
 
 
@@ -167,18 +168,19 @@ def draw(chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
     if (thetas := _addresses(chunk.thetas)) is None:
         return plain.draw(chunk, noise, ess)
     moments = torch.empty(len(chunk.sizes))
-    m, p, eps = (flat.numpy() for flat in (chunk.mean, chunk.precision, noise))
-    _draw(m, p, eps, thetas, np.array(chunk.sizes), np.float32(ess), np.float32(ess**-0.5), moments.numpy())
+    m, p, eps, out = (flat.data_ptr() for flat in (chunk.mean, chunk.precision, noise, moments))
+    _draw(m, p, eps, thetas, np.array(chunk.sizes), np.float32(ess), np.float32(ess**-0.5), out)
     return moments
 
 
-def collect(chunk: Chunk, h_hat: Tensor, *, add: bool) -> None:
+def collect(chunk: Chunk, h_hat: Tensor, *, add: bool) -> Tensor:
     """ĥ/(λ·p) = ĝ·(θ−m); see `Kernels.collect`."""
     thetas, gradients = _addresses(chunk.thetas), _addresses(chunk.gradients)
     if thetas is None or gradients is None:
-        plain.collect(chunk, h_hat, add=add)
-    else:
-        _collect(chunk.mean.numpy(), h_hat.numpy(), thetas, gradients, np.array(chunk.sizes), add)
+        return plain.collect(chunk, h_hat, add=add)
+    sums = torch.empty(len(chunk.sizes))
+    _collect(chunk.mean.data_ptr(), h_hat.data_ptr(), thetas, gradients, np.array(chunk.sizes), add, sums.data_ptr())
+    return sums
 
 
 def squares(chunk: Chunk) -> Tensor:
@@ -186,30 +188,24 @@ def squares(chunk: Chunk) -> Tensor:
     if (gradients := _addresses(chunk.gradients)) is None:
         return plain.squares(chunk)
     sums = torch.empty(len(chunk.sizes))
-    _squares(gradients, np.array(chunk.sizes), sums.numpy())
+    _squares(gradients, np.array(chunk.sizes), sums.data_ptr())
     return sums
 
 
-def update(chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, taken: Tensor | None, c: Constants) -> None:
+judge = plain.judge
+
+
+def update(chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, verdict: Verdict, c: Constants) -> None:
     """Take the step; see `Kernels.update`."""
-    if taken is not None and not taken:
-        return
     thetas, gradients = _addresses(chunk.thetas), _addresses(chunk.gradients)
+    taken, scale = verdict
     if thetas is None or gradients is None:
-        plain.update(chunk, h_hat, deltas, debias, None, c)
-        return
-    flats = (flat.numpy() for flat in (chunk.mean, chunk.momentum, chunk.precision, h_hat))
-    numbers = (1 - c.beta1, 1 - c.beta2, (1 - c.beta2) * c.ess, c.bound, c.lr)
-    _update(
-        *flats,
-        thetas,
-        gradients,
-        np.array(chunk.sizes),
-        deltas.numpy(),
-        debias.numpy(),
-        c.fixed,
-        *map(np.float32, numbers),
-    )
+        plain.update(chunk, h_hat, deltas, debias, verdict, c)
+    elif taken:
+        m, g, p = chunk.mean, chunk.momentum, chunk.precision
+        flats, by_part = ([x.data_ptr() for x in xs] for xs in ((m, g, p, h_hat), (deltas, debias)))
+        numbers = (1 - c.beta1, 1 - c.beta2, (1 - c.beta2) * c.ess * float(scale), c.bound, c.lr)
+        _update(*flats, thetas, gradients, np.array(chunk.sizes), *by_part, c.fixed, tuple(map(np.float32, numbers)))
 
 
 def _addresses(tensors: list[Tensor]) -> np.ndarray | None:

@@ -7,6 +7,7 @@ get tables of their addresses; m, g, p and ĥ lie in flat buffers. Nothing waits
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plain
-from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants, to_device
+from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants, Verdict, to_device
 
 PARTS, GAPS = math.inf, True
 
@@ -40,32 +41,22 @@ def _at(addresses, part, places, TYPE: tl.constexpr):
 
 @triton.jit
 def _draw(
-    programs,
-    parts,
-    thetas,
-    noise,
-    mean,
-    precision,
-    partial,
-    ess,
-    inverse_root_ess,
-    TYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    programs, parts, thetas, noise, mean, precision, partial, ess, scale, TYPE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """θ = m + σ·ε, and λ·Σ(m² + σ²) of every program."""
+    """θ = m + σ·ε with σ = scale/√p, and λ·Σ(m² + σ²) of every program."""
     part, places, flat, inside = _place(programs, parts, BLOCK)
     m = tl.load(mean + flat, mask=inside, other=0.0)
     root = 1 / tl.sqrt(tl.load(precision + flat, mask=inside, other=1.0))
-    theta = m + tl.load(noise + flat, mask=inside, other=0.0) * root * inverse_root_ess
+    theta = m + tl.load(noise + flat, mask=inside, other=0.0) * root * scale
     tl.store(_at(thetas, part, places, TYPE), theta.to(TYPE), mask=inside)
     tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, ess * m * m + root * root, 0.0)))
 
 
 @triton.jit
 def _collect(
-    programs, parts, thetas, gradients, mean, h_hat, ADD: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr
+    programs, parts, thetas, gradients, mean, h_hat, partial, ADD: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """ĥ/(λ·p) = ĝ·(θ−m), and m into the parameters."""
+    """ĥ/(λ·p) = ĝ·(θ−m), m into the parameters, and what `_squares` gives."""
     part, places, flat, inside = _place(programs, parts, BLOCK)
     pointer = _at(thetas, part, places, TYPE)
     m = tl.load(mean + flat, mask=inside, other=0.0)
@@ -76,6 +67,7 @@ def _collect(
         h += tl.load(h_hat + flat, mask=inside, other=0.0)
     tl.store(h_hat + flat, h, mask=inside)
     tl.store(pointer, m.to(TYPE), mask=inside)
+    tl.store(partial + tl.program_id(0), tl.sum(gradient * gradient) + tl.sum(gradient - gradient))
 
 
 @triton.jit
@@ -98,6 +90,34 @@ def _sum(parts, partial, sums, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _first_bad(squares, numbers, tensors, BLOCK: tl.constexpr):
+    """Return the sum of squares, and the number of the first tensor in which they are NaN, or `tensors`."""
+    total, first = 0.0, tl.full((), 0, tl.int64) + tensors
+    for start in range(0, tensors, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        square = tl.load(squares + places, mask=places < tensors, other=0.0)
+        number = tl.load(numbers + places, mask=places < tensors, other=0)
+        total += tl.sum(square)
+        first = tl.minimum(first, tl.min(tl.where(square == square, tensors, number)))
+    return total, first
+
+
+@triton.jit
+def _judge(at_draw, now, numbers, report, verdict, tensors, travel, BLOCK: tl.constexpr):
+    """`Kernels.judge`, in one program."""
+    before, first_before = _first_bad(at_draw, numbers, tensors, BLOCK)
+    after, first = _first_bad(now, numbers, tensors, BLOCK)
+    # Clipping code makes one gradient that is not finite into many, so what was so at the draw is named first.
+    first = tl.where(before - before == 0, first, first_before)
+    taken = tl.where((before - before) + (after - after) == 0, 1, 0)  # as infinity − infinity is not a number
+    tl.store(verdict, taken.to(tl.float32))
+    tl.store(verdict + 1, tl.where(before > 0, tl.minimum(tl.sqrt(after) / tl.sqrt(before), travel), 1.0))
+    tl.store(report, tl.load(report) + 1 - taken)
+    tl.store(report + 1, (tl.load(report + 1) + 1) * (1 - taken))
+    tl.store(report + 2, tl.load(report + 2) * taken + first * (1 - taken))
+
+
+@triton.jit
 def _update(
     programs,
     parts,
@@ -109,7 +129,7 @@ def _update(
     h_hat,
     deltas,
     debias,
-    taken,
+    verdict,
     one_minus_beta1,
     one_minus_beta2,
     per_h_hat,
@@ -124,7 +144,7 @@ def _update(
 ):
     """One step, as in `Kernels.update`."""
     part, places, flat, _ = _place(programs, parts, BLOCK)
-    inside = places < tl.load(parts + 4 * part) * tl.load(taken).to(tl.int64)
+    inside = places < tl.load(parts + 4 * part) * tl.load(verdict).to(tl.int64)
     m = tl.load(mean + flat, mask=inside, other=0.0)
     g = tl.load(momentum + flat, mask=inside, other=0.0)
     p = tl.load(precision + flat, mask=inside, other=1.0)
@@ -133,7 +153,7 @@ def _update(
     delta = tl.load(deltas + part)
 
     g += one_minus_beta1 * (gradient - g)
-    d = one_minus_beta2 * (delta / p - 1) + per_h_hat * h
+    d = one_minus_beta2 * (delta / p - 1) + per_h_hat * tl.load(verdict + 1) * h
     d = tl.maximum(tl.where(d == d, d, 0.0), -travel)
     p = tl.minimum(tl.maximum(p + p * (d + 0.5 * d * d), floor), ceiling)
     direction = g / tl.load(debias + part)
@@ -157,10 +177,11 @@ def draw(chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
     return _by_part(chunk, partial)
 
 
-def collect(chunk: Chunk, h_hat: Tensor, *, add: bool) -> None:
+def collect(chunk: Chunk, h_hat: Tensor, *, add: bool) -> Tensor:
     """ĥ/(λ·p) = ĝ·(θ−m); see `Kernels.collect`."""
-    gradients = _gradients(chunk)
-    _launch(_collect, chunk, _thetas(chunk), _table(chunk, "gradients", gradients), chunk.mean, h_hat, ADD=add)
+    partial, gradients = _partial(chunk), _gradients(chunk)
+    _launch(_collect, chunk, _thetas(chunk), _table(chunk, "gradients", gradients), chunk.mean, h_hat, partial, ADD=add)
+    return _by_part(chunk, partial)
 
 
 def squares(chunk: Chunk) -> Tensor:
@@ -170,16 +191,28 @@ def squares(chunk: Chunk) -> Tensor:
     return _by_part(chunk, partial)
 
 
-def update(chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, taken: Tensor | None, c: Constants) -> None:
+def judge(
+    at_draw: Tensor, now: Tensor, numbers: Tensor, report: Sequence[int] | Tensor
+) -> tuple[Verdict, Sequence[int] | Tensor]:
+    """Decide whether the step is taken; see `Kernels.judge`."""
+    told = report if isinstance(report, Tensor) else torch.tensor(report)
+    told = to_device(told, now.device) if told.device != now.device else told
+    verdict = torch.empty(2, device=now.device)
+    with torch.cuda.device_of(now):
+        _judge[(1,)](at_draw, now, numbers, told, verdict, len(numbers), TRAVEL, BLOCK=_BLOCK)
+    return verdict, told
+
+
+def update(chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, verdict: Verdict, c: Constants) -> None:
     """Take the step; see `Kernels.update`."""
     gradients = _gradients(chunk)
-    yes = torch.ones((), dtype=torch.bool, device=chunk.mean.device) if taken is None else taken
+    verdict = verdict if isinstance(verdict, Tensor) else to_device(verdict, chunk.mean.device)
     _launch(
         _update,
         chunk,
         _thetas(chunk),
         _table(chunk, "gradients", gradients),
-        *(chunk.mean, chunk.momentum, chunk.precision, h_hat, deltas, debias, yes.view(torch.int8)),
+        *(chunk.mean, chunk.momentum, chunk.precision, h_hat, deltas, debias, verdict),
         *(1 - c.beta1, 1 - c.beta2, (1 - c.beta2) * c.ess, c.bound, c.lr),
         *(TRAVEL, PRECISION_FLOOR, PRECISION_CEILING),
         FIXED=c.fixed,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...noise import training_noise
-from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants
+from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants, Verdict
 
 PARTS, GAPS = 1.0, False  # every operation passes over the weights, which must stay in the cache
 
@@ -31,7 +34,7 @@ def draw(chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
     return norms[0].square().mul_(ess).add_(norms[1].square())
 
 
-def collect(chunk: Chunk, h_hat: Tensor, *, add: bool) -> None:
+def collect(chunk: Chunk, h_hat: Tensor, *, add: bool) -> Tensor:
     """ĥ/(λ·p) = ĝ·(θ−m); see `Kernels.collect`."""
     thetas = chunk.thetas
     for theta, m, gradient, h in zip(thetas, chunk.means, chunk.gradients, chunk.shaped(h_hat), strict=True):
@@ -40,6 +43,7 @@ def collect(chunk: Chunk, h_hat: Tensor, *, add: bool) -> None:
         else:
             torch.sub(theta, m, out=h).mul_(gradient)
     torch._foreach_copy_(thetas, chunk.means)
+    return squares(chunk)
 
 
 def squares(chunk: Chunk) -> Tensor:
@@ -54,23 +58,35 @@ def squares(chunk: Chunk) -> Tensor:
     return sums
 
 
-def update(chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, taken: Tensor | None, c: Constants) -> None:
+def judge(
+    at_draw: Tensor, now: Tensor, numbers: Tensor, report: Sequence[int] | Tensor
+) -> tuple[Verdict, Sequence[int] | Tensor]:
+    """Decide whether the step is taken; see `Kernels.judge`. This one waits for the device."""
+    before, after = float(at_draw.sum()), float(now.sum())
+    total, in_a_row, tensor = map(int, report)
+    if math.isfinite(before) and math.isfinite(after):
+        return (1.0, min(math.sqrt(after / before), TRAVEL) if before > 0 else 1.0), (total, 0, tensor)
+    # Clipping code makes one gradient that is not finite into many, so what was so at the draw is named first.
+    bad = numbers[(now if math.isfinite(before) else at_draw).isnan().cpu()].tolist()
+    return (0.0, 1.0), (total + 1, in_a_row + 1, min(bad, default=len(numbers)))
+
+
+def update(chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, verdict: Verdict, c: Constants) -> None:
     """Take the step; see `Kernels.update`."""
-    flats = m, g, p = chunk.mean, chunk.momentum, chunk.precision
-    before = None if taken is None else [flat.clone() for flat in flats]
+    taken, scale = map(float, verdict)
+    if not taken:
+        return
+    m, g, p = chunk.mean, chunk.momentum, chunk.precision
     delta, debias = _spread(chunk, deltas), _spread(chunk, debias)
     torch._foreach_lerp_(chunk.momenta, [gradient.float() for gradient in chunk.gradients], 1 - c.beta1)
     minus_one = torch.full((), c.beta2 - 1, device=p.device)  # times 1−β2; no copy that a GPU waits for
     d = torch.addcdiv(minus_one, delta, p, value=1 - c.beta2)
-    d.add_(h_hat, alpha=(1 - c.beta2) * c.ess).nan_to_num_(nan=0.0, neginf=-TRAVEL)
+    d.add_(h_hat, alpha=(1 - c.beta2) * c.ess * scale).nan_to_num_(nan=0.0, neginf=-TRAVEL)
     p.addcmul_(p, torch.addcmul(d, d, d, value=0.5)).clamp_(PRECISION_FLOOR, PRECISION_CEILING)
     direction = g / debias
     if c.fixed:
         direction.addcmul_(m, delta)
     m.sub_(direction.div_(p).clamp_(-c.bound, c.bound), alpha=c.lr)
-    if taken is not None and before is not None:
-        for flat, old in zip(flats, before, strict=True):
-            torch.where(taken, flat, old, out=flat)
     torch._foreach_copy_(chunk.thetas, chunk.means)
 
 

@@ -23,6 +23,8 @@ def _use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        kernels._tried("gpu", torch.device("cpu"), dtype)  # in programs of the usual size, which takes less time
     monkeypatch.setattr(gpu, "_BLOCK", 32)  # so that a tensor is worked on by several
 
 
@@ -97,13 +99,21 @@ def test_what_is_asked_before_the_kernels_are_used() -> None:
         kernels.choose([nn.Parameter(torch.ones(3).double())])
 
 
-def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(gpu, "PRECISION_FLOOR", 1.0)
-    kernels._tried.cache_clear()
+    monkeypatch.setattr(gpu, "_BLOCK", 2048)
+    monkeypatch.setattr(kernels, "_tried", kernels._tried.__wrapped__)
+    monkeypatch.setattr(kernels, "_warn", kernels._warn.__wrapped__)
     params = [nn.Parameter(torch.ones(3))]
     with pytest.raises(IVONError, match=r"IVON_KERNELS=gpu cannot be used .* cpu: Tensor-likes are not close"):
         kernels.choose(params)
-    kernels._tried.cache_clear()
+    assert not caplog.records
+    monkeypatch.delenv(kernels.VARIABLE)
+    monkeypatch.setattr(kernels, "_BY_DEVICE", {"cpu": "gpu"})  # as on a GPU, without being asked
+    assert kernels.choose(params) is kernels.plain
+    assert "the gpu kernels are not used for torch.float32 parameters on cpu, which costs time only" in caplog.text
+    monkeypatch.setattr(gpu, "PRECISION_FLOOR", kernels.base.PRECISION_FLOOR)
+    assert kernels.choose(params) is gpu
 
 
 def test_several_groups_and_dtypes_keep_triton_and_follow_the_plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,19 +142,30 @@ def test_several_groups_and_dtypes_keep_triton_and_follow_the_plain_kernels(monk
 
 def test_a_step_that_the_device_refuses_writes_nothing() -> None:
     """As on a GPU, where the kernels are told by a tensor."""
-    for module in (gpu, kernels.plain):
-        pair = lora_pair()
-        opt = IVONLoRA(pair.items(), **SETTINGS)
-        [buffers] = opt._get_buffers()
-        buffers.kernels = module
-        with opt.sampled_params():
-            lora_loss(pair, batches(1)[0]).backward()
-        before = [value.clone() for value in (buffers.mean, buffers.momentum, buffers.precision, buffers.steps)]
-        with torch.no_grad():
-            opt._update(buffers, torch.tensor(math.nan), torch.tensor(False))
-        after = (buffers.mean, buffers.momentum, buffers.precision, buffers.steps)
-        assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
-        assert torch.equal(pair["A"].detach(), opt.mean(pair["A"]))
+    pair = lora_pair()
+    opt = IVONLoRA(pair.items(), **SETTINGS)
+    [buffers] = opt._get_buffers()
+    with opt.sampled_params():
+        lora_loss(pair, batches(1)[0]).backward()
+    before = [value.clone() for value in (buffers.mean, buffers.momentum, buffers.precision, buffers.steps)]
+    with torch.no_grad():
+        opt._update(buffers, torch.tensor([0.0, 1.0]))
+    after = (buffers.mean, buffers.momentum, buffers.precision, buffers.steps)
+    assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
+    assert torch.equal(pair["A"].detach(), opt.mean(pair["A"]))
+
+
+@pytest.mark.parametrize("at_draw", [[1.0, 4.0], [0.0, 0.0], [math.nan, 4.0], [1.0, math.inf], [1.0, math.nan]])
+@pytest.mark.parametrize("now", [[16.0, 64.0], [math.nan, math.nan], [math.inf, 1.0], [3e38, 3e38], [1e-30, 3e38]])
+def test_the_device_judges_as_the_plain_kernels_do(at_draw: list[float], now: list[float]) -> None:
+    report = (3, 2, 1)
+    given = (torch.tensor(at_draw), torch.tensor(now), torch.tensor([1, 0]), report)
+    (taken, scale), told = kernels.plain.judge(*given)
+    verdict, told_on_device = gpu.judge(*given)
+    assert list(map(int, told_on_device)) == list(told)
+    assert verdict[0] == taken
+    if taken:
+        assert float(verdict[1]) == pytest.approx(scale)
 
 
 def test_tensors_without_a_gradient_cost_no_launch_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +181,7 @@ def test_tensors_without_a_gradient_cost_no_launch_of_their_own(monkeypatch: pyt
 
 def test_the_number_of_launches_does_not_depend_on_the_number_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = []
-    for name in ("_draw", "_collect", "_squares", "_sum", "_update"):
+    for name in ("_draw", "_collect", "_squares", "_sum", "_judge", "_update"):
         kernel = getattr(gpu, name)
 
         class Counted:
@@ -178,4 +199,5 @@ def test_the_number_of_launches_does_not_depend_on_the_number_of_tensors(monkeyp
             sum(param.square().sum() for param in params).backward()
         opt.step()
         counts.append(len(launches))
-    assert counts == [8, 8]  # and one for the normals, and some on a number for each tensor
+    # Four pass over the weights, as the normals do; the three sums, the judge and six operations of torch are tiny.
+    assert counts == [8, 8]

@@ -32,10 +32,10 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(dtype: torch.dtype) -> 
 
     from axolotl_ivon.optim.kernels import gpu
 
-    integers = {"programs", "parts", "thetas", "gradients"}
-    scalars = {"ess", "inverse_root_ess", "lr", "one_minus_beta1", "one_minus_beta2", "per_h_hat", "bound"}
+    integers = {"programs", "parts", "thetas", "gradients", "numbers", "report"}
+    scalars = {"ess", "scale", "lr", "one_minus_beta1", "one_minus_beta2", "per_h_hat", "bound"}
     scalars |= {"travel", "floor", "ceiling"}
-    variants = [("_draw", {}), ("_squares", {}), ("_sum", {})]
+    variants = [("_draw", {}), ("_squares", {}), ("_sum", {}), ("_judge", {})]
     variants += [("_collect", {"ADD": add}) for add in (True, False)]
     variants += [("_update", {"FIXED": fixed}) for fixed in (True, False)]
     for name, constants in variants:
@@ -45,8 +45,8 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(dtype: torch.dtype) -> 
         kinds = {
             key: "constexpr"
             if key in known
-            else "*i8"
-            if key == "taken"
+            else "i32"
+            if key == "tensors"
             else "fp32"
             if key in scalars
             else "*i64"

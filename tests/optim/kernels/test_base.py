@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from reference import ReferenceIVON
-from torch import nn
+from toy import chunk_of
 
 from axolotl_ivon.optim.kernels import agree, plain
-from axolotl_ivon.optim.kernels.base import Chunk, Constants
+from axolotl_ivon.optim.kernels.base import Constants
 
 LR, ESS, BETA1, BETA2, BOUND = 1e-2, 1e3, 0.9, 0.99, 1e-2
 
@@ -22,18 +23,14 @@ def kernels(request: pytest.FixtureRequest) -> Any:
     return importlib.import_module(f"axolotl_ivon.optim.kernels.{request.param}")
 
 
-def chunk_of(sizes: list[int], dtype: torch.dtype = torch.float32) -> Chunk:
-    generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
-    mean = torch.cat([param.detach() for param in params]).float()
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    streams = np.arange(2 * len(sizes), dtype=np.uint64).reshape(-1, 2)
-    flats = (mean, mean.cos() * 0.1, mean.abs() + 0.1)
-    return Chunk(params, [(i, None) for i in range(len(sizes))], starts, flats, streams)
-
-
 def test_they_agree(kernels: Any) -> None:
     agree(kernels, plain, torch.device("cpu"))
+    for name in ("noise", "draw", "squares", "collect"):
+        with pytest.raises(AssertionError):
+            right = getattr(kernels, name)
+            wrong = SimpleNamespace(**vars(kernels))
+            setattr(wrong, name, lambda *args, right=right, **kwargs: right(*args, **kwargs) * 1.01)
+            agree(wrong, plain, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("prior", ["empirical", 0.3])
@@ -52,7 +49,8 @@ def test_one_step_is_that_of_the_reference(kernels: Any, prior: Any) -> None:
         param.grad = param.sin()
     gradients = [param.grad.double().numpy().copy() for param in chunk.params]
     h_hat = torch.empty_like(chunk.mean)
-    kernels.collect(chunk, h_hat, add=False)
+    squares = kernels.collect(chunk, h_hat, add=False)
+    assert torch.equal(squares, kernels.squares(chunk))
     expected = [(gradient**2).sum() for gradient in gradients]
     np.testing.assert_allclose(kernels.squares(chunk).numpy(), expected, rtol=1e-5)
     sized = torch.tensor([float(size) for size in sizes])
@@ -60,7 +58,7 @@ def test_one_step_is_that_of_the_reference(kernels: Any, prior: Any) -> None:
     np.testing.assert_allclose(deltas.numpy(), [reference.delta() for reference in references], rtol=1e-5)
     debias = torch.full_like(sized, 1 - BETA1**5)
     constants = Constants(LR, ESS, BETA1, BETA2, BOUND, fixed=prior != "empirical")
-    kernels.update(chunk, h_hat, deltas, debias, None, constants)
+    kernels.update(chunk, h_hat, deltas, debias, (1.0, 1.0), constants)
     for reference, theta, gradient in zip(references, thetas, gradients, strict=True):
         reference.step([theta], [gradient], LR)
     for name, flat in (("m", chunk.mean), ("g", chunk.momentum), ("p", chunk.precision)):
@@ -77,6 +75,8 @@ def test_squares_tell_an_overflow_from_a_gradient_that_is_not_finite(kernels: An
         param.grad = torch.ones_like(param)
     chunk.params[1].grad[7] = bad
     np.testing.assert_array_equal(kernels.squares(chunk).numpy(), [9, expected])
+    squares = kernels.collect(chunk, torch.empty_like(chunk.mean), add=False)
+    np.testing.assert_array_equal(squares.numpy(), [9, expected])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -92,9 +92,3 @@ def test_a_second_draw_is_added_and_theta_is_what_was_rounded(kernels: Any, dtyp
         total += (theta - chunk.mean) * gradient
         kernels.collect(chunk, h_hat, add=draw > 0)
     torch.testing.assert_close(h_hat, total, rtol=1e-5, atol=1e-7)
-
-
-def test_both_have_the_same_noise() -> None:
-    cpu = importlib.import_module("axolotl_ivon.optim.kernels.cpu")
-    chunk = chunk_of([7, 200_001, 15])
-    assert torch.equal(plain.noise(chunk, chunk.streams), cpu.noise(chunk, chunk.streams))
