@@ -68,10 +68,12 @@ class Adapter:
         self.sigma: Tensors | None = None
         self.metadata: dict[str, str] = {}
         path = self.folder / SIGMA_FILE
-        with contextlib.suppress(IVONError):  # a save was cut off, or is under way: see storage.atomic.updated_adapter
-            waiting = TensorFile(self.folder / NEXT_SIGMA_FILE)
-            if waiting.metadata.get("mean_sha256") == fingerprint(self.mean, self.digests()):
-                path = waiting.path
+        # Asked first: an exception's frames would keep this adapter's files open until the next garbage collection.
+        if os.path.lexists(self.folder / NEXT_SIGMA_FILE):
+            with contextlib.suppress(IVONError):  # a save was cut off, or goes on: see storage.atomic.updated_adapter
+                waiting = TensorFile(self.folder / NEXT_SIGMA_FILE)
+                if waiting.metadata.get("mean_sha256") == fingerprint(self.mean, self.digests()):
+                    path = waiting.path
         if os.path.lexists(path):
             file = TensorFile(path)
             _check_header(file)
