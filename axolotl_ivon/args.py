@@ -22,7 +22,7 @@ DEFAULTS = {
 
 def _key(name: str, description: str) -> Any:
     default = DEFAULTS.get(name)
-    shown = "unset" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+    shown = "unset" if default is None else f"{default:g}" if isinstance(default, float) else str(default).lower()
     return Field(default=None, json_schema_extra={"description": f"IVON-LoRA: {description} Default: {shown}."})
 
 
@@ -50,6 +50,11 @@ class IVONArgs(BaseModel):
     ivon_prior: Literal["empirical"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = _key(
         "ivon_prior",
         "`empirical` for the prior that fits each tensor best, or a number δ for a fixed prior (IVON's weight decay).",
+    )
+    ivon_rescale_lr: bool | None = _key(
+        "ivon_rescale_lr",
+        "whether the learning rate of a tensor is (h0 + δ)·learning_rate, the optional line of IVON's algorithm; "
+        "learning_rate is then 1/h0 times as large.",
     )
     ivon_eval_samples: Annotated[int, Field(ge=0)] | None = _key(
         "ivon_eval_samples",

@@ -15,6 +15,7 @@ class Defaults(NamedTuple):
         h0: initial Hessian.
         clip: ξ.
         prior: "empirical", or δ of a fixed prior.
+        rescale_lr: whether the learning rate of a tensor is (h0 + δ)·α.
         preset: name of the preset that says what unset values are.
         eval_samples: number of draws that an evaluation averages over.
         draws: one draw for all processes, or one each.
@@ -26,6 +27,7 @@ class Defaults(NamedTuple):
     h0: float = 5e-2
     clip: float = 5e-3
     prior: Literal["empirical"] | float = "empirical"
+    rescale_lr: bool = False
     preset: Literal["paper", "small_data"] = "paper"
     eval_samples: int = 0
     draws: Literal["shared", "per_rank"] = "shared"

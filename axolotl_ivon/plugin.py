@@ -87,7 +87,7 @@ class IVONLoRAPlugin(BasePlugin):
         from .training.processes import check_sharding
 
         values = {key: default if cfg[key] is None else cfg[key] for key, default in DEFAULTS.items()}
-        names = ("preset", "h0", "prior", "eval_samples", "draws")
+        names = ("preset", "h0", "prior", "rescale_lr", "eval_samples", "draws")
         settings: dict[str, Any] = {name: values[f"ivon_{name}"] for name in names}
         settings["betas"] = values["ivon_beta1"], values["ivon_beta2"]
         try:

@@ -22,6 +22,7 @@ class ReferenceIVON:
     h0: float
     clip: float
     prior: str | float = "empirical"
+    rescale_lr: bool = False
     t: int = 0
     g: np.ndarray = field(init=False)
     p: np.ndarray = field(init=False)
@@ -52,4 +53,5 @@ class ReferenceIVON:
         self.p = b2 * self.p + (1 - b2) * f + 0.5 * (1 - b2) ** 2 * (self.p - f) ** 2 / self.p
         weight_decay = 0.0 if self.prior == "empirical" else delta * self.m
         direction = (self.g / (1 - b1**self.t) + weight_decay) / self.p
-        self.m = self.m - lr * np.clip(direction, -self.clip, self.clip)
+        alpha = (self.h0 + delta) * lr if self.rescale_lr else lr
+        self.m = self.m - alpha * np.clip(direction, -self.clip, self.clip)

@@ -16,12 +16,14 @@ def test_the_table_of_keys_has_every_key_with_its_default() -> None:
     assert len(pages) == 1
     table = pages[0].read_text().partition(HEADER)[2].partition("\n\n")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| `?([^|`]+)`? \|", table, re.MULTILINE))
-    expected = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in DEFAULTS.items()}
+    expected = {
+        name: f"{value:g}" if isinstance(value, float) else str(value).lower() for name, value in DEFAULTS.items()
+    }
     assert rows == {**expected, "ivon_lambda": "γ·√N"}
     assert rows.keys() == IVONArgs.model_fields.keys()
 
 
 def test_the_descriptions_name_the_defaults() -> None:
     for name, value in DEFAULTS.items():
-        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        shown = f"{value:g}" if isinstance(value, float) else str(value).lower()
         assert f"Default: {shown}." in str(IVONArgs.model_json_schema()["properties"][name]["description"])

@@ -53,6 +53,7 @@ BASE = {"optimizer": "ivon_lora", "adapter": "lora"}
         ({"rl": "grpo"}, ["rl", "grpo"]),
         ({"rl": "dpo", "ivon_eval_samples": 4}, ["ivon_eval_samples", "rl"]),
         ({"ivon_eval_samples": 2.5}, ["ivon_eval_samples", "2.5", "integer"]),
+        ({"ivon_rescale_lr": "maybe"}, ["ivon_rescale_lr", "'maybe'", "boolean"]),
     ],
 )
 def test_what_would_be_ignored_or_is_out_of_range_is_refused(changes: dict[str, Any], words: list[str]) -> None:
@@ -120,7 +121,7 @@ def test_the_schema_has_types_ranges_and_descriptions(monkeypatch: pytest.Monkey
     for name, entry in properties.items():
         assert "IVON-LoRA" in entry["description"]
         kinds = {kind.get("type") for kind in entry["anyOf"]}
-        assert kinds & {"number", "integer"} or any("enum" in kind for kind in entry["anyOf"]), name
+        assert kinds & {"number", "integer", "boolean"} or any("enum" in kind for kind in entry["anyOf"]), name
     gamma = next(kind for kind in properties["ivon_gamma"]["anyOf"] if kind["type"] == "number")
     assert gamma["exclusiveMinimum"] == 0
     assert "5000" in properties["ivon_gamma"]["description"]

@@ -227,12 +227,12 @@ class Buffers:
 
     # ---------------------------------------------------------------- the step
 
-    def update(self, deltas: Tensor, debias: Tensor, verdict: Verdict, constants: Constants) -> None:
-        """Apply one step to every tensor that has a gradient; `deltas` (δ) and `debias` (1−β1^t) are by tensor."""
+    def update(self, deltas: Tensor, debias: Tensor, rates: Tensor, verdict: Verdict, constants: Constants) -> None:
+        """Apply one step to every tensor that has a gradient; δ, 1−β1^t and α are by tensor."""
         layout = self.with_gradient()
         if self.h_hat is None or not layout.chunks:
             return
         h_hat = self.h_hat
-        by_part = [values if layout.whole else values[layout.owners] for values in (deltas, debias)]
+        by_part = [values if layout.whole else values[layout.owners] for values in (deltas, debias, rates)]
         work = list(zip(layout.chunks, *(values.split(layout.counts) for values in by_part), strict=True))
-        in_parallel(lambda w: self.kernels.update(w[0], h_hat[w[0].place], w[1], w[2], verdict, constants), work)
+        in_parallel(lambda w: self.kernels.update(w[0], h_hat[w[0].place], w[1], w[2], w[3], verdict, constants), work)

@@ -20,6 +20,7 @@ from ..defaults import DEFAULTS
 from . import kernels
 from .buffers import Buffers
 from .kernels.base import TRAVEL, Constants, Verdict, to_device
+from .summary import summarize
 
 # Steps skipped in all and in a row, and the number of a tensor.
 _NOTHING_SKIPPED = (0, 0, 0)
@@ -68,7 +69,8 @@ class IVONLoRA(Optimizer):
         m ← m − α·clip((g/(1−β1^t))/p, ±ξ)                  with a fixed δ: (g/(1−β1^t) + δ·m)/p
         σ ← 1/√(λ·p)
 
-    It starts from m = the parameters, g = 0 and p = h0 + δ, with δ at σ² = 1/(λ·h0).
+    It starts from m = the parameters, g = 0 and p = h0 + δ, with δ at σ² = 1/(λ·h0). With `rescale_lr` α is (h0 + δ)·α
+    in the update of m.
 
     Run every forward and backward pass inside `sampled_params()`, which puts a draw θ = m + σ·ε into the
     parameters, and call `step()` outside of it. With gradient accumulation, enter it once for each
@@ -94,6 +96,8 @@ class IVONLoRA(Optimizer):
         clip: ξ, bound on the preconditioned gradient of each weight; `math.inf` for none.
         prior: "empirical" for the KL-optimal prior of each tensor (arXiv 2506.14280, Eq. 2), or a number δ
             for IVON's fixed prior, which then acts as its weight decay.
+        rescale_lr: whether the learning rate of a tensor is (h0 + δ)·α, the optional line of IVON's Algorithm 1. A step
+            from p = h0 + δ is then as long as the gradient, so α is of the size that it has for SGD.
         seed: seed of the draws. A draw depends on the seed, the number of draws before it and the place of
             the tensor alone, so a resumed run goes on with the draws that it would have had.
 
@@ -111,6 +115,7 @@ class IVONLoRA(Optimizer):
         h0: float = DEFAULTS.h0,
         clip: float = DEFAULTS.clip,
         prior: Literal["empirical"] | float = DEFAULTS.prior,
+        rescale_lr: bool = DEFAULTS.rescale_lr,
         seed: int = 0,
     ) -> None:
         defaults = {
@@ -120,6 +125,7 @@ class IVONLoRA(Optimizer):
             "h0": h0,
             "clip": clip,
             "prior": prior,
+            "rescale_lr": rescale_lr,
             "seed": seed,
             "draws": 0,
         }
@@ -137,6 +143,8 @@ class IVONLoRA(Optimizer):
         self._buffers, self._drawn = None, False
         self.__dict__.setdefault("_report", _NOTHING_SKIPPED)
         self.__dict__.setdefault("process", 0)
+        for group in self.param_groups:
+            group.setdefault("rescale_lr", False)  # saved before there was one
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in `torch.optim.Optimizer`."""
@@ -263,7 +271,7 @@ class IVONLoRA(Optimizer):
         if buffers.h_hat is None:
             return
         group = buffers.group
-        lr, ess, clip, (beta1, beta2) = (group[name] for name in ("lr", "ess", "clip", "betas"))
+        ess, clip, (beta1, beta2) = (group[name] for name in ("ess", "clip", "betas"))
         if isinstance(verdict, Tensor):  # on a device that decided for itself
             verdict = verdict.to(buffers.device, non_blocking=True)
         buffers.steps += buffers.with_gradient().there * verdict[0]
@@ -271,8 +279,13 @@ class IVONLoRA(Optimizer):
         # δ is from the m and σ of the last draw, which are those before the step.
         fixed, kl_optimal = group["prior"] != "empirical", buffers.numels / buffers.moments
         deltas = torch.full_like(kl_optimal, group["prior"]) if fixed else kl_optimal
+        lr = min(group["lr"], TRAVEL)
         bound = min(clip, TRAVEL / max(lr, 1.0))
-        buffers.update(deltas, debias, verdict, Constants(min(lr, TRAVEL), ess, beta1, beta2, bound, fixed))
+        if group["rescale_lr"]:
+            rates = (deltas + group["h0"]).clamp_(max=TRAVEL / max(lr * bound, 1.0)).mul_(lr)
+        else:
+            rates = torch.full_like(kl_optimal, lr)
+        buffers.update(deltas, debias, rates, verdict, Constants(ess, beta1, beta2, bound, fixed))
 
     @torch.no_grad()
     def synchronize(self, average: Callable[[list[Tensor]], None]) -> None:
@@ -342,19 +355,19 @@ class IVONLoRA(Optimizer):
         return float(group["ess"] * _delta(group, state["mean"], state["precision"]))
 
     def summary(self) -> dict[str, float]:
-        """Return the mean σ and the mean signal-to-noise ratio |m|/σ over all weights, and λ."""
-        totals = torch.zeros(2, dtype=torch.float64)
-        count = 0
-        for buffers in self._get_buffers():
-            sigma = _sigma(buffers.precision, buffers.group["ess"])
-            totals[0] += sigma.mean(dtype=torch.float64).cpu() * sigma.numel()
-            totals[1] += (buffers.mean.abs() / sigma).mean(dtype=torch.float64).cpu() * sigma.numel()
-            count += sigma.numel()
-        return {
-            "ivon_sigma_mean": float(totals[0] / max(count, 1)),
-            "ivon_snr_mean": float(totals[1] / max(count, 1)),
-            "ivon_ess": float(self.param_groups[0]["ess"]),
-        }
+        """Return what a log tells of the posterior, over all n weights.
+
+        `ivon_sigma_mean`, `ivon_snr_mean`: the means of σ and of the signal-to-noise ratio |m|/σ.
+        `ivon_log_sigma_spread`: the standard deviation of log σ within a tensor, averaged over tensors by their
+        weights. It is 0 at the start, and stays near it where σ is not learned.
+        `ivon_clipped_share`: the share of weights whose direction was at ±ξ in the last step, by the state that it
+        left: |(g/(1−β1^t))/p| ≥ ξ, with a fixed prior |(g/(1−β1^t) + δ·m)/p| ≥ ξ.
+        `ivon_kl`: KL(q‖prior) in nats, with the prior N(0, 1/s_i), s_i = λ·δ_i, of every tensor (arXiv 2506.14280,
+        Eq. 1): ½·Σ_i [s_i·Σ_j(m_ij² + σ_ij²) − n_i − Σ_j log(s_i·σ_ij²)]. The first two terms cancel with the
+        empirical prior. Left out for the fixed prior 0, which is no distribution.
+        `ivon_ess`: λ.
+        """
+        return summarize(self._get_buffers()) | {"ivon_ess": float(self.param_groups[0]["ess"])}
 
     # ---------------------------------------------------------------- state
 
@@ -440,7 +453,7 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be {must}, got {value!r}")
 
     lr, ess, betas, h0, clip = (group[name] for name in ("lr", "ess", "betas", "h0", "clip"))
-    prior, seed = group["prior"], group["seed"]
+    prior, rescale_lr, seed = group["prior"], group["rescale_lr"], group["seed"]
     check("lr", lr, 0 <= lr < math.inf, "finite and not negative")
     check("ess", ess, 1e-8 <= ess <= 1e12, "between 1e-8 and 1e12")
     check("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)")
@@ -450,4 +463,5 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
         check("prior", prior, prior == "empirical", '"empirical" or a number')
     else:
         check("prior", prior, 0 <= prior < math.inf, '"empirical", or finite and not negative')
+    check("rescale_lr", rescale_lr, isinstance(rescale_lr, bool), "True or False")
     check("seed", seed, isinstance(seed, int) and seed >= 0, "a whole number, not negative")

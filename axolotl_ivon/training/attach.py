@@ -31,6 +31,7 @@ def attach(
     clip: float | None = None,
     betas: tuple[float, float] = DEFAULTS.betas,
     prior: Literal["empirical"] | float = DEFAULTS.prior,
+    rescale_lr: bool = DEFAULTS.rescale_lr,
     train_size: int | None = None,
     eval_samples: int = DEFAULTS.eval_samples,
     draws: Literal["shared", "per_rank"] = DEFAULTS.draws,
@@ -49,7 +50,7 @@ def attach(
             can travel 0.125 in the run.
         gamma: γ of the effective sample size λ = γ·√N.
         ess: λ itself, instead of γ and N.
-        h0, clip, betas, prior: as in `IVONLoRA`.
+        h0, clip, betas, prior, rescale_lr: as in `IVONLoRA`.
         train_size: N, the number of training examples; the length of the Trainer's dataset by default (give it where
             that dataset is packed or streamed).
         eval_samples: number of draws whose averaged prediction every evaluation scores too, as `eval_loss_posterior`.
@@ -88,6 +89,7 @@ def attach(
             "h0": h0,
             "clip": chosen.clip if clip is None else clip,
             "prior": prior,
+            "rescale_lr": rescale_lr,
             "seed": trainer.args.seed,
         }
         # This optimizer is made for its checks alone: a wrong value shows here, and not when training begins.

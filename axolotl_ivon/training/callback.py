@@ -60,12 +60,17 @@ class PosteriorTraining(TrainerCallback):
     best_folder: str | None = None
     skipped: Skipped = NONE_SKIPPED
 
+    @property
+    def step_bound(self) -> float:
+        """How far a step at a learning rate of 1 can move a weight: ξ, and with `rescale_lr` at least h0·ξ."""
+        return self.settings["clip"] * (self.settings["h0"] if self.settings["rescale_lr"] else 1.0)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.best_folder = None
         self.begun = True
         if not state.is_world_process_zero:
             return
-        lr, clip = args.learning_rate, self.settings["clip"]
+        lr = args.learning_rate
         scheduler: Any = kwargs.get("lr_scheduler")
         # Only schedules with lr_lambdas have their peak in base_lrs; one_cycle, say, has its first rate there.
         if hasattr(scheduler, "lr_lambdas") and not math.isclose(lr, scheduler.base_lrs[0]):
@@ -83,7 +88,7 @@ class PosteriorTraining(TrainerCallback):
                 "clip, and 1e-2 to 1e-1 is the usual range",
                 lr,
             )
-        reach = sum(rates(scheduler, lr, state.max_steps)) * clip
+        reach = sum(rates(scheduler, lr, state.max_steps)) * self.step_bound
         if reach < SHORT_REACH:
             LOG.warning(
                 "in this run no weight can travel farther than %.3g (the sum of learning rate × clip over %d steps), "

@@ -68,7 +68,7 @@ class PosteriorTrainerMixin(Trainer):
             self.args.learning_rate, self.lr_scheduler = lr, None
             return create_scheduler(num_training_steps, probe)
 
-        lr = rate_for(run.travel, run.settings["clip"], num_training_steps, schedule)
+        lr = rate_for(run.travel, run.step_bound, num_training_steps, schedule)
         chosen: Any = optimizer or self.optimizer
         for group in chosen.param_groups:
             group["lr"] = group["initial_lr"] = lr

@@ -52,6 +52,7 @@ def run_beside_reference(
             hyper["h0"],
             hyper["clip"],
             hyper.get("prior", "empirical"),
+            hyper.get("rescale_lr", False),
         )
         for name, param in pair.items()
     }

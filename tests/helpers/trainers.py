@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
+IVON_METRICS = {f"ivon_{name}" for name in ("sigma_mean", "snr_mean", "log_sigma_spread", "clipped_share", "kl", "ess")}
+
+
 def tiny_dataset(count: int = 24) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(3, 300, (count, 12), generator=generator).tolist()

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from runs import ROWS, Forks, axolotl, trained
 from safetensors.torch import load_file
+from trainers import IVON_METRICS
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import Posterior
@@ -48,7 +49,7 @@ def test_the_log_of_a_real_run_shows_the_posterior(straight_run: Path) -> None:
     entries = [entry for entry in state["log_history"] if "loss" in entry]
     assert [entry["step"] for entry in entries] == [2, 4, 6]
     for entry in entries:
-        assert {key for key in entry if "ivon" in key} == {"ivon_sigma_mean", "ivon_snr_mean", "ivon_ess"}
+        assert {key for key in entry if "ivon" in key} == IVON_METRICS
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(

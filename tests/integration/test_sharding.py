@@ -154,12 +154,17 @@ def test_a_run_resumes_in_as_many_processes_as_it_had(mode: str, several: Severa
 
 
 def test_draws_of_their_own_in_every_process(several: SeveralProcesses, alone: Path) -> None:
-    """DDP and ZeRO average by different means, so they check each other; both share noise, rank by rank."""
+    """DDP and ZeRO average by different means, so they check each other; both share noise, rank by rank.
+
+    Their learning rate is rescaled too, which needs whole tensors.
+    """
+    settings = {"ivon_draws": "per_rank", "ivon_rescale_lr": True, "learning_rate": 0.5}
     runs = []
     for mode in ("ddp", "zero3"):
-        run = several.train(several.config(f"{mode}-own", mode, 2, ivon_draws="per_rank"), mode, 2)
+        run = several.train(several.config(f"{mode}-own", mode, 2, **settings), mode, 2)
         notes = [(run / f"rank-{rank}.txt").read_text().split() for rank in range(2)]
         assert notes[0] == notes[1]
+        assert Posterior.from_pretrained(run).metadata["rescale_lr"] == "true"
         runs.append(run)
     assert_same(*runs)
     own, shared = (Posterior.from_pretrained(folder).sigma for folder in (runs[0], alone))

@@ -163,6 +163,19 @@ def test_what_is_given_goes_before_a_preset(tiny_llama: Path, tmp_path: Path) ->
     assert (float(header["ess"]), header["gamma"], header["clip"]) == (7.0 * math.sqrt(24), "7.0", "0.02")
 
 
+def test_a_rescaled_learning_rate_is_told_in_the_header_and_travels_as_far(tiny_llama: Path, tmp_path: Path) -> None:
+    spy = Rates()
+    trainer = make_trainer(tiny_llama, tmp_path / "with", callbacks=[spy])
+    attach(trainer, preset="small_data", rescale_lr=True, h0=0.1)
+    trainer.train()
+    assert sum(spy.rates) * 0.01 * 0.1 == pytest.approx(0.125)
+    assert Posterior.from_pretrained(tmp_path / "with" / "checkpoint-3").metadata["rescale_lr"] == "true"
+    trainer = make_trainer(tiny_llama, tmp_path / "without", max_steps=1, save_steps=1)
+    attach(trainer)
+    trainer.train()
+    assert "rescale_lr" not in Posterior.from_pretrained(tmp_path / "without" / "checkpoint-1").metadata
+
+
 def test_what_a_preset_cannot_work_with_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(IVONError, match="preset: 'tiny' is unknown; choose one of paper, small_data"):
         attach(make_trainer(tiny_llama, tmp_path), preset="tiny")  # type: ignore[arg-type]
@@ -205,6 +218,7 @@ def test_a_second_attach_is_refused_and_changes_nothing(tiny_llama: Path, tmp_pa
         ({"train_size": 0}, "train_size"),
         ({"eval_samples": -1}, "eval_samples"),
         ({"draws": "both"}, "draws"),
+        ({"rescale_lr": "yes"}, "rescale_lr"),
         ({"preset": "tiny"}, "preset"),
         ({"preset": "small_data", "clip": math.inf}, "clip"),
     ],

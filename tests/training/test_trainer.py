@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import OneCycleLR
-from trainers import Rates, Spy, lora_weights, make_trainer
+from trainers import IVON_METRICS, Rates, Spy, lora_weights, make_trainer
 from transformers import Trainer
 
 from axolotl_ivon import IVONLoRA, Posterior, attach, effective_sample_size
@@ -24,7 +24,7 @@ def test_the_log_shows_the_posterior_and_nothing_per_parameter(tiny_llama: Path,
     assert len(entries) == 3
     for entry in entries:
         ours = {key for key in entry if key.startswith("ivon_")}
-        assert ours == {"ivon_sigma_mean", "ivon_snr_mean", "ivon_ess"}
+        assert ours == IVON_METRICS
         assert entry["ivon_sigma_mean"] > 0
         assert entry["ivon_ess"] == pytest.approx(effective_sample_size(24))
 

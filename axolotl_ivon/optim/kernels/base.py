@@ -23,7 +23,6 @@ Verdict = tuple[float, float] | Tensor
 class Constants(NamedTuple):
     """The numbers of a step that are the same for all weights of a group."""
 
-    lr: float  # α
     ess: float  # λ
     beta1: float
     beta2: float
@@ -86,6 +85,12 @@ class Chunk:
         places = zip(self.starts, self.sizes, self.shapes, strict=True)
         return [flat[start : start + size].view(shape) for start, size, shape in places]
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Return values by part for every weight [place], or one for all [1]; between parts there must be no gap."""
+        if values.device.type == "cpu" and bool((values == values[0]).all()):
+            return values[:1]
+        return torch.cat([value.expand(size) for value, size in zip(values, self.sizes, strict=True)])
+
 
 class Kernels(Protocol):
     """What runs over every weight, as a module of functions; `plain`, `cpu` and `gpu` are such modules.
@@ -130,7 +135,14 @@ class Kernels(Protocol):
         """
 
     def update(
-        self, chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, verdict: Verdict, c: Constants
+        self,
+        chunk: Chunk,
+        h_hat: Tensor,
+        deltas: Tensor,
+        debias: Tensor,
+        rates: Tensor,
+        verdict: Verdict,
+        c: Constants,
     ) -> None:
         """Take the step from ĝ in .grad and ĥ, and put the new m into the parameters.
 
@@ -142,6 +154,7 @@ class Kernels(Protocol):
             h_hat: ĥ/(λ·p), float32 [place].
             deltas: δ by part.
             debias: 1−β1^t by part.
+            rates: α by part, whatever it was scaled by included.
             verdict: what `judge` gave: nothing is written if the step is skipped, and ĥ is scaled as ĝ was.
         """
 
@@ -174,9 +187,9 @@ def trial(kernels: Kernels, device: torch.device, dtype: torch.dtype = torch.flo
         results += [kernels.collect(chunk, h_hat, add=add), h_hat.clone(), kernels.squares(chunk)]
     small = torch.linspace(0.1, 0.9, len(params), device=device)
     for fixed in (False, True):
-        constants = Constants(lr=1e-2, ess=1e3, beta1=0.9, beta2=0.99, bound=1e-2, fixed=fixed)
+        constants = Constants(ess=1e3, beta1=0.9, beta2=0.99, bound=1e-2, fixed=fixed)
         verdict, _ = kernels.judge(small, small * 4, torch.arange(len(params), device=device), (0, 0, 0))
-        kernels.update(chunk, h_hat, small, small, verdict, constants)
+        kernels.update(chunk, h_hat, small, small, small * 0.1, verdict, constants)
     return [*results, *flats, *(theta.detach().flatten().float() for theta in chunk.thetas)]
 
 

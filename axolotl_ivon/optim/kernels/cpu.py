@@ -131,15 +131,15 @@ def _squares(gradients, sizes, sums):
 
 
 @_compiled
-def _update(m, g, p, h_hat, thetas, gradients, sizes, deltas, debias, fixed, numbers):
-    one_minus_beta1, one_minus_beta2, per_h_hat, bound, lr = numbers
+def _update(m, g, p, h_hat, thetas, gradients, sizes, deltas, debias, rates, fixed, numbers):
+    one_minus_beta1, one_minus_beta2, per_h_hat, bound = numbers
     start = 0
     for part in range(len(sizes)):
         size = sizes[part]
         m_, g_, p_ = _at(m + start, size), _at(g + start, size), _at(p + start, size)
         h_, theta_, gradient_ = _at(h_hat + start, size), _at(thetas[part], size), _at(gradients[part], size)
         delta, inverse_debias = _at(deltas, len(sizes))[part], _ONE / _at(debias, len(sizes))[part]
-        decay = delta if fixed else _ZERO
+        decay, rate = delta if fixed else _ZERO, _at(rates, len(sizes))[part]
         for i in range(size):
             g_i = g_[i] + one_minus_beta1 * (gradient_[i] - g_[i])
             d = one_minus_beta2 * (delta / p_[i] - _ONE) + per_h_hat * h_[i]
@@ -151,7 +151,7 @@ def _update(m, g, p, h_hat, thetas, gradients, sizes, deltas, debias, fixed, num
             direction = (g_i * inverse_debias + decay * m_[i]) / p_i
             direction = direction if direction < bound else bound
             direction = direction if direction > -bound else -bound
-            m_i = m_[i] - lr * direction
+            m_i = m_[i] - rate * direction
             g_[i], p_[i], m_[i], theta_[i] = g_i, p_i, m_i, m_i
         start += 4 * size
 
@@ -195,16 +195,18 @@ def squares(chunk: Chunk) -> Tensor:
 judge = plain.judge
 
 
-def update(chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, verdict: Verdict, c: Constants) -> None:
+def update(
+    chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, rates: Tensor, verdict: Verdict, c: Constants
+) -> None:
     """Take the step; see `Kernels.update`."""
     thetas, gradients = _addresses(chunk.thetas), _addresses(chunk.gradients)
     taken, scale = verdict
     if thetas is None or gradients is None:
-        plain.update(chunk, h_hat, deltas, debias, verdict, c)
+        plain.update(chunk, h_hat, deltas, debias, rates, verdict, c)
     elif taken:
         m, g, p = chunk.mean, chunk.momentum, chunk.precision
-        flats, by_part = ([x.data_ptr() for x in xs] for xs in ((m, g, p, h_hat), (deltas, debias)))
-        numbers = (1 - c.beta1, 1 - c.beta2, (1 - c.beta2) * c.ess * float(scale), c.bound, c.lr)
+        flats, by_part = ([x.data_ptr() for x in xs] for xs in ((m, g, p, h_hat), (deltas, debias, rates)))
+        numbers = (1 - c.beta1, 1 - c.beta2, (1 - c.beta2) * c.ess * float(scale), c.bound)
         _update(*flats, thetas, gradients, np.array(chunk.sizes), *by_part, c.fixed, tuple(map(np.float32, numbers)))
 
 

@@ -129,12 +129,12 @@ def _update(
     h_hat,
     deltas,
     debias,
+    rates,
     verdict,
     one_minus_beta1,
     one_minus_beta2,
     per_h_hat,
     bound,
-    lr,
     travel,
     floor,
     ceiling,
@@ -150,7 +150,7 @@ def _update(
     p = tl.load(precision + flat, mask=inside, other=1.0)
     h = tl.load(h_hat + flat, mask=inside, other=0.0)
     gradient = tl.load(_at(gradients, part, places, TYPE), mask=inside, other=0.0).to(tl.float32)
-    delta = tl.load(deltas + part)
+    delta, rate = tl.load(deltas + part), tl.load(rates + part)
 
     g += one_minus_beta1 * (gradient - g)
     d = one_minus_beta2 * (delta / p - 1) + per_h_hat * tl.load(verdict + 1) * h
@@ -159,7 +159,7 @@ def _update(
     direction = g / tl.load(debias + part)
     if FIXED:
         direction += delta * m
-    m -= lr * tl.minimum(tl.maximum(direction / p, -bound), bound)
+    m -= rate * tl.minimum(tl.maximum(direction / p, -bound), bound)
 
     tl.store(momentum + flat, g, mask=inside)
     tl.store(precision + flat, p, mask=inside)
@@ -203,7 +203,9 @@ def judge(
     return verdict, told
 
 
-def update(chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, verdict: Verdict, c: Constants) -> None:
+def update(
+    chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, rates: Tensor, verdict: Verdict, c: Constants
+) -> None:
     """Take the step; see `Kernels.update`."""
     gradients = _gradients(chunk)
     verdict = verdict if isinstance(verdict, Tensor) else to_device(verdict, chunk.mean.device)
@@ -212,8 +214,8 @@ def update(chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, verdict:
         chunk,
         _thetas(chunk),
         _table(chunk, "gradients", gradients),
-        *(chunk.mean, chunk.momentum, chunk.precision, h_hat, deltas, debias, verdict),
-        *(1 - c.beta1, 1 - c.beta2, (1 - c.beta2) * c.ess, c.bound, c.lr),
+        *(chunk.mean, chunk.momentum, chunk.precision, h_hat, deltas, debias, rates, verdict),
+        *(1 - c.beta1, 1 - c.beta2, (1 - c.beta2) * c.ess, c.bound),
         *(TRAVEL, PRECISION_FLOOR, PRECISION_CEILING),
         FIXED=c.fixed,
     )

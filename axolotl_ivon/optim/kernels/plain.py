@@ -71,13 +71,15 @@ def judge(
     return (0.0, 1.0), (total + 1, in_a_row + 1, min(bad, default=len(numbers)))
 
 
-def update(chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, verdict: Verdict, c: Constants) -> None:
+def update(
+    chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, rates: Tensor, verdict: Verdict, c: Constants
+) -> None:
     """Take the step; see `Kernels.update`."""
     taken, scale = map(float, verdict)
     if not taken:
         return
     m, g, p = chunk.mean, chunk.momentum, chunk.precision
-    delta, debias = _spread(chunk, deltas), _spread(chunk, debias)
+    delta, debias, rate = map(chunk.spread, (deltas, debias, rates))
     torch._foreach_lerp_(chunk.momenta, [gradient.float() for gradient in chunk.gradients], 1 - c.beta1)
     minus_one = torch.full((), c.beta2 - 1, device=p.device)  # times 1−β2; no copy that a GPU waits for
     d = torch.addcdiv(minus_one, delta, p, value=1 - c.beta2)
@@ -86,12 +88,5 @@ def update(chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, verdict:
     direction = g / debias
     if c.fixed:
         direction.addcmul_(m, delta)
-    m.sub_(direction.div_(p).clamp_(-c.bound, c.bound), alpha=c.lr)
+    m.addcmul_(direction.div_(p).clamp_(-c.bound, c.bound), rate, value=-1)
     torch._foreach_copy_(chunk.thetas, chunk.means)
-
-
-def _spread(chunk: Chunk, values: Tensor) -> Tensor:
-    """Return values by part for every weight [place], or one for all [1]."""
-    if values.device.type == "cpu" and bool((values == values[0]).all()):
-        return values[:1]
-    return torch.cat([value.expand(size) for value, size in zip(values, chunk.sizes, strict=True)])

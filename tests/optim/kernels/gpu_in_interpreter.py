@@ -29,12 +29,17 @@ def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prior", "micro_batches", "dtype"),
-    [("empirical", 1, torch.float32), (1e-2, 3, torch.float32), ("empirical", 1, torch.bfloat16)],
+    ("prior", "micro_batches", "dtype", "changes"),
+    [
+        ("empirical", 1, torch.float32, {}),
+        (1e-2, 3, torch.float32, {}),
+        ("empirical", 1, torch.bfloat16, {}),
+        ("empirical", 1, torch.float32, {"rescale_lr": True, "lr": 0.5}),
+    ],
 )
-def test_follows_the_reference(prior: Any, micro_batches: int, dtype: torch.dtype) -> None:
+def test_follows_the_reference(prior: Any, micro_batches: int, dtype: torch.dtype, changes: dict[str, Any]) -> None:
     pair = lora_pair(dtype=dtype)
-    opt, references = run_beside_reference(pair, 12, micro_batches, prior=prior)
+    opt, references = run_beside_reference(pair, 12, micro_batches, prior=prior, **changes)
     assert all(buffers.kernels is gpu for buffers in opt._get_buffers())
     for name, param in pair.items():
         assert relative(opt.mean(param), references[name].m) < 1e-5

@@ -15,7 +15,7 @@ from toy import chunk_of
 from axolotl_ivon.optim.kernels import agree, plain
 from axolotl_ivon.optim.kernels.base import Constants
 
-LR, ESS, BETA1, BETA2, BOUND = 1e-2, 1e3, 0.9, 0.99, 1e-2
+RATES, ESS, BETA1, BETA2, BOUND = (1e-2, 3e-2, 0.2), 1e3, 0.9, 0.99, 1e-2
 
 
 @pytest.fixture(params=["plain", "cpu"])
@@ -57,10 +57,10 @@ def test_one_step_is_that_of_the_reference(kernels: Any, prior: Any) -> None:
     deltas = sized / moments if prior == "empirical" else torch.full_like(sized, prior)
     np.testing.assert_allclose(deltas.numpy(), [reference.delta() for reference in references], rtol=1e-5)
     debias = torch.full_like(sized, 1 - BETA1**5)
-    constants = Constants(LR, ESS, BETA1, BETA2, BOUND, fixed=prior != "empirical")
-    kernels.update(chunk, h_hat, deltas, debias, (1.0, 1.0), constants)
-    for reference, theta, gradient in zip(references, thetas, gradients, strict=True):
-        reference.step([theta], [gradient], LR)
+    constants = Constants(ESS, BETA1, BETA2, BOUND, fixed=prior != "empirical")
+    kernels.update(chunk, h_hat, deltas, debias, torch.tensor(RATES), (1.0, 1.0), constants)
+    for reference, theta, gradient, rate in zip(references, thetas, gradients, RATES, strict=True):
+        reference.step([theta], [gradient], rate)
     for name, flat in (("m", chunk.mean), ("g", chunk.momentum), ("p", chunk.precision)):
         expected = np.concatenate([getattr(reference, name) for reference in references])
         np.testing.assert_allclose(flat.double().numpy(), expected, rtol=2e-5, atol=1e-7)

@@ -33,7 +33,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(dtype: torch.dtype) -> 
     from axolotl_ivon.optim.kernels import gpu
 
     integers = {"programs", "parts", "thetas", "gradients", "numbers", "report"}
-    scalars = {"ess", "scale", "lr", "one_minus_beta1", "one_minus_beta2", "per_h_hat", "bound"}
+    scalars = {"ess", "scale", "one_minus_beta1", "one_minus_beta2", "per_h_hat", "bound"}
     scalars |= {"travel", "floor", "ceiling"}
     variants = [("_draw", {}), ("_squares", {}), ("_sum", {}), ("_judge", {})]
     variants += [("_collect", {"ADD": add}) for add in (True, False)]
