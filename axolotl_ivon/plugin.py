@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
     from peft import PeftModel
     from transformers import Trainer
+
+    from .training.callback import PosteriorTraining
+
+LOG = logging.getLogger(__name__)
 
 OPTIMIZER = "ivon_lora"
 
@@ -52,6 +57,13 @@ class ConfigError(IVONError, SystemExit):
 class IVONLoRAPlugin(BasePlugin):
     """Trains with IVON-LoRA when the YAML says `optimizer: ivon_lora`, and does nothing otherwise."""
 
+    _verdict: list[tuple[int, str]]
+    _post_trains = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._verdict = []
+
     def register(self, cfg: dict[str, Any]) -> None:
         """Check the raw YAML; where a preset chooses the learning rate, fill in 0 for the one that axolotl requires.
 
@@ -59,7 +71,9 @@ class IVONLoRAPlugin(BasePlugin):
             ConfigError: naming the key, its value and the fix.
         """
         if cfg.get("optimizer") != OPTIMIZER:
+            _warn_of_keys_without_effect(cfg)
             return
+        _show_the_log()
         _check_values(cfg)
         _check_setting(cfg)
         name = str(cfg.get("ivon_preset") or DEFAULTS["ivon_preset"])
@@ -92,15 +106,41 @@ class IVONLoRAPlugin(BasePlugin):
         settings["betas"] = values["ivon_beta1"], values["ivon_beta2"]
         try:
             attach(trainer, gamma=cfg.ivon_gamma, ess=cfg.ivon_lambda, clip=cfg.ivon_clip, **settings)
+            run: PosteriorTraining = trainer.posterior_training  # type: ignore[attr-defined]
+            run.tells, self._verdict, self._post_trains = False, run.verdict, 0  # of the run, the model would be kept
             trainer.args.max_grad_norm = cfg.max_grad_norm or 0.0
             check_sharding(trainer)
         except IVONError as error:
             raise ConfigError(error.told(_yaml_key)) from error
 
     def post_train(self, cfg: DictDefault, model: PeftModel) -> None:
-        """Save mean and σ again where axolotl writes an FSDP-trained adapter itself, without asking the model."""
-        if cfg.optimizer == OPTIMIZER and cfg.fsdp_config and int(os.environ.get("RANK", "0")) == 0:
+        """Save mean and σ again where axolotl writes an FSDP-trained adapter itself, without asking the model.
+
+        The last words of a run are what came of it: axolotl calls this before and after its last save.
+        """
+        if cfg.optimizer != OPTIMIZER:
+            return
+        if cfg.fsdp_config and int(os.environ.get("RANK", "0")) == 0:
             model.save_pretrained(cfg.output_dir)
+        self._post_trains += 1
+        if self._post_trains == 2:
+            from .training.callback import tell
+
+            tell(self._verdict)
+
+
+def _show_the_log() -> None:
+    """Log on the level of axolotl, which by itself lets others warn alone."""
+    ours = logging.getLogger(__package__)
+    if ours.level == logging.NOTSET:
+        ours.setLevel(logging.getLogger("axolotl").getEffectiveLevel())
+
+
+def _warn_of_keys_without_effect(cfg: Mapping[str, Any]) -> None:
+    keys = [str(key) for key in cfg if str(key).startswith("ivon_") and cfg[key] is not None]
+    if keys:
+        optimizer = f"optimizer: {cfg['optimizer']}" if cfg.get("optimizer") else "the default optimizer"
+        LOG.warning("%s: no effect with %s, only with optimizer: %s", ", ".join(keys), optimizer, OPTIMIZER)
 
 
 def _yaml_key(parameter: str) -> str:
@@ -147,6 +187,11 @@ def _check_setting(cfg: Mapping[str, Any]) -> None:
     if (cfg.get("streaming") or cfg.get("pretraining_dataset")) and cfg.get("ivon_lambda") is None:
         key = "streaming" if cfg.get("streaming") else "pretraining_dataset"
         raise ConfigError(f"{key}: streamed data has no length for λ; set ivon_lambda, 1e7 say")
+    if cfg.get("ivon_eval_samples") and not (cfg.get("val_set_size") or cfg.get("test_datasets")):
+        raise ConfigError(
+            f"ivon_eval_samples: {cfg['ivon_eval_samples']} has no effect without evaluation data; set val_set_size or "
+            "test_datasets, or remove it"
+        )
     for key in ("rl", "reward_model", "process_reward_model"):
         if cfg.get("ivon_eval_samples") and cfg.get(key):
             raise ConfigError(f"ivon_eval_samples averages the predictions of a causal LM; remove it with {key}")

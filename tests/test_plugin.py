@@ -51,7 +51,8 @@ BASE = {"optimizer": "ivon_lora", "adapter": "lora"}
         ({"adam_beta2": 0.99}, ["adam_beta2", "ivon_beta2"]),
         ({"unfrozen_parameters": ["x"]}, ["unfrozen_parameters", "remove"]),
         ({"rl": "grpo"}, ["rl", "grpo"]),
-        ({"rl": "dpo", "ivon_eval_samples": 4}, ["ivon_eval_samples", "rl"]),
+        ({"rl": "dpo", "ivon_eval_samples": 4, "val_set_size": 1}, ["ivon_eval_samples", "rl"]),
+        ({"ivon_eval_samples": 4}, ["ivon_eval_samples: 4", "val_set_size", "test_datasets"]),
         ({"ivon_eval_samples": 2.5}, ["ivon_eval_samples", "2.5", "integer"]),
         ({"ivon_rescale_lr": "maybe"}, ["ivon_rescale_lr", "'maybe'", "boolean"]),
     ],
@@ -63,6 +64,21 @@ def test_what_would_be_ignored_or_is_out_of_range_is_refused(changes: dict[str, 
     assert "\n" not in message
     assert all(word in message for word in words), message
     IVONLoRAPlugin().register({**BASE, **changes, "optimizer": "adamw_torch"})
+
+
+def test_keys_with_another_optimizer_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    IVONLoRAPlugin().register({**BASE, "optimizer": "adamw_torch", "ivon_h0": 0.1, "ivon_gama": 1, "ivon_clip": None})
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "ivon_h0, ivon_gama: no effect with optimizer: adamw_torch, only with optimizer: ivon_lora"
+    )
+    caplog.clear()
+    IVONLoRAPlugin().register({"adapter": "lora", "ivon_h0": 0.1})
+    assert "no effect with the default optimizer" in caplog.text
+    caplog.clear()
+    IVONLoRAPlugin().register({**BASE, "optimizer": "adamw_torch"})
+    IVONLoRAPlugin().register({**BASE, "ivon_h0": 0.1})
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -95,6 +111,8 @@ def test_what_attach_refuses_is_told_by_its_key(
         {"streaming": True, "ivon_lambda": 1e7},
         {"weight_decay": 0.0, "loraplus_lr_embedding": 1e-6, "loraplus_lr_ratio": None, "relora": False},
         {"rl": "dpo"},
+        {"ivon_eval_samples": 4, "val_set_size": 0.1},
+        {"ivon_eval_samples": 4, "test_datasets": [{"path": "x"}]},
         {"ivon_preset": "small_data", "ivon_gamma": 10},
         {"ivon_preset": "small_data", "learning_rate": 0.0},  # as it is filled in
         {"ivon_preset": "paper", "learning_rate": 1e-2},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean,
 from .presets import PRESETS
 from .processes import check_sharding
 from .trainer import PosteriorTrainerMixin
+
+LOG = logging.getLogger(__name__)
 
 
 def attach(
@@ -59,8 +62,13 @@ def attach(
 
     Raises:
         IVONError: the model has no adapter or trains weights outside of it, N is unknown, the Trainer already has an
-            optimizer, or a value is out of range.
+            optimizer or a weight decay, or a value is out of range.
     """
+    if not isinstance(trainer, Trainer):
+        raise IVONError(
+            f"attach() takes a transformers or TRL Trainer, not a {type(trainer).__name__}: make a Trainer, then "
+            "attach(trainer)"
+        )
     if isinstance(trainer, PosteriorTrainerMixin):
         raise IVONError("attach() was called on this Trainer already; make a new Trainer for other settings")
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -104,11 +112,18 @@ def attach(
         )
     if draws not in ("shared", "per_rank"):
         raise IVONError(f"{parameter('draws')}: {draws!r} is neither 'shared' nor 'per_rank'")
+    if trainer.args.weight_decay:
+        raise IVONError(
+            f"weight_decay: {trainer.args.weight_decay:g} has no effect with IVON-LoRA, whose prior takes its place: "
+            f"set it to 0, or {parameter('prior')} to a number"
+        )
     if trainer.optimizer is not None:
         raise IVONError("the Trainer already has an optimizer: call attach() before train(), without optimizers=")
     if chosen.travel is not None:
         _check_that_a_rate_can_be_chosen(trainer, preset, settings["clip"])
     _check_that_all_is_saved(model, list(params))
+    if eval_samples and trainer.eval_dataset is None:
+        LOG.warning("eval_samples %d has no effect in training: the Trainer has no eval_dataset", eval_samples)
     if trainer.args.max_grad_norm == 1.0:
         trainer.args.max_grad_norm = 0.0
     check_sharding(trainer)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..optim.ivon import Skipped
+from ..posterior.check import begins_at_zero, findings
 from .presets import rates
 from .processes import agree_on_gradients, average
 from .sharded import ReplicatedAdapter
@@ -26,6 +28,8 @@ ADAM_LIKE_LR = 1e-3
 # So many skipped steps in a row are no accident of one batch, nor of a loss scaler that finds its scale.
 DIVERGED = 10
 NONE_SKIPPED = Skipped(0, 0, None)
+# Weights of each tensor that are remembered, to tell how far they moved.
+_REMEMBERED = 4096
 
 
 @dataclass(eq=False, repr=False)
@@ -44,6 +48,9 @@ class PosteriorTraining(TrainerCallback):
         begun: whether training has begun. Before that, the optimizer may lack the state that it resumes from.
         best_folder: the checkpoint whose weights the Trainer has loaded at the end.
         skipped: the steps that the log has told of.
+        start: some weights of every B matrix when training began; a resumed run takes them to be 0. On the first
+            process alone, as `rates`, the learning rates of all steps.
+        verdict: what came of the run, in lines, when it is over; they are logged then if `tells`.
     """
 
     trainer: Trainer
@@ -59,6 +66,10 @@ class PosteriorTraining(TrainerCallback):
     begun: bool = False
     best_folder: str | None = None
     skipped: Skipped = NONE_SKIPPED
+    start: dict[str, Tensor] = field(default_factory=dict)
+    rates: list[float] = field(default_factory=list)
+    verdict: list[tuple[int, str]] = field(default_factory=list)
+    tells: bool = True
 
     @property
     def step_bound(self) -> float:
@@ -88,7 +99,10 @@ class PosteriorTraining(TrainerCallback):
                 "clip, and 1e-2 to 1e-1 is the usual range",
                 lr,
             )
-        reach = sum(rates(scheduler, lr, state.max_steps)) * self.step_bound
+        fresh = not state.global_step
+        self.start = {name: _some(p) * fresh for name, p in self.params.items() if begins_at_zero(name)}
+        self.rates = rates(scheduler, lr, state.max_steps)
+        reach = sum(self.rates) * self.step_bound
         if reach < SHORT_REACH:
             LOG.warning(
                 "in this run no weight can travel farther than %.3g (the sum of learning rate × clip over %d steps), "
@@ -130,6 +144,42 @@ class PosteriorTraining(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
             self.best_folder = state.best_model_checkpoint
+        if state.is_world_process_zero:
+            self._judge(state.global_step, str(args.output_dir))
+
+    def movement(self, step: int) -> dict[str, float]:
+        """Return how far a weight could have moved by then, `travel`, and how far one of a B matrix has, `moved`."""
+        found, moved, count = {"travel": sum(self.rates[:step]) * self.step_bound}, 0.0, 0
+        for name, was in self.start.items():
+            size = self.params[name].numel()
+            moved += size * float((_some(self.optimizer.mean(self.params[name])) - was).abs().mean())
+            count += size
+        return {**found, "moved": moved / count} if count else found
+
+    def _judge(self, step: int, folder: str) -> None:
+        movement = self.movement(step)
+        moved, allowed = movement.get("moved"), movement["travel"]
+        summary: dict[str, float] = self.optimizer.summary() if hasattr(self.optimizer, "summary") else {}
+        spread = summary.get("ivon_log_sigma_spread")
+        found = findings(moved, allowed, spread, step, self.settings["betas"][1])
+        self.verdict += [
+            (logging.WARNING if one.about == "weights" and not one.good else logging.INFO, one.text) for one in found
+        ]
+        self.verdict.append((logging.INFO, f"next: `ivon-post check {folder} --data validation.jsonl`"))
+        if self.tells:
+            tell(self.verdict)
+
+
+def tell(verdict: list[tuple[int, str]]) -> None:
+    """Log a run's verdict, once."""
+    while verdict:
+        LOG.log(*verdict.pop(0))
+
+
+def _some(values: Tensor) -> Tensor:
+    """Return up to some thousand values of a tensor, evenly spread over it, float32 on the CPU."""
+    flat = values.detach().flatten()
+    return flat[:: max(1, math.ceil(flat.numel() / _REMEMBERED))].to("cpu", torch.float32, copy=True)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

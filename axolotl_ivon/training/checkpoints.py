@@ -118,6 +118,8 @@ def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
     values = {**group, "beta1": beta1, "beta2": beta2, "steps": run.trainer.state.global_step}
     names = ("ess", "h0", "beta1", "beta2", "clip", "prior", "steps")
     facts = {**run.facts, **{name: str(values[name]) for name in names}}
+    if run.rates:
+        facts |= {name: f"{value:.6g}" for name, value in run.movement(run.trainer.state.global_step).items()}
     if group.get("rescale_lr"):
         facts["rescale_lr"] = "true"
     save_sigma(folder, {key: sigma.get(key, zero).contiguous() for key, zero in zeros.items()}, facts)

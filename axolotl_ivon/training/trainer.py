@@ -74,7 +74,7 @@ class PosteriorTrainerMixin(Trainer):
             group["lr"] = group["initial_lr"] = lr
         getattr(chosen, "defaults", {})["lr"] = lr  # where some schedules look
         if self.is_world_process_zero():
-            LOG.warning("the preset takes learning_rate %.3g for these %d steps", lr, num_training_steps)
+            LOG.info("the preset takes learning_rate %.3g for these %d steps", lr, num_training_steps)
         return schedule(lr, optimizer)
 
     # A step

@@ -22,7 +22,13 @@ from axolotl_ivon import Posterior
 def straight_run(make_config: Any) -> Path:
     """Six steps of two micro-batches, with a checkpoint after three, by the command itself with nothing changed."""
     config = make_config("straight", ivon_clip="1e-2", dataset_num_proc=None)
-    trained(config)
+    result = trained(config)
+    # On the log's level of axolotl, after its own last word.
+    _, saved, last = result.stdout.partition("Model successfully saved to straight")
+    assert saved
+    words = ("the weights", "σ was not learned", "next: `ivon-post check straight")
+    for line, expected in zip(last.strip().splitlines()[-3:], words, strict=True):
+        assert expected in line
     return config.with_suffix("")
 
 

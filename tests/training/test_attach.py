@@ -100,6 +100,23 @@ def test_refusals(tiny_llama: Path, tmp_path: Path) -> None:
         attach(late)
 
 
+def test_what_is_no_trainer_or_has_a_weight_decay_is_one_line(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path, weight_decay=0.1)
+    with pytest.raises(IVONError, match=r"^weight_decay: 0\.1 has no effect .* set it to 0, or prior to a number$"):
+        attach(trainer)
+    with pytest.raises(IVONError, match=r"^attach\(\) takes a transformers or TRL Trainer, not a PeftModelForCausalLM"):
+        attach(trainer.model)
+    trainer = make_trainer(tiny_llama, tmp_path)
+    trainer.eval_dataset = None
+    attach(trainer, eval_samples=4)
+    assert "eval_samples 4 has no effect in training" in caplog.text
+    caplog.clear()
+    attach(make_trainer(tiny_llama, tmp_path), eval_samples=4)
+    assert not caplog.records
+
+
 def test_trl_s_sft_and_dpo_trainers(tiny_llama: Path, tmp_path: Path) -> None:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainers import Spy, make_trainer
+from trainers import Spy, lora_weights, make_trainer
 
 from axolotl_ivon import Posterior, attach
 
@@ -117,3 +117,48 @@ def test_a_gradient_that_is_not_finite_is_told_with_its_step(
     first, second, third = spy.means
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(second[name], third[name]) for name in first)
+
+
+def test_the_last_words_say_how_far_the_weights_moved_and_the_header_keeps_it(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=4, save_steps=2, lr_scheduler_type="linear")
+    before = lora_weights(trainer.model)
+    attach(trainer, clip=0.01)
+    with caplog.at_level(logging.INFO, "axolotl_ivon"):
+        trainer.train()
+    after = {name: weight for name, weight in lora_weights(trainer.model).items() if "lora_B" in name}
+    apart = [(weight - before[name]).abs().flatten() for name, weight in after.items()]
+    moved, allowed = float(torch.cat(apart).mean()), 3e-2 * 0.01 * (1 + 0.75 + 0.5 + 0.25)
+    header = Posterior.from_pretrained(tmp_path / "checkpoint-4").metadata
+    assert float(header["moved"]) == pytest.approx(moved, rel=1e-3)
+    assert float(header["travel"]) == pytest.approx(allowed, rel=1e-4)
+    (weights_level, weights), (sigma_level, sigma), (_, following) = messages(caplog)[-3:]
+    assert weights_level == logging.WARNING
+    assert f"hardly moved: by {moved:.1g} on average, {moved / allowed:.0%} of the {allowed:.2g}" in weights
+    assert sigma_level == logging.INFO
+    assert "σ was not learned" in sigma
+    assert f"ivon-post check {tmp_path}" in following
+    # Half a run allows what its first steps allow, and a resumed one what an uninterrupted one does.
+    half = Posterior.from_pretrained(tmp_path / "checkpoint-2").metadata
+    assert float(half["travel"]) == pytest.approx(3e-2 * 0.01 * 1.75, rel=1e-4)
+    again = make_trainer(tiny_llama, tmp_path, max_steps=4, save_steps=2, lr_scheduler_type="linear")
+    attach(again, clip=0.01)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert Posterior.from_pretrained(tmp_path / "checkpoint-4").metadata == header
+
+
+def test_an_adapter_that_goes_on_is_judged_from_where_it_was(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path, {"init_lora_weights": "pissa"}, max_steps=1, save_steps=1)
+    attach(trainer, clip=0.01)
+    trainer.train()
+    header = Posterior.from_pretrained(tmp_path / "checkpoint-1").metadata
+    assert 0 < float(header["moved"]) <= float(header["travel"])
+    plain = make_trainer(tiny_llama, tmp_path / "plain", max_steps=1, save_steps=1)
+    for name, param in plain.model.named_parameters():
+        param.requires_grad_("lora_A" in name)
+    attach(plain)
+    plain.train()
+    header = Posterior.from_pretrained(tmp_path / "plain" / "checkpoint-1").metadata
+    assert "moved" not in header
+    assert float(header["travel"]) > 0
