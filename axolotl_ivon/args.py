@@ -11,17 +11,29 @@ from .defaults import DEFAULTS as _DEFAULTS
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Average = Annotated[float, Field(ge=0, lt=1)]
 
-# What an unset key means. The fields themselves default to None, so that a run with another optimizer has no
-# trace of them in its configuration.
+# What an unset key means, where the preset has nothing to say of it. The fields themselves default to None, so that a
+# run with another optimizer has no trace of them in its configuration.
 DEFAULTS = {
-    **{f"ivon_{name}": value for name, value in _DEFAULTS._asdict().items() if name not in ("lr", "betas")},
+    **{f"ivon_{name}": getattr(_DEFAULTS, name) for name in ("preset", "prior", "rescale_lr", "eval_samples", "draws")},
     "ivon_beta1": _DEFAULTS.betas[0],
-    "ivon_beta2": _DEFAULTS.betas[1],
+}
+
+
+# What it means by preset: by `auto`, and by `paper`.
+BY_PRESET = {
+    "ivon_gamma": "unset, 5000 by `paper`",
+    "ivon_lambda": "N·weights/100, γ·√N by `paper`",
+    "ivon_h0": "by λ, 0.05 by `paper`",
+    "ivon_clip": "0.01, 0.005 by `paper`",
+    "ivon_beta2": "by the steps, 0.9995 by `paper`",
+    "ivon_prior_strength": "0.1, 1 by `paper`",
+    "ivon_hessian": "`squared_gradients`, `reparameterized` by `paper`",
+    "ivon_h0_steps": "10, unset by `paper`",
 }
 
 
 def _key(name: str, description: str) -> Any:
-    default = DEFAULTS.get(name)
+    default = BY_PRESET.get(name) or DEFAULTS.get(name)
     shown = "unset" if default is None else f"{default:g}" if isinstance(default, float) else str(default).lower()
     return Field(default=None, json_schema_extra={"description": f"IVON-LoRA: {description} Default: {shown}."})
 
@@ -29,16 +41,18 @@ def _key(name: str, description: str) -> Any:
 class IVONArgs(BaseModel):
     """The `ivon_*` keys, read when `optimizer: ivon_lora` is set (IVON-LoRA, arXiv 2506.14280)."""
 
-    ivon_preset: Literal["paper", "small_data"] | None = _key(
+    ivon_preset: Literal["auto", "paper", "small_data"] | None = _key(
         "ivon_preset",
-        "what unset keys are. `paper`: the defaults here. `small_data`: λ = 10·N, or more for many layers, ivon_clip "
-        "0.01, and as learning_rate the one with which a weight can travel 0.125 in the run.",
+        "what unset keys are. `auto` fits them to N, the steps and the LoRA weights, and reads a learning_rate below "
+        "1e-3 as the most that a step may move a weight; `paper`: the paper's; `small_data`: another name for `auto`.",
     )
     ivon_gamma: Positive | None = _key(
-        "ivon_gamma", "γ of the effective sample size λ = γ·√N, N being the number of training examples."
+        "ivon_gamma",
+        "γ of the effective sample size λ = γ·√N, N being the number of training examples.",
     )
     ivon_lambda: Positive | None = _key(
-        "ivon_lambda", "the effective sample size λ itself, instead of ivon_gamma; needed for streamed data."
+        "ivon_lambda",
+        "the effective sample size λ itself, instead of ivon_gamma; needed for streamed data.",
     )
     ivon_h0: Positive | None = _key("ivon_h0", "the initial Hessian; smaller means wider draws at the start.")
     ivon_clip: Positive | None = _key(
@@ -50,6 +64,18 @@ class IVONArgs(BaseModel):
     ivon_prior: Literal["empirical"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = _key(
         "ivon_prior",
         "`empirical` for the prior that fits each tensor best, or a number δ for a fixed prior (IVON's weight decay).",
+    )
+    ivon_prior_strength: Positive | None = _key(
+        "ivon_prior_strength",
+        "κ, a factor on the prior's precision; smaller lets σ show more of the data.",
+    )
+    ivon_hessian: Literal["reparameterized", "squared_gradients"] | None = _key(
+        "ivon_hessian",
+        "what the Hessian is estimated by: `squared_gradients`, B·ĝ², or `reparameterized`, IVON's ĝ·(θ−m)/σ².",
+    )
+    ivon_h0_steps: Positive | None = _key(
+        "ivon_h0_steps",
+        "number of steps that ivon_h0 counts as; unset, it fades as β2^t.",
     )
     ivon_rescale_lr: bool | None = _key(
         "ivon_rescale_lr",

@@ -65,7 +65,7 @@ class IVONLoRAPlugin(BasePlugin):
         self._verdict = []
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Check the raw YAML; where a preset chooses the learning rate, fill in 0 for the one that axolotl requires.
+        """Check the raw YAML; where a preset is to choose the learning rate, fill in 0, since axolotl requires one.
 
         Raises:
             ConfigError: naming the key, its value and the fix.
@@ -77,12 +77,7 @@ class IVONLoRAPlugin(BasePlugin):
         _check_values(cfg)
         _check_setting(cfg)
         name = str(cfg.get("ivon_preset") or DEFAULTS["ivon_preset"])
-        if PRESETS[name].travel is not None:
-            if cfg.get("learning_rate"):
-                raise ConfigError(
-                    f"learning_rate: {cfg['learning_rate']} has no effect with ivon_preset: {name}, which chooses it: "
-                    "remove it"
-                )
+        if PRESETS[name].travel is not None and not cfg.get("learning_rate"):
             cfg["learning_rate"] = 0.0
 
     def get_input_args(self) -> str:
@@ -101,11 +96,13 @@ class IVONLoRAPlugin(BasePlugin):
         from .training.processes import check_sharding
 
         values = {key: default if cfg[key] is None else cfg[key] for key, default in DEFAULTS.items()}
-        names = ("preset", "h0", "prior", "rescale_lr", "eval_samples", "draws")
+        names = ("preset", "prior", "rescale_lr", "eval_samples", "draws")
         settings: dict[str, Any] = {name: values[f"ivon_{name}"] for name in names}
-        settings["betas"] = values["ivon_beta1"], values["ivon_beta2"]
+        of_preset = ("gamma", "h0", "clip", "prior_strength", "hessian", "h0_steps")
+        settings |= {name: cfg[f"ivon_{name}"] for name in of_preset}
+        settings["betas"] = values["ivon_beta1"], cfg.ivon_beta2
         try:
-            attach(trainer, gamma=cfg.ivon_gamma, ess=cfg.ivon_lambda, clip=cfg.ivon_clip, **settings)
+            attach(trainer, ess=cfg.ivon_lambda, **settings)
             run: PosteriorTraining = trainer.posterior_training  # type: ignore[attr-defined]
             run.tells, self._verdict, self._post_trains = False, run.verdict, 0  # of the run, the model would be kept
             trainer.args.max_grad_norm = cfg.max_grad_norm or 0.0

@@ -23,6 +23,10 @@ class ReferenceIVON:
     clip: float
     prior: str | float = "empirical"
     rescale_lr: bool = False
+    prior_strength: float = 1.0
+    hessian: str = "reparameterized"
+    batch_size: int = 1
+    h0_steps: float | None = None
     t: int = 0
     g: np.ndarray = field(init=False)
     p: np.ndarray = field(init=False)
@@ -38,19 +42,24 @@ class ReferenceIVON:
 
     def delta(self) -> float | np.ndarray:
         if self.prior != "empirical":
-            return float(self.prior)
-        return 1 / (self.lam * np.mean(self.m**2 + self.sigma() ** 2))
+            return self.prior_strength * float(self.prior)
+        return self.prior_strength / (self.lam * np.mean(self.m**2 + self.sigma() ** 2))
 
     def step(self, thetas: list[np.ndarray], gradients: list[np.ndarray], lr: float) -> None:
         """One step from the draws θ of its micro-batches and the gradients of loss / micro-batches there."""
         g_hat = sum(gradients)
-        h_hat = sum(g * (theta - self.m) / self.sigma() ** 2 for theta, g in zip(thetas, gradients, strict=True))
         b1, b2 = self.beta1, self.beta2
         self.t += 1
+        if self.h0_steps is not None:
+            b2 = min(b2, 1 - 1 / (self.t + self.h0_steps))
         self.g = b1 * self.g + (1 - b1) * g_hat
         delta = self.delta()
-        f = h_hat + delta
-        self.p = b2 * self.p + (1 - b2) * f + 0.5 * (1 - b2) ** 2 * (self.p - f) ** 2 / self.p
+        if self.hessian == "squared_gradients":
+            self.p = b2 * self.p + (1 - b2) * (self.batch_size * sum(g**2 for g in gradients) + delta)
+        else:
+            h_hat = sum(g * (theta - self.m) / self.sigma() ** 2 for theta, g in zip(thetas, gradients, strict=True))
+            f = h_hat + delta
+            self.p = b2 * self.p + (1 - b2) * f + 0.5 * (1 - b2) ** 2 * (self.p - f) ** 2 / self.p
         weight_decay = 0.0 if self.prior == "empirical" else delta * self.m
         direction = (self.g / (1 - b1**self.t) + weight_decay) / self.p
         alpha = (self.h0 + delta) * lr if self.rescale_lr else lr

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..noise import mixed, random_bits
-from .kernels.base import Chunk, Constants, Kernels, Verdict, to_device
+from .kernels.base import Chunk, Constants, Kernels, Terms, Verdict, to_device
 from .threads import in_parallel
 
 # Weights that have noise of their own and are worked on at once on a CPU: few enough to stay in the cache from one
@@ -46,7 +46,7 @@ class Buffers:
         drawn: the numbers of the tensors that were drawn last.
         moments: λ·Σ(m² + σ²) by tensor, of the last draw.
         h_hat: ĥ in units of λ·p, which stays what it is until the step: Σ ĝ·(θ−m) over the draws since the last one,
-            float32 [weights], or None.
+            float32 [weights], or None. With squared gradients it is Σ ĝ², which is ĥ in units of B.
         earlier: .grad of the draws before this one, set aside while it goes on, or None.
     """
 
@@ -210,7 +210,12 @@ class Buffers:
         h_hat, add = self.h_hat, self.h_hat is not None
         if h_hat is None:
             h_hat = torch.empty_like(self.mean) if layout.complete else torch.zeros_like(self.mean)
-        squares = in_parallel(lambda chunk: self.kernels.collect(chunk, h_hat[chunk.place], add=add), layout.chunks)
+        squared = self.group["hessian"] == "squared_gradients"
+
+        def collect(chunk: Chunk) -> Tensor:
+            return self.kernels.collect(chunk, h_hat[chunk.place], add=add, squared=squared)
+
+        squares = in_parallel(collect, layout.chunks)
         if layout is not self.layout(self.drawn):
             self.restore_mean()
         if layout.chunks:
@@ -227,12 +232,12 @@ class Buffers:
 
     # ---------------------------------------------------------------- the step
 
-    def update(self, deltas: Tensor, debias: Tensor, rates: Tensor, verdict: Verdict, constants: Constants) -> None:
-        """Apply one step to every tensor that has a gradient; δ, 1−β1^t and α are by tensor."""
+    def update(self, terms: Terms, verdict: Verdict, constants: Constants) -> None:
+        """Apply one step to every tensor that has a gradient; `terms` are by tensor."""
         layout = self.with_gradient()
         if self.h_hat is None or not layout.chunks:
             return
         h_hat = self.h_hat
-        by_part = [values if layout.whole else values[layout.owners] for values in (deltas, debias, rates)]
-        work = list(zip(layout.chunks, *(values.split(layout.counts) for values in by_part), strict=True))
-        in_parallel(lambda w: self.kernels.update(w[0], h_hat[w[0].place], w[1], w[2], w[3], verdict, constants), work)
+        by_part = [values if layout.whole else values[layout.owners] for values in terms]
+        work = list(zip(layout.chunks, map(Terms, *(values.split(layout.counts) for values in by_part)), strict=True))
+        in_parallel(lambda w: self.kernels.update(w[0], h_hat[w[0].place], w[1], verdict, constants), work)

@@ -19,9 +19,11 @@ from torch.optim import Optimizer
 from ..defaults import DEFAULTS
 from . import kernels
 from .buffers import Buffers
-from .kernels.base import TRAVEL, Constants, Verdict, to_device
+from .kernels.base import TRAVEL, Constants, Terms, Verdict, to_device
 from .summary import summarize
 
+# What groups did not have that were saved by earlier versions.
+_ADDED = {"rescale_lr": False, "prior_strength": 1.0, "hessian": "reparameterized", "batch_size": 1, "h0_steps": None}
 # Steps skipped in all and in a row, and the number of a tensor.
 _NOTHING_SKIPPED = (0, 0, 0)
 
@@ -72,6 +74,12 @@ class IVONLoRA(Optimizer):
     It starts from m = the parameters, g = 0 and p = h0 + δ, with δ at σ² = 1/(λ·h0). With `rescale_lr` α is (h0 + δ)·α
     in the update of m.
 
+    ĥ of one draw has a standard deviation of |ĝ|/σ, far above the Hessian itself, so that hundreds of steps do not tell
+    the weights of a tensor apart. With `hessian="squared_gradients"` ĥ = B·ĝ² instead, which has the Fisher information
+    of one example as its mean where gradients of examples are independent and have mean 0 (as in VOGN, arXiv
+    1806.04854), and a relative standard deviation of √2. It is not negative, so p is its plain running average,
+    p ← β2·p + (1−β2)·(ĥ+δ).
+
     Run every forward and backward pass inside `sampled_params()`, which puts a draw θ = m + σ·ε into the
     parameters, and call `step()` outside of it. With gradient accumulation, enter it once for each
     micro-batch (with the loss divided by their number, as usual): each gets a draw of its own.
@@ -96,6 +104,12 @@ class IVONLoRA(Optimizer):
         clip: ξ, bound on the preconditioned gradient of each weight; `math.inf` for none.
         prior: "empirical" for the KL-optimal prior of each tensor (arXiv 2506.14280, Eq. 2), or a number δ
             for IVON's fixed prior, which then acts as its weight decay.
+        prior_strength: κ, a factor on δ. Below 1 the prior is κ^(−½) as wide, and σ shows more of the data.
+        hessian: "reparameterized" for IVON's ĥ, or "squared_gradients" for ĥ = B·ĝ².
+        batch_size: B, the number of examples whose mean loss a step's gradient is of, over its micro-batches, and over
+            processes that share a draw; for squared gradients alone.
+        h0_steps: number of steps that h0 counts as, k: the memory of p is 1−β2 = 1/(t+k) until that falls below the
+            one of `betas`, so that what p starts from is soon forgotten. None for the same β2 in every step.
         rescale_lr: whether the learning rate of a tensor is (h0 + δ)·α, the optional line of IVON's Algorithm 1. A step
             from p = h0 + δ is then as long as the gradient, so α is of the size that it has for SGD.
         seed: seed of the draws. A draw depends on the seed, the number of draws before it and the place of
@@ -115,6 +129,10 @@ class IVONLoRA(Optimizer):
         h0: float = DEFAULTS.h0,
         clip: float = DEFAULTS.clip,
         prior: Literal["empirical"] | float = DEFAULTS.prior,
+        prior_strength: float = DEFAULTS.prior_strength,
+        hessian: Literal["reparameterized", "squared_gradients"] = DEFAULTS.hessian,
+        batch_size: int = 1,
+        h0_steps: float | None = DEFAULTS.h0_steps,
         rescale_lr: bool = DEFAULTS.rescale_lr,
         seed: int = 0,
     ) -> None:
@@ -125,6 +143,10 @@ class IVONLoRA(Optimizer):
             "h0": h0,
             "clip": clip,
             "prior": prior,
+            "prior_strength": prior_strength,
+            "hessian": hessian,
+            "batch_size": batch_size,
+            "h0_steps": h0_steps,
             "rescale_lr": rescale_lr,
             "seed": seed,
             "draws": 0,
@@ -144,7 +166,8 @@ class IVONLoRA(Optimizer):
         self.__dict__.setdefault("_report", _NOTHING_SKIPPED)
         self.__dict__.setdefault("process", 0)
         for group in self.param_groups:
-            group.setdefault("rescale_lr", False)  # saved before there was one
+            for name, value in _ADDED.items():
+                group.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in `torch.optim.Optimizer`."""
@@ -279,13 +302,18 @@ class IVONLoRA(Optimizer):
         # δ is from the m and σ of the last draw, which are those before the step.
         fixed, kl_optimal = group["prior"] != "empirical", buffers.numels / buffers.moments
         deltas = torch.full_like(kl_optimal, group["prior"]) if fixed else kl_optimal
+        deltas = deltas * group["prior_strength"]
+        memories = torch.full_like(kl_optimal, 1 - beta2)
+        if group["h0_steps"] is not None:
+            memories = torch.maximum(memories, 1 / (buffers.steps + group["h0_steps"]))
         lr = min(group["lr"], TRAVEL)
         bound = min(clip, TRAVEL / max(lr, 1.0))
         if group["rescale_lr"]:
             rates = (deltas + group["h0"]).clamp_(max=TRAVEL / max(lr * bound, 1.0)).mul_(lr)
         else:
             rates = torch.full_like(kl_optimal, lr)
-        buffers.update(deltas, debias, rates, verdict, Constants(ess, beta1, beta2, bound, fixed))
+        batch = float(group["batch_size"]) if group["hessian"] == "squared_gradients" else None
+        buffers.update(Terms(deltas, debias, rates, memories), verdict, Constants(ess, beta1, bound, fixed, batch))
 
     @torch.no_grad()
     def synchronize(self, average: Callable[[list[Tensor]], None]) -> None:
@@ -434,11 +462,13 @@ def _sigma(precision: Tensor, ess: float) -> Tensor:
 
 
 def _delta(group: dict[str, Any], mean: Tensor, precision: Tensor) -> float:
-    """Return δ of one tensor: the fixed one, or 1/(λ·mean(m² + σ²)), the KL-optimal one."""
+    """Return δ of one tensor: the fixed one, or κ/(λ·mean(m² + σ²)), the KL-optimal one at κ = 1."""
     if group["prior"] != "empirical":
-        return float(group["prior"])
+        return float(group["prior"] * group["prior_strength"])
     # The paper's Eq. 2 is s = λ·δ; δ is what enters the update.
-    return mean.numel() / float(group["ess"] * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)
+    return (
+        group["prior_strength"] * mean.numel() / float(group["ess"] * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)
+    )
 
 
 def _start(group: dict[str, Any], mean: Tensor) -> Tensor:
@@ -463,5 +493,13 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
         check("prior", prior, prior == "empirical", '"empirical" or a number')
     else:
         check("prior", prior, 0 <= prior < math.inf, '"empirical", or finite and not negative')
+    strength, hessian, batch, h0_steps = (
+        group[name] for name in ("prior_strength", "hessian", "batch_size", "h0_steps")
+    )
+    check("prior_strength", strength, 0 < strength < math.inf, "positive and finite")
+    names = ("reparameterized", "squared_gradients")
+    check("hessian", hessian, hessian in names, " or ".join(f'"{name}"' for name in names))
+    check("batch_size", batch, 1 <= batch < math.inf, "1 or more")
+    check("h0_steps", h0_steps, h0_steps is None or 0 < h0_steps < math.inf, "None, or positive and finite")
     check("rescale_lr", rescale_lr, isinstance(rescale_lr, bool), "True or False")
     check("seed", seed, isinstance(seed, int) and seed >= 0, "a whole number, not negative")

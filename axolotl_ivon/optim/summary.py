@@ -21,20 +21,20 @@ def summarize(all_buffers: Sequence[Buffers]) -> dict[str, float]:
     """Return what `IVONLoRA.summary` does, but for λ."""
     count, sigma, snr, spread, clipped, kl = torch.zeros(6).tolist()
     for buffers in all_buffers:
-        ess, prior = buffers.group["ess"], buffers.group["prior"]
+        ess, prior, strength = (buffers.group[name] for name in ("ess", "prior", "prior_strength"))
         layout = buffers.layout([i for i, param in enumerate(buffers.params) if param.numel()])
         if not layout.chunks:
             continue
         debias = (buffers.steps * math.log(max(buffers.group["betas"][0], 1e-30))).expm1_().neg_()
         bounds = buffers.group["clip"] * torch.where(buffers.steps > 0, debias, math.inf)  # no step, nothing clipped
-        decay = debias * (0.0 if prior == "empirical" else prior)
+        decay = debias * (0.0 if prior == "empirical" else prior * strength)
         work = zip(layout.chunks, *(x[layout.owners].split(layout.counts) for x in (bounds, decay)), strict=True)
         parts = torch.cat(in_parallel(lambda w: _measure(*w), list(work)), 1).cpu().double()
         tensors = torch.zeros(len(parts), len(buffers.params), dtype=torch.float64)
         tensors.index_add_(1, layout.owners.cpu(), parts)
         n, roots, ratios, clips, logs, log_squares, squares, variances = tensors[:, tensors[0] > 0]
         moments = ess * squares + variances  # λ·Σ(m² + σ²)
-        delta = n / moments if prior == "empirical" else torch.full_like(n, prior)
+        delta = (n / moments if prior == "empirical" else torch.full_like(n, prior)) * strength
         kl += float((delta * moments - n + logs - _SHIFT * n - n * delta.log()).sum()) / 2
         deviation = (log_squares / n - (logs / n).square()).clamp_(min=0).sqrt()
         spread += float((n * deviation).sum()) / 2  # log σ = −½·log(λ·p)

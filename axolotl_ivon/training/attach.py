@@ -17,7 +17,7 @@ from ..optim.ivon import IVONLoRA
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import remove_unfinished
 from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean, show_the_mean
-from .presets import PRESETS
+from .presets import ADAM_LIKE_LR, PRESETS
 from .processes import check_sharding
 from .trainer import PosteriorTrainerMixin
 
@@ -27,13 +27,16 @@ LOG = logging.getLogger(__name__)
 def attach(
     trainer: Trainer,
     *,
-    preset: Literal["paper", "small_data"] = DEFAULTS.preset,
+    preset: Literal["auto", "paper", "small_data"] = DEFAULTS.preset,
     gamma: float | None = None,
     ess: float | None = None,
-    h0: float = DEFAULTS.h0,
+    h0: float | None = None,
     clip: float | None = None,
-    betas: tuple[float, float] = DEFAULTS.betas,
+    betas: tuple[float, float | None] = (DEFAULTS.betas[0], None),
     prior: Literal["empirical"] | float = DEFAULTS.prior,
+    prior_strength: float | None = None,
+    hessian: Literal["reparameterized", "squared_gradients"] | None = None,
+    h0_steps: float | None = None,
     rescale_lr: bool = DEFAULTS.rescale_lr,
     train_size: int | None = None,
     eval_samples: int = DEFAULTS.eval_samples,
@@ -42,18 +45,20 @@ def attach(
     """Make a Trainer train with IVON-LoRA, and save σ beside every adapter that it or its model saves.
 
     Call it once, between creating the Trainer and `trainer.train()`. The learning rate, its schedule and the seed
-    are the Trainer's own; 1e-2 to 1e-1 is the range. `max_grad_norm` is set to 0 if it has transformers' default of
-    1, since a clipped gradient biases the Hessian estimate.
+    are the Trainer's own; one made for AdamW is right with the preset "auto". `max_grad_norm` is set to 0 if it has
+    transformers' default of 1, since a clipped gradient biases the Hessian estimate.
 
     Args:
         trainer: any transformers or TRL Trainer whose model is a PeftModel.
-        preset: what γ, λ and clip are where they are not given. "paper": γ = 5000, clip 5e-3. "small_data", for
-            hundreds of examples or steps: λ = 10·N, or more where the draws would disturb the model too much
-            (`presets.Preset`), clip 1e-2, and the Trainer's learning rate is replaced by the one with which a weight
-            can travel 0.125 in the run.
+        preset: what is taken for what is not given. "auto" fits it to N, the number of steps and the LoRA weights
+            (`presets.Preset`): λ = N·weights/100, the Hessian by squared gradients, a prior of a tenth of the
+            KL-optimal precision, h0 for λ and the matrices A, clip 1e-2, and a β2 that remembers a fifth of the run.
+            A Trainer's learning rate below 1e-3 is then the most that a step may move a weight, α = learning_rate/ξ,
+            as it nearly is for AdamW; from 1e-3 it is α; and at 0 the α is taken with which a weight can travel 0.125
+            in the run. "paper": γ = 5000 and the defaults of `IVONLoRA`. "small_data" is another name for "auto".
         gamma: γ of the effective sample size λ = γ·√N.
         ess: λ itself, instead of γ and N.
-        h0, clip, betas, prior, rescale_lr: as in `IVONLoRA`.
+        h0, clip, betas, prior, prior_strength, hessian, h0_steps, rescale_lr: as in `IVONLoRA`; None for the preset's.
         train_size: N, the number of training examples; the length of the Trainer's dataset by default (give it where
             that dataset is packed or streamed).
         eval_samples: number of draws whose averaged prediction every evaluation scores too, as `eval_loss_posterior`.
@@ -81,22 +86,28 @@ def attach(
     chosen, params = PRESETS[preset], trained_parameters(model)
     if gamma is not None:
         chosen = chosen._replace(gamma=gamma)
-    facts = {"gamma": "", "train_size": "" if train_size is None else str(train_size)}
+    facts = {"preset": preset, "gamma": "", "train_size": "" if train_size is None else str(train_size)}
+    per_rank = draws == "per_rank" and trainer.args.world_size > 1
     try:
+        # ZeRO-3 leaves an empty tensor where it has partitioned one.
+        shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in params.items()}
         if ess is None:
             train_size = _train_size(trainer) if train_size is None else train_size
-            # ZeRO-3 leaves an empty tensor where it has partitioned one.
-            shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in params.items()}
-            fan_ins = [shape[-1] for name, shape in shapes.items() if ".lora_A." in name]
-            ess = chosen.ess(train_size, h0, fan_ins)
-            facts = {"gamma": str(chosen.gamma or ""), "train_size": str(train_size)}
+            ess = chosen.ess(train_size, sum(map(math.prod, shapes.values())))
+            facts |= {"gamma": str(chosen.gamma or ""), "train_size": str(train_size)}
+        fan_ins = [shape[-1] for name, shape in shapes.items() if ".lora_A." in name]
+        steps_of = chosen._replace(beta2=chosen.beta2 if betas[1] is None else betas[1])
         settings: dict[str, Any] = {
             "lr": trainer.args.learning_rate,
             "ess": ess,
-            "betas": betas,
-            "h0": h0,
+            "betas": (betas[0], steps_of.second_beta(1)),
+            "h0": chosen.first_h0(ess, fan_ins) if h0 is None else h0,
             "clip": chosen.clip if clip is None else clip,
             "prior": prior,
+            "prior_strength": chosen.prior_strength if prior_strength is None else prior_strength,
+            "hessian": chosen.hessian if hessian is None else hessian,
+            "batch_size": _batch_size(trainer, per_rank),
+            "h0_steps": chosen.h0_steps if h0_steps is None else h0_steps,
             "rescale_lr": rescale_lr,
             "seed": trainer.args.seed,
         }
@@ -119,7 +130,8 @@ def attach(
         )
     if trainer.optimizer is not None:
         raise IVONError("the Trainer already has an optimizer: call attach() before train(), without optimizers=")
-    if chosen.travel is not None:
+    travel = None if trainer.args.learning_rate else chosen.travel
+    if travel is not None:
         _check_that_a_rate_can_be_chosen(trainer, preset, settings["clip"])
     _check_that_all_is_saved(model, list(params))
     if eval_samples and trainer.eval_dataset is None:
@@ -128,8 +140,13 @@ def attach(
         trainer.args.max_grad_norm = 0.0
     check_sharding(trainer)
 
-    per_rank = draws == "per_rank" and trainer.args.world_size > 1
-    run = PosteriorTraining(trainer, model, params, settings, facts, eval_samples, per_rank, chosen.travel)
+    reads = chosen.travel is not None and not rescale_lr and math.isfinite(settings["clip"])
+    if reads and 0 < trainer.args.learning_rate < ADAM_LIKE_LR:
+        facts["learning_rate"] = f"{trainer.args.learning_rate:g}"
+        settings["lr"] = trainer.args.learning_rate = trainer.args.learning_rate / settings["clip"]
+    run = PosteriorTraining(
+        trainer, model, params, settings, facts, eval_samples, per_rank, travel, None if betas[1] else chosen
+    )
     remove_unfinished(trainer)
     average_in_every_backward_pass(trainer)
     save_sigma_beside_the_mean(run)
@@ -148,6 +165,13 @@ def _put_mixin_first(trainer: Trainer) -> None:
     parent: type = type(own.__name__, (own,), assigned) if assigned else own
     names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
     trainer.__class__ = type(own.__name__, (PosteriorTrainerMixin, parent), names)
+
+
+def _batch_size(trainer: Trainer, per_rank: bool) -> int:
+    """Return the number of examples whose mean loss a step's gradient is of: of this process, or of all."""
+    args = trainer.args
+    processes = 1 if per_rank else args.world_size
+    return int(args.train_batch_size * args.gradient_accumulation_steps * processes)
 
 
 def _train_size(trainer: Trainer) -> int:

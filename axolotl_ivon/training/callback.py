@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..optim.ivon import Skipped
 from ..posterior.check import begins_at_zero, findings
-from .presets import rates
+from .presets import ADAM_LIKE_LR, Preset, rates
 from .processes import agree_on_gradients, average
 from .sharded import ReplicatedAdapter
 
@@ -24,7 +24,6 @@ LOG = logging.getLogger(__name__)
 # A weight can travel at most Σ α_t·ξ in a run. The paper's commonsense runs allow 0.13; a run that allowed 0.04
 # learned nothing.
 SHORT_REACH, PAPER_REACH = 0.08, 0.13
-ADAM_LIKE_LR = 1e-3
 # So many skipped steps in a row are no accident of one batch, nor of a loss scaler that finds its scale.
 DIVERGED = 10
 NONE_SKIPPED = Skipped(0, 0, None)
@@ -43,6 +42,7 @@ class PosteriorTraining(TrainerCallback):
         eval_samples: draws that every evaluation averages over.
         per_rank: whether each process has draws of its own.
         travel: how far a weight can get in the run, where the learning rate is chosen for that.
+        preset: what β2 is taken from when the number of steps is known, or None.
         optimizer: None until the Trainer makes it.
         adapter: the trained weights in each process, under DeepSpeed and FSDP2.
         begun: whether training has begun. Before that, the optimizer may lack the state that it resumes from.
@@ -56,11 +56,12 @@ class PosteriorTraining(TrainerCallback):
     trainer: Trainer
     model: PeftModel
     params: dict[str, nn.Parameter]
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     facts: Mapping[str, str]
     eval_samples: int
     per_rank: bool
     travel: float | None
+    preset: Preset | None
     optimizer: Any = None
     adapter: ReplicatedAdapter | None = None
     begun: bool = False
@@ -75,6 +76,39 @@ class PosteriorTraining(TrainerCallback):
     def step_bound(self) -> float:
         """How far a step at a learning rate of 1 can move a weight: ξ, and with `rescale_lr` at least h0·ξ."""
         return self.settings["clip"] * (self.settings["h0"] if self.settings["rescale_lr"] else 1.0)
+
+    def fit_to(self, steps: int) -> None:
+        """Take the β2 that the preset has for so many steps, where none was given."""
+        if self.preset is None:
+            return
+        self.settings["betas"] = betas = self.settings["betas"][0], self.preset.second_beta(steps)
+        for group in self.optimizer.param_groups if self.optimizer is not None else ():
+            group["betas"] = betas
+
+    def tell_settings(self, steps: int) -> None:
+        """Log in one line what is trained with, and where it is from."""
+        if not self.trainer.is_world_process_zero():
+            return
+        s, alpha = self.settings, self.trainer.args.learning_rate
+        if "learning_rate" in self.facts:
+            rate = f"{alpha:.3g}, as a learning_rate of {self.facts['learning_rate']} is the most that a step may move"
+        elif self.travel is not None:
+            rate = f"{alpha:.3g}, with which a weight can travel {self.travel:g} in these {steps} steps"
+        else:
+            rate = f"{alpha:.3g}"
+        size = self.facts["train_size"]
+        LOG.info(
+            "preset %s: λ %.3g%s, h0 %.2g, β2 %.5g, ξ %g, Hessian by %s, prior strength %g, α %s",
+            self.facts["preset"],
+            s["ess"],
+            f" for {size} examples" if size else "",
+            s["h0"],
+            s["betas"][1],
+            s["clip"],
+            s["hessian"].replace("_", " "),
+            s["prior_strength"],
+            rate,
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.best_folder = None
@@ -93,7 +127,8 @@ class PosteriorTraining(TrainerCallback):
                 "clip already bounds the step: set max_grad_norm to 0",
                 args.max_grad_norm,
             )
-        if lr < ADAM_LIKE_LR:
+        by_itself = self.facts["preset"] != "paper"  # and so is how far a weight can get
+        if lr < ADAM_LIKE_LR and not by_itself:
             LOG.warning(
                 "learning_rate %g looks like one for Adam: IVON's step is a natural-gradient step bounded by "
                 "clip, and 1e-2 to 1e-1 is the usual range",
@@ -103,7 +138,7 @@ class PosteriorTraining(TrainerCallback):
         self.start = {name: _some(p) * fresh for name, p in self.params.items() if begins_at_zero(name)}
         self.rates = rates(scheduler, lr, state.max_steps)
         reach = sum(self.rates) * self.step_bound
-        if reach < SHORT_REACH:
+        if reach < SHORT_REACH and not by_itself:
             LOG.warning(
                 "in this run no weight can travel farther than %.3g (the sum of learning rate × clip over %d steps), "
                 "and below %g it may learn little: raise learning_rate%s or clip, or train longer",

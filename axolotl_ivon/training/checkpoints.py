@@ -30,6 +30,8 @@ from .callback import PosteriorTraining
 LOG = logging.getLogger(__name__)
 
 _HIDDEN = ".{}.tmp"
+# Facts that the header has where they are not these, which are the paper's.
+_UNUSUAL = {"rescale_lr": False, "prior_strength": 1.0, "hessian": "reparameterized", "h0_steps": None}
 
 
 def remove_unfinished(trainer: Trainer) -> None:
@@ -120,6 +122,8 @@ def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
     facts = {**run.facts, **{name: str(values[name]) for name in names}}
     if run.rates:
         facts |= {name: f"{value:.6g}" for name, value in run.movement(run.trainer.state.global_step).items()}
-    if group.get("rescale_lr"):
-        facts["rescale_lr"] = "true"
+    unusual = {name: group[name] for name, usual in _UNUSUAL.items() if group.get(name, usual) != usual}
+    facts |= {name: str(value).lower() if value is True else str(value) for name, value in unusual.items()}
+    if unusual.get("hessian") == "squared_gradients":
+        facts["batch_size"] = str(group["batch_size"])
     save_sigma(folder, {key: sigma.get(key, zero).contiguous() for key, zero in zeros.items()}, facts)

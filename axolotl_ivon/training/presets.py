@@ -1,4 +1,4 @@
-"""What an unset γ, λ, clip and learning rate are: the paper's values, or a rule for little data and few steps."""
+"""What settings are that nobody gave: the paper's values, or a rule that fits them to the run."""
 
 from __future__ import annotations
 
@@ -12,43 +12,90 @@ from torch.optim import SGD
 from ..defaults import DEFAULTS
 from ..optim.ivon import effective_sample_size
 
+# A learning rate below this is one for AdamW: the most that a step may move a weight, and not IVON's α.
+ADAM_LIKE_LR = 1e-3
+
 
 class Preset(NamedTuple):
     """Settings that go together.
 
     Attributes:
-        gamma: γ of λ = γ·√N; None where λ is a multiple of N.
-        ess_per_example: λ/N where there is no γ.
-        noise: the most that the draws of a run's beginning may add up to, Σ σ²/var(A) over all LoRA matrices A. It
-            bounds λ from below where there is no γ, since the disturbances of several layers add up.
+        gamma: γ of λ = γ·√N; None for λ = N·weights/(2·`cost`).
+        cost: nats that the draws may cost the training set in all. Where λ·h is far above the prior's precision, a
+            draw raises the loss of an example by weights/(2·λ).
+        h0: initial Hessian; None for the one with which Σ σ²/var(A) over all LoRA matrices A is `noise` at the start,
+            as the disturbances of several layers add up.
+        noise: see `h0`.
         clip: ξ.
-        travel: Σ α_t·ξ, the farthest that a weight can get in a run, which the learning rate is chosen for; None to
-            take the learning rate that is given.
+        beta2: None for a memory of `memory`·steps.
+        memory: see `beta2`.
+        travel: Σ α_t·ξ, the farthest that a weight can get in a run, which the learning rate is chosen for where
+            none is given; None to take what is given, as it is.
+        prior_strength, hessian, h0_steps: as in `IVONLoRA`.
     """
 
     gamma: float | None
+    h0: float | None
     clip: float
+    beta2: float | None
     travel: float | None
-    ess_per_example: float = 0.0
-    noise: float = math.inf
+    prior_strength: float
+    hessian: str
+    h0_steps: float | None
+    cost: float = 0.0
+    noise: float = 0.0
+    memory: float = 0.0
 
-    def ess(self, train_size: int, h0: float, fan_ins: Sequence[int]) -> float:
-        """Return λ for N training examples and LoRA matrices A with so many inputs each.
+    def ess(self, train_size: int, weights: int) -> float:
+        """Return λ for N training examples and so many LoRA weights.
 
         Raises:
             ValueError: `train_size` is not positive.
         """
         ess = effective_sample_size(train_size, 1.0 if self.gamma is None else self.gamma)
-        if self.gamma is not None or not h0 > 0:  # the optimizer refuses such an h0
-            return ess
+        return ess if self.gamma is not None else train_size * weights / (2 * self.cost)
+
+    def first_h0(self, ess: float, fan_ins: Sequence[int]) -> float:
+        """Return h0 for LoRA matrices A with so many inputs each."""
+        if self.h0 is not None:
+            return self.h0
         # PEFT's A has variance 1/(3·inputs) at the start, and σ² is 1/(λ·h0) there.
-        return max(self.ess_per_example * train_size, 3 * sum(fan_ins) / (h0 * self.noise))
+        return 3 * sum(fan_ins) / (ess * self.noise) if fan_ins else DEFAULTS.h0
+
+    def second_beta(self, steps: int) -> float:
+        """Return β2 for a run of so many steps."""
+        if self.beta2 is not None:
+            return self.beta2
+        return 1 - min(0.1, 1 / max(1.0, self.memory * steps))
 
 
+# benchmarks/fidelity/NOTES.md tells where the numbers are from.
+AUTO = Preset(
+    gamma=None,
+    h0=None,
+    clip=1e-2,
+    beta2=None,
+    travel=0.125,
+    prior_strength=0.1,
+    hessian="squared_gradients",
+    h0_steps=10.0,
+    cost=50.0,
+    noise=64.0,
+    memory=0.2,
+)
 PRESETS = {
-    "paper": Preset(gamma=DEFAULTS.gamma, clip=DEFAULTS.clip, travel=None),
-    # benchmarks/RESULTS.md. The paper's runs have the same travel, and noise of 20 to 80.
-    "small_data": Preset(gamma=None, clip=1e-2, travel=0.125, ess_per_example=10.0, noise=64.0),
+    "auto": AUTO,
+    "paper": Preset(
+        gamma=DEFAULTS.gamma,
+        h0=DEFAULTS.h0,
+        clip=DEFAULTS.clip,
+        beta2=DEFAULTS.betas[1],
+        travel=None,
+        prior_strength=DEFAULTS.prior_strength,
+        hessian=DEFAULTS.hessian,
+        h0_steps=DEFAULTS.h0_steps,
+    ),
+    "small_data": AUTO,
 }
 
 

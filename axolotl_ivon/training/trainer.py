@@ -6,7 +6,6 @@ user's subclass included. What is changed on other objects than the Trainer is i
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from .posterior_loss import posterior_loss
 from .presets import rate_for
 from .processes import agree_on_gradients, average, is_sharded
 from .sharded import STATE_FILE, ReplicatedAdapter
-
-LOG = logging.getLogger(__name__)
 
 
 class PosteriorTrainerMixin(Trainer):
@@ -61,7 +58,9 @@ class PosteriorTrainerMixin(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the schedule, after choosing its peak where a preset bounds how far a weight can travel."""
         create_scheduler, run = super().create_scheduler, self.posterior_training
+        run.fit_to(num_training_steps)
         if run.travel is None:
+            run.tell_settings(num_training_steps)
             return create_scheduler(num_training_steps, *([optimizer] if optimizer else ()))
 
         def schedule(lr: float, probe: Any) -> Any:
@@ -73,8 +72,7 @@ class PosteriorTrainerMixin(Trainer):
         for group in chosen.param_groups:
             group["lr"] = group["initial_lr"] = lr
         getattr(chosen, "defaults", {})["lr"] = lr  # where some schedules look
-        if self.is_world_process_zero():
-            LOG.info("the preset takes learning_rate %.3g for these %d steps", lr, num_training_steps)
+        run.tell_settings(num_training_steps)
         return schedule(lr, optimizer)
 
     # A step

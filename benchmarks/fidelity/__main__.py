@@ -1,8 +1,8 @@
 """Does IVON-LoRA give what the paper promises? Its tables, small enough to run, against its peers.
 
-    python -m benchmarks.fidelity run --bigbench DIR        # the encoder suite, on a CPU; again to go on
-    python -m benchmarks.fidelity report                    # tables and pictures of what has finished
-    python -m benchmarks.fidelity configs paper --out DIR   # axolotl YAMLs and the commands of the other suites
+    python -m benchmarks.fidelity run causal --bigbench DIR  # on a CPU; again to go on (causal-quick: half an hour)
+    python -m benchmarks.fidelity report causal              # tables and pictures of what has finished
+    python -m benchmarks.fidelity configs paper --out DIR    # axolotl YAMLs and the commands of the other suites
 
 The experiments are in `experiments.yaml`, the results in `results.jsonl`: one line for each evaluated row of each run.
 A run is identified by all that decides its outcome, so nothing is computed twice, and trained weights are kept in
@@ -34,7 +34,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=["run", "report", "configs"])
-    parser.add_argument("suite", nargs="?", default="encoder", help="encoder (default), causal or paper")
+    parser.add_argument("suite", nargs="?", default="encoder", help="causal, causal-quick, encoder (default) …")
     parser.add_argument("--experiments", type=Path, default=HERE / "experiments.yaml")
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--work", type=Path, default=DEMO / "fidelity", help="for what can be remade")
@@ -61,7 +61,7 @@ def main() -> None:
     else:
         from .data import prepare
 
-        prepare(arguments.work)
+        prepare(arguments.work, suite.get("model"))
         until = None
         if arguments.until:
             until = datetime.combine(datetime.now(), datetime.strptime(arguments.until, "%H:%M").time())

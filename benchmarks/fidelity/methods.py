@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from axolotl_ivon import IVONLoRA, Posterior, effective_sample_size
-from axolotl_ivon.evaluation.metrics import entropy
+from axolotl_ivon.evaluation.metrics import Scores, entropy, metrics
+from axolotl_ivon.training.presets import PRESETS
 
 from .data import Encoder, Example, Task, collate, predict, training_batches
 
@@ -34,7 +35,7 @@ class Trained:
     posterior: Posterior
     train_seconds: float  # of this process's CPU: what else runs on the machine does not count
     state_bytes: int
-    note: dict[str, float] = field(default_factory=dict)
+    note: dict[str, Any] = field(default_factory=dict)
 
 
 # -------------------------------------------------------------------- training
@@ -50,9 +51,9 @@ def learning_rate(settings: Mapping[str, Any], steps: int, clip: float | None = 
     return settings["lr"]
 
 
-def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Return linear warmup over the first 5 % of the steps, then linear decay to 0."""
-    warmup = max(1, round(WARMUP * steps))
+def schedule(optimizer: torch.optim.Optimizer, steps: int, share: float = WARMUP) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return linear warmup over a share of the steps, 5 % or what is given, then linear decay to 0."""
+    warmup = max(1, round(share * steps))
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )
@@ -74,7 +75,7 @@ def loop(
     steps, parts = settings["steps"], settings.get("accumulate", 1)
     shared = settings.get("one_draw", False)
     batches = training_batches(examples, settings["batch"] // parts, settings["seed"])
-    scheduler = schedule(optimizer, steps)
+    scheduler = schedule(optimizer, steps, settings.get("warmup", WARMUP))
     model.train()
     begun = time.process_time()
     for step in range(steps):
@@ -107,12 +108,79 @@ def as_posterior(mean: Weights, sigma: Weights | None = None) -> Posterior:
     return Posterior(mean, sigma, {}, {})
 
 
+class Curve:
+    """Accuracy, NLL and ECE on the validation data at some points of a run, at the mean.
+
+    `points` lists (step, training loss since the point before, metrics); what it costs is not counted as training.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, settings: Mapping[str, Any]) -> None:
+        self.model, self.examples, self.points = model, task.validation, list[dict[str, float]]()
+        count = settings.get("curve", 0)
+        self.steps = {round(settings["steps"] * (i + 1) / count) - 1 for i in range(count)}
+        self.seconds = 0.0
+
+    def __call__(self, step: int) -> None:
+        """Measure, if it is the time for it."""
+        if step not in self.steps:
+            return
+        begun = time.process_time()
+        self.model.eval()
+        labels = torch.tensor([example.label for example in self.examples])
+        found = metrics(Scores.of(predict(self.model, self.examples).softmax(-1), labels))
+        self.points.append({"step": step + 1, **{name: found[name] or 0.0 for name in ("accuracy", "nll", "ece")}})
+        self.model.train()
+        self.seconds += time.process_time() - begun
+
+
 def train_adamw(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Trained:
     """AdamW without weight decay."""
-    parameters = model.trained()
+    parameters, curve = model.trained(), Curve(model, task, settings)
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings["lr"], weight_decay=0.0)
-    seconds = loop(model, task.train, optimizer, settings)
-    return Trained(model, as_posterior(parameters), seconds, state_bytes(optimizer))
+    seconds = loop(model, task.train, optimizer, settings, after_step=curve) - curve.seconds
+    return Trained(model, as_posterior(parameters), seconds, state_bytes(optimizer), {"curve": curve.points})
+
+
+def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Trained:
+    """IVON-LoRA as `ivon_preset: auto` sets it up, where `settings` do not say otherwise.
+
+    `lr` is the most that a step may move a weight, as AdamW's learning rate is in a YAML; without it the rate is that
+    of the preset's travel. `per_weight` is λ/(N·weights).
+    """
+    parameters, curve, preset = model.trained(), Curve(model, task, settings), PRESETS["auto"]
+    preset = preset._replace(**{name: settings[name] for name in preset._fields if name in settings})
+    weights, steps = sum(value.numel() for value in parameters.values()), settings["steps"]
+    ess = settings["per_weight"] * weights * len(task.train) if "per_weight" in settings else 0.0
+    ess = ess or preset.ess(len(task.train), weights)
+    fan_ins = [value.shape[1] for name, value in parameters.items() if ".lora_A." in name]
+    share = settings.get("warmup", WARMUP)
+    bound = settings.get("lr") or travel_rate(preset.travel or 0.0, steps, share)
+    optimizer = IVONLoRA(
+        parameters.values(),
+        lr=bound / preset.clip,
+        ess=ess,
+        betas=(0.9, preset.second_beta(steps)),
+        h0=preset.first_h0(ess, fan_ins),
+        clip=preset.clip,
+        prior=settings.get("prior", "empirical"),
+        prior_strength=preset.prior_strength,
+        hessian=preset.hessian,  # type: ignore[arg-type]
+        batch_size=settings["batch"],
+        h0_steps=preset.h0_steps,
+        seed=settings["seed"],
+    )
+    seconds = loop(model, task.train, optimizer, settings, optimizer.sampled_params, curve) - curve.seconds
+    mean = {name: optimizer.mean(value) for name, value in parameters.items()}
+    sigma = {name: optimizer.sigma(value) for name, value in parameters.items()}
+    facts = {**optimizer.summary(), "curve": curve.points}
+    return Trained(model, as_posterior(mean, sigma), seconds, state_bytes(optimizer), facts)
+
+
+def travel_rate(travel: float, steps: int, share: float) -> float:
+    """Return the peak of a warmup and a linear decay whose rates add up to `travel`."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    rate = schedule(optimizer, steps, share).lr_lambdas[0]
+    return travel / sum(rate(step) for step in range(steps))
 
 
 def train_ivon_lora(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Trained:
@@ -314,6 +382,7 @@ def train_blob(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Train
 TRAINERS: dict[str, Callable[[Encoder, Task, Mapping[str, Any]], Trained]] = {
     "adamw": train_adamw,
     "ivon-lora": train_ivon_lora,
+    "ivon-auto": train_ivon_auto,
     "algorithm-1": train_algorithm_one,
     "ivon-opt": train_ivon_opt,
     "blob": train_blob,

@@ -77,6 +77,31 @@ def tempered(
     return predict_posterior(model, q.temper(float(argument)), examples, draws), {}
 
 
+def reshaped(
+    model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, argument: str, *_: Any
+) -> Answer:
+    """The average over draws whose σ was permuted within each tensor, or made constant there at the same mean of σ².
+
+    The temperature is the best of some on the validation data, since a permutation alone adds noise where the model is
+    sensitive; `as-is` shows the σ that was learned, at its own best one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sigma = dict(q.sigma)
+    for name, value in sigma.items():
+        if argument == "permuted":
+            sigma[name] = value.flatten()[torch.randperm(value.numel(), generator=generator)].view_as(value)
+        elif argument == "constant":
+            sigma[name] = torch.full_like(value, float(value.square().mean().sqrt()))
+    changed = Posterior(dict(q.mean), sigma, {}, {})
+
+    def loss(tau: float) -> float:
+        found = predict_posterior(model, changed.temper(tau), task.validation, draws)
+        return float(score(found, task.validation)["nll"] or 0)
+
+    tau = min((0.5, 1.0, 2.0, 4.0), key=loss)
+    return predict_posterior(model, changed.temper(tau), examples, draws), {"tau": tau}
+
+
 def recommended(model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any) -> Answer:
     """The average over draws at the τ, and then the pruning ratio, with the lowest validation NLL."""
 
@@ -149,6 +174,7 @@ ROWS: dict[str, Callable[..., Answer]] = {
     "posterior-pruned": posterior_pruned,
     "tau": tempered,
     "recommended": recommended,
+    "sigma": reshaped,
     "temperature-scaling": temperature_scaling,
     "posterior-scaled": posterior_scaled,
     "mc-dropout": mc_dropout,

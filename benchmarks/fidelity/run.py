@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ENCODER = ("rank", "targets", "dropout", "upper")  # the settings that make the encoder, but for the seed
+ENCODER = ("rank", "targets", "dropout", "upper")  # the settings that make the model, but for the seed
 # What is said of a method that does not change a run of it.
 CHOICES = ("grid", "rows", "shifted_rows", "select", "choose_by")
 Record = dict[str, Any]
@@ -52,7 +52,8 @@ def canonical(settings: Mapping[str, Any]) -> str:
 def settings_of(suite: Mapping[str, Any], task: str, method: str, seed: int, **overrides: Any) -> str:
     """Return the canonical settings of one run: those of the suite, the method and the task, and `overrides`."""
     common = {name: suite[name] for name in ("steps", "batch", "max_tokens", *ENCODER)}
-    spec = {name: suite["tasks"][task].get(name) for name in ("source", "train", "validation", "pairs")}
+    common |= {name: suite[name] for name in ("model", "warmup") if name in suite}
+    spec = {name: suite["tasks"][task].get(name) for name in ("source", "train", "validation", "pairs", "lettered")}
     spec = {name: value for name, value in spec.items() if value is not None}
     own = {name: value for name, value in suite["methods"][method].items() if name not in CHOICES}
     return canonical({**common, **own, "task": spec, "seed": seed, **overrides})
@@ -206,20 +207,33 @@ def _task(name: str, settings: str, places: Places) -> Any:
     from .data import Task, load_task
 
     encoder = json.loads(settings)
-    task = load_task(json.loads(places.sizes)[name], places.work, places.bigbench, encoder["max_tokens"])
-    freeze = _encoder({**encoder, "seed": 0}, task.classes, places).eval().freeze
+    spec, causal = json.loads(places.sizes)[name], "model" in encoder
+    task = load_task(spec, places.work, places.bigbench, encoder["max_tokens"], _folder(encoder, places), causal)
+    freeze = _model({**encoder, "seed": 0}, task, places).eval().freeze
     shifted = {domain: freeze(examples) for domain, examples in task.shifted.items()}
-    return Task(freeze(task.train), freeze(task.validation), freeze(task.test), shifted, task.classes)
+    train, validation, test = (freeze(examples) for examples in (task.train, task.validation, task.test))
+    return Task(train, validation, test, shifted, task.classes, task.choices)
 
 
 def _read_task(name: str, settings: Mapping[str, Any], places: Places) -> Any:
-    return _task(name, canonical({key: settings[key] for key in (*ENCODER, "max_tokens")}), places)
+    return _task(
+        name, canonical({key: settings[key] for key in (*ENCODER, "max_tokens", "model") if key in settings}), places
+    )
 
 
-def _encoder(settings: Mapping[str, Any], classes: int, places: Places) -> Any:
+def _folder(settings: Mapping[str, Any], places: Places) -> Path:
+    """Return where the base model is: of the causal suite it is the one that `make demo` prepares."""
+    return places.work.parent / settings["model"] if "model" in settings else places.work / "minilm"
+
+
+def _model(settings: Mapping[str, Any], task: Any, places: Places) -> Any:
+    from .causal import Causal
     from .data import Encoder
 
-    return Encoder(places.work / "minilm", classes, settings["seed"], *(settings[name] for name in ENCODER))
+    shape = (settings["seed"], *(settings[name] for name in ENCODER))
+    if "model" in settings:
+        return Causal(_folder(settings, places), task.choices, *shape)
+    return Encoder(_folder(settings, places), task.classes, *shape)
 
 
 def trained(task: str, settings_text: str, places: Places) -> tuple[Any, Any, dict[str, float]]:
@@ -232,7 +246,7 @@ def trained(task: str, settings_text: str, places: Places) -> tuple[Any, Any, di
 
     settings = json.loads(settings_text)
     data = _read_task(task, settings, places)
-    model = _encoder(settings, data.classes, places)
+    model = _model(settings, data, places)
     path = places.work / "runs" / f"{run_key(settings_text)}.safetensors"
     if not path.is_file():
         torch.manual_seed(settings["seed"] + 1000)
@@ -244,7 +258,7 @@ def trained(task: str, settings_text: str, places: Places) -> tuple[Any, Any, di
         scratch = path.with_suffix(".new")
         save_file(tensors, scratch, {"facts": json.dumps(facts)})
         scratch.replace(path)
-        model = _encoder(settings, data.classes, places)
+        model = _model(settings, data, places)
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["facts"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

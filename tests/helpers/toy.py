@@ -12,7 +12,12 @@ from torch import nn
 from axolotl_ivon import IVONLoRA
 from axolotl_ivon.optim.kernels.base import Chunk
 
+# Options of the optimizer and of the reference by the same names.
+ADDED = ("rescale_lr", "prior_strength", "hessian", "batch_size", "h0_steps")
 SETTINGS = {"lr": 3e-2, "ess": 2e4, "betas": (0.9, 0.9995), "h0": 5e-2, "clip": 1e-2}
+
+# What `ivon_preset: auto` changes of the algorithm.
+SQUARED = {"hessian": "squared_gradients", "batch_size": 8, "prior_strength": 0.1, "h0_steps": 10, "clip": 1e-2}
 
 
 def lora_pair(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
@@ -52,7 +57,7 @@ def run_beside_reference(
             hyper["h0"],
             hyper["clip"],
             hyper.get("prior", "empirical"),
-            hyper.get("rescale_lr", False),
+            **{name: hyper[name] for name in ADDED if name in hyper},
         )
         for name, param in pair.items()
     }

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ReferenceIVON
 from torch import nn
-from toy import SETTINGS, batches, lora_loss, lora_pair, relative, run_beside_reference
+from toy import SETTINGS, SQUARED, batches, lora_loss, lora_pair, relative, run_beside_reference
 
 from axolotl_ivon import IVONLoRA, effective_sample_size
 from axolotl_ivon.optim import kernels
@@ -35,7 +35,7 @@ def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("prior", ["empirical", 1e-2])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("whole", [False, True], ids=["by tensor", "flat"])
-@pytest.mark.parametrize("changes", [{}, {"rescale_lr": True, "lr": 0.5}], ids=["", "rescaled"])
+@pytest.mark.parametrize("changes", [{}, {"rescale_lr": True, "lr": 0.5}, SQUARED], ids=["", "rescaled", "squared"])
 def test_follows_the_reference_for_a_hundred_steps(
     prior: object, micro_batches: int, whole: bool, changes: dict[str, object]
 ) -> None:

@@ -25,9 +25,18 @@ class Constants(NamedTuple):
 
     ess: float  # λ
     beta1: float
-    beta2: float
     bound: float  # ξ
     fixed: bool  # whether the prior is a number, so that it acts on m as well
+    batch: float | None = None  # B, where ĥ is B·ĝ²; None where it is ĝ·(θ−m)/σ²
+
+
+class Terms(NamedTuple):
+    """The numbers of a step that differ from tensor to tensor: float32, by part."""
+
+    deltas: Tensor  # δ
+    debias: Tensor  # 1−β1^t
+    rates: Tensor  # α, whatever it was scaled by included
+    memories: Tensor  # 1−β2
 
 
 class Chunk:
@@ -111,10 +120,11 @@ class Kernels(Protocol):
     def draw(self, chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
         """θ = m + σ·ε with σ = 1/√(λ·p): put it into the parameters; return λ·Σ(m² + σ²) by part, for δ."""
 
-    def collect(self, chunk: Chunk, h_hat: Tensor, *, add: bool) -> Tensor:
+    def collect(self, chunk: Chunk, h_hat: Tensor, *, add: bool, squared: bool = False) -> Tensor:
         """ĥ/(λ·p) = ĝ·(θ−m): put it into `h_hat` [place] or add it, and put m back; return what `squares` does.
 
-        θ is read from the parameters, so it is what the forward pass saw, after rounding to their dtype.
+        With `squared` it is ĥ/B = ĝ² in its place. θ is read from the parameters, so it is what the forward pass saw,
+        after rounding to their dtype.
         """
 
     def squares(self, chunk: Chunk) -> Tensor:
@@ -134,27 +144,17 @@ class Kernels(Protocol):
             The verdict, and the report after this step; what is a bad ĝ of no tensor alone is that of number `tensors`.
         """
 
-    def update(
-        self,
-        chunk: Chunk,
-        h_hat: Tensor,
-        deltas: Tensor,
-        debias: Tensor,
-        rates: Tensor,
-        verdict: Verdict,
-        c: Constants,
-    ) -> None:
+    def update(self, chunk: Chunk, h_hat: Tensor, terms: Terms, verdict: Verdict, c: Constants) -> None:
         """Take the step from ĝ in .grad and ĥ, and put the new m into the parameters.
 
         g ← β1·g + (1−β1)·ĝ
-        p ← p·(1 + d + ½d²), which is IVON's update, with d = (1−β2)·((ĥ+δ)/p − 1); it is positive for every d
+        p ← p·(1 + d + ½d²), which is IVON's update, with d = (1−β2)·((ĥ+δ)/p − 1); it is positive for every d.
+            Without ½d², the plain running average, where ĥ is a square and so not negative
         m ← m − α·clip((g/(1−β1^t) [+ δ·m with a fixed prior])/p, ±ξ)
 
         Args:
-            h_hat: ĥ/(λ·p), float32 [place].
-            deltas: δ by part.
-            debias: 1−β1^t by part.
-            rates: α by part, whatever it was scaled by included.
+            h_hat: what `collect` gave, float32 [place].
+            terms: float32 [parts] each.
             verdict: what `judge` gave: nothing is written if the step is skipped, and ĥ is scaled as ĝ was.
         """
 
@@ -183,13 +183,14 @@ def trial(kernels: Kernels, device: torch.device, dtype: torch.dtype = torch.flo
     for param in params:
         param.grad = param.sin() * 0.1
     h_hat = torch.empty_like(mean)
-    for add in (False, True):
-        results += [kernels.collect(chunk, h_hat, add=add), h_hat.clone(), kernels.squares(chunk)]
     small = torch.linspace(0.1, 0.9, len(params), device=device)
-    for fixed in (False, True):
-        constants = Constants(ess=1e3, beta1=0.9, beta2=0.99, bound=1e-2, fixed=fixed)
+    for squared, fixed in ((False, False), (False, True), (True, False)):
+        for add in (False, True):
+            squares = kernels.collect(chunk, h_hat, add=add, squared=squared)
+            results += [squares, h_hat.clone(), kernels.squares(chunk)]
+        constants = Constants(ess=1e3, beta1=0.9, bound=1e-2, fixed=fixed, batch=8.0 if squared else None)
         verdict, _ = kernels.judge(small, small * 4, torch.arange(len(params), device=device), (0, 0, 0))
-        kernels.update(chunk, h_hat, small, small, small * 0.1, verdict, constants)
+        kernels.update(chunk, h_hat, Terms(small, small, small * 0.1, small * 0.01), verdict, constants)
     return [*results, *flats, *(theta.detach().flatten().float() for theta in chunk.thetas)]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...noise import mixed, quantiles
 from . import plain
-from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants, Verdict
+from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants, Terms, Verdict
 
 PARTS, GAPS = 4.0, False  # it is the noise alone that must stay in the cache
 
@@ -102,7 +102,7 @@ def _sum_of_squares(gradient):
 
 
 @_compiled
-def _collect(m, h_hat, thetas, gradients, sizes, add, sums):
+def _collect(m, h_hat, thetas, gradients, sizes, add, squared, sums):
     start = 0
     for part in range(len(sizes)):
         size = sizes[part]
@@ -112,14 +112,10 @@ def _collect(m, h_hat, thetas, gradients, sizes, add, sums):
             _at(thetas[part], size),
             _at(gradients[part], size),
         )
-        if add:
-            for i in range(size):
-                h_[i] += (theta_[i] - m_[i]) * gradient_[i]
-                theta_[i] = m_[i]
-        else:
-            for i in range(size):
-                h_[i] = (theta_[i] - m_[i]) * gradient_[i]
-                theta_[i] = m_[i]
+        for i in range(size):
+            h_i = (gradient_[i] if squared else theta_[i] - m_[i]) * gradient_[i]
+            h_[i] = h_[i] + h_i if add else h_i
+            theta_[i] = m_[i]
         _at(sums, len(sizes))[part] = _sum_of_squares(gradient_)  # which is in the cache
         start += 4 * size
 
@@ -131,8 +127,9 @@ def _squares(gradients, sizes, sums):
 
 
 @_compiled
-def _update(m, g, p, h_hat, thetas, gradients, sizes, deltas, debias, rates, fixed, numbers):
-    one_minus_beta1, one_minus_beta2, per_h_hat, bound = numbers
+def _update(m, g, p, h_hat, thetas, gradients, sizes, deltas, debias, rates, memories, fixed, squared, numbers):
+    one_minus_beta1, per_h_hat, bound = numbers
+    half = _ZERO if squared else _HALF
     start = 0
     for part in range(len(sizes)):
         size = sizes[part]
@@ -140,12 +137,15 @@ def _update(m, g, p, h_hat, thetas, gradients, sizes, deltas, debias, rates, fix
         h_, theta_, gradient_ = _at(h_hat + start, size), _at(thetas[part], size), _at(gradients[part], size)
         delta, inverse_debias = _at(deltas, len(sizes))[part], _ONE / _at(debias, len(sizes))[part]
         decay, rate = delta if fixed else _ZERO, _at(rates, len(sizes))[part]
+        memory = _at(memories, len(sizes))[part]
         for i in range(size):
             g_i = g_[i] + one_minus_beta1 * (gradient_[i] - g_[i])
-            d = one_minus_beta2 * (delta / p_[i] - _ONE) + per_h_hat * h_[i]
+            seen = per_h_hat * h_[i]
+            seen = (seen + delta) / p_[i] if squared else seen + delta / p_[i]
+            d = memory * (seen - _ONE)
             d = d if d == d else _ZERO
             d = d if d > -_TRAVEL else -_TRAVEL
-            p_i = p_[i] + p_[i] * (d + _HALF * d * d)
+            p_i = p_[i] + p_[i] * (d + half * d * d)
             p_i = p_i if p_i > _FLOOR else _FLOOR
             p_i = p_i if p_i < _CEILING else _CEILING
             direction = (g_i * inverse_debias + decay * m_[i]) / p_i
@@ -173,13 +173,14 @@ def draw(chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
     return moments
 
 
-def collect(chunk: Chunk, h_hat: Tensor, *, add: bool) -> Tensor:
-    """ĥ/(λ·p) = ĝ·(θ−m); see `Kernels.collect`."""
+def collect(chunk: Chunk, h_hat: Tensor, *, add: bool, squared: bool = False) -> Tensor:
+    """ĥ/(λ·p) = ĝ·(θ−m), or ĥ/B = ĝ²; see `Kernels.collect`."""
     thetas, gradients = _addresses(chunk.thetas), _addresses(chunk.gradients)
     if thetas is None or gradients is None:
-        return plain.collect(chunk, h_hat, add=add)
+        return plain.collect(chunk, h_hat, add=add, squared=squared)
     sums = torch.empty(len(chunk.sizes))
-    _collect(chunk.mean.data_ptr(), h_hat.data_ptr(), thetas, gradients, np.array(chunk.sizes), add, sums.data_ptr())
+    m, h, out = (flat.data_ptr() for flat in (chunk.mean, h_hat, sums))
+    _collect(m, h, thetas, gradients, np.array(chunk.sizes), add, squared, out)
     return sums
 
 
@@ -195,19 +196,19 @@ def squares(chunk: Chunk) -> Tensor:
 judge = plain.judge
 
 
-def update(
-    chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, rates: Tensor, verdict: Verdict, c: Constants
-) -> None:
+def update(chunk: Chunk, h_hat: Tensor, terms: Terms, verdict: Verdict, c: Constants) -> None:
     """Take the step; see `Kernels.update`."""
     thetas, gradients = _addresses(chunk.thetas), _addresses(chunk.gradients)
     taken, scale = verdict
     if thetas is None or gradients is None:
-        plain.update(chunk, h_hat, deltas, debias, rates, verdict, c)
+        plain.update(chunk, h_hat, terms, verdict, c)
     elif taken:
         m, g, p = chunk.mean, chunk.momentum, chunk.precision
-        flats, by_part = ([x.data_ptr() for x in xs] for xs in ((m, g, p, h_hat), (deltas, debias, rates)))
-        numbers = (1 - c.beta1, 1 - c.beta2, (1 - c.beta2) * c.ess * float(scale), c.bound)
-        _update(*flats, thetas, gradients, np.array(chunk.sizes), *by_part, c.fixed, tuple(map(np.float32, numbers)))
+        flats, by_part = ([x.data_ptr() for x in xs] for xs in ((m, g, p, h_hat), terms))
+        squared, scale = c.batch is not None, float(scale)
+        numbers = (1 - c.beta1, c.ess * scale if c.batch is None else c.batch * scale**2, c.bound)
+        sizes = np.array(chunk.sizes)
+        _update(*flats, thetas, gradients, sizes, *by_part, c.fixed, squared, tuple(map(np.float32, numbers)))
 
 
 def _addresses(tensors: list[Tensor]) -> np.ndarray | None:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plain
-from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants, Verdict, to_device
+from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants, Terms, Verdict, to_device
 
 PARTS, GAPS = math.inf, True
 
@@ -54,15 +54,25 @@ def _draw(
 
 @triton.jit
 def _collect(
-    programs, parts, thetas, gradients, mean, h_hat, partial, ADD: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr
+    programs,
+    parts,
+    thetas,
+    gradients,
+    mean,
+    h_hat,
+    partial,
+    ADD: tl.constexpr,
+    SQUARED: tl.constexpr,
+    TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """ĥ/(λ·p) = ĝ·(θ−m), m into the parameters, and what `_squares` gives."""
+    """ĥ/(λ·p) = ĝ·(θ−m), or ĥ/B = ĝ², m into the parameters, and what `_squares` gives."""
     part, places, flat, inside = _place(programs, parts, BLOCK)
     pointer = _at(thetas, part, places, TYPE)
     m = tl.load(mean + flat, mask=inside, other=0.0)
     theta = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(_at(gradients, part, places, TYPE), mask=inside, other=0.0).to(tl.float32)
-    h = (theta - m) * gradient
+    h = (gradient if SQUARED else theta - m) * gradient
     if ADD:
         h += tl.load(h_hat + flat, mask=inside, other=0.0)
     tl.store(h_hat + flat, h, mask=inside)
@@ -130,15 +140,16 @@ def _update(
     deltas,
     debias,
     rates,
+    memories,
     verdict,
     one_minus_beta1,
-    one_minus_beta2,
     per_h_hat,
     bound,
     travel,
     floor,
     ceiling,
     FIXED: tl.constexpr,
+    SQUARED: tl.constexpr,
     TYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -150,12 +161,20 @@ def _update(
     p = tl.load(precision + flat, mask=inside, other=1.0)
     h = tl.load(h_hat + flat, mask=inside, other=0.0)
     gradient = tl.load(_at(gradients, part, places, TYPE), mask=inside, other=0.0).to(tl.float32)
-    delta, rate = tl.load(deltas + part), tl.load(rates + part)
+    delta, rate, memory = tl.load(deltas + part), tl.load(rates + part), tl.load(memories + part)
+    scale = tl.load(verdict + 1)
 
     g += one_minus_beta1 * (gradient - g)
-    d = one_minus_beta2 * (delta / p - 1) + per_h_hat * tl.load(verdict + 1) * h
+    if SQUARED:
+        d = memory * ((per_h_hat * scale * scale * h + delta) / p - 1)
+    else:
+        d = memory * (delta / p - 1 + per_h_hat * scale * h)
     d = tl.maximum(tl.where(d == d, d, 0.0), -travel)
-    p = tl.minimum(tl.maximum(p + p * (d + 0.5 * d * d), floor), ceiling)
+    if SQUARED:
+        p += p * d
+    else:
+        p += p * (d + 0.5 * d * d)
+    p = tl.minimum(tl.maximum(p, floor), ceiling)
     direction = g / tl.load(debias + part)
     if FIXED:
         direction += delta * m
@@ -177,10 +196,11 @@ def draw(chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
     return _by_part(chunk, partial)
 
 
-def collect(chunk: Chunk, h_hat: Tensor, *, add: bool) -> Tensor:
-    """ĥ/(λ·p) = ĝ·(θ−m); see `Kernels.collect`."""
+def collect(chunk: Chunk, h_hat: Tensor, *, add: bool, squared: bool = False) -> Tensor:
+    """ĥ/(λ·p) = ĝ·(θ−m), or ĥ/B = ĝ²; see `Kernels.collect`."""
     partial, gradients = _partial(chunk), _gradients(chunk)
-    _launch(_collect, chunk, _thetas(chunk), _table(chunk, "gradients", gradients), chunk.mean, h_hat, partial, ADD=add)
+    tables = _thetas(chunk), _table(chunk, "gradients", gradients)
+    _launch(_collect, chunk, *tables, chunk.mean, h_hat, partial, ADD=add, SQUARED=squared)
     return _by_part(chunk, partial)
 
 
@@ -203,9 +223,7 @@ def judge(
     return verdict, told
 
 
-def update(
-    chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, rates: Tensor, verdict: Verdict, c: Constants
-) -> None:
+def update(chunk: Chunk, h_hat: Tensor, terms: Terms, verdict: Verdict, c: Constants) -> None:
     """Take the step; see `Kernels.update`."""
     gradients = _gradients(chunk)
     verdict = verdict if isinstance(verdict, Tensor) else to_device(verdict, chunk.mean.device)
@@ -214,10 +232,11 @@ def update(
         chunk,
         _thetas(chunk),
         _table(chunk, "gradients", gradients),
-        *(chunk.mean, chunk.momentum, chunk.precision, h_hat, deltas, debias, rates, verdict),
-        *(1 - c.beta1, 1 - c.beta2, (1 - c.beta2) * c.ess, c.bound),
+        *(chunk.mean, chunk.momentum, chunk.precision, h_hat, *terms, verdict),
+        *(1 - c.beta1, c.ess if c.batch is None else c.batch, c.bound),
         *(TRAVEL, PRECISION_FLOOR, PRECISION_CEILING),
         FIXED=c.fixed,
+        SQUARED=c.batch is not None,
     )
 
 

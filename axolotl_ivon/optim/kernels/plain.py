@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...noise import training_noise
-from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants, Verdict
+from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants, Terms, Verdict
 
 PARTS, GAPS = 1.0, False  # every operation passes over the weights, which must stay in the cache
 
@@ -34,11 +34,15 @@ def draw(chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
     return norms[0].square().mul_(ess).add_(norms[1].square())
 
 
-def collect(chunk: Chunk, h_hat: Tensor, *, add: bool) -> Tensor:
-    """ĥ/(λ·p) = ĝ·(θ−m); see `Kernels.collect`."""
+def collect(chunk: Chunk, h_hat: Tensor, *, add: bool, squared: bool = False) -> Tensor:
+    """ĥ/(λ·p) = ĝ·(θ−m), or ĥ/B = ĝ²; see `Kernels.collect`."""
     thetas = chunk.thetas
     for theta, m, gradient, h in zip(thetas, chunk.means, chunk.gradients, chunk.shaped(h_hat), strict=True):
-        if add:
+        if squared and add:
+            h.addcmul_(gradient.float(), gradient.float())
+        elif squared:
+            torch.square(gradient.float(), out=h)
+        elif add:
             h.addcmul_(theta - m, gradient.float())
         else:
             torch.sub(theta, m, out=h).mul_(gradient)
@@ -71,20 +75,23 @@ def judge(
     return (0.0, 1.0), (total + 1, in_a_row + 1, min(bad, default=len(numbers)))
 
 
-def update(
-    chunk: Chunk, h_hat: Tensor, deltas: Tensor, debias: Tensor, rates: Tensor, verdict: Verdict, c: Constants
-) -> None:
+def update(chunk: Chunk, h_hat: Tensor, terms: Terms, verdict: Verdict, c: Constants) -> None:
     """Take the step; see `Kernels.update`."""
     taken, scale = map(float, verdict)
     if not taken:
         return
     m, g, p = chunk.mean, chunk.momentum, chunk.precision
-    delta, debias, rate = map(chunk.spread, (deltas, debias, rates))
+    delta, debias, rate, memory = map(chunk.spread, terms)
     torch._foreach_lerp_(chunk.momenta, [gradient.float() for gradient in chunk.gradients], 1 - c.beta1)
-    minus_one = torch.full((), c.beta2 - 1, device=p.device)  # times 1−β2; no copy that a GPU waits for
-    d = torch.addcdiv(minus_one, delta, p, value=1 - c.beta2)
-    d.add_(h_hat, alpha=(1 - c.beta2) * c.ess * scale).nan_to_num_(nan=0.0, neginf=-TRAVEL)
-    p.addcmul_(p, torch.addcmul(d, d, d, value=0.5)).clamp_(PRECISION_FLOOR, PRECISION_CEILING)
+    if c.batch is None:
+        d = torch.div(delta, p).sub_(1).add_(h_hat, alpha=c.ess * scale).mul_(memory)
+        d.nan_to_num_(nan=0.0, neginf=-TRAVEL)
+        p.addcmul_(p, torch.addcmul(d, d, d, value=0.5))
+    else:
+        p.lerp_(torch.add(delta, h_hat, alpha=c.batch * scale**2), memory.expand_as(p)).nan_to_num_(
+            nan=PRECISION_CEILING
+        )
+    p.clamp_(PRECISION_FLOOR, PRECISION_CEILING)
     direction = g / debias
     if c.fixed:
         direction.addcmul_(m, delta)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy import SETTINGS, batches, lora_loss, lora_pair, relative, run_beside_reference
+from toy import SETTINGS, SQUARED, batches, lora_loss, lora_pair, relative, run_beside_reference
 
 from axolotl_ivon import IVONLoRA
 from axolotl_ivon.errors import IVONError
@@ -35,6 +35,7 @@ def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         (1e-2, 3, torch.float32, {}),
         ("empirical", 1, torch.bfloat16, {}),
         ("empirical", 1, torch.float32, {"rescale_lr": True, "lr": 0.5}),
+        ("empirical", 2, torch.float32, SQUARED),
     ],
 )
 def test_follows_the_reference(prior: Any, micro_batches: int, dtype: torch.dtype, changes: dict[str, Any]) -> None:

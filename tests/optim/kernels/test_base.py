@@ -13,7 +13,7 @@ from reference import ReferenceIVON
 from toy import chunk_of
 
 from axolotl_ivon.optim.kernels import agree, plain
-from axolotl_ivon.optim.kernels.base import Constants
+from axolotl_ivon.optim.kernels.base import Constants, Terms
 
 RATES, ESS, BETA1, BETA2, BOUND = (1e-2, 3e-2, 0.2), 1e3, 0.9, 0.99, 1e-2
 
@@ -33,14 +33,19 @@ def test_they_agree(kernels: Any) -> None:
             agree(wrong, plain, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("prior", ["empirical", 0.3])
+@pytest.mark.parametrize(
+    ("prior", "hessian"), [("empirical", "reparameterized"), (0.3, "reparameterized"), (0.3, "squared_gradients")]
+)
 @torch.no_grad()
-def test_one_step_is_that_of_the_reference(kernels: Any, prior: Any) -> None:
+def test_one_step_is_that_of_the_reference(kernels: Any, prior: Any, hessian: str) -> None:
+    squared = hessian == "squared_gradients"
     sizes = [37, 5, 1]
     chunk = chunk_of(sizes)
     references = []
     for m, g, p in zip(*(flat.split(sizes) for flat in (chunk.mean, chunk.momentum, chunk.precision)), strict=True):
-        reference = ReferenceIVON(m.double().numpy(), ESS, BETA1, BETA2, 0.1, BOUND, prior)
+        reference = ReferenceIVON(
+            m.double().numpy(), ESS, BETA1, BETA2, 0.1, BOUND, prior, hessian=hessian, batch_size=4
+        )
         reference.t, reference.g, reference.p = 4, g.double().numpy(), p.double().numpy()
         references.append(reference)
     moments = kernels.draw(chunk, kernels.noise(chunk, chunk.streams), ESS)
@@ -49,7 +54,7 @@ def test_one_step_is_that_of_the_reference(kernels: Any, prior: Any) -> None:
         param.grad = param.sin()
     gradients = [param.grad.double().numpy().copy() for param in chunk.params]
     h_hat = torch.empty_like(chunk.mean)
-    squares = kernels.collect(chunk, h_hat, add=False)
+    squares = kernels.collect(chunk, h_hat, add=False, squared=squared)
     assert torch.equal(squares, kernels.squares(chunk))
     expected = [(gradient**2).sum() for gradient in gradients]
     np.testing.assert_allclose(kernels.squares(chunk).numpy(), expected, rtol=1e-5)
@@ -57,8 +62,9 @@ def test_one_step_is_that_of_the_reference(kernels: Any, prior: Any) -> None:
     deltas = sized / moments if prior == "empirical" else torch.full_like(sized, prior)
     np.testing.assert_allclose(deltas.numpy(), [reference.delta() for reference in references], rtol=1e-5)
     debias = torch.full_like(sized, 1 - BETA1**5)
-    constants = Constants(ESS, BETA1, BETA2, BOUND, fixed=prior != "empirical")
-    kernels.update(chunk, h_hat, deltas, debias, torch.tensor(RATES), (1.0, 1.0), constants)
+    constants = Constants(ESS, BETA1, BOUND, fixed=prior != "empirical", batch=4.0 if squared else None)
+    terms = Terms(deltas, debias, torch.tensor(RATES), torch.full_like(sized, 1 - BETA2))
+    kernels.update(chunk, h_hat, terms, (1.0, 1.0), constants)
     for reference, theta, gradient, rate in zip(references, thetas, gradients, RATES, strict=True):
         reference.step([theta], [gradient], rate)
     for name, flat in (("m", chunk.mean), ("g", chunk.momentum), ("p", chunk.precision)):
@@ -80,8 +86,9 @@ def test_squares_tell_an_overflow_from_a_gradient_that_is_not_finite(kernels: An
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("squared", [False, True])
 @torch.no_grad()
-def test_a_second_draw_is_added_and_theta_is_what_was_rounded(kernels: Any, dtype: torch.dtype) -> None:
+def test_a_second_draw_is_added_and_theta_is_what_was_rounded(kernels: Any, dtype: torch.dtype, squared: bool) -> None:
     chunk = chunk_of([50, 3], dtype)
     h_hat, total = torch.empty_like(chunk.mean), torch.zeros_like(chunk.mean)
     for draw in range(2):
@@ -89,6 +96,6 @@ def test_a_second_draw_is_added_and_theta_is_what_was_rounded(kernels: Any, dtyp
         for param in chunk.params:
             param.grad = param.cos()
         theta, gradient = (torch.cat(list(x)).float() for x in (chunk.params, (p.grad for p in chunk.params)))
-        total += (theta - chunk.mean) * gradient
-        kernels.collect(chunk, h_hat, add=draw > 0)
+        total += (gradient if squared else theta - chunk.mean) * gradient
+        kernels.collect(chunk, h_hat, add=draw > 0, squared=squared)
     torch.testing.assert_close(h_hat, total, rtol=1e-5, atol=1e-7)

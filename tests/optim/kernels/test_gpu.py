@@ -33,11 +33,12 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(dtype: torch.dtype) -> 
     from axolotl_ivon.optim.kernels import gpu
 
     integers = {"programs", "parts", "thetas", "gradients", "numbers", "report"}
-    scalars = {"ess", "scale", "one_minus_beta1", "one_minus_beta2", "per_h_hat", "bound"}
+    scalars = {"ess", "scale", "one_minus_beta1", "per_h_hat", "bound"}
     scalars |= {"travel", "floor", "ceiling"}
     variants = [("_draw", {}), ("_squares", {}), ("_sum", {}), ("_judge", {})]
-    variants += [("_collect", {"ADD": add}) for add in (True, False)]
-    variants += [("_update", {"FIXED": fixed}) for fixed in (True, False)]
+    variants += [("_collect", {"ADD": add, "SQUARED": squared}) for add in (True, False) for squared in (True, False)]
+    variants += [("_update", {"FIXED": fixed, "SQUARED": not fixed}) for fixed in (True, False)]
+    variants += [("_update", {"FIXED": False, "SQUARED": False})]
     for name, constants in variants:
         kernel = getattr(gpu, name)
         known = {**constants, "TYPE": gpu._TYPES[dtype], "BLOCK": gpu._BLOCK}
