@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from .defaults import DEFAULTS as _DEFAULTS
+from .errors import IVONError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Average = Annotated[float, Field(ge=0, lt=1)]
@@ -90,3 +93,27 @@ class IVONArgs(BaseModel):
         "ivon_draws",
         "`shared` for the same draw in all processes, `per_rank` for one each, with gradients and Hessians averaged.",
     )
+
+
+def check_values(cfg: Mapping[str, Any]) -> IVONArgs:
+    """Return the `ivon_*` keys of a YAML as it was read.
+
+    Raises:
+        IVONError: naming the key, its value and what it must be.
+    """
+    known = IVONArgs.model_fields
+    for key in cfg:
+        if str(key).startswith("ivon_") and key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise IVONError(f"{key} is not a key of optimizer: ivon_lora; did you mean {nearest}?")
+    values = {key: cfg[key] for key in known if cfg.get(key) is not None}
+    try:
+        checked = IVONArgs.model_validate(values)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        problems = [e for e in error.errors() if e["loc"][0] == key]
+        must = "; or ".join(e["msg"].removeprefix("Input should be ") for e in problems)
+        raise IVONError(f"{key}: {values[key]!r} is refused, it must be {must}") from error
+    if "ivon_lambda" in values and "ivon_gamma" in values:
+        raise IVONError("ivon_gamma and ivon_lambda are both set: λ is γ·√N or given outright, remove one")
+    return checked

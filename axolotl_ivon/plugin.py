@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin
-from pydantic import ValidationError
 
-from .args import DEFAULTS, IVONArgs
+from .args import DEFAULTS, check_values
 from .errors import IVONError
 from .training.presets import PRESETS
 
@@ -74,7 +72,10 @@ class IVONLoRAPlugin(BasePlugin):
             _warn_of_keys_without_effect(cfg)
             return
         _show_the_log()
-        _check_values(cfg)
+        try:
+            check_values(cfg)
+        except IVONError as error:
+            raise ConfigError(str(error)) from error
         _check_setting(cfg)
         name = str(cfg.get("ivon_preset") or DEFAULTS["ivon_preset"])
         if PRESETS[name].travel is not None and not cfg.get("learning_rate"):
@@ -144,24 +145,6 @@ def _yaml_key(parameter: str) -> str:
     """Return the key that sets a parameter of `attach`."""
     keys = {"ess": "ivon_lambda", "betas": "ivon_beta1 and ivon_beta2"}
     return keys.get(parameter, f"ivon_{parameter}" if f"ivon_{parameter}" in DEFAULTS else parameter)
-
-
-def _check_values(cfg: Mapping[str, Any]) -> None:
-    known = IVONArgs.model_fields
-    for key in cfg:
-        if str(key).startswith("ivon_") and key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{key} is not a key of optimizer: {OPTIMIZER}; did you mean {nearest}?")
-    values = {key: cfg[key] for key in known if cfg.get(key) is not None}
-    try:
-        IVONArgs.model_validate(values)
-    except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
-        problems = [e for e in error.errors() if e["loc"][0] == key]
-        must = "; or ".join(e["msg"].removeprefix("Input should be ") for e in problems)
-        raise ConfigError(f"{key}: {values[key]!r} is refused, it must be {must}") from error
-    if "ivon_lambda" in values and "ivon_gamma" in values:
-        raise ConfigError("ivon_gamma and ivon_lambda are both set: λ is γ·√N or given outright, remove one")
 
 
 def _check_setting(cfg: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ GENERATE = "ivon-post generate out --prompts test.jsonl --limit 40 -n 8 --max-to
 # File of the transcript -> its commands.
 COMMANDS = {
     "info": ["ivon-post info out"],
+    "check": ["ivon-post check out --data validation.jsonl"],
     "prune": ["ivon-post prune --ratio 0.1 out"],
     "temper": ["ivon-post temper --tau 2 out"],
     "sample": ["ivon-post sample -n 3 out -o ensemble", "ls ensemble", "ls ensemble/sample-0000"],

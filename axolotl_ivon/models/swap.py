@@ -1,7 +1,8 @@
 """Draws from a posterior in a loaded PEFT model.
 
 A draw costs one copy of the adapter, not a reload: `loaded` puts a set of adapter tensors into the model and
-puts back what was there. `stacked` runs several draws in one batch over the shared base weights.
+puts back what was there, `drawn` one draw after the other, and `predict` averages what the model gives at each.
+`stacked` runs several draws in one batch over the shared base weights.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from ..errors import IVONError, parameter
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from ..posterior.posterior import Posterior
 
 
 class AdapterSlots:
@@ -90,6 +93,82 @@ def loaded(model: PeftModel, tensors: Mapping[str, Tensor], adapter_name: str = 
     slots.check(tensors)
     with slots.loaded(tensors):
         yield
+
+
+@contextlib.contextmanager
+def drawn(
+    model: PeftModel, posterior: Posterior, n: int = 10, seed: int = 0, adapter_name: str = "default"
+) -> Iterator[Iterator[int]]:
+    """Give an iterator over n draws: while its loop is at k, `model` holds `posterior.sample(seed, k)`.
+
+    Outside the loop, inside the block, the model may hold any of them; after it, whatever happened, what was there.
+
+    Raises:
+        IVONError: n is not positive, or the model does not fit the posterior.
+    """
+    if n < 1:
+        raise IVONError(f"{parameter('n')} {n} is not a number of draws; 10 is usual")
+    slots = AdapterSlots(model, adapter_name)
+    slots.check(posterior.mean)
+
+    def draws() -> Iterator[int]:
+        for member in range(n):
+            slots.write(posterior.draw(seed, member))
+            yield member
+
+    with slots.loaded(posterior.mean):
+        yield draws()
+
+
+class Prediction(NamedTuple):
+    """What a posterior predicts, float32 on the model's device.
+
+    Attributes:
+        probabilities: p(y|x), the average over draws, of the shape that the model's logits have: [batch, classes], or
+            [batch, tokens, vocabulary].
+        disagreement: the mutual information of prediction and draw, in nats, without the last dimension: the entropy
+            of the average less the average of the entropies. 0 where all draws predict the same.
+    """
+
+    probabilities: Tensor
+    disagreement: Tensor
+
+
+def predict(
+    model: PeftModel,
+    posterior: Posterior,
+    batch: Mapping[str, Any],
+    n: int = 10,
+    seed: int = 0,
+    adapter_name: str = "default",
+) -> Prediction:
+    """Return the average prediction of n draws, E_q[p(y|x, θ)] (arXiv 2506.14280, section 4.1).
+
+    The model predicts in evaluation mode, without gradients, and is left as it was. Of `batch`, what the model's
+    `forward` takes, tensors go to the model's device; `labels` are left out.
+
+    Raises:
+        IVONError: as `drawn` does, or the model gives no logits.
+    """
+    inputs = {
+        key: value.to(model.device) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+        if key != "labels"
+    }
+    mean, entropies = torch.zeros(()), torch.zeros(())
+    with evaluating(model), drawn(model, posterior, n, seed, adapter_name) as draws:
+        for k in draws:
+            logits = getattr(model(**inputs), "logits", None)
+            if logits is None:
+                raise IVONError(f"a {type(model.get_base_model()).__name__} gives no logits to predict with")
+            one = logits.float().softmax(-1)
+            mean = one if not k else mean + (one - mean) / (k + 1)
+            entropies = _entropy(one) if not k else entropies + (_entropy(one) - entropies) / (k + 1)
+    return Prediction(mean, (_entropy(mean) - entropies).clamp_(min=0))
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return torch.special.entr(probabilities).sum(-1)
 
 
 @contextlib.contextmanager

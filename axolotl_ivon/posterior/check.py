@@ -53,7 +53,7 @@ def findings(
     """
     found = []
     if moved is not None:
-        share = f", {moved / allowed:.0%} of the {allowed:.2g} that the learning rate allowed" if allowed else ""
+        share = f", {moved / allowed:.0%} of the {allowed:.3g} that the learning rate allowed" if allowed else ""
         if moved < HARDLY_MOVED:
             little = allowed is not None and allowed < 10 * HARDLY_MOVED
             cure = (
@@ -102,10 +102,12 @@ def check(path_or_hub_id: str | os.PathLike[str], progress: Progress | None = No
             b_sum += float(np.abs(q.mean.float32(key)).sum(dtype=np.float64))
             b_count += sigma.size
         if n := int(np.count_nonzero(drawn)):
-            spread += n * float(np.log(sigma[drawn], dtype=np.float64).std())
+            spread += n * _deviation(np.log(sigma[drawn]))
             count += n
-            if ".lora_A" in key:
-                noise += float(np.square(sigma, dtype=np.float64).mean()) * 3 * sigma.shape[-1]
+            if ".lora_A" in key and sigma.ndim:
+                largest = sigma.max()  # whose square may be too large for float32
+                mean_square = float(np.square(sigma / largest).mean(dtype=np.float64)) * float(largest) ** 2
+                noise += 3 * sigma.shape[-1] * mean_square
         if progress:
             progress("measuring", sigma.size, q.mean.weights)
     if moved is None:
@@ -115,6 +117,10 @@ def check(path_or_hub_id: str | os.PathLike[str], progress: Progress | None = No
     found = findings(moved, allowed, spread / count if count else None, int(steps or 0), beta2)
     if not count:
         found.append(Finding("draws", False, "σ is 0 everywhere: there is only the mean, and no draws"))
+    elif q.metadata.get("hessian") == "squared_gradients" and (ess := _number(q.metadata, "ess")):
+        # Σ h·σ²/2, the expected rise of the loss, is at most this, as σ² = 1/(λ·p) and p ≥ h.
+        cost = f"{count / (2 * ess * q.tau):.2g}"
+        found.append(Finding("draws", True, f"a draw raises the loss of an example by at most about {cost} nats"))
     elif noise:
         found.append(_width(noise))
     return {
@@ -161,6 +167,13 @@ def compare(data: str, mean: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
         text, good = f"the draws are worse than the mean: {figures}; narrow them by a larger τ", False
     finding = Finding("draws", good, text)._asdict()
     return {"data": data, "examples": n, "difference": difference, "se": se, "finding": finding}
+
+
+def _deviation(values: np.ndarray) -> float:
+    """Return the standard deviation, whose accuracy is that of float64, of float32 values, which are overwritten."""
+    values -= np.float32(values.mean(dtype=np.float64))
+    offset = float(values.mean(dtype=np.float64))  # what rounding the mean has left
+    return math.sqrt(max(float(np.square(values, out=values).mean(dtype=np.float64)) - offset**2, 0.0))
 
 
 def _width(noise: float) -> Finding:

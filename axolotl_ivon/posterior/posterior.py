@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +30,9 @@ from .tensors import Progress, Tensors, fingerprint, write_tensors
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
+
+    from ..models.swap import Prediction
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -252,6 +255,39 @@ class Posterior:
         were saved twice because the model shares them get one draw.
         """
         return dict(self.draw(seed, member))
+
+    def draws(self, model: PeftModel, n: int = 10, seed: int = 0) -> contextlib.AbstractContextManager[Iterator[int]]:
+        """Put draws into a model that is loaded: `with q.draws(model, n) as draws: for k in draws: model(…)`.
+
+        In the loop `model` holds the draw that `sample(seed, k)` returns; after the block, whatever happened, what it
+        held before. A draw costs one copy of the adapter's weights; nothing is reloaded. Its mode and `requires_grad`
+        are left as they are.
+
+        Raises:
+            IVONError: `n` is not positive, or the model, a PeftModel, does not fit the posterior.
+        """
+        from ..models.swap import drawn
+
+        return drawn(model, self, n, seed)
+
+    def predict(self, model: PeftModel, batch: Mapping[str, Any], n: int = 10, seed: int = 0) -> Prediction:
+        """Return what `model` predicts for `batch` on average over n draws, and how far the draws disagree.
+
+        Args:
+            model: a PeftModel over the base model; it is left as it was.
+            batch: what its `forward` takes: `input_ids`, `attention_mask`, …; `labels` are left out.
+            n, seed: the draws are `sample(seed, 0)` to `sample(seed, n − 1)`.
+
+        Returns:
+            `probabilities`, float32, of the logits' shape: [batch, classes], or [batch, tokens, vocabulary]; and
+            `disagreement`, float32, in nats, without the last dimension: the mutual information of prediction and draw.
+
+        Raises:
+            IVONError: as `draws` does, or the model gives no logits.
+        """
+        from ..models.swap import predict
+
+        return predict(model, self, batch, n, seed)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], overwrite: bool = False, progress: Progress | None = None

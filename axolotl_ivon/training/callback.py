@@ -15,15 +15,12 @@ from transformers import Trainer, TrainerCallback
 
 from ..optim.ivon import Skipped
 from ..posterior.check import begins_at_zero, findings
-from .presets import ADAM_LIKE_LR, Preset, rates
+from .presets import ADAM_LIKE_LR, PAPER_REACH, SHORT_REACH, Preset, rates
 from .processes import agree_on_gradients, average
 from .sharded import ReplicatedAdapter
 
 LOG = logging.getLogger(__name__)
 
-# A weight can travel at most Σ α_t·ξ in a run. The paper's commonsense runs allow 0.13; a run that allowed 0.04
-# learned nothing.
-SHORT_REACH, PAPER_REACH = 0.08, 0.13
 # So many skipped steps in a row are no accident of one batch, nor of a loss scaler that finds its scale.
 DIVERGED = 10
 NONE_SKIPPED = Skipped(0, 0, None)
@@ -200,7 +197,7 @@ class PosteriorTraining(TrainerCallback):
         self.verdict += [
             (logging.WARNING if one.about == "weights" and not one.good else logging.INFO, one.text) for one in found
         ]
-        self.verdict.append((logging.INFO, f"next: `ivon-post check {folder} --data validation.jsonl`"))
+        self.verdict.append((logging.INFO, f"next: `ivon-post check {folder}`"))
         if self.tells:
             tell(self.verdict)
 

@@ -14,6 +14,9 @@ from ..optim.ivon import effective_sample_size
 
 # A learning rate below this is one for AdamW: the most that a step may move a weight, and not IVON's α.
 ADAM_LIKE_LR = 1e-3
+# A weight can travel at most Σ α_t·ξ in a run. The paper's commonsense runs allow 0.13; a run that allowed 0.04
+# learned nothing.
+SHORT_REACH, PAPER_REACH = 0.08, 0.13
 
 
 class Preset(NamedTuple):

@@ -96,3 +96,76 @@ def test_stacking_refuses_more_than_plain_lora(make_adapter: MakeAdapter, chats:
     evaluation.run(ROWS, samples=2)
     with pytest.raises(IVONError, match=r"draws_per_pass 2: .* use draws_per_pass 1"):
         evaluation.run(ROWS, samples=2, draws_per_pass=2)
+
+
+def test_draws_are_sample_s_and_the_model_is_left_as_it_was(adapter: Path, tiny_llama: Path) -> None:
+    q = Posterior.from_pretrained(adapter)
+    model = load_model(adapter)
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    text = torch.arange(3, 40)[None]
+    with q.draws(model, 3, seed=5) as draws:
+        for k in draws:
+            draw = q.sample(seed=5, member=k)
+            assert all(value.equal(draw[key]) for key, value in get_peft_model_state_dict(model).items())
+            other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval()
+            set_peft_model_state_dict(other, draw)
+            torch.testing.assert_close(model(text).logits, other(text).logits)
+    assert k == 2
+    assert all(param.equal(before[name]) for name, param in model.named_parameters())
+    with pytest.raises(KeyError), q.draws(model, 3) as draws:
+        for k in draws:
+            if k:
+                raise KeyError
+    assert all(param.equal(before[name]) for name, param in model.named_parameters())
+    with q.draws(model, 2):
+        assert all(value.equal(q.mean[key]) for key, value in get_peft_model_state_dict(model).items())
+
+
+def test_predict_is_the_average_and_the_mutual_information(adapter: Path) -> None:
+    q = Posterior.from_pretrained(adapter)
+    model = load_model(adapter).train()
+    modes = [module.training for module in model.modules()]
+    batch = {"input_ids": torch.arange(3, 43).view(2, 20), "labels": torch.zeros(2, 20).long()}
+    found = q.predict(model, batch, n=4, seed=2)
+    each = []
+    model.eval()
+    for k in range(4):
+        with loaded(model, q.sample(2, k)), torch.no_grad():
+            each.append(model(batch["input_ids"]).logits.double().softmax(-1))
+    model.train()
+    average = torch.stack(each).mean(0)
+    entropy = torch.distributions.Categorical(average).entropy()
+    expected = entropy - torch.stack([torch.distributions.Categorical(one).entropy() for one in each]).mean(0)
+    torch.testing.assert_close(found.probabilities.double(), average, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.disagreement.double(), expected, rtol=1e-2, atol=1e-5)
+    assert found.disagreement.max() > 1e-3
+    assert [module.training for module in model.modules()] == modes
+    assert any(param.requires_grad for param in load_model(adapter).parameters()) == any(
+        param.requires_grad for param in model.parameters()
+    )
+    point = q.temper(float("inf")).predict(model, batch, n=3)
+    assert point.disagreement.max() < 1e-5
+
+
+def test_a_model_that_does_not_fit_and_no_draws_are_one_line(adapter: Path, make_adapter: MakeAdapter) -> None:
+    q = Posterior.from_pretrained(adapter)
+    model = load_model(make_adapter(target_modules=["q_proj"]))
+    with pytest.raises(IVONError, match="does not fit the adapter"), q.draws(model):
+        pass
+    with pytest.raises(IVONError, match="n 0 is not a number of draws"):
+        q.predict(load_model(adapter), {"input_ids": torch.ones(1, 3).long()}, n=0)
+
+
+def test_a_classifier_s_prediction_has_its_classes(make_adapter: MakeAdapter, tiny_llama: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
+    base.config.pad_token_id = 0
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    mean = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    q = Posterior(mean, {key: torch.full_like(value, 0.1) for key, value in mean.items()}, {}, {})
+    found = q.predict(model, {"input_ids": torch.arange(3, 23).view(2, 10)}, n=2)
+    assert found.probabilities.shape == (2, 3)
+    assert found.disagreement.shape == (2,)
+    torch.testing.assert_close(found.probabilities.sum(-1), torch.ones(2))

@@ -25,7 +25,7 @@ def said(*arguments: object) -> dict[str, tuple[bool, str]]:
         (2e-4, 6e-4, False, ["hardly moved", "by 0.0002", "33% of the 0.0006", "raise the learning rate"]),
         (2e-4, 0.13, False, ["hardly moved", "λ may be too small"]),
         (2e-4, None, False, ["hardly moved", "λ may be too small"]),
-        (0.02, 0.125, True, ["moved: by 0.02 on average, 16% of the 0.12"]),
+        (0.02, 0.125, True, ["moved: by 0.02 on average, 16% of the 0.125"]),
         (0.1, 0.125, True, ["80%", "still on their way"]),
         (0.02, None, True, ["moved: by 0.02 on average"]),
     ],

@@ -281,6 +281,12 @@ def check_info(folder: Path, out: Path, stdout: str) -> None:
     assert facts["weights"] == sum(sizes)
 
 
+def check_check(folder: Path, out: Path, stdout: str) -> None:
+    facts = json.loads(stdout)
+    assert all("\n" not in one["text"] for one in facts["findings"])
+    assert facts["log_sigma_spread"] is None or facts["log_sigma_spread"] >= 0
+
+
 def nothing(folder: Path, out: Path, stdout: str) -> None:
     pass
 
@@ -288,6 +294,8 @@ def nothing(folder: Path, out: Path, stdout: str) -> None:
 COMMANDS: tuple[tuple[tuple[str, ...], Callable[[Path, Path, str], None]], ...] = (
     (("info", "ADAPTER", "--json"), check_info),
     (("info", "ADAPTER"), nothing),
+    (("check", "ADAPTER", "--json"), check_check),
+    (("check", "ADAPTER"), nothing),
     (("prune", "ADAPTER", "-o", "OUT", "--ratio", "0.3", "--json"), check_prune),
     (("prune", "ADAPTER", "-o", "OUT", "--criterion", "random"), nothing),
     (("temper", "ADAPTER", "-o", "OUT", "--tau", "4"), check_temper),
@@ -459,7 +467,7 @@ def huge_adapter(folder: Path, tiny_adapter: Path) -> int:
 MEASURE = """
 import resource, sys
 import numpy, safetensors, rich.table, ivon_post
-from axolotl_ivon.posterior import diff, info, sample
+from axolotl_ivon.posterior import check, diff, info, sample
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 try: ivon_post.cli(sys.argv[1:])
@@ -472,6 +480,7 @@ print(peak() - before, file=sys.stderr)
     "words",
     [
         ("info", "ADAPTER", "--json"),
+        ("check", "ADAPTER"),
         ("prune", "ADAPTER", "-o", "out"),
         ("temper", "ADAPTER", "--tau", "2", "-o", "out"),
         ("sample", "ADAPTER", "-n", "2", "-o", "out"),
@@ -522,7 +531,8 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.c
 for name in ("HF_HUB_OFFLINE", "AXOLOTL_DO_NOT_TRACK"): os.environ.pop(name, None)
 import ivon_post
 for words in (
-    ["info", "adapter"], ["prune", "adapter"], ["temper", "adapter", "--tau", "2"], ["sample", "adapter", "-n", "1"],
+    ["info", "adapter"], ["check", "adapter"], ["prune", "adapter"], ["temper", "adapter", "--tau", "2"],
+    ["sample", "adapter", "-n", "1"],
     ["diff", "adapter", "adapter-pruned-0.1"], ["combine", "adapter", "adapter", "-o", "both"], ["merge", "adapter"],
 ):
     try: ivon_post.cli(words)

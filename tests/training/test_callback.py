@@ -135,7 +135,7 @@ def test_the_last_words_say_how_far_the_weights_moved_and_the_header_keeps_it(
     assert float(header["travel"]) == pytest.approx(allowed, rel=1e-4)
     (weights_level, weights), (sigma_level, sigma), (_, following) = messages(caplog)[-3:]
     assert weights_level == logging.WARNING
-    assert f"hardly moved: by {moved:.1g} on average, {moved / allowed:.0%} of the {allowed:.2g}" in weights
+    assert f"hardly moved: by {moved:.1g} on average, {moved / allowed:.0%} of the {allowed:.3g}" in weights
     assert sigma_level == logging.INFO
     assert "σ was not learned" in sigma
     assert f"ivon-post check {tmp_path}" in following

@@ -1,0 +1,85 @@
+"""`ivon-post check`: what came of a run, or what will come of a YAML, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from ._options import Terminal, batch_option, model_options, terminal_options
+from ._progress import silence_libraries
+from ._tables import emit
+
+
+@click.command("check")
+@click.argument("target", metavar="ADAPTER|YAML")
+@click.option("--data", "-d", multiple=True, metavar="FILE", help="Chat JSONL: are draws better than the mean on it?")
+@click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT examples of each file.")
+@click.option("--samples", "-n", type=click.IntRange(min=1), default=10, show_default=True, help="Draws to average.")
+@click.option(
+    "--processes", type=click.IntRange(min=1), default=1, show_default=True, help="Of the YAML's run, for its steps."
+)
+@model_options
+@batch_option("Prompts in a batch; halved when the memory runs out.")
+@terminal_options
+def command(
+    target: str,
+    data: Sequence[str],
+    limit: int | None,
+    samples: int,
+    processes: int,
+    batch_size: int | None,
+    terminal: Terminal,
+    **loading: Any,
+) -> None:
+    """Say what came of the run that made ADAPTER, or what will come of an axolotl YAML.
+
+    Of an adapter: whether the weights moved, whether σ was learned, how wide the draws are, and with --data
+    whether their average predicts better than the mean. Of a YAML, before anything is loaded: N, steps, λ, the
+    learning rate, and how far a weight can travel, as far as files on this machine tell.
+
+    \b
+      ivon-post check out/ --data validation.jsonl
+      ivon-post check train.yaml
+    """
+    with terminal.progress() as progress:
+        if target.endswith((".yaml", ".yml")):
+            from axolotl_ivon.forecast import forecast
+
+            if data:
+                raise click.UsageError("--data goes with an adapter, not with a YAML.")
+            facts = forecast(target, processes)
+        else:
+            from axolotl_ivon.posterior.check import check
+
+            facts = check(target, progress)
+            if data:
+                progress.begin("loading the base model")
+                silence_libraries()
+                from axolotl_ivon.evaluation.check import draws_against_mean
+
+                facts["data"] = draws_against_mean(
+                    target, data, samples=samples, limit=limit, batch_size=batch_size, progress=progress, **loading
+                )
+                facts["findings"] += [row["finding"] for row in facts["data"]]
+    if terminal.as_json:
+        emit(facts)
+    else:
+        _print(facts)
+
+
+def _print(facts: dict[str, Any]) -> None:
+    """Print the figures, then what they mean, a line each: ✓ where nothing need be done, ! where something may."""
+    from axolotl_ivon.errors import printable
+
+    shown = {key: value for key, value in facts.items() if key not in ("findings", "unknown", "data")}
+    width = max(map(len, shown))
+    for name, value in shown.items():
+        text = "unknown" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+        click.echo(f"{name:<{width}}  {printable(text)}")
+    click.echo()
+    for finding in facts["findings"]:
+        click.echo(printable(f"{'✓' if finding['good'] else '!'} {finding['text']}"))
+    for why in facts.get("unknown", ()):
+        click.echo(printable(f"? {why}"))
