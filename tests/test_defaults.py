@@ -17,16 +17,20 @@ def test_they_are_the_paper_s() -> None:
 
 
 def test_every_signature_has_them() -> None:
-    values = {**DEFAULTS._asdict(), "seed": 0, "gamma": None, "clip": None}  # None: what the preset says
+    # None: what the preset says
+    of_preset = ("gamma", "h0", "clip", "prior_strength", "hessian", "h0_steps")
+    values = {**DEFAULTS._asdict(), **dict.fromkeys(of_preset), "betas": (DEFAULTS.betas[0], None)}
     for name, parameter in inspect.signature(attach).parameters.items():
         if name not in ("trainer", "ess", "train_size"):
             assert parameter.default == values[name], name
-    values |= {"clip": DEFAULTS.clip}
+    values = {**DEFAULTS._asdict(), "seed": 0, "batch_size": 1}
     for name, parameter in inspect.signature(IVONLoRA).parameters.items():
         if name not in ("params", "ess"):
             assert parameter.default == values[name], name
     assert effective_sample_size(4) == 2 * DEFAULTS.gamma
-    assert (PRESETS[DEFAULTS.preset].gamma, PRESETS[DEFAULTS.preset].clip) == (DEFAULTS.gamma, DEFAULTS.clip)
+    assert PRESETS["paper"].beta2 == DEFAULTS.betas[1]
+    for name in of_preset:
+        assert getattr(PRESETS["paper"], name) == getattr(DEFAULTS, name), name
 
 
 def test_they_load_without_torch() -> None:

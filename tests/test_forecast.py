@@ -83,7 +83,7 @@ def test_lambda_by_every_key(written: Any) -> None:
     assert written(ivon_gamma=10)["ess"] == pytest.approx(10 * math.sqrt(50))
     auto = written()
     assert (auto["ess"], auto["h0"], auto["clip"]) == (None, None, 0.01)
-    assert "λ: it is 0.5 for each LoRA weight" in " ".join(auto["unknown"])
+    assert "λ: it is 2.5 for each LoRA weight" in " ".join(auto["unknown"])
 
 
 def test_a_rate_made_for_adamw_is_the_most_that_a_step_may_move_a_weight(written: Any) -> None:
@@ -105,14 +105,14 @@ def test_a_rate_made_for_adamw_is_the_most_that_a_step_may_move_a_weight(written
     ],
 )
 def test_what_is_not_known_is_said(written: Any, changes: dict[str, Any], unknown: list[str]) -> None:
-    found = written(**changes)
+    found = written(ivon_preset="paper", **changes)
     assert len(found["unknown"]) == len(unknown)
     for why, words in zip(found["unknown"], unknown, strict=True):
         assert words in why
 
 
 def test_what_will_come_of_it(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = {one["about"]: one for one in written(learning_rate=2e-4, max_steps=500)["findings"]}
+    short = {one["about"]: one for one in written(learning_rate=2e-4, max_steps=500, ivon_preset="paper")["findings"]}
     assert not short["weights"]["good"]
     assert "raise learning_rate (with 0.1" in short["weights"]["text"]
     assert "remembers 2,000 steps and the run has 500" in short["sigma"]["text"]

@@ -19,8 +19,9 @@ BASE = {"optimizer": "ivon_lora", "adapter": "lora"}
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"ivon_preset": "tiny"}, ["ivon_preset", "'tiny'", "'paper' or 'small_data'"]),
-        ({"ivon_preset": "small_data", "learning_rate": 1e-2}, ["learning_rate: 0.01", "ivon_preset", "remove"]),
+        ({"ivon_preset": "tiny"}, ["ivon_preset", "'tiny'", "'auto', 'paper' or 'small_data'"]),
+        ({"ivon_hessian": "exact"}, ["ivon_hessian", "'exact'", "'reparameterized' or 'squared_gradients'"]),
+        ({"ivon_prior_strength": 0}, ["ivon_prior_strength", "0", "greater than 0"]),
         ({"ivon_gamma": 0}, ["ivon_gamma", "0", "greater than 0"]),
         ({"ivon_gamma": float("inf")}, ["ivon_gamma", "inf", "finite"]),
         ({"ivon_lambda": -1e7}, ["ivon_lambda", "-10000000.0", "greater than 0"]),
@@ -86,7 +87,7 @@ def test_keys_with_another_optimizer_are_named(caplog: pytest.LogCaptureFixture)
     [
         ({"ivon_beta2": 1.5}, r"ivon_beta1 and ivon_beta2 must be two numbers in \[0, 1\)"),
         ({"ivon_lambda": math.nan}, "ivon_lambda must be"),
-        ({"ivon_preset": "small_data", "ivon_clip": math.inf}, "ivon_clip: inf has no learning rate"),
+        ({"learning_rate": 0.0, "ivon_clip": math.inf}, "ivon_clip: inf has no learning rate"),
         ({"learning_rate": -1.0}, "learning_rate must be"),
         ({"ivon_lambda": None}, "give ivon_lambda"),
     ],
@@ -114,7 +115,8 @@ def test_what_attach_refuses_is_told_by_its_key(
         {"ivon_eval_samples": 4, "val_set_size": 0.1},
         {"ivon_eval_samples": 4, "test_datasets": [{"path": "x"}]},
         {"ivon_preset": "small_data", "ivon_gamma": 10},
-        {"ivon_preset": "small_data", "learning_rate": 0.0},  # as it is filled in
+        {"learning_rate": 2e-4},
+        {"ivon_preset": "auto", "learning_rate": 0.0},  # as it is filled in
         {"ivon_preset": "paper", "learning_rate": 1e-2},
     ],
 )

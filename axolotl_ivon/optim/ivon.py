@@ -106,8 +106,9 @@ class IVONLoRA(Optimizer):
             for IVON's fixed prior, which then acts as its weight decay.
         prior_strength: κ, a factor on δ. Below 1 the prior is κ^(−½) as wide, and σ shows more of the data.
         hessian: "reparameterized" for IVON's ĥ, or "squared_gradients" for ĥ = B·ĝ².
-        batch_size: B, the number of examples whose mean loss a step's gradient is of, over its micro-batches, and over
-            processes that share a draw; for squared gradients alone.
+        batch_size: B, the number of losses whose mean a step's gradient is of (tokens of a language model, examples of
+            a classifier), over its micro-batches, and over processes that share a draw; for squared gradients alone.
+            It is an option of the groups, so it may be set anew before a step.
         h0_steps: number of steps that h0 counts as, k: the memory of p is 1−β2 = 1/(t+k) until that falls below the
             one of `betas`, so that what p starts from is soon forgotten. None for the same β2 in every step.
         rescale_lr: whether the learning rate of a tensor is (h0 + δ)·α, the optional line of IVON's Algorithm 1. A step

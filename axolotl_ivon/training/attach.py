@@ -51,7 +51,7 @@ def attach(
     Args:
         trainer: any transformers or TRL Trainer whose model is a PeftModel.
         preset: what is taken for what is not given. "auto" fits it to N, the number of steps and the LoRA weights
-            (`presets.Preset`): λ = N·weights/100, the Hessian by squared gradients, a prior of a tenth of the
+            (`presets.Preset`): λ = weights·max(N/100, 2.5), the Hessian by squared gradients, a prior of a tenth of the
             KL-optimal precision, h0 for λ and the matrices A, clip 1e-2, and a β2 that remembers a fifth of the run.
             A Trainer's learning rate below 1e-3 is then the most that a step may move a weight, α = learning_rate/ξ,
             as it nearly is for AdamW; from 1e-3 it is α; and at 0 the α is taken with which a weight can travel 0.125
@@ -87,7 +87,6 @@ def attach(
     if gamma is not None:
         chosen = chosen._replace(gamma=gamma)
     facts = {"preset": preset, "gamma": "", "train_size": "" if train_size is None else str(train_size)}
-    per_rank = draws == "per_rank" and trainer.args.world_size > 1
     try:
         # ZeRO-3 leaves an empty tensor where it has partitioned one.
         shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in params.items()}
@@ -106,7 +105,6 @@ def attach(
             "prior": prior,
             "prior_strength": chosen.prior_strength if prior_strength is None else prior_strength,
             "hessian": chosen.hessian if hessian is None else hessian,
-            "batch_size": _batch_size(trainer, per_rank),
             "h0_steps": chosen.h0_steps if h0_steps is None else h0_steps,
             "rescale_lr": rescale_lr,
             "seed": trainer.args.seed,
@@ -144,8 +142,9 @@ def attach(
     if reads and 0 < trainer.args.learning_rate < ADAM_LIKE_LR:
         facts["learning_rate"] = f"{trainer.args.learning_rate:g}"
         settings["lr"] = trainer.args.learning_rate = trainer.args.learning_rate / settings["clip"]
+    per_rank = draws == "per_rank" and trainer.args.world_size > 1
     run = PosteriorTraining(
-        trainer, model, params, settings, facts, eval_samples, per_rank, travel, None if betas[1] else chosen
+        trainer, model, params, settings, facts, eval_samples, per_rank, travel, chosen if betas[1] is None else None
     )
     remove_unfinished(trainer)
     average_in_every_backward_pass(trainer)
@@ -165,13 +164,6 @@ def _put_mixin_first(trainer: Trainer) -> None:
     parent: type = type(own.__name__, (own,), assigned) if assigned else own
     names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
     trainer.__class__ = type(own.__name__, (PosteriorTrainerMixin, parent), names)
-
-
-def _batch_size(trainer: Trainer, per_rank: bool) -> int:
-    """Return the number of examples whose mean loss a step's gradient is of: of this process, or of all."""
-    args = trainer.args
-    processes = 1 if per_rank else args.world_size
-    return int(args.train_batch_size * args.gradient_accumulation_steps * processes)
 
 
 def _train_size(trainer: Trainer) -> int:

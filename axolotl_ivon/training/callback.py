@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from ..optim.ivon import Skipped
 from ..posterior.check import begins_at_zero, findings
 from .presets import ADAM_LIKE_LR, PAPER_REACH, SHORT_REACH, Preset, rates
-from .processes import agree_on_gradients, average
+from .processes import agree_on_gradients, average, sum_over_processes
 from .sharded import ReplicatedAdapter
 
 LOG = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class PosteriorTraining(TrainerCallback):
         begun: whether training has begun. Before that, the optimizer may lack the state that it resumes from.
         best_folder: the checkpoint whose weights the Trainer has loaded at the end.
         skipped: the steps that the log has told of.
+        losses: number of losses whose mean the gradient since the last step is of, in this process.
         start: some weights of every B matrix when training began; a resumed run takes them to be 0. On the first
             process alone, as `rates`, the learning rates of all steps.
         verdict: what came of the run, in lines, when it is over; they are logged then if `tells`.
@@ -64,6 +65,7 @@ class PosteriorTraining(TrainerCallback):
     begun: bool = False
     best_folder: str | None = None
     skipped: Skipped = NONE_SKIPPED
+    losses: int = 0
     start: dict[str, Tensor] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
     verdict: list[tuple[int, str]] = field(default_factory=list)
@@ -145,7 +147,26 @@ class PosteriorTraining(TrainerCallback):
                 f" (with {lr * PAPER_REACH / reach:.2g} it is {PAPER_REACH}, as in the paper)" if reach else "",
             )
 
+    def count_losses(self, inputs: Mapping[str, Any]) -> None:
+        """Count the losses of a batch: the tokens that a language model is to predict, or the examples."""
+        if self.settings["hessian"] != "squared_gradients":
+            return
+        labels = inputs.get("labels")
+        if isinstance(labels, Tensor):
+            self.losses += int(((labels[..., 1:] if labels.dim() > 1 else labels) != -100).sum())
+        else:
+            self.losses += next(
+                (len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 1
+            )
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.losses:
+            count = sum_over_processes(self.losses, next(iter(self.params.values())).device) / (
+                args.world_size if self.per_rank else 1
+            )
+            for group in self.optimizer.param_groups:
+                group["batch_size"] = max(1.0, count)
+            self.losses = 0
         if self.per_rank:
             agree_on_gradients(list(self.params.values()))
             self.optimizer.synchronize(average)

@@ -124,6 +124,4 @@ def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
         facts |= {name: f"{value:.6g}" for name, value in run.movement(run.trainer.state.global_step).items()}
     unusual = {name: group[name] for name, usual in _UNUSUAL.items() if group.get(name, usual) != usual}
     facts |= {name: str(value).lower() if value is True else str(value) for name, value in unusual.items()}
-    if unusual.get("hessian") == "squared_gradients":
-        facts["batch_size"] = str(group["batch_size"])
     save_sigma(folder, {key: sigma.get(key, zero).contiguous() for key, zero in zeros.items()}, facts)

@@ -23,12 +23,12 @@ class Preset(NamedTuple):
     """Settings that go together.
 
     Attributes:
-        gamma: γ of λ = γ·√N; None for λ = N·weights/(2·`cost`).
-        cost: nats that the draws may cost the training set in all. Where λ·h is far above the prior's precision, a
-            draw raises the loss of an example by weights/(2·λ).
-        h0: initial Hessian; None for the one with which Σ σ²/var(A) over all LoRA matrices A is `noise` at the start,
-            as the disturbances of several layers add up.
-        noise: see `h0`.
+        gamma: γ of λ = γ·√N; None for λ = weights/(2·c), with c the smaller of `cost`/N and `most_cost`.
+        cost, most_cost: nats that the draws may cost the training set in all, and one example. Where λ·h is far above
+            the prior's precision, a draw raises the loss of an example by weights/(2·λ).
+        h0: initial Hessian; None for the one with which σ² is `noise` times the variance of LoRA matrices A at the
+            start, but the sum of that over all of them not above `noise_in_all`, as the disturbances add up.
+        noise, noise_in_all: see `h0`.
         clip: ξ.
         beta2: None for a memory of `memory`·steps.
         memory: see `beta2`.
@@ -46,7 +46,9 @@ class Preset(NamedTuple):
     hessian: str
     h0_steps: float | None
     cost: float = 0.0
+    most_cost: float = 0.0
     noise: float = 0.0
+    noise_in_all: float = 0.0
     memory: float = 0.0
 
     def ess(self, train_size: int, weights: int) -> float:
@@ -56,14 +58,15 @@ class Preset(NamedTuple):
             ValueError: `train_size` is not positive.
         """
         ess = effective_sample_size(train_size, 1.0 if self.gamma is None else self.gamma)
-        return ess if self.gamma is not None else train_size * weights / (2 * self.cost)
+        return ess if self.gamma is not None else weights / (2 * min(self.cost / train_size, self.most_cost))
 
     def first_h0(self, ess: float, fan_ins: Sequence[int]) -> float:
         """Return h0 for LoRA matrices A with so many inputs each."""
         if self.h0 is not None:
             return self.h0
         # PEFT's A has variance 1/(3·inputs) at the start, and σ² is 1/(λ·h0) there.
-        return 3 * sum(fan_ins) / (ess * self.noise) if fan_ins else DEFAULTS.h0
+        noise = min(self.noise_in_all, self.noise * len(fan_ins))
+        return 3 * sum(fan_ins) / (ess * noise) if fan_ins else DEFAULTS.h0
 
     def second_beta(self, steps: int) -> float:
         """Return β2 for a run of so many steps."""
@@ -83,7 +86,9 @@ AUTO = Preset(
     hessian="squared_gradients",
     h0_steps=10.0,
     cost=50.0,
-    noise=64.0,
+    most_cost=0.2,
+    noise=4.0,
+    noise_in_all=64.0,
     memory=0.2,
 )
 PRESETS = {

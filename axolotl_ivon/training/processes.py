@@ -27,6 +27,15 @@ def average(tensors: Sequence[Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
+def sum_over_processes(value: float, device: torch.device) -> float:
+    """Return the sum of a number over the processes."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    total = torch.tensor(float(value), device=device)
+    dist.all_reduce(total)
+    return float(total)
+
+
 def agree_on_gradients(params: Sequence[Tensor]) -> list[Tensor]:
     """Let every process have a gradient, zero if need be, where any of them has one, and return these gradients."""
     if dist.is_initialized() and dist.get_world_size() > 1:

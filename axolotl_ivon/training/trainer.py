@@ -81,6 +81,7 @@ class PosteriorTrainerMixin(Trainer):
         """Run one forward and backward pass at a draw."""
         run = self.posterior_training
         context = plugin_manager().hook.sampling_context(trainer=self, optimizer=run.optimizer)
+        run.count_losses(args[0] if args else kwargs["inputs"])
         averaged_later = run.per_rank and isinstance(model, DistributedDataParallel)
         with context, model.no_sync() if averaged_later else nullcontext():  # type: ignore[operator]
             loss = super().training_step(model, *args, **kwargs)

@@ -38,9 +38,11 @@ def test_one_yaml_line_gives_a_posterior_beside_the_adapter(straight_run: Path, 
         assert set(posterior.mean) == set(posterior.sigma)
         assert all((sigma > 0).all() for sigma in posterior.sigma.values())
     header = Posterior.from_pretrained(straight_run).metadata
-    assert (header["gamma"], header["h0"], header["clip"]) == ("5000.0", "0.05", "0.01")
+    assert (header["preset"], header["gamma"], header["clip"]) == ("auto", "", "0.01")
+    assert (header["hessian"], header["prior_strength"], header["h0_steps"]) == ("squared_gradients", "0.1", "10.0")
     assert (header["train_size"], header["steps"], header["prior"]) == (str(ROWS), "6", "empirical")
-    assert float(header["ess"]) == pytest.approx(5000 * math.sqrt(ROWS))
+    weights = sum(sigma.numel() for sigma in Posterior.from_pretrained(straight_run).sigma.values())
+    assert float(header["ess"]) == pytest.approx(2.5 * weights)
     start = Posterior.from_pretrained(straight_run / "checkpoint-3").mean
     end = Posterior.from_pretrained(straight_run).mean
     assert any(not torch.equal(start[key], end[key]) for key in end)
@@ -89,17 +91,21 @@ def test_sigint_in_mid_step_saves_the_mean_and_its_sigma(make_config: Any, forks
         assert not torch.equal(saved.mean[key], draw)
 
 
-def test_the_preset_for_small_data_sets_lambda_clip_and_learning_rate(make_config: Any, forks: Forks) -> None:
-    config = make_config("small", ivon_preset="small_data", learning_rate=None, warmup_steps=2, lr_scheduler="cosine")
+def test_auto_sets_lambda_clip_and_learning_rate(make_config: Any, forks: Forks) -> None:
+    unset = {"learning_rate": None, **{f"ivon_{name}": None for name in ("gamma", "lambda", "h0", "clip", "beta2")}}
+    config = make_config("small", **unset, warmup_steps=2, lr_scheduler="cosine")
     result = forks.train(config)
     header = Posterior.from_pretrained(config.with_suffix("")).metadata
-    assert (header["gamma"], header["clip"], float(header["ess"])) == ("", "0.01", 10 * ROWS)
+    weights = sum(tensor.numel() for tensor in load_file(config.with_suffix("") / "ivon_sigma.safetensors").values())
+    assert (header["preset"], header["gamma"], header["clip"]) == ("auto", "", "0.01")
+    assert float(header["ess"]) == pytest.approx(2.5 * weights)
     state = json.loads((config.with_suffix("") / "checkpoint-6" / "trainer_state.json").read_text())
     # The last step's rate is that of 3/4 of a half cosine over the four steps after the warmup.
     peak = 0.125 / 0.01 / (0 + 0.5 + sum((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)))
     logged = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
     assert logged[-1] == pytest.approx(peak * (1 + math.cos(math.pi * 3 / 4)) / 2)
-    assert f"learning_rate {peak:.3g} for these 6 steps" in result.stdout + result.stderr
+    told = f"α {peak:.3g}, with which a weight can travel 0.125 in these 6 steps"
+    assert told in result.stdout + result.stderr
 
 
 def test_another_optimizer_is_left_alone(straight_run: Path, make_config: Any) -> None:

@@ -19,7 +19,7 @@ from axolotl_ivon import IVONError, Posterior, attach, effective_sample_size
 def test_trains_and_saves_sigma_beside_every_adapter(tiny_llama: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_llama, tmp_path)
     before = lora_weights(trainer.model)
-    attach(trainer, gamma=100.0, clip=0.1)
+    attach(trainer, preset="paper", gamma=100.0, clip=0.1)
     trainer.train()
     after = lora_weights(trainer.model)
     assert all((after[name] - before[name]).abs().max() > 1e-4 for name in after)
@@ -159,21 +159,62 @@ def test_trl_s_sft_and_dpo_trainers(tiny_llama: Path, tmp_path: Path) -> None:
         assert Posterior.from_pretrained(tmp_path / name / "final").metadata["train_size"] == "8"
 
 
-def test_the_preset_keeps_the_noise_of_all_layers_together_in_bounds(tiny_llama: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_llama, tmp_path)
-    matrices = [p.detach() for name, p in trainer.model.named_parameters() if "lora_A" in name]
-    attach(trainer, preset="small_data", h0=1e-3)
-    ess = trainer.callback_handler.callbacks[-1].settings["ess"]
-    assert ess > 240
+def test_auto_fits_lambda_h0_and_beta2_to_the_run(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=100, gradient_accumulation_steps=3)
+    trained = lora_weights(trainer.model)
+    attach(trainer)
+    settings = trainer.posterior_training.settings
+    weights = sum(p.numel() for p in trained.values())
+    # A draw may cost an example 0.2 nats, and all examples 50 if there are more than 250.
+    assert weights / (2 * settings["ess"]) == pytest.approx(0.2)
     # σ² = 1/(λ·h0) at the start, to what the matrices' own variance is on average
-    noise = sum(1 / (ess * 1e-3) / matrix.var() for matrix in matrices)
-    assert noise == pytest.approx(64, rel=0.2)
+    noise = sum(1 / (settings["ess"] * settings["h0"]) / p.var() for name, p in trained.items() if "lora_A" in name)
+    assert noise == pytest.approx(4 * 4, rel=0.2)
+    assert (settings["hessian"], settings["prior_strength"], settings["h0_steps"]) == ("squared_gradients", 0.1, 10)
+    trainer.create_optimizer_and_scheduler(100)
+    assert trainer.optimizer.param_groups[0]["betas"] == (0.9, pytest.approx(1 - 1 / 20))
+
+
+def test_the_paper_is_exact(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path)
+    attach(trainer, preset="paper")
+    trainer.create_optimizer_and_scheduler(6)
+    found = {name: trainer.optimizer.param_groups[0][name] for name in ("lr", "ess", "betas", "h0", "clip", "prior")}
+    expected = {"lr": 0.03, "ess": 5000 * math.sqrt(24), "betas": (0.9, 0.9995), "h0": 0.05, "clip": 0.005}
+    assert found == {**expected, "prior": "empirical"}
+    assert trainer.optimizer.param_groups[0]["hessian"] == "reparameterized"
+    assert trainer.optimizer.param_groups[0]["prior_strength"] == 1
+    assert trainer.optimizer.param_groups[0]["h0_steps"] is None
+
+
+@pytest.mark.parametrize("preset", ["auto", "small_data"])
+@pytest.mark.parametrize(("given", "alpha"), [(2e-4, 0.02), (9.9e-4, 0.099), (1e-3, 1e-3), (0.1, 0.1)])
+def test_a_rate_below_1e_3_is_the_most_that_a_step_moves_a_weight(
+    preset: Any, given: float, alpha: float, tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spy = Rates()
+    trainer = make_trainer(
+        tiny_llama, tmp_path, learning_rate=given, callbacks=[spy], max_steps=2, lr_scheduler_type="constant"
+    )
+    before = lora_weights(trainer.model)
+    with caplog.at_level("INFO"):
+        attach(trainer, preset=preset)
+        trainer.train()
+    assert spy.rates == [pytest.approx(alpha)] * 2
+    moved = max(float((p - before[name]).abs().max()) for name, p in lora_weights(trainer.model).items())
+    assert moved <= 2 * alpha * 0.01 * (1 + 1e-3)
+    told = [record.message for record in caplog.records if record.message.startswith(f"preset {preset}: λ ")]
+    assert len(told) == 1
+    assert ("is the most that a step may move" in told[0]) is (given < 1e-3)
+    assert not [
+        record for record in caplog.records if record.levelname == "WARNING" and "learning_rate" in record.message
+    ]
 
 
 def test_what_is_given_goes_before_a_preset(tiny_llama: Path, tmp_path: Path) -> None:
     spy = Rates()
-    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
-    attach(trainer, preset="small_data", gamma=7.0, clip=0.02)
+    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], learning_rate=0.0)
+    attach(trainer, gamma=7.0, clip=0.02)
     trainer.train()
     assert sum(spy.rates) * 0.02 == pytest.approx(0.125)
     header = Posterior.from_pretrained(tmp_path / "checkpoint-3").metadata
@@ -182,8 +223,8 @@ def test_what_is_given_goes_before_a_preset(tiny_llama: Path, tmp_path: Path) ->
 
 def test_a_rescaled_learning_rate_is_told_in_the_header_and_travels_as_far(tiny_llama: Path, tmp_path: Path) -> None:
     spy = Rates()
-    trainer = make_trainer(tiny_llama, tmp_path / "with", callbacks=[spy])
-    attach(trainer, preset="small_data", rescale_lr=True, h0=0.1)
+    trainer = make_trainer(tiny_llama, tmp_path / "with", callbacks=[spy], learning_rate=0.0)
+    attach(trainer, rescale_lr=True, h0=0.1)
     trainer.train()
     assert sum(spy.rates) * 0.01 * 0.1 == pytest.approx(0.125)
     assert Posterior.from_pretrained(tmp_path / "with" / "checkpoint-3").metadata["rescale_lr"] == "true"
@@ -194,21 +235,21 @@ def test_a_rescaled_learning_rate_is_told_in_the_header_and_travels_as_far(tiny_
 
 
 def test_what_a_preset_cannot_work_with_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(IVONError, match="preset: 'tiny' is unknown; choose one of paper, small_data"):
+    with pytest.raises(IVONError, match="preset: 'tiny' is unknown; choose one of auto, paper, small_data"):
         attach(make_trainer(tiny_llama, tmp_path), preset="tiny")  # type: ignore[arg-type]
     with pytest.raises(IVONError, match="h0 must be positive"):
-        attach(make_trainer(tiny_llama, tmp_path), preset="small_data", h0=0.0)
-    trainer = make_trainer(tiny_llama, tmp_path)
+        attach(make_trainer(tiny_llama, tmp_path), h0=0.0)
+    trainer = make_trainer(tiny_llama, tmp_path, learning_rate=0.0)
     with pytest.raises(IVONError, match="clip: inf"):
-        attach(trainer, preset="small_data", clip=math.inf)
-    attach(trainer, preset="small_data")  # the refusal left nothing behind
+        attach(trainer, clip=math.inf)
+    attach(trainer)  # the refusal left nothing behind
     assert sum("PosteriorTraining" in type(one).__name__ for one in trainer.callback_handler.callbacks) == 1
-    trainer = make_trainer(tiny_llama, tmp_path)
+    trainer = make_trainer(tiny_llama, tmp_path, learning_rate=0.0)
     trainer.create_optimizer()
     trainer.create_scheduler(6)
     trainer.optimizer = None
     with pytest.raises(IVONError, match="no scheduler of your own"):
-        attach(trainer, preset="small_data")
+        attach(trainer)
 
 
 def test_a_second_attach_is_refused_and_changes_nothing(tiny_llama: Path, tmp_path: Path) -> None:
@@ -237,13 +278,16 @@ def test_a_second_attach_is_refused_and_changes_nothing(tiny_llama: Path, tmp_pa
         ({"draws": "both"}, "draws"),
         ({"rescale_lr": "yes"}, "rescale_lr"),
         ({"preset": "tiny"}, "preset"),
-        ({"preset": "small_data", "clip": math.inf}, "clip"),
+        ({"clip": math.inf}, "clip"),
+        ({"prior_strength": 0.0}, "prior_strength"),
+        ({"hessian": "exact"}, "hessian"),
+        ({"h0_steps": 0.0}, "h0_steps"),
     ],
 )
 def test_a_refusal_carries_the_parameter_that_it_is_about(
     settings: dict[str, Any], parameter: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(tiny_llama, tmp_path)
+    trainer = make_trainer(tiny_llama, tmp_path, learning_rate=0.0)
     with pytest.raises(IVONError) as caught:
         attach(trainer, **settings)
     assert caught.value.parameter == parameter

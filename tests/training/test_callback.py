@@ -85,7 +85,7 @@ def test_gradient_clipping_is_off_unless_it_was_asked_for(
 
 def test_warnings_say_why(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = make_trainer(tiny_llama, tmp_path, max_steps=4, learning_rate=2e-4, lr_scheduler_type="linear")
-    attach(trainer, clip=0.01)
+    attach(trainer, preset="paper", clip=0.01)
     trainer.train()
     assert "learning_rate 0.0002 looks like one for Adam" in caplog.text
     reach = 2e-4 * 0.01 * (1 + 0.75 + 0.5 + 0.25)
@@ -124,7 +124,7 @@ def test_the_last_words_say_how_far_the_weights_moved_and_the_header_keeps_it(
 ) -> None:
     trainer = make_trainer(tiny_llama, tmp_path, max_steps=4, save_steps=2, lr_scheduler_type="linear")
     before = lora_weights(trainer.model)
-    attach(trainer, clip=0.01)
+    attach(trainer, preset="paper", clip=0.01)
     with caplog.at_level(logging.INFO, "axolotl_ivon"):
         trainer.train()
     after = {name: weight for name, weight in lora_weights(trainer.model).items() if "lora_B" in name}

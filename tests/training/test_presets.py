@@ -61,12 +61,24 @@ def test_what_wants_a_loss_is_taken_to_stay_at_its_peak() -> None:
     assert rates(Plateau(), 0.1, 3) == [0.1] * 3
 
 
-def test_lambda_is_that_of_the_data_or_what_the_layers_need() -> None:
-    paper, small = PRESETS["paper"], PRESETS["small_data"]
-    assert paper.ess(900, 0.05, [4096] * 1000) == effective_sample_size(900, 5000.0)
-    assert small.ess(1000, 0.05, [384, 384]) == 10_000
-    # 60 matrices of 576 inputs: each has variance 1/1728, and 60·1728·σ² is to be 64.
-    sigma = 1 / (small.ess(128, 0.05, [576] * 60) * 0.05) ** 0.5
-    assert 60 * 1728 * sigma**2 == pytest.approx(64)
+def test_lambda_and_h0_are_the_paper_s_or_from_what_the_draws_may_cost() -> None:
+    paper, auto = PRESETS["paper"], PRESETS["auto"]
+    assert paper.ess(900, 10**6) == effective_sample_size(900, 5000.0)
+    assert paper.first_h0(1e5, [4096] * 1000) == 0.05
+    # All of p from the data: σ² = 1/(λ·h), so Σ ½·h·σ² of an example, times their number, is 50 nats.
+    ess = auto.ess(256, 92_160)
+    h = torch.rand(92_160, dtype=torch.float64)
+    assert 256 * float((h / (ess * h)).sum()) / 2 == pytest.approx(50)
+    # 60 matrices of 576 inputs: each has variance 1/1728, and 60·1728·σ² is to be 64 at the start.
+    assert 60 * 1728 / (ess * auto.first_h0(ess, [576] * 60)) == pytest.approx(64)
+    assert 2 * 1728 / (ess * auto.first_h0(ess, [576] * 2)) == pytest.approx(2 * 4)
+    assert float((h / (auto.ess(10, 92_160) * h)).sum()) / 2 == pytest.approx(0.2)
     with pytest.raises(ValueError, match="training examples"):
-        small.ess(0, 0.05, [])
+        auto.ess(0, 5)
+
+
+def test_the_memory_is_a_fifth_of_the_run() -> None:
+    auto = PRESETS["auto"]
+    assert 1 / (1 - auto.second_beta(5000)) == pytest.approx(1000)
+    assert auto.second_beta(1) == auto.second_beta(50) == 0.9
+    assert PRESETS["paper"].second_beta(7) == 0.9995

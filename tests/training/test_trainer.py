@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import OneCycleLR
 from trainers import IVON_METRICS, Rates, Spy, lora_weights, make_trainer
@@ -18,7 +19,7 @@ from axolotl_ivon import IVONLoRA, Posterior, attach, effective_sample_size
 
 def test_the_log_shows_the_posterior_and_nothing_per_parameter(tiny_llama: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_llama, tmp_path)
-    attach(trainer)
+    attach(trainer, preset="paper")
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 3
@@ -52,7 +53,7 @@ def test_the_trainer_does_what_a_plain_loop_does(tiny_llama: Path, tmp_path: Pat
         return compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
 
     trainer.compute_loss = spying
-    attach(trainer, clip=0.1)
+    attach(trainer, preset="paper", clip=0.1)
     trainer.train()
 
     other = make_trainer(tiny_llama, tmp_path / "b", {"lora_dropout": 0.0})
@@ -126,7 +127,7 @@ def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(tiny_l
         metric_for_best_model="loss",
         greater_is_better=True,  # so that it is not the last
     )
-    attach(trainer, clip=1.0)
+    attach(trainer, preset="paper", clip=1.0)
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name != "checkpoint-6"
@@ -151,17 +152,19 @@ def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(tiny_l
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 100},
     ],
 )
-def test_the_preset_for_small_data_lets_a_weight_travel_as_far_in_any_schedule(
+def test_without_a_rate_a_weight_travels_as_far_in_any_schedule(
     schedule: dict[str, Any], tiny_llama: Path, tmp_path: Path
 ) -> None:
     spy = Rates()
-    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], **{"learning_rate": 1e-5, **schedule})
-    attach(trainer, preset="small_data")
+    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], **{"learning_rate": 0.0, **schedule})
+    attach(trainer)
     trainer.train()
     assert len(spy.rates) == trainer.state.max_steps > 3
     assert sum(spy.rates) * 0.01 == pytest.approx(0.125)
     header = Posterior.from_pretrained(tmp_path / "checkpoint-3").metadata
-    assert (float(header["ess"]), header["gamma"], header["train_size"]) == (240.0, "", "24")
+    weights = sum(p.numel() for p in lora_weights(trainer.model).values())
+    assert float(header["ess"]) == pytest.approx(2.5 * weights)
+    assert (header["gamma"], header["train_size"]) == ("", "24")
 
 
 def test_a_run_with_a_preset_resumes_at_the_same_rates(
@@ -170,8 +173,8 @@ def test_a_run_with_a_preset_resumes_at_the_same_rates(
     ends, chosen = [], []
     for resume in (None, str(tmp_path / "checkpoint-3")):
         spy = Rates()
-        trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
-        attach(trainer, preset="small_data")
+        trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], learning_rate=0.0)
+        attach(trainer)
         trainer.train(resume_from_checkpoint=resume)
         ends.append((spy.rates[-3:], lora_weights(trainer.model)))
         chosen.append(trainer.args.learning_rate)
@@ -179,16 +182,16 @@ def test_a_run_with_a_preset_resumes_at_the_same_rates(
     assert chosen[0] == chosen[1]
     assert all(torch.equal(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
     assert "goes on at its learning_rate" not in caplog.text
-    trainer = make_trainer(tiny_llama, tmp_path, max_steps=12)
-    attach(trainer, preset="small_data")
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=12, learning_rate=0.0)
+    attach(trainer)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert f"goes on at its learning_rate {chosen[0]:.3g}, not at" in caplog.text
 
 
 def test_a_second_run_of_another_length_has_a_rate_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
     spy = Rates()
-    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
-    attach(trainer, preset="small_data")
+    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], learning_rate=0.0)
+    attach(trainer)
     trainer.train()
     trainer.args.max_steps = 3
     trainer.train()
@@ -199,7 +202,7 @@ def test_a_schedule_that_begins_below_its_peak_is_no_checkpoint(
     tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spy = Rates()
-    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy])
+    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], learning_rate=0.0)
 
     def one_cycle(num_training_steps: int, optimizer: Any = None) -> Any:
         peak, total = trainer.args.learning_rate, num_training_steps + 1
@@ -207,7 +210,7 @@ def test_a_schedule_that_begins_below_its_peak_is_no_checkpoint(
         return trainer.lr_scheduler
 
     trainer.create_scheduler = one_cycle
-    attach(trainer, preset="small_data")
+    attach(trainer)
     trainer.train()
     assert sum(spy.rates) * 0.01 == pytest.approx(0.125)
     assert "goes on at its learning_rate" not in caplog.text
@@ -305,10 +308,21 @@ def test_functions_that_were_assigned_to_a_trainer_still_run(tiny_llama: Path, t
 
 def test_a_shallow_copy_makes_schedules_too(tiny_llama: Path, tmp_path: Path) -> None:
     """DeepSpeed's integration makes the schedule with a copy of the Trainer."""
-    trainer = make_trainer(tiny_llama, tmp_path, lr_scheduler_type="linear")
-    attach(trainer, preset="small_data")
+    trainer = make_trainer(tiny_llama, tmp_path, lr_scheduler_type="linear", learning_rate=0.0)
+    attach(trainer)
     trainer.create_optimizer()
     copied = copy.copy(trainer)
     schedule = copied.create_scheduler(6, optimizer=trainer.optimizer)
     assert trainer.lr_scheduler is None
     assert sum(schedule.base_lrs[0] * (1 - step / 6) for step in range(6)) * 0.01 == pytest.approx(0.125)
+
+
+def test_squared_gradients_are_scaled_by_the_number_of_losses_of_the_step(tiny_llama: Path, tmp_path: Path) -> None:
+    """Two micro-batches of four texts of twelve tokens, of which eleven are predicted, and half of those masked."""
+    for masked, expected in ((0, 2 * 4 * 11), (6, 2 * 4 * 6)):
+        trainer = make_trainer(tiny_llama, tmp_path, gradient_accumulation_steps=2, max_steps=1, save_steps=1)
+        rows = [{**row, "labels": [-100] * masked + row["labels"][masked:]} for row in trainer.train_dataset]
+        trainer.train_dataset = Dataset.from_list(rows)
+        attach(trainer)
+        trainer.train()
+        assert trainer.posterior_training.optimizer.param_groups[0]["batch_size"] == expected
