@@ -25,7 +25,7 @@ DEFAULTS = {
 # What it means by preset: by `auto`, and by `paper`.
 BY_PRESET = {
     "ivon_gamma": "unset, 5000 by `paper`",
-    "ivon_lambda": "weights·max(N/100, 2.5), γ·√N by `paper`",
+    "ivon_lambda": "1000·N or more, γ·√N by `paper`",
     "ivon_h0": "by λ, 0.05 by `paper`",
     "ivon_clip": "0.01, 0.005 by `paper`",
     "ivon_beta2": "by the steps, 0.9995 by `paper`",

@@ -70,7 +70,10 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     if ess is None and size and preset.gamma is not None:
         ess = preset.ess(size, 0)
     elif ess is None and size:
-        unknown.append(f"λ: it is {preset.ess(size, 1):.3g} for each LoRA weight of the model")
+        ess = preset.ess(size, 0)
+        unknown.append(
+            f"λ: it is larger from {preset.usual_weights:,.0f} LoRA weights on, in proportion to their number"
+        )
     h0 = given.get("ivon_h0", preset.h0)
     if h0 is None:
         unknown.append("h0: it follows from λ and the layers of the model")

@@ -82,8 +82,8 @@ def test_lambda_by_every_key(written: Any) -> None:
     assert written(ivon_lambda="1e7")["ess"] == 1e7
     assert written(ivon_gamma=10)["ess"] == pytest.approx(10 * math.sqrt(50))
     auto = written()
-    assert (auto["ess"], auto["h0"], auto["clip"]) == (None, None, 0.01)
-    assert "λ: it is 2.5 for each LoRA weight" in " ".join(auto["unknown"])
+    assert (auto["ess"], auto["h0"], auto["clip"]) == (250_000, None, 0.01)
+    assert "larger from 100,000 LoRA weights on" in " ".join(auto["unknown"])
 
 
 def test_a_rate_made_for_adamw_is_the_most_that_a_step_may_move_a_weight(written: Any) -> None:

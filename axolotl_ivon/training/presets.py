@@ -23,9 +23,10 @@ class Preset(NamedTuple):
     """Settings that go together.
 
     Attributes:
-        gamma: γ of λ = γ·√N; None for λ = weights/(2·c), with c the smaller of `cost`/N and `most_cost`.
-        cost, most_cost: nats that the draws may cost the training set in all, and one example. Where λ·h is far above
-            the prior's precision, a draw raises the loss of an example by weights/(2·λ).
+        gamma: γ of λ = γ·√N; None for λ = `per_example`·max(N, `few`)·max(1, weights/`usual_weights`). Where λ·h is
+            far above the prior's precision, a draw raises the loss of an example by weights/(2·λ), so from the usual
+            number of weights on this is the same for any.
+        per_example, few, usual_weights: see `gamma`.
         h0: initial Hessian; None for the one with which σ² is `noise` times the variance of LoRA matrices A at the
             start, but the sum of that over all of them not above `noise_in_all`, as the disturbances add up.
         noise, noise_in_all: see `h0`.
@@ -45,8 +46,9 @@ class Preset(NamedTuple):
     prior_strength: float
     hessian: str
     h0_steps: float | None
-    cost: float = 0.0
-    most_cost: float = 0.0
+    per_example: float = 0.0
+    few: int = 0
+    usual_weights: float = math.inf
     noise: float = 0.0
     noise_in_all: float = 0.0
     memory: float = 0.0
@@ -58,7 +60,9 @@ class Preset(NamedTuple):
             ValueError: `train_size` is not positive.
         """
         ess = effective_sample_size(train_size, 1.0 if self.gamma is None else self.gamma)
-        return ess if self.gamma is not None else weights / (2 * min(self.cost / train_size, self.most_cost))
+        if self.gamma is not None:
+            return ess
+        return self.per_example * max(train_size, self.few) * max(1.0, weights / self.usual_weights)
 
     def first_h0(self, ess: float, fan_ins: Sequence[int]) -> float:
         """Return h0 for LoRA matrices A with so many inputs each."""
@@ -85,8 +89,9 @@ AUTO = Preset(
     prior_strength=0.1,
     hessian="squared_gradients",
     h0_steps=10.0,
-    cost=50.0,
-    most_cost=0.2,
+    per_example=1000.0,
+    few=250,
+    usual_weights=1e5,
     noise=4.0,
     noise_in_all=64.0,
     memory=0.2,

@@ -65,14 +65,15 @@ def test_lambda_and_h0_are_the_paper_s_or_from_what_the_draws_may_cost() -> None
     paper, auto = PRESETS["paper"], PRESETS["auto"]
     assert paper.ess(900, 10**6) == effective_sample_size(900, 5000.0)
     assert paper.first_h0(1e5, [4096] * 1000) == 0.05
+    assert auto.ess(256, 92_160) == 256_000
+    assert auto.ess(10, 896) == 250_000
     # All of p from the data: σ² = 1/(λ·h), so Σ ½·h·σ² of an example, times their number, is 50 nats.
-    ess = auto.ess(256, 92_160)
-    h = torch.rand(92_160, dtype=torch.float64)
-    assert 256 * float((h / (ess * h)).sum()) / 2 == pytest.approx(50)
+    ess = auto.ess(900, 460_800)
+    h = torch.rand(460_800, dtype=torch.float64)
+    assert 900 * float((h / (ess * h)).sum()) / 2 == pytest.approx(50)
     # 60 matrices of 576 inputs: each has variance 1/1728, and 60·1728·σ² is to be 64 at the start.
     assert 60 * 1728 / (ess * auto.first_h0(ess, [576] * 60)) == pytest.approx(64)
     assert 2 * 1728 / (ess * auto.first_h0(ess, [576] * 2)) == pytest.approx(2 * 4)
-    assert float((h / (auto.ess(10, 92_160) * h)).sum()) / 2 == pytest.approx(0.2)
     with pytest.raises(ValueError, match="training examples"):
         auto.ess(0, 5)
 
