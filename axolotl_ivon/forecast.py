@@ -176,7 +176,8 @@ def _train_size(cfg: Mapping[str, Any]) -> int:
         facts = dataset if isinstance(dataset, dict) else {}
         if facts.get("shards") or facts.get("split") not in (None, "train"):
             raise _Unknown(f"N: of {facts.get('path')} only a part is used")
-        size += _examples(Path(str(facts.get("path"))))
+        files = facts.get("data_files") or facts.get("path")
+        size += sum(_examples(Path(str(file))) for file in (files if isinstance(files, list) else [files]))
     held_out = _number(cfg, "val_set_size", 0)
     # As in scikit-learn, which `datasets` follows.
     return size - (int(held_out) if held_out >= 1 else math.ceil(held_out * size))

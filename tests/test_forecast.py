@@ -158,5 +158,8 @@ def test_no_file_and_a_json_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     Path("d.json").write_text(json.dumps([{}, {}, {}]))
     Path("a.yaml").write_text(yaml.safe_dump({**BASE, "datasets": [{"path": "d.json"}]}))
     assert forecast("a.yaml")["train_size"] == 3
+    named = {"path": "json", "data_files": ["d.json", "d.json"]}
+    Path("a.yaml").write_text(yaml.safe_dump({**BASE, "datasets": [named, {"path": "d.json"}]}))
+    assert forecast("a.yaml")["train_size"] == 9
     Path("d.json").write_text("[1")
     assert "cannot be read" in forecast("a.yaml")["unknown"][0]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from runs import AXOLOTL, Configs, Forks, environment, trained
 from safetensors.torch import load_file
+from trainers import IVON_METRICS
 
 from axolotl_ivon import Posterior
 
@@ -108,6 +109,12 @@ def alone(several: SeveralProcesses) -> Path:
     return several.train(several.config("alone", "ddp", 1), "ddp", 0)
 
 
+def logged(run: Path) -> list[dict[str, float]]:
+    """What every log of a run tells of the posterior."""
+    history = json.loads((run / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    return [{key: entry[key] for key in entry if key.startswith("ivon_")} for entry in history if "loss" in entry]
+
+
 def assert_same(folder: Path, other: Path) -> None:
     left, right = Posterior.from_pretrained(folder), Posterior.from_pretrained(other)
     assert set(left.mean) == set(right.mean)
@@ -135,6 +142,14 @@ def test_two_processes_train_save_and_resume_as_one_does(mode: str, several: Sev
     assert len(set(notes[0])) == 6
     for folder in ("", "checkpoint-3", "checkpoint-6"):
         assert_same(two / folder, alone / folder)
+    assert [set(entry) for entry in logged(two)] == [IVON_METRICS] * 3
+    for ours, expected in zip(logged(two), logged(alone), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-2)
+    headers = [Posterior.from_pretrained(folder).metadata for folder in (two, alone)]
+    for fact in ("moved", "travel"):
+        ours, expected = (float(header[fact]) for header in headers)
+        assert ours == pytest.approx(expected, rel=1e-3)
+        assert ours > 0
     moved = Posterior.from_pretrained(two).mean
     before = load_file(several.start / "adapter_model.safetensors")
     assert all(not torch.allclose(moved[key], before[key], rtol=1e-3, atol=1e-4) for key in moved)
