@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from ._options import Point, Terminal, evaluation_options, point_options, terminal_as_one
-from ._progress import silence_libraries
 from ._tables import decimal, emit, file_names, is_wide, percent, print_table
 
 _ROWS = "base,mean,mean-pruned,posterior,posterior-pruned"
@@ -55,14 +54,12 @@ def command(
     \b
       ivon-post eval adapter/ --data held-out.jsonl --data shifted.jsonl
     """
-    tau, prune_ratio = point.settings(default_ratio=0.1)
-    with terminal.progress() as progress:
-        progress.begin("loading the base model")
-        silence_libraries()
-        from axolotl_ivon.evaluation.evaluate import Evaluation, choose_rows, count_passes, summarize
+    from axolotl_ivon.evaluation.evaluate import Evaluation, choose_rows, count_passes, summarize
 
-        chosen = choose_rows(rows.split(","), tau, prune_ratio)
-        evaluation = Evaluation(adapter, data, rows=chosen, **loading)
+    tau, prune_ratio = point.settings(adapter, default_ratio=0.1)
+    with terminal.progress() as progress:
+        chosen = choose_rows([name.strip() for name in rows.split(",")], tau, prune_ratio)
+        evaluation = Evaluation(adapter, data, rows=chosen, begin=progress.begin, **loading)
         chosen = evaluation.meaningful(chosen, progress.notify)
         scores = evaluation.run(
             chosen,
@@ -86,6 +83,11 @@ def command(
         emit({"rows": found, **facts})
     else:
         _print(found, facts)
+        given = ["--recommended", point.recommended] if point.recommended else []
+        if given or not evaluation.posterior.metadata:
+            terminal.suggest("ivon-post", "sample" if given else "merge", adapter, *given)
+        else:
+            terminal.suggest("ivon-post", "sweep", adapter, "--data", "VALIDATION.jsonl")
 
 
 def _print(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:

@@ -18,7 +18,6 @@ from ._options import (
     point_options,
     seed_option,
 )
-from ._progress import silence_libraries
 
 
 @click.command("generate")
@@ -30,7 +29,6 @@ from ._progress import silence_libraries
 @point_options(
     "Temperature of the posterior: σ/√τ, see `temper`.  [default: 1]",
     "Prune this share by |m|/σ first.  [default: 0]",
-    "--ratio",
 )
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the tokens; 0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest tokens only.")
@@ -63,38 +61,34 @@ def command(adapter: str, prompts: str, planned: dict[str, Any], point: Point, o
     member before --temperature and --top-p. The same command goes on where an interrupted one stopped.
 
     \b
-      ivon-post generate adapter/ -p test.jsonl -n 64 --prune-ratio 0.1 -o pruned.jsonl
+      ivon-post generate adapter/ -p test.jsonl -n 64 --ratio 0.1 -o pruned.jsonl
       ivon-post generate adapter/ -p test.jsonl -n 64 --mean -o mean.jsonl
       ivon-post generate ensemble/ -p test.jsonl -n 64 --endpoint http://localhost:8000
     """
-    path = output.output or f"{adapter.rstrip('/')}-nbest.jsonl"
+    from axolotl_ivon.errors import IVONError
+    from axolotl_ivon.generation.generate import generate
+    from axolotl_ivon.generation.plan import Plan
+
+    path = str(output.path(adapter, "nbest.jsonl"))
+    plan = Plan(**planned)
+    if plan.mean and point.tau is not None:
+        raise IVONError(f"--tau {point.tau}: --mean has no temperature; leave one of them out")
+    if options["endpoint"] and point != Point(None):
+        raise IVONError("--endpoint: the members are drawn already; give --tau and --ratio to `ivon-post sample`")
+    tau, ratio = point.settings(adapter)
     with output.progress() as progress:
 
         def count(tokens: int) -> None:
             speed = tokens / max(progress.seconds("generating"), 1e-9)
             progress.describe("generating", f"generating, {speed:.0f} tokens/s")
 
-        progress.begin("reading the adapter and the prompts")
-        silence_libraries()
-        from axolotl_ivon.errors import IVONError
-        from axolotl_ivon.generation.generate import generate
-        from axolotl_ivon.generation.plan import Plan
-
-        plan = Plan(**planned)
-        if plan.mean and point.tau is not None:
-            raise IVONError(f"--tau {point.tau}: --mean has no temperature; leave one of them out")
-        if options["endpoint"] and point != Point(None):
-            raise IVONError(
-                "--endpoint: the members are drawn already; give --tau and --prune-ratio to `ivon-post sample`"
-            )
-        tau, prune_ratio = point.settings()
         done = generate(
             adapter,
             prompts,
             path,
             plan,
             tau=tau,
-            prune_ratio=prune_ratio,
+            prune_ratio=ratio,
             begin=progress.begin,
             count=count,
             notify=progress.notify,
@@ -109,4 +103,4 @@ def command(adapter: str, prompts: str, planned: dict[str, Any], point: Point, o
     source = "the mean" if plan.mean else f"{plan.members} draws"
     kept = f" ({done.resumed} were there)" if done.resumed else ""
     told = f"{done.prompts} prompts{kept}, {plan.n} outputs each from {source}, seed {plan.seed}"
-    output.finish({**facts, **asdict(plan), **took}, told, path)
+    output.finish({**facts, **asdict(plan), **took}, told, path, then=["ivon-post", "mbr", path])

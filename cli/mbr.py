@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from ._options import Output, choice_option, output_options
-from ._progress import silence_libraries
 from ._tables import decimal, percent, print_table
 
 if TYPE_CHECKING:
@@ -46,12 +45,8 @@ def command(files: tuple[str, ...], utility: str, answer_regex: str | None, leve
       ivon-post mbr mean.jsonl posterior.jsonl "10 % pruned=pruned.jsonl" --answer-regex gsm8k
     """
     with output.progress() as progress:
-        progress.begin("reading")
-        if utility == "bertscore":  # the only one with a model
-            silence_libraries()
-        from axolotl_ivon.generation.mbr import labels, mbr
+        from axolotl_ivon.generation.mbr import check_output, labels, mbr
         from axolotl_ivon.generation.nbest import read_nbest
-        from axolotl_ivon.generation.report import check_output, save
         from axolotl_ivon.generation.utilities import UTILITIES, Answers
 
         paths = labels(files)
@@ -70,6 +65,8 @@ def command(files: tuple[str, ...], utility: str, answer_regex: str | None, leve
         advance = progress.begin("choosing", sum(map(len, lists.values())))
         results = {label: mbr(nbests, measure, answers, level, advance) for label, nbests in lists.items()}
         progress.begin("writing")
+        from axolotl_ivon.generation.report import save
+
         written = [str(path) for path in save(results, folder)]
     if not output.as_json:
         _print(results, utility)
@@ -78,7 +75,8 @@ def command(files: tuple[str, ...], utility: str, answer_regex: str | None, leve
         for label, result in results.items()
     ]
     settings = {"utility": utility, "answer_regex": answer_regex, "level": level}
-    output.finish({"accuracy": documents[0]["accuracy"], **settings, "results": documents, "files": written}, *written)
+    document = {"accuracy": documents[0]["accuracy"], **settings, "results": documents, "files": written}
+    output.finish(document, *written, then=["head", "-n", 1, written[0]])
 
 
 def _print(results: dict[str, Decoded], utility: str) -> None:

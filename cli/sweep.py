@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._options import Command, Numbers, Output, choice_option, evaluation_options, output_as_one
-from ._progress import silence_libraries
 from ._tables import decimal, is_wide, percent, print_table
 
 if TYPE_CHECKING:
@@ -49,17 +48,14 @@ def command(
     \b
       ivon-post sweep adapter/ --data validation.jsonl --tau 0.5,1,2,inf --ratio 0,0.1,0.2
     """
-    folder = Path(output.output or f"{adapter.rstrip('/')}-sweep")
-    with output.progress() as progress:
-        progress.begin("loading the base model")
-        silence_libraries()
-        from axolotl_ivon.evaluation.evaluate import Evaluation, count_passes
-        from axolotl_ivon.evaluation.report import check_output, save
-        from axolotl_ivon.evaluation.sweep import check_grid, sweep
+    from axolotl_ivon.evaluation.evaluate import Evaluation, count_passes
+    from axolotl_ivon.evaluation.sweep import check_grid, check_output, number, sweep
 
-        rows = check_grid([tau for group in taus for tau in group], [ratio for group in ratios for ratio in group])
-        check_output(folder, output.overwrite)
-        evaluation = Evaluation(adapter, data, rows=rows, **loading)
+    folder = output.path(adapter, "sweep")
+    rows = check_grid([tau for group in taus for tau in group], [ratio for group in ratios for ratio in group])
+    check_output(folder, output.overwrite, filter(Path.is_dir, [Path(adapter)]))
+    with output.progress() as progress:
+        evaluation = Evaluation(adapter, data, rows=rows, begin=progress.begin, **loading)
         result = sweep(
             evaluation,
             rows,
@@ -69,9 +65,12 @@ def command(
             notify=progress.notify,
         )
         progress.begin("drawing")
+        from axolotl_ivon.evaluation.report import save
+
         facts = {
             "adapter": adapter,
             "mean_sha256": evaluation.posterior.metadata.get("mean_sha256"),
+            "adapter_tau": number(evaluation.posterior.tau),  # before the grid's
             "base_model": evaluation.base_model,
             "data": list(data),
             "task": evaluation.task,
@@ -85,7 +84,8 @@ def command(
     written = json.loads(files[0].read_text(encoding="utf-8"))
     recommended = {name: written[name] for name in ("tau", "ratio", "objective")}
     document = {"recommended": recommended, "files": [str(path) for path in files], **written}
-    output.finish(document, _promise(result), *files)
+    then = ["ivon-post", "eval", adapter, "--data", "TEST.jsonl", "--recommended", files[0]]
+    output.finish(document, _promise(result), *files, then=then)
 
 
 def _print(result: Sweep) -> None:

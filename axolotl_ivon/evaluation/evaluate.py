@@ -1,5 +1,7 @@
 """Predictions of a posterior on data: base model, mean, averages over draws (arXiv 2506.14280, section 4.1).
 
+Importing this module imports no torch: what a user got wrong is told at once.
+
 The posterior predictive p(y|x) = E_q[p(y|x, θ)] is the average of the probabilities of S draws. Each draw is
 written into the loaded model in place and runs once over the data; draws are shared by all rows (common
 random numbers), so rows that differ in temperature or pruning differ in nothing else.
@@ -15,20 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from ..data.chats import Example, detect_task, find_choices, read_examples
 from ..data.encode import Item, check_tokens, common_length, encode
 from ..errors import IVONError, parameter
 from ..models.load import load_model, load_tokenizer
-from ..models.swap import AdapterSlots, evaluating
-from ..posterior.posterior import Posterior, open_posterior
-from .metrics import Scores, entropy, metrics, standard_errors
-from .predict import Batch, Predictor
+from ..posterior.posterior import Posterior, check_tau, open_posterior
+from ..posterior.prune import check_pruning
+from ..storage.format import find_base_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
+
+    from .metrics import Scores
+    from .predict import Batch
 
 _AVERAGES = 2**28  # probabilities (of all rows together) that are kept at a time: 1 GiB in float32
 _MIN_PREFIX = 8  # a shorter common prefix is not worth its own pass
@@ -50,10 +52,8 @@ class Row:
     base: bool = False
 
     def __post_init__(self) -> None:
-        if not self.tau > 0:
-            raise IVONError(f"tau {self.tau} is not > 0; 1 is the posterior itself, inf the mean")
-        if not 0 <= self.ratio <= 1:
-            raise IVONError(f"ratio {self.ratio} is outside [0, 1]; 0.1 prunes a tenth of the weights")
+        check_tau(self.tau)
+        check_pruning(self.ratio)
 
     @property
     def needs_sigma(self) -> bool:
@@ -90,6 +90,8 @@ class _Average:
 
     def add(self, slots: Tensor, probabilities: Tensor) -> None:
         """Add the next draws' `probabilities` (draws, m, classes) at `slots` (m,)."""
+        from .metrics import entropy
+
         for number, one in enumerate(probabilities, start=self.draws + 1):
             self.mean[slots] += (one - self.mean[slots]) / number
             self.entropy[slots] += (entropy(one) - self.entropy[slots]) / number
@@ -133,6 +135,12 @@ def evaluate(
         IVONError: the model does not fit the posterior, draws cannot be stacked, or one prompt alone is too
             large.
     """
+    import torch
+
+    from ..models.swap import AdapterSlots, evaluating
+    from .metrics import Scores
+    from .predict import Predictor
+
     slots = AdapterSlots(model)
     slots.check(posterior.mean)
     predictor = Predictor(model, task, batch_size, notify)
@@ -246,8 +254,11 @@ class Evaluation:
         load_in: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        begin: Callable[[str], object] = lambda doing: None,
     ) -> None:
         """Read the data, then the adapter, then the base model: a mistake shows before the slower steps.
+
+        torch is imported after all that can be checked without it; `begin` is told what begins then.
 
         `task` is found by default: "classify" if the adapter has a classification head, else what the answers
         look like (`detect_task`). `limit` takes the first examples of each file only.
@@ -258,6 +269,8 @@ class Evaluation:
         examples: list[Example] = []
         self.files: dict[str, range] = {}
         for path in data:
+            if str(path) in self.files:
+                raise IVONError(f"{parameter('data')} {path} is given twice; give each file once")
             more = read_examples(path, limit)
             self.files[str(path)] = range(len(examples), len(examples) + len(more))
             examples += more
@@ -273,8 +286,10 @@ class Evaluation:
             raise IVONError(f"{named} {task}: the adapter {adapter} was trained {trained}; leave {named} out")
         self.task = task
         self.choices = find_choices(examples, choices) if task == "choice" else ()
+        base = find_base_model(self.posterior.config, folder, base_model)
+        begin("loading the base model")
         self.model = load_model(
-            folder, base_model=base_model, classify=task == "classify", load_in=load_in, device=device, dtype=dtype
+            folder, base_model=base, classify=task == "classify", load_in=load_in, device=device, dtype=dtype
         )
         config: Any = self.model.get_base_model().config
         self.base_model = str(config._name_or_path)
@@ -332,6 +347,10 @@ def summarize(
     evaluation: Evaluation, rows: Sequence[Row], scores: Sequence[Scores], samples: int
 ) -> list[dict[str, Any]]:
     """Return the metrics of every file and row, with bootstrap standard errors (`se`): numbers and strings alone."""
+    import torch
+
+    from .metrics import metrics, standard_errors
+
     found = []
     for path, numbers in evaluation.files.items():
         for row, score in zip(rows, scores, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,6 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from ..errors import IVONError, parameter
 from ..figures import BLUE, GREEN, GREY, VERMILION, save_figure
 from ..storage.atomic import new_file, output_folder
 from ..storage.format import write_json
@@ -133,22 +131,6 @@ def reliability(named: Mapping[str, Scores]) -> Figure:
     grid[1][0].set_ylabel("predictions (%)")
     grid[0][0].legend(fontsize=8, loc="upper left")
     return figure
-
-
-def check_output(folder: Path, overwrite: bool = False) -> None:
-    """Raise IVONError if `save` would refuse `folder`: worth asking before the evaluation."""
-    if folder.exists() and not folder.is_dir():
-        raise IVONError(f"{folder} is not a folder; choose another name with {parameter('output')}")
-    if (folder / RECOMMENDED_FILE).exists() and not overwrite:
-        raise IVONError(
-            f"{folder} holds a sweep; choose another name with {parameter('output')}, or overwrite it "
-            f"with {parameter('overwrite')}"
-        )
-    parent = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
-    if not os.access(parent, os.W_OK):
-        raise IVONError(
-            f"{folder} cannot be written (no permission for {parent}); choose another name with {parameter('output')}"
-        )
 
 
 def save(result: Sweep, folder: Path, facts: dict[str, Any]) -> list[Path]:

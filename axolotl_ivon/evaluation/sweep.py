@@ -9,13 +9,16 @@ Importing this module imports no torch: the commands that only read a recommenda
 from __future__ import annotations
 
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError, parameter
+from ..posterior.adapter import UNPRUNED
+from ..storage.atomic import check_outside
 from ..storage.format import read_json
 
 if TYPE_CHECKING:
@@ -27,11 +30,15 @@ OBJECTIVES = {"nll": 1, "ece": 1, "accuracy": -1, "brier": 1}
 RECOMMENDED_FILE = "recommended.json"
 
 
-def read_recommended(path: str | Path) -> tuple[float, float]:
+def read_recommended(path: str | Path, header: Mapping[str, str] | None = None) -> tuple[float, float]:
     """Return (τ, pruning ratio) from the file that `ivon-post sweep` wrote.
 
+    With the `header` of an adapter's ivon_sigma.safetensors they are what makes of this adapter the posterior that was
+    evaluated: it must be the adapter of the sweep, or made of it by `temper` and `prune`, whose τ is not applied twice.
+
     Raises:
-        IVONError: the file cannot be read, is not such a file, or holds a τ ≤ 0 or a ratio outside [0, 1].
+        IVONError: the file cannot be read, is not such a file, holds a τ ≤ 0 or a ratio outside [0, 1], or belongs to
+            another adapter.
     """
     named, fix = parameter("recommended"), "give the recommended.json that `ivon-post sweep` wrote"
     try:
@@ -45,7 +52,27 @@ def read_recommended(path: str | Path) -> tuple[float, float]:
         raise IVONError(f'{named} {path}: tau is {facts["tau"]!r}; it must be a number > 0, or "inf"')
     if not _is_number(ratio) or not 0 <= ratio <= 1:
         raise IVONError(f"{named} {path}: ratio is {facts['ratio']!r}; it must be between 0 and 1")
-    return float(tau), float(ratio)
+    swept = math.inf if facts.get("adapter_tau") == "inf" else facts.get("adapter_tau", 1.0)
+    if not _is_number(swept) or not swept > 0:
+        raise IVONError(f'{named} {path}: adapter_tau is {facts["adapter_tau"]!r}; it must be a number > 0, or "inf"')
+    if header is None:
+        return float(tau), float(ratio)
+    found = facts.get("mean_sha256")
+    if found is not None and found not in (header.get("mean_sha256"), header.get(UNPRUNED)):
+        raise IVONError(
+            f"{named} {path} was chosen for another adapter (mean_sha256 differs); run `ivon-post sweep` on this one, "
+            f"or give {parameter('tau')} and {parameter('ratio')}"
+        )
+    own, pruned = float(header.get("tau", 1)), float(header.get("pruned_ratio", 0))
+    if found is not None and found == header.get(UNPRUNED) and pruned > ratio:
+        raise IVONError(
+            f"{named} {path}: its ratio is {ratio:g}, and {pruned:g} of this adapter are pruned already; use the one "
+            "that was swept"
+        )
+    whole = float(tau) * swept
+    if math.isinf(own) and math.isfinite(whole):
+        raise IVONError(f"{named} {path}: its tau is {whole:g}, and this adapter is the mean alone; use the one swept")
+    return (math.inf if math.isinf(whole) else whole / own), float(ratio)
 
 
 def _is_number(value: Any) -> bool:
@@ -122,6 +149,23 @@ def check_grid(taus: Sequence[float], ratios: Sequence[float]) -> list[Row]:
             "give more values of either"
         )
     return rows
+
+
+def check_output(folder: Path, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Raise IVONError if `report.save` would refuse `folder`: worth asking before the evaluation."""
+    check_outside(folder, inputs)
+    if folder.exists() and not folder.is_dir():
+        raise IVONError(f"{folder} is not a folder; choose another name with {parameter('output')}")
+    if (folder / RECOMMENDED_FILE).exists() and not overwrite:
+        raise IVONError(
+            f"{folder} holds a sweep; choose another name with {parameter('output')}, or overwrite it "
+            f"with {parameter('overwrite')}"
+        )
+    parent = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise IVONError(
+            f"{folder} cannot be written (no permission for {parent}); choose another name with {parameter('output')}"
+        )
 
 
 def sweep(evaluation: Evaluation, rows: Sequence[Row], objective: str = "nll", seed: int = 0, **options: Any) -> Sweep:

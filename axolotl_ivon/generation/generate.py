@@ -12,10 +12,11 @@ from typing import Any
 
 from ..data.chats import read_chats
 from ..data.encode import render
-from ..models.load import base_model_name, load_model, load_tokenizer
+from ..models.load import load_model, load_tokenizer
 from ..posterior.adapter import mean_sha256
 from ..posterior.posterior import Posterior, open_posterior
-from .nbest import NBestFile
+from ..storage.format import find_base_model
+from .nbest import NBestFile, check_file
 from .plan import Engine, Plan
 
 
@@ -83,19 +84,18 @@ def generate(
         from .serve import Ensemble
 
         ensemble = Ensemble(adapter)
-        rendered = render(load_tokenizer(ensemble.tokenizer_folder, base_model or ensemble.base_model), chats)
+        members = ensemble.members(plan)
+        folder, base = Path(ensemble.tokenizer_folder), base_model or ensemble.base_model
         facts: dict[str, Any] = {"engine": "endpoint", "ensemble": ensemble.facts}
         doing = "asking the server for its models"
 
         def start() -> Engine:
-            return EndpointEngine(endpoint, ensemble.members(plan), plan, concurrency=concurrency, timeout=timeout)
+            return EndpointEngine(endpoint, members, plan, concurrency=concurrency, timeout=timeout)
     else:
         posterior = drawn_posterior(adapter, plan, tau, prune_ratio)
         assert posterior.folder is not None
         folder = posterior.folder
-        base = base_model_name(adapter, base_model or posterior.config.get("base_model_name_or_path"))
-        tokenizer = load_tokenizer(folder, base)
-        rendered = render(tokenizer, chats)
+        base = find_base_model(posterior.config, folder, base_model)
         facts = {
             "engine": "transformers",
             "adapter": posterior.metadata.get("mean_sha256") or mean_sha256(posterior.mean),
@@ -113,7 +113,12 @@ def generate(
             model = load_model(folder, base_model=base, load_in=load_in, device=device, dtype=dtype)
             return TransformersEngine(model, tokenizer, posterior, plan, batch_size=batch_size, notify=notify)
 
-    file = NBestFile(output, {**facts, **asdict(plan)}, rendered, overwrite)
+    settings = {**facts, **asdict(plan)}
+    check_file(Path(output), settings, overwrite, filter(Path.is_dir, [Path(adapter)]))
+    begin("loading the tokenizer", 0)  # and torch with it
+    tokenizer = load_tokenizer(folder, base)
+    rendered = render(tokenizer, chats)
+    file = NBestFile(output, settings, rendered, overwrite)
     before, tokens = file.done, 0
     if before == len(rendered):
         return Generated(before, before)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ..auroc import auroc
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 from .nbest import NBest
 from .utilities import Answers, Utility, exact
 
@@ -184,6 +184,15 @@ def mbr(
     score = np.array([choice.disagreement for choice in choices])
     area = float(auroc(score, right[-1] == 0))
     return Decoded(choices, curve, float(np.mean(single)), None if math.isnan(area) else area)
+
+
+def check_output(folder: Path, overwrite: bool = False) -> None:
+    """Raise IVONError if `folder` holds something already: worth asking before the choosing."""
+    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
+        raise IVONError(
+            f"{folder} is there; choose another name with {parameter('output')}, "
+            f"or overwrite it with {parameter('overwrite')}"
+        )
 
 
 def labels(files: Sequence[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -13,9 +13,33 @@ from typing import IO, Any
 from ..data.chats import read_lines
 from ..data.encode import Prompt
 from ..errors import IVONError, parameter
-from ..storage.atomic import new_file
+from ..storage.atomic import check_outside, new_file
 from ..storage.format import read_json, write_json
 from .plan import Output
+
+_FIX = f"choose another {parameter('output')}, or start anew with {parameter('overwrite')}"
+
+
+def check_file(path: Path, settings: Mapping[str, Any], overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Raise IVONError if `NBestFile` would refuse `path` whatever the prompts: worth asking before they are rendered.
+
+    No file is written into one of the folders `inputs`.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise IVONError(f"{parameter('output')} {path}: not a file in an existing folder; choose another name")
+    check_outside(path, inputs)
+    if not path.exists() or overwrite:
+        return
+    if not _settings_path(path).exists():
+        raise IVONError(f"{path} exists and was not made by `ivon-post generate`; {_FIX}")
+    before = read_json(_settings_path(path))
+    for name, value in json.loads(json.dumps(settings)).items():
+        if before.get(name) != value:
+            raise IVONError(f"{path} was made with {name} {before.get(name)!r}, not {value!r}; {_FIX}")
+
+
+def _settings_path(path: Path) -> Path:
+    return path.with_name(path.name + ".settings.json")
 
 
 class NBestFile:
@@ -36,29 +60,18 @@ class NBestFile:
         self, path: str | Path, settings: Mapping[str, Any], prompts: Sequence[Prompt], overwrite: bool = False
     ) -> None:
         self.path = Path(path)
-        self._settings_path = self.path.with_name(self.path.name + ".settings.json")
+        self._settings_path = _settings_path(self.path)
         self._settings = dict(settings)
         self._file: IO[bytes] | None = None
         self._size = 0
         self.done = 0
-        self._fix = f"choose another {parameter('output')}, or start anew with {parameter('overwrite')}"
         self._resumed = self.path.exists() and not overwrite
-        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
-            raise IVONError(f"{parameter('output')} {self.path}: not a file in an existing folder; choose another name")
+        check_file(self.path, self._settings, overwrite)
         if self._resumed:
-            self._compare()
             try:
                 self._read(prompts)
             except OSError as error:
                 raise IVONError(f"{parameter('output')} {self.path}: cannot be read ({error.strerror})") from None
-
-    def _compare(self) -> None:
-        if not self._settings_path.exists():
-            raise IVONError(f"{self.path} exists and was not made by `ivon-post generate`; {self._fix}")
-        before = read_json(self._settings_path)
-        for name, value in json.loads(json.dumps(self._settings)).items():
-            if before.get(name) != value:
-                raise IVONError(f"{self.path} was made with {name} {before.get(name)!r}, not {value!r}; {self._fix}")
 
     def _read(self, prompts: Sequence[Prompt]) -> None:
         with self.path.open("rb") as file:
@@ -74,7 +87,7 @@ class NBestFile:
                 if self.done >= len(prompts) or text != prompts[self.done].text:
                     raise IVONError(
                         f"{self.path}:{self.done + 1} answers another prompt than {parameter('prompts')} has there; "
-                        f"{self._fix}"
+                        f"{_FIX}"
                     )
                 self._size += len(line)
                 self.done += 1

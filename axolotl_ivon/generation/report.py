@@ -10,7 +10,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..errors import IVONError, parameter
 from ..figures import BLUE, GREEN, GREY, VERMILION, save_figure
 from ..storage.atomic import new_file, output_folder
 from .mbr import Decoded, Point
@@ -64,12 +63,3 @@ def save(results: Mapping[str, Decoded], folder: Path) -> list[Path]:
     if curves:
         paths += save_figure(scaling(curves), folder, "accuracy")
     return paths
-
-
-def check_output(folder: Path, overwrite: bool = False) -> None:
-    """Raise IVONError if `folder` holds something already: worth asking before the choosing."""
-    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise IVONError(
-            f"{folder} is there; choose another name with {parameter('output')}, "
-            f"or overwrite it with {parameter('overwrite')}"
-        )

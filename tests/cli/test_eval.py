@@ -90,7 +90,7 @@ def test_a_recommendation_stands_for_tau_and_ratio(adapter: Path, chats: Path, t
     path.write_text('{"tau": 0.5, "ratio": 0.3}')
     same = ["--data", chats, "--samples", 2, "--json", "-q"]
     recommended = run(adapter, *same, "--recommended", path)
-    explicit = run(adapter, *same, "--tau", 0.5, "--prune-ratio", 0.3)
+    explicit = run(adapter, *same, "--tau", 0.5, "--ratio", 0.3)
     assert json.loads(recommended.stdout) == json.loads(explicit.stdout)
     both = json.loads(run(adapter, *same, "--recommended", path, "--tau", 1).stdout)
     assert (both["tau"], both["prune_ratio"]) == (1.0, 0.3)
@@ -110,7 +110,7 @@ def bad_line(folder: Path) -> Path:
         (lambda tmp, adapter, chats: [adapter, "--data", chats, "--choices", "A,C"], "is not one of --choices"),
         (lambda tmp, adapter, chats: [adapter, "--data", chats, "--choices", "A,B,Bx"], "start with the same token"),
         (lambda tmp, adapter, chats: [adapter, "--data", chats, "--tau", "0"], "tau 0.0 is not > 0"),
-        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--prune-ratio", "2"], "ratio 2.0 is outside"),
+        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--ratio", "2"], "ratio 2.0 is outside"),
         (lambda tmp, adapter, chats: [adapter, "--data", chats, "--rows", "mean,median"], "'median' is unknown"),
         (lambda tmp, adapter, chats: [adapter, "--data", chats, "--device", "abacus"], "--device abacus"),
         (

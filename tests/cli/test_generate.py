@@ -83,7 +83,7 @@ def test_pruning_temperature_and_mean_reach_the_engine(
     assert mean == cold
     recommended = tmp_path / "recommended.json"
     recommended.write_text('{"tau": 0.5, "ratio": 0.3}')
-    pruned = texts("pruned", "--tau", 0.5, "--prune-ratio", 0.3)
+    pruned = texts("pruned", "--tau", 0.5, "--ratio", 0.3)
     assert pruned == texts("recommended", "--recommended", recommended)
     assert pruned not in (mean, texts("posterior"), texts("tempered", "--tau", 0.5))
 
@@ -121,7 +121,7 @@ def no_user(folder: Path) -> Path:
         (lambda tmp, adapter, chats: [adapter, "-p", chats, "--top-p", 2], "--top-p 2.0"),
         (lambda tmp, adapter, chats: [adapter, "-p", chats, "--tau", 0], "tau 0.0 is not > 0"),
         (lambda tmp, adapter, chats: [adapter, "-p", chats, "--mean", "--tau", 2], "--tau 2.0: --mean has no"),
-        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--prune-ratio", 2], "ratio 2.0 is outside"),
+        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--ratio", 2], "ratio 2.0 is outside"),
         (lambda tmp, adapter, chats: [adapter, "-p", chats, "--base-model", tmp / "no"], "--base-model"),
         (lambda tmp, adapter, chats: [adapter, "-p", chats, "--max-tokens", 512], "--max-tokens 512, but the model"),
         (lambda tmp, adapter, chats: [adapter, "-p", chats, "-o", chats], "was not made by `ivon-post generate`"),

@@ -13,8 +13,8 @@ from matplotlib.image import imread
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.evaluation.metrics import Scores, metrics
-from axolotl_ivon.evaluation.report import check_output, reliability_bins, save
-from axolotl_ivon.evaluation.sweep import Sweep, read_recommended
+from axolotl_ivon.evaluation.report import reliability_bins, save
+from axolotl_ivon.evaluation.sweep import Sweep, check_output, read_recommended
 
 
 def test_what_is_saved_is_read_back(result: Sweep, tmp_path: Path) -> None:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import write_chats
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.evaluation.evaluate import Evaluation
 from axolotl_ivon.evaluation.metrics import metrics
-from axolotl_ivon.evaluation.sweep import OBJECTIVES, Sweep, best, check_grid, pareto_front, read_recommended, sweep
+from axolotl_ivon.evaluation.sweep import (
+    OBJECTIVES,
+    Sweep,
+    best,
+    check_grid,
+    number,
+    pareto_front,
+    read_recommended,
+    sweep,
+)
 
 TAUS, RATIOS = (0.3, 1.0, math.inf), (0.0, 0.4)
 
@@ -97,3 +108,51 @@ def test_grids_and_data_that_leave_nothing_to_choose(swept: Evaluation, tmp_path
     few = Evaluation(swept.posterior.folder, [write_chats(tmp_path / "few.jsonl", 3)], choices=["A", "B"])
     with pytest.raises(IVONError, match="3 examples cannot be split"):
         sweep(few, check_grid(TAUS, RATIOS))
+
+
+@pytest.fixture
+def recommended(tmp_path: Path) -> Callable[..., Path]:
+    def write(**facts: object) -> Path:
+        path = tmp_path / "recommended.json"
+        path.write_text(json.dumps({"ratio": 0.2, "mean_sha256": "a", **facts}))
+        return path
+
+    return write
+
+
+TAU = st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0, math.inf])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TAU, TAU, TAU)
+def test_an_adapter_ends_at_the_tau_that_was_evaluated(
+    recommended: Callable[..., Path], tau: float, swept: float, own: float
+) -> None:
+    """Whatever τ the adapter of the sweep had, and whatever it has been given since."""
+    path = recommended(tau=number(tau), adapter_tau=number(swept))
+    header = {"mean_sha256": "a", "tau": repr(own)}
+    if math.isinf(own) and math.isfinite(tau * swept):
+        with pytest.raises(IVONError, match="is the mean alone; use the one swept"):
+            read_recommended(path, header)
+        return
+    more, ratio = read_recommended(path, header)
+    assert ratio == 0.2
+    assert own * more == pytest.approx(tau * swept)
+    assert read_recommended(path) == (tau, 0.2)
+
+
+def test_a_recommendation_is_for_its_adapter_alone(recommended: Callable[..., Path]) -> None:
+    path = recommended(tau=2.0)
+    assert read_recommended(path, {"mean_sha256": "a", "tau": "2.0"}) == (1.0, 0.2)
+    pruned = {"mean_sha256": "b", "unpruned_sha256": "a", "pruned_ratio": "0.2"}
+    assert read_recommended(path, pruned) == (2.0, 0.2)
+    with pytest.raises(IVONError, match=r"its ratio is 0\.2, and 0\.3 of this adapter are pruned already"):
+        read_recommended(path, {**pruned, "pruned_ratio": "0.3"})
+    for header in ({"mean_sha256": "c"}, {}):
+        with pytest.raises(IVONError, match=r"was chosen for another adapter \(mean_sha256 differs\)"):
+            read_recommended(path, header)
+    path.write_text('{"tau": 2.0, "ratio": 0.2}')  # by hand, for any adapter
+    assert read_recommended(path, {"mean_sha256": "c"}) == (2.0, 0.2)
+    for wrong in (0, -1, "hot", True):
+        with pytest.raises(IVONError, match="adapter_tau is"):
+            read_recommended(recommended(tau=2.0, adapter_tau=wrong), {"mean_sha256": "a"})
