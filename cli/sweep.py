@@ -42,8 +42,8 @@ def command(
     """Evaluate ADAPTER over a grid of temperatures and pruning ratios, and recommend one point.
 
     The point is chosen on one half of the data and reported on the other. Writes recommended.json, which `eval`,
-    `prune`, `temper` and `sample` take as --recommended, and two pictures (PNG and SVG): accuracy against calibration
-    error over the grid with its Pareto front, and reliability diagrams.
+    `generate`, `prune`, `temper`, `sample` and `merge` take as --recommended, and two pictures (PNG and SVG): accuracy
+    against calibration error over the grid with its Pareto front, and reliability diagrams.
 
     \b
       ivon-post sweep adapter/ --data validation.jsonl --tau 0.5,1,2,inf --ratio 0,0.1,0.2
@@ -70,13 +70,13 @@ def command(
         facts = {
             "adapter": adapter,
             "mean_sha256": evaluation.posterior.metadata.get("mean_sha256"),
-            "adapter_tau": number(evaluation.posterior.tau),  # before the grid's
             "base_model": evaluation.base_model,
             "data": list(data),
             "task": evaluation.task,
             "choices": list(evaluation.choices),
             "samples": run["samples"],
             "seed": run["seed"],
+            "adapter_tau": number(evaluation.posterior.tau),  # which the grid's came on top of
         }
         files = save(result, folder, facts)
     if not output.as_json:

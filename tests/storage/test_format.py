@@ -165,7 +165,7 @@ def test_a_base_model_of_the_hub_keeps_its_name(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert find_base_model({"base_model_name_or_path": "someone/base"}, tmp_path) == "someone/base"
     for named, wrong in (
-        ("nobody/base", "not found on the Hub"),
+        ("nobody/base", "not to be had from the Hub"),
         ("/no/base", "no folder /no/base with a config.json"),
     ):
         with pytest.raises(IVONError, match=rf"the base model {named} cannot be loaded \(.*{wrong}"):
