@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 # The modules of the subcommands, in the order in which `--help` shows them.
-_MODULES = ("info", "prune", "temper", "sample", "merge", "combine", "diff", "eval", "sweep", "generate", "mbr")
+_MODULES = ("info", "prune", "temper", "sample", "merge", "combine", "diff", "eval", "sweep", "generate", "mbr", "card")
 
 
 class _Mistyped(click.ClickException):

@@ -76,6 +76,7 @@ def command(
         "task": evaluation.task,
         "choices": list(evaluation.choices),
         "adapter": adapter,
+        "mean_sha256": evaluation.posterior.metadata.get("mean_sha256"),
         "base_model": evaluation.base_model,
         "samples": run["samples"],
         "tau": "inf" if math.isinf(tau) else tau,

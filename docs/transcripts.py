@@ -40,6 +40,13 @@ COMMANDS = {
         "head -n 1 posterior.jsonl | cut -c 1-300",
     ],
     "mbr": ["ivon-post mbr mean.jsonl posterior.jsonl --answer-regex choice -o chosen", "ls chosen"],
+    "card": [
+        "ivon-post card out",
+        "ivon-post eval out --data test.jsonl --json > eval.json",
+        "ivon-post card out --results eval.json --recommended out-sweep/recommended.json",
+        "sed -n '/## Measured/,$p' out/README.md",
+        "head -n 5 out/.eval_results/ivon-mean.yaml",
+    ],
     "serve": ["ivon-post sample out -n 2 --serve vllm -o served", "cat served/serve.sh"],
     "mistake": ["ivon-post prune --ratio 1.5 out"],
 }

@@ -24,6 +24,7 @@ from ..storage.atomic import new_folder
 from ..storage.dtypes import NUMPY
 from ..storage.format import CONFIG_FILE, MEAN_FILE, SIGMA_FILE, copy_companions, write_json
 from .adapter import Adapter, check_sigma, modules, write_sigma
+from .card import keep_true
 from .combine import combine
 from .prune import pruning_masks
 from .tensors import Progress, Tensors, fingerprint, write_tensors
@@ -269,6 +270,9 @@ class Posterior:
             digests = write_tensors(new / MEAN_FILE, self.mean, self.mean_metadata, progress, hashed=not known)
             known = known or fingerprint(self.mean, digests)
             write_sigma(new / SIGMA_FILE, self.sigma, self.metadata, known, progress)
+            facts = {**self.metadata, "mean_sha256": known}
+            with contextlib.suppress(IVONError):  # a damaged card goes along as it is
+                keep_true(new, facts, self.config, changed=known != self.metadata.get("mean_sha256"))
 
     @classmethod
     def combine(
