@@ -16,7 +16,21 @@ from typing import Any
 import click
 
 # The modules of the subcommands, in the order in which `--help` shows them.
-_MODULES = ("info", "prune", "temper", "sample", "merge", "combine", "diff", "eval", "sweep", "generate", "mbr", "card")
+_MODULES = (
+    "info",
+    "prune",
+    "temper",
+    "sample",
+    "merge",
+    "combine",
+    "diff",
+    "eval",
+    "sweep",
+    "generate",
+    "mbr",
+    "report",
+    "card",
+)
 
 
 class _Mistyped(click.ClickException):

@@ -40,6 +40,10 @@ COMMANDS = {
         "head -n 1 posterior.jsonl | cut -c 1-300",
     ],
     "mbr": ["ivon-post mbr mean.jsonl posterior.jsonl --answer-regex choice -o chosen", "ls chosen"],
+    "report": [
+        "ivon-post report out --data test.jsonl --recommended out-sweep/recommended.json",
+        "ls out-report.html",
+    ],
     "card": [
         "ivon-post card out",
         "ivon-post eval out --data test.jsonl --json > eval.json",

@@ -36,7 +36,7 @@ def trade_off(result: Sweep) -> Figure | str:
         The figure, or in one line why there is nothing to be seen.
     """
     points = result.points
-    errors = [100 * (result.error[name] or 0) for name in ("ece", "accuracy")]
+    errors = [100 * (result.error.get(name) or 0) for name in ("ece", "accuracy")]
     spread = [max(values) - min(values) for values in _coordinates(points)]
     if all(far <= error for far, error in zip(spread, errors, strict=True)):
         return (
@@ -71,8 +71,8 @@ def trade_off(result: Sweep) -> Figure | str:
         *_coordinates([chosen]), xerr=errors[:1], yerr=errors[1:], color=GREEN, linewidth=1, capsize=3, zorder=3.5,
         label="its standard errors",
     )  # fmt: skip
-    examples = len(next(iter(result.reliability.values())).group.unique())
-    axes.set_title(f"n = {examples:,} examples", fontsize=9)
+    for scores in list(result.reliability.values())[:1]:
+        axes.set_title(f"n = {len(scores.group.unique()):,} examples", fontsize=9)
     axes.set_xlabel("expected calibration error (%), 10 bins")
     axes.set_ylabel("accuracy (%)")
     axes.margins(0.1)

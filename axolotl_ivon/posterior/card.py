@@ -35,7 +35,7 @@ _FRONT = re.compile(r"\A(\s*---[\r\n]+)([\s\S]*?)([\r\n]+---(?:\r\n|\n|\Z))")
 _SECTION = re.compile(r"<!-- ivon: begin[^>]*-->[\s\S]*?<!-- ivon: end -->\n?")
 _RESULTS = re.compile(r"<!-- ivon results: begin ([^>]*)-->[\s\S]*?<!-- ivon results: end -->\n?")
 # Fact of the header -> what the card calls it.
-_FACTS = {
+FACTS = {
     "ess": "effective sample size λ",
     "gamma": "γ, of λ = γ·√N",
     "train_size": "training examples N",
@@ -52,8 +52,8 @@ _FACTS = {
     "pruned_ratio": "share of weights pruned",
     "combined": "combined",
 }
-# Metric of a row -> heading and how it is written.
-_COLUMNS: dict[str, tuple[str, int, int]] = {  # heading, factor, digits
+# Metric of a row -> its heading, and the factor and digits with which it is written.
+COLUMNS: dict[str, tuple[str, int, int]] = {
     "accuracy": ("accuracy, %", 100, 1),
     "ece": ("ECE, %", 100, 1),
     "nll": ("NLL", 1, 3),
@@ -92,18 +92,18 @@ def _cell(value: object) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#!~])", r"\\\1", printable(str(value)))
 
 
-def _figure(value: str) -> str:
-    """Return a fact of the header, a number with few digits."""
+def fact(value: str, escape: bool = True) -> str:
+    """Return a fact of the header, a number with few digits; for Markdown, or else as it is."""
     try:
         number = float(value)
     except ValueError:
-        return _cell(value)
+        return _cell(value) if escape else value
     return f"{number:,.6g}" if number >= 1000 else f"{number:g}"
 
 
 def section(metadata: Mapping[str, str], config: Mapping[str, Any]) -> str:
     """Return what the card says of a posterior, from the header of its σ and its adapter_config.json."""
-    rows = [(told, _figure(metadata[name])) for name, told in _FACTS.items() if metadata.get(name)]
+    rows = [(told, fact(metadata[name])) for name, told in FACTS.items() if metadata.get(name)]
     rows = [("base model", _cell(PurePath(str(config.get("base_model_name_or_path"))).name)), *rows]
     lines = [
         "<!-- ivon: begin; `ivon-post card` replaces what lies between these marks -->",
@@ -149,7 +149,7 @@ def _limits(metadata: Mapping[str, str]) -> list[str]:
 
 def _identity(metadata: Mapping[str, str]) -> str:
     """Return what tells a posterior from others: results belong to it."""
-    facts = {name: metadata.get(name) for name in ("mean_sha256", *_FACTS)}
+    facts = {name: metadata.get(name) for name in ("mean_sha256", *FACTS)}
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -296,14 +296,14 @@ def add_results(
     parts: list[str] = []
     entries: list[Any] = []
     if results is not None:
-        facts = _checked(results, "results", "rows", "`ivon-post eval --json`", adapter[0])
+        facts = read_of_adapter(results, "results", "rows", "`ivon-post eval --json`", adapter[0])
         rows = _rows(results, facts)
         ids = _dataset_ids(rows, datasets)
         parts += _table(rows, facts)
         entries = _model_index(rows, facts, ids)
         written = _entries(rows, facts, ids)
     if recommended is not None:
-        found = _checked(recommended, "recommended", "tau", "`ivon-post sweep`", adapter[0])
+        found = read_of_adapter(recommended, "recommended", "tau", "`ivon-post sweep`", adapter[0])
         parts += ["", *_recommendation(found)]
     if parts:
         begin, end = f"<!-- ivon results: begin {_identity(adapter[0])} -->", "<!-- ivon results: end -->"
@@ -337,8 +337,12 @@ def _posterior(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return adapter.metadata, adapter.config
 
 
-def _checked(path: Path, name: str, key: str, whence: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the JSON object in `path` if it is of this adapter."""
+def read_of_adapter(path: Path, name: str, key: str, whence: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the JSON object in `path`, which the parameter `name` gave, if it has `key` and is of this adapter.
+
+    Raises:
+        IVONError: it cannot be read, is no such file, or is another adapter's.
+    """
     told = f"{parameter(name)} {path}"
     try:
         facts = read_json(path)
@@ -377,7 +381,7 @@ def _dataset_ids(rows: Sequence[Mapping[str, Any]], datasets: Sequence[str]) -> 
     return dict(zip(files, datasets or [PurePath(file).stem for file in files], strict=True))
 
 
-def _measured(value: Any, error: Any, factor: int, digits: int) -> str:
+def measured(value: Any, error: Any, factor: int, digits: int) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return "–"
     told = f"{factor * value:.{digits}f}"
@@ -397,7 +401,7 @@ def _table(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[
     task = facts.get("task")
     columns = {
         metric: how
-        for metric, how in _COLUMNS.items()
+        for metric, how in COLUMNS.items()
         if any(row.get(metric) is not None for row in rows) and (metric != "perplexity" or task == "generate")
     }
     lines = [
@@ -411,7 +415,7 @@ def _table(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[
     for row in rows:
         data = f"{_cell(PurePath(str(row['data'])).name)} ({_cell(row.get('examples', '?'))})"
         errors = _mapping(row.get("se"))
-        cells = [_measured(row.get(m), errors.get(m), factor, digits) for m, (_, factor, digits) in columns.items()]
+        cells = [measured(row.get(m), errors.get(m), factor, digits) for m, (_, factor, digits) in columns.items()]
         lines.append(f"| {data if data != before else ''} | {_cell(row['name'])} | " + " | ".join(cells) + " |")
         before = data
     return lines
@@ -423,9 +427,9 @@ def _recommendation(facts: Mapping[str, Any]) -> list[str]:
     told = _mapping(facts.get("reported_on"))
     errors = _mapping(told.get("se"))
     figures = [
-        f"{heading.removesuffix(', %')} {_measured(told[metric], errors.get(metric), factor, digits)}"
+        f"{heading.removesuffix(', %')} {measured(told[metric], errors.get(metric), factor, digits)}"
         f"{' %' * heading.endswith('%')}"
-        for metric, (heading, factor, digits) in _COLUMNS.items()
+        for metric, (heading, factor, digits) in COLUMNS.items()
         if metric in ("accuracy", "ece", "nll") and metric in told
     ]
     lines = [
@@ -434,14 +438,14 @@ def _recommendation(facts: Mapping[str, Any]) -> list[str]:
         + (f"; on the other half {', '.join(figures)}." if figures else "."),
     ]
     if facts.get("temperature") is not None:
-        lines[0] += f" The output is scaled by the temperature {_measured(facts['temperature'], None, 1, 3)}."
+        lines[0] += f" The output is scaled by the temperature {measured(facts['temperature'], None, 1, 3)}."
     if facts.get("threshold") is not None:
         lines += [
             "",
-            f"Answer where the confidence is at least {_measured(facts['threshold'], None, 1, 3)}, and hand over "
-            f"otherwise: then at most {_measured(facts.get('risk'), None, 100, 1)} % of the answers are wrong, "
-            f"promised with confidence {_measured(facts.get('confidence'), None, 100, 0)} % for data like that; it "
-            f"answers {_measured(facts.get('coverage'), None, 100, 1)} %.",
+            f"Answer where the confidence is at least {measured(facts['threshold'], None, 1, 3)}, and hand over "
+            f"otherwise: then at most {measured(facts.get('risk'), None, 100, 1)} % of the answers are wrong, "
+            f"promised with confidence {measured(facts.get('confidence'), None, 100, 0)} % for data like that; it "
+            f"answers {measured(facts.get('coverage'), None, 100, 1)} %.",
         ]
     return lines
 
