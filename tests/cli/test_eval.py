@@ -17,6 +17,7 @@ from ivon_post import cli
 
 ROWS = ["base", "mean", "mean-pruned", "posterior", "posterior-pruned"]
 METRICS = {"accuracy", "ece", "ece15", "nll", "brier", "auroc", "entropy", "expected_entropy", "mutual_information"}
+METRICS |= {"aurc", "augrc", "cov_at_5risk", "risk_at_80cov", "aece"}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,8 @@ def test_json_holds_what_the_library_finds(adapter: Path, chats: Path, tmp_path:
     for row, score in zip(found["rows"], evaluation.run(rows, samples=3), strict=False):
         expected = metrics(score.of_groups(torch.tensor(evaluation.files[str(chats)])))
         assert {name: row[name] for name in expected} == expected
-        assert row["se"].keys() >= METRICS
+        assert expected.keys() >= METRICS
+        assert row["se"].keys() == expected.keys()
         assert row["examples"] == 12
 
 
