@@ -124,7 +124,7 @@ class Abstention:
             )
         line = f"no threshold can promise {promise}, from {self.examples} examples"
         if self.needed is None:
-            return f"{line}: even the surest answers are wrong too often; allow more errors with {parameter('risk')}"
+            return f"{line}; even the surest answers are wrong too often: allow more"
         return f"{line}: about {math.ceil(self.needed / share)} would, {self.needed} of them for this test"
 
 
@@ -183,7 +183,23 @@ def find_threshold(
         if rate < risk:
             answers = max(least_answers(risk, confidence), _answers_for(rate, risk, confidence))
             needs.append(math.ceil(answers * (len(scores) + len(guide_scores)) / answered))
+    if len(scores) + len(guide_scores) < 1 / risk:  # nobody knows any rate
+        needs.append(least_answers(risk, confidence))
     return replace(found, needed=min(needs, default=None))
+
+
+def certify(scores: np.ndarray, correct: np.ndarray, risk: float, confidence: float, seed: int = 0) -> Abstention:
+    """Return `find_threshold` on a random half of the examples, with the other half, drawn by `seed`, for its guide.
+
+    Raises:
+        IVONError: fewer than 4 examples, or as `find_threshold` does.
+    """
+    check_risk(risk, confidence)
+    if len(scores) < 4:
+        raise IVONError(f"{parameter('risk')}: {len(scores)} examples cannot be split in two halves; give more")
+    order = np.random.default_rng(seed).permutation(len(scores))
+    guide, test = order[: len(order) // 2], order[len(order) // 2 :]
+    return find_threshold(scores[test], correct[test], scores[guide], correct[guide], risk=risk, confidence=confidence)
 
 
 def _answers_for(rate: float, risk: float, confidence: float) -> float:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError, parameter
-from ..storage.format import read_json
+from ..storage.atomic import new_file
+from ..storage.format import read_json, write_json
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation, Row
@@ -46,6 +47,55 @@ def read_recommended(path: str | Path) -> tuple[float, float]:
     if not _is_number(ratio) or not 0 <= ratio <= 1:
         raise IVONError(f"{named} {path}: ratio is {facts['ratio']!r}; it must be between 0 and 1")
     return float(tau), float(ratio)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a recommendation says of the averaged prediction: how to scale it, and from where on to answer.
+
+    Attributes:
+        temperature: its log-probabilities are divided by this.
+        threshold: answer where the confidence is at least this; None: always.
+        score: what that confidence is: "probability" of the likeliest class, or "agreement" of the outputs of `mbr`.
+        mean_sha256: the adapter that it was found with.
+    """
+
+    temperature: float = 1.0
+    threshold: float | None = None
+    score: str = "probability"
+    mean_sha256: str | None = None
+
+
+def read_decision(path: str | Path) -> Decision:
+    """Return what else than τ and ratio the file of `read_recommended` says.
+
+    Raises:
+        IVONError: as `read_recommended` does; a temperature ≤ 0, or a threshold outside [0, 1].
+    """
+    read_recommended(path)
+    named, facts = parameter("recommended"), read_json(Path(path))
+    temperature, threshold = facts.get("temperature", 1.0), facts.get("threshold")
+    if not _is_number(temperature) or not temperature > 0:
+        raise IVONError(f"{named} {path}: temperature is {temperature!r}; it must be a number > 0")
+    if threshold is not None and not (_is_number(threshold) and 0 <= threshold <= 1):
+        raise IVONError(f"{named} {path}: threshold is {threshold!r}; it must be between 0 and 1")
+    return Decision(
+        float(temperature),
+        None if threshold is None else float(threshold),
+        str(facts.get("score", "probability")),
+        facts.get("mean_sha256"),
+    )
+
+
+def write_recommended(folder: Path, facts: Mapping[str, Any]) -> Path:
+    """Write recommended.json with `facts` into a folder that is there, and return its path.
+
+    Raises:
+        IVONError: it cannot be written.
+    """
+    with new_file(folder / RECOMMENDED_FILE) as temporary:
+        write_json(temporary, facts)
+    return folder / RECOMMENDED_FILE
 
 
 def _is_number(value: Any) -> bool:

@@ -16,6 +16,7 @@ from axolotl_ivon.evaluation.abstain import (
     Abstention,
     allowed_errors,
     binomial_cdf,
+    certify,
     check_risk,
     find_threshold,
     least_answers,
@@ -156,6 +157,19 @@ def test_what_is_needed_is_told_and_is_enough() -> None:
     assert few.document()["coverage"] is None
     assert f"about {2 * few.needed} would, {few.needed} of them for this test" in few.told(share=0.5)
     assert np.mean([split(few.needed).threshold is not None for _ in range(40)]) > 0.6
+
+
+def test_from_very_few_the_least_number_is_told() -> None:
+    few = find_threshold(np.full(3, 0.9), np.ones(3), np.full(3, 0.9), np.ones(3), risk=0.05)
+    assert (few.threshold, few.needed) == (None, 45)
+    with pytest.raises(IVONError, match="3 examples cannot be split in two halves"):
+        certify(np.full(3, 0.9), np.ones(3), 0.05, 0.9)
+
+
+def test_halves_share_nothing() -> None:
+    # Half of the examples say that all is well, and are no part of the test: it counts each example at most once.
+    found = certify(np.full(101, 0.9), np.ones(101), 0.05, 0.9)
+    assert (found.examples, found.answered, found.threshold) == (51, 51, 0.0)
 
 
 def test_no_number_is_enough_where_the_surest_are_wrong_too_often() -> None:

@@ -14,7 +14,17 @@ from tiny import write_chats
 from axolotl_ivon import IVONError
 from axolotl_ivon.evaluation.evaluate import Evaluation
 from axolotl_ivon.evaluation.metrics import metrics
-from axolotl_ivon.evaluation.sweep import OBJECTIVES, Sweep, best, check_grid, pareto_front, read_recommended, sweep
+from axolotl_ivon.evaluation.sweep import (
+    OBJECTIVES,
+    Decision,
+    Sweep,
+    best,
+    check_grid,
+    pareto_front,
+    read_decision,
+    read_recommended,
+    sweep,
+)
 
 TAUS, RATIOS = (0.3, 1.0, math.inf), (0.0, 0.4)
 
@@ -87,6 +97,23 @@ def test_a_recommendation_that_is_none_is_refused(tmp_path: Path, text: str, mes
     assert str(path) in str(caught.value)
     with pytest.raises(IVONError, match="cannot be read"):
         read_recommended(tmp_path)
+
+
+def test_what_a_recommendation_decides_is_read_and_checked(tmp_path: Path) -> None:
+    path = tmp_path / "recommended.json"
+    path.write_text('{"tau": 1, "ratio": 0}')
+    assert read_decision(path) == Decision()
+    path.write_text(
+        '{"tau": 1, "ratio": 0, "temperature": 2, "threshold": 0.5, "score": "agreement", "mean_sha256": "a"}'
+    )
+    assert read_decision(path) == Decision(2.0, 0.5, "agreement", "a")
+    for key, value in (("temperature", "0"), ("temperature", '"hot"'), ("threshold", "1.5"), ("threshold", "true")):
+        path.write_text(f'{{"tau": 1, "ratio": 0, "{key}": {value}}}')
+        with pytest.raises(IVONError, match=rf"recommended .*recommended.json: {key} is .*; it must be"):
+            read_decision(path)
+    path.write_text('{"threshold": 0.5}')
+    with pytest.raises(IVONError, match="no `tau` and `ratio`"):
+        read_decision(path)
 
 
 def test_grids_and_data_that_leave_nothing_to_choose(swept: Evaluation, tmp_path: Path) -> None:
