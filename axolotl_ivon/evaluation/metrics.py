@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,13 +80,19 @@ class Scores:
     @classmethod
     def concatenate(cls, parts: Sequence[Scores]) -> Scores:
         """Join scores end to end."""
-        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)}
-        return cls(**{name: None if found[0] is None else torch.cat(found) for name, found in columns.items()})
+        columns: dict[str, Any] = {}
+        for field in fields(cls):
+            found = [getattr(part, field.name) for part in parts]
+            columns[field.name] = None if found[0] is None else torch.cat(found)
+        return cls(**columns)
 
     def where(self, chosen: Tensor) -> Scores:
         """Return the scores at `chosen`: places, or a mask (n,)."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Scores(**{name: None if found is None else found[chosen] for name, found in columns.items()})
+        columns: dict[str, Any] = {}
+        for field in fields(self):
+            column = getattr(self, field.name)
+            columns[field.name] = None if column is None else column[chosen]
+        return Scores(**columns)
 
     def of_groups(self, groups: Tensor) -> Scores:
         """Return the scores of the examples numbered in `groups` only."""
