@@ -22,37 +22,27 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import IVONError, parameter
 
+if TYPE_CHECKING:
+    from .metrics import Scores
+
 _GRID = 50  # thresholds
 _POWER = 0.8  # of the test with the number of examples that is asked for
 
 
-def binomial_cdf(most: int, trials: int, probability: float) -> float:
-    """Return P(Binomial(trials, probability) ≤ most), exact up to rounding, for a probability in [0, 1)."""
-    if most >= trials or not probability:
-        return float(most >= 0)
-    if most < 0:
-        return 0.0
-    k = np.arange(most)
-    odds = math.log(probability) - math.log1p(-probability)
-    steps = np.log((trials - k) / (k + 1)) + odds
-    return float(np.exp(trials * math.log1p(-probability) + np.concatenate([[0.0], steps.cumsum()])).sum())
-
-
 def upper_bound(errors: int, answered: int, confidence: float) -> float:
     """Return the upper confidence bound of Clopper and Pearson on an error rate, one-sided; 1 without answers."""
-    low, high = errors / answered if answered else 1.0, 1.0
-    while high - low > 1e-12:
-        middle = (low + high) / 2
-        low, high = (middle, high) if binomial_cdf(errors, answered, middle) > 1 - confidence else (low, middle)
-    return high
+    from scipy.special import bdtri
+
+    return 1.0 if errors >= answered else float(bdtri(errors, answered, 1 - confidence))
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -61,10 +51,13 @@ def allowed_errors(answered: int, risk: float, confidence: float) -> int:
 
     The largest k that is rare enough if the risk is `risk`: P(Binomial(answered, risk) ≤ k) ≤ 1 − confidence.
     """
+    from scipy.special import bdtr
+
     low, high = -1, answered
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if binomial_cdf(middle, answered, risk) <= 1 - confidence else (low, middle)
+        # Rounding must not make the level 1 − confidence stricter than it is: 1 − 0.9 is below 0.1.
+        low, high = (middle, high) if bdtr(middle, answered, risk) <= 1 - confidence + 1e-12 else (low, middle)
     return low
 
 
@@ -153,19 +146,20 @@ def find_threshold(
     Raises:
         IVONError: risk or confidence is outside (0, 1).
     """
+    from scipy.special import bdtr
+
     check_risk(risk, confidence)
     # Values that are there: confidences may be few and tied. The last threshold answers everything.
     quantiles = np.quantile(guide_scores, np.linspace(0, 1, _GRID + 1), method="lower")
     grid = np.append(np.unique(quantiles)[::-1], 0.0)
 
-    def power(answers: int, rate: float) -> float:
-        return binomial_cdf(allowed_errors(answers, risk, confidence), answers, rate)
-
-    share = len(scores) / len(guide_scores)
-    expected = [
-        power(round(share * answered), (errors + 0.5) / (answered + 1)) if answered else 0.0
-        for answered, errors in _counts(guide_scores, guide_correct, grid)
-    ]
+    counts = np.array(_counts(guide_scores, guide_correct, grid))
+    answers = np.rint(len(scores) / len(guide_scores) * counts[:, 0]).astype(int)
+    allowed = np.array([allowed_errors(int(n), risk, confidence) for n in answers])
+    # The probability of a rejection, were the guide's error rates true.
+    expected = np.where(
+        allowed < 0, 0, bdtr(np.maximum(allowed, 0), answers, (counts[:, 1] + 0.5) / (counts[:, 0] + 1))
+    )
     start = int(np.argmax(expected))
     found = Abstention(risk, confidence, None, len(scores))
     for threshold, (answered, errors) in zip(grid[start:], _counts(scores, correct, grid[start:]), strict=True):
@@ -200,6 +194,46 @@ def certify(scores: np.ndarray, correct: np.ndarray, risk: float, confidence: fl
     order = np.random.default_rng(seed).permutation(len(scores))
     guide, test = order[: len(order) // 2], order[len(order) // 2 :]
     return find_threshold(scores[test], correct[test], scores[guide], correct[guide], risk=risk, confidence=confidence)
+
+
+def with_answered(
+    rows: Sequence[Mapping[str, Any]], name: str, files: Mapping[str, range], scores: Scores, threshold: float
+) -> list[Mapping[str, Any]]:
+    """Return the rows of `evaluate.summarize` with one more for each file: what is answered of row `name`.
+
+    It is named "NAME, answered", comes after the file's others, and has the metrics of the answered examples, their
+    standard errors (None where none is answered), and their number as `examples`; also `coverage`, `threshold`, and
+    `error_bound`: with 95 % confidence no more of such answers are wrong.
+
+    Args:
+        files: the numbers of each file's examples.
+        scores: those of row `name`, on all files.
+    """
+    import torch
+
+    from .metrics import metrics, standard_errors
+
+    found: list[Mapping[str, Any]] = []
+    for path, numbers in files.items():
+        own = [row for row in rows if row["data"] == path]
+        whole = scores.of_groups(torch.tensor(numbers))
+        part = whole.where(whole.confidence >= threshold)
+        count = len(part.group)
+        empty: dict[str, None] = dict.fromkeys(metrics(whole))
+        answered = {
+            "name": f"{name}, answered",
+            "data": path,
+            "examples": count,
+            "predictions": count,
+            "samples": next(row["samples"] for row in own if row["name"] == name),
+            "coverage": count / len(whole.group),
+            "threshold": threshold,
+            "error_bound": upper_bound(int((1 - part.correct).sum()), count, 0.95),
+            **(metrics(part) if count else empty),
+            "se": standard_errors(part) if count else empty,
+        }
+        found += [*own, answered]
+    return found
 
 
 def _answers_for(rate: float, risk: float, confidence: float) -> float:

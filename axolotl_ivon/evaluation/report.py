@@ -18,10 +18,9 @@ from matplotlib.transforms import Bbox
 
 from ..errors import IVONError, parameter
 from ..figures import BLUE, GREEN, GREY, VERMILION, save_figure
-from ..storage.atomic import new_file, output_folder
-from ..storage.format import write_json
+from ..storage.atomic import output_folder
 from .metrics import ECE_BINS, Scores, metrics
-from .sweep import RECOMMENDED_FILE, GridPoint, Sweep, number
+from .sweep import RECOMMENDED_FILE, GridPoint, Sweep, number, write_recommended
 
 
 def trade_off(result: Sweep) -> Figure:
@@ -50,7 +49,7 @@ def trade_off(result: Sweep) -> Figure:
         *_coordinates(front), "--o", color="black", linewidth=0.8, markersize=11, markerfacecolor="none", zorder=2,
         label="Pareto front",
     )  # fmt: skip
-    chosen = points[result.recommended]
+    chosen = result.recommended
     axes.scatter(
         *_coordinates([chosen]), marker="*", s=220, color=GREEN, edgecolor="black", linewidth=0.6, zorder=4,
         label=f"recommended by {result.objective}: τ {_tau_text(chosen.tau)}, ratio {chosen.ratio:g}",
@@ -163,19 +162,24 @@ def save(result: Sweep, folder: Path, facts: dict[str, Any]) -> list[Path]:
     output_folder(folder)
     pictures = {"trade-off": trade_off(result), "reliability": reliability(result.reliability)}
     paths = [path for name, picture in pictures.items() for path in save_figure(picture, folder, name)]
-    point, mean = result.points[result.recommended], result.find(math.inf, 0.0)
-    with new_file(folder / RECOMMENDED_FILE) as temporary:
-        write_json(
-            temporary,
-            {
-                "tau": number(point.tau),
-                "ratio": point.ratio,
-                "objective": result.objective,
-                **facts,
-                "chosen_on": point.chosen_on,
-                "reported_on": {**point.reported_on, "se": result.error},
-                "mean_reported_on": mean.reported_on if mean else None,
-                "grid": [{**asdict(point), "tau": number(point.tau)} for point in result.points],
-            },
-        )
-    return [folder / RECOMMENDED_FILE, *paths]
+    point = result.recommended
+    document = {
+        "tau": number(point.tau),
+        "ratio": point.ratio,
+        "temperature": point.temperature,
+        "objective": result.objective,
+        "score": "probability",
+        **(result.abstention.document() if result.abstention else {}),
+        **facts,
+        "examples": dict(zip(("chosen_on", "reported_on"), result.examples, strict=True)),
+        "chosen_on": point.chosen_on,
+        "reported_on": {**point.reported_on, "se": result.error},
+        "mean_reported_on": result.mean.reported_on,
+        "verdict": asdict(result.verdict),
+        **{
+            name: [{**asdict(point), "tau": number(point.tau)} for point in points]
+            for name, points in {"best": [result.best], "grid": result.points, "scaled": result.scaled}.items()
+        },
+    }
+    document["best"] = document["best"][0]
+    return [write_recommended(folder, document), *paths]

@@ -20,7 +20,7 @@ from axolotl_ivon.evaluation.sweep import Sweep, read_recommended
 def test_what_is_saved_is_read_back(result: Sweep, tmp_path: Path) -> None:
     files = save(result, tmp_path / "a" / "out", {"adapter": "x"})
     assert {path.name for path in files} == {path.name for path in (tmp_path / "a" / "out").iterdir()}
-    chosen = result.points[result.recommended]
+    chosen = result.recommended
     assert read_recommended(files[0]) == (chosen.tau, chosen.ratio)
     written = json.loads(files[0].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert written["adapter"] == "x"
