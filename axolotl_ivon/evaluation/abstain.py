@@ -175,8 +175,8 @@ def find_threshold(
     ):
         rate = (errors + 0.5) / (answered + 1)
         if rate < risk:
-            answers = max(least_answers(risk, confidence), _answers_for(rate, risk, confidence))
-            needs.append(math.ceil(answers * (len(scores) + len(guide_scores)) / answered))
+            wanted = max(least_answers(risk, confidence), _answers_for(rate, risk, confidence))
+            needs.append(math.ceil(wanted * (len(scores) + len(guide_scores)) / answered))
     if len(scores) + len(guide_scores) < 1 / risk:  # nobody knows any rate
         needs.append(least_answers(risk, confidence))
     return replace(found, needed=min(needs, default=None))
@@ -197,8 +197,8 @@ def certify(scores: np.ndarray, correct: np.ndarray, risk: float, confidence: fl
 
 
 def with_answered(
-    rows: Sequence[Mapping[str, Any]], name: str, files: Mapping[str, range], scores: Scores, threshold: float
-) -> list[Mapping[str, Any]]:
+    rows: Sequence[dict[str, Any]], name: str, files: Mapping[str, range], scores: Scores, threshold: float
+) -> list[dict[str, Any]]:
     """Return the rows of `evaluate.summarize` with one more for each file: what is answered of row `name`.
 
     It is named "NAME, answered", comes after the file's others, and has the metrics of the answered examples, their
@@ -213,7 +213,7 @@ def with_answered(
 
     from .metrics import metrics, standard_errors
 
-    found: list[Mapping[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for path, numbers in files.items():
         own = [row for row in rows if row["data"] == path]
         whole = scores.of_groups(torch.tensor(numbers))

@@ -333,8 +333,8 @@ class _Candidate:
     ) -> _Candidate:
         from .metrics import metrics
 
-        parts = [metrics(scores.of_groups(part)) for part in (choose, report)]
-        return cls(GridPoint(row.tau, row.ratio, *parts, front=False, temperature=temperature), scores)
+        chosen_on, reported_on = (metrics(scores.of_groups(part)) for part in (choose, report))
+        return cls(GridPoint(row.tau, row.ratio, chosen_on, reported_on, False, temperature), scores)
 
     @property
     def is_mean(self) -> bool:
