@@ -93,7 +93,7 @@ def command(
             "samples": run["samples"],
             "seed": run["seed"],
         }
-        files = save(result, folder, facts)
+        files = save(result, folder, facts, progress.notify)
     if not output.as_json:
         _print(result)
     written = json.loads(files[0].read_text(encoding="utf-8"))

@@ -32,7 +32,8 @@ def test_a_sweep_writes_what_eval_takes(adapter: Path, chats: Path, tmp_path: Pa
     grid = ["--data", chats, "--tau", "0.2,1", "--tau", "inf", "--ratio", "0,0.5", "--samples", 2, "-o", out]
     result = run(adapter, *grid)
     assert result.exit_code == 0, result.output
-    names = ["recommended.json", "reliability.png", "reliability.svg", "trade-off.png", "trade-off.svg"]
+    assert "no reliability diagram" in result.stderr  # a handful of examples fill no two bins
+    names = ["recommended.json", "trade-off.png", "trade-off.svg"]
     assert sorted(path.name for path in out.iterdir()) == names
     for name in names:
         assert str(out / name) in result.stdout
@@ -72,7 +73,7 @@ def test_json_and_nothing_else(adapter: Path, chats: Path, tmp_path: Path) -> No
     )
     found = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert result.stderr == ""
-    assert len(found["files"]) == 5
+    assert sorted(found["files"]) == sorted(str(path) for path in (tmp_path / "o").iterdir())
     assert found["tau"] in (1.0, "inf")
     assert found["mean_reported_on"] == found["grid"][1]["reported_on"]
     assert found["verdict"]["outcome"] == "too few examples"
