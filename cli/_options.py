@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -14,6 +14,9 @@ from axolotl_ivon.models import DTYPES
 
 from ._progress import Progress
 from ._tables import emit
+
+if TYPE_CHECKING:
+    from axolotl_ivon.evaluation.sweep import Decision
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -108,6 +111,13 @@ class Point:
 
             tau, ratio = read_recommended(self.recommended)
         return tau if self.tau is None else self.tau, ratio if self.prune_ratio is None else self.prune_ratio
+
+
+def decision(recommended: str | None) -> Decision:
+    """Return the output temperature, and the threshold to abstain below, of a recommendation: without one, neither."""
+    from axolotl_ivon.evaluation.sweep import Decision, read_decision
+
+    return read_decision(recommended) if recommended else Decision()
 
 
 def add_all(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -209,6 +219,28 @@ def point_options(tau: str, ratio: str, *also: str) -> Callable[[Command], Comma
         recommended_option("τ and the ratio"),
         as_one("point", Point, "recommended", "tau", "prune_ratio"),
     )
+
+
+def risk_options(where: str) -> Callable[[Command], Command]:
+    """Add --risk, whose promise is found `where`, and --confidence."""
+    return add_all(
+        click.option(
+            "--risk",
+            type=float,
+            help="Find the confidence below which to abstain, so that at most this share of the answers is wrong: "
+            f"{where}.",
+        ),
+        click.option("--confidence", type=float, default=0.9, show_default=True, help="Of what --risk promises."),
+    )
+
+
+answer_option = click.option(
+    "--answer-regex",
+    "-a",
+    metavar="REGEX",
+    help="The answer in a text: gsm8k (#### 7), boxed (\\boxed{7}), choice (a capital letter alone), or a regular "
+    "expression, whose first group it is; the last match counts.  [default: the whole text]",
+)
 
 
 def criterion_option(text: str) -> Callable[[Command], Command]:

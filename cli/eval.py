@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import Output, Point, evaluation_options, output_as_one, point_options
-from ._progress import silence_libraries
+from ._options import Output, Point, decision, evaluation_options, output_as_one, point_options
+from ._progress import Progress, silence_libraries
 from ._tables import decimal, emit, file_names, is_wide, percent, print_table
+
+if TYPE_CHECKING:
+    from axolotl_ivon.evaluation.evaluate import Evaluation
+    from axolotl_ivon.evaluation.metrics import Scores
+    from axolotl_ivon.evaluation.sweep import Decision
 
 _ROWS = "base,mean,mean-pruned,posterior,posterior-pruned"
 # Heading -> (metric, how it is written, whether its standard error is shown).
@@ -89,7 +94,8 @@ def command(
       cov@5       the largest share that can be answered with at most 5 % errors
       risk@80     the share of errors among the 80 % most confident
     \b
-    and the differences to the mean and the base model, paired, with a verdict.
+    and the differences to the mean and the base model, paired, with a verdict. A threshold in --recommended adds a row
+    for what is answered with it.
 
     \b
       ivon-post eval adapter/ --data held-out.jsonl --data shifted.jsonl
@@ -102,6 +108,7 @@ def command(
         from axolotl_ivon.evaluation.compare import verdicts
         from axolotl_ivon.evaluation.evaluate import (
             Evaluation,
+            Row,
             calibrated_rows,
             choose_rows,
             count_passes,
@@ -109,8 +116,12 @@ def command(
         )
         from axolotl_ivon.evaluation.examples import check_output, save
         from axolotl_ivon.evaluation.ood import detect
+        from axolotl_ivon.evaluation.sweep import Decision
 
         chosen = choose_rows(rows.split(","), tau, prune_ratio)
+        decided = decision(point.recommended)
+        if decided != Decision(mean_sha256=decided.mean_sha256):
+            chosen.append(Row("recommended", tau, prune_ratio, temperature=decided.temperature))
         scaled = calibrated_rows(chosen) if calibrate else []
         written = Path(output.output) if output.output else None
         if written:
@@ -136,6 +147,9 @@ def command(
             save(written, evaluation, chosen, scores)
         progress.begin("bootstrap")
         found = summarize(evaluation, chosen, scores, run["samples"])
+        if decided.threshold is not None:
+            names = [row.name for row in chosen]
+            found = _with_answered(found, evaluation, scores[names.index("recommended")], decided, progress)
         told = detect(evaluation, chosen, scores, run["samples"])
     facts = {
         "task": evaluation.task,
@@ -158,8 +172,37 @@ def command(
     if told:
         _print_ood(told)
     _print_verdicts(said)
+    _print_answered(found)
     if written:
         click.echo(written)
+
+
+def _with_answered(
+    rows: list[dict[str, Any]], evaluation: Evaluation, scores: Scores, decided: Decision, progress: Progress
+) -> list[dict[str, Any]]:
+    """Add a row for what is answered of "recommended", to each file's rows."""
+    from axolotl_ivon.evaluation.abstain import with_answered
+
+    assert decided.threshold is not None
+    if evaluation.task == "generate" or decided.score != "probability":
+        what = (
+            "single answers, and generate scores tokens" if decided.score == "probability" else "the outputs' agreement"
+        )
+        progress.notify(f"the threshold of the recommendation is of {what}: use it with `ivon-post mbr`")
+        return rows
+    return with_answered(rows, "recommended", evaluation.files, scores, decided.threshold)
+
+
+def _print_answered(rows: list[dict[str, Any]]) -> None:
+    """Print what share is answered, and what that is worth."""
+    names = file_names([row["data"] for row in rows])
+    for row in rows:
+        if "coverage" in row:
+            told = f"{names[row['data']]}: {percent(row['coverage'])} % answered, from confidence "
+            told += f"{row['threshold']:.4g} on"
+            if row["accuracy"] is not None:
+                told += f", {percent(row['accuracy'], row['se']['accuracy'])} % of them right"
+            click.echo(told)
 
 
 def _print(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:

@@ -34,6 +34,10 @@ COMMANDS = {
         "head -n 8 out-sweep/recommended.json",
         "ivon-post eval out --data test.jsonl --recommended out-sweep/recommended.json --rows base,mean,posterior",
     ],
+    "abstain": [
+        "ivon-post sweep out --data validation.jsonl --tau 1,inf --ratio 0 --risk 0.4 -o sure | tail -n 7",
+        "ivon-post eval out --data test.jsonl --recommended sure/recommended.json --rows mean | tail -n 2",
+    ],
     "generate": [
         f"{GENERATE} --per-model 2 -o posterior.jsonl",
         f"{GENERATE} --mean -o mean.jsonl",

@@ -18,10 +18,9 @@ from matplotlib.transforms import Bbox
 
 from ..errors import IVONError, parameter
 from ..figures import BLUE, GREEN, GREY, VERMILION, save_figure
-from ..storage.atomic import new_file, output_folder
-from ..storage.format import write_json
+from ..storage.atomic import output_folder
 from .metrics import ECE_BINS, Scores, metrics
-from .sweep import RECOMMENDED_FILE, GridPoint, Sweep, number
+from .sweep import RECOMMENDED_FILE, GridPoint, Sweep, number, write_recommended
 
 FEWEST = 5  # predictions in a bin that say something
 
@@ -62,10 +61,10 @@ def trade_off(result: Sweep) -> Figure | str:
         *_coordinates(front), "--o", color="black", linewidth=0.8, markersize=11, markerfacecolor="none", zorder=2,
         label="Pareto front",
     )  # fmt: skip
-    chosen = points[result.recommended]
+    chosen = result.recommended
     axes.scatter(
         *_coordinates([chosen]), marker="*", s=220, color=GREEN, edgecolor="black", linewidth=0.6, zorder=4,
-        label=f"recommended by {result.objective}: τ {_tau_text(chosen.tau)}, ratio {chosen.ratio:g}",
+        label=f"recommended by {result.objective}: {chosen.told()}",
     )  # fmt: skip
     axes.errorbar(
         *_coordinates([chosen]), xerr=errors[:1], yerr=errors[1:], color=GREEN, linewidth=1, capsize=3, zorder=3.5,
@@ -243,19 +242,24 @@ def save(
         notify(picture)
         for kind in ("png", "svg"):  # an earlier sweep's
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
-    point, mean = result.points[result.recommended], result.find(math.inf, 0.0)
-    with new_file(folder / RECOMMENDED_FILE) as temporary:
-        write_json(
-            temporary,
-            {
-                "tau": number(point.tau),
-                "ratio": point.ratio,
-                "objective": result.objective,
-                **facts,
-                "chosen_on": point.chosen_on,
-                "reported_on": {**point.reported_on, "se": result.error},
-                "mean_reported_on": mean.reported_on if mean else None,
-                "grid": [{**asdict(point), "tau": number(point.tau)} for point in result.points],
-            },
-        )
-    return [folder / RECOMMENDED_FILE, *paths]
+    point = result.recommended
+    document = {
+        "tau": number(point.tau),
+        "ratio": point.ratio,
+        "temperature": point.temperature,
+        "objective": result.objective,
+        "score": "probability",
+        **(result.abstention.document() if result.abstention else {}),
+        **facts,
+        "examples": dict(zip(("chosen_on", "reported_on"), result.examples, strict=True)),
+        "chosen_on": point.chosen_on,
+        "reported_on": {**point.reported_on, "se": result.error},
+        "mean_reported_on": result.mean.reported_on,
+        "verdict": asdict(result.verdict),
+        **{
+            name: [{**asdict(point), "tau": number(point.tau)} for point in points]
+            for name, points in {"best": [result.best], "grid": result.points, "scaled": result.scaled}.items()
+        },
+    }
+    document["best"] = document["best"][0]
+    return [write_recommended(folder, document), *paths]

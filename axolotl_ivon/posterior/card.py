@@ -416,7 +416,10 @@ def _table(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[
         data = f"{_cell(PurePath(str(row['data'])).name)} ({_cell(row.get('examples', '?'))})"
         errors = _mapping(row.get("se"))
         cells = [measured(row.get(m), errors.get(m), factor, digits) for m, (_, factor, digits) in columns.items()]
-        lines.append(f"| {data if data != before else ''} | {_cell(row['name'])} | " + " | ".join(cells) + " |")
+        name = _cell(row["name"])
+        if isinstance(row.get("coverage"), float):
+            name += f" ({100 * row['coverage']:.1f} %)"
+        lines.append(f"| {data if data != before else ''} | {name} | " + " | ".join(cells) + " |")
         before = data
     return lines
 
@@ -432,14 +435,16 @@ def _recommendation(facts: Mapping[str, Any]) -> list[str]:
         for metric, (heading, factor, digits) in COLUMNS.items()
         if metric in ("accuracy", "ece", "nll") and metric in told
     ]
+    scaled = facts.get("temperature", 1)
     lines = [
-        f"Recommended by `ivon-post sweep`: τ {_cell(facts.get('tau'))}, pruning ratio {_cell(facts.get('ratio'))}, "
-        f"best in {_cell(facts.get('objective'))} on one half of {where}"
-        + (f"; on the other half {', '.join(figures)}." if figures else "."),
+        f"Recommended by `ivon-post sweep`, by {_cell(facts.get('objective'))} on {where}: "
+        f"τ {_cell(facts.get('tau'))}, pruning ratio {_cell(facts.get('ratio'))}"
+        + (f", the output at temperature {measured(scaled, None, 1, 3)}" if scaled != 1 else "")
+        + (f"; on examples that had no part in the choice {', '.join(figures)}." if figures else "."),
     ]
-    if facts.get("temperature") is not None:
-        lines[0] += f" The output is scaled by the temperature {measured(facts['temperature'], None, 1, 3)}."
-    if facts.get("threshold") is not None:
+    if _mapping(facts.get("verdict")).get("text"):
+        lines[0] += f" {_cell(facts['verdict']['text'])}."
+    if facts.get("threshold") is not None and facts.get("score", "probability") == "probability":
         lines += [
             "",
             f"Answer where the confidence is at least {measured(facts['threshold'], None, 1, 3)}, and hand over "
@@ -475,7 +480,7 @@ def _model_index(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], id
             metric_name=f"{metric}, {_setup(row, facts)} ({_BY})",
         )
         for row in rows
-        if row["name"] != "base"
+        if row["name"] != "base" and "coverage" not in row  # not of a part, nor of another model
         for metric in ("accuracy", "ece", "nll", "brier")
         if isinstance(row.get(metric), (int, float))
     ]
@@ -503,7 +508,7 @@ def _entries(
     """Return for every row what its file in `.eval_results` holds: its accuracy on each data file."""
     files: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if row["name"] == "base" or not isinstance(row["accuracy"], (int, float)):
+        if row["name"] == "base" or "coverage" in row or not isinstance(row["accuracy"], (int, float)):
             continue
         owner, *rest = ids[str(row["data"])].split("/")
         dataset = "/".join([owner, *rest[:1]])

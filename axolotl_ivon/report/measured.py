@@ -94,7 +94,10 @@ def _read_examples(path: Path, document: Mapping[str, Any]) -> list[Mapping[str,
             raise IVONError(f"{source}: it is no line of what `ivon-post eval` writes with {parameter('output')}")
         lines.append(line)
     measured = Measured(document, lines)
+    named = {name for line in lines for name in line["rows"]}
     for row in document["rows"]:
+        if "coverage" in row and row["name"] not in named:  # a part of another row's
+            continue
         right = measured.of(row["data"], row["name"], "right")
         accuracy = row.get("accuracy")
         one_each = row.get("predictions", row["examples"]) == row["examples"]
@@ -142,8 +145,9 @@ def measure(
     Raises:
         IVONError: as `Evaluation` does.
     """
+    from ..evaluation.abstain import with_answered
     from ..evaluation.compare import verdicts
-    from ..evaluation.evaluate import Evaluation, calibrated_rows, choose_rows, count_passes, summarize
+    from ..evaluation.evaluate import Evaluation, Row, calibrated_rows, choose_rows, count_passes, summarize
     from ..evaluation.examples import describe
     from ..evaluation.ood import detect
 
@@ -154,6 +158,9 @@ def measure(
     )
     names = ["base", "mean", "posterior", *(["mean-pruned", "posterior-pruned"] if ratio else [])]
     rows, samples = choose_rows(names, tau, ratio), run["samples"]
+    temperature, threshold = _number("temperature", recommended.get("temperature", 1.0)), threshold_of(recommended)
+    if temperature != 1 or threshold is not None:
+        rows.append(Row("recommended", tau, ratio, temperature=temperature))
     evaluation = Evaluation(adapter, data, rows=rows, ood=ood, calibrate=calibrate, **loading)
     rows = evaluation.meaningful(rows, notify)
     if calibrate is not None:
@@ -164,6 +171,9 @@ def measure(
     scores = evaluation.run(rows, **run, progress=told, notify=notify)
     begin("bootstrap", 0)
     found = summarize(evaluation, rows, scores, samples)
+    if threshold is not None and evaluation.task != "generate":
+        place = [row.name for row in rows].index("recommended")
+        found = with_answered(found, "recommended", evaluation.files, scores[place], threshold)
     document = {
         "rows": found,
         "ood": detect(evaluation, rows, scores, samples),
@@ -176,6 +186,14 @@ def measure(
         "seed": run["seed"],
     }
     return Measured(document, list(describe(evaluation, rows, scores)), recommended)
+
+
+def threshold_of(recommended: Mapping[str, Any]) -> float | None:
+    """Return the confidence from which on to answer, where one was promised for the probability of an answer."""
+    threshold = recommended.get("threshold")
+    if threshold is None or recommended.get("score", "probability") != "probability":
+        return None
+    return _number("threshold", threshold)
 
 
 def _number(name: str, value: Any) -> float:

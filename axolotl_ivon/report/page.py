@@ -18,7 +18,7 @@ from ..posterior.card import COLUMNS, FACTS, fact, measured
 from ..posterior.info import info
 from ..storage.atomic import new_file
 from . import pictures
-from .measured import Measured
+from .measured import Measured, threshold_of
 
 _SHOWN = 5  # examples of each kind
 _LONGEST = 600  # characters of a question
@@ -127,10 +127,13 @@ def _table(document: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, A
     lines = []
     for row in rows:
         errors = row.get("se") if isinstance(row.get("se"), dict) else {}
+        name = str(row["name"])
+        if isinstance(row.get("coverage"), float):
+            name += f" ({100 * row['coverage']:.1f} %)"
         cells = [
             measured(row.get(m), (errors or {}).get(m), factor, digits) for m, (_, factor, digits) in columns.items()
         ]
-        lines.append({"data": f"{names[str(row['data'])]} ({row['examples']})", "name": row["name"], "cells": cells})
+        lines.append({"data": f"{names[str(row['data'])]} ({row['examples']})", "name": name, "cells": cells})
     return {"heads": [heading for heading, _, _ in columns.values()], "lines": lines}
 
 
@@ -174,6 +177,8 @@ def main_row(known: Measured, names: Sequence[str]) -> str | None:
     if not names:
         return None
     wanted, document = known.recommended, known.document
+    if "recommended" in names:
+        return "recommended"
     same = wanted and all(
         float(wanted.get(own, "nan")) == float(document.get(other, "nan"))
         for own, other in (("tau", "tau"), ("ratio", "prune_ratio"))
@@ -181,7 +186,7 @@ def main_row(known: Measured, names: Sequence[str]) -> str | None:
     if same:
         name = "mean" if wanted.get("tau") == "inf" else "posterior"
         name += "-pruned" if wanted.get("ratio") else ""
-        name += "+temperature" if wanted.get("temperature") is not None else ""
+        name += "+temperature" if wanted.get("temperature", 1) != 1 else ""
         if name in names:
             return name
     return "posterior" if "posterior" in names else names[-1]
@@ -189,7 +194,7 @@ def main_row(known: Measured, names: Sequence[str]) -> str | None:
 
 def _selective(known: Measured, names: Mapping[str, str]) -> list[dict[str, Any]]:
     found = []
-    threshold, risk = known.recommended.get("threshold"), known.recommended.get("risk")
+    threshold, risk = threshold_of(known.recommended), known.recommended.get("risk")
     for data in _data_files(known):
         every = [str(row["name"]) for row in known.document["rows"] if row["data"] == data]
         rows = {
@@ -241,21 +246,23 @@ def _sweep(recommended: Mapping[str, Any]) -> dict[str, str] | None:
     return dict(zip(("picture", "told"), pictures.sweep_picture(grid), strict=True)) if grid else None
 
 
-def _recommended(recommended: Mapping[str, Any]) -> str:
+def _recommended(recommended: Mapping[str, Any]) -> list[str]:
     if not recommended:
-        return ""
+        return []
     data = recommended.get("data")
     where = ", ".join(PurePath(str(file)).name for file in data) if isinstance(data, list) else "validation data"
-    scaled = recommended.get("temperature")
-    return (
-        f"Recommended: τ {recommended.get('tau')}, pruning ratio {recommended.get('ratio')}"
-        + (f", the output scaled by {measured(scaled, None, 1, 3)}" if scaled is not None else "")
-        + f"; chosen for {recommended.get('objective')} on one half of {where}."
-    )
+    scaled = recommended.get("temperature", 1)
+    verdict = recommended.get("verdict")
+    return [
+        f"Recommended by sweep, on {where}: τ {recommended.get('tau')}, pruning ratio {recommended.get('ratio')}"
+        + (f", the output at temperature {measured(scaled, None, 1, 3)}" if scaled != 1 else "")
+        + ".",
+        *([str(verdict["text"])] if isinstance(verdict, dict) and verdict.get("text") else []),
+    ]
 
 
 def _promise(recommended: Mapping[str, Any]) -> str:
-    if recommended.get("threshold") is None:
+    if threshold_of(recommended) is None:
         return ""
     threshold, risk, confidence, coverage = (
         measured(recommended.get(name), None, factor, digits)

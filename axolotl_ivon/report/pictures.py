@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..evaluation.report import FEWEST, Bin, trade_off
-from ..evaluation.sweep import GridPoint, Sweep
+from ..evaluation.sweep import GridPoint, Sweep, Verdict
 from ..figures import BLUE, GREEN, GREY, VERMILION
 
 _INK = "#010203"  # stands for the colour of the text
@@ -186,20 +186,25 @@ def histograms(score: str, usual: np.ndarray, others: Mapping[str, np.ndarray], 
 
 def grid_of(recommended: Mapping[str, Any]) -> Sweep | None:
     """Return the sweep that recommended.json tells of, without the scores; None where it has no whole grid."""
+
+    def point(told: Mapping[str, Any]) -> GridPoint:
+        found = GridPoint(
+            float(told["tau"]), float(told["ratio"]), told["chosen_on"], told["reported_on"],
+            bool(told.get("front", False)), float(told.get("temperature", 1)),
+        )  # fmt: skip
+        float(found.chosen_on["accuracy"]), float(found.chosen_on["ece"])
+        return found
+
     try:
-        points = [
-            GridPoint(float(p["tau"]), float(p["ratio"]), p["chosen_on"], p["reported_on"], bool(p["front"]))
-            for p in recommended["grid"]
-        ]
-        chosen = float(recommended["tau"]), float(recommended["ratio"])
-        place = [(p.tau, p.ratio) for p in points].index(chosen)
-        for point in points:
-            float(point.chosen_on["accuracy"]), float(point.chosen_on["ece"])
-    except (KeyError, TypeError, ValueError):
+        points, chosen = [point(told) for told in recommended["grid"]], point(recommended)
+        if not points:
+            return None
+    except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    told = points[place].reported_on.get("se")
+    told = chosen.reported_on.get("se") if isinstance(chosen.reported_on, dict) else None
     errors = {name: value for name, value in told.items() if isinstance(value, float)} if isinstance(told, dict) else {}
-    return Sweep(points, place, str(recommended.get("objective")), dict(errors), {})
+    verdict = Verdict({}, "", [], None, "")
+    return Sweep(points, [], chosen, chosen, str(recommended.get("objective")), verdict, (0, 0), dict(errors), {})
 
 
 def sweep_picture(result: Sweep) -> tuple[str, str]:

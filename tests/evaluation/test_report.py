@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 from axolotl_ivon import IVONError
 from axolotl_ivon.evaluation.metrics import Scores, metrics
 from axolotl_ivon.evaluation.report import Bin, check_output, reliability, reliability_bins, save
-from axolotl_ivon.evaluation.sweep import GridPoint, Sweep, read_recommended
+from axolotl_ivon.evaluation.sweep import GridPoint, Sweep, Verdict, read_recommended
 
 
 def made(count: int, sharpness: float = 1.0) -> Scores:
@@ -41,7 +41,9 @@ def telling() -> Sweep:
         for ratio in (0.0, 0.4)
         for tau in (0.3, 1.0, math.inf)
     ]
-    return Sweep(points, 1, "nll", {"accuracy": 0.02, "ece": 0.03}, named)
+    verdict = Verdict({}, "better", [], None, "it is better")
+    errors = {"accuracy": 0.02, "ece": 0.03}
+    return Sweep(points, [], points[1], points[1], "nll", verdict, (300, 300), errors, named)
 
 
 @pytest.mark.parametrize("which", ["result", "telling"])
@@ -49,7 +51,7 @@ def test_what_is_saved_is_read_back(which: str, request: pytest.FixtureRequest, 
     swept: Sweep = request.getfixturevalue(which)
     files = save(swept, tmp_path / "a" / "out", {"adapter": "x"})
     assert {path.name for path in files} == {path.name for path in (tmp_path / "a" / "out").iterdir()}
-    chosen = swept.points[swept.recommended]
+    chosen = swept.recommended
     assert read_recommended(files[0]) == (chosen.tau, chosen.ratio)
     written = json.loads(files[0].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert written["adapter"] == "x"

@@ -58,6 +58,7 @@ def measurements() -> Measured:
     ]
     recommended = {
         "tau": 2.0, "ratio": 0.0, "objective": "nll", "data": [f"{HOSTILE}.jsonl"],
+        "chosen_on": {"accuracy": 0.81, "ece": 0.05}, "reported_on": {}, "verdict": {"text": "within noise"},
         "threshold": 0.6, "risk": 0.2, "confidence": 0.9, "coverage": 0.7,
         "grid": [
             {"tau": tau, "ratio": ratio, "front": tau == 2.0, "reported_on": {},

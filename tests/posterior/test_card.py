@@ -119,7 +119,7 @@ def test_results_are_there_with_their_errors(folder: Path, write: Callable[..., 
     assert "| test.jsonl (40) | base | 50.0 ± 1.2 | 5.0 ± 1.0 | 0.300 ± 0.020 | 0.200 ± 0.030 |" in text
     assert "|  | posterior | 90.0 ± 1.2 |" in text
     assert "/home/me" not in text, "a folder of this machine is nobody's business"
-    assert "τ 2.0, pruning ratio 0.1, best in nll on one half of valid.jsonl" in text
+    assert "by nll on valid.jsonl: τ 2.0, pruning ratio 0.1, the output at temperature 1.250" in text
     assert "accuracy 80.0 ± 3.0 %, ECE 4.0 %, NLL 0.500" in text
     assert "at least 0.830" in text
     assert "at most 5.0 % of the answers are wrong, promised with confidence 90 %" in text

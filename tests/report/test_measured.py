@@ -80,39 +80,30 @@ def test_files_that_do_not_belong_together_are_refused(written: Callable[..., Pa
 def test_it_measures_what_eval_measures(tiny_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
     data, other = write_chats(tmp_path / "a.jsonl", 12), write_chats(tmp_path / "b.jsonl", 8, seed=1)
     calibrate = write_chats(tmp_path / "c.jsonl", 8, seed=2)
-    options = [
-        "--ood",
-        other,
-        "--calibrate",
-        calibrate,
-        "--tau",
-        2,
-        "-n",
-        2,
-        "--seed",
-        3,
-        "-o",
-        tmp_path / "lines.jsonl",
-    ]
+    recommended = {"tau": 2.0, "ratio": 0.2, "temperature": 1.5, "threshold": 0.51, "score": "probability"}
+    (tmp_path / "recommended.json").write_text(json.dumps(recommended))
     document = ivon_post.json(
-        "eval", tiny_adapter, "--data", data, *options, "--prune-ratio", 0.2, "--rows",
-        "base,mean,posterior,mean-pruned,posterior-pruned", "-q",
+        "eval", tiny_adapter, "--data", data, "--ood", other, "--calibrate", calibrate, "-n", 2, "--seed", 3,
+        "--recommended", tmp_path / "recommended.json", "-o", tmp_path / "lines.jsonl", "-q",
     )  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
     begun: list[str] = []
     found = measure(
-        str(tiny_adapter), [str(data)], ood=[str(other)], calibrate=str(calibrate),
-        recommended={"tau": 2.0, "ratio": 0.2}, run={"samples": 2, "seed": 3},
-        begin=lambda doing, total: begun.append(doing),
+        str(tiny_adapter), [str(data)], ood=[str(other)], calibrate=str(calibrate), recommended=recommended,
+        run={"samples": 2, "seed": 3}, begin=lambda doing, total: begun.append(doing),
     )  # fmt: skip
     assert begun == ["fitting temperatures", "evaluating", "bootstrap"]
     assert json.loads(json.dumps(found.document["rows"])) == document["rows"]
+    assert "recommended, answered" in {row["name"] for row in document["rows"]}
     assert found.document["ood"] == document["ood"]
     assert found.document["verdicts"] == document["verdicts"]
     assert (found.document["tau"], found.document["prune_ratio"]) == (2.0, 0.2)
     assert json.loads(json.dumps(list(found.examples))) == lines
-    other_point = measure(str(tiny_adapter), [str(data)], tau=math.inf, run={"samples": 2, "seed": 3})
-    assert other_point.document["tau"] == "inf"
-    assert [row["name"] for row in other_point.document["rows"]] == ["base", "mean", "posterior"]
+    (tmp_path / "eval.json").write_text(json.dumps(document))
+    header = {"mean_sha256": document["mean_sha256"]}
+    assert list(read(header, tmp_path / "eval.json").examples) == lines
+    mean = measure(str(tiny_adapter), [str(data)], tau=math.inf, run={"samples": 2, "seed": 3})
+    assert mean.document["tau"] == "inf"
+    assert [row["name"] for row in mean.document["rows"]] == ["base", "mean", "posterior"]
     with pytest.raises(IVONError, match="recommended: tau is 'hot', which is no number"):
         measure(str(tiny_adapter), [str(data)], recommended={"tau": "hot"}, run={"samples": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import xml.etree.ElementTree
 from typing import Any
@@ -139,23 +140,33 @@ def recommendation(error: float = 0.01, **changes: Any) -> dict[str, Any]:
         }
         for tau in (1.0, "inf")
     ]
-    return {"tau": "inf", "ratio": 0.0, "objective": "ece", "grid": grid, **changes}
+    own = {key: grid[1][key] for key in ("tau", "ratio", "chosen_on", "reported_on")}
+    return {**own, "objective": "ece", "grid": grid, **changes}
 
 
 def test_the_sweep_is_that_of_the_file() -> None:
     result = grid_of(recommendation())
     assert result is not None
-    assert (result.recommended, result.objective, result.points[1].tau) == (1, "ece", float("inf"))
+    assert (result.recommended.tau, result.objective, result.points[1].tau) == (math.inf, "ece", math.inf)
     picture, told = sweep_picture(result)
     assert not told
-    assert any("recommended by ece: τ ∞, ratio 0" in text for text in texts(picture))
+    assert any("recommended by ece: τ inf, ratio 0" in text for text in texts(picture))
     noise = grid_of(recommendation(error=0.5))
     assert noise is not None
     assert sweep_picture(noise)[1].startswith("no picture of the trade-off")
 
 
 @pytest.mark.parametrize(
-    "changes", [{"grid": None}, {"grid": []}, {"tau": 3.0}, {"grid": [{"tau": 1}]}, {"tau": "hot"}, {"grid": [3]}]
+    "changes",
+    [
+        {"grid": None},
+        {"grid": []},
+        {"chosen_on": None},
+        {"reported_on": 3, "chosen_on": {}},
+        {"grid": [{"tau": 1}]},
+        {"tau": "hot"},
+        {"grid": [3]},
+    ],
 )
 def test_a_file_without_a_whole_grid_has_no_picture(changes: dict[str, Any]) -> None:
     assert grid_of(recommendation(**changes)) is None
