@@ -18,7 +18,21 @@ import click
 from . import _stdout
 
 # The modules of the subcommands, in the order in which `--help` shows them.
-_MODULES = ("info", "prune", "temper", "sample", "merge", "combine", "diff", "eval", "sweep", "generate", "mbr")
+_MODULES = (
+    "info",
+    "prune",
+    "temper",
+    "sample",
+    "merge",
+    "combine",
+    "diff",
+    "eval",
+    "sweep",
+    "generate",
+    "mbr",
+    "report",
+    "card",
+)
 
 
 class _Mistyped(click.ClickException):

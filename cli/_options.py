@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,6 +18,9 @@ from axolotl_ivon.models import DTYPES
 from ._progress import Progress
 from ._stdout import only_results, results
 from ._tables import emit
+
+if TYPE_CHECKING:
+    from axolotl_ivon.evaluation.sweep import Decision
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -116,12 +119,18 @@ class Output(Terminal):
         return path
 
     def path(self, adapter: str, what: str) -> Path:
-        """Return what the user named, else a path beside `adapter` (for a Hub id: here)."""
+        """Return what the user named, else a path beside `adapter` (for a Hub id: here).
+
+        Raises:
+            IVONError: that is no name, or lies in the adapter, which is never modified.
+        """
         from axolotl_ivon.errors import IVONError
+        from axolotl_ivon.storage.atomic import check_outside
 
         if self.output in ("", "-"):
             raise IVONError(f"--output {self.output!r}: what is written has a name; stdout is for results, see --json")
         if self.output:
+            check_outside(Path(self.output), filter(Path.is_dir, [Path(adapter)]))
             return Path(self.output)
         source = Path(adapter)
         if not source.is_dir():
@@ -157,6 +166,13 @@ class Point:
         check_tau(tau)
         check_pruning(ratio)
         return tau, ratio
+
+
+def decision(recommended: str | None) -> Decision:
+    """Return the output temperature, and the threshold to abstain below, of a recommendation: without one, neither."""
+    from axolotl_ivon.evaluation.sweep import Decision, read_decision
+
+    return read_decision(recommended) if recommended else Decision()
 
 
 def add_all(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -259,6 +275,28 @@ def point_options(tau: str, ratio: str) -> Callable[[Command], Command]:
         recommended_option("τ and the ratio"),
         as_one("point", Point, "recommended", "tau", "ratio"),
     )
+
+
+def risk_options(where: str) -> Callable[[Command], Command]:
+    """Add --risk, whose promise is found `where`, and --confidence."""
+    return add_all(
+        click.option(
+            "--risk",
+            type=float,
+            help="Find the confidence below which to abstain, so that at most this share of the answers is wrong: "
+            f"{where}.",
+        ),
+        click.option("--confidence", type=float, default=0.9, show_default=True, help="Of what --risk promises."),
+    )
+
+
+answer_option = click.option(
+    "--answer-regex",
+    "-a",
+    metavar="REGEX",
+    help="The answer in a text: gsm8k (#### 7), boxed (\\boxed{7}), choice (a capital letter alone), or a regular "
+    "expression, whose first group it is; the last match counts.  [default: the whole text]",
+)
 
 
 def criterion_option(text: str) -> Callable[[Command], Command]:

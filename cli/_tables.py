@@ -52,16 +52,17 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def percent(value: float | None, error: float | None = None) -> str:
+def percent(value: float | None, error: float | None = None, signed: bool = False) -> str:
     """Return a share as percent, with its standard error."""
-    return decimal(value and 100 * value, error and 100 * error, 1)
+    return decimal(value and 100 * value, error and 100 * error, signed, 1)
 
 
-def decimal(value: float | None, error: float | None = None, digits: int = 3) -> str:
-    """Return a number, with its standard error."""
+def decimal(value: float | None, error: float | None = None, signed: bool = False, digits: int = 3) -> str:
+    """Return a number, with its standard error; `signed` as a difference."""
     if value is None:
         return "–"
-    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+    text = f"{value:+.{digits}f}".replace("-", "−") if signed else f"{value:.{digits}f}"
+    return text + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
 def is_wide(columns: int) -> bool:

@@ -11,13 +11,16 @@ from ._options import (
     Output,
     Point,
     adapter_argument,
+    answer_option,
     as_one,
     batch_option,
+    decision,
     model_options,
     output_options,
     point_options,
     seed_option,
 )
+from ._tables import percent
 
 
 @click.command("generate")
@@ -34,6 +37,7 @@ from ._options import (
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest tokens only.")
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Of one output.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End an output before TEXT; may be given several times.")
+@answer_option
 @seed_option("Seed of the draws, those of `sample --seed`, and of the outputs.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT prompts.")
 @click.option("--endpoint", metavar="URL", help="Ask an OpenAI-compatible server; ADAPTER is the ensemble it serves.")
@@ -55,7 +59,12 @@ def command(adapter: str, prompts: str, planned: dict[str, Any], point: Point, o
     Writes JSONL, a line per prompt, for `ivon-post mbr`:
 
     \b
-      {"prompt": …, "reference": …, "outputs": [{"text": …, "member": 0, "logprob": …}, …]}
+      {"prompt": …, "reference": …, "confidence": …, "semantic_entropy": …, "expected_entropy": …,
+       "mutual_information": …, "outputs": [{"text": …, "member": 0, "logprob": …}, …]}
+
+    confidence is the share of the outputs with the most frequent answer; with a threshold in --recommended the line
+    says "abstain": true where it is below. The entropies are of the answers: of all outputs = expected within a draw +
+    mutual between draws.
 
     member is the number of the draw (0 for the mean), logprob the sum of the tokens' log-probabilities under that
     member before --temperature and --top-p. The same command goes on where an interrupted one stopped.
@@ -82,6 +91,7 @@ def command(adapter: str, prompts: str, planned: dict[str, Any], point: Point, o
             speed = tokens / max(progress.seconds("generating"), 1e-9)
             progress.describe("generating", f"generating, {speed:.0f} tokens/s")
 
+        decided = decision(point.recommended)
         done = generate(
             adapter,
             prompts,
@@ -89,6 +99,8 @@ def command(adapter: str, prompts: str, planned: dict[str, Any], point: Point, o
             plan,
             tau=tau,
             prune_ratio=ratio,
+            threshold=decided.threshold,
+            output_temperature=decided.temperature,
             begin=progress.begin,
             count=count,
             notify=progress.notify,
@@ -103,4 +115,7 @@ def command(adapter: str, prompts: str, planned: dict[str, Any], point: Point, o
     source = "the mean" if plan.mean else f"{plan.members} draws"
     kept = f" ({done.resumed} were there)" if done.resumed else ""
     told = f"{done.prompts} prompts{kept}, {plan.n} outputs each from {source}, seed {plan.seed}"
-    output.finish({**facts, **asdict(plan), **took}, told, path, then=["ivon-post", "mbr", path])
+    coverage = None if decided.threshold is None else 1 - done.abstained / done.prompts
+    if coverage is not None:
+        told += f"; answers {percent(coverage)} %, and abstains below confidence {decided.threshold:.4g}"
+    output.finish({**facts, **asdict(plan), **took, "coverage": coverage}, told, path, then=["ivon-post", "mbr", path])

@@ -46,11 +46,12 @@ class NBestFile:
     """The n-best lists of one run: JSONL, and beside it FILE.settings.json with what they were made with.
 
     A line holds `{"prompt": text, "reference": text or null, "outputs": [{"text", "member", "logprob"}, …]}`, the
-    outputs member by member. Each is on the disk before the next begins; half a line at the end, which an interrupt
-    may leave, is dropped.
+    outputs member by member, and what else is known of them (`append`). Each is on the disk before the next begins;
+    half a line at the end, which an interrupt may leave, is dropped.
 
     Attributes:
         done: how many prompts the file has outputs for.
+        abstained: how many of them say `"abstain": true`.
 
     Raises:
         IVONError: the file is there and was made with other settings or from other prompts, or cannot be written.
@@ -64,7 +65,7 @@ class NBestFile:
         self._settings = dict(settings)
         self._file: IO[bytes] | None = None
         self._size = 0
-        self.done = 0
+        self.done = self.abstained = 0
         self._resumed = self.path.exists() and not overwrite
         check_file(self.path, self._settings, overwrite)
         if self._resumed:
@@ -79,7 +80,8 @@ class NBestFile:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    text = json.loads(line)["prompt"]
+                    record = json.loads(line)
+                    text = record["prompt"]
                 except (ValueError, KeyError, TypeError, RecursionError):
                     raise IVONError(
                         f"{self.path}:{self.done + 1}: not an n-best list; choose another {parameter('output')}"
@@ -91,9 +93,10 @@ class NBestFile:
                     )
                 self._size += len(line)
                 self.done += 1
+                self.abstained += record.get("abstain") is True
 
-    def append(self, prompt: Prompt, outputs: Sequence[Output]) -> None:
-        """Write one prompt's line to the disk.
+    def append(self, prompt: Prompt, outputs: Sequence[Output], known: Mapping[str, Any] | None = None) -> None:
+        """Write one prompt's line to the disk, with what is `known` of its outputs.
 
         Raises:
             IVONError: it cannot be written.
@@ -101,6 +104,7 @@ class NBestFile:
         record = {
             "prompt": prompt.text,
             "reference": prompt.reference,
+            **(known or {}),
             "outputs": [{"text": o.text, "member": o.member, "logprob": o.logprob} for o in outputs],
         }
         try:
@@ -114,6 +118,7 @@ class NBestFile:
         except OSError as error:
             raise IVONError(f"{self.path} cannot be written ({error.strerror})") from None
         self.done += 1
+        self.abstained += bool(known and known.get("abstain"))
 
     def _open(self) -> IO[bytes]:
         if self._resumed:
@@ -128,6 +133,28 @@ class NBestFile:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def read_source(path: str | Path) -> dict[str, Any] | None:
+    """Return what the outputs of a file were drawn from: `tau`, `ratio`, and where it is known `mean_sha256`.
+
+    None where nothing beside the file tells.
+
+    Raises:
+        IVONError: FILE.settings.json is no JSON object.
+    """
+    settings_path = Path(f"{path}.settings.json")
+    if not settings_path.is_file():
+        return None
+    settings = read_json(settings_path)
+    ensemble = settings.get("ensemble")
+    if isinstance(ensemble, dict):
+        return {"tau": ensemble.get("tau", 1.0), "ratio": ensemble.get("pruned_ratio", 0.0), "mean_sha256": None}
+    return {
+        "tau": settings.get("tau", 1.0),
+        "ratio": settings.get("prune_ratio", 0.0),
+        "mean_sha256": settings.get("adapter"),
+    }
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -57,7 +56,7 @@ def save(results: Mapping[str, Decoded], folder: Path) -> list[Path]:
     for label, result in results.items():
         paths.append(folder / f"{label}.jsonl")
         with new_file(paths[-1]) as temporary:
-            lines = [json.dumps(asdict(choice), ensure_ascii=False) + "\n" for choice in result.choices]
+            lines = [json.dumps(choice.record(), ensure_ascii=False) + "\n" for choice in result.choices]
             temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     curves = {label: result.curve for label, result in results.items() if result.curve}
     if curves:

@@ -25,6 +25,7 @@ from ..storage.atomic import check_space, new_folder
 from ..storage.dtypes import NUMPY
 from ..storage.format import CONFIG_FILE, MEAN_FILE, SIGMA_FILE, copy_companions, moved_config, write_json
 from .adapter import UNPRUNED, Adapter, check_sigma, modules, write_sigma
+from .card import keep_true
 from .combine import combine
 from .prune import pruning_masks
 from .tensors import Progress, Tensors, fingerprint, write_tensors
@@ -272,6 +273,9 @@ class Posterior:
             digests = write_tensors(new / MEAN_FILE, self.mean, self.mean_metadata, progress, hashed=not known)
             known = known or fingerprint(self.mean, digests)
             write_sigma(new / SIGMA_FILE, self.sigma, self.metadata, known, progress)
+            facts = {**self.metadata, "mean_sha256": known}
+            with contextlib.suppress(IVONError):  # a damaged card goes along as it is
+                keep_true(new, facts, self.config, changed=known != self.metadata.get("mean_sha256"))
 
     def _same_sigma(self, other: Posterior) -> bool:
         return all(np.array_equal(self.sigma.raw(key), other.sigma.raw(key)) for key in self.sigma)

@@ -74,6 +74,8 @@ def test_every_command_prints_one_document(
         ["sweep", tiny_adapter, "-d", chats, "-n", 1, "--tau", "1,inf", "--ratio", 0, "-o", "sweep"],
         ["generate", tiny_adapter, "-p", chats, "--limit", 2, *small, "-o", "nbest.jsonl"],
         ["mbr", "nbest.jsonl", "-o", "chosen"],
+        ["report", tiny_adapter, "-o", "report.html"],
+        ["card", "tempered"],
     ]
     loop = f"\nfor words in {[[*map(str, words), '--json'] for words in commands]!r}:\n"
     loop += "    ivon_post.cli(words, standalone_mode=False)\n"
