@@ -41,7 +41,7 @@ axolotl-%:
 
 # axolotl pins older ones: transformers, PEFT, TRL and torch as new as pip finds. That PEFT calls deprecated names of that
 # transformers, gradient checkpointing's, is not for us to mend.
-OWN_TESTS := $(addprefix tests/,cli data evaluation generation models optim posterior storage training) \
+OWN_TESTS := $(addprefix tests/,cli data evaluation generation models optim posterior report storage training) \
 	$(patsubst %,tests/test_%.py,auroc defaults errors figures hookspecs noise plugins)
 newest: export OMP_NUM_THREADS = 1
 newest: export AXOLOTL_DO_NOT_TRACK = 1

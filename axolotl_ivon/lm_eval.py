@@ -23,6 +23,7 @@ from .evaluation.evaluate import Row
 from .evaluation.sweep import read_recommended
 from .models.load import load_model, load_tokenizer
 from .models.swap import AdapterSlots
+from .posterior.adapter import Adapter
 from .posterior.posterior import open_posterior
 
 Answers = TypeVar("Answers")
@@ -64,7 +65,7 @@ class IVONPosterior(HFLM):
         **options: Any,
     ) -> None:
         if recommended is not None:
-            tau, ratio = read_recommended(recommended)
+            tau, ratio = read_recommended(recommended, Adapter(adapter).metadata or None)
         row = Row("posterior", tau=float(tau), ratio=float(ratio))
         posterior = open_posterior(adapter, mean_only=not row.needs_sigma)
         folder = posterior.folder

@@ -15,6 +15,8 @@ from typing import Any
 
 import click
 
+from . import _stdout
+
 # The modules of the subcommands, in the order in which `--help` shows them.
 _MODULES = (
     "info",
@@ -29,6 +31,8 @@ _MODULES = (
     "sweep",
     "generate",
     "mbr",
+    "report",
+    "card",
 )
 
 
@@ -38,14 +42,10 @@ class _Mistyped(click.ClickException):
     exit_code = click.UsageError.exit_code
 
 
-# What the library calls otherwise than the commands do, besides what they take several of (tau: taus, file: files).
-_ALIASES = {"ratio": "prune_ratio"}
-
-
 def _option(command: click.Command | None, parameter: str) -> str:
     """Return the option or argument of a command that gives a parameter of the library; the parameter if none does."""
     known = {param.name: param for param in command.params} if command else {}
-    for name in (parameter, f"{parameter}s", _ALIASES.get(parameter)):
+    for name in (parameter, f"{parameter}s"):  # or what they take several of: taus, files
         if name in known:
             param = known[name]
             if isinstance(param, click.Option):
@@ -79,6 +79,9 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         from axolotl_ivon.errors import IVONError
 
+        from ._progress import silence_libraries
+
+        silence_libraries()
         try:
             return super().invoke(ctx)
         except IVONError as error:
@@ -86,7 +89,7 @@ class _Group(click.Group):
             raise click.ClickException(error.told(functools.partial(_option, command))) from error
         except click.UsageError as error:
             path = (error.ctx or ctx).command_path
-            raise _Mistyped(f"{error.format_message()} See '{path} --help'.") from error
+            raise _Mistyped(f"{error.format_message().rstrip('.')}. See '{path} --help'.") from error
 
 
 @click.group(
@@ -104,4 +107,7 @@ def main() -> None:
     """Run `ivon-post`."""
     # An interrupt and a termination unwind alike, so that nothing half written is left.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    cli(prog_name="ivon-post")
+    try:
+        cli(prog_name="ivon-post")
+    finally:
+        _stdout.end()

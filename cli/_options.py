@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import shlex
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from axolotl_ivon.models import DTYPES
 
 from ._progress import Progress
+from ._stdout import only_results, results
 from ._tables import emit
+
+if TYPE_CHECKING:
+    from axolotl_ivon.evaluation.sweep import Decision
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -45,6 +52,21 @@ class BatchSize(click.ParamType):
         return int(value)
 
 
+class Renamed(click.Option):
+    """An option that is still known by its former names, which no help shows."""
+
+    def __init__(self, *args: Any, formerly: Sequence[str], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._formerly = formerly
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Let the parser know all names."""
+        shown = self.opts
+        self.opts = [*shown, *self._formerly]
+        super().add_to_parser(parser, ctx)
+        self.opts = shown
+
+
 @dataclass(frozen=True)
 class Terminal:
     """How a command reports to its user, as --json and --quiet say."""
@@ -56,13 +78,25 @@ class Terminal:
         """Return the progress on stderr, a context manager."""
         return Progress(self.quiet)
 
-    def finish(self, document: dict[str, Any], *lines: object) -> None:
-        """Print the result: as JSON if that was asked for, else as lines."""
+    def reserved(self) -> AbstractContextManager[None]:
+        """Return the context that a command runs in: with --json nothing but the document gets to stdout."""
+        return only_results() if self.as_json else contextlib.nullcontext()
+
+    def finish(self, document: dict[str, Any], *lines: object, then: Sequence[object] = ()) -> None:
+        """Print the result: as JSON if that was asked for, else as lines; and suggest what to do `then`."""
         if self.as_json:
             emit(document)
             return
         for line in lines:
-            click.echo(line)
+            click.echo(line, file=results())
+        self.suggest(*then)
+
+    def suggest(self, *words: object) -> None:
+        """Tell the next command to type, on stderr; a program that reads the result hears nothing of it."""
+        from axolotl_ivon.errors import printable
+
+        if words and not (self.as_json or self.quiet):
+            click.echo(f"next: {printable(shlex.join(map(str, words)))}", err=True)
 
 
 @dataclass(frozen=True)
@@ -80,16 +114,29 @@ class Output(Terminal):
         """
         from axolotl_ivon.storage.atomic import check_target
 
-        sources = [Path(adapter) for adapter in adapters]
-        if self.output:
-            path = Path(self.output)
-        elif sources[0].is_dir():
-            named = sources[0] if sources[0].name not in ("", "..") else sources[0].resolve()
-            path = named.parent / f"{named.name}-{what}"
-        else:
-            path = Path(f"{sources[0].name}-{what}")
-        check_target(path, self.overwrite, filter(Path.is_dir, sources))
+        path = self.path(adapters[0], what)
+        check_target(path, self.overwrite, filter(Path.is_dir, map(Path, adapters)))
         return path
+
+    def path(self, adapter: str, what: str) -> Path:
+        """Return what the user named, else a path beside `adapter` (for a Hub id: here).
+
+        Raises:
+            IVONError: that is no name, or lies in the adapter, which is never modified.
+        """
+        from axolotl_ivon.errors import IVONError
+        from axolotl_ivon.storage.atomic import check_outside
+
+        if self.output in ("", "-"):
+            raise IVONError(f"--output {self.output!r}: what is written has a name; stdout is for results, see --json")
+        if self.output:
+            check_outside(Path(self.output), filter(Path.is_dir, [Path(adapter)]))
+            return Path(self.output)
+        source = Path(adapter)
+        if not source.is_dir():
+            return Path(f"{source.name}-{what}")
+        named = source if source.name not in ("", "..") else source.resolve()
+        return named.parent / f"{named.name}-{what}"
 
 
 @dataclass(frozen=True)
@@ -98,16 +145,34 @@ class Point:
 
     recommended: str | None
     tau: float | None = None
-    prune_ratio: float | None = None
+    ratio: float | None = None
 
-    def settings(self, default_ratio: float = 0.0) -> tuple[float, float]:
-        """Return τ and ratio: the options', else the recommendation's, else the defaults."""
+    def settings(self, adapter: str, default_ratio: float = 0.0) -> tuple[float, float]:
+        """Return τ and ratio for `adapter`: the options', else the recommendation's, else the defaults.
+
+        Raises:
+            IVONError: one is out of range, or the recommendation cannot be read or is for another adapter.
+        """
+        from axolotl_ivon.posterior.adapter import Adapter
+        from axolotl_ivon.posterior.posterior import check_tau
+        from axolotl_ivon.posterior.prune import check_pruning
+
         tau, ratio = 1.0, default_ratio
         if self.recommended:
             from axolotl_ivon.evaluation.sweep import read_recommended
 
-            tau, ratio = read_recommended(self.recommended)
-        return tau if self.tau is None else self.tau, ratio if self.prune_ratio is None else self.prune_ratio
+            tau, ratio = read_recommended(self.recommended, Adapter(adapter).metadata or None)
+        tau, ratio = tau if self.tau is None else self.tau, ratio if self.ratio is None else self.ratio
+        check_tau(tau)
+        check_pruning(ratio)
+        return tau, ratio
+
+
+def decision(recommended: str | None) -> Decision:
+    """Return the output temperature, and the threshold to abstain below, of a recommendation: without one, neither."""
+    from axolotl_ivon.evaluation.sweep import Decision, read_decision
+
+    return read_decision(recommended) if recommended else Decision()
 
 
 def add_all(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -128,7 +193,8 @@ def as_one(name: str, make: Callable[..., Any], *parameters: str) -> Callable[[C
         @functools.wraps(command)
         def changed(**given: Any) -> Any:
             one = make(**{parameter: given.pop(parameter) for parameter in parameters})
-            return command(**{name: one}, **given)
+            with one.reserved() if isinstance(one, Terminal) else contextlib.nullcontext():
+                return command(**{name: one}, **given)
 
         return changed  # type: ignore[return-value]
 
@@ -201,14 +267,36 @@ def recommended_option(what: str) -> Callable[[Command], Command]:
     )
 
 
-def point_options(tau: str, ratio: str, *also: str) -> Callable[[Command], Command]:
-    """Add --tau and --prune-ratio (which may `also` be spelled otherwise) with these texts, and --recommended."""
+def point_options(tau: str, ratio: str) -> Callable[[Command], Command]:
+    """Add --tau and --ratio with these texts, and --recommended, as `point`."""
     return add_all(
         click.option("--tau", type=float, help=tau),
-        click.option("--prune-ratio", *also, type=float, help=ratio),
+        click.option("--ratio", type=float, help=ratio, cls=Renamed, formerly=["--prune-ratio"]),
         recommended_option("τ and the ratio"),
-        as_one("point", Point, "recommended", "tau", "prune_ratio"),
+        as_one("point", Point, "recommended", "tau", "ratio"),
     )
+
+
+def risk_options(where: str) -> Callable[[Command], Command]:
+    """Add --risk, whose promise is found `where`, and --confidence."""
+    return add_all(
+        click.option(
+            "--risk",
+            type=float,
+            help="Find the confidence below which to abstain, so that at most this share of the answers is wrong: "
+            f"{where}.",
+        ),
+        click.option("--confidence", type=float, default=0.9, show_default=True, help="Of what --risk promises."),
+    )
+
+
+answer_option = click.option(
+    "--answer-regex",
+    "-a",
+    metavar="REGEX",
+    help="The answer in a text: gsm8k (#### 7), boxed (\\boxed{7}), choice (a capital letter alone), or a regular "
+    "expression, whose first group it is; the last match counts.  [default: the whole text]",
+)
 
 
 def criterion_option(text: str) -> Callable[[Command], Command]:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
+
+import click
+
+from ._stdout import only_results
 
 _BARS_AFTER = 1.0  # seconds: a quick command shows none
 _LINE_EVERY = 10.0  # seconds
@@ -15,7 +24,7 @@ class Progress:
     """Progress on stderr: bars on a terminal, a line now and then elsewhere (a log, CI), nothing if quiet.
 
     Called as the library calls a function that it reports to: what is being done, how much of it just was, and how much
-    it is in all (0: nobody knows).
+    it is in all (0: nobody knows). Inside of it stdout is kept for results.
     """
 
     def __init__(self, quiet: bool) -> None:
@@ -25,10 +34,12 @@ class Progress:
         self._texts: dict[str, str] = {}
         self._done: dict[str, int] = {}
         self._begun: dict[str, float] = {}
+        self._stdout = contextlib.ExitStack()
 
     def __enter__(self) -> Progress:
         from rich.console import Console
 
+        self._stdout.enter_context(only_results())
         self._console = Console(stderr=True, quiet=self._quiet)
         self._printed = time.monotonic()
         if self._console.is_terminal and not self._quiet:
@@ -50,10 +61,11 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bars:
-            self._timer.cancel()
-            self._timer.join()  # or it may start the bars after they were stopped
-            self._bars.stop()
+        with self._stdout:
+            if self._bars:
+                self._timer.cancel()
+                self._timer.join()  # or it may start the bars after they were stopped
+                self._bars.stop()
 
     def __call__(self, doing: str, count: int, total: int) -> None:
         """Report that `count` more of `total` are done."""
@@ -69,7 +81,7 @@ class Progress:
         self._done[doing] += count
         if self._bars:
             self._bars.advance(self._tasks[doing], count)
-        elif self._done[doing] and time.monotonic() - self._printed >= _LINE_EVERY:
+        elif 0 < self._done[doing] < total and time.monotonic() - self._printed >= _LINE_EVERY:
             self._printed = time.monotonic()
             left = (self._printed - self._begun[doing]) * (total / self._done[doing] - 1)
             text = self._texts.get(doing, doing)
@@ -103,12 +115,23 @@ class Progress:
 
 
 def silence_libraries() -> None:
-    """Keep the loading bars and notices of transformers and its kin off the terminal; their errors still come."""
-    import logging
+    """Keep the loading bars and notices of transformers and its kin off the terminal; their errors still come.
 
-    from transformers.utils import logging as transformers_logging
-
+    They need not be imported yet. What the user's environment asks for stands.
+    """
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets its own level when it is imported
+    ours = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for name in ours.keys() - os.environ.keys():
+        os.environ[name] = ours[name]
+        click.get_current_context().call_on_close(functools.partial(os.environ.pop, name, None))
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from ._stdout import results
+
 
 def emit(document: dict[str, Any]) -> None:
     """Print one JSON document."""
-    click.echo(json.dumps(document, indent=2, allow_nan=False))
+    click.echo(json.dumps(document, indent=2, allow_nan=False), file=results())
+
+
+def as_number(text: str) -> int | float | str:
+    """Return the number that a fact of a header is, or the text: versions, fingerprints and infinity are no numbers."""
+    if not re.fullmatch(r"-?\d{1,20}(\.\d{1,20})?(e[+-]?\d{1,3})?", text):
+        return text
+    value = float(text)
+    return int(text) if text.lstrip("-").isdecimal() else value if math.isfinite(value) else text
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
@@ -24,10 +35,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
     from axolotl_ivon.errors import printable
 
-    console = Console()
+    console = Console(file=results())
     # Somebody who pipes wants every character; a terminal may wrap.
     if not console.is_terminal:
-        console = Console(width=1000)
+        console = Console(file=results(), width=1000)
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD if console.is_terminal else None)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
@@ -41,21 +52,22 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def percent(value: float | None, error: float | None = None) -> str:
+def percent(value: float | None, error: float | None = None, signed: bool = False) -> str:
     """Return a share as percent, with its standard error."""
-    return decimal(value and 100 * value, error and 100 * error, 1)
+    return decimal(value and 100 * value, error and 100 * error, signed, 1)
 
 
-def decimal(value: float | None, error: float | None = None, digits: int = 3) -> str:
-    """Return a number, with its standard error."""
+def decimal(value: float | None, error: float | None = None, signed: bool = False, digits: int = 3) -> str:
+    """Return a number, with its standard error; `signed` as a difference."""
     if value is None:
         return "–"
-    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+    text = f"{value:+.{digits}f}".replace("-", "−") if signed else f"{value:.{digits}f}"
+    return text + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
 def is_wide(columns: int) -> bool:
     """Say whether a table that is so wide may be printed: to a file or pipe, or a terminal with room for it."""
-    return not sys.stdout.isatty() or shutil.get_terminal_size().columns >= columns
+    return not results().isatty() or shutil.get_terminal_size().columns >= columns
 
 
 def file_names(paths: Sequence[str]) -> dict[str, str]:

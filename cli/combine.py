@@ -26,10 +26,13 @@ def command(adapters: tuple[str, ...], method: str, weights: tuple[float, ...] |
     once. Use it for adapters trained on different parts of the data. The other methods are PEFT's kinds of
     weighted adapters, with σ carried along. No ADAPTER is modified.
     """
+    from axolotl_ivon.posterior.combine import shares
     from axolotl_ivon.posterior.posterior import Posterior
 
+    shares(len(adapters), method, weights)
     path = output.target(adapters, "combined")
     with output.progress() as progress:
         posteriors = [Posterior.from_pretrained(adapter, progress) for adapter in adapters]
         Posterior.combine(posteriors, method, weights).save_pretrained(path, output.overwrite, progress)
-    output.finish({"output": str(path), "method": method, "adapters": list(adapters)}, path)
+    facts = {"output": str(path), "method": method, "adapters": list(adapters)}
+    output.finish(facts, path, then=["ivon-post", "eval", path, "--data", "FILE.jsonl"])

@@ -36,6 +36,8 @@ def command(first: str, second: str, terminal: Terminal) -> None:
         ["module", "weights", "KL(A‖B)", "KL(B‖A)", "cosine", "apart", "one-sided"],
         [*map(_row, facts["modules"]), _row({**facts, "module": "all"})],
     )
+    other = a.tau == b.tau and facts["cosine"] != 1
+    terminal.suggest("ivon-post", *(["combine", first, second] if other else ["info", first]))
 
 
 def _row(facts: dict[str, Any]) -> list[str]:

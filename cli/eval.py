@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import Point, Terminal, evaluation_options, point_options, terminal_as_one
-from ._progress import silence_libraries
+from ._options import Output, Point, decision, evaluation_options, output_as_one, point_options
+from ._progress import Progress
+from ._stdout import results
 from ._tables import decimal, emit, file_names, is_wide, percent, print_table
+
+if TYPE_CHECKING:
+    from axolotl_ivon.evaluation.evaluate import Evaluation
+    from axolotl_ivon.evaluation.metrics import Scores
+    from axolotl_ivon.evaluation.sweep import Decision
 
 _ROWS = "base,mean,mean-pruned,posterior,posterior-pruned"
 # Heading -> (metric, how it is written, whether its standard error is shown).
@@ -28,78 +34,265 @@ _COLUMNS = {
 }
 # What fits 80 columns; --json has everything at any width.
 _NARROW = ("acc %", "ECE %", "NLL", "PPL", "Brier", "AUROC", "mutual")
+# The table of what comes of answering the most confident only.
+_SELECTIVE = {
+    "AURC %": ("aurc", percent, True),
+    "AUGRC %": ("augrc", percent, True),
+    "cov@5 %": ("cov_at_5risk", percent, True),
+    "risk@80 %": ("risk_at_80cov", percent, True),
+    "aECE %": ("aece", percent, True),
+}
+_DIFFERENCES = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL": ("nll", decimal)}
 
 
 @click.command("eval")
 @evaluation_options
+@click.option(
+    "--ood",
+    multiple=True,
+    metavar="FILE",
+    help="Other data, to be told from --data by the uncertainty of its predictions; may be given several times.",
+)
+@click.option(
+    "--calibrate",
+    metavar="FILE",
+    help="Validation data: adds mean+temperature and posterior+temperature, each with one softmax temperature fitted "
+    "on it.",
+)
 @point_options(
     "Temperature of the posterior rows: σ/√τ; inf is the mean.  [default: 1]",
     "Share of weights that the pruned rows lack.  [default: 0.1]",
 )
 @click.option("--rows", default=_ROWS, show_default=True, help="Which rows, with commas between.")
-@terminal_as_one
+@click.option("--output", "-o", metavar="FILE", help="Write what every row says of every example, as JSONL.")
+@click.option("--overwrite", is_flag=True, help="Replace that file.")
+@output_as_one
 def command(
-    adapter: str, data: Sequence[str], run: dict[str, Any], point: Point, rows: str, terminal: Terminal, **loading: Any
+    adapter: str,
+    data: Sequence[str],
+    ood: Sequence[str],
+    calibrate: str | None,
+    run: dict[str, Any],
+    point: Point,
+    rows: str,
+    output: Output,
+    **loading: Any,
 ) -> None:
     """Evaluate ADAPTER on data: the base model, the mean, and the average over draws from the posterior.
 
     \b
     Prints, with bootstrap standard errors, for every file and row
       accuracy    of the answer; with --task generate, of the next token of the reference answer
-      ECE         expected calibration error, 10 and 15 bins
+      ECE         expected calibration error, 10 and 15 bins; aECE: 10 bins with equally many
       NLL         of what is right, in nats; with --task generate PPL, the perplexity, too
       Brier       score: Σ(p − y)² over the choices
       AUROC       of the confidence, for being right
       entropy     of the prediction = expected (noise in the data) + mutual (disagreement of the draws)
+    \b
+    if only the most confident are answered
+      AURC, AUGRC areas under the risk-coverage curve and its generalized form; risk is the share of errors
+      cov@5       the largest share that can be answered with at most 5 % errors
+      risk@80     the share of errors among the 80 % most confident
+    \b
+    and the differences to the mean and the base model, paired, with a verdict. A threshold in --recommended adds a row
+    for what is answered with it.
 
     \b
       ivon-post eval adapter/ --data held-out.jsonl --data shifted.jsonl
+      ivon-post eval adapter/ --data test.jsonl --calibrate validation.jsonl --ood other.jsonl -o examples.jsonl
     """
-    tau, prune_ratio = point.settings(default_ratio=0.1)
-    with terminal.progress() as progress:
-        progress.begin("loading the base model")
-        silence_libraries()
-        from axolotl_ivon.evaluation.evaluate import Evaluation, choose_rows, count_passes, summarize
+    from axolotl_ivon.evaluation.evaluate import (
+        Evaluation,
+        Row,
+        calibrated_rows,
+        choose_rows,
+        count_passes,
+        summarize,
+    )
+    from axolotl_ivon.evaluation.examples import check_output
+    from axolotl_ivon.evaluation.sweep import Decision
 
-        chosen = choose_rows(rows.split(","), tau, prune_ratio)
-        evaluation = Evaluation(adapter, data, rows=chosen, **loading)
+    tau, prune_ratio = point.settings(adapter, default_ratio=0.1)
+    chosen = choose_rows([name.strip() for name in rows.split(",")], tau, prune_ratio)
+    decided = decision(point.recommended)
+    if decided != Decision(mean_sha256=decided.mean_sha256):
+        chosen.append(Row("recommended", tau, prune_ratio, temperature=decided.temperature))
+    scaled = calibrated_rows(chosen) if calibrate else []
+    written = output.path(adapter, "") if output.output is not None else None
+    if written:
+        check_output(written, output.overwrite)
+    with output.progress() as progress:
+        evaluation = Evaluation(
+            adapter, data, rows=chosen, ood=ood, calibrate=calibrate, begin=progress.begin, **loading
+        )
+        from axolotl_ivon.evaluation.compare import verdicts
+        from axolotl_ivon.evaluation.examples import save
+        from axolotl_ivon.evaluation.ood import detect
+
         chosen = evaluation.meaningful(chosen, progress.notify)
+        calibration = None
+        if calibrate:
+            total = count_passes(scaled, run["samples"]) * len(evaluation.held_out)
+            fitted = evaluation.temperatures(
+                scaled, **run, progress=progress.begin("fitting temperatures", total), notify=progress.notify
+            )
+            chosen += fitted
+            temperatures = {row.name: row.temperature for row in fitted}
+            calibration = {"data": calibrate, "examples": len(evaluation.held_out), "temperatures": temperatures}
         scores = evaluation.run(
             chosen,
             **run,
             progress=progress.begin("evaluating", count_passes(chosen, run["samples"]) * len(evaluation.items)),
             notify=progress.notify,
         )
+        if written:
+            save(written, evaluation, chosen, scores)
         progress.begin("bootstrap")
         found = summarize(evaluation, chosen, scores, run["samples"])
+        if decided.threshold is not None:
+            names = [row.name for row in chosen]
+            found = _with_answered(found, evaluation, scores[names.index("recommended")], decided, progress)
+        told = detect(evaluation, chosen, scores, run["samples"])
     facts = {
         "task": evaluation.task,
         "choices": list(evaluation.choices),
         "adapter": adapter,
+        "mean_sha256": evaluation.posterior.metadata.get("mean_sha256"),
         "base_model": evaluation.base_model,
         "samples": run["samples"],
         "tau": "inf" if math.isinf(tau) else tau,
         "prune_ratio": prune_ratio,
         "seed": run["seed"],
+        "calibration": calibration,
+        "output": output.output,
     }
-    if terminal.as_json:
-        emit({"rows": found, **facts})
+    said = verdicts(found)
+    if output.as_json:
+        emit({"rows": found, "ood": told, "verdicts": said, **facts})
+        return
+    _print(found, facts)
+    if told:
+        _print_ood(told)
+    _print_verdicts(said)
+    _print_answered(found)
+    if written:
+        click.echo(written, file=results())
+    given = ["--recommended", point.recommended] if point.recommended else []
+    if given or not evaluation.posterior.metadata:
+        output.suggest("ivon-post", "sample" if given else "merge", adapter, *given)
     else:
-        _print(found, facts)
+        output.suggest("ivon-post", "sweep", adapter, "--data", "VALIDATION.jsonl")
+
+
+def _with_answered(
+    rows: list[dict[str, Any]], evaluation: Evaluation, scores: Scores, decided: Decision, progress: Progress
+) -> list[dict[str, Any]]:
+    """Add a row for what is answered of "recommended", to each file's rows."""
+    from axolotl_ivon.evaluation.abstain import with_answered
+
+    assert decided.threshold is not None
+    if evaluation.task == "generate" or decided.score != "probability":
+        what = (
+            "single answers, and generate scores tokens" if decided.score == "probability" else "the outputs' agreement"
+        )
+        progress.notify(f"the threshold of the recommendation is of {what}: use it with `ivon-post mbr`")
+        return rows
+    return with_answered(rows, "recommended", evaluation.files, scores, decided.threshold)
+
+
+def _print_answered(rows: list[dict[str, Any]]) -> None:
+    """Print what share is answered, and what that is worth."""
+    names = file_names([row["data"] for row in rows])
+    for row in rows:
+        if "coverage" in row:
+            told = f"{names[row['data']]}: {percent(row['coverage'])} % answered, from confidence "
+            told += f"{row['threshold']:.4g} on"
+            if row["accuracy"] is not None:
+                told += f", {percent(row['accuracy'], row['se']['accuracy'])} % of them right"
+            click.echo(told)
 
 
 def _print(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Print a table with a row for every file and model; with standard errors and all columns where there is room."""
+    """Print tables with a row for every file and model; with standard errors and all columns where there is room."""
     wide = is_wide(140)
     heads = [head for head in (_COLUMNS if wide else _NARROW) if facts["task"] == "generate" or head != "PPL"]
+    choices = f" between {', '.join(facts['choices'])}" if facts["choices"] else ""
+    draws = f"{facts['samples']} draws at τ {facts['tau']}, pruning ratio {facts['prune_ratio']:g}"
+    quality = {head: _COLUMNS[head] for head in heads}
+    _print_metrics(rows, quality, f"{facts['task']}{choices}; {draws}", wide)
+    if facts["calibration"]:
+        fitted = ", ".join(f"{name} {value:.3g}" for name, value in facts["calibration"]["temperatures"].items())
+        click.echo(f"fitted on {facts['calibration']['data']}: {fitted}\n")
+    _print_metrics(rows, _SELECTIVE, "if only the most confident are answered", wide)
+    _print_differences(rows, wide)
+
+
+def _print_metrics(rows: list[dict[str, Any]], columns: dict[str, Any], title: str, wide: bool) -> None:
+    def cells(row: dict[str, Any]) -> list[str]:
+        errors = row["se"] if wide else {}
+        return [write(row[metric], errors.get(metric) if error else None) for metric, write, error in columns.values()]
+
+    print_table(["", *columns], _by_file(rows, cells, len(columns)), title)
+
+
+def _print_differences(rows: list[dict[str, Any]], wide: bool) -> None:
+    """Print every row's differences to the mean, and where there is room to the base model."""
+    shown = [than for than in ("mean", "base") if any(f"versus_{than}" in row for row in rows)]
+    shown = shown if wide else shown[:1]
+    if not shown:
+        return
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        found = []
+        for than in shown:
+            for metric, write in _DIFFERENCES.values():
+                versus = row.get(f"versus_{than}", {}).get(metric)
+                found.append(write(versus["difference"], versus["standard_error"], signed=True) if versus else "")
+        return found
+
+    some = [row for row in rows if any(f"versus_{than}" in row for than in shown)]
+    heads = [f"{'Δ' if than == shown[0] else 'Δ base'} {head}" for than in shown for head in _DIFFERENCES]
+    print_table(
+        ["", *heads], _by_file(some, cells, len(heads)), f"differences to the {' and the '.join(shown)}, paired"
+    )
+
+
+def _by_file(rows: list[dict[str, Any]], cells: Callable[[dict[str, Any]], list[str]], width: int) -> list[list[str]]:
+    """Return the lines of a table: a heading for every file, then its rows."""
     names = file_names([row["data"] for row in rows])
     lines: list[list[str]] = []
     for before, row in zip([None, *rows], rows, strict=False):
         if before is None or before["data"] != row["data"]:
-            lines.append([f"{names[row['data']]} ({row['examples']})", *([""] * len(heads))])
-        lines.append([f" {row['name']}"])
-        for metric, write, error in (_COLUMNS[head] for head in heads):
-            lines[-1].append(write(row[metric], row["se"][metric] if wide and error else None))
-    choices = f" between {', '.join(facts['choices'])}" if facts["choices"] else ""
-    draws = f"{facts['samples']} draws at τ {facts['tau']}, pruning ratio {facts['prune_ratio']:g}"
-    print_table(["", *heads], lines, f"{facts['task']}{choices}; {draws}")
+            lines.append([f"{names[row['data']]} ({row['examples']})", *([""] * width)])
+        lines.append([f" {row['name']}", *cells(row)])
+    return lines
+
+
+def _print_ood(found: list[dict[str, Any]]) -> None:
+    """Print how well each score of each row tells each file from the data."""
+    wide = is_wide(140)
+    names = file_names([one["data"] for one in found])
+    kinds = list(dict.fromkeys(one["score"] for one in found))
+    lines: list[list[str]] = []
+    for path in names:
+        lines.append([names[path], *([""] * len(kinds) * (1 + wide))])
+        for row in dict.fromkeys(one["name"] for one in found):
+            told = {one["score"]: one for one in found if (one["data"], one["name"]) == (path, row)}
+            cells = [
+                decimal(told[kind]["auroc"], told[kind]["se"]["auroc"] if wide else None) if kind in told else "–"
+                for kind in kinds
+            ]
+            if wide:
+                cells += [percent(told[kind]["fpr95"]) if kind in told else "–" for kind in kinds]
+            lines.append([f" {row}", *cells])
+    short = {"max_probability": "max p", "mutual_information": "mutual"}
+    heads = [short.get(kind, kind) for kind in kinds]
+    title = "AUROC of the uncertainty, for not being of the data" + ("; right: FPR95 %" if wide else "")
+    print_table(["", *heads, *(heads if wide else [])], lines, title)
+
+
+def _print_verdicts(found: list[dict[str, Any]]) -> None:
+    """Print what the differences mean, each line with its file where there are several."""
+    names = file_names([one["data"] for one in found])
+    for one in found:
+        click.echo(f"{names[one['data']]}: {one['text']}" if len(names) > 1 else one["text"])

@@ -11,14 +11,16 @@ from ._options import (
     Output,
     Point,
     adapter_argument,
+    answer_option,
     as_one,
     batch_option,
+    decision,
     model_options,
     output_options,
     point_options,
     seed_option,
 )
-from ._progress import silence_libraries
+from ._tables import percent
 
 
 @click.command("generate")
@@ -30,12 +32,12 @@ from ._progress import silence_libraries
 @point_options(
     "Temperature of the posterior: σ/√τ, see `temper`.  [default: 1]",
     "Prune this share by |m|/σ first.  [default: 0]",
-    "--ratio",
 )
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the tokens; 0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest tokens only.")
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Of one output.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End an output before TEXT; may be given several times.")
+@answer_option
 @seed_option("Seed of the draws, those of `sample --seed`, and of the outputs.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT prompts.")
 @click.option("--endpoint", metavar="URL", help="Ask an OpenAI-compatible server; ADAPTER is the ensemble it serves.")
@@ -57,44 +59,48 @@ def command(adapter: str, prompts: str, planned: dict[str, Any], point: Point, o
     Writes JSONL, a line per prompt, for `ivon-post mbr`:
 
     \b
-      {"prompt": …, "reference": …, "outputs": [{"text": …, "member": 0, "logprob": …}, …]}
+      {"prompt": …, "reference": …, "confidence": …, "semantic_entropy": …, "expected_entropy": …,
+       "mutual_information": …, "outputs": [{"text": …, "member": 0, "logprob": …}, …]}
+
+    confidence is the share of the outputs with the most frequent answer; with a threshold in --recommended the line
+    says "abstain": true where it is below. The entropies are of the answers: of all outputs = expected within a draw +
+    mutual between draws.
 
     member is the number of the draw (0 for the mean), logprob the sum of the tokens' log-probabilities under that
     member before --temperature and --top-p. The same command goes on where an interrupted one stopped.
 
     \b
-      ivon-post generate adapter/ -p test.jsonl -n 64 --prune-ratio 0.1 -o pruned.jsonl
+      ivon-post generate adapter/ -p test.jsonl -n 64 --ratio 0.1 -o pruned.jsonl
       ivon-post generate adapter/ -p test.jsonl -n 64 --mean -o mean.jsonl
       ivon-post generate ensemble/ -p test.jsonl -n 64 --endpoint http://localhost:8000
     """
-    path = output.output or f"{adapter.rstrip('/')}-nbest.jsonl"
+    from axolotl_ivon.errors import IVONError
+    from axolotl_ivon.generation.generate import generate
+    from axolotl_ivon.generation.plan import Plan
+
+    path = str(output.path(adapter, "nbest.jsonl"))
+    plan = Plan(**planned)
+    if plan.mean and point.tau is not None:
+        raise IVONError(f"--tau {point.tau}: --mean has no temperature; leave one of them out")
+    if options["endpoint"] and point != Point(None):
+        raise IVONError("--endpoint: the members are drawn already; give --tau and --ratio to `ivon-post sample`")
+    tau, ratio = point.settings(adapter)
     with output.progress() as progress:
 
         def count(tokens: int) -> None:
             speed = tokens / max(progress.seconds("generating"), 1e-9)
             progress.describe("generating", f"generating, {speed:.0f} tokens/s")
 
-        progress.begin("reading the adapter and the prompts")
-        silence_libraries()
-        from axolotl_ivon.errors import IVONError
-        from axolotl_ivon.generation.generate import generate
-        from axolotl_ivon.generation.plan import Plan
-
-        plan = Plan(**planned)
-        if plan.mean and point.tau is not None:
-            raise IVONError(f"--tau {point.tau}: --mean has no temperature; leave one of them out")
-        if options["endpoint"] and point != Point(None):
-            raise IVONError(
-                "--endpoint: the members are drawn already; give --tau and --prune-ratio to `ivon-post sample`"
-            )
-        tau, prune_ratio = point.settings()
+        decided = decision(point.recommended)
         done = generate(
             adapter,
             prompts,
             path,
             plan,
             tau=tau,
-            prune_ratio=prune_ratio,
+            prune_ratio=ratio,
+            threshold=decided.threshold,
+            output_temperature=decided.temperature,
             begin=progress.begin,
             count=count,
             notify=progress.notify,
@@ -109,4 +115,7 @@ def command(adapter: str, prompts: str, planned: dict[str, Any], point: Point, o
     source = "the mean" if plan.mean else f"{plan.members} draws"
     kept = f" ({done.resumed} were there)" if done.resumed else ""
     told = f"{done.prompts} prompts{kept}, {plan.n} outputs each from {source}, seed {plan.seed}"
-    output.finish({**facts, **asdict(plan), **took}, told, path)
+    coverage = None if decided.threshold is None else 1 - done.abstained / done.prompts
+    if coverage is not None:
+        told += f"; answers {percent(coverage)} %, and abstains below confidence {decided.threshold:.4g}"
+    output.finish({**facts, **asdict(plan), **took, "coverage": coverage}, told, path, then=["ivon-post", "mbr", path])

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ._options import Terminal, adapter_argument, criterion_option, terminal_options
-from ._tables import emit, number, print_table
+from ._tables import as_number, emit, number, print_table
 
 
 @click.command("info")
@@ -28,7 +28,8 @@ def command(adapter: str, ratio: float, criterion: str, summary: bool, terminal:
     with terminal.progress() as progress:
         facts = info(adapter, ratio, criterion, progress)
     if terminal.as_json:
-        emit(facts)
+        facts["header"] = {name: as_number(value) for name, value in facts["header"].items()}
+        emit({name: value for name, value in facts.items() if name != "modules" or not summary})
         return
     if not summary:
         _print_modules(facts)
@@ -36,8 +37,10 @@ def command(adapter: str, ratio: float, criterion: str, summary: bool, terminal:
     if facts["posterior"]:
         _print_quantiles(facts)
         _print_histogram(facts["snr_histogram"])
+        terminal.suggest("ivon-post", "eval", adapter, "--data", "FILE.jsonl")
     else:
         click.echo("No ivon_sigma.safetensors: of the commands here, `info` and `merge` work on it.")
+        terminal.suggest("ivon-post", "merge", adapter)
 
 
 def _print_modules(facts: dict[str, Any]) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import Output, choice_option, output_options
-from ._progress import silence_libraries
+from ._options import Output, answer_option, choice_option, decision, output_options, risk_options
+from ._progress import Progress
 from ._tables import decimal, percent, print_table
 
 if TYPE_CHECKING:
+    from axolotl_ivon.evaluation.abstain import Abstention
+    from axolotl_ivon.evaluation.sweep import Decision
     from axolotl_ivon.generation.mbr import Decoded
 
 
@@ -22,20 +27,42 @@ if TYPE_CHECKING:
     ["exact", "bleu", "chrf", "rouge", "bertscore"],
     "How good an output is if another is right. exact: equal answers, a majority vote.",
 )
-@click.option(
-    "--answer-regex",
-    "-a",
-    metavar="REGEX",
-    help="The answer in a text: gsm8k (#### 7), boxed (\\boxed{7}), choice (a capital letter alone), or a regular "
-    "expression, whose first group it is; the last match counts.  [default: the whole text]",
-)
+@answer_option
 @choice_option(
     "--level",
     ["sequence", "model"],
     "sequence: all outputs in one pool. model: the average of the members' expectations.",
 )
+@choice_option(
+    "--clusters",
+    ["exact", "embedding"],
+    "Which outputs mean the same, for the uncertainty. exact: equal answers. embedding: answers whose embeddings are "
+    "alike.",
+)
+@click.option("--embedding-model", metavar="DIR", help="A model that sentence-transformers saved, for --clusters.")
+@click.option(
+    "--similarity",
+    type=click.FloatRange(-1, 1),
+    default=0.8,
+    show_default=True,
+    help="Least cosine of what means the same, for --clusters embedding.",
+)
+@click.option("--fields", metavar="A,B.C", help="The confidence of these fields of JSON answers, too.")
+@click.option("--recommended", metavar="FILE", help="Abstain below the threshold of a recommended.json.")
+@risk_options("on half of the prompts, which need references; the other half says where to look for it")
 @output_options("FILE-mbr", "Where the choices and the figure go.", overwrite="Replace what is there.")
-def command(files: tuple[str, ...], utility: str, answer_regex: str | None, level: str, output: Output) -> None:
+def command(
+    files: tuple[str, ...],
+    utility: str,
+    answer_regex: str | None,
+    level: str,
+    recommended: str | None,
+    risk: float | None,
+    confidence: float,
+    fields: str | None,
+    output: Output,
+    **meaning: Any,
+) -> None:
     """Choose one output per prompt from the FILEs that `ivon-post generate` writes, by minimum Bayes risk.
 
     The output that the others agree with most is chosen (Daheim et al., ICLR 2025), in a tie the more probable one.
@@ -43,15 +70,21 @@ def command(files: tuple[str, ...], utility: str, answer_regex: str | None, leve
     errors (AUROC). Writes the choices as LABEL.jsonl, and accuracy.png and .svg with a curve per FILE.
 
     \b
+    A line of LABEL.jsonl, and a second table, say how sure the outputs are
+      confidence            the share of the outputs that mean what the chosen one does
+      semantic_entropy      of the meanings, = expected + mutual information
+      expected_entropy      within draws: the question is open
+      mutual_information    between draws: the model does not know
+
+    \b
       ivon-post mbr mean.jsonl posterior.jsonl "10 % pruned=pruned.jsonl" --answer-regex gsm8k
+      ivon-post mbr validation.jsonl -a gsm8k --risk 0.05 -o chosen
+      ivon-post mbr test.jsonl -a gsm8k --recommended chosen/recommended.json
     """
     with output.progress() as progress:
-        progress.begin("reading")
-        if utility == "bertscore":  # the only one with a model
-            silence_libraries()
-        from axolotl_ivon.generation.mbr import labels, mbr
-        from axolotl_ivon.generation.nbest import read_nbest
-        from axolotl_ivon.generation.report import check_output, save
+        from axolotl_ivon.generation.fields import check_fields, check_outputs
+        from axolotl_ivon.generation.mbr import check_output, labels, mbr
+        from axolotl_ivon.generation.nbest import read_nbest, read_source
         from axolotl_ivon.generation.utilities import UTILITIES, Answers
 
         paths = labels(files)
@@ -60,25 +93,121 @@ def command(files: tuple[str, ...], utility: str, answer_regex: str | None, leve
         check_output(folder, output.overwrite)
         answers = Answers(answer_regex)
         measure = UTILITIES[utility](answers)
+        wanted = check_fields(fields) if fields is not None else ()
+        sources = {label: read_source(path) for label, path in paths.items()}
+        decided = _decided(recommended, risk, confidence, sources, progress)
+        more: dict[str, Any] = {"clusters": _clusters(**meaning), "fields": wanted, "temperature": decided.temperature}
         lists = {label: read_nbest(path) for label, path in paths.items()}
         unmatched = {}
         for label, nbests in lists.items():
+            if wanted:
+                check_outputs([text for nbest in nbests for text in nbest.texts], wanted, paths[label])
             missing, total, example = answers.unmatched(nbests)
             unmatched[label] = missing
             if missing:
                 progress.notify(f"{label}: no answer in {missing} of {total} outputs, {example} for one")
         advance = progress.begin("choosing", sum(map(len, lists.values())))
-        results = {label: mbr(nbests, measure, answers, level, advance) for label, nbests in lists.items()}
+        results = {label: mbr(nbests, measure, answers, level, advance, **more) for label, nbests in lists.items()}
+        settings = {"utility": utility, "answer_regex": answer_regex, "level": level, "clusters": meaning["clusters"]}
+        promise = None
+        if risk is not None:
+            [(label, result)] = results.items()
+            promise = _promise(result, paths[label], risk, confidence)
+            decided = replace(decided, threshold=promise.threshold)
+        if decided.threshold is not None:
+            results = {label: result.abstaining(decided.threshold) for label, result in results.items()}
         progress.begin("writing")
+        from axolotl_ivon.generation.report import save
+
         written = [str(path) for path in save(results, folder)]
+        if promise is not None:
+            from axolotl_ivon.evaluation.sweep import write_recommended
+
+            facts = {**(sources[label] or {}), "objective": "risk", "score": "agreement", **promise.document()}
+            written.append(str(write_recommended(folder, {**facts, "data": [paths[label]], **settings})))
     if not output.as_json:
         _print(results, utility)
+        _print_uncertainty(results)
     documents = [
         {"label": label, "file": paths[label], "unmatched": unmatched[label], **result.document()}
         for label, result in results.items()
     ]
-    settings = {"utility": utility, "answer_regex": answer_regex, "level": level}
-    output.finish({"accuracy": documents[0]["accuracy"], **settings, "results": documents, "files": written}, *written)
+    document = {"accuracy": documents[0]["accuracy"], **settings, "results": documents, "files": written}
+    if promise is not None:
+        document |= promise.document()
+    promised = [promise.told(0.5)] if promise is not None else []
+    output.finish(document, *promised, *written, then=["head", "-n", 1, written[0]])
+
+
+def _decided(
+    recommended: str | None,
+    risk: float | None,
+    confidence: float,
+    sources: Mapping[str, dict[str, Any] | None],
+    progress: Progress,
+) -> Decision:
+    """Return the threshold of a recommendation, once it is sure that it may be used; or check what one is found by."""
+    from axolotl_ivon.errors import IVONError
+
+    if risk is not None:
+        from axolotl_ivon.evaluation.abstain import check_risk
+
+        check_risk(risk, confidence)
+        if recommended is not None:
+            raise IVONError("--risk finds a threshold and --recommended has one; leave one of them out")
+        if len(sources) > 1:
+            raise IVONError("--risk: give one FILE; a threshold is of one way to generate")
+        if None in sources.values():
+            raise IVONError(
+                f"--risk: {next(iter(sources))} has no .settings.json beside it, which says what it is drawn from"
+            )
+    decided = decision(recommended)
+    if recommended is None:
+        return decided
+    if decided.threshold is None:
+        raise IVONError(
+            f"--recommended {recommended} has no threshold; `ivon-post sweep` finds one with --risk, and so does `mbr`"
+        )
+    for label, source in sources.items():
+        own = source and source["mean_sha256"]
+        if own and decided.mean_sha256 and own != decided.mean_sha256:
+            raise IVONError(
+                f"--recommended {recommended} was chosen for another adapter than {label} was generated with"
+            )
+    if decided.score != "agreement":
+        progress.notify(
+            "the threshold is of the probabilities that `eval` sees; of the outputs' agreement it promises nothing: "
+            "find one for it with `ivon-post mbr --risk`"
+        )
+    return decided
+
+
+def _clusters(clusters: str, embedding_model: str | None, similarity: float) -> Callable[..., Any]:
+    """Return what finds the outputs of one meaning."""
+    from axolotl_ivon.errors import IVONError
+
+    if (clusters == "embedding") != (embedding_model is not None):
+        raise IVONError("--clusters embedding needs --embedding-model, and nothing else does; give both or neither")
+    if embedding_model is None:
+        from axolotl_ivon.generation.uncertainty import by_answer
+
+        return by_answer
+    from axolotl_ivon.generation.embedding import Embedder, by_meaning
+
+    return partial(by_meaning, embed=Embedder(embedding_model), similarity=similarity)
+
+
+def _promise(result: Decoded, path: str, risk: float, confidence: float) -> Abstention:
+    """Return the threshold that promises the risk."""
+    import numpy as np
+
+    from axolotl_ivon.errors import IVONError
+    from axolotl_ivon.evaluation.abstain import certify
+
+    if not result.right:
+        raise IVONError(f"--risk: {path} has prompts without a reference, and so nothing tells which choices are wrong")
+    confidences = np.array([choice.uncertainty.confidence for choice in result.choices])
+    return certify(confidences, np.array(result.right), risk, confidence)
 
 
 def _print(results: dict[str, Decoded], utility: str) -> None:
@@ -99,3 +228,38 @@ def _print(results: dict[str, Decoded], utility: str) -> None:
     click.echo("accuracy (%) of one output and of the choice among n; AUROC of disagreement, for a wrong choice")
     heads = ["", "one", *(f"n = {n}" for n in numbers), *([] if utility == "exact" else [utility]), "AUROC"]
     print_table(heads, lines)
+
+
+_MEASURES = {
+    "confidence": "confidence",
+    "semantic_entropy": "semantic entropy",
+    "expected_entropy": " within draws (expected)",
+    "mutual_information": " between draws (mutual)",
+}
+
+
+def _print_uncertainty(results: dict[str, Decoded]) -> None:
+    """Print how well each measure tells the wrong choices, what is answered, and the fields, where there are any."""
+    lines: list[list[str]] = []
+    for label, result in results.items():
+        if result.uncertainty:
+            lines.append([label, "", "", "", ""])
+            for name, told in result.uncertainty.items():
+                values = [decimal(told[key]) for key in ("mean", "auroc", "aurc", "prr")]
+                lines.append([f" {_MEASURES[name]}", *values])
+    if lines:
+        print_table(["for a wrong choice", "mean", "AUROC", "AURC", "PRR"], lines)
+    lines = []
+    for label, result in results.items():
+        if result.fields:
+            lines.append([label, *[""] * 5])
+        for path, told in result.fields.items():
+            shares = [percent(told[key]) for key in ("confidence", "missing", "unparsable", "accuracy")]
+            lines.append([f" {path}", *shares, decimal(told["auroc"])])
+    if lines:
+        print_table(["field", "confidence %", "missing %", "no JSON %", "acc %", "AUROC"], lines)
+    for label, result in results.items():
+        if result.coverage is not None:
+            right = result.answered_accuracy
+            correct = "" if right is None else f", {percent(right)} % of them right"
+            click.echo(f"{label}: {percent(result.coverage)} % of the prompts answered{correct}")

@@ -38,13 +38,22 @@ def command(
     is pruning 0.1. ADAPTER is a folder or a Hub id and is not modified.
     """
     from axolotl_ivon.posterior.posterior import Posterior
+    from axolotl_ivon.posterior.prune import check_pruning
 
-    _, share = Point(recommended, prune_ratio=ratio).settings(default_ratio=0.1)
+    _, share = Point(recommended, ratio=ratio).settings(adapter, default_ratio=0.1)
+    check_pruning(share, criterion, scope)
     path = output.target([adapter], f"pruned-{share:g}")
     with output.progress() as progress:
-        posterior = Posterior.from_pretrained(adapter, progress).prune(share, criterion, scope, seed, progress)
+        source = Posterior.from_pretrained(adapter, progress)
+        posterior = source.prune(share, criterion, scope, seed, progress)
         posterior.save_pretrained(path, output.overwrite, progress)
+        if share <= source.pruned_ratio:
+            before = f"; {source.pruned_ratio:g} of the weights were pruned before" if source.pruned_ratio else ""
+            progress.notify(f"ratio {share:g} prunes nothing{before}: {path} is ADAPTER as it was")
+        elif share == 1:
+            progress.notify(f"ratio 1 prunes every weight: with {path} the base model is as it was before training")
         pruned, weights = sum(posterior.pruned().values()), posterior.mean.weights
     facts = {"output": str(path), "ratio": share, "criterion": criterion, "scope": scope}
     told = f"{pruned:,} of {weights:,} weights are 0 ({pruned / max(weights, 1):.2%}), by {criterion}"
-    output.finish({**facts, "pruned": pruned, "weights": weights}, told, path)
+    then = ["ivon-post", "eval", path, "--data", "FILE.jsonl"]
+    output.finish({**facts, "pruned": pruned, "weights": weights}, told, path, then=then)

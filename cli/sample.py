@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import click
 
 from ._options import Output, Point, adapter_argument, dtype_option, output_options, point_options, seed_option
+
+_LARGE = 10**9  # bytes, of which the user hears before they are written
 
 
 @click.command("sample")
@@ -39,9 +42,11 @@ def command(
       ivon-post generate ensemble/ --prompts test.jsonl -n 64 --endpoint http://localhost:8000
     """
     from axolotl_ivon.posterior.posterior import Posterior
-    from axolotl_ivon.posterior.sample import sample
+    from axolotl_ivon.posterior.sample import check_members, ensemble_bytes, sample
+    from axolotl_ivon.storage.atomic import in_bytes
 
-    tau, ratio = point.settings()
+    check_members(members)
+    tau, ratio = point.settings(adapter)
     path = output.target([adapter], f"samples-{members}")
     with output.progress() as progress:
         posterior = Posterior.from_pretrained(adapter, progress)
@@ -52,12 +57,19 @@ def command(
         if ratio:
             posterior = posterior.prune(ratio, progress=progress)
         posterior = posterior.temper(tau)
+        size = ensemble_bytes(posterior, members, options["dtype"], options["include_mean"])
+        if size >= _LARGE:
+            progress.notify(f"{members:,} adapters take {in_bytes(size)} in {path}")
         names = sample(
             posterior, path, members, seed, source=adapter, overwrite=output.overwrite, progress=progress, **options
         )
+        if math.isinf(posterior.tau):
+            progress.notify("τ is inf: every draw is the mean")
     served: dict[str, str] = {}
     if serve:
         ensemble = Ensemble(path)
         served = {"serve": ensemble.serve_command(), "serve_script": str(ensemble.write_serve_script())}
     facts = {"output": str(path), "seed": seed, "members": names, **served}
-    output.finish(facts, f"{len(names)} adapters, seed {seed}", path, *served.values())
+    then = ["sh", served["serve_script"], "--port", 8000] if served else ["ivon-post", "info", path / names[0]]
+    told = f"{len(names)} adapter{'s' if len(names) > 1 else ''}, seed {seed}"
+    output.finish(facts, told, path, *served.values(), then=then)

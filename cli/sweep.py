@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import Command, Numbers, Output, choice_option, evaluation_options, output_as_one
-from ._progress import silence_libraries
+from ._options import Command, Numbers, Output, choice_option, evaluation_options, output_as_one, risk_options
 from ._tables import decimal, is_wide, percent, print_table
 
 if TYPE_CHECKING:
@@ -27,6 +25,7 @@ def _grid_option(name: str, default: str, text: str) -> Callable[[Command], Comm
 @_grid_option("tau", "0.25,0.5,1,2,4,inf", "Temperatures, with commas between; inf is the mean.")
 @_grid_option("ratio", "0,0.1,0.3", "Pruning ratios, with commas between.")
 @choice_option("--objective", ["nll", "ece", "accuracy", "brier"], "What the recommended point is best in.")
+@risk_options("half of the data certifies it, a quarter each chooses and reports")
 @click.option("--output", "-o", metavar="DIR", help="Where to write.  [default: ADAPTER-sweep]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier sweep there.")
 @output_as_one
@@ -36,39 +35,51 @@ def command(
     taus: tuple[tuple[float, ...], ...],
     ratios: tuple[tuple[float, ...], ...],
     objective: str,
+    risk: float | None,
+    confidence: float,
     run: dict[str, Any],
     output: Output,
     **loading: Any,
 ) -> None:
     """Evaluate ADAPTER over a grid of temperatures and pruning ratios, and recommend one point.
 
-    The point is chosen on one half of the data and reported on the other. Writes recommended.json, which `eval`,
-    `prune`, `temper` and `sample` take as --recommended, and two pictures (PNG and SVG): accuracy against calibration
-    error over the grid with its Pareto front, and reliability diagrams.
+    The point is chosen on one half of the data and reported on the other. It is recommended if it is better there than
+    the mean, beyond noise; else the default is kept, the mean. A softmax temperature of the output, fitted on the half
+    that chooses, is tried as well. Writes recommended.json, which the other commands take as --recommended, and two
+    pictures (PNG and SVG): accuracy against calibration error over the grid with its Pareto front, and reliability
+    diagrams.
+
+    With --risk, recommended.json also holds the threshold on the confidence (the largest of the averaged probabilities)
+    from which on to answer; `eval`, `generate` and `mbr` abstain below.
 
     \b
       ivon-post sweep adapter/ --data validation.jsonl --tau 0.5,1,2,inf --ratio 0,0.1,0.2
+      ivon-post sweep adapter/ --data validation.jsonl --risk 0.05 --confidence 0.9
     """
-    folder = Path(output.output or f"{adapter.rstrip('/')}-sweep")
-    with output.progress() as progress:
-        progress.begin("loading the base model")
-        silence_libraries()
-        from axolotl_ivon.evaluation.evaluate import Evaluation, count_passes
-        from axolotl_ivon.evaluation.report import check_output, save
-        from axolotl_ivon.evaluation.sweep import check_grid, sweep
+    from axolotl_ivon.evaluation.abstain import check_risk
+    from axolotl_ivon.evaluation.evaluate import Evaluation, count_passes
+    from axolotl_ivon.evaluation.sweep import check_grid, check_output, number, sweep
 
-        rows = check_grid([tau for group in taus for tau in group], [ratio for group in ratios for ratio in group])
-        check_output(folder, output.overwrite)
-        evaluation = Evaluation(adapter, data, rows=rows, **loading)
+    folder = output.path(adapter, "sweep")
+    rows = check_grid([tau for group in taus for tau in group], [ratio for group in ratios for ratio in group])
+    check_output(folder, output.overwrite)
+    if risk is not None:
+        check_risk(risk, confidence)
+    with output.progress() as progress:
+        evaluation = Evaluation(adapter, data, rows=rows, begin=progress.begin, **loading)
         result = sweep(
             evaluation,
             rows,
             objective,
+            risk=risk,
+            confidence=confidence,
             **run,
             progress=progress.begin("evaluating", count_passes(rows, run["samples"]) * len(evaluation.items)),
             notify=progress.notify,
         )
         progress.begin("drawing")
+        from axolotl_ivon.evaluation.report import save
+
         facts = {
             "adapter": adapter,
             "mean_sha256": evaluation.posterior.metadata.get("mean_sha256"),
@@ -78,14 +89,17 @@ def command(
             "choices": list(evaluation.choices),
             "samples": run["samples"],
             "seed": run["seed"],
+            "adapter_tau": number(evaluation.posterior.tau),  # which the grid's came on top of
         }
-        files = save(result, folder, facts)
+        files = save(result, folder, facts, progress.notify)
     if not output.as_json:
         _print(result)
     written = json.loads(files[0].read_text(encoding="utf-8"))
-    recommended = {name: written[name] for name in ("tau", "ratio", "objective")}
+    recommended = {name: written[name] for name in ("tau", "ratio", "temperature", "objective")}
     document = {"recommended": recommended, "files": [str(path) for path in files], **written}
-    output.finish(document, _promise(result), *files)
+    promise = [result.abstention.told(share=0.5)] if result.abstention else []
+    then = ["ivon-post", "eval", adapter, "--data", "TEST.jsonl", "--recommended", files[0]]
+    output.finish(document, result.verdict.text, _recommended(result), *promise, *files, then=then)
 
 
 def _print(result: Sweep) -> None:
@@ -93,31 +107,30 @@ def _print(result: Sweep) -> None:
     columns = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL": ("nll", decimal)}
     if is_wide(100):
         columns["Brier"] = ("brier", decimal)
+    heads = ["τ", "ratio", *(["T"] if result.scaled else [])]
     lines: list[list[str]] = []
-    for before, point in zip([None, *result.points], result.points, strict=False):
-        if before and before.ratio != point.ratio:
-            lines.append([""] * (2 * len(columns) + 3))
-        lines.append([f"{point.tau:g}", f"{point.ratio:g}"])
+    points = result.points + result.scaled
+    for before, point in zip([None, *points], points, strict=False):
+        if before and (before.ratio != point.ratio or before.temperature == 1 != point.temperature):
+            lines.append([""] * (2 * len(columns) + len(heads) + 1))
+        lines.append([f"{point.tau:g}", f"{point.ratio:g}", f"{point.temperature:.3g}"][: len(heads)])
         for values in (point.chosen_on, point.reported_on):
             lines[-1] += [write(values[metric]) for metric, write in columns.values()]
-        marks = {"front": point.front, "best": point is result.points[result.recommended]}
+        marks = {"front": point.front, "best": point is result.best, "recommended": point is result.recommended}
         lines[-1].append(" ".join(mark for mark, set_ in marks.items() if set_))
-    title = f"left: on the half that chooses (best {result.objective}; Pareto front); right: on the other half"
-    print_table(["τ", "ratio", *columns, *columns, ""], lines, title)
+    chooses, reports = result.examples
+    title = (
+        f"left: on the {chooses} examples that choose (best {result.objective}; Pareto front); "
+        f"right: on {reports} others"
+    )
+    print_table([*heads, *columns, *columns, ""], lines, title)
 
 
-def _promise(result: Sweep) -> str:
-    """Return what the recommended point gave on the half that it was not chosen on."""
-    point, mean = result.points[result.recommended], result.find(float("inf"), 0.0)
-
-    def line(values: dict[str, Any], error: dict[str, Any]) -> str:
-        return (
-            f"accuracy {percent(values['accuracy'], error.get('accuracy'))} %, "
-            f"ECE {percent(values['ece'], error.get('ece'))} %, NLL {decimal(values['nll'], error.get('nll'))}"
-        )
-
-    text = f"recommended by {result.objective}: τ {point.tau:g}, ratio {point.ratio:g}; on the other half: "
-    text += line(point.reported_on, result.error)
-    if mean is not None and mean is not point:
-        text += f" (the mean, unpruned: {line(mean.reported_on, {})})"
-    return text
+def _recommended(result: Sweep) -> str:
+    """Return what the recommended point gave on the examples that it was not chosen on."""
+    values, error = result.recommended.reported_on, result.error
+    return (
+        f"recommended: {result.recommended.told()}; on the other examples: "
+        f"accuracy {percent(values['accuracy'], error['accuracy'])} %, ECE {percent(values['ece'], error['ece'])} %, "
+        f"NLL {decimal(values['nll'], error['nll'])}"
+    )

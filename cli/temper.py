@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import click
 
 from ._options import Output, Point, adapter_argument, output_options, recommended_option
@@ -25,9 +27,14 @@ def command(adapter: str, tau: float | None, recommended: str | None, output: Ou
 
     if tau is None and recommended is None:
         raise IVONError("no temperature; give --tau, or --recommended")
-    value, _ = Point(recommended, tau).settings()
+    value, _ = Point(recommended, tau).settings(adapter)
     path = output.target([adapter], f"tau-{value:g}")
     with output.progress() as progress:
-        posterior = Posterior.from_pretrained(adapter, progress).temper(value)
+        source = Posterior.from_pretrained(adapter, progress)
+        posterior = source.temper(value)
         posterior.save_pretrained(path, output.overwrite, progress)
-    output.finish({"output": str(path), "tau": posterior.metadata["tau"]}, f"τ is {posterior.tau:g}", path)
+        if posterior.tau == source.tau:
+            progress.notify(f"τ {value:g} changes nothing: {path} is ADAPTER as it was")
+    facts = {"output": str(path), "tau": "inf" if math.isinf(posterior.tau) else posterior.tau}
+    then = ["ivon-post", "eval", path, "--data", "FILE.jsonl"]
+    output.finish(facts, f"τ is {posterior.tau:g}", path, then=then)

@@ -35,12 +35,27 @@ COMMANDS = {
         "head -n 8 out-sweep/recommended.json",
         "ivon-post eval out --data test.jsonl --recommended out-sweep/recommended.json --rows base,mean,posterior",
     ],
+    "abstain": [
+        "ivon-post sweep out --data validation.jsonl --tau 1,inf --ratio 0 --risk 0.4 -o sure | tail -n 7",
+        "ivon-post eval out --data test.jsonl --recommended sure/recommended.json --rows mean | tail -n 2",
+    ],
     "generate": [
         f"{GENERATE} --per-model 2 -o posterior.jsonl",
         f"{GENERATE} --mean -o mean.jsonl",
         "head -n 1 posterior.jsonl | cut -c 1-300",
     ],
     "mbr": ["ivon-post mbr mean.jsonl posterior.jsonl --answer-regex choice -o chosen", "ls chosen"],
+    "report": [
+        "ivon-post report out --data test.jsonl --recommended out-sweep/recommended.json",
+        "ls out-report.html",
+    ],
+    "card": [
+        "ivon-post card out",
+        "ivon-post eval out --data test.jsonl --json > eval.json",
+        "ivon-post card out --results eval.json --recommended out-sweep/recommended.json",
+        "sed -n '/## Measured/,$p' out/README.md",
+        "head -n 5 out/.eval_results/ivon-mean.yaml",
+    ],
     "serve": ["ivon-post sample out -n 2 --serve vllm -o served", "cat served/serve.sh"],
     "mistake": ["ivon-post prune --ratio 1.5 out"],
 }

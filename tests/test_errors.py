@@ -15,9 +15,10 @@ import axolotl_ivon
 from axolotl_ivon.errors import IVONError, one_line, parameter, printable
 
 ROOT = Path(axolotl_ivon.__file__).parent
-# What is no option of `ivon-post`: another program's, say.
+# What is no option of `ivon-post`: another program's, or a variable of a style sheet.
 OTHERS = {
     "evaluation/report.py": {"--o"},  # a line of matplotlib's
+    "report/pictures.py": {"--blue", "--vermilion", "--green", "--grey", "--natural"},
     "generation/serve.py": {"--enable-lora", "--max-lora-rank", "--max-loras", "--generation-config", "--lora-modules"},
 }
 

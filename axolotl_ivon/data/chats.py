@@ -68,14 +68,16 @@ def read_lines(path: str | Path, name: str) -> Iterator[tuple[str, dict[str, Any
         raise IVONError(f"{held}: the file is empty; give a JSONL file, one object a line")
 
 
-def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
+def read_examples(path: str | Path, limit: int | None = None, name: str = "data") -> list[Example]:
     """Read the questions and reference answers of a JSONL file of chats, at most the first `limit`.
+
+    `name` is the parameter that gave the path, for messages.
 
     Raises:
         IVONError: the file cannot be read or holds no line; a line (named by its number) is not JSON, has no
             conversation, no assistant message, or nothing before it.
     """
-    return [_example(record, source) for source, record in itertools.islice(read_lines(path, "data"), limit)]
+    return [_example(record, source) for source, record in itertools.islice(read_lines(path, name), limit)]
 
 
 def _example(record: dict[str, Any], source: str) -> Example:

@@ -1,34 +1,39 @@
 """Predictions of a posterior on data: base model, mean, averages over draws (arXiv 2506.14280, section 4.1).
 
+Importing this module imports no torch: what a user got wrong is told at once.
+
 The posterior predictive p(y|x) = E_q[p(y|x, θ)] is the average of the probabilities of S draws. Each draw is
 written into the loaded model in place and runs once over the data; draws are shared by all rows (common
-random numbers), so rows that differ in temperature or pruning differ in nothing else.
+random numbers), so rows that differ in temperature or pruning differ in nothing else. Everything that is said of
+predictions comes from the scores of that one evaluation.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from ..data.chats import Example, detect_task, find_choices, read_examples
 from ..data.encode import Item, check_tokens, common_length, encode
 from ..errors import IVONError, parameter
 from ..models.load import load_model, load_tokenizer
-from ..models.swap import AdapterSlots, evaluating
-from ..posterior.posterior import Posterior, open_posterior
-from .metrics import Scores, entropy, metrics, standard_errors
-from .predict import Batch, Predictor
+from ..posterior.posterior import Posterior, check_tau, open_posterior
+from ..posterior.prune import check_pruning
+from ..storage.format import find_base_model
+from .compare import REFERENCES, differences
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
+
+    from .metrics import Scores
+    from .predict import Batch
 
 _AVERAGES = 2**28  # probabilities (of all rows together) that are kept at a time: 1 GiB in float32
 _MIN_PREFIX = 8  # a shorter common prefix is not worth its own pass
@@ -38,7 +43,8 @@ _MIN_PREFIX = 8  # a shorter common prefix is not worth its own pass
 class Row:
     """What a row of the table evaluates: the base model, or the posterior at temperature τ after pruning.
 
-    `tau=math.inf` is the mean, one pass; anything else the average over draws.
+    `tau=math.inf` is the mean, one pass; anything else the average over draws. The log-probabilities of the result are
+    divided by `temperature`.
 
     Raises:
         IVONError: τ is not > 0, or the ratio is outside [0, 1].
@@ -48,12 +54,11 @@ class Row:
     tau: float = math.inf
     ratio: float = 0.0
     base: bool = False
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.tau > 0:
-            raise IVONError(f"tau {self.tau} is not > 0; 1 is the posterior itself, inf the mean")
-        if not 0 <= self.ratio <= 1:
-            raise IVONError(f"ratio {self.ratio} is outside [0, 1]; 0.1 prunes a tenth of the weights")
+        check_tau(self.tau)
+        check_pruning(self.ratio)
 
     @property
     def needs_sigma(self) -> bool:
@@ -63,6 +68,11 @@ class Row:
     def passes(self, samples: int) -> int:
         """Return how many passes over the data the row takes."""
         return 1 if self.base or math.isinf(self.tau) else samples
+
+    @property
+    def source(self) -> Row:
+        """Return what the row's predictions are made from: rows with the same source share its passes."""
+        return replace(self, name="", temperature=1.0)
 
 
 def rows_of(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Row]:
@@ -79,25 +89,43 @@ def rows_of(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Row]:
 
 @dataclass
 class _Average:
-    """Running means over draws of the probabilities (n, classes) and of the entropies (n,) of one row.
+    """Running means over draws of the probabilities (n, classes), of the entropies (n,) and of the variance of one row.
 
     Running, so that the average of equal draws is that draw to the last bit.
     """
 
     mean: Tensor
     entropy: Tensor
+    variance: Tensor
     draws: int = 0
 
     def add(self, slots: Tensor, probabilities: Tensor) -> None:
         """Add the next draws' `probabilities` (draws, m, classes) at `slots` (m,)."""
+        from .metrics import entropy
+
         for number, one in enumerate(probabilities, start=self.draws + 1):
-            self.mean[slots] += (one - self.mean[slots]) / number
+            away = one - self.mean[slots]
+            self.mean[slots] += away / number
             self.entropy[slots] += (entropy(one) - self.entropy[slots]) / number
+            spread = (away * (one - self.mean[slots])).sum(1)  # Welford's
+            self.variance[slots] += (spread - self.variance[slots]) / number
+
+    def scores(self, target: Tensor, group: Tensor, temperature: float, keep: bool) -> Scores:
+        """Return the scores of the average at a temperature; what draws say of theirs they do not of a scaled one."""
+        import torch
+
+        from .calibration import rescale
+        from .metrics import Scores
+
+        if temperature == 1:
+            return Scores.of(self.mean, target, self.entropy, group, self.variance, keep)
+        unknown = None if self.draws == 1 else torch.full_like(self.entropy, math.nan)
+        return Scores.of(rescale(self.mean, temperature), target, unknown, group, unknown, keep)
 
 
 def count_passes(rows: Sequence[Row], samples: int) -> int:
     """Return how many passes over the data `evaluate` takes."""
-    return sum(row.passes(samples) for row in rows)
+    return sum(source.passes(samples) for source in {row.source for row in rows})
 
 
 def evaluate(
@@ -111,18 +139,22 @@ def evaluate(
     seed: int = 0,
     batch_size: int | None = None,
     draws_per_pass: int = 1,
+    keep: bool | None = None,
     progress: Callable[[int], None] | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[Scores]:
     """Score the predictions of every row on `items`; the model is left as it was.
 
-    Draw k of every row is `posterior.sample(seed, k)`, with the same noise at every τ and ratio.
+    Draw k of every row is `posterior.sample(seed, k)`, with the same noise at every τ and ratio. Rows that differ in
+    nothing but their temperature share their passes.
 
     Args:
         model: the adapter over its base model, as `load_model` returns it.
         batch_size: prompts in a batch, or None to choose; halved when the memory runs out, which `notify` is
             told.
         draws_per_pass: how many draws run in one batch over the shared base weights.
+        keep: whether the scores keep the probabilities; by default unless the task is "generate", whose classes are
+            all tokens.
         progress: called with the number of examples that a pass (or as many passes as there are draws) just
             did.
 
@@ -133,30 +165,38 @@ def evaluate(
         IVONError: the model does not fit the posterior, draws cannot be stacked, or one prompt alone is too
             large.
     """
+    import torch
+
+    from ..models.swap import AdapterSlots, evaluating
+    from .metrics import Scores
+    from .predict import Predictor
+
     slots = AdapterSlots(model)
     slots.check(posterior.mean)
     predictor = Predictor(model, task, batch_size, notify)
     order = sorted(range(len(items)), key=lambda index: len(items[index].ids))
     scores: list[list[Scores]] = [[] for _ in rows]
+    sources = list(dict.fromkeys(row.source for row in rows))
+    keep = task != "generate" if keep is None else keep
     with evaluating(model):
         skip = _prefix_length(items, task)
         if skip and predictor.prefix(items[0].ids[:skip], 1) is None:
             skip = 0
-        for chunk in _chunks(order, items, predictor.classes(items) * len(rows)):
+        for chunk in _chunks(order, items, predictor.classes(items) * len(sources)):
             part = [items[index] for index in chunk]
             group = torch.tensor([index for index in chunk for _ in items[index].positions])
             target = torch.tensor([target for item in part for target in item.targets])
             size = (len(target), predictor.classes(items))
             dtype = torch.float32 if task == "generate" else torch.float64
             zeros = functools.partial(torch.zeros, dtype=dtype, device=predictor.device)
-            averages = [_Average(zeros(size), zeros(size[0])) for _ in rows]
+            averages = [_Average(zeros(size), zeros(size[0]), zeros(size[0])) for _ in sources]
             batches: dict[int, list[Batch]] = {}
-            for number, draws in _passes(posterior, rows, samples, seed, draws_per_pass):
+            for number, draws in _passes(posterior, sources, samples, seed, draws_per_pass):
                 copies = len(draws)
                 if copies not in batches:
                     batches[copies] = predictor.batches(part, skip, copies)
                 average = averages[number]
-                with model.disable_adapter() if rows[number].base else slots.drawn(draws):
+                with model.disable_adapter() if sources[number].base else slots.drawn(draws):
                     prefix = predictor.prefix(items[0].ids[:skip], copies) if skip else None
                     for batch in batches[copies]:
                         for piece, probabilities in predictor.predict(batch, prefix, copies):
@@ -164,8 +204,10 @@ def evaluate(
                             if progress:
                                 progress(len(piece) * copies)
                 average.draws += copies
-            for found, average in zip(scores, averages, strict=True):
-                found.append(Scores.of(average.mean, target.to(predictor.device), average.entropy, group))
+            target = target.to(predictor.device)
+            for found, row in zip(scores, rows, strict=True):
+                average = averages[sources.index(row.source)]
+                found.append(average.scores(target, group, row.temperature, keep))
     return [Scores.concatenate(parts) for parts in scores]
 
 
@@ -229,7 +271,10 @@ class Evaluation:
     Attributes:
         task: "choice", "generate" or "classify".
         choices: the strings to choose from, or the labels; empty for "generate".
+        examples: what is evaluated.
         files: the data files with the numbers of their examples, in the order given.
+        ood_files: likewise what is to be told from the data; their examples come after the data's.
+        items: the examples, tokenised; `held_out` those of the file to fit temperatures on.
         base_model: the name of the base model.
     """
 
@@ -239,6 +284,8 @@ class Evaluation:
         data: Sequence[str | Path],
         *,
         rows: Sequence[Row] = (),
+        ood: Sequence[str | Path] = (),
+        calibrate: str | Path | None = None,
         task: str | None = None,
         choices: Sequence[str] | None = None,
         limit: int | None = None,
@@ -246,21 +293,36 @@ class Evaluation:
         load_in: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        begin: Callable[[str], object] = lambda doing: None,
     ) -> None:
         """Read the data, then the adapter, then the base model: a mistake shows before the slower steps.
 
+        torch is imported after all that can be checked without it; `begin` is told what begins then.
+
         `task` is found by default: "classify" if the adapter has a classification head, else what the answers
-        look like (`detect_task`). `limit` takes the first examples of each file only.
+        look like (`detect_task`). `limit` takes the first examples of each file only. `ood` are files out of the data's
+        distribution, `calibrate` is one to fit temperatures on; choices are those of `data`.
 
         Raises:
-            IVONError: as `read_examples`, `find_choices`, `open_posterior`, `load_model` and `encode` do.
+            IVONError: as `read_examples`, `find_choices`, `open_posterior`, `load_model` and `encode` do; `ood` or
+                `calibrate` hold the data itself, or answers that are no choices of the data.
         """
-        examples: list[Example] = []
+        self.examples: list[Example] = []
         self.files: dict[str, range] = {}
-        for path in data:
-            more = read_examples(path, limit)
-            self.files[str(path)] = range(len(examples), len(examples) + len(more))
-            examples += more
+        self.ood_files: dict[str, range] = {}
+        for path, files, name in [(p, self.files, "data") for p in data] + [(p, self.ood_files, "ood") for p in ood]:
+            if str(path) in files:
+                raise IVONError(f"{parameter(name)} {path} is given twice; give each file once")
+            more = read_examples(path, limit, name)
+            files[str(path)] = range(len(self.examples), len(self.examples) + len(more))
+            self.examples += more
+        examples = self.examples[: self.ood_files[str(ood[0])].start] if ood else self.examples
+        held_out = read_examples(calibrate, limit, "calibrate") if calibrate is not None else []
+        others = [(path, "ood", [self.examples[i] for i in where]) for path, where in self.ood_files.items()]
+        if calibrate is not None:
+            others.append((str(calibrate), "calibrate", held_out))
+        for path, name, found in others:
+            self._check_other(path, name, found)
         self.posterior = open_posterior(adapter, mean_only=bool(rows) and not any(row.needs_sigma for row in rows))
         folder = self.posterior.folder
         assert folder is not None
@@ -273,8 +335,17 @@ class Evaluation:
             raise IVONError(f"{named} {task}: the adapter {adapter} was trained {trained}; leave {named} out")
         self.task = task
         self.choices = find_choices(examples, choices) if task == "choice" else ()
+        for path, name, found in others:
+            strange = next((e for e in found if self.choices and e.answer not in self.choices), None)
+            if strange:
+                raise IVONError(
+                    f"{parameter(name)} {path}: the answer {strange.answer!r} ({strange.source}) is not among the "
+                    f"choices {','.join(self.choices)} of {parameter('data')}; give a file with the same choices"
+                )
+        base = find_base_model(self.posterior.config, folder, base_model)
+        begin("loading the base model")
         self.model = load_model(
-            folder, base_model=base_model, classify=task == "classify", load_in=load_in, device=device, dtype=dtype
+            folder, base_model=base, classify=task == "classify", load_in=load_in, device=device, dtype=dtype
         )
         config: Any = self.model.get_base_model().config
         self.base_model = str(config._name_or_path)
@@ -285,9 +356,10 @@ class Evaluation:
             if config.pad_token_id is None:  # decoders find the end of a text by it
                 config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
             self.choices = tuple(sorted(label2id, key=lambda label: label2id[label]))
-        self.items = encode(
+        everything = self.examples + held_out
+        items = encode(
             tokenizer,
-            examples,
+            everything,
             task,
             choices=self.choices,
             label2id=label2id,
@@ -295,8 +367,54 @@ class Evaluation:
         )
 
         tokens = self.model.get_input_embeddings().weight.shape[0]
-        for item, example in zip(self.items, examples, strict=True):
+        for item, example in zip(items, everything, strict=True):
             check_tokens(item.ids, tokens, example.source)
+        self.items, self.held_out = items[: len(self.examples)], items[len(self.examples) :]
+
+    def _check_other(self, path: str, name: str, found: Sequence[Example]) -> None:
+        """Raise IVONError if `found` are the questions of a data file."""
+        questions = {repr(example.messages) for example in found}
+        for data, where in self.files.items():
+            if questions == {repr(self.examples[i].messages) for i in where}:
+                raise IVONError(
+                    f"{parameter(name)} {path}: it has the same questions as {parameter('data')} {data}; "
+                    "give a file with others"
+                )
+
+    def temperatures(
+        self, rows: Sequence[Row], *, notify: Callable[[str], None] = lambda message: None, **options: Any
+    ) -> list[Row]:
+        """Return NAME+temperature for each of `rows`: the temperatures that minimize the NLL of the file `calibrate`.
+
+        They are fitted on as many of its first examples as fit the memory. `options` are those of `evaluate`.
+        """
+        import torch
+
+        from .calibration import TEMPERATURES, fit_temperature
+        from .predict import Predictor
+
+        classes = Predictor(self.model, self.task, None, notify).classes(self.held_out)
+        most = _AVERAGES // (classes * len(rows))
+        sizes = itertools.accumulate(len(item.positions) for item in self.held_out)
+        items = self.held_out[: max(1, sum(size <= most for size in sizes))]
+        if len(items) < len(self.held_out):
+            notify(f"temperatures are fitted on the first {len(items)} examples: more do not fit the memory")
+        target = torch.tensor([target for item in items for target in item.targets])
+        fitted = []
+        for row, scores in zip(
+            rows,
+            evaluate(self.model, self.posterior, items, rows, self.task, keep=True, notify=notify, **options),
+            strict=True,
+        ):
+            assert scores.probabilities is not None
+            temperature = fit_temperature(scores.probabilities[scores.group.argsort(stable=True)], target)
+            if temperature in TEMPERATURES:
+                notify(
+                    f"the temperature of the {row.name} is at its limit, {temperature:g}: the file that it is fitted "
+                    "on is too small, or too easy"
+                )
+            fitted.append(replace(row, name=f"{row.name}+temperature", temperature=temperature))
+        return fitted
 
     def meaningful(self, rows: Sequence[Row], notify: Callable[[str], None] = lambda message: None) -> list[Row]:
         """Return `rows` without the base model where its classification head is untrained, which `notify` is told.
@@ -328,23 +446,55 @@ def choose_rows(names: Sequence[str], tau: float = 1.0, ratio: float = 0.1) -> l
     return [row for name, row in known.items() if name in names]
 
 
+def calibrated_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return those of `rows` that `Evaluation.temperatures` is for: mean and posterior.
+
+    Raises:
+        IVONError: there is neither.
+    """
+    found = [row for row in rows if row.name in ("mean", "posterior")]
+    if not found:
+        raise IVONError(
+            f"{parameter('calibrate')} fits a temperature for mean and posterior; have one of them in "
+            f"{parameter('rows')}"
+        )
+    return found
+
+
 def summarize(
     evaluation: Evaluation, rows: Sequence[Row], scores: Sequence[Scores], samples: int
 ) -> list[dict[str, Any]]:
-    """Return the metrics of every file and row, with bootstrap standard errors (`se`): numbers and strings alone."""
+    """Return what is said of every data file and row, numbers and strings alone.
+
+    Its metrics, their bootstrap standard errors (`se`), a fitted `temperature` where there is one, and for each row of
+    `compare.REFERENCES` that is there, `versus_NAME`: the differences to it (`compare.differences`).
+    """
+    import torch
+
+    from .metrics import bootstrap, metrics, standard_error
+
     found = []
     for path, numbers in evaluation.files.items():
-        for row, score in zip(rows, scores, strict=True):
-            part = score.of_groups(torch.tensor(numbers))
+        parts = [score.of_groups(torch.tensor(numbers)) for score in scores]
+        values = {row.name: metrics(part) for row, part in zip(rows, parts, strict=True)}
+        resamples = {row.name: bootstrap(part) for row, part in zip(rows, parts, strict=True)}
+        for row, part in zip(rows, parts, strict=True):
+            name = row.name
             found.append(
                 {
-                    "name": row.name,
+                    "name": name,
                     "data": path,
                     "examples": len(numbers),
                     "predictions": len(part.group),
                     "samples": row.passes(samples),
-                    **metrics(part),
-                    "se": standard_errors(part),
+                    **({} if row.temperature == 1 else {"temperature": row.temperature}),
+                    **values[name],
+                    "se": {metric: standard_error(drawn) for metric, drawn in resamples[name].items()},
+                    **{
+                        f"versus_{other}": differences(values[name], values[other], resamples[name], resamples[other])
+                        for other in REFERENCES
+                        if other in values and other != name
+                    },
                 }
             )
     return found

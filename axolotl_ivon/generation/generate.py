@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +12,15 @@ from typing import Any
 
 from ..data.chats import read_chats
 from ..data.encode import render
-from ..models.load import base_model_name, load_model, load_tokenizer
+from ..models.load import load_model, load_tokenizer
 from ..posterior.adapter import mean_sha256
 from ..posterior.posterior import Posterior, open_posterior
-from .nbest import NBestFile
-from .plan import Engine, Plan
+from ..storage.format import find_base_model
+from .mbr import choose
+from .nbest import NBestFile, check_file
+from .plan import Engine, Output, Plan
+from .uncertainty import by_answer, cluster_shares, is_below, measure, output_weights
+from .utilities import Answers
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,14 @@ class Generated:
         prompts: how many prompts the file has outputs for.
         resumed: for how many of them an earlier run had made the outputs.
         tokens, seconds: what the others took, without the loading.
+        abstained: on how many prompts not to answer.
     """
 
     prompts: int
     resumed: int
     tokens: int = 0
     seconds: float = 0.0
+    abstained: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -58,11 +64,16 @@ def generate(
     dtype: str = "auto",
     batch_size: int | None = None,
     overwrite: bool = False,
+    answer_regex: str | None = None,
+    threshold: float | None = None,
+    output_temperature: float = 1.0,
     begin: Callable[[str, int], Callable[[int], None]] = lambda doing, total: lambda count: None,
     count: Callable[[int], None] = lambda tokens: None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> Generated:
     """Write the outputs that `plan` asks for, of every prompt, to a `NBestFile`, or those that it lacks.
+
+    A line also says how sure the outputs are of their most frequent answer (`uncertainty.Uncertainty`).
 
     Args:
         adapter: folder or Hub id of the adapter; with `endpoint`, the folder of the ensemble that is served there.
@@ -71,6 +82,9 @@ def generate(
         concurrency, timeout: as `EndpointEngine` has them.
         base_model, load_in, device, dtype: as `load_model` has them.
         batch_size: as `TransformersEngine` has it.
+        answer_regex: finds the answer in an output, which is the whole text without it (`utilities.Answers`).
+        threshold: where fewer outputs than this share have the most frequent answer, the line says `"abstain": true`.
+        output_temperature: of those shares (`uncertainty.measure`).
         begin: told what begins and how much of it there is (0: nobody knows); what it returns hears of every prompt.
         count: told how many tokens were generated so far.
 
@@ -83,19 +97,18 @@ def generate(
         from .serve import Ensemble
 
         ensemble = Ensemble(adapter)
-        rendered = render(load_tokenizer(ensemble.tokenizer_folder, base_model or ensemble.base_model), chats)
+        members = ensemble.members(plan)
+        folder, base = Path(ensemble.tokenizer_folder), base_model or ensemble.base_model
         facts: dict[str, Any] = {"engine": "endpoint", "ensemble": ensemble.facts}
         doing = "asking the server for its models"
 
         def start() -> Engine:
-            return EndpointEngine(endpoint, ensemble.members(plan), plan, concurrency=concurrency, timeout=timeout)
+            return EndpointEngine(endpoint, members, plan, concurrency=concurrency, timeout=timeout)
     else:
         posterior = drawn_posterior(adapter, plan, tau, prune_ratio)
         assert posterior.folder is not None
         folder = posterior.folder
-        base = base_model_name(adapter, base_model or posterior.config.get("base_model_name_or_path"))
-        tokenizer = load_tokenizer(folder, base)
-        rendered = render(tokenizer, chats)
+        base = find_base_model(posterior.config, folder, base_model)
         facts = {
             "engine": "transformers",
             "adapter": posterior.metadata.get("mean_sha256") or mean_sha256(posterior.mean),
@@ -113,10 +126,27 @@ def generate(
             model = load_model(folder, base_model=base, load_in=load_in, device=device, dtype=dtype)
             return TransformersEngine(model, tokenizer, posterior, plan, batch_size=batch_size, notify=notify)
 
-    file = NBestFile(output, {**facts, **asdict(plan)}, rendered, overwrite)
+    answers = Answers(answer_regex)
+    facts["answer_regex"] = answer_regex
+    facts["abstain"] = threshold if threshold is None else [threshold, output_temperature]
+    settings = {**facts, **asdict(plan)}
+    check_file(Path(output), settings, overwrite, filter(Path.is_dir, [Path(adapter)]))
+    begin("loading the tokenizer", 0)  # and torch with it
+    tokenizer = load_tokenizer(folder, base)
+    rendered = render(tokenizer, chats)
+    file = NBestFile(output, settings, rendered, overwrite)
     before, tokens = file.done, 0
     if before == len(rendered):
-        return Generated(before, before)
+        return Generated(before, before, abstained=file.abstained)
+
+    def known(outputs: Sequence[Output]) -> dict[str, Any]:
+        members, clusters = [o.member for o in outputs], by_answer([answers(o.text) for o in outputs])
+        shares = cluster_shares(clusters, output_weights(members))
+        chosen = choose(shares, [-math.inf if o.logprob is None else o.logprob for o in outputs])
+        found = asdict(measure(clusters, members, chosen, temperature=output_temperature))
+        if threshold is not None:
+            found["abstain"] = is_below(found["confidence"], threshold)
+        return found
 
     def counted(new: int) -> None:
         nonlocal tokens
@@ -129,9 +159,9 @@ def generate(
     begun = time.monotonic()
     with closing(file):
         for prompt, outputs in zip(rendered[before:], engine.outputs(rendered, before, counted), strict=True):
-            file.append(prompt, outputs)
+            file.append(prompt, outputs, known(outputs))
             advance(1)
-    return Generated(len(rendered), before, tokens, time.monotonic() - begun)
+    return Generated(len(rendered), before, tokens, time.monotonic() - begun, file.abstained)
 
 
 def drawn_posterior(adapter: str, plan: Plan, tau: float = 1.0, prune_ratio: float = 0.0) -> Posterior:

@@ -19,15 +19,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..auroc import auroc
-from ..errors import IVONError
+from ..errors import IVONError, parameter
+from .fields import Field, compare, summarize
 from .nbest import NBest
+from .uncertainty import Uncertainty, by_answer, is_below, judge, measure, output_weights
 from .utilities import Answers, Utility, exact
 
 LEVELS = ("sequence", "model")
@@ -46,9 +48,7 @@ def utility_matrix(texts: Sequence[str], utility: Utility) -> np.ndarray:
 
 def expected_utility(utilities: np.ndarray, members: Sequence[int], level: str = "sequence") -> np.ndarray:
     """Return each output's expected utility, shape [n], from utilities of shape [n, n]; see above for `level`."""
-    _, index, sizes = np.unique(np.asarray(members), return_inverse=True, return_counts=True)
-    weights = 1 / (len(sizes) * sizes[index]) if level == "model" else np.full(len(index), 1 / len(index))
-    return utilities @ weights
+    return utilities @ output_weights(members, level)
 
 
 def choose(expected: np.ndarray, logprobs: Sequence[float]) -> int:
@@ -69,7 +69,14 @@ def disagreement(utilities: np.ndarray, members: Sequence[int]) -> float:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for one prompt: which output, its expected utility, and how far the members disagree."""
+    """What was chosen for one prompt: which output, its expected utility, and how sure the outputs are of it.
+
+    Attributes:
+        disagreement: 1 − the mean utility between outputs of different members.
+        uncertainty: confidence and entropies (`uncertainty.measure`).
+        abstain: whether not to answer; None without a threshold.
+        fields: what the outputs say of the fields of its JSON.
+    """
 
     prompt: str
     reference: str | None
@@ -79,6 +86,16 @@ class Choice:
     member: int
     expected_utility: float
     disagreement: float
+    uncertainty: Uncertainty
+    abstain: bool | None = None
+    fields: dict[str, Field] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """Return the line of JSONL: without nesting, and without what was not asked for."""
+        record = asdict(self)
+        record |= record.pop("uncertainty")
+        optional = {name: record.pop(name) for name in ("abstain", "fields")}
+        return record | {name: value for name, value in optional.items() if value not in (None, {})}
 
 
 @dataclass(frozen=True)
@@ -100,12 +117,35 @@ class Decoded:
         curve: from the first 8 outputs on, doubling, up to all n; empty without references.
         single: the accuracy of one output taken at random.
         auroc: of the disagreement, for the choice being wrong; None if all or none are wrong.
+        right: 1 where a choice is right, else 0; empty without references.
+        uncertainty: how well each measure tells the wrong choices (`uncertainty.judge`); empty without references.
+        fields: means of each field's numbers (`fields.summarize`).
     """
 
     choices: list[Choice]
     curve: list[Point]
     single: float | None
     auroc: float | None
+    right: list[float] = field(default_factory=list)
+    uncertainty: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    fields: dict[str, dict[str, float | None]] = field(default_factory=dict)
+
+    def abstaining(self, threshold: float) -> Decoded:
+        """Return this with the choices marked that are less sure than `threshold`: those are not answered."""
+        marked = [replace(c, abstain=is_below(c.uncertainty.confidence, threshold)) for c in self.choices]
+        return replace(self, choices=marked)
+
+    @property
+    def coverage(self) -> float | None:
+        """The share of the prompts that is answered; None without a threshold."""
+        abstain = [choice.abstain for choice in self.choices]
+        return None if None in abstain else 1 - sum(map(bool, abstain)) / len(abstain)
+
+    @property
+    def answered_accuracy(self) -> float | None:
+        """The share of the answers that is right; None without references, threshold, or answers."""
+        answered = [right for right, choice in zip(self.right, self.choices, strict=False) if choice.abstain is False]
+        return float(np.mean(answered)) if answered else None
 
     def document(self) -> dict[str, Any]:
         """Return what `--json` prints of it."""
@@ -119,6 +159,10 @@ class Decoded:
             "curve": [asdict(point) for point in self.curve],
             "disagreement": float(np.mean([choice.disagreement for choice in self.choices])),
             "auroc": self.auroc,
+            "uncertainty": self.uncertainty,
+            "coverage": self.coverage,
+            "answered_accuracy": self.answered_accuracy,
+            "fields": self.fields,
         }
 
 
@@ -134,6 +178,10 @@ def mbr(
     answers: Answers,
     level: str = "sequence",
     progress: Callable[[int], None] | None = None,
+    *,
+    clusters: Callable[[Sequence[str | None]], Sequence[int]] = by_answer,
+    fields: Sequence[str] = (),
+    temperature: float = 1.0,
 ) -> Decoded:
     """Choose an output for each prompt, with the first 8, 16, … and with all of its outputs.
 
@@ -141,6 +189,9 @@ def mbr(
 
     Args:
         level: "sequence" or "model".
+        clusters: gives answers of one meaning one number, for the uncertainty.
+        fields: of JSON answers, whose confidence is wanted too (`fields.check_fields`).
+        temperature: of the confidence (`uncertainty.measure`).
         progress: told, after each prompt, that one more is done.
     """
     scored = all(nbest.reference is not None for nbest in nbests)
@@ -160,6 +211,8 @@ def mbr(
                 gained[row, number] = utility([nbest.texts[chosen]], [nbest.reference])[0]
         if nbest.reference is not None:
             single.append(exact(answers)(nbest.texts, [nbest.reference] * len(nbest.texts)).mean())
+        meanings = clusters([answers(text) for text in nbest.texts])
+        found = measure(meanings, nbest.members, chosen, level, temperature)
         choices.append(
             Choice(
                 nbest.prompt,
@@ -170,12 +223,15 @@ def mbr(
                 nbest.members[chosen],
                 float(expected[chosen]),
                 disagreement(utilities, nbest.members),
+                found,
+                fields=compare(nbest.texts, output_weights(nbest.members, level), chosen, fields),
             )
         )
         if progress:
             progress(1)
+    of_fields = summarize([choice.fields for choice in choices], [nbest.reference for nbest in nbests])
     if not scored:
-        return Decoded(choices, [], None, None)
+        return Decoded(choices, [], None, None, fields=of_fields)
     curve = []
     for n, own, worth in zip(steps, right, gained, strict=True):
         accuracy = float(own.mean())
@@ -183,7 +239,24 @@ def mbr(
         curve.append(Point(n, accuracy, error, float(worth.mean())))
     score = np.array([choice.disagreement for choice in choices])
     area = float(auroc(score, right[-1] == 0))
-    return Decoded(choices, curve, float(np.mean(single)), None if math.isnan(area) else area)
+    return Decoded(
+        choices,
+        curve,
+        float(np.mean(single)),
+        None if math.isnan(area) else area,
+        right[-1].tolist(),
+        judge([choice.uncertainty for choice in choices], 1 - right[-1], gained[-1]),
+        of_fields,
+    )
+
+
+def check_output(folder: Path, overwrite: bool = False) -> None:
+    """Raise IVONError if `folder` holds something already: worth asking before the choosing."""
+    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
+        raise IVONError(
+            f"{folder} is there; choose another name with {parameter('output')}, "
+            f"or overwrite it with {parameter('overwrite')}"
+        )
 
 
 def labels(files: Sequence[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -13,20 +13,45 @@ from typing import IO, Any
 from ..data.chats import read_lines
 from ..data.encode import Prompt
 from ..errors import IVONError, parameter
-from ..storage.atomic import new_file
+from ..storage.atomic import check_outside, new_file
 from ..storage.format import read_json, write_json
 from .plan import Output
+
+_FIX = f"choose another {parameter('output')}, or start anew with {parameter('overwrite')}"
+
+
+def check_file(path: Path, settings: Mapping[str, Any], overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Raise IVONError if `NBestFile` would refuse `path` whatever the prompts: worth asking before they are rendered.
+
+    No file is written into one of the folders `inputs`.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise IVONError(f"{parameter('output')} {path}: not a file in an existing folder; choose another name")
+    check_outside(path, inputs)
+    if not path.exists() or overwrite:
+        return
+    if not _settings_path(path).exists():
+        raise IVONError(f"{path} exists and was not made by `ivon-post generate`; {_FIX}")
+    before = read_json(_settings_path(path))
+    for name, value in json.loads(json.dumps(settings)).items():
+        if before.get(name) != value:
+            raise IVONError(f"{path} was made with {name} {before.get(name)!r}, not {value!r}; {_FIX}")
+
+
+def _settings_path(path: Path) -> Path:
+    return path.with_name(path.name + ".settings.json")
 
 
 class NBestFile:
     """The n-best lists of one run: JSONL, and beside it FILE.settings.json with what they were made with.
 
     A line holds `{"prompt": text, "reference": text or null, "outputs": [{"text", "member", "logprob"}, …]}`, the
-    outputs member by member. Each is on the disk before the next begins; half a line at the end, which an interrupt
-    may leave, is dropped.
+    outputs member by member, and what else is known of them (`append`). Each is on the disk before the next begins;
+    half a line at the end, which an interrupt may leave, is dropped.
 
     Attributes:
         done: how many prompts the file has outputs for.
+        abstained: how many of them say `"abstain": true`.
 
     Raises:
         IVONError: the file is there and was made with other settings or from other prompts, or cannot be written.
@@ -36,29 +61,18 @@ class NBestFile:
         self, path: str | Path, settings: Mapping[str, Any], prompts: Sequence[Prompt], overwrite: bool = False
     ) -> None:
         self.path = Path(path)
-        self._settings_path = self.path.with_name(self.path.name + ".settings.json")
+        self._settings_path = _settings_path(self.path)
         self._settings = dict(settings)
         self._file: IO[bytes] | None = None
         self._size = 0
-        self.done = 0
-        self._fix = f"choose another {parameter('output')}, or start anew with {parameter('overwrite')}"
+        self.done = self.abstained = 0
         self._resumed = self.path.exists() and not overwrite
-        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
-            raise IVONError(f"{parameter('output')} {self.path}: not a file in an existing folder; choose another name")
+        check_file(self.path, self._settings, overwrite)
         if self._resumed:
-            self._compare()
             try:
                 self._read(prompts)
             except OSError as error:
                 raise IVONError(f"{parameter('output')} {self.path}: cannot be read ({error.strerror})") from None
-
-    def _compare(self) -> None:
-        if not self._settings_path.exists():
-            raise IVONError(f"{self.path} exists and was not made by `ivon-post generate`; {self._fix}")
-        before = read_json(self._settings_path)
-        for name, value in json.loads(json.dumps(self._settings)).items():
-            if before.get(name) != value:
-                raise IVONError(f"{self.path} was made with {name} {before.get(name)!r}, not {value!r}; {self._fix}")
 
     def _read(self, prompts: Sequence[Prompt]) -> None:
         with self.path.open("rb") as file:
@@ -66,7 +80,8 @@ class NBestFile:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    text = json.loads(line)["prompt"]
+                    record = json.loads(line)
+                    text = record["prompt"]
                 except (ValueError, KeyError, TypeError, RecursionError):
                     raise IVONError(
                         f"{self.path}:{self.done + 1}: not an n-best list; choose another {parameter('output')}"
@@ -74,13 +89,14 @@ class NBestFile:
                 if self.done >= len(prompts) or text != prompts[self.done].text:
                     raise IVONError(
                         f"{self.path}:{self.done + 1} answers another prompt than {parameter('prompts')} has there; "
-                        f"{self._fix}"
+                        f"{_FIX}"
                     )
                 self._size += len(line)
                 self.done += 1
+                self.abstained += record.get("abstain") is True
 
-    def append(self, prompt: Prompt, outputs: Sequence[Output]) -> None:
-        """Write one prompt's line to the disk.
+    def append(self, prompt: Prompt, outputs: Sequence[Output], known: Mapping[str, Any] | None = None) -> None:
+        """Write one prompt's line to the disk, with what is `known` of its outputs.
 
         Raises:
             IVONError: it cannot be written.
@@ -88,6 +104,7 @@ class NBestFile:
         record = {
             "prompt": prompt.text,
             "reference": prompt.reference,
+            **(known or {}),
             "outputs": [{"text": o.text, "member": o.member, "logprob": o.logprob} for o in outputs],
         }
         try:
@@ -101,6 +118,7 @@ class NBestFile:
         except OSError as error:
             raise IVONError(f"{self.path} cannot be written ({error.strerror})") from None
         self.done += 1
+        self.abstained += bool(known and known.get("abstain"))
 
     def _open(self) -> IO[bytes]:
         if self._resumed:
@@ -115,6 +133,28 @@ class NBestFile:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def read_source(path: str | Path) -> dict[str, Any] | None:
+    """Return what the outputs of a file were drawn from: `tau`, `ratio`, and where it is known `mean_sha256`.
+
+    None where nothing beside the file tells.
+
+    Raises:
+        IVONError: FILE.settings.json is no JSON object.
+    """
+    settings_path = Path(f"{path}.settings.json")
+    if not settings_path.is_file():
+        return None
+    settings = read_json(settings_path)
+    ensemble = settings.get("ensemble")
+    if isinstance(ensemble, dict):
+        return {"tau": ensemble.get("tau", 1.0), "ratio": ensemble.get("pruned_ratio", 0.0), "mean_sha256": None}
+    return {
+        "tau": settings.get("tau", 1.0),
+        "ratio": settings.get("prune_ratio", 0.0),
+        "mean_sha256": settings.get("adapter"),
+    }
 
 
 @dataclass(frozen=True)

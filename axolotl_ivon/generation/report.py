@@ -5,12 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..errors import IVONError, parameter
 from ..figures import BLUE, GREEN, GREY, VERMILION, save_figure
 from ..storage.atomic import new_file, output_folder
 from .mbr import Decoded, Point
@@ -58,18 +56,9 @@ def save(results: Mapping[str, Decoded], folder: Path) -> list[Path]:
     for label, result in results.items():
         paths.append(folder / f"{label}.jsonl")
         with new_file(paths[-1]) as temporary:
-            lines = [json.dumps(asdict(choice), ensure_ascii=False) + "\n" for choice in result.choices]
+            lines = [json.dumps(choice.record(), ensure_ascii=False) + "\n" for choice in result.choices]
             temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     curves = {label: result.curve for label, result in results.items() if result.curve}
     if curves:
         paths += save_figure(scaling(curves), folder, "accuracy")
     return paths
-
-
-def check_output(folder: Path, overwrite: bool = False) -> None:
-    """Raise IVONError if `folder` holds something already: worth asking before the choosing."""
-    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise IVONError(
-            f"{folder} is there; choose another name with {parameter('output')}, "
-            f"or overwrite it with {parameter('overwrite')}"
-        )

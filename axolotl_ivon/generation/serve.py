@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import IVONError, parameter
 from ..storage.atomic import new_file
-from ..storage.format import CONFIG_FILE, ENSEMBLE_FILE, read_json
+from ..storage.format import CONFIG_FILE, ENSEMBLE_FILE, base_model_folder, read_json
 from .plan import Plan
 
 SERVE_FILE = "serve.sh"
@@ -21,7 +21,7 @@ class Ensemble:
 
     Attributes:
         facts: ensemble.json without the members: source, seed, tau, pruned_ratio.
-        base_model: the name of the base model.
+        base_model: the base model: the absolute path of its folder, or a Hub id.
         tokenizer_folder: where the adapter that it was drawn from lies, if it still does, with its tokenizer.
 
     Raises:
@@ -37,9 +37,10 @@ class Ensemble:
         if not isinstance(self._members, list) or not self._members or not all(map(_is_name, self._members)):
             raise IVONError(f"{self.folder / ENSEMBLE_FILE}: members is not a list of names")
         self.config = read_json(self.folder / self._members[0] / CONFIG_FILE)
-        self.base_model = str(self.config.get("base_model_name_or_path") or "")
-        if not self.base_model:
+        name = str(self.config.get("base_model_name_or_path") or "")
+        if not name:
             raise IVONError(f"{self.folder / self._members[0] / CONFIG_FILE} names no base model")
+        self.base_model = str(base_model_folder(name, self.folder / self._members[0]) or name)
         self.tokenizer_folder = str(self.facts.get("source", ""))
 
     def members(self, plan: Plan) -> list[str]:
@@ -69,13 +70,12 @@ class Ensemble:
         Raises:
             IVONError: vLLM cannot serve such adapters.
         """
-        base = Path(self.base_model)
         modules = [f"{name}={(self.folder / name).resolve()}" for name in self._members]
         return shlex.join(
             [
                 "vllm",
                 "serve",
-                str(base.resolve()) if base.is_dir() else self.base_model,
+                self.base_model,
                 "--enable-lora",
                 "--max-lora-rank",
                 str(served_rank(self.config)),

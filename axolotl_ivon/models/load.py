@@ -9,20 +9,21 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import IVONError, parameter
-from ..storage.format import MEAN_FILE
+from ..storage.format import CONFIG_FILE, MEAN_FILE, find_base_model, read_json
 from ..storage.tensorfile import TensorFile
 from . import DTYPES
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def pick_device(device: str = "auto") -> torch.device:
     """Return the named device, or for "auto" the machine's accelerator if it has one, else the CPU."""
+    import torch
+
     if device != "auto":
         try:
             chosen = torch.device(device)
@@ -32,17 +33,6 @@ def pick_device(device: str = "auto") -> torch.device:
             raise IVONError(f"{parameter('device')} {device}: not usable here ({reason}); use auto or cpu") from None
         return chosen
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def base_model_name(adapter: str | Path, named: str | None) -> str:
-    """Return the base model that an adapter's configuration or the user has `named`.
-
-    Raises:
-        IVONError: neither has.
-    """
-    if not named:
-        raise IVONError(f"{adapter}: adapter_config.json names no base model; name it with {parameter('base_model')}")
-    return str(named)
 
 
 def load_model(
@@ -66,6 +56,11 @@ def load_model(
     Raises:
         IVONError: an unknown dtype or device, or a base model that is not named, cannot be loaded or does not fit.
     """
+    if dtype not in ("auto", *DTYPES):
+        raise IVONError(f"{parameter('dtype')} {dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
+    name = find_base_model(read_json(Path(adapter) / CONFIG_FILE), Path(adapter), base_model)
+    import torch
+
     _import_bitsandbytes()
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
@@ -75,9 +70,6 @@ def load_model(
     except Exception as error:  # a wrong value in the configuration can make PEFT raise anything
         raise IVONError(f"{adapter}: PEFT cannot read adapter_config.json ({_reason(error)})") from None
     _check_ranks(Path(adapter), config)
-    name = base_model_name(adapter, base_model or config.base_model_name_or_path)
-    if dtype not in ("auto", *DTYPES):
-        raise IVONError(f"{parameter('dtype')} {dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
     place = pick_device(device)
     # Without trust_remote_code=False transformers asks on the terminal whether to run a model's own code.
     options: dict[str, Any] = {"device_map": {"": place}, "trust_remote_code": False}

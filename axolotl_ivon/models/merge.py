@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 from ..errors import IVONError, one_line, parameter
@@ -11,7 +12,7 @@ from ..posterior.adapter import Adapter
 from ..posterior.posterior import Posterior
 from ..posterior.tensors import Progress, Tensors
 from ..storage.atomic import new_folder
-from ..storage.format import TOKENIZER_FILES, copy_companions
+from ..storage.format import TOKENIZER_FILES, copy_companions, find_base_model
 from . import DTYPES
 
 
@@ -38,21 +39,17 @@ def merge(
     """
     from safetensors import SafetensorError
 
-    from .load import base_model_name, load_model, load_tokenizer
-    from .swap import AdapterSlots
-
-    if dtype is not None and dtype not in DTYPES:
-        raise IVONError(f"{parameter('dtype')} {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    base = base_model_name(adapter.folder, base_model or adapter.config.get("base_model_name_or_path"))
-    kind = adapter.config.get("task_type") or "CAUSAL_LM"
-    if kind not in ("CAUSAL_LM", "SEQ_CLS"):
-        raise IVONError(f"{adapter.folder} has task_type {kind}; merge knows CAUSAL_LM and SEQ_CLS")
+    base = check_merge(adapter, base_model, dtype, max_shard_size)
+    classify = adapter.config.get("task_type") == "SEQ_CLS"
 
     tell = progress or (lambda doing, count, total: None)
     with new_folder(Path(folder), overwrite, [adapter.folder, *filter(Path.is_dir, [Path(base)])]) as new:
         tell("loading the base model", 0, 1)
+        from .load import load_model, load_tokenizer
+        from .swap import AdapterSlots
+
         model = load_model(
-            adapter.folder, base_model=base, classify=kind == "SEQ_CLS", device="cpu", dtype=dtype or _own_dtype(base)
+            adapter.folder, base_model=base, classify=classify, device="cpu", dtype=dtype or _own_dtype(base)
         )
         tell("loading the base model", 1, 1)
         tell("merging", 0, 1)
@@ -77,23 +74,48 @@ def merge(
         tell("writing", 1, 1)
 
 
+def check_merge(
+    adapter: Adapter, base_model: str | None = None, dtype: str | None = None, max_shard_size: str = "5GB"
+) -> str:
+    """Return the base model that `merge` loads; its arguments are checked without torch, before anything is loaded.
+
+    Raises:
+        IVONError: an unknown dtype or kind of model, a size that is none, or a base model that is not there.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise IVONError(f"{parameter('dtype')} {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    size = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]B)\s*", max_shard_size, re.IGNORECASE)
+    if not size or not float(size[1]):
+        raise IVONError(
+            f"{parameter('max_shard_size')} {max_shard_size!r} is no size; give a number with KB, MB, GB or TB, as 5GB"
+        )
+    kind = adapter.config.get("task_type") or "CAUSAL_LM"
+    if kind not in ("CAUSAL_LM", "SEQ_CLS"):
+        raise IVONError(f"{adapter.folder} has task_type {kind}; merge knows CAUSAL_LM and SEQ_CLS")
+    return find_base_model(adapter.config, adapter.folder, base_model)
+
+
 def choose_weights(
-    adapter: Adapter, prune_ratio: float | None = None, sample_seed: int | None = None, progress: Progress | None = None
+    adapter: Adapter,
+    ratio: float | None = None,
+    sample_seed: int | None = None,
+    tau: float = 1.0,
+    progress: Progress | None = None,
 ) -> Tensors:
     """Return what `merge` may be given: the mean, or member 0 of the draws with a seed, pruned first if asked.
 
-    The unpruned mean needs no σ, and is checked alone.
+    The unpruned mean needs no σ, and is checked alone; τ is that of the draw.
 
     Raises:
         IVONError: the adapter is damaged, has no σ and needs one, or the ratio is outside [0, 1].
     """
-    if prune_ratio is None and sample_seed is None:
+    if ratio is None and sample_seed is None:
         adapter.digests(progress)
         return adapter.mean
     posterior = Posterior.from_pretrained(adapter.folder, progress)
-    if prune_ratio is not None:
-        posterior = posterior.prune(prune_ratio, progress=progress)
-    return posterior.mean if sample_seed is None else posterior.draw(sample_seed)
+    if ratio is not None:
+        posterior = posterior.prune(ratio, progress=progress)
+    return posterior.mean if sample_seed is None else posterior.temper(tau).draw(sample_seed)
 
 
 def _own_dtype(base: str) -> str:

@@ -30,6 +30,8 @@ from .tensors import Progress, Tensors, as_float32, fingerprint, sha256, write_t
 if TYPE_CHECKING:
     import torch
 
+UNPRUNED = "unpruned_sha256"  # a fact of the header: `mean_sha256` before pruning
+
 
 def mean_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return the fingerprint of an adapter's tensors: names, dtypes, shapes and bytes, in any order.

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import IVONError, parameter
 from ..storage.dtypes import NUMPY
+from .adapter import UNPRUNED
 from .tensors import Spec, Tensors
 
 if TYPE_CHECKING:
@@ -53,34 +54,46 @@ def combine(
         IVONError: fewer than two posteriors, other base models or temperatures, an unknown method, weights that do
             not fit, or adapters that the method cannot combine.
     """
-    if method not in METHODS:
-        raise IVONError(f"{parameter('method')} {method!r} is unknown; choose one of {', '.join(METHODS)}")
-    if len(posteriors) < 2:
-        raise IVONError(f"{len(posteriors)} posterior cannot be combined; give at least 2")
-    if weights is not None and method == "precision":
-        raise IVONError(
-            f"{parameter('weights')} are for the methods linear and cat; precision weighs each weight by 1/σ²"
-        )
-    share = [1 / len(posteriors)] * len(posteriors) if weights is None else [float(weight) for weight in weights]
-    if len(share) != len(posteriors) or not all(map(math.isfinite, share)):
-        raise IVONError(
-            f"{parameter('weights')} {share} do not fit {len(posteriors)} posteriors; give one finite number for each"
-        )
+    share = shares(len(posteriors), method, weights)
     bases = [str(q.config.get("base_model_name_or_path")) for q in posteriors]
     if len({PurePath(base).name for base in bases}) > 1:
         raise IVONError(f"the adapters have different base models ({', '.join(dict.fromkeys(bases))})")
     if len({q.tau for q in posteriors}) > 1:
         raise IVONError(
-            f"the posteriors have different tau ({', '.join(str(q.tau) for q in posteriors)}); combine first"
+            f"the posteriors have different tau ({', '.join(str(q.tau) for q in posteriors)}); combine them as they "
+            "were trained and temper the result, or give them one tau with `ivon-post temper`"
         )
     return _concatenated(posteriors, share) if method == "cat" else _elementwise(posteriors, method, share)
+
+
+def shares(count: int, method: str = "precision", weights: Sequence[float] | None = None) -> list[float]:
+    """Return the weight of each of `count` posteriors.
+
+    Raises:
+        IVONError: fewer than two, an unknown method, or weights that do not fit: worth asking before reading.
+    """
+    if method not in METHODS:
+        raise IVONError(f"{parameter('method')} {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    if count < 2:
+        raise IVONError(f"{count} posterior cannot be combined; give at least 2")
+    if weights is not None and method == "precision":
+        raise IVONError(
+            f"{parameter('weights')} are for the methods linear and cat; precision weighs each weight by 1/σ²"
+        )
+    share = [1 / count] * count if weights is None else [float(weight) for weight in weights]
+    if len(share) != count or not all(map(math.isfinite, share)):
+        raise IVONError(
+            f"{parameter('weights')} {share} do not fit {count} posteriors; give one finite number for each"
+        )
+    return share
 
 
 def _header(posteriors: Sequence[Posterior], method: str) -> dict[str, str]:
     """Return the header of the result: what all agree on; effective and real data sizes add up with precisions."""
     first = posteriors[0].metadata
     facts = {key: value for key, value in first.items() if all(q.metadata.get(key) == value for q in posteriors)}
-    facts.pop("mean_sha256", None)
+    for name in ("mean_sha256", UNPRUNED):
+        facts.pop(name, None)
     if method == "precision":
         for key, kind in (("ess", float), ("train_size", int)):
             try:

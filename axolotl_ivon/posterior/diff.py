@@ -29,7 +29,11 @@ def diff(first: Posterior, second: Posterior, progress: Progress | None = None) 
     for key in sorted(first.mean.specs.keys() | second.mean.specs.keys()):
         shapes = [list(q.mean.specs[key][1]) if key in q.mean else None for q in (first, second)]
         if shapes[0] != shapes[1]:
-            raise IVONError(f"the adapters differ in {key} (shapes {shapes[0]}, {shapes[1]}), so they have no distance")
+            a, b = (f"shape {shape}" if shape else "none such" for shape in shapes)
+            raise IVONError(
+                f"the adapters differ in {key}: A has {a}, B has {b}; only adapters of the same modules and rank have "
+                "a distance"
+            )
     sums = first.mean.each(lambda key: _sums(first, second, key), "comparing", progress)
     rows = [
         {"module": name, **_distance(np.sum([sums[key] for key in keys], axis=0))}

@@ -8,6 +8,7 @@ tensors.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,10 +21,11 @@ import numpy as np
 
 from ..errors import IVONError, parameter, printable
 from ..noise import normals
-from ..storage.atomic import new_folder
+from ..storage.atomic import check_space, new_folder
 from ..storage.dtypes import NUMPY
-from ..storage.format import CONFIG_FILE, MEAN_FILE, SIGMA_FILE, copy_companions, write_json
-from .adapter import Adapter, check_sigma, modules, write_sigma
+from ..storage.format import CONFIG_FILE, MEAN_FILE, SIGMA_FILE, copy_companions, moved_config, write_json
+from .adapter import UNPRUNED, Adapter, check_sigma, modules, write_sigma
+from .card import keep_true
 from .combine import combine
 from .prune import pruning_masks
 from .tensors import Progress, Tensors, fingerprint, write_tensors
@@ -189,11 +191,13 @@ class Posterior:
             bits = raw.reshape(-1).view(f"u{raw.itemsize}")
             return np.multiply(bits, np.unpackbits(~masks[key][0], count=raw.size)).view(raw.dtype).reshape(raw.shape)
 
+        # Pruning changes the mean, so its fingerprint: what was found out about this one is found out about the pruned.
+        origin = {UNPRUNED: self._fingerprint} if masks and self._fingerprint else {}
         return replace(
             self,
             mean=self.mean.map(zero) if masks else self.mean,
             sigma=self.sigma.map(zero),
-            metadata={**self.metadata, "pruned_ratio": repr(max(float(ratio), self.pruned_ratio))},
+            metadata={**origin, **self.metadata, "pruned_ratio": repr(max(float(ratio), self.pruned_ratio))},
             known_fingerprint=None if masks else self._fingerprint,
             known_pruned={key: zeros for key, (_, zeros) in masks.items()},
         )
@@ -206,8 +210,7 @@ class Posterior:
         Raises:
             IVONError: τ is not > 0.
         """
-        if not tau > 0:
-            raise IVONError(f"{parameter('tau')} {tau} is not > 0; 1 is the posterior itself, inf the mean")
+        check_tau(tau)
 
         def cool(key: str, raw: np.ndarray) -> np.ndarray:
             with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
@@ -297,14 +300,21 @@ class Posterior:
         Raises:
             IVONError: the folder exists (and not `overwrite`), holds the input, or cannot be written.
         """
+        check_space(Path(folder), self.mean.bytes + self.sigma.bytes, "mean and σ")
         with new_folder(Path(folder), overwrite, self.inputs) as new:
             if self.folder:
                 copy_companions(self.folder, new)
-            write_json(new / CONFIG_FILE, self.config)
+            write_json(new / CONFIG_FILE, moved_config(self.config, self.folder, Path(folder)))
             known = self._fingerprint
             digests = write_tensors(new / MEAN_FILE, self.mean, self.mean_metadata, progress, hashed=not known)
             known = known or fingerprint(self.mean, digests)
             write_sigma(new / SIGMA_FILE, self.sigma, self.metadata, known, progress)
+            facts = {**self.metadata, "mean_sha256": known}
+            with contextlib.suppress(IVONError):  # a damaged card goes along as it is
+                keep_true(new, facts, self.config, changed=known != self.metadata.get("mean_sha256"))
+
+    def _same_sigma(self, other: Posterior) -> bool:
+        return all(np.array_equal(self.sigma.raw(key), other.sigma.raw(key)) for key in self.sigma)
 
     @classmethod
     def combine(
@@ -313,9 +323,27 @@ class Posterior:
         method: str = "precision",
         weights: Sequence[float] | None = None,
     ) -> Posterior:
-        """Return one posterior made of several over the same base model; see `posterior.combine.combine`."""
+        """Return one posterior made of several over the same base model; see `posterior.combine.combine`.
+
+        Raises:
+            IVONError: as `combine` does, or one of them, as it was read from a folder, is given twice: its data would
+                count twice.
+        """
+        parts = combine(posteriors, method, weights)
+        for one, other in itertools.combinations(posteriors, 2):
+            if one._fingerprint and one._fingerprint == other._fingerprint and one._same_sigma(other):
+                raise IVONError(
+                    f"{one.folder} and {other.folder} hold the same posterior, whose data would count twice; "
+                    "give each posterior once"
+                )
         inputs = [folder for q in posteriors for folder in q.inputs]
-        return cls(*combine(posteriors, method, weights), folder=posteriors[0].folder, inputs=inputs)
+        return cls(*parts, folder=posteriors[0].folder, inputs=inputs)
+
+
+def check_tau(tau: float) -> None:
+    """Raise IVONError unless τ is > 0: worth asking before reading."""
+    if not tau > 0:
+        raise IVONError(f"{parameter('tau')} {tau} is not > 0; 1 is the posterior itself, inf the mean")
 
 
 def open_posterior(adapter: str | Path, mean_only: bool = False) -> Posterior:

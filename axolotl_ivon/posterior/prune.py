@@ -62,6 +62,17 @@ def criteria() -> dict[str, Criterion]:
     return found
 
 
+def check_pruning(ratio: float, criterion: str = "snr", scope: str = SCOPES[0]) -> None:
+    """Raise IVONError for a ratio outside [0, 1], or an unknown criterion or scope: worth asking before reading."""
+    if not 0 <= ratio <= 1:
+        raise IVONError(f"{parameter('ratio')} {ratio} is outside [0, 1]; 0.1 prunes a tenth of the weights")
+    known = criteria()
+    if criterion not in known:
+        raise IVONError(f"{parameter('criterion')} {criterion!r} is unknown; choose one of {', '.join(known)}")
+    if scope not in SCOPES:
+        raise IVONError(f"{parameter('scope')} {scope!r} is unknown; choose one of {', '.join(SCOPES)}")
+
+
 def pruning_masks(
     mean: Tensors,
     sigma: Tensors,
@@ -83,13 +94,8 @@ def pruning_masks(
         IVONError: a ratio outside [0, 1], an unknown criterion or scope, scores that are NaN or of
             another shape, or σ that is 0 everywhere.
     """
-    if not 0 <= ratio <= 1:
-        raise IVONError(f"{parameter('ratio')} {ratio} is outside [0, 1]; 0.1 prunes a tenth of the weights")
+    check_pruning(ratio, criterion, scope)
     known = criteria()
-    if criterion not in known:
-        raise IVONError(f"{parameter('criterion')} {criterion!r} is unknown; choose one of {', '.join(known)}")
-    if scope not in SCOPES:
-        raise IVONError(f"{parameter('scope')} {scope!r} is unknown; choose one of {', '.join(SCOPES)}")
 
     def scores(key: str, step: int = 1) -> np.ndarray:
         """Return the scores of a tensor, or of every `step`th of its weights."""

@@ -132,6 +132,11 @@ class Tensors(Mapping[str, "torch.Tensor"]):
         """The number of weights in all tensors."""
         return sum(map(self.size, self.specs))
 
+    @property
+    def bytes(self) -> int:
+        """The number of bytes of all tensors."""
+        return sum(self.size(key) * NUMPY[dtype].itemsize for key, (dtype, _) in self.specs.items())
+
 
 def as_bytes(raw: np.ndarray) -> memoryview:
     """Return the row-major bytes of a raw array."""

@@ -67,18 +67,44 @@ def new_folder(target: Path, overwrite: bool = False, inputs: Iterable[Path] = (
 
 def check_target(target: Path, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
     """Raise IVONError if `new_folder` would refuse `target`: worth asking before long work."""
+    check_outside(target, inputs)
     if not os.path.lexists(target):
         return
     if not overwrite:
         raise IVONError(f"{target} exists; choose another name, or overwrite it with {parameter('overwrite')}")
     if not target.is_dir():
         raise IVONError(f"{target} is not a folder; choose another name")
-    here = target.resolve()
-    for kept in map(Path.resolve, inputs):
-        if here == kept or here in kept.parents:
-            raise IVONError(f"{target} holds the input, which is never modified; choose another name")
     if any(target.iterdir()) and not any((target / name).is_file() for name in _MARKERS):
         raise IVONError(f"{target} holds something other than an adapter, an ensemble or a model; choose another name")
+
+
+def check_outside(target: Path, inputs: Iterable[Path]) -> None:
+    """Raise IVONError if `target` is, holds or lies in one of the folders `inputs`."""
+    here = target.resolve()
+    for kept in map(Path.resolve, inputs):
+        for place, wrong in (("is", here == kept), ("holds", here in kept.parents), ("lies in", kept in here.parents)):
+            if wrong:
+                raise IVONError(f"{target} {place} the input, which is never modified; choose another name")
+
+
+def check_space(target: Path, size: int, what: str) -> None:
+    """Raise IVONError if the disk where `target` will be has no room for the `size` bytes that `what` takes."""
+    place = next(path for path in [target.absolute(), *target.absolute().parents] if path.exists())
+    with _write_errors(target):
+        total, _, free = shutil.disk_usage(place)
+    if total and size > free:  # /proc and its like have no size
+        raise IVONError(
+            f"{target} cannot be written ({what} take {in_bytes(size)}, and {in_bytes(free)} of space are free)"
+        )
+
+
+def in_bytes(size: float) -> str:
+    """Return a size as people read it: 1.9 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB"
 
 
 def put_in_place(temporary: Path, target: Path, overwrite: bool = False) -> None:

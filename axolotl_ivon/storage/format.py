@@ -8,15 +8,16 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import IVONError, one_line
+from ..errors import IVONError, one_line, parameter
 
 CONFIG_FILE = "adapter_config.json"
 MEAN_FILE = "adapter_model.safetensors"
 SIGMA_FILE = "ivon_sigma.safetensors"
+MODEL_CONFIG_FILE = "config.json"  # of a whole model
 NEXT_SIGMA_FILE = ".ivon_sigma.safetensors.next"  # while the mean that it belongs to is being replaced
 ENSEMBLE_FILE = "ensemble.json"
 
@@ -37,7 +38,8 @@ TOKENIZER_FILES = (
 # Optimizer states and their like belong to a checkpoint and stay there.
 COMPANIONS = ("README.md", *TOKENIZER_FILES)
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_NAME = r"[A-Za-z0-9][\w.-]*"
+_HUB_ID = re.compile(f"{_HUB_NAME}/{_HUB_NAME}")
 _JSON_LIMIT = 16 * 2**20
 
 
@@ -65,6 +67,55 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     return Path(found)
 
 
+def find_base_model(config: Mapping[str, Any], adapter: Path, base_model: str | None = None) -> str:
+    """Return the base model of an adapter: the absolute path of its folder, which holds from anywhere, or a Hub id.
+
+    It is `base_model` (folder or Hub id) if given, else what `config`, which lies in the folder `adapter`, names.
+    A relative path there is looked for in the current folder, in the adapter's, and in every folder above that:
+    training ran in one of them, most likely. From the Hub only the model's configuration is fetched.
+
+    Raises:
+        IVONError: no base model is named, or there is none of that name; the message says where it was looked for.
+    """
+    name = base_model or config.get("base_model_name_or_path")
+    fix = parameter("base_model")
+    if not name or not isinstance(name, str):
+        raise IVONError(f"{adapter}: {CONFIG_FILE} names no base model; name it with {fix}")
+    if found := base_model_folder(name, None if base_model else adapter):
+        return str(found)
+    places = "" if Path(name).is_absolute() else " here" if base_model else f" here, in {adapter} or above it"
+    reason = f"no folder {name} with a {MODEL_CONFIG_FILE}{places}"
+    if re.fullmatch(rf"{_HUB_NAME}(/{_HUB_NAME})?", name):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            hf_hub_download(name, MODEL_CONFIG_FILE)
+            return name
+        except Exception as error:  # the client raises a dozen kinds, requests' and httpx' among them
+            reason += f", and not to be had from the Hub ({type(error).__name__})"
+    raise IVONError(f"the base model {name} cannot be loaded ({reason}); name another with {fix}")
+
+
+def base_model_folder(name: str, adapter: Path | None = None) -> Path | None:
+    """Return the absolute path of the folder of the base model that an adapter calls `name`, or None."""
+    near = Path(os.path.abspath(adapter)) if adapter else None
+    for place in (Path.cwd(), *([near, *near.parents] if near else [])):
+        if (place / name / MODEL_CONFIG_FILE).is_file():
+            return Path(os.path.abspath(place / name))
+    return None
+
+
+def moved_config(config: dict[str, Any], source: Path | None, target: Path) -> dict[str, Any]:
+    """Return an adapter's configuration for another folder: a base model that it would not find is absolute there."""
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name or Path(name).is_absolute():
+        return config
+    found = base_model_folder(name, source)
+    if found is None or base_model_folder(name, target) == found:
+        return config
+    return {**config, "base_model_name_or_path": str(found)}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
@@ -78,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise IVONError(f"{path} is larger than {_JSON_LIMIT >> 20} MiB; it is not a configuration")
         value = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError as error:
-        fix = "; give the folder of a PEFT adapter" if path.name == CONFIG_FILE else ""
+        fix = f"; {_instead(path.parent)}" if path.name == CONFIG_FILE else ""
         raise IVONError(f"{path.parent} has no {path.name}{fix}") from error
     except OSError as error:
         raise IVONError(f"{path} cannot be read ({error.strerror})") from error
@@ -87,6 +138,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise IVONError(f"{path} does not hold a JSON object")
     return value
+
+
+def _instead(folder: Path) -> str:
+    """Return what to give in place of a folder that is no adapter."""
+    inside = sorted(
+        (path.parent for path in folder.glob(f"*/{CONFIG_FILE}")),
+        key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path.name)],
+    )
+    if inside:
+        kind = "is an ensemble of" if (folder / ENSEMBLE_FILE).is_file() else "holds"
+        shown = [str(path) for path in ([*inside[:2], "…", inside[-1]] if len(inside) > 3 else inside)]
+        return f"it {kind} {len(inside)} adapters: give one of them, {', '.join(shown)}"
+    if (folder / MODEL_CONFIG_FILE).is_file():
+        return "it is a model and no adapter; give the folder of a PEFT adapter"
+    return "give the folder of a PEFT adapter"
 
 
 def _finite(text: str) -> float:

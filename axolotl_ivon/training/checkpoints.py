@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import torch
 from peft import get_peft_model_state_dict
 from transformers import Trainer
 
+from ..errors import IVONError
 from ..plugins import plugin_manager
 from ..posterior.adapter import save_sigma
+from ..posterior.card import CARD_FILE, remove_old_results, update_card
 from ..posterior.posterior import Posterior
 from ..storage.atomic import put_in_place, updated_adapter
 from ..storage.format import MEAN_FILE, SIGMA_FILE
@@ -91,16 +93,28 @@ def save_with_sigma(
         return
     saved = []
     with updated_adapter(folder) as new:
-        if (folder / "README.md").is_file():
-            shutil.copyfile(folder / "README.md", new / "README.md")  # PEFT goes on with what it finds
+        if (folder / CARD_FILE).is_file():
+            shutil.copyfile(folder / CARD_FILE, new / CARD_FILE)  # PEFT goes on with what it finds
         save_pretrained(new, *args, **kwargs)
         for adapter in run.model.peft_config if run.begun else ():
             name = "" if adapter == "default" else adapter
             if (new / name / MEAN_FILE).is_file():
                 _save_sigma(run, new / name, adapter)
+                tell_in_card(new / name)
                 saved.append(folder / name)
     for each in saved:
+        with suppress(IVONError):
+            remove_old_results(each)
         plugin_manager().hook.posterior_saved(folder=str(each))
+
+
+def tell_in_card(folder: Path) -> None:
+    """Let the card in an adapter's folder, if there is one, tell of its posterior; a run does not fail by a card."""
+    if (folder / CARD_FILE).is_file():
+        try:
+            update_card(folder)
+        except IVONError as error:
+            LOG.warning("the model card does not tell of the posterior: %s", error)
 
 
 def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:

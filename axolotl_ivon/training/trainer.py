@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from ..plugins import plugin_manager
 from .callback import PosteriorTraining, trained_parameters
-from .checkpoints import whole_checkpoint
+from .checkpoints import tell_in_card, whole_checkpoint
 from .patches import keep_engine_off_the_adapter
 from .posterior_loss import posterior_loss
 from .presets import rate_for
@@ -136,6 +136,12 @@ class PosteriorTrainerMixin(Trainer):
         run, plugin = self.posterior_training, self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if run.adapter and plugin and "FULL" not in str(plugin.state_dict_type) and self.args.should_save:
             run.model.save_pretrained(str(output_dir or self.args.output_dir), state_dict={})
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the Trainer's card, in place of the one saved with the adapter, and tell of the posterior in it."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and self.posterior_training.begun:
+            tell_in_card(Path(str(self.args.output_dir)))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         """Let a checkpoint appear whole or not at all.

@@ -17,6 +17,7 @@ from ivon_post import cli
 
 ROWS = ["base", "mean", "mean-pruned", "posterior", "posterior-pruned"]
 METRICS = {"accuracy", "ece", "ece15", "nll", "brier", "auroc", "entropy", "expected_entropy", "mutual_information"}
+METRICS |= {"aurc", "augrc", "cov_at_5risk", "risk_at_80cov", "aece"}
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +47,22 @@ def test_json_holds_what_the_library_finds(adapter: Path, chats: Path, tmp_path:
     for row, score in zip(found["rows"], evaluation.run(rows, samples=3), strict=False):
         expected = metrics(score.of_groups(torch.tensor(evaluation.files[str(chats)])))
         assert {name: row[name] for name in expected} == expected
-        assert row["se"].keys() >= METRICS
+        assert expected.keys() >= METRICS
+        assert row["se"].keys() == expected.keys()
         assert row["examples"] == 12
 
 
 def test_infinite_tau_prints_the_mean(adapter: Path, chats: Path) -> None:
     result = run(adapter, "--data", chats, "--tau", "inf", "--samples", 4, "--json", "--quiet")
-    rows = {row.pop("name"): row for row in json.loads(result.stdout)["rows"]}
+    found = json.loads(result.stdout)
+    versus = {row["name"]: row.pop("versus_mean", None) for row in found["rows"]}
+    rows = {row.pop("name"): row for row in found["rows"]}
     assert rows["posterior"] == rows["mean"]
     assert rows["posterior-pruned"] == rows["mean-pruned"]
     assert rows["mean"] != rows["base"]
+    assert all(found == {"difference": 0, "standard_error": 0} for found in versus["posterior"].values())
+    assert versus["mean"] is None
+    assert [one["verdict"] for one in found["verdicts"]] == ["too few examples", "the same"]
     assert result.stderr == ""
 
 
@@ -64,11 +71,64 @@ def test_the_table_has_every_row_and_progress_is_on_stderr(adapter: Path, chats:
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     for name in ROWS:
-        assert sum(line.split()[:1] == [name] for line in lines) == 1
-    assert sum("chats.jsonl (12)" in line for line in lines) == 1
+        # In the tables of quality, of what is answered, and of differences.
+        assert sum(line.split()[:1] == [name] for line in lines) == 3
+    assert sum("chats.jsonl (12)" in line for line in lines) == 3
+    assert lines[-1].startswith("12 examples are too few to tell 2 draws from the mean: NLL ")
     assert "2 draws at τ 1.0, pruning ratio 0.1" in lines[0]
     assert "evaluating" in result.stderr
     assert "evaluating" not in result.stdout
+
+
+def test_every_row_is_compared_with_the_mean_and_the_base(adapter: Path, chats: Path) -> None:
+    found = json.loads(run(adapter, "--data", chats, "--samples", 2, "--json", "-q").stdout)["rows"]
+    rows = {row["name"]: row for row in found}
+    for name in ROWS:
+        for other in ("mean", "base"):
+            versus = rows[name].get(f"versus_{other}")
+            if name == other:
+                assert versus is None
+                continue
+            for metric, value in versus.items():
+                assert value["difference"] == pytest.approx(rows[name][metric] - rows[other][metric])
+                assert value["standard_error"] >= 0
+    mirrored = rows["mean"]["versus_base"]["nll"], rows["base"]["versus_mean"]["nll"]
+    assert mirrored[0]["difference"] == -mirrored[1]["difference"]
+    assert mirrored[0]["standard_error"] == pytest.approx(mirrored[1]["standard_error"])
+
+
+def test_other_data_temperatures_and_a_line_for_every_example(adapter: Path, chats: Path, tmp_path: Path) -> None:
+    other, valid = write_chats(tmp_path / "other.jsonl", 7, seed=3), write_chats(tmp_path / "valid.jsonl", 20, seed=4)
+    out = tmp_path / "examples.jsonl"
+    arguments = [adapter, "--data", chats, "--samples", 2, "--rows", "mean,posterior", "--ood", other]
+    arguments += ["--calibrate", valid, "-q"]
+    result = run(*arguments, "-o", out, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    names = ["mean", "posterior", "mean+temperature", "posterior+temperature"]
+    assert [row["name"] for row in found["rows"]] == names
+    temperatures = found["calibration"]["temperatures"]
+    assert {row["name"]: row["temperature"] for row in found["rows"][2:]} == temperatures
+    assert (found["calibration"]["data"], found["calibration"]["examples"]) == (str(valid), 20)
+    assert found["rows"][2]["accuracy"] == found["rows"][0]["accuracy"]
+    assert "versus_mean+temperature" in found["rows"][3]
+    # Ten entries: four scores of the draws, two of every other row.
+    assert [(one["name"], one["data"]) for one in found["ood"]] == [
+        (name, str(other)) for name in names for _ in range(4 if name == "posterior" else 2)
+    ]
+    assert {"score", "auroc", "aupr", "fpr95", "se"} <= found["ood"][0].keys()
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["data"] for line in lines] == [str(chats)] * 12 + [str(other)] * 7
+    assert list(lines[0]["rows"]) == names
+    # Without --output it is the same, and the tables show it.
+    assert {**json.loads(run(*arguments, "--json").stdout), "output": str(out)} == found
+    shown = run(*arguments).stdout
+    for text in ("other.jsonl", "posterior+temperature", "max p", "cov@5 %", "Δ NLL", "fitted on", "too few to tell"):
+        assert text in shown
+    again = run(*arguments, "-o", out)
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert "overwrite it with --overwrite" in again.stderr
+    assert run(*arguments, "-o", out, "--overwrite").stdout.splitlines()[-1] == str(out)
 
 
 def test_generate_shows_perplexity_and_choice_does_not(adapter: Path, chats: Path) -> None:
@@ -90,7 +150,7 @@ def test_a_recommendation_stands_for_tau_and_ratio(adapter: Path, chats: Path, t
     path.write_text('{"tau": 0.5, "ratio": 0.3}')
     same = ["--data", chats, "--samples", 2, "--json", "-q"]
     recommended = run(adapter, *same, "--recommended", path)
-    explicit = run(adapter, *same, "--tau", 0.5, "--prune-ratio", 0.3)
+    explicit = run(adapter, *same, "--tau", 0.5, "--ratio", 0.3)
     assert json.loads(recommended.stdout) == json.loads(explicit.stdout)
     both = json.loads(run(adapter, *same, "--recommended", path, "--tau", 1).stdout)
     assert (both["tau"], both["prune_ratio"]) == (1.0, 0.3)
@@ -110,8 +170,16 @@ def bad_line(folder: Path) -> Path:
         (lambda tmp, adapter, chats: [adapter, "--data", chats, "--choices", "A,C"], "is not one of --choices"),
         (lambda tmp, adapter, chats: [adapter, "--data", chats, "--choices", "A,B,Bx"], "start with the same token"),
         (lambda tmp, adapter, chats: [adapter, "--data", chats, "--tau", "0"], "tau 0.0 is not > 0"),
-        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--prune-ratio", "2"], "ratio 2.0 is outside"),
+        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--ratio", "2"], "ratio 2.0 is outside"),
         (lambda tmp, adapter, chats: [adapter, "--data", chats, "--rows", "mean,median"], "'median' is unknown"),
+        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--ood", chats], "--ood "),
+        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--calibrate", chats], "same questions as --data"),
+        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--calibrate", tmp / "no.jsonl"], "--calibrate "),
+        (
+            lambda tmp, adapter, chats: [adapter, "--data", chats, "--rows", "base", "--calibrate", tmp / "no.jsonl"],
+            "have one of them in --rows",
+        ),
+        (lambda tmp, adapter, chats: [adapter, "--data", chats, "-o", tmp], "is a folder"),
         (lambda tmp, adapter, chats: [adapter, "--data", chats, "--device", "abacus"], "--device abacus"),
         (
             lambda tmp, adapter, chats: [

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,33 @@ def test_a_line_per_prompt_with_its_reference(ivon_post: Cli, tiny_adapter: Path
     assert found["tokens"] > 0
 
 
+def test_a_line_says_how_sure_its_outputs_are_and_abstains_below_the_threshold(
+    ivon_post: Cli, tiny_adapter: Path, chats: Path, tmp_path: Path
+) -> None:
+    recommended = tmp_path / "recommended.json"
+    facts = {"tau": 0.5, "ratio": 0.3, "threshold": 0.3, "temperature": 1.5}
+    recommended.write_text(json.dumps(facts))
+    options = [*SMALL, "-a", "[a-z]", "--recommended", recommended, "-o", tmp_path / "out.jsonl"]
+    found = ivon_post.json("generate", tiny_adapter, "-p", chats, *options)
+    lines = read(tmp_path / "out.jsonl")
+    for line in lines:
+        last = [(re.findall("[a-z]", output["text"]) or [None])[-1] for output in line["outputs"]]
+        votes = Counter(last)
+        alone = votes.pop(None, 0)  # no answer agrees with nothing
+        shares = [n / 4 for n in votes.values()] + [1 / 4] * alone
+        assert line["confidence"] == pytest.approx(max(shares) ** (1 / 1.5) / sum(s ** (1 / 1.5) for s in shares))
+        assert line["semantic_entropy"] == pytest.approx(-sum(s * math.log(s) for s in shares))
+        assert line["expected_entropy"] + line["mutual_information"] == pytest.approx(line["semantic_entropy"])
+        assert line["abstain"] == (line["confidence"] < 0.3)
+    assert found["coverage"] == 1 - sum(line["abstain"] for line in lines) / 4
+    told = ivon_post("generate", tiny_adapter, "-p", chats, *options)  # all are there: what they say counts
+    assert f"answers {100 * found['coverage']:.1f} %, and abstains below confidence 0.3" in told
+    assert "made with abstain [0.3, 1.5], not None" in ivon_post.error(
+        "generate", tiny_adapter, "-p", chats, *SMALL, "--tau", 0.5, "--prune-ratio", 0.3, "-a", "[a-z]",
+        "-o", tmp_path / "out.jsonl", "-q",
+    )  # fmt: skip
+
+
 def test_an_interrupted_run_goes_on_and_ends_the_same(
     ivon_post: Cli, tiny_adapter: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +113,7 @@ def test_pruning_temperature_and_mean_reach_the_engine(
     assert mean == cold
     recommended = tmp_path / "recommended.json"
     recommended.write_text('{"tau": 0.5, "ratio": 0.3}')
-    pruned = texts("pruned", "--tau", 0.5, "--prune-ratio", 0.3)
+    pruned = texts("pruned", "--tau", 0.5, "--ratio", 0.3)
     assert pruned == texts("recommended", "--recommended", recommended)
     assert pruned not in (mean, texts("posterior"), texts("tempered", "--tau", 0.5))
 
@@ -121,7 +151,7 @@ def no_user(folder: Path) -> Path:
         (lambda tmp, adapter, chats: [adapter, "-p", chats, "--top-p", 2], "--top-p 2.0"),
         (lambda tmp, adapter, chats: [adapter, "-p", chats, "--tau", 0], "tau 0.0 is not > 0"),
         (lambda tmp, adapter, chats: [adapter, "-p", chats, "--mean", "--tau", 2], "--tau 2.0: --mean has no"),
-        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--prune-ratio", 2], "ratio 2.0 is outside"),
+        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--ratio", 2], "ratio 2.0 is outside"),
         (lambda tmp, adapter, chats: [adapter, "-p", chats, "--base-model", tmp / "no"], "--base-model"),
         (lambda tmp, adapter, chats: [adapter, "-p", chats, "--max-tokens", 512], "--max-tokens 512, but the model"),
         (lambda tmp, adapter, chats: [adapter, "-p", chats, "-o", chats], "was not made by `ivon-post generate`"),

@@ -98,7 +98,7 @@ def test_a_process_writes_beside_the_input(tiny_adapter: Path, copied: Callable)
     folder = copied(tiny_adapter)
     done = run("prune", folder.name, "--ratio", "0.25", cwd=folder.parent, check=True)
     assert done.stdout.splitlines() == ["224 of 896 weights are 0 (25.00%), by snr", "adapter-pruned-0.25"]
-    assert done.stderr == ""
+    assert done.stderr == "next: ivon-post eval adapter-pruned-0.25 --data FILE.jsonl\n"
     assert (folder.parent / "adapter-pruned-0.25" / "ivon_sigma.safetensors").is_file()
 
 
@@ -154,7 +154,7 @@ def test_axolotl_merges_what_was_written(tiny_adapter: Path, tiny_llama: Path, t
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    ivon_post("sample", tiny_adapter, "-n", 1, "--prune-ratio", 0.3, "-o", tmp_path / "ensemble")
+    ivon_post("sample", tiny_adapter, "-n", 1, "--ratio", 0.3, "-o", tmp_path / "ensemble")
     member = tmp_path / "ensemble" / "sample-0000"
     (tmp_path / "merge.yaml").write_text(
         f"base_model: {tiny_llama}\nadapter: lora\nlora_r: 4\nlora_alpha: 8\nlora_target_modules: [q_proj, v_proj]\n"

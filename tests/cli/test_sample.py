@@ -27,7 +27,7 @@ def recommendation(folder: Path, **facts: object) -> Path:
 
 
 def test_sample(tiny_adapter: Path, out: Path, ivon_post):
-    words = ("-n", 2, "--seed", 7, "--tau", 2, "--prune-ratio", 0.3, "--dtype", "bfloat16", "--include-mean", "-o", out)
+    words = ("-n", 2, "--seed", 7, "--tau", 2, "--ratio", 0.3, "--dtype", "bfloat16", "--include-mean", "-o", out)
     assert ivon_post("sample", tiny_adapter, *words).splitlines() == ["3 adapters, seed 7", str(out)]
     q = Posterior.from_pretrained(tiny_adapter).prune(0.3).temper(2)
     facts = json.loads((out / "ensemble.json").read_text())
@@ -54,7 +54,7 @@ def test_damaged_folders(damage: str, bad_inputs: BadInputs):
     ("words", "message"),
     [
         pytest.param(("sample", "adapter", "--tau", 0), "tau 0.0 is not > 0", id="tau of a draw"),
-        pytest.param(("sample", "adapter", "--prune-ratio", 2), "ratio 2.0 is outside", id="ratio of a draw"),
+        pytest.param(("sample", "adapter", "--ratio", 2), "ratio 2.0 is outside", id="ratio of a draw"),
         pytest.param(("sample", "adapter", "-n", 0), "0 members make no ensemble", id="no members"),
         pytest.param(("sample", "adapter", "-o", ".", "--overwrite"), "never modified", id="target holds the input"),
         pytest.param(
@@ -64,3 +64,15 @@ def test_damaged_folders(damage: str, bad_inputs: BadInputs):
 )
 def test_bad_arguments(words: tuple[object, ...], message: str, bad_inputs: BadInputs):
     bad_inputs.argument(words, message)
+
+
+def test_what_it_takes_is_told(tiny_adapter: Path, out: Path, ivon_post, monkeypatch: pytest.MonkeyPatch):
+    assert " take " not in ivon_post.run("sample", tiny_adapter, "-n", 2, "-o", f"{out}1").stderr
+    monkeypatch.setattr("ivon_post.sample._LARGE", 7000)
+    told = ivon_post.run("sample", tiny_adapter, "-n", 2, "--tau", "inf", "-o", out).stderr.splitlines()
+    assert told == [
+        f"2 adapters take 7.17 kB in {out}",
+        "τ is inf: every draw is the mean",
+        f"next: ivon-post info {out}/sample-0000",
+    ]
+    assert ivon_post.run("sample", tiny_adapter, "-n", 2, "-o", f"{out}2", "-q").stderr == ""

@@ -32,15 +32,20 @@ def test_a_sweep_writes_what_eval_takes(adapter: Path, chats: Path, tmp_path: Pa
     grid = ["--data", chats, "--tau", "0.2,1", "--tau", "inf", "--ratio", "0,0.5", "--samples", 2, "-o", out]
     result = run(adapter, *grid)
     assert result.exit_code == 0, result.output
-    names = ["recommended.json", "reliability.png", "reliability.svg", "trade-off.png", "trade-off.svg"]
+    assert "no reliability diagram" in result.stderr  # a handful of examples fill no two bins
+    names = ["recommended.json", "trade-off.png", "trade-off.svg"]
     assert sorted(path.name for path in out.iterdir()) == names
     for name in names:
         assert str(out / name) in result.stdout
     grid_lines = [line.split() for line in result.stdout.splitlines() if line[:6].strip() in ("0.2", "1", "inf")]
-    assert len(grid_lines) == 6
+    written = json.loads((out / "recommended.json").read_text())
+    assert len(grid_lines) == 6 + len(written["scaled"])
     assert sum("front" in line for line in grid_lines) >= 1
     assert sum("best" in line for line in grid_lines) == 1
-    written = json.loads((out / "recommended.json").read_text())
+    # Ten examples tell nothing: the mean stays.
+    assert [line[:3] for line in grid_lines if "recommended" in line] == [["inf", "0", "1"]]
+    assert "too few examples: keep the default, the mean" in result.stdout
+    assert "10 examples choose and 10 report: few differences are more than noise; 100 each are better" in result.stderr
     assert len(written["grid"]) == 6
     assert written["data"] == [str(chats)]
 
@@ -68,9 +73,54 @@ def test_json_and_nothing_else(adapter: Path, chats: Path, tmp_path: Path) -> No
     )
     found = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert result.stderr == ""
-    assert len(found["files"]) == 5
+    assert sorted(found["files"]) == sorted(str(path) for path in (tmp_path / "o").iterdir())
     assert found["tau"] in (1.0, "inf")
     assert found["mean_reported_on"] == found["grid"][1]["reported_on"]
+    assert found["verdict"]["outcome"] == "too few examples"
+    assert "threshold" not in found
+
+
+def test_a_risk_gives_a_threshold_that_eval_keeps_to(adapter: Path, tmp_path: Path) -> None:
+    # A model that has learned nothing is wrong half of the time.
+    chats = write_chats(tmp_path / "chats.jsonl", count=80)
+    grid = ["--data", chats, "--tau", "1,inf", "--ratio", "0", "-n", 1, "-q", "-o", tmp_path / "o"]
+    result = run(adapter, *grid, "--risk", "0.9", "--json")
+    found = json.loads(result.stdout)
+    assert found["examples"] == {"chosen_on": 20, "reported_on": 20}
+    assert found["certified_on"]["examples"] == 40
+    assert (found["risk"], found["confidence"], found["score"]) == (0.9, 0.9, "probability")
+    assert found["certified_on"]["bound"] <= 0.9
+    assert found["coverage"] == found["certified_on"]["answered"] / 40
+
+    path = tmp_path / "o" / "recommended.json"
+    document = json.loads(path.read_text())
+    document.update(threshold=0.55, temperature=0.7)
+    path.write_text(json.dumps(document))
+    options = ["eval", adapter, "--data", chats, "--recommended", path, "-q", "--samples", 1, "--rows", "mean"]
+    rows = json.loads(CliRunner().invoke(cli, [*map(str, options), "--json"]).stdout)["rows"]
+    assert [row["name"] for row in rows] == ["mean", "recommended", "recommended, answered"]
+    _, whole, answered = rows
+    assert whole["temperature"] == 0.7
+    assert answered["coverage"] == answered["examples"] / 80
+    assert 0 < answered["coverage"] < 1
+    assert answered["threshold"] == 0.55
+    # What is answered is what --output says is sure enough.
+    CliRunner().invoke(cli, [*map(str, options), "-o", str(tmp_path / "examples.jsonl")])
+    each = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
+    sure = [one for one in each if one["rows"]["recommended"]["confidence"] >= 0.55]
+    assert len(sure) == answered["examples"]
+    table = CliRunner().invoke(cli, list(map(str, options))).stdout
+    assert f"chats.jsonl: {100 * answered['coverage']:.1f} % answered, from confidence 0.55 on" in table
+
+
+def test_no_promise_says_how_many_examples_would_do(adapter: Path, chats: Path, tmp_path: Path) -> None:
+    result = run(
+        adapter, "--data", chats, "--tau", "1,inf", "--ratio", "0", "-n", 1, "--risk", "0.01", "-o", tmp_path / "o"
+    )
+    assert result.exit_code == 0, result.output
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("no threshold can promise")]
+    assert "at most 1 % wrong, with 90 % confidence, from 10 examples: about 460 would" in line
+    assert json.loads((tmp_path / "o" / "recommended.json").read_text())["threshold"] is None
 
 
 def test_the_default_output_is_beside_the_adapter(adapter: Path, chats: Path) -> None:
@@ -87,6 +137,11 @@ def test_the_default_output_is_beside_the_adapter(adapter: Path, chats: Path) ->
         (["--ratio", "0,1.5"], 1, "ratio 1.5 is outside"),
         (["--tau", "hot"], 2, "'hot' is not a number"),
         (["--limit", "3", "--choices", "A,B"], 1, "3 examples cannot be split"),
+        (["--risk", "0"], 1, "--risk 0 is outside (0, 1); 0.05 is 5 %"),
+        (["--risk", "5"], 1, "--risk 5 is outside (0, 1)"),
+        (["--risk", "0.1", "--confidence", "1"], 1, "--confidence 1 is outside (0, 1)"),
+        (["--risk", "0.1", "--limit", "7", "--choices", "A,B"], 1, "7 examples cannot be split in a half and two"),
+        (["--risk", "0.1", "--task", "generate"], 1, "--risk 0.1: the task generate scores tokens"),
     ],
 )
 def test_bad_input_writes_nothing(

@@ -27,7 +27,7 @@ def test_temper(tiny_adapter: Path, out: Path, ivon_post):
     assert ivon_post("temper", tiny_adapter, "--tau", 2.5, "-o", out).splitlines() == ["τ is 2.5", str(out)]
     assert same(Posterior.from_pretrained(out), Posterior.from_pretrained(tiny_adapter).temper(2.5))
     assert (out / MEAN_FILE).stat().st_size > 0
-    assert ivon_post.json("temper", out, "--tau", 2, "-o", out.parent / "more")["tau"] == "5.0"
+    assert ivon_post.json("temper", out, "--tau", 2, "-o", out.parent / "more")["tau"] == 5.0
 
 
 def test_temper_to_the_mean(tiny_adapter: Path, out: Path, ivon_post):
@@ -57,3 +57,11 @@ def test_damaged_folders(damage: str, bad_inputs: BadInputs):
 )
 def test_bad_arguments(words: tuple[object, ...], message: str, bad_inputs: BadInputs):
     bad_inputs.argument(words, message)
+
+
+def test_a_temperature_that_changes_nothing_says_so(tiny_adapter: Path, tmp_path: Path, ivon_post):
+    told = {}
+    for name, source, tau in (("one", tiny_adapter, 1), ("inf", tiny_adapter, "inf"), ("more", tmp_path / "inf", 2)):
+        told[name] = "changes nothing" in ivon_post.run("temper", source, "--tau", tau, "-o", tmp_path / name).stderr
+    assert told == {"one": True, "inf": False, "more": True}
+    assert ivon_post.json("temper", tmp_path / "inf", "--tau", 2, "-o", tmp_path / "x")["tau"] == "inf"

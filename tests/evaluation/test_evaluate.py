@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,8 @@ from transformers import (
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.data.encode import Item
-from axolotl_ivon.evaluation.evaluate import Evaluation, Row, count_passes, evaluate, rows_of
+from axolotl_ivon.evaluation.calibration import TEMPERATURES
+from axolotl_ivon.evaluation.evaluate import Evaluation, Row, calibrated_rows, count_passes, evaluate, rows_of
 from axolotl_ivon.evaluation.metrics import Scores, metrics
 from axolotl_ivon.models.load import load_tokenizer
 from axolotl_ivon.models.swap import AdapterSlots
@@ -41,24 +43,27 @@ WIDE = ["q_proj", "v_proj", "down_proj"]
 
 
 @torch.no_grad()
-def by_hand(evaluation: Evaluation, posterior: Posterior | None, draws: int) -> list[Tensor]:
-    """Average probabilities per example, by PEFT's own loading, without padding, caches or batches."""
+def each_draw(evaluation: Evaluation, posterior: Posterior | None, draws: int) -> list[list[Tensor]]:
+    """Probabilities per draw and example, by PEFT's own loading, without padding, caches or batches."""
     model = AutoModelForCausalLM.from_pretrained(evaluation.base_model)
     if posterior is not None:
         model = PeftModel.from_pretrained(model, evaluation.posterior.folder)
     model.eval()
-    total: list[Tensor] = []
+    found: list[list[Tensor]] = []
     for member in range(draws):
         if posterior is not None:
             set_peft_model_state_dict(model, posterior.sample(5, member) if draws > 1 else dict(posterior.mean))
-        for index, item in enumerate(evaluation.items):
+        found.append([])
+        for item in evaluation.items:
             logits = model(torch.tensor([item.ids])).logits[0, item.positions].double()
             if item.candidates is not None:
                 logits = logits[:, list(item.candidates)]
-            if member == 0:
-                total.append(torch.zeros_like(logits))
-            total[index] += logits.softmax(-1) / draws
-    return total
+            found[-1].append(logits.softmax(-1))
+    return found
+
+
+def by_hand(evaluation: Evaluation, posterior: Posterior | None, draws: int) -> list[Tensor]:
+    return [torch.stack(one).mean(0) for one in zip(*each_draw(evaluation, posterior, draws), strict=True)]
 
 
 def test_every_row_is_what_peft_gives_one_prompt_at_a_time(evaluation: Evaluation, scores: list[Scores]) -> None:
@@ -84,6 +89,102 @@ def test_every_row_is_what_peft_gives_one_prompt_at_a_time(evaluation: Evaluatio
             assert (score.entropy - score.expected_entropy).min() > 0  # Jensen: draws that differ disagree
         else:
             assert score.entropy.equal(score.expected_entropy)
+
+
+def test_draws_disagree_by_mutual_information_and_variance(evaluation: Evaluation, scores: list[Scores]) -> None:
+    found = next(score for row, score in zip(ROWS, scores, strict=True) if row.name == "posterior")
+    draws = torch.stack([torch.cat(one) for one in each_draw(evaluation, evaluation.posterior.temper(0.5), 3)])
+    order = found.group.argsort(stable=True)
+    expected = torch.special.entr(draws).sum(2).mean(0)
+    torch.testing.assert_close(found.expected_entropy[order], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.variance[order], draws.var(0, correction=0).sum(1), rtol=1e-2, atol=1e-7)
+    # What the averaging gains in the Brier score.
+    targets = torch.tensor([target for item in evaluation.items for target in item.targets])
+    one_hot = nn.functional.one_hot(targets, draws.shape[2])
+    gain = (draws - one_hot).square().sum(2).mean(0) - found.brier[order]
+    torch.testing.assert_close(found.variance[order], gain, rtol=1e-2, atol=1e-5)
+
+
+def test_probabilities_are_kept_where_there_are_few(evaluation: Evaluation, scores: list[Scores]) -> None:
+    if evaluation.task == "generate":
+        assert all(score.probabilities is None for score in scores)
+        return
+    for score in scores:
+        torch.testing.assert_close(score.probabilities.max(1).values, score.confidence)
+
+
+def test_a_temperature_takes_no_pass_of_its_own(evaluation: Evaluation) -> None:
+    rows = [Row("mean"), Row("hot", temperature=3.0), Row("posterior", tau=0.5), Row("cold", tau=0.5, temperature=0.5)]
+    assert count_passes(rows, 3) == 4
+    done: list[int] = []
+    mean, hot, drawn, cold = evaluation.run(rows, samples=3, seed=5, progress=done.append)
+    assert sum(done) == 4 * len(evaluation.items)
+    for plain, scaled, temperature, posterior, draws in (
+        (mean, hot, 3.0, evaluation.posterior, 1),
+        (drawn, cold, 0.5, evaluation.posterior.temper(0.5), 3),
+    ):
+        p = torch.cat(by_hand(evaluation, posterior, draws)) ** (1 / temperature)
+        target = torch.tensor([target for item in evaluation.items for target in item.targets])
+        expected = Scores.of(p / p.sum(1, keepdim=True), target)
+        order = plain.group.argsort(stable=True)
+        for name in ("confidence", "nll", "brier", "entropy"):
+            torch.testing.assert_close(getattr(scaled, name)[order], getattr(expected, name), rtol=1e-4, atol=1e-5)
+    assert metrics(hot)["mutual_information"] == 0
+    assert metrics(cold)["mutual_information"] is None  # that is of draws, and nobody scaled a draw
+
+
+def test_temperatures_are_fitted_on_the_other_file(adapter: Path, tmp_path: Path, chats: Path) -> None:
+    valid = write_chats(tmp_path / "valid.jsonl", 30, seed=8)
+    for task in ("choice", "generate"):
+        evaluation = Evaluation(adapter, [chats], task=task, calibrate=valid)
+        assert len(evaluation.items) == 24
+        assert len(evaluation.held_out) == 30
+        plain = calibrated_rows(list(rows_of(tau=0.5).values()))
+        fitted = evaluation.temperatures(plain, samples=2, seed=5)
+        assert [row.name for row in fitted] == ["mean+temperature", "posterior+temperature"]
+        alone = Evaluation(adapter, [valid], task=task)
+
+        def nll(row: Row, factor: float, alone: Evaluation = alone) -> float:
+            [score] = alone.run([replace(row, temperature=row.temperature * factor)], samples=2, seed=5)
+            return metrics(score)["nll"]
+
+        for row in fitted:
+            if row.temperature not in TEMPERATURES:
+                assert nll(row, 1) < min(nll(row, 0.9), nll(row, 1.1))
+    with pytest.raises(IVONError, match="calibrate fits a temperature for mean and posterior"):
+        calibrated_rows([rows_of()["base"]])
+
+
+def test_temperatures_are_fitted_on_what_fits_the_memory(
+    adapter: Path, tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    valid = write_chats(tmp_path / "valid.jsonl", 30, seed=8)
+    evaluation = Evaluation(adapter, [chats], calibrate=valid)
+    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._AVERAGES", 2 * 11)
+    told: list[str] = []
+    [few] = evaluation.temperatures([Row("mean")], notify=told.append)
+    assert "first 11 examples" in told[0]
+    first = tmp_path / "first.jsonl"
+    first.write_text("".join(valid.read_text().splitlines(keepends=True)[:11]))
+    [same] = Evaluation(adapter, [chats], calibrate=first).temperatures([Row("mean")])
+    assert few.temperature == pytest.approx(same.temperature, rel=1e-4)
+
+
+def test_other_files_are_other_data_with_the_same_choices(adapter: Path, tmp_path: Path, chats: Path) -> None:
+    copy, strange, empty = (tmp_path / name for name in ("copy.jsonl", "strange.jsonl", "empty.jsonl"))
+    copy.write_text("\n".join(reversed(chats.read_text().splitlines())))
+    strange.write_text(write_chats(strange, 9, seed=3).read_text().replace('"A"', '"C"'))
+    empty.touch()
+    for name, give in (("ood", lambda path: {"ood": [path]}), ("calibrate", lambda path: {"calibrate": path})):
+        for path in (chats, copy):
+            with pytest.raises(IVONError, match=f"{name} .*: it has the same questions as data .*chats.jsonl"):
+                Evaluation(adapter, [chats], **give(path))
+        with pytest.raises(IVONError, match=f"{name} .*the answer 'C' .*strange.jsonl:\\d+.* the choices A,B of data"):
+            Evaluation(adapter, [chats], **give(strange))
+        with pytest.raises(IVONError, match=f"{name} .*the file is empty"):
+            Evaluation(adapter, [chats], **give(empty))
+        with pytest.raises(IVONError, match=f"{name} .*there is no such file"):
+            Evaluation(adapter, [chats], **give(tmp_path / "nowhere.jsonl"))
 
 
 def test_the_likelihood_of_answers_is_the_models_own_loss(adapter: Path, chats: Path, tiny_llama: Path) -> None:
@@ -164,7 +265,10 @@ def test_files_are_scored_apart(adapter: Path, tmp_path: Path) -> None:
         alone = Evaluation(adapter, [path], choices=["A", "B"])
         [expected] = alone.run([Row("mean")])
         part = score.of_groups(torch.tensor(both.files[str(path)]))
-        assert metrics(part) == pytest.approx(metrics(expected), rel=1e-4)
+        found, expected_values = (
+            {k: math.nan if v is None else v for k, v in metrics(s).items()} for s in (part, expected)
+        )
+        assert found == pytest.approx(expected_values, rel=1e-4, nan_ok=True)
     assert len(Evaluation(adapter, [one, two], limit=3).items) == 6
 
 

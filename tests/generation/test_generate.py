@@ -31,13 +31,13 @@ def test_a_file_is_filled_and_then_left(tiny_adapter: Path, tmp_path: Path) -> N
     first = generate(str(tiny_adapter), chats, path, PLAN, limit=3, batch_size=4, begin=begin, count=tokens.append)
     assert (first.prompts, first.resumed, first.tokens) == (3, 0, max(tokens))
     assert first.tokens_per_second == pytest.approx(max(tokens) / first.seconds)
-    assert begun == [("loading the base model", 0), ("generating", 3)]
+    assert begun == [("loading the tokenizer", 0), ("loading the base model", 0), ("generating", 3)]
     assert prompts == [1, 1, 1]
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [[output["member"] for output in line["outputs"]] for line in lines] == [[0, 0, 1, 1]] * 3
     assert generate(str(tiny_adapter), chats, path, PLAN, limit=3, begin=begin) == Generated(3, 3)
     assert Generated(3, 3).tokens_per_second == 0
-    assert len(begun) == 2, "a file that lacks nothing needs no model"
+    assert begun[3:] == [("loading the tokenizer", 0)], "a file that lacks nothing needs no model"
 
 
 def test_the_posterior_that_is_drawn_from(tiny_adapter: Path, make_adapter: Callable[..., Path]) -> None:

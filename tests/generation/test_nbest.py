@@ -11,7 +11,7 @@ import pytest
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.encode import Prompt
-from axolotl_ivon.generation.nbest import NBestFile, read_nbest
+from axolotl_ivon.generation.nbest import NBestFile, read_nbest, read_source
 from axolotl_ivon.generation.plan import Output
 
 PROMPTS = [Prompt(f"question {i}\n", [i], None if i else "yes", f"p:{i}") for i in range(4)]
@@ -72,6 +72,30 @@ def test_other_settings_prompts_or_files_are_refused(tmp_path: Path) -> None:
     for nowhere in (tmp_path, tmp_path / "no" / "out.jsonl"):
         with pytest.raises(IVONError, match="not a file in an existing folder"):
             fill(nowhere, 4)
+
+
+def test_what_is_known_of_outputs_stands_in_the_line_and_is_counted(tmp_path: Path) -> None:
+    fill(tmp_path / "out.jsonl", 1)
+    file = NBestFile(tmp_path / "out.jsonl", {"seed": 0, "stop": ["x"]}, PROMPTS)
+    for abstain in (True, False, True):
+        file.append(PROMPTS[file.done], OUTPUTS[0], {"confidence": 0.5, "abstain": abstain})
+    file.close()
+    assert file.abstained == 2
+    assert NBestFile(tmp_path / "out.jsonl", {"seed": 0, "stop": ["x"]}, PROMPTS).abstained == 2
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().split("\n") if line]
+    assert [line.get("abstain") for line in lines] == [None, True, False, True]
+    assert list(lines[1]) == ["prompt", "reference", "confidence", "abstain", "outputs"]
+
+
+def test_what_outputs_were_drawn_from_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    assert read_source(path) is None
+    for settings, expected in (
+        ({"tau": "inf", "prune_ratio": 0.1, "adapter": "abc"}, {"tau": "inf", "ratio": 0.1, "mean_sha256": "abc"}),
+        ({"ensemble": {"tau": 2.0, "pruned_ratio": 0.3}}, {"tau": 2.0, "ratio": 0.3, "mean_sha256": None}),
+    ):
+        fill(path, 1, settings, overwrite=True)
+        assert read_source(path) == expected
 
 
 def test_overwrite_starts_anew(tmp_path: Path) -> None:

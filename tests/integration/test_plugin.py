@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from runs import ROWS, Forks, axolotl, trained
 from safetensors.torch import load_file
@@ -49,6 +50,17 @@ def test_one_yaml_line_gives_a_posterior_beside_the_adapter(straight_run: Path, 
     weights = model.state_dict()
     for key, tensor in load_file(straight_run / "adapter_model.safetensors").items():
         assert torch.equal(weights[key.replace(".weight", ".default.weight")], tensor)
+
+
+def test_the_card_is_axolotls_and_tells_of_the_posterior(straight_run: Path) -> None:
+    for folder in (straight_run, straight_run / "checkpoint-3"):
+        card = ModelCard.load(folder / "README.md")
+        assert set(card.data.tags) >= {"lora", "ivon", "bayesian", "uncertainty"}
+        assert card.data.library_name == "peft"
+        assert card.text.count("## Posterior") == 1
+        assert f"| training examples N | {ROWS} |" in card.text
+    assert "See axolotl config" in ModelCard.load(straight_run / "README.md").text
+    assert "| steps | 3 |" in ModelCard.load(straight_run / "checkpoint-3" / "README.md").text
 
 
 def test_the_log_of_a_real_run_shows_the_posterior(straight_run: Path) -> None:

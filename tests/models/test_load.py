@@ -12,7 +12,7 @@ from tiny import build_llama, write_chats
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.evaluation.evaluate import Evaluation, Row
-from axolotl_ivon.models.load import base_model_name, load_model, load_tokenizer, pick_device
+from axolotl_ivon.models.load import load_model, load_tokenizer, pick_device
 
 MakeAdapter = Callable[..., Path]
 
@@ -74,12 +74,3 @@ def test_the_tokenizer_beside_the_adapter_comes_before_the_base_models(
     with pytest.raises(IVONError, match=r"no tokenizer in \S+bare .*; save the tokenizer of training") as caught:
         load_tokenizer(tmp_path / "bare", str(tmp_path / "bare"))
     assert "\n" not in str(caught.value)
-
-
-def test_a_base_model_must_be_named() -> None:
-    assert base_model_name("a", "b") == "b"
-    with pytest.raises(
-        IVONError, match=r"a: adapter_config\.json names no base model; name it with base_model"
-    ) as caught:
-        base_model_name("a", None)
-    assert caught.value.parameter == "base_model"

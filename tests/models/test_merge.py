@@ -116,8 +116,9 @@ def test_the_weights_that_are_merged(tiny_adapter: Path, make_adapter: Callable)
 
     held, q = Adapter(tiny_adapter), Posterior.from_pretrained(tiny_adapter)
     assert same(choose_weights(held), q.mean)
-    assert same(choose_weights(held, prune_ratio=0.4), q.prune(0.4).mean)
+    assert same(choose_weights(held, ratio=0.4), q.prune(0.4).mean)
     assert same(choose_weights(held, 0.4, 3), q.prune(0.4).sample(3))
+    assert same(choose_weights(held, sample_seed=3, tau=4.0), q.temper(4.0).sample(3))
     plain = Adapter(make_adapter(sigma=False))
     assert same(choose_weights(plain), plain.mean)
     with pytest.raises(IVONError, match="it is no posterior"):

@@ -231,3 +231,15 @@ def test_a_configuration_that_makes_no_sense(damage: dict):
     broken = Posterior(q.mean, q.sigma, {}, {**q.config, **damage})
     with pytest.raises(IVONError, match="lora_alpha or alpha_pattern cannot be read"):
         dict(Posterior.combine([broken, broken], "cat").mean)
+
+
+def test_the_same_posterior_twice_is_refused(tiny_adapter: Path, copied: Callable):
+    q = Posterior.from_pretrained(tiny_adapter)
+    for twin in (q, Posterior.from_pretrained(copied(tiny_adapter))):
+        for method in ("precision", "linear", "cat"):
+            with pytest.raises(IVONError, match="hold the same posterior, whose data would count twice"):
+                Posterior.combine([q, twin], method)
+    # Another σ at the same mean is another posterior: of other data, say.
+    wider = q.temper(0.5)
+    wider.metadata["tau"] = "1.0"
+    assert Posterior.combine([q, wider]).mean.keys() == q.mean.keys()

@@ -65,3 +65,15 @@ def test_other_tensors_have_no_distance():
     sigma.pop(key)
     with pytest.raises(IVONError, match=f"differ in {key}"):
         diff(q, Posterior(mean, sigma, {}, {}))
+
+
+def test_what_differs_is_said_of_either():
+    a, b = posterior(0), posterior(0)
+    key = f"{PREFIX}2.q_proj.lora_A.weight"
+    less = Posterior(
+        {k: v for k, v in b.mean.items() if k != key}, {k: v for k, v in b.sigma.items() if k != key}, {}, {}
+    )
+    with pytest.raises(IVONError, match=r"lora_A.weight: A has shape \[6, 4\], B has none such"):
+        diff(a, less)
+    with pytest.raises(IVONError, match=r"lora_A.weight: A has none such, B has shape \[6, 4\]"):
+        diff(less, a)

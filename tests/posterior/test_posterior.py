@@ -423,3 +423,26 @@ def test_an_adapter_without_sigma_opens_without_width(make_adapter: Callable[...
     assert all(found.sigma[key].shape == found.mean[key].shape for key in found.mean)
     with pytest.raises(IVONError, match=r"has no ivon_sigma.safetensors, so there are no draws and no pruning"):
         open_posterior(folder)
+
+
+def test_a_pruned_adapter_keeps_the_fingerprint_of_the_unpruned(tiny_adapter: Path, tmp_path: Path):
+    q = Posterior.from_pretrained(tiny_adapter)
+    assert "unpruned_sha256" not in q.prune(0.0).metadata
+    q.prune(0.1).save_pretrained(tmp_path / "once")
+    once = Posterior.from_pretrained(tmp_path / "once")
+    twice = once.temper(2.0).prune(0.3)
+    for pruned in (once, twice):
+        assert pruned.metadata["unpruned_sha256"] == q.metadata["mean_sha256"]
+
+
+def test_a_written_adapter_finds_its_base_model_from_anywhere(
+    tiny_adapter: Path, copied: Callable, tiny_llama: Path, tmp_path: Path
+):
+    folder = copied(tiny_adapter, "work/adapter")
+    (tmp_path / "work" / "base").symlink_to(tiny_llama)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "./base"}))
+    q = Posterior.from_pretrained(folder)
+    for target, name in (("work/beside", "./base"), ("else/where", str(tmp_path / "work" / "base"))):
+        q.temper(2).save_pretrained(tmp_path / target)
+        assert Posterior.from_pretrained(tmp_path / target).config == {**q.config, "base_model_name_or_path": name}

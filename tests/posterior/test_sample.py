@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.posterior.sample import sample
+from axolotl_ivon.posterior.sample import ensemble_bytes, sample
 
 MEAN_FILE = "adapter_model.safetensors"
 
@@ -97,3 +97,21 @@ def test_mistakes(tiny_adapter: Path, tmp_path: Path):
     with pytest.raises(IVONError, match="dtype 'int8' is unknown"):
         sample(q, tmp_path / "out", 1, dtype="int8")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_ensemble_that_the_disk_has_no_room_for(tiny_adapter: Path, tmp_path: Path):
+    q = Posterior.from_pretrained(tiny_adapter)
+    with pytest.raises(IVONError, match=r"cannot be written \(1,000,000,000,000 adapters take 3.58e\+03 TB"):
+        sample(q, tmp_path / "out", 10**12)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_it_takes_is_known_and_told(tiny_adapter: Path, tmp_path: Path):
+    heard: list[tuple[str, int, int]] = []
+    q = Posterior.from_pretrained(tiny_adapter)
+    sample(q, tmp_path / "out", 2, dtype="bfloat16", progress=lambda *report: heard.append(report))
+    written = [load_file(path) for path in (tmp_path / "out").rglob("*.safetensors")]
+    size = sum(tensor.nbytes for tensors in written for tensor in tensors.values())
+    assert ensemble_bytes(q, 2, "bfloat16") == size == 2 * 896 * 2
+    assert ensemble_bytes(q, 1, include_mean=True) == 2 * 896 * 4
+    assert {doing for doing, _, _ in heard} == {"drawing 2 adapters, 3.58 kB"}

@@ -69,7 +69,7 @@ def state():
 commands = [
     ["info", "adapter"], ["info", "adapter", "--json"], ["prune", "adapter", "-o", "out"],
     ["temper", "adapter", "--tau", "2", "-o", "out"], ["sample", "adapter", "-n", "2", "-o", "out"],
-    ["combine", "adapter", "adapter", "-o", "out"], ["diff", "adapter", "adapter"],
+    ["combine", "adapter", "other", "-o", "out"], ["diff", "adapter", "adapter"],
     ["prune", "missing"], ["prune", "damaged"],
 ]
 def operate(count):
@@ -88,9 +88,10 @@ print(resident() - memory)
 
 
 @linux
-def test_operations_of_ivon_post(tiny_adapter: Path, copied: Any) -> None:
+def test_operations_of_ivon_post(tiny_adapter: Path, make_adapter: Any, copied: Any) -> None:
     folder = copied(tiny_adapter).parent
     shutil.copytree(tiny_adapter, folder / "damaged")
+    shutil.copytree(make_adapter(seed=1), folder / "other")
     (folder / "damaged" / "ivon_sigma.safetensors").write_bytes(b"")
     command = [sys.executable, "-c", OPERATE, str(OPERATIONS)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

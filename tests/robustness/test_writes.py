@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "prune": ("prune", "ADAPTER", "-o", "OUT", "--overwrite"),
     "temper": ("temper", "ADAPTER", "--tau", 2, "-o", "OUT", "--overwrite"),
     "sample": ("sample", "ADAPTER", "-n", 2, "-o", "OUT", "--overwrite"),
-    "combine": ("combine", "ADAPTER", "ADAPTER", "-o", "OUT", "--overwrite"),
+    "combine": ("combine", "ADAPTER", "OTHER", "-o", "OUT", "--overwrite"),
     "merge": ("merge", "ADAPTER", "-o", "OUT", "--overwrite"),
 }
 
@@ -55,9 +55,16 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.fixture(scope="module")
+def other(make_adapter: Callable[..., Path]) -> Path:
+    return make_adapter(seed=1)
+
+
 @pytest.mark.parametrize("old", [True, False], ids=["overwriting", "new"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_full_disk(command: str, old: bool, mount: Callable[..., Path], tiny_adapter: Path, ivon_post: Any) -> None:
+def test_a_full_disk(
+    command: str, old: bool, mount: Callable[..., Path], tiny_adapter: Path, other: Path, ivon_post: Any
+) -> None:
     disk = mount("size=32k")
     out = disk / "out"
     if old:
@@ -67,20 +74,26 @@ def test_a_full_disk(command: str, old: bool, mount: Callable[..., Path], tiny_a
     else:
         (disk / "other").write_bytes(bytes(20 * 1024))
     before = content(disk)
-    line = ivon_post.error(*({"ADAPTER": tiny_adapter, "OUT": out}.get(x, x) for x in COMMANDS[command]))
+    line = ivon_post.error(
+        *({"ADAPTER": tiny_adapter, "OTHER": other, "OUT": out}.get(x, x) for x in COMMANDS[command])
+    )
     assert "out cannot be written (" in line
     assert "space" in line.lower()
     assert content(disk) == before
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_read_only_folder(command: str, mount: Callable[..., Path], tiny_adapter: Path, ivon_post: Any) -> None:
+def test_a_read_only_folder(
+    command: str, mount: Callable[..., Path], tiny_adapter: Path, other: Path, ivon_post: Any
+) -> None:
     disk = mount("size=1m")
     shutil.copytree(tiny_adapter, disk / "out")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     before = content(disk)
     for name in ("out", "new"):
-        line = ivon_post.error(*({"ADAPTER": tiny_adapter, "OUT": disk / name}.get(x, x) for x in COMMANDS[command]))
+        line = ivon_post.error(
+            *({"ADAPTER": tiny_adapter, "OTHER": other, "OUT": disk / name}.get(x, x) for x in COMMANDS[command])
+        )
         assert f"{name} cannot be written (Read-only file system)" in line
     assert content(disk) == before
 

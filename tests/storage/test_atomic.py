@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.storage.atomic import new_file, new_folder
+from axolotl_ivon.storage.atomic import check_space, check_target, in_bytes, new_file, new_folder
 
 
 def names(folder: Path) -> set[str]:
@@ -157,3 +158,30 @@ ivon_post.main()
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM
     assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("target", "place"), [("run", "is"), (".", "holds"), ("run/sub", "lies in"), ("run/a/b", "lies in")]
+)
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_nothing_is_written_into_an_input(target: str, place: str, overwrite: bool, tmp_path: Path):
+    source = adapter_like(tmp_path / "run")
+    adapter_like(tmp_path / "run-2")
+    with pytest.raises(IVONError, match=rf"{place} the input, which is never modified"):
+        check_target(tmp_path / target, overwrite, [source])
+    check_target(tmp_path / "run-1", overwrite, [source])
+    assert names(source) == {"adapter_config.json"}
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path: Path):
+    free = shutil.disk_usage(tmp_path).free
+    check_space(tmp_path / "new" / "deep", free // 2, "this")
+    with pytest.raises(IVONError, match=r"deep cannot be written \(9 draws take 1e\+03 TB, and .* of space are free\)"):
+        check_space(tmp_path / "new" / "deep", 10**15, "9 draws")
+
+
+def test_bytes_as_people_read_them():
+    sizes = (0, 999, 1000, 1_900_000, 999_600, 186e9, 5e12, 4e15)
+    assert [in_bytes(size) for size in sizes] == [
+        "0 bytes", "999 bytes", "1 kB", "1.9 MB", "1 MB", "186 GB", "5 TB", "4e+03 TB",
+    ]  # fmt: skip

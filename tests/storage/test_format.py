@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.storage.format import read_json, resolve
+from axolotl_ivon.storage.format import find_base_model, moved_config, read_json, resolve
 
 # Never write these again: add another folder when the format changes.
 VERSION_1 = Path(__file__).parent / "format-1"
@@ -62,7 +63,8 @@ def test_what_a_later_version_adds_is_kept(copied: Callable[..., Path], ivon_pos
     here = folder.parent
     ivon_post("prune", folder, "-o", here / "pruned")
     ivon_post("temper", here / "pruned", "--tau", 2, "-o", here / "tempered")
-    ivon_post("combine", here / "tempered", here / "tempered", "--method", "linear", "-o", here / "combined")
+    ivon_post("temper", folder, "--tau", 2, "-o", here / "whole")
+    ivon_post("combine", here / "tempered", here / "whole", "--method", "linear", "-o", here / "combined")
     for name in ("pruned", "tempered", "combined"):
         q = Posterior.from_pretrained(here / name)
         assert q.metadata["new_fact"] == "kept"
@@ -116,3 +118,93 @@ def test_only_what_looks_like_a_hub_id_is_looked_up(tmp_path: Path, monkeypatch:
     (tmp_path / "file").touch()
     with pytest.raises(IVONError, match="is a file"):
         resolve(tmp_path / "file")
+
+
+def model(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["./base", "base", "../base", "models/base"])
+def test_a_relative_base_model_is_found_from_anywhere(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training ran in `work`, or in a folder of it, and the adapter is in `work/runs/out`."""
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    (work / "runs" / "out").mkdir(parents=True)
+    elsewhere.mkdir()
+    base = model(work / "models" / "base" if name == "models/base" else work / "base")
+    for here in (work, elsewhere):
+        monkeypatch.chdir(here)
+        found = find_base_model({"base_model_name_or_path": name}, work / "runs" / "out")
+        assert Path(found).is_absolute()
+        assert Path(found).samefile(base)
+    assert find_base_model({}, work / "runs" / "out", str(base)) == str(base)
+    monkeypatch.chdir(work)
+    given = os.path.relpath(base)
+    assert find_base_model({}, Path("runs/out"), given) == str(base), "what a user names is relative to where they are"
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(IVONError, match=rf"no folder {given} with a config.json here, .*name another with base_model"):
+        find_base_model({}, work / "runs" / "out", given)
+
+
+def test_the_current_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = model(tmp_path / "here" / "base"), model(tmp_path / "there" / "base")
+    monkeypatch.chdir(here.parent)
+    config = {"base_model_name_or_path": "base"}
+    assert find_base_model(config, there.parent) == str(here)
+    monkeypatch.chdir(tmp_path)
+    assert find_base_model(config, there.parent) == str(there)
+
+
+def test_a_base_model_of_the_hub_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = model(tmp_path / "models--someone--base" / "snapshots" / "abc")
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert find_base_model({"base_model_name_or_path": "someone/base"}, tmp_path) == "someone/base"
+    for named, wrong in (
+        ("nobody/base", "not to be had from the Hub"),
+        ("/no/base", "no folder /no/base with a config.json"),
+    ):
+        with pytest.raises(IVONError, match=rf"the base model {named} cannot be loaded \(.*{wrong}"):
+            find_base_model({"base_model_name_or_path": named}, tmp_path)
+    for config in ({}, {"base_model_name_or_path": None}, {"base_model_name_or_path": ["x"]}):
+        with pytest.raises(IVONError, match=r"adapter_config\.json names no base model; name it with base_model"):
+            find_base_model(config, tmp_path)
+
+
+def test_a_base_model_that_would_not_be_found_is_written_as_absolute(tmp_path: Path) -> None:
+    base = model(tmp_path / "work" / "base")
+    out = tmp_path / "work" / "out"
+    out.mkdir()
+    config = {"base_model_name_or_path": "./base", "r": 4}
+    assert moved_config(config, out, tmp_path / "work" / "out-pruned") == config
+    assert moved_config(config, out, tmp_path / "else") == {"base_model_name_or_path": str(base), "r": 4}
+    for name in ("someone/base", "/models/base", None):
+        kept = {"base_model_name_or_path": name}
+        assert moved_config(kept, out, tmp_path / "else") == kept
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ["checkpoint-2/adapter_config.json", "checkpoint-10/adapter_config.json"],
+            "holds 2 adapters.* {0}/checkpoint-2, ",
+        ),
+        (
+            ["ensemble.json", *(f"s-{i}/adapter_config.json" for i in range(5))],
+            "is an ensemble of 5 adapters.*…, {0}/s-4",
+        ),
+        (["config.json"], "is a model and no adapter"),
+        ([], "give the folder of a PEFT adapter"),
+    ],
+)
+def test_a_folder_that_is_no_adapter_says_what_is_inside(files: list[str], message: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(IVONError, match=f"has no adapter_config.json; .*{message.format(tmp_path)}"):
+        read_json(tmp_path / "adapter_config.json")

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import OneCycleLR
 from trainers import IVON_METRICS, Rates, Spy, lora_weights, make_trainer
 from transformers import Trainer
 
 from axolotl_ivon import IVONLoRA, Posterior, attach, effective_sample_size
+from axolotl_ivon.training.checkpoints import tell_in_card
 
 
 def test_the_log_shows_the_posterior_and_nothing_per_parameter(tiny_llama: Path, tmp_path: Path) -> None:
@@ -262,6 +264,23 @@ def test_a_user_s_own_methods_still_run_under_ours(tiny_llama: Path, tmp_path: P
     assert any({"mine", "loss", "ivon_sigma_mean"} <= entry.keys() for entry in entries)
     assert any({"mine", "eval_loss", "eval_loss_posterior"} <= entry.keys() for entry in entries)
     assert Posterior.from_pretrained(tmp_path / "checkpoint-6").metadata["steps"] == "6"
+
+
+def test_the_trainer_s_card_tells_of_the_posterior(tiny_llama: Path, tmp_path: Path, caplog: Any) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=2, save_strategy="no")
+    attach(trainer)
+    trainer.train()
+    trainer.create_model_card()
+    assert "## Posterior" not in (tmp_path / "README.md").read_text(), "there is no posterior here yet"
+    trainer.save_model()
+    trainer.create_model_card(tags=["mine"])  # as push_to_hub does
+    card = ModelCard.load(tmp_path / "README.md")
+    assert set(card.data.tags) >= {"ivon", "bayesian", "uncertainty"}
+    assert "| steps | 2 |" in card.text
+    assert "## Training procedure" in card.text
+    (tmp_path / "README.md").write_bytes((tmp_path / "README.md").read_bytes().replace(b"tags:", b"tags: [", 1))
+    tell_in_card(tmp_path)
+    assert "the model card does not tell of the posterior" in caplog.text
 
 
 def test_a_trainer_stays_what_it_was(tiny_llama: Path, tmp_path: Path) -> None:

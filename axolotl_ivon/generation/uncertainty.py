@@ -1,0 +1,119 @@
+"""How sure the outputs for one prompt are of its answer, and why not: semantic entropy, between draws and within.
+
+Outputs with one meaning form a cluster (Kuhn et al. 2023, arXiv 2302.09664; Farquhar et al. 2024, Nature 630). With w_j
+the weight of output j, W_m that of all outputs of member m, p(c) the weight of cluster c, and p_m(c) its share of W_m:
+
+    semantic entropy    H[p] = −Σ_c p(c) log p(c)    how open the answer is, for whatever reason
+    expected entropy    Σ_m W_m H[p_m]               within draws: to each of them the answer is open
+    mutual information  H[p] − Σ_m W_m H[p_m]        between draws: they give different answers, the model does not know
+
+All three are in nats, and are those of the outputs that there are. Of few outputs they are biased: with n outputs of M
+members and K clusters the mutual information of equal members is about (M − 1)(K − 1)/2n in place of 0 (Miller 1955).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from ..auroc import auroc
+from ..selective import RiskCoverage, prr
+
+# What a `Uncertainty` holds -> its sign: 1 where more of it is less sure.
+MEASURES = {"confidence": -1, "semantic_entropy": 1, "expected_entropy": 1, "mutual_information": 1}
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """What the outputs of one prompt say of the chosen answer, by its weight, and of the question, by entropies."""
+
+    confidence: float
+    semantic_entropy: float
+    expected_entropy: float
+    mutual_information: float
+
+
+def output_weights(members: Sequence[int], level: str = "sequence") -> np.ndarray:
+    """Return the weight of each output, shape [n], sum 1: all alike, or at the level "model" each member alike."""
+    _, index, sizes = np.unique(np.asarray(members), return_inverse=True, return_counts=True)
+    return 1 / (len(sizes) * sizes[index]) if level == "model" else np.full(len(index), 1 / len(index))
+
+
+def by_answer(answers: Sequence[str | None]) -> list[int]:
+    """Return the cluster of each answer: equal ones share one. No answer agrees with nothing, not even with another."""
+    first: dict[str | None, int] = {}
+    return [i if answer is None else first.setdefault(answer, i) for i, answer in enumerate(answers)]
+
+
+def cluster_shares(clusters: Sequence[int], weights: np.ndarray) -> np.ndarray:
+    """Return, for each output, the weight of its cluster, shape [n]."""
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    return np.bincount(index, weights)[index]
+
+
+def measure(
+    clusters: Sequence[int], members: Sequence[int], chosen: int, level: str = "sequence", temperature: float = 1.0
+) -> Uncertainty:
+    """Return the uncertainty of one prompt.
+
+    Args:
+        clusters, members: of each output; equal numbers are one cluster, or one member.
+        chosen: the place of the chosen output, whose confidence it is.
+        level: "sequence" or "model": see `output_weights`.
+        temperature: of the confidence alone: p(c)^(1/T), scaled to sum 1, is what a prediction's probabilities become.
+    """
+    weights = output_weights(members, level)
+    _, cluster = np.unique(np.asarray(clusters), return_inverse=True)
+    _, member = np.unique(np.asarray(members), return_inverse=True)
+    joint = np.zeros((member.max() + 1, cluster.max() + 1))
+    np.add.at(joint, (member, cluster), weights)
+    total = joint.sum(0)
+    entropy = _entropy(total)
+    # Σ_m W_m H[p_m] = H(member, cluster) − H(member)
+    expected = _entropy(joint.ravel()) - _entropy(joint.sum(1))
+    powers = total ** (1 / temperature)
+    return Uncertainty(
+        confidence=float(powers[cluster[chosen]] / powers.sum()),
+        semantic_entropy=entropy,
+        expected_entropy=max(0.0, expected),
+        mutual_information=max(0.0, entropy - expected),
+    )
+
+
+def is_below(confidence: float, threshold: float) -> bool:
+    """Say whether to abstain; equal shares may differ in their last bits."""
+    return confidence < threshold - 1e-9
+
+
+def _entropy(shares: np.ndarray) -> float:
+    shares = shares[shares > 0]
+    return max(0.0, float(-(shares * np.log(shares)).sum()))
+
+
+def judge(
+    found: Sequence[Uncertainty], wrong: np.ndarray, quality: np.ndarray | None = None
+) -> dict[str, dict[str, float | None]]:
+    """Return how well each measure tells the wrong choices: `mean`, `auroc`, `aurc`, and with a quality `prr`.
+
+    None where one has no value: without a wrong choice, say.
+
+    Args:
+        found: of each prompt.
+        wrong: 1 where its choice is wrong, else 0, shape [prompts].
+        quality: of each choice, more is better, shape [prompts].
+    """
+    told = {}
+    for name, sign in MEASURES.items():
+        # Rounding is no order: the same weights summed in another one differ in their last bits.
+        score = np.round(sign * np.array([asdict(one)[name] for one in found]), 12)
+        values = {"auroc": auroc(score, wrong), "aurc": RiskCoverage(-score, wrong).aurc()}
+        if quality is not None:
+            values["prr"] = prr(-score, quality)
+        told[name] = {
+            "mean": float(sign * score.mean()),
+            **{key: None if math.isnan(value) else float(value) for key, value in values.items()},
+        }
+    return told

@@ -1,0 +1,95 @@
+"""`ivon-post report`: one page about an adapter, to show to others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ._options import Output, Point, Renamed, evaluation_options, output_as_one, recommended_option
+
+
+@click.command("report")
+@evaluation_options
+@click.option("--ood", multiple=True, metavar="FILE", help="Other data, to be told from --data; several times.")
+@click.option("--calibrate", metavar="FILE", help="Validation data: adds the rows at a fitted temperature.")
+@click.option("--results", metavar="FILE", help="What `ivon-post eval --json` printed, instead of evaluating again.")
+@click.option(
+    "--examples", metavar="FILE", help="The JSONL that the same `eval` wrote with -o.  [default: what --results names]"
+)
+@click.option("--tau", type=float, help="Temperature of the posterior: σ/√τ; inf is the mean.  [default: 1]")
+@click.option(
+    "--ratio",
+    type=float,
+    cls=Renamed,
+    formerly=["--prune-ratio"],
+    help="Adds rows without this share of the weights.  [default: 0]",
+)
+@recommended_option("τ and the ratio, the trade-off and the promised threshold")
+@click.option("--output", "-o", metavar="FILE", help="Where to write.  [default: ADAPTER-report.html]")
+@click.option("--overwrite", is_flag=True, help="Replace that file.")
+@output_as_one
+def command(
+    adapter: str,
+    data: tuple[str, ...],
+    ood: tuple[str, ...],
+    calibrate: str | None,
+    results: str | None,
+    examples: str | None,
+    run: dict[str, Any],
+    tau: float | None,
+    ratio: float | None,
+    recommended: str | None,
+    output: Output,
+    **loading: Any,
+) -> None:
+    """Write a report on ADAPTER: one HTML file that opens anywhere, without a network.
+
+    What was trained and how; the table of `eval`; reliability diagrams; risk against coverage, with the threshold that
+    `sweep --risk` promised; how other data (--ood) differs; temperature and pruning, from `sweep` (--recommended); σ
+    and |m|/σ by layer and module; and the examples that it is surest and least sure of. The questions of the data are
+    in it. ADAPTER is a folder or a Hub id and is not modified.
+
+    \b
+      ivon-post report adapter/ --data test.jsonl --ood other.jsonl --recommended adapter-sweep/recommended.json
+      ivon-post eval adapter/ --data test.jsonl -o examples.jsonl --json > eval.json
+      ivon-post report adapter/ --results eval.json
+    """
+    from axolotl_ivon.errors import IVONError
+    from axolotl_ivon.posterior.posterior import Posterior
+    from axolotl_ivon.report.measured import check_output, measure, read
+
+    if results and (data or ood or calibrate):
+        raise IVONError("--results is what was evaluated already; leave --data, --ood and --calibrate out")
+    if not results and (ood or calibrate) and not data:
+        raise IVONError("--ood and --calibrate go with --data, which is missing")
+    tau, ratio = Point(recommended, tau, ratio).settings(adapter)
+    path = output.path(adapter, "report.html")
+    check_output(path, output.overwrite)
+    with output.progress() as progress:
+        files = (Path(file) if file else None for file in (results, examples, recommended))
+        known = read(Posterior.from_pretrained(adapter, progress).metadata, *files)
+        if data:
+            known = measure(
+                adapter,
+                data,
+                ood=ood,
+                calibrate=calibrate,
+                tau=tau,
+                ratio=ratio,
+                recommended=known.recommended,
+                run=run,
+                begin=progress.begin,
+                notify=progress.notify,
+                **loading,
+            )
+        progress.begin("drawing")
+        from axolotl_ivon.report.page import page, save
+
+        save(path, page(adapter, known))
+    output.finish({"output": str(path)}, path, then=["ivon-post", "card", adapter])
+
+
+# What was evaluated may be read instead.
+next(param for param in command.params if param.name == "data").required = False

@@ -1,0 +1,142 @@
+"""What a user got wrong is told before torch is imported: everything that can be checked without it comes first."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import write_chats
+
+SCRIPT = """
+import json, sys
+from click.testing import CliRunner
+from ivon_post import cli
+for words in json.load(sys.stdin):
+    result = CliRunner().invoke(cli, words)
+    print(json.dumps([result.exit_code, result.stdout, result.stderr, "torch" in sys.modules]))
+"""
+ONE = '{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "A"}]}\n'
+
+# Words of a command line -> what the one line on stderr says.
+CASES = {
+    "eval adapter -d no.jsonl": "--data no.jsonl: cannot be read (there is no such file)",
+    "eval adapter -d adapter": "--data adapter: cannot be read",
+    "eval adapter -d empty.jsonl": "--data empty.jsonl: the file is empty",
+    "eval adapter -d broken.jsonl": "broken.jsonl:1: not JSON",
+    "eval adapter -d one.jsonl --task choice": "every answer in the data is 'A'",
+    "eval adapter -d chats.jsonl -d chats.jsonl": "--data chats.jsonl is given twice",
+    "eval adapter -d chats.jsonl --choices A,C": "is not one of --choices A,C",
+    "eval adapter -d chats.jsonl --rows mode": "--rows mode: 'mode' is unknown",
+    "eval adapter -d chats.jsonl --tau 0": "--tau 0.0 is not > 0",
+    "eval adapter -d chats.jsonl --ratio 2": "--ratio 2.0 is outside [0, 1]",
+    "eval adapter -d chats.jsonl --recommended no.json": "--recommended cannot be read",
+    "eval adapter -d chats.jsonl --recommended other.json": "was chosen for another adapter",
+    "eval adapter -d chats.jsonl --task classify": "--task classify: the adapter",
+    "eval nowhere -d chats.jsonl": "nowhere: no such folder",
+    "eval plain -d chats.jsonl": "there are no draws and no pruning",
+    "eval moved -d chats.jsonl": "no folder ../gone with a config.json here, in moved or above it",
+    "eval adapter -d chats.jsonl --base-model ./no": "no folder ./no with a config.json here",
+    "eval adapter -d chats.jsonl --base-model no/one": "not to be had from the Hub",
+    "sweep adapter -d no.jsonl": "there is no such file",
+    "sweep adapter -d chats.jsonl --tau 1 --ratio 0": "--tau and --ratio: one point",
+    "sweep adapter -d chats.jsonl --tau 0,1": "--tau 0.0 is not > 0",
+    "sweep adapter -d chats.jsonl -o one.jsonl": "one.jsonl is not a folder",
+    "sweep adapter -d chats.jsonl -o adapter/sweep": "adapter/sweep lies in the input, which is never modified",
+    "sweep moved -d chats.jsonl": "../gone cannot be loaded",
+    "eval adapter -d chats.jsonl -o adapter/x.jsonl": "lies in the input, which is never modified",
+    "eval adapter -d chats.jsonl -o no/x.jsonl": "there is no such folder",
+    "eval adapter -d chats.jsonl --ood chats.jsonl": "the same questions as --data chats.jsonl",
+    "eval adapter -d chats.jsonl --calibrate no.jsonl": "--calibrate no.jsonl: cannot be read",
+    "sweep adapter -d chats.jsonl --risk 7": "--risk 7 is outside (0, 1)",
+    "report nowhere -d chats.jsonl": "nowhere: no such folder",
+    "report adapter --results no.json": "--results cannot be read",
+    "report adapter -d no.jsonl": "--data no.jsonl: cannot be read",
+    "report adapter -d chats.jsonl --ratio 2": "--ratio 2.0 is outside",
+    "report adapter -d chats.jsonl -o adapter/r.html": "lies in the input, which is never modified",
+    "report adapter -d chats.jsonl --recommended other.json": "was chosen for another adapter",
+    "report moved -d chats.jsonl": "../gone cannot be loaded",
+    "card nowhere": "nowhere: no such folder",
+    "card adapter --results no.json": "--results cannot be read",
+    "generate adapter -p no.jsonl": "--prompts no.jsonl: cannot be read",
+    "generate adapter -p chats.jsonl -n 12": "-n 12 is not a multiple of --per-model 8",
+    "generate adapter -p chats.jsonl --mean --tau 2": "--mean has no temperature",
+    "generate adapter -p chats.jsonl --tau 0": "--tau 0.0 is not > 0",
+    "generate adapter -p chats.jsonl -o no/x.jsonl": "not a file in an existing folder",
+    "generate adapter -p chats.jsonl -o one.jsonl": "was not made by `ivon-post generate`",
+    "generate adapter -p chats.jsonl -o adapter/x.jsonl": "lies in the input, which is never modified",
+    "generate adapter -p chats.jsonl -o -": "--output '-': what is written has a name",
+    "generate moved -p chats.jsonl": "../gone cannot be loaded",
+    "generate adapter -p chats.jsonl --endpoint http://localhost:9": "adapter is no ensemble",
+    "merge nowhere": "nowhere: no such folder",
+    "merge adapter --max-shard-size lots": "--max-shard-size 'lots' is no size",
+    "merge adapter --max-shard-size 0GB": "--max-shard-size '0GB' is no size",
+    "merge adapter --ratio 2": "--ratio 2.0 is outside",
+    "merge adapter --tau 2": "--tau 2: the mean has no temperature",
+    "merge adapter --base-model ./no": "name another with --base-model",
+    "merge adapter -o adapter/merged": "lies in the input",
+    "merge moved": "../gone cannot be loaded",
+    "mbr no.jsonl": "FILE no.jsonl: cannot be read",
+    "mbr chats.jsonl": "chats.jsonl:1: no list of outputs",
+    "mbr chats.jsonl -a [": "--answer-regex '[': not a regular expression",
+    "mbr chats.jsonl -o adapter": "adapter is there",
+    "prune adapter --ratio 2": "--ratio 2.0 is outside",
+    "prune adapter --criterion best": "--criterion 'best' is unknown",
+    "prune adapter -o adapter --overwrite": "adapter is the input, which is never modified",
+    "prune adapter -o adapter": "adapter is the input, which is never modified",
+    "prune adapter -o adapter/sub": "adapter/sub lies in the input",
+    "prune adapter -o .": ". holds the input",
+    "temper adapter": "no temperature",
+    "temper adapter --tau nan": "--tau nan is not > 0",
+    "temper adapter --recommended other.json": "was chosen for another adapter",
+    "sample adapter -n 0": "0 members make no ensemble",
+    "sample adapter -o adapter/ensemble": "lies in the input",
+    "sample adapter --tau -1": "--tau -1.0 is not > 0",
+    "combine adapter": "1 posterior cannot be combined",
+    "combine adapter adapter": "adapter and adapter hold the same posterior",
+    "combine adapter adapter --method linear --weights 1": "do not fit 2 posteriors",
+    "diff adapter nowhere": "nowhere: no such folder",
+    "info .": "it holds 3 adapters: give one of them, adapter, moved, plain",
+}
+
+
+@pytest.fixture(scope="module")
+def told(
+    tmp_path_factory: pytest.TempPathFactory, make_adapter: Callable[..., Path]
+) -> dict[str, tuple[int, str, str, bool]]:
+    """Exit status, stdout, stderr and whether torch was there, of every command, run one after the other."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("place")
+    for name, options in {"adapter": {}, "plain": {"sigma": False}, "moved": {}}.items():
+        shutil.copytree(make_adapter(**options), folder / name)
+    config = folder / "moved" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "../gone"}))
+    write_chats(folder / "chats.jsonl", 8)
+    for name, text in {"empty.jsonl": "", "broken.jsonl": "{\n", "one.jsonl": ONE}.items():
+        (folder / name).write_text(text)
+    (folder / "other.json").write_text('{"tau": 2, "ratio": 0, "mean_sha256": "0"}')
+    before = sorted(folder.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps([words.split() for words in CASES]),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert sorted(folder.rglob("*")) == before
+    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("words", CASES)
+def test_a_mistake_is_one_line_and_needs_no_torch(words: str, told: dict[str, tuple[int, str, str, bool]]) -> None:
+    status, out, err, torch = told[words]
+    assert (status, out) == (1, "")
+    [line] = err.splitlines()
+    assert line.startswith("Error: ")
+    assert CASES[words] in line
+    assert not torch

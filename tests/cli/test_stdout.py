@@ -1,0 +1,125 @@
+"""stdout is for results, whatever libraries print while a command works."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from tiny import write_chats
+
+from axolotl_ivon import Posterior
+
+# A library that prints: by `print`, to the file descriptor, from C (which keeps it for later), by a child, through
+# the stream that it held on to, and when everything is over.
+NOISY = """
+import atexit, ctypes, os, subprocess, sys
+import ivon_post
+from ivon_post import _progress
+held = sys.stdout
+def noise():
+    print("noise of print")
+    os.write(1, b"noise of a descriptor\\n")
+    ctypes.CDLL(None).printf(b"noise of C\\n")
+    subprocess.run(["echo", "noise of a child"])
+    held.write("noise of the first stream\\n")
+def noisy(self, enter=_progress.Progress.__enter__):
+    progress = enter(self)
+    noise()
+    return progress
+_progress.Progress.__enter__ = noisy
+"""
+MAIN = """
+atexit.register(noise)
+ivon_post.main()
+"""
+KINDS = ("print", "a descriptor", "C", "a child", "the first stream")
+
+
+def run(program: str, words: Sequence[object], folder: Path) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, "-c", program]
+    return subprocess.run([*script, *map(str, words)], cwd=folder, capture_output=True, text=True, check=True)
+
+
+def test_json_and_nothing_else(tiny_adapter: Path, tmp_path: Path) -> None:
+    done = run(NOISY + MAIN, ["info", tiny_adapter, "--json"], tmp_path)
+    assert json.loads(done.stdout)["weights"] == Posterior.from_pretrained(tiny_adapter).mean.weights
+    assert {kind: done.stderr.count(f"noise of {kind}\n") for kind in KINDS} == dict.fromkeys(KINDS, 2)
+
+
+def test_lines_and_nothing_else(tiny_adapter: Path, tmp_path: Path) -> None:
+    done = run(NOISY + MAIN, ["temper", tiny_adapter, "--tau", 2, "-o", "out"], tmp_path)
+    assert done.stdout.splitlines() == ["τ is 2", "out"]
+    assert "noise of C" in done.stderr
+
+
+def test_every_command_prints_one_document(
+    tiny_adapter: Path, tmp_path: Path, make_adapter, ivon_post
+) -> None:  # in one process, as torch takes long to import
+    other = make_adapter(seed=1)
+    chats = write_chats(tmp_path / "chats.jsonl", 8)
+    small = ["-n", 2, "--per-model", 1, "--max-tokens", 2]
+    commands: list[list[object]] = [
+        ["info", tiny_adapter],
+        ["prune", tiny_adapter, "-o", "pruned"],
+        ["temper", tiny_adapter, "--tau", 2, "-o", "tempered"],
+        ["sample", tiny_adapter, "-n", 2, "--serve", "vllm", "-o", "ensemble"],
+        ["combine", tiny_adapter, other, "-o", "both"],
+        ["diff", tiny_adapter, other],
+        ["merge", tiny_adapter, "-o", "merged"],
+        ["eval", tiny_adapter, "-d", chats, "-n", 2],
+        ["sweep", tiny_adapter, "-d", chats, "-n", 1, "--tau", "1,inf", "--ratio", 0, "-o", "sweep"],
+        ["generate", tiny_adapter, "-p", chats, "--limit", 2, *small, "-o", "nbest.jsonl"],
+        ["mbr", "nbest.jsonl", "-o", "chosen"],
+        ["report", tiny_adapter, "-o", "report.html"],
+        ["card", "tempered"],
+    ]
+    loop = f"\nfor words in {[[*map(str, words), '--json'] for words in commands]!r}:\n"
+    loop += "    ivon_post.cli(words, standalone_mode=False)\n"
+    rest = run(NOISY + loop, [], tmp_path).stdout
+    for words in commands:
+        document, end = json.JSONDecoder().raw_decode(rest)
+        rest = rest[end:].lstrip("\n")
+        numbers = [text for text in strings(document) if is_number(text) and text != "inf"]
+        assert not numbers, f"{words[0]}: numbers are numbers"
+    assert rest == ""
+
+
+def strings(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [text for key, inner in value.items() if "version" not in key for text in strings(inner)]
+    if isinstance(value, list):
+        return [text for inner in value for text in strings(inner)]
+    return [value] if isinstance(value, str) else []
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def test_a_caller_in_this_process_gets_stdout_back(tiny_adapter: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from ivon_post import cli
+
+    before = sys.stdout
+    cli(["info", str(tiny_adapter), "--json"], standalone_mode=False)
+    assert sys.stdout is before
+    assert json.loads(capfd.readouterr().out)["adapter"] == str(tiny_adapter)
+    print("after")
+    assert capfd.readouterr().out == "after\n"
+
+
+def test_a_reader_that_has_gone_is_no_traceback(tiny_adapter: Path) -> None:
+    script = [sys.executable, "-c", "import ivon_post; ivon_post.main()", "info", str(tiny_adapter), "--json"]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+        assert process.wait() == 1

@@ -1,0 +1,195 @@
+"""The page, as HTML and in a real Chromium."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, Browser
+from measurements import HOSTILE
+
+from axolotl_ivon import IVONError
+from axolotl_ivon.report.measured import Measured, check_output
+from axolotl_ivon.report.page import main_row, page, save
+
+# The contrast, as WCAG 2 defines it, of every piece of text to what lies behind it.
+CONTRAST = """
+(() => {
+  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const rgba = color => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const light = color => {
+    const linear = c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    const [r, g, b] = rgba(color).slice(0, 3).map(c => linear(c / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = element => {
+    for (let e = element; e; e = e.parentElement) {
+      const color = getComputedStyle(e).backgroundColor;
+      if (rgba(color)[3]) return color;
+    }
+    return 'white';
+  };
+  const found = {};
+  for (const e of document.querySelectorAll('body *')) {
+    const own = [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+    if (!own || ['TITLE', 'STYLE', 'title', 'style'].includes(e.tagName)) continue;
+    const style = getComputedStyle(e);
+    const [a, b] = [light(e.closest('svg') ? style.fill : style.color), light(behind(e))];
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (contrast < 4.5) found[e.tagName + ' ' + e.textContent.trim().slice(0, 40)] = contrast;
+  }
+  return found;
+})()
+"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here (.ci/run installs Debian's)")
+    with Browser(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+def test_a_real_browser_shows_it(tiny_adapter: Path, known: Measured, browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    save(path, page(str(tiny_adapter), known))
+    for width in (1400, 400):
+        for dark in (False, True):
+            browser.open(path.as_uri(), width, dark=dark)
+            assert browser.complaints == []
+            assert browser.requests == [path.as_uri()]
+            assert browser.run("document.title") == "adapter: report"
+            assert browser.run("document.scripts.length + document.images.length") == 0
+            # The hostile example is there, as text: as question, answer and prediction.
+            assert str(browser.run("document.querySelector('article pre').parentElement.innerText")).strip()
+            shown = browser.run("[...document.querySelectorAll('article')].map(e => e.innerText).join()")
+            assert str(shown).count(HOSTILE) >= 3
+            sizes = browser.run(
+                "[...document.querySelectorAll('svg')].map(e => [e.getBoundingClientRect().width,"
+                " e.getBoundingClientRect().height])"
+            )
+            assert len(sizes) == 4 + 4 + 2 + 3 + 1 + 2  # reliability, both files; curves; histograms; sweep; maps
+            assert all(w > 100 and h > 80 for w, h in sizes)
+            # Nothing but what has a box of its own scrolls sideways.
+            assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
+            columns = browser.run(
+                "getComputedStyle(document.querySelector('.page')).gridTemplateColumns.split(' ').length"
+            )
+            assert columns == (2 if width == 1400 else 1)
+            assert browser.run(CONTRAST) == {}, (width, dark)
+
+
+def test_it_prints_light(tiny_adapter: Path, known: Measured, browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    save(path, page(str(tiny_adapter), known))
+    browser.open(path.as_uri(), 794, dark=True, media="print")
+    assert browser.run("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
+    inside = "[...document.querySelectorAll('table, svg')].every(e => e.getBoundingClientRect().right <= innerWidth)"
+    assert browser.run(inside)
+    browser.pdf(tmp_path / "report.pdf")
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_page_holds_nothing_that_loads_or_runs(tiny_adapter: Path, known: Measured) -> None:
+    text = page(str(tiny_adapter), known)
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "default-src 'none'" in text
+    names = re.findall(r"https?://[^\"'<\s]+", re.sub(r"&lt;.*?&gt;", "", text))
+    assert {name for name in names if "w3.org" not in name and "example.org" not in name} == set()
+    assert "/home/me" not in text
+
+
+def test_it_tells_what_was_measured(tiny_adapter: Path, known: Measured) -> None:
+    text = re.sub(r"<svg.*?</svg>", "", page(str(tiny_adapter), known), flags=re.S)
+    for told in ("1,000", "empirical", "896 in 4 modules", "test.jsonl (40)", "± 3.0", "0.625", "10 draws are better"):
+        assert told in text
+    right = known.of("/home/me/test.jsonl", "posterior", "right")
+    confidence = known.of("/home/me/test.jsonl", "posterior", "confidence")
+    kept = confidence >= 0.6
+    assert f"answers {100 * kept.mean():.1f} % of these examples" in text
+    assert f"and {100 * (1 - right[kept].mean()):.1f} % of those are wrong" in text
+    assert "at most 20.0\u00a0% of the answers are wrong" in text
+    assert "10 draws at τ 2.0" in text
+    # The surest first, the one that is sure and wrong, and the least sure.
+    order = re.findall(r"confidence ([\d.]+) %; disagreement", text.replace("\n", " "))
+    assert float(order[0]) == 100.0
+    assert float(order[5]) == 99.9
+    every = sorted(row["rows"]["posterior"]["confidence"] for row in known.examples if row["data"] != "other.jsonl")
+    assert float(order[10]) == pytest.approx(100 * every[0], abs=0.06)
+    assert "long long" in text
+    assert "long " * 200 not in text
+
+
+def test_without_examples_it_says_how_to_get_them(tiny_adapter: Path, known: Measured) -> None:
+    text = page(str(tiny_adapter), replace(known, examples=()))
+    assert "test.jsonl (40)" in text
+    assert "-o examples.jsonl" in text
+    assert text.count("<svg") == 3
+    nothing = page(str(tiny_adapter), Measured())
+    assert "Nothing was evaluated" in nothing
+    assert nothing.count("<svg") == 2
+
+
+def test_generated_text_has_a_share_of_right_tokens(tiny_adapter: Path, known: Measured) -> None:
+    lines = [
+        {**line, "rows": {"mean": {"tokens": 4, "accuracy": 0.75, "confidence": 0.5 + i / 200, "entropy": 1.0}}}
+        for i, line in enumerate(known.examples)
+        if line["data"] == "/home/me/test.jsonl"
+    ]
+    row = {"name": "mean", "data": "/home/me/test.jsonl", "examples": 40, "accuracy": 0.75, "perplexity": 2.0}
+    text = page(str(tiny_adapter), Measured({"rows": [row], "task": "generate"}, lines))
+    assert "75 % of its tokens right" in text
+    assert "perplexity" in text
+
+
+def test_an_adapter_without_sigma_has_no_map(make_adapter, known: Measured) -> None:
+    text = page(str(make_adapter(sigma=False)), known)
+    assert "Where is there signal?" not in text
+
+
+@pytest.mark.parametrize(
+    ("recommended", "names", "row"),
+    [
+        ({}, ["base", "mean", "posterior"], "posterior"),
+        ({}, ["base", "mean"], "mean"),
+        ({}, [], None),
+        ({"tau": 2.0, "ratio": 0.0}, ["mean", "posterior", "posterior-pruned"], "posterior"),
+        (
+            {"tau": 2.0, "ratio": 0.0, "temperature": 1.5},
+            ["posterior", "posterior+temperature"],
+            "posterior+temperature",
+        ),
+        ({"tau": 3.0, "ratio": 0.0, "temperature": 1.5}, ["posterior", "posterior+temperature"], "posterior"),
+        ({"tau": 3.0}, ["posterior", "recommended"], "recommended"),
+        ({"tau": 2.0, "ratio": 0.0, "temperature": 1.0}, ["posterior"], "posterior"),
+        ({"tau": 2.0, "ratio": 0.1}, ["posterior", "posterior-pruned"], "posterior"),
+    ],
+)
+def test_the_recommended_row_is_the_one_to_trust(recommended: dict, names: list[str], row: str | None) -> None:
+    assert main_row(Measured({"tau": 2.0, "prune_ratio": 0.0}, (), recommended), names) == row
+
+
+def test_the_mean_is_recommended_by_its_temperature() -> None:
+    known = Measured({"tau": "inf", "prune_ratio": 0.1}, (), {"tau": "inf", "ratio": 0.1})
+    assert main_row(known, ["mean", "mean-pruned", "posterior"]) == "mean-pruned"
+
+
+def test_an_earlier_report_is_kept_unless_told(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    check_output(path)
+    save(path, "one")
+    with pytest.raises(IVONError, match=r"output .* exists; choose another name, or overwrite it with overwrite"):
+        check_output(path)
+    check_output(path, overwrite=True)
+    with pytest.raises(IVONError, match="is a folder"):
+        check_output(tmp_path)
+    with pytest.raises(IVONError, match="there is no such folder"):
+        check_output(tmp_path / "no" / "report.html")
