@@ -20,6 +20,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from .evaluation.evaluate import Row
+from .evaluation.metrics import entropy
 from .evaluation.sweep import read_recommended
 from .models.load import load_model, load_tokenizer
 from .models.swap import AdapterSlots
@@ -35,7 +36,8 @@ class IVONPosterior(HFLM):
 
     log p(y|x) = log mean_k p(y|x, θ_k), over whole continuations and documents: the predictive distribution of the
     posterior. A continuation counts as greedy if it is for more than half of the draws. Text is generated from the
-    mean.
+    mean. Where a task has choices, the mutual information between choice and draw, in nats, says how far the draws
+    disagree: its mean over the documents is in the results as `config.mutual_information`, by task.
 
     Args:
         adapter: folder or Hub id of the adapter.
@@ -81,6 +83,7 @@ class IVONPosterior(HFLM):
         self._posterior, self._seed = pruned.temper(row.tau), int(seed)
         self._draws = row.passes(int(samples))
         self._single = math.isinf(row.tau)
+        self._disagreement: dict[tuple[str, int], float] = {}  # (task, document) -> mutual information
         base: Any = model.get_base_model()
         tokenizer = load_tokenizer(folder, base.config._name_or_path)
         super().__init__(pretrained=model, tokenizer=tokenizer, **options)
@@ -99,7 +102,9 @@ class IVONPosterior(HFLM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, is it greedy) of every (context, continuation)."""
         found = list(self._per_draw(lambda: super(IVONPosterior, self).loglikelihood(requests, disable_tqdm)))
-        averages = _log_mean([[value for value, _ in draw] for draw in found])
+        values = [[value for value, _ in draw] for draw in found]
+        averages = _log_mean(values)
+        self._note_disagreement(requests, values)
         greedy = [2 * sum(flags) > len(found) for flags in zip(*([flag for _, flag in d] for d in found), strict=True)]
         answers = list(zip(averages, greedy, strict=True))
         for request, answer in zip(requests, answers, strict=True):
@@ -114,6 +119,30 @@ class IVONPosterior(HFLM):
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
         return answers
+
+    def _note_disagreement(self, requests: list[Any], values: list[list[float]]) -> None:
+        """Keep the mutual information of every document that has choices, from the draws' `values` of its requests."""
+        if self._draws == 1:
+            return
+        documents: dict[tuple[str, int], dict[int, int]] = {}
+        for place, request in enumerate(requests):
+            if getattr(request, "task_name", None) is not None:
+                documents.setdefault((request.task_name, request.doc_id), {})[request.idx] = place
+        draws = torch.tensor(values, dtype=torch.float64)
+        for document, places in documents.items():
+            # Some tasks ask for every choice without its question, too (acc_mutual_info).
+            asked = [place for place in places.values() if requests[place].args[0]] or list(places.values())
+            if len(asked) > 1:
+                choices = draws[:, asked].softmax(1)
+                self._disagreement[document] = (entropy(choices.mean(0)) - entropy(choices).mean()).item()
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what the harness writes about the model, and the mutual information of each task with choices."""
+        tasks: dict[str, list[float]] = {}
+        for (task, _), value in self._disagreement.items():
+            tasks.setdefault(task, []).append(value)
+        found = {task: {"mean": sum(each) / len(each), "documents": len(each)} for task, each in tasks.items()}
+        return {**super().get_model_info(), "mutual_information": found}
 
 
 def _log_mean(values: list[list[float]]) -> list[float]:

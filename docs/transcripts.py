@@ -30,6 +30,11 @@ COMMANDS = {
     "combine": ["ivon-post combine out other -o both"],
     "diff": ["ivon-post diff out other"],
     "eval": ["ivon-post eval out --data test.jsonl"],
+    "eval-more": [
+        "ivon-post eval out --data test.jsonl --rows mean,posterior --calibrate validation.jsonl --ood strange.jsonl "
+        "-o examples.jsonl",
+        "head -n 1 examples.jsonl | cut -c 1-330",
+    ],
     "sweep": [
         "ivon-post sweep out --data validation.jsonl --tau 0.5,1,2,inf --ratio 0,0.1,0.3",
         "head -n 8 out-sweep/recommended.json",
@@ -71,6 +76,15 @@ def write_questions(path: Path, count: int, seed: int, wrong: float) -> None:
         answer = row["messages"][1]
         if draw.random() < wrong:
             answer["content"] = "AB"["BA".index(answer["content"])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_strange(path: Path, source: Path) -> None:
+    """Write the chats of `source` with every word of the questions spelled backwards."""
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        question = row["messages"][0]
+        question["content"] = " ".join(word[::-1] for word in question["content"].split())
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -142,6 +156,7 @@ def main() -> None:
             ("test.jsonl", 300, 5, 0.1),
         ):
             write_questions(folder / name, count, seed, wrong)
+        write_strange(folder / "strange.jsonl", folder / "validation.jsonl")
         train(folder, "format.jsonl", "base", 10, lora=False)
         for data, output in (("train.jsonl", "out"), ("more.jsonl", "other")):
             train(folder, data, output, 40, lora=True)

@@ -128,11 +128,17 @@ def test_a_task_through_the_api_and_the_command_line(adapter: Path, task: Path, 
     )
     q = Posterior.from_pretrained(adapter).temper(0.5)
     draws = [q.sample(0, member) for member in range(3)]
-    right = 0
+    right, disagreement = 0, 0.0
     for question, choices, label in QUESTIONS:
         values = [by_hand(adapter, draws, f"{question} is", f" {choice}") for choice in choices]
         right += values.index(max(values)) == label
+        each = torch.tensor([[by_hand(adapter, [d], f"{question} is", f" {c}") for c in choices] for d in draws]).exp()
+        each /= each.sum(1, keepdim=True)
+        disagreement += (torch.special.entr(each.mean(0)).sum() - torch.special.entr(each).sum(1).mean()).item() / 3
     assert found["results"]["tiny"]["acc,none"] == pytest.approx(right / 3)
+    told = found["config"]["mutual_information"]
+    assert told == {"tiny": {"mean": pytest.approx(disagreement, rel=1e-2), "documents": 3}}
+    assert disagreement > 0
 
     arguments = ["--model", "ivon-posterior", "--model_args", f"adapter={adapter},samples=3,tau=0.5", "--tasks", "tiny"]
     run = subprocess.run(
@@ -142,7 +148,34 @@ def test_a_task_through_the_api_and_the_command_line(adapter: Path, task: Path, 
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     [written] = (tmp_path / "out").rglob("results*.json")
-    assert json.loads(written.read_text())["results"]["tiny"]["acc,none"] == pytest.approx(right / 3)
+    results = json.loads(written.read_text())
+    assert results["results"]["tiny"]["acc,none"] == pytest.approx(right / 3)
+    assert results["config"]["mutual_information"] == told
+
+
+def test_only_choices_with_their_questions_have_disagreement(adapter: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    def asked(task: str, doc: int, *pairs: tuple[str, str]) -> list[Instance]:
+        return [Instance("loglikelihood", {}, pair, idx, (task, doc, 1)) for idx, pair in enumerate(pairs)]
+
+    a, b = ("moon", " cold"), ("moon", " good")
+    requests = [
+        *asked("choices", 0, a, b),
+        *asked("with-priors", 0, a, b, ("", " cold"), ("", " good")),
+        *asked("one", 0, a),
+    ]
+    model = make(adapter, samples=3, tau=0.5)
+    assert model.get_model_info()["mutual_information"] == {}
+    model.loglikelihood(requests, disable_tqdm=True)
+    model.loglikelihood(requests, disable_tqdm=True)  # again is not twice as many
+    told = model.get_model_info()["mutual_information"]
+    assert told.keys() == {"choices", "with-priors"}
+    assert told["choices"] == told["with-priors"]
+    assert told["choices"]["documents"] == 1
+    mean = make(adapter, tau="inf")
+    mean.loglikelihood(requests, disable_tqdm=True)
+    assert mean.get_model_info()["mutual_information"] == {}
 
 
 def test_text_is_generated_from_the_mean(adapter: Path) -> None:
