@@ -41,8 +41,10 @@ COMMANDS = {
         "ivon-post eval out --data test.jsonl --recommended out-sweep/recommended.json --rows base,mean,posterior",
     ],
     "abstain": [
-        "ivon-post sweep out --data validation.jsonl --tau 1,inf --ratio 0 --risk 0.4 -o sure | tail -n 7",
-        "ivon-post eval out --data test.jsonl --recommended sure/recommended.json --rows mean | tail -n 2",
+        "ivon-post sweep out --data validation.jsonl --tau 1,inf --ratio 0 --risk 0.05 -o surest | grep threshold",
+        "ivon-post sweep out --data validation.jsonl --tau 1,inf --ratio 0 --risk 0.48 -o sure | grep answer",
+        "grep -A 12 threshold sure/recommended.json",
+        "ivon-post eval out --data test.jsonl --recommended sure/recommended.json --rows mean | grep answered",
     ],
     "generate": [
         f"{GENERATE} --per-model 2 -o posterior.jsonl",
@@ -166,7 +168,8 @@ def main() -> None:
         for name, commands in COMMANDS.items():
             lines: list[str] = []
             for command in commands:
-                quiet = f"{command} -q" if command.startswith("ivon-post") else command
+                program, *rest = command.split(" | ", 1)
+                quiet = " | ".join([f"{program} -q" if program.startswith("ivon-post") else program, *rest])
                 done = subprocess.run(quiet, shell=True, env=environment, capture_output=True, text=True, check=False)
                 if done.returncode != (name == "mistake"):
                     raise SystemExit(f"{command}\n{done.stderr}")
