@@ -443,7 +443,7 @@ def _recommendation(facts: Mapping[str, Any]) -> list[str]:
         + (f"; on examples that had no part in the choice {', '.join(figures)}." if figures else "."),
     ]
     if _mapping(facts.get("verdict")).get("text"):
-        lines[0] += f" {_cell(facts['verdict']['text'])}."
+        lines[0] += f" Why: {_cell(facts['verdict']['text'])}."
     if facts.get("threshold") is not None and facts.get("score", "probability") == "probability":
         lines += [
             "",
