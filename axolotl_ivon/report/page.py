@@ -169,6 +169,9 @@ def main_row(known: Measured, names: Sequence[str]) -> str | None:
     wanted, document = known.recommended, known.document
     if "recommended" in names:
         return "recommended"
+    plain = wanted.get("tau") == "inf" and not wanted.get("ratio") and wanted.get("temperature", 1) == 1
+    if plain and "mean" in names:
+        return "mean"
     same = wanted and all(
         float(wanted.get(own, "nan")) == float(document.get(other, "nan"))
         for own, other in (("tau", "tau"), ("ratio", "prune_ratio"))
@@ -213,7 +216,8 @@ def _ood(known: Measured, names: Mapping[str, str]) -> list[str]:
     files, data = known.ood_files(), _data_files(known)
     if not files or not data:
         return []
-    main = main_row(known, _row_names(known, data[0]))
+    rows = _row_names(known, data[0])
+    main = "posterior" if "posterior" in rows else main_row(known, rows)  # draws have more to say
     if main is None:
         return []
     drawn = []
@@ -297,11 +301,12 @@ def _examples(known: Measured) -> dict[str, Any] | None:
     kinds = {"Surest": lines[:_SHOWN], "Sure, and wrong": wrong[:_SHOWN], "Least sure": lines[::-1][:_SHOWN]}
     return {
         "row": main,
-        "kinds": {kind: [_example(line, line["rows"][main]) for line in chosen] for kind, chosen in kinds.items()},
+        "kinds": {kind: [_example(line, str(main)) for line in chosen] for kind, chosen in kinds.items()},
     }
 
 
-def _example(line: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+def _example(line: Mapping[str, Any], main: str) -> dict[str, Any]:
+    row, draws = line["rows"][main], line["rows"].get("posterior", line["rows"][main])
     question = str(line.get("question", ""))
     right = row.get("right")
     return {
@@ -313,5 +318,5 @@ def _example(line: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
         "accuracy": None if right is not None else f"{100 * float(row['accuracy']):.0f} % of its tokens right",
         "confidence": f"{100 * float(row['confidence']):.1f} %",
         "share": round(min(1.0, max(0.0, float(row["confidence"]))), 3),
-        "disagreement": measured(row.get("mutual_information"), None, 1, 3),
+        "disagreement": measured(draws.get("mutual_information"), None, 1, 3),
     }

@@ -110,7 +110,7 @@ def reliability(name: str, confidence: np.ndarray, right: np.ndarray) -> str:
         axes.plot([0, 1], [0, 1], "--", color=_INK, linewidth=0.8)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
         error = sum(one.count * abs(one.accuracy - one.confidence) for one, _ in bins) / len(confidence)
-        axes.set_title(f"{name}: ECE {100 * error:.1f} %, n = {len(confidence):,}", fontsize=9)
+        axes.set_title(f"{name}\nECE {100 * error:.1f} %, n = {len(confidence):,}", fontsize=9)
     return draw(figure, f"reliability of {name}")
 
 

@@ -168,6 +168,7 @@ def test_an_adapter_without_sigma_has_no_map(make_adapter, known: Measured) -> N
             "posterior+temperature",
         ),
         ({"tau": 3.0, "ratio": 0.0, "temperature": 1.5}, ["posterior", "posterior+temperature"], "posterior"),
+        ({"tau": "inf", "ratio": 0.0}, ["mean", "posterior"], "mean"),
         ({"tau": 3.0}, ["posterior", "recommended"], "recommended"),
         ({"tau": 2.0, "ratio": 0.0, "temperature": 1.0}, ["posterior"], "posterior"),
         ({"tau": 2.0, "ratio": 0.1}, ["posterior", "posterior-pruned"], "posterior"),
