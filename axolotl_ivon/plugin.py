@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin
 
-from .args import DEFAULTS, check_values
+from .args import DEFAULTS, IVONArgs, check_values
 from .errors import IVONError
 from .training.presets import PRESETS
 
@@ -144,7 +144,7 @@ def _warn_of_keys_without_effect(cfg: Mapping[str, Any]) -> None:
 def _yaml_key(parameter: str) -> str:
     """Return the key that sets a parameter of `attach`."""
     keys = {"ess": "ivon_lambda", "betas": "ivon_beta1 and ivon_beta2"}
-    return keys.get(parameter, f"ivon_{parameter}" if f"ivon_{parameter}" in DEFAULTS else parameter)
+    return keys.get(parameter, f"ivon_{parameter}" if f"ivon_{parameter}" in IVONArgs.model_fields else parameter)
 
 
 def _check_setting(cfg: Mapping[str, Any]) -> None:

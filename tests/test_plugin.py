@@ -134,10 +134,10 @@ def test_the_schema_has_types_ranges_and_descriptions(monkeypatch: pytest.Monkey
     plugins = OrderedDict({"axolotl_ivon.IVONLoRAPlugin": IVONLoRAPlugin()})
     monkeypatch.setattr(PluginManager.get_instance(), "plugins", plugins)
     _, merged = merge_input_args()
-    from axolotl_ivon.args import DEFAULTS, IVONArgs
+    from axolotl_ivon.args import BY_PRESET, DEFAULTS, IVONArgs
 
     properties = IVONArgs.model_json_schema()["properties"]
-    assert set(merged.model_fields) > set(properties) == {*DEFAULTS, "ivon_lambda"}
+    assert set(merged.model_fields) > set(properties) == {*DEFAULTS, *BY_PRESET}
     for name, entry in properties.items():
         assert "IVON-LoRA" in entry["description"]
         kinds = {kind.get("type") for kind in entry["anyOf"]}

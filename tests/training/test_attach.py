@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ def test_a_rate_below_1e_3_is_the_most_that_a_step_moves_a_weight(
         tiny_llama, tmp_path, learning_rate=given, callbacks=[spy], max_steps=2, lr_scheduler_type="constant"
     )
     before = lora_weights(trainer.model)
-    with caplog.at_level("INFO"):
+    with caplog.at_level(logging.INFO, "axolotl_ivon"):
         attach(trainer, preset=preset)
         trainer.train()
     assert spy.rates == [pytest.approx(alpha)] * 2

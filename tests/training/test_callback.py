@@ -143,7 +143,7 @@ def test_the_last_words_say_how_far_the_weights_moved_and_the_header_keeps_it(
     half = Posterior.from_pretrained(tmp_path / "checkpoint-2").metadata
     assert float(half["travel"]) == pytest.approx(3e-2 * 0.01 * 1.75, rel=1e-4)
     again = make_trainer(tiny_llama, tmp_path, max_steps=4, save_steps=2, lr_scheduler_type="linear")
-    attach(again, clip=0.01)
+    attach(again, preset="paper", clip=0.01)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert Posterior.from_pretrained(tmp_path / "checkpoint-4").metadata == header
 
