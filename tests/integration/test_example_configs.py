@@ -80,7 +80,7 @@ def validate(raw: dict[str, Any]) -> Any:
 
 
 def test_every_setting_of_the_table_has_a_config() -> None:
-    assert {"demo", "arithmetic", "small_data", *TABLE} == set(NAMES)
+    assert {"demo", "arithmetic", *TABLE} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,31 @@ def test_ivon_post_is_a_command_of_axolotl(straight_run: Path) -> None:
     result = axolotl("ivon-post", "info", straight_run, "--json", cwd=straight_run.parent)
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(result.stdout[result.stdout.index("{") :])["weights"] > 0  # axolotl 0.21 begins with a banner
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 5e-4, "lr_scheduler": "cosine"},
+        {"learning_rate": 9e-4, "lr_scheduler": "linear", "warmup_steps": 20, "lora_r": 8, "lora_alpha": 16},
+        {"learning_rate": 5e-4, "lr_scheduler": "constant", "gradient_accumulation_steps": 1, "micro_batch_size": 4},
+    ],
+)
+def test_a_yaml_for_adamw_learns_with_the_optimizer_line_alone_changed(
+    changes: dict[str, Any], make_config: Any, forks: Forks
+) -> None:
+    """At no less than half of AdamW's pace, on a random model of which the draws cost a good part."""
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    unset = dict.fromkeys([f"ivon_{name}" for name in ("gamma", "lambda", "h0", "clip", "beta2")])
+    shared = {**unset, "max_steps": 240, "num_epochs": 100, "save_strategy": "no", "save_steps": None}
+    shared |= dict.fromkeys(["lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"], False)  # which are for GPUs
+    shared |= {"logging_steps": 20, "lora_target_modules": linear, "output_dir": "pace", **changes}
+    fallen = {}
+    for optimizer in ("adamw_torch", "ivon_lora"):
+        config = make_config(f"pace-{optimizer}", **{**shared, "optimizer": optimizer})
+        result = forks.train(config)
+        losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", result.stdout + result.stderr)]
+        assert len(losses) == 12
+        fallen[optimizer] = losses[0] - losses[-1]
+    assert fallen["adamw_torch"] > 0.1
+    assert fallen["ivon_lora"] > 0.5 * fallen["adamw_torch"], fallen
