@@ -48,6 +48,9 @@ class PosteriorTraining(TrainerCallback):
         losses: number of losses whose mean the gradient since the last step is of, in this process.
         start: some weights of every B matrix when training began; a resumed run takes them to be 0. On the first
             process alone, as `rates`, the learning rates of all steps.
+        from_zero: whether they were 0. Only then is how far they moved told in the header: a resumed run, whose header
+            is to be the same, has nothing but its checkpoint's to know it by.
+        resumed: the facts of the checkpoint that a run goes on from.
         verdict: what came of the run, in lines, when it is over; they are logged then if `tells`.
     """
 
@@ -68,6 +71,8 @@ class PosteriorTraining(TrainerCallback):
     losses: int = 0
     start: dict[str, Tensor] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
+    from_zero: bool = False
+    resumed: Mapping[str, str] = field(default_factory=dict)
     verdict: list[tuple[int, str]] = field(default_factory=list)
     tells: bool = True
 
@@ -135,6 +140,8 @@ class PosteriorTraining(TrainerCallback):
             )
         fresh = not state.global_step
         self.start = {name: _some(p) * fresh for name, p in self.params.items() if begins_at_zero(name)}
+        zero = bool(self.start) and not any(values.any() for values in self.start.values())
+        self.from_zero = zero if fresh else "moved" in self.resumed
         self.rates = rates(scheduler, lr, state.max_steps)
         reach = sum(self.rates) * self.step_bound
         if reach < SHORT_REACH and not by_itself:

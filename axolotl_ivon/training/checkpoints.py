@@ -135,7 +135,8 @@ def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
     names = ("ess", "h0", "beta1", "beta2", "clip", "prior", "steps")
     facts = {**run.facts, **{name: str(values[name]) for name in names}}
     if run.rates:
-        facts |= {name: f"{value:.6g}" for name, value in run.movement(run.trainer.state.global_step).items()}
+        movement = run.movement(run.trainer.state.global_step)
+        facts |= {name: f"{value:.6g}" for name, value in movement.items() if name != "moved" or run.from_zero}
     unusual = {name: group[name] for name, usual in _UNUSUAL.items() if group.get(name, usual) != usual}
     facts |= {name: str(value).lower() if value is True else str(value) for name, value in unusual.items()}
     save_sigma(folder, {key: sigma.get(key, zero).contiguous() for key, zero in zeros.items()}, facts)

@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from ..plugins import plugin_manager
+from ..storage.format import SIGMA_FILE
+from ..storage.tensorfile import TensorFile
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import tell_in_card, whole_checkpoint
 from .patches import keep_engine_off_the_adapter
@@ -161,6 +163,8 @@ class PosteriorTrainerMixin(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / SIGMA_FILE).is_file():
+            self.posterior_training.resumed = TensorFile(Path(checkpoint) / SIGMA_FILE).metadata
         if self.posterior_training.adapter is not None and checkpoint is not None:
             self.posterior_training.adapter.load_state(Path(checkpoint) / STATE_FILE)
             # DeepSpeed saves the learning rate with the optimizer's state, which it was kept from loading.

@@ -224,7 +224,7 @@ import axolotl_ivon.storage.atomic as files
 import ivon_post
 put_in_place = files.put_in_place
 def slowly(*args, **kwargs):
-    print("ready", flush=True)
+    print("ready", file=sys.stderr, flush=True)
     sys.stdin.readline()
     put_in_place(*args, **kwargs)
 files.put_in_place = slowly
@@ -249,8 +249,8 @@ def test_two_processes_with_one_target(overwrite: bool, tiny_adapter: Path, tmp_
         for tau in ("2", "3")
     ]
     for writer in writers:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n"
+        assert writer.stderr is not None
+        assert writer.stderr.readline() == "ready\n"
     results = [(writer.communicate("go\n", timeout=60), writer.returncode) for writer in writers]
     assert results[0][1] == 0
     tau = Posterior.from_pretrained(tmp_path / "out").metadata["tau"]
