@@ -45,7 +45,7 @@ VADER = Package("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066e
 # (file of the data set, name of what is written, number of snippets); the movie snippets come first for
 # training, then for evaluation; the other domains are for trying `ivon-post eval --ood` and the like.
 SETS = {
-    "movieReviewSnippets": {"movie-train": 1280, "movie": 400},
+    "movieReviewSnippets": {"movie-train": 1280, "movie": 300},
     "amazonReviewSnippets": {"amazon": 30},
     "nytEditorialSnippets": {"nyt": 30},
     "tweets": {"twitter": 30},
