@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -91,6 +91,41 @@ def test_encoder_equals_the_model_that_it_shortens(bert: Path) -> None:
     torch.testing.assert_close(model(collate(frozen)), expected)
     batch["input_ids"] = batch["input_ids"] + 1  # of no effect then: the ids only say what is padding
     torch.testing.assert_close(model({**collate(frozen), "input_ids": (batch["input_ids"] != 1).long()}), expected)
+
+
+def test_causal_equals_transformers_and_the_kept_trunk_changes_nothing(tmp_path: Path) -> None:
+    from benchmarks.fidelity.causal import Causal
+    from benchmarks.fidelity.data import collate
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = Causal(tmp_path, [7, 9], 0, 2, ["q_proj", "v_proj"], 0.1, 2, torch.float32).eval()
+    for name, value in model.trained().items():
+        if "lora_B" in name:
+            nn.init.normal_(value)
+    assert {name.split(".layers.")[1][0] for name in model.trained()} == {"2", "3"}
+    texts = examples(5)
+    batch = collate(texts)
+    ids, mask = batch["input_ids"], (batch["input_ids"] != 0).long()
+    whole = model.peft(input_ids=ids, attention_mask=mask).logits
+    expected = whole[torch.arange(5), mask.sum(1) - 1][:, [7, 9]]
+    torch.testing.assert_close(model(batch), expected)
+    kept = collate(model.freeze(texts, size=2))
+    torch.testing.assert_close(model(kept), expected)
+    gradients = []
+    for inputs in (batch, kept):
+        model.zero_grad()
+        F.cross_entropy(model(inputs), inputs["labels"]).backward()
+        gradients.append({name: value.grad.clone() for name, value in model.trained().items()})
+    model.zero_grad()
+    F.cross_entropy(expected, batch["labels"]).backward()
+    for name, value in model.trained().items():
+        torch.testing.assert_close(gradients[0][name], value.grad)
+        torch.testing.assert_close(gradients[1][name], value.grad)
 
 
 def test_predictions_are_in_the_order_of_the_examples(bert: Path) -> None:
