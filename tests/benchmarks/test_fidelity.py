@@ -421,6 +421,70 @@ def test_tables_hold_means_and_standard_errors(tmp_path: Path) -> None:
     assert (tmp_path / "fidelity-methods.png").stat().st_size > 1000
 
 
+def causal_records() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A suite of AdamW and the preset, and results: AdamW's NLL is 1 at 2e-4 and 2 at 5e-4, the preset's 0.8."""
+    from benchmarks.fidelity import run as fidelity
+
+    made = suite()
+    made["methods"] = {
+        "adamw": {
+            "trainer": "adamw", "grid": {"lr": [2.0e-4, 5.0e-4]}, "select": "mean",
+            "choose_by": ["nll", 2.0e-4, 5.0e-4], "rows": ["mean", "temperature-scaling"],
+        },
+        "ivon-auto": {
+            "trainer": "ivon-auto", "grid": {"travel": [0.125]}, "select": "posterior",
+            "rows": ["mean", "posterior", "sigma=as-is", "sigma=permuted"],
+        },
+    }  # fmt: skip
+    made["stages"] = [{"tasks": ["movie"], "methods": ["adamw", "ivon-auto"], "seeds": [0, 1]}]
+    made["ablations"] = {}
+    records: list[dict[str, Any]] = []
+    for jobs in fidelity.plan(made, records):
+        for job in jobs:
+            settings = json.loads(job.settings)
+            nll = {2.0e-4: 1.0, 5.0e-4: 2.0}.get(settings.get("lr"), 0.8) + 0.01 * settings["seed"]
+            for row, data in job.rows:
+                worse = 0.1 * (row == "sigma=permuted")
+                metrics = {"nll": nll + worse, "accuracy": 0.5, "ece": nll / 4}
+                points = [{"step": 1, "draws": metrics, **metrics}]
+                facts = {"train_seconds": 1.0, "state_mb": 0.5, "curve": points}
+                records.append({"run": job.key, "row": row, "data": data, "metrics": metrics, "facts": facts})
+    return made, records
+
+
+def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
+    from benchmarks.fidelity.page import fill, learning_curves, promises, shape, summary
+    from benchmarks.fidelity.report import Results
+
+    made, records = causal_records()
+    results = Results(made, records)
+    # 0.8 and 0.81 against 1 and 1.01 at the chosen rate, 1.5 and 1.51 over both: ratios of 1.61/2.01 and 1.61/3.01.
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in promises(results).splitlines()[2:]]
+    found = {(line[0].rpartition("AdamW")[2].split(",")[0], line[1]): line[3:] for line in lines}
+    assert found[" at 2e-4 and 5e-4", "NLL of the draws"] == ["0.53", "yes"]
+    assert found[" at 2e-4 and 5e-4", "ECE of the draws"] == ["0.53", "no"]
+    assert found["", "NLL of the draws"] == ["0.80", "yes"]
+    assert found["", "accuracy of the mean"] == ["+0.0 ± 0.0 points", "yes"]
+    assert "+0.100 ± 0.000" in shape(results)
+    assert "| AdamW | 50.0 ± 0.0 | 25.1 ± 0.1 | 1.005 ± 0.005 |" in summary(results)
+    page = "a\n<!-- table: s summary -->\nold\n<!-- end of table -->\nb"
+    assert fill(page, {"s": made}, records) == page.replace("old", summary(results))
+    assert len(learning_curves(results).axes) == 3
+
+
+def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
+    from benchmarks.fidelity.__main__ import PAGES
+    from benchmarks.fidelity.page import PLACE, fill
+    from benchmarks.fidelity.run import read_results
+
+    suites = yaml.safe_load((BENCHMARKS / "fidelity/experiments.yaml").read_text(encoding="utf-8"))["suites"]
+    records = read_results(BENCHMARKS / "fidelity/results.jsonl")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert PLACE.search(text)
+        assert fill(text, suites, records) == text, "python -m benchmarks.fidelity write"
+
+
 def test_a_run_is_trained_once_and_evaluated_row_by_row(bert: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from benchmarks.fidelity import methods as fidelity_methods
     from benchmarks.fidelity import run as fidelity
