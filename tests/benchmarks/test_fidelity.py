@@ -535,7 +535,7 @@ def test_what_is_said_of_the_preset_is_measured_with_it(name: str) -> None:
 # -------------------------------------------------------------------- the suites that axolotl trains
 
 
-@pytest.mark.parametrize("name", ["causal-axolotl", "paper"])
+@pytest.mark.parametrize("name", ["causal-axolotl", "paper", "paper-8b", "paper-70b", "code", "multilingual"])
 def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
     from benchmarks.fidelity.configs import write_configs
 
@@ -545,8 +545,9 @@ def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
     values = sum(len(next(iter(spec["grid"].values()))) for spec in suite["methods"].values())
     assert len(written) == len(suite["tasks"]) * values * len(suite["seeds"])
     for config in written.values():
-        assert config["max_steps"] * config["micro_batch_size"] == 40000
-        assert ("ivon_gamma" in config) == (config["optimizer"] == "ivon_lora")
+        processes = 8 if name == "paper-70b" else 1
+        assert config["max_steps"] * config["micro_batch_size"] * processes == 40000
+        assert ("plugins" in config) == (config["optimizer"] == "ivon_lora")
         assert not {"grid", "rows"} & set(config)
     outputs = {config["output_dir"] for config in written.values()}
     assert len(outputs) == len(written)
@@ -554,13 +555,19 @@ def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
     for program in ("axolotl", "ivon-post", "python"):
-        (programs / program).write_text(f'#!/bin/bash\necho "{program} $*" | tee -a {tmp_path / "log"}\n')
+        # lm-evaluation-harness writes into a folder under what it is given.
+        harness = (
+            '[[ "$*" != *--output_path* ]] || { mkdir -p "${@: -1}/model"; echo {} > "${@: -1}/model/results_1.json"; }'
+        )
+        said = f'#!/bin/bash\necho "{program} $*" | tee -a {tmp_path / "log"}\n{harness}\n'
+        (programs / program).write_text(said)
         (programs / program).chmod(0o755)
     for _ in range(2):
         subprocess.run(["bash", str(tmp_path / "out/run.sh")], check=True, env={"PATH": f"{programs}:/usr/bin:/bin"})
     called = (tmp_path / "log").read_text().splitlines()
     assert sum(line.startswith("axolotl train") for line in called) == len(written)
-    assert sum(line.startswith("ivon-post eval") for line in called) == len(written)
+    evaluates = "python -m axolotl_ivon.lm_eval --model" if "harness" in suite else "ivon-post eval"
+    assert sum(line.startswith(evaluates) for line in called) == len(written)
 
 
 def test_the_papers_data_sets_become_lettered_questions() -> None:
