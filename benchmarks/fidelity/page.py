@@ -41,8 +41,14 @@ class Baseline(NamedTuple):
 BASELINES = (
     Baseline("AdamW at 2e-4 and 5e-4, the paper's", "mean", (2.0e-4, 5.0e-4), 0.7, 0.5, 0),
     Baseline("AdamW, rate by validation", "mean", ("nll",), 0.95, 0.8, 2),
-    Baseline("AdamW, rate by validation, + temperature scaling", "temperature-scaling", ("nll",), 1.0, None, -1),
+    Baseline("AdamW, rate by validation + temperature scaling", "temperature-scaling", ("nll",), 1.0, None, -1),
 )
+
+
+def name_of(results: Results, method: str, row: str, by: str | float) -> str:
+    """Return what a line is called here, where AdamW's rate is said in any case."""
+    name = label_of(results, method, row, by)
+    return name.replace("AdamW", "AdamW, rate by validation", 1) if (method, by) == ("adamw", "nll") else name
 
 
 def averaged(results: Results, metric: str, method: str, row: str, by: str | float = "nll") -> dict[int, float]:
@@ -58,7 +64,7 @@ def summary(results: Results) -> str:
     for method, row, by in lines_of(results):
         found = {metric: list(averaged(results, metric, method, row, by).values()) for metric in METRICS}
         if found["nll"]:
-            rows.append([label_of(results, method, row, by), *(cell(found[metric], metric) for metric in METRICS)])
+            rows.append([name_of(results, method, row, by), *(cell(found[metric], metric) for metric in METRICS)])
     return table(["", "accuracy, %", "ECE, %", "NLL"], rows)
 
 
@@ -102,7 +108,7 @@ def tasks(results: Results) -> str:
             found = {metric: results.values(metric, task, method, row, choose_by=by) for metric in METRICS}
             cells.append(" / ".join(cell(list(found[metric].values()), metric) for metric in METRICS))
         if any(text.strip("–/ ") for text in cells):
-            rows.append([label_of(results, method, row, by), *cells])
+            rows.append([name_of(results, method, row, by), *cells])
     return table(["accuracy (%) / ECE (%) / NLL", *results.tasks()], rows)
 
 

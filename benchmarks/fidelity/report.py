@@ -114,7 +114,7 @@ class Results:
 
 
 def _chosen_by(by: str | float) -> str:
-    return "" if by == "nll" else f", rate by {by}" if isinstance(by, str) else f", rate {by:g}"
+    return "" if by == "nll" else f", rate by {by}" if isinstance(by, str) else f", rate {by:.0e}".replace("e-0", "e-")
 
 
 def label_of(results: Results, method: str, row: str, by: str | float) -> str:

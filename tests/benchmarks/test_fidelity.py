@@ -466,7 +466,7 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     assert found["", "NLL of the draws"] == ["0.80", "yes"]
     assert found["", "accuracy of the mean"] == ["+0.0 ± 0.0 points", "yes"]
     assert "+0.100 ± 0.000" in shape(results)
-    assert "| AdamW | 50.0 ± 0.0 | 25.1 ± 0.1 | 1.005 ± 0.005 |" in summary(results)
+    assert "| AdamW, rate by validation | 50.0 ± 0.0 | 25.1 ± 0.1 | 1.005 ± 0.005 |" in summary(results)
     page = "a\n<!-- table: s summary -->\nold\n<!-- end of table -->\nb"
     assert fill(page, {"s": made}, records) == page.replace("old", summary(results))
     assert len(learning_curves(results).axes) == 3
