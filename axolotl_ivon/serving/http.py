@@ -89,12 +89,8 @@ class _Server(uvicorn.Server):
         self._ready()
 
 
-def run(app: ASGIApp, bound: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT, and then until what was asked before is answered; a second SIGINT ends it at once.
-
-    Args:
-        ready: called when requests are answered.
-    """
+def make_server(app: ASGIApp, ready: Callable[[], None]) -> uvicorn.Server:
+    """Return the server of an application; `ready` is called when it answers."""
     config = uvicorn.Config(
         app,
         http=_Impatient,
@@ -108,5 +104,10 @@ def run(app: ASGIApp, bound: socket.socket, ready: Callable[[], None]) -> None:
         timeout_keep_alive=_IDLE,
         limit_concurrency=_MOST_CONNECTIONS,
     )
+    return _Server(config, ready)
+
+
+def run(app: ASGIApp, bound: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then until what was asked before is answered; a second SIGINT ends it at once."""
     with contextlib.suppress(KeyboardInterrupt, SystemExit):  # it raises the signal again after it has ended well
-        _Server(config, ready).run([bound])
+        make_server(app, ready).run([bound])

@@ -184,9 +184,12 @@ def read_request(kind: type[_Model], body: object) -> _Model:
         return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = [part for part in first["loc"] if isinstance(part, int) or part in kind.model_fields or part == "role"]
-        param = ".".join(map(str, place)) or None
-        said = first["msg"].removeprefix("Value error, ")
+        place, said = [str(part) for part in first["loc"]], first["msg"].removeprefix("Value error, ")
+        if place[:1] == ["prompt"]:  # of a union pydantic tells each part
+            place, said = place[:1], "text, token ids, or a list of either"
+        elif "content" in place:
+            place, said = place[: place.index("content") + 1], "text, or a list of parts of the type 'text'"
+        param = ".".join(place) or None
         raise Refusal(400, f"{param}: {said}" if param else said, param=param) from None
 
 
@@ -239,7 +242,7 @@ class Writer:
         if self._chat:
             told = {"delta": {"content": piece.text} if piece.text or not piece.finish else {}}
         choice = self._choice(piece, told)
-        if self._told and not piece.finish:
+        if piece.tokens and not piece.finish:
             choice["ivon"] = {"tokens": list(map(token_facts, piece.tokens))}
         if index == 0 and piece.finish:
             self._first = piece.ivon
