@@ -243,8 +243,10 @@ class _Completion(Response):
             self._metrics.tokens(self._answers.prompt_tokens, self._generated)
 
     async def _pieces(self) -> AsyncIterator[Any]:
+        begun = False
         async for piece in self._answers.pieces:
-            if not self._generated:
+            if not begun:
+                begun = True
                 self._metrics.first_token(time.monotonic() - self._begun)
             self._generated += piece.generated
             if piece.ivon:
@@ -252,6 +254,8 @@ class _Completion(Response):
             yield piece
 
     def _usage(self) -> Mapping[str, int]:
+        if self._answers.generated is not None:
+            self._generated = self._answers.generated
         return usage(self._answers.prompt_tokens, self._generated)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:

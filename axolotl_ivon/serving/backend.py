@@ -25,11 +25,13 @@ class Answers:
         prompt_tokens: of all prompts.
         choices: how many answers there will be.
         pieces: of all of them, in any order of the answers; closing it ends the work.
+        generated: how many tokens they took, where somebody knows better than the pieces do, after the last of them.
     """
 
     prompt_tokens: int
     choices: int
     pieces: AsyncGenerator[Piece, None]
+    generated: int | None = None
 
 
 class Backend(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ from ..errors import IVONError, parameter
 
 if TYPE_CHECKING:
     from .backend import Backend, Limits
+    from .upstream import Choose
 
 _NEEDED = ("starlette", "uvicorn", "prometheus_client")
+COMBINATIONS = ("mbr", "rescore")
+_START_TIMEOUT = 10.0  # seconds for a server to name its models
 KEY_VARIABLE = "IVON_API_KEY"
 
 
@@ -123,3 +127,62 @@ def local_backend(
         return render(encoder, [Chat(tuple(messages), None, "messages")])[0].ids
 
     return Local(engine, chat, lambda text: encoder(text)["input_ids"], limits, out_of_memory)
+
+
+def upstream_backend(
+    ensemble: str,
+    endpoints: Sequence[str],
+    limits: Limits,
+    *,
+    name: str | None = None,
+    samples: int | None = None,
+    combine: str = "mbr",
+    candidates: int = 4,
+    utility: str = "exact",
+    answer_regex: str | None = None,
+    temperature: float = 1.0,
+    threshold: float | None = None,
+) -> Backend:
+    """Return what answers from servers that serve the members of an ensemble.
+
+    Args:
+        ensemble: the folder that `ivon-post sample --serve vllm` wrote.
+        endpoints: the servers' addresses; each serves every member.
+        samples: the first draws only.
+        combine: one of COMBINATIONS (`combine`).
+        candidates: how many answers every member gives.
+        utility, answer_regex: of "mbr" (`generation.utilities`).
+        temperature, threshold: of the confidence.
+
+    Raises:
+        IVONError: the folder is no ensemble, or a server does not answer or lacks a member.
+    """
+    from ..generation.endpoint import EndpointEngine
+    from ..generation.plan import Plan
+    from ..generation.serve import Ensemble
+    from ..generation.utilities import UTILITIES, Answers
+    from .combine import by_risk
+    from .upstream import Upstreams
+
+    held = Ensemble(ensemble)
+    members = held.draws if samples is None else held.members(Plan(n=samples, per_model=1))
+    name = check_name(name if name is not None else Path(ensemble).resolve().name)
+    choose: Choose | None = None
+    if combine == "mbr":
+        answers = Answers(answer_regex)
+        choose = functools.partial(
+            by_risk, utility=UTILITIES[utility](answers), answers=answers, temperature=temperature, threshold=threshold
+        )
+    for url in endpoints:
+        # It asks the server for its models.
+        EndpointEngine(url, [*members, *(["mean"] if held.has_mean else [])], Plan(), timeout=_START_TIMEOUT)
+    return Upstreams(
+        endpoints,
+        members,
+        name=name,
+        limits=limits,
+        mean="mean" if held.has_mean else None,
+        choose=choose,
+        candidates=candidates,
+        threshold=threshold,
+    )

@@ -80,6 +80,23 @@ def test_the_key_may_come_from_the_environment(adapter: Path) -> None:
         assert "Traceback" not in err
 
 
+def test_it_serves_in_front_of_itself(adapter: Path, tmp_path: Path, ivon_post: Any, tiny_llama: Path) -> None:
+    """What is served behind it is the project's own fake of vLLM, with two members."""
+    from openai_server import Server, serving
+
+    ivon_post("sample", adapter, "-n", 2, "-o", tmp_path / "ensemble")
+    members = ["sample-0000", "sample-0001"]
+    with serving(Server(tmp_path / "ensemble", tiny_llama, members)) as behind:
+        words = [tmp_path / "ensemble", "--endpoint", behind.url, "--candidates", 2]
+        for combine in ("mbr", "rescore"):
+            with process(*words, "--combine", combine) as (server, document):
+                assert document["models"] == ["ensemble", "ensemble:member-0000", "ensemble:member-0001"]
+                found = client(document).chat.completions.create(model="ensemble", messages=MESSAGES, max_tokens=2)
+                assert found.model_extra["ivon"]["members"] == 2  # type: ignore[index]
+                server.send_signal(signal.SIGTERM)
+                assert server.wait(30) == 0
+
+
 def test_without_a_server_there_is_no_command(monkeypatch: pytest.MonkeyPatch, ivon_post: Any, adapter: Path) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
