@@ -33,7 +33,7 @@ _PATHS: dict[str, type[Request]] = {"/v1/chat/completions": ChatRequest, "/v1/co
 _GONE = 499  # nginx's status for a client that did not wait
 _BROKEN = Refusal(500, "something went wrong here; the log has it")
 _POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
 
