@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .backend import Backend, Limits
     from .upstream import Choose
 
-_NEEDED = ("starlette", "uvicorn", "prometheus_client")
+_NEEDED = ("starlette", "uvicorn", "prometheus_client", "aiohttp")
 COMBINATIONS = ("mbr", "rescore")
 _START_TIMEOUT = 10.0  # seconds for a server to name its models
 KEY_VARIABLE = "IVON_API_KEY"

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Seque
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import httpx
+import aiohttp
 
 from ..noise import generator
 from .backend import Answers, Limits
@@ -27,6 +27,9 @@ from .protocol import ChatRequest, CompletionRequest, Refusal, Request
 TOP = 20  # likeliest tokens that are asked for, the most that vLLM gives unless told otherwise
 _PROBE = 2.0  # seconds between looks at a server that failed
 _CONNECT_TIMEOUT = 5.0
+_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=10)
+_LONGEST_LINE = 2**20  # of an event, which has the likeliest tokens of several places
+_UNREACHED = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 _FAILED = {500, 502, 503, 504}
 _T = TypeVar("_T")
 # Chooses among the candidates of all members, n of them; None: by their scores.
@@ -83,12 +86,7 @@ class Upstreams:
         if mean is not None:
             self._served[f"{name}:mean"] = mean
         self._served |= {f"{name}:member-{number:04d}": member for number, member in enumerate(members)}
-        key = os.environ.get("OPENAI_API_KEY")
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(limits.timeout, connect=_CONNECT_TIMEOUT, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-        )
+        self._session: aiohttp.ClientSession | None = None  # made in the loop that it works in
         self._requests = 0
         self._probes: set[asyncio.Task[None]] = set()
 
@@ -101,12 +99,26 @@ class Upstreams:
         """See `Backend`."""
         return {"running": self._requests, "upstreams_well": sum(own.well for own in self._upstreams)}
 
+    def _client(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            key = os.environ.get("OPENAI_API_KEY")
+            self._session = aiohttp.ClientSession(
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=aiohttp.ClientTimeout(
+                    total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=self._limits.timeout
+                ),
+                connector=aiohttp.TCPConnector(limit=0),
+                read_bufsize=_LONGEST_LINE,
+            )
+        return self._session
+
     async def close(self) -> None:
         """See `Backend`."""
         for probe in self._probes:
             probe.cancel()
         await asyncio.gather(*self._probes, return_exceptions=True)
-        await self._client.aclose()
+        if self._session is not None:
+            await self._session.close()
 
     async def answer(self, request: Request) -> Answers:
         """See `Backend`."""
@@ -262,34 +274,30 @@ class Upstreams:
         """Return the JSON that a server answers with; one that fails is left out, and another asked."""
 
         async def ask(upstream: Upstream) -> Any:
-            response = await self._client.post(f"{upstream.url}/{path}", json=body)
-            _check(response)
+            async with self._client().post(f"{upstream.url}/{path}", json=body) as response:
+                data = await response.read()
+            _check(response.status, data)
             with _understanding():
-                return response.json()
+                return json.loads(data)
 
         return await self._on_some(ask)
 
     async def _events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the events of a stream; once it has begun, no other server can go on with it."""
 
-        async def ask(upstream: Upstream) -> tuple[httpx.Response, Upstream]:
-            request = self._client.build_request("POST", f"{upstream.url}/{path}", json=body)
-            response = await self._client.send(request, stream=True)
-            try:
-                if response.status_code != 200:
-                    await response.aread()
-                _check(response)
-            except BaseException:
-                await response.aclose()
-                raise
+        async def ask(upstream: Upstream) -> tuple[aiohttp.ClientResponse, Upstream]:
+            response = await self._client().post(f"{upstream.url}/{path}", json=body)
+            if response.status != 200:
+                async with response:
+                    _check(response.status, await response.read())
             return response, upstream
 
         response, upstream = await self._on_some(ask)
         upstream.running += 1
         try:
-            async for line in response.aiter_lines():
-                data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-                if not data or data == "[DONE]":
+            async for line in response.content:
+                data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+                if not data or data == b"[DONE]":
                     continue
                 with _understanding():
                     event = json.loads(data)
@@ -297,12 +305,12 @@ class Upstreams:
                         raise Refusal(502, "the server behind this one failed in the middle of its answer")
                     event["choices"]
                 yield event
-        except httpx.RequestError:
+        except _UNREACHED:
             self._leave_out(upstream)
             raise Refusal(502, "the server behind this one stopped in the middle of its answer") from None
         finally:
             upstream.running -= 1
-            await response.aclose()
+            response.close()
 
     async def _on_some(self, ask: Callable[[Upstream], Any]) -> Any:
         """Return what `ask` gets from the server with the fewest requests; of those that fail each is tried once."""
@@ -321,7 +329,7 @@ class Upstreams:
             upstream.running += 1
             try:
                 return await ask(upstream)
-            except (_Failed, httpx.RequestError):
+            except (_Failed, *_UNREACHED):
                 self._leave_out(upstream)
             except Refusal as refusal:
                 if refusal.status != 429:
@@ -340,9 +348,9 @@ class Upstreams:
     async def _probe(self, upstream: Upstream) -> None:
         while not upstream.well:
             await asyncio.sleep(_PROBE)
-            with contextlib.suppress(httpx.RequestError):
-                response = await self._client.get(f"{upstream.url}/models", timeout=_CONNECT_TIMEOUT)
-                upstream.well = response.status_code == 200
+            with contextlib.suppress(*_UNREACHED):
+                async with self._client().get(f"{upstream.url}/models", timeout=_PROBE_TIMEOUT) as response:
+                    upstream.well = response.status == 200
 
 
 class _Teller:
@@ -451,9 +459,8 @@ def _path(request: Request) -> str:
     return "chat/completions" if isinstance(request, ChatRequest) else "completions"
 
 
-def _check(response: httpx.Response) -> None:
+def _check(status: int, data: bytes) -> None:
     """Raise `_Failed` if another server may do better, and Refusal if the request is refused."""
-    status = response.status_code
     if status == 200:
         return
     if status in _FAILED:
@@ -462,7 +469,7 @@ def _check(response: httpx.Response) -> None:
         raise Refusal(429, "the servers behind this one are busy; try again later", headers={"Retry-After": "1"})
     message = ""
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        held = response.json()
+        held = json.loads(data)
         message = str(held.get("error", held)["message"])
     if status in (400, 422) and message:
         raise Refusal(400, " ".join(message.split())[:500])
