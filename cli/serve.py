@@ -148,7 +148,7 @@ def command(
         document = {"url": url, "models": list(backend.models)}
 
         def ready() -> None:
-            terminal.finish(document, *(f"{word}  {value}" for word, value in told.items()))
+            terminal.finish(document, *(f"{word:<6} {value}" for word, value in told.items()))
 
         told = {"url": url, "model": next(iter(backend.models)), "page": f"{url}/"}
         run(make_app(backend, guard), bound, ready)
