@@ -3,6 +3,7 @@
     python example_configs/smollm2/prepare_demo.py
     python benchmarks/serving.py engine                  # tokens per second and time to first token, SmolLM2-135M
     python benchmarks/serving.py proxy                   # cost of a request, and memory over 10,000 of them
+    python benchmarks/serving.py memory ADAPTER          # memory over 10,000 answers in-process; a small model will do
 
 Prints Markdown tables. `engine` starts every server once, on random LoRA weights over the model, and asks them in turn,
 one streamed greedy chat at a time. `proxy` starts a server that answers at once and `ivon-post serve --endpoint` in
@@ -261,12 +262,26 @@ def proxy(arguments: argparse.Namespace) -> None:
             middle, late = statistics.median(times), times[int(0.95 * len(times))]
             per = f", {len(times) / took:.0f} a second"
             print(f"| {name}{per} | {len(times)} | {1000 * middle:.2f} | {1000 * late:.2f} | {cost} |", flush=True)
-        print(f"\nMemory over {arguments.requests} requests, MB: ", end="")
-        marks = []
-        for _ in range(11):
-            marks.append(f"{memory(server.pid):.1f}")
-            asyncio.run(load(port, member, arguments.clients, arguments.requests // 10))
-        print(", ".join(marks))
+        watch(server.pid, port, member, arguments.clients, arguments.requests)
+
+
+def watch(pid: int, port: int, model: str, clients: int, requests: int) -> None:
+    """Print the memory of a server before, in the course of and after requests."""
+    marks = []
+    for turn in range(11):
+        marks.append(f"{memory(pid):.1f}")
+        if turn < 10:
+            asyncio.run(load(port, model, clients, requests // 10))
+    print(f"\nMemory over {requests} requests, MB: {', '.join(marks)}")
+
+
+def in_process(arguments: argparse.Namespace) -> None:
+    """Watch the memory of a server that has the model itself."""
+    port = free_port()
+    words = [*SERVE, arguments.adapter, "--name", "own", "--port", str(port)]
+    with tempfile.TemporaryDirectory() as place, running(words, port, Path(place) / "log") as server:
+        asyncio.run(load(port, "own", arguments.clients, 10 * arguments.clients))
+        watch(server.pid, port, "own", arguments.clients, arguments.requests)
 
 
 def main() -> None:
@@ -284,6 +299,11 @@ def main() -> None:
     part.add_argument("--requests", type=int, default=10_000)
     part.add_argument("--upstream-members", type=int, default=8)
     part.set_defaults(run=proxy)
+    part = parts.add_parser("memory")
+    part.add_argument("adapter")
+    part.add_argument("--clients", type=int, default=8)
+    part.add_argument("--requests", type=int, default=10_000)
+    part.set_defaults(run=in_process)
     part = parts.add_parser("upstream")
     part.add_argument("port", type=int)
     part.add_argument("count", type=int)
