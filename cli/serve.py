@@ -113,32 +113,35 @@ def command(
     decided = decision(point.recommended)
     sure: dict[str, Any] = {"temperature": decided.temperature, "threshold": decided.threshold}
     limited = Limits(**{key: value for key, value in limits.items() if value is not None})
-    with terminal.progress() as progress, bind(place.host, place.port) as bound:
-        if endpoints:
-            if seed is not None or (point.tau, point.ratio) != (None, None):
-                raise IVONError("--endpoint: the members are drawn already; give --tau, --ratio and --seed to `sample`")
-            if limits["max_queue"] is None:
-                limited = replace(limited, max_queue=256)
-            backend = upstream_backend(adapter, endpoints, limited, name=name, samples=samples, **combining, **sure)
-        else:
-            tau, ratio = point.settings(adapter)
-            backend = local_backend(
-                adapter,
-                limited,
-                name=name,
-                samples=samples or 8,
-                seed=seed or 0,
-                tau=tau,
-                prune_ratio=ratio,
-                begin=progress.begin,
-                **sure,
-                **loading,
-            )
-        score = "agreement" if endpoints and combining["combine"] == "mbr" else "probability"
-        if decided.threshold is not None and decided.score != score:
-            progress.notify(
-                f"the threshold is of another confidence ({decided.score}); of this one it promises nothing"
-            )
+    with bind(place.host, place.port) as bound:
+        with terminal.progress() as progress:
+            if endpoints:
+                if seed is not None or (point.tau, point.ratio) != (None, None):
+                    raise IVONError(
+                        "--endpoint: the members are drawn already; give --tau, --ratio and --seed to `sample`"
+                    )
+                if limits["max_queue"] is None:
+                    limited = replace(limited, max_queue=256)
+                backend = upstream_backend(adapter, endpoints, limited, name=name, samples=samples, **combining, **sure)
+            else:
+                tau, ratio = point.settings(adapter)
+                backend = local_backend(
+                    adapter,
+                    limited,
+                    name=name,
+                    samples=samples or 8,
+                    seed=seed or 0,
+                    tau=tau,
+                    prune_ratio=ratio,
+                    begin=progress.begin,
+                    **sure,
+                    **loading,
+                )
+            score = "agreement" if endpoints and combining["combine"] == "mbr" else "probability"
+            if decided.threshold is not None and decided.score != score:
+                progress.notify(
+                    f"the threshold is of another confidence ({decided.score}); of this one it promises nothing"
+                )
         from axolotl_ivon.serving.app import Guard, make_app
         from axolotl_ivon.serving.http import run
 

@@ -23,12 +23,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .backend import Answers, Backend
+from .http import is_loopback
 from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest, Refusal, Request, Writer, read_request, usage
 
 log = logging.getLogger("ivon_post.serve")
 _PAGE = Path(__file__).with_name("page.html")
-_LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _PATHS: dict[str, type[Request]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
 _GONE = 499  # nginx's status for a client that did not wait
 _BROKEN = Refusal(500, "something went wrong here; the log has it")
@@ -60,7 +60,7 @@ class Guard:
         if self.api_key is None:
             host = request.headers.get("host", "")
             name = host if host.endswith("]") else host.rsplit(":", 1)[0]
-            if name.lower() not in _LOCAL:
+            if not is_loopback(name.strip("[]").lower()):
                 raise Refusal(403, "without an API key this server answers under localhost and 127.0.0.1 only")
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")

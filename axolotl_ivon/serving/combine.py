@@ -20,6 +20,7 @@ import numpy as np
 from ..generation.mbr import choose, expected_utility, utility_matrix
 from ..generation.uncertainty import by_answer, is_below, measure
 from ..generation.utilities import Answers, Utility
+from .pieces import Token
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Candidate:
         logprob: of all its tokens, in nats, under that member.
         generated: how many tokens it took.
         ids: its tokens, the one that ended it included; None if the server does not tell.
+        names: what each of them is by itself, as far as that is known.
         ended: whether the last of them is a token that ends answers, rather than text.
     """
 
@@ -40,6 +42,7 @@ class Candidate:
     generated: int
     ids: tuple[int, ...] | None = None
     ended: bool = False
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Chosen:
-    """One of the candidates, and how sure the members are of it."""
+    """One of the candidates, and how sure the members are of it, and of its tokens where they were asked."""
 
     candidate: Candidate
     ivon: dict[str, Any]
+    tokens: tuple[Token, ...] = ()
 
 
 def by_risk(
@@ -126,6 +130,11 @@ def by_score(
         shown = _average([math.fsum(own.logprobs[:length]) for own in members])
         told = [[own.likeliest[place] for own in members] for place in range(length) if members[0].likeliest]
         entropies = [coarse_entropies(place) for place in told]
+        averages = [_average([own.logprobs[place] for own in members]) for place in range(length)]
+        tokens = tuple(
+            Token(id, name, name, logprob, (), logprob, *both)
+            for id, name, logprob, both in zip(candidate.ids or (), candidate.names, averages, entropies, strict=False)
+        )
         confidence = math.exp(shown / length)
         ivon: dict[str, Any] = {
             "confidence": confidence,
@@ -135,7 +144,7 @@ def by_score(
         }
         if threshold is not None:
             ivon["abstain"] = is_below(confidence, threshold)
-        found.append(Chosen(candidate, ivon))
+        found.append(Chosen(candidate, ivon, tokens))
     return found
 
 

@@ -262,9 +262,10 @@ class Writer:
 
     def _choice(self, piece: Piece, told: Mapping[str, Any]) -> dict[str, Any]:
         logprobs = None
-        if self._told and self._chat:
+        shown = self._told and (piece.tokens or not piece.text)  # of some answers the tokens are not known
+        if shown and self._chat:
             logprobs = {"content": list(map(_chat_token, piece.tokens)), "refusal": None}
-        elif self._told:
+        elif shown:
             logprobs = self._completion_tokens(piece)
         choice = {"index": piece.number, **told, "logprobs": logprobs, "finish_reason": piece.finish}
         # A client that asks for one answer finds the facts in the response; of several each has its own.

@@ -159,15 +159,10 @@ class Upstreams:
             if member is None:
                 found = await self._combined(request, body, seed + number, answers)
                 for index, chosen in enumerate(found):
-                    candidate = chosen.candidate
-                    yield Piece(
-                        number * request.n + index,
-                        candidate.text,
-                        (),
-                        candidate.finish,
-                        chosen.ivon,
-                        candidate.generated,
-                    )
+                    own, place = chosen.candidate, number * request.n + index
+                    tokens = chosen.tokens if request.top is not None else ()
+                    ivon = chosen.ivon | ({"tokens": list(map(token_facts, tokens))} if tokens else {})
+                    yield Piece(place, own.text, tokens, own.finish, ivon, own.generated)
                 continue
             asked = {**body, "model": member, "n": request.n, "seed": seed + number, "stream": request.stream}
             single = self._streamed if request.stream else self._whole
@@ -424,6 +419,7 @@ def _candidates(response: Mapping[str, Any], member: int, request: Request) -> l
                 None if ids is None else tuple(map(int, ids)),
                 # A string that stops an answer is named there; a token that ends it is not.
                 finish == "stop" and not isinstance(choice.get("stop_reason"), str),
+                tuple(token.name for token in tokens),
             )
         )
     return found

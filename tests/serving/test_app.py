@@ -179,7 +179,7 @@ def test_what_is_no_request_is_refused(
 
 
 def test_names_of_this_machine_are_taken(url: str) -> None:
-    for host in ("localhost:1", "LOCALHOST", "127.0.0.1:8000", "[::1]:8000", "[::1]"):
+    for host in ("localhost:1", "LOCALHOST", "127.0.0.1:8000", "127.0.0.2", "[::1]:8000", "[::1]"):
         assert ask(url, "/v1/models", Host=host)[0] == 200
 
 

@@ -167,7 +167,7 @@ def test_rescoring_chooses_by_the_average_probability(
     with begin(rescore=True, threshold=0.5) as url:
         ours = client(url)
         if chat:
-            found = ours.chat.completions.create(model="ours", messages=MESSAGES, max_tokens=3, seed=3)
+            found = ours.chat.completions.create(model="ours", messages=MESSAGES, max_tokens=3, seed=3, logprobs=True)
             text = found.choices[0].message.content
         else:
             found = ours.completions.create(model="ours", prompt="red", max_tokens=3, seed=3)  # type: ignore[assignment]
@@ -198,6 +198,12 @@ def test_rescoring_chooses_by_the_average_probability(
     assert facts["abstain"] is True
     if server.tokenizer.eos_token_id not in best[0]:
         assert facts["confidence"] == pytest.approx(average(best[0]) ** (1 / len(best[0])), rel=1e-3)
+    if chat:
+        tokens = found.choices[0].logprobs.content  # type: ignore[union-attr]
+        shown = best[0][:-1] if best[0][-1] == server.tokenizer.eos_token_id else best[0]
+        assert len(tokens) == len(facts["tokens"]) == len(shown)
+        firsts = [average(shown[:1]), math.exp(tokens[0].logprob), facts["tokens"][0]["probability"]]
+        assert firsts == pytest.approx([firsts[0]] * 3, rel=1e-3)
     assert 0 <= facts["mutual_information"] < 0.1
     assert facts["expected_entropy"] > 0
     scored = [body for own in upstreams for body in own.requests if body.get("echo")]
