@@ -27,6 +27,7 @@ from .protocol import ChatRequest, CompletionRequest, Refusal, Request
 TOP = 20  # likeliest tokens that are asked for, the most that vLLM gives unless told otherwise
 _PROBE = 2.0  # seconds between looks at a server that failed
 _CONNECT_TIMEOUT = 5.0
+_KEPT = 2.0  # seconds that a connection is kept; uvicorn, which vLLM runs on, keeps its end for 5
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=10)
 _LONGEST_LINE = 2**20  # of an event, which has the likeliest tokens of several places
 _UNREACHED = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
@@ -107,7 +108,7 @@ class Upstreams:
                 timeout=aiohttp.ClientTimeout(
                     total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=self._limits.timeout
                 ),
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT),
                 read_bufsize=_LONGEST_LINE,
             )
         return self._session
@@ -323,7 +324,11 @@ class Upstreams:
             tried.add(id(upstream))
             upstream.running += 1
             try:
-                return await ask(upstream)
+                try:
+                    return await ask(upstream)
+                except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                    # A connection that was kept may have been closed there meanwhile: one more, with another.
+                    return await ask(upstream)
             except (_Failed, *_UNREACHED):
                 self._leave_out(upstream)
             except Refusal as refusal:
