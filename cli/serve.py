@@ -68,13 +68,20 @@ from ._options import (
 @click.option(
     "--candidates", type=click.IntRange(1, 64), default=4, show_default=True, help="With --endpoint: of each member."
 )
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="With --endpoint: requests at a time to each server.",
+)
 @choice_option("--utility", ["exact", "bleu", "chrf", "rouge", "bertscore"], "Of --combine mbr, as in `mbr`.")
 @answer_option
 @model_options
 @terminal_options
 @as_one("address", dict, "host", "port", "api_key")
 @as_one("limits", dict, "max_queue", "max_tokens", "timeout")
-@as_one("combining", dict, "combine", "candidates", "utility", "answer_regex")
+@as_one("combining", dict, "combine", "candidates", "concurrency", "utility", "answer_regex")
 @as_one("loading", dict, "base_model", "load_in", "device", "dtype")
 def command(
     adapter: str,

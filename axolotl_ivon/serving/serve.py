@@ -138,6 +138,7 @@ def upstream_backend(
     samples: int | None = None,
     combine: str = "mbr",
     candidates: int = 4,
+    concurrency: int = 256,
     utility: str = "exact",
     answer_regex: str | None = None,
     temperature: float = 1.0,
@@ -151,6 +152,7 @@ def upstream_backend(
         samples: the first draws only.
         combine: one of COMBINATIONS (`combine`).
         candidates: how many answers every member gives.
+        concurrency: requests at a time to each server.
         utility, answer_regex: of "mbr" (`generation.utilities`).
         temperature, threshold: of the confidence.
 
@@ -184,5 +186,6 @@ def upstream_backend(
         mean="mean" if held.has_mean else None,
         choose=choose,
         candidates=candidates,
+        concurrency=concurrency,
         threshold=threshold,
     )

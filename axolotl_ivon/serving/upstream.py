@@ -47,11 +47,13 @@ class Upstream:
 
     Attributes:
         url: that its paths begin with, /v1 included.
-        running: requests that it works on.
+        gate: through which requests get to it.
+        running: requests that it works on, or that wait for it.
         well: whether it is asked.
     """
 
     url: str
+    gate: asyncio.Semaphore
     running: int = 0
     well: bool = True
 
@@ -65,6 +67,7 @@ class Upstreams:
         name: of their combination.
         choose: chooses among candidates; None: every member scores all of them (`combine.by_score`).
         candidates: how many every member gives.
+        concurrency: requests at a time to each server.
         threshold: of the confidence of a member, and of scored answers.
     """
 
@@ -78,9 +81,13 @@ class Upstreams:
         mean: str | None = None,
         choose: Choose | None = None,
         candidates: int = 1,
+        concurrency: int = 256,
         threshold: float | None = None,
     ) -> None:
-        self._upstreams = [Upstream(root if root.endswith("/v1") else f"{root}/v1") for root in map(_stripped, urls)]
+        self._upstreams = [
+            Upstream(root if root.endswith("/v1") else f"{root}/v1", asyncio.Semaphore(concurrency))
+            for root in map(_stripped, urls)
+        ]
         self._members, self._limits, self._choose = members, limits, choose
         self._candidates, self._threshold = candidates, threshold
         self._served: dict[str, str | None] = {name: None}
@@ -270,7 +277,7 @@ class Upstreams:
         """Return the JSON that a server answers with; one that fails is left out, and another asked."""
 
         async def ask(upstream: Upstream) -> Any:
-            async with self._client().post(f"{upstream.url}/{path}", json=body) as response:
+            async with upstream.gate, self._client().post(f"{upstream.url}/{path}", json=body) as response:
                 data = await response.read()
             _check(response.status, data)
             with _understanding():
@@ -282,10 +289,15 @@ class Upstreams:
         """Yield the events of a stream; once it has begun, no other server can go on with it."""
 
         async def ask(upstream: Upstream) -> tuple[aiohttp.ClientResponse, Upstream]:
-            response = await self._client().post(f"{upstream.url}/{path}", json=body)
-            if response.status != 200:
-                async with response:
-                    _check(response.status, await response.read())
+            await upstream.gate.acquire()
+            try:
+                response = await self._client().post(f"{upstream.url}/{path}", json=body)
+                if response.status != 200:
+                    async with response:
+                        _check(response.status, await response.read())
+            except BaseException:
+                upstream.gate.release()
+                raise
             return response, upstream
 
         response, upstream = await self._on_some(ask)
@@ -306,6 +318,7 @@ class Upstreams:
             raise Refusal(502, "the server behind this one stopped in the middle of its answer") from None
         finally:
             upstream.running -= 1
+            upstream.gate.release()
             response.close()
 
     async def _on_some(self, ask: Callable[[Upstream], Any]) -> Any:

@@ -301,6 +301,30 @@ def test_a_request_goes_to_the_one_with_the_fewest(begin: Callable[..., Any], up
             thread.join(20)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_gets_no_more_requests_at_a_time_than_it_takes(
+    begin: Callable[..., Any], upstreams: list[Server], stream: bool
+) -> None:
+    with begin(rescore=True, concurrency=1) as url:
+        for server in upstreams:
+            server.most = 0
+        for model in ("ours", "ours:mean"):
+            threads = [
+                threading.Thread(
+                    target=lambda name: list(
+                        client(url).completions.create(model=name, prompt="red", max_tokens=2, stream=stream)
+                    ),
+                    args=[model],
+                )
+                for _ in range(3)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+        assert [server.most for server in upstreams] == [1, 1]
+
+
 def test_what_the_upstream_refuses_is_told(begin: Callable[..., Any], upstreams: list[Server]) -> None:
     with begin() as url:
         for server in upstreams:
