@@ -22,7 +22,7 @@ class Server:
     Attributes:
         url: where.
         requests: the bodies of all completions asked for.
-        failures: statuses to answer with, before anything else, the next first; 0 hangs up.
+        failures: statuses to answer with, before anything else, the next first; 0 hangs up, -1 in the middle.
         spoil: a function that may change an answer before it is sent.
         dies_after: how many events of a stream are sent before the connection breaks; None: all.
         busy, most: how many requests run, and how many ever did.
@@ -159,6 +159,12 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if status == 0:
                 self.close_connection = True
+            elif status == -1:
+                self.close_connection = True
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b'{"choices": [')
             elif status != 200:
                 self._answer(status, {"error": {"message": "not\nnow"}})
             elif body.get("stream"):

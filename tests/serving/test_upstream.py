@@ -213,7 +213,7 @@ def test_rescoring_chooses_by_the_average_probability(
 # --- what fails ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failure", [0, 500, 503])
+@pytest.mark.parametrize("failure", [0, -1, 500, 503])
 def test_another_takes_over(begin: Callable[..., Any], upstreams: list[Server], failure: int) -> None:
     """A server that hangs up in the middle of an answer, or says that it fails."""
     with begin() as url:
