@@ -14,7 +14,7 @@ import os
 import secrets
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 
@@ -32,7 +32,6 @@ _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=10)
 _LONGEST_LINE = 2**20  # of an event, which has the likeliest tokens of several places
 _UNREACHED = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 _FAILED = {500, 502, 503, 504}
-_T = TypeVar("_T")
 # Chooses among the candidates of all members, n of them; None: by their scores.
 Choose = Callable[[Sequence[Candidate], int], list[Chosen]]
 
@@ -86,7 +85,7 @@ class Upstreams:
     ) -> None:
         self._upstreams = [
             Upstream(root if root.endswith("/v1") else f"{root}/v1", asyncio.Semaphore(concurrency))
-            for root in map(_stripped, urls)
+            for root in (url.rstrip("/") for url in urls)
         ]
         self._members, self._limits, self._choose = members, limits, choose
         self._candidates, self._threshold = candidates, threshold
@@ -463,10 +462,6 @@ def _shares(total: int, count: int) -> list[int]:
 
 def _finite(value: Any) -> float:
     return max(float(value), LEAST_LOGPROB)
-
-
-def _stripped(url: str) -> str:
-    return url.rstrip("/")
 
 
 def _path(request: Request) -> str:
