@@ -41,7 +41,7 @@ axolotl-%:
 
 # axolotl pins older ones: transformers, PEFT, TRL and torch as new as pip finds. That PEFT calls deprecated names of that
 # transformers, gradient checkpointing's, is not for us to mend.
-OWN_TESTS := $(addprefix tests/,cli data evaluation generation models optim posterior report storage training) \
+OWN_TESTS := $(addprefix tests/,cli data evaluation generation models optim posterior report serving storage training) \
 	$(patsubst %,tests/test_%.py,auroc defaults errors figures hookspecs noise plugins)
 newest: export OMP_NUM_THREADS = 1
 newest: export AXOLOTL_DO_NOT_TRACK = 1
@@ -51,7 +51,7 @@ newest:  ## the library's tests with the newest of everything, without axolotl (
 		-W 'ignore:`is_gradient_checkpointing:FutureWarning' -W 'ignore:`gradient_checkpointing:FutureWarning'
 
 VLLM ?= .venv-vllm
-test-vllm: $(VENV)/.dev $(VLLM)/.vllm  ## compare vLLM on the CPU with ivon-post generate
+test-vllm: $(VENV)/.dev $(VLLM)/.vllm  ## compare vLLM on the CPU with ivon-post generate, and serve in front of it
 	cd example_configs/smollm2 && $(abspath $(BIN))/python -c 'import prepare_demo as p; p.prepare_model(p.DEMO / p.MODEL)'
 	OMP_NUM_THREADS=1 IVON_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest tests/integration/test_vllm.py
 # The registry's torchvision and its kin are CUDA builds; vLLM finds its platform by the metadata of a package "vllm".

@@ -31,6 +31,7 @@ _MODULES = (
     "sweep",
     "generate",
     "mbr",
+    "serve",
     "report",
     "card",
 )

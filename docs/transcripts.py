@@ -1,6 +1,6 @@
 """Write the transcripts that the pages show: every `ivon-post` command, really run on an adapter that is trained here.
 
-    python docs/transcripts.py
+    python docs/transcripts.py [NAME ...]
 
 The base model is the tests' tiny Llama (two layers, hidden size 32), first taught in full that an answer is A or B; the
 adapters learn which, from questions of which a tenth has the wrong answer. The figures say nothing about other models.
@@ -63,7 +63,13 @@ COMMANDS = {
         "sed -n '/## Measured/,$p' out/README.md",
         "head -n 5 out/.eval_results/ivon-mean.yaml",
     ],
-    "serve": ["ivon-post sample out -n 2 --serve vllm -o served", "cat served/serve.sh"],
+    "sample-serve": ["ivon-post sample out -n 2 --serve vllm -o served", "cat served/serve.sh"],
+    "serve": [
+        "ivon-post serve out",
+        "curl -s localhost:8000/v1/chat/completions -H 'Content-Type: application/json' "
+        """-d '{"model": "out", "messages": [{"role": "user", "content": "red dog"}], "max_tokens": 1}' """
+        "| python -m json.tool",
+    ],
     "mistake": ["ivon-post prune --ratio 1.5 out"],
 }
 
@@ -165,8 +171,12 @@ def main() -> None:
         programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**os.environ, "PATH": programs, "COLUMNS": "118", "HF_HUB_OFFLINE": "1"}
         (DOCS / "transcripts").mkdir(exist_ok=True)
-        for name, commands in COMMANDS.items():
-            lines: list[str] = []
+        for name in sys.argv[1:] or COMMANDS:
+            commands, lines = COMMANDS[name], list[str]()
+            if name == "serve":
+                server = subprocess.Popen(commands[0].split(), env=environment, stdout=subprocess.PIPE, text=True)
+                lines = [f"$ {commands[0]}", *(server.stdout.readline().rstrip() for _ in range(3))]  # type: ignore[union-attr]
+                commands = commands[1:]
             for command in commands:
                 program, *rest = command.split(" | ", 1)
                 quiet = " | ".join([f"{program} -q" if program.startswith("ivon-post") else program, *rest])
@@ -179,6 +189,9 @@ def main() -> None:
                     line.rstrip() for line in printed.splitlines() if "real_accelerator" not in line
                 ]  # DeepSpeed's
                 lines += [f"$ {command}", *shown]
+            if name == "serve":
+                server.terminate()
+                server.wait()
             (DOCS / "transcripts" / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

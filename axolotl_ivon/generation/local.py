@@ -9,7 +9,7 @@ import torch
 
 from ..data.encode import Prompt, check_tokens
 from ..errors import IVONError, parameter
-from ..models.forward import cache_name, forward_parameters, run_halving
+from ..models.forward import CachedForward, end_tokens, run_halving
 from ..models.swap import AdapterSlots, evaluating, stacked
 from ..posterior.posterior import Posterior
 from .plan import Output, Plan, random_bits
@@ -62,11 +62,8 @@ class TransformersEngine:
         size = sum(tensor.numel() * tensor.element_size() for tensor in self._slots.places.values())
         self._kept = _KEPT // max(size, 1)
         self._stackable = self._can_stack()
-        base: Any = model.get_base_model()
-        self._takes = forward_parameters(model)
-        self._cache = cache_name(self._takes)
-        ends = base.generation_config.eos_token_id
-        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._forward = CachedForward(model)
+        self._ends = end_tokens(model, tokenizer)
         # Only the newest token can complete a stop string, and none is longer, in tokens, than in bytes.
         self._tail = max((len(text.encode()) for text in plan.stop), default=0) + 4
 
@@ -170,7 +167,7 @@ class TransformersEngine:
         logprobs = [0.0] * len(keys)
         alive = [True] * len(keys)
         for step in range(plan.max_tokens):
-            token = self._next_tokens(logits, uniform[slots, step])
+            token = next_tokens(logits, uniform[slots, step], plan.temperature, plan.top_p)
             likely = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
             fresh = 0
             for slot, one, logprob in zip(slots, token.tolist(), likely.tolist(), strict=True):
@@ -202,38 +199,6 @@ class TransformersEngine:
         padded, held = padded.repeat(copies, 1), held.repeat(copies, 1)
         return *self._forward(padded, held, None), held
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-        """Return the last position's logits, float32, shape (rows, vocabulary), and the cache."""
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
-        if cache is not None:
-            inputs[self._cache] = cache
-        if "position_ids" in self._takes:
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        if "logits_to_keep" in self._takes:
-            inputs["logits_to_keep"] = 1
-        result = self._model(**inputs)
-        cache = getattr(result, self._cache, None)
-        if not hasattr(cache, "reorder_cache"):
-            raise IVONError(
-                f"the base model has no key-value cache that can be repeated; serve it, and use {parameter('endpoint')}"
-            )
-        return result.logits[:, -1].float(), cache
-
-    def _next_tokens(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """Return a token for each row: the one at which the cumulated probability passes `uniform`."""
-        if not self._plan.temperature:
-            return logits.argmax(-1)
-        probabilities = (logits / self._plan.temperature).softmax(-1)
-        order = None
-        if self._plan.top_p < 1:
-            probabilities, order = probabilities.sort(descending=True, stable=True)
-            outside = probabilities.cumsum(-1) - probabilities >= self._plan.top_p
-            probabilities = probabilities.masked_fill(outside, 0)
-        cumulated = probabilities.cumsum(-1)
-        place = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
-        place = place.clamp(max=logits.shape[1] - 1)
-        return (place if order is None else order.gather(1, place))[:, 0]
-
     def _has_stopped(self, sequence: list[int]) -> bool:
         if not self._plan.stop:
             return False
@@ -243,6 +208,28 @@ class TransformersEngine:
     def _decoded_text(self, sequence: list[int]) -> str:
         text = str(self._tokenizer.decode(sequence, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         return text[: min((text.find(stop) for stop in self._plan.stop if stop in text), default=len(text))]
+
+
+def next_tokens(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Return a token for each row of logits: the one at which the cumulated probability passes `uniform`.
+
+    Args:
+        logits: or log-probabilities, shape (rows, vocabulary).
+        uniform: in [0, 1), shape (rows,).
+        temperature, top_p: as `Plan` has them.
+    """
+    if not temperature:
+        return logits.argmax(-1)
+    probabilities = (logits / temperature).softmax(-1)
+    order = None
+    if top_p < 1:
+        probabilities, order = probabilities.sort(descending=True, stable=True)
+        outside = probabilities.cumsum(-1) - probabilities >= top_p
+        probabilities = probabilities.masked_fill(outside, 0)
+    cumulated = probabilities.cumsum(-1)
+    place = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
+    place = place.clamp(max=logits.shape[1] - 1)
+    return (place if order is None else order.gather(1, place))[:, 0]
 
 
 def _slices(values: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:

@@ -43,6 +43,16 @@ class Ensemble:
         self.base_model = str(base_model_folder(name, self.folder / self._members[0]) or name)
         self.tokenizer_folder = str(self.facts.get("source", ""))
 
+    @property
+    def draws(self) -> list[str]:
+        """The names of the members that are draws."""
+        return [name for name in self._members if name != "mean"]
+
+    @property
+    def has_mean(self) -> bool:
+        """Whether the mean is a member too."""
+        return "mean" in self._members
+
     def members(self, plan: Plan) -> list[str]:
         """Return the names of the members that `plan` needs.
 
@@ -55,7 +65,7 @@ class Ensemble:
                     f"{parameter('mean')}: {self.folder} has no mean; draw it with `ivon-post sample --include-mean`"
                 )
             return ["mean"]
-        draws = [name for name in self._members if name != "mean"]
+        draws = self.draws
         if len(draws) < plan.members:
             n = parameter("n")
             raise IVONError(

@@ -1,17 +1,19 @@
-"""Forward passes through a loaded model: what their arguments are called, and batches that fit the memory."""
+"""Forward passes through a loaded model: names of arguments, a token at a time, and batches that fit the memory."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Set
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from ..errors import IVONError
+from ..errors import IVONError, parameter
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 _T = TypeVar("_T")
 
@@ -27,6 +29,47 @@ def cache_name(parameters: Set[str]) -> str:
     It is `cache` from transformers 5.24 on, `past_key_values` before.
     """
     return "cache" if "cache" in parameters else "past_key_values"
+
+
+class CachedForward:
+    """The forward pass of a language model over the newest tokens, the earlier ones in its key-value cache."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._model, self._takes = model, forward_parameters(model)
+        self._cache = cache_name(self._takes)
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        """Return the last position's logits, float32, shape (rows, vocabulary), and the cache.
+
+        Args:
+            ids: the newest tokens, shape (rows, tokens), padded on the left.
+            mask: 1 where a token is, for those in the cache too, shape (rows, all tokens).
+            cache: what the pass before has returned; None in the first.
+
+        Raises:
+            IVONError: the model has no cache whose rows can be repeated.
+        """
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+        if cache is not None:
+            inputs[self._cache] = cache
+        if "position_ids" in self._takes:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if "logits_to_keep" in self._takes:
+            inputs["logits_to_keep"] = 1
+        result = self._model(**inputs)
+        cache = getattr(result, self._cache, None)
+        if not hasattr(cache, "reorder_cache"):
+            raise IVONError(
+                f"the base model has no key-value cache that can be repeated; serve it, and use {parameter('endpoint')}"
+            )
+        return result.logits[:, -1].float(), cache
+
+
+def end_tokens(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids of the tokens that end an output."""
+    base: Any = model.get_base_model()
+    ends = base.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
 
 def run_halving(

@@ -171,44 +171,60 @@ def _entropy(probabilities: Tensor) -> Tensor:
     return torch.special.entr(probabilities).sum(-1)
 
 
-@contextlib.contextmanager
-def stacked(model: PeftModel, draws: Sequence[Mapping[str, Tensor]], adapter_name: str = "default") -> Iterator[None]:
-    """Run k draws at once inside the block: of k·b input rows, rows i·b to (i+1)·b see draw i.
+class Stack:
+    """Several draws over one model's base weights, to run any neighbouring ones of them in one batch.
 
-    The base layers see all rows as one batch; each LoRA layer multiplies the rows by their own A and B, two
-    batched products whatever k is.
+    It holds the draws once more, in the model's dtype and on its device.
 
     Raises:
         IVONError: the adapter is more than plain LoRA on linear layers (DoRA, embeddings, saved modules,
             biases).
     """
-    from peft.tuners.lora import LoraLayer
 
-    layers: list[tuple[Any, Tensor, Tensor]] = []
-    used: set[str] = set()
-    for name, module in model.named_modules():
-        keys = [f"{name}.lora_A.weight", f"{name}.lora_B.weight"]
-        if isinstance(module, LoraLayer) and keys[0] in draws[0] and adapter_name not in module.lora_variant:
-            weight: Any = module.lora_A[adapter_name].weight
-            a, b = (torch.stack([draw[key] for draw in draws]).to(weight) for key in keys)
-            if a.dim() == 3:  # LoRA on a convolution has more
-                layers.append((module, a, b))
-                used.update(keys)
-    if left := draws[0].keys() - used:
-        raise IVONError(
-            f"{parameter('draws_per_pass')} {len(draws)}: {sorted(left)[0]} is not plain LoRA on a linear layer; "
-            f"use {parameter('draws_per_pass')} 1"
-        )
-    with contextlib.ExitStack() as stack:
-        for module, a, b in layers:
-            stack.enter_context(_replaced_forward(module, _stacked_forward(module, a, b, adapter_name)))
-        yield
+    def __init__(self, model: PeftModel, draws: Sequence[Mapping[str, Tensor]], adapter_name: str = "default") -> None:
+        from peft.tuners.lora import LoraLayer
+
+        self._layers: list[tuple[Any, Tensor, Tensor]] = []
+        used: set[str] = set()
+        for name, module in model.named_modules():
+            keys = [f"{name}.lora_A.weight", f"{name}.lora_B.weight"]
+            if isinstance(module, LoraLayer) and keys[0] in draws[0] and adapter_name not in module.lora_variant:
+                weight: Any = module.lora_A[adapter_name].weight
+                a, b = (torch.stack([draw[key] for draw in draws]).to(weight) for key in keys)
+                if a.dim() == 3:  # LoRA on a convolution has more
+                    self._layers.append((module, a.transpose(1, 2), b.transpose(1, 2) * module.scaling[adapter_name]))
+                    used.update(keys)
+        if left := draws[0].keys() - used:
+            raise IVONError(
+                f"{parameter('draws_per_pass')} {len(draws)}: {sorted(left)[0]} is not plain LoRA on a linear layer; "
+                f"use {parameter('draws_per_pass')} 1"
+            )
+
+    @contextlib.contextmanager
+    def running(self, which: slice = slice(None)) -> Iterator[None]:
+        """Run the k draws of `which` at once inside the block: of k·b input rows, rows i·b to (i+1)·b see its i-th.
+
+        The base layers see all rows as one batch; each LoRA layer multiplies the rows by their own A and B, two
+        batched products whatever k is.
+        """
+        with contextlib.ExitStack() as stack:
+            for module, a, b in self._layers:
+                stack.enter_context(_replaced_forward(module, _stacked_forward(module, a[which], b[which])))
+            yield
 
 
-def _stacked_forward(module: Any, a: Tensor, b: Tensor, adapter_name: str) -> Any:
-    scaling = module.scaling[adapter_name]
-    a, b = a.transpose(1, 2), b.transpose(1, 2) * scaling
+def stacked(
+    model: PeftModel, draws: Sequence[Mapping[str, Tensor]], adapter_name: str = "default"
+) -> AbstractContextManager[None]:
+    """Run k draws at once inside the block, as `Stack.running` does, and hold them no longer.
 
+    Raises:
+        IVONError: as `Stack` does.
+    """
+    return Stack(model, draws, adapter_name).running()
+
+
+def _stacked_forward(module: Any, a: Tensor, b: Tensor) -> Any:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = module.base_layer(x, *args, **kwargs)
         rows = x.to(a.dtype).reshape(len(a), -1, x.shape[-1])

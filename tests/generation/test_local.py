@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, TopPLogitsWarper
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_chats
 from axolotl_ivon.data.encode import render
-from axolotl_ivon.generation.local import TransformersEngine, kept_rows
+from axolotl_ivon.generation.local import TransformersEngine, kept_rows, next_tokens
 from axolotl_ivon.generation.plan import Output, Plan
 from axolotl_ivon.models.load import load_model, load_tokenizer
 from axolotl_ivon.posterior.sample import sample
@@ -148,12 +148,12 @@ def test_logprob_is_that_of_the_untempered_member(scene: Scene, many_ends: list[
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (2.0, 0.95)])
-def test_tokens_are_drawn_with_their_probabilities(scene: Scene, temperature: float, top_p: float) -> None:
-    engine = scene.engine(Plan(temperature=temperature, top_p=top_p))
+def test_tokens_are_drawn_with_their_probabilities(temperature: float, top_p: float) -> None:
     draws = 4096
     logits = 2 * torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
     uniform = (torch.arange(draws) + 0.5) / draws
-    drawn = torch.bincount(engine._next_tokens(logits.expand(draws, -1), uniform), minlength=50) / draws
+    tokens = next_tokens(logits.expand(draws, -1), uniform, temperature, top_p)
+    drawn = torch.bincount(tokens, minlength=50) / draws
     tempered = logits / temperature
     kept = TopPLogitsWarper(top_p)(None, tempered) if top_p < 1 else tempered
     torch.testing.assert_close(drawn, kept.softmax(-1)[0], rtol=0, atol=2.5 / draws)

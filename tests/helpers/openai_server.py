@@ -22,8 +22,9 @@ class Server:
     Attributes:
         url: where.
         requests: the bodies of all completions asked for.
-        failures: statuses to answer with, before anything else, the next first; 0 hangs up.
+        failures: statuses to answer with, before anything else, the next first; 0 hangs up, -1 in the middle.
         spoil: a function that may change an answer before it is sent.
+        dies_after: how many events of a stream are sent before the connection breaks; None: all.
         busy, most: how many requests run, and how many ever did.
     """
 
@@ -41,6 +42,7 @@ class Server:
         self.spoil = lambda answer: answer
         self.busy = self.most = 0
         self.delay = 0.0
+        self.dies_after: int | None = None
         self.url = ""
         self._one, self._counting = threading.Lock(), threading.Lock()
 
@@ -48,15 +50,18 @@ class Server:
         return {"object": "list", "data": [{"id": name, "object": "model"} for name in ["base", *self.members]]}
 
     @torch.no_grad()
-    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Answer one request; every output begins anew, without caches or batches."""
-        choices = []
+    def complete(self, body: dict[str, Any], chat: bool = False) -> dict[str, Any]:
+        """Answer one request as vLLM does; every output begins anew, without caches or batches."""
+        prompt = body["prompt"] if not chat else self._rendered(body["messages"])
+        if isinstance(prompt, str):
+            prompt = self.tokenizer(prompt)["input_ids"]
+        choices, generated = [], 0
         with self._one:
             self.model.set_adapter(body["model"])
-            for index in range(body["n"]):
-                generator = torch.Generator().manual_seed(body["seed"] + index)
-                ids, logprobs = list(body["prompt"]), []
-                while len(logprobs) < body["max_tokens"]:
+            for index in range(body.get("n", 1)):
+                generator = torch.Generator().manual_seed(body.get("seed", 0) + index)
+                ids, finish, stopped = list(prompt), "length", None
+                while len(ids) - len(prompt) < body.get("max_tokens", 16):
                     logits = self.model(input_ids=torch.tensor([ids])).logits[0, -1]
                     if body["temperature"]:
                         probabilities = (logits / body["temperature"]).softmax(-1)
@@ -64,14 +69,74 @@ class Server:
                     else:
                         token = int(logits.argmax())
                     ids.append(token)
-                    logprobs.append(float(logits.log_softmax(-1)[token]))
                     if token == self.tokenizer.eos_token_id:
+                        finish = "stop"
                         break
-                text = self.tokenizer.decode(ids[len(body["prompt"]) :], skip_special_tokens=True)
+                generated += len(ids) - len(prompt)
+                text = self._decode(ids[len(prompt) :])
                 for stop in body.get("stop", []):
-                    text = text.split(stop)[0]
-                choices.append({"index": index, "text": text, "logprobs": {"token_logprobs": logprobs}})
-        return {"object": "text_completion", "choices": choices}
+                    if stop in text:
+                        text, finish, stopped = text.split(stop)[0], "stop", stop
+                told = range(0 if body.get("echo") else len(prompt), len(ids))
+                choices.append(
+                    {
+                        "index": index,
+                        **({"message": {"role": "assistant", "content": text}} if chat else {"text": text}),
+                        "logprobs": self._logprobs(ids, told, body, chat),
+                        "finish_reason": finish,
+                        "stop_reason": stopped,
+                        **({"token_ids": ids[len(prompt) :]} if body.get("return_token_ids") else {}),
+                        **({"prompt_token_ids": list(prompt)} if body.get("return_token_ids") and not chat else {}),
+                    }
+                )
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": generated, "total_tokens": len(prompt) + generated}
+        kind = "chat.completion" if chat else "text_completion"
+        ids = {"prompt_token_ids": list(prompt)} if body.get("return_token_ids") and chat else {}
+        return {"object": kind, "model": body["model"], "choices": choices, "usage": usage, **ids}
+
+    def _rendered(self, messages: list[dict[str, str]]) -> list[int]:
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _logprobs(self, ids: list[int], told: range, body: dict[str, Any], chat: bool) -> dict[str, Any]:
+        rows = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        count = body.get("top_logprobs", 0) if chat else body.get("logprobs") or 0
+
+        def name(token: int) -> str:
+            return f"token_id:{token}" if body.get("return_tokens_as_token_ids") else self.tokenizer.decode([token])
+
+        tokens, logprobs, tops = [], [], []
+        for place in told:
+            tokens.append(name(ids[place]))
+            row = rows[place - 1] if place else None
+            logprobs.append(None if row is None else float(row[ids[place]]))
+            likeliest = [] if row is None or not count else [*row.topk(count).indices.tolist(), ids[place]]
+            tops.append(None if row is None else {name(t): float(row[t]) for t in likeliest})
+        if not chat:
+            return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops}
+        return {
+            "content": [
+                {"token": t, "logprob": p, "top_logprobs": [{"token": k, "logprob": v} for k, v in top.items()]}
+                for t, p, top in zip(tokens, logprobs, tops, strict=True)
+            ]
+        }
+
+    def events(self, body: dict[str, Any], chat: bool) -> Iterator[dict[str, Any]]:
+        """Yield an answer as a stream has it: a choice in two halves."""
+        whole = self.complete({**body, "stream": False}, chat)
+        kind = "chat.completion.chunk" if chat else "text_completion"
+        for choice in whole["choices"]:
+            text = choice["message"]["content"] if chat else choice["text"]
+            half = len(text) // 2
+            parts = [(text[:half], None, None), (text[half:], choice["logprobs"], choice["finish_reason"])]
+            for part, logprobs, finish in parts:
+                told = {"delta": {"content": part}} if chat else {"text": part}
+                own = {"index": choice["index"], **told, "logprobs": logprobs, "finish_reason": finish}
+                yield {"object": kind, "choices": [own], "usage": None}
+        yield {"object": kind, "choices": [], "usage": whole["usage"]}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -94,13 +159,35 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if status == 0:
                 self.close_connection = True
+            elif status == -1:
+                self.close_connection = True
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b'{"choices": [')
             elif status != 200:
                 self._answer(status, {"error": {"message": "not\nnow"}})
+            elif body.get("stream"):
+                self._stream(served.events(body, "chat" in self.path))
             else:
-                self._answer(200, served.spoil(served.complete(body)))
+                self._answer(200, served.spoil(served.complete(body, "chat" in self.path)))
         finally:
             with served._counting:
                 served.busy -= 1
+
+    def _stream(self, events: Iterator[dict[str, Any]]) -> None:
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            for number, event in enumerate(events):
+                if number == self.served.dies_after:
+                    return
+                data = f"data: {json.dumps(event)}\n\n".encode()
+                self.wfile.write(b"%x\r\n" % len(data) + data + b"\r\n")
+            self.wfile.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
 
     def _answer(self, status: int, content: Any) -> None:
         data = json.dumps(content).encode()

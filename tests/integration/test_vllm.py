@@ -114,3 +114,41 @@ def test_greedy_answers_are_those_of_transformers(
         assert [o["logprob"] for o in one] == pytest.approx([o["logprob"] for o in other], abs=0.05)
     if not which:
         assert any(len({o["text"] for o in own}) > 1 for own in ours)  # the members differ
+
+
+@pytest.mark.parametrize("combine", ["mbr", "rescore"])
+def test_the_server_in_front_of_it(served: tuple[Path, str], combine: str) -> None:
+    """The chat through `serve --endpoint`, held against what vLLM itself gives the same members.
+
+    One request at a time: vLLM 0.32 on a CPU dies of prompt log-probabilities with LoRA beside other requests.
+    """
+    import openai
+    from served import serving
+
+    from axolotl_ivon.serving.backend import Limits
+    from axolotl_ivon.serving.serve import upstream_backend
+
+    folder, url = served
+    asked = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 12, "temperature": 0}
+    theirs = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    with serving(
+        lambda: upstream_backend(str(folder), [url], Limits(), combine=combine, candidates=2, concurrency=1)
+    ) as here:
+        ours = openai.OpenAI(base_url=f"{here}/v1", api_key="none", max_retries=0)
+        outputs = []
+        for member in range(3):
+            found = ours.chat.completions.create(model=f"ensemble:member-{member:04d}", **asked)
+            expected = theirs.chat.completions.create(model=f"sample-{member:04d}", **asked, logprobs=True)
+            outputs.append(expected.choices[0].message.content)
+            assert found.choices[0].message.content == outputs[-1]
+            streamed = ours.chat.completions.create(model=f"ensemble:member-{member:04d}", **asked, stream=True)
+            assert "".join(c.choices[0].delta.content or "" for c in streamed if c.choices) == outputs[-1]
+            logprobs = [token.logprob for token in expected.choices[0].logprobs.content]
+            confidence = found.model_extra["ivon"]["confidence"]
+            assert confidence == pytest.approx(float(torch.tensor(logprobs).mean().exp()), rel=0.05)
+        chosen = ours.chat.completions.create(model="ensemble", **asked)
+        assert chosen.choices[0].message.content in outputs
+        facts = chosen.model_extra["ivon"]
+        assert facts["members"] == 3
+        assert 0 < facts["confidence"] <= 1
+        assert facts["mutual_information"] >= 0

@@ -30,6 +30,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "axolotl_ivon").rglob("*.py")}
     expected |= {f"ivon_post/{path.name}" for path in (ROOT / "cli").glob("*.py")}
     expected |= {"axolotl_ivon/py.typed", "axolotl_ivon/report/page.html.jinja", "ivon_post/py.typed"}
+    expected |= {"axolotl_ivon/serving/page.html"}
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         [info] = {name.split("/")[0] for name in names if ".dist-info/" in name}

@@ -1,0 +1,103 @@
+"""`ivon-post serve` as a process: what it prints, that it answers, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+SCRIPT = [sys.executable, "-c", "import ivon_post; ivon_post.main()"]
+MESSAGES: Any = [{"role": "user", "content": "red dog"}]
+
+
+@contextmanager
+def process(*words: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """Run the command, and give it with the document that it prints when it is there."""
+    server = subprocess.Popen(
+        [*SCRIPT, "serve", *map(str, words), "--port", "0", "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert server.stdout
+    try:
+        text = ""
+        for line in server.stdout:
+            text += line
+            if line == "}\n":
+                break
+        yield server, json.loads(text)
+    finally:
+        server.kill()
+        server.communicate()
+
+
+@pytest.fixture(scope="module")
+def adapter(make_adapter: Any) -> Path:
+    return make_adapter()  # type: ignore[no-any-return]
+
+
+def client(document: dict[str, Any], key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{document['url']}/v1", api_key=key, max_retries=0)
+
+
+def test_it_serves_until_it_is_told_to_end_and_finishes_what_runs(adapter: Path) -> None:
+    with process(adapter, "-n", 2, "--name", "ours") as (server, document), ThreadPoolExecutor(1) as pool:
+        assert document["models"] == ["ours", "ours:mean", "ours:member-0000", "ours:member-0001"]
+        ours = client(document)
+        stream = ours.completions.create(model="ours", prompt="x", max_tokens=300, seed=1, stream=True)
+        chunks = [next(stream)]
+        waiting = pool.submit(ours.chat.completions.create, model="ours", messages=MESSAGES, max_tokens=2)
+        time.sleep(0.2)
+        server.send_signal(signal.SIGTERM)
+        chunks += stream
+        assert chunks[-1].choices[0].finish_reason
+        assert waiting.result().model_extra["ivon"]["members"] == 2  # type: ignore[index]
+        assert server.wait(30) == 0
+        with pytest.raises(openai.APIConnectionError):
+            ours.models.list()
+
+
+def test_the_key_may_come_from_the_environment(adapter: Path) -> None:
+    with process(adapter, "-n", 1, "--host", "0.0.0.0", IVON_API_KEY="sesame") as (server, document):
+        with pytest.raises(openai.AuthenticationError):
+            client(document).models.list()
+        assert client(document, "sesame").models.list().data
+        server.send_signal(signal.SIGINT)
+        out, err = server.communicate(timeout=30)
+        assert server.returncode == 0
+        assert out == ""  # the document is all that there was
+        assert "sesame" not in err
+        assert "Traceback" not in err
+
+
+def test_it_serves_in_front_of_itself(adapter: Path, tmp_path: Path, ivon_post: Any, tiny_llama: Path) -> None:
+    """What is served behind it is the project's own fake of vLLM, with two members."""
+    from openai_server import Server, serving
+
+    ivon_post("sample", adapter, "-n", 2, "-o", tmp_path / "ensemble")
+    members = ["sample-0000", "sample-0001"]
+    with serving(Server(tmp_path / "ensemble", tiny_llama, members)) as behind:
+        words = [tmp_path / "ensemble", "--endpoint", behind.url, "--candidates", 2]
+        for combine in ("mbr", "rescore"):
+            with process(*words, "--combine", combine) as (server, document):
+                assert document["models"] == ["ensemble", "ensemble:member-0000", "ensemble:member-0001"]
+                found = client(document).chat.completions.create(model="ensemble", messages=MESSAGES, max_tokens=2)
+                assert found.model_extra["ivon"]["members"] == 2  # type: ignore[index]
+                server.send_signal(signal.SIGTERM)
+                assert server.wait(30) == 0
+
+
+def test_without_a_server_there_is_no_command(monkeypatch: pytest.MonkeyPatch, ivon_post: Any, adapter: Path) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'axolotl-ivon[serve]'" in ivon_post.error("serve", adapter)
