@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from .report import METRICS, Results, cell, label_of, lines_of, mean_and_error, table
-from .run import Record, ablation_jobs
+from .run import Record
 
 PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 DRAWS, MEAN = ("ivon-auto", "posterior"), ("ivon-auto", "mean")
@@ -132,28 +132,11 @@ def shape(results: Results) -> str:
     return table(["difference in NLL", *results.tasks()], rows)
 
 
-def ablations(results: Results) -> str:
-    """Every variant of the ablations that ran, beside the preset itself, at the same seeds."""
-    rows = []
-    for name, spec in results.suite.get("ablations", {}).items():
-        for variant in spec["variants"]:
-            one = {**results.suite, "ablations": {name: {**spec, "variants": [variant]}}}
-            jobs = ablation_jobs(one, name, results.records)
-            for row in spec["rows"]:
-                found = [record for job in jobs if (record := results.index.get((job.key, row, "test")))]
-                if variant and found:
-                    values = {metric: [record["metrics"][metric] for record in found] for metric in METRICS}
-                    label = ", ".join(f"{key} {value}" for key, value in variant.items())
-                    rows.append([label, spec["task"], row, str(len(found)), *(cell(values[m], m) for m in METRICS)])
-    return table(["", "task", "row", "seeds", "accuracy, %", "ECE, %", "NLL"], rows)
-
-
 PARTS: dict[str, Callable[[Results], str]] = {
     "summary": summary,
     "promises": promises,
     "tasks": tasks,
     "shape": shape,
-    "ablations": ablations,
 }
 
 
