@@ -204,7 +204,7 @@ class IVONLoRA(Optimizer):
             given = prior.get(name, prior.get(param))
             if given is None:
                 raise ValueError(f"prior has no mean and σ of {name}")
-            mean, sigma = (torch.as_tensor(value).to(param.device, torch.float32) for value in given)
+            mean, sigma = (torch.as_tensor(value).to(param.device, torch.float32, copy=True) for value in given)
             if mean.shape != param.shape or sigma.shape != param.shape:
                 shapes = ", ".join(str(list(value.shape)) for value in (mean, sigma, param))
                 raise ValueError(f"prior of {name} must be a mean and a σ of its shape, got {shapes}")
@@ -462,10 +462,11 @@ class IVONLoRA(Optimizer):
             saved = state_dict["state"].get(key)
             if saved is None:
                 continue
-            group = self._group_of(param)
-            if missing := [name for name in Buffers.names(group) if name not in saved]:
+            # Before its first draw an optimizer has a prior at most.
+            names = [name for name in Buffers.names(self._group_of(param)) if "step" in saved or name in Buffers.PRIOR]
+            if missing := [name for name in names if name not in saved]:
                 raise ValueError(f"loaded state has no {missing[0]}")
-            shapes = {name: tuple(saved[name].shape) for name in Buffers.names(group)}
+            shapes = {name: tuple(saved[name].shape) for name in names}
             if set(shapes.values()) != {tuple(param.shape)}:
                 raise ValueError(f"loaded state has shapes {shapes} for a parameter of {tuple(param.shape)}")
             self.state[param] = {

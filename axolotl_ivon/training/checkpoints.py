@@ -131,7 +131,8 @@ def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
     zeros = {key: torch.zeros(()).expand(entry.shape) for key, entry in saved.items()}
     group = run.optimizer.param_groups[0]
     beta1, beta2 = group["betas"]
-    values = {**group, "beta1": beta1, "beta2": beta2, "steps": run.trainer.state.global_step}
+    prior = run.facts.get("prior", group["prior"])
+    values = {**group, "prior": prior, "beta1": beta1, "beta2": beta2, "steps": run.trainer.state.global_step}
     names = ("ess", "h0", "beta1", "beta2", "clip", "prior", "steps")
     facts = {**run.facts, **{name: str(values[name]) for name in names}}
     if run.rates:
