@@ -16,12 +16,13 @@ Strengths are chosen by the average NLL of the last model on the validation data
 from __future__ import annotations
 
 import argparse
+import hashlib
 import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ from .fidelity.run import append, current_commit, read_results
 
 MODEL = "SmolLM2-135M-Instruct"
 SHAPE = (8, ("q_proj", "v_proj"), 0.1, 6)  # rank, targets, dropout, upper layers
-MAX_TOKENS, BATCH, WARMUP, DRAWS = 60, 8, 0.05, 4
-SIZES = {"train": 256, "validation": 100, "test": 200}
+MAX_TOKENS, BATCH, WARMUP, DRAWS = 40, 8, 0.05, 4
+SIZES = {"train": 256, "validation": 60, "test": 150}
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "domains": {name: {"source": name, **SIZES} for name in ("movie", "amazon", "nyt", "twitter")},
     "bigbench": {
@@ -253,7 +254,7 @@ def sequence(
         learn(learner, method, task, strength)
         if once and task < count - 1:
             continue
-        test.append([learner.scores(j, tasks[j].test) for j in range(count)])
+        test.append([learner.scores(j, tasks[j].test) for j in range(count if task == count - 1 else task + 1)])
         if task == count - 1:
             validation = [learner.scores(j, tasks[j].validation) for j in range(count)]
             if learner.posterior:
@@ -273,32 +274,46 @@ def sequence(
     }
 
 
-_TASKS: dict[str, tuple[list[Task], list[Tensor]]] = {}
+_TASKS: dict[str, list[Task]] = {}
 
 
 def load_suite(suite: str, bigbench: Path | None, folder: Path, seed: int) -> tuple[list[Task], list[Tensor], Causal]:
     """Return the tasks with their frozen layers applied, the rows of the output layer of their answers, and a model."""
+    base = folder.parent / MODEL
     if suite not in _TASKS:
-        base = folder.parent / MODEL
         plain = [load_task(spec, folder, bigbench, MAX_TOKENS, base, causal=True) for spec in SUITES[suite].values()]
-        tasks, heads = [], []
-        frozen = Causal(base, plain[0].choices, 0, *SHAPE).eval()
-        rows = frozen.peft.base_model.model.lm_head.weight
-        for task in plain:
-            train, validation, test = map(frozen.freeze, (task.train, task.validation, task.test))
-            tasks.append(Task(train, validation, test, {}, task.classes, task.choices))
-            heads.append(rows[list(task.choices)].detach().float().clone())
-        _TASKS[suite] = tasks, heads
-    tasks, heads = _TASKS[suite]
-    return tasks, heads, Causal(folder.parent / MODEL, tasks[0].choices, seed, *SHAPE)
+        _TASKS[suite] = [frozen(task, folder, base) for task in plain]
+    tasks = _TASKS[suite]
+    model = Causal(base, tasks[0].choices, seed, *SHAPE)
+    rows = model.peft.base_model.model.lm_head.weight
+    return tasks, [rows[list(task.choices)].detach().float() for task in tasks], model
+
+
+def frozen(task: Task, folder: Path, base: Path) -> Task:
+    """Return a task with its frozen layers applied; they are kept in the work folder, as they take a minute a suite."""
+    parts = (task.train, task.validation, task.test)
+    texts = repr([(example.ids, example.label) for part in parts for example in part])
+    path = folder / f"frozen-{SHAPE[-1]}-{hashlib.sha256(texts.encode()).hexdigest()[:16]}.pt"
+    if not path.is_file():
+        freeze = Causal(base, task.choices, 0, *SHAPE).eval().freeze
+        torch.save([[example.hidden for example in freeze(part)] for part in parts], path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+    hidden = torch.load(path, weights_only=True)
+    train, validation, test = (
+        [replace(example, hidden=one) for example, one in zip(part, own, strict=True)]
+        for part, own in zip(parts, hidden, strict=True)
+    )
+    return Task(train, validation, test, {}, task.classes, task.choices)
 
 
 # -------------------------------------------------------------------- what came of it
 
 
 def accuracies(record: Mapping[str, Any]) -> Tensor:
-    """Return R, accuracy on task j after task i, float64 (stages, tasks)."""
-    return torch.tensor([[one["accuracy"] for one in row] for row in record["test"]], dtype=torch.float64)
+    """Return R, accuracy on task j after task i, float64 (stages, tasks); NaN for tasks that were not met yet."""
+    size = len(record["tasks"])
+    rows = [[one["accuracy"] for one in row] + [float("nan")] * (size - len(row)) for row in record["test"]]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, float]:
@@ -335,14 +350,6 @@ def validation_nll(records: Sequence[Mapping[str, Any]]) -> float:
     """Return the average NLL on the validation data of all tasks, after the last."""
     values = [one["nll"] for record in records for one in record["validation"]]
     return sum(values) / len(values)
-
-
-def mean_and_error(values: Sequence[float]) -> str:
-    """Return mean ± standard error over seeds."""
-    column = torch.tensor(values, dtype=torch.float64)
-    error = float(column.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
-    digits = 3 if float(column.abs().max()) < 5 and "nll" else 1
-    return f"{float(column.mean()):.{digits}f} ± {error:.{digits}f}" if len(values) > 1 else f"{values[0]:.{digits}f}"
 
 
 COLUMNS = {
@@ -408,7 +415,7 @@ def draw(methods: Mapping[str, Mapping[float | None, Sequence[Any]]], tasks: lis
         matrix = 100 * torch.stack([accuracies(run) for run in runs]).mean(0)
         axis.imshow(matrix, cmap="viridis", vmin=50, vmax=90)
         for i in range(len(tasks)):
-            for j in range(len(tasks)):
+            for j in range(i + 1):
                 value = float(matrix[i, j])
                 weight = "bold" if i == j else "normal"
                 axis.text(

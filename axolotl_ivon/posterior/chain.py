@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import IVONError, parameter
@@ -68,6 +68,65 @@ def facts_of(prior: Posterior, strength: float, train_size: str | None) -> dict[
     return facts | ({CHAIN_SIZE: str(sum(known))} if len(known) == len(sizes) else {})
 
 
+class Factor(NamedTuple):
+    """A factor of a product of posteriors: what one of them knows beside its prior, if that is in the product too.
+
+    Attributes:
+        node: which posterior, by its place among all that take part.
+        weight: the power that the factor is taken to.
+        parent: which posterior its prior is, or None.
+        strength: by what the parent's precision counts in that prior.
+    """
+
+    node: int
+    weight: float
+    parent: int | None
+    strength: float
+
+
+def shared(headers: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the fingerprints of the posteriors that several of these go on from, and that are not among them.
+
+    Of a common chain it is the last one: what comes before is part of it.
+    """
+    given, after = {header.get("mean_sha256") for header in headers}, dict[str, set[str]]()
+    for header in headers:
+        before = str(header.get("mean_sha256"))
+        for link in links(header):
+            if link.sha256 in given:
+                break
+            after.setdefault(link.sha256, set()).add(before)
+            before = link.sha256
+    return [sha256 for sha256, children in after.items() if len(children) > 1]
+
+
+def factors(headers: Sequence[Mapping[str, str]], weights: Sequence[float]) -> list[Factor]:
+    """Return the factors of a product in which nothing is counted twice.
+
+    Args:
+        headers: of the posteriors; `weights` are the powers of as many as there are weights, and those after them are
+            what `shared` has named: priors that count once, at the largest strength that they have had.
+        weights: see `headers`.
+    """
+    places = {str(header.get("mean_sha256")): i for i, header in reversed([*enumerate(headers)])}
+    found = []
+    for i, header in enumerate(headers):
+        factor, strength = Factor(i, weights[i] if i < len(weights) else 0.0, None, 0.0), 1.0
+        for link in links(header):
+            strength *= link.strength
+            if link.sha256 in places:
+                factor = factor._replace(parent=places[link.sha256], strength=strength)
+                break
+        found.append(factor)
+    priors = range(len(weights), len(headers))
+    for i in sorted(priors, key=lambda i: -len(links(headers[i]))):  # the latest first
+        powers = (factor.strength * (factor.weight if factor.node in priors else 1) for factor in found)
+        found[i] = found[i]._replace(
+            weight=max(power for power, factor in zip(powers, found, strict=True) if factor.parent == i)
+        )
+    return found
+
+
 def _whole(text: str | None) -> int | None:
     try:
         return int(text or "")
@@ -89,7 +148,13 @@ def check_prior(name: str, config: Mapping[str, Any], adapter: Adapter | None = 
             scaling or base model.
     """
     named = f"{parameter('prior')}: {name}"
-    held = adapter or Adapter(name)
+    try:
+        held = adapter or Adapter(name)
+    except IVONError as error:
+        raise IVONError(
+            f"{parameter('prior')}: {name!r} is refused, it must be 'empirical', a number, or the folder or Hub id of "
+            f"an adapter with σ ({error})"
+        ) from error
     if held.sigma is None:
         raise IVONError(f"{named} has no σ, so it is no posterior: train it with ivon_lora, or use it without a prior")
     check_width(named, held.metadata)
