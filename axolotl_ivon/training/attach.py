@@ -19,15 +19,12 @@ from ..posterior.posterior import Posterior
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import remove_unfinished
 from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean, show_the_mean
-from .presets import ADAM_LIKE_LR, PRESETS
+from .presets import ADAM_LIKE_LR, OF_POSTERIOR, PRESETS
 from .prior import gaussian_prior, keys_in_file
 from .processes import check_sharding
 from .trainer import PosteriorTrainerMixin
 
 LOG = logging.getLogger(__name__)
-
-# κ where nobody gives it and the prior is a posterior: every example that it has seen counts as one of the new ones.
-OF_POSTERIOR = 1.0
 
 
 def attach(
