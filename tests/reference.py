@@ -37,7 +37,7 @@ class ReferenceIVON:
         self.p = np.full_like(self.m, self.h0)
         if isinstance(self.prior, tuple):  # yesterday's posterior is where today begins
             self.m, sigma = (np.asarray(x, dtype=np.float64) for x in self.prior)
-            self.p = 1 / (self.lam * sigma**2)
+            self.p = max(1, self.prior_strength) / (self.lam * sigma**2)
         else:
             self.p = self.h0 + self.delta()
 

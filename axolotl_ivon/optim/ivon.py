@@ -80,7 +80,7 @@ class IVONLoRA(Optimizer):
 
     The prior may be an earlier posterior N(m₀, σ₀²), to go on with new data and not forget the old: then δ = κ/(λ·σ₀²)
     for every weight, the term on the mean is δ·(m − m₀), and it starts from m = m₀ and p = 1/(λ·σ₀²), where the earlier
-    run left off.
+    run left off (for κ > 1 from the prior, p = δ).
 
     ĥ of one draw has a standard deviation of |ĝ|/σ, far above the Hessian itself, so that hundreds of steps do not tell
     the weights of a tensor apart. With `hessian="squared_gradients"` ĥ = B·ĝ² instead, which has the Fisher information
@@ -420,6 +420,20 @@ class IVONLoRA(Optimizer):
         group = self._group_of(param)
         return _sigma(self._state_of(param)["precision"], group["ess"])
 
+    def sigma_to_go_on_from(self, param: Tensor) -> Tensor:
+        """Return the σ that is saved of a parameter: float32, the parameter's shape, finite and positive.
+
+        It is `sigma`, but for a prior of every weight's own with κ > 1. That κ makes up for what a Gaussian without
+        correlations does not know of the old data, and says nothing of how many they were. So they count once in the
+        posterior, 1/(λ·(p − δ + δ/κ)): else strengths would multiply along a chain.
+        """
+        group, state = self._group_of(param), self._state_of(param)
+        if group["prior"] != _GAUSSIAN or group["prior_strength"] <= 1:
+            return self.sigma(param)
+        once = state["prior_precision"] / group["ess"]
+        known = (state["precision"] - group["prior_strength"] * once).clamp_(min=0)
+        return _sigma(known + once, group["ess"])
+
     def prior_precision(self, param: Tensor) -> float | Tensor:
         """Return the prior precision s = λ·δ of the parameter's tensor (arXiv 2506.14280, Eq. 2).
 
@@ -525,9 +539,10 @@ def _delta(group: dict[str, Any], mean: Tensor, precision: Tensor) -> float:
 
 
 def _start(group: dict[str, Any], mean: Tensor, prior_precision: Tensor | None) -> Tensor:
-    """Return the p that a tensor starts with: h0 + δ, or that of the posterior that is its prior, at any κ."""
+    """Return the p that a tensor starts with: h0 + δ, or that of the posterior that is its prior."""
     if prior_precision is not None:
-        return (prior_precision / group["ess"]).clamp_(PRECISION_FLOOR, PRECISION_CEILING)
+        once = prior_precision * (max(1.0, group["prior_strength"]) / group["ess"])
+        return once.clamp_(PRECISION_FLOOR, PRECISION_CEILING)
     precision = torch.full_like(mean, group["h0"])
     return precision.add_(_delta(group, mean, precision))
 

@@ -28,7 +28,8 @@ class Link(NamedTuple):
 
     Attributes:
         sha256: the fingerprint of its mean.
-        strength: by what its precision, as it was trained, counted as the prior's: κ, and τ where it was tempered.
+        strength: by what its precision, as it was trained, counts in the posterior after it: κ, at most 1
+            (`IVONLoRA.sigma_to_go_on_from`), and τ where it was tempered.
         train_size: N of its own data; None where its header does not say.
         name: the folder or Hub id that it was read from.
     """
@@ -60,7 +61,7 @@ def facts_of(prior: Posterior, strength: float, train_size: str | None) -> dict[
     snapshot = re.search(r"models--(.+?)--(.+?)/snapshots/", str(prior.folder))
     name = "/".join(snapshot.groups()) if snapshot else str(prior.folder or "in memory")
     sha256 = mean_sha256(prior.mean)
-    first = Link(sha256, strength * prior.tau, _whole(prior.metadata.get("train_size")), name)
+    first = Link(sha256, min(strength, 1.0) * prior.tau, _whole(prior.metadata.get("train_size")), name)
     chain = [first, *links(prior.metadata)]
     facts = {"prior": name, PRIOR_SHA256: sha256, "prior_strength": repr(float(strength)), CHAIN: json.dumps(chain)}
     sizes = [_whole(train_size), *(link.train_size for link in chain)]

@@ -108,6 +108,11 @@ def save_with_sigma(
         plugin_manager().hook.posterior_saved(folder=str(each))
 
 
+def sigma_of(optimizer: Any, param: torch.Tensor) -> torch.Tensor:
+    """Return the σ of a parameter that is saved."""
+    return getattr(optimizer, "sigma_to_go_on_from", optimizer.sigma)(param)
+
+
 def tell_in_card(folder: Path) -> None:
     """Let the card in an adapter's folder, if there is one, tell of its posterior; a run does not fail by a card."""
     if (folder / CARD_FILE).is_file():
@@ -124,7 +129,7 @@ def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
         save_sigma(folder, best.sigma, best.metadata)
         return
     states = {name: torch.zeros(()).expand(p.shape) for name, p in run.model.named_parameters()}
-    states |= {name: run.optimizer.sigma(param).cpu() for name, param in run.params.items()}
+    states |= {name: sigma_of(run.optimizer, param).cpu() for name, param in run.params.items()}
     sigma = get_peft_model_state_dict(run.model, state_dict=states, adapter_name=adapter, save_embedding_layers=False)
     # What is in the file without having been trained (a resized embedding, say) has σ = 0.
     saved = TensorFile(folder / MEAN_FILE).entries

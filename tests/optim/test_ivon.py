@@ -58,16 +58,41 @@ def test_a_prior_of_every_weight_s_own_is_that_of_the_reference(
         assert (optimizer.mean(param) - prior[name][0]).abs().max() > 1e-3, "nothing moved, so nothing was compared"
 
 
-def test_a_posterior_as_prior_goes_on_from_its_mean_and_sigma_at_any_lambda_and_strength() -> None:
-    for ess, strength in ((1e3, 1.0), (1e7, 0.2)):
+def test_a_posterior_as_prior_goes_on_from_its_mean_and_sigma_at_any_lambda() -> None:
+    for ess, strength in ((1e3, 1.0), (1e7, 0.2), (1e5, 100.0)):
         pair, prior = lora_pair(), gaussian_prior()
         optimizer = IVONLoRA(pair.items(), **{**SETTINGS, "ess": ess}, prior=prior, prior_strength=strength)
         for name, param in pair.items():
             assert torch.equal(param.detach(), prior[name][0])
-            torch.testing.assert_close(optimizer.sigma(param), prior[name][1], rtol=1e-5, atol=0)
+            # Stronger than it was, the prior is narrower, and so is where it begins; what is saved stays.
+            expected = prior[name][1] / max(1.0, strength) ** 0.5
+            torch.testing.assert_close(optimizer.sigma(param), expected, rtol=1e-5, atol=0)
+            torch.testing.assert_close(optimizer.sigma_to_go_on_from(param), prior[name][1], rtol=1e-4, atol=0)
             torch.testing.assert_close(
                 optimizer.prior_precision(param), strength / prior[name][1] ** 2, rtol=1e-5, atol=0
             )
+
+
+def test_what_is_saved_counts_the_old_data_once_however_strong_the_prior() -> None:
+    found = []
+    for strength in (0.5, 1.0, 100.0):
+        pair = lora_pair()
+        optimizer, _ = run_beside_reference(pair, 30, prior=gaussian_prior(), **{**SQUARED, "prior_strength": strength})
+        for name, param in pair.items():
+            known = optimizer.state[param]["precision"] - strength / (SETTINGS["ess"] * gaussian_prior()[name][1] ** 2)
+            assert (known > -1e-6).all(), "squared gradients add to the prior"
+            once = known.clamp_min(0) + min(strength, 1.0) / (SETTINGS["ess"] * gaussian_prior()[name][1] ** 2)
+            expected = (SETTINGS["ess"] * once).rsqrt()
+            if strength > 1:
+                torch.testing.assert_close(optimizer.sigma_to_go_on_from(param), expected, rtol=1e-4, atol=0)
+                assert (optimizer.sigma(param) < optimizer.sigma_to_go_on_from(param)).all()
+            else:
+                assert torch.equal(optimizer.sigma_to_go_on_from(param), optimizer.sigma(param))
+        found.append(optimizer.sigma_to_go_on_from(pair["A"]))
+    empirical = IVONLoRA(lora_pair().values(), **SETTINGS)
+    assert torch.equal(
+        *(one(empirical.param_groups[0]["params"][0]) for one in (empirical.sigma, empirical.sigma_to_go_on_from))
+    )
 
 
 def test_two_tasks_of_known_curvature_give_the_posterior_of_both() -> None:
