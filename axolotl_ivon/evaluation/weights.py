@@ -168,10 +168,13 @@ def sweep_weights(
     return WeightsSweep(points, best, chosen, objective, outcome, difference, error, text)
 
 
-def _by_file(scores: Scores, halves: dict[str, tuple[Tensor, Tensor]]) -> list[dict[str, dict[str, Any]]]:
+def _by_file(
+    scores: Scores, halves: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     from .metrics import metrics
 
-    return [{path: metrics(scores.of_groups(half[i])) for path, half in halves.items()} for i in (0, 1)]
+    chooses, reports = ({path: metrics(scores.of_groups(half[i])) for path, half in halves.items()} for i in (0, 1))
+    return chooses, reports
 
 
 def _versus(
@@ -244,12 +247,12 @@ def _draw(result: WeightsSweep, folder: Path) -> list[Path]:
     axes = figure.add_subplot()
     axes.plot(*place(result.points), "o-", color=GREY, markersize=4, linewidth=1, label="weights")
     axes.plot(*place(front), "o", color=BLUE, markersize=8, label="Pareto front")
-    axes.scatter(*place([result.chosen]), marker="*", s=220, color=GREEN, edgecolor="black", zorder=4, label="chosen")
+    axes.plot(*place([result.chosen]), "*", color=GREEN, markersize=16, markeredgecolor="black", label="chosen")
     for point in result.points:
         [x], [y] = place([point])
         axes.annotate(point.told(), (x, y), (6, 4), textcoords="offset points", fontsize=7)
-    for label, path in zip((axes.set_xlabel, axes.set_ylabel), paths, strict=True):
-        label(f"{name}{' (%)' if scale == 100 else ''} on {Path(path).name}")
+    x_label, y_label = (f"{name}{' (%)' if scale == 100 else ''} on {Path(path).name}" for path in paths)
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.set_title("product of the posteriors by their weights, on the half that chooses", fontsize=9)
     axes.margins(0.12)
     axes.grid(alpha=0.25)

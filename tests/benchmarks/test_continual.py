@@ -91,7 +91,7 @@ def test_the_penalties_pull_by_their_own_gradient(
     tasks, heads, model = module.load_suite("tiny", None, tmp_path, 0)
     learner = module.Learner(model, tasks, heads, 1, 5e-3, 0)
     learner.keep(f"adamw-{penalty}", 0)
-    start, factors = learner.anchor, learner.old
+    start, factors = learner.anchor, dict(learner.old)  # which goes on when a task is learned
     learner.load({name: value + 0.5 for name, value in start.items()})
     seen: list[dict[str, torch.Tensor]] = []
 
@@ -115,7 +115,7 @@ def test_the_penalties_pull_by_their_own_gradient(
     for name in start:
         pull = 2.0 * (factors[name] if penalty == "ewc" else 1.0) * 0.5
         torch.testing.assert_close(
-            after[name] - before[name], torch.zeros_like(before[name]) + pull, rtol=1e-3, atol=1e-5
+            after[name] - before[name], torch.zeros_like(before[name]) + pull, rtol=1e-3, atol=1e-4
         )
 
 
