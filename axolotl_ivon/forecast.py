@@ -115,7 +115,10 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
 
 def _goes_on(prior: str, strength: float) -> Finding:
     """Say what a run goes on from, and what that counts as."""
-    check_prior(prior, {})
+    try:
+        check_prior(prior, {})
+    except IVONError as error:
+        raise IVONError(error.told(lambda name: f"ivon_{name}")) from error
     header = Adapter(prior).metadata
     seen = header.get("train_size") or "an unknown number of"
     text = f"goes on from {prior}: its {seen} examples count {strength:g} time{'' if strength == 1 else 's'} each"

@@ -176,5 +176,7 @@ def test_an_earlier_adapter_is_told_of_and_must_be_there(tmp_path: Path, make_ad
     [told] = [one for one in found["findings"] if one["about"] == "prior"]
     assert told["text"] == f"goes on from {monday}: its 100 examples count 0.5 times each"
     path.write_text(yaml.safe_dump({**base, "ivon_prior": str(tmp_path / "sunday")}))
-    with pytest.raises(IVONError, match=r"'.*sunday' is refused, it must be 'empirical', a number, or the folder"):
+    with pytest.raises(
+        IVONError, match=r"^ivon_prior: '.*sunday' is refused, it must be 'empirical', a number, or the folder"
+    ):
         forecast(path)
