@@ -163,6 +163,8 @@ def _check_prior(cfg: Mapping[str, Any], folder: str | None) -> None:
     begin = cfg.get("lora_model_dir")
     if begin and str(begin) != folder and os.path.realpath(str(begin)) != os.path.realpath(folder):
         raise ConfigError(f"{named} is not lora_model_dir: {begin}; name the same adapter in both, or ivon_prior alone")
+    if cfg.get("output_dir") and os.path.realpath(str(cfg["output_dir"])) == os.path.realpath(folder):
+        raise ConfigError(f"{named} is output_dir as well, and would be overwritten; choose another output_dir")
     if cfg.get("ivon_h0") is not None:
         raise ConfigError(f"ivon_h0: {cfg['ivon_h0']} has no effect with {named}, whose σ it begins with; remove it")
     if cfg.get("ivon_rescale_lr"):

@@ -78,6 +78,7 @@ def test_an_earlier_adapter_that_does_not_go_with_the_yaml_is_refused_before_any
         ({"lora_model_dir": str(other)}, f"ivon_prior: {monday} is not lora_model_dir: {other}; name the same adapter"),
         ({"lora_r": 8}, f"ivon_prior: {monday} has r 4 and this adapter 8; set lora_r: 4"),
         ({"lora_r": 4, "lora_alpha": 16}, "has lora_alpha 8 and this adapter 16; set lora_alpha: 8"),
+        ({"output_dir": f"{monday}/."}, f"ivon_prior: {monday} is output_dir as well, and would be overwritten"),
         ({"ivon_h0": 0.1}, f"ivon_h0: 0.1 has no effect with ivon_prior: {monday}"),
         ({"ivon_rescale_lr": True}, "ivon_rescale_lr: true does not go with ivon_prior"),
         ({"ivon_prior": str(plain)}, f"ivon_prior: {plain} has no σ, so it is no posterior"),

@@ -149,3 +149,30 @@ def test_a_bfloat16_adapter_goes_on_from_a_float32_mean(monday: Path, tiny_llama
     trainer.create_optimizer()
     for name, param in trainer.posterior_training.params.items():
         assert torch.equal(trainer.optimizer.mean(param), q.mean[name.replace(".default", "")])
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"rank_pattern": {"q_proj": 2}},
+    ],
+    ids=["dora", "modules_to_save", "embedding", "ranks"],
+)
+def test_whatever_an_adapter_is_made_of_is_gone_on_from(lora: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+    first = make_trainer(tiny_llama, tmp_path / "first", lora, max_steps=2, save_strategy="no")
+    attach(first)
+    first.train()
+    first.model.save_pretrained(tmp_path / "first")
+    q = Posterior.from_pretrained(tmp_path / "first")
+    second = make_trainer(tiny_llama, tmp_path / "second", lora, save_strategy="no")
+    attach(second, prior=q)
+    second.create_optimizer()
+    expected = lora_weights(first.model)
+    for name, param in second.posterior_training.params.items():
+        assert torch.equal(param.detach(), expected[name])
+        torch.testing.assert_close(
+            second.optimizer.sigma(param), first.posterior_training.optimizer.sigma(first.model.get_parameter(name))
+        )
