@@ -8,7 +8,8 @@ SmolLM2-135M with LoRA on its upper layers learns four tasks one after the other
 fast path of the fidelity suite (`fidelity/causal.py`). A run is one method at one value of its strength and one seed;
 it appends a line of JSON when it is done, and a run that has one is skipped. With R[i, j] the score on task j after
 task i and T tasks, the average accuracy is mean_j R[T, j], and the backward transfer mean_{j<T} R[T, j] − R[j, j]:
-forgetting is where it is negative (Lopez-Paz and Ranzato, arXiv 1706.08840).
+forgetting is where it is negative (Lopez-Paz and Ranzato, arXiv 1706.08840). "NLL lost" is the same of the NLL, where
+forgetting is positive.
 
 Strengths are chosen by the average NLL of the last model on the validation data of all four tasks, over all seeds.
 """
@@ -350,6 +351,8 @@ def summary(record: Mapping[str, Any]) -> dict[str, float]:
     }
     if len(r) > 1:
         found["backward"] = 100 * float((r[-1] - r.diagonal())[:-1].mean())
+        lost = [last[j]["nll"] - row[j]["nll"] for j, row in enumerate(record["test"][:-1])]
+        found["lost"] = sum(lost) / len(lost)
     if record["draws"]:
         count = len(record["draws"])
         found |= {
@@ -378,6 +381,7 @@ def validation_nll(records: Sequence[Mapping[str, Any]]) -> float:
 COLUMNS = {
     "average": "average accuracy, %",
     "backward": "backward transfer, points",
+    "lost": "NLL lost since learned",
     "newest": "newest task, %",
     "nll": "NLL",
     "ece": "ECE, %",
@@ -418,8 +422,12 @@ def column_text(values: Sequence[float], column: str) -> str:
     """Return mean ± standard error over seeds, or nothing."""
     if not values:
         return ""
-    digits, numbers = 3 if column == "nll" else 1, torch.tensor(values, dtype=torch.float64)
-    text = f"{float(numbers.mean()):+.{digits}f}" if column == "backward" else f"{float(numbers.mean()):.{digits}f}"
+    digits, numbers = 3 if column in ("nll", "lost") else 1, torch.tensor(values, dtype=torch.float64)
+    text = (
+        f"{float(numbers.mean()):+.{digits}f}"
+        if column in ("backward", "lost")
+        else f"{float(numbers.mean()):.{digits}f}"
+    )
     return text if len(values) == 1 else f"{text} ± {float(numbers.std()) / len(values) ** 0.5:.{digits}f}"
 
 

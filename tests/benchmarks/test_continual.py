@@ -148,6 +148,7 @@ def test_forgetting_and_averages_are_those_of_the_matrix(module: Any) -> None:
     found = module.summary(record([[0.8], [0.6, 0.9]]))
     assert found["average"] == pytest.approx(75)
     assert found["backward"] == pytest.approx(-20)
+    assert found["lost"] == pytest.approx(0.2)
     assert (found["newest"], found["nll"], found["ece"]) == pytest.approx((90, 0.25, 10))
     assert "backward" not in module.summary(record([[0.6, 0.9]]))
 
@@ -160,4 +161,4 @@ def test_the_strength_is_chosen_by_validation_over_all_seeds(module: Any) -> Non
     ]
     lines = [line for line in module.report(runs, None).splitlines() if "EWC" in line]
     assert ["(chosen)" in line for line in lines] == [True, False]
-    assert "| 2 | 75.0 ± 5.0 | -10.0 ± 0.0 |" in lines[1]
+    assert "| 2 | 75.0 ± 5.0 | -10.0 ± 0.0 | +0.100 ± 0.000 |" in lines[1]
