@@ -149,7 +149,7 @@ def _elementwise(
     def mean(key: str) -> np.ndarray:
         if not first.mean.is_float(key):
             return first.mean.raw(key)
-        means, sigmas = ([one(q, key) for q in everybody] for one in (_mean_of, _sigma_of))
+        means, sigmas = [q.mean.float32(key) for q in everybody], [q.sigma.raw(key) for q in everybody]
         if method == "linear":
             values = _blockwise(lambda *m: _sum(w * x for w, x in zip(share, m, strict=True)), means)
         else:
@@ -159,7 +159,7 @@ def _elementwise(
         return values.astype(NUMPY[first.mean.specs[key][0]], copy=False)
 
     def sigma(key: str) -> np.ndarray:
-        sigmas = [_sigma_of(q, key) for q in everybody]
+        sigmas = [q.sigma.raw(key) for q in everybody]
         if method == "linear":
             return _blockwise(lambda *s: np.sqrt(_sum((w * x) ** 2 for w, x in zip(share, s, strict=True))), sigmas)
         return _blockwise(
@@ -191,17 +191,8 @@ def _precision(sigma: np.ndarray) -> np.ndarray:
     return np.reciprocal(sigma * sigma)
 
 
-def _mean_of(q: Posterior, key: str) -> np.ndarray:
-    return q.mean.float32(key)
-
-
-def _sigma_of(q: Posterior, key: str) -> np.ndarray:
-    return q.sigma.raw(key)
-
-
 def _product_precision(product: Sequence[Factor], precisions: Sequence[np.ndarray], fixed: float) -> np.ndarray:
     """Return the precision of the product, in which a fixed prior of all that have no other is counted once."""
-
     # No posterior knows less than its prior; rounding and a lagging Hessian estimate can make it look so.
     roots = [precisions[factor.node] for factor in product if factor.parent is None]
     claimed = functools.reduce(np.minimum, roots, np.full_like(precisions[0], fixed)) if fixed else None
