@@ -20,6 +20,8 @@ REFERENCES = ("mean", "base", "mean+temperature")
 # Each verdict: a row, and what it is held against.
 _QUESTIONS = (("mean", "base"), ("posterior", "mean"), ("posterior+temperature", "mean+temperature"))
 _LIKELY = 2.0  # standard errors from zero that are no noise
+# What a verdict shows: metric, its name, factor, digits, unit.
+_SHOWN = (("nll", "NLL", 1, 3, ""), ("accuracy", "accuracy", 100, 1, " %"), ("ece", "ECE", 100, 1, " %"))
 _FEWEST = 30  # examples below which a standard error says little
 
 
@@ -91,14 +93,9 @@ def _verdict(row: Mapping[str, Any], than: str) -> dict[str, Any]:
     examples, needed = row["examples"], None
     what, are = _subject(row)
     against = {"base": "the base model", "mean": "the mean", "mean+temperature": "the mean at its own"}[than]
+    shown = [line for line in _SHOWN if line[0] in versus]
     figures = ", ".join(
-        f"{label} {_signed(versus[metric], scale, digits)}{unit}"
-        for metric, label, scale, digits, unit in (
-            ("nll", "NLL", 1, 3, ""),
-            ("accuracy", "accuracy", 100, 1, " %"),
-            ("ece", "ECE", 100, 1, " %"),
-        )
-        if metric in versus
+        f"{label} {_signed(versus[metric], scale, digits)}{unit}" for metric, label, scale, digits, unit in shown
     )
     if not difference and not error:
         verdict, text = "the same", f"{what} and {against} predict the same"
@@ -111,7 +108,9 @@ def _verdict(row: Mapping[str, Any], than: str) -> dict[str, Any]:
         verdict, needed = "within noise", examples_needed(examples, difference, error)
         told = f"about {needed:,}" if needed and needed <= 10**6 else "more than a million"
         would = f"{told} examples would tell"
-        text = f"{what} and {against} are within noise: {figures}; {would}"
+        others = " and ".join(label for metric, label, *_ in shown if _is_one(versus[metric]))
+        but = f" in NLL, but not in {others}" if others else ""
+        text = f"{what} and {against} are within noise{but}: {figures}; {would}"
     return {
         "data": row["data"],
         "name": row["name"],
@@ -123,6 +122,12 @@ def _verdict(row: Mapping[str, Any], than: str) -> dict[str, Any]:
         "examples_needed": needed,
         "text": text,
     }
+
+
+def _is_one(versus: Mapping[str, float | None]) -> bool:
+    """Whether a difference is beyond noise."""
+    error = versus["standard_error"]
+    return bool(error) and abs(versus["difference"] or 0.0) >= _LIKELY * (error or 0.0)
 
 
 def _subject(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.fidelity run causal --bigbench DIR  # on a CPU; again to go on (causal-quick: half an hour)
     python -m benchmarks.fidelity report causal              # tables and pictures of what has finished
+    python -m benchmarks.fidelity write                      # the tables in README.md and RESULTS.md, made anew
     python -m benchmarks.fidelity configs paper --out DIR    # axolotl YAMLs and the commands of the other suites
 
 The experiments are in `experiments.yaml`, the results in `results.jsonl`: one line for each evaluated row of each run.
@@ -24,6 +25,7 @@ from example_configs.smollm2.prepare_demo import DEMO
 from .run import Places, current_commit, read_results, run
 
 HERE = Path(__file__).resolve().parent
+PAGES = (HERE.parents[1] / "README.md", HERE.parent / "RESULTS.md")
 
 
 def main() -> None:
@@ -33,7 +35,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=["run", "report", "configs"])
+    parser.add_argument("command", choices=["run", "report", "write", "configs"])
     parser.add_argument("suite", nargs="?", default="encoder", help="causal, causal-quick, encoder (default) …")
     parser.add_argument("--experiments", type=Path, default=HERE / "experiments.yaml")
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
@@ -47,7 +49,16 @@ def main() -> None:
     if arguments.suite not in suites:
         raise SystemExit(f"suite {arguments.suite!r}: {arguments.experiments.name} has {', '.join(suites)}")
     suite = suites[arguments.suite]
-    if arguments.command == "report":
+    if arguments.command == "write":
+        from .page import fill, learning_curves
+        from .report import Results
+
+        records = read_results(arguments.results)
+        for page in PAGES:
+            page.write_text(fill(page.read_text(encoding="utf-8"), suites, records), encoding="utf-8")
+        figure = learning_curves(Results(suites["causal-quick"], records))
+        figure.savefig(HERE.parent / "pictures" / "causal-curves.png", dpi=110)
+    elif arguments.command == "report":
         from .report import report
 
         print(report(suite, read_results(arguments.results), arguments.out or HERE.parent / "pictures"))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.fidelity configs causal-axolotl --bigbench DIR --out outputs/causal
     python -m benchmarks.fidelity configs paper --out outputs/paper      # needs a hub and a GPU
-    bash outputs/paper/run.sh
+    bash outputs/paper/run.sh                                            # as paper-8b, paper-70b, code, multilingual
 
 `run.sh` is resumable: a run whose evaluation is there is skipped. For the paper's suite it begins by writing the six
 data sets of the hub as chat JSONL, which this module does:
@@ -74,6 +74,12 @@ def write_hub_data(folder: Path) -> None:
             (folder / f"{name}.{ending}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def _trained_on(suite: Mapping[str, Any], task: str, data: Path) -> dict[str, Any]:
+    if isinstance(suite["tasks"], Mapping):  # data sets of the hub, as they are
+        return dict(suite["tasks"][task])
+    return {"path": str(data / f"{task}.train.jsonl"), "type": "chat_template"}
+
+
 def run_configs(suite: Mapping[str, Any], data: Path, out: Path) -> dict[str, dict[str, Any]]:
     """Return name -> axolotl configuration of every task, method, value of the method's grid, and seed."""
     configs = {}
@@ -88,7 +94,7 @@ def run_configs(suite: Mapping[str, Any], data: Path, out: Path) -> dict[str, di
                         **{option: setting for option, setting in spec.items() if option != "grid"},
                         key: value,
                         "seed": seed,
-                        "datasets": [{"path": str(data / f"{task}.train.jsonl"), "type": "chat_template"}],
+                        "datasets": [_trained_on(suite, task, data)],
                         "dataset_prepared_path": str(out / "prepared" / task),
                         "output_dir": str(out / name),
                     }
@@ -103,31 +109,50 @@ def write_configs(suite: Mapping[str, Any], out: Path, bigbench: Path | None) ->
     """
     if "axolotl" not in suite:
         raise SystemExit("the encoder suite needs no configs: `python -m benchmarks.fidelity run`")
-    hub = suite["data"] == "hub"
-    if not hub and bigbench is None:
+    given = "harness" not in suite and suite["data"] != "hub"
+    if given and bigbench is None:
         raise SystemExit("this suite trains on the BIG-bench tasks: give their folder with --bigbench")
-    data = out / "data" if hub else bigbench
-    assert data is not None  # either way
+    data = (bigbench if given else None) or out / "data"
     out.mkdir(parents=True, exist_ok=True)
-    evaluate = shlex.join(["--json", "--quiet", *suite.get("evaluate", [])])
     lines = ["#!/bin/bash", "set -e", f"out={shlex.quote(str(out))} data={shlex.quote(str(data))}"]
-    if hub:
+    if not given and "harness" not in suite:
         lines.append('[ -d "$data" ] || python -m benchmarks.fidelity.configs "$data"')
+    configs = run_configs(suite, data, out)
     lines += [
-        "one() {  # name, task, rows",
+        "one() {  # name, task, and what evaluates it",
         '  [ -s "$out/$1.json" ] && return',
-        f'  axolotl train "$out/$1.yaml" {suite["launch"]}',
-        f'  ivon-post eval "$out/$1" --data "$data/$2.validation.jsonl" --rows "$3" {evaluate} > "$out/$1.new"',
-        '  mv "$out/$1.new" "$out/$1.json"',
+        f'  axolotl train "$out/$1.yaml" {suite["launch"]}'.rstrip(),
+        *(_harness(suite) if "harness" in suite else _eval(suite)),
         "}",
     ]
-    configs = run_configs(suite, data, out)
     for name, config in configs.items():
         (out / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        rows = suite["rows"]["ivon" if config["optimizer"] == "ivon_lora" else "other"]
-        lines.append(f"one {name} {name.split('-')[0]} {rows}")
+        ivon = config["optimizer"] == "ivon_lora"
+        task = next(task for task in suite["tasks"] if name.startswith(f"{task}-"))
+        if "harness" not in suite:
+            lines.append(f"one {name} {task} {suite['rows']['ivon' if ivon else 'other']}")
+        elif ivon:
+            lines.append(f"one {name} {task} ivon-posterior adapter=$out/{name},samples=8,load_in=8bit")
+        else:
+            base = f"pretrained={config['base_model']},peft=$out/{name},load_in_8bit=True"
+            lines.append(f"one {name} {task} hf {base}")
     (out / "run.sh").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return [f"{len(configs)} configurations in {out}; train and evaluate them with", f"    bash {out / 'run.sh'}"]
+
+
+def _eval(suite: Mapping[str, Any]) -> list[str]:
+    options = shlex.join(["--json", "--quiet", *suite.get("evaluate", [])])
+    return [
+        f'  ivon-post eval "$out/$1" --data "$data/$2.validation.jsonl" --rows "$3" {options} > "$out/$1.new"',
+        '  mv "$out/$1.new" "$out/$1.json"',
+    ]
+
+
+def _harness(suite: Mapping[str, Any]) -> list[str]:
+    harness = suite["harness"]
+    words = [harness.get("environment", ""), "python -m axolotl_ivon.lm_eval", '--model "$3" --model_args "$4"']
+    words += [f"--tasks {harness['tasks']}", *harness.get("options", []), '--output_path "$out/$1.new"']
+    return ["  " + " ".join(filter(None, words)), '  cat "$out/$1.new"/*/results_*.json > "$out/$1.json"']
 
 
 if __name__ == "__main__":

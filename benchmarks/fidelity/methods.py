@@ -109,13 +109,22 @@ def as_posterior(mean: Weights, sigma: Weights | None = None) -> Posterior:
 
 
 class Curve:
-    """Accuracy, NLL and ECE on the validation data at some points of a run, at the mean.
+    """Accuracy, NLL and ECE on the validation data at some points of a run, at the mean and averaged over draws.
 
-    `points` lists (step, training loss since the point before, metrics); what it costs is not counted as training.
+    `points` lists {"step", "accuracy", …, "draws": {"accuracy", …}}, the last where `posterior()` gives one; what it
+    costs, `seconds` of CPU time, is not counted as training.
     """
 
-    def __init__(self, model: nn.Module, task: Task, settings: Mapping[str, Any]) -> None:
-        self.model, self.examples, self.points = model, task.validation, list[dict[str, float]]()
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        settings: Mapping[str, Any],
+        posterior: Callable[[], Posterior] | None = None,
+        draws: int = 8,
+    ) -> None:
+        self.model, self.examples, self.posterior, self.draws = model, task.validation, posterior, draws
+        self.points: list[dict[str, Any]] = []
         count = settings.get("curve", 0)
         self.steps = {round(settings["steps"] * (i + 1) / count) - 1 for i in range(count)}
         self.seconds = 0.0
@@ -126,11 +135,18 @@ class Curve:
             return
         begun = time.process_time()
         self.model.eval()
-        labels = torch.tensor([example.label for example in self.examples])
-        found = metrics(Scores.of(predict(self.model, self.examples).softmax(-1), labels))
-        self.points.append({"step": step + 1, **{name: found[name] or 0.0 for name in ("accuracy", "nll", "ece")}})
+        point = {"step": step + 1, **self.measure(Predictions.of([predict(self.model, self.examples)]))}
+        if self.posterior is not None:
+            point["draws"] = self.measure(predict_posterior(self.model, self.posterior(), self.examples, self.draws))
+        self.points.append(point)
         self.model.train()
         self.seconds += time.process_time() - begun
+
+    def measure(self, predictions: Predictions) -> dict[str, float]:
+        """Return accuracy, NLL and ECE."""
+        labels = torch.tensor([example.label for example in self.examples])
+        found = metrics(Scores.of(predictions.probabilities, labels))
+        return {name: found[name] or 0.0 for name in ("accuracy", "nll", "ece")}
 
 
 def train_adamw(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Trained:
@@ -147,7 +163,7 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
     `lr` is the most that a step may move a weight, as AdamW's learning rate is in a YAML; without it the rate is that
     of the preset's travel. `per_weight` is λ/(N·weights).
     """
-    parameters, curve, preset = model.trained(), Curve(model, task, settings), PRESETS["auto"]
+    parameters, preset = model.trained(), PRESETS["auto"]
     preset = preset._replace(**{name: settings[name] for name in preset._fields if name in settings})
     weights, steps = sum(value.numel() for value in parameters.values()), settings["steps"]
     ess = settings["per_weight"] * weights * len(task.train) if "per_weight" in settings else 0.0
@@ -169,11 +185,15 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
         h0_steps=preset.h0_steps,
         seed=settings["seed"],
     )
+
+    def posterior() -> Posterior:
+        mean = {name: optimizer.mean(value) for name, value in parameters.items()}
+        return as_posterior(mean, {name: optimizer.sigma(value) for name, value in parameters.items()})
+
+    curve = Curve(model, task, settings, posterior)
     seconds = loop(model, task.train, optimizer, settings, optimizer.sampled_params, curve) - curve.seconds
-    mean = {name: optimizer.mean(value) for name, value in parameters.items()}
-    sigma = {name: optimizer.sigma(value) for name, value in parameters.items()}
     facts = {**optimizer.summary(), "curve": curve.points}
-    return Trained(model, as_posterior(mean, sigma), seconds, state_bytes(optimizer), facts)
+    return Trained(model, posterior(), seconds, state_bytes(optimizer), facts)
 
 
 def travel_rate(travel: float, steps: int, share: float) -> float:

@@ -44,8 +44,14 @@ ROW_NAMES = {
     ("ivon-lora-rate", "posterior-scaled"): "IVON-LoRA, λ = 10·N, 10 draws + temperature scaling",
     ("ivon-lora-preset", "mean"): "**IVON-LoRA, preset small_data, mean**",
     ("ivon-lora-preset", "posterior"): "**IVON-LoRA, preset small_data, 10 draws**",
+    ("ivon-paper", "mean"): "the paper's algorithm, λ = 10·N, mean",
+    ("ivon-paper", "posterior"): "the paper's algorithm, λ = 10·N, {draws} draws",
+    ("ivon-auto", "mean"): "**IVON-LoRA, untuned, mean**",
+    ("ivon-auto", "posterior"): "**IVON-LoRA, untuned, {draws} draws**",
+    ("ivon-auto", "temperature-scaling"): "IVON-LoRA, untuned, mean + temperature scaling",
+    ("ivon-auto", "posterior-scaled"): "IVON-LoRA, untuned, {draws} draws + temperature scaling",
 }
-OURS = ("ivon-lora", "ivon-lora-h0", "ivon-lora-rate", "ivon-lora-preset")
+OURS = ("ivon-auto", "ivon-paper", "ivon-lora", "ivon-lora-h0", "ivon-lora-rate", "ivon-lora-preset")
 SHIFTED = (
     ("adamw", "mean"),
     ("blob", "posterior"),
@@ -102,15 +108,21 @@ class Results:
 
     def tasks(self) -> list[str]:
         """Return the tasks on which AdamW and IVON-LoRA have run with at least two seeds."""
-        rows = (("adamw", "mean"), ("ivon-lora", "posterior"))
+        ours = next(method for method in OURS if method in self.suite["methods"])
+        rows = (("adamw", "mean"), (ours, "posterior"))
         return [task for task in self.suite["tasks"] if all(len(self.find(task, *row)) > 1 for row in rows)]
 
 
 def _chosen_by(by: str | float) -> str:
-    return "" if by == "nll" else f", rate by {by}" if isinstance(by, str) else f", rate {by:g}"
+    return "" if by == "nll" else f", rate by {by}" if isinstance(by, str) else f", rate {by:.0e}".replace("e-0", "e-")
 
 
-def _lines(results: Results) -> list[tuple[str, str, str | float]]:
+def label_of(results: Results, method: str, row: str, by: str | float) -> str:
+    """Return what a line of a table is called."""
+    return ROW_NAMES[method, row].format(draws=results.suite["draws"]) + _chosen_by(by)
+
+
+def lines_of(results: Results) -> list[tuple[str, str, str | float]]:
     """Return (method, row, what its rate was chosen by) of what the tables show."""
     methods = results.suite["methods"]
     return [
@@ -124,14 +136,14 @@ def _lines(results: Results) -> list[tuple[str, str, str | float]]:
 
 def main_table(results: Results) -> str:
     """Accuracy, ECE and NLL of every method and row, task by task and on average over tasks."""
-    tasks, parts, lines = results.tasks(), [], _lines(results)
+    tasks, parts, lines = results.tasks(), [], lines_of(results)
     for metric, (name, scale, _) in METRICS.items():
         rows = []
         for method, row, by in lines:
             found = [results.values(metric, task, method, row, choose_by=by) for task in tasks]
             if not any(found):
                 continue
-            label = ROW_NAMES[method, row] + _chosen_by(by)
+            label = label_of(results, method, row, by)
             seeds = set.intersection(*(set(values) for values in found))
             average = [statistics.fmean(values[seed] for values in found) for seed in sorted(seeds)]
             rows.append([label, *(cell(list(values.values()), metric) for values in found), cell(average, metric)])
@@ -165,7 +177,7 @@ def verdict_table(results: Results) -> str:
                 ratio = statistics.fmean(ours_mean) / statistics.fmean(theirs_mean)
                 text, holds = f"{ratio:.2f} of AdamW's", margin + 2 * error < 0
             rows.append([
-                f"{ROW_NAMES[method, row].replace('*', '')}: {METRICS[metric][0]}",
+                f"{label_of(results, method, row, 'nll').replace('*', '')}: {METRICS[metric][0]}",
                 f"validation {METRICS[by][0]}" if isinstance(by, str) else f"{by:g}",
                 cell(ours_mean, metric), cell(theirs_mean, metric), text, "yes" if holds else "no",
             ])  # fmt: skip
@@ -189,7 +201,7 @@ def shift_table(results: Results) -> str:
                     values = {m: [r["metrics"][m] for r in found.values()] for m in METRICS}
                     cells.append(" / ".join(cell(values[m], m) for m in METRICS) if found else "–")
                 if any(text != "–" for text in cells):
-                    label = ROW_NAMES[method, row] + _chosen_by(by)
+                    label = label_of(results, method, row, by)
                     rows.append([task, label, *cells])
     return table(["task", "accuracy (%) / ECE (%) / NLL", *domains], rows) if rows else "Not run."
 
@@ -268,7 +280,7 @@ def scatter(results: Results) -> Figure:
     }
     panels = figure.subplots(len(tasks), 2, sharey="row", squeeze=False)
     for task, axes in zip(tasks, panels, strict=True):
-        for (method, row, by), marker in zip(_lines(results), itertools.cycle("os^vDP*Xsph<>d8"), strict=False):
+        for (method, row, by), marker in zip(lines_of(results), itertools.cycle("os^vDP*Xsph<>d8"), strict=False):
             found = {metric: results.values(metric, task, method, row, choose_by=by) for metric in METRICS}
             if not found["nll"]:
                 continue
@@ -276,7 +288,7 @@ def scatter(results: Results) -> Figure:
             for axis, metric in zip(axes, ("ece", "nll"), strict=True):
                 axis.plot(
                     point[metric], point["accuracy"], marker, color=colors.get(method), markersize=8,
-                    label=ROW_NAMES[method, row].replace("*", "") + _chosen_by(by),
+                    label=label_of(results, method, row, by).replace("*", ""),
                 )  # fmt: skip
         axes[0].set_ylabel(f"{task}: accuracy (%)")
         for axis in axes:

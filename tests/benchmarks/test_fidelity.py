@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -91,6 +91,41 @@ def test_encoder_equals_the_model_that_it_shortens(bert: Path) -> None:
     torch.testing.assert_close(model(collate(frozen)), expected)
     batch["input_ids"] = batch["input_ids"] + 1  # of no effect then: the ids only say what is padding
     torch.testing.assert_close(model({**collate(frozen), "input_ids": (batch["input_ids"] != 1).long()}), expected)
+
+
+def test_causal_equals_transformers_and_the_kept_trunk_changes_nothing(tmp_path: Path) -> None:
+    from benchmarks.fidelity.causal import Causal
+    from benchmarks.fidelity.data import collate
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = Causal(tmp_path, [7, 9], 0, 2, ["q_proj", "v_proj"], 0.1, 2, torch.float32).eval()
+    for name, value in model.trained().items():
+        if "lora_B" in name:
+            nn.init.normal_(value)
+    assert {name.split(".layers.")[1][0] for name in model.trained()} == {"2", "3"}
+    texts = examples(5)
+    batch = collate(texts)
+    ids, mask = batch["input_ids"], (batch["input_ids"] != 0).long()
+    whole = model.peft(input_ids=ids, attention_mask=mask).logits
+    expected = whole[torch.arange(5), mask.sum(1) - 1][:, [7, 9]]
+    torch.testing.assert_close(model(batch), expected)
+    kept = collate(model.freeze(texts, size=2))
+    torch.testing.assert_close(model(kept), expected)
+    gradients = []
+    for inputs in (batch, kept):
+        model.zero_grad()
+        F.cross_entropy(model(inputs), inputs["labels"]).backward()
+        gradients.append({name: value.grad.clone() for name, value in model.trained().items()})
+    model.zero_grad()
+    F.cross_entropy(expected, batch["labels"]).backward()
+    for name, value in model.trained().items():
+        torch.testing.assert_close(gradients[0][name], value.grad)
+        torch.testing.assert_close(gradients[1][name], value.grad)
 
 
 def test_predictions_are_in_the_order_of_the_examples(bert: Path) -> None:
@@ -386,6 +421,70 @@ def test_tables_hold_means_and_standard_errors(tmp_path: Path) -> None:
     assert (tmp_path / "fidelity-methods.png").stat().st_size > 1000
 
 
+def causal_records() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A suite of AdamW and the preset, and results: AdamW's NLL is 1 at 2e-4 and 2 at 5e-4, the preset's 0.8."""
+    from benchmarks.fidelity import run as fidelity
+
+    made = suite()
+    made["methods"] = {
+        "adamw": {
+            "trainer": "adamw", "grid": {"lr": [2.0e-4, 5.0e-4]}, "select": "mean",
+            "choose_by": ["nll", 2.0e-4, 5.0e-4], "rows": ["mean", "temperature-scaling"],
+        },
+        "ivon-auto": {
+            "trainer": "ivon-auto", "grid": {"travel": [0.125]}, "select": "posterior",
+            "rows": ["mean", "posterior", "sigma=as-is", "sigma=permuted"],
+        },
+    }  # fmt: skip
+    made["stages"] = [{"tasks": ["movie"], "methods": ["adamw", "ivon-auto"], "seeds": [0, 1]}]
+    made["ablations"] = {}
+    records: list[dict[str, Any]] = []
+    for jobs in fidelity.plan(made, records):
+        for job in jobs:
+            settings = json.loads(job.settings)
+            nll = {2.0e-4: 1.0, 5.0e-4: 2.0}.get(settings.get("lr"), 0.8) + 0.01 * settings["seed"]
+            for row, data in job.rows:
+                worse = 0.1 * (row == "sigma=permuted")
+                metrics = {"nll": nll + worse, "accuracy": 0.5, "ece": nll / 4}
+                points = [{"step": 1, "draws": metrics, **metrics}]
+                facts = {"train_seconds": 1.0, "state_mb": 0.5, "curve": points}
+                records.append({"run": job.key, "row": row, "data": data, "metrics": metrics, "facts": facts})
+    return made, records
+
+
+def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
+    from benchmarks.fidelity.page import fill, learning_curves, promises, shape, summary
+    from benchmarks.fidelity.report import Results
+
+    made, records = causal_records()
+    results = Results(made, records)
+    # 0.8 and 0.81 against 1 and 1.01 at the chosen rate, 1.5 and 1.51 over both: ratios of 1.61/2.01 and 1.61/3.01.
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in promises(results).splitlines()[2:]]
+    found = {(line[0].rpartition("AdamW")[2].split(",")[0], line[1]): line[3:] for line in lines}
+    assert found[" at 2e-4 and 5e-4", "NLL of the draws"] == ["0.53", "yes"]
+    assert found[" at 2e-4 and 5e-4", "ECE of the draws"] == ["0.53", "no"]
+    assert found["", "NLL of the draws"] == ["0.80", "yes"]
+    assert found["", "accuracy of the mean"] == ["+0.0 ± 0.0 points", "yes"]
+    assert "+0.100 ± 0.000" in shape(results)
+    assert "| AdamW, rate by validation | 50.0 ± 0.0 | 25.1 ± 0.1 | 1.005 ± 0.005 |" in summary(results)
+    page = "a\n<!-- table: s summary -->\nold\n<!-- end of table -->\nb"
+    assert fill(page, {"s": made}, records) == page.replace("old", summary(results))
+    assert len(learning_curves(results).axes) == 3
+
+
+def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
+    from benchmarks.fidelity.__main__ import PAGES
+    from benchmarks.fidelity.page import PLACE, fill
+    from benchmarks.fidelity.run import read_results
+
+    suites = yaml.safe_load((BENCHMARKS / "fidelity/experiments.yaml").read_text(encoding="utf-8"))["suites"]
+    records = read_results(BENCHMARKS / "fidelity/results.jsonl")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert PLACE.search(text)
+        assert fill(text, suites, records) == text, "python -m benchmarks.fidelity write"
+
+
 def test_a_run_is_trained_once_and_evaluated_row_by_row(bert: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from benchmarks.fidelity import methods as fidelity_methods
     from benchmarks.fidelity import run as fidelity
@@ -436,7 +535,7 @@ def test_what_is_said_of_the_preset_is_measured_with_it(name: str) -> None:
 # -------------------------------------------------------------------- the suites that axolotl trains
 
 
-@pytest.mark.parametrize("name", ["causal-axolotl", "paper"])
+@pytest.mark.parametrize("name", ["causal-axolotl", "paper", "paper-8b", "paper-70b", "code", "multilingual"])
 def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
     from benchmarks.fidelity.configs import write_configs
 
@@ -446,8 +545,9 @@ def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
     values = sum(len(next(iter(spec["grid"].values()))) for spec in suite["methods"].values())
     assert len(written) == len(suite["tasks"]) * values * len(suite["seeds"])
     for config in written.values():
-        assert config["max_steps"] * config["micro_batch_size"] == 40000
-        assert ("ivon_gamma" in config) == (config["optimizer"] == "ivon_lora")
+        processes = 8 if name == "paper-70b" else 1
+        assert config["max_steps"] * config["micro_batch_size"] * processes == 40000
+        assert ("plugins" in config) == (config["optimizer"] == "ivon_lora")
         assert not {"grid", "rows"} & set(config)
     outputs = {config["output_dir"] for config in written.values()}
     assert len(outputs) == len(written)
@@ -455,13 +555,19 @@ def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
     for program in ("axolotl", "ivon-post", "python"):
-        (programs / program).write_text(f'#!/bin/bash\necho "{program} $*" | tee -a {tmp_path / "log"}\n')
+        # lm-evaluation-harness writes into a folder under what it is given.
+        harness = (
+            '[[ "$*" != *--output_path* ]] || { mkdir -p "${@: -1}/model"; echo {} > "${@: -1}/model/results_1.json"; }'
+        )
+        said = f'#!/bin/bash\necho "{program} $*" | tee -a {tmp_path / "log"}\n{harness}\n'
+        (programs / program).write_text(said)
         (programs / program).chmod(0o755)
     for _ in range(2):
         subprocess.run(["bash", str(tmp_path / "out/run.sh")], check=True, env={"PATH": f"{programs}:/usr/bin:/bin"})
     called = (tmp_path / "log").read_text().splitlines()
     assert sum(line.startswith("axolotl train") for line in called) == len(written)
-    assert sum(line.startswith("ivon-post eval") for line in called) == len(written)
+    evaluates = "python -m axolotl_ivon.lm_eval --model" if "harness" in suite else "ivon-post eval"
+    assert sum(line.startswith(evaluates) for line in called) == len(written)
 
 
 def test_the_papers_data_sets_become_lettered_questions() -> None:

@@ -88,6 +88,16 @@ def test_a_verdict_in_words(given: dict, verdict: str, text: str) -> None:
     assert (found["examples_needed"] is not None) == (verdict == "within noise")
 
 
+def test_within_noise_in_nll_does_not_hide_an_accuracy_that_differs() -> None:
+    given = row("mean", -0.054, 0.215, "base")
+    given["versus_base"] |= {
+        "accuracy": {"difference": 0.35, "standard_error": 0.083}, "ece": {"difference": -0.06, "standard_error": 0.07},
+    }  # fmt: skip
+    [found] = verdicts([given])
+    assert found["verdict"] == "within noise"
+    assert found["text"].startswith("the mean and the base model are within noise in NLL, but not in accuracy: NLL")
+
+
 def test_verdicts_come_file_by_file_and_only_where_both_rows_are() -> None:
     rows = [row("mean", -1, 0.1, "base"), row("posterior", -1, 0.1), row("posterior-pruned", -1, 0.1)]
     rows += [{**one, "data": "b"} for one in rows]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-FOLDER = Path(__file__).resolve().parents[2] / "example_configs"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "example_configs"
 CONFIGS = {path.stem: path for path in FOLDER.rglob("*.yaml")}
 NAMES = sorted(CONFIGS)
 GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
@@ -107,6 +108,19 @@ def test_axolotl_accepts_the_config_and_keeps_every_key(name: str, earlier: Any)
         ), key
     # 0 stands for what a preset will choose.
     assert float(config["learning_rate"]) == pytest.approx(float(expected.get("learning_rate", 0)))
+
+
+@pytest.mark.parametrize("suite", ["causal-axolotl", "paper", "paper-8b", "paper-70b", "code", "multilingual"])
+def test_axolotl_accepts_the_yamls_of_the_benchmarks(suite: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.fidelity.configs import run_configs
+
+    suites = yaml.safe_load((ROOT / "benchmarks/fidelity/experiments.yaml").read_text(encoding="utf-8"))["suites"]
+    spec = suites[suite]
+    for config in run_configs({**spec, "seeds": [0]}, tmp_path, tmp_path).values():
+        accepted = validate(config)
+        for key in config.keys() & {"load_in_8bit", "load_in_4bit", "fsdp_version", "micro_batch_size", "ivon_gamma"}:
+            assert accepted[key] == config[key]
 
 
 @pytest.mark.parametrize("name", NAMES)

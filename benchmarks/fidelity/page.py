@@ -1,0 +1,202 @@
+"""What a program writes into README.md and RESULTS.md: tables and pictures of a suite, from its results alone.
+
+A table stands in a page between two comments, `<!-- table: SUITE PART -->` and `<!-- end of table -->`.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from .report import METRICS, Results, cell, label_of, lines_of, mean_and_error, table
+from .run import Record, ablation_jobs
+
+PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+DRAWS, MEAN = ("ivon-auto", "posterior"), ("ivon-auto", "mean")
+
+
+class Baseline(NamedTuple):
+    """What the untuned preset is compared with, and what is wanted of its draws.
+
+    Attributes:
+        name: what it is called.
+        row: the row of AdamW.
+        rates: by what its learning rate is chosen; over several the metric is averaged.
+        nll, ece: the largest share of the baseline's that is wanted.
+        errors: by how many standard errors the NLL has to be below that; −1: it may be one above.
+    """
+
+    name: str
+    row: str
+    rates: Sequence[str | float]
+    nll: float
+    ece: float | None
+    errors: float
+
+
+BASELINES = (
+    Baseline("AdamW at 2e-4 and 5e-4, the paper's", "mean", (2.0e-4, 5.0e-4), 0.7, 0.5, 0),
+    Baseline("AdamW, rate by validation", "mean", ("nll",), 0.95, 0.8, 2),
+    Baseline("AdamW, rate by validation + temperature scaling", "temperature-scaling", ("nll",), 1.0, None, -1),
+)
+
+
+def name_of(results: Results, method: str, row: str, by: str | float) -> str:
+    """Return what a line is called here, where AdamW's rate is said in any case."""
+    name = label_of(results, method, row, by)
+    return name.replace("AdamW", "AdamW, rate by validation", 1) if (method, by) == ("adamw", "nll") else name
+
+
+def averaged(results: Results, metric: str, method: str, row: str, by: str | float = "nll") -> dict[int, float]:
+    """Return seed -> a metric averaged over the tasks, of the seeds that every task has."""
+    found = [results.values(metric, task, method, row, choose_by=by) for task in results.tasks()]
+    seeds = set.intersection(*(set(values) for values in found)) if found else set()
+    return {seed: statistics.fmean(values[seed] for values in found) for seed in sorted(seeds)}
+
+
+def summary(results: Results) -> str:
+    """Every method and row, averaged over the tasks."""
+    rows = []
+    for method, row, by in lines_of(results):
+        found = {metric: list(averaged(results, metric, method, row, by).values()) for metric in METRICS}
+        if found["nll"]:
+            rows.append([name_of(results, method, row, by), *(cell(found[metric], metric) for metric in METRICS)])
+    return table(["", "accuracy, %", "ECE, %", "NLL"], rows)
+
+
+def promises(results: Results) -> str:
+    """What is wanted of the untuned preset, against three baselines; paired by seed, averaged over the tasks."""
+    rows = []
+    for baseline in BASELINES:
+        for metric, ours in (("accuracy", MEAN), ("nll", DRAWS), ("ece", DRAWS)):
+            mine = averaged(results, metric, *ours)
+            theirs = [averaged(results, metric, "adamw", baseline.row, by) for by in baseline.rates]
+            seeds = [seed for seed in mine if all(seed in values for values in theirs)]
+            if not seeds:
+                continue
+            other = {seed: statistics.fmean(values[seed] for values in theirs) for seed in seeds}
+            if metric == "accuracy":
+                difference, error = mean_and_error([mine[seed] - other[seed] for seed in seeds])
+                found, holds = f"{100 * difference:+.1f} ± {100 * error:.1f} points", difference + error >= 0
+                wanted = "not below by more than one standard error"
+            else:
+                factor = baseline.nll if metric == "nll" else baseline.ece
+                if factor is None:
+                    continue
+                errors = baseline.errors if metric == "nll" else 0
+                margin, error = mean_and_error([mine[seed] - factor * other[seed] for seed in seeds])
+                share = statistics.fmean(mine[seed] for seed in seeds) / statistics.fmean(other.values())
+                found, holds = f"{share:.2f}", margin + errors * error <= 0
+                wanted = f"≤ {factor:g}" + {0: "", 2: ", by two standard errors"}.get(
+                    errors, ", or one standard error above"
+                )
+            name = f"{METRICS[metric][0]} of {'the mean' if ours == MEAN else 'the draws'}"
+            rows.append([baseline.name, name, wanted, found, "yes" if holds else "no"])
+    return table(["against", "", "wanted", "found", "holds"], rows)
+
+
+def tasks(results: Results) -> str:
+    """Accuracy, ECE and NLL task by task."""
+    rows = []
+    for method, row, by in lines_of(results):
+        cells = []
+        for task in results.tasks():
+            found = {metric: results.values(metric, task, method, row, choose_by=by) for metric in METRICS}
+            cells.append(" / ".join(cell(list(found[metric].values()), metric) for metric in METRICS))
+        if any(text.strip("–/ ") for text in cells):
+            rows.append([name_of(results, method, row, by), *cells])
+    return table(["accuracy (%) / ECE (%) / NLL", *results.tasks()], rows)
+
+
+def shape(results: Results) -> str:
+    """Does the shape of σ carry information? NLL of the draws and of pruned means, paired by seed."""
+    pairs = (
+        ("σ permuted within each tensor, against σ", "sigma=permuted", "sigma=as-is"),
+        ("σ constant within each tensor, against σ", "sigma=constant", "sigma=as-is"),
+        ("half of the weights pruned by SNR, against by magnitude", "mean-pruned=snr,0.5", "mean-pruned=magnitude,0.5"),
+        ("80 % pruned by SNR, against by magnitude", "mean-pruned=snr,0.8", "mean-pruned=magnitude,0.8"),
+    )
+    rows = []
+    for name, one, other in pairs:
+        cells = []
+        for task in results.tasks():
+            first, second = (results.values("nll", task, "ivon-auto", row) for row in (one, other))
+            differences = [first[seed] - second[seed] for seed in first.keys() & second.keys()]
+            average, error = mean_and_error(differences) if differences else (float("nan"), float("nan"))
+            cells.append(f"{average:+.3f} ± {error:.3f}" if differences else "–")
+        rows.append([name, *cells])
+    return table(["difference in NLL", *results.tasks()], rows)
+
+
+def ablations(results: Results) -> str:
+    """Every variant of the ablations that ran, beside the preset itself, at the same seeds."""
+    rows = []
+    for name, spec in results.suite.get("ablations", {}).items():
+        for variant in spec["variants"]:
+            one = {**results.suite, "ablations": {name: {**spec, "variants": [variant]}}}
+            jobs = ablation_jobs(one, name, results.records)
+            for row in spec["rows"]:
+                found = [record for job in jobs if (record := results.index.get((job.key, row, "test")))]
+                if variant and found:
+                    values = {metric: [record["metrics"][metric] for record in found] for metric in METRICS}
+                    label = ", ".join(f"{key} {value}" for key, value in variant.items())
+                    rows.append([label, spec["task"], row, str(len(found)), *(cell(values[m], m) for m in METRICS)])
+    return table(["", "task", "row", "seeds", "accuracy, %", "ECE, %", "NLL"], rows)
+
+
+PARTS: dict[str, Callable[[Results], str]] = {
+    "summary": summary,
+    "promises": promises,
+    "tasks": tasks,
+    "shape": shape,
+    "ablations": ablations,
+}
+
+
+def fill(page: str, suites: Mapping[str, Any], records: list[Record]) -> str:
+    """Return a page with its tables made anew.
+
+    Raises:
+        KeyError: a place names no suite or no part.
+    """
+
+    def made(place: re.Match[str]) -> str:
+        return place[1] + PARTS[place[3]](Results(suites[place[2]], records)) + "\n" + place[4]
+
+    return PLACE.sub(made, page)
+
+
+def learning_curves(results: Results) -> Figure:
+    """Draw validation metrics over the steps of a run: AdamW at each of the paper's rates, the mean and its draws."""
+    names = results.tasks()
+    figure = Figure(figsize=(10, 2.6 * len(names)), layout="constrained")
+    lines: list[tuple[str, str, str, str | float, str, bool]] = [
+        ("AdamW 2e-4", "adamw", "mean", 2.0e-4, "#9a9a9a", False),
+        ("AdamW 5e-4", "adamw", "mean", 5.0e-4, "#4d4d4d", False),
+        ("IVON-LoRA, mean", *MEAN, "nll", "#56b4e9", False),
+        ("IVON-LoRA, 8 draws", *DRAWS, "nll", "#0072b2", True),
+    ]
+    for task, panels in zip(names, figure.subplots(len(names), 3, squeeze=False), strict=True):
+        for axis, (metric, (label, scale, _)) in zip(panels, METRICS.items(), strict=True):
+            for name, method, row, by, color, draws in lines:
+                curves = [
+                    record["facts"].get("curve", [])
+                    for record in results.find(task, method, row, choose_by=by).values()
+                ]
+                at: dict[int, list[float]] = {}
+                for point in (point for curve in curves for point in curve):
+                    values = point.get("draws") if draws else point
+                    if values:
+                        at.setdefault(point["step"], []).append(scale * values[metric])
+                axis.plot(
+                    list(at), [statistics.fmean(values) for values in at.values()], "o-", color=color, ms=3, label=name
+                )
+            axis.set_title(f"{task}: {label}{' (%)' if scale == 100 else ''}", fontsize=9)
+            axis.grid(alpha=0.3)
+        panels[0].set_xlabel("step")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
