@@ -12,6 +12,11 @@ from .defaults import DEFAULTS as _DEFAULTS
 from .errors import IVONError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# From left to right: 1e-3 is a string in YAML, and a number.
+Prior = Annotated[
+    Literal["empirical"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] | Annotated[str, Field(min_length=1)],
+    Field(union_mode="left_to_right"),
+]
 Average = Annotated[float, Field(ge=0, lt=1)]
 
 # What an unset key means, where the preset has nothing to say of it. The fields themselves default to None, so that a
@@ -29,7 +34,7 @@ BY_PRESET = {
     "ivon_h0": "by λ, 0.05 by `paper`",
     "ivon_clip": "0.01, 0.005 by `paper`",
     "ivon_beta2": "by the steps, 0.9995 by `paper`",
-    "ivon_prior_strength": "0.1, 1 by `paper`",
+    "ivon_prior_strength": "0.1, 1 by `paper` and with an earlier adapter",
     "ivon_hessian": "`squared_gradients`, `reparameterized` by `paper`",
     "ivon_h0_steps": "10, unset by `paper`",
 }
@@ -64,13 +69,15 @@ class IVONArgs(BaseModel):
     )
     ivon_beta1: Average | None = _key("ivon_beta1", "β1, the running average of the gradient.")
     ivon_beta2: Average | None = _key("ivon_beta2", "β2, the running average of the posterior precision.")
-    ivon_prior: Literal["empirical"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = _key(
+    ivon_prior: Prior | None = _key(
         "ivon_prior",
-        "`empirical` for the prior that fits each tensor best, or a number δ for a fixed prior (IVON's weight decay).",
+        "`empirical` for the prior that fits each tensor best, a number δ for a fixed prior (IVON's weight decay), or "
+        "an earlier adapter with σ, a folder or a Hub id, to go on from with new data and not forget the old.",
     )
     ivon_prior_strength: Positive | None = _key(
         "ivon_prior_strength",
-        "κ, a factor on the prior's precision; smaller lets σ show more of the data.",
+        "κ, a factor on the prior's precision; smaller lets σ show more of the data, and forgets an earlier adapter "
+        "faster.",
     )
     ivon_hessian: Literal["reparameterized", "squared_gradients"] | None = _key(
         "ivon_hessian",
@@ -93,6 +100,11 @@ class IVONArgs(BaseModel):
         "ivon_draws",
         "`shared` for the same draw in all processes, `per_rank` for one each, with gradients and Hessians averaged.",
     )
+
+
+def prior_folder(prior: str | float | None) -> str | None:
+    """Return the folder or Hub id that `ivon_prior` names, or None where it is something else."""
+    return prior if isinstance(prior, str) and prior != "empirical" else None
 
 
 def check_values(cfg: Mapping[str, Any]) -> IVONArgs:

@@ -11,11 +11,13 @@ from typing import Any
 
 import yaml
 
-from .args import DEFAULTS, check_values
+from .args import DEFAULTS, check_values, prior_folder
 from .errors import IVONError, one_line
+from .posterior.adapter import Adapter
+from .posterior.chain import check_prior, links
 from .posterior.check import MEMORY, Finding
 from .storage.format import regular_size
-from .training.presets import ADAM_LIKE_LR, PAPER_REACH, PRESETS, SHORT_REACH
+from .training.presets import ADAM_LIKE_LR, OF_POSTERIOR, PAPER_REACH, PRESETS, SHORT_REACH
 
 OPTIMIZER, PLUGIN = "ivon_lora", "axolotl_ivon.IVONLoRAPlugin"
 _YAML_LIMIT = 16 * 2**20
@@ -74,8 +76,10 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
         unknown.append(
             f"λ: it is larger from {preset.usual_weights:,.0f} LoRA weights on, in proportion to their number"
         )
-    h0 = given.get("ivon_h0", preset.h0)
-    if h0 is None:
+    prior = prior_folder(values["ivon_prior"])
+    strength = given.get("ivon_prior_strength", OF_POSTERIOR if prior else preset.prior_strength)
+    h0 = None if prior else given.get("ivon_h0", preset.h0)
+    if h0 is None and not prior:
         unknown.append("h0: it follows from λ and the layers of the model")
     beta2 = given.get("ivon_beta2", preset.second_beta(steps) if steps or preset.beta2 else None)
     share = known(lambda: _mean_rate(cfg, steps))
@@ -95,13 +99,32 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
         "batch": _batch(cfg, processes),
         "ess": ess,
         "h0": h0,
+        "prior": values["ivon_prior"],
+        "prior_strength": strength,
         "clip": clip,
         "beta2": beta2,
         "learning_rate": lr,
         "travel": travel,
         "unknown": unknown,
-        "findings": [one._asdict() for one in _findings(cfg, lr, travel, steps, beta2)],
+        "findings": [
+            one._asdict()
+            for one in [*_findings(cfg, lr, travel, steps, beta2), *([_goes_on(prior, strength)] if prior else [])]
+        ],
     }
+
+
+def _goes_on(prior: str, strength: float) -> Finding:
+    """Say what a run goes on from, and what that counts as."""
+    try:
+        check_prior(prior, {})
+    except IVONError as error:
+        raise IVONError(error.told(lambda name: f"ivon_{name}")) from error
+    header = Adapter(prior).metadata
+    seen = header.get("train_size") or "an unknown number of"
+    text = f"goes on from {prior}: its {seen} examples count {strength:g} time{'' if strength == 1 else 's'} each"
+    if before := len(links(header)):
+        text += f", and so does what it goes on from ({before} more)"
+    return Finding("prior", True, text)
 
 
 def _findings(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin
 
-from .args import DEFAULTS, IVONArgs, check_values
+from .args import DEFAULTS, IVONArgs, check_values, prior_folder
 from .errors import IVONError
 from .training.presets import PRESETS
 
@@ -73,10 +73,13 @@ class IVONLoRAPlugin(BasePlugin):
             return
         _show_the_log()
         try:
-            check_values(cfg)
+            given = check_values(cfg)
+            _check_setting(cfg)
+            _check_prior(cfg, prior_folder(given.ivon_prior))
+        except ConfigError:
+            raise
         except IVONError as error:
-            raise ConfigError(str(error)) from error
-        _check_setting(cfg)
+            raise ConfigError(error.told(_yaml_key)) from error
         name = str(cfg.get("ivon_preset") or DEFAULTS["ivon_preset"])
         if PRESETS[name].travel is not None and not cfg.get("learning_rate"):
             cfg["learning_rate"] = 0.0
@@ -93,6 +96,7 @@ class IVONLoRAPlugin(BasePlugin):
         """Put the optimizer, the sampling and the saving of σ into the training loop."""
         if cfg.optimizer != OPTIMIZER:
             return
+        from .posterior.posterior import Posterior
         from .training.attach import attach
         from .training.processes import check_sharding
 
@@ -103,6 +107,8 @@ class IVONLoRAPlugin(BasePlugin):
         settings |= {name: cfg[f"ivon_{name}"] for name in of_preset}
         settings["betas"] = values["ivon_beta1"], cfg.ivon_beta2
         try:
+            if prior_folder(settings["prior"]) is not None:
+                settings["prior"] = Posterior.from_pretrained(settings["prior"])
             attach(trainer, ess=cfg.ivon_lambda, **settings)
             run: PosteriorTraining = trainer.posterior_training  # type: ignore[attr-defined]
             run.tells, self._verdict, self._post_trains = False, run.verdict, 0  # of the run, the model would be kept
@@ -145,6 +151,27 @@ def _yaml_key(parameter: str) -> str:
     """Return the key that sets a parameter of `attach`."""
     keys = {"ess": "ivon_lambda", "betas": "ivon_beta1 and ivon_beta2"}
     return keys.get(parameter, f"ivon_{parameter}" if f"ivon_{parameter}" in IVONArgs.model_fields else parameter)
+
+
+def _check_prior(cfg: Mapping[str, Any], folder: str | None) -> None:
+    """Refuse an earlier adapter that does not go with the YAML, before a model is loaded."""
+    if folder is None:
+        return
+    from .posterior.chain import check_prior
+
+    named = f"ivon_prior: {folder}"
+    begin = cfg.get("lora_model_dir")
+    if begin and str(begin) != folder and os.path.realpath(str(begin)) != os.path.realpath(folder):
+        raise ConfigError(f"{named} is not lora_model_dir: {begin}; name the same adapter in both, or ivon_prior alone")
+    if cfg.get("output_dir") and os.path.realpath(str(cfg["output_dir"])) == os.path.realpath(folder):
+        raise ConfigError(f"{named} is output_dir as well, and would be overwritten; choose another output_dir")
+    if cfg.get("ivon_h0") is not None:
+        raise ConfigError(f"ivon_h0: {cfg['ivon_h0']} has no effect with {named}, whose σ it begins with; remove it")
+    if cfg.get("ivon_rescale_lr"):
+        raise ConfigError(f"ivon_rescale_lr: true does not go with {named}; remove it")
+    # With lora_model_dir the adapter is the one that is saved there, whatever the YAML says.
+    keys = {} if begin else {"r": "lora_r", "lora_alpha": "lora_alpha"}
+    check_prior(folder, {name: int(cfg[key]) for name, key in keys.items() if cfg.get(key) is not None})
 
 
 def _check_setting(cfg: Mapping[str, Any]) -> None:

@@ -310,9 +310,8 @@ def criterion_option(text: str) -> Callable[[Command], Command]:
     return click.option("--criterion", default="snr", show_default=True, shell_complete=complete, help=text)
 
 
-# What is evaluated, on what, and how. Of these, the command gets those of `evaluate` as the dictionary `run`.
-evaluation_options = add_all(
-    adapter_argument,
+# What is evaluated on, and how. Of these, the command gets those of `evaluate` as the dictionary `run`.
+data_options = add_all(
     click.option(
         "--data",
         "-d",
@@ -350,3 +349,5 @@ evaluation_options = add_all(
     _json_and_quiet,
     as_one("run", dict, "samples", "seed", "batch_size", "draws_per_pass"),
 )
+# And what.
+evaluation_options = add_all(adapter_argument, data_options)

@@ -16,15 +16,19 @@ from ._options import Numbers, Output, choice_option, output_options
     "updates, by concatenation; ranks and targets may differ.",
 )
 @click.option(
-    "--weights", type=Numbers(), metavar="W,W,…", help="For linear and cat, one for each ADAPTER.  [default: 1/n each]"
+    "--weights",
+    type=Numbers(),
+    metavar="W,W,…",
+    help="One for each ADAPTER: the power of a Gaussian, or the weight in a sum.  [default: 1 each, 1/n in a sum]",
 )
 @output_options("ADAPTER-combined, beside the first ADAPTER")
 def command(adapters: tuple[str, ...], method: str, weights: tuple[float, ...] | None, output: Output) -> None:
     """Combine the posteriors of several ADAPTERs over one base model into one.
 
-    With precision, means are weighted by 1/σ² and precisions add up; a fixed prior that all share is counted
-    once. Use it for adapters trained on different parts of the data. The other methods are PEFT's kinds of
-    weighted adapters, with σ carried along. No ADAPTER is modified.
+    With precision, means are weighted by 1/σ² and precisions add up; what ADAPTERS share is counted once: a fixed
+    prior, and the adapter that they go on from (ivon_prior), which need not be given. Use it for adapters trained on
+    different parts of the data. The other methods are PEFT's kinds of weighted adapters, with σ carried along. No
+    ADAPTER is modified.
     """
     from axolotl_ivon.posterior.combine import shares
     from axolotl_ivon.posterior.posterior import Posterior

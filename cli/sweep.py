@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from ._options import Command, Numbers, Output, choice_option, evaluation_options, output_as_one, risk_options
-from ._tables import decimal, is_wide, percent, print_table
+from ._options import Command, Numbers, Output, choice_option, data_options, output_as_one, risk_options
+from ._tables import decimal, file_names, is_wide, percent, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.evaluation.sweep import Sweep
+    from axolotl_ivon.evaluation.weights import WeightsSweep
 
 
 def _grid_option(name: str, default: str, text: str) -> Callable[[Command], Command]:
@@ -21,16 +23,23 @@ def _grid_option(name: str, default: str, text: str) -> Callable[[Command], Comm
 
 
 @click.command("sweep")
-@evaluation_options
+@click.argument("adapters", metavar="ADAPTER…", nargs=-1, required=True)
+@click.option(
+    "--combine", is_flag=True, help="Sweep the weights of the product of several ADAPTERs (`combine --weights`)."
+)
+@data_options
 @_grid_option("tau", "0.25,0.5,1,2,4,inf", "Temperatures, with commas between; inf is the mean.")
 @_grid_option("ratio", "0,0.1,0.3", "Pruning ratios, with commas between.")
 @choice_option("--objective", ["nll", "ece", "accuracy", "brier"], "What the recommended point is best in.")
 @risk_options("half of the data certifies it, a quarter each chooses and reports")
-@click.option("--output", "-o", metavar="DIR", help="Where to write.  [default: ADAPTER-sweep]")
+@click.option("--output", "-o", metavar="DIR", help="Where to write.  [default: ADAPTER-sweep, or ADAPTER-weights]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier sweep there.")
 @output_as_one
+@click.pass_context
 def command(
-    adapter: str,
+    ctx: click.Context,
+    adapters: tuple[str, ...],
+    combine: bool,
     data: tuple[str, ...],
     taus: tuple[tuple[float, ...], ...],
     ratios: tuple[tuple[float, ...], ...],
@@ -49,13 +58,25 @@ def command(
     pictures (PNG and SVG): accuracy against calibration error over the grid with its Pareto front, and reliability
     diagrams.
 
+    With --combine, the posteriors of several ADAPTERs are multiplied at a grid of weights, and each product is
+    evaluated on every FILE, at the mean unless --samples is given. Writes the product that is best on average as an
+    adapter, with weights.json and a picture of the Pareto front over two files in its folder. Equal weights are kept
+    unless others are better beyond noise.
+
     With --risk, recommended.json also holds the threshold on the confidence (the largest of the averaged probabilities)
     from which on to answer; `eval`, `generate` and `mbr` abstain below.
 
     \b
       ivon-post sweep adapter/ --data validation.jsonl --tau 0.5,1,2,inf --ratio 0,0.1,0.2
       ivon-post sweep adapter/ --data validation.jsonl --risk 0.05 --confidence 0.9
+      ivon-post sweep --combine a/ b/ --data a.jsonl --data b.jsonl
     """
+    if combine:
+        _sweep_weights(ctx, adapters, data, objective, run, output, **loading)
+        return
+    if len(adapters) > 1:
+        raise click.UsageError(f"{len(adapters)} ADAPTERs: give one, or sweep the weights of several with --combine")
+    [adapter] = adapters
     from axolotl_ivon.evaluation.abstain import check_risk
     from axolotl_ivon.evaluation.evaluate import Evaluation, count_passes
     from axolotl_ivon.evaluation.sweep import check_grid, check_output, number, sweep
@@ -100,6 +121,71 @@ def command(
     promise = [result.abstention.told(share=0.5)] if result.abstention else []
     then = ["ivon-post", "eval", adapter, "--data", "TEST.jsonl", "--recommended", files[0]]
     output.finish(document, result.verdict.text, _recommended(result), *promise, *files, then=then)
+
+
+def _sweep_weights(
+    ctx: click.Context,
+    adapters: tuple[str, ...],
+    data: tuple[str, ...],
+    objective: str,
+    run: dict[str, Any],
+    output: Output,
+    **loading: Any,
+) -> None:
+    """Sweep over the weights of a product."""
+    from axolotl_ivon.evaluation.evaluate import Evaluation
+    from axolotl_ivon.evaluation.weights import check_files, grid, save, sweep_weights
+    from axolotl_ivon.posterior.posterior import Posterior
+
+    given = {name: ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ctx.params}
+    for name, option in {"taus": "--tau", "ratios": "--ratio", "risk": "--risk"}.items():
+        if given[name]:
+            raise click.UsageError(f"{option} has no effect with --combine; sweep the adapter that it writes")
+    samples = run.pop("samples") * given["samples"]
+    check_files(adapters, data)
+    folder = output.target(adapters, "weights")
+    with output.progress() as progress:
+        posteriors = [Posterior.from_pretrained(adapter, progress) for adapter in adapters]
+        Posterior.combine(posteriors)  # what does not go together is told before a model is loaded
+        evaluation = Evaluation(adapters[0], data, begin=progress.begin, **loading)
+        passes = len(grid(len(adapters))) * max(1, samples)
+        result = sweep_weights(
+            evaluation,
+            posteriors,
+            objective,
+            samples=samples,
+            **run,
+            progress=progress.begin("evaluating", passes * len(evaluation.items)),
+            notify=progress.notify,
+        )
+        progress.begin("writing")
+        facts = {"adapters": list(adapters), "data": list(data), "task": evaluation.task, "samples": samples}
+        files = save(result, posteriors, folder, facts, output.overwrite)
+    if not output.as_json:
+        _print_weights(result)
+    document = {"output": str(folder), "files": [str(path) for path in files]}
+    document |= json.loads(files[0].read_text(encoding="utf-8"))
+    weights = f"weights: {result.chosen.told()}"
+    then = ["ivon-post", "eval", folder, "--data", "TEST.jsonl"]
+    output.finish(document, result.text, weights, folder, *files, then=then)
+
+
+def _print_weights(result: WeightsSweep) -> None:
+    """Print the objective and the accuracy of every product on every file."""
+    names = file_names(list(result.chosen.chosen_on))
+    columns, lines = ["weights"], []
+    metrics = {"nll": ("NLL", decimal), "accuracy": ("acc %", percent)}
+    metrics |= {"ece": ("ECE %", percent)} if result.objective == "ece" else {}
+    metrics |= {"brier": ("Brier", decimal)} if result.objective == "brier" else {}
+    for name in names.values():
+        columns += [f"{name}: {label}" for label, _ in metrics.values()]
+    for point in result.points:
+        cells = [point.told()]
+        for path in names:
+            cells += [write(point.chosen_on[path][metric]) for metric, (_, write) in metrics.items()]
+        marks = {"front": point.front, "best": point is result.best, "chosen": point is result.chosen}
+        lines.append([*cells, " ".join(mark for mark, set_ in marks.items() if set_)])
+    print_table([*columns, ""], lines, f"on the half of each file that chooses (by {result.objective}; Pareto front)")
 
 
 def _print(result: Sweep) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass
 class ReferenceIVON:
-    """One tensor's m, g and p; `prior` is "empirical" or the number δ."""
+    """One tensor's m, g and p; `prior` is "empirical", the number δ, or (m₀, σ₀) of N(m₀, σ₀²/κ)."""
 
     m: np.ndarray
     lam: float
@@ -21,7 +21,7 @@ class ReferenceIVON:
     beta2: float
     h0: float
     clip: float
-    prior: str | float = "empirical"
+    prior: str | float | tuple[np.ndarray, np.ndarray] = "empirical"
     rescale_lr: bool = False
     prior_strength: float = 1.0
     hessian: str = "reparameterized"
@@ -35,12 +35,18 @@ class ReferenceIVON:
         self.m = np.asarray(self.m, dtype=np.float64)
         self.g = np.zeros_like(self.m)
         self.p = np.full_like(self.m, self.h0)
-        self.p = self.h0 + self.delta()
+        if isinstance(self.prior, tuple):  # yesterday's posterior is where today begins
+            self.m, sigma = (np.asarray(x, dtype=np.float64) for x in self.prior)
+            self.p = max(1, self.prior_strength) / (self.lam * sigma**2)
+        else:
+            self.p = self.h0 + self.delta()
 
     def sigma(self) -> np.ndarray:
         return 1 / np.sqrt(self.lam * self.p)
 
     def delta(self) -> float | np.ndarray:
+        if isinstance(self.prior, tuple):
+            return self.prior_strength / (self.lam * self.prior[1] ** 2)
         if self.prior != "empirical":
             return self.prior_strength * float(self.prior)
         return self.prior_strength / (self.lam * np.mean(self.m**2 + self.sigma() ** 2))
@@ -60,7 +66,8 @@ class ReferenceIVON:
             h_hat = sum(g * (theta - self.m) / self.sigma() ** 2 for theta, g in zip(thetas, gradients, strict=True))
             f = h_hat + delta
             self.p = b2 * self.p + (1 - b2) * f + 0.5 * (1 - b2) ** 2 * (self.p - f) ** 2 / self.p
-        weight_decay = 0.0 if self.prior == "empirical" else delta * self.m
+        m_0 = self.prior[0] if isinstance(self.prior, tuple) else 0.0
+        weight_decay = 0.0 if self.prior == "empirical" else delta * (self.m - m_0)
         direction = (self.g / (1 - b1**self.t) + weight_decay) / self.p
         alpha = (self.h0 + delta) * lr if self.rescale_lr else lr
         self.m = self.m - alpha * np.clip(direction, -self.clip, self.clip)

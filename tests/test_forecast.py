@@ -163,3 +163,20 @@ def test_no_file_and_a_json_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert forecast("a.yaml")["train_size"] == 9
     Path("d.json").write_text("[1")
     assert "cannot be read" in forecast("a.yaml")["unknown"][0]
+
+
+def test_an_earlier_adapter_is_told_of_and_must_be_there(tmp_path: Path, make_adapter: Any) -> None:
+    monday = make_adapter()
+    path = tmp_path / "train.yaml"
+    base = {"optimizer": "ivon_lora", "adapter": "lora", "learning_rate": 2e-4, "max_steps": 100}
+    path.write_text(yaml.safe_dump({**base, "ivon_prior": str(monday), "ivon_prior_strength": 0.5}))
+    found = forecast(path)
+    assert (found["prior"], found["prior_strength"], found["h0"]) == (str(monday), 0.5, None)
+    assert not any(why.startswith("h0") for why in found["unknown"])
+    [told] = [one for one in found["findings"] if one["about"] == "prior"]
+    assert told["text"] == f"goes on from {monday}: its 100 examples count 0.5 times each"
+    path.write_text(yaml.safe_dump({**base, "ivon_prior": str(tmp_path / "sunday")}))
+    with pytest.raises(
+        IVONError, match=r"^ivon_prior: '.*sunday' is refused, it must be 'empirical', a number, or the folder"
+    ):
+        forecast(path)

@@ -30,6 +30,8 @@ BASE = {"optimizer": "ivon_lora", "adapter": "lora"}
         ({"ivon_beta1": 1}, ["ivon_beta1", "1", "less than 1"]),
         ({"ivon_beta2": -0.1}, ["ivon_beta2", "-0.1", "greater than or equal to 0"]),
         ({"ivon_prior": "flat"}, ["ivon_prior", "'flat'", "'empirical'", "number"]),
+        ({"ivon_prior": "outputs/monday"}, ["ivon_prior: 'outputs/monday' is refused", "no such folder"]),
+        ({"ivon_prior": ""}, ["ivon_prior", "''", "'empirical'"]),
         ({"ivon_prior": -1.0}, ["ivon_prior", "-1.0", "greater than or equal to 0"]),
         ({"ivon_gama": 1}, ["ivon_gama", "ivon_gamma"]),
         ({"ivon_weight_prior": 1}, ["ivon_weight_prior", "ivon_prior"]),
@@ -65,6 +67,45 @@ def test_what_would_be_ignored_or_is_out_of_range_is_refused(changes: dict[str, 
     assert "\n" not in message
     assert all(word in message for word in words), message
     IVONLoRAPlugin().register({**BASE, **changes, "optimizer": "adamw_torch"})
+
+
+def test_an_earlier_adapter_that_does_not_go_with_the_yaml_is_refused_before_anything_is_loaded(
+    make_adapter: Any, copied: Any, tmp_path: Path
+) -> None:
+    monday, other, plain = make_adapter(seed=1), make_adapter(seed=2), make_adapter(sigma=False)
+    given = {**BASE, "ivon_prior": str(monday)}
+    for changes, words in (
+        ({"lora_model_dir": str(other)}, f"ivon_prior: {monday} is not lora_model_dir: {other}; name the same adapter"),
+        ({"lora_r": 8}, f"ivon_prior: {monday} has r 4 and this adapter 8; set lora_r: 4"),
+        ({"lora_r": 4, "lora_alpha": 16}, "has lora_alpha 8 and this adapter 16; set lora_alpha: 8"),
+        ({"output_dir": f"{monday}/."}, f"ivon_prior: {monday} is output_dir as well, and would be overwritten"),
+        ({"ivon_h0": 0.1}, f"ivon_h0: 0.1 has no effect with ivon_prior: {monday}"),
+        ({"ivon_rescale_lr": True}, "ivon_rescale_lr: true does not go with ivon_prior"),
+        ({"ivon_prior": str(plain)}, f"ivon_prior: {plain} has no σ, so it is no posterior"),
+        ({"ivon_prior": str(make_adapter(facts={"tau": "inf"}))}, "has tau inf, so it has no width"),
+        ({"ivon_prior": str(make_adapter(facts={"pruned_ratio": "0.1"}))}, "is pruned"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            IVONLoRAPlugin().register({**given, **changes})
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+    IVONLoRAPlugin().register(given)
+    IVONLoRAPlugin().register({**given, "lora_r": 4, "lora_alpha": 8, "lora_model_dir": f"{monday}/"})
+    # The adapter that axolotl loads is the one that is saved.
+    IVONLoRAPlugin().register({**given, "lora_r": 8, "lora_model_dir": str(monday)})
+
+
+def test_what_attach_refuses_of_an_earlier_adapter_is_told_by_its_key(
+    make_adapter: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    cfg = DictDefault({**BASE, "learning_rate": 1e-3, "ivon_prior": str(make_adapter(target_modules=["q_proj"]))})
+    with pytest.raises(ConfigError, match=r"^ivon_prior: .* is on q_proj and this adapter on q_proj, v_proj; set lora"):
+        IVONLoRAPlugin().post_trainer_create(cfg, make_trainer(tiny_llama, tmp_path))
+    cfg.ivon_prior, cfg.ivon_prior_strength = str(make_adapter()), 0.5
+    trainer = make_trainer(tiny_llama, tmp_path)
+    IVONLoRAPlugin().post_trainer_create(cfg, trainer)
+    assert trainer.posterior_training.facts["prior"] == cfg.ivon_prior
+    assert trainer.posterior_training.settings["prior_strength"] == 0.5
 
 
 def test_keys_with_another_optimizer_are_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from .metrics import Scores
 
 _TELLING = 100  # examples on each part, below which the user is warned
-_FEWEST = 30  # examples below which a standard error says little, and nothing is recommended
-_LIKELY = 2.0  # standard errors from zero that are no noise
-_LABELS = {"nll": "NLL", "accuracy": "accuracy", "ece": "ECE"}
+FEWEST = 30  # examples below which a standard error says little, and nothing is recommended
+LIKELY = 2.0  # standard errors from zero that are no noise
+LABELS = {"nll": "NLL", "accuracy": "accuracy", "ece": "ECE"}
 _FIGURES = {"nll": (1, 3, ""), "accuracy": (100, 1, " %"), "ece": (100, 1, " %")}
 # What an objective makes small.
 OBJECTIVES = {"nll": 1, "ece": 1, "accuracy": -1, "brier": 1}
@@ -449,7 +449,7 @@ def _recommend(
         needed = examples_needed(count, own["difference"] or 0.0, own["standard_error"] or 0.0)
         told += f"; about {needed:,} examples would tell" if needed else "; no number of examples would tell"
     figures = ", ".join(
-        f"{_LABELS[name]} {scale * (versus[name]['difference'] or 0):+.{digits}f} ± "
+        f"{LABELS[name]} {scale * (versus[name]['difference'] or 0):+.{digits}f} ± "
         f"{scale * (versus[name]['standard_error'] or 0):.{digits}f}{unit}"
         for name, (scale, digits, unit) in _FIGURES.items()
         if name in versus
@@ -470,9 +470,9 @@ def _versus(one: _Candidate, other: _Candidate, report: Tensor) -> dict[str, dic
 def _outcome(versus: Mapping[str, Mapping[str, float | None]], objective: str, examples: int) -> str:
     """Return whether a difference is one: "better" or "worse" beyond noise, "within noise", "too few examples"."""
     difference, error = versus[objective]["difference"] or 0.0, versus[objective]["standard_error"] or 0.0
-    if examples < _FEWEST:
+    if examples < FEWEST:
         return "too few examples"
-    if not difference or abs(difference) < _LIKELY * error:
+    if not difference or abs(difference) < LIKELY * error:
         return "within noise"
     return "better" if OBJECTIVES[objective] * difference < 0 else "worse"
 

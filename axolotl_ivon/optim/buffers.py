@@ -42,6 +42,7 @@ class Buffers:
 
     Attributes:
         mean, momentum, precision: m, g and p.
+        flats: these, and m₀ and 1/σ₀² where every weight has a prior of its own, by their names in the state.
         steps: t by tensor.
         drawn: the numbers of the tensors that were drawn last.
         moments: λ·Σ(m² + σ²) by tensor, of the last draw.
@@ -51,6 +52,7 @@ class Buffers:
     """
 
     FLATS = ("mean", "momentum", "precision")
+    PRIOR = ("prior_mean", "prior_precision")
 
     def __init__(
         self,
@@ -59,15 +61,15 @@ class Buffers:
         kernels: Kernels,
         key: tuple[int, int],
         state: dict[Tensor, Any],
-        start: Callable[[dict[str, Any], Tensor], Tensor],
+        start: Callable[[dict[str, Any], Tensor, Tensor | None], Tensor],
     ) -> None:
-        """Take over what state there is; where there is none m is the parameter and p is `start(group, m)`."""
+        """Take over what state there is; where there is none m is the parameter (or m₀), p `start(group, m, 1/σ₀²)`."""
         self.group, self.params, self.kernels, self.key = group, params, kernels, key
         self.device = params[0].device
         self.limit = float(_PART) if self.device.type == "cpu" else math.inf
         self.offsets = [0, *accumulate(param.numel() for param in params)]
-        flats = [torch.zeros(self.offsets[-1], device=self.device) for _ in self.FLATS]
-        self.mean, self.momentum, self.precision = flats
+        self.flats = {name: torch.zeros(self.offsets[-1], device=self.device) for name in self.names(group)}
+        self.mean, self.momentum, self.precision = (self.flats[name] for name in self.FLATS)
         self.steps, self.moments = torch.zeros(2, len(params), device=self.device)
         self.numels = to_device([float(param.numel()) for param in params], self.device)
         self.drawn: list[int] = []
@@ -76,16 +78,22 @@ class Buffers:
         self._layouts: dict[tuple[float, ...], Layout] = {}
 
         for i, param in enumerate(params):
-            views = {name: self.view(flat, i) for name, flat in zip(self.FLATS, flats, strict=True)}
-            step = self.steps[i]
-            if saved := state.get(param):
-                for name, view in views.items():
+            views = {name: self.view(flat, i) for name, flat in self.flats.items()}
+            step, saved = self.steps[i], state.get(param) or {}
+            for name, view in views.items():
+                if name in saved:
                     view.copy_(saved[name])
+            if "step" in saved:
                 step.copy_(saved["step"])
             elif param.numel():
-                views["mean"].copy_(param)
-                views["precision"].copy_(start(group, views["mean"]))
+                views["mean"].copy_(views.get("prior_mean", param))
+                views["precision"].copy_(start(group, views["mean"], views.get("prior_precision")))
             state[param] = {**views, "step": step}
+
+    @classmethod
+    def names(cls, group: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names of what a group keeps of every weight."""
+        return cls.FLATS + (cls.PRIOR if group["prior"] == "gaussian" else ())
 
     def view(self, flat: Tensor, i: int) -> Tensor:
         """Return the values of one tensor, in its shape."""
@@ -144,7 +152,7 @@ class Buffers:
         starts = [self.offsets[i] + (row * self.params[i][0].numel() if row else 0) for i, row in firsts]
         # Every tensor, or part of a large one, has noise of its own, however they are put into chunks.
         streams = np.stack([random_bits(f"{self.key}/{i}/{row}") for i, row in firsts])
-        return Chunk(self.params, parts, starts, (self.mean, self.momentum, self.precision), streams)
+        return Chunk(self.params, parts, starts, [*self.flats.values()], streams)
 
     def _by_tensor(self, layout: Layout, parts: Sequence[Tensor]) -> Tensor:
         """Add up the values of parts, chunk by chunk, by tensor: 0 where there is no part."""

@@ -7,7 +7,7 @@ q = N(m, diag(σ²)) with σ² = 1/(λ·p), where p is the posterior precision o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Literal, NamedTuple, overload
@@ -19,11 +19,15 @@ from torch.optim import Optimizer
 from ..defaults import DEFAULTS
 from . import kernels
 from .buffers import Buffers
-from .kernels.base import TRAVEL, Constants, Terms, Verdict, to_device
+from .kernels.base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Constants, Terms, Verdict, to_device
 from .summary import summarize
 
 # What groups did not have that were saved by earlier versions.
 _ADDED = {"rescale_lr": False, "prior_strength": 1.0, "hessian": "reparameterized", "batch_size": 1, "h0_steps": None}
+# What a prior of every weight's own is in a group, once its m₀ and σ₀ are in the state.
+_GAUSSIAN = "gaussian"
+# m₀ and σ₀ of the tensors, by the parameters' names or by the parameters.
+GaussianPrior = Mapping[str | Tensor, tuple[Tensor, Tensor]]
 # Steps skipped in all and in a row, and the number of a tensor.
 _NOTHING_SKIPPED = (0, 0, 0)
 
@@ -74,6 +78,10 @@ class IVONLoRA(Optimizer):
     It starts from m = the parameters, g = 0 and p = h0 + δ, with δ at σ² = 1/(λ·h0). With `rescale_lr` α is (h0 + δ)·α
     in the update of m.
 
+    The prior may be an earlier posterior N(m₀, σ₀²), to go on with new data and not forget the old: then δ = κ/(λ·σ₀²)
+    for every weight, the term on the mean is δ·(m − m₀), and it starts from m = m₀ and p = 1/(λ·σ₀²), where the earlier
+    run left off (for κ > 1 from the prior, p = δ).
+
     ĥ of one draw has a standard deviation of |ĝ|/σ, far above the Hessian itself, so that hundreds of steps do not tell
     the weights of a tensor apart. With `hessian="squared_gradients"` ĥ = B·ĝ² instead, which has the Fisher information
     of one example as its mean where gradients of examples are independent and have mean 0 (as in VOGN, arXiv
@@ -102,8 +110,11 @@ class IVONLoRA(Optimizer):
         betas: β1 of the gradient's and β2 of the precision's running average.
         h0: initial Hessian.
         clip: ξ, bound on the preconditioned gradient of each weight; `math.inf` for none.
-        prior: "empirical" for the KL-optimal prior of each tensor (arXiv 2506.14280, Eq. 2), or a number δ
-            for IVON's fixed prior, which then acts as its weight decay.
+        prior: "empirical" for the KL-optimal prior of each tensor (arXiv 2506.14280, Eq. 2); a number δ for IVON's
+            fixed prior, which then acts as its weight decay; or a mapping from the names of the parameters (or the
+            parameters) to (m₀, σ₀), tensors of their shapes with σ₀ > 0, for N(m₀, σ₀²/κ). It has an entry for every
+            parameter of the group, which is set to m₀; others are ignored. h0 is not used then, and of the state
+            m₀ and 1/σ₀² are two more float32 tensors for each parameter.
         prior_strength: κ, a factor on δ. Below 1 the prior is κ^(−½) as wide, and σ shows more of the data.
         hessian: "reparameterized" for IVON's ĥ, or "squared_gradients" for ĥ = B·ĝ².
         batch_size: B, the number of losses whose mean a step's gradient is of (tokens of a language model, examples of
@@ -129,7 +140,7 @@ class IVONLoRA(Optimizer):
         betas: tuple[float, float] = DEFAULTS.betas,
         h0: float = DEFAULTS.h0,
         clip: float = DEFAULTS.clip,
-        prior: Literal["empirical"] | float = DEFAULTS.prior,
+        prior: Literal["empirical"] | float | GaussianPrior = DEFAULTS.prior,
         prior_strength: float = DEFAULTS.prior_strength,
         hessian: Literal["reparameterized", "squared_gradients"] = DEFAULTS.hessian,
         batch_size: int = 1,
@@ -160,6 +171,8 @@ class IVONLoRA(Optimizer):
         self._at_draw: Tensor
         self._report: Sequence[int] | Tensor = _NOTHING_SKIPPED
         super().__init__(params, defaults)
+        if isinstance(prior, Mapping):
+            self.defaults["prior"] = _GAUSSIAN  # the tensors are in the state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -174,10 +187,36 @@ class IVONLoRA(Optimizer):
         """Add a group of parameters, as in `torch.optim.Optimizer`."""
         _check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
+        group = self.param_groups[-1]
+        for param in group["params"]:
             if not param.is_floating_point():
                 raise ValueError(f"IVONLoRA optimizes floating-point parameters, got {param.dtype}")
+        if isinstance(group["prior"], Mapping):
+            self._start_at_prior(group, group["prior"])
         self._buffers = None
+
+    @torch.no_grad()
+    def _start_at_prior(self, group: dict[str, Any], prior: GaussianPrior) -> None:
+        """Put m₀ and 1/σ₀² of a new group into the state, and m₀ into its parameters."""
+        found = []
+        for i, param in enumerate(group["params"]):
+            name = group["param_names"][i] if "param_names" in group else f"tensor {i}"
+            given = prior.get(name, prior.get(param))
+            if given is None:
+                raise ValueError(f"prior has no mean and σ of {name}")
+            mean, sigma = (torch.as_tensor(value).to(param.device, torch.float32, copy=True) for value in given)
+            if mean.shape != param.shape or sigma.shape != param.shape:
+                shapes = ", ".join(str(list(value.shape)) for value in (mean, sigma, param))
+                raise ValueError(f"prior of {name} must be a mean and a σ of its shape, got {shapes}")
+            precision = sigma.double().square().reciprocal().float()
+            delta = precision * (group["prior_strength"] / group["ess"])
+            if not (mean.isfinite().all() and ((sigma > 0) & (delta < PRECISION_CEILING)).all()):
+                raise ValueError(f"prior of {name} must have a finite mean and a positive σ everywhere")
+            found.append((mean, precision))
+        group["prior"] = _GAUSSIAN
+        for param, (mean, precision) in zip(group["params"], found, strict=True):
+            param.copy_(mean)
+            self.state[param] = dict(zip(Buffers.PRIOR, (mean, precision), strict=True))
 
     # ---------------------------------------------------------------- sampling
 
@@ -302,7 +341,10 @@ class IVONLoRA(Optimizer):
         debias = (buffers.steps * math.log(max(beta1, 1e-30))).expm1_().neg_()  # 1 − β1^t, for a small 1 − β1 as well
         # δ is from the m and σ of the last draw, which are those before the step.
         fixed, kl_optimal = group["prior"] != "empirical", buffers.numels / buffers.moments
-        deltas = torch.full_like(kl_optimal, group["prior"]) if fixed else kl_optimal
+        if fixed:
+            deltas = torch.full_like(kl_optimal, 1 / ess if group["prior"] == _GAUSSIAN else group["prior"])
+        else:
+            deltas = kl_optimal
         deltas = deltas * group["prior_strength"]
         memories = torch.full_like(kl_optimal, 1 - beta2)
         if group["h0_steps"] is not None:
@@ -378,9 +420,28 @@ class IVONLoRA(Optimizer):
         group = self._group_of(param)
         return _sigma(self._state_of(param)["precision"], group["ess"])
 
-    def prior_precision(self, param: Tensor) -> float:
-        """Return the prior precision s = λ·δ of the parameter's tensor (arXiv 2506.14280, Eq. 2)."""
+    def sigma_to_go_on_from(self, param: Tensor) -> Tensor:
+        """Return the σ that is saved of a parameter: float32, the parameter's shape, finite and positive.
+
+        It is `sigma`, but for a prior of every weight's own with κ > 1. That κ makes up for what a Gaussian without
+        correlations does not know of the old data, and says nothing of how many they were. So they count once in the
+        posterior, 1/(λ·(p − δ + δ/κ)): else strengths would multiply along a chain.
+        """
         group, state = self._group_of(param), self._state_of(param)
+        if group["prior"] != _GAUSSIAN or group["prior_strength"] <= 1:
+            return self.sigma(param)
+        once = state["prior_precision"] / group["ess"]
+        known = (state["precision"] - group["prior_strength"] * once).clamp_(min=0)
+        return _sigma(known + once, group["ess"])
+
+    def prior_precision(self, param: Tensor) -> float | Tensor:
+        """Return the prior precision s = λ·δ of the parameter's tensor (arXiv 2506.14280, Eq. 2).
+
+        Where every weight has a prior of its own it is κ/σ₀²: float32, the parameter's shape.
+        """
+        group, state = self._group_of(param), self._state_of(param)
+        if group["prior"] == _GAUSSIAN:
+            return group["prior_strength"] * state["prior_precision"]
         return float(group["ess"] * _delta(group, state["mean"], state["precision"]))
 
     def summary(self) -> dict[str, float]:
@@ -393,7 +454,8 @@ class IVONLoRA(Optimizer):
         left: |(g/(1−β1^t))/p| ≥ ξ, with a fixed prior |(g/(1−β1^t) + δ·m)/p| ≥ ξ.
         `ivon_kl`: KL(q‖prior) in nats, with the prior N(0, 1/s_i), s_i = λ·δ_i, of every tensor (arXiv 2506.14280,
         Eq. 1): ½·Σ_i [s_i·Σ_j(m_ij² + σ_ij²) − n_i − Σ_j log(s_i·σ_ij²)]. The first two terms cancel with the
-        empirical prior. Left out for the fixed prior 0, which is no distribution.
+        empirical prior. Left out for the fixed prior 0, which is no distribution. With a prior of
+        every weight's own it is that to N(m₀, σ₀²/κ).
         `ivon_ess`: λ.
         """
         return summarize(self._get_buffers()) | {"ivon_ess": float(self.param_groups[0]["ess"])}
@@ -414,7 +476,11 @@ class IVONLoRA(Optimizer):
             saved = state_dict["state"].get(key)
             if saved is None:
                 continue
-            shapes = {name: tuple(saved[name].shape) for name in Buffers.FLATS}
+            # Before its first draw an optimizer has a prior at most.
+            names = [name for name in Buffers.names(self._group_of(param)) if "step" in saved or name in Buffers.PRIOR]
+            if missing := [name for name in names if name not in saved]:
+                raise ValueError(f"loaded state has no {missing[0]}")
+            shapes = {name: tuple(saved[name].shape) for name in names}
             if set(shapes.values()) != {tuple(param.shape)}:
                 raise ValueError(f"loaded state has shapes {shapes} for a parameter of {tuple(param.shape)}")
             self.state[param] = {
@@ -472,8 +538,11 @@ def _delta(group: dict[str, Any], mean: Tensor, precision: Tensor) -> float:
     )
 
 
-def _start(group: dict[str, Any], mean: Tensor) -> Tensor:
-    """Return the p that a tensor starts with: h0 + δ."""
+def _start(group: dict[str, Any], mean: Tensor, prior_precision: Tensor | None) -> Tensor:
+    """Return the p that a tensor starts with: h0 + δ, or that of the posterior that is its prior."""
+    if prior_precision is not None:
+        once = prior_precision * (max(1.0, group["prior_strength"]) / group["ess"])
+        return once.clamp_(PRECISION_FLOOR, PRECISION_CEILING)
     precision = torch.full_like(mean, group["h0"])
     return precision.add_(_delta(group, mean, precision))
 
@@ -490,8 +559,10 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
     check("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)")
     check("h0", h0, 0 < h0 < math.inf, "positive and finite")
     check("clip", clip, clip > 0, "positive")
-    if isinstance(prior, str):
-        check("prior", prior, prior == "empirical", '"empirical" or a number')
+    if isinstance(prior, Mapping):
+        check("rescale_lr", rescale_lr, not rescale_lr, "False with a prior of every weight's own")
+    elif isinstance(prior, str):
+        check("prior", prior, prior == "empirical", '"empirical", a number or a mapping')
     else:
         check("prior", prior, 0 <= prior < math.inf, '"empirical", or finite and not negative')
     strength, hessian, batch, h0_steps = (

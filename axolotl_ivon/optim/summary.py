@@ -14,6 +14,7 @@ from .threads import in_parallel
 
 # log p plus this is positive, and a norm is the one sum over many tensors that takes one launch.
 _SHIFT = 1.0 - math.log(PRECISION_FLOOR)
+_PRIOR_SHIFT = 88.0  # and so is the log of every normal float32 plus this
 
 
 @torch.no_grad()
@@ -27,15 +28,18 @@ def summarize(all_buffers: Sequence[Buffers]) -> dict[str, float]:
             continue
         debias = (buffers.steps * math.log(max(buffers.group["betas"][0], 1e-30))).expm1_().neg_()
         bounds = buffers.group["clip"] * torch.where(buffers.steps > 0, debias, math.inf)  # no step, nothing clipped
-        decay = debias * (0.0 if prior == "empirical" else prior * strength)
+        own = prior == "gaussian"  # δ of a weight is then `given`/σ₀²
+        given = 0.0 if prior == "empirical" else strength / ess if own else prior * strength
+        decay = debias * given
         work = zip(layout.chunks, *(x[layout.owners].split(layout.counts) for x in (bounds, decay)), strict=True)
         parts = torch.cat(in_parallel(lambda w: _measure(*w), list(work)), 1).cpu().double()
         tensors = torch.zeros(len(parts), len(buffers.params), dtype=torch.float64)
         tensors.index_add_(1, layout.owners.cpu(), parts)
-        n, roots, ratios, clips, logs, log_squares, squares, variances = tensors[:, tensors[0] > 0]
-        moments = ess * squares + variances  # λ·Σ(m² + σ²)
-        delta = (n / moments if prior == "empirical" else torch.full_like(n, prior)) * strength
-        kl += float((delta * moments - n + logs - _SHIFT * n - n * delta.log()).sum()) / 2
+        n, roots, ratios, clips, logs, log_squares, squares, variances, own_logs = tensors[:, tensors[0] > 0]
+        moments = ess * squares + variances  # λ·Σ(m² + σ²), in units of σ₀² where every weight has a prior of its own
+        delta = strength * n / moments if prior == "empirical" else torch.full_like(n, given)
+        kl += float((delta * moments - n + logs - _SHIFT * n - n * delta.log() - own_logs).sum()) / 2
+        kl += own * _PRIOR_SHIFT * float(n.sum()) / 2
         deviation = (log_squares / n - (logs / n).square()).clamp_(min=0).sqrt()
         spread += float((n * deviation).sum()) / 2  # log σ = −½·log(λ·p)
         sigma += float(roots.sum()) * ess**-0.5
@@ -48,17 +52,24 @@ def summarize(all_buffers: Sequence[Buffers]) -> dict[str, float]:
 
 
 def _measure(chunk: Chunk, bounds: Tensor, decay: Tensor) -> Tensor:
-    """Return, by part [8, parts]: n, Σ1/√p, Σ|m|·√p, how many are clipped, Σx and Σx² of x = log p + shift, Σm², Σ1/p.
+    """Return, by part [9, parts]: n, Σ1/√p, Σ|m|·√p, how many are clipped, Σx, Σx² of x = log p + shift, Σm², Σ1/p, 0.
 
-    `bounds` is ξ·(1−β1^t) and `decay` δ·(1−β1^t) with a fixed prior, else 0, by part.
+    Where every weight has a prior of its own the last three are Σ(m−m₀)²/σ₀², Σ1/(p·σ₀²) and Σ(log(1/σ₀²) + shift).
+    `bounds` is ξ·(1−β1^t) and `decay` δ·(1−β1^t) with a fixed prior (times σ₀²), else 0, by part.
     """
-    m, p = chunk.mean, chunk.precision
-    # |(g/(1−β1^t) + δ·m)/p| ≥ ξ, without a division
-    clipped = torch.addcmul(chunk.momentum, m, chunk.spread(decay)).abs_().ge_(chunk.spread(bounds) * p)
+    m, p, decays = chunk.mean, chunk.precision, chunk.spread(decay)
     roots, logs = p.rsqrt(), p.log().add_(_SHIFT)
-    sums = _norms(chunk, 1, roots, m / roots, clipped, logs)
-    squares = _norms(chunk, 2, logs, m, roots).square_()
-    return torch.cat([torch.tensor([chunk.sizes], device=p.device, dtype=sums.dtype), sums, squares])
+    away, widths, own_logs = m, roots, torch.zeros(1, device=p.device).expand_as(p)
+    if chunk.prior:
+        own = chunk.prior[1].sqrt()  # 1/σ₀
+        away, widths = (m - chunk.prior[0]).mul_(own), roots * own
+        decays, own_logs = decays * own, own.log().mul_(2).add_(_PRIOR_SHIFT)
+    # |(g/(1−β1^t) + δ·m)/p| ≥ ξ, without a division
+    clipped = torch.addcmul(chunk.momentum, away, decays).abs_().ge_(chunk.spread(bounds) * p)
+    sums = _norms(chunk, 1, roots, m / roots, clipped, logs, own_logs)
+    squares = _norms(chunk, 2, logs, away, widths).square_()
+    sizes = torch.tensor([chunk.sizes], device=p.device, dtype=sums.dtype)
+    return torch.cat([sizes, sums[:-1], squares, sums[-1:]])
 
 
 def _norms(chunk: Chunk, order: int, *flats: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ FACTS = {
     "clip": "clip ξ",
     "prior": "prior",
     "prior_strength": "strength of the prior",
+    "chain_train_size": "training examples since the first posterior",
     "preset": "preset",
     "fit_method": "σ fitted afterwards, by",
     "steps": "steps",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -16,6 +17,7 @@ import numpy as np
 from ..errors import IVONError, parameter
 from ..storage.dtypes import NUMPY
 from .adapter import UNPRUNED
+from .chain import CHAIN_SIZE, FACTS, MEANING, Factor, factors, links
 from .tensors import Spec, Tensors
 
 if TYPE_CHECKING:
@@ -26,8 +28,6 @@ _BLOCK = 2**15
 
 Parts = tuple[Tensors, Tensors, dict[str, str], dict[str, Any]]  # mean, σ, header and configuration
 
-# What must agree for a weight of one adapter to mean the same as that weight of another.
-_MEANING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
 # What selects the modules that have an adapter.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # What a sum of low-rank updates cannot express.
@@ -36,19 +36,30 @@ _FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight$")
 
 
 def combine(
-    posteriors: Sequence[Posterior], method: str = "precision", weights: Sequence[float] | None = None
+    posteriors: Sequence[Posterior],
+    method: str = "precision",
+    weights: Sequence[float] | None = None,
+    priors: Sequence[Posterior] = (),
 ) -> Parts:
     """Return the parts of one posterior made of several over the same base model; `Posterior.combine` wraps it.
 
-    "precision": the product of the Gaussians. Precisions 1/σ² are added, means are weighted by them. A prior that
-    all of them share (the same number in `prior`, and the same `ess`) is counted once; an empirical prior is each
-    posterior's own, so nothing is taken off. Where one σ is 0 that posterior's mean stands, pruned weights included.
+    "precision": the product of the Gaussians. Precisions 1/σ² are added, means are weighted by them. What several of
+    them share is counted once: a fixed prior (the same number in `prior`, and the same `ess`), and in a chain, whose
+    posteriors were each the prior of another, the posterior before: with B and C trained from A it is B·C/A, and
+    with A and B it is B (at κ = 1). An empirical prior is each posterior's own, so nothing is taken off. Where one σ
+    is 0 that posterior's mean stands, pruned weights included. With `weights` w_i it is the weighted product of
+    Variational Model Merging (arXiv 2412.08147): what each posterior knows beside the prior that they share is taken
+    to the power w_i, Π_i (q_i/prior)^w_i · prior.
 
     "linear": the distribution of Σ w_i·θ_i for independent θ_i ~ q_i, so the mean Σ w_i·m_i and the variance
     Σ w_i²·σ_i². It averages the factors A and B, as a model soup does; w_i is 1/n unless `weights` are given.
 
     "cat": the adapter whose update of every base weight is Σ w_i·ΔW_i exactly, whatever the ranks and targets, as
     PEFT's `add_weighted_adapter(combination_type="cat")` makes it: factors are concatenated, ranks add up.
+
+    Args:
+        priors: the posteriors that several of `posteriors` go on from and that are not among them (`chain.shared`), at
+            the temperature of these.
 
     Raises:
         IVONError: fewer than two posteriors, other base models or temperatures, an unknown method, weights that do
@@ -63,7 +74,9 @@ def combine(
             f"the posteriors have different tau ({', '.join(str(q.tau) for q in posteriors)}); combine them as they "
             "were trained and temper the result, or give them one tau with `ivon-post temper`"
         )
-    return _concatenated(posteriors, share) if method == "cat" else _elementwise(posteriors, method, share)
+    if method == "cat":
+        return _concatenated(posteriors, share)
+    return _elementwise(posteriors, method, share, priors if method == "precision" else ())
 
 
 def shares(count: int, method: str = "precision", weights: Sequence[float] | None = None) -> list[float]:
@@ -76,38 +89,52 @@ def shares(count: int, method: str = "precision", weights: Sequence[float] | Non
         raise IVONError(f"{parameter('method')} {method!r} is unknown; choose one of {', '.join(METHODS)}")
     if count < 2:
         raise IVONError(f"{count} posterior cannot be combined; give at least 2")
-    if weights is not None and method == "precision":
-        raise IVONError(
-            f"{parameter('weights')} are for the methods linear and cat; precision weighs each weight by 1/σ²"
-        )
-    share = [1 / count] * count if weights is None else [float(weight) for weight in weights]
+    equal = 1.0 if method == "precision" else 1 / count
+    share = [equal] * count if weights is None else [float(weight) for weight in weights]
     if len(share) != count or not all(map(math.isfinite, share)):
         raise IVONError(
             f"{parameter('weights')} {share} do not fit {count} posteriors; give one finite number for each"
         )
+    if method == "precision" and (min(share) < 0 or not any(share)):
+        raise IVONError(f"{parameter('weights')} {share}: those of precisions are 0 or more, and not all 0")
     return share
 
 
-def _header(posteriors: Sequence[Posterior], method: str) -> dict[str, str]:
+def _header(posteriors: Sequence[Posterior], method: str, share: Sequence[float] = ()) -> dict[str, str]:
     """Return the header of the result: what all agree on; effective and real data sizes add up with precisions."""
     first = posteriors[0].metadata
     facts = {key: value for key, value in first.items() if all(q.metadata.get(key) == value for q in posteriors)}
     for name in ("mean_sha256", UNPRUNED):
         facts.pop(name, None)
+    chained = any(links(q.metadata) for q in posteriors)
+    for name in (CHAIN_SIZE,) if method == "precision" else FACTS if chained else ():
+        facts.pop(name, None)
+    told = f"{method} of {len(posteriors)}"
     if method == "precision":
-        for key, kind in (("ess", float), ("train_size", int)):
-            try:
-                facts[key] = repr(sum(kind(q.metadata[key]) for q in posteriors))
-            except (KeyError, ValueError):
-                facts.pop(key, None)
-    return {"tau": "1.0", "pruned_ratio": "0.0", **facts, "combined": f"{method} of {len(posteriors)}"}
+        with contextlib.suppress(KeyError, ValueError):
+            facts["ess"] = repr(sum(w * float(q.metadata["ess"]) for w, q in zip(share, posteriors, strict=True)))
+        try:
+            size = sum(int(q.metadata["train_size"]) for q in posteriors)
+            facts["train_size"] = str(size)
+            if chained:
+                given = {q.metadata.get("mean_sha256") for q in posteriors}
+                before = {link.sha256: link.train_size for q in posteriors for link in links(q.metadata)}
+                facts[CHAIN_SIZE] = str(size + sum(int(before[sha] or "") for sha in before.keys() - given))
+        except (KeyError, ValueError):
+            facts.pop("train_size", None)
+        if set(share) != {1.0}:
+            told += f", weights {', '.join(f'{weight:g}' for weight in share)}"
+    return {"tau": "1.0", "pruned_ratio": "0.0", **facts, "combined": told}
 
 
-def _elementwise(posteriors: Sequence[Posterior], method: str, share: Sequence[float]) -> Parts:
+def _elementwise(
+    posteriors: Sequence[Posterior], method: str, share: Sequence[float], priors: Sequence[Posterior]
+) -> Parts:
     first = posteriors[0]
     fix = "method cat combines adapters of different ranks and targets"
-    for q in posteriors[1:]:
-        for name in _MEANING:
+    everybody = [*posteriors, *priors]
+    for q in everybody[1:]:
+        for name in MEANING:
             if q.config.get(name) != first.config.get(name):
                 raise IVONError(
                     f"the adapters differ in {name} ({first.config.get(name)}, {q.config.get(name)}); {fix}"
@@ -116,28 +143,31 @@ def _elementwise(posteriors: Sequence[Posterior], method: str, share: Sequence[f
             shapes = [p.mean.specs[key][1] if key in p.mean else None for p in (first, q)]
             if shapes[0] != shapes[1]:
                 raise IVONError(f"the adapters differ in {key} ({shapes[0]}, {shapes[1]}); {fix}")
-    prior = _shared_prior(posteriors)
+    product = [factor for factor in factors([q.metadata for q in everybody], share) if factor.weight]
+    fixed = _shared_prior([everybody[factor.node] for factor in product if factor.parent is None])
 
     def mean(key: str) -> np.ndarray:
         if not first.mean.is_float(key):
             return first.mean.raw(key)
-        means, sigmas = [q.mean.float32(key) for q in posteriors], [q.sigma.raw(key) for q in posteriors]
+        means, sigmas = [q.mean.float32(key) for q in everybody], [q.sigma.raw(key) for q in everybody]
         if method == "linear":
             values = _blockwise(lambda *m: _sum(w * x for w, x in zip(share, m, strict=True)), means)
         else:
             _check_no_contradiction(key, means, sigmas)
             n = len(means)
-            values = _blockwise(lambda *both: _product_mean(both[:n], both[n:], prior), [*means, *sigmas])
+            values = _blockwise(lambda *both: _product_mean(product, both[:n], both[n:], fixed), [*means, *sigmas])
         return values.astype(NUMPY[first.mean.specs[key][0]], copy=False)
 
     def sigma(key: str) -> np.ndarray:
-        sigmas = [q.sigma.raw(key) for q in posteriors]
+        sigmas = [q.sigma.raw(key) for q in everybody]
         if method == "linear":
             return _blockwise(lambda *s: np.sqrt(_sum((w * x) ** 2 for w, x in zip(share, s, strict=True))), sigmas)
-        return _blockwise(lambda *s: 1 / np.sqrt(_product_precision([_precision(x) for x in s], prior)), sigmas)
+        return _blockwise(
+            lambda *s: 1 / np.sqrt(_product_precision(product, [_precision(x) for x in s], fixed)), sigmas
+        )
 
     specs = {key: ("F32", shape) for key, (_, shape) in first.mean.specs.items()}
-    facts = _header(posteriors, method)
+    facts = _header(posteriors, method, share)
     return Tensors(first.mean.specs, mean), Tensors(specs, sigma), facts, dict(first.config)
 
 
@@ -161,20 +191,39 @@ def _precision(sigma: np.ndarray) -> np.ndarray:
     return np.reciprocal(sigma * sigma)
 
 
-def _product_precision(precisions: Sequence[np.ndarray], prior: float) -> np.ndarray:
-    """Return the precision of Π N(m_i, 1/precision_i) / N(0, 1/prior)^(n−1)."""
-    total = functools.reduce(np.add, precisions)
-    if prior:
-        # No posterior knows less than its prior; rounding and a lagging Hessian estimate can make it look so.
-        total = np.maximum(total - (len(precisions) - 1) * prior, functools.reduce(np.maximum, precisions))
-    return total
+def _product_precision(product: Sequence[Factor], precisions: Sequence[np.ndarray], fixed: float) -> np.ndarray:
+    """Return the precision of the product, in which a fixed prior of all that have no other is counted once."""
+    # No posterior knows less than its prior; rounding and a lagging Hessian estimate can make it look so.
+    roots = [precisions[factor.node] for factor in product if factor.parent is None]
+    claimed = functools.reduce(np.minimum, roots, np.full_like(precisions[0], fixed)) if fixed else None
+
+    def known(factor: Factor) -> np.ndarray:
+        own = precisions[factor.node]
+        prior = claimed if factor.parent is None else factor.strength * precisions[factor.parent]
+        return factor.weight * (own if prior is None else np.where(np.isinf(own), own, np.maximum(own - prior, 0)))
+
+    total = _sum(map(known, product))
+    return total if claimed is None else total + claimed
 
 
-def _product_mean(means: Sequence[np.ndarray], sigmas: Sequence[np.ndarray], prior: float) -> np.ndarray:
-    """Return the mean of Π N(m_i, σ_i²) / N(0, 1/prior)^(n−1); where a σ_i is 0, that m_i."""
+def _product_mean(
+    product: Sequence[Factor], means: Sequence[np.ndarray], sigmas: Sequence[np.ndarray], fixed: float
+) -> np.ndarray:
+    """Return the mean of the product; where a σ is 0, that mean. A fixed prior has its mean at 0."""
     precisions = [_precision(sigma) for sigma in sigmas]
-    mean = _sum(p * m for p, m in zip(precisions, means, strict=True)) / _product_precision(precisions, prior)
-    for m, sigma in zip(means, sigmas, strict=True):
+    # Seen from the mean of a prior, what is known beside it alone is left of the differences.
+    center = next((means[factor.parent] for factor in product if factor.parent is not None), np.zeros_like(means[0]))
+
+    def known(factor: Factor) -> np.ndarray:
+        told = precisions[factor.node] * (means[factor.node] - center)
+        if factor.parent is not None:
+            told -= factor.strength * precisions[factor.parent] * (means[factor.parent] - center)
+        return factor.weight * told
+
+    total = _sum(map(known, product)) + fixed * (0 - center) * (1 - sum(f.weight for f in product if f.parent is None))
+    mean = center + total / _product_precision(product, precisions, fixed)
+    for factor in product:
+        m, sigma = means[factor.node], sigmas[factor.node]
         if not sigma.all():
             mean = np.where(sigma == 0, m, mean)
     return mean

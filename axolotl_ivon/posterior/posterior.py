@@ -26,7 +26,8 @@ from ..storage.dtypes import NUMPY
 from ..storage.format import CONFIG_FILE, MEAN_FILE, SIGMA_FILE, copy_companions, moved_config, write_json
 from .adapter import UNPRUNED, Adapter, check_sigma, modules, write_sigma
 from .card import keep_true
-from .combine import combine
+from .chain import links, shared
+from .combine import combine, shares
 from .prune import pruning_masks
 from .tensors import Progress, Tensors, fingerprint, write_tensors
 
@@ -317,6 +318,23 @@ class Posterior:
         return all(np.array_equal(self.sigma.raw(key), other.sigma.raw(key)) for key in self.sigma)
 
     @classmethod
+    def _prior_of(cls, posteriors: Sequence[Posterior], sha256: str) -> Posterior:
+        """Read the posterior of this fingerprint, which some of `posteriors` go on from, and temper it as they are."""
+        children = [q for q in posteriors if any(link.sha256 == sha256 for link in links(q.metadata))]
+        [name, *_] = (link.name for link in links(children[0].metadata) if link.sha256 == sha256)
+        try:
+            found = cls.from_pretrained(name)
+        except IVONError:
+            found = None
+        if found is None or found.metadata.get("mean_sha256") != sha256:
+            folders = " and ".join(str(q.folder) for q in children)
+            raise IVONError(
+                f"{folders} go on from one posterior, which is not at {name} any more; give its folder as well: what "
+                "it knows counts once either way"
+            )
+        return found.temper(posteriors[0].tau / found.tau) if found.tau != posteriors[0].tau else found
+
+    @classmethod
     def combine(
         cls,
         posteriors: Sequence[Posterior],
@@ -325,11 +343,15 @@ class Posterior:
     ) -> Posterior:
         """Return one posterior made of several over the same base model; see `posterior.combine.combine`.
 
+        A posterior that several of them go on from is read from where they had it, unless it is among them.
+
         Raises:
-            IVONError: as `combine` does, or one of them, as it was read from a folder, is given twice: its data would
-                count twice.
+            IVONError: as `combine` does; one of them, as it was read from a folder, is given twice: its data would
+                count twice; or the posterior that several of them go on from is not where it was.
         """
-        parts = combine(posteriors, method, weights)
+        shares(len(posteriors), method, weights)
+        priors = [cls._prior_of(posteriors, sha256) for sha256 in shared([q.metadata for q in posteriors])]
+        parts = combine(posteriors, method, weights, priors if method == "precision" else ())
         for one, other in itertools.combinations(posteriors, 2):
             if one._fingerprint and one._fingerprint == other._fingerprint and one._same_sigma(other):
                 raise IVONError(

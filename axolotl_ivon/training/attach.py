@@ -7,17 +7,20 @@ import math
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
 from ..defaults import DEFAULTS
 from ..errors import IVONError, parameter
 from ..optim.ivon import IVONLoRA
+from ..posterior.chain import facts_of
+from ..posterior.posterior import Posterior
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import remove_unfinished
 from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean, show_the_mean
-from .presets import ADAM_LIKE_LR, PRESETS
+from .presets import ADAM_LIKE_LR, OF_POSTERIOR, PRESETS
+from .prior import gaussian_prior, keys_in_file
 from .processes import check_sharding
 from .trainer import PosteriorTrainerMixin
 
@@ -33,7 +36,7 @@ def attach(
     h0: float | None = None,
     clip: float | None = None,
     betas: tuple[float, float | None] = (DEFAULTS.betas[0], None),
-    prior: Literal["empirical"] | float = DEFAULTS.prior,
+    prior: Literal["empirical"] | float | Posterior = DEFAULTS.prior,
     prior_strength: float | None = None,
     hessian: Literal["reparameterized", "squared_gradients"] | None = None,
     h0_steps: float | None = None,
@@ -59,7 +62,12 @@ def attach(
             in the run. "paper": γ = 5000 and the defaults of `IVONLoRA`. "small_data" is another name for "auto".
         gamma: γ of the effective sample size λ = γ·√N.
         ess: λ itself, instead of γ and N.
-        h0, clip, betas, prior, prior_strength, hessian, h0_steps, rescale_lr: as in `IVONLoRA`; None for the preset's.
+        h0, clip, betas, hessian, h0_steps, rescale_lr: as in `IVONLoRA`; None for the preset's.
+        prior: "empirical" or a number, as in `IVONLoRA`; or the `Posterior` that an earlier run has left, to go on from
+            and not forget. Training then starts from its mean and its σ, with N(m₀, σ₀²/κ) as the prior. N and λ are
+            those of the new data alone: what was learned counts as data that were seen, κ times. It must be over the
+            same base model, with the same rank, scaling and targets.
+        prior_strength: κ; None for the preset's, and with a `Posterior` for 1.
         train_size: N, the number of training examples; the length of the Trainer's dataset by default (give it where
             that dataset is packed or streamed).
         eval_samples: number of draws whose averaged prediction every evaluation scores too, as `eval_loss_posterior`.
@@ -68,7 +76,7 @@ def attach(
 
     Raises:
         IVONError: the model has no adapter or trains weights outside of it, N is unknown, the Trainer already has an
-            optimizer or a weight decay, or a value is out of range.
+            optimizer or a weight decay, a value is out of range, or the prior does not fit the adapter.
     """
     if not isinstance(trainer, Trainer):
         raise IVONError(
@@ -88,6 +96,9 @@ def attach(
     if gamma is not None:
         chosen = chosen._replace(gamma=gamma)
     facts = {"preset": preset, "gamma": "", "train_size": "" if train_size is None else str(train_size)}
+    of_prior = isinstance(prior, Posterior)
+    if of_prior and h0 is not None:
+        raise IVONError(f"{parameter('h0')}: {h0:g} has no effect with a posterior as prior, whose σ it begins with")
     try:
         # ZeRO-3 leaves an empty tensor where it has partitioned one.
         shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in params.items()}
@@ -103,19 +114,26 @@ def attach(
             "betas": (betas[0], steps_of.second_beta(1)),
             "h0": chosen.first_h0(ess, fan_ins) if h0 is None else h0,
             "clip": chosen.clip if clip is None else clip,
-            "prior": prior,
-            "prior_strength": chosen.prior_strength if prior_strength is None else prior_strength,
+            "prior": DEFAULTS.prior if isinstance(prior, Posterior) else prior,
+            "prior_strength": prior_strength,
             "hessian": chosen.hessian if hessian is None else hessian,
             "h0_steps": chosen.h0_steps if h0_steps is None else h0_steps,
             "rescale_lr": rescale_lr,
             "seed": trainer.args.seed,
         }
+        if prior_strength is None:
+            settings["prior_strength"] = OF_POSTERIOR if of_prior else chosen.prior_strength
         # This optimizer is made for its checks alone: a wrong value shows here, and not when training begins.
         IVONLoRA([nn.Parameter(torch.zeros(1))], **settings)
     except ValueError as error:
         name, must, rest = str(error).partition(" must ")
         name = {"n": "train_size", "lr": "learning_rate"}.get(name, name)
         raise IVONError(f"{parameter(name)}{must}{rest}" if must else str(error)) from error
+    if isinstance(prior, Posterior):
+        if rescale_lr:
+            raise IVONError(f"{parameter('rescale_lr')}: True does not go with a posterior as prior; remove it")
+        settings["prior"] = gaussian_prior(model, shapes, prior)
+        facts |= facts_of(prior, settings["prior_strength"], facts["train_size"])
     if eval_samples < 0:
         raise IVONError(
             f"{parameter('eval_samples')}: {eval_samples} is negative; give the number of draws, or 0 for none"
@@ -180,16 +198,9 @@ def _check_that_all_is_saved(model: PeftModel, names: list[str]) -> None:
     """Refuse to train what no adapter file holds, since its σ would be lost with its mean."""
     if not names:
         raise IVONError("the model has no trainable parameter: the adapter is frozen (is_trainable=False?)")
-    marks = {name: torch.full((), float(i)) for i, name in enumerate(names)}
-    state = {name: marks.get(name, torch.full((), -1.0)) for name, _ in model.named_parameters()}
-    kept = set()
-    for adapter in model.peft_config:
-        found = get_peft_model_state_dict(
-            model, state_dict=dict(state), adapter_name=adapter, save_embedding_layers=False
-        )
-        kept |= {int(mark) for mark in found.values()}
-    for i, name in enumerate(names):
-        if i not in kept:
+    kept = keys_in_file(model, names)
+    for name in names:
+        if name not in kept:
             raise IVONError(
                 f"{name} is trained but is not part of the adapter: freeze it, or add its module to "
                 "lora_target_modules or lora_modules_to_save"

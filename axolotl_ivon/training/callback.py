@@ -13,7 +13,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from ..errors import IVONError, parameter
 from ..optim.ivon import Skipped
+from ..posterior.chain import PRIOR_SHA256
 from ..posterior.check import begins_at_zero, findings
 from .presets import ADAM_LIKE_LR, PAPER_REACH, SHORT_REACH, Preset, rates
 from .processes import agree_on_gradients, average, sum_over_processes
@@ -89,6 +91,20 @@ class PosteriorTraining(TrainerCallback):
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
             group["betas"] = betas
 
+    def goes_on_from(self, facts: Mapping[str, str], checkpoint: str) -> None:
+        """Note the facts of the checkpoint that a run resumes from.
+
+        Raises:
+            IVONError: it was trained with another posterior as prior, or with none.
+        """
+        if self.facts.get(PRIOR_SHA256) != facts.get(PRIOR_SHA256):
+            own, other = (f"from {x['prior']}" if PRIOR_SHA256 in x else "from none" for x in (self.facts, facts))
+            raise IVONError(
+                f"{parameter('prior')}: {checkpoint} goes on {other} and this run {own}; resume with the same, or "
+                "begin a new run in another folder"
+            )
+        self.resumed = facts
+
     def tell_settings(self, steps: int) -> None:
         """Log in one line what is trained with, and where it is from."""
         if not self.trainer.is_world_process_zero():
@@ -102,11 +118,11 @@ class PosteriorTraining(TrainerCallback):
             rate = f"{alpha:.3g}"
         size = self.facts["train_size"]
         LOG.info(
-            "preset %s: λ %.3g%s, h0 %.2g, β2 %.5g, ξ %g, Hessian by %s, prior strength %g, α %s",
+            "preset %s: λ %.3g%s, %s, β2 %.5g, ξ %g, Hessian by %s, prior strength %g, α %s",
             self.facts["preset"],
             s["ess"],
             f" for {size} examples" if size else "",
-            s["h0"],
+            f"from the posterior {self.facts['prior']}" if "prior" in self.facts else f"h0 {s['h0']:.2g}",
             s["betas"][1],
             s["clip"],
             s["hessian"].replace("_", " "),

@@ -108,6 +108,11 @@ def save_with_sigma(
         plugin_manager().hook.posterior_saved(folder=str(each))
 
 
+def sigma_of(optimizer: Any, param: torch.Tensor) -> torch.Tensor:
+    """Return the σ of a parameter that is saved."""
+    return getattr(optimizer, "sigma_to_go_on_from", optimizer.sigma)(param)
+
+
 def tell_in_card(folder: Path) -> None:
     """Let the card in an adapter's folder, if there is one, tell of its posterior; a run does not fail by a card."""
     if (folder / CARD_FILE).is_file():
@@ -124,14 +129,15 @@ def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
         save_sigma(folder, best.sigma, best.metadata)
         return
     states = {name: torch.zeros(()).expand(p.shape) for name, p in run.model.named_parameters()}
-    states |= {name: run.optimizer.sigma(param).cpu() for name, param in run.params.items()}
+    states |= {name: sigma_of(run.optimizer, param).cpu() for name, param in run.params.items()}
     sigma = get_peft_model_state_dict(run.model, state_dict=states, adapter_name=adapter, save_embedding_layers=False)
     # What is in the file without having been trained (a resized embedding, say) has σ = 0.
     saved = TensorFile(folder / MEAN_FILE).entries
     zeros = {key: torch.zeros(()).expand(entry.shape) for key, entry in saved.items()}
     group = run.optimizer.param_groups[0]
     beta1, beta2 = group["betas"]
-    values = {**group, "beta1": beta1, "beta2": beta2, "steps": run.trainer.state.global_step}
+    prior = run.facts.get("prior", group["prior"])
+    values = {**group, "prior": prior, "beta1": beta1, "beta2": beta2, "steps": run.trainer.state.global_step}
     names = ("ess", "h0", "beta1", "beta2", "clip", "prior", "steps")
     facts = {**run.facts, **{name: str(values[name]) for name in names}}
     if run.rates:

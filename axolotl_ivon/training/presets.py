@@ -18,6 +18,9 @@ ADAM_LIKE_LR = 1e-3
 # learned nothing.
 SHORT_REACH, PAPER_REACH = 0.08, 0.13
 
+# κ where nobody gives it and the prior is a posterior: every example that it has seen counts as one of the new ones.
+OF_POSTERIOR = 1.0
+
 
 class Preset(NamedTuple):
     """Settings that go together.

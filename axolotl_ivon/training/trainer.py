@@ -164,7 +164,7 @@ class PosteriorTrainerMixin(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / SIGMA_FILE).is_file():
-            self.posterior_training.resumed = TensorFile(Path(checkpoint) / SIGMA_FILE).metadata
+            self.posterior_training.goes_on_from(TensorFile(Path(checkpoint) / SIGMA_FILE).metadata, checkpoint)
         if self.posterior_training.adapter is not None and checkpoint is not None:
             self.posterior_training.adapter.load_state(Path(checkpoint) / STATE_FILE)
             # DeepSpeed saves the learning rate with the optimizer's state, which it was kept from loading.

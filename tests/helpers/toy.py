@@ -26,6 +26,15 @@ def lora_pair(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, nn
     return {"A": nn.Parameter(a.to(dtype)), "B": nn.Parameter(torch.zeros(16, 4, dtype=dtype))}
 
 
+def gaussian_prior(seed: int = 3) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return (m₀, σ₀) of a pair, with σ₀ that differs from weight to weight by a factor of ten."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randn(p.shape, generator=generator) / 5, 0.01 * 10 ** torch.rand(p.shape, generator=generator))
+        for name, p in lora_pair().items()
+    }
+
+
 def lora_loss(pair: dict[str, nn.Parameter], batch: torch.Tensor) -> torch.Tensor:
     target = torch.linspace(-1, 1, 16 * 24).view(16, 24).sin()
     out = batch @ pair["A"].float().T @ pair["B"].float().T
@@ -49,6 +58,7 @@ def run_beside_reference(
     optimizer = IVONLoRA(pair.items(), **hyper)
     for buffers in optimizer._get_buffers():
         buffers.limit = math.inf if whole else 64
+    prior = hyper.get("prior", "empirical")
     references = {
         name: ReferenceIVON(
             param.detach().double().numpy(),
@@ -56,7 +66,7 @@ def run_beside_reference(
             *hyper["betas"],
             hyper["h0"],
             hyper["clip"],
-            hyper.get("prior", "empirical"),
+            tuple(x.double().numpy() for x in prior[name]) if isinstance(prior, dict) else prior,
             **{name: hyper[name] for name in ADDED if name in hyper},
         )
         for name, param in pair.items()

@@ -81,12 +81,23 @@ def validate(raw: dict[str, Any]) -> Any:
 
 
 def test_every_setting_of_the_table_has_a_config() -> None:
-    assert {"demo", "arithmetic", *TABLE} == set(NAMES)
+    assert {"demo", "arithmetic", "continual-1", "continual-2", *TABLE} == set(NAMES)
+
+
+@pytest.fixture
+def earlier(make_adapter: Any) -> Any:
+    """A function that names an earlier adapter that is there, where a config goes on from one."""
+
+    def name(raw: dict[str, Any]) -> dict[str, Any]:
+        prior = {"ivon_prior": str(make_adapter(r=8, lora_alpha=16))} if "ivon_prior" in raw else {}
+        return {**raw, **prior}
+
+    return name
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_axolotl_accepts_the_config_and_keeps_every_key(name: str) -> None:
-    raw = load(name)
+def test_axolotl_accepts_the_config_and_keeps_every_key(name: str, earlier: Any) -> None:
+    raw = earlier(load(name))
     config = validate(raw)
     expected = {**raw, **LORA, **TABLE.get(name, {})}
     for key in expected.keys() - {"datasets", "special_tokens", "bf16", "plugins", "learning_rate"}:
@@ -113,9 +124,9 @@ def test_axolotl_accepts_the_yamls_of_the_benchmarks(suite: str, tmp_path: Path,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_misspelt_ivon_key_would_be_noticed(name: str) -> None:
+def test_a_misspelt_ivon_key_would_be_noticed(name: str, earlier: Any) -> None:
     with pytest.raises(Exception, match="ivon_gama"):
-        validate({**load(name), "ivon_gama": 1})
+        validate({**earlier(load(name)), "ivon_gama": 1})
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,22 @@ def test_a_run_resumes_in_as_many_processes_as_it_had(mode: str, several: Severa
     assert_same(several.train(resumed, mode, 2), alone)
 
 
+def test_an_earlier_posterior_is_the_prior_in_any_number_of_processes(several: SeveralProcesses) -> None:
+    prior = {"ivon_prior": str(several.start), "ivon_prior_strength": 0.5}
+    one = several.train(several.config("prior-alone", "ddp", 1, **prior), "ddp", 0)
+    header = Posterior.from_pretrained(one).metadata
+    assert (header["prior"], header["prior_strength"]) == (str(several.start), "0.5")
+    assert header["prior_sha256"] == Posterior.from_pretrained(several.start).metadata["mean_sha256"]
+    assert header["chain_train_size"] == str(int(header["train_size"]) + 100)
+    two = {mode: several.config(f"prior-{mode}", mode, 2, **prior) for mode in ("zero3", "fsdp2-sharded")}
+    for mode, config in two.items():
+        assert_same(several.train(config, mode, 2), one)
+    checkpoint = two["zero3"].with_suffix("") / "checkpoint-3"
+    resumed = several.config("prior-resumed", "zero3", 1, resume_from_checkpoint=str(checkpoint), **prior)
+    assert_same(several.train(resumed, "zero3", 1), one)
+    assert Posterior.from_pretrained(resumed.with_suffix("")).metadata["prior_sha256"] == header["prior_sha256"]
+
+
 def test_draws_of_their_own_in_every_process(several: SeveralProcesses, alone: Path) -> None:
     """DDP and ZeRO average by different means, so they check each other; both share noise, rank by rank.
 

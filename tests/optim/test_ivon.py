@@ -16,7 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ReferenceIVON
 from torch import nn
-from toy import SETTINGS, SQUARED, batches, lora_loss, lora_pair, relative, run_beside_reference
+from toy import (
+    SETTINGS,
+    SQUARED,
+    batches,
+    gaussian_prior,
+    lora_loss,
+    lora_pair,
+    relative,
+    run_beside_reference,
+)
 
 from axolotl_ivon import IVONLoRA, effective_sample_size
 from axolotl_ivon.optim import kernels
@@ -30,6 +39,148 @@ def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
         [buffers] = IVONLoRA([nn.Parameter(torch.ones(1))], ess=1.0)._get_buffers()
         assert buffers.kernels.__name__.endswith(f".{request.param}")
         yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("whole", [False, True], ids=["by tensor", "flat"])
+@pytest.mark.parametrize("changes", [{"prior_strength": 0.3}, SQUARED, {**SQUARED, "prior_strength": 1.0}])
+def test_a_prior_of_every_weight_s_own_is_that_of_the_reference(
+    dtype: torch.dtype, whole: bool, changes: dict[str, object]
+) -> None:
+    pair, prior = lora_pair(dtype=dtype), gaussian_prior()
+    optimizer, references = run_beside_reference(pair, 60, 2, whole, prior=prior, **changes)
+    near = 1e-5 if dtype == torch.float32 else 2e-4  # what a draw is rounded by is large beside a small σ₀
+    for name, param in pair.items():
+        assert relative(optimizer.mean(param), references[name].m) < near
+        assert relative(optimizer.sigma(param), references[name].sigma()) < near
+        expected = SETTINGS["ess"] * references[name].delta()
+        np.testing.assert_allclose(optimizer.prior_precision(param).numpy(), expected, rtol=1e-5)
+        assert (optimizer.mean(param) - prior[name][0]).abs().max() > 1e-3, "nothing moved, so nothing was compared"
+
+
+def test_a_posterior_as_prior_goes_on_from_its_mean_and_sigma_at_any_lambda() -> None:
+    for ess, strength in ((1e3, 1.0), (1e7, 0.2), (1e5, 100.0)):
+        pair, prior = lora_pair(), gaussian_prior()
+        optimizer = IVONLoRA(pair.items(), **{**SETTINGS, "ess": ess}, prior=prior, prior_strength=strength)
+        for name, param in pair.items():
+            assert torch.equal(param.detach(), prior[name][0])
+            # Stronger than it was, the prior is narrower, and so is where it begins; what is saved stays.
+            expected = prior[name][1] / max(1.0, strength) ** 0.5
+            torch.testing.assert_close(optimizer.sigma(param), expected, rtol=1e-5, atol=0)
+            torch.testing.assert_close(optimizer.sigma_to_go_on_from(param), prior[name][1], rtol=1e-4, atol=0)
+            torch.testing.assert_close(
+                optimizer.prior_precision(param), strength / prior[name][1] ** 2, rtol=1e-5, atol=0
+            )
+
+
+def test_what_is_saved_counts_the_old_data_once_however_strong_the_prior() -> None:
+    found = []
+    for strength in (0.5, 1.0, 100.0):
+        pair = lora_pair()
+        optimizer, _ = run_beside_reference(pair, 30, prior=gaussian_prior(), **{**SQUARED, "prior_strength": strength})
+        for name, param in pair.items():
+            known = optimizer.state[param]["precision"] - strength / (SETTINGS["ess"] * gaussian_prior()[name][1] ** 2)
+            assert (known > -1e-6).all(), "squared gradients add to the prior"
+            once = known.clamp_min(0) + min(strength, 1.0) / (SETTINGS["ess"] * gaussian_prior()[name][1] ** 2)
+            expected = (SETTINGS["ess"] * once).rsqrt()
+            if strength > 1:
+                torch.testing.assert_close(optimizer.sigma_to_go_on_from(param), expected, rtol=1e-4, atol=0)
+                assert (optimizer.sigma(param) < optimizer.sigma_to_go_on_from(param)).all()
+            else:
+                assert torch.equal(optimizer.sigma_to_go_on_from(param), optimizer.sigma(param))
+        found.append(optimizer.sigma_to_go_on_from(pair["A"]))
+    empirical = IVONLoRA(lora_pair().values(), **SETTINGS)
+    assert torch.equal(
+        *(one(empirical.param_groups[0]["params"][0]) for one in (empirical.sigma, empirical.sigma_to_go_on_from))
+    )
+
+
+def test_two_tasks_of_known_curvature_give_the_posterior_of_both() -> None:
+    """Bayes' rule for Gaussians in closed form: precisions add up, and means are weighted by them; κ scales the old."""
+    ess, s0 = 1e3, 0.5
+    hessians = torch.tensor([[0.1, 4.0, 1.0], [3.0, 0.2, 1.0]]).unsqueeze(1).expand(2, 200, 3)
+    targets = (0.1, -0.1)
+
+    def train(
+        hessian: torch.Tensor, target: float, prior: object, strength: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        param = nn.Parameter(torch.zeros(200, 3))
+        prior = {param: prior} if isinstance(prior, tuple) else prior
+        optimizer = IVONLoRA(
+            [param], lr=0.1, ess=ess, betas=(0.9, 0.997), h0=1.0, clip=math.inf, prior=prior, prior_strength=strength
+        )
+        sigmas = []
+        for step in range(3000):
+            with optimizer.sampled_params():
+                (0.5 * hessian * (param - target).square()).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step >= 1500 and step % 10 == 0:
+                sigmas.append(optimizer.sigma(param).square())
+        return optimizer.mean(param), torch.stack(sigmas).mean((0, 1)).expand(200, 3).sqrt()
+
+    first = train(hessians[0], targets[0], s0, 1.0)
+    for strength in (1.0, 0.25):
+        mean, sigma = train(hessians[1], targets[1], first, strength)
+        old, new = strength * (hessians[0, 0] + s0), hessians[1, 0]
+        torch.testing.assert_close(sigma[0] ** -2, ess * (old + new), rtol=0.03, atol=0)
+        first_mean = hessians[0, 0] * targets[0] / (hessians[0, 0] + s0)
+        torch.testing.assert_close(mean.mean(0), (old * first_mean + new * targets[1]) / (old + new), rtol=0, atol=1e-3)
+
+
+def test_a_prior_that_does_not_fit_is_refused_with_the_name_of_the_parameter() -> None:
+    good = gaussian_prior()
+    mean, sigma = good["B"]
+    for wrong, words in (
+        ({"A": good["A"]}, "prior has no mean and σ of B"),
+        ({**good, "B": (mean.T, sigma.T)}, r"prior of B must be .* got \[4, 16\], \[4, 16\], \[16, 4\]"),
+        ({**good, "B": (mean, sigma * 0)}, "prior of B must have a finite mean and a positive σ"),
+        ({**good, "B": (mean, sigma * math.nan)}, "prior of B must have a finite mean and a positive σ"),
+        ({**good, "B": (mean * math.inf, sigma)}, "prior of B must have a finite mean and a positive σ"),
+    ):
+        pair = lora_pair()
+        before = pair["A"].detach().clone()
+        with pytest.raises(ValueError, match=words):
+            IVONLoRA(pair.items(), prior=wrong, **SETTINGS)
+        assert torch.equal(pair["A"], before)
+    with pytest.raises(ValueError, match="rescale_lr must be False"):
+        IVONLoRA(lora_pair().items(), prior=good, rescale_lr=True, **SETTINGS)
+
+
+def test_groups_may_have_a_prior_each_and_one_that_is_added_later_needs_its_own() -> None:
+    pair, prior = lora_pair(), gaussian_prior()
+    groups = [{"params": [("A", pair["A"])], "prior": prior}, {"params": [("B", pair["B"])], "prior": 0.25}]
+    optimizer = IVONLoRA(groups, **SETTINGS)
+    assert optimizer.prior_precision(pair["B"]) == pytest.approx(0.25 * SETTINGS["ess"])
+    assert set(optimizer.state[pair["A"]]) - set(optimizer.state[pair["B"]]) == {"prior_mean", "prior_precision"}
+    later = IVONLoRA([("A", pair["A"])], prior=prior, **SETTINGS)
+    with pytest.raises(ValueError, match="prior must be"):
+        later.add_param_group({"params": [("B", pair["B"])]})
+    later.add_param_group({"params": [("B", pair["B"])], "prior": prior})
+    torch.testing.assert_close(later.sigma(pair["B"]), prior["B"][1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("given_again", [True, False])
+def test_a_resumed_run_keeps_its_prior_and_continues_bit_for_bit(given_again: bool) -> None:
+    data, results = batches(8), []
+    for interrupted in (False, True):
+        pair = lora_pair()
+        optimizer = IVONLoRA(pair.items(), prior=gaussian_prior(), **{**SETTINGS, **SQUARED})
+        for i, batch in enumerate(data):
+            if interrupted and i == 4:
+                saved = io.BytesIO()
+                torch.save(optimizer.state_dict(), saved)
+                saved.seek(0)
+                kept = {name: nn.Parameter(param.detach().clone()) for name, param in pair.items()}
+                prior = {"prior": gaussian_prior()} if given_again else {}
+                pair, optimizer = kept, IVONLoRA(kept.items(), **{**SETTINGS, **SQUARED}, **prior)
+                optimizer.load_state_dict(torch.load(saved, weights_only=True))
+            with optimizer.sampled_params():
+                lora_loss(pair, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([pair["A"].detach(), pair["B"].detach(), optimizer.sigma(pair["A"])])
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("prior", ["empirical", 1e-2])
@@ -156,13 +307,15 @@ floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
     gradients=st.lists(st.lists(floats, min_size=6, max_size=6), min_size=1, max_size=12),
     start=st.lists(st.floats(-1e3, 1e3, width=32), min_size=6, max_size=6),
     ess=st.sampled_from([1.0, 5e3, 1e7]),
-    prior=st.sampled_from(["empirical", 0.0, 1e-3]),
+    prior=st.sampled_from(["empirical", 0.0, 1e-3, 1e-6j, 1e6j]),
     micro_batches=st.sampled_from([1, 3]),
 )
 def test_whatever_finite_gradients_come_sigma_stays_positive_and_finite(
     gradients: list[list[float]], start: list[float], ess: float, prior: object, micro_batches: int
 ) -> None:
     params = [nn.Parameter(torch.tensor(start[:5])), nn.Parameter(torch.tensor(start[5:]))]
+    if isinstance(prior, complex):  # σ₀ of a prior of every weight's own
+        prior = {param: (param.detach().clone(), torch.full_like(param, prior.imag)) for param in params}
     optimizer = IVONLoRA(params, lr=1.0, ess=ess, betas=(0.9, 0.9), h0=1e-3, clip=1.0, prior=prior)
     for values in gradients:
         for _ in range(micro_batches):

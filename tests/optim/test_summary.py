@@ -17,18 +17,23 @@ from axolotl_ivon import IVONLoRA
 def trained(steps: int, **changes: object) -> tuple[IVONLoRA, dict[str, nn.Parameter]]:
     """Return an optimizer whose tensors are in one part, in several, of another dtype, and in a group of its own."""
     pair = {**lora_pair(), "half": lora_pair(3, torch.bfloat16)["A"], "one": nn.Parameter(torch.ones(()))}
-    own = nn.Parameter(torch.ones(3, 5))
-    groups = [{"params": [*pair.items()]}, {"params": [("own", own)], "ess": 1e2, "clip": 0.5, "prior": 0.25}]
+    own, old = nn.Parameter(torch.ones(3, 5)), nn.Parameter(torch.ones(9, 6))
+    yesterday = torch.linspace(-0.1, 0.1, 54).view(9, 6), torch.linspace(1e-3, 0.2, 54).view(9, 6)
+    groups = [
+        {"params": [*pair.items()]},
+        {"params": [("own", own)], "ess": 1e2, "clip": 0.5, "prior": 0.25},
+        {"params": [("old", old)], "prior": {"old": yesterday}, "prior_strength": 0.5},
+    ]
     optimizer = IVONLoRA(groups, **{**SETTINGS, **changes})
     for buffers in optimizer._get_buffers():
         buffers.limit = 30
     for batch in batches(steps):
         with optimizer.sampled_params():
             loss = lora_loss(pair, batch) + pair["half"].float().sin().sum() + pair["one"].square()
-            (loss + (own.cumsum(1) - 2).square().sum()).backward()
+            (loss + (own.cumsum(1) - 2).square().sum() + (old - 0.3).square().sum() * 1e-2).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return optimizer, {**pair, "own": own}
+    return optimizer, {**pair, "own": own, "old": old}
 
 
 def in_float64(optimizer: IVONLoRA) -> dict[str, float]:
@@ -41,14 +46,16 @@ def in_float64(optimizer: IVONLoRA) -> dict[str, float]:
             sigmas.append(sigma.numpy().ravel())
             ratios.append((state["mean"].abs() / sigma).numpy().ravel())
             spread += np.log(sigma.numpy()).std() * sigma.numel()
-            precision = 1 / (state["mean"] ** 2 + sigma**2).mean()
-            if group["prior"] != "empirical":
+            precision, center = 1 / (state["mean"] ** 2 + sigma**2).mean(), torch.zeros_like(sigma)
+            if group["prior"] == "gaussian":
+                precision, center = state["prior_precision"] * group["prior_strength"], state["prior_mean"]
+            elif group["prior"] != "empirical":
                 precision = torch.tensor(group["ess"] * group["prior"], dtype=torch.float64)
-            prior = Normal(torch.zeros_like(sigma), (1 / precision.sqrt()).expand_as(sigma))
+            prior = Normal(center, (1 / precision.sqrt()).expand_as(sigma))
             kl += float(kl_divergence(Normal(state["mean"], sigma), prior).sum())
             direction = state["momentum"] / (1 - group["betas"][0] ** state["step"])
             if group["prior"] != "empirical":
-                direction = direction + group["prior"] * state["mean"]
+                direction = direction + precision / group["ess"] * (state["mean"] - center)
             clipped += int(((direction / state["precision"]).abs() >= group["clip"]).sum())
     weights = sum(map(len, sigmas))
     return {
@@ -75,6 +82,11 @@ def test_every_figure_is_the_closed_form(kernels: str, clip: float, monkeypatch:
 
 def test_at_the_start_sigma_is_the_same_within_a_tensor_and_nothing_was_clipped() -> None:
     optimizer, params = trained(0)
+    summary = optimizer.summary()
+    of_yesterday = in_float64(optimizer)["ivon_log_sigma_spread"]  # the one σ that was learned before
+    assert summary["ivon_log_sigma_spread"] == pytest.approx(of_yesterday, rel=1e-3)
+    del optimizer.param_groups[2]
+    optimizer._buffers = None
     summary = optimizer.summary()
     assert summary["ivon_log_sigma_spread"] < 1e-4
     assert summary["ivon_clipped_share"] == 0

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.posterior.chain import facts_of
 
 
 def posterior(seed: int = 0, shape: tuple[int, ...] = (5, 4), **facts: str) -> Posterior:
@@ -91,6 +92,137 @@ def test_where_sigma_is_zero_that_mean_stands():
     assert Posterior.combine([pruned, pruned]).pruned() == pruned.pruned()
     with pytest.raises(IVONError, match=r"two posteriors at different means of x\.lora_A\.weight"):
         dict(Posterior.combine([a.temper(math.inf), b.temper(math.inf)]).mean)
+
+
+# --- precision, in a chain and with weights ---------------------------------------------------------------------
+
+
+def product(sites: list[dict[str, tuple[torch.Tensor, torch.Tensor]]]) -> Posterior:
+    """Return the product of Gaussian factors that are given by (precision, mean), in float64."""
+    total = {key: sum(site[key][0] for site in sites) for key in sites[0]}
+    mean = {key: sum(site[key][0] * site[key][1] for site in sites) / total[key] for key in sites[0]}
+    return Posterior(
+        {key: value.float() for key, value in mean.items()},
+        {key: value.rsqrt().float() for key, value in total.items()},
+        {"tau": "1.0"},
+        {"base_model_name_or_path": "base", "lora_alpha": 8, "r": 5},
+    )
+
+
+class Chain:
+    """A ← B, A ← C, B ← D: each is its likelihood, a Gaussian factor, times the power κ of its prior."""
+
+    def __init__(self, folder: Path, **kappa: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"x.lora_A.weight": (5, 4), "x.lora_B.weight": (3, 5)}
+        self.sites = {
+            name: {
+                key: (
+                    10 + 90 * torch.rand(shape, generator=generator).double(),
+                    torch.randn(shape, generator=generator).double(),
+                )
+                for key, shape in shapes.items()
+            }
+            for name in "ABCD"
+        }
+        self.posteriors: dict[str, Posterior] = {}
+        for name, above in {"A": "", "B": "A", "C": "A", "D": "BA"}.items():
+            powers, child = {name: 1.0}, name
+            for one in above:
+                powers[one] = powers[child] * kappa.get(child, 1.0)
+                child = one
+            q, header = self.product(powers), {"tau": "1.0", "ess": "1000.0", "train_size": "100"}
+            if above:
+                header |= facts_of(self.posteriors[above[0]], kappa.get(name, 1.0), "100")
+            Posterior(q.mean, q.sigma, header, q.config).save_pretrained(folder / name)
+            self.posteriors[name] = Posterior.from_pretrained(folder / name)
+
+    def product(self, powers: dict[str, float]) -> Posterior:
+        scaled = ({key: (power * p, m) for key, (p, m) in self.sites[name].items()} for name, power in powers.items())
+        return product([*scaled])
+
+    def combined(self, names: str, weights: list[float] | None = None) -> Posterior:
+        return Posterior.combine([self.posteriors[name] for name in names], weights=weights)
+
+
+def assert_equal(q: Posterior, expected: Posterior) -> None:
+    for key in expected.mean:
+        torch.testing.assert_close(q.mean[key], expected.mean[key], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(q.sigma[key], expected.sigma[key], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("names", "powers"),
+    [
+        ("AB", "AB"),
+        ("BC", "ABC"),  # A is read from where it was
+        ("ABC", "ABC"),
+        ("AD", "ABD"),  # over B, which is not given
+        ("CD", "ABCD"),
+        ("BCD", "ABCD"),
+        ("DACB", "ABCD"),
+    ],
+)
+def test_what_a_chain_shares_is_counted_once(names: str, powers: str, tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    q = chain.combined(names)
+    assert_equal(q, chain.product(dict.fromkeys(powers, 1.0)))
+    assert q.metadata["train_size"] == str(100 * len(names))
+    assert q.metadata["chain_train_size"] == str(100 * len(powers))
+    assert ("prior_sha256" in q.metadata) == (names == "BC"), "the product of B and C goes on from A too"
+
+
+def test_a_prior_is_taken_off_as_strong_as_it_was_put_on(tmp_path: Path) -> None:
+    chain = Chain(tmp_path, B=0.5, C=0.2, D=0.4)
+    # Given, A counts in full; else as much as where it counted most.
+    assert_equal(chain.combined("AB"), chain.product({"A": 1.0, "B": 1.0}))
+    assert_equal(chain.combined("BC"), chain.product({"A": 0.5, "B": 1.0, "C": 1.0}))
+    assert_equal(chain.combined("AD"), chain.product({"A": 1.0, "B": 0.4, "D": 1.0}))
+
+
+def test_weights_of_precisions_weigh_what_each_knows_beside_the_prior(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    q = chain.combined("BC", [1.6, 0.4])
+    assert_equal(q, chain.product({"A": 1.0, "B": 1.6, "C": 0.4}))
+    assert q.metadata["combined"] == "precision of 2, weights 1.6, 0.4"
+    assert_equal(chain.combined("BC", [1, 0]), chain.posteriors["B"])
+    a, b = posterior(0), posterior(1)  # each with a prior of its own
+    q = Posterior.combine([a, b], weights=[0.25, 2.0])
+    for key in a.mean:
+        p = [w / each.sigma[key].double() ** 2 for w, each in zip((0.25, 2.0), (a, b), strict=True)]
+        torch.testing.assert_close(q.sigma[key].double(), (p[0] + p[1]).rsqrt(), rtol=1e-5, atol=1e-6)
+        expected = (p[0] * a.mean[key] + p[1] * b.mean[key]) / (p[0] + p[1])
+        torch.testing.assert_close(q.mean[key].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fixed_prior_counts_once_under_weights() -> None:
+    qs = [posterior(seed, ess="100.0", prior="0.005") for seed in (0, 1)]
+    q = Posterior.combine(qs, weights=[0.5, 1.5])
+    for key in q.mean:
+        p = [1 / each.sigma[key].double() ** 2 for each in qs]
+        expected = 0.5 * (p[0] - 0.5) + 1.5 * (p[1] - 0.5) + 0.5
+        torch.testing.assert_close(q.sigma[key].double(), expected.rsqrt(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_chain_that_is_tempered_is_that_chain_tempered(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    assert_equal(Posterior.combine([chain.posteriors[x].temper(0.5) for x in "BC"]), chain.combined("BC").temper(0.5))
+
+
+def test_a_prior_that_is_gone_is_asked_for(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    held = [chain.posteriors[name] for name in "BC"]
+    (tmp_path / "A").rename(tmp_path / "moved")
+    with pytest.raises(IVONError, match=r"B and .*C go on from one posterior, which is not at .*A any more; give its"):
+        Posterior.combine(held)
+    held.append(Posterior.from_pretrained(tmp_path / "moved"))
+    assert_equal(Posterior.combine(held), chain.product(dict.fromkeys("ABC", 1.0)))
+
+
+@pytest.mark.parametrize("weights", [[-1.0, 2.0], [0.0, 0.0]])
+def test_weights_that_give_no_precision_are_refused(weights: list[float]) -> None:
+    with pytest.raises(IVONError, match=r"weights .*: those of precisions are 0 or more, and not all 0"):
+        Posterior.combine([posterior(0), posterior(1)], weights=weights)
 
 
 # --- linear -----------------------------------------------------------------------------------------------------
@@ -203,7 +335,7 @@ def test_mistakes():
         (([],), "0 posterior"),
         (([q, q], "linear", [1.0]), "do not fit 2 posteriors"),
         (([q, q], "linear", [1.0, math.nan]), "do not fit 2 posteriors"),
-        (([q, q], "precision", [1.0, 1.0]), "for the methods linear and cat"),
+        (([q, q], "precision", [1.0]), "do not fit 2 posteriors"),
         (([q, other],), r"different base models \(base, /models/other\)"),
         (([q, q.temper(2)],), r"different tau \(1.0, 2.0\)"),
     ):

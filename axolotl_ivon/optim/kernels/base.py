@@ -26,14 +26,14 @@ class Constants(NamedTuple):
     ess: float  # λ
     beta1: float
     bound: float  # ξ
-    fixed: bool  # whether the prior is a number, so that it acts on m as well
+    fixed: bool  # whether the prior is given, so that it acts on m as well
     batch: float | None = None  # B, where ĥ is B·ĝ²; None where it is ĝ·(θ−m)/σ²
 
 
 class Terms(NamedTuple):
     """The numbers of a step that differ from tensor to tensor: float32, by part."""
 
-    deltas: Tensor  # δ
+    deltas: Tensor  # δ; κ/λ where every weight has a prior of its own
     debias: Tensor  # 1−β1^t
     rates: Tensor  # α, whatever it was scaled by included
     memories: Tensor  # 1−β2
@@ -45,6 +45,7 @@ class Chunk:
     Attributes:
         place: where they lie in the flat buffers, from the first to the last.
         mean, momentum, precision: m, g and p there, float32 [place].
+        prior: m₀ and 1/σ₀² there, float32 [place] each, where every weight has a prior of its own, else None.
         starts, sizes: where the parts begin in `place`, and how many weights each has. They follow one another without
             a gap, unless the kernels' `GAPS` allows some.
         streams: what tells the noise of a part from that of others, uint64 [parts, 2].
@@ -59,13 +60,14 @@ class Chunk:
         flats: Sequence[Tensor],
         streams: np.ndarray,
     ) -> None:
-        """`parts` are numbers of tensors, each with its rows if not all; `flats` are all of m, g and p."""
+        """`parts` are numbers of tensors, each with its rows if not all; `flats` are all of m, g, p (, m₀, 1/σ₀²)."""
         self.params, self.parts, self.streams = params, parts, streams
         self.shapes = [theta.shape for theta in self.thetas]
         self.sizes = [shape.numel() for shape in self.shapes]
         self.place = slice(starts[0], starts[-1] + self.sizes[-1])
         self.starts = [start - starts[0] for start in starts]
-        self.mean, self.momentum, self.precision = (flat[self.place] for flat in flats)
+        self.mean, self.momentum, self.precision, *prior = (flat[self.place] for flat in flats)
+        self.prior: tuple[Tensor, Tensor] | None = (prior[0], prior[1]) if prior else None
         self.tables: dict[str, Any] = {}
 
     @property
@@ -152,6 +154,8 @@ class Kernels(Protocol):
             Without ½d², the plain running average, where ĥ is a square and so not negative
         m ← m − α·clip((g/(1−β1^t) [+ δ·m with a fixed prior])/p, ±ξ)
 
+        Where the chunk has a prior of its own for every weight, δ is that of `terms` times 1/σ₀², and acts on m − m₀.
+
         Args:
             h_hat: what `collect` gave, float32 [place].
             terms: float32 [parts] each.
@@ -175,6 +179,7 @@ def trial(kernels: Kernels, device: torch.device, dtype: torch.dtype = torch.flo
     starts = list(accumulate((param.numel() for param in params), initial=0))
     mean = torch.cat([param.flatten() for param in params]).float()
     flats = (mean, mean.cos() * 0.1, mean.abs() + 0.1)
+    prior = (mean.sin(), mean.abs() + 0.2)
     streams = np.arange(1, 2 * len(params) + 1, dtype=np.uint64).reshape(-1, 2)
     chunk = Chunk(params, [(i, None) for i in range(len(params))], starts[:-1], flats, streams)
     noise = kernels.noise(chunk, chunk.streams)
@@ -184,11 +189,12 @@ def trial(kernels: Kernels, device: torch.device, dtype: torch.dtype = torch.flo
         param.grad = param.sin() * 0.1
     h_hat = torch.empty_like(mean)
     small = torch.linspace(0.1, 0.9, len(params), device=device)
-    for squared, fixed in ((False, False), (False, True), (True, False)):
+    for squared, fixed, own in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 1, 1), (1, 1, 1)):
+        chunk.prior = prior if own else None
         for add in (False, True):
-            squares = kernels.collect(chunk, h_hat, add=add, squared=squared)
+            squares = kernels.collect(chunk, h_hat, add=add, squared=bool(squared))
             results += [squares, h_hat.clone(), kernels.squares(chunk)]
-        constants = Constants(ess=1e3, beta1=0.9, bound=1e-2, fixed=fixed, batch=8.0 if squared else None)
+        constants = Constants(ess=1e3, beta1=0.9, bound=1e-2, fixed=bool(fixed), batch=8.0 if squared else None)
         verdict, _ = kernels.judge(small, small * 4, torch.arange(len(params), device=device), (0, 0, 0))
         kernels.update(chunk, h_hat, Terms(small, small, small * 0.1, small * 0.01), verdict, constants)
     return [*results, *flats, *(theta.detach().flatten().float() for theta in chunk.thetas)]

@@ -126,34 +126,46 @@ def _squares(gradients, sizes, sums):
         _at(sums, len(sizes))[part] = _sum_of_squares(_at(gradients[part], sizes[part]))
 
 
-@_compiled
-def _update(m, g, p, h_hat, thetas, gradients, sizes, deltas, debias, rates, memories, fixed, squared, numbers):
-    one_minus_beta1, per_h_hat, bound = numbers
-    half = _ZERO if squared else _HALF
-    start = 0
-    for part in range(len(sizes)):
-        size = sizes[part]
-        m_, g_, p_ = _at(m + start, size), _at(g + start, size), _at(p + start, size)
-        h_, theta_, gradient_ = _at(h_hat + start, size), _at(thetas[part], size), _at(gradients[part], size)
-        delta, inverse_debias = _at(deltas, len(sizes))[part], _ONE / _at(debias, len(sizes))[part]
-        decay, rate = delta if fixed else _ZERO, _at(rates, len(sizes))[part]
-        memory = _at(memories, len(sizes))[part]
-        for i in range(size):
-            g_i = g_[i] + one_minus_beta1 * (gradient_[i] - g_[i])
-            seen = per_h_hat * h_[i]
-            seen = (seen + delta) / p_[i] if squared else seen + delta / p_[i]
-            d = memory * (seen - _ONE)
-            d = d if d == d else _ZERO
-            d = d if d > -_TRAVEL else -_TRAVEL
-            p_i = p_[i] + p_[i] * (d + half * d * d)
-            p_i = p_i if p_i > _FLOOR else _FLOOR
-            p_i = p_i if p_i < _CEILING else _CEILING
-            direction = (g_i * inverse_debias + decay * m_[i]) / p_i
-            direction = direction if direction < bound else bound
-            direction = direction if direction > -bound else -bound
-            m_i = m_[i] - rate * direction
-            g_[i], p_[i], m_[i], theta_[i] = g_i, p_i, m_i, m_i
-        start += 4 * size
+def _update_where(own: bool) -> Any:
+    """Return the kernel of a step; `own`: every weight has a prior of its own, m₀ and 1/σ₀² at `prior`."""
+
+    def update(
+        m, g, p, h_hat, thetas, gradients, sizes, deltas, debias, rates, memories, fixed, squared, numbers, prior
+    ):
+        one_minus_beta1, per_h_hat, bound = numbers
+        half = _ZERO if squared else _HALF
+        start = 0
+        for part in range(len(sizes)):
+            size = sizes[part]
+            m_, g_, p_ = _at(m + start, size), _at(g + start, size), _at(p + start, size)
+            h_, theta_, gradient_ = _at(h_hat + start, size), _at(thetas[part], size), _at(gradients[part], size)
+            center_, narrowness_ = _at(prior[0] + start, size), _at(prior[1] + start, size)  # read by `own` alone
+            delta, inverse_debias = _at(deltas, len(sizes))[part], _ONE / _at(debias, len(sizes))[part]
+            decay, rate = delta if fixed else _ZERO, _at(rates, len(sizes))[part]
+            memory = _at(memories, len(sizes))[part]
+            for i in range(size):
+                delta_i = delta * narrowness_[i] if own else delta
+                pull = delta_i * (m_[i] - center_[i]) if own else decay * m_[i]
+                g_i = g_[i] + one_minus_beta1 * (gradient_[i] - g_[i])
+                seen = per_h_hat * h_[i]
+                seen = (seen + delta_i) / p_[i] if squared else seen + delta_i / p_[i]
+                d = memory * (seen - _ONE)
+                d = d if d == d else _ZERO
+                d = d if d > -_TRAVEL else -_TRAVEL
+                p_i = p_[i] + p_[i] * (d + half * d * d)
+                p_i = p_i if p_i > _FLOOR else _FLOOR
+                p_i = p_i if p_i < _CEILING else _CEILING
+                direction = (g_i * inverse_debias + pull) / p_i
+                direction = direction if direction < bound else bound
+                direction = direction if direction > -bound else -bound
+                m_i = m_[i] - rate * direction
+                g_[i], p_[i], m_[i], theta_[i] = g_i, p_i, m_i, m_i
+            start += 4 * size
+
+    return _compiled(update)
+
+
+_update, _update_from_prior = _update_where(False), _update_where(True)
 
 
 def noise(chunk: Chunk, seeds: np.ndarray) -> Tensor:
@@ -207,8 +219,10 @@ def update(chunk: Chunk, h_hat: Tensor, terms: Terms, verdict: Verdict, c: Const
         flats, by_part = ([x.data_ptr() for x in xs] for xs in ((m, g, p, h_hat), terms))
         squared, scale = c.batch is not None, float(scale)
         numbers = (1 - c.beta1, c.ess * scale if c.batch is None else c.batch * scale**2, c.bound)
-        sizes = np.array(chunk.sizes)
-        _update(*flats, thetas, gradients, sizes, *by_part, c.fixed, squared, tuple(map(np.float32, numbers)))
+        sizes, kernel = np.array(chunk.sizes), _update_from_prior if chunk.prior else _update
+        scalars = tuple(map(np.float32, numbers))
+        prior = tuple(x.data_ptr() for x in chunk.prior or (m, m))
+        kernel(*flats, thetas, gradients, sizes, *by_part, c.fixed, squared, scalars, prior)
 
 
 def _addresses(tensors: list[Tensor]) -> np.ndarray | None:

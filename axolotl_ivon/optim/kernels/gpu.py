@@ -142,6 +142,8 @@ def _update(
     rates,
     memories,
     verdict,
+    prior_mean,
+    prior_precision,
     one_minus_beta1,
     per_h_hat,
     bound,
@@ -149,11 +151,12 @@ def _update(
     floor,
     ceiling,
     FIXED: tl.constexpr,
+    OWN: tl.constexpr,
     SQUARED: tl.constexpr,
     TYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One step, as in `Kernels.update`."""
+    """One step, as in `Kernels.update`; OWN: every weight has a prior of its own."""
     part, places, flat, _ = _place(programs, parts, BLOCK)
     inside = places < tl.load(parts + 4 * part) * tl.load(verdict).to(tl.int64)
     m = tl.load(mean + flat, mask=inside, other=0.0)
@@ -163,6 +166,10 @@ def _update(
     gradient = tl.load(_at(gradients, part, places, TYPE), mask=inside, other=0.0).to(tl.float32)
     delta, rate, memory = tl.load(deltas + part), tl.load(rates + part), tl.load(memories + part)
     scale = tl.load(verdict + 1)
+    away = m
+    if OWN:
+        delta = delta * tl.load(prior_precision + flat, mask=inside, other=1.0)
+        away = m - tl.load(prior_mean + flat, mask=inside, other=0.0)
 
     g += one_minus_beta1 * (gradient - g)
     if SQUARED:
@@ -177,7 +184,7 @@ def _update(
     p = tl.minimum(tl.maximum(p, floor), ceiling)
     direction = g / tl.load(debias + part)
     if FIXED:
-        direction += delta * m
+        direction += delta * away
     m -= rate * tl.minimum(tl.maximum(direction / p, -bound), bound)
 
     tl.store(momentum + flat, g, mask=inside)
@@ -227,15 +234,17 @@ def update(chunk: Chunk, h_hat: Tensor, terms: Terms, verdict: Verdict, c: Const
     """Take the step; see `Kernels.update`."""
     gradients = _gradients(chunk)
     verdict = verdict if isinstance(verdict, Tensor) else to_device(verdict, chunk.mean.device)
+    prior = chunk.prior or (chunk.mean, chunk.mean)  # which is not read
     _launch(
         _update,
         chunk,
         _thetas(chunk),
         _table(chunk, "gradients", gradients),
-        *(chunk.mean, chunk.momentum, chunk.precision, h_hat, *terms, verdict),
+        *(chunk.mean, chunk.momentum, chunk.precision, h_hat, *terms, verdict, *prior),
         *(1 - c.beta1, c.ess if c.batch is None else c.batch, c.bound),
         *(TRAVEL, PRECISION_FLOOR, PRECISION_CEILING),
         FIXED=c.fixed,
+        OWN=chunk.prior is not None,
         SQUARED=c.batch is not None,
     )
 

@@ -82,6 +82,8 @@ def update(chunk: Chunk, h_hat: Tensor, terms: Terms, verdict: Verdict, c: Const
         return
     m, g, p = chunk.mean, chunk.momentum, chunk.precision
     delta, debias, rate, memory = map(chunk.spread, terms)
+    if chunk.prior:
+        delta = delta * chunk.prior[1]
     torch._foreach_lerp_(chunk.momenta, [gradient.float() for gradient in chunk.gradients], 1 - c.beta1)
     if c.batch is None:
         d = torch.div(delta, p).sub_(1).add_(h_hat, alpha=c.ess * scale).mul_(memory)
@@ -94,6 +96,6 @@ def update(chunk: Chunk, h_hat: Tensor, terms: Terms, verdict: Verdict, c: Const
     p.clamp_(PRECISION_FLOOR, PRECISION_CEILING)
     direction = g / debias
     if c.fixed:
-        direction.addcmul_(m, delta)
+        direction.addcmul_(m - chunk.prior[0] if chunk.prior else m, delta)
     m.addcmul_(direction.div_(p).clamp_(-c.bound, c.bound), rate, value=-1)
     torch._foreach_copy_(chunk.thetas, chunk.means)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy import SETTINGS, SQUARED, batches, lora_loss, lora_pair, relative, run_beside_reference
+from toy import SETTINGS, SQUARED, batches, gaussian_prior, lora_loss, lora_pair, relative, run_beside_reference
 
 from axolotl_ivon import IVONLoRA
 from axolotl_ivon.errors import IVONError
@@ -36,6 +36,8 @@ def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         ("empirical", 1, torch.bfloat16, {}),
         ("empirical", 1, torch.float32, {"rescale_lr": True, "lr": 0.5}),
         ("empirical", 2, torch.float32, SQUARED),
+        (gaussian_prior(), 2, torch.float32, SQUARED),
+        (gaussian_prior(), 1, torch.float32, {"prior_strength": 0.3}),
     ],
 )
 def test_follows_the_reference(prior: Any, micro_batches: int, dtype: torch.dtype, changes: dict[str, Any]) -> None:

@@ -34,7 +34,14 @@ def test_they_agree(kernels: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prior", "hessian"), [("empirical", "reparameterized"), (0.3, "reparameterized"), (0.3, "squared_gradients")]
+    ("prior", "hessian"),
+    [
+        ("empirical", "reparameterized"),
+        (0.3, "reparameterized"),
+        (0.3, "squared_gradients"),
+        ("own", "reparameterized"),
+        ("own", "squared_gradients"),
+    ],
 )
 @torch.no_grad()
 def test_one_step_is_that_of_the_reference(kernels: Any, prior: Any, hessian: str) -> None:
@@ -42,10 +49,15 @@ def test_one_step_is_that_of_the_reference(kernels: Any, prior: Any, hessian: st
     sizes = [37, 5, 1]
     chunk = chunk_of(sizes)
     references = []
+    center, sigma = chunk.mean.sin(), chunk.mean.abs() * 0.1 + 0.05
+    if prior == "own":
+        chunk.prior = (center, sigma**-2)
+    yesterday = zip(*(x.double().split(sizes) for x in (center, sigma)), strict=True)
     for m, g, p in zip(*(flat.split(sizes) for flat in (chunk.mean, chunk.momentum, chunk.precision)), strict=True):
-        reference = ReferenceIVON(
-            m.double().numpy(), ESS, BETA1, BETA2, 0.1, BOUND, prior, hessian=hessian, batch_size=4
-        )
+        numbers = (ESS, BETA1, BETA2, 0.1, BOUND, "empirical" if prior == "own" else prior)
+        reference = ReferenceIVON(m.double().numpy(), *numbers, hessian=hessian, batch_size=4)
+        if prior == "own":
+            reference.prior = tuple(x.numpy() for x in next(yesterday))
         reference.t, reference.g, reference.p = 4, g.double().numpy(), p.double().numpy()
         references.append(reference)
     moments = kernels.draw(chunk, kernels.noise(chunk, chunk.streams), ESS)
@@ -59,8 +71,11 @@ def test_one_step_is_that_of_the_reference(kernels: Any, prior: Any, hessian: st
     expected = [(gradient**2).sum() for gradient in gradients]
     np.testing.assert_allclose(kernels.squares(chunk).numpy(), expected, rtol=1e-5)
     sized = torch.tensor([float(size) for size in sizes])
-    deltas = sized / moments if prior == "empirical" else torch.full_like(sized, prior)
-    np.testing.assert_allclose(deltas.numpy(), [reference.delta() for reference in references], rtol=1e-5)
+    if prior == "own":
+        deltas = torch.full_like(sized, 1 / ESS)
+    else:
+        deltas = sized / moments if prior == "empirical" else torch.full_like(sized, prior)
+        np.testing.assert_allclose(deltas.numpy(), [reference.delta() for reference in references], rtol=1e-5)
     debias = torch.full_like(sized, 1 - BETA1**5)
     constants = Constants(ESS, BETA1, BOUND, fixed=prior != "empirical", batch=4.0 if squared else None)
     terms = Terms(deltas, debias, torch.tensor(RATES), torch.full_like(sized, 1 - BETA2))

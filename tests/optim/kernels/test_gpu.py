@@ -37,8 +37,9 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(dtype: torch.dtype) -> 
     scalars |= {"travel", "floor", "ceiling"}
     variants = [("_draw", {}), ("_squares", {}), ("_sum", {}), ("_judge", {})]
     variants += [("_collect", {"ADD": add, "SQUARED": squared}) for add in (True, False) for squared in (True, False)]
-    variants += [("_update", {"FIXED": fixed, "SQUARED": not fixed}) for fixed in (True, False)]
-    variants += [("_update", {"FIXED": False, "SQUARED": False})]
+    variants += [("_update", {"FIXED": fixed, "SQUARED": not fixed, "OWN": False}) for fixed in (True, False)]
+    variants += [("_update", {"FIXED": False, "SQUARED": False, "OWN": False})]
+    variants += [("_update", {"FIXED": True, "SQUARED": squared, "OWN": True}) for squared in (True, False)]
     for name, constants in variants:
         kernel = getattr(gpu, name)
         known = {**constants, "TYPE": gpu._TYPES[dtype], "BLOCK": gpu._BLOCK}

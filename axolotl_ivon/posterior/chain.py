@@ -1,0 +1,178 @@
+"""A chain of posteriors, each the prior of the next: what the header of a σ tells of those before it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import IVONError, parameter
+from .adapter import UNPRUNED, Adapter, mean_sha256, modules
+
+if TYPE_CHECKING:
+    from .posterior import Posterior
+
+# Facts of the header, beside `prior` (where it was read from) and `prior_strength` (κ).
+PRIOR_SHA256, CHAIN, CHAIN_SIZE = "prior_sha256", "prior_chain", "chain_train_size"
+FACTS = ("prior", PRIOR_SHA256, "prior_strength", CHAIN, CHAIN_SIZE)
+
+# What must agree for a weight of one adapter to mean the same as that weight of another.
+MEANING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+# What the plugin's YAML calls some of them.
+_KEYS = {"r": "lora_r", "use_rslora": "peft_use_rslora", "use_dora": "peft_use_dora"}
+
+
+class Link(NamedTuple):
+    """A posterior that another one had as its prior, or that the prior of that one had, and so on.
+
+    Attributes:
+        sha256: the fingerprint of its mean.
+        strength: by what its precision, as it was trained, counts in the posterior after it: κ, at most 1
+            (`IVONLoRA.sigma_to_go_on_from`), and τ where it was tempered.
+        train_size: N of its own data; None where its header does not say.
+        name: the folder or Hub id that it was read from.
+    """
+
+    sha256: str
+    strength: float
+    train_size: int | None
+    name: str
+
+
+def links(header: Mapping[str, str]) -> list[Link]:
+    """Return the posteriors before the one of this header, the nearest first; `strength` is by the one after each."""
+    try:
+        return [Link(str(x[0]), float(x[1]), None if x[2] is None else int(x[2]), str(x[3])) for x in _parsed(header)]
+    except (ValueError, TypeError, IndexError, KeyError) as error:
+        raise IVONError(f"{CHAIN} of a header cannot be read ({header.get(CHAIN)!r:.200})") from error
+
+
+def _parsed(header: Mapping[str, str]) -> list[Any]:
+    return json.loads(header[CHAIN]) if CHAIN in header else []
+
+
+def facts_of(prior: Posterior, strength: float, train_size: str | None) -> dict[str, str]:
+    """Return what the header of a run tells of the posterior that is its prior.
+
+    `train_size` is N of the run itself. `chain_train_size` is that of all data since the first posterior, where every
+    link says its own.
+    """
+    snapshot = re.search(r"models--(.+?)--(.+?)/snapshots/", str(prior.folder))
+    name = "/".join(snapshot.groups()) if snapshot else str(prior.folder or "in memory")
+    sha256 = mean_sha256(prior.mean)
+    first = Link(sha256, min(strength, 1.0) * prior.tau, _whole(prior.metadata.get("train_size")), name)
+    chain = [first, *links(prior.metadata)]
+    facts = {"prior": name, PRIOR_SHA256: sha256, "prior_strength": repr(float(strength)), CHAIN: json.dumps(chain)}
+    sizes = [_whole(train_size), *(link.train_size for link in chain)]
+    known = [size for size in sizes if size is not None]
+    return facts | ({CHAIN_SIZE: str(sum(known))} if len(known) == len(sizes) else {})
+
+
+class Factor(NamedTuple):
+    """A factor of a product of posteriors: what one of them knows beside its prior, if that is in the product too.
+
+    Attributes:
+        node: which posterior, by its place among all that take part.
+        weight: the power that the factor is taken to.
+        parent: which posterior its prior is, or None.
+        strength: by what the parent's precision counts in that prior.
+    """
+
+    node: int
+    weight: float
+    parent: int | None
+    strength: float
+
+
+def shared(headers: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the fingerprints of the posteriors that several of these go on from, and that are not among them.
+
+    Of a common chain it is the last one: what comes before is part of it.
+    """
+    given, after = {header.get("mean_sha256") for header in headers}, dict[str, set[str]]()
+    for header in headers:
+        before = str(header.get("mean_sha256"))
+        for link in links(header):
+            if link.sha256 in given:
+                break
+            after.setdefault(link.sha256, set()).add(before)
+            before = link.sha256
+    return [sha256 for sha256, children in after.items() if len(children) > 1]
+
+
+def factors(headers: Sequence[Mapping[str, str]], weights: Sequence[float]) -> list[Factor]:
+    """Return the factors of a product in which nothing is counted twice.
+
+    Args:
+        headers: of the posteriors; `weights` are the powers of as many as there are weights, and those after them are
+            what `shared` has named: priors that count once, at the largest strength that they have had.
+        weights: see `headers`.
+    """
+    places = {str(header.get("mean_sha256")): i for i, header in reversed([*enumerate(headers)])}
+    found = []
+    for i, header in enumerate(headers):
+        factor, strength = Factor(i, weights[i] if i < len(weights) else 0.0, None, 0.0), 1.0
+        for link in links(header):
+            strength *= link.strength
+            if link.sha256 in places:
+                factor = factor._replace(parent=places[link.sha256], strength=strength)
+                break
+        found.append(factor)
+    priors = range(len(weights), len(headers))
+    for i in sorted(priors, key=lambda i: -len(links(headers[i]))):  # the latest first
+        powers = (factor.strength * (factor.weight if factor.node in priors else 1) for factor in found)
+        found[i] = found[i]._replace(
+            weight=max(power for power, factor in zip(powers, found, strict=True) if factor.parent == i)
+        )
+    return found
+
+
+def _whole(text: str | None) -> int | None:
+    try:
+        return int(text or "")
+    except ValueError:
+        return None
+
+
+def check_prior(name: str, config: Mapping[str, Any], adapter: Adapter | None = None) -> None:
+    """Check what can be told of a prior before a model is loaded.
+
+    Args:
+        name: the folder or Hub id of the posterior.
+        config: what is known of the adapter that is to be trained, as in adapter_config.json; what it does not hold is
+            not compared.
+        adapter: the posterior's, where it was read already.
+
+    Raises:
+        IVONError: there is no such adapter, it has no σ, it was pruned, its τ is infinite, or it has another rank,
+            scaling or base model.
+    """
+    named = f"{parameter('prior')}: {name}"
+    try:
+        held = adapter or Adapter(name)
+    except IVONError as error:
+        raise IVONError(
+            f"{parameter('prior')}: {name!r} is refused, it must be 'empirical', a number, or the folder or Hub id of "
+            f"an adapter with σ ({error})"
+        ) from error
+    if held.sigma is None:
+        raise IVONError(f"{named} has no σ, so it is no posterior: train it with ivon_lora, or use it without a prior")
+    check_width(named, held.metadata)
+    for key in MEANING:
+        own, other = held.config.get(key), config.get(key)
+        if key in config and (own or None) != (other or None):
+            raise IVONError(f"{named} has {key} {own} and this adapter {other}; set {_KEYS.get(key, key)}: {own}")
+
+
+def check_width(named: str, header: Mapping[str, str]) -> None:
+    """Raise an IVONError if the σ of this header is 0 where weights are to be trained."""
+    if float(header.get("pruned_ratio", 0)) > 0 or UNPRUNED in header:
+        raise IVONError(f"{named} is pruned, and what is 0 would stay 0: give the adapter as it was before")
+    if float(header.get("tau", 1)) == float("inf"):
+        raise IVONError(f"{named} has tau inf, so it has no width: give the adapter as it was before")
+
+
+def kinds(tensors: Any) -> str:
+    """Return which kinds of modules an adapter is on, in words."""
+    return ", ".join(sorted({name.rpartition(".")[2] for name in modules(tensors)}))

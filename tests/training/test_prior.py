@@ -1,0 +1,178 @@
+"""Finetuning again from an earlier posterior: what is started from, what is refused, and what the headers tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trainers import lora_weights, make_trainer
+
+from axolotl_ivon import IVONError, Posterior, attach
+from axolotl_ivon.posterior.chain import links
+
+
+@pytest.fixture(scope="module")
+def monday(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that was trained with IVON-LoRA."""
+    folder = tmp_path_factory.mktemp("monday")
+    trainer = make_trainer(tiny_llama, folder, save_strategy="no")
+    attach(trainer)
+    trainer.train()
+    trainer.model.save_pretrained(folder)
+    return folder
+
+
+def test_training_starts_at_the_posterior_and_its_header_tells_the_chain(
+    monday: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    q = Posterior.from_pretrained(monday)
+    trainer = make_trainer(tiny_llama, tmp_path / "tuesday", save_strategy="no", max_steps=4)
+    attach(trainer, prior=q, prior_strength=0.5)
+    trainer.create_optimizer()
+    optimizer = trainer.posterior_training.optimizer
+    for name, param in trainer.posterior_training.params.items():
+        key = name.replace(".default", "")
+        assert torch.equal(param.detach(), q.mean[key])
+        torch.testing.assert_close(optimizer.sigma(param), q.sigma[key], rtol=1e-5, atol=0)
+        torch.testing.assert_close(optimizer.prior_precision(param), 0.5 / q.sigma[key] ** 2, rtol=1e-5, atol=0)
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path / "tuesday")
+
+    header = Posterior.from_pretrained(tmp_path / "tuesday").metadata
+    assert header["prior"] == str(monday)
+    assert header["prior_sha256"] == q.metadata["mean_sha256"]
+    assert (header["prior_strength"], header["train_size"], header["chain_train_size"]) == ("0.5", "24", "48")
+    assert float(header["ess"]) == float(q.metadata["ess"]), "λ is that of the new data alone"
+
+    third = make_trainer(tiny_llama, tmp_path / "wednesday", save_strategy="no", max_steps=1)
+    attach(third, prior=Posterior.from_pretrained(tmp_path / "tuesday").temper(0.25))
+    third.train()
+    third.model.save_pretrained(tmp_path / "wednesday")
+    header = Posterior.from_pretrained(tmp_path / "wednesday").metadata
+    before, first = links(header)
+    assert (before.name, before.strength, before.train_size) == (str(tmp_path / "tuesday"), 0.25, 24)
+    assert (first.name, first.strength, first.sha256) == (str(monday), 0.5, q.metadata["mean_sha256"])
+    assert (header["prior_strength"], header["chain_train_size"]) == ("1.0", "72")
+    assert all(isinstance(value, str) for value in header.values())
+    assert json.loads(header["prior_chain"])[1][3] == str(monday)
+
+
+def test_a_strong_prior_holds_the_weights_and_a_weak_one_lets_them_go(
+    monday: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    q, moved = Posterior.from_pretrained(monday), []
+    for strength in (1e-3, 1e6):
+        trainer = make_trainer(tiny_llama, tmp_path, save_strategy="no", max_steps=20)
+        attach(trainer, prior=q, prior_strength=strength)
+        trainer.train()
+        weights = lora_weights(trainer.model)
+        moved.append(max(float((w - q.mean[n.replace(".default", "")]).abs().max()) for n, w in weights.items()))
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does_and_needs_the_same_prior(
+    monday: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    def train(folder: str, prior: Any, resume: str | None = None) -> None:
+        trainer = make_trainer(tiny_llama, tmp_path / folder)
+        attach(trainer, prior=prior)
+        trainer.train(resume_from_checkpoint=resume)
+
+    q, checkpoint = Posterior.from_pretrained(monday), str(tmp_path / "a" / "checkpoint-3")
+    train("a", q)
+    train("b", q, checkpoint)
+    for name in ("adapter_model.safetensors", "ivon_sigma.safetensors"):
+        left, right = (load_file(tmp_path / run / "checkpoint-6" / name) for run in ("a", "b"))
+        assert all(torch.equal(left[key], right[key]) for key in left)
+    headers = [Posterior.from_pretrained(tmp_path / run / "checkpoint-6").metadata for run in ("a", "b")]
+    assert headers[0] == headers[1]
+    with pytest.raises(IVONError, match=r"^prior: .*checkpoint-3 goes on from .* and this run from none; resume with"):
+        train("c", "empirical", checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"r": 2}, "has r 4 and this adapter 2; set lora_r: 4"),
+        ({"lora_alpha": 16}, "has lora_alpha 8 and this adapter 16; set lora_alpha: 8"),
+        ({"use_rslora": True}, "has use_rslora False and this adapter True"),
+        ({"target_modules": ["q_proj"]}, "is on q_proj, v_proj and this adapter on q_proj; set lora_target_modules"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "is on q_proj, v_proj and this adapter on k_proj, q_proj"),
+        ({"layers_to_transform": [1]}, r"this adapter differ in base_model.*layers\.0\.self_attn\.q_proj.*lora_A"),
+    ],
+)
+def test_another_rank_scaling_or_other_targets_are_refused_saying_which(
+    lora: dict[str, Any], words: str, monday: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path, lora=lora)
+    with pytest.raises(IVONError, match=words) as caught:
+        attach(trainer, prior=Posterior.from_pretrained(monday))
+    assert str(caught.value).startswith(f"prior: {monday}")
+    assert "\n" not in str(caught.value)
+    assert caught.value.parameter == "prior"
+
+
+def test_a_posterior_without_width_or_over_another_model_is_refused(
+    monday: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    q = Posterior.from_pretrained(monday)
+    for wrong, words in ((q.prune(0.2), "is pruned, and what is 0 would stay 0"), (q.temper(float("inf")), "tau inf")):
+        with pytest.raises(IVONError, match=words):
+            attach(make_trainer(tiny_llama, tmp_path), prior=wrong)
+    other = Posterior(q.mean, q.sigma, q.metadata, {**q.config, "base_model_name_or_path": "other/llama"})
+    with pytest.raises(IVONError, match="is over llama and this adapter over tiny-llama"):
+        attach(make_trainer(tiny_llama, tmp_path), prior=other)
+    zero = Posterior(q.mean, {**q.sigma, next(iter(q.sigma)): q.sigma[next(iter(q.sigma))] * 0}, q.metadata, q.config)
+    with pytest.raises(IVONError, match="differ in base_model"):
+        attach(make_trainer(tiny_llama, tmp_path), prior=zero)
+
+
+@pytest.mark.parametrize("setting", [{"h0": 0.1}, {"rescale_lr": True}])
+def test_what_has_no_effect_with_a_posterior_is_refused(
+    setting: dict[str, Any], monday: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(IVONError, match="with a posterior as prior") as caught:
+        attach(make_trainer(tiny_llama, tmp_path), prior=Posterior.from_pretrained(monday), **setting)
+    assert caught.value.parameter == next(iter(setting))
+
+
+def test_a_bfloat16_adapter_goes_on_from_a_float32_mean(monday: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    q = Posterior.from_pretrained(monday)
+    trainer = make_trainer(tiny_llama, tmp_path, save_strategy="no")
+    for param in lora_weights(trainer.model):
+        trainer.model.get_parameter(param).data = trainer.model.get_parameter(param).data.bfloat16()
+    attach(trainer, prior=q)
+    trainer.create_optimizer()
+    for name, param in trainer.posterior_training.params.items():
+        assert torch.equal(trainer.optimizer.mean(param), q.mean[name.replace(".default", "")])
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"rank_pattern": {"q_proj": 2}},
+    ],
+    ids=["dora", "modules_to_save", "embedding", "ranks"],
+)
+def test_whatever_an_adapter_is_made_of_is_gone_on_from(lora: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+    first = make_trainer(tiny_llama, tmp_path / "first", lora, max_steps=2, save_strategy="no")
+    attach(first)
+    first.train()
+    first.model.save_pretrained(tmp_path / "first")
+    q = Posterior.from_pretrained(tmp_path / "first")
+    second = make_trainer(tiny_llama, tmp_path / "second", lora, save_strategy="no")
+    attach(second, prior=q)
+    second.create_optimizer()
+    expected = lora_weights(first.model)
+    for name, param in second.posterior_training.params.items():
+        assert torch.equal(param.detach(), expected[name])
+        torch.testing.assert_close(
+            second.optimizer.sigma(param), first.posterior_training.optimizer.sigma(first.model.get_parameter(name))
+        )
