@@ -392,6 +392,9 @@ class _Job:
         drawn = None if self.settings.empirical else torch.Generator(self.model.device)
         losses = functools.partial(sampled_losses, self.model, generator=drawn)
         with ExampleGradients(self.model, self.parameters, losses, self.notify) as gradients:
+            if len(self.items) > 1:  # before labels are seeded, so that the trial takes none of them
+                by_length = sorted(self.items, key=lambda item: len(item.ids))
+                gradients.try_on([by_length[0], by_length[len(by_length) // 2]])
             yield Squarer(gradients, lambda item: len(item.positions), self.notify), drawn
 
     def _batches(self, batches: Iterator[list[Item]], done: int, drawn: torch.Generator | None) -> Iterator[list[Item]]:

@@ -108,11 +108,10 @@ def test_it_goes_on_where_it_stopped() -> None:
 
         with ExampleGradients(toy.model, toy.parameters, toy.losses(signs)) as gradients:
             square = toy.squarer(gradients)
-            for progress in itertools.islice(
+            *_, last = itertools.islice(
                 iterate(toy.parameters, square, stream(), prior, start, progress, seed=3), steps
-            ):
-                pass
-        return progress
+            )
+        return last
 
     whole = run(Progress(), 0.1, 27)
     half = run(Progress(), 0.1, 11)

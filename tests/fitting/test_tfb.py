@@ -1,4 +1,4 @@
-"""Training-free Bayesianization against the paper's own construction, in the basis of its singular value decomposition."""
+"""Training-free Bayesianization against the paper's own construction, by singular value decomposition."""
 
 from __future__ import annotations
 

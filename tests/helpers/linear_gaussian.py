@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ class Toy:
         self.examples = list(range(examples))
         self.hessian = self.x.double().square().mean(0).expand(outputs, -1)  # of the mean loss, diagonal
 
-    def losses(self, signs: torch.Generator | None = None) -> object:
-        """Return the losses of some examples; with `signs` at labels W·x ± 1, which have the variance of the model's."""
+    def losses(self, signs: torch.Generator | None = None) -> Callable[[Sequence[int]], Tensor]:
+        """Return the losses of some examples; with `signs` at labels W·x ± 1, of the model's variance."""
 
         def losses(some: Sequence[int]) -> Tensor:
             found = self.model(self.x[list(some)])

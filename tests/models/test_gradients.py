@@ -16,6 +16,7 @@ from tiny import build_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from axolotl_ivon.data.encode import Item
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses, make_differentiable
 from axolotl_ivon.models.load import load_model
 
