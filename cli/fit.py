@@ -58,7 +58,14 @@ class Prior(click.ParamType):
     show_default=True,
     help="As `ivon_prior` in training.",
 )
-@click.option("--prior-strength", type=float, metavar="κ", help="A factor on the prior's precision.  [default: 0.1]")
+@click.option(
+    "--prior-strength",
+    type=float,
+    metavar="κ",
+    default=1.0,
+    show_default=True,
+    help="A factor on the prior's precision.",
+)
 @click.option("--anchor", metavar="FILE", help="Data on which tfb finds the width.  [default: --data]")
 @click.option("--tolerance", type=float, help="Nats by which tfb may raise the NLL there.  [default: 0.01]")
 @click.option("--refit", is_flag=True, help="Fit an adapter that has a σ: the copy gets the new one.")

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..data.chats import Example, read_examples
 from ..data.encode import Item, check_tokens, encode, encode_turns
+from ..defaults import DEFAULTS
 from ..errors import IVONError, parameter
 from ..evaluation.evaluate import Evaluation, Row, evaluate
 from ..models.load import load_model, load_tokenizer
@@ -55,7 +56,7 @@ class Settings:
     empirical: bool = False
     ess: float | None = None
     prior: Literal["empirical"] | float = "empirical"
-    prior_strength: float | None = None
+    prior_strength: float = DEFAULTS.prior_strength
     validation: str | None = None
     anchor: str | None = None
     tolerance: float | None = None
@@ -75,8 +76,8 @@ class Settings:
             ("anchor", tfb),
             ("tolerance", tfb),
         ):
-            value, default = getattr(self, name), "empirical" if name == "prior" else None
-            if not used and value not in (default, False):
+            value = getattr(self, name)
+            if not used and value != getattr(type(self), name):
                 what = (
                     f"the width of {parameter('method')} tfb is found by {parameter('tolerance')} alone"
                     if tfb
@@ -140,9 +141,9 @@ def fit(
             information at the mean in one pass (`fitting.fisher`); "tfb", the widest noise on A within a tolerance
             (`fitting.tfb`). `empirical`: labels of the data in place of labels drawn from the model. `ess`: λ; by
             default that of `ivon_preset: auto` for N examples, or with `validation` (a file) the one whose averaged
-            draws have the lowest NLL there, of 1/64 to 64 times that. `prior`, `prior_strength`: as in `IVONLoRA`, the
-            preset's by default. `anchor` (the data by default) and `tolerance` of tfb: the NLL of averaged draws there
-            may be this many nats above the mean's. `samples`, `seed`: draws that are averaged, and their seed.
+            draws have the lowest NLL there, of 1/64 to 64 times that. `prior` and `prior_strength`: as in `IVONLoRA`.
+            `anchor` (the data by default) and `tolerance` of tfb: the NLL of averaged draws there may be this many
+            nats above the mean's. `samples`, `seed`: draws that are averaged, and the seed of all that is random.
         refit: replace the σ that an adapter has.
         limit: use the first so many examples of each file.
         task, choices: how the validation or anchor data are predicted, as for `ivon-post eval`.
@@ -345,12 +346,12 @@ class _Job:
 
     def _by_information(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         from ..training.presets import PRESETS
+        from .precision import Prior
 
         settings, preset = self.settings, PRESETS["auto"]
         weights = sum(parameter.numel() for parameter in self.parameters.values())
         ess = settings.ess or preset.ess(len(self.items), weights)
-        strength = preset.prior_strength if settings.prior_strength is None else settings.prior_strength
-        prior = _prior(ess, settings.prior, strength)
+        prior = Prior(ess, settings.prior, settings.prior_strength)
         if settings.method == "fisher":
             information, steps = self._fisher(), 0
             if settings.validation:
@@ -360,7 +361,7 @@ class _Job:
         facts = {
             "ess": str(prior.ess),
             "prior": str(settings.prior),
-            "prior_strength": str(strength),
+            "prior_strength": str(settings.prior_strength),
             "hessian": "fisher",
             "fit_labels": "data" if settings.empirical else "sampled",
             **({"fit_steps": str(steps)} if steps else {}),
@@ -569,12 +570,6 @@ class _Job:
             "tfb_evaluations": str(len(known)),
         }
         return {name: value * found for name, value in shape.items()}, facts
-
-
-def _prior(ess: float, kind: Literal["empirical"] | float, strength: float) -> Prior:
-    from .precision import Prior
-
-    return Prior(ess, kind, strength)
 
 
 def _digest(items: Sequence[Item]) -> str:
