@@ -29,7 +29,7 @@ from .precision import Prior
 from .state import Snapshot
 
 _T = TypeVar("_T")
-SETTLED = 0.05  # root mean square of what log σ changed by since half as many steps
+SETTLED = 0.1  # root mean square of what log σ changed by since half as many steps
 FEWEST, MOST = 32, 4096  # steps
 
 

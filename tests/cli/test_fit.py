@@ -98,9 +98,9 @@ def test_it_writes_beside_the_adapter_and_shows_how_it_goes(
 def test_an_interrupted_process_goes_on(
     plain: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ivon_post: Cli
 ) -> None:
-    """Ctrl-C in the middle leaves nothing but the hidden file; the same command ends where the uninterrupted one does."""
+    """Ctrl-C in the middle leaves nothing but the hidden file, from which the same command goes on."""
     script = (
-        "import ivon_post; from axolotl_ivon.fitting import ivon; ivon.MOST, ivon.SETTLED = 64, 0; ivon_post.main()"
+        "import ivon_post; from axolotl_ivon.fitting import ivon; ivon.MOST, ivon.SETTLED = 32, 0; ivon_post.main()"
     )
     words = ["fit", str(plain), "-d", str(data), "--batch-size", "1"]
     process = subprocess.Popen(
@@ -112,14 +112,14 @@ def test_an_interrupted_process_goes_on(
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.fit", "train.jsonl"]
-    monkeypatch.setattr(ivon, "MOST", 64)
+    monkeypatch.setattr(ivon, "MOST", 32)
     monkeypatch.setattr(ivon, "SETTLED", 0)
     monkeypatch.chdir(tmp_path)
     ivon_post(*words, "-o", "out")
     ivon_post(*words, "-o", "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train.jsonl", "whole"]
     out, whole = (Posterior.from_pretrained(tmp_path / name) for name in ("out", "whole"))
-    assert out.metadata["fit_steps"] == whole.metadata["fit_steps"] == "64"
+    assert out.metadata["fit_steps"] == whole.metadata["fit_steps"] == "32"
     for key, value in whole.sigma.items():
         torch.testing.assert_close(out.sigma[key], value, rtol=1e-4, atol=0)
 
