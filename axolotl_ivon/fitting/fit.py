@@ -485,7 +485,7 @@ class _Job:
             steps = iterate(self.parameters, square, stream, prior, start, progress, self.settings.seed)
             for progress in steps:
                 done(1)
-                if progress.change != told:
+                if progress.change != told and progress.step >= 8:
                     told = progress.change
                     self.tell(
                         f"{progress.step} steps: σ changed by {told:.1%} since half as many (settled at {SETTLED:.0%})"
@@ -541,7 +541,7 @@ class _Job:
 
     def _tfb(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         from .state import Snapshot
-        from .tfb import MOST, first_width, noise_shape, widest
+        from .tfb import FARTHEST, MOST, first_width, noise_shape, widest
 
         assert self.evaluation is not None
         settings = self.settings
@@ -573,6 +573,11 @@ class _Job:
         if not found:
             raise IVONError(
                 f"{parameter('tolerance')} {tolerance:g}: every width that was tried raises the NLL by more; allow more"
+            )
+        if found >= FARTHEST * width:
+            self.notify(
+                "noise six times as large as the weights does not raise the NLL by as much; nothing wider was tried: "
+                "do the data depend on the adapter?"
             )
         facts = {
             "tfb_sigma_q": repr(found),
