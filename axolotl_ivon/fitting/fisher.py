@@ -1,9 +1,15 @@
 """The diagonal Fisher information at the mean, by one pass: the diagonal Laplace approximation.
 
 h = 1/M·Σ_n E[(∇ Σ_t ℓ_nt)²] over the examples n and the M losses of all of them (the labels: tokens of a chat, or
-one of a classifier), with labels drawn from the model. Given a text, the drawn labels of its tokens are independent and
-their gradients have mean 0, so that is the information of one loss, as B·ĝ² of training is (`IVONLoRA`). With the
-labels of the data it is the empirical Fisher, which is small where the adapter has learned its data by heart.
+one of a classifier), with labels as the model would draw them. Given a text, the drawn labels of its tokens are
+independent and their gradients have mean 0, so that is the information of one loss, as B·ĝ² of training is
+(`IVONLoRA`). With the labels of the data it is the empirical Fisher, which is small where the adapter has learned its
+data by heart.
+
+A label that is drawn is nearly always the likeliest where the model is sure, and few examples would make up all of h.
+What a label y does is to give the logits the gradient p − e_y, of mean 0 and covariance diag(p) − p·pᵀ; any vector of
+this covariance has the same squares on average (as in curvature propagation, arXiv 1206.6464). Here it is
+√p∘s − p·(√p·s) with random signs s, whose size hardly varies.
 
 σ² = 1/(λ·(h + δ)) is the diagonal Laplace approximation (MacKay 1992) with the Fisher information in place of the
 Hessian: Laplace-LoRA's (arXiv 2308.13111) generalized Gauss-Newton diagonal, which it equals for these likelihoods.
@@ -31,16 +37,25 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-def sampled_losses(model: PeftModel, items: Sequence[Item], generator: torch.Generator | None) -> Tensor:
-    """Return the loss of each item, summed over its labels, [items]; labels are drawn from the model with `generator`.
+def residuals(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random gradients of losses by their logits [m, classes], of mean 0 and covariance diag(p) − p·pᵀ each."""
+    p = logits.detach().softmax(-1)
+    signs = torch.randint(0, 2, p.shape, generator=generator, device=p.device, dtype=p.dtype).mul_(2).sub_(1)
+    moved = signs.mul_(p.sqrt())
+    return moved - p * moved.sum(-1, keepdim=True)
 
-    Without one they are those of the data.
+
+def sampled_losses(model: PeftModel, items: Sequence[Item], generator: torch.Generator | None) -> Tensor:
+    """Return for each item what has the gradients of its loss, summed over its labels, [items].
+
+    With a generator they are those of random `residuals`, in place of labels that the model would draw; without one it
+    is the loss itself, for the labels of the data.
     """
     found = label_logits(model, items)
-    targets = found.targets
-    if generator is not None:
-        targets = torch.multinomial(found.logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-    losses = F.cross_entropy(found.logits, targets, reduction="none")
+    if generator is None:
+        losses = F.cross_entropy(found.logits, found.targets, reduction="none")
+    else:
+        losses = (found.logits * residuals(found.logits, generator)).sum(-1)
     return losses.new_zeros(len(items)).index_add(0, found.row, losses)
 
 

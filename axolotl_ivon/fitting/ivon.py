@@ -11,7 +11,7 @@ Gaussian or of an exponential family's natural parameters that are linear in θ,
 Gauss-Newton part, which is not negative. IVON's own estimate ĝ·(θ−m)/σ² has the Hessian as its mean, but a hundred
 times the noise; that of training by `squared_gradients`, B·ĝ² of a batch, has E_q[g²] + (B−1)·E_q[g]² with labels of
 the data: the gradient of a batch does not vanish at a draw, and that of an example is small where its label was
-learned by heart. Gradients of single examples and labels drawn from the model have neither, at the same cost.
+learned by heart. Gradients of single examples, as for labels that the model draws, have neither, at the same cost.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from axolotl_ivon import IVONLoRA, Posterior, effective_sample_size
 from axolotl_ivon.evaluation.metrics import Scores, entropy, metrics
 from axolotl_ivon.fitting import tfb
-from axolotl_ivon.fitting.fisher import Squarer, Squares, fisher
+from axolotl_ivon.fitting.fisher import Squarer, Squares, fisher, residuals
 from axolotl_ivon.fitting.fit import FACTORS, TOLERANCE
 from axolotl_ivon.fitting.ivon import Averages, iterate
 from axolotl_ivon.fitting.precision import Prior
@@ -432,8 +432,7 @@ def fit_sigma(
 
     def losses(some: Sequence[Example]) -> Tensor:
         logits = model(collate(some))
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        return F.cross_entropy(logits, labels, reduction="none")
+        return (logits * residuals(logits, generator)).sum(-1)
 
     def batches() -> Iterator[list[Example]]:
         random = torch.Generator().manual_seed(seed)
