@@ -109,18 +109,19 @@ def command(adapter: str, data: Sequence[str], settings: dict[str, Any], output:
 
     Settings(**settings)
     path = output.target([adapter], "fitted")
+    state = path.with_name(f".{path.name}.fit")
     with output.progress() as progress:
         posterior = fit(
             adapter,
             data,
             **settings,
             **options,
-            state=path.with_name(f".{path.name}.fit"),
+            state=state,
             begin=progress.begin,
             tell=progress.say,
             notify=progress.notify,
         )
-        save(posterior, path, output.overwrite, progress)
+        save(posterior, path, output.overwrite, progress, state)
     facts = summary(posterior)
     header = {name: as_number(value) for name, value in posterior.metadata.items()}
     line = (

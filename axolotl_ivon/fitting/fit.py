@@ -150,7 +150,7 @@ def fit(
         task, choices: how the validation or anchor data are predicted, as for `ivon-post eval`.
         base_model, load_in, device, dtype: as in `load_model`.
         batch_size: examples in a batch, or None to choose; fewer when the memory runs out.
-        state: a file from which an interrupted fit goes on, and which is gone when it is done.
+        state: a file from which an interrupted fit goes on; it stays until `save` removes it.
         begin, tell, notify: hear what begins and of how much, how it goes, and what is worth knowing.
 
     Raises:
@@ -163,8 +163,16 @@ def fit(
     return job.run(state, begin, tell, notify)
 
 
-def save(posterior: Posterior, folder: Path, overwrite: bool = False, progress: Progress | None = None) -> None:
-    """Write a fitted posterior, whole or not at all; the model card, where there is one, tells of it.
+def save(
+    posterior: Posterior,
+    folder: Path,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    state: Path | None = None,
+) -> None:
+    """Write a fitted posterior, whole or not at all, and remove the `state` of its fit.
+
+    The model card, where there is one, tells of it.
 
     Raises:
         IVONError: as `Posterior.save_pretrained`.
@@ -173,6 +181,8 @@ def save(posterior: Posterior, folder: Path, overwrite: bool = False, progress: 
     if (folder / CARD_FILE).is_file():
         with contextlib.suppress(IVONError):  # a damaged card goes along as it is
             update_card(folder)
+    if state:
+        state.unlink(missing_ok=True)
 
 
 def summary(posterior: Posterior) -> dict[str, Any]:
@@ -231,12 +241,12 @@ class _Job:
         self.classify = self.adapter.config.get("task_type") == "SEQ_CLS"
         base = find_base_model(self.adapter.config, folder, base_model)
         loading: dict[str, Any] = {"base_model": base, "load_in": load_in, "device": device, "dtype": dtype}
-        held_out = settings.held_out or (str(self.data[0]) if settings.method == "tfb" else None)
+        held_out = [settings.held_out] if settings.held_out else self.data if settings.method == "tfb" else []
         self.evaluation: Evaluation | None = None
         if held_out:
             self.evaluation = Evaluation(
                 folder,
-                [held_out],
+                held_out,
                 rows=[Row("mean")],
                 task=task,
                 choices=choices,
@@ -295,9 +305,7 @@ class _Job:
             sigma, facts = self._tfb()
         else:
             sigma, facts = self._by_information()
-        found = self._posterior(sigma, facts)
-        self.state.remove()
-        return found
+        return self._posterior(sigma, facts)
 
     def _key(self) -> str:
         """Return what identifies this fit."""
@@ -582,7 +590,7 @@ class _Job:
         facts = {
             "tfb_sigma_q": repr(found),
             "tfb_tolerance": str(tolerance),
-            "tfb_anchor": Path(settings.anchor or self.data[0]).name,
+            "tfb_anchor": ", ".join(path.name for path in ([Path(settings.anchor)] if settings.anchor else self.data)),
             "tfb_nll_mean": f"{mean:.6g}",
             "tfb_nll": f"{known[repr(found)]:.6g}",
             "tfb_evaluations": str(len(known)),

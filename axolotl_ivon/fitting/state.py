@@ -76,8 +76,3 @@ class State:
             with contextlib.suppress(IVONError):  # what went wrong matters more
                 self.write(snapshot())
             raise
-
-    def remove(self) -> None:
-        """Remove the file: the fit is done."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)

@@ -253,9 +253,10 @@ def test_an_interrupted_fit_goes_on_and_ends_where_the_other_does(
     monkeypatch.setattr(state, "_EVERY", 0.0)
     total, calls, limit = calls, 0, 10**9
     found = fit(plain, chats, state=hidden, **options)
-    assert not hidden.exists()
     assert equal(found, whole)
     assert found.metadata == whole.metadata
+    module.save(found, tmp_path / "out", state=hidden)
+    assert not hidden.exists()
     resumed, calls = calls, 0
     fit(plain, chats, state=hidden, **options)
     assert resumed + total - 1 == calls
