@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class Averages:
         average: running averages of the squares and of the number of losses of a step, with weights that grow with t.
         earlier: p at the last two checkpoints, by number of the step.
         change: root mean square of what log σ changed by since half as many steps; None before anybody knows.
+        deltas: δ by parameter, of the last checkpoint.
     """
 
     step: int = 0
@@ -49,6 +50,7 @@ class Averages:
     losses: float = 0.0
     earlier: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     change: float | None = None
+    deltas: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def settled(self) -> bool:
@@ -64,7 +66,10 @@ class Averages:
         tensors = {f"average/{name}": value for name, value in self.average.items()}
         for step, precision in self.earlier.items():
             tensors |= {f"{step}/{name}": value for name, value in precision.items()}
-        return Snapshot(tensors, {"step": self.step, "losses": self.losses, "change": self.change})
+        return Snapshot(tensors, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        return {"step": self.step, "losses": self.losses, "change": self.change, "deltas": dict(self.deltas)}
 
     @classmethod
     def restored(cls, kept: Snapshot, device: torch.device) -> Averages:
@@ -76,7 +81,7 @@ class Averages:
         average = groups.pop("average")
         earlier = {int(step): precision for step, precision in sorted(groups.items(), key=lambda item: int(item[0]))}
         facts = kept.facts
-        return cls(facts["step"], average, facts["losses"], earlier, facts["change"])
+        return cls(facts["step"], average, facts["losses"], earlier, facts["change"], facts["deltas"])
 
 
 def is_checkpoint(step: int) -> bool:
@@ -112,7 +117,7 @@ def iterate(
     def deltas() -> dict[str, float]:
         return {name: prior.delta(information(name), mean) for name, mean in means.items()}
 
-    priors = deltas()
+    priors = progress.deltas or deltas()
     while not progress.settled and progress.step < MOST:
         step = progress.step + 1
         try:
@@ -128,8 +133,9 @@ def iterate(
                     parameters[name].copy_(mean)
         progress = _averaged(progress, found, means)
         if is_checkpoint(step):
-            priors = deltas()
-            progress = _compared(progress, {n: prior.precision(information(n), delta) for n, delta in priors.items()})
+            priors = progress.deltas or deltas()
+            precision = {name: prior.precision(information(name), delta) for name, delta in priors.items()}
+            progress = replace(_compared(progress, precision), deltas=priors)
         yield progress
 
 
