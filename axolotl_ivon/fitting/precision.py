@@ -55,7 +55,7 @@ class Prior(NamedTuple):
             return pull * delta + float((delta / (h + delta)).mean()) - self.strength
 
         highest = min(bounds)
-        return brentq(excess, 0.0, highest, rtol=1e-9) if excess(highest) > 0 else highest
+        return brentq(excess, 0.0, highest, xtol=1e-15 * highest, rtol=1e-9) if excess(highest) > 0 else highest
 
     def precision(self, information: Tensor, delta: float) -> Tensor:
         """Return p = h + δ of one tensor, float32, within the bounds in which σ is finite and positive."""
