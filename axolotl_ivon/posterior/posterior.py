@@ -120,7 +120,7 @@ class Posterior:
         if adapter.sigma is None:
             raise IVONError(
                 f"{path_or_hub_id} has no {SIGMA_FILE}, so it is no posterior: it can be looked at and merged; "
-                "train with `optimizer: ivon_lora` to get one"
+                "`ivon-post fit` gives it one, as training with `optimizer: ivon_lora` does"
             )
         path = adapter.folder / SIGMA_FILE
         digests = adapter.digests(progress)
@@ -140,6 +140,31 @@ class Posterior:
             aliases=_find_aliases(adapter.mean, adapter.sigma, digests),
             known_fingerprint=known,
         )
+
+    @classmethod
+    def fit(
+        cls,
+        adapter: str | os.PathLike[str],
+        data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        **options: Any,
+    ) -> Posterior:
+        """Fit a σ around the weights of an adapter that was trained without one, which stay as they are.
+
+        Args:
+            adapter: a PEFT folder or a Hub id.
+            data: JSONL files of chats, as the adapter was trained on.
+            options: `method`: "ivon" (default), "fisher" or "tfb"; `ess` (λ), or `validation`, a file to choose it by;
+                `prior` and `prior_strength` as in `IVONLoRA`; `empirical`; `anchor` and `tolerance` of "tfb";
+                `samples`, `seed`, `refit`, `limit`, `base_model`, `load_in`, `device`, `dtype`, `batch_size`: as those
+                of `ivon-post fit`.
+
+        Raises:
+            IVONError: an option is out of range, the adapter has σ already (and not `refit`) or fits neither the data
+                nor the base model, there are no data, or the memory is too small.
+        """
+        from ..fitting.fit import fit
+
+        return fit(adapter, data, **options)  # type: ignore[arg-type]
 
     @property
     def tau(self) -> float:
@@ -380,7 +405,7 @@ def open_posterior(adapter: str | Path, mean_only: bool = False) -> Posterior:
     if not mean_only:
         raise IVONError(
             f"{adapter} has no {SIGMA_FILE}, so there are no draws and no pruning; evaluate it with "
-            f"{parameter('rows')} base,mean"
+            f"{parameter('rows')} base,mean, or give it a σ with `ivon-post fit`"
         )
     specs = {key: ("F32", shape) for key, (_, shape) in held.mean.specs.items()}
     zeros = Tensors(specs, lambda key: np.zeros(specs[key][1], np.float32))

@@ -20,6 +20,7 @@ from .data import Encoder, Example, Task, predict
 from .methods import (
     Predictions,
     fit_laplace,
+    fit_sigma,
     fit_temperature,
     loaded,
     predict_at,
@@ -153,6 +154,55 @@ def laplace(
     return found, {"prior_precision": float(fitted.prior_precision.mean())}
 
 
+def fitted(
+    model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, argument: str, *_: Any
+) -> Answer:
+    """The average over draws with the σ that `ivon-post fit` gives the weights: by ivon, fisher or tfb.
+
+    With `METHOD,validated` λ is the one of some with the lowest validation NLL, and with `METHOD,scaled` the log of the
+    average is divided by the temperature that fits the validation data best.
+    """
+    method, _, option = argument.partition(",")
+    found, facts = _fitted(model, q, task, method, option == "validated", draws)
+    facts = {**facts, **rank_correlations(q, found)}
+    if option == "scaled":
+        return posterior_scaled(model, found, task, examples, draws)[0], facts
+    return predict_posterior(model, found, examples, draws), facts
+
+
+def rank_correlations(one: Posterior, other: Posterior) -> dict[str, float]:
+    """Return Spearman's correlation of two σ, over all weights and within tensors (averaged by weights).
+
+    Tensors where either has none are left out.
+
+    Within a tensor alone the levels that its prior sets do not count.
+    """
+    from scipy.stats import spearmanr
+
+    pairs = [(one.sigma[key].flatten(), other.sigma[key].flatten()) for key in one.sigma]
+    pairs = [(a, b) for a, b in pairs if (a > 0).any() and (b > 0).any()]
+    if not pairs:
+        return {}
+    within = [(float(spearmanr(a, b).statistic), len(a)) for a, b in pairs]
+    whole = spearmanr(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])).statistic
+    mean = sum(value * size for value, size in within) / sum(size for _, size in within)
+    return {"rank_correlation": float(whole), "rank_correlation_within_tensors": mean}
+
+
+_FITS: dict[tuple[str, bool], tuple[Posterior, tuple[Posterior, dict[str, Any]]]] = {}  # with the run that it is of
+
+
+def _fitted(
+    model: Encoder, q: Posterior, task: Task, method: str, validated: bool, draws: int
+) -> tuple[Posterior, dict[str, Any]]:
+    """Fit once for all rows of a run."""
+    if any(run is not q for run, _ in _FITS.values()):
+        _FITS.clear()
+    if (method, validated) not in _FITS:
+        _FITS[method, validated] = q, fit_sigma(model, task, method, validated, draws, seed=0)
+    return _FITS[method, validated][1]
+
+
 def ensemble(
     model: Encoder,
     q: Posterior,
@@ -179,5 +229,6 @@ ROWS: dict[str, Callable[..., Answer]] = {
     "posterior-scaled": posterior_scaled,
     "mc-dropout": mc_dropout,
     "laplace": laplace,
+    "fit": fitted,
     "ensemble": ensemble,
 }
