@@ -21,6 +21,7 @@ from . import _stdout
 _MODULES = (
     "info",
     "check",
+    "fit",
     "prune",
     "temper",
     "sample",

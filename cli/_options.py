@@ -310,33 +310,38 @@ def criterion_option(text: str) -> Callable[[Command], Command]:
     return click.option("--criterion", default="snr", show_default=True, shell_complete=complete, help=text)
 
 
+data_option = click.option(
+    "--data",
+    "-d",
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="Chat JSONL as axolotl trains on, one conversation a line; may be given several times.",
+)
+task_option = click.option(
+    "--task",
+    type=click.Choice(["choice", "generate", "classify"]),
+    help="choice: the answer is one of a few strings, by the next token. generate: per-token likelihood "
+    "of the reference answer. classify: a sequence-classification head. Default: found from the data.",
+)
+choices_option = click.option(
+    "--choices",
+    metavar="A,B,…",
+    callback=lambda ctx, param, value: value.split(",") if value else None,
+    help="The strings to choose from. Default: the answers in the data.",
+)
+limit_option = click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT examples of each file.")
+samples_option = click.option(
+    "--samples", "-n", type=click.IntRange(min=1), default=10, show_default=True, help="Draws to average."
+)
 # What is evaluated, on what, and how. Of these, the command gets those of `evaluate` as the dictionary `run`.
 evaluation_options = add_all(
     adapter_argument,
-    click.option(
-        "--data",
-        "-d",
-        multiple=True,
-        required=True,
-        metavar="FILE",
-        help="Chat JSONL as axolotl trains on, one conversation a line; may be given several times.",
-    ),
-    click.option(
-        "--task",
-        type=click.Choice(["choice", "generate", "classify"]),
-        help="choice: the answer is one of a few strings, by the next token. generate: per-token likelihood "
-        "of the reference answer. classify: a sequence-classification head. Default: found from the data.",
-    ),
-    click.option(
-        "--choices",
-        metavar="A,B,…",
-        callback=lambda ctx, param, value: value.split(",") if value else None,
-        help="The strings to choose from. Default: the answers in the data.",
-    ),
-    click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT examples of each file."),
-    click.option(
-        "--samples", "-n", type=click.IntRange(min=1), default=10, show_default=True, help="Draws to average."
-    ),
+    data_option,
+    task_option,
+    choices_option,
+    limit_option,
+    samples_option,
     seed_option("Seed of the draws: those of `sample --seed`."),
     model_options,
     batch_option("Prompts in a batch; halved when the memory runs out."),

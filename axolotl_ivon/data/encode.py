@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,11 +46,7 @@ def encode(
     """
     if task == "classify":
         return [_encode_label(tokenizer, example, label2id or {}, max_length) for example in examples]
-    if not tokenizer.chat_template:
-        raise IVONError(
-            f"the tokenizer {tokenizer.name_or_path} has no chat template; save the tokenizer that axolotl trained "
-            "with beside the adapter"
-        )
+    _check_template(tokenizer)
     make = _encode_choice if task == "choice" else _encode_reference
     items = [make(tokenizer, example, choices) for example in examples]
     for item, example in zip(items, examples, strict=True):
@@ -60,25 +57,86 @@ def encode(
     return items
 
 
+_SENTINELS = ("[[turn]]", "zzturnzz")  # contents that share no first and no last character with one another
+_NEAR = 3  # tokens after a turn among which its end is looked for
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int | None = None
+) -> list[Item]:
+    """Tokenise whole conversations; what is scored is what axolotl trains on by default, all assistant turns.
+
+    Of a turn that is its content, and the end-of-sequence token that follows within three tokens
+    (`type: chat_template` with `roles_to_train: [assistant]` and `train_on_eos: turn`). Of a longer conversation the
+    first `max_length` tokens are taken, so an item may have no positions.
+
+    Raises:
+        IVONError: no chat template, or one that refuses a conversation.
+    """
+    _check_template(tokenizer)
+    return [_encode_turns(tokenizer, example, max_length) for example in examples]
+
+
+def _encode_turns(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int | None) -> Item:
+    turns = [*example.messages, {"role": "assistant", "content": example.answer}]
+    text = _chat_text(tokenizer, turns, example.source)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    ids, labels = encoded["input_ids"], set[int]()
+    for number, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        spans = []
+        for content in _SENTINELS:
+            changed = [*turns[:number], {**turn, "content": content}, *turns[number + 1 :]]
+            other = _chat_text(tokenizer, changed, example.source)
+            start = common_length([text, other])
+            rest = min(len(text), len(other)) - start
+            spans.append((start, len(text) - common_length([text[::-1][:rest], other[::-1][:rest]])))
+        start, end = min(start for start, _ in spans), max(end for _, end in spans)
+        if start >= end:
+            continue
+        if tokenizer.is_fast:
+            starts, ends = zip(*encoded["offset_mapping"], strict=True)
+            first, last = bisect.bisect_right(ends, start), bisect.bisect_left(starts, end)
+        else:
+            first, last = (common_length([ids, part]) for part in _tokens(tokenizer, [text[:start], text[:end]]))
+        labels.update(range(first, last))
+        near = ids[last : last + _NEAR + 1]
+        if tokenizer.eos_token_id in near:
+            labels.add(last + near.index(tokenizer.eos_token_id))
+    whole = len(ids) if max_length is None else max_length + 1
+    positions = [label - 1 for label in sorted(labels) if 0 < label < whole]
+    targets = [ids[position + 1] for position in positions]
+    return Item(ids[: positions[-1] + 1] if positions else ids[:1], positions, targets)
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise IVONError(
+            f"the tokenizer {tokenizer.name_or_path} has no chat template; save the tokenizer that axolotl trained "
+            "with beside the adapter"
+        )
+
+
+def _chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], source: str) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    except TemplateError as error:
+        raise IVONError(f"{source}: the chat template refuses the messages ({error})") from None
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[str, str]:
     """Return what the chat template puts before and after the answer.
 
     Two answers are rendered: what both share before they differ is written before any answer in training. For most
     templates it is what `add_generation_prompt` gives; others write more there (an empty `<think>` block, say).
     """
-    from jinja2 import TemplateError
-
-    try:
-        zero, one = (
-            str(
-                tokenizer.apply_chat_template(
-                    [*example.messages, {"role": "assistant", "content": content}], tokenize=False
-                )
-            )
-            for content in "01"
-        )
-    except TemplateError as error:
-        raise IVONError(f"{example.source}: the chat template refuses the messages ({error})") from None
+    zero, one = (
+        _chat_text(tokenizer, [*example.messages, {"role": "assistant", "content": content}], example.source)
+        for content in "01"
+    )
     start = common_length([zero, one])
     return zero[:start], zero[start + 1 :]
 

@@ -184,7 +184,7 @@ class ExampleGradients(Generic[_T]):
         change them. Of a parameter that the loss does not depend on it hears nothing.
         """
         if len(examples) > 1 and not self._tried:
-            self._try(examples)
+            self.try_on(examples)
         if len(examples) > 1 and not self.one_at_a_time:
             return self._backward(examples, lambda parameter: self._hand_over(parameter, consume))
 
@@ -249,8 +249,11 @@ class ExampleGradients(Generic[_T]):
 
         output.register_hook(on_backward)
 
-    def _try(self, examples: Sequence[_T]) -> None:
-        """Find out whether the hooks give what autograd gives: of two examples the second, and the sum of both."""
+    def try_on(self, examples: Sequence[_T]) -> None:
+        """Find out whether the hooks give what autograd gives: of two examples the second, and the sum of both.
+
+        The first batch of several examples does it, if nobody has before; it calls the loss once more.
+        """
         self._tried = True
         wrong: list[str] = []
         expected: dict[nn.Parameter, Tensor | None] = {}

@@ -140,6 +140,31 @@ class Posterior:
             known_fingerprint=known,
         )
 
+    @classmethod
+    def fit(
+        cls,
+        adapter: str | os.PathLike[str],
+        data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        **options: Any,
+    ) -> Posterior:
+        """Fit a σ around the weights of an adapter that was trained without one, which stay as they are.
+
+        Args:
+            adapter: a PEFT folder or a Hub id.
+            data: JSONL files of chats, as the adapter was trained on.
+            options: `method`: "ivon" (default), "fisher" or "tfb"; `ess` (λ), or `validation`, a file to choose it by;
+                `prior` and `prior_strength` as in `IVONLoRA`; `empirical`; `anchor` and `tolerance` of "tfb";
+                `samples`, `seed`, `refit`, `limit`, `base_model`, `load_in`, `device`, `dtype`, `batch_size`: as those
+                of `ivon-post fit`.
+
+        Raises:
+            IVONError: an option is out of range, the adapter has σ already (and not `refit`) or fits neither the data
+                nor the base model, there are no data, or the memory is too small.
+        """
+        from ..fitting.fit import fit
+
+        return fit(adapter, data, **options)  # type: ignore[arg-type]
+
     @property
     def tau(self) -> float:
         """The temperature of the posterior: σ was divided by its root."""

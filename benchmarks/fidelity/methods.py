@@ -6,6 +6,7 @@ learning rate warming up over 5 % of the steps and then falling linearly to 0. O
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,12 @@ from torch import Tensor, nn
 
 from axolotl_ivon import IVONLoRA, Posterior, effective_sample_size
 from axolotl_ivon.evaluation.metrics import Scores, entropy, metrics
+from axolotl_ivon.fitting import tfb
+from axolotl_ivon.fitting.fisher import Squarer, Squares, fisher
+from axolotl_ivon.fitting.fit import FACTORS, TOLERANCE
+from axolotl_ivon.fitting.ivon import Progress, iterate
+from axolotl_ivon.fitting.precision import Prior
+from axolotl_ivon.models.gradients import ExampleGradients
 from axolotl_ivon.training.presets import PRESETS
 
 from .data import Encoder, Example, Task, collate, predict, training_batches
@@ -387,6 +394,78 @@ TRAINERS: dict[str, Callable[[Encoder, Task, Mapping[str, Any]], Trained]] = {
     "ivon-opt": train_ivon_opt,
     "blob": train_blob,
 }
+
+
+# -------------------------------------------------------------------- σ that is fitted afterwards
+
+
+def fit_sigma(
+    model: Encoder, task: Task, method: str, validated: bool, draws: int, seed: int
+) -> tuple[Posterior, dict[str, Any]]:
+    """Return the posterior that `ivon-post fit` puts around the mean of a run, and the facts to note.
+
+    λ is that of `ivon_preset: auto`, or if `validated` the multiple of it with the lowest validation NLL; tfb takes the
+    training data as anchor. The model holds the mean, and does so afterwards.
+    """
+    parameters, examples, begun = model.trained(), task.train, time.process_time()
+    weights = sum(value.numel() for value in parameters.values())
+    mean = {name: value.detach().clone() for name, value in parameters.items()}
+
+    def nll(sigma: Weights, of: Sequence[Example]) -> float:
+        found = predict_posterior(model, as_posterior(mean, sigma), of, draws)
+        labels = torch.tensor([example.label for example in of])
+        return float(-found.probabilities[torch.arange(len(of)), labels].log().mean())
+
+    if method == "tfb":
+        shape = tfb.noise_shape(model.peft, parameters)
+        at_mean = nll({name: torch.zeros_like(value) for name, value in mean.items()}, examples)
+
+        def scaled(width: float) -> dict[str, Tensor]:
+            return {name: value * width for name, value in shape.items()}
+
+        found, tried = tfb.widest(
+            lambda width: nll(scaled(width), examples) - at_mean - TOLERANCE, tfb.first_width(shape, mean), tfb.MOST - 1
+        )
+        facts = {"sigma_q": found, "evaluations": 1 + len(tried)}
+        return as_posterior(mean, scaled(found)), {**facts, "fit_seconds": time.process_time() - begun}
+    generator = torch.Generator().manual_seed(seed)
+
+    def losses(some: Sequence[Example]) -> Tensor:
+        logits = model(collate(some))
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    def batches() -> Iterator[list[Example]]:
+        random = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(examples), generator=random).tolist()
+            yield from ([examples[i] for i in order[at : at + 8]] for at in range(0, len(order), 8))
+
+    prior = Prior(PRESETS["auto"].ess(len(examples), weights))
+    fan_ins = [value.shape[1] for name, value in parameters.items() if ".lora_A." in name]
+    start: Any = PRESETS["auto"].first_h0(prior.ess, fan_ins)
+    steps = 0
+
+    def sigma(information: Weights, prior: Prior) -> dict[str, Tensor]:
+        return {name: prior.sigma(h, prior.delta(h, mean[name])) for name, h in information.items()}
+
+    with ExampleGradients(model, parameters, losses) as gradients:
+        square: Squarer[Example] = Squarer(gradients, lambda example: 1)
+        for stage in range(1 + validated):
+            if method == "fisher":
+                *_, sums = fisher(square, itertools.islice(batches(), math.ceil(len(examples) / 8)), Squares({}, 0))
+                information = sums.information()
+            else:
+                *_, progress = iterate(parameters, square, batches(), prior, start, Progress(), seed)
+                information, steps = progress.information(), steps + progress.step
+            if validated and stage == 0:
+                priors = [prior._replace(ess=prior.ess * factor) for factor in FACTORS]
+                prior = min(priors, key=lambda one: nll(sigma(information, one), task.validation))
+                start = information
+                if method == "fisher":
+                    break
+    facts = {"ess": prior.ess, "steps": steps, "fit_seconds": time.process_time() - begun}
+    return as_posterior(mean, sigma(information, prior)), facts
 
 
 # -------------------------------------------------------------------- predictions

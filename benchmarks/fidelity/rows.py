@@ -20,6 +20,7 @@ from .data import Encoder, Example, Task, predict
 from .methods import (
     Predictions,
     fit_laplace,
+    fit_sigma,
     fit_temperature,
     loaded,
     predict_at,
@@ -153,6 +154,35 @@ def laplace(
     return found, {"prior_precision": float(fitted.prior_precision.mean())}
 
 
+def fitted(
+    model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, argument: str, *_: Any
+) -> Answer:
+    """The average over draws with the σ that `ivon-post fit` gives the weights: by ivon, fisher or tfb.
+
+    With `METHOD,validated` λ is the one of some with the lowest validation NLL, and with `METHOD,scaled` the log of the
+    average is divided by the temperature that fits the validation data best.
+    """
+    method, _, option = argument.partition(",")
+    found, facts = _fitted(model, q, task, method, option == "validated", draws)
+    if option == "scaled":
+        return posterior_scaled(model, found, task, examples, draws)[0], facts
+    return predict_posterior(model, found, examples, draws), facts
+
+
+_FITS: dict[tuple[str, bool], tuple[Posterior, tuple[Posterior, dict[str, Any]]]] = {}  # with the run that it is of
+
+
+def _fitted(
+    model: Encoder, q: Posterior, task: Task, method: str, validated: bool, draws: int
+) -> tuple[Posterior, dict[str, Any]]:
+    """Fit once for all rows of a run."""
+    if any(run is not q for run, _ in _FITS.values()):
+        _FITS.clear()
+    if (method, validated) not in _FITS:
+        _FITS[method, validated] = q, fit_sigma(model, task, method, validated, draws, seed=0)
+    return _FITS[method, validated][1]
+
+
 def ensemble(
     model: Encoder,
     q: Posterior,
@@ -179,5 +209,6 @@ ROWS: dict[str, Callable[..., Answer]] = {
     "posterior-scaled": posterior_scaled,
     "mc-dropout": mc_dropout,
     "laplace": laplace,
+    "fit": fitted,
     "ensemble": ensemble,
 }

@@ -247,6 +247,30 @@ def test_every_method_trains_and_its_posterior_has_the_encoders_names(bert: Path
     assert run.state_bytes >= 8 * sum(value.numel() for value in fresh.values())
 
 
+@pytest.mark.parametrize("row", ["fit=ivon", "fit=fisher,validated", "fit=tfb,scaled"])
+def test_sigma_is_fitted_around_the_weights(bert: Path, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from axolotl_ivon.fitting import ivon
+    from benchmarks.fidelity import methods, rows
+    from benchmarks.fidelity.data import Task
+
+    monkeypatch.setattr(ivon, "FEWEST", 4)
+    monkeypatch.setattr(ivon, "MOST", 4)
+    model = encoder(bert).eval()
+    with torch.no_grad():
+        for value in model.trained().values():
+            value.add_(torch.randn_like(value) * 0.1)
+    q = methods.as_posterior(model.trained())
+    task = Task(examples(24), examples(12, 1), examples(12, 2), {}, 2)
+    before = {name: value.clone() for name, value in model.trained().items()}
+    found, facts = rows.ROWS["fit"](model, q, task, task.test, 2, row.partition("=")[2])
+    assert found.probabilities.shape == (12, 2)
+    assert facts["fit_seconds"] >= 0
+    assert all(value.equal(before[name]) for name, value in model.trained().items())
+    [(_, (posterior, _))] = rows._FITS.values()
+    widths = {name: value for name, value in posterior.sigma.items() if "tfb" not in row or "lora_A" in name}
+    assert all((value > 0).all() for value in widths.values())
+
+
 def test_ivon_lora_with_a_fixed_prior_moves_as_ivon_opt_does(bert: Path) -> None:
     from benchmarks.fidelity.methods import TRAINERS
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.chats import Example, read_chats
-from axolotl_ivon.data.encode import check_tokens, encode, render
+from axolotl_ivon.data.encode import Item, check_tokens, encode, encode_turns, render
 
 
 def example(answer: str, question: str = "red sun") -> Example:
@@ -105,3 +106,74 @@ def test_prompts_are_what_the_template_puts_before_an_answer(tmp_path: Path, tin
     assert open_ended.ids == tokenizer(expected, add_special_tokens=False)["input_ids"]
     assert (closed.reference, closed.source) == ("moon", f"{path}:3")
     assert "moon" not in closed.text
+
+
+def labels(item: Item) -> list[int]:
+    found = [-100] * (len(item.ids) + 1)
+    for position, target in zip(item.positions, item.targets, strict=True):
+        found[position + 1] = target
+    return found
+
+
+TALK = (
+    {"role": "system", "content": "red"},
+    {"role": "user", "content": "blue sun"},
+    {"role": "assistant", "content": "A"},
+    {"role": "user", "content": "A rain dog <|im_end|>"},
+    {"role": "assistant", "content": "  one two\n"},
+    {"role": "user", "content": "again"},
+)
+PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+FAR = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} x y z u v{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [None, PLAIN, FAR], ids=["chatml", "no end", "far end"])
+@pytest.mark.parametrize("messages", [TALK[1:2], TALK[:2], TALK], ids=len)
+def test_turns_are_labelled_as_axolotl_does(
+    tokenizer: Any, template: str | None, messages: tuple[dict[str, str], ...]
+) -> None:
+    strategies = pytest.importorskip("axolotl.prompt_strategies.chat_template")
+    if template:
+        tokenizer.chat_template = template
+    prompter = strategies.ChatTemplatePrompter(
+        tokenizer,
+        chat_template=tokenizer.chat_template,
+        message_property_mappings={"role": "role", "content": "content"},
+    )
+    strategy = strategies.ChatTemplateStrategy(
+        prompter, tokenizer, train_on_inputs=False, sequence_len=512, roles_to_train=["assistant"], train_on_eos="turn"
+    )
+    whole = [*messages, {"role": "assistant", "content": "green moon"}]
+    expected = strategy.tokenize_prompt({"messages": whole})
+    [item] = encode_turns(tokenizer, [Example(messages, "green moon", "f:1")])
+    found = labels(item)
+    assert item.ids == expected["input_ids"][: len(item.ids)]
+    assert found == expected["labels"][: len(found)]
+    assert set(expected["labels"][len(found) :]) <= {-100}
+    assert len(item.positions) > sum(turn["role"] == "assistant" for turn in messages)
+
+
+def test_a_long_conversation_is_cut(tokenizer: Any) -> None:
+    [whole] = encode_turns(tokenizer, [Example(TALK, "green moon", "f:1")])
+    for length in range(1, len(whole.ids) + 3):
+        [item] = encode_turns(tokenizer, [Example(TALK, "green moon", "f:1")], length)
+        assert len(item.ids) <= length
+        assert item.ids == whole.ids[: len(item.ids)]
+        assert item.positions == [position for position in whole.positions if position < length]
+        assert item.targets == whole.targets[: len(item.positions)]
+
+
+def test_turns_without_offsets(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    [expected] = encode_turns(tokenizer, [Example(TALK, "green moon", "f:1")])
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    [found] = encode_turns(tokenizer, [Example(TALK, "green moon", "f:1")])
+    assert found == expected
+
+
+def test_turns_need_a_template_that_takes_them(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(IVONError, match=r"f:1: the chat template refuses the messages \(no system\)"):
+        encode_turns(tokenizer, [example("A")])
+    tokenizer.chat_template = None
+    with pytest.raises(IVONError, match="has no chat template"):
+        encode_turns(tokenizer, [example("A")])

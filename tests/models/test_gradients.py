@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from texts import items
 from tiny import build_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -20,17 +21,6 @@ from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, 
 from axolotl_ivon.models.load import load_model
 
 MakeAdapter = Callable[..., Path]
-
-
-def items(count: int = 5, seed: int = 0) -> list[Item]:
-    """Texts of different lengths, some of whose tokens are labels."""
-    draw = torch.Generator().manual_seed(seed)
-    found = []
-    for number in range(count):
-        ids = torch.randint(3, 200, (6 + 3 * number,), generator=draw).tolist()
-        positions = list(range(2 + number, len(ids) - 1, 1 + number % 2))
-        found.append(Item(ids, positions, [ids[position + 1] for position in positions]))
-    return found
 
 
 def gather(gradients: ExampleGradients[Any], examples: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,0 +1,123 @@
+"""The diagonal Fisher information at the mean, by one pass: the diagonal Laplace approximation.
+
+h = 1/M·Σ_n E[(∇ Σ_t ℓ_nt)²] over the examples n and the M losses of all of them (the labels: tokens of a chat, or
+one of a classifier), with labels drawn from the model. Given a text, the drawn labels of its tokens are independent and
+their gradients have mean 0, so that is the information of one loss, as B·ĝ² of training is (`IVONLoRA`). With the
+labels of the data it is the empirical Fisher, which is small where the adapter has learned its data by heart.
+
+σ² = 1/(λ·(h + δ)) is the diagonal Laplace approximation (MacKay 1992) with the Fisher information in place of the
+Hessian: Laplace-LoRA's (arXiv 2308.13111) generalized Gauss-Newton diagonal, which it equals for these likelihoods.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import parameter
+from ..models.forward import run_halving
+from ..models.gradients import ExampleGradients, label_logits
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from ..data.encode import Item
+
+_T = TypeVar("_T")
+
+
+def sampled_losses(model: PeftModel, items: Sequence[Item], generator: torch.Generator | None) -> Tensor:
+    """Return the loss of each item, summed over its labels, [items]; labels are drawn from the model with `generator`.
+
+    Without one they are those of the data.
+    """
+    found = label_logits(model, items)
+    targets = found.targets
+    if generator is not None:
+        targets = torch.multinomial(found.logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    losses = F.cross_entropy(found.logits, targets, reduction="none")
+    return losses.new_zeros(len(items)).index_add(0, found.row, losses)
+
+
+class Squares(NamedTuple):
+    """Σ over examples of their squared gradients, by parameter, and how many losses they are of."""
+
+    total: dict[str, Tensor]
+    losses: int
+
+    def add(self, other: Squares) -> Squares:
+        """Return the sum of both."""
+        names = self.total.keys() | other.total.keys()
+        pairs = {name: (self.total.get(name), other.total.get(name)) for name in names}
+        total = {name: b if a is None else a if b is None else a + b for name, (a, b) in pairs.items()}
+        return Squares(total, self.losses + other.losses)  # type: ignore[arg-type]  # one of a pair is there
+
+    def information(self) -> dict[str, Tensor]:
+        """Return h by parameter."""
+        return {name: value / self.losses for name, value in self.total.items()}
+
+
+class Squarer(Generic[_T]):
+    """Adds up the squared gradients of examples, of fewer at once when the memory runs out.
+
+    Args:
+        gradients: of the examples' losses.
+        count: number of losses that an example's is the sum of.
+        notify: told when fewer examples go at once.
+    """
+
+    def __init__(
+        self,
+        gradients: ExampleGradients[_T],
+        count: Callable[[_T], int],
+        notify: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self._gradients, self._count, self._notify = gradients, count, notify
+        self._most = sys.maxsize  # examples that fit
+
+    def __call__(self, examples: Sequence[_T]) -> Squares:
+        """Return what the examples add to the sums.
+
+        Raises:
+            IVONError: a single example does not fit the memory.
+        """
+        hopeless = f"example; use {parameter('load_in')} 8bit or 4bit, shorter data, or a machine with more memory"
+        found, start = Squares({}, 0), 0
+        while start < len(examples):
+            most = min(len(examples) - start, self._most)
+
+            def run(size: int, start: int = start) -> Squares:
+                return self._square(examples[start : start + size])
+
+            more, size = run_halving(run, most, "examples", self._notify, hopeless)
+            if size < most:
+                self._most = size
+            found, start = found.add(more), start + size
+        return found
+
+    def _square(self, examples: Sequence[_T]) -> Squares:
+        total: dict[str, Tensor] = {}
+
+        def consume(name: str, first: int, some: Tensor) -> None:
+            square = some.square_().sum(0)
+            if name in total:
+                total[name] += square
+            else:
+                total[name] = square
+
+        self._gradients(examples, consume)
+        return Squares(total, sum(map(self._count, examples)))
+
+
+def fisher(
+    square: Callable[[Sequence[_T]], Squares], batches: Iterable[Sequence[_T]], found: Squares
+) -> Iterator[Squares]:
+    """Go on from `found` and yield the sums over all batches so far, after every batch."""
+    for batch in batches:
+        found = found.add(square(batch))
+        yield found

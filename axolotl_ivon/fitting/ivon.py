@@ -1,0 +1,156 @@
+"""IVON's updates of the precision with the mean held: the variational σ around an adapter that is there.
+
+Each step draws θ = m + σ·ε and takes the Fisher information of a batch there (`fisher`), whose running average is h:
+
+    h ← h + ρ_t·(ĥ − h),  ρ_t = 2/(t+1)                 weights that grow with t: early draws are soon forgotten
+    p = h + δ,  σ = 1/√(λ·p)                            δ: the prior's part, at its fixed point (`precision`)
+
+It ends at 1/σ² = λ·(E_q[F(θ)] + δ). For a Gaussian q the stationary point of the variational objective has the Hessian
+E_q[∇²ℓ(θ)] in the place of the Fisher information (arXiv 2402.17641); the two are equal where the loss is that of a
+Gaussian or of an exponential family's natural parameters that are linear in θ, and else F is its generalized
+Gauss-Newton part, which is not negative. IVON's own estimate ĝ·(θ−m)/σ² has the Hessian as its mean, but a hundred
+times the noise; that of training by `squared_gradients`, B·ĝ² of a batch, has E_q[g²] + (B−1)·E_q[g]² with labels of
+the data: the gradient of a batch does not vanish at a draw, and that of an example is small where its label was
+learned by heart. Gradients of single examples and labels drawn from the model have neither, at the same cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..noise import normals
+from .fisher import Squares
+from .precision import Prior
+from .state import Snapshot
+
+_T = TypeVar("_T")
+SETTLED = 0.1  # root mean square of what log σ changed by since half as many steps
+FEWEST, MOST = 32, 4096  # steps
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the iteration is; all that is needed to go on.
+
+    Attributes:
+        step: t, steps so far.
+        average: running averages of the squares and of the number of losses of a step, with weights that grow with t.
+        earlier: p at the last two checkpoints, by number of the step.
+        change: root mean square of what log σ changed by since half as many steps; None before anybody knows.
+    """
+
+    step: int = 0
+    average: dict[str, Tensor] = field(default_factory=dict)
+    losses: float = 0.0
+    earlier: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    change: float | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Say whether σ has settled: in noise alone, what it changed by since half the steps is its own error."""
+        return self.step >= FEWEST and self.change is not None and self.change <= SETTLED
+
+    def information(self) -> dict[str, Tensor]:
+        """Return h by parameter."""
+        return {name: value / self.losses for name, value in self.average.items()}
+
+    def kept(self) -> Snapshot:
+        """Return what a file keeps of it."""
+        tensors = {f"average/{name}": value for name, value in self.average.items()}
+        for step, precision in self.earlier.items():
+            tensors |= {f"{step}/{name}": value for name, value in precision.items()}
+        return Snapshot(tensors, {"step": self.step, "losses": self.losses, "change": self.change})
+
+    @classmethod
+    def restored(cls, kept: Snapshot, device: torch.device) -> Progress:
+        """Return what `kept` has kept."""
+        groups: dict[str, dict[str, Tensor]] = {"average": {}}
+        for key, value in kept.tensors.items():
+            group, _, name = key.partition("/")
+            groups.setdefault(group, {})[name] = value.to(device)
+        average = groups.pop("average")
+        earlier = {int(step): precision for step, precision in sorted(groups.items(), key=lambda item: int(item[0]))}
+        facts = kept.facts
+        return cls(facts["step"], average, facts["losses"], earlier, facts["change"])
+
+
+def is_checkpoint(step: int) -> bool:
+    """Say whether σ is looked at after this step: 1, 2, 3, 4, 6, 8, 11, 16, …, powers of √2."""
+    return any(round(2 ** (k / 2)) == step for k in range(2 * step.bit_length()))
+
+
+def iterate(
+    parameters: Mapping[str, nn.Parameter],
+    square: Callable[[Sequence[_T]], Squares],
+    batches: Iterator[Sequence[_T]],
+    prior: Prior,
+    start: Mapping[str, Tensor] | float,
+    progress: Progress,
+    seed: int = 0,
+) -> Iterator[Progress]:
+    """Go on from `progress` and yield it after every step, until σ has settled.
+
+    The parameters hold the mean whenever it yields, and afterwards, whatever happens. Draw t depends on the seed, t
+    and the parameter's name alone.
+
+    Args:
+        batches: the examples of step after step, without end.
+        start: h of the first draw, by parameter or of all weights.
+    """
+    means = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def information(name: str) -> Tensor:
+        if progress.step:
+            return progress.average[name] / progress.losses
+        return torch.full_like(means[name], start, dtype=torch.float32) if isinstance(start, float) else start[name]
+
+    def deltas() -> dict[str, float]:
+        return {name: prior.delta(information(name), mean) for name, mean in means.items()}
+
+    priors = deltas()
+    while not progress.settled and progress.step < MOST:
+        step = progress.step + 1
+        try:
+            with torch.no_grad():
+                for name, mean in means.items():
+                    noise = torch.from_numpy(normals(mean.numel(), "fit", seed, step, name)).view(mean.shape)
+                    sigma = prior.sigma(information(name), priors[name])
+                    parameters[name].copy_(mean + sigma * noise.to(mean.device))
+            found = square(next(batches))
+        finally:
+            with torch.no_grad():
+                for name, mean in means.items():
+                    parameters[name].copy_(mean)
+        progress = _averaged(progress, found, means)
+        if is_checkpoint(step):
+            priors = deltas()
+            progress = _compared(progress, {n: prior.precision(information(n), delta) for n, delta in priors.items()})
+        yield progress
+
+
+def _averaged(progress: Progress, found: Squares, means: Mapping[str, Tensor]) -> Progress:
+    """Return the averages with those of one more step."""
+    share = 2 / (progress.step + 2)
+    zero = torch.zeros(())
+    average = {}
+    for name, mean in means.items():
+        new = found.total.get(name, zero.to(mean.device).expand_as(mean))
+        average[name] = torch.lerp(progress.average[name], new, share) if progress.step else new.clone()
+    losses = progress.losses + share * (found.losses - progress.losses)
+    return replace(progress, step=progress.step + 1, average=average, losses=losses)
+
+
+def _compared(progress: Progress, precision: dict[str, Tensor]) -> Progress:
+    """Compare the precision with that of half as many steps, which is two checkpoints back."""
+    earlier, change = dict(progress.earlier), progress.change
+    if len(earlier) == 2:
+        old = earlier.pop(min(earlier))
+        weights = sum(value.numel() for value in old.values())
+        squares = sum(float((value / old[name]).log_().square_().sum()) for name, value in precision.items())
+        change = (squares / weights) ** 0.5 / 2
+    return replace(progress, earlier={**earlier, progress.step: precision}, change=change)

@@ -1,0 +1,83 @@
+"""What an interrupted fit goes on from: tensors and facts in one hidden file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..errors import IVONError
+from ..posterior.tensors import Tensors, write_tensors
+from ..storage.atomic import new_file
+from ..storage.tensorfile import TensorFile
+
+_EVERY = 30.0  # seconds between two writes
+
+
+class Snapshot(NamedTuple):
+    """Where a fit is: tensors by name, and what JSON can hold."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+class State:
+    """The file of a fit, or none at all where `path` is None.
+
+    Args:
+        path: where it is.
+        key: what identifies the fit; the file of another is not read, and replaced.
+    """
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self._path, self._key, self._written = path, key, time.monotonic()
+
+    def read(self) -> Snapshot | None:
+        """Return what was kept of this fit, or None; a damaged file is as none."""
+        if self._path is None or not self._path.is_file():
+            return None
+        try:
+            file = TensorFile(self._path)
+            if file.metadata.get("fit") != self._key:
+                return None
+            return Snapshot(dict(Tensors.of_file(file)), json.loads(file.metadata["facts"]))
+        except (IVONError, KeyError, ValueError):
+            return None
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            IVONError: it cannot be written.
+        """
+        if self._path is None:
+            return
+        with new_file(self._path) as temporary:
+            facts = {"fit": self._key, "facts": json.dumps(snapshot.facts)}
+            write_tensors(temporary, Tensors.of(snapshot.tensors), facts)
+        self._written = time.monotonic()
+
+    def keep(self, snapshot: Callable[[], Snapshot]) -> None:
+        """Write it if the last time was a while ago."""
+        if self._path is not None and time.monotonic() - self._written >= _EVERY:
+            self.write(snapshot())
+
+    @contextlib.contextmanager
+    def kept(self, snapshot: Callable[[], Snapshot]) -> Iterator[None]:
+        """Write it when the block is interrupted, or fails."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(IVONError):  # what went wrong matters more
+                self.write(snapshot())
+            raise
+
+    def remove(self) -> None:
+        """Remove the file: the fit is done."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)

@@ -1,0 +1,95 @@
+"""Training-free Bayesianization (TFB, arXiv 2412.05723): the widest noise on A that costs little on some data.
+
+With the compact singular value decomposition B = U·diag(d)·Vᵀ the paper puts noise of standard deviation σ_q/d_i on row
+i of Vᵀ·A. In the product B·A that is noise σ_q·U·E, with E standard normal: equally wide in all directions that B
+reaches. One σ_q serves all layers.
+
+An adapter file holds A itself and one σ for each of its weights, so that noise is put on the rows of A as they are.
+There the rows of a column of noise have the precision BᵀB/σ_q², and σ_i = σ_q/‖b_i‖, b_i being column i of B, is its
+diagonal. Of all independent noise it is the nearest, by KL(ours ‖ the paper's), and moves the product as far: the mean
+square of what it adds to B·A is the paper's, rank·inputs·σ_q². Where the columns of B are orthogonal both are the same.
+Marginal variances, σ_q²·(BᵀB)⁻¹_ii, would be the nearest by the other divergence, but add the more to the product the
+more alike the columns are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+MOST = 12  # evaluations
+_FIRST = 0.1  # σ_q at the start, as a share of the product's root mean square
+_WIDEN = 4.0  # factor between widths until one costs too much
+_FINE = 1.05  # factor between two widths that are told apart
+_NEGLIGIBLE = 1e-6  # of the longest column of B: a shorter one has no noise, since nothing would show it
+
+
+def noise_shape(model: PeftModel, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return σ at σ_q = 1 for the matrices A of LoRA layers, float32, by the names that `parameters` give them.
+
+    A column of B that is 0, or next to it, gives its row of A no noise: it would not show.
+    """
+    names = {parameter: name for name, parameter in parameters.items()}
+    found = {}
+    for module in model.modules():
+        for a, b, experts in _pairs(module):
+            if a in names:
+                found[names[a]] = _rows_of_a(b.detach(), experts).view(-1, *[1] * (a.dim() - 1)).expand_as(a)
+    return found
+
+
+def _pairs(module: Any) -> list[tuple[nn.Parameter, nn.Parameter, int]]:
+    """Return A and B of a LoRA layer's adapters, and how many experts they are of."""
+    pairs: list[Any] = []
+    for first, second in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        tables: Any = (getattr(module, first, None), getattr(module, second, None))
+        if all(isinstance(table, (nn.ModuleDict, nn.ParameterDict)) for table in tables):
+            for adapter in tables[0]:
+                a, b = (getattr(table[adapter], "weight", table[adapter]) for table in tables)
+                pairs.append((a, b, getattr(module, "num_experts", 1)))
+    return pairs
+
+
+def _rows_of_a(b: Tensor, experts: int) -> Tensor:
+    """Return 1/‖b_i‖ for every row i of A, float32."""
+    norms = b.float().transpose(0, 1).flatten(1).norm(dim=1)
+    if experts > 1:  # PEFT has the experts' rows of A one after the other, and their columns of B taking turns
+        norms = norms.view(-1, experts).T.flatten()
+    return torch.where(norms > _NEGLIGIBLE * norms.max(), 1 / norms, 0)
+
+
+def first_width(shape: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> float:
+    """Return a σ_q to begin with: noise that is a tenth of A's root mean square in an average row."""
+    ratios = [
+        float(means[name].float().square().mean().sqrt() / values.square().mean().sqrt())
+        for name, values in shape.items()
+        if values.any()
+    ]
+    return _FIRST * sum(ratios) / len(ratios) if ratios else 0.0
+
+
+def widest(cost: Callable[[float], float], start: float, most: int) -> tuple[float, list[tuple[float, float]]]:
+    """Return the largest width whose `cost` is at most 0, by bisection of its logarithm, and all that was tried.
+
+    The cost is taken to rise with the width, from below 0. From `start` on it widens, or narrows, by factors of four
+    until it is on both sides of 0. Where the first widths all cost too much, or too little, the width is the last one
+    within the cost, or 0.
+    """
+    tried: list[tuple[float, float]] = []
+    low, high, width = 0.0, float("inf"), start
+    while len(tried) < most:
+        tried.append((width, cost(width)))
+        if tried[-1][1] <= 0:
+            low = width
+        else:
+            high = width
+        if low and high <= low * _FINE:
+            break
+        width = low * _WIDEN if high == float("inf") else high / _WIDEN if not low else (low * high) ** 0.5
+    return low, tried

@@ -1,0 +1,133 @@
+"""`ivon-post fit` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import Cli
+from tiny import write_chats
+
+from axolotl_ivon import Posterior
+from axolotl_ivon.fitting import ivon
+
+MakeAdapter = Callable[..., Path]
+MEAN_FILE = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def plain(make_adapter: MakeAdapter) -> Path:
+    return make_adapter(sigma=False)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_chats(tmp_path / "train.jsonl", count=24)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ivon, "FEWEST", 8)
+    monkeypatch.setattr(ivon, "MOST", 16)
+
+
+@pytest.mark.parametrize("method", ["ivon", "fisher", "tfb"])
+def test_what_it_writes_is_a_posterior_for_every_command(
+    plain: Path, data: Path, tmp_path: Path, ivon_post: Cli, method: str
+) -> None:
+    out = tmp_path / "out"
+    result = ivon_post.run("fit", plain, "--data", data, "--method", method, "-n", 2, "-o", out)
+    assert result.exit_code == 0, result.output
+    line, written = result.stdout.splitlines()
+    weights = 512 if method == "tfb" else 896
+    assert line.startswith(f"σ of {weights} weights by {method}: median ")
+    assert written == str(out)
+    assert result.stderr.splitlines()[-1] == f"next: ivon-post eval {out} --data TEST.jsonl"
+    assert (out / MEAN_FILE).read_bytes() == (plain / MEAN_FILE).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train.jsonl"]
+    assert ivon_post.json("info", out)["header"]["fit_method"] == method
+    assert ivon_post.json("check", out)["findings"]
+    ivon_post("prune", out, "--ratio", 0.2, "-o", tmp_path / "pruned")
+    ivon_post("temper", out, "--tau", 2, "-o", tmp_path / "cool")
+    ivon_post("sample", out, "-n", 1, "-o", tmp_path / "ensemble")
+    rows = ivon_post.json("eval", out, "--data", data, "--rows", "mean,posterior", "-n", 2)["rows"]
+    assert [row["name"] for row in rows] == ["mean", "posterior"]
+
+
+def test_fitted_posteriors_combine_and_diff(plain: Path, data: Path, tmp_path: Path, ivon_post: Cli) -> None:
+    for name in ("fisher", "ivon"):
+        ivon_post("fit", plain, "-d", data, "--method", name, "-o", tmp_path / name)
+    ivon_post("combine", tmp_path / "fisher", tmp_path / "ivon", "-o", tmp_path / "both")
+    facts = ivon_post.json("diff", tmp_path / "fisher", tmp_path / "ivon")
+    assert facts
+    assert Posterior.from_pretrained(tmp_path / "both").metadata["fit_data"] == "train.jsonl"
+
+
+def test_json_holds_numbers(plain: Path, data: Path, tmp_path: Path, ivon_post: Cli) -> None:
+    document = ivon_post.json("fit", plain, "-d", data, "--method", "fisher", "--ess", 1000, "-o", tmp_path / "out")
+    assert document["output"] == str(tmp_path / "out")
+    assert document["weights"] == 896
+    assert document["header"]["ess"] == 1000
+    assert document["header"]["train_size"] == 24
+    q = Posterior.from_pretrained(tmp_path / "out")
+    assert document["header"]["mean_sha256"] == q.metadata["mean_sha256"]
+
+
+def test_it_writes_beside_the_adapter_and_shows_how_it_goes(
+    plain: Path, data: Path, copied: Callable[[Path], Path], ivon_post: Cli
+) -> None:
+    folder = copied(plain)
+    result = ivon_post.run("fit", folder, "-d", data)
+    assert result.stdout.splitlines()[-1] == str(folder.parent / "adapter-fitted")
+    assert "steps: σ changed by " in result.stderr
+    quiet = ivon_post.run("fit", folder, "-d", data, "-q", "--overwrite")
+    assert quiet.stderr == ""
+    assert "exists; choose another name, or overwrite it with --overwrite" in ivon_post.error("fit", folder, "-d", data)
+    again = ivon_post.error("fit", folder.parent / "adapter-fitted", "-d", data, "-o", folder.parent / "again")
+    assert "has a σ already, fitted by ivon" in again
+    assert again.endswith("with --refit")
+    ivon_post("fit", folder.parent / "adapter-fitted", "-d", data, "--refit", "-o", folder.parent / "again")
+
+
+def test_an_interrupted_process_goes_on(
+    plain: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ivon_post: Cli
+) -> None:
+    """Ctrl-C in the middle leaves nothing but the hidden file, from which the same command goes on."""
+    script = (
+        "import ivon_post; from axolotl_ivon.fitting import ivon; ivon.MOST, ivon.SETTLED = 32, 0; ivon_post.main()"
+    )
+    words = ["fit", str(plain), "-d", str(data), "--batch-size", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *words, "-o", "out"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert any("steps: σ changed" in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.fit", "train.jsonl"]
+    monkeypatch.setattr(ivon, "MOST", 32)
+    monkeypatch.setattr(ivon, "SETTLED", 0)
+    monkeypatch.chdir(tmp_path)
+    ivon_post(*words, "-o", "out")
+    ivon_post(*words, "-o", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train.jsonl", "whole"]
+    out, whole = (Posterior.from_pretrained(tmp_path / name) for name in ("out", "whole"))
+    assert out.metadata["fit_steps"] == whole.metadata["fit_steps"] == "32"
+    for key, value in whole.sigma.items():
+        torch.testing.assert_close(out.sigma[key], value, rtol=1e-4, atol=0)
+
+
+def test_an_empty_or_foreign_file_is_one_line(plain: Path, tmp_path: Path, ivon_post: Cli) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "x"}) + "\n")
+    assert "no list `messages`" in ivon_post.error("fit", plain, "-d", tmp_path / "rows.jsonl", "-o", tmp_path / "out")
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(chat) + "\n")
+    assert "no assistant message" in ivon_post.error("fit", plain, "-d", tmp_path / "rows.jsonl", "-o", tmp_path / "o")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]

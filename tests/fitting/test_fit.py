@@ -1,0 +1,398 @@
+"""A posterior around the mean of an adapter without one: what is written, and that it is right for every kind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from tiny import build_llama, write_chats
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.evaluation.evaluate import Evaluation, Row
+from axolotl_ivon.fitting import fit as module
+from axolotl_ivon.fitting import ivon, state
+from axolotl_ivon.fitting.fit import FACTORS, Settings, fit
+from axolotl_ivon.fitting.precision import Prior
+from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
+from axolotl_ivon.models.load import load_model
+from axolotl_ivon.training.presets import PRESETS
+
+MakeAdapter = Callable[..., Path]
+MEAN_FILE = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("chats") / "train.jsonl", count=24)
+
+
+@pytest.fixture(scope="module")
+def plain(make_adapter: MakeAdapter) -> Path:
+    return make_adapter(sigma=False)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ivon, "FEWEST", 8)
+    monkeypatch.setattr(ivon, "MOST", 16)
+    monkeypatch.setattr(ivon, "SETTLED", 0.3)
+
+
+def equal(one: Posterior, other: Posterior) -> bool:
+    return all(one.sigma[key].equal(other.sigma[key]) for key in one.sigma.specs.keys() | other.sigma.specs.keys())
+
+
+@pytest.mark.parametrize("method", ["ivon", "fisher", "tfb"])
+def test_the_mean_stays_and_sigma_is_beside_it(plain: Path, chats: Path, tmp_path: Path, method: str) -> None:
+    q = Posterior.fit(plain, chats, method=method, samples=2)
+    q.save_pretrained(tmp_path / "out")
+    files = [(folder / MEAN_FILE).read_bytes() for folder in (plain, tmp_path / "out")]
+    assert files[0] == files[1]
+    read = Posterior.from_pretrained(tmp_path / "out")
+    assert equal(read, q)
+    header = read.metadata
+    assert header["fit_method"] == method
+    assert header["fit_data"] == "train.jsonl"
+    assert header["fit_data_sha256"] == hashlib.sha256(chats.read_bytes()).hexdigest()
+    assert header["train_size"] == "24"
+    widths = {key: value for key, value in read.sigma.items() if method != "tfb" or "lora_A" in key}
+    assert all((value > 0).all() for value in widths.values())
+    assert all(not value.any() for key, value in read.sigma.items() if key not in widths)
+    draw = read.temper(4).prune(0.1).sample(1)
+    assert all(value.isfinite().all() for value in draw.values())
+
+
+def test_fisher_is_the_information_of_the_chats_answers(plain: Path, chats: Path) -> None:
+    q = fit(plain, chats, method="fisher", empirical=True, prior=0.01, prior_strength=2, ess=500)
+    model = load_model(plain)
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    parameters = adapter_parameters(model)
+    total = {key: torch.zeros(value.shape, dtype=torch.float64) for key, value in parameters.items()}
+    count = 0
+    for value in parameters.values():
+        value.requires_grad_(True)
+    for line in chats.read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        before = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        ids, given = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, before))
+        answer = ids[len(given) : len(given) + 2]  # the letter, and the end of the turn
+        assert tokenizer.decode(answer) == messages[-1]["content"] + "<|im_end|>"
+        logits = model(torch.tensor([ids])).logits[0, len(given) - 1 : len(given) + 1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+        for key, gradient in zip(total, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+            total[key] += gradient.double().square()
+        count += 2
+    for key, value in total.items():
+        expected = (500 * (value / count + 0.02)).rsqrt()
+        torch.testing.assert_close(q.sigma[key].double(), expected, rtol=1e-3, atol=1e-6)
+    assert q.metadata["fit_labels"] == "data"
+    assert q.metadata["ess"] == "500"
+
+
+def test_lambda_is_that_of_training_by_default(plain: Path, chats: Path) -> None:
+    q = fit(plain, chats, method="fisher")
+    assert float(q.metadata["ess"]) == PRESETS["auto"].ess(24, 896)
+    assert q.metadata["fit_labels"] == "sampled"
+
+
+@pytest.mark.parametrize("method", ["fisher", "ivon"])
+def test_validation_chooses_lambda(plain: Path, chats: Path, tmp_path: Path, method: str) -> None:
+    validation = write_chats(tmp_path / "validation.jsonl", count=20, seed=7)
+    told: list[str] = []
+    q = fit(plain, chats, method=method, validation=str(validation), samples=3, seed=2, tell=told.append)
+    base = PRESETS["auto"].ess(24, 896)
+    factor = float(q.metadata["ess"]) / base
+    assert factor in FACTORS
+    assert q.metadata["fit_validation"] == "validation.jsonl"
+    assert any("NLL on" in line and line.endswith(f"λ = {factor * base:.3g}") for line in told)
+    if method == "fisher":
+        evaluation = Evaluation(plain, [validation], rows=[Row("mean")])
+        losses = {}
+        for one in FACTORS:
+            each = fit(plain, chats, method=method, ess=one * base, seed=2)
+            each.save_pretrained(tmp_path / str(one))
+            held = Evaluation(tmp_path / str(one), [validation], rows=[Row("posterior", tau=1.0)])
+            [scores] = held.run([Row("posterior", tau=1.0)], samples=3, seed=2)
+            losses[one] = float(scores.nll.mean())
+        assert factor == min(losses, key=lambda one: losses[one])
+        assert len(set(losses.values())) > 1
+        assert evaluation.task == "choice"
+
+
+def test_tfb_is_as_wide_as_the_tolerance_allows(plain: Path, chats: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    q = fit(plain, chats, method="tfb", tolerance=0.02, samples=4, seed=5, task="generate", tell=told.append)
+    q.save_pretrained(tmp_path / "out")
+    rows = [Row("mean"), Row("posterior", tau=1.0), Row("wider", tau=1.1**-2)]
+    mean, drawn, wider = Evaluation(tmp_path / "out", [chats], task="generate").run(rows, samples=4, seed=5)
+    assert float((drawn.nll - mean.nll).mean()) <= 0.02 + 1e-6
+    assert float((wider.nll - mean.nll).mean()) > 0.02
+    assert int(q.metadata["tfb_evaluations"]) <= 12
+    assert len(told) <= 11
+    assert float(q.metadata["tfb_nll"]) - float(q.metadata["tfb_nll_mean"]) <= 0.02 + 1e-5
+    key = min(key for key in q.mean if "lora_A" in key)
+    b = q.mean[key.replace("lora_A", "lora_B")]
+    torch.testing.assert_close(q.sigma[key][:, 0], float(q.metadata["tfb_sigma_q"]) / b.norm(dim=0))
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "lora_only"},
+        {"dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["ivon", "fisher", "tfb"])
+def test_every_kind_of_adapter(
+    make_adapter: MakeAdapter, chats: Path, tmp_path: Path, lora: dict[str, Any], method: str
+) -> None:
+    folder = make_adapter(sigma=False, **lora)
+    q = fit(folder, chats, method=method, samples=1, limit=8, tolerance=0.1 if method == "tfb" else None)
+    q.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / MEAN_FILE).read_bytes() == (folder / MEAN_FILE).read_bytes()
+    Evaluation(tmp_path / "out", [chats]).run([Row("posterior", tau=1.0)], samples=1)
+    trained = {key for key in q.sigma if "lora_A" in key or "lora_embedding_A" in key or method != "tfb"}
+    saved_alone = {key for key in q.sigma if "embed_tokens.weight" in key or "base_layer" in key}
+    for key in trained - saved_alone:
+        assert (q.sigma[key] > 0).any(), key
+
+
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_quantized_bases(tmp_path: Path, chats: Path, load_in: str) -> None:
+    base = build_llama(tmp_path / "base", hidden_size=128, intermediate_size=128)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
+    exact = fit(tmp_path / "adapter", chats, method="fisher", empirical=True, prior=1e-4)
+    found = fit(tmp_path / "adapter", chats, method="fisher", empirical=True, prior=1e-4, load_in=load_in)
+    for key, value in exact.sigma.items():
+        assert float((found.sigma[key] / value).log().abs().median()) < 0.3, key
+    fit(tmp_path / "adapter", chats, samples=1, validation=str(chats), load_in=load_in, limit=8)
+
+
+def test_a_classifier(tiny_llama: Path, tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=2)
+    base.config.pad_token_id = 0
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
+    rows = [{"text": f"{word} sun", "label": label} for word, label in (("red", 0), ("blue", 1), ("cold rain", 1))]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    for method in ("ivon", "fisher", "tfb"):
+        q = fit(tmp_path / "adapter", data, method=method, samples=1)
+        head = next(key for key in q.sigma if "score" in key)
+        assert (q.sigma[head] > 0).any() == (method != "tfb")
+    data.write_text('{"text": "red", "label": "orange"}\n')
+    with pytest.raises(IVONError, match="'orange' is neither one of the model's"):
+        fit(tmp_path / "adapter", data)
+
+
+@pytest.mark.parametrize("method", ["ivon", "fisher", "tfb"])
+def test_an_interrupted_fit_goes_on_and_ends_where_the_other_does(
+    plain: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    options: dict[str, Any] = {"method": method, "samples": 2, "batch_size": 3}
+    if method != "tfb":
+        options["validation"] = str(chats)
+    whole = fit(plain, chats, **options)
+    hidden = tmp_path / ".out.fit"
+    calls, limit = 0, 4
+    target, name = (module, "evaluate") if method == "tfb" else (ExampleGradients, "__call__")
+    own = getattr(target, name)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > limit:
+            raise KeyboardInterrupt
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(target, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(plain, chats, state=hidden, **options)
+    assert hidden.is_file()
+    monkeypatch.setattr(state, "_EVERY", 0.0)
+    total, calls, limit = calls, 0, 10**9
+    found = fit(plain, chats, state=hidden, **options)
+    assert not hidden.exists()
+    assert equal(found, whole)
+    assert found.metadata == whole.metadata
+    resumed, calls = calls, 0
+    fit(plain, chats, state=hidden, **options)
+    assert resumed + total - 1 == calls
+
+
+def test_a_state_of_another_fit_is_not_taken(plain: Path, chats: Path, tmp_path: Path) -> None:
+    hidden = tmp_path / ".out.fit"
+    hidden.write_bytes(b"nothing")
+    found = fit(plain, chats, method="fisher", state=hidden, seed=1)
+    assert equal(found, fit(plain, chats, method="fisher", seed=1))
+    assert not equal(found, fit(plain, chats, method="fisher", seed=2))
+
+
+def test_refitting_keeps_what_was_pruned(tiny_adapter: Path, chats: Path, tmp_path: Path) -> None:
+    with pytest.raises(IVONError, match=r"has a σ already, trained, in ivon_sigma.safetensors; .* refit"):
+        fit(tiny_adapter, chats)
+    pruned = Posterior.from_pretrained(tiny_adapter).prune(0.25)
+    pruned.save_pretrained(tmp_path / "pruned")
+    q = fit(tmp_path / "pruned", chats, method="fisher", refit=True)
+    assert q.pruned_ratio == 0.25
+    assert q.pruned() == pruned.pruned()
+    q.save_pretrained(tmp_path / "out")
+    with pytest.raises(IVONError, match="has a σ already, fitted by fisher"):
+        fit(tmp_path / "out", chats)
+
+
+def test_shared_weights_get_one_sigma_and_one_draw(tmp_path: Path, chats: Path) -> None:
+    build_llama(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens", "lm_head"],
+        ensure_weight_tying=True,
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora).save_pretrained(tmp_path / "adapter")
+    q = fit(tmp_path / "adapter", chats, method="fisher")
+    large = [key for key in q.mean if "lora" not in key]
+    assert len(large) == 2
+    q.save_pretrained(tmp_path / "out")
+    read = Posterior.from_pretrained(tmp_path / "out")
+    if q.aliases:
+        assert q.sigma[large[0]].equal(q.sigma[large[1]])
+        assert read.aliases == q.aliases
+        assert read.sample(0)[large[0]].equal(q.sample(0)[large[1]])
+
+
+def test_long_conversations_are_cut_and_those_without_an_answer_left_out(
+    plain: Path, chats: Path, tmp_path: Path
+) -> None:
+    lines = chats.read_text().splitlines()[:6]
+    long = json.loads(lines[0])
+    long["messages"][0]["content"] = "red " * 2000
+    data = tmp_path / "long.jsonl"
+    data.write_text("\n".join([*lines, json.dumps(long)]) + "\n")
+    told: list[str] = []
+    q = fit(plain, data, method="fisher", notify=told.append)
+    assert q.metadata["train_size"] == "6"
+    assert told == ["1 of 7 examples have no answer within 512 tokens and are left out"]
+    data.write_text(json.dumps(long) + "\n")
+    with pytest.raises(IVONError, match="1 of 1 examples have no answer within 512 tokens; give shorter"):
+        fit(plain, data, method="fisher")
+
+
+def test_it_halves_batches_when_the_memory_runs_out(plain: Path, chats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from axolotl_ivon.fitting import fisher
+
+    own, told = fisher.label_logits, []
+
+    def label_logits(model: Any, items: Any) -> Any:
+        if len(items) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return own(model, items)
+
+    expected = fit(plain, chats, method="fisher", empirical=True)
+    monkeypatch.setattr(fisher, "label_logits", label_logits)
+    found = fit(plain, chats, method="fisher", empirical=True, notify=told.append)
+    for key, value in expected.sigma.items():
+        torch.testing.assert_close(found.sigma[key], value, rtol=1e-3, atol=1e-6)
+    assert any("going on with" in line for line in told)
+
+
+def test_ivon_says_how_it_goes(plain: Path, chats: Path) -> None:
+    told: list[str] = []
+    q = fit(plain, chats, tell=told.append)
+    assert told[-1].startswith(f"{q.metadata['fit_steps']} steps: σ changed by ")
+    assert int(q.metadata["fit_steps"]) >= 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "laplace"}, "method 'laplace' is unknown; choose one of ivon, fisher, tfb"),
+        ({"ess": 0}, "ess 0: give a number > 0"),
+        ({"ess": math.nan}, "ess nan: give a number > 0"),
+        ({"prior": -1}, "prior -1: give empirical, or a number > 0"),
+        ({"prior": "wide"}, "prior 'wide': give empirical"),
+        ({"prior_strength": -1}, "prior_strength -1: give a number > 0"),
+        ({"samples": 0}, "samples 0: give a number of draws"),
+        ({"tolerance": 0.1}, "tolerance 0.1: it is for method tfb"),
+        ({"anchor": "x"}, "anchor x: it is for method tfb"),
+        ({"method": "tfb", "tolerance": 0}, "tolerance 0: give nats > 0"),
+        ({"method": "tfb", "ess": 10}, "ess 10: the width of method tfb is found by tolerance alone; leave it out"),
+        ({"method": "tfb", "empirical": True}, "empirical: the width of method tfb"),
+        ({"ess": 10, "validation": "x"}, "ess 10: validation chooses it"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(IVONError) as caught:
+        Settings(**options)
+    assert message in str(caught.value)
+
+
+def test_a_base_model_that_does_not_fit(plain: Path, chats: Path, tmp_path: Path) -> None:
+    base = build_llama(tmp_path / "other", hidden_size=64)
+    with pytest.raises(IVONError, match="does not fit the adapter"):
+        fit(plain, chats, base_model=str(base))
+
+
+def test_tfb_needs_lora(plain: Path, chats: Path, copied: Callable[[Path], Path]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = copied(plain)
+    tensors = load_file(folder / MEAN_FILE)
+    save_file({key: torch.zeros_like(value) for key, value in tensors.items()}, folder / MEAN_FILE, {"format": "pt"})
+    with pytest.raises(IVONError, match="has no LoRA matrices with weights other than 0"):
+        fit(folder, chats, method="tfb")
+    assert fit(folder, chats, method="fisher").sample(0)
+
+
+def test_prior_of_the_driver_is_the_equation_s(plain: Path, chats: Path) -> None:
+    q = fit(plain, chats, method="fisher", empirical=True, ess=400.0, prior_strength=0.5)
+    wide = fit(plain, chats, method="fisher", empirical=True, ess=400.0, prior=1e-9, prior_strength=1.0)
+    for key, value in q.sigma.items():
+        h = wide.sigma[key].double().square().reciprocal() / 400 - 1e-9
+        assert (h > -1e-6).all()
+        h = h.clamp_min(0)
+        prior = Prior(400.0, "empirical", 0.5)
+        torch.testing.assert_close(value.double(), (400 * (h + prior.delta(h, q.mean[key]))).rsqrt(), rtol=1e-2, atol=0)
+
+
+def test_the_loss_is_over_what_axolotl_trains_on(plain: Path, tmp_path: Path) -> None:
+    """A conversation of two rounds counts all of its answers' tokens."""
+    talk = {
+        "messages": [
+            {"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["red", "A", "sun", "B"], strict=True)
+        ]
+    }
+    data = tmp_path / "talk.jsonl"
+    data.write_text(json.dumps(talk) + "\n")
+    job = module._Job(plain, [data], Settings(method="fisher"), False, None, None)
+    job.load(None, None, None, None, "cpu", "auto", lambda doing, total: lambda count: None, lambda message: None)
+    [item] = job.items
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    assert tokenizer.decode(item.targets) == "A<|im_end|>B<|im_end|>"
+    assert float(example_losses(job.model, job.items)) > 0
+    with safe_open(plain / MEAN_FILE, "pt") as file:
+        assert set(file.keys()) == job.slots.places.keys()
