@@ -13,6 +13,7 @@ Results go to a JSONL file, a line each, from which an interrupted run goes on; 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import time
 from collections import defaultdict
@@ -135,7 +136,7 @@ def measure(trained: Trained, task: Task) -> dict[str, list[float]]:
         found["margin"].append(float(others - values[example.label]))
         watched = model.margins[key(example.ids)]
         found["AUM"].append(-sum(watched) / max(1, len(watched)))
-        pairs = zip(watched, watched[1:], strict=False)
+        pairs = itertools.pairwise(watched)
         # Of those that were never right Toneva et al. say that they are forgotten infinitely often.
         events = sum(before > 0 >= after for before, after in pairs) if any(m > 0 for m in watched) else len(watched)
         found["forgetting"].append(float(events))
