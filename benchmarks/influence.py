@@ -13,6 +13,7 @@ Results go to a JSONL file, a line each, from which an interrupted run goes on; 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import random
 import time
@@ -28,10 +29,14 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from axolotl_ivon import IVONLoRA
 from axolotl_ivon.auroc import auroc
+from axolotl_ivon.data.chats import read_examples
+from axolotl_ivon.data.encode import encode_turns
 from axolotl_ivon.evaluation.metrics import Scores, metrics
-from axolotl_ivon.influence import log_odds_variance, products
-from axolotl_ivon.models.gradients import ExampleGradients
+from axolotl_ivon.fitting.batches import Batches
+from axolotl_ivon.influence import answer_losses, log_odds_variance, products
+from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
 from axolotl_ivon.training.presets import PRESETS
 
 from .fidelity.causal import Causal
@@ -115,21 +120,16 @@ def measure(trained: Trained, task: Task) -> dict[str, list[float]]:
     weight = PRESETS["auto"].ess(len(task.train), sum(map(torch.numel, parameters.values()))) / len(task.train)
     with ExampleGradients(model, parameters, losses) as gradients:
         for example in task.train:  # texts lie one after another in a batch, which hooks do not know
-            kept: dict[str, Tensor] = {}
-
-            def keep(name: str, first: int, some: Tensor, kept: dict[str, Tensor] = kept) -> None:
-                kept[name] = some.clone()
-
-            one = products(_Both(gradients, keep), [example], variance, held_out)
+            one = products(gradients, [example], variance, held_out)
+            plain = products(gradients, [example], ones, held_out)  # TracIn: every σ the same
             assert one.along is not None
-            plain = sum(float((g * ones[name]).square().sum()) for name, g in kept.items())
-            towards = sum(float((g[0] * held_out[name]).sum()) for name, g in kept.items() if name in held_out)
+            assert plain.along is not None
             found["loss"].append(float(one.losses))
             found["leverage"].append(float(log_odds_variance(one.losses, one.own)))
             found["sensitivity"].append(weight * float(one.own))
             found["on"].append(-weight * float(one.along))
-            found["TracIn, self"].append(plain)
-            found["TracIn, on"].append(-towards)
+            found["TracIn, self"].append(float(plain.own))
+            found["TracIn, on"].append(-float(plain.along))
     logits = predict(model, task.train)
     for example, values in zip(task.train, logits, strict=True):
         others = torch.cat([values[: example.label], values[example.label + 1 :]]).max()
@@ -141,20 +141,6 @@ def measure(trained: Trained, task: Task) -> dict[str, list[float]]:
         events = sum(before > 0 >= after for before, after in pairs) if any(m > 0 for m in watched) else len(watched)
         found["forgetting"].append(float(events))
     return dict(found)
-
-
-class _Both:
-    """Hands gradients to two who want them."""
-
-    def __init__(self, gradients: ExampleGradients[Example], also: Any) -> None:
-        self._gradients, self._also = gradients, also
-
-    def __call__(self, examples: Sequence[Example], consume: Any) -> Tensor:
-        def both(name: str, first: int, some: Tensor) -> None:
-            self._also(name, first, some)
-            consume(name, first, some)
-
-        return self._gradients(examples, both)
 
 
 def worst(scores: Sequence[float], count: int) -> list[int]:
@@ -267,6 +253,59 @@ def leave_out(
             append(arguments.out, {**trained.note["record"], "loss": loss(trained, i)})
 
 
+def cost(arguments: argparse.Namespace) -> None:
+    """Time a pass over the rows, with and without a direction, against an epoch of training on them, in turn.
+
+    All layers of SmolLM2-135M, LoRA r 8 on q and v, in float32; chats of the movie snippets in batches of 8.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = arguments.folder.parent / "SmolLM2-135M-Instruct"
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora).eval()
+    examples = read_examples(arguments.folder.parent / "data" / "movie-train.jsonl", arguments.rows)
+    items = encode_turns(AutoTokenizer.from_pretrained(base), examples)
+    batches = Batches(items, 8, "cpu", 49152).once()
+    parameters = adapter_parameters(model)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    optimizer = IVONLoRA(parameters.values(), lr=1e-3, ess=float(len(items)))
+    variance = {name: optimizer.sigma(value).square() for name, value in parameters.items()}
+    losses = functools.partial(answer_losses, model)
+
+    def epoch() -> None:
+        for batch in batches:
+            with optimizer.sampled_params():
+                example_losses(model, batch).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def influences(direction: Mapping[str, Tensor] | None = None) -> None:
+        with ExampleGradients(model, parameters, losses) as gradients:
+            for batch in batches:
+                products(gradients, batch, variance, direction)
+
+    runs = {
+        "an epoch of training": epoch,
+        "influence": influences,
+        "influence with a direction (`--on`, without its own pass)": functools.partial(influences, variance),
+    }
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(arguments.repeats + 1):
+        for name, run in runs.items():
+            begun = time.process_time()
+            run()
+            seconds[name].append(time.process_time() - begun)
+    print(f"{len(items)} rows, median of {arguments.repeats} turns, CPU seconds of {arguments.threads} thread(s)\n")
+    print("| | s | × an epoch |\n|---|---:|---:|")
+    whole = float(np.median(seconds["an epoch of training"][1:]))
+    for name, found in seconds.items():
+        median = float(np.median(found[1:]))  # the first turn warms up
+        print(f"| {name} | {median:.2f} | {median / whole:.2f} |")
+
+
 def report(records: Sequence[Mapping[str, Any]]) -> None:
     """Print Markdown tables of all that is known."""
     scored = [r for r in records if r["what"] == "scores"]
@@ -310,6 +349,9 @@ def spread(values: Sequence[float], sign: str = "", digits: int = 1) -> str:
 def main() -> None:
     """Run the study, and print what is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=["study", "cost", "report"], default="study")
+    parser.add_argument("--rows", type=int, default=48, help="of `cost`")
+    parser.add_argument("--repeats", type=int, default=3, help="of `cost`")
     parser.add_argument("--folder", type=Path, default=Path(".demo/fidelity"), help="where models and data are")
     parser.add_argument("--out", type=Path, default=Path("influence.jsonl"))
     parser.add_argument("--task", default="movie", help="movie, or a task of causal-quick")
@@ -322,7 +364,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    study(arguments)
+    if arguments.what == "cost":
+        cost(arguments)
+        return
+    if arguments.what == "study":
+        study(arguments)
     report(read_results(arguments.out))
 
 
