@@ -168,8 +168,8 @@ def influence(
     posterior = Posterior.from_pretrained(adapter)
     if not any(posterior.sigma.raw(key).any() for key in posterior.sigma):
         raise IVONError(f"{adapter}: every σ is 0, so no weight would move; give the posterior before it was tempered")
-    ess, size = _weights(posterior, adapter, len(examples), notify)
     base = find_base_model(posterior.config, posterior.folder, base_model)  # type: ignore[arg-type]  # from a folder
+    ess, size = _weights(posterior, adapter, len(examples), notify)
     classify = posterior.config.get("task_type") == "SEQ_CLS"
     begin("loading the base model", 0)
     model = load_model(

@@ -56,7 +56,8 @@ def command(
       on           by how much the loss on --on would rise: below 0, the row hurts there
 
     Prints the twenty most suspicious rows: those with the highest score, of on the lowest. Wrong labels have a high
-    loss and a high sensitivity. ADAPTER is a folder or a Hub id and is not modified.
+    loss and a high sensitivity. The predictions are of first order, by a diagonal: trust their order, not their size.
+    ADAPTER is a folder or a Hub id and is not modified.
 
     \b
       ivon-post influence adapter/ --data train.jsonl -o influence.jsonl

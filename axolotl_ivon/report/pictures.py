@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from ..evaluation.report import FEWEST, Bin, trade_off
 from ..evaluation.sweep import GridPoint, Sweep, Verdict
@@ -194,6 +194,10 @@ def memory_map(leverage: np.ndarray, loss: np.ndarray, marked: np.ndarray) -> st
         for chosen, color, size, name in ((~marked, BLUE, 9, None), (marked, VERMILION, 22, "listed below")):
             axes.scatter(leverage[chosen], loss[chosen], s=size, color=color, alpha=0.6, linewidths=0, label=name)
         axes.set(xlabel="leverage (variance of the log-odds)", ylabel="loss (nats a token)", xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):  # matplotlib's own labels of such an axis are formulas
+            axis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         axes.legend(loc="best")
     return draw(figure, "loss of the training rows against their leverage")
 

@@ -212,6 +212,7 @@ def test_training_rows_that_stand_out(tiny_adapter: Path, known: Measured) -> No
     lines = re.findall(r"<tr><td>(\d+)</td>", section)
     assert lines == [str(i) for i in (30, *range(28, 9, -1))]
     assert "of the training rows against their leverage" in section
+    assert "mathdefault" not in section
     assert "<th>on</th>" not in section
     assert "<td>4.14</td>" in section  # 29/7
     assert "<th>on</th>" in page(str(tiny_adapter), replace(known, influence=[{**rows[3], "on": -0.5}]))
