@@ -277,7 +277,7 @@ def heat_map(title: str, values: Mapping[str, float | None]) -> str:
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_xlabel("layer")
-        figure.colorbar(mesh, ax=axes, label=title, pad=0.02)
+        figure.colorbar(mesh, ax=axes, label=title, pad=0.02, format="{x:g}")
     return draw(figure, f"{title}, by layer and module")
 
 
