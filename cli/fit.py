@@ -105,7 +105,7 @@ def command(adapter: str, data: Sequence[str], settings: dict[str, Any], output:
       ivon-post fit adapter/ --data train.jsonl --validation validation.jsonl
       ivon-post fit owner/adapter --data train.jsonl --method tfb --tolerance 0.005 -o posterior/
     """
-    from axolotl_ivon.fitting.fit import Settings, fit
+    from axolotl_ivon.fitting.fit import Settings, fit, save, summary
 
     Settings(**settings)
     path = output.target([adapter], "fitted")
@@ -120,9 +120,7 @@ def command(adapter: str, data: Sequence[str], settings: dict[str, Any], output:
             tell=progress.say,
             notify=progress.notify,
         )
-        posterior.save_pretrained(path, output.overwrite, progress)
-    from axolotl_ivon.fitting.fit import summary
-
+        save(posterior, path, output.overwrite, progress)
     facts = summary(posterior)
     header = {name: as_number(value) for name, value in posterior.metadata.items()}
     line = (

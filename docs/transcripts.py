@@ -23,6 +23,11 @@ GENERATE = "ivon-post generate out --prompts test.jsonl --limit 40 -n 8 --max-to
 COMMANDS = {
     "info": ["ivon-post info out"],
     "check": ["ivon-post check out --data validation.jsonl"],
+    "fit": [
+        "ivon-post fit adamw --data train.jsonl --validation validation.jsonl -o fitted",
+        "ivon-post eval fitted --data test.jsonl --rows mean,posterior",
+        "ivon-post fit adamw --data train.jsonl --method tfb --tolerance 0.01 -o tfb",
+    ],
     "prune": ["ivon-post prune --ratio 0.1 out"],
     "temper": ["ivon-post temper --tau 2 out"],
     "sample": ["ivon-post sample -n 3 out -o ensemble", "ls ensemble", "ls ensemble/sample-0000"],
@@ -108,8 +113,8 @@ def read(path: Path, tokenizer: Any) -> list[dict[str, list[int]]]:
     return rows
 
 
-def train(folder: Path, data: str, output: str, epochs: int, lora: bool) -> None:
-    """Train the base model on `data`, in full or an adapter with IVON-LoRA, and save it as `output`."""
+def train(folder: Path, data: str, output: str, epochs: int, lora: bool, ivon: bool = True) -> None:
+    """Train the base model on `data`, in full or an adapter with IVON-LoRA or AdamW, and save it as `output`."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import (
@@ -140,7 +145,7 @@ def train(folder: Path, data: str, output: str, epochs: int, lora: bool) -> None
     )
     rows: Any = read(folder / data, tokenizer)
     trainer = Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
-    if lora:
+    if lora and ivon:
         attach(trainer, preset="small_data")
     trainer.train()
     model.save_pretrained(output)
@@ -168,6 +173,7 @@ def main() -> None:
         train(folder, "format.jsonl", "base", 10, lora=False)
         for data, output in (("train.jsonl", "out"), ("more.jsonl", "other")):
             train(folder, data, output, 40, lora=True)
+        train(folder, "train.jsonl", "adamw", 40, lora=True, ivon=False)
         programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**os.environ, "PATH": programs, "COLUMNS": "118", "HF_HUB_OFFLINE": "1"}
         (DOCS / "transcripts").mkdir(exist_ok=True)

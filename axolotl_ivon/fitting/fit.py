@@ -26,8 +26,9 @@ from ..evaluation.evaluate import Evaluation, Row, evaluate
 from ..models.load import load_model, load_tokenizer
 from ..noise import generator as numpy_generator
 from ..posterior.adapter import UNPRUNED, Adapter
+from ..posterior.card import CARD_FILE, update_card
 from ..posterior.posterior import Posterior
-from ..posterior.tensors import fingerprint
+from ..posterior.tensors import Progress, fingerprint
 from ..storage.format import SIGMA_FILE, find_base_model
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .fisher import Squares
-    from .ivon import Progress
+    from .ivon import Averages
     from .precision import Prior
 
 METHODS = ("ivon", "fisher", "tfb")
@@ -160,6 +161,18 @@ def fit(
     job = _Job(adapter, files, Settings(**settings), refit, limit, batch_size)
     job.load(task, choices, base_model, load_in, device, dtype, begin, notify)
     return job.run(state, begin, tell, notify)
+
+
+def save(posterior: Posterior, folder: Path, overwrite: bool = False, progress: Progress | None = None) -> None:
+    """Write a fitted posterior, whole or not at all; the model card, where there is one, tells of it.
+
+    Raises:
+        IVONError: as `Posterior.save_pretrained`.
+    """
+    posterior.save_pretrained(folder, overwrite, progress)
+    if (folder / CARD_FILE).is_file():
+        with contextlib.suppress(IVONError):  # a damaged card goes along as it is
+            update_card(folder)
 
 
 def summary(posterior: Posterior) -> dict[str, Any]:
@@ -434,13 +447,13 @@ class _Job:
     def _ivon(self, prior: Prior) -> tuple[dict[str, Tensor], Prior, int]:
         """Return h at draws of a σ that has settled; with validation data at that λ first, then at the one chosen."""
         from ..training.presets import PRESETS
-        from .ivon import Progress
+        from .ivon import Averages
 
         fan_ins = [value.shape[-1] for name, value in self.parameters.items() if ".lora_A." in name]
         start: Any = PRESETS["auto"].first_h0(prior.ess, fan_ins)
-        progress, stage = Progress(), 0
+        progress, stage = Averages(), 0
         if kept := self.state.read():
-            progress, stage = Progress.restored(kept, self.model.device), kept.facts["stage"]
+            progress, stage = Averages.restored(kept, self.model.device), kept.facts["stage"]
             prior = prior._replace(ess=kept.facts["ess"])
         stages = 2 if self.settings.validation else 1
         steps = 0
@@ -451,9 +464,9 @@ class _Job:
             stage += 1
             if stage >= stages:
                 return information, prior, steps
-            prior, start, progress = self._choose(information, prior), information, Progress()
+            prior, start, progress = self._choose(information, prior), information, Averages()
 
-    def _settle(self, progress: Progress, prior: Prior, start: Any, stage: int) -> Progress:
+    def _settle(self, progress: Averages, prior: Prior, start: Any, stage: int) -> Averages:
         from .batches import Batches
         from .ivon import MOST, SETTLED, iterate
         from .state import Snapshot
@@ -472,7 +485,7 @@ class _Job:
             steps = iterate(self.parameters, square, stream, prior, start, progress, self.settings.seed)
             for progress in steps:
                 done(1)
-                if progress.change != told:
+                if progress.change != told and progress.step >= 8:
                     told = progress.change
                     self.tell(
                         f"{progress.step} steps: σ changed by {told:.1%} since half as many (settled at {SETTLED:.0%})"
@@ -528,7 +541,7 @@ class _Job:
 
     def _tfb(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         from .state import Snapshot
-        from .tfb import MOST, first_width, noise_shape, widest
+        from .tfb import FARTHEST, MOST, first_width, noise_shape, widest
 
         assert self.evaluation is not None
         settings = self.settings
@@ -560,6 +573,11 @@ class _Job:
         if not found:
             raise IVONError(
                 f"{parameter('tolerance')} {tolerance:g}: every width that was tried raises the NLL by more; allow more"
+            )
+        if found >= FARTHEST * width:
+            self.notify(
+                "noise six times as large as the weights does not raise the NLL by as much; nothing wider was tried: "
+                "do the data depend on the adapter?"
             )
         facts = {
             "tfb_sigma_q": repr(found),

@@ -34,7 +34,7 @@ FEWEST, MOST = 32, 4096  # steps
 
 
 @dataclass(frozen=True)
-class Progress:
+class Averages:
     """Where the iteration is; all that is needed to go on.
 
     Attributes:
@@ -67,7 +67,7 @@ class Progress:
         return Snapshot(tensors, {"step": self.step, "losses": self.losses, "change": self.change})
 
     @classmethod
-    def restored(cls, kept: Snapshot, device: torch.device) -> Progress:
+    def restored(cls, kept: Snapshot, device: torch.device) -> Averages:
         """Return what `kept` has kept."""
         groups: dict[str, dict[str, Tensor]] = {"average": {}}
         for key, value in kept.tensors.items():
@@ -90,9 +90,9 @@ def iterate(
     batches: Iterator[Sequence[_T]],
     prior: Prior,
     start: Mapping[str, Tensor] | float,
-    progress: Progress,
+    progress: Averages,
     seed: int = 0,
-) -> Iterator[Progress]:
+) -> Iterator[Averages]:
     """Go on from `progress` and yield it after every step, until σ has settled.
 
     The parameters hold the mean whenever it yields, and afterwards, whatever happens. Draw t depends on the seed, t
@@ -133,7 +133,7 @@ def iterate(
         yield progress
 
 
-def _averaged(progress: Progress, found: Squares, means: Mapping[str, Tensor]) -> Progress:
+def _averaged(progress: Averages, found: Squares, means: Mapping[str, Tensor]) -> Averages:
     """Return the averages with those of one more step."""
     share = 2 / (progress.step + 2)
     zero = torch.zeros(())
@@ -145,7 +145,7 @@ def _averaged(progress: Progress, found: Squares, means: Mapping[str, Tensor]) -
     return replace(progress, step=progress.step + 1, average=average, losses=losses)
 
 
-def _compared(progress: Progress, precision: dict[str, Tensor]) -> Progress:
+def _compared(progress: Averages, precision: dict[str, Tensor]) -> Averages:
     """Compare the precision with that of half as many steps, which is two checkpoints back."""
     earlier, change = dict(progress.earlier), progress.change
     if len(earlier) == 2:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MOST = 12  # evaluations
 _FIRST = 0.1  # σ_q at the start, as a share of the product's root mean square
 _WIDEN = 4.0  # factor between widths until one costs too much
+FARTHEST = _WIDEN**3  # of the first width, about six times the weights: nothing wider is tried
 _FINE = 1.05  # factor between two widths that are told apart
 _NEGLIGIBLE = 1e-6  # of the longest column of B: a shorter one has no noise, since nothing would show it
 
@@ -78,8 +79,8 @@ def widest(cost: Callable[[float], float], start: float, most: int) -> tuple[flo
     """Return the largest width whose `cost` is at most 0, by bisection of its logarithm, and all that was tried.
 
     The cost is taken to rise with the width, from below 0. From `start` on it widens, or narrows, by factors of four
-    until it is on both sides of 0. Where the first widths all cost too much, or too little, the width is the last one
-    within the cost, or 0.
+    until it is on both sides of 0, but not beyond `FARTHEST` times it. Where all that was tried costs too much, or too
+    little, the width is 0, or the largest.
     """
     tried: list[tuple[float, float]] = []
     low, high, width = 0.0, float("inf"), start
@@ -89,7 +90,7 @@ def widest(cost: Callable[[float], float], start: float, most: int) -> tuple[flo
             low = width
         else:
             high = width
-        if low and high <= low * _FINE:
+        if (low and high <= low * _FINE) or low >= FARTHEST * start:
             break
         width = low * _WIDEN if high == float("inf") else high / _WIDEN if not low else (low * high) ** 0.5
     return low, tried

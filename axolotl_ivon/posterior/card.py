@@ -47,6 +47,7 @@ FACTS = {
     "prior_strength": "strength of the prior",
     "preset": "preset",
     "fit_method": "σ fitted afterwards, by",
+    "fit_data": "σ fitted on",
     "steps": "steps",
     "tau": "temperature τ, by which σ is divided as √τ",
     "pruned_ratio": "share of weights pruned",
@@ -109,8 +110,7 @@ def section(metadata: Mapping[str, str], config: Mapping[str, Any]) -> str:
         "<!-- ivon: begin; `ivon-post card` replaces what lies between these marks -->",
         "## Posterior",
         "",
-        "This adapter is a Gaussian posterior over its weights, trained with IVON-LoRA "
-        "([arXiv 2506.14280](https://arxiv.org/abs/2506.14280)) by axolotl-ivon. Beside the mean, "
+        f"This adapter is a Gaussian posterior over its weights, {_origin(metadata)}. Beside the mean, "
         f"`{SIGMA_FILE}` holds the standard deviation σ of every weight, in float32 under the same names.",
         "",
         "| | |",
@@ -125,6 +125,13 @@ def section(metadata: Mapping[str, str], config: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _origin(metadata: Mapping[str, str]) -> str:
+    """Return how mean and σ were found."""
+    if "fit_method" in metadata:
+        return "whose σ axolotl-ivon fitted after training, around weights that were there"
+    return "trained with IVON-LoRA ([arXiv 2506.14280](https://arxiv.org/abs/2506.14280)) by axolotl-ivon"
 
 
 def _limits(metadata: Mapping[str, str]) -> list[str]:

@@ -117,7 +117,7 @@ def check(path_or_hub_id: str | os.PathLike[str], progress: Progress | None = No
     found = findings(moved, allowed, spread / count if count else None, int(steps or 0), beta2)
     if not count:
         found.append(Finding("draws", False, "σ is 0 everywhere: there is only the mean, and no draws"))
-    elif q.metadata.get("hessian") == "squared_gradients" and (ess := _number(q.metadata, "ess")):
+    elif q.metadata.get("hessian") in ("squared_gradients", "fisher") and (ess := _number(q.metadata, "ess")):
         # Σ h·σ²/2, the expected rise of the loss, is at most this, as σ² = 1/(λ·p) and p ≥ h.
         cost = f"{count / (2 * ess * q.tau):.2g}"
         found.append(Finding("draws", True, f"a draw raises the loss of an example by at most about {cost} nats"))

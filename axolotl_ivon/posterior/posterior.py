@@ -119,7 +119,7 @@ class Posterior:
         if adapter.sigma is None:
             raise IVONError(
                 f"{path_or_hub_id} has no {SIGMA_FILE}, so it is no posterior: it can be looked at and merged; "
-                "train with `optimizer: ivon_lora` to get one"
+                "`ivon-post fit` gives it one, as training with `optimizer: ivon_lora` does"
             )
         path = adapter.folder / SIGMA_FILE
         digests = adapter.digests(progress)
@@ -383,7 +383,7 @@ def open_posterior(adapter: str | Path, mean_only: bool = False) -> Posterior:
     if not mean_only:
         raise IVONError(
             f"{adapter} has no {SIGMA_FILE}, so there are no draws and no pruning; evaluate it with "
-            f"{parameter('rows')} base,mean"
+            f"{parameter('rows')} base,mean, or give it a σ with `ivon-post fit`"
         )
     specs = {key: ("F32", shape) for key, (_, shape) in held.mean.specs.items()}
     zeros = Tensors(specs, lambda key: np.zeros(specs[key][1], np.float32))

@@ -23,7 +23,7 @@ from axolotl_ivon.evaluation.metrics import Scores, entropy, metrics
 from axolotl_ivon.fitting import tfb
 from axolotl_ivon.fitting.fisher import Squarer, Squares, fisher
 from axolotl_ivon.fitting.fit import FACTORS, TOLERANCE
-from axolotl_ivon.fitting.ivon import Progress, iterate
+from axolotl_ivon.fitting.ivon import Averages, iterate
 from axolotl_ivon.fitting.precision import Prior
 from axolotl_ivon.models.gradients import ExampleGradients
 from axolotl_ivon.training.presets import PRESETS
@@ -456,7 +456,7 @@ def fit_sigma(
                 *_, sums = fisher(square, itertools.islice(batches(), math.ceil(len(examples) / 8)), Squares({}, 0))
                 information = sums.information()
             else:
-                *_, progress = iterate(parameters, square, batches(), prior, start, Progress(), seed)
+                *_, progress = iterate(parameters, square, batches(), prior, start, Averages(), seed)
                 information, steps = progress.information(), steps + progress.step
             if validated and stage == 0:
                 priors = [prior._replace(ess=prior.ess * factor) for factor in FACTORS]

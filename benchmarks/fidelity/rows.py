@@ -164,9 +164,29 @@ def fitted(
     """
     method, _, option = argument.partition(",")
     found, facts = _fitted(model, q, task, method, option == "validated", draws)
+    facts = {**facts, **rank_correlations(q, found)}
     if option == "scaled":
         return posterior_scaled(model, found, task, examples, draws)[0], facts
     return predict_posterior(model, found, examples, draws), facts
+
+
+def rank_correlations(one: Posterior, other: Posterior) -> dict[str, float]:
+    """Return Spearman's correlation of two σ, over all weights and within tensors (averaged by weights).
+
+    Tensors where either has none are left out.
+
+    Within a tensor alone the levels that its prior sets do not count.
+    """
+    from scipy.stats import spearmanr
+
+    pairs = [(one.sigma[key].flatten(), other.sigma[key].flatten()) for key in one.sigma]
+    pairs = [(a, b) for a, b in pairs if (a > 0).any() and (b > 0).any()]
+    if not pairs:
+        return {}
+    within = [(float(spearmanr(a, b).statistic), len(a)) for a, b in pairs]
+    whole = spearmanr(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])).statistic
+    mean = sum(value * size for value, size in within) / sum(size for _, size in within)
+    return {"rank_correlation": float(whole), "rank_correlation_within_tensors": mean}
 
 
 _FITS: dict[tuple[str, bool], tuple[Posterior, tuple[Posterior, dict[str, Any]]]] = {}  # with the run that it is of

@@ -247,6 +247,21 @@ def test_every_method_trains_and_its_posterior_has_the_encoders_names(bert: Path
     assert run.state_bytes >= 8 * sum(value.numel() for value in fresh.values())
 
 
+def test_rank_correlations_are_over_all_weights_and_within_tensors() -> None:
+    from benchmarks.fidelity.methods import as_posterior
+    from benchmarks.fidelity.rows import rank_correlations
+
+    mean = {"a": torch.zeros(50), "b": torch.zeros(50), "c": torch.zeros(3)}
+    low, high = torch.linspace(1, 2, 50), torch.linspace(10, 20, 50)
+    one = as_posterior(mean, {"a": low, "b": high})
+    other = as_posterior(mean, {"a": high.square(), "b": low.flip(0)})
+    assert rank_correlations(one, one) == pytest.approx({"rank_correlation": 1, "rank_correlation_within_tensors": 1})
+    found = rank_correlations(one, other)
+    assert found["rank_correlation_within_tensors"] == pytest.approx(0)
+    assert found["rank_correlation"] < -0.4
+    assert rank_correlations(one, as_posterior(mean)) == {}
+
+
 @pytest.mark.parametrize("row", ["fit=ivon", "fit=fisher,validated", "fit=tfb,scaled"])
 def test_sigma_is_fitted_around_the_weights(bert: Path, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from axolotl_ivon.fitting import ivon

@@ -129,12 +129,36 @@ def test_validation_chooses_lambda(plain: Path, chats: Path, tmp_path: Path, met
         assert evaluation.task == "choice"
 
 
-def test_tfb_is_as_wide_as_the_tolerance_allows(plain: Path, chats: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def sure(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An adapter whose model is sure of its answers, and chats with these answers: noise can only do harm."""
+    folder = tmp_path_factory.mktemp("sure")
+    base = AutoModelForCausalLM.from_pretrained(build_llama(folder / "base"))
+    base.lm_head.weight.data *= 30
+    base.save_pretrained(folder / "base")
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(folder / "adapter")
+    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "adapter")
+    data = write_chats(folder / "train.jsonl", count=40)
+    evaluation = Evaluation(folder / "adapter", [data], rows=[Row("mean")])
+    [scores] = evaluation.run([Row("mean")])
+    assert scores.probabilities is not None
+    chosen = scores.probabilities[scores.group.argsort()].argmax(1)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row, choice in zip(rows, chosen.tolist(), strict=True):
+        row["messages"][1]["content"] = evaluation.choices[choice]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "adapter", data
+
+
+def test_tfb_is_as_wide_as_the_tolerance_allows(sure: tuple[Path, Path], tmp_path: Path) -> None:
     told: list[str] = []
-    q = fit(plain, chats, method="tfb", tolerance=0.02, samples=4, seed=5, task="generate", tell=told.append)
+    adapter, data = sure
+    q = fit(adapter, data, method="tfb", tolerance=0.02, samples=4, seed=5, choices=["A", "B"], tell=told.append)
     q.save_pretrained(tmp_path / "out")
     rows = [Row("mean"), Row("posterior", tau=1.0), Row("wider", tau=1.1**-2)]
-    mean, drawn, wider = Evaluation(tmp_path / "out", [chats], task="generate").run(rows, samples=4, seed=5)
+    mean, drawn, wider = Evaluation(tmp_path / "out", [data], choices=["A", "B"]).run(rows, samples=4, seed=5)
     assert float((drawn.nll - mean.nll).mean()) <= 0.02 + 1e-6
     assert float((wider.nll - mean.nll).mean()) > 0.02
     assert int(q.metadata["tfb_evaluations"]) <= 12

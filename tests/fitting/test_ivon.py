@@ -14,7 +14,7 @@ from linear_gaussian import Toy
 from torch import Tensor, nn
 
 from axolotl_ivon.fitting.fisher import Squarer
-from axolotl_ivon.fitting.ivon import FEWEST, SETTLED, Progress, is_checkpoint, iterate
+from axolotl_ivon.fitting.ivon import FEWEST, SETTLED, Averages, is_checkpoint, iterate
 from axolotl_ivon.fitting.precision import Prior
 from axolotl_ivon.models.gradients import ExampleGradients
 
@@ -23,9 +23,9 @@ def batches(toy: Toy, size: int) -> Iterator[list[int]]:
     return itertools.cycle([toy.examples[i : i + size] for i in range(0, len(toy.examples), size)])
 
 
-def fitted(toy: Toy, prior: Prior, size: int, start: float = 1e-2) -> Progress:
+def fitted(toy: Toy, prior: Prior, size: int, start: float = 1e-2) -> Averages:
     with ExampleGradients(toy.model, toy.parameters, toy.losses(torch.Generator().manual_seed(0))) as gradients:
-        *_, last = iterate(toy.parameters, toy.squarer(gradients), batches(toy, size), prior, start, Progress())
+        *_, last = iterate(toy.parameters, toy.squarer(gradients), batches(toy, size), prior, start, Averages())
     return last
 
 
@@ -87,7 +87,7 @@ def test_it_is_the_information_at_draws_and_not_at_the_mean() -> None:
     prior = Prior(ess, delta)
     with ExampleGradients(model, {"w": model.weight}, losses) as gradients:
         square = Squarer(gradients, lambda example: 1)
-        steps = iterate({"w": model.weight}, square, itertools.repeat(list(range(40))), prior, 1.0, Progress())
+        steps = iterate({"w": model.weight}, square, itertools.repeat(list(range(40))), prior, 1.0, Averages())
         *_, progress = steps
     found = prior.sigma(progress.information()["w"], delta)
     assert float(found.log().mean().exp()) == pytest.approx(sigma, rel=SETTLED)
@@ -97,7 +97,7 @@ def test_it_is_the_information_at_draws_and_not_at_the_mean() -> None:
 def test_it_goes_on_where_it_stopped() -> None:
     toy, prior = Toy(), Prior(50.0)
 
-    def run(progress: Progress, start: float, steps: int) -> Progress:
+    def run(progress: Averages, start: float, steps: int) -> Averages:
         # As the driver does: labels are seeded by step, and the stream begins at the next batch.
         signs = torch.Generator()
 
@@ -113,9 +113,9 @@ def test_it_goes_on_where_it_stopped() -> None:
             )
         return last
 
-    whole = run(Progress(), 0.1, 27)
-    half = run(Progress(), 0.1, 11)
-    resumed = run(Progress.restored(half.kept(), torch.device("cpu")), 0.1, 16)
+    whole = run(Averages(), 0.1, 27)
+    half = run(Averages(), 0.1, 11)
+    resumed = run(Averages.restored(half.kept(), torch.device("cpu")), 0.1, 16)
     assert (resumed.step, resumed.losses, resumed.change) == (whole.step, whole.losses, whole.change)
     assert resumed.average["w"].equal(whole.average["w"])
     assert resumed.earlier.keys() == whole.earlier.keys() == {16, 23}
@@ -132,7 +132,7 @@ def test_the_mean_is_back_whatever_happens() -> None:
         raise KeyError
 
     with pytest.raises(KeyError):
-        next(iterate(toy.parameters, square, batches(toy, 9), Prior(50.0), 0.1, Progress()))  # type: ignore[arg-type]
+        next(iterate(toy.parameters, square, batches(toy, 9), Prior(50.0), 0.1, Averages()))  # type: ignore[arg-type]
     assert not seen[0].equal(mean)
     assert toy.model.weight.equal(mean)
 
