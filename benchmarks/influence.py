@@ -311,7 +311,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> None:
     scored = [r for r in records if r["what"] == "scores"]
     for task in dict.fromkeys((r["task"], r["train"], r["steps"]) for r in scored):
         runs = [r for r in scored if (r["task"], r["train"], r["steps"]) == task]
-        print(f"\n{task[0]}, {task[1]} examples, a tenth flipped, {task[2]} steps, {len(runs)} seeds\n")
+        print(f"\n{task[0]}, {task[1]} examples, a tenth flipped, {task[2]} steps, seeds: {len(runs)}\n")
         print("| score | AUROC | precision in the first 10 % |\n|---|---:|---:|")
         for name in runs[0]["detection"]:
             columns = ([100 * r["detection"][name][what] for r in runs] for what in ("auroc", "precision"))
@@ -341,9 +341,9 @@ def quality_row(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def spread(values: Sequence[float], sign: str = "", digits: int = 1) -> str:
-    """Return mean ± standard error."""
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{np.mean(values):{sign}.{digits}f} ± {error:.{digits}f}"
+    """Return mean ± standard error, or of one seed what it is."""
+    text = f"{np.mean(values):{sign}.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
 
 
 def main() -> None:
