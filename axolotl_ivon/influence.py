@@ -169,7 +169,7 @@ def influence(
     if not any(posterior.sigma.raw(key).any() for key in posterior.sigma):
         raise IVONError(f"{adapter}: every σ is 0, so no weight would move; give the posterior before it was tempered")
     base = find_base_model(posterior.config, posterior.folder, base_model)  # type: ignore[arg-type]  # from a folder
-    ess, size = _weights(posterior, adapter, len(examples), notify)
+    ess, size = _weights(posterior, adapter, len(examples), limit is None, notify)
     classify = posterior.config.get("task_type") == "SEQ_CLS"
     begin("loading the base model", 0)
     model = load_model(
@@ -235,7 +235,9 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _weights(posterior: Posterior, adapter: str | Path, rows: int, notify: Callable[[str], None]) -> tuple[float, int]:
+def _weights(
+    posterior: Posterior, adapter: str | Path, rows: int, every: bool, notify: Callable[[str], None]
+) -> tuple[float, int]:
     """Return λ·τ, what the data weigh in the posterior as it is, and N."""
     try:
         ess = float(posterior.metadata["ess"])
@@ -253,7 +255,7 @@ def _weights(posterior: Posterior, adapter: str | Path, rows: int, notify: Calla
     if size < 1:
         notify(f"the adapter does not say how many examples it was trained on: taken to be these {rows}")
         return ess * posterior.tau, rows
-    if size != rows:
+    if every and size != rows:
         notify(f"the adapter was trained on {size} examples, and these are {rows}: give the data of its training")
     return ess * posterior.tau, size
 

@@ -208,6 +208,9 @@ def test_the_scores_are_those_of_one_gradient_a_row(tiny_adapter: Path, chats: P
         "red",
         "moon rain dog cat",
     )
+    told.clear()
+    assert influence(tiny_adapter, chats, limit=2, notify=told.append).rows[1]["line"] == 2
+    assert told == []
     alone = influence(tiny_adapter, chats, batch_size=1)
     assert {row["on"] for row in alone.rows} == {None}
     assert [row["sensitivity"] for row in alone.rows] == pytest.approx([row["sensitivity"] for row in found.rows], 1e-4)
