@@ -353,7 +353,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48, help="of `cost`")
     parser.add_argument("--repeats", type=int, default=3, help="of `cost`")
     parser.add_argument("--folder", type=Path, default=Path(".demo/fidelity"), help="where models and data are")
-    parser.add_argument("--out", type=Path, default=Path("influence.jsonl"))
+    parser.add_argument("--out", type=Path, default=HERE.parent / "influence.jsonl")
     parser.add_argument("--task", default="movie", help="movie, or a task of causal-quick")
     parser.add_argument("--bigbench", type=Path)
     parser.add_argument("--train", type=int, default=512)
