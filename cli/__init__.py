@@ -30,6 +30,7 @@ _MODULES = (
     "diff",
     "eval",
     "sweep",
+    "influence",
     "generate",
     "mbr",
     "serve",

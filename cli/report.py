@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ._options import Output, Point, Renamed, evaluation_options, output_as_one,
     help="Adds rows without this share of the weights.  [default: 0]",
 )
 @recommended_option("τ and the ratio, the trade-off and the promised threshold")
+@click.option("--influence", metavar="FILE", help="What `ivon-post influence` wrote with -o: the training rows.")
 @click.option("--output", "-o", metavar="FILE", help="Where to write.  [default: ADAPTER-report.html]")
 @click.option("--overwrite", is_flag=True, help="Replace that file.")
 @output_as_one
@@ -41,6 +43,7 @@ def command(
     tau: float | None,
     ratio: float | None,
     recommended: str | None,
+    influence: str | None,
     output: Output,
     **loading: Any,
 ) -> None:
@@ -48,7 +51,8 @@ def command(
 
     What was trained and how; the table of `eval`; reliability diagrams; risk against coverage, with the threshold that
     `sweep --risk` promised; how other data (--ood) differs; temperature and pruning, from `sweep` (--recommended); σ
-    and |m|/σ by layer and module; and the examples that it is surest and least sure of. The questions of the data are
+    and |m|/σ by layer and module; the training rows that stand out (--influence); and the examples that it is surest
+    and least sure of. The questions of the data are
     in it. ADAPTER is a folder or a Hub id and is not modified.
 
     \b
@@ -57,6 +61,7 @@ def command(
       ivon-post report adapter/ --results eval.json
     """
     from axolotl_ivon.errors import IVONError
+    from axolotl_ivon.influence import read as read_influence
     from axolotl_ivon.posterior.posterior import Posterior
     from axolotl_ivon.report.measured import check_output, measure, read
 
@@ -70,6 +75,7 @@ def command(
     with output.progress() as progress:
         files = (Path(file) if file else None for file in (results, examples, recommended))
         known = read(Posterior.from_pretrained(adapter, progress).metadata, *files)
+        rows = read_influence(influence, "influence") if influence else []
         if data:
             known = measure(
                 adapter,
@@ -87,7 +93,7 @@ def command(
         progress.begin("drawing")
         from axolotl_ivon.report.page import page, save
 
-        save(path, page(adapter, known))
+        save(path, page(adapter, replace(known, influence=rows)))
     output.finish({"output": str(path)}, path, then=["ivon-post", "card", adapter])
 
 

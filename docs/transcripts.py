@@ -61,6 +61,13 @@ COMMANDS = {
         "ivon-post report out --data test.jsonl --recommended out-sweep/recommended.json",
         "ls out-report.html",
     ],
+    "influence": [
+        "ivon-post influence out --data train.jsonl --on validation.jsonl --by on -o influence.jsonl | head -n 12",
+        "head -n 1 influence.jsonl",
+        "ivon-post influence out --data train.jsonl --scores influence.jsonl --by on --keep 0.9 -o clean.jsonl "
+        "| tail -n 2",
+        "wc -l train.jsonl clean.jsonl",
+    ],
     "card": [
         "ivon-post card out",
         "ivon-post eval out --data test.jsonl --json > eval.json",

@@ -23,11 +23,13 @@ class Measured:
         document: what `ivon-post eval --json` prints; empty if nothing was evaluated.
         examples: what `ivon-post eval --output` writes, a dictionary a line.
         recommended: recommended.json of `ivon-post sweep`, or empty.
+        influence: what `ivon-post influence --output` writes, a dictionary a training row, or empty.
     """
 
     document: Mapping[str, Any] = field(default_factory=dict)
     examples: Sequence[Mapping[str, Any]] = ()
     recommended: Mapping[str, Any] = field(default_factory=dict)
+    influence: Sequence[Mapping[str, Any]] = ()
 
     def of(self, data: str, row: str, figure: str) -> np.ndarray:
         """Return a figure of a row for the examples of a file, shape (n,), float64; NaN where there is none.

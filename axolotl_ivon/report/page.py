@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import printable
+from ..influence import SCORES, suspicious
 from ..posterior.card import COLUMNS, FACTS, fact, measured
 from ..posterior.info import info
 from ..storage.atomic import new_file
@@ -21,6 +22,7 @@ from . import pictures
 from .measured import Measured, threshold_of
 
 _SHOWN = 5  # examples of each kind
+_SUSPICIOUS = 20  # training rows
 _LONGEST = 600  # characters of a question
 _SCORES = {"confidence": "confidence", "entropy": "entropy (nats)", "mutual_information": "mutual information (nats)"}
 _OOD_SCORE = {"confidence": "max_probability"}
@@ -67,6 +69,7 @@ def page(adapter: str, known: Measured) -> str:
         ood=_ood(known, names),
         sweep=_sweep(known.recommended),
         maps=_maps(facts),
+        influence=_influence(known.influence),
         examples=_examples(known),
         version=facts["header"].get("library_version", ""),
     )
@@ -283,6 +286,39 @@ def _maps(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
         for name, title in (("sigma_median", "median σ"), ("snr_median", "median |m|/σ"))
     ]
     return [{"picture": picture, "wide": pictures.width(picture) > _WIDE} for picture in drawn]
+
+
+def _influence(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the training rows with the highest sensitivity, and where they lie among all."""
+    order = suspicious(rows, "sensitivity")
+    if not order:
+        return None
+    scores = [name for name in SCORES if any(row[name] is not None for row in rows)]
+    first = order[:_SUSPICIOUS]
+    leverage, loss = (np.array([float(rows[i][name] or 0) for i in order]) for name in ("leverage", "loss"))
+    marked, positive = np.arange(len(order)) < len(first), (leverage > 0) & (loss > 0)
+    picture = None
+    if positive.any():
+        picture = pictures.memory_map(leverage[positive], loss[positive], marked[positive])
+    return {
+        "count": len(rows),
+        "picture": picture,
+        "heads": scores,
+        "lines": [
+            {
+                "line": rows[i]["line"],
+                "answer": _cut(rows[i].get("answer", "")),
+                "question": _cut(rows[i].get("question", "")),
+                "cells": ["–" if rows[i][name] is None else f"{rows[i][name]:.3g}" for name in scores],
+            }
+            for i in first
+        ],
+    }
+
+
+def _cut(text: object, most: int = 80) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else f"{line[:most]} …"
 
 
 def _examples(known: Measured) -> dict[str, Any] | None:

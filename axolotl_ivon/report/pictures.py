@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from ..evaluation.report import FEWEST, Bin, trade_off
 from ..evaluation.sweep import GridPoint, Sweep, Verdict
@@ -184,6 +184,24 @@ def histograms(score: str, usual: np.ndarray, others: Mapping[str, np.ndarray], 
     return draw(figure, f"{score} of the data and of other data")
 
 
+def memory_map(leverage: np.ndarray, loss: np.ndarray, marked: np.ndarray) -> str:
+    """Draw the loss of training rows against their leverage, shape (n,), and mark some (bool).
+
+    The memory map of arXiv 2310.19273: what the model has not learned is above, what it is unsure of on the right.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(5.2, 3.4)
+        for chosen, color, size, name in ((~marked, BLUE, 9, None), (marked, VERMILION, 22, "listed below")):
+            axes.scatter(leverage[chosen], loss[chosen], s=size, color=color, alpha=0.6, linewidths=0, label=name)
+        axes.set(xlabel="leverage (variance of the log-odds)", ylabel="loss (nats a token)", xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):  # matplotlib's own labels of such an axis are formulas
+            axis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+        axes.legend(loc="best")
+    return draw(figure, "loss of the training rows against their leverage")
+
+
 def grid_of(recommended: Mapping[str, Any]) -> Sweep | None:
     """Return the sweep that recommended.json tells of, without the scores; None where it has no whole grid."""
 
@@ -259,7 +277,7 @@ def heat_map(title: str, values: Mapping[str, float | None]) -> str:
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_xlabel("layer")
-        figure.colorbar(mesh, ax=axes, label=title, pad=0.02)
+        figure.colorbar(mesh, ax=axes, label=title, pad=0.02, format="{x:g}")
     return draw(figure, f"{title}, by layer and module")
 
 

@@ -194,3 +194,25 @@ def test_an_earlier_report_is_kept_unless_told(tmp_path: Path) -> None:
         check_output(tmp_path)
     with pytest.raises(IVONError, match="there is no such folder"):
         check_output(tmp_path / "no" / "report.html")
+
+
+def test_training_rows_that_stand_out(tiny_adapter: Path, known: Measured) -> None:
+    """The twenty with the highest sensitivity, in order; what they hold is text."""
+    rows = [
+        {"index": i, "loss": 0.1 * i, "leverage": 2.0, "sensitivity": i / 7, "on": None, "line": i + 1,
+         "question": f"question {i}", "answer": HOSTILE if i == 29 else "A"}
+        for i in range(30)
+    ]  # fmt: skip
+    rows[28]["sensitivity"] = None
+    plain = page(str(tiny_adapter), known)
+    text = page(str(tiny_adapter), replace(known, influence=rows))
+    assert "Which training rows" not in plain
+    assert "<script" not in text
+    section = text[text.index("Which training rows") : text.index("<h2>Examples")]
+    lines = re.findall(r"<tr><td>(\d+)</td>", section)
+    assert lines == [str(i) for i in (30, *range(28, 9, -1))]
+    assert "of the training rows against their leverage" in section
+    assert "mathdefault" not in section
+    assert "<th>on</th>" not in section
+    assert "<td>4.14</td>" in section  # 29/7
+    assert "<th>on</th>" in page(str(tiny_adapter), replace(known, influence=[{**rows[3], "on": -0.5}]))

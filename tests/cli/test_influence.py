@@ -1,0 +1,96 @@
+"""`ivon-post influence` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import Cli
+from tiny import write_chats
+
+KEYS = ["index", "loss", "leverage", "sensitivity", "on", "line", "question", "answer"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_chats(tmp_path / "train.jsonl", count=25)
+
+
+def test_scores_then_clean_data_then_a_report(tiny_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli) -> None:
+    out, clean, validation = tmp_path / "influence.jsonl", tmp_path / "clean.jsonl", tmp_path / "validation.jsonl"
+    write_chats(validation, count=6, seed=1)
+    result = ivon_post.run("influence", tiny_adapter, "-d", data, "--on", validation, "-o", out)
+    assert result.exit_code == 0, result.output
+    title, head, *lines, written = result.stdout.splitlines()
+    assert title.strip() == "the 20 most suspicious of 25 rows, by sensitivity"
+    assert head.split() == ["line", "answer", "←", "question", "loss", "leverage", "sensitivity", "on"]
+    assert len(lines) == 20
+    assert written == str(out)
+    again = f"--scores {out} --by sensitivity --keep 0.9 -o clean.jsonl"
+    assert result.stderr.splitlines()[-1] == f"next: ivon-post influence {tiny_adapter} --data {data} {again}"
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [list(row) for row in rows] == [KEYS] * 25
+    order = sorted(range(25), key=lambda i: -rows[i]["sensitivity"])
+    assert [int(line.split()[0]) for line in lines] == [i + 1 for i in order[:20]]
+    assert all(
+        f"{rows[i]['answer']} ← {rows[i]['question']}"[:40] in line for i, line in zip(order, lines, strict=False)
+    )
+    texts = data.read_text().splitlines(keepends=True)
+    for by, key in (("sensitivity", lambda i: -rows[i]["sensitivity"]), ("on", lambda i: rows[i]["on"])):
+        said = ivon_post(
+            "influence",
+            tiny_adapter,
+            "-d",
+            data,
+            "--scores",
+            out,
+            "--by",
+            by,
+            "--keep",
+            0.9,
+            "-o",
+            clean,
+            "--overwrite",
+        )
+        gone = sorted(range(25), key=key)[:3]  # 22.5 of 25 are 22
+        assert clean.read_text() == "".join(text for i, text in enumerate(texts) if i not in gone)
+        assert said.splitlines()[-2:] == [f"22 rows stay, 3 are left out, by {by}", str(clean)]
+    ivon_post("report", tiny_adapter, "--influence", out, "-o", tmp_path / "report.html")
+    assert "Which training rows stand out?" in (tmp_path / "report.html").read_text()
+
+
+def test_all_at_once_and_for_machines(tiny_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli) -> None:
+    clean = tmp_path / "clean.jsonl"
+    document = ivon_post.json("influence", tiny_adapter, "--data", data, "--keep", 0.8, "-o", clean)
+    assert len(clean.read_text().splitlines()) == 20
+    rows = document["rows"]
+    assert [list(row) for row in rows] == [KEYS] * 25
+    assert {row["on"] for row in rows} == {None}
+    assert document["left_out"] == document["most_suspicious"][:5]
+    assert (document["ess"], document["train_size"], document["tau"]) == (1000.0, 100, 1.0)
+    assert (document["by"], document["keep"], document["output"]) == ("sensitivity", 0.8, str(clean))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clean.jsonl", "train.jsonl"]
+    few = ivon_post.json("influence", tiny_adapter, "--data", data, "--limit", 2)
+    assert len(few["rows"]) == 2
+    assert few["left_out"] == []
+
+
+def test_no_file_is_lost(tiny_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli) -> None:
+    before = data.read_bytes()
+    words = ["influence", tiny_adapter, "-d", data, "--keep", 0.9]
+    assert "is --data itself; choose another name" in ivon_post.error(*words, "-o", data, "--overwrite")
+    assert "exists; choose another name" in ivon_post.error(*words, "-o", data)
+    scores = tmp_path / "scores.jsonl"
+    ivon_post("influence", tiny_adapter, "-d", data, "-o", scores)
+    assert "is --scores itself" in ivon_post.error(*words, "--scores", scores, "-o", scores, "--overwrite")
+    other = write_chats(tmp_path / "other.jsonl", count=25, seed=3)
+    told = ivon_post.error(
+        "influence", tiny_adapter, "-d", other, "--scores", scores, "--keep", 0.9, "-o", tmp_path / "c"
+    )
+    assert "row 0 has another" in told
+    assert "so they are of other data than --data" in told
+    told = ivon_post.error(*words, "--scores", scores, "--by", "on", "-o", tmp_path / "c")
+    assert "--by on: it is the effect on other data; name them with --on" in told
+    assert data.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.jsonl", "scores.jsonl", "train.jsonl"]
