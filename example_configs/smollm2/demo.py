@@ -203,7 +203,7 @@ def draw(path: Path) -> Path:
     axes.set_xlabel("wrong answers")
     axes.set_title(f"How often it is wrong when it says that it is {SURE:.0%} sure or more")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.45)
+    axes.margins(x=0.8)  # for the labels
     figure.savefig(path, dpi=150)
     return path
 
