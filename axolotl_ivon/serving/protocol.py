@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -69,7 +70,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Request(BaseModel):
+class Request(BaseModel, ABC):
     """What both kinds of request have. A field that is null is not there; one that nobody knows is ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
@@ -95,9 +96,9 @@ class Request(BaseModel):
         return [stop] if isinstance(stop, str) else stop
 
     @property
+    @abstractmethod
     def top(self) -> int | None:
         """How many of the likeliest tokens are told at each place; None: nothing is told of tokens."""
-        raise NotImplementedError
 
 
 class TextPart(BaseModel):

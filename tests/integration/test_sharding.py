@@ -115,21 +115,22 @@ def logged(run: Path) -> list[dict[str, float]]:
     return [{key: entry[key] for key in entry if key.startswith("ivon_")} for entry in history if "loss" in entry]
 
 
-def assert_same(folder: Path, other: Path, atol: float = 1e-6) -> None:
+def assert_same(folder: Path, other: Path) -> None:
     left, right = Posterior.from_pretrained(folder), Posterior.from_pretrained(other)
     assert set(left.mean) == set(right.mean)
     for key in left.mean:
-        torch.testing.assert_close(left.mean[key], right.mean[key], rtol=1e-4, atol=atol)
+        torch.testing.assert_close(left.mean[key], right.mean[key], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(left.sigma[key], right.sigma[key], rtol=1e-4, atol=0)
     assert left.metadata["steps"] == right.metadata["steps"]
 
 
 def test_a_preset_chooses_the_same_learning_rate_in_two_processes(several: SeveralProcesses) -> None:
-    preset = {"learning_rate": None, "ivon_clip": None}
+    # A step of α·g/p multiplies the rounding of g by α/p: by 40,000 with the preset's own h0 in these six steps, and
+    # then one weight in 128 differs by 1.7e-5. A large h0 leaves the rate to the preset, and p near 1.
+    preset = {"learning_rate": None, "ivon_clip": None, "ivon_h0": 1.0}
     one = several.train(several.config("preset-alone", "ddp", 1, **preset), "ddp", 0)
     two = several.train(several.config("preset-zero3", "zero3", 2, **preset), "zero3", 2)
-    # A step is as long where the gradient is small, and so is what its rounding makes of it: of a travel of 0.125.
-    assert_same(two, one, atol=1e-4)
+    assert_same(two, one)
     header, expected = (Posterior.from_pretrained(run).metadata for run in (two, one))
     assert header["travel"] == expected["travel"] == "0.125"
     assert (header["preset"], header["hessian"]) == ("auto", "squared_gradients")
