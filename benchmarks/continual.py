@@ -45,6 +45,7 @@ MODEL = "SmolLM2-135M-Instruct"
 SHAPE = (8, ("q_proj", "v_proj"), 0.1, 6)  # rank, targets, dropout, upper layers
 MAX_TOKENS, BATCH, WARMUP, DRAWS = 40, 8, 0.05, 4
 SIZES = {"train": 256, "validation": 60, "test": 120}
+LARGER = {"train": 256, "validation": 100, "test": 300}
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "domains": {name: {"source": name, **SIZES} for name in ("movie", "amazon", "nyt", "twitter")},
     # Two of the domains, with questions between and after them that look alike and have other answers.
@@ -53,6 +54,13 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         "sports": {"source": "sports_understanding", **SIZES},
         "amazon": {"source": "amazon", **SIZES},
         "winowhy": {"source": "winowhy", **SIZES},
+    },
+    # Four questions about the snippets, all of which are learned, and each of which needs something else of a text.
+    "questions": {
+        "sign": {"source": "movie", **LARGER},
+        "source": {"source": "movie", "question": "source", **LARGER},
+        "strength": {"source": "amazon", "question": "strength", **LARGER},
+        "sign-of-tweets": {"source": "twitter", **LARGER},
     },
     "bigbench": {
         "wikihow-goal": {"source": "goal_step_wikihow_goal_inference", "pairs": True, **SIZES},

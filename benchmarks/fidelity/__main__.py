@@ -50,14 +50,15 @@ def main() -> None:
         raise SystemExit(f"suite {arguments.suite!r}: {arguments.experiments.name} has {', '.join(suites)}")
     suite = suites[arguments.suite]
     if arguments.command == "write":
-        from .page import fill, learning_curves
+        from .page import fill, knobs, learning_curves
         from .report import Results
 
         records = read_results(arguments.results)
         for page in PAGES:
             page.write_text(fill(page.read_text(encoding="utf-8"), suites, records), encoding="utf-8")
-        figure = learning_curves(Results(suites["causal-quick"], records))
-        figure.savefig(HERE.parent / "pictures" / "causal-curves.png", dpi=110)
+        results = Results(suites["causal"], records)
+        for name, figure in (("causal-curves", learning_curves(results)), ("causal-knobs", knobs(results))):
+            figure.savefig(HERE.parent / "pictures" / f"{name}.png", dpi=110)
     elif arguments.command == "report":
         from .report import report
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import statistics
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,11 @@ MINILM = prepare_demo.Package(
 )
 MOVIE = {"movie": "movieReviewSnippets"}
 DOMAINS = {"amazon": "amazonReviewSnippets", "nyt": "nytEditorialSnippets", "twitter": "tweets"}
+# What may be asked of a snippet besides its sign: what the text ends with, and the answers.
+QUESTIONS = {
+    "source": (" Source:", ["movie", "product", "news", "tweet"]),
+    "strength": (" Strength:", ["weak", "strong"]),
+}
 SPLIT_SEED = 0
 
 
@@ -76,7 +82,8 @@ def load_task(
     answer), `train`, `validation` and `test` (numbers of examples) and, for snippets, `shifted` (number per domain).
     With `pairs`, each question of a BIG-bench task becomes two examples: with its answer, and with another of its
     choices. With `lettered` the choices are in the text, and the classes are their letters, for choices that differ
-    from question to question. Texts of more than `max_tokens` tokens are left out. The splits depend on `SPLIT_SEED`
+    from question to question. With `question`, one of `QUESTIONS` is asked of snippets in place of their sign: which of the
+    four domains they are of, whatever the `source`, or whether they are rated above the median. Texts of more than `max_tokens` tokens are left out. The splits depend on `SPLIT_SEED`
     alone; smaller training sets are the beginnings of larger ones. `model` is the folder of the tokenizer; for a causal
     model a text ends with what asks for the answer, and `choices` are the first tokens of the answers.
 
@@ -87,7 +94,9 @@ def load_task(
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     ending = "" if not causal else " Answer:" if spec.get("lettered") else " ->"
-    answers = ["negative", "positive"]
+    answers, question = ["negative", "positive"], spec.get("question")
+    if question:
+        ending, answers = QUESTIONS[question]
 
     def short(rows: list[tuple[str, int]]) -> list[Example]:
         ids = tokenizer([text + ending for text, _ in rows], add_special_tokens=not causal)["input_ids"]
@@ -97,7 +106,8 @@ def load_task(
     shifted = {}
     if file := {**MOVIE, **DOMAINS}.get(spec["source"]):
         sdist = next((folder / "vaderSentiment").iterdir())
-        held_out, pool = _take(short(_snippets(sdist, file)), spec["test"])
+        rows = _sources(sdist) if question == "source" else _snippets(sdist, file, strength=question == "strength")
+        held_out, pool = _take(short(rows), spec["test"])
         for name, file in DOMAINS.items() if spec.get("shifted") else ():
             shifted[name], _ = _take(short(_snippets(sdist, file)), spec["shifted"])
     else:
@@ -129,10 +139,22 @@ def _take(rows: list[Example], count: int) -> tuple[list[Example], list[Example]
     return rows[:count], rows[count:]
 
 
-def _snippets(sdist: Path, name: str) -> list[tuple[str, int]]:
-    """Return (text, 1 if positive) of the snippets whose sign the raters agreed on, in one fixed random order."""
-    rated = prepare_demo.read_snippets(sdist, name)
-    rows = [(text, int(rating > 0)) for rating, text in rated if abs(rating) >= prepare_demo.NEAR_ZERO]
+def _snippets(sdist: Path, name: str, strength: bool = False) -> list[tuple[str, int]]:
+    """Return (text, 1 if positive) of the snippets whose sign the raters agreed on, in one fixed random order.
+
+    With `strength` the label is 1 if the rating is farther from 0 than the median of the file.
+    """
+    rated = [row for row in prepare_demo.read_snippets(sdist, name) if abs(row[0]) >= prepare_demo.NEAR_ZERO]
+    middle = statistics.median(abs(rating) for rating, _ in rated)
+    rows = [(text, int(abs(rating) > middle if strength else rating > 0)) for rating, text in rated]
+    return random.Random(SPLIT_SEED).sample(rows, len(rows))
+
+
+def _sources(sdist: Path) -> list[tuple[str, int]]:
+    """Return (text, number of the domain) of as many snippets of each of the four domains, in one random order."""
+    parts = [_snippets(sdist, file) for file in {**MOVIE, **DOMAINS}.values()]
+    least = min(map(len, parts))
+    rows = [(text, domain) for domain, part in enumerate(parts) for text, _ in part[:least]]
     return random.Random(SPLIT_SEED).sample(rows, len(rows))
 
 

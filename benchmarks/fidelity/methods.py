@@ -73,11 +73,12 @@ def loop(
     settings: Mapping[str, Any],
     sampled: Callable[[], AbstractContextManager[Any]] = nullcontext,
     after_step: Callable[[int], None] | None = None,
+    mirror: Callable[[], None] | None = None,
 ) -> float:
     """Train for `settings["steps"]` steps and return the CPU seconds that it took.
 
     `sampled` wraps each forward and backward pass; `accumulate` micro-batches make a step, and with `one_draw` they
-    share one draw.
+    share one draw, which with `antithetic` is mirrored at the mean between them.
     """
     steps, parts = settings["steps"], settings.get("accumulate", 1)
     shared = settings.get("one_draw", False)
@@ -87,8 +88,10 @@ def loop(
     begun = time.process_time()
     for step in range(steps):
         with sampled() if shared else nullcontext():
-            for _ in range(parts):
+            for part in range(parts):
                 with nullcontext() if shared else sampled():
+                    if part and mirror and settings.get("antithetic"):
+                        mirror()
                     batch = next(batches)
                     (F.cross_entropy(model(batch), batch["labels"]) / parts).backward()
         optimizer.step()
@@ -168,7 +171,8 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
     """IVON-LoRA as `ivon_preset: auto` sets it up, where `settings` do not say otherwise.
 
     `lr` is the most that a step may move a weight, as AdamW's learning rate is in a YAML; without it the rate is that
-    of the preset's travel. `per_weight` is λ/(N·weights).
+    of the preset's travel. `per_weight` is λ/(N·weights), and `averaged` the share of the steps, the last ones, whose
+    means are averaged.
     """
     parameters, preset = model.trained(), PRESETS["auto"]
     preset = preset._replace(**{name: settings[name] for name in preset._fields if name in settings})
@@ -197,10 +201,25 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
         mean = {name: optimizer.mean(value) for name, value in parameters.items()}
         return as_posterior(mean, {name: optimizer.sigma(value) for name, value in parameters.items()})
 
+    @torch.no_grad()
+    def mirror() -> None:
+        for value in parameters.values():
+            value.copy_(2 * optimizer.mean(value) - value)
+
+    first = round(steps * (1 - settings.get("averaged", 0.0)))
+    total: dict[str, Tensor] = {}
+
+    def after_step(step: int) -> None:
+        curve(step)
+        if step >= first:
+            for name, value in parameters.items():
+                total[name] = total.get(name, torch.zeros(())) + optimizer.mean(value) / (steps - first)
+
     curve = Curve(model, task, settings, posterior)
-    seconds = loop(model, task.train, optimizer, settings, optimizer.sampled_params, curve) - curve.seconds
+    seconds = loop(model, task.train, optimizer, settings, optimizer.sampled_params, after_step, mirror) - curve.seconds
     facts = {**optimizer.summary(), "curve": curve.points}
-    return Trained(model, posterior(), seconds, state_bytes(optimizer), facts)
+    found = as_posterior(total, dict(posterior().sigma)) if total else posterior()
+    return Trained(model, found, seconds, state_bytes(optimizer), facts)
 
 
 def travel_rate(travel: float, steps: int, share: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from .report import METRICS, Results, cell, label_of, lines_of, mean_and_error, table
-from .run import Record
+from .run import Record, ablation_jobs, seed_jobs
 
 PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 DRAWS, MEAN = ("ivon-auto", "posterior"), ("ivon-auto", "mean")
@@ -53,7 +53,13 @@ def name_of(results: Results, method: str, row: str, by: str | float) -> str:
 
 def averaged(results: Results, metric: str, method: str, row: str, by: str | float = "nll") -> dict[int, float]:
     """Return seed -> a metric averaged over the tasks, of the seeds that every task has."""
-    found = [results.values(metric, task, method, row, choose_by=by) for task in results.tasks()]
+    return _over_tasks(results, metric, results.tasks(), method, row, "test", by)
+
+
+def _over_tasks(
+    results: Results, metric: str, tasks: Sequence[str], method: str, row: str, data: str, by: str | float = "nll"
+) -> dict[int, float]:
+    found = [results.values(metric, task, method, row, data, by) for task in tasks]
     seeds = set.intersection(*(set(values) for values in found)) if found else set()
     return {seed: statistics.fmean(values[seed] for values in found) for seed in sorted(seeds)}
 
@@ -132,11 +138,37 @@ def shape(results: Results) -> str:
     return table(["difference in NLL", *results.tasks()], rows)
 
 
+def beyond(results: Results) -> str:
+    """Which answers are wrong, and what of other domains: the draws against AdamW + temperature scaling, by seed."""
+    columns = {"NLL": "nll", "ECE, %": "ece", "AUROC of errors, %": "auroc", "AURC, %": "aurc"}
+    domains = [d for d in results.suite["domains"] if results.find("movie-256", *DRAWS, data=d)]
+    rows = []
+    for data in ("test", *domains):
+        tasks = results.tasks() if data == "test" else ["movie-256"]
+        cells = []
+        for title, metric in columns.items():
+            scale, digits = (100, 1) if title.endswith("%") else (1, 3)
+            theirs, ours = (
+                _over_tasks(results, metric, tasks, method, row, data)
+                for method, row in (("adamw", "temperature-scaling"), DRAWS)
+            )
+            seeds = sorted(theirs.keys() & ours.keys())
+            if not seeds:
+                cells.append("–")
+                continue
+            first, second = (scale * statistics.fmean(values[seed] for seed in seeds) for values in (theirs, ours))
+            change, error = mean_and_error([scale * (ours[seed] - theirs[seed]) for seed in seeds])
+            cells.append(f"{first:.{digits}f} → {second:.{digits}f} ({change:+.{digits}f} ± {error:.{digits}f})")
+        rows.append([f"{', '.join(tasks)}" if data == "test" else f"movie-256, on {data}", *cells])
+    return table(["AdamW + temperature scaling → draws", *columns], rows)
+
+
 PARTS: dict[str, Callable[[Results], str]] = {
     "summary": summary,
     "promises": promises,
     "tasks": tasks,
     "shape": shape,
+    "beyond": beyond,
 }
 
 
@@ -182,4 +214,38 @@ def learning_curves(results: Results) -> Figure:
             axis.grid(alpha=0.3)
         panels[0].set_xlabel("step")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def knobs(results: Results) -> Figure:
+    """Draw the NLL over λ, of the mean and of its draws, and over the share of weights pruned, by SNR and magnitude."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    at: dict[float, dict[str, list[float]]] = {}
+    jobs = ablation_jobs(results.suite, "per-weight", results.records)
+    jobs += seed_jobs(results.suite, "movie-256", "ivon-auto", 0, results.records)
+    jobs += seed_jobs(results.suite, "movie-256", "ivon-auto", 1, results.records)
+    for job in jobs:
+        for row in ("mean", "posterior"):
+            if record := results.index.get((job.key, row, "test")):
+                point = at.setdefault(record["facts"]["ivon_ess"], {})
+                point.setdefault(row, []).append(record["metrics"]["nll"])
+    for row, name, color in (("mean", "the mean", "#56b4e9"), ("posterior", "8 draws", "#0072b2")):
+        points = sorted((ess, statistics.fmean(values[row])) for ess, values in at.items() if row in values)
+        left.plot(*zip(*points, strict=True), "o-", color=color, label=name)
+    left.set_xscale("log")
+    left.set_xlabel("λ, the effective sample size (256 examples; the preset's is 256,000)", fontsize=8)
+    for criterion, color in (("snr", "#0072b2"), ("magnitude", "#9a9a9a")):
+        points = [(0.0, list(results.values("nll", "movie-256", *MEAN).values()))]
+        for ratio in (0.05, 0.1, 0.2, 0.5, 0.8, 0.9):
+            found = results.values("nll", "movie-256", "ivon-auto", f"mean-pruned={criterion},{ratio:g}")
+            points += [(ratio, list(found.values()))] if found else []
+        name = "by |m|/σ" if criterion == "snr" else "by |m|"
+        shares, means = [100 * ratio for ratio, _ in points], [statistics.fmean(values) for _, values in points]
+        right.plot(shares, means, "o-", color=color, label=name)
+    right.set_xlabel("weights pruned, %", fontsize=8)
+    for axis in (left, right):
+        axis.set_ylabel("NLL, movie-256", fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
     return figure

@@ -334,6 +334,53 @@ def test_ivon_lora_with_a_fixed_prior_moves_as_ivon_opt_does(bert: Path) -> None
         torch.testing.assert_close(value, means[1][name], atol=2e-6, rtol=1e-3)
 
 
+class Recorded:
+    """In place of a learning curve: the trained weights after every step."""
+
+    def __init__(self, model: nn.Module, *_: Any) -> None:
+        self.model, self.after = model, list[dict[str, torch.Tensor]]()
+        self.points, self.seconds = list[Any](), 0.0
+        Recorded.last = self
+
+    last: Recorded
+
+    def __call__(self, step: int) -> None:
+        self.after.append({name: value.detach().clone() for name, value in self.model.trained().items()})
+
+
+def test_the_last_means_are_averaged(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.fidelity import methods
+
+    monkeypatch.setattr(methods, "Curve", Recorded)
+    model = encoder(bert)
+    run = methods.train_ivon_auto(model, task(), {**SETTINGS, "steps": 8, "averaged": 0.25})
+    *_, before, last = Recorded.last.after
+    for name, value in dict(run.posterior.mean).items():
+        torch.testing.assert_close(value, (before[name] + last[name]) / 2)
+    assert any(not torch.equal(before[name], last[name]) for name in last)
+
+
+def test_antithetic_micro_batches_see_a_draw_and_its_mirror_image(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.fidelity import methods
+
+    monkeypatch.setattr(methods, "Curve", Recorded)
+    model = encoder(bert, dropout=0.0)
+    before = {name: value.detach().clone() for name, value in model.trained().items()}
+    seen = []
+
+    def record(*_: Any) -> None:
+        seen.append({name: value.detach().clone() for name, value in model.trained().items()})
+
+    model.register_forward_pre_hook(record)
+    settings = {**SETTINGS, "steps": 2, "accumulate": 2, "one_draw": True, "antithetic": True}
+    methods.train_ivon_auto(model, task(), settings)
+    assert len(seen) == 4
+    for mean, (one, other) in zip([before, Recorded.last.after[0]], [seen[:2], seen[2:]], strict=True):
+        for name, value in mean.items():
+            torch.testing.assert_close((one[name] + other[name]) / 2, value, rtol=0, atol=1e-6)
+            assert not torch.equal(one[name], other[name])
+
+
 def test_one_draw_a_step_is_shared_by_its_micro_batches(bert: Path) -> None:
     from benchmarks.fidelity.methods import train_ivon_lora
 
