@@ -11,7 +11,8 @@ task i and T tasks, the average accuracy is mean_j R[T, j], and the backward tra
 forgetting is where it is negative (Lopez-Paz and Ranzato, arXiv 1706.08840). "NLL lost" is the same of the NLL, where
 forgetting is positive.
 
-Strengths are chosen by the average NLL of the last model on the validation data of all four tasks, over all seeds.
+Strengths are chosen by the average NLL of the last model on the validation data of all four tasks, over the seeds that
+all strengths of a method have.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
 }
 # The strengths of each method: κ of the prior, or the factor of its penalty; None where it has none.
 METHODS: dict[str, list[float | None]] = {
-    "ivon-prior": [1.0, 100.0, 300.0, 1000.0],
+    "ivon-prior": [1.0, 100.0, 1000.0, 10000.0],
     "ivon-warm": [None],  # the same optimizer from the same mean, without the prior
     "adamw-warm": [None],
     "adamw-last": [None],
@@ -386,6 +387,12 @@ def validation_nll(records: Sequence[Mapping[str, Any]]) -> float:
     return sum(values) / len(values)
 
 
+def chosen(runs: Mapping[float | None, Sequence[Mapping[str, Any]]]) -> float | None:
+    """Return the strength with the lowest validation NLL over the seeds that all strengths have."""
+    seeds = set.intersection(*({run["seed"] for run in some} for some in runs.values()))
+    return min(runs, key=lambda value: validation_nll([run for run in runs[value] if run["seed"] in seeds]))
+
+
 COLUMNS = {
     "average": "average accuracy, %",
     "backward": "backward transfer, points",
@@ -408,7 +415,7 @@ def report(records: Sequence[Mapping[str, Any]], pictures: Path | None) -> str:
         for method, name in NAMES.items():
             if method not in methods:
                 continue
-            best = min(methods[method], key=lambda value: validation_nll(methods[method][value]))
+            best = chosen(methods[method])
             for strength, runs in sorted(methods[method].items(), key=lambda item: item[0] or 0):
                 found = [summary(run) for run in runs]
                 cells = [column_text([one[column] for one in found if column in one], column) for column in COLUMNS]
@@ -449,8 +456,7 @@ def draw(methods: Mapping[str, Mapping[float | None, Sequence[Any]]], tasks: lis
     shown = [method for method in ("adamw-warm", "adamw-ewc", "ivon-prior") if method in methods]
     figure, axes = plt.subplots(1, len(shown), figsize=(3.6 * len(shown), 3.5), squeeze=False, layout="constrained")
     for axis, method in zip(axes[0], shown, strict=True):
-        values = methods[method]
-        runs = values[min(values, key=lambda value: validation_nll(values[value]))]
+        runs = methods[method][chosen(methods[method])]
         matrix = 100 * torch.stack([accuracies(run) for run in runs]).mean(0)
         axis.imshow(matrix, cmap="viridis", vmin=50, vmax=90)
         for i in range(len(tasks)):

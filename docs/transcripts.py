@@ -45,6 +45,7 @@ COMMANDS = {
         "head -n 8 out-sweep/recommended.json",
         "ivon-post eval out --data test.jsonl --recommended out-sweep/recommended.json --rows base,mean,posterior",
     ],
+    "weights": ["ivon-post sweep --combine out other --data validation.jsonl --data test.jsonl -o weights"],
     "abstain": [
         "ivon-post sweep out --data validation.jsonl --tau 1,inf --ratio 0 --risk 0.05 -o surest | grep threshold",
         "ivon-post sweep out --data validation.jsonl --tau 1,inf --ratio 0 --risk 0.48 -o sure | grep answer",
@@ -153,7 +154,7 @@ def train(folder: Path, data: str, output: str, epochs: int, lora: bool, ivon: b
     rows: Any = read(folder / data, tokenizer)
     trainer = Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
     if lora and ivon:
-        attach(trainer, preset="small_data")
+        attach(trainer)
     trainer.train()
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -82,10 +82,11 @@ def load_task(
     answer), `train`, `validation` and `test` (numbers of examples) and, for snippets, `shifted` (number per domain).
     With `pairs`, each question of a BIG-bench task becomes two examples: with its answer, and with another of its
     choices. With `lettered` the choices are in the text, and the classes are their letters, for choices that differ
-    from question to question. With `question`, one of `QUESTIONS` is asked of snippets in place of their sign: which of the
-    four domains they are of, whatever the `source`, or whether they are rated above the median. Texts of more than `max_tokens` tokens are left out. The splits depend on `SPLIT_SEED`
-    alone; smaller training sets are the beginnings of larger ones. `model` is the folder of the tokenizer; for a causal
-    model a text ends with what asks for the answer, and `choices` are the first tokens of the answers.
+    from question to question. With `question`, one of `QUESTIONS` is asked of snippets in place of their sign:
+    which of the four domains they are of, whatever the `source`, or whether they are rated above the median. Texts
+    of more than `max_tokens` tokens are left out. The splits depend on `SPLIT_SEED` alone; smaller training sets
+    are the beginnings of larger ones. `model` is the folder of the tokenizer; for a causal model a text ends with
+    what asks for the answer, and `choices` are the first tokens of the answers.
 
     Raises:
         SystemExit: a data set is missing or too small.

@@ -16,6 +16,7 @@ from .report import METRICS, Results, cell, label_of, lines_of, mean_and_error, 
 from .run import Record, ablation_jobs, seed_jobs
 
 PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+MOVIE = "movie-256"  # the task of the ablations, which is evaluated on other domains too
 DRAWS, MEAN = ("ivon-auto", "posterior"), ("ivon-auto", "mean")
 
 
@@ -141,10 +142,10 @@ def shape(results: Results) -> str:
 def beyond(results: Results) -> str:
     """Which answers are wrong, and what of other domains: the draws against AdamW + temperature scaling, by seed."""
     columns = {"NLL": "nll", "ECE, %": "ece", "AUROC of errors, %": "auroc", "AURC, %": "aurc"}
-    domains = [d for d in results.suite["domains"] if results.find("movie-256", *DRAWS, data=d)]
+    domains = results.suite["domains"] if MOVIE in results.suite["tasks"] else []
     rows = []
     for data in ("test", *domains):
-        tasks = results.tasks() if data == "test" else ["movie-256"]
+        tasks = results.tasks() if data == "test" else [MOVIE]
         cells = []
         for title, metric in columns.items():
             scale, digits = (100, 1) if title.endswith("%") else (1, 3)
@@ -154,12 +155,12 @@ def beyond(results: Results) -> str:
             )
             seeds = sorted(theirs.keys() & ours.keys())
             if not seeds:
-                cells.append("–")
                 continue
             first, second = (scale * statistics.fmean(values[seed] for seed in seeds) for values in (theirs, ours))
             change, error = mean_and_error([scale * (ours[seed] - theirs[seed]) for seed in seeds])
             cells.append(f"{first:.{digits}f} → {second:.{digits}f} ({change:+.{digits}f} ± {error:.{digits}f})")
-        rows.append([f"{', '.join(tasks)}" if data == "test" else f"movie-256, on {data}", *cells])
+        if cells:
+            rows.append([", ".join(tasks) if data == "test" else f"{MOVIE}, on {data}", *cells])
     return table(["AdamW + temperature scaling → draws", *columns], rows)
 
 
@@ -223,8 +224,8 @@ def knobs(results: Results) -> Figure:
     left, right = figure.subplots(1, 2)
     at: dict[float, dict[str, list[float]]] = {}
     jobs = ablation_jobs(results.suite, "per-weight", results.records)
-    jobs += seed_jobs(results.suite, "movie-256", "ivon-auto", 0, results.records)
-    jobs += seed_jobs(results.suite, "movie-256", "ivon-auto", 1, results.records)
+    jobs += seed_jobs(results.suite, MOVIE, "ivon-auto", 0, results.records)
+    jobs += seed_jobs(results.suite, MOVIE, "ivon-auto", 1, results.records)
     for job in jobs:
         for row in ("mean", "posterior"):
             if record := results.index.get((job.key, row, "test")):
@@ -236,13 +237,13 @@ def knobs(results: Results) -> Figure:
     left.set_xscale("log")
     left.set_xlabel("λ, the effective sample size (256 examples; the preset's is 256,000)", fontsize=8)
     for criterion, color in (("snr", "#0072b2"), ("magnitude", "#9a9a9a")):
-        points = [(0.0, list(results.values("nll", "movie-256", *MEAN).values()))]
-        for ratio in (0.05, 0.1, 0.2, 0.5, 0.8, 0.9):
-            found = results.values("nll", "movie-256", "ivon-auto", f"mean-pruned={criterion},{ratio:g}")
-            points += [(ratio, list(found.values()))] if found else []
+        points = []
+        for ratio in (0.0, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9):
+            row = f"mean-pruned={criterion},{ratio:g}" if ratio else "mean"
+            if found := results.values("nll", MOVIE, "ivon-auto", row):
+                points.append((100 * ratio, statistics.fmean(found.values())))
         name = "by |m|/σ" if criterion == "snr" else "by |m|"
-        shares, means = [100 * ratio for ratio, _ in points], [statistics.fmean(values) for _, values in points]
-        right.plot(shares, means, "o-", color=color, label=name)
+        right.plot(*zip(*points, strict=True), "o-", color=color, label=name)
     right.set_xlabel("weights pruned, %", fontsize=8)
     for axis in (left, right):
         axis.set_ylabel("NLL, movie-256", fontsize=8)

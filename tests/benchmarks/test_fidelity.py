@@ -168,6 +168,30 @@ def test_questions_become_pairs_of_the_answer_and_another_choice(tmp_path: Path)
     assert all(choice in wrong[question] for question, choice in found)
 
 
+def test_a_snippet_may_be_asked_for_its_source_or_its_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.fidelity import data
+
+    # Ratings 0.1 to 3.9 of either sign; 0.1, 0.3 and 0.4 are near zero, so the median distance is that of the others.
+    rated = [(sign * size / 10, f"{size} {sign}") for size in (1, 3, 4, *range(6, 40)) for sign in (1, -1)]
+    sizes = {"movieReviewSnippets": 68, "amazonReviewSnippets": 40, "nytEditorialSnippets": 50, "tweets": 60}
+    monkeypatch.setattr(
+        data.prepare_demo,
+        "read_snippets",
+        lambda sdist, name: [(rating, f"{name} {text}") for rating, text in rated[: sizes[name] + 6]],
+    )
+    strengths = dict(data._snippets(Path("sdist"), "movieReviewSnippets", strength=True))
+    assert len(strengths) == 68
+    middle = (22 + 23) / 2  # of 6 to 39
+    assert all(label == (int(text.split()[1]) > middle) for text, label in strengths.items())
+    signs = dict(data._snippets(Path("sdist"), "movieReviewSnippets"))
+    assert all(label == (text.split()[2] == "1") for text, label in signs.items())
+    sources = data._sources(Path("sdist"))
+    names = list(sizes)
+    assert all(names[label] == text.split()[0] for text, label in sources)
+    assert [sum(label == i for _, label in sources) for i in range(4)] == [40] * 4
+    assert sources != sorted(sources, key=lambda row: row[1])
+
+
 # -------------------------------------------------------------------- the methods
 
 
@@ -531,7 +555,7 @@ def causal_records() -> tuple[dict[str, Any], list[dict[str, Any]]]:
             nll = {2.0e-4: 1.0, 5.0e-4: 2.0}.get(settings.get("lr"), 0.8) + 0.01 * settings["seed"]
             for row, data in job.rows:
                 worse = 0.1 * (row == "sigma=permuted")
-                metrics = {"nll": nll + worse, "accuracy": 0.5, "ece": nll / 4}
+                metrics = {"nll": nll + worse, "accuracy": 0.5, "ece": nll / 4, "auroc": 0.8, "aurc": 0.1}
                 points = [{"step": 1, "draws": metrics, **metrics}]
                 facts = {"train_seconds": 1.0, "state_mb": 0.5, "curve": points}
                 records.append({"run": job.key, "row": row, "data": data, "metrics": metrics, "facts": facts})
@@ -539,7 +563,7 @@ def causal_records() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
-    from benchmarks.fidelity.page import fill, learning_curves, promises, shape, summary
+    from benchmarks.fidelity.page import beyond, fill, learning_curves, promises, shape, summary
     from benchmarks.fidelity.report import Results
 
     made, records = causal_records()
@@ -553,6 +577,9 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     assert found["", "accuracy of the mean"] == ["+0.0 ± 0.0 points", "yes"]
     assert "+0.100 ± 0.000" in shape(results)
     assert "| AdamW, rate by validation | 50.0 ± 0.0 | 25.1 ± 0.1 | 1.005 ± 0.005 |" in summary(results)
+    # One task, no other domains: 1 and 1.01 at the chosen rate, 0.8 and 0.81 of the draws, 0.2 apart in both seeds.
+    [line] = beyond(results).splitlines()[2:]
+    assert line.startswith("| movie | 1.005 → 0.805 (-0.200 ± 0.000) | 25.1 → 20.1 (-5.0 ± 0.0) |")
     page = "a\n<!-- table: s summary -->\nold\n<!-- end of table -->\nb"
     assert fill(page, {"s": made}, records) == page.replace("old", summary(results))
     assert len(learning_curves(results).axes) == 3
@@ -606,6 +633,40 @@ def test_the_experiment_file_is_complete() -> None:
     for stage in encoder_suite["stages"]:
         assert set(stage.get("ablation", [])) <= set(encoder_suite["ablations"])
         assert set(stage.get("tasks", [])) <= set(encoder_suite["tasks"])
+
+
+def test_lambda_and_pruning_are_drawn_from_their_ablations() -> None:
+    from benchmarks.fidelity import run as fidelity
+    from benchmarks.fidelity.page import knobs
+    from benchmarks.fidelity.report import Results
+
+    made, records = causal_records()
+    made["tasks"] = {"movie-256": made["tasks"]["movie"]}
+    made["ablations"] = {
+        "per-weight": {"task": "movie-256", "method": "ivon-auto", "seeds": [0], "rows": ["mean", "posterior"],
+                       "variants": [{"per_weight": 0.5}, {"per_weight": 5}]},
+        "pruning": {"task": "movie-256", "method": "ivon-auto", "seeds": [0], "variants": [{}],
+                    "rows": ["mean-pruned=snr,0.9", "mean-pruned=magnitude,0.9"]},
+    }  # fmt: skip
+    jobs = [job for name in made["ablations"] for job in fidelity.ablation_jobs(made, name, records)]
+    jobs += fidelity.grid_jobs(made, "movie-256", "ivon-auto")
+    jobs += fidelity.seed_jobs(made, "movie-256", "ivon-auto", 0, records)
+    records = []
+    for job in jobs:
+        ess = 100 * json.loads(job.settings).get("per_weight", 1)
+        for row, data in job.rows:
+            nll = {"mean": 0.5, "posterior": 0.4}.get(row, 0.7 if "magnitude" in row else 0.6)
+            facts = {"ivon_ess": ess}
+            records.append(
+                {"run": job.key, "row": row, "data": data, "metrics": {"nll": nll, "accuracy": 0.5}, "facts": facts}
+            )
+    left, right = knobs(Results(made, records)).axes
+    mean, draws = (line.get_xydata().tolist() for line in left.lines)
+    assert mean == [[50, 0.5], [100, 0.5], [500, 0.5]]
+    assert draws == [[50, 0.4], [100, 0.4], [500, 0.4]]
+    snr, magnitude = (line.get_xydata().tolist() for line in right.lines)
+    assert snr == [[0, 0.5], [90, 0.6]]
+    assert magnitude == [[0, 0.5], [90, 0.7]]
 
 
 @pytest.mark.parametrize("name", ["causal", "causal-quick"])
