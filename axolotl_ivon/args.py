@@ -34,7 +34,7 @@ BY_PRESET = {
     "ivon_h0": "by λ, 0.05 by `paper`",
     "ivon_clip": "0.01, 0.005 by `paper`",
     "ivon_beta2": "by the steps, 0.9995 by `paper`",
-    "ivon_prior_strength": "0.1, 1 by `paper` and with an earlier adapter",
+    "ivon_prior_strength": "0.1, with an earlier adapter 300; 1 by `paper`",
     "ivon_hessian": "`squared_gradients`, `reparameterized` by `paper`",
     "ivon_h0_steps": "10, unset by `paper`",
 }

@@ -17,7 +17,7 @@ from .posterior.adapter import Adapter
 from .posterior.chain import check_prior, links
 from .posterior.check import MEMORY, Finding
 from .storage.format import regular_size
-from .training.presets import ADAM_LIKE_LR, OF_POSTERIOR, PAPER_REACH, PRESETS, SHORT_REACH
+from .training.presets import ADAM_LIKE_LR, PAPER_REACH, PRESETS, SHORT_REACH
 
 OPTIMIZER, PLUGIN = "ivon_lora", "axolotl_ivon.IVONLoRAPlugin"
 _YAML_LIMIT = 16 * 2**20
@@ -77,7 +77,7 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
             f"λ: it is larger from {preset.usual_weights:,.0f} LoRA weights on, in proportion to their number"
         )
     prior = prior_folder(values["ivon_prior"])
-    strength = given.get("ivon_prior_strength", OF_POSTERIOR if prior else preset.prior_strength)
+    strength = given.get("ivon_prior_strength", preset.posterior_strength if prior else preset.prior_strength)
     h0 = None if prior else given.get("ivon_h0", preset.h0)
     if h0 is None and not prior:
         unknown.append("h0: it follows from λ and the layers of the model")

@@ -72,7 +72,7 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
 }
 # The strengths of each method: κ of the prior, or the factor of its penalty; None where it has none.
 METHODS: dict[str, list[float | None]] = {
-    "ivon-prior": [1.0, 100.0, 1000.0, 10000.0],
+    "ivon-prior": [1.0, 100.0, 300.0, 1000.0],
     "ivon-warm": [None],  # the same optimizer from the same mean, without the prior
     "adamw-warm": [None],
     "adamw-last": [None],

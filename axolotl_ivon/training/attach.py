@@ -19,7 +19,7 @@ from ..posterior.posterior import Posterior
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import remove_unfinished
 from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean, show_the_mean
-from .presets import ADAM_LIKE_LR, OF_POSTERIOR, PRESETS
+from .presets import ADAM_LIKE_LR, PRESETS
 from .prior import gaussian_prior, keys_in_file
 from .processes import check_sharding
 from .trainer import PosteriorTrainerMixin
@@ -67,7 +67,7 @@ def attach(
             and not forget. Training then starts from its mean and its σ, with N(m₀, σ₀²/κ) as the prior. N and λ are
             those of the new data alone: what was learned counts as data that were seen, κ times. It must be over the
             same base model, with the same rank, scaling and targets.
-        prior_strength: κ; None for the preset's, and with a `Posterior` for 1.
+        prior_strength: κ; None for the preset's: 0.1, with a `Posterior` 300; 1 by "paper".
         train_size: N, the number of training examples; the length of the Trainer's dataset by default (give it where
             that dataset is packed or streamed).
         eval_samples: number of draws whose averaged prediction every evaluation scores too, as `eval_loss_posterior`.
@@ -122,7 +122,7 @@ def attach(
             "seed": trainer.args.seed,
         }
         if prior_strength is None:
-            settings["prior_strength"] = OF_POSTERIOR if of_prior else chosen.prior_strength
+            settings["prior_strength"] = chosen.posterior_strength if of_prior else chosen.prior_strength
         # This optimizer is made for its checks alone: a wrong value shows here, and not when training begins.
         IVONLoRA([nn.Parameter(torch.zeros(1))], **settings)
     except ValueError as error:

@@ -18,9 +18,6 @@ ADAM_LIKE_LR = 1e-3
 # learned nothing.
 SHORT_REACH, PAPER_REACH = 0.08, 0.13
 
-# κ where nobody gives it and the prior is a posterior: every example that it has seen counts as one of the new ones.
-OF_POSTERIOR = 1.0
-
 
 class Preset(NamedTuple):
     """Settings that go together.
@@ -39,6 +36,8 @@ class Preset(NamedTuple):
         travel: Σ α_t·ξ, the farthest that a weight can get in a run, which the learning rate is chosen for where
             none is given; None to take what is given, as it is.
         prior_strength, hessian, h0_steps: as in `IVONLoRA`.
+        posterior_strength: κ where the prior is a posterior. 1 is Bayes' rule. A diagonal posterior does not know what
+            weights do together, and holds a task too weakly by two orders of magnitude.
     """
 
     gamma: float | None
@@ -49,6 +48,7 @@ class Preset(NamedTuple):
     prior_strength: float
     hessian: str
     h0_steps: float | None
+    posterior_strength: float = 1.0
     per_example: float = 0.0
     few: int = 0
     usual_weights: float = math.inf
@@ -92,6 +92,7 @@ AUTO = Preset(
     prior_strength=0.1,
     hessian="squared_gradients",
     h0_steps=10.0,
+    posterior_strength=300.0,
     per_example=1000.0,
     few=250,
     usual_weights=1e5,

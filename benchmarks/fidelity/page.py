@@ -164,12 +164,56 @@ def beyond(results: Results) -> str:
     return table(["AdamW + temperature scaling → draws", *columns], rows)
 
 
+PEERS = (
+    ("adamw", "ensemble"),
+    ("adamw", "mc-dropout"),
+    ("adamw", "laplace=diag"),
+    ("blob", "posterior"),
+    ("ivon-opt", "posterior"),
+    ("ivon-paper", "posterior"),
+)
+
+
+def peers(results: Results) -> str:
+    """Other ways to a posterior, on the tasks and seeds that they have run on, beside the draws of the preset there."""
+    rows = []
+    for method, row in PEERS:
+        tasks = [
+            task
+            for task in results.suite["tasks"]
+            if method in results.suite["methods"] and results.find(task, method, row) and results.find(task, *DRAWS)
+        ]
+        if not tasks:
+            continue
+        cells, better = [], []
+        for metric in METRICS:
+            theirs = _over_tasks(results, metric, tasks, method, row, "test")
+            ours = _over_tasks(results, metric, tasks, *DRAWS, "test")
+            if row != "ensemble":  # which is one model of all seeds
+                ours = {seed: ours[seed] for seed in theirs if seed in ours}
+            cells.append(f"{cell(list(theirs.values()), metric)} ({cell(list(ours.values()), metric)})")
+            better.append((statistics.fmean(theirs.values()), statistics.fmean(ours.values())))
+        (accuracy, our_accuracy), _, (nll, our_nll) = better
+        both = "yes" if accuracy > our_accuracy and nll < our_nll else "no"
+        rows.append([name_of(results, method, row, "nll"), ", ".join(tasks), *cells, both])
+    heads = [
+        "peer (the draws of IVON-LoRA, untuned)",
+        "tasks",
+        "accuracy, %",
+        "ECE, %",
+        "NLL",
+        "better in accuracy and NLL",
+    ]
+    return table(heads, rows)
+
+
 PARTS: dict[str, Callable[[Results], str]] = {
     "summary": summary,
     "promises": promises,
     "tasks": tasks,
     "shape": shape,
     "beyond": beyond,
+    "peers": peers,
 }
 
 
@@ -224,8 +268,8 @@ def knobs(results: Results) -> Figure:
     left, right = figure.subplots(1, 2)
     at: dict[float, dict[str, list[float]]] = {}
     jobs = ablation_jobs(results.suite, "per-weight", results.records)
-    jobs += seed_jobs(results.suite, MOVIE, "ivon-auto", 0, results.records)
-    jobs += seed_jobs(results.suite, MOVIE, "ivon-auto", 1, results.records)
+    for seed in results.suite["ablations"]["per-weight"]["seeds"]:
+        jobs += seed_jobs(results.suite, MOVIE, "ivon-auto", seed, results.records)
     for job in jobs:
         for row in ("mean", "posterior"):
             if record := results.index.get((job.key, row, "test")):

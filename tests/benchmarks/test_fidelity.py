@@ -539,7 +539,7 @@ def causal_records() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     made["methods"] = {
         "adamw": {
             "trainer": "adamw", "grid": {"lr": [2.0e-4, 5.0e-4]}, "select": "mean",
-            "choose_by": ["nll", 2.0e-4, 5.0e-4], "rows": ["mean", "temperature-scaling"],
+            "choose_by": ["nll", 2.0e-4, 5.0e-4], "rows": ["mean", "temperature-scaling", "ensemble"],
         },
         "ivon-auto": {
             "trainer": "ivon-auto", "grid": {"travel": [0.125]}, "select": "posterior",
@@ -563,7 +563,7 @@ def causal_records() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
-    from benchmarks.fidelity.page import beyond, fill, learning_curves, promises, shape, summary
+    from benchmarks.fidelity.page import beyond, fill, learning_curves, peers, promises, shape, summary
     from benchmarks.fidelity.report import Results
 
     made, records = causal_records()
@@ -580,6 +580,8 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     # One task, no other domains: 1 and 1.01 at the chosen rate, 0.8 and 0.81 of the draws, 0.2 apart in both seeds.
     [line] = beyond(results).splitlines()[2:]
     assert line.startswith("| movie | 1.005 → 0.805 (-0.200 ± 0.000) | 25.1 → 20.1 (-5.0 ± 0.0) |")
+    [line] = peers(results).splitlines()[2:]  # an ensemble at the chosen rate, beside draws of 0.805
+    assert line.endswith("| movie | 50.0 (50.0 ± 0.0) | 25.2 (20.1 ± 0.1) | 1.010 (0.805 ± 0.005) | no |")
     page = "a\n<!-- table: s summary -->\nold\n<!-- end of table -->\nb"
     assert fill(page, {"s": made}, records) == page.replace("old", summary(results))
     assert len(learning_curves(results).axes) == 3

@@ -56,7 +56,7 @@ def test_training_starts_at_the_posterior_and_its_header_tells_the_chain(
     before, first = links(header)
     assert (before.name, before.strength, before.train_size) == (str(tmp_path / "tuesday"), 0.25, 24)
     assert (first.name, first.strength, first.sha256) == (str(monday), 0.5, q.metadata["mean_sha256"])
-    assert (header["prior_strength"], header["chain_train_size"]) == ("1.0", "72")
+    assert (header["prior_strength"], header["chain_train_size"]) == ("300.0", "72")
     assert all(isinstance(value, str) for value in header.values())
     assert json.loads(header["prior_chain"])[1][3] == str(monday)
 
