@@ -1,6 +1,7 @@
 """What a program writes into README.md and RESULTS.md: tables and pictures of a suite, from its results alone.
 
-A table stands in a page between two comments, `<!-- table: SUITE PART -->` and `<!-- end of table -->`.
+A table stands in a page between two comments, `<!-- table: SUITE PART -->` and `<!-- end of table -->`; a part that
+compares suites takes several, `SUITE,SUITE`.
 """
 
 from __future__ import annotations
@@ -207,13 +208,50 @@ def peers(results: Results) -> str:
     return table(heads, rows)
 
 
-PARTS: dict[str, Callable[[Results], str]] = {
+def training(*suites: Results) -> str:
+    """How the draws stand to AdamW over the length of the training and the size of the data: a line a suite."""
+    rows = []
+    for results in suites:
+        names = results.tasks()
+        paper = next(baseline.rates for baseline in BASELINES if len(baseline.rates) > 1)
+        series = {
+            (metric, name): [averaged(results, metric, *where) for where in places]
+            for metric in METRICS
+            for name, places in (
+                ("validated", [("adamw", "mean", "nll")]),
+                ("paper", [("adamw", "mean", rate) for rate in paper]),
+                ("draws", [DRAWS]),
+            )
+        }
+        seeds = set.intersection(*(set(values) for found in series.values() for values in found))
+        if not seeds:
+            continue
+        of = {at: statistics.fmean(values[seed] for values in found for seed in seeds) for at, found in series.items()}
+        examples = {results.suite["tasks"][name]["train"] for name in names}
+        steps, batch = results.suite["steps"], results.suite["batch"]
+        [size] = examples
+        cells = [str(size), f"{steps} ({steps * batch / size:.0f} epochs)", str(len(names)), str(len(seeds))]
+        for name in ("validated", "paper"):
+            for metric, digits in (("nll", 3), ("ece", 1)):
+                scale = METRICS[metric][1]
+                theirs, ours = of[metric, name], of[metric, "draws"]
+                cells.append(f"{scale * theirs:.{digits}f} → {scale * ours:.{digits}f} ({ours / theirs:.2f})")
+            cells.append(f"{100 * (of['accuracy', 'draws'] - of['accuracy', name]):+.1f}")
+        rows.append(cells)
+    heads = ["examples", "steps", "tasks", "seeds"]
+    for name in ("rate by validation", "the paper's rates"):
+        heads += [f"AdamW, {name} → draws: NLL", "ECE, %", "accuracy, points"]
+    return table(heads, rows)
+
+
+PARTS: dict[str, Callable[..., str]] = {
     "summary": summary,
     "promises": promises,
     "tasks": tasks,
     "shape": shape,
     "beyond": beyond,
     "peers": peers,
+    "training": training,
 }
 
 
@@ -225,7 +263,8 @@ def fill(page: str, suites: Mapping[str, Any], records: list[Record]) -> str:
     """
 
     def made(place: re.Match[str]) -> str:
-        return place[1] + PARTS[place[3]](Results(suites[place[2]], records)) + "\n" + place[4]
+        results = [Results(suites[name], records) for name in place[2].split(",")]
+        return place[1] + PARTS[place[3]](*results) + "\n" + place[4]
 
     return PLACE.sub(made, page)
 

@@ -563,7 +563,7 @@ def causal_records() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
-    from benchmarks.fidelity.page import beyond, fill, learning_curves, peers, promises, shape, summary
+    from benchmarks.fidelity.page import beyond, fill, learning_curves, peers, promises, shape, summary, training
     from benchmarks.fidelity.report import Results
 
     made, records = causal_records()
@@ -582,6 +582,11 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     assert line.startswith("| movie | 1.005 → 0.805 (-0.200 ± 0.000) | 25.1 → 20.1 (-5.0 ± 0.0) |")
     [line] = peers(results).splitlines()[2:]  # an ensemble at the chosen rate, beside draws of 0.805
     assert line.endswith("| movie | 50.0 (50.0 ± 0.0) | 25.2 (20.1 ± 0.1) | 1.010 (0.805 ± 0.005) | no |")
+    # 4 steps of 4 are one epoch of 16; of twice the steps there are no results, and no line.
+    longer = Results({**made, "steps": 8}, records)
+    [line] = training(results, longer).splitlines()[2:]
+    shares = "1.005 → 0.805 (0.80) | 25.1 → 20.1 (0.80) | +0.0 | 1.505 → 0.805 (0.53) | 37.6 → 20.1 (0.53) | +0.0"
+    assert line == f"| 16 | 4 (1 epochs) | 1 | 2 | {shares} |"
     page = "a\n<!-- table: s summary -->\nold\n<!-- end of table -->\nb"
     assert fill(page, {"s": made}, records) == page.replace("old", summary(results))
     assert len(learning_curves(results).axes) == 3
