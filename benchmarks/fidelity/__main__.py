@@ -57,7 +57,12 @@ def main() -> None:
         for page in PAGES:
             page.write_text(fill(page.read_text(encoding="utf-8"), suites, records), encoding="utf-8")
         results = Results(suites["causal"], records)
-        for name, figure in (("causal-curves", learning_curves(results)), ("causal-knobs", knobs(results))):
+        figures = {
+            "causal-curves": learning_curves(results),
+            "causal-long-curves": learning_curves(Results(suites["causal-long"], records)),
+            "causal-knobs": knobs(results),
+        }
+        for name, figure in figures.items():
             figure.savefig(HERE.parent / "pictures" / f"{name}.png", dpi=110)
     elif arguments.command == "report":
         from .report import report
