@@ -63,12 +63,16 @@ class Causal(nn.Module):
         self.choices = base.lm_head.weight[list(choices)].detach().float()
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits of the choices after each text, float32 (batch, classes)."""
+        """Return the logits of the choices after each text, float32 (batch, classes); of answers, for every token."""
         model = self.peft.base_model.model.model
         mask = batch["input_ids"] != PADDING
         lengths = mask.sum(1)
         hidden = batch["hidden"][mask] if "hidden" in batch else self.lower(batch)
         last = lengths.cumsum(0) - 1
+        if "answers" in batch:  # the tokens that a token of an answer follows
+            ends = torch.repeat_interleave(last, batch["answers"])
+            before = torch.cat([torch.arange(count - 1, -1, -1) for count in batch["answers"].tolist()])
+            last = ends - before
         # oneDNN compiles a kernel for every number of tokens; of few numbers, few: a quarter of the time.
         rest = -len(hidden) % TOKENS
         hidden, lengths = F.pad(hidden, (0, 0, 0, rest)), F.pad(lengths, (0, 1), value=rest)

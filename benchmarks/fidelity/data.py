@@ -37,11 +37,16 @@ SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized text, the index of its class, and what the frozen layers make of it, (tokens, hidden)."""
+    """One tokenized text, the index of its class, and what the frozen layers make of it, (tokens, hidden).
+
+    A text that is to be written has an `answer` in place of a class: of each of its tokens the index among the choices.
+    `ids` end before the last of them, so the last len(answer) tokens are those that are followed by one.
+    """
 
     ids: list[int]
     label: int
     hidden: Tensor | None = None
+    answer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Task:
     test: list[Example]
     shifted: dict[str, list[Example]]
     classes: int
-    choices: tuple[int, ...] = ()  # of a causal model: the token of every class
+    choices: tuple[int, ...] = ()  # of a causal model: the token of every class, or those that an answer may have
 
 
 def prepare(folder: Path, causal: str | None = None) -> None:
@@ -84,7 +89,8 @@ def load_task(
     choices. With `lettered` the choices are in the text, and the classes are their letters, for choices that differ
     from question to question. With `question`, one of `QUESTIONS` is asked of snippets in place of their sign:
     which of the four domains they are of, whatever the `source`, or whether they are rated above the median. Texts
-    of more than `max_tokens` tokens are left out. The splits depend on `SPLIT_SEED` alone; smaller training sets
+    of more than `max_tokens` tokens are left out. With `write` the model is told the sign and writes the snippet, out
+    of the tokens that the snippets of this source have. The splits depend on `SPLIT_SEED` alone; smaller training sets
     are the beginnings of larger ones. `model` is the folder of the tokenizer; for a causal model a text ends with
     what asks for the answer, and `choices` are the first tokens of the answers.
 
@@ -104,6 +110,12 @@ def load_task(
         examples = [Example(tokens, label) for tokens, (_, label) in zip(ids, rows, strict=True)]
         return [example for example in examples if len(example.ids) <= max_tokens]
 
+    if spec.get("write"):
+        rows = _snippets(next((folder / "vaderSentiment").iterdir()), {**MOVIE, **DOMAINS}[spec["source"]])
+        written, tokens = _written(tokenizer, rows, max_tokens)
+        held_out, pool = _take(written, spec["test"])
+        validation, pool = _take(pool, spec["validation"])
+        return Task(_take(pool, spec["train"])[0], validation, held_out, {}, len(tokens), tokens)
     shifted = {}
     if file := {**MOVIE, **DOMAINS}.get(spec["source"]):
         sdist = next((folder / "vaderSentiment").iterdir())
@@ -149,6 +161,19 @@ def _snippets(sdist: Path, name: str, strength: bool = False) -> list[tuple[str,
     middle = statistics.median(abs(rating) for rating, _ in rated)
     rows = [(text, int(abs(rating) > middle if strength else rating > 0)) for rating, text in rated]
     return random.Random(SPLIT_SEED).sample(rows, len(rows))
+
+
+def _written(tokenizer: Any, rows: Sequence[tuple[str, int]], most: int) -> tuple[list[Example], tuple[int, ...]]:
+    """Return the texts of at most so many tokens as answers to their sign, and the tokens of all, in order."""
+    texts = [tokenizer(f" {text}", add_special_tokens=False)["input_ids"] for text, _ in rows]
+    tokens = tuple(sorted(set().union(*texts)))
+    prompts = [tokenizer(f"{sign} review:", add_special_tokens=False)["input_ids"] for sign in ("Negative", "Positive")]
+    index = {token: i for i, token in enumerate(tokens)}
+    examples = [
+        Example([*prompts[label], *ids[:-1]], label, answer=tuple(index[token] for token in ids))
+        for ids, (_, label) in zip(texts, rows, strict=True)
+    ]
+    return [example for example in examples if len(example.ids) <= most], tokens
 
 
 def _sources(sdist: Path) -> list[tuple[str, int]]:
@@ -284,10 +309,20 @@ class Encoder(nn.Module):
         return {name: value for name, value in self.peft.named_parameters() if value.requires_grad}
 
 
+def labels_of(examples: Sequence[Example]) -> Tensor:
+    """Return what is asked of examples, int64: of each its class, or all tokens of its answer."""
+    return torch.tensor([label for example in examples for label in example.answer or (example.label,)])
+
+
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Pad examples to the longest: `input_ids` (batch, length), `labels` (batch,), and `hidden` if they have it."""
+    """Pad examples to the longest: `input_ids` (batch, length), `labels` (batch,), and `hidden` if they have it.
+
+    Of texts to be written there are as many labels as tokens of all answers; `answers` (batch,) are their numbers.
+    """
     ids = nn.utils.rnn.pad_sequence([torch.tensor(example.ids) for example in examples], batch_first=True)
-    batch = {"input_ids": ids, "labels": torch.tensor([example.label for example in examples])}
+    batch = {"input_ids": ids, "labels": labels_of(examples)}
+    if any(example.answer for example in examples):
+        batch["answers"] = torch.tensor([len(example.answer) for example in examples])
     hidden = [example.hidden for example in examples if example.hidden is not None]
     if hidden:
         batch["hidden"] = nn.utils.rnn.pad_sequence(hidden, batch_first=True)
@@ -312,8 +347,11 @@ def training_batches(examples: Sequence[Example], size: int, seed: int) -> Itera
 
 @torch.no_grad()
 def predict(model: nn.Module, examples: Sequence[Example], size: int = 32) -> Tensor:
-    """Return the logits (n, classes), float64, in the order of `examples`."""
+    """Return the logits (n, classes), float64, in the order of `labels_of(examples)`."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    parts = [model(collate([examples[i] for i in order[at : at + size]])) for at in range(0, len(order), size)]
-    logits = torch.cat(parts).double()
-    return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)
+    found: dict[int, Tensor] = {}
+    for at in range(0, len(order), size):
+        chunk = order[at : at + size]
+        parts = model(collate([examples[i] for i in chunk])).split([max(1, len(examples[i].answer)) for i in chunk])
+        found |= dict(zip(chunk, parts, strict=True))
+    return torch.cat([found[i] for i in range(len(examples))]).double()

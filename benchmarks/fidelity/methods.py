@@ -28,7 +28,7 @@ from axolotl_ivon.fitting.precision import Prior
 from axolotl_ivon.models.gradients import ExampleGradients
 from axolotl_ivon.training.presets import PRESETS
 
-from .data import Encoder, Example, Task, collate, predict, training_batches
+from .data import Encoder, Example, Task, collate, labels_of, predict, training_batches
 
 Weights = Mapping[str, Tensor]
 WARMUP = 0.05
@@ -154,8 +154,7 @@ class Curve:
 
     def measure(self, predictions: Predictions) -> dict[str, float]:
         """Return accuracy, NLL and ECE."""
-        labels = torch.tensor([example.label for example in self.examples])
-        found = metrics(Scores.of(predictions.probabilities, labels))
+        found = metrics(Scores.of(predictions.probabilities, labels_of(self.examples)))
         return {name: found[name] or 0.0 for name in ("accuracy", "nll", "ece")}
 
 
@@ -452,7 +451,7 @@ def fit_sigma(
 
     def nll(sigma: Weights, of: Sequence[Example]) -> float:
         found = predict_posterior(model, as_posterior(mean, sigma), of, draws)
-        labels = torch.tensor([example.label for example in of])
+        labels = labels_of(of)
         return float(-found.probabilities[torch.arange(len(of)), labels].log().mean())
 
     if method == "tfb":

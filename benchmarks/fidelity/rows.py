@@ -16,7 +16,7 @@ import torch
 from axolotl_ivon import Posterior
 from axolotl_ivon.evaluation.metrics import Scores, metrics
 
-from .data import Encoder, Example, Task, predict
+from .data import Encoder, Example, Task, labels_of, predict
 from .methods import (
     Predictions,
     fit_laplace,
@@ -34,14 +34,9 @@ RATIO = 0.1  # the paper's share of pruned weights
 TEMPERATURES, RATIOS = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0), (0.0, 0.1)
 
 
-def labels(examples: Sequence[Example]) -> torch.Tensor:
-    """Return the labels, int64 (n,)."""
-    return torch.tensor([example.label for example in examples])
-
-
 def score(predictions: Predictions, examples: Sequence[Example]) -> dict[str, float | None]:
     """Return the metrics of predictions, as `ivon-post eval` computes them."""
-    return metrics(Scores.of(predictions.probabilities, labels(examples), predictions.expected_entropy))
+    return metrics(Scores.of(predictions.probabilities, labels_of(examples), predictions.expected_entropy))
 
 
 def mean(model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any) -> Answer:
@@ -123,7 +118,7 @@ def temperature_scaling(
 ) -> Answer:
     """The weights themselves, logits divided by the temperature that fits the validation data best."""
     with loaded(model, dict(q.mean)):
-        temperature = fit_temperature(predict(model, task.validation), labels(task.validation))
+        temperature = fit_temperature(predict(model, task.validation), labels_of(task.validation))
         logits = predict(model, examples)
     return Predictions.of([logits / temperature]), {"temperature": temperature}
 
@@ -133,7 +128,7 @@ def posterior_scaled(
 ) -> Answer:
     """The average over draws, its log-probabilities divided by the temperature that fits the validation data best."""
     held_out = predict_posterior(model, q, task.validation, draws).probabilities.log()
-    temperature = fit_temperature(held_out, labels(task.validation))
+    temperature = fit_temperature(held_out, labels_of(task.validation))
     logits = predict_posterior(model, q, examples, draws).probabilities.log()
     return Predictions.of([logits / temperature]), {"temperature": temperature}
 

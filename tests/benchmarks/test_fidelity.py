@@ -128,6 +128,39 @@ def test_causal_equals_transformers_and_the_kept_trunk_changes_nothing(tmp_path:
         torch.testing.assert_close(gradients[1][name], value.grad)
 
 
+def test_of_an_answer_every_token_is_a_class(tmp_path: Path) -> None:
+    from benchmarks.fidelity.causal import Causal
+    from benchmarks.fidelity.data import Example, _written, collate, labels_of, predict
+
+    class Words:
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": [1 + words.index(word) for word in text.split()]}
+
+    words = ["Negative", "Positive", "review:", "so", "good", "a", "film", "dull"]
+    rows = [("so good a film", 1), ("a dull film", 0), ("film", 1), ("so so so so so so", 0)]
+    texts, tokens = _written(Words(), rows, 6)
+    assert tokens == (4, 5, 6, 7, 8)
+    assert texts[0] == Example([2, 3, 4, 5, 6], 1, answer=(0, 1, 2, 3))  # all but the last word, and what follows each
+    assert len(texts) == 3
+    assert labels_of(texts).tolist() == [0, 1, 2, 3, 2, 4, 3, 3]
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = Causal(tmp_path, tokens, 0, 2, ["q_proj", "v_proj"], 0.1, 2, torch.float32).eval()
+    for name, value in model.trained().items():
+        if "lora_B" in name:
+            nn.init.normal_(value)
+    expected = torch.cat(
+        [model.peft(input_ids=torch.tensor([t.ids])).logits[0, -len(t.answer) :][:, list(tokens)] for t in texts]
+    )
+    torch.testing.assert_close(model(collate(texts)), expected)
+    torch.testing.assert_close(predict(model, model.freeze(texts), size=2), expected.double())
+
+
 def test_predictions_are_in_the_order_of_the_examples(bert: Path) -> None:
     from benchmarks.fidelity.data import collate, predict
 
