@@ -209,37 +209,48 @@ def peers(results: Results) -> str:
 
 
 def training(*suites: Results) -> str:
-    """How the draws stand to AdamW over the length of the training and the size of the data: a line a suite."""
+    """How the draws stand to AdamW over the length of the training and the size of the data.
+
+    A line a suite, over all of its tasks, and one of the first task where there are several.
+    """
+    paper = next(baseline.rates for baseline in BASELINES if len(baseline.rates) > 1)
+    places = {
+        "rate by validation": [("adamw", "mean", "nll")],
+        "the paper's rates": [("adamw", "mean", rate) for rate in paper],
+        "draws": [(*DRAWS, "nll")],
+    }
     rows = []
     for results in suites:
         names = results.tasks()
-        paper = next(baseline.rates for baseline in BASELINES if len(baseline.rates) > 1)
-        series = {
-            (metric, name): [averaged(results, metric, *where) for where in places]
-            for metric in METRICS
-            for name, places in (
-                ("validated", [("adamw", "mean", "nll")]),
-                ("paper", [("adamw", "mean", rate) for rate in paper]),
-                ("draws", [DRAWS]),
-            )
-        }
-        seeds = set.intersection(*(set(values) for found in series.values() for values in found))
-        if not seeds:
-            continue
-        of = {at: statistics.fmean(values[seed] for values in found for seed in seeds) for at, found in series.items()}
-        examples = {results.suite["tasks"][name]["train"] for name in names}
-        steps, batch = results.suite["steps"], results.suite["batch"]
-        [size] = examples
-        cells = [str(size), f"{steps} ({steps * batch / size:.0f} epochs)", str(len(names)), str(len(seeds))]
-        for name in ("validated", "paper"):
-            for metric, digits in (("nll", 3), ("ece", 1)):
-                scale = METRICS[metric][1]
-                theirs, ours = of[metric, name], of[metric, "draws"]
-                cells.append(f"{scale * theirs:.{digits}f} → {scale * ours:.{digits}f} ({ours / theirs:.2f})")
-            cells.append(f"{100 * (of['accuracy', 'draws'] - of['accuracy', name]):+.1f}")
-        rows.append(cells)
-    heads = ["examples", "steps", "tasks", "seeds"]
-    for name in ("rate by validation", "the paper's rates"):
+        for some in [names, names[:1]] if len(names) > 1 else [names]:
+            found = {
+                (metric, name): [
+                    _over_tasks(results, metric, some, method, row, "test", by) for method, row, by in wheres
+                ]
+                for metric in METRICS
+                for name, wheres in places.items()
+            }
+            seeds = set.intersection(*(set(values) for columns in found.values() for values in columns))
+            if not seeds:
+                continue
+            of = {
+                at: statistics.fmean(values[seed] for values in columns for seed in seeds)
+                for at, columns in found.items()
+            }
+            [size] = {results.suite["tasks"][name]["train"] for name in some}
+            steps = results.suite["steps"]
+            epochs = steps * results.suite["batch"] / size
+            what = some[0] if len(some) == 1 else f"{len(some)} tasks of {size}"
+            cells = [what, f"{steps} ({epochs:.0f} epochs)", str(len(seeds))]
+            for name in list(places)[:2]:
+                for metric in ("nll", "ece"):
+                    _, scale, digits = METRICS[metric]
+                    theirs, ours = of[metric, name], of[metric, "draws"]
+                    cells.append(f"{scale * theirs:.{digits}f} → {scale * ours:.{digits}f} ({ours / theirs:.2f})")
+                cells.append(f"{100 * (of['accuracy', 'draws'] - of['accuracy', name]):+.1f}")
+            rows.append(cells)
+    heads = ["", "steps", "seeds"]
+    for name in list(places)[:2]:
         heads += [f"AdamW, {name} → draws: NLL", "ECE, %", "accuracy, points"]
     return table(heads, rows)
 

@@ -619,7 +619,7 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     longer = Results({**made, "steps": 8}, records)
     [line] = training(results, longer).splitlines()[2:]
     shares = "1.005 → 0.805 (0.80) | 25.1 → 20.1 (0.80) | +0.0 | 1.505 → 0.805 (0.53) | 37.6 → 20.1 (0.53) | +0.0"
-    assert line == f"| 16 | 4 (1 epochs) | 1 | 2 | {shares} |"
+    assert line == f"| movie | 4 (1 epochs) | 2 | {shares} |"
     page = "a\n<!-- table: s summary -->\nold\n<!-- end of table -->\nb"
     assert fill(page, {"s": made}, records) == page.replace("old", summary(results))
     assert len(learning_curves(results).axes) == 3
