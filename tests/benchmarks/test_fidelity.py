@@ -7,7 +7,7 @@ import math
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,20 +93,27 @@ def test_encoder_equals_the_model_that_it_shortens(bert: Path) -> None:
     torch.testing.assert_close(model({**collate(frozen), "input_ids": (batch["input_ids"] != 1).long()}), expected)
 
 
-def test_causal_equals_transformers_and_the_kept_trunk_changes_nothing(tmp_path: Path) -> None:
+def causal(folder: Path, choices: Sequence[int]) -> Any:
+    """A tiny Llama with LoRA, that is not 0, on the upper two of four layers."""
     from benchmarks.fidelity.causal import Causal
-    from benchmarks.fidelity.data import collate
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=48, tie_word_embeddings=True,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    model = Causal(tmp_path, [7, 9], 0, 2, ["q_proj", "v_proj"], 0.1, 2, torch.float32).eval()
+    LlamaForCausalLM(config).save_pretrained(folder)
+    model = Causal(folder, choices, 0, 2, ["q_proj", "v_proj"], 0.1, 2, torch.float32).eval()
     for name, value in model.trained().items():
         if "lora_B" in name:
             nn.init.normal_(value)
+    return model
+
+
+def test_causal_equals_transformers_and_the_kept_trunk_changes_nothing(tmp_path: Path) -> None:
+    from benchmarks.fidelity.data import collate
+
+    model = causal(tmp_path, [7, 9])
     assert {name.split(".layers.")[1][0] for name in model.trained()} == {"2", "3"}
     texts = examples(5)
     batch = collate(texts)
@@ -129,7 +136,6 @@ def test_causal_equals_transformers_and_the_kept_trunk_changes_nothing(tmp_path:
 
 
 def test_of_an_answer_every_token_is_a_class(tmp_path: Path) -> None:
-    from benchmarks.fidelity.causal import Causal
     from benchmarks.fidelity.data import Example, _written, collate, labels_of, predict
 
     class Words:
@@ -144,16 +150,7 @@ def test_of_an_answer_every_token_is_a_class(tmp_path: Path) -> None:
     assert len(texts) == 3
     assert labels_of(texts).tolist() == [0, 1, 2, 3, 2, 4, 3, 3]
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    model = Causal(tmp_path, tokens, 0, 2, ["q_proj", "v_proj"], 0.1, 2, torch.float32).eval()
-    for name, value in model.trained().items():
-        if "lora_B" in name:
-            nn.init.normal_(value)
+    model = causal(tmp_path, tokens)
     expected = torch.cat(
         [model.peft(input_ids=torch.tensor([t.ids])).logits[0, -len(t.answer) :][:, list(tokens)] for t in texts]
     )
@@ -709,7 +706,7 @@ def test_lambda_and_pruning_are_drawn_from_their_ablations() -> None:
     assert magnitude == [[0, 0.5], [90, 0.7]]
 
 
-@pytest.mark.parametrize("name", ["causal", "causal-quick"])
+@pytest.mark.parametrize("name", ["causal", "causal-quick", "causal-long", "causal-half", "causal-write"])
 def test_what_is_said_of_the_preset_is_measured_with_it(name: str) -> None:
     from axolotl_ivon.training.presets import PRESETS
 
