@@ -87,13 +87,18 @@ def loop(
     model.train()
     begun = time.process_time()
     for step in range(steps):
+        losses = 0
         with sampled() if shared else nullcontext():
             for part in range(parts):
                 with nullcontext() if shared else sampled():
                     if part and mirror and settings.get("antithetic"):
                         mirror()
                     batch = next(batches)
+                    losses += len(batch["labels"])
                     (F.cross_entropy(model(batch), batch["labels"]) / parts).backward()
+        for group in optimizer.param_groups:
+            if "batch_size" in group:  # as in training by a Trainer, where it is known at each step only
+                group["batch_size"] = losses
         optimizer.step()
         optimizer.zero_grad()
         if after_step:
@@ -191,7 +196,6 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
         prior=settings.get("prior", "empirical"),
         prior_strength=preset.prior_strength,
         hessian=preset.hessian,  # type: ignore[arg-type]
-        batch_size=settings["batch"],
         h0_steps=preset.h0_steps,
         seed=settings["seed"],
     )

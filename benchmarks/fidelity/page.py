@@ -6,6 +6,8 @@ compares suites takes several, `SUITE,SUITE`.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from .report import METRICS, Results, cell, label_of, lines_of, mean_and_error, table
-from .run import Record, ablation_jobs, seed_jobs
+from .run import Job, Record, ablation_jobs, seed_jobs
 
 PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 MOVIE = "movie-256"  # the task of the ablations, which is evaluated on other domains too
@@ -255,6 +257,69 @@ def training(*suites: Results) -> str:
     return table(heads, rows)
 
 
+# What the settings of the ablations are called.
+VARIED = {
+    "lr": "the most that a step moves a weight",
+    "hessian": "ĥ",
+    "averaged": "mean of the iterates, of this last share",
+    "accumulate": "micro-batches a step",
+    "one_draw": "one draw for all of them",
+    "antithetic": "mirrored in the second",
+    "prior_strength": "prior strength κ",
+    "memory": "memory of the precision, as a share of the run",
+    "rank": "rank",
+    "upper": "upper layers",
+    "targets": "matrices",
+}
+
+
+def ablations(results: Results) -> str:
+    """What one setting changes: a line for each variant of an ablation, paired by seed with the method as it is."""
+    rows = []
+    for name, spec in results.suite["ablations"].items():
+        if not {"mean", "posterior"} <= set(spec["rows"]):
+            continue
+        for variant in spec["variants"]:
+            alone = {**results.suite, "ablations": {name: {**spec, "variants": [variant]}}}
+            jobs = {json.loads(job.settings)["seed"]: job for job in ablation_jobs(alone, name, results.records)}
+            cells, seeds = [], set(jobs)
+            for row, metric in (("mean", "accuracy"), ("mean", "nll"), ("posterior", "ece"), ("posterior", "nll")):
+                before = results.values(metric, spec["task"], spec["method"], row)
+                after = {
+                    seed: record["metrics"][metric]
+                    for seed, job in jobs.items()
+                    if (record := results.index.get((job.key, row, "test")))
+                }
+                seeds = seeds & before.keys() & after.keys()
+                if seeds and variant:
+                    _, scale, digits = METRICS[metric]
+                    change, error = mean_and_error([scale * (after[seed] - before[seed]) for seed in sorted(seeds)])
+                    of = statistics.fmean(scale * after[seed] for seed in seeds)
+                    spread = "" if math.isnan(error) else f" ± {error:.{digits}f}"
+                    cells.append(f"{of:.{digits}f} ({change:+.{digits}f}{spread})")
+            if cells:
+                rows.append([_varied(variant, results, jobs[min(seeds)]), spec["task"], str(len(seeds)), *cells])
+    heads = ["changed (against the method as it is)", "task", "seeds"]
+    return table(
+        [*heads, "accuracy of the mean, %", "NLL of the mean", "ECE of the draws, %", "NLL of the draws"], rows
+    )
+
+
+def _varied(variant: Mapping[str, Any], results: Results, job: Job) -> str:
+    """Return what a variant is called; λ is said as it came out."""
+    ess = results.index[job.key, "mean", "test"]["facts"].get("ivon_ess", math.nan)
+    return "; ".join(
+        f"λ: {ess:,.0f}" if key == "per_weight" else f"{VARIED.get(key, key)}: {_shown(value)}"
+        for key, value in variant.items()
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "yes" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 PARTS: dict[str, Callable[..., str]] = {
     "summary": summary,
     "promises": promises,
@@ -263,6 +328,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "beyond": beyond,
     "peers": peers,
     "training": training,
+    "ablations": ablations,
 }
 
 

@@ -435,6 +435,32 @@ def test_antithetic_micro_batches_see_a_draw_and_its_mirror_image(bert: Path, mo
             assert not torch.equal(one[name], other[name])
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_losses_of_a_step_are_the_tokens_of_its_answers(
+    tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.fidelity import methods
+    from benchmarks.fidelity.data import Example
+
+    sizes = []
+
+    class Spied(methods.IVONLoRA):
+        def step(self, closure: Any = None) -> Any:
+            sizes.extend(group["batch_size"] for group in self.param_groups)
+            return super().step(closure)
+
+    monkeypatch.setattr(methods, "IVONLoRA", Spied)
+    texts = [
+        Example([2, 3, 4, 5], 1, answer=(0, 1, 2)),
+        Example([2, 3], 1, answer=(0,)),
+        Example([2, 4], 0, answer=(1, 2)),
+    ]
+    settings = {**SETTINGS, "steps": 2, "batch": 3, "accumulate": accumulate}
+    del settings["lr"]
+    methods.train_ivon_auto(causal(tmp_path, [4, 5, 6]), task(train=texts), settings)
+    assert sizes == [6, 6]
+
+
 def test_one_draw_a_step_is_shared_by_its_micro_batches(bert: Path) -> None:
     from benchmarks.fidelity.methods import train_ivon_lora
 
@@ -620,6 +646,35 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     page = "a\n<!-- table: s summary -->\nold\n<!-- end of table -->\nb"
     assert fill(page, {"s": made}, records) == page.replace("old", summary(results))
     assert len(learning_curves(results).axes) == 3
+
+
+def test_ablations_are_held_against_the_same_seeds_of_the_method_as_it_is() -> None:
+    from benchmarks.fidelity import run as fidelity
+    from benchmarks.fidelity.page import ablations
+    from benchmarks.fidelity.report import Results
+
+    made, records = causal_records()
+    of_all = {"task": "movie", "method": "ivon-auto", "rows": ["mean", "posterior"], "seeds": [0, 1]}
+    made["ablations"] = {
+        "memory": {**of_all, "variants": [{}, {"memory": 0.05}]},
+        "λ": {**of_all, "variants": [{"per_weight": 3, "targets": ["q", "v"]}]},
+        "others": {**of_all, "rows": ["sigma=as-is"], "variants": [{"memory": 1.0}]},
+    }
+    for name, nlls in (("memory", (0.7, 0.9)), ("λ", (0.5,))):
+        jobs = [job for job in fidelity.ablation_jobs(made, name, records) if "memory" in job.settings or name == "λ"]
+        for job, nll in zip(jobs, nlls, strict=False):  # of λ the second seed has not run
+            metrics = {"nll": nll, "accuracy": 0.6, "ece": 0.1}
+            facts = {"ivon_ess": 12345.0}
+            records += [
+                {"run": job.key, "row": row, "data": "test", "metrics": metrics, "facts": facts} for row, _ in job.rows
+            ]
+    # The method has NLL 0.8 and 0.81, ECE 20 and 20.25 %, accuracy 50 %.
+    memory, ess = ablations(Results(made, records)).splitlines()[2:]
+    assert memory == (
+        "| memory of the precision, as a share of the run: 0.05 | movie | 2 | 60.0 (+10.0 ± 0.0) | "
+        "0.800 (-0.005 ± 0.095) | 10.0 (-10.1 ± 0.1) | 0.800 (-0.005 ± 0.095) |"
+    )
+    assert ess.startswith("| λ: 12,345; matrices: q, v | movie | 1 | 60.0 (+10.0) | 0.500 (-0.300) |")
 
 
 def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
