@@ -26,8 +26,9 @@ from axolotl_ivon.fitting.fit import FACTORS, TOLERANCE
 from axolotl_ivon.fitting.ivon import Averages, iterate
 from axolotl_ivon.fitting.precision import Prior
 from axolotl_ivon.models.gradients import ExampleGradients
-from axolotl_ivon.training.presets import PRESETS
+from axolotl_ivon.training.presets import PRESETS, Preset
 
+from .blocks import BlockIVON
 from .data import Encoder, Example, Task, collate, labels_of, predict, training_batches
 
 Weights = Mapping[str, Tensor]
@@ -43,6 +44,7 @@ class Trained:
     train_seconds: float  # of this process's CPU: what else runs on the machine does not count
     state_bytes: int
     note: dict[str, Any] = field(default_factory=dict)
+    roots: Weights = field(default_factory=dict)  # of `blocks.correlated`, where weights are
 
 
 # -------------------------------------------------------------------- training
@@ -176,7 +178,7 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
 
     `lr` is the most that a step may move a weight, as AdamW's learning rate is in a YAML; without it the rate is that
     of the preset's travel. `per_weight` is λ/(N·weights), and `averaged` the share of the steps, the last ones, whose
-    means are averaged.
+    means are averaged. With `blocks` the precision is a matrix over the rank (`blocks.BlockIVON`).
     """
     parameters, preset = model.trained(), PRESETS["auto"]
     preset = preset._replace(**{name: settings[name] for name in preset._fields if name in settings})
@@ -186,6 +188,8 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
     fan_ins = [value.shape[1] for name, value in parameters.items() if ".lora_A." in name]
     share = settings.get("warmup", WARMUP)
     bound = settings.get("lr") or travel_rate(preset.travel or 0.0, steps, share)
+    if settings.get("blocks"):
+        return _train_blocks(model, task, settings, preset, ess, bound / preset.clip, preset.first_h0(ess, fan_ins))
     optimizer = IVONLoRA(
         parameters.items(),
         lr=bound / preset.clip,
@@ -223,6 +227,20 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
     facts = {**optimizer.summary(), "curve": curve.points}
     found = as_posterior(total, dict(posterior().sigma)) if total else posterior()
     return Trained(model, found, seconds, state_bytes(optimizer), facts)
+
+
+def _train_blocks(
+    model: Encoder, task: Task, settings: Mapping[str, Any], preset: Preset, ess: float, lr: float, h0: float
+) -> Trained:
+    parameters, beta2 = model.trained(), preset.second_beta(settings["steps"])
+    optimizer = BlockIVON(
+        parameters, lr, ess, beta2, h0, preset.clip, preset.prior_strength, preset.h0_steps or 0.0, settings["seed"]
+    )
+    curve = Curve(model, task, settings, optimizer.posterior)
+    seconds = loop(model, task.train, optimizer, settings, optimizer.sampled_params, curve) - curve.seconds
+    found = optimizer.posterior()
+    facts = {"curve": curve.points, "ivon_ess": ess}
+    return Trained(model, found, seconds, 4 * (optimizer.P.numel() + optimizer.g.numel()), facts, found.roots)
 
 
 def travel_rate(travel: float, steps: int, share: float) -> float:

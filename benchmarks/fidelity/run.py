@@ -244,6 +244,7 @@ def trained(task: str, settings_text: str, places: Places) -> tuple[Any, Any, di
     from safetensors import safe_open
     from safetensors.torch import save_file
 
+    from .blocks import correlated
     from .methods import TRAINERS, as_posterior
 
     settings = json.loads(settings_text)
@@ -256,6 +257,7 @@ def trained(task: str, settings_text: str, places: Places) -> tuple[Any, Any, di
         facts = {"train_seconds": run.train_seconds, "state_mb": run.state_bytes / 2**20, **run.note}
         tensors = {f"mean/{name}": value for name, value in dict(run.posterior.mean).items()}
         tensors |= {f"sigma/{name}": value for name, value in dict(run.posterior.sigma).items()}
+        tensors |= {f"root/{name}": value for name, value in run.roots.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".new")
         save_file(tensors, scratch, {"facts": json.dumps(facts)})
@@ -266,13 +268,14 @@ def trained(task: str, settings_text: str, places: Places) -> tuple[Any, Any, di
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     mean = {name[5:]: value for name, value in tensors.items() if name.startswith("mean/")}
     sigma = {name[6:]: value for name, value in tensors.items() if name.startswith("sigma/")}
+    roots = {name[5:]: value for name, value in tensors.items() if name.startswith("root/")}
     model.eval()
     # What BLoB trains besides is in σ by now, so a plain encoder takes the mean of every method.
     parameters = model.trained()
     with torch.no_grad():
         for name, value in mean.items():
             parameters[name].copy_(value)
-    return model, as_posterior(mean, sigma), facts
+    return model, correlated(mean, roots) if roots else as_posterior(mean, sigma), facts
 
 
 def work_off(job: Job, rows: list[tuple[str, str]], places: Places) -> str:

@@ -435,6 +435,65 @@ def test_antithetic_micro_batches_see_a_draw_and_its_mirror_image(bert: Path, mo
             assert not torch.equal(one[name], other[name])
 
 
+def of_rank(rank: int) -> dict[str, nn.Parameter]:
+    torch.manual_seed(0)
+    return {"A": nn.Parameter(torch.randn(rank, 5)), "B": nn.Parameter(torch.randn(6, rank))}
+
+
+def test_blocks_of_rank_one_are_ivon_lora() -> None:
+    from axolotl_ivon import IVONLoRA
+    from benchmarks.fidelity.blocks import BlockIVON
+
+    # λ so large that the draws are the mean, but for rounding, which p does not hear of.
+    shared = {"lr": 0.1, "ess": 1e12, "h0": 0.3, "clip": 0.5, "prior_strength": 0.1, "h0_steps": 10.0, "seed": 0}
+    target = torch.randn(6, 5)
+    found = []
+    for name in ("blocks", "diagonal"):
+        parameters = of_rank(1)
+        optimizer: Any = (
+            BlockIVON(parameters, beta2=0.9, **shared)
+            if name == "blocks"
+            else IVONLoRA(parameters.items(), betas=(0.9, 0.9), hessian="squared_gradients", batch_size=7, **shared)
+        )
+        optimizer.param_groups[0]["batch_size"] = 7
+        for _ in range(5):
+            with optimizer.sampled_params():
+                (parameters["B"] @ parameters["A"] - target).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        q = optimizer.posterior() if name == "blocks" else None
+        mean = {key: q.mean[key] if q else optimizer.mean(value) for key, value in parameters.items()}
+        sigma = {key: q.sigma[key] if q else optimizer.sigma(value) for key, value in parameters.items()}
+        found.append((mean, sigma))
+    for key in ("A", "B"):
+        torch.testing.assert_close(found[0][0][key], found[1][0][key])
+        torch.testing.assert_close(found[0][1][key], found[1][1][key])
+
+
+def test_draws_of_blocks_have_the_covariance_of_the_information(tmp_path: Path) -> None:
+    from benchmarks.fidelity.blocks import BlockIVON
+
+    parameters = of_rank(2)
+    optimizer = BlockIVON(
+        parameters, lr=0.0, ess=50.0, beta2=0.5, h0=1.0, clip=1.0, prior_strength=0.1, h0_steps=1.0, seed=0
+    )
+    for value in parameters.values():
+        value.grad = torch.randn(value.shape)
+    optimizer.step()
+    q = optimizer.posterior()
+    expected = torch.linalg.inv(50 * optimizer.P)  # 5 columns of A, then 6 rows of B
+    draws = [q.sample(0, member) for member in range(4000)]
+    columns = torch.stack([draw["A"].T - q.mean["A"].T for draw in draws])
+    rows = torch.stack([draw["B"] - q.mean["B"] for draw in draws])
+    blocks = torch.cat([columns, rows], 1)
+    covariance = torch.einsum("nbi,nbj->bij", blocks, blocks) / len(draws)
+    variance = expected.diagonal(dim1=-2, dim2=-1)
+    error = ((variance[:, :, None] * variance[:, None, :] + expected.square()) / len(draws)).sqrt()
+    assert ((covariance - expected).abs() / error).max() < 5
+    assert (expected[:, 0, 1].abs() / error[:, 0, 1]).max() > 15  # they are correlated
+    torch.testing.assert_close(q.sigma["B"], expected[5:].diagonal(dim1=-2, dim2=-1).sqrt())
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_losses_of_a_step_are_the_tokens_of_its_answers(
     tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch
