@@ -262,7 +262,7 @@ def training(*suites: Results) -> str:
 VARIED = {
     "lr": "the most that a step moves a weight",
     "hessian": "ĥ",
-    "few": "λ as of 250 examples where there are fewer: only below",
+    "few": "least N of the rule for λ",
     "averaged": "mean of the iterates, of this last share",
     "accumulate": "micro-batches a step",
     "one_draw": "one draw for all of them",
