@@ -137,5 +137,5 @@ class BlockIVON(torch.optim.Optimizer):
         parts = zip(self.parameters.items(), self.m.split(self.sizes), self.roots().split(self.sizes), strict=True)
         means, roots = dict[str, Tensor](), dict[str, Tensor]()
         for (name, value), mean, root in parts:
-            means[name], roots[name] = from_blocks(mean, value).clone(), root.clone()
+            means[name], roots[name] = from_blocks(mean, value).contiguous(), root.contiguous()
         return correlated(means, roots)

@@ -494,6 +494,24 @@ def test_draws_of_blocks_have_the_covariance_of_the_information(tmp_path: Path) 
     torch.testing.assert_close(q.sigma["B"], expected[5:].diagonal(dim1=-2, dim2=-1).sqrt())
 
 
+def test_correlated_draws_survive_the_work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.fidelity import run as fidelity
+    from benchmarks.fidelity.blocks import Correlated
+
+    monkeypatch.setattr(fidelity, "_read_task", lambda *_: task())
+    monkeypatch.setattr(fidelity, "_model", lambda *_: causal(tmp_path / "model", [7, 9]))
+    settings = fidelity.canonical({"trainer": "ivon-auto", "blocks": True, "steps": 2, "batch": 4, "seed": 0})
+    places = fidelity.Places(tmp_path, None, tmp_path / "results.jsonl", "abc", 2, "{}")
+    model, q, facts = fidelity.trained("movie", settings, places)
+    assert isinstance(q, Correlated)
+    assert facts["ivon_ess"] == 250_000  # few examples, few weights
+    drawn = q.sample(0, 1)
+    assert drawn.keys() == model.trained().keys()
+    for name, root in q.roots.items():
+        away = (drawn[name] - q.mean[name]).abs()
+        assert 0 < float(away.max()) < 6 * float(root.norm(dim=(1, 2)).max())
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_losses_of_a_step_are_the_tokens_of_its_answers(
     tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch
