@@ -84,8 +84,7 @@ class BlockIVON(torch.optim.Optimizer):
         self.m = torch.cat(parts)
         self.g = torch.zeros_like(self.m)
         rank = self.m.shape[1]
-        self.P = torch.full((1,), h0)[:, None, None] * torch.eye(rank).expand(len(self.m), rank, rank)
-        self.P = self.P + self._delta(torch.full_like(self.m, 1 / (ess * h0)))
+        self.P = h0 * torch.eye(rank) + self._delta(torch.full_like(self.m, 1 / (ess * h0)))
         self.root = torch.linalg.cholesky(self.P)
 
     def _delta(self, variance: Tensor) -> Tensor:

@@ -444,8 +444,8 @@ def test_blocks_of_rank_one_are_ivon_lora() -> None:
     from axolotl_ivon import IVONLoRA
     from benchmarks.fidelity.blocks import BlockIVON
 
-    # λ so large that the draws are the mean, but for rounding, which p does not hear of.
-    shared = {"lr": 0.1, "ess": 1e12, "h0": 0.3, "clip": 0.5, "prior_strength": 0.1, "h0_steps": 10.0, "seed": 0}
+    # λ so large that the draws are the mean, but for rounding, and κ so that the prior has its share of p.
+    shared = {"lr": 0.1, "ess": 1e12, "h0": 0.3, "clip": 0.5, "prior_strength": 1e11, "h0_steps": 10.0, "seed": 0}
     target = torch.randn(6, 5)
     found = []
     for name in ("blocks", "diagonal"):
@@ -470,7 +470,7 @@ def test_blocks_of_rank_one_are_ivon_lora() -> None:
         torch.testing.assert_close(found[0][1][key], found[1][1][key])
 
 
-def test_draws_of_blocks_have_the_covariance_of_the_information(tmp_path: Path) -> None:
+def test_draws_of_blocks_have_the_covariance_of_the_information() -> None:
     from benchmarks.fidelity.blocks import BlockIVON
 
     parameters = of_rank(2)
