@@ -72,7 +72,7 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     if ess is None and size and preset.gamma is not None:
         ess = preset.ess(size, 0)
     elif ess is None and size:
-        ess = preset.ess(size, 0)
+        ess = preset.ess(size, 0, _epochs(cfg, size, processes))
         unknown.append(
             f"λ: it is larger from {preset.usual_weights:,.0f} LoRA weights on, in proportion to their number"
         )
@@ -233,6 +233,12 @@ def _steps(cfg: Mapping[str, Any], size: int | None, processes: int) -> int:
     # As the Trainer counts them.
     in_epoch = math.ceil(math.ceil(size / micro) / accumulated)
     return math.ceil(_number(cfg, "num_epochs", 1) * in_epoch)
+
+
+def _epochs(cfg: Mapping[str, Any], size: int, processes: int) -> float:
+    """Return how often a run passes over its examples; packed batches count as if they were not."""
+    steps = int(_number(cfg, "max_steps", 0))
+    return steps * _batch(cfg, processes) / size if steps else _number(cfg, "num_epochs", 1)
 
 
 def _mean_rate(cfg: Mapping[str, Any], steps: int | None) -> float:

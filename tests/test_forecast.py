@@ -55,6 +55,15 @@ def test_the_travel_is_that_of_transformers_schedules(written: Any, schedule: st
     assert rescaled["travel"] == pytest.approx(total * 0.1)
 
 
+@pytest.mark.parametrize(
+    ("length", "ess"),
+    [({"num_epochs": 10}, 250_000), ({"num_epochs": 20}, 187_500), ({"max_steps": 500, "micro_batch_size": 2}, 187_500)],
+)
+def test_lambda_of_few_examples_follows_the_epochs(written: Any, length: dict[str, int], ess: float) -> None:
+    assert written(**length)["ess"] == ess
+    assert written(**length, ivon_lambda=7.0)["ess"] == 7
+
+
 @pytest.mark.parametrize("held_out", [0, 7, 0.1, 0.33])
 @pytest.mark.parametrize("batch", [(1, 1, 1), (4, 3, 1), (2, 2, 3)])
 def test_n_and_steps_are_those_of_a_loader(written: Any, held_out: float, batch: tuple[int, int, int]) -> None:

@@ -54,9 +54,9 @@ def attach(
     Args:
         trainer: any transformers or TRL Trainer whose model is a PeftModel.
         preset: what is taken for what is not given. "auto" fits it to N, the number of steps and the LoRA weights
-            (`presets.Preset`): λ = 1000·max(N, 250)·max(1, weights/1e5), the Hessian by squared gradients, a prior of a
-            tenth of the KL-optimal precision, h0 for λ and the matrices A, clip 1e-2, and a β2 that remembers a fifth
-            of the run.
+            (`presets.Preset`): λ = 1000·max(N, 250)·max(1, weights/1e5), with 125 for 250 from 30 epochs on and in
+            between from 10, the Hessian by squared gradients, a prior of a tenth of the KL-optimal precision, h0 for λ
+            and the matrices A, clip 1e-2, and a β2 that remembers a fifth of the run.
             A Trainer's learning rate below 1e-3 is then the most that a step may move a weight, α = learning_rate/ξ,
             as it nearly is for AdamW; from 1e-3 it is α; and at 0 the α is taken with which a weight can travel 0.125
             in the run. "paper": γ = 5000 and the defaults of `IVONLoRA`. "small_data" is another name for "auto".
@@ -104,15 +104,21 @@ def attach(
         shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in params.items()}
         if ess is None:
             train_size = _train_size(trainer) if train_size is None else train_size
-            ess = chosen.ess(train_size, sum(map(math.prod, shapes.values())))
             facts |= {"gamma": str(chosen.gamma or ""), "train_size": str(train_size)}
+        weights = sum(map(math.prod, shapes.values()))
         fan_ins = [shape[-1] for name, shape in shapes.items() if ".lora_A." in name]
-        steps_of = chosen._replace(beta2=chosen.beta2 if betas[1] is None else betas[1])
+
+        def of_length(steps: int, epochs: float) -> dict[str, Any]:
+            long = chosen.ess(train_size or 0, weights, epochs) if ess is None else ess
+            return {
+                "ess": long,
+                "h0": chosen.first_h0(long, fan_ins) if h0 is None else h0,
+                "betas": (betas[0], chosen.second_beta(steps) if betas[1] is None else betas[1]),
+            }
+
         settings: dict[str, Any] = {
             "lr": trainer.args.learning_rate,
-            "ess": ess,
-            "betas": (betas[0], steps_of.second_beta(1)),
-            "h0": chosen.first_h0(ess, fan_ins) if h0 is None else h0,
+            **of_length(1, 0.0),
             "clip": chosen.clip if clip is None else clip,
             "prior": DEFAULTS.prior if isinstance(prior, Posterior) else prior,
             "prior_strength": prior_strength,
@@ -162,9 +168,7 @@ def attach(
         facts["learning_rate"] = f"{trainer.args.learning_rate:g}"
         settings["lr"] = trainer.args.learning_rate = trainer.args.learning_rate / settings["clip"]
     per_rank = draws == "per_rank" and trainer.args.world_size > 1
-    run = PosteriorTraining(
-        trainer, model, params, settings, facts, eval_samples, per_rank, travel, chosen if betas[1] is None else None
-    )
+    run = PosteriorTraining(trainer, model, params, settings, facts, eval_samples, per_rank, travel, of_length)
     remove_unfinished(trainer)
     average_in_every_backward_pass(trainer)
     save_sigma_beside_the_mean(run)

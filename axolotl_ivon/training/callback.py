@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..errors import IVONError, parameter
 from ..optim.ivon import Skipped
 from ..posterior.chain import PRIOR_SHA256
 from ..posterior.check import begins_at_zero, findings
-from .presets import ADAM_LIKE_LR, PAPER_REACH, SHORT_REACH, Preset, rates
+from .presets import ADAM_LIKE_LR, PAPER_REACH, SHORT_REACH, rates
 from .processes import agree_on_gradients, average, sum_over_processes
 from .sharded import ReplicatedAdapter
 
@@ -41,7 +41,7 @@ class PosteriorTraining(TrainerCallback):
         eval_samples: draws that every evaluation averages over.
         per_rank: whether each process has draws of its own.
         travel: how far a weight can get in the run, where the learning rate is chosen for that.
-        preset: what β2 is taken from when the number of steps is known, or None.
+        of_length: gives the settings that hang on the length of the run, for so many steps and epochs.
         optimizer: None until the Trainer makes it.
         adapter: the trained weights in each process, under DeepSpeed and FSDP2.
         begun: whether training has begun. Before that, the optimizer may lack the state that it resumes from.
@@ -64,7 +64,7 @@ class PosteriorTraining(TrainerCallback):
     eval_samples: int
     per_rank: bool
     travel: float | None
-    preset: Preset | None
+    of_length: Callable[[int, float], dict[str, Any]]
     optimizer: Any = None
     adapter: ReplicatedAdapter | None = None
     begun: bool = False
@@ -84,12 +84,15 @@ class PosteriorTraining(TrainerCallback):
         return self.settings["clip"] * (self.settings["h0"] if self.settings["rescale_lr"] else 1.0)
 
     def fit_to(self, steps: int) -> None:
-        """Take the β2 that the preset has for so many steps, where none was given."""
-        if self.preset is None:
-            return
-        self.settings["betas"] = betas = self.settings["betas"][0], self.preset.second_beta(steps)
+        """Take the settings for a run of so many steps."""
+        args, size = self.trainer.args, int(self.facts["train_size"] or 0)
+        epochs = args.num_train_epochs
+        if args.max_steps > 0:  # packed batches count as if they were not
+            epochs = steps * self.trainer.get_total_train_batch_size(args) / size if size else 0.0
+        found = self.of_length(steps, epochs)
+        self.settings |= found
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
-            group["betas"] = betas
+            group.update(found)
 
     def goes_on_from(self, facts: Mapping[str, str], checkpoint: str) -> None:
         """Note the facts of the checkpoint that a run resumes from.

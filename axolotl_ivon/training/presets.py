@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.optim import SGD
 
@@ -23,10 +24,14 @@ class Preset(NamedTuple):
     """Settings that go together.
 
     Attributes:
-        gamma: γ of λ = γ·√N; None for λ = `per_example`·max(N, `few`)·max(1, weights/`usual_weights`). Where λ·h is
+        gamma: γ of λ = γ·√N; None for λ = `per_example`·max(N, few)·max(1, weights/`usual_weights`). Where λ·h is
             far above the prior's precision, a draw raises the loss of an example by weights/(2·λ), so from the usual
             number of weights on this is the same for any.
-        per_example, few, usual_weights: see `gamma`.
+        per_example, usual_weights: see `gamma`.
+        few: what N counts as at least, in a run that passes `few_epochs[0]` times over the data or less, and in one
+            that does `few_epochs[1]` times or more; in between it falls evenly. A short run learns too slowly among
+            wide draws, and a long one overfits among narrow ones.
+        few_epochs: see `few`.
         h0: initial Hessian; None for the one with which σ² is `noise` times the variance of LoRA matrices A at the
             start, but the sum of that over all of them not above `noise_in_all`, as the disturbances add up.
         noise, noise_in_all: see `h0`.
@@ -50,14 +55,15 @@ class Preset(NamedTuple):
     h0_steps: float | None
     posterior_strength: float = 1.0
     per_example: float = 0.0
-    few: int = 0
+    few: tuple[int, int] = (0, 0)
+    few_epochs: tuple[float, float] = (0.0, 1.0)
     usual_weights: float = math.inf
     noise: float = 0.0
     noise_in_all: float = 0.0
     memory: float = 0.0
 
-    def ess(self, train_size: int, weights: int) -> float:
-        """Return λ for N training examples and so many LoRA weights.
+    def ess(self, train_size: int, weights: int, epochs: float = 0.0) -> float:
+        """Return λ for N training examples, so many LoRA weights, and so many passes over the examples.
 
         Raises:
             ValueError: `train_size` is not positive.
@@ -65,7 +71,8 @@ class Preset(NamedTuple):
         ess = effective_sample_size(train_size, 1.0 if self.gamma is None else self.gamma)
         if self.gamma is not None:
             return ess
-        return self.per_example * max(train_size, self.few) * max(1.0, weights / self.usual_weights)
+        few = np.interp(epochs, self.few_epochs, self.few)
+        return self.per_example * max(train_size, float(few)) * max(1.0, weights / self.usual_weights)
 
     def first_h0(self, ess: float, fan_ins: Sequence[int]) -> float:
         """Return h0 for LoRA matrices A with so many inputs each."""
@@ -94,7 +101,8 @@ AUTO = Preset(
     h0_steps=10.0,
     posterior_strength=300.0,
     per_example=1000.0,
-    few=250,
+    few=(250, 125),
+    few_epochs=(10.0, 30.0),
     usual_weights=1e5,
     noise=4.0,
     noise_in_all=64.0,

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 from trainers import LORA, Rates, lora_weights, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from axolotl_ivon import IVONError, Posterior, attach, effective_sample_size
+from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, effective_sample_size
 
 
 def test_trains_and_saves_sigma_beside_every_adapter(tiny_llama: Path, tmp_path: Path) -> None:
@@ -172,6 +172,32 @@ def test_auto_fits_lambda_h0_and_beta2_to_the_run(tiny_llama: Path, tmp_path: Pa
     assert (settings["hessian"], settings["prior_strength"], settings["h0_steps"]) == ("squared_gradients", 0.1, 10)
     trainer.create_optimizer_and_scheduler(100)
     assert trainer.optimizer.param_groups[0]["betas"] == (0.9, pytest.approx(1 - 1 / 20))
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        {"max_steps": -1, "num_train_epochs": 20},
+        {"max_steps": 80, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "num_train_epochs": 1},
+    ],
+)
+def test_few_examples_are_held_less_hot_in_a_long_run(length: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+    """Twenty passes over 24 examples, half way from ten to thirty."""
+    trainer = make_trainer(tiny_llama, tmp_path, **length)
+    attach(trainer)
+    before = dict(trainer.posterior_training.settings)
+    trainer.create_optimizer_and_scheduler(80)
+    (group,) = trainer.optimizer.param_groups
+    assert (before["ess"], group["ess"]) == (250_000, 187_500)
+    assert group["ess"] * group["h0"] == pytest.approx(before["ess"] * before["h0"])
+    twins = [param.detach().clone() for param in group["params"]]
+    made = IVONLoRA(twins, **before | {"ess": group["ess"], "h0": group["h0"], "lr": 0.1})
+    for param, twin in zip(group["params"], twins, strict=True):
+        assert torch.equal(trainer.optimizer.sigma(param), made.sigma(twin))
+    again = make_trainer(tiny_llama, tmp_path, **length)
+    attach(again, ess=1e4, h0=0.02)
+    again.create_optimizer_and_scheduler(80)
+    assert (again.optimizer.param_groups[0]["ess"], again.optimizer.param_groups[0]["h0"]) == (1e4, 0.02)
 
 
 def test_the_paper_is_exact(tiny_llama: Path, tmp_path: Path) -> None:

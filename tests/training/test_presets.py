@@ -78,6 +78,20 @@ def test_lambda_and_h0_are_the_paper_s_or_from_what_the_draws_may_cost() -> None
         auto.ess(0, 5)
 
 
+@given(st.integers(1, 10**6), st.integers(1, 10**9), st.floats(0, 1000), st.floats(0, 1000))
+def test_few_examples_count_as_more_in_a_short_run(size: int, weights: int, epochs: float, more: float) -> None:
+    auto = PRESETS["auto"]
+    assert auto.ess(128, 896, 62) == 128_000
+    assert auto.ess(10, 896, 62) == auto.ess(10, 896, 30) == 125_000
+    assert auto.ess(10, 896, 20) == 187_500
+    ess = auto.ess(size, weights, epochs)
+    assert ess >= auto.ess(size, weights, epochs + more)
+    assert ess >= 1000 * size
+    if size >= 250 or epochs <= 10:
+        assert ess == auto.ess(size, weights)
+    assert PRESETS["paper"].ess(size, weights, epochs) == PRESETS["paper"].ess(size, weights)
+
+
 def test_the_memory_is_a_fifth_of_the_run() -> None:
     auto = PRESETS["auto"]
     assert 1 / (1 - auto.second_beta(5000)) == pytest.approx(1000)
