@@ -57,7 +57,11 @@ def test_the_travel_is_that_of_transformers_schedules(written: Any, schedule: st
 
 @pytest.mark.parametrize(
     ("length", "ess"),
-    [({"num_epochs": 10}, 250_000), ({"num_epochs": 20}, 187_500), ({"max_steps": 500, "micro_batch_size": 2}, 187_500)],
+    [
+        ({"num_epochs": 10}, 250_000),
+        ({"num_epochs": 20}, 187_500),
+        ({"max_steps": 500, "micro_batch_size": 2}, 187_500),
+    ],
 )
 def test_lambda_of_few_examples_follows_the_epochs(written: Any, length: dict[str, int], ess: float) -> None:
     assert written(**length)["ess"] == ess

@@ -184,7 +184,7 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
     preset = preset._replace(**{name: settings[name] for name in preset._fields if name in settings})
     weights, steps = sum(value.numel() for value in parameters.values()), settings["steps"]
     ess = settings["per_weight"] * weights * len(task.train) if "per_weight" in settings else 0.0
-    ess = ess or preset.ess(len(task.train), weights)
+    ess = ess or preset.ess(len(task.train), weights, steps * settings["batch"] / len(task.train))
     fan_ins = [value.shape[1] for name, value in parameters.items() if ".lora_A." in name]
     share = settings.get("warmup", WARMUP)
     bound = settings.get("lr") or travel_rate(preset.travel or 0.0, steps, share)

@@ -262,7 +262,7 @@ def training(*suites: Results) -> str:
 VARIED = {
     "lr": "the most that a step moves a weight",
     "hessian": "ĥ",
-    "few": "least N of the rule for λ",
+    "few": "least N in a short run, and in a long one",
     "averaged": "mean of the iterates, of this last share",
     "accumulate": "micro-batches a step",
     "one_draw": "one draw for all of them",
