@@ -197,10 +197,11 @@ def _train_size(cfg: Mapping[str, Any]) -> int:
     size = 0
     for dataset in cfg.get("datasets") or [{}]:
         facts = dataset if isinstance(dataset, dict) else {}
-        if facts.get("shards") or facts.get("split") not in (None, "train"):
+        if facts.get("shards"):
             raise _Unknown(f"N: of {facts.get('path')} only a part is used")
         files = facts.get("data_files") or facts.get("path")
-        size += sum(_examples(Path(str(file))) for file in (files if isinstance(files, list) else [files]))
+        whole = sum(_examples(Path(str(file))) for file in (files if isinstance(files, list) else [files]))
+        size += _examples_of(str(facts.get("split") or "train"), whole)
     held_out = _number(cfg, "val_set_size", 0)
     # As in scikit-learn, which `datasets` follows.
     return size - (int(held_out) if held_out >= 1 else math.ceil(held_out * size))
@@ -218,6 +219,19 @@ def _examples(path: Path) -> int:
             return sum(1 for line in file if line.strip())
     except (OSError, ValueError, RecursionError) as error:
         raise _Unknown(f"N: {path} cannot be read ({one_line(error)})") from error
+
+
+def _examples_of(split: str, whole: int) -> int:
+    """Return how many of a file's examples a split as `datasets` writes it has, such as train[:96]."""
+    if split == "train":
+        return whole
+    try:
+        from datasets import ReadInstruction
+
+        parts = ReadInstruction.from_spec(split).to_absolute({"train": whole})
+    except (ImportError, ValueError, AssertionError) as error:
+        raise _Unknown(f"N: the split {split} is not followed here ({one_line(error)})") from error
+    return sum(max(0, part.to - part.from_) for part in parts)
 
 
 def _steps(cfg: Mapping[str, Any], size: int | None, processes: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import load_dataset
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -99,6 +100,14 @@ def test_lambda_by_every_key(written: Any) -> None:
     assert "larger from 100,000 LoRA weights on" in " ".join(auto["unknown"])
 
 
+@pytest.mark.parametrize("split", ["train[:30]", "train[10%:33%]", "train[-7:]", "train[:4]+train[40:]", "train[:99]"])
+def test_a_part_of_a_file_has_as_many_examples_as_datasets_reads(written: Any, split: str, tmp_path: Path) -> None:
+    found = written(datasets=[{"path": "data.jsonl", "split": split}, {"path": "data.jsonl"}])["train_size"]
+    Path("full.jsonl").write_text('{"a": 1}\n' * 50)
+    part = load_dataset("json", data_files="full.jsonl", split=split, cache_dir=str(tmp_path / "cache"))
+    assert found == len(part) + 50
+
+
 def test_a_rate_made_for_adamw_is_the_most_that_a_step_may_move_a_weight(written: Any) -> None:
     assert written(learning_rate=2e-4)["learning_rate"] == pytest.approx(0.02)
     assert written(learning_rate=2e-4, ivon_clip=0.1)["learning_rate"] == pytest.approx(0.002)
@@ -110,7 +119,9 @@ def test_a_rate_made_for_adamw_is_the_most_that_a_step_may_move_a_weight(written
     ("changes", "unknown"),
     [
         ({"datasets": [{"path": "someone/data"}]}, ["N: someone/data is no JSON file here", "steps", "travel"]),
-        ({"datasets": [{"path": "data.jsonl", "split": "train[:10%]"}]}, ["only a part is used", "steps", "travel"]),
+        ({"datasets": [{"path": "data.jsonl", "shards": 3}]}, ["only a part is used", "steps", "travel"]),
+        ({"datasets": [{"path": "data.jsonl", "split": "test"}]}, ["split test is not followed", "steps", "travel"]),
+        ({"datasets": [{"path": "data.jsonl", "split": "train[x]"}]}, ["split train[x] is not", "steps", "travel"]),
         ({"sample_packing": True}, ["packed together", "travel"]),
         ({"streaming": True, "ivon_lambda": 1e7, "max_steps": 5}, ["streamed data has no length"]),
         ({"lr_scheduler": "one_cycle"}, ["the schedule one_cycle is not followed"]),
