@@ -15,7 +15,7 @@ from .args import DEFAULTS, check_values, prior_folder
 from .errors import IVONError, one_line
 from .posterior.adapter import Adapter
 from .posterior.chain import check_prior, links
-from .posterior.check import MEMORY, Finding
+from .posterior.check import Finding, remembers_too_long
 from .storage.format import regular_size
 from .training.presets import ADAM_LIKE_LR, PAPER_REACH, PRESETS, SHORT_REACH
 
@@ -108,7 +108,10 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
         "unknown": unknown,
         "findings": [
             one._asdict()
-            for one in [*_findings(cfg, lr, travel, steps, beta2), *([_goes_on(prior, strength)] if prior else [])]
+            for one in [
+                *_findings(cfg, lr, travel, steps, beta2, preset.travel is None),
+                *([_goes_on(prior, strength)] if prior else []),
+            ]
         ],
     }
 
@@ -128,22 +131,29 @@ def _goes_on(prior: str, strength: float) -> Finding:
 
 
 def _findings(
-    cfg: Mapping[str, Any], lr: float | None, travel: float | None, steps: int | None, beta2: float | None
+    cfg: Mapping[str, Any],
+    lr: float | None,
+    travel: float | None,
+    steps: int | None,
+    beta2: float | None,
+    by_hand: bool,
 ) -> list[Finding]:
+    """Say what will come of it; a rate that is as far as AdamW's goes is not too short, unless it is set `by_hand`."""
     found = []
     if PLUGIN not in (cfg.get("plugins") or []) and _needs_plugin_line():
         text = f"plugins has no {PLUGIN}: axolotl before 0.21 will say that {OPTIMIZER} is not a valid OptimizerNames"
         found.append(Finding("plugins", False, text))
     if travel is not None:
         text = f"no weight can travel farther than {travel:.3g}"
-        if travel < SHORT_REACH:
+        short = travel < SHORT_REACH and by_hand
+        if short:
             text += f", and below {SHORT_REACH} a run may learn little: train longer, or raise learning_rate"
             if lr and travel:
                 text += f" (with {lr * PAPER_REACH / travel:.2g} it is {PAPER_REACH}, as in the paper)"
-        found.append(Finding("weights", travel >= SHORT_REACH, text))
+        found.append(Finding("weights", not short, text))
     if steps is not None and beta2 is not None:
         memory = 1 / (1 - beta2)
-        learns = memory <= steps * MEMORY
+        learns = not remembers_too_long(beta2, steps)
         text = f"β2 = {beta2:g} remembers {memory:,.0f} steps and the run has {steps:,}"
         found.append(Finding("sigma", learns, text if learns else f"{text}: σ will stay near where it begins"))
     return found

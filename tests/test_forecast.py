@@ -148,6 +148,13 @@ def test_what_will_come_of_it(written: Any, monkeypatch: pytest.MonkeyPatch) -> 
         assert any("is not a valid OptimizerNames" in text for text in texts) is expected
 
 
+@pytest.mark.parametrize("steps", [50, 120, 333, 1000, 7919])
+@pytest.mark.parametrize("rate", [None, 2e-4])
+def test_what_the_preset_chooses_is_not_complained_of(written: Any, steps: int, rate: float | None) -> None:
+    found = written(max_steps=steps, learning_rate=rate)
+    assert [(one["about"], one["good"]) for one in found["findings"]] == [("weights", True), ("sigma", True)]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

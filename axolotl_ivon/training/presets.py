@@ -12,6 +12,7 @@ from torch.optim import SGD
 
 from ..defaults import DEFAULTS
 from ..optim.ivon import effective_sample_size
+from ..posterior.check import MEMORY
 
 # A learning rate below this is one for AdamW: the most that a step may move a weight, and not IVON's α.
 ADAM_LIKE_LR = 1e-3
@@ -106,7 +107,7 @@ AUTO = Preset(
     usual_weights=1e5,
     noise=4.0,
     noise_in_all=64.0,
-    memory=0.2,
+    memory=MEMORY,
 )
 PRESETS = {
     "auto": AUTO,
