@@ -60,8 +60,8 @@ def test_the_travel_is_that_of_transformers_schedules(written: Any, schedule: st
     ("length", "ess"),
     [
         ({"num_epochs": 10}, 250_000),
-        ({"num_epochs": 20}, 187_500),
-        ({"max_steps": 500, "micro_batch_size": 2}, 187_500),
+        ({"num_epochs": 15}, 187_500),
+        ({"max_steps": 375, "micro_batch_size": 2}, 187_500),
     ],
 )
 def test_lambda_of_few_examples_follows_the_epochs(written: Any, length: dict[str, int], ess: float) -> None:

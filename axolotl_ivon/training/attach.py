@@ -54,7 +54,7 @@ def attach(
     Args:
         trainer: any transformers or TRL Trainer whose model is a PeftModel.
         preset: what is taken for what is not given. "auto" fits it to N, the number of steps and the LoRA weights
-            (`presets.Preset`): λ = 1000·max(N, 250)·max(1, weights/1e5), with 125 for 250 from 30 epochs on and in
+            (`presets.Preset`): λ = 1000·max(N, 250)·max(1, weights/1e5), with 125 for 250 from 20 epochs on and in
             between from 10, the Hessian by squared gradients, a prior of a tenth of the KL-optimal precision, h0 for λ
             and the matrices A, clip 1e-2, and a β2 that remembers a fifth of the run.
             A Trainer's learning rate below 1e-3 is then the most that a step may move a weight, α = learning_rate/ξ,
