@@ -84,15 +84,15 @@ class PosteriorTraining(TrainerCallback):
         return self.settings["clip"] * (self.settings["h0"] if self.settings["rescale_lr"] else 1.0)
 
     def fit_to(self, steps: int) -> None:
-        """Take the settings for a run of so many steps."""
+        """Take the settings for a run of so many steps, except those that a third party's optimizer has set itself."""
         args, size = self.trainer.args, int(self.facts["train_size"] or 0)
         epochs = args.num_train_epochs
         if args.max_steps > 0:  # packed batches count as if they were not
             epochs = steps * self.trainer.get_total_train_batch_size(args) / size if size else 0.0
         found = self.of_length(steps, epochs)
-        self.settings |= found
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
-            group.update(found)
+            group.update({name: value for name, value in found.items() if group.get(name) == self.settings[name]})
+        self.settings |= found
 
     def goes_on_from(self, facts: Mapping[str, str], checkpoint: str) -> None:
         """Note the facts of the checkpoint that a run resumes from.
