@@ -69,13 +69,12 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     steps = known(lambda: _steps(cfg, size, processes))
     preset = preset._replace(gamma=given.get("ivon_gamma", preset.gamma))
     ess = given.get("ivon_lambda")
-    if ess is None and size and preset.gamma is not None:
-        ess = preset.ess(size, 0)
-    elif ess is None and size:
+    if ess is None and size:
         ess = preset.ess(size, 0, _epochs(cfg, size, processes))
-        unknown.append(
-            f"λ: it is larger from {preset.usual_weights:,.0f} LoRA weights on, in proportion to their number"
-        )
+        if preset.gamma is None:
+            unknown.append(
+                f"λ: it is larger from {preset.usual_weights:,.0f} LoRA weights on, in proportion to their number"
+            )
     prior = prior_folder(values["ivon_prior"])
     strength = given.get("ivon_prior_strength", preset.posterior_strength if prior else preset.prior_strength)
     h0 = None if prior else given.get("ivon_h0", preset.h0)
