@@ -11,8 +11,8 @@ from .errors import IVONError
 from .hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from .integrations.axolotl import IVONLoRAPlugin
     from .optim.ivon import IVONLoRA, effective_sample_size
-    from .plugin import IVONLoRAPlugin
     from .posterior.posterior import Posterior
     from .training.attach import attach
 
@@ -31,7 +31,7 @@ _HOME = {
     "effective_sample_size": "optim.ivon",
     "Posterior": "posterior.posterior",
     "attach": "training.attach",
-    "IVONLoRAPlugin": "plugin",
+    "IVONLoRAPlugin": "integrations.axolotl",
 }
 
 

@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from axolotl_ivon import IVONLoRA
-from axolotl_ivon.evaluation.metrics import Scores, metrics
-from axolotl_ivon.training.presets import PRESETS
+from axolotl_ivon.metrics.scores import Scores, metrics
+from axolotl_ivon.settings.presets import PRESETS
 
 from .fidelity.causal import Causal
 from .fidelity.data import Example, Task, collate, load_task, predict, prepare, training_batches

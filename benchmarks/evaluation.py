@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from axolotl_ivon import Posterior
 from axolotl_ivon.data.encode import Item
 from axolotl_ivon.evaluation.evaluate import Row, evaluate
-from axolotl_ivon.models.load import pick_device
-from axolotl_ivon.models.swap import AdapterSlots
+from axolotl_ivon.models.draws import AdapterSlots
+from axolotl_ivon.models.session import pick_device
 
 MEAN, DRAWN = Row("mean"), Row("posterior", tau=1.0)
 

@@ -30,7 +30,7 @@ from axolotl_ivon import Posterior
 from axolotl_ivon.data.encode import Prompt
 from axolotl_ivon.generation.local import TransformersEngine
 from axolotl_ivon.generation.plan import Plan
-from axolotl_ivon.models.swap import AdapterSlots
+from axolotl_ivon.models.draws import AdapterSlots
 
 # Enough of a tokenizer for an engine whose texts nobody reads.
 TOKENIZER: Any = SimpleNamespace(eos_token_id=None, decode=lambda *_, **__: "")

@@ -30,14 +30,14 @@ import yaml
 from torch import Tensor
 
 from axolotl_ivon import IVONLoRA
-from axolotl_ivon.auroc import auroc
 from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.data.encode import encode_turns
-from axolotl_ivon.evaluation.metrics import Scores, metrics
 from axolotl_ivon.fitting.batches import Batches
-from axolotl_ivon.influence import answer_losses, log_odds_variance, products
+from axolotl_ivon.influence.attribution import answer_losses, log_odds_variance, products
+from axolotl_ivon.metrics.auroc import auroc
+from axolotl_ivon.metrics.scores import Scores, metrics
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
-from axolotl_ivon.training.presets import PRESETS
+from axolotl_ivon.settings.presets import PRESETS
 
 from .fidelity.causal import Causal
 from .fidelity.data import Example, Task, collate, load_task, predict, prepare

@@ -20,7 +20,7 @@ from ._stdout import only_results, results
 from ._tables import emit
 
 if TYPE_CHECKING:
-    from axolotl_ivon.evaluation.sweep import Decision
+    from axolotl_ivon.decisions.sweep import Decision
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -159,7 +159,7 @@ class Point:
 
         tau, ratio = 1.0, default_ratio
         if self.recommended:
-            from axolotl_ivon.evaluation.sweep import read_recommended
+            from axolotl_ivon.decisions.sweep import read_recommended
 
             tau, ratio = read_recommended(self.recommended, Adapter(adapter).metadata or None)
         tau, ratio = tau if self.tau is None else self.tau, ratio if self.ratio is None else self.ratio
@@ -170,7 +170,7 @@ class Point:
 
 def decision(recommended: str | None) -> Decision:
     """Return the output temperature, and the threshold to abstain below, of a recommendation: without one, neither."""
-    from axolotl_ivon.evaluation.sweep import Decision, read_decision
+    from axolotl_ivon.decisions.sweep import Decision, read_decision
 
     return read_decision(recommended) if recommended else Decision()
 

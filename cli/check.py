@@ -45,19 +45,19 @@ def command(
     """
     with terminal.progress() as progress:
         if target.endswith((".yaml", ".yml")):
-            from axolotl_ivon.forecast import forecast
+            from axolotl_ivon.integrations.forecast import forecast
 
             if data:
                 raise click.UsageError("--data goes with an adapter, not with a YAML.")
             facts = forecast(target, processes)
         else:
-            from axolotl_ivon.posterior.check import check
+            from axolotl_ivon.inspect.diagnosis import check
 
             facts = check(target, progress)
             if data:
                 progress.begin("loading the base model")
                 silence_libraries()
-                from axolotl_ivon.evaluation.check import draws_against_mean
+                from axolotl_ivon.evaluation.against_mean import draws_against_mean
 
                 facts["data"] = draws_against_mean(
                     target, data, samples=samples, limit=limit, batch_size=batch_size, progress=progress, **loading

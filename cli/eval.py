@@ -14,9 +14,9 @@ from ._stdout import results
 from ._tables import decimal, emit, file_names, is_wide, percent, print_table
 
 if TYPE_CHECKING:
+    from axolotl_ivon.decisions.sweep import Decision
     from axolotl_ivon.evaluation.evaluate import Evaluation
-    from axolotl_ivon.evaluation.metrics import Scores
-    from axolotl_ivon.evaluation.sweep import Decision
+    from axolotl_ivon.metrics.scores import Scores
 
 _ROWS = "base,mean,mean-pruned,posterior,posterior-pruned"
 # Heading -> (metric, how it is written, whether its standard error is shown).
@@ -101,6 +101,7 @@ def command(
       ivon-post eval adapter/ --data held-out.jsonl --data shifted.jsonl
       ivon-post eval adapter/ --data test.jsonl --calibrate validation.jsonl --ood other.jsonl -o examples.jsonl
     """
+    from axolotl_ivon.decisions.sweep import Decision
     from axolotl_ivon.evaluation.evaluate import (
         Evaluation,
         Row,
@@ -110,7 +111,6 @@ def command(
         summarize,
     )
     from axolotl_ivon.evaluation.examples import check_output
-    from axolotl_ivon.evaluation.sweep import Decision
 
     tau, prune_ratio = point.settings(adapter, default_ratio=0.1)
     chosen = choose_rows([name.strip() for name in rows.split(",")], tau, prune_ratio)
@@ -125,9 +125,9 @@ def command(
         evaluation = Evaluation(
             adapter, data, rows=chosen, ood=ood, calibrate=calibrate, begin=progress.begin, **loading
         )
-        from axolotl_ivon.evaluation.compare import verdicts
         from axolotl_ivon.evaluation.examples import save
         from axolotl_ivon.evaluation.ood import detect
+        from axolotl_ivon.metrics.verdict import verdicts
 
         chosen = evaluation.meaningful(chosen, progress.notify)
         calibration = None
@@ -188,7 +188,7 @@ def _with_answered(
     rows: list[dict[str, Any]], evaluation: Evaluation, scores: Scores, decided: Decision, progress: Progress
 ) -> list[dict[str, Any]]:
     """Add a row for what is answered of "recommended", to each file's rows."""
-    from axolotl_ivon.evaluation.abstain import with_answered
+    from axolotl_ivon.decisions.abstention import with_answered
 
     assert decided.threshold is not None
     if evaluation.task == "generate" or decided.score != "probability":

@@ -64,9 +64,9 @@ def command(
       ivon-post influence adapter/ --data train.jsonl --on validation.jsonl --by on -o influence.jsonl
       ivon-post influence adapter/ --data train.jsonl --scores influence.jsonl --keep 0.9 -o clean.jsonl
     """
-    from axolotl_ivon import influence as work
     from axolotl_ivon.errors import IVONError
     from axolotl_ivon.evaluation.examples import check_output
+    from axolotl_ivon.influence import attribution as work
 
     if keep is not None:
         work.check_keep(keep)

@@ -23,7 +23,7 @@ def command(adapter: str, ratio: float, criterion: str, summary: bool, terminal:
     weights that `prune --ratio` would set to 0; then the same for the whole adapter, and the facts that training
     wrote into the header of ivon_sigma.safetensors.
     """
-    from axolotl_ivon.posterior.info import info
+    from axolotl_ivon.inspect.info import info
 
     with terminal.progress() as progress:
         facts = info(adapter, ratio, criterion, progress)

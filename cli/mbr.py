@@ -15,8 +15,8 @@ from ._progress import Progress
 from ._tables import decimal, percent, print_table
 
 if TYPE_CHECKING:
-    from axolotl_ivon.evaluation.abstain import Abstention
-    from axolotl_ivon.evaluation.sweep import Decision
+    from axolotl_ivon.decisions.abstention import Abstention
+    from axolotl_ivon.decisions.sweep import Decision
     from axolotl_ivon.generation.mbr import Decoded
 
 
@@ -117,11 +117,11 @@ def command(
         if decided.threshold is not None:
             results = {label: result.abstaining(decided.threshold) for label, result in results.items()}
         progress.begin("writing")
-        from axolotl_ivon.generation.report import save
+        from axolotl_ivon.plots.scaling import save
 
         written = [str(path) for path in save(results, folder)]
         if promise is not None:
-            from axolotl_ivon.evaluation.sweep import write_recommended
+            from axolotl_ivon.decisions.sweep import write_recommended
 
             facts = {**(sources[label] or {}), "objective": "risk", "score": "agreement", **promise.document()}
             written.append(str(write_recommended(folder, {**facts, "data": [paths[label]], **settings})))
@@ -150,7 +150,7 @@ def _decided(
     from axolotl_ivon.errors import IVONError
 
     if risk is not None:
-        from axolotl_ivon.evaluation.abstain import check_risk
+        from axolotl_ivon.decisions.abstention import check_risk
 
         check_risk(risk, confidence)
         if recommended is not None:
@@ -201,8 +201,8 @@ def _promise(result: Decoded, path: str, risk: float, confidence: float) -> Abst
     """Return the threshold that promises the risk."""
     import numpy as np
 
+    from axolotl_ivon.decisions.abstention import certify
     from axolotl_ivon.errors import IVONError
-    from axolotl_ivon.evaluation.abstain import certify
 
     if not result.right:
         raise IVONError(f"--risk: {path} has prompts without a reference, and so nothing tells which choices are wrong")

@@ -61,7 +61,7 @@ def command(
       ivon-post report adapter/ --results eval.json
     """
     from axolotl_ivon.errors import IVONError
-    from axolotl_ivon.influence import read as read_influence
+    from axolotl_ivon.influence.attribution import read as read_influence
     from axolotl_ivon.posterior.posterior import Posterior
     from axolotl_ivon.report.measured import check_output, measure, read
 

@@ -51,7 +51,7 @@ def command(
     with output.progress() as progress:
         posterior = Posterior.from_pretrained(adapter, progress)
         if serve:
-            from axolotl_ivon.generation.serve import Ensemble, served_rank
+            from axolotl_ivon.generation.ensemble import Ensemble, served_rank
 
             served_rank(posterior.config)  # refused before anything is drawn
         if ratio:

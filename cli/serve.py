@@ -110,11 +110,11 @@ def command(
       ivon-post serve ensemble/ --endpoint http://10.0.0.5:8000 --endpoint http://10.0.0.6:8000 --port 9000
     """
     from axolotl_ivon.errors import IVONError
-    from axolotl_ivon.serving.serve import Address, check_packages, local_backend, upstream_backend
+    from axolotl_ivon.serving.start import Address, check_packages, local_backend, upstream_backend
 
     check_packages()
+    from axolotl_ivon.serving.api.http import bind
     from axolotl_ivon.serving.backend import Limits
-    from axolotl_ivon.serving.http import bind
 
     place = Address(**address)
     decided = decision(point.recommended)
@@ -149,8 +149,8 @@ def command(
                 progress.notify(
                     f"the threshold is of another confidence ({decided.score}); of this one it promises nothing"
                 )
-        from axolotl_ivon.serving.app import Guard, make_app
-        from axolotl_ivon.serving.http import run
+        from axolotl_ivon.serving.api.app import Guard, make_app
+        from axolotl_ivon.serving.api.http import run
 
         guard = Guard(place.api_key, max_body, timeout=limited.timeout + 60)
         port = bound.getsockname()[1]

@@ -13,8 +13,8 @@ from ._options import Command, Numbers, Output, choice_option, data_options, out
 from ._tables import decimal, file_names, is_wide, percent, print_table
 
 if TYPE_CHECKING:
-    from axolotl_ivon.evaluation.sweep import Sweep
-    from axolotl_ivon.evaluation.weights import WeightsSweep
+    from axolotl_ivon.decisions.sweep import Sweep
+    from axolotl_ivon.decisions.weights import WeightsSweep
 
 
 def _grid_option(name: str, default: str, text: str) -> Callable[[Command], Command]:
@@ -77,9 +77,9 @@ def command(
     if len(adapters) > 1:
         raise click.UsageError(f"{len(adapters)} ADAPTERs: give one, or sweep the weights of several with --combine")
     [adapter] = adapters
-    from axolotl_ivon.evaluation.abstain import check_risk
+    from axolotl_ivon.decisions.abstention import check_risk
+    from axolotl_ivon.decisions.sweep import check_grid, check_output, number, sweep
     from axolotl_ivon.evaluation.evaluate import Evaluation, count_passes
-    from axolotl_ivon.evaluation.sweep import check_grid, check_output, number, sweep
 
     folder = output.path(adapter, "sweep")
     rows = check_grid([tau for group in taus for tau in group], [ratio for group in ratios for ratio in group])
@@ -99,7 +99,7 @@ def command(
             notify=progress.notify,
         )
         progress.begin("drawing")
-        from axolotl_ivon.evaluation.report import save
+        from axolotl_ivon.plots.evaluations import save
 
         facts = {
             "adapter": adapter,
@@ -133,8 +133,8 @@ def _sweep_weights(
     **loading: Any,
 ) -> None:
     """Sweep over the weights of a product."""
+    from axolotl_ivon.decisions.weights import check_files, grid, save, sweep_weights
     from axolotl_ivon.evaluation.evaluate import Evaluation
-    from axolotl_ivon.evaluation.weights import check_files, grid, save, sweep_weights
     from axolotl_ivon.posterior.posterior import Posterior
 
     given = {name: ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ctx.params}

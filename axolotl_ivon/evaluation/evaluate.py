@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any
 from ..data.chats import Example, detect_task, find_choices, read_examples
 from ..data.encode import Item, check_tokens, common_length, encode
 from ..errors import IVONError, parameter
-from ..models.load import load_model, load_tokenizer
+from ..metrics.verdict import REFERENCES, differences
+from ..models.session import load_model, load_tokenizer
 from ..posterior.posterior import Posterior, check_tau, open_posterior
 from ..posterior.prune import check_pruning
 from ..storage.format import find_base_model
-from .compare import REFERENCES, differences
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-    from .metrics import Scores
+    from ..metrics.scores import Scores
     from .predict import Batch
 
 _AVERAGES = 2**28  # probabilities (of all rows together) that are kept at a time: 1 GiB in float32
@@ -101,7 +101,7 @@ class _Average:
 
     def add(self, slots: Tensor, probabilities: Tensor) -> None:
         """Add the next draws' `probabilities` (draws, m, classes) at `slots` (m,)."""
-        from .metrics import entropy
+        from ..metrics.scores import entropy
 
         for number, one in enumerate(probabilities, start=self.draws + 1):
             away = one - self.mean[slots]
@@ -114,8 +114,8 @@ class _Average:
         """Return the scores of the average at a temperature; what draws say of theirs they do not of a scaled one."""
         import torch
 
-        from .calibration import rescale
-        from .metrics import Scores
+        from ..metrics.scores import Scores
+        from ..metrics.temperature import rescale
 
         if temperature == 1:
             return Scores.of(self.mean, target, self.entropy, group, self.variance, keep)
@@ -167,8 +167,8 @@ def evaluate(
     """
     import torch
 
-    from ..models.swap import AdapterSlots, evaluating
-    from .metrics import Scores
+    from ..metrics.scores import Scores
+    from ..models.draws import AdapterSlots, evaluating
     from .predict import Predictor
 
     slots = AdapterSlots(model)
@@ -390,7 +390,7 @@ class Evaluation:
         """
         import torch
 
-        from .calibration import TEMPERATURES, fit_temperature
+        from ..metrics.temperature import TEMPERATURES, fit_temperature
         from .predict import Predictor
 
         classes = Predictor(self.model, self.task, None, notify).classes(self.held_out)
@@ -471,7 +471,7 @@ def summarize(
     """
     import torch
 
-    from .metrics import bootstrap, metrics, standard_error
+    from ..metrics.scores import bootstrap, metrics, standard_error
 
     found = []
     for path, numbers in evaluation.files.items():

@@ -12,8 +12,8 @@ from ..storage.atomic import new_file
 
 if TYPE_CHECKING:
     from ..data.encode import Item
+    from ..metrics.scores import Scores
     from .evaluate import Evaluation, Row
-    from .metrics import Scores
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..auroc import auroc
+from ..metrics.auroc import auroc
 
 if TYPE_CHECKING:
+    from ..metrics.scores import Scores
     from .evaluate import Evaluation, Row
-    from .metrics import Scores
 
 # Score -> what it is of the scores of predictions; the last two need several draws.
 SCORES: dict[str, Callable[[Scores], Any]] = {

@@ -20,15 +20,15 @@ import numpy as np
 
 from ..data.chats import Example, read_examples
 from ..data.encode import Item, check_tokens, encode, encode_turns
-from ..defaults import DEFAULTS
 from ..errors import IVONError, parameter
 from ..evaluation.evaluate import Evaluation, Row, evaluate
-from ..models.load import load_model, load_tokenizer
+from ..models.session import load_model, load_tokenizer
 from ..noise import generator as numpy_generator
 from ..posterior.adapter import UNPRUNED, Adapter
 from ..posterior.card import CARD_FILE, update_card
 from ..posterior.posterior import Posterior
 from ..posterior.tensors import Progress, fingerprint
+from ..settings.defaults import DEFAULTS
 from ..storage.format import SIGMA_FILE, find_base_model
 
 if TYPE_CHECKING:
@@ -258,8 +258,8 @@ class _Job:
         else:
             begin("loading the base model", 0)
             self.model = load_model(folder, classify=self.classify, **loading)
+        from ..models.draws import AdapterSlots
         from ..models.gradients import make_differentiable
-        from ..models.swap import AdapterSlots
 
         make_differentiable(self.model)
         self.slots = AdapterSlots(self.model)
@@ -366,7 +366,7 @@ class _Job:
     # ---------------------------------------------------------------- by information
 
     def _by_information(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        from ..training.presets import PRESETS
+        from ..settings.presets import PRESETS
         from .precision import Prior
 
         settings, preset = self.settings, PRESETS["auto"]
@@ -454,7 +454,7 @@ class _Job:
 
     def _ivon(self, prior: Prior) -> tuple[dict[str, Tensor], Prior, int]:
         """Return h at draws of a σ that has settled; with validation data at that λ first, then at the one chosen."""
-        from ..training.presets import PRESETS
+        from ..settings.presets import PRESETS
         from .ivon import Averages
 
         fan_ins = [value.shape[-1] for name, value in self.parameters.items() if ".lora_A." in name]

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from ..defaults import DEFAULTS
 from ..optim.kernels.base import PRECISION_CEILING, PRECISION_FLOOR
+from ..settings.defaults import DEFAULTS
 
 
 class Prior(NamedTuple):

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..auroc import auroc
 from ..errors import IVONError, parameter
+from ..metrics.auroc import auroc
 
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 _NOTHING = object()  # no JSON, or no such field

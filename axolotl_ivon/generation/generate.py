@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data.chats import read_chats
 from ..data.encode import render
-from ..models.load import load_model, load_tokenizer
+from ..models.session import load_model, load_tokenizer
 from ..posterior.adapter import mean_sha256
 from ..posterior.posterior import Posterior, open_posterior
 from ..storage.format import find_base_model
@@ -94,7 +94,7 @@ def generate(
     chats = read_chats(prompts, limit)
     if endpoint:
         from .endpoint import EndpointEngine
-        from .serve import Ensemble
+        from .ensemble import Ensemble
 
         ensemble = Ensemble(adapter)
         members = ensemble.members(plan)

@@ -9,8 +9,8 @@ import torch
 
 from ..data.encode import Prompt, check_tokens
 from ..errors import IVONError, parameter
+from ..models.draws import AdapterSlots, evaluating, stacked
 from ..models.forward import CachedForward, end_tokens, run_halving
-from ..models.swap import AdapterSlots, evaluating, stacked
 from ..posterior.posterior import Posterior
 from .plan import Output, Plan, random_bits
 

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from ..auroc import auroc
 from ..errors import IVONError, parameter
+from ..metrics.auroc import auroc
 from .fields import Field, compare, summarize
 from .nbest import NBest
 from .uncertainty import Uncertainty, by_answer, is_below, judge, measure, output_weights

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from ..auroc import auroc
-from ..selective import RiskCoverage, prr
+from ..metrics.auroc import auroc
+from ..metrics.selective import RiskCoverage, prr
 
 # What a `Uncertainty` holds -> its sign: 1 where more of it is less sure.
 MEASURES = {"confidence": -1, "semantic_entropy": 1, "expected_entropy": 1, "mutual_information": 1}

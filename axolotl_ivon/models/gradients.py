@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from .draws import AdapterSlots
 from .forward import forward_parameters
-from .swap import AdapterSlots
 
 if TYPE_CHECKING:
     from peft import PeftModel

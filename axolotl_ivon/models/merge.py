@@ -45,8 +45,8 @@ def merge(
     tell = progress or (lambda doing, count, total: None)
     with new_folder(Path(folder), overwrite, [adapter.folder, *filter(Path.is_dir, [Path(base)])]) as new:
         tell("loading the base model", 0, 1)
-        from .load import load_model, load_tokenizer
-        from .swap import AdapterSlots
+        from .draws import AdapterSlots
+        from .session import load_model, load_tokenizer
 
         model = load_model(
             adapter.folder, base_model=base, classify=classify, device="cpu", dtype=dtype or _own_dtype(base)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..defaults import DEFAULTS
+from ..settings.defaults import DEFAULTS
 from . import kernels
 from .buffers import Buffers
 from .kernels.base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Constants, Terms, Verdict, to_device

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
-    from ..models.swap import Prediction
+    from ..models.draws import Prediction
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -295,7 +295,7 @@ class Posterior:
         Raises:
             IVONError: `n` is not positive, or the model, a PeftModel, does not fit the posterior.
         """
-        from ..models.swap import drawn
+        from ..models.draws import drawn
 
         return drawn(model, self, n, seed)
 
@@ -314,7 +314,7 @@ class Posterior:
         Raises:
             IVONError: as `draws` does, or the model gives no logits.
         """
-        from ..models.swap import predict
+        from ..models.draws import predict
 
         return predict(model, self, batch, n, seed)
 

@@ -157,11 +157,11 @@ def measure(
     Raises:
         IVONError: as `Evaluation` does.
     """
-    from ..evaluation.abstain import with_answered
-    from ..evaluation.compare import verdicts
+    from ..decisions.abstention import with_answered
     from ..evaluation.evaluate import Evaluation, Row, calibrated_rows, choose_rows, count_passes, summarize
     from ..evaluation.examples import describe
     from ..evaluation.ood import detect
+    from ..metrics.verdict import verdicts
 
     recommended = recommended or {}
     tau, ratio = (

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import printable
-from ..influence import SCORES, suspicious
+from ..influence.attribution import SCORES, suspicious
+from ..inspect.info import info
+from ..plots import pictures
 from ..posterior.card import COLUMNS, FACTS, fact, measured
-from ..posterior.info import info
 from ..storage.atomic import new_file
-from . import pictures
 from .measured import Measured, threshold_of
 
 _SHOWN = 5  # examples of each kind

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..errors import IVONError
+from .api.protocol import ChatRequest, CompletionRequest, Refusal, Request
 from .pieces import Ask, Piece
-from .protocol import ChatRequest, CompletionRequest, Refusal, Request
 
 
 @dataclass

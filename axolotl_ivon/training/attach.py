@@ -11,15 +11,15 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
-from ..defaults import DEFAULTS
 from ..errors import IVONError, parameter
 from ..optim.ivon import IVONLoRA
 from ..posterior.chain import facts_of
 from ..posterior.posterior import Posterior
+from ..settings.defaults import DEFAULTS
+from ..settings.presets import ADAM_LIKE_LR, PRESETS
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import remove_unfinished
 from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean, show_the_mean
-from .presets import ADAM_LIKE_LR, PRESETS
 from .prior import gaussian_prior, keys_in_file
 from .processes import check_sharding
 from .trainer import PosteriorTrainerMixin

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..errors import IVONError, parameter
+from ..inspect.diagnosis import begins_at_zero, findings
 from ..optim.ivon import Skipped
 from ..posterior.chain import PRIOR_SHA256
-from ..posterior.check import begins_at_zero, findings
-from .presets import ADAM_LIKE_LR, PAPER_REACH, SHORT_REACH, rates
+from ..settings.presets import ADAM_LIKE_LR, PAPER_REACH, SHORT_REACH, rates
 from .processes import agree_on_gradients, average, sum_over_processes
 from .sharded import ReplicatedAdapter
 

@@ -15,13 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from ..plugins import plugin_manager
+from ..settings.presets import rate_for
 from ..storage.format import SIGMA_FILE
 from ..storage.tensorfile import TensorFile
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import tell_in_card, whole_checkpoint
 from .patches import keep_engine_off_the_adapter
 from .posterior_loss import posterior_loss
-from .presets import rate_for
 from .processes import agree_on_gradients, average, is_sharded
 from .sharded import STATE_FILE, ReplicatedAdapter
 

@@ -150,7 +150,11 @@ def _eval(suite: Mapping[str, Any]) -> list[str]:
 
 def _harness(suite: Mapping[str, Any]) -> list[str]:
     harness = suite["harness"]
-    words = [harness.get("environment", ""), "python -m axolotl_ivon.lm_eval", '--model "$3" --model_args "$4"']
+    words = [
+        harness.get("environment", ""),
+        "python -m axolotl_ivon.lm_eval",
+        '--model "$3" --model_args "$4"',
+    ]
     words += [f"--tasks {harness['tasks']}", *harness.get("options", []), '--output_path "$out/$1.new"']
     return ["  " + " ".join(filter(None, words)), '  cat "$out/$1.new"/*/results_*.json > "$out/$1.json"']
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from axolotl_ivon import Posterior
-from axolotl_ivon.evaluation.metrics import Scores, metrics
+from axolotl_ivon.metrics.scores import Scores, metrics
 
 from .data import Encoder, Example, Task, labels_of, predict
 from .methods import (

@@ -840,7 +840,7 @@ def test_lambda_and_pruning_are_drawn_from_their_ablations() -> None:
 
 @pytest.mark.parametrize("name", ["causal", "causal-quick", "causal-long", "causal-half", "causal-write"])
 def test_what_is_said_of_the_preset_is_measured_with_it(name: str) -> None:
-    from axolotl_ivon.training.presets import PRESETS
+    from axolotl_ivon.settings.presets import PRESETS
 
     suite = yaml.safe_load((BENCHMARKS / "fidelity/experiments.yaml").read_text(encoding="utf-8"))["suites"][name]
     measured = {key: value for key, value in suite["methods"]["ivon-auto"].items() if key in PRESETS["auto"]._fields}
@@ -882,7 +882,7 @@ def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
         subprocess.run(["bash", str(tmp_path / "out/run.sh")], check=True, env={"PATH": f"{programs}:/usr/bin:/bin"})
     called = (tmp_path / "log").read_text().splitlines()
     assert sum(line.startswith("axolotl train") for line in called) == len(written)
-    evaluates = "python -m axolotl_ivon.lm_eval --model" if "harness" in suite else "ivon-post eval"
+    evaluates = "python -m axolotl_ivon.integrations.lm_eval --model" if "harness" in suite else "ivon-post eval"
     assert sum(line.startswith(evaluates) for line in called) == len(written)
 
 

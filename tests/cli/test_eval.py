@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from tiny import build_llama, write_chats
 
 from axolotl_ivon.evaluation.evaluate import Evaluation, rows_of
-from axolotl_ivon.evaluation.metrics import metrics
+from axolotl_ivon.metrics.scores import metrics
 from ivon_post import cli
 
 ROWS = ["base", "mean", "mean-pruned", "posterior", "posterior-pruned"]

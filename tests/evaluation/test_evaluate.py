@@ -28,11 +28,11 @@ from transformers import (
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.data.encode import Item
-from axolotl_ivon.evaluation.calibration import TEMPERATURES
 from axolotl_ivon.evaluation.evaluate import Evaluation, Row, calibrated_rows, count_passes, evaluate, rows_of
-from axolotl_ivon.evaluation.metrics import Scores, metrics
-from axolotl_ivon.models.load import load_tokenizer
-from axolotl_ivon.models.swap import AdapterSlots
+from axolotl_ivon.metrics.scores import Scores, metrics
+from axolotl_ivon.metrics.temperature import TEMPERATURES
+from axolotl_ivon.models.draws import AdapterSlots
+from axolotl_ivon.models.session import load_tokenizer
 from axolotl_ivon.posterior.adapter import save_sigma
 
 MakeAdapter = Callable[..., Path]

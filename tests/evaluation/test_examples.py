@@ -14,7 +14,7 @@ from axolotl_ivon import IVONError
 from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.evaluation.evaluate import Evaluation, Row
 from axolotl_ivon.evaluation.examples import check_output, describe, save
-from axolotl_ivon.evaluation.metrics import Scores
+from axolotl_ivon.metrics.scores import Scores
 
 
 def test_every_line_says_what_the_scores_say(

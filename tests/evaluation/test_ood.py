@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from axolotl_ivon.evaluation.evaluate import Row
-from axolotl_ivon.evaluation.metrics import Scores
 from axolotl_ivon.evaluation.ood import SCORES, detect, detection
+from axolotl_ivon.metrics.scores import Scores
 
 both = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=2, max_size=40).filter(
     lambda values: len({positive for _, positive in values}) == 2

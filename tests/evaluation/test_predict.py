@@ -11,7 +11,7 @@ from torch import Tensor
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.encode import common_length
 from axolotl_ivon.evaluation.evaluate import Evaluation
-from axolotl_ivon.evaluation.metrics import Scores
+from axolotl_ivon.metrics.scores import Scores
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from axolotl_ivon import IVONError
 from axolotl_ivon.fitting.fisher import Squarer, Squares, fisher, residuals, sampled_losses
 from axolotl_ivon.fitting.precision import Prior
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses, label_logits
-from axolotl_ivon.models.load import load_model
+from axolotl_ivon.models.session import load_model
 
 MakeAdapter = Callable[..., Path]
 

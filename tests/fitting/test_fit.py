@@ -23,8 +23,8 @@ from axolotl_ivon.fitting import ivon, state
 from axolotl_ivon.fitting.fit import FACTORS, Settings, fit
 from axolotl_ivon.fitting.precision import Prior
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
-from axolotl_ivon.models.load import load_model
-from axolotl_ivon.training.presets import PRESETS
+from axolotl_ivon.models.session import load_model
+from axolotl_ivon.settings.presets import PRESETS
 
 MakeAdapter = Callable[..., Path]
 MEAN_FILE = "adapter_model.safetensors"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from axolotl_ivon.fitting.tfb import FARTHEST, _rows_of_a, first_width, noise_shape, widest
 from axolotl_ivon.models.gradients import adapter_parameters
-from axolotl_ivon.models.load import load_model
+from axolotl_ivon.models.session import load_model
 
 MakeAdapter = Callable[..., Path]
 

@@ -19,10 +19,10 @@ from axolotl_ivon.data.chats import read_chats
 from axolotl_ivon.data.encode import Prompt, render
 from axolotl_ivon.generation import endpoint
 from axolotl_ivon.generation.endpoint import EndpointEngine
+from axolotl_ivon.generation.ensemble import Ensemble
 from axolotl_ivon.generation.local import TransformersEngine
 from axolotl_ivon.generation.plan import Plan
-from axolotl_ivon.generation.serve import Ensemble
-from axolotl_ivon.models.load import load_model, load_tokenizer
+from axolotl_ivon.models.session import load_model, load_tokenizer
 from axolotl_ivon.posterior.sample import sample
 
 MEMBERS = ["mean", "sample-0000", "sample-0001", "sample-0002"]

@@ -20,7 +20,7 @@ from axolotl_ivon.data.chats import read_chats
 from axolotl_ivon.data.encode import render
 from axolotl_ivon.generation.local import TransformersEngine, kept_rows, next_tokens
 from axolotl_ivon.generation.plan import Output, Plan
-from axolotl_ivon.models.load import load_model, load_tokenizer
+from axolotl_ivon.models.session import load_model, load_tokenizer
 from axolotl_ivon.posterior.sample import sample
 
 GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=12, seed=3)

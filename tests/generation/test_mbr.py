@@ -22,8 +22,8 @@ from axolotl_ivon.generation.mbr import (
     utility_matrix,
 )
 from axolotl_ivon.generation.nbest import NBest
-from axolotl_ivon.generation.report import save
 from axolotl_ivon.generation.utilities import UTILITIES, Answers
+from axolotl_ivon.plots.scaling import save
 
 
 def nbest(texts: list[str], reference: str | None = None, per_model: int = 1, **more: Any) -> NBest:

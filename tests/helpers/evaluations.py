@@ -1,11 +1,18 @@
-"""What tests of evaluations share: rows, and how scores are compared."""
+"""What tests of evaluations share: rows, how scores are compared, an evaluation of the tiny model and a sweep of it."""
 
 from __future__ import annotations
 
-import torch
+import math
+from collections.abc import Callable
+from pathlib import Path
 
-from axolotl_ivon.evaluation.evaluate import rows_of
-from axolotl_ivon.evaluation.metrics import Scores
+import pytest
+import torch
+from tiny import write_chats
+
+from axolotl_ivon.decisions.sweep import Sweep, check_grid, sweep
+from axolotl_ivon.evaluation.evaluate import Evaluation, rows_of
+from axolotl_ivon.metrics.scores import Scores
 
 ROWS = list(rows_of(tau=0.5, ratio=0.3).values())
 
@@ -17,3 +24,34 @@ def close(one: list[Scores], other: list[Scores], tolerance: float = 1e-5) -> No
             torch.testing.assert_close(
                 getattr(a, name)[first], getattr(b, name)[second], rtol=tolerance, atol=tolerance
             )
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", count=24)
+
+
+@pytest.fixture(scope="module")
+def adapter(make_adapter: Callable[..., Path]) -> Path:
+    return make_adapter()
+
+
+@pytest.fixture(scope="module", params=["choice", "generate"])
+def evaluation(request: pytest.FixtureRequest, adapter: Path, chats: Path) -> Evaluation:
+    return Evaluation(adapter, [chats], task=request.param)
+
+
+@pytest.fixture(scope="module")
+def scores(evaluation: Evaluation) -> list[Scores]:
+    return evaluation.run(ROWS, samples=3, seed=5)
+
+
+@pytest.fixture(scope="module")
+def swept(make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    data = write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", count=31)
+    return Evaluation(make_adapter(), [data])
+
+
+@pytest.fixture(scope="module")
+def result(swept: Evaluation) -> Sweep:
+    return sweep(swept, check_grid((0.3, 1.0, math.inf), (0.0, 0.4)), "nll", seed=4, samples=2)

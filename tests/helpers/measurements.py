@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pytest
+
 from axolotl_ivon.report.measured import Measured
 
 HOSTILE = "<script>document.title = 'owned'</script><img src=https://example.org/x.png onerror=alert(1)>$\\frac$"
@@ -67,3 +69,8 @@ def measurements() -> Measured:
         ],
     }  # fmt: skip
     return Measured(document, lines, recommended)
+
+
+@pytest.fixture
+def known() -> Measured:
+    return measurements()

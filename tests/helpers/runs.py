@@ -28,7 +28,7 @@ def environment(**changes: str) -> dict[str, str]:
         "ACCELERATE_USE_CPU": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
         "PATH": f"{AXOLOTL.parent}{os.pathsep}{os.environ['PATH']}",
         **changes,
     }

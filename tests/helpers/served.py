@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from axolotl_ivon.serving.app import Guard, make_app
+from axolotl_ivon.serving.api.app import Guard, make_app
+from axolotl_ivon.serving.api.http import bind, make_server
 from axolotl_ivon.serving.backend import Backend
-from axolotl_ivon.serving.http import bind, make_server
 
 
 @contextlib.contextmanager

@@ -126,7 +126,7 @@ def test_the_server_in_front_of_it(served: tuple[Path, str], combine: str) -> No
     from served import serving
 
     from axolotl_ivon.serving.backend import Limits
-    from axolotl_ivon.serving.serve import upstream_backend
+    from axolotl_ivon.serving.start import upstream_backend
 
     folder, url = served
     asked = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 12, "temperature": 0}

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_ivon.data.encode import Item
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses, make_differentiable
-from axolotl_ivon.models.load import load_model
+from axolotl_ivon.models.session import load_model
 
 MakeAdapter = Callable[..., Path]
 

@@ -14,10 +14,10 @@ from served import serving
 from axolotl_ivon import Posterior
 from axolotl_ivon.data.chats import Chat
 from axolotl_ivon.data.encode import render
-from axolotl_ivon.models.load import load_model, load_tokenizer
-from axolotl_ivon.serving.app import Guard
+from axolotl_ivon.models.session import load_model, load_tokenizer
+from axolotl_ivon.serving.api.app import Guard
 from axolotl_ivon.serving.backend import Limits, Local
-from axolotl_ivon.serving.engine import Engine
+from axolotl_ivon.serving.local.engine import Engine
 
 Serve = Callable[..., contextlib.AbstractContextManager[str]]
 

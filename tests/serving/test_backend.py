@@ -9,8 +9,8 @@ import pytest
 from slow_steps import SlowSteps
 
 from axolotl_ivon import IVONError
+from axolotl_ivon.serving.api.protocol import ChatRequest, CompletionRequest, Refusal, read_request
 from axolotl_ivon.serving.backend import Limits, Local
-from axolotl_ivon.serving.protocol import ChatRequest, CompletionRequest, Refusal, read_request
 
 
 def request(**asked: Any) -> CompletionRequest:

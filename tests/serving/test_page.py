@@ -12,7 +12,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from served import ask
 
-from axolotl_ivon.serving.app import Guard
+from axolotl_ivon.serving.api.app import Guard
 
 ENTER = "new KeyboardEvent('keydown', {key: 'Enter', bubbles: true, cancelable: true})"
 

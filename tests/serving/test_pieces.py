@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import WORDS
 
-from axolotl_ivon.models.load import load_tokenizer
+from axolotl_ivon.models.session import load_tokenizer
 from axolotl_ivon.serving.pieces import Text, Token, answer_facts, token_facts
 
 STRINGS = st.lists(st.sampled_from([*WORDS, " ", "é", "🙂", "漢", "\n", "ab", "<|im_start|>"]), max_size=12).map(

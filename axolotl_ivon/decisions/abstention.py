@@ -1,0 +1,251 @@
+"""Abstention with a promise: the confidence from which on at most a given share of the answers is wrong.
+
+Wanted is a threshold t with risk(t) = P(wrong | confidence ≥ t) ≤ r, and that with probability 1 − δ over the examples
+that it is found on. It is learn-then-test (Angelopoulos et al. 2021, arXiv 2110.01052) with fixed-sequence testing:
+
+    H_j: risk(t_j) > r, for t_1 > t_2 > …        tested from one t_j on towards looser ones, each at level δ
+    p_j = P(Binomial(n_j, r) ≤ k_j)              k_j wrong of the n_j examples with confidence ≥ t_j
+
+The first H_j that is not rejected ends the sequence; the last that was rejected is the threshold. Given n_j, which is
+random, k_j is binomial with risk(t_j), so every p_j is valid, and p_j ≤ δ says the same as: the exact upper bound
+of Clopper and Pearson on risk(t_j) is ≤ r (the bound of Bates et al. 2021, arXiv 2101.02703). No correction for the
+number of thresholds is due, as long as neither they nor their order depend on the examples of the test. They come from
+other examples, the guide, which may show their labels: the grid is quantiles of its confidences, and the sequence
+begins where the guide expects a rejection most (split fixed-sequence testing in the paper).
+
+What is not promised: anything about data of another kind, about one class or group of inputs, or about one answer.
+
+Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import IVONError, parameter
+
+if TYPE_CHECKING:
+    from ..metrics.scores import Scores
+
+_GRID = 50  # thresholds
+_POWER = 0.8  # of the test with the number of examples that is asked for
+
+
+def upper_bound(errors: int, answered: int, confidence: float) -> float:
+    """Return the upper confidence bound of Clopper and Pearson on an error rate, one-sided; 1 without answers."""
+    from scipy.special import bdtri
+
+    return 1.0 if errors >= answered else float(bdtri(errors, answered, 1 - confidence))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def allowed_errors(answered: int, risk: float, confidence: float) -> int:
+    """Return how many of the answers may be wrong for the promise to be made; −1: not even none.
+
+    The largest k that is rare enough if the risk is `risk`: P(Binomial(answered, risk) ≤ k) ≤ 1 − confidence.
+    """
+    from scipy.special import bdtr
+
+    low, high = -1, answered
+    while high - low > 1:
+        middle = (low + high) // 2
+        # Rounding must not make the level 1 − confidence stricter than it is: 1 − 0.9 is below 0.1.
+        low, high = (middle, high) if bdtr(middle, answered, risk) <= 1 - confidence + 1e-12 else (low, middle)
+    return low
+
+
+def least_answers(risk: float, confidence: float) -> int:
+    """Return how many answers the promise takes when none of them is wrong: (1 − risk)^n ≤ 1 − confidence."""
+    return math.ceil(math.log1p(-confidence) / math.log1p(-risk) - 1e-9)
+
+
+@dataclass(frozen=True)
+class Abstention:
+    """A threshold on the confidence with its promise, or the lack of one.
+
+    Attributes:
+        risk: the share of wrong answers that is not to be exceeded.
+        confidence: the probability of that, over the examples.
+        threshold: answer where the confidence is at least this; None if nothing can be promised.
+        examples, answered, errors: of the examples that the test was made on.
+        needed: without a threshold, about how many such examples would give one; None if no number is known to.
+    """
+
+    risk: float
+    confidence: float
+    threshold: float | None
+    examples: int
+    answered: int = 0
+    errors: int = 0
+    needed: int | None = None
+
+    @property
+    def coverage(self) -> float:
+        """The share of the examples that is answered."""
+        return self.answered / self.examples
+
+    def document(self) -> dict[str, Any]:
+        """Return what recommended.json holds of it."""
+        promised = self.threshold is not None
+        return {
+            "threshold": self.threshold,
+            "risk": self.risk,
+            "confidence": self.confidence,
+            "coverage": self.coverage if promised else None,
+            "certified_on": {
+                "examples": self.examples,
+                "answered": self.answered,
+                "errors": self.errors,
+                "bound": upper_bound(self.errors, self.answered, self.confidence) if promised else None,
+            },
+        }
+
+    def told(self, share: float = 1.0) -> str:
+        """Return it in a line of words; `share` of all the examples was there for the test."""
+        promise = f"at most {100 * self.risk:g} % wrong, with {100 * self.confidence:g} % confidence"
+        if self.threshold is not None:
+            return (
+                f"answer from confidence {self.threshold:.4g} on: {promise}; it answers {100 * self.coverage:.1f} % "
+                f"({self.answered} of {self.examples}, {self.errors} wrong)"
+            )
+        line = f"no threshold can promise {promise}, from {self.examples} examples"
+        if self.needed is None:
+            return f"{line}; even the surest answers are wrong too often: allow more"
+        return f"{line}: about {math.ceil(self.needed / share)} would, {self.needed} of them for this test"
+
+
+def check_risk(risk: float, confidence: float) -> None:
+    """Raise IVONError unless both lie in (0, 1)."""
+    for name, value, example in (("risk", risk, 0.05), ("confidence", confidence, 0.9)):
+        if not 0 < value < 1:
+            raise IVONError(f"{parameter(name)} {value:g} is outside (0, 1); {example} is {100 * example:g} %")
+
+
+def find_threshold(
+    scores: np.ndarray,
+    correct: np.ndarray,
+    guide_scores: np.ndarray,
+    guide_correct: np.ndarray,
+    *,
+    risk: float,
+    confidence: float = 0.9,
+) -> Abstention:
+    """Return the loosest threshold that the sequence of tests reaches (see the module).
+
+    Args:
+        scores, correct: confidence, and 1 (right) or 0 (wrong), of the independent examples of the test, shape (n,).
+        guide_scores, guide_correct: the same of other examples, from which the thresholds and their order come.
+
+    Raises:
+        IVONError: risk or confidence is outside (0, 1).
+    """
+    from scipy.special import bdtr
+
+    check_risk(risk, confidence)
+    # Values that are there: confidences may be few and tied. The last threshold answers everything.
+    quantiles = np.quantile(guide_scores, np.linspace(0, 1, _GRID + 1), method="lower")
+    grid = np.append(np.unique(quantiles)[::-1], 0.0)
+
+    counts = np.array(_counts(guide_scores, guide_correct, grid))
+    answers = np.rint(len(scores) / len(guide_scores) * counts[:, 0]).astype(int)
+    allowed = np.array([allowed_errors(int(n), risk, confidence) for n in answers])
+    # The probability of a rejection, were the guide's error rates true.
+    expected = np.where(
+        allowed < 0, 0, bdtr(np.maximum(allowed, 0), answers, (counts[:, 1] + 0.5) / (counts[:, 0] + 1))
+    )
+    start = int(np.argmax(expected))
+    found = Abstention(risk, confidence, None, len(scores))
+    for threshold, (answered, errors) in zip(grid[start:], _counts(scores, correct, grid[start:]), strict=True):
+        if errors > allowed_errors(answered, risk, confidence):
+            break
+        found = Abstention(risk, confidence, float(threshold), len(scores), answered, errors)
+    if found.threshold is not None:
+        return found
+    # All that is known of the error rates, for an advice: no test depends on it.
+    needs = []
+    for answered, errors in _counts(
+        np.concatenate([scores, guide_scores]), np.concatenate([correct, guide_correct]), grid
+    ):
+        rate = (errors + 0.5) / (answered + 1)
+        if rate < risk:
+            wanted = max(least_answers(risk, confidence), _answers_for(rate, risk, confidence))
+            needs.append(math.ceil(wanted * (len(scores) + len(guide_scores)) / answered))
+    if len(scores) + len(guide_scores) < 1 / risk:  # nobody knows any rate
+        needs.append(least_answers(risk, confidence))
+    return replace(found, needed=min(needs, default=None))
+
+
+def certify(scores: np.ndarray, correct: np.ndarray, risk: float, confidence: float, seed: int = 0) -> Abstention:
+    """Return `find_threshold` on a random half of the examples, with the other half, drawn by `seed`, for its guide.
+
+    Raises:
+        IVONError: fewer than 4 examples, or as `find_threshold` does.
+    """
+    check_risk(risk, confidence)
+    if len(scores) < 4:
+        raise IVONError(f"{parameter('risk')}: {len(scores)} examples cannot be split in two halves; give more")
+    order = np.random.default_rng(seed).permutation(len(scores))
+    guide, test = order[: len(order) // 2], order[len(order) // 2 :]
+    return find_threshold(scores[test], correct[test], scores[guide], correct[guide], risk=risk, confidence=confidence)
+
+
+def with_answered(
+    rows: Sequence[dict[str, Any]], name: str, files: Mapping[str, range], scores: Scores, threshold: float
+) -> list[dict[str, Any]]:
+    """Return the rows of `evaluate.summarize` with one more for each file: what is answered of row `name`.
+
+    It is named "NAME, answered", comes after the file's others, and has the metrics of the answered examples, their
+    standard errors (None where none is answered), and their number as `examples`; also `coverage`, `threshold`, and
+    `error_bound`: with 95 % confidence no more of such answers are wrong.
+
+    Args:
+        files: the numbers of each file's examples.
+        scores: those of row `name`, on all files.
+    """
+    import torch
+
+    from ..metrics.scores import metrics, standard_errors
+
+    found: list[dict[str, Any]] = []
+    for path, numbers in files.items():
+        own = [row for row in rows if row["data"] == path]
+        whole = scores.of_groups(torch.tensor(numbers))
+        part = whole.where(whole.confidence >= threshold)
+        count = len(part.group)
+        empty: dict[str, None] = dict.fromkeys(metrics(whole))
+        answered = {
+            "name": f"{name}, answered",
+            "data": path,
+            "examples": count,
+            "predictions": count,
+            "samples": next(row["samples"] for row in own if row["name"] == name),
+            "coverage": count / len(whole.group),
+            "threshold": threshold,
+            "error_bound": upper_bound(int((1 - part.correct).sum()), count, 0.95),
+            **(metrics(part) if count else empty),
+            "se": standard_errors(part) if count else empty,
+        }
+        found += [*own, answered]
+    return found
+
+
+def _answers_for(rate: float, risk: float, confidence: float) -> float:
+    """Return about how many answers it takes to reject `risk` where the error rate is `rate`, mostly (`_POWER`)."""
+    quantile = NormalDist().inv_cdf
+    spread = quantile(confidence) * math.sqrt(risk * (1 - risk)) + quantile(_POWER) * math.sqrt(rate * (1 - rate))
+    return (max(spread, 0.0) / (risk - rate)) ** 2
+
+
+def _counts(scores: np.ndarray, correct: np.ndarray, grid: np.ndarray) -> list[tuple[int, int]]:
+    """Return, for every threshold, how many scores reach it and how many of those are wrong."""
+    order = np.argsort(-scores, kind="stable")
+    wrong = np.concatenate([[0], np.cumsum(1 - correct[order])])
+    answered = np.searchsorted(-scores[order], -grid, side="right")
+    return [(int(n), int(k)) for n, k in zip(answered, wrong[answered], strict=True)]

@@ -1,0 +1,1 @@
+"""What an adapter holds, and how its training went."""

@@ -1,0 +1,199 @@
+"""What came of a run, in words: whether the weights moved, whether σ was learned, and what to do next."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..posterior.posterior import Posterior
+from ..posterior.tensors import Progress
+
+# A run whose weights moved by less on average has learned next to nothing: B begins at 0, and with r = 8 it then
+# changes what a layer gives by a third of a percent.
+HARDLY_MOVED = 1e-3
+# Of the way that the learning rate allowed: nearly all steps went in one direction, so the end was not reached.
+STILL_GOING = 0.6
+# The spread of log σ within a tensor, which begins at 0: σ that is where it began, and σ that was learned.
+FROZEN, LEARNED = 0.02, 0.1
+# Steps that p should remember, as a share of the run: benchmarks/fidelity/NOTES.md.
+MEMORY = 0.2
+# Σ σ²/var(A) over the matrices A: the paper's runs have 20 to 80.
+NARROW, WIDE = 5.0, 500.0
+
+
+class Finding(NamedTuple):
+    """One thing that is said of a run.
+
+    Attributes:
+        about: "weights", "sigma" or "draws".
+        good: whether nothing need be done.
+        text: what is found, and what to do.
+    """
+
+    about: str
+    good: bool
+    text: str
+
+
+def remembers_too_long(beta2: float, steps: int) -> bool:
+    """Return whether p hardly leaves its start in a run of so many steps."""
+    return 1 / (1 - beta2) > 1.01 * steps * MEMORY  # a preset's β2 is at the limit
+
+
+def findings(
+    moved: float | None, allowed: float | None, spread: float | None, steps: int, beta2: float | None
+) -> list[Finding]:
+    """Return what is to be said of the weights and of σ.
+
+    Args:
+        moved: how far a weight of a B matrix moved on average, |m − start|; None where nobody knows.
+        allowed: how far it could have moved, Σ α_t·ξ; None where nobody knows.
+        spread: the standard deviation of log σ within a tensor, averaged over weights; None without draws.
+        steps: of the run, 0 where nobody knows.
+        beta2: β2, None where nobody knows.
+    """
+    found = []
+    if moved is not None:
+        share = f", {moved / allowed:.0%} of the {allowed:.3g} that the learning rate allowed" if allowed else ""
+        if moved < HARDLY_MOVED:
+            little = allowed is not None and allowed < 10 * HARDLY_MOVED
+            cure = (
+                "raise the learning rate or train longer" if little else "if the loss does not fall, λ may be too small"
+            )
+            text = f"the weights have hardly moved: by {moved:.1g} on average{share}; {cure}"
+        else:
+            text = f"the weights moved: by {moved:.2g} on average{share}"
+            if allowed and moved > STILL_GOING * allowed:
+                text += "; they were still on their way: a longer run or a larger learning rate would take them farther"
+        found.append(Finding("weights", moved >= HARDLY_MOVED, text))
+    if spread is None:
+        return found
+    differs = f"within a tensor it differs by {spread:.1%} from weight to weight"
+    if spread >= FROZEN:
+        learned = "σ was learned" if spread >= LEARNED else "σ has begun to be learned"
+        found.append(Finding("sigma", True, f"{learned}: {differs}"))
+        return found
+    text = f"σ was not learned: {differs}"
+    if beta2 is not None and 0 <= beta2 < 1 < steps * MEMORY and remembers_too_long(beta2, steps):
+        text += f"; β2 = {beta2:g} remembers {1 / (1 - beta2):,.0f} steps and the run had {steps:,}"
+        text += f", so try β2 = {1 - 1 / (steps * MEMORY):.3g}"
+    found.append(Finding("sigma", False, f"{text}; |m|/σ ranks weights nearly as |m| does"))
+    return found
+
+
+def check(path_or_hub_id: str | os.PathLike[str], progress: Progress | None = None) -> dict[str, Any]:
+    """Return what came of the run that made an adapter, as plain numbers, strings, lists and dicts.
+
+    `moved` and `allowed` are what training wrote into the header: how far a weight of a B matrix moved on average, and
+    how far Σ α_t·ξ let it. Without these facts `moved` is the mean of |B|, which begins at 0. `log_sigma_spread`
+    is the standard deviation of log σ within a tensor, averaged over tensors by their weights. `noise` is
+    D = Σ σ²/var(A) over the matrices A, at var(A) = 1/(3·inputs), PEFT's start. Each is None where it is not known.
+    `findings` are dicts of `about`, `good` and `text`.
+
+    Raises:
+        IVONError: the folder holds no posterior, or its files do not belong together.
+    """
+    q = Posterior.from_pretrained(path_or_hub_id, progress)
+    moved, allowed = _number(q.metadata, "moved"), _number(q.metadata, "travel")
+    count, spread, noise, b_sum, b_count = 0, 0.0, 0.0, 0.0, 0
+    for key in q.mean:
+        sigma = q.sigma.raw(key)
+        drawn = sigma > 0
+        if begins_at_zero(key):
+            b_sum += float(np.abs(q.mean.float32(key)).sum(dtype=np.float64))
+            b_count += sigma.size
+        if n := int(np.count_nonzero(drawn)):
+            spread += n * _deviation(np.log(sigma[drawn]))
+            count += n
+            if ".lora_A" in key and sigma.ndim:
+                largest = sigma.max()  # whose square may be too large for float32
+                mean_square = float(np.square(sigma / largest).mean(dtype=np.float64)) * float(largest) ** 2
+                noise += 3 * sigma.shape[-1] * mean_square
+        if progress:
+            progress("measuring", sigma.size, q.mean.weights)
+    if moved is None:
+        allowed = None
+        moved = b_sum / b_count if b_count else None
+    steps, beta2 = _number(q.metadata, "steps"), _number(q.metadata, "beta2")
+    found = findings(moved, allowed, spread / count if count else None, int(steps or 0), beta2)
+    if not count:
+        found.append(Finding("draws", False, "σ is 0 everywhere: there is only the mean, and no draws"))
+    elif q.metadata.get("hessian") in ("squared_gradients", "fisher") and (ess := _number(q.metadata, "ess")):
+        # Σ h·σ²/2, the expected rise of the loss, is at most this, as σ² = 1/(λ·p) and p ≥ h.
+        cost = f"{count / (2 * ess * q.tau):.2g}"
+        found.append(Finding("draws", True, f"a draw raises the loss of an example by at most about {cost} nats"))
+    elif noise:
+        found.append(_width(noise))
+    return {
+        "adapter": str(path_or_hub_id),
+        "moved": moved,
+        "allowed": allowed,
+        "log_sigma_spread": spread / count if count else None,
+        "noise": noise or None,
+        "steps": steps and int(steps),
+        "beta2": beta2,
+        "ess": _number(q.metadata, "ess"),
+        "train_size": _number(q.metadata, "train_size"),
+        "tau": "inf" if math.isinf(q.tau) else q.tau,
+        "pruned_ratio": q.pruned_ratio,
+        "findings": [finding._asdict() for finding in found],
+    }
+
+
+def begins_at_zero(name: str) -> bool:
+    """Whether a weight is one of a B matrix, which PEFT starts at 0 unless it is told otherwise."""
+    return ".lora_B" in name or ".lora_embedding_B" in name
+
+
+def compare(data: str, mean: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
+    """Say whether the average over draws predicts better than the mean.
+
+    Args:
+        data: the name of what was predicted.
+        mean, draws: the NLL of every example, in the same order, shape (examples,).
+
+    Returns:
+        `data`, `examples`, `difference` (of the NLL, draws less mean), its standard error `se` (None of one example),
+        and the `finding`.
+    """
+    apart = np.asarray(draws, np.float64) - np.asarray(mean, np.float64)
+    difference, n = float(apart.mean()), len(apart)
+    se = float(apart.std(ddof=1)) / math.sqrt(n) if n > 1 else None
+    figures = f"NLL {difference:+.3g}" + ("" if se is None else f" ± {se:.2g}") + f" on {n:,} examples of {data}"
+    if se is None or abs(difference) <= 2 * se:
+        text, good = f"draws and mean cannot be told apart: {figures}; use more data, or the mean", False
+    elif difference < 0:
+        text, good = f"the draws are better than the mean: {figures}", True
+    else:
+        text, good = f"the draws are worse than the mean: {figures}; narrow them by a larger τ", False
+    finding = Finding("draws", good, text)._asdict()
+    return {"data": data, "examples": n, "difference": difference, "se": se, "finding": finding}
+
+
+def _deviation(values: np.ndarray) -> float:
+    """Return the standard deviation, whose accuracy is that of float64, of float32 values, which are overwritten."""
+    values -= np.float32(values.mean(dtype=np.float64))
+    offset = float(values.mean(dtype=np.float64))  # what rounding the mean has left
+    return math.sqrt(max(float(np.square(values, out=values).mean(dtype=np.float64)) - offset**2, 0.0))
+
+
+def _width(noise: float) -> Finding:
+    disturb = f"the draws disturb the model by D = {noise:.2g}, where 20 to 80 is usual"
+    if noise < NARROW:
+        return Finding("draws", False, f"{disturb}: they hardly differ from the mean; a smaller λ or τ widens them")
+    if noise > WIDE:
+        return Finding("draws", False, f"{disturb}: they may destroy it; a larger λ or τ narrows them")
+    return Finding("draws", True, disturb)
+
+
+def _number(facts: Mapping[str, str], name: str) -> float | None:
+    """Return a fact of the header as a number, None where it is missing or is none: a file may say anything."""
+    try:
+        value = float(facts[name])
+    except (KeyError, ValueError):
+        return None
+    return value if math.isfinite(value) else None

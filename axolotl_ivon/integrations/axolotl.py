@@ -1,0 +1,209 @@
+"""The axolotl plugin: `optimizer: ivon_lora`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import BasePlugin
+
+from ..errors import IVONError
+from ..settings.keys import DEFAULTS, IVONArgs, check_values, prior_folder
+from ..settings.presets import PRESETS
+
+if TYPE_CHECKING:
+    from axolotl.utils.dict import DictDefault
+    from peft import PeftModel
+    from transformers import Trainer
+
+    from ..training.callback import PosteriorTraining
+
+LOG = logging.getLogger(__name__)
+
+OPTIMIZER = "ivon_lora"
+
+# Keys that need another optimizer, or act on what IVON does not have; and the way out of each.
+_WITHOUT_EFFECT = {
+    "loraplus_lr_ratio": "remove it: IVON's step is bounded for every weight by ivon_clip",
+    "loraplus_lr_embedding": "remove it: IVON's step is bounded for every weight by ivon_clip",
+    "lr_groups": "remove it: all weights share learning_rate",
+    "embedding_lr": "remove it: all weights share learning_rate",
+    "embedding_lr_scale": "remove it: all weights share learning_rate",
+    "relora": "remove it: merging while training discards the posterior",
+    "lisa_n_layers": "remove it: LISA trains base layers, not an adapter",
+    "optim_args": "set the ivon_* keys instead",
+    "optim_target_modules": "remove it: GaLore and its like replace the optimizer",
+    "adam_beta1": "use ivon_beta1",
+    "adam_beta2": "use ivon_beta2",
+    "adam_epsilon": "remove it: IVON has no epsilon",
+    "unfrozen_parameters": "remove it: only adapter weights are trained",
+}
+# Trainers whose rollouts would come from a draw, not the mean.
+_ONLINE_RL = ("grpo", "gdpo", "ebft", "rloo", "ppo")
+
+
+class ConfigError(IVONError, SystemExit):
+    """A refused YAML: the one line, and no traceback, also where axolotl runs without a command line around it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = f"axolotl-ivon: {message}"
+
+
+class IVONLoRAPlugin(BasePlugin):
+    """Trains with IVON-LoRA when the YAML says `optimizer: ivon_lora`, and does nothing otherwise."""
+
+    _verdict: list[tuple[int, str]]
+    _post_trains = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._verdict = []
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        """Check the raw YAML; where a preset is to choose the learning rate, fill in 0, since axolotl requires one.
+
+        Raises:
+            ConfigError: naming the key, its value and the fix.
+        """
+        if cfg.get("optimizer") != OPTIMIZER:
+            _warn_of_keys_without_effect(cfg)
+            return
+        _show_the_log()
+        try:
+            given = check_values(cfg)
+            _check_setting(cfg)
+            _check_prior(cfg, prior_folder(given.ivon_prior))
+        except ConfigError:
+            raise
+        except IVONError as error:
+            raise ConfigError(error.told(_yaml_key)) from error
+        name = str(cfg.get("ivon_preset") or DEFAULTS["ivon_preset"])
+        if PRESETS[name].travel is not None and not cfg.get("learning_rate"):
+            cfg["learning_rate"] = 0.0
+
+    def get_input_args(self) -> str:
+        """Return where the keys' schema is."""
+        return "axolotl_ivon.settings.keys.IVONArgs"
+
+    def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
+        """Return a name that transformers knows in the optimizer's place."""
+        return {"optim": "adamw_torch"} if cfg.optimizer == OPTIMIZER else None
+
+    def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
+        """Put the optimizer, the sampling and the saving of σ into the training loop."""
+        if cfg.optimizer != OPTIMIZER:
+            return
+        from ..posterior.posterior import Posterior
+        from ..training.attach import attach
+        from ..training.processes import check_sharding
+
+        values = {key: default if cfg[key] is None else cfg[key] for key, default in DEFAULTS.items()}
+        names = ("preset", "prior", "rescale_lr", "eval_samples", "draws")
+        settings: dict[str, Any] = {name: values[f"ivon_{name}"] for name in names}
+        of_preset = ("gamma", "h0", "clip", "prior_strength", "hessian", "h0_steps")
+        settings |= {name: cfg[f"ivon_{name}"] for name in of_preset}
+        settings["betas"] = values["ivon_beta1"], cfg.ivon_beta2
+        try:
+            if prior_folder(settings["prior"]) is not None:
+                settings["prior"] = Posterior.from_pretrained(settings["prior"])
+            attach(trainer, ess=cfg.ivon_lambda, **settings)
+            run: PosteriorTraining = trainer.posterior_training  # type: ignore[attr-defined]
+            run.tells, self._verdict, self._post_trains = False, run.verdict, 0  # of the run, the model would be kept
+            trainer.args.max_grad_norm = cfg.max_grad_norm or 0.0
+            check_sharding(trainer)
+        except IVONError as error:
+            raise ConfigError(error.told(_yaml_key)) from error
+
+    def post_train(self, cfg: DictDefault, model: PeftModel) -> None:
+        """Save mean and σ again where axolotl writes an FSDP-trained adapter itself, without asking the model.
+
+        The last words of a run are what came of it: axolotl calls this before and after its last save.
+        """
+        if cfg.optimizer != OPTIMIZER:
+            return
+        if cfg.fsdp_config and int(os.environ.get("RANK", "0")) == 0:
+            model.save_pretrained(cfg.output_dir)
+        self._post_trains += 1
+        if self._post_trains == 2:
+            from ..training.callback import tell
+
+            tell(self._verdict)
+
+
+def _show_the_log() -> None:
+    """Log on the level of axolotl, which by itself lets others warn alone."""
+    ours = logging.getLogger(__package__)
+    if ours.level == logging.NOTSET:
+        ours.setLevel(logging.getLogger("axolotl").getEffectiveLevel())
+
+
+def _warn_of_keys_without_effect(cfg: Mapping[str, Any]) -> None:
+    keys = [str(key) for key in cfg if str(key).startswith("ivon_") and cfg[key] is not None]
+    if keys:
+        optimizer = f"optimizer: {cfg['optimizer']}" if cfg.get("optimizer") else "the default optimizer"
+        LOG.warning("%s: no effect with %s, only with optimizer: %s", ", ".join(keys), optimizer, OPTIMIZER)
+
+
+def _yaml_key(parameter: str) -> str:
+    """Return the key that sets a parameter of `attach`."""
+    keys = {"ess": "ivon_lambda", "betas": "ivon_beta1 and ivon_beta2"}
+    return keys.get(parameter, f"ivon_{parameter}" if f"ivon_{parameter}" in IVONArgs.model_fields else parameter)
+
+
+def _check_prior(cfg: Mapping[str, Any], folder: str | None) -> None:
+    """Refuse an earlier adapter that does not go with the YAML, before a model is loaded."""
+    if folder is None:
+        return
+    from ..posterior.chain import check_prior
+
+    named = f"ivon_prior: {folder}"
+    begin = cfg.get("lora_model_dir")
+    if begin and str(begin) != folder and os.path.realpath(str(begin)) != os.path.realpath(folder):
+        raise ConfigError(f"{named} is not lora_model_dir: {begin}; name the same adapter in both, or ivon_prior alone")
+    if cfg.get("output_dir") and os.path.realpath(str(cfg["output_dir"])) == os.path.realpath(folder):
+        raise ConfigError(f"{named} is output_dir as well, and would be overwritten; choose another output_dir")
+    if cfg.get("ivon_h0") is not None:
+        raise ConfigError(f"ivon_h0: {cfg['ivon_h0']} has no effect with {named}, whose σ it begins with; remove it")
+    if cfg.get("ivon_rescale_lr"):
+        raise ConfigError(f"ivon_rescale_lr: true does not go with {named}; remove it")
+    # With lora_model_dir the adapter is the one that is saved there, whatever the YAML says.
+    keys = {} if begin else {"r": "lora_r", "lora_alpha": "lora_alpha"}
+    check_prior(folder, {name: int(cfg[key]) for name, key in keys.items() if cfg.get(key) is not None})
+
+
+def _check_setting(cfg: Mapping[str, Any]) -> None:
+    if cfg.get("adapter") not in ("lora", "qlora"):
+        raise ConfigError(
+            f"adapter: {cfg.get('adapter')} does not go with optimizer: {OPTIMIZER}; set adapter: lora or qlora"
+        )
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    for key, way_out in _WITHOUT_EFFECT.items():
+        # Ray's workers get the YAML with all the defaults filled in.
+        default = AxolotlInputConfig.model_fields[key].default if key in AxolotlInputConfig.model_fields else None
+        if cfg.get(key) and cfg[key] != default:
+            raise ConfigError(f"{key}: {cfg[key]} has no effect with optimizer: {OPTIMIZER}; {way_out}")
+    if float(cfg.get("weight_decay") or 0):
+        raise ConfigError(
+            f"weight_decay: {cfg['weight_decay']} has no effect with optimizer: {OPTIMIZER}; the prior takes its "
+            "place: remove it, or set ivon_prior to a number"
+        )
+    if (cfg.get("streaming") or cfg.get("pretraining_dataset")) and cfg.get("ivon_lambda") is None:
+        key = "streaming" if cfg.get("streaming") else "pretraining_dataset"
+        raise ConfigError(f"{key}: streamed data has no length for λ; set ivon_lambda, 1e7 say")
+    if cfg.get("ivon_eval_samples") and not (cfg.get("val_set_size") or cfg.get("test_datasets")):
+        raise ConfigError(
+            f"ivon_eval_samples: {cfg['ivon_eval_samples']} has no effect without evaluation data; set val_set_size or "
+            "test_datasets, or remove it"
+        )
+    for key in ("rl", "reward_model", "process_reward_model"):
+        if cfg.get("ivon_eval_samples") and cfg.get(key):
+            raise ConfigError(f"ivon_eval_samples averages the predictions of a causal LM; remove it with {key}")
+    if cfg.get("rl") in _ONLINE_RL:
+        raise ConfigError(
+            f"rl: {cfg['rl']} is not supported with optimizer: {OPTIMIZER}, its rollouts would come from a draw; "
+            "use another optimizer"
+        )

@@ -1,0 +1,287 @@
+"""What a YAML will train with, before anything is loaded: N, steps, λ, learning rate, and how far weights can go."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import IVONError, one_line
+from ..inspect.diagnosis import Finding, remembers_too_long
+from ..posterior.adapter import Adapter
+from ..posterior.chain import check_prior, links
+from ..settings.keys import DEFAULTS, check_values, prior_folder
+from ..settings.presets import ADAM_LIKE_LR, PAPER_REACH, PRESETS, SHORT_REACH
+from ..storage.format import regular_size
+
+OPTIMIZER, PLUGIN = "ivon_lora", "axolotl_ivon.IVONLoRAPlugin"
+_YAML_LIMIT = 16 * 2**20
+# Multiples of the peak after warmup, by the share of the steps after it that were done.
+_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "constant_with_warmup": lambda done: 1.0,
+}
+
+
+class _Unknown(Exception):
+    """Why something is not known before the run."""
+
+
+def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
+    """Return what an axolotl YAML with `optimizer: ivon_lora` will train with, as plain numbers, strings and lists.
+
+    `train_size` is N, `steps` the optimizer's steps, `ess` λ, `learning_rate` the peak α, `travel` the farthest that a
+    weight can get, Σ α_t·ξ. What cannot be known before data and model are loaded is None, and `unknown` says why. N is
+    that of the files as they are, before axolotl leaves out examples that are too long. `findings` are dicts of
+    `about`, `good` and `text`.
+
+    Args:
+        path: the YAML.
+        processes: how many train, by which a step sees as many batches.
+
+    Raises:
+        IVONError: the file cannot be read, has another optimizer, or a key of ours has a wrong value.
+    """
+    cfg = _read(Path(path))
+    if cfg.get("optimizer") != OPTIMIZER:
+        raise IVONError(f"{path}: optimizer is {cfg.get('optimizer')}, so no posterior is trained; set {OPTIMIZER}")
+    given = check_values(cfg).model_dump(exclude_none=True)
+    values = {**DEFAULTS, **given}
+    preset = PRESETS[values["ivon_preset"]]
+    clip = given.get("ivon_clip", preset.clip)
+    unknown: list[str] = []
+
+    def known(find: Callable[[], Any]) -> Any:
+        try:
+            return find()
+        except _Unknown as why:
+            if str(why) not in unknown:
+                unknown.append(str(why))
+            return None
+
+    size = known(lambda: _train_size(cfg))
+    steps = known(lambda: _steps(cfg, size, processes))
+    preset = preset._replace(gamma=given.get("ivon_gamma", preset.gamma))
+    ess = given.get("ivon_lambda")
+    if ess is None and size:
+        ess = preset.ess(size, 0, _epochs(cfg, size, processes))
+        if preset.gamma is None:
+            unknown.append(
+                f"λ: it is larger from {preset.usual_weights:,.0f} LoRA weights on, in proportion to their number"
+            )
+    prior = prior_folder(values["ivon_prior"])
+    strength = given.get("ivon_prior_strength", preset.posterior_strength if prior else preset.prior_strength)
+    h0 = None if prior else given.get("ivon_h0", preset.h0)
+    if h0 is None and not prior:
+        unknown.append("h0: it follows from λ and the layers of the model")
+    beta2 = given.get("ivon_beta2", preset.second_beta(steps) if steps or preset.beta2 else None)
+    share = known(lambda: _mean_rate(cfg, steps))
+    rescaled = values["ivon_rescale_lr"]
+    step_bound = clip * (h0 or math.nan if rescaled else 1.0)
+    lr: float | None = _number(cfg, "learning_rate", 0.0)
+    if preset.travel is not None and not lr:
+        lr = preset.travel / (step_bound * share * steps) if share and steps else None
+    elif preset.travel is not None and lr and lr < ADAM_LIKE_LR and not rescaled:
+        lr /= clip
+    travel = lr * share * steps * step_bound if lr is not None and share is not None and steps else None
+    return {
+        "config": str(path),
+        "preset": values["ivon_preset"],
+        "train_size": size,
+        "steps": steps,
+        "batch": _batch(cfg, processes),
+        "ess": ess,
+        "h0": h0,
+        "prior": values["ivon_prior"],
+        "prior_strength": strength,
+        "clip": clip,
+        "beta2": beta2,
+        "learning_rate": lr,
+        "travel": travel,
+        "unknown": unknown,
+        "findings": [
+            one._asdict()
+            for one in [
+                *_findings(cfg, lr, travel, steps, beta2, preset.travel is None),
+                *([_goes_on(prior, strength)] if prior else []),
+            ]
+        ],
+    }
+
+
+def _goes_on(prior: str, strength: float) -> Finding:
+    """Say what a run goes on from, and what that counts as."""
+    try:
+        check_prior(prior, {})
+    except IVONError as error:
+        raise IVONError(error.told(lambda name: f"ivon_{name}")) from error
+    header = Adapter(prior).metadata
+    seen = header.get("train_size") or "an unknown number of"
+    text = f"goes on from {prior}: its {seen} examples count {strength:g} time{'' if strength == 1 else 's'} each"
+    if before := len(links(header)):
+        text += f", and so does what it goes on from ({before} more)"
+    return Finding("prior", True, text)
+
+
+def _findings(
+    cfg: Mapping[str, Any],
+    lr: float | None,
+    travel: float | None,
+    steps: int | None,
+    beta2: float | None,
+    by_hand: bool,
+) -> list[Finding]:
+    """Say what will come of it; a rate that is as far as AdamW's goes is not too short, unless it is set `by_hand`."""
+    found = []
+    if PLUGIN not in (cfg.get("plugins") or []) and _needs_plugin_line():
+        text = f"plugins has no {PLUGIN}: axolotl before 0.21 will say that {OPTIMIZER} is not a valid OptimizerNames"
+        found.append(Finding("plugins", False, text))
+    if travel is not None:
+        text = f"no weight can travel farther than {travel:.3g}"
+        short = travel < SHORT_REACH and by_hand
+        if short:
+            text += f", and below {SHORT_REACH} a run may learn little: train longer, or raise learning_rate"
+            if lr and travel:
+                text += f" (with {lr * PAPER_REACH / travel:.2g} it is {PAPER_REACH}, as in the paper)"
+        found.append(Finding("weights", not short, text))
+    if steps is not None and beta2 is not None:
+        memory = 1 / (1 - beta2)
+        learns = not remembers_too_long(beta2, steps)
+        text = f"β2 = {beta2:g} remembers {memory:,.0f} steps and the run has {steps:,}"
+        found.append(Finding("sigma", learns, text if learns else f"{text}: σ will stay near where it begins"))
+    return found
+
+
+def _needs_plugin_line() -> bool:
+    try:
+        return tuple(int(part) for part in version("axolotl").split(".")[:2]) < (0, 21)
+    except (PackageNotFoundError, ValueError):
+        return False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if regular_size(path) > _YAML_LIMIT:
+            raise IVONError(f"{path} is larger than {_YAML_LIMIT >> 20} MiB; it is no configuration")
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise IVONError(f"{path}: no such file") from error
+    except OSError as error:
+        raise IVONError(f"{path} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise IVONError(f"{path} is not valid YAML ({one_line(error)})") from error
+    if not isinstance(found, dict):
+        raise IVONError(f"{path} does not hold the keys of a configuration")
+    return found
+
+
+def _number(cfg: Mapping[str, Any], key: str, default: float) -> float:
+    """Return a number of the YAML, which reads 1e-2 as a string."""
+    value = cfg.get(key)
+    try:
+        number = default if value is None else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise IVONError(f"{key}: {value!r} is not a number from 0 on")
+    return number
+
+
+def _batch(cfg: Mapping[str, Any], processes: int) -> int:
+    """Return how many examples a step sees."""
+    micro = int(_number(cfg, "micro_batch_size", 1)) or 1
+    accumulated = int(_number(cfg, "gradient_accumulation_steps", _number(cfg, "batch_size", micro) // micro)) or 1
+    return micro * accumulated * processes
+
+
+def _train_size(cfg: Mapping[str, Any]) -> int:
+    if cfg.get("streaming") or cfg.get("pretraining_dataset"):
+        raise _Unknown("streamed data has no length")
+    size = 0
+    for dataset in cfg.get("datasets") or [{}]:
+        facts = dataset if isinstance(dataset, dict) else {}
+        if facts.get("shards"):
+            raise _Unknown(f"N: of {facts.get('path')} only a part is used")
+        files = facts.get("data_files") or facts.get("path")
+        whole = sum(_examples(Path(str(file))) for file in (files if isinstance(files, list) else [files]))
+        size += _examples_of(str(facts.get("split") or "train"), whole)
+    held_out = _number(cfg, "val_set_size", 0)
+    # As in scikit-learn, which `datasets` follows.
+    return size - (int(held_out) if held_out >= 1 else math.ceil(held_out * size))
+
+
+def _examples(path: Path) -> int:
+    """Return how many examples a local JSON or JSONL file has."""
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+        raise _Unknown(f"N: {path} is no JSON file here")
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".json" and file.read(1) == b"[":
+                return len(json.loads(path.read_bytes()))
+            file.seek(0)
+            return sum(1 for line in file if line.strip())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _Unknown(f"N: {path} cannot be read ({one_line(error)})") from error
+
+
+def _examples_of(split: str, whole: int) -> int:
+    """Return how many of a file's examples a split as `datasets` writes it has, such as train[:96]."""
+    if split == "train":
+        return whole
+    try:
+        from datasets import ReadInstruction
+
+        parts = ReadInstruction.from_spec(split).to_absolute({"train": whole})
+    except (ImportError, ValueError, AssertionError) as error:
+        raise _Unknown(f"N: the split {split} is not followed here ({one_line(error)})") from error
+    return sum(max(0, part.to - part.from_) for part in parts)
+
+
+def _steps(cfg: Mapping[str, Any], size: int | None, processes: int) -> int:
+    most = int(_number(cfg, "max_steps", 0))
+    if most:
+        return most
+    if cfg.get("sample_packing"):
+        raise _Unknown("steps: how many examples are packed together")
+    if size is None:
+        raise _Unknown("steps: they follow from N")
+    micro = (int(_number(cfg, "micro_batch_size", 1)) or 1) * processes
+    accumulated = max(1, _batch(cfg, processes) // micro)
+    # As the Trainer counts them.
+    in_epoch = math.ceil(math.ceil(size / micro) / accumulated)
+    return math.ceil(_number(cfg, "num_epochs", 1) * in_epoch)
+
+
+def _epochs(cfg: Mapping[str, Any], size: int, processes: int) -> float:
+    """Return how often a run passes over its examples; packed batches count as if they were not."""
+    steps = int(_number(cfg, "max_steps", 0))
+    return steps * _batch(cfg, processes) / size if steps else _number(cfg, "num_epochs", 1)
+
+
+def _mean_rate(cfg: Mapping[str, Any], steps: int | None) -> float:
+    """Return the mean of the learning rates as a multiple of the peak."""
+    if not steps:
+        raise _Unknown("travel: it follows from the steps")
+    name = str(cfg.get("lr_scheduler") or "cosine")
+    if name == "constant":
+        return 1.0
+    options = ("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_scheduler_kwargs")
+    plain = not any(cfg.get(key) for key in options)
+    if name not in _SCHEDULES or not plain:
+        raise _Unknown(f"travel: the schedule {name}{'' if plain else ' with its options'} is not followed here")
+    if cfg.get("warmup_steps") is not None:
+        warmup = int(_number(cfg, "warmup_steps", 0))
+    elif cfg.get("warmup_ratio") is not None:
+        warmup = int(_number(cfg, "warmup_ratio", 0) * steps)
+    else:
+        warmup = min(int(0.03 * steps), 100)
+    warmup = 2 if warmup == 1 else warmup  # all as axolotl has it
+    rates = [step / warmup for step in range(min(warmup, steps))]
+    rates += [_SCHEDULES[name]((step - warmup) / (steps - warmup)) for step in range(warmup, steps)]
+    return sum(rates) / steps

@@ -1,0 +1,151 @@
+"""The model class `ivon-posterior` of lm-evaluation-harness (extra `lm-eval`): likelihoods averaged over draws.
+
+From the command line, where every option of `lm_eval` works:
+
+    python -m axolotl_ivon.lm_eval --model ivon-posterior --model_args adapter=adapter/,samples=10 --tasks arc_easy
+
+The harness looks for no extensions by itself, so this module registers the class and hands over to it. From Python,
+importing the module is enough: `lm_eval.simple_evaluate(model="ivon-posterior", model_args=…)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from lm_eval.api.model import CacheHook
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from ..decisions.sweep import read_recommended
+from ..evaluation.evaluate import Row
+from ..metrics.scores import entropy
+from ..models.draws import AdapterSlots
+from ..models.session import load_model, load_tokenizer
+from ..posterior.adapter import Adapter
+from ..posterior.posterior import open_posterior
+
+Answers = TypeVar("Answers")
+
+
+@register_model("ivon-posterior")
+class IVONPosterior(HFLM):
+    """A posterior as the harness sees a language model.
+
+    log p(y|x) = log mean_k p(y|x, θ_k), over whole continuations and documents: the predictive distribution of the
+    posterior. A continuation counts as greedy if it is for more than half of the draws. Text is generated from the
+    mean. Where a task has choices, the mutual information between choice and draw, in nats, says how far the draws
+    disagree: its mean over the documents is in the results as `config.mutual_information`, by task.
+
+    Args:
+        adapter: folder or Hub id of the adapter.
+        samples, tau, ratio, seed: as in `ivon-post eval`; `tau=inf` is the mean alone.
+        recommended: a recommended.json, in place of `tau` and `ratio`.
+        base_model, load_in, device, dtype: as in `models.load.load_model`.
+        options: further arguments of the harness's class `hf` (batch_size, max_length, add_bos_token, …).
+
+    Raises:
+        IVONError: as `open_posterior` and `load_model` do.
+    """
+
+    cache_hook: Any
+
+    def __init__(
+        self,
+        adapter: str,
+        samples: int = 10,
+        tau: float | str = 1.0,
+        ratio: float = 0.0,
+        seed: int = 0,
+        recommended: str | None = None,
+        base_model: str | None = None,
+        load_in: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        **options: Any,
+    ) -> None:
+        if recommended is not None:
+            tau, ratio = read_recommended(recommended, Adapter(adapter).metadata or None)
+        row = Row("posterior", tau=float(tau), ratio=float(ratio))
+        posterior = open_posterior(adapter, mean_only=not row.needs_sigma)
+        folder = posterior.folder
+        assert folder is not None
+        # The harness's command line says cuda:0 when it was told nothing, GPU or not.
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+            device = "auto"
+        model = load_model(folder, base_model=base_model, load_in=load_in, device=device, dtype=dtype)
+        self._slots = AdapterSlots(model)
+        self._slots.check(posterior.mean)
+        pruned = posterior.prune(row.ratio) if row.ratio else posterior
+        self._slots.write(pruned.mean)
+        self._posterior, self._seed = pruned.temper(row.tau), int(seed)
+        self._draws = row.passes(int(samples))
+        self._single = math.isinf(row.tau)
+        self._disagreement: dict[tuple[str, int], float] = {}  # (task, document) -> mutual information
+        base: Any = model.get_base_model()
+        tokenizer = load_tokenizer(folder, base.config._name_or_path)
+        super().__init__(pretrained=model, tokenizer=tokenizer, **options)
+
+    def _per_draw(self, run: Callable[[], Answers]) -> Iterator[Answers]:
+        """Yield what `run` returns at each draw; the harness's cache sees none of it."""
+        hook = self.cache_hook
+        self.cache_hook = CacheHook(None)
+        try:
+            for member in range(self._draws):
+                with self._slots.loaded({} if self._single else self._posterior.sample(self._seed, member)):
+                    yield run()
+        finally:
+            self.cache_hook = hook
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return (log-likelihood, is it greedy) of every (context, continuation)."""
+        found = list(self._per_draw(lambda: super(IVONPosterior, self).loglikelihood(requests, disable_tqdm)))
+        values = [[value for value, _ in draw] for draw in found]
+        averages = _log_mean(values)
+        self._note_disagreement(requests, values)
+        greedy = [2 * sum(flags) > len(found) for flags in zip(*([flag for _, flag in d] for d in found), strict=True)]
+        answers = list(zip(averages, greedy, strict=True))
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of every document."""
+        answers = _log_mean(
+            list(self._per_draw(lambda: super(IVONPosterior, self).loglikelihood_rolling(requests, disable_tqdm)))
+        )
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
+        return answers
+
+    def _note_disagreement(self, requests: list[Any], values: list[list[float]]) -> None:
+        """Keep the mutual information of every document that has choices, from the draws' `values` of its requests."""
+        if self._draws == 1:
+            return
+        documents: dict[tuple[str, int], dict[int, int]] = {}
+        for place, request in enumerate(requests):
+            if getattr(request, "task_name", None) is not None:
+                documents.setdefault((request.task_name, request.doc_id), {})[request.idx] = place
+        draws = torch.tensor(values, dtype=torch.float64)
+        for document, places in documents.items():
+            # Some tasks ask for every choice without its question, too (acc_mutual_info).
+            asked = [place for place in places.values() if requests[place].args[0]] or list(places.values())
+            if len(asked) > 1:
+                choices = draws[:, asked].softmax(1)
+                self._disagreement[document] = (entropy(choices.mean(0)) - entropy(choices).mean()).item()
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what the harness writes about the model, and the mutual information of each task with choices."""
+        tasks: dict[str, list[float]] = {}
+        for (task, _), value in self._disagreement.items():
+            tasks.setdefault(task, []).append(value)
+        found = {task: {"mean": sum(each) / len(each), "documents": len(each)} for task, each in tasks.items()}
+        return {**super().get_model_info(), "mutual_information": found}
+
+
+def _log_mean(values: list[list[float]]) -> list[float]:
+    """Return log mean_k exp(values[k][i]) for every i."""
+    draws = torch.tensor(values, dtype=torch.float64)
+    return (draws.logsumexp(0) - math.log(len(values))).tolist()

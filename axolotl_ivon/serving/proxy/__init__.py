@@ -1,0 +1,1 @@
+"""Members served by vLLM."""

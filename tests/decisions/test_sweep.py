@@ -1,0 +1,305 @@
+"""The grid, the front and the recommendation; what is promised is measured on data that did not choose."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import write_chats
+
+from axolotl_ivon import IVONError
+from axolotl_ivon.data.encode import Item
+from axolotl_ivon.decisions.abstention import find_threshold
+from axolotl_ivon.decisions.sweep import (
+    OBJECTIVES,
+    Decision,
+    Sweep,
+    best,
+    check_grid,
+    number,
+    pareto_front,
+    read_decision,
+    read_recommended,
+    sweep,
+)
+from axolotl_ivon.evaluation.evaluate import Evaluation, Row
+from axolotl_ivon.metrics.scores import Scores, metrics
+
+TAUS, RATIOS = (0.3, 1.0, math.inf), (0.0, 0.4)
+
+
+def point(accuracy: float, ece: float, nll: float = 0.0) -> dict[str, float]:
+    return {"accuracy": accuracy, "ece": ece, "nll": nll, "brier": 0.0}
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=8))
+def test_the_front_holds_what_nothing_beats(places: list[tuple[int, int]]) -> None:
+    front = pareto_front([point(accuracy, ece) for accuracy, ece in places])
+    for i, (accuracy, ece) in enumerate(places):
+        beaten = any((a >= accuracy and e < ece) or (a > accuracy and e <= ece) for a, e in places)
+        assert front[i] == (not beaten)
+    assert any(front)
+
+
+def test_the_best_is_least_or_greatest_and_nll_decides_between_equals() -> None:
+    values = [point(0.8, 0.1, 0.5), point(0.9, 0.2, 0.6), point(0.9, 0.3, 0.4), point(0.7, 0.05, 0.9)]
+    assert best(values, "accuracy") == 2
+    assert best(values, "ece") == 3
+    assert best(values, "nll") == 2
+    assert best(values, "brier") == 2
+
+
+def test_the_choice_is_made_on_one_half_and_reported_on_the_other(swept: Evaluation, result: Sweep) -> None:
+    assert [(p.tau, p.ratio) for p in result.points] == [(tau, ratio) for ratio in RATIOS for tau in TAUS]
+    assert result.best == min(result.points + result.scaled, key=lambda p: p.chosen_on["nll"])
+    assert result.examples == (15, 16)
+    scores = swept.run(check_grid(TAUS, RATIOS), seed=4, samples=2)
+    shuffled = torch.randperm(31, generator=torch.Generator().manual_seed(4))
+    for p, score in zip(result.points, scores, strict=True):
+        assert p.chosen_on == metrics(score.of_groups(shuffled[:15]))
+        assert p.reported_on == metrics(score.of_groups(shuffled[15:]))
+    # Every example is in one half: the two, weighted, are the whole.
+    for p, score in zip(result.points, scores, strict=True):
+        whole = (15 * p.chosen_on["nll"] + 16 * p.reported_on["nll"]) / 31
+        assert whole == pytest.approx(metrics(score)["nll"])
+    assert set(result.error) == set(result.points[0].reported_on)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_is_followed(swept: Evaluation, objective: str) -> None:
+    found = sweep(swept, check_grid(TAUS, RATIOS), objective, seed=4, samples=2)
+    values = [p.chosen_on[objective] for p in found.points + found.scaled]
+    assert found.best.chosen_on[objective] == (max(values) if objective == "accuracy" else min(values))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "does not hold a JSON object"),
+        ('{"tau": 1}', "no `tau` and `ratio`"),
+        ('{"tau": 0, "ratio": 0}', "tau is 0"),
+        ('{"tau": NaN, "ratio": 0}', "not valid JSON"),
+        ('{"tau": 1e999, "ratio": 0}', "not valid JSON"),
+        ('{"tau": 1' + "0" * 400 + ', "ratio": 0}', "tau is 10"),
+        ('{"tau": "hot", "ratio": 0}', "tau is 'hot'"),
+        ('{"tau": true, "ratio": 0}', "tau is True"),
+        ('{"tau": 1, "ratio": 1.5}', "ratio is 1.5"),
+        ('{"tau": 1, "ratio": "inf"}', "ratio is 'inf'"),
+        ('{"tau": 1, "ratio": null}', "ratio is None"),
+    ],
+)
+def test_a_recommendation_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recommended.json"
+    path.write_text(text)
+    with pytest.raises(IVONError, match=message) as caught:
+        read_recommended(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(IVONError, match="cannot be read"):
+        read_recommended(tmp_path)
+
+
+class Synthetic:
+    """An evaluation whose averaged predictions are given: logits of two classes for each (τ, ratio)."""
+
+    task = "choice"
+
+    def __init__(self, logits: dict[tuple[float, float], torch.Tensor], target: torch.Tensor) -> None:
+        self.logits, self.target = logits, target
+        self.items = [Item([1], [0], [t], (0, 1)) for t in target.tolist()]
+
+    def run(self, rows: list[Row], **_: object) -> list[Scores]:
+        order = torch.arange(len(self.target)).flip(0)  # a real one sorts by length
+        found = []
+        for row in rows:
+            logit = self.logits[row.tau, row.ratio][order]
+            p = torch.stack([torch.zeros_like(logit), logit], 1).softmax(1)
+            found.append(Scores.of(p, self.target[order], group=order, keep=True))
+        return found
+
+
+def questions(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the true logits of class 1, and what was drawn by them."""
+    generator = torch.Generator().manual_seed(seed)
+    logit = 2 * torch.randn(count, generator=generator, dtype=torch.float64)
+    return logit, (torch.rand(count, generator=generator) < logit.sigmoid()).long()
+
+
+GRID = [(tau, 0.0) for tau in (0.5, 1.0, 2.0, math.inf)]
+
+
+def swept_over(logits: dict[tuple[float, float], torch.Tensor], target: torch.Tensor, **more: Any) -> Sweep:
+    rows = check_grid([tau for tau, _ in logits], [ratio for _, ratio in logits])
+    return sweep(Synthetic(logits, target), rows, **more)  # type: ignore[arg-type]
+
+
+def test_what_is_better_beyond_noise_is_recommended() -> None:
+    logit, target = questions(600)
+    # The mean knows nothing about half of the questions; no temperature gives that back.
+    blind = logit * (torch.arange(600) % 2)
+    found = swept_over({**dict.fromkeys(GRID, blind), (1.0, 0.0): logit}, target)
+    assert found.recommended is found.best
+    assert (found.recommended.tau, found.verdict.outcome, found.verdict.edges) == (1.0, "better", [])
+    assert "better than the mean" in found.verdict.text
+    shuffled = torch.randperm(600, generator=torch.Generator().manual_seed(0))[300:]
+    nll = [torch.nn.functional.softplus(torch.where(target == 1, -one, one))[shuffled] for one in (logit, blind)]
+    paired = nll[0] - nll[1]
+    told = found.verdict.differences["nll"]
+    if found.best.temperature == 1:
+        assert told["difference"] == pytest.approx(paired.mean().item())
+    assert told["difference"] == pytest.approx(paired.mean().item(), abs=0.02)
+    assert told["standard_error"] == pytest.approx(paired.std().item() / 300**0.5, rel=0.15)
+
+
+def test_noise_keeps_the_mean_and_says_how_many_examples_would_tell() -> None:
+    logit, target = questions(400)
+    noise = 0.3 * torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    messages: list[str] = []
+    found = swept_over({**dict.fromkeys(GRID, logit), (2.0, 0.0): logit + noise}, target, notify=messages.append)
+    assert found.recommended is found.mean
+    assert found.verdict.outcome in ("within noise", "the mean")
+    assert messages == []
+    # One that is right more often where it chooses, by chance, and not where it reports.
+    shuffled = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    lucky = logit.clone()
+    lucky[shuffled[:200]] += 0.1 * (2.0 * target - 1)[shuffled[:200]]
+    found = swept_over({**dict.fromkeys(GRID, logit), (0.5, 0.0): lucky + noise}, target)
+    assert (found.best.tau, found.recommended) == (0.5, found.mean)
+    assert found.verdict.edges == ["τ 0.5"]
+    assert "at the edge of the grid (τ 0.5): try values beyond" in found.verdict.text
+    assert "within noise: keep the default, the mean" in found.verdict.text
+    versus = found.verdict.differences["nll"]
+    needed = 400 * (2 * versus["standard_error"] / versus["difference"]) ** 2  # type: ignore[operator]
+    assert found.verdict.examples_needed == pytest.approx(needed, rel=0.1)
+    assert f"about {found.verdict.examples_needed:,} examples would tell" in found.verdict.text
+
+
+def test_a_softmax_temperature_wins_over_draws_that_do_no_more() -> None:
+    logit, target = questions(800)
+    # The mean is three times too sure; draws do what a temperature of 3 does, and no more.
+    found = swept_over({**dict.fromkeys(GRID, 3 * logit), (1.0, 0.0): logit}, target)
+    assert (found.recommended.tau, found.recommended.ratio) == (math.inf, 0.0)
+    assert found.recommended.temperature == pytest.approx(3, rel=0.25)
+    assert found.verdict.outcome == "better"
+    assert found.recommended == found.scaled[0]
+    for point in found.scaled:
+        assert point.chosen_on["nll"] <= found.mean.chosen_on["nll"]
+        assert point.chosen_on["accuracy"] == found.mean.chosen_on["accuracy"]
+
+
+def test_few_examples_recommend_nothing() -> None:
+    logit, target = questions(40)
+    messages: list[str] = []
+    found = swept_over({**dict.fromkeys(GRID, -logit), (1.0, 0.0): logit}, target, notify=messages.append)
+    assert (found.best.tau, found.recommended, found.verdict.outcome) == (1.0, found.mean, "too few examples")
+    assert messages == ["20 examples choose and 20 report: few differences are more than noise; 100 each are better"]
+
+
+def test_the_threshold_is_of_examples_that_chose_nothing() -> None:
+    logit, target = questions(2000)
+    logits = {**dict.fromkeys(GRID, 2 * logit), (1.0, 0.0): 0.9 * logit}
+    found = swept_over(logits, target, risk=0.1, confidence=0.95)
+    assert found.examples == (500, 500)
+    shuffled = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
+    scale = {math.inf: 2.0, 1.0: 0.9}[found.recommended.tau] / found.recommended.temperature
+    confidence = (scale * logit).abs().sigmoid()
+    correct = ((logit > 0).long() == target).double()
+    parts = [values[where].numpy() for where in (shuffled[1000:], shuffled[:1000]) for values in (confidence, correct)]
+    expected = find_threshold(*parts, risk=0.1, confidence=0.95)
+    assert found.abstention is not None
+    assert found.abstention.threshold == pytest.approx(expected.threshold)
+    assert (found.abstention.answered, found.abstention.errors) == (expected.answered, expected.errors)
+    assert 0.3 < found.abstention.coverage < 1
+
+
+def test_a_risk_needs_answers() -> None:
+    tokens = Synthetic(dict.fromkeys(GRID, torch.zeros(9)), torch.zeros(9, dtype=torch.long))
+    tokens.task = "generate"
+    with pytest.raises(IVONError, match=r"risk 0\.1: the task generate scores tokens"):
+        sweep(tokens, check_grid([1.0, 2.0], [0.0]), risk=0.1)  # type: ignore[arg-type]
+
+
+def test_the_mean_is_in_every_grid() -> None:
+    assert [(row.tau, row.ratio) for row in check_grid([1.0, 2.0], [0.1])] == [(math.inf, 0.0), (1.0, 0.1), (2.0, 0.1)]
+
+
+def test_what_a_recommendation_decides_is_read_and_checked(tmp_path: Path) -> None:
+    path = tmp_path / "recommended.json"
+    path.write_text('{"tau": 1, "ratio": 0}')
+    assert read_decision(path) == Decision()
+    path.write_text(
+        '{"tau": 1, "ratio": 0, "temperature": 2, "threshold": 0.5, "score": "agreement", "mean_sha256": "a"}'
+    )
+    assert read_decision(path) == Decision(2.0, 0.5, "agreement", "a")
+    for key, value in (("temperature", "0"), ("temperature", '"hot"'), ("threshold", "1.5"), ("threshold", "true")):
+        path.write_text(f'{{"tau": 1, "ratio": 0, "{key}": {value}}}')
+        with pytest.raises(IVONError, match=rf"recommended .*recommended.json: {key} is .*; it must be"):
+            read_decision(path)
+    path.write_text('{"threshold": 0.5}')
+    with pytest.raises(IVONError, match="no `tau` and `ratio`"):
+        read_decision(path)
+
+
+def test_grids_and_data_that_leave_nothing_to_choose(swept: Evaluation, tmp_path: Path) -> None:
+    with pytest.raises(IVONError, match="one point is nothing to choose"):
+        check_grid([1.0, 1.0], [0.0])
+    with pytest.raises(IVONError, match="tau"):
+        check_grid([0.0, 1.0], [0.0])
+    few = Evaluation(swept.posterior.folder, [write_chats(tmp_path / "few.jsonl", 3)], choices=["A", "B"])
+    with pytest.raises(IVONError, match="3 examples cannot be split"):
+        sweep(few, check_grid(TAUS, RATIOS))
+
+
+@pytest.fixture
+def recommended(tmp_path: Path) -> Callable[..., Path]:
+    def write(**facts: object) -> Path:
+        path = tmp_path / "recommended.json"
+        path.write_text(json.dumps({"ratio": 0.2, "mean_sha256": "a", **facts}))
+        return path
+
+    return write
+
+
+TAU = st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0, math.inf])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TAU, TAU, TAU)
+def test_an_adapter_ends_at_the_tau_that_was_evaluated(
+    recommended: Callable[..., Path], tau: float, swept: float, own: float
+) -> None:
+    """Whatever τ the adapter of the sweep had, and whatever it has been given since."""
+    path = recommended(tau=number(tau), adapter_tau=number(swept))
+    header = {"mean_sha256": "a", "tau": repr(own)}
+    if math.isinf(own) and math.isfinite(tau * swept):
+        with pytest.raises(IVONError, match="is the mean alone; use the one swept"):
+            read_recommended(path, header)
+        return
+    more, ratio = read_recommended(path, header)
+    assert ratio == 0.2
+    assert own * more == pytest.approx(tau * swept)
+    assert read_recommended(path) == (tau, 0.2)
+
+
+def test_a_recommendation_is_for_its_adapter_alone(recommended: Callable[..., Path]) -> None:
+    path = recommended(tau=2.0)
+    assert read_recommended(path, {"mean_sha256": "a", "tau": "2.0"}) == (1.0, 0.2)
+    pruned = {"mean_sha256": "b", "unpruned_sha256": "a", "pruned_ratio": "0.2"}
+    assert read_recommended(path, pruned) == (2.0, 0.2)
+    with pytest.raises(IVONError, match=r"its ratio is 0\.2, and 0\.3 of this adapter are pruned already"):
+        read_recommended(path, {**pruned, "pruned_ratio": "0.3"})
+    for header in ({"mean_sha256": "c"}, {}):
+        with pytest.raises(IVONError, match=r"was chosen for another adapter \(mean_sha256 differs\)"):
+            read_recommended(path, header)
+    path.write_text('{"tau": 2.0, "ratio": 0.2}')  # by hand, for any adapter
+    assert read_recommended(path, {"mean_sha256": "c"}) == (2.0, 0.2)
+    for wrong in (0, -1, "hot", True):
+        with pytest.raises(IVONError, match="adapter_tau is"):
+            read_recommended(recommended(tau=2.0, adapter_tau=wrong), {"mean_sha256": "a"})

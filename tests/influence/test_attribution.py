@@ -1,0 +1,367 @@
+"""The influence of training rows against leaving them out, and against autograd."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from texts import items
+from tiny import write_chats
+from torch import Tensor, nn
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.influence import attribution as module
+from axolotl_ivon.influence.attribution import (
+    answer_losses,
+    check_same,
+    flagged,
+    influence,
+    log_odds_variance,
+    products,
+    read,
+    save,
+    save_without,
+    suspicious,
+)
+from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
+from axolotl_ivon.models.session import load_model
+
+MakeAdapter = Callable[..., Path]
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    ranks = [np.argsort(np.argsort(np.asarray(x))) for x in (one, other)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def test_leaving_one_out_is_exact_in_a_linear_gaussian_model_with_a_diagonal_hessian() -> None:
+    """y = x·w + noise, each x along one axis: q is the posterior itself, and leaving out has a closed form.
+
+    λ is not N: an example's loss weighs λ/N, also when another is left out. Of the library's two numbers, ℓ and gᵀσ²g,
+    the leverage h = (λ/N)·x²σ² follows, and with it Sherman and Morrison's 1/(1 − h) exactly what refitting gives.
+    """
+    draw = np.random.default_rng(0)
+    count, size, ess, delta = 24, 4, 60.0, 0.05
+    axis, length, y = np.arange(count) % size, draw.uniform(0.5, 2, count), draw.normal(size=count)
+    x = np.zeros((count, size))
+    x[np.arange(count), axis] = length
+    val_x, val_y = draw.normal(size=(9, size)), draw.normal(size=9)
+
+    def fit(used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        precision = ess / count * x[used].T @ x[used] + ess * delta * np.eye(size)
+        return np.linalg.solve(precision, ess / count * x[used].T @ y[used]), precision
+
+    m, precision = fit(np.arange(count))
+    sigma2 = 1 / np.diag(precision)
+    np.testing.assert_allclose(np.diag(1 / sigma2), precision)
+    model = nn.Linear(size, 1, bias=False)
+    model.weight.data = torch.tensor(m[None], dtype=torch.float32)
+    inputs, targets = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
+
+    def losses(some: Sequence[int]) -> Tensor:
+        return (model(inputs[list(some)])[:, 0] - targets[list(some)]).square() / 2
+
+    towards = val_x.T @ (val_x @ m - val_y) / len(val_y)
+    variance = {"w": torch.tensor(sigma2[None], dtype=torch.float32)}
+    direction = {"w": torch.tensor(towards[None], dtype=torch.float32)}
+    with ExampleGradients(model, {"w": model.weight}, losses) as gradients:
+        found = products(gradients, range(count), variance, direction)
+    assert found.along is not None
+    weight = ess / count
+    h = weight * (found.own / (2 * found.losses)).numpy()
+    for i in range(count):
+        without, _ = fit(np.delete(np.arange(count), i))
+        real = (x[i] @ without - y[i]) ** 2 / 2
+        assert float(found.losses[i]) / (1 - h[i]) ** 2 == pytest.approx(real, rel=1e-4)
+        assert weight * float(found.along[i]) / (1 - h[i]) == pytest.approx(towards @ (without - m), rel=1e-3, abs=1e-6)
+        # In natural parameters: with the σ² that is left without the example, nothing remains to be corrected.
+        left = 1 / (1 / sigma2 - weight * x[i] ** 2)
+        np.testing.assert_allclose(m + weight * left * (x[i] @ m - y[i]) * x[i], without, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("correlated", "least"), [(0.0, 0.9), (0.2, 0.85)])
+def test_leaving_one_out_of_a_logistic_model(correlated: float, least: float) -> None:
+    """Of other data, σ² alone tells less where inputs are correlated, and the Hessian has more than a diagonal."""
+    draw = np.random.default_rng(1)
+    count, size, ess, delta = 150, 5, 400.0, 0.02
+    x = draw.normal(size=(count, size)) @ (np.eye(size) + correlated * draw.normal(size=(size, size)))
+    y = (draw.uniform(size=count) < 1 / (1 + np.exp(-x @ draw.normal(size=size)))).astype(float)
+    val_x = draw.normal(size=(60, size))
+    val_y = (draw.uniform(size=60) < 0.5).astype(float)
+
+    def loss(w: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.logaddexp(0, x @ w) - y * (x @ w)
+
+    def fit(used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        w = np.zeros(size)
+        for _ in range(30):  # Newton's
+            p = 1 / (1 + np.exp(-x[used] @ w))
+            hessian = ess / count * (x[used].T * (p * (1 - p))) @ x[used] + ess * delta * np.eye(size)
+            w = w - np.linalg.solve(hessian, ess / count * x[used].T @ (p - y[used]) + ess * delta * w)
+        return w, hessian
+
+    m, hessian = fit(np.arange(count))
+    sigma2 = 1 / np.diag(hessian)
+    model = nn.Linear(size, 1, bias=False)
+    model.weight.data = torch.tensor(m[None], dtype=torch.float32)
+    inputs, targets = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
+
+    def losses(some: Sequence[int]) -> Tensor:
+        return F.binary_cross_entropy_with_logits(
+            model(inputs[list(some)])[:, 0], targets[list(some)], reduction="none"
+        )
+
+    towards = val_x.T @ (1 / (1 + np.exp(-val_x @ m)) - val_y) / len(val_y)
+    variance = {"w": torch.tensor(sigma2[None], dtype=torch.float32)}
+    direction = {"w": torch.tensor(towards[None], dtype=torch.float32)}
+    with ExampleGradients(model, {"w": model.weight}, losses) as gradients:
+        found = products(gradients, range(count), variance, direction)
+    assert found.along is not None
+    # Whichever label is right, the leverage is the variance of the logit.
+    np.testing.assert_allclose(log_odds_variance(found.losses, found.own), (x**2) @ sigma2, rtol=1e-3)
+    refitted = [fit(np.delete(np.arange(count), i))[0] for i in range(count)]
+    own = [float(loss(w, x[i], y[i]) - loss(m, x[i], y[i])) for i, w in enumerate(refitted)]
+    val = [float((loss(w, val_x, val_y) - loss(m, val_x, val_y)).mean()) for w in refitted]
+    assert spearman(found.own.tolist(), own) > 0.95
+    assert spearman(found.along.tolist(), val) > least
+    assert spearman(found.losses.tolist(), own) < spearman(found.own.tolist(), own)
+
+
+def test_tiny_losses_keep_their_digits(tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from axolotl_ivon.models import gradients
+
+    model = load_model(tiny_adapter)
+    torch.testing.assert_close(answer_losses(model, items(4)), example_losses(model, items(4)))
+    logits = torch.tensor([[18.0, 0.3, -1.0], [0.5, -3.0, 0.0]], requires_grad=True)
+    made = gradients.LabelLogits(logits, torch.tensor([0, 2]), torch.tensor([0, 0]))
+    monkeypatch.setattr(gradients, "label_logits", lambda model, items: made)
+    (found,) = answer_losses(model, [None])  # type: ignore[list-item]
+    found.backward()
+    exact = logits.detach().double().requires_grad_(True)
+    loss = F.cross_entropy(exact, made.targets, reduction="sum")
+    loss.backward()
+    torch.testing.assert_close(found.double(), loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=0)  # type: ignore[union-attr]
+
+
+def autograd(adapter: Path, data: Path) -> list[tuple[float, dict[str, Tensor], int]]:
+    """Return the loss of each row (a sum), its gradients and its answer's tokens, by transformers' own loss."""
+    from transformers import AutoTokenizer
+
+    model, tokenizer = load_model(adapter), AutoTokenizer.from_pretrained(adapter)
+    parameters = adapter_parameters(model)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    found = []
+    for line in data.read_text().splitlines():
+        *question, answer = json.loads(line)["messages"]
+        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+        labels = tokenizer(answer["content"] + "<|im_end|>")["input_ids"]
+        ids, count = torch.tensor([prompt + labels]), len(labels)
+        loss = model(input_ids=ids, labels=torch.tensor([[-100] * len(prompt) + labels])).loss * count
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        found.append((float(loss.detach()), dict(zip(parameters, gradients, strict=True)), count))
+    return found
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of different lengths."""
+    path = write_chats(tmp_path_factory.mktemp("chats") / "train.jsonl", count=9)
+    long = {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "moon rain dog cat"}]}
+    path.write_text(path.read_text() + json.dumps(long) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("others") / "validation.jsonl", count=5, seed=1)
+
+
+def test_the_scores_are_those_of_one_gradient_a_row(tiny_adapter: Path, chats: Path, others: Path) -> None:
+    told: list[str] = []
+    found = influence(tiny_adapter, chats, others, notify=told.append)
+    assert told == ["the adapter was trained on 100 examples, and these are 10: give the data of its training"]
+    assert found.facts["ess"] == 1000
+    assert found.facts["train_size"] == 100
+    expected, validation = autograd(tiny_adapter, chats), autograd(tiny_adapter, others)
+    sigma = dict(Posterior.from_pretrained(tiny_adapter).sigma)
+    tokens = sum(count for *_, count in validation)
+    towards = {name: sum(g[name] for _, g, _ in validation) / tokens for name in sigma}
+    weight = 1000 / 100 / (sum(count for *_, count in expected) / len(expected))
+    assert [row["index"] for row in found.rows] == list(range(10))
+    for row, (loss, g, count) in zip(found.rows, expected, strict=True):
+        own = sum(float((g[name] * sigma[name]).square().sum()) for name in sigma)
+        along = sum(float((g[name] * sigma[name].square() * towards[name]).sum()) for name in sigma)
+        assert row["loss"] == pytest.approx(loss / count, rel=1e-4)
+        assert row["leverage"] == pytest.approx(own / (1 - math.exp(-loss)) ** 2, rel=1e-3)
+        assert row["sensitivity"] == pytest.approx(weight * own / count, rel=1e-3)
+        assert row["on"] == pytest.approx(weight * along, rel=1e-3, abs=1e-6)
+    assert (found.rows[9]["line"], found.rows[9]["question"], found.rows[9]["answer"]) == (
+        10,
+        "red",
+        "moon rain dog cat",
+    )
+    told.clear()
+    assert influence(tiny_adapter, chats, limit=2, notify=told.append).rows[1]["line"] == 2
+    assert told == []
+    alone = influence(tiny_adapter, chats, batch_size=1)
+    assert {row["on"] for row in alone.rows} == {None}
+    assert [row["sensitivity"] for row in alone.rows] == pytest.approx([row["sensitivity"] for row in found.rows], 1e-4)
+
+
+def test_a_step_of_the_predicted_shift_changes_the_losses_as_predicted(tiny_adapter: Path, chats: Path) -> None:
+    """The signs: a small part of the shift m + w·σ²·∇ℓ raises the row's own loss by that part of the sensitivity."""
+    [row, *_] = influence(tiny_adapter, chats).rows
+    (loss, g, count), *_ = expected = autograd(tiny_adapter, chats)
+    weight = 1000 / 100 / (sum(tokens for *_, tokens in expected) / len(expected))
+    sigma, part = dict(Posterior.from_pretrained(tiny_adapter).sigma), 1e-3
+    model = load_model(tiny_adapter)
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            parameter += part * weight * sigma[name].square() * g[name]
+    from axolotl_ivon.data.chats import read_examples
+    from axolotl_ivon.data.encode import encode_turns
+    from axolotl_ivon.models.session import load_tokenizer
+
+    [item] = encode_turns(load_tokenizer(tiny_adapter, ""), read_examples(chats, 1))
+    with torch.no_grad():
+        after = float(answer_losses(model, [item]))
+    assert (after - loss) / count / part == pytest.approx(row["sensitivity"], rel=0.05)
+
+
+def test_temperature_changes_the_leverage_alone_and_pruned_weights_do_not_move(
+    tiny_adapter: Path, chats: Path, others: Path, tmp_path: Path
+) -> None:
+    q = Posterior.from_pretrained(tiny_adapter)
+    q.temper(4.0).save_pretrained(tmp_path / "cool")
+    rows, cool = (influence(folder, chats, others).rows for folder in (tiny_adapter, tmp_path / "cool"))
+    for one, other in zip(rows, cool, strict=True):
+        assert other["leverage"] == pytest.approx(one["leverage"] / 4, rel=1e-4)
+        for name in ("loss", "sensitivity", "on"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-9)
+    q.prune(0.5).save_pretrained(tmp_path / "pruned")
+    [row, *_] = influence(tmp_path / "pruned", chats).rows
+    (_, g, count), *_ = expected = autograd(tmp_path / "pruned", chats)
+    sigma = dict(Posterior.from_pretrained(tmp_path / "pruned").sigma)
+    assert sum(int((value == 0).sum()) for value in sigma.values()) == 448
+    weight = 10 / (sum(tokens for *_, tokens in expected) / len(expected))
+    own = sum(float((g[name] * sigma[name]).square().sum()) for name in sigma)
+    assert row["sensitivity"] == pytest.approx(weight * own / count, rel=1e-3)
+
+
+def test_fewer_examples_at_once_when_the_memory_runs_out(
+    tiny_adapter: Path, chats: Path, others: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = influence(tiny_adapter, chats, others).rows
+    sizes, told, plain = [], [], answer_losses
+
+    def losses(model, some):
+        sizes.append(len(some))
+        if len(some) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return plain(model, some)
+
+    monkeypatch.setattr(module, "answer_losses", losses)
+    rows = influence(tiny_adapter, chats, others, notify=told.append).rows
+    for name in module.SCORES:
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=1e-4, abs=1e-7)
+    assert any("out of memory with 5 examples in a batch; going on with 2" in line for line in told)
+    assert max(sizes[-5:]) <= 3
+
+
+def test_a_row_whose_answer_does_not_fit_has_no_scores(tiny_adapter: Path, tmp_path: Path) -> None:
+    data = write_chats(tmp_path / "train.jsonl", count=3)
+    long = {"messages": [{"role": "user", "content": "red " * 900}, {"role": "assistant", "content": "A"}]}
+    data.write_text(json.dumps(long) + "\n" + data.read_text())
+    told: list[str] = []
+    rows = influence(tiny_adapter, data, notify=told.append).rows
+    assert "1 of 4 rows have no answer that fits the model and are left out" in told
+    assert [rows[0][name] for name in module.SCORES] == [None] * 4
+    assert 0 not in suspicious(rows, "loss")
+    assert len(flagged(rows, "loss", 0.25)) == 3
+    data.write_text(json.dumps(long) + "\n")
+    with pytest.raises(IVONError, match=r"train.jsonl: 1 of 1 rows have no answer that fits the model; give shorter"):
+        influence(tiny_adapter, data)
+
+
+def test_a_classifier(tiny_llama: Path, tmp_path: Path) -> None:
+    """Its saved head has a σ too, and the loss is that of the label."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from axolotl_ivon.posterior.adapter import save_sigma
+
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(tmp_path / "a")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "a")
+    mean = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    save_sigma(tmp_path / "a", {name: torch.full_like(x, 0.1) for name, x in mean.items()}, {"ess": "6"})
+    texts = [("red sun", "0"), ("blue", "2"), ("moon dog cat", "1")]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in texts))
+    told: list[str] = []
+    rows = influence(tmp_path / "a", data, notify=told.append).rows
+    assert told == ["the adapter does not say how many examples it was trained on: taken to be these 3"]
+    model = load_model(tmp_path / "a", classify=True)
+    model.config.pad_token_id = 0
+    parameters = adapter_parameters(model)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    for row, (text, label) in zip(rows, texts, strict=True):
+        ids = AutoTokenizer.from_pretrained(tiny_llama)(text, return_tensors="pt")["input_ids"]
+        loss = F.cross_entropy(model(input_ids=ids).logits, torch.tensor([int(label)]))
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        own = 0.01 * sum(float(g.square().sum()) for g in gradients)
+        assert row["loss"] == pytest.approx(float(loss), rel=1e-4)
+        assert row["sensitivity"] == pytest.approx(6 / 3 * own, rel=1e-3)
+
+
+def test_a_posterior_without_what_it_takes_is_refused(
+    make_adapter: MakeAdapter, tiny_adapter: Path, chats: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(IVONError, match=r"ivon_sigma.safetensors has no effective sample size \(ess\)"):
+        influence(make_adapter(facts={"ess": ""}), chats)
+    Posterior.from_pretrained(tiny_adapter).temper(math.inf).save_pretrained(tmp_path / "mean")
+    with pytest.raises(IVONError, match=r"every σ is 0, so no weight would move"):
+        influence(tmp_path / "mean", chats)
+    with pytest.raises(IVONError, match=r"no ivon_sigma.safetensors"):
+        influence(make_adapter(sigma=False), chats)
+
+
+def test_files(tmp_path: Path) -> None:
+    data, out = write_chats(tmp_path / "data.jsonl", count=4), tmp_path / "scores.jsonl"
+    lines = data.read_bytes().splitlines()
+    data.write_bytes(b"\r\n".join([lines[0], b"", *lines[1:]]))  # an empty line, Windows' ends, and none at the end
+    texts = [json.loads(line)["messages"] for line in lines]
+    rows = [
+        {"index": i, "loss": loss, "leverage": 1.0, "sensitivity": loss, "on": on, "line": i + 1 + (i > 0),
+         "question": chat[0]["content"], "answer": chat[1]["content"]}
+        for i, (loss, on, chat) in enumerate(zip([0.1, 3.0, None, 2.0], [0.5, 0.1, None, -2.0], texts, strict=True))
+    ]  # fmt: skip
+    save(out, rows)
+    assert read(out, "scores") == rows
+    check_same(rows, out, data)
+    assert suspicious(rows, "loss") == [1, 3, 0]
+    assert suspicious(rows, "on") == [3, 1, 0]
+    assert flagged(rows, "on", 0.5) == [3, 1]
+    assert flagged(rows, "loss", 0.01) == [1, 3, 0]
+    save_without(tmp_path / "clean.jsonl", data, {rows[i]["line"] for i in flagged(rows, "on", 0.75)})
+    assert (tmp_path / "clean.jsonl").read_bytes() == b"\r\n".join([lines[0], b"", *lines[1:3]]) + b"\r\n"
+    with pytest.raises(IVONError, match=r"scores.jsonl: row 1 has another answer, so they are of other data than data"):
+        check_same([rows[0], {**rows[1], "answer": "?"}, *rows[2:]], out, data)
+    with pytest.raises(IVONError, match=r"3 rows, not 4, so they are of other data"):
+        check_same(rows[:3], out, data)
+    for wrong in ({"index": 1}, {"loss": "1"}, {"loss": True}, {"on": None, "index": None}):
+        out.write_text(json.dumps({**rows[0], **wrong}) + "\n")
+        with pytest.raises(IVONError, match=r"scores.jsonl:1: it is no line of what `ivon-post influence` writes"):
+            read(out, "scores")

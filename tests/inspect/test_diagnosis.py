@@ -1,0 +1,124 @@
+"""What is said of a run, and the figures behind it against torch's."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.inspect.diagnosis import check, compare, findings
+
+
+def said(*arguments: object) -> dict[str, tuple[bool, str]]:
+    return {one.about: (one.good, one.text) for one in findings(*arguments)}
+
+
+@pytest.mark.parametrize(
+    ("moved", "allowed", "good", "words"),
+    [
+        (2e-4, 6e-4, False, ["hardly moved", "by 0.0002", "33% of the 0.0006", "raise the learning rate"]),
+        (2e-4, 0.13, False, ["hardly moved", "λ may be too small"]),
+        (2e-4, None, False, ["hardly moved", "λ may be too small"]),
+        (0.02, 0.125, True, ["moved: by 0.02 on average, 16% of the 0.125"]),
+        (0.1, 0.125, True, ["80%", "still on their way"]),
+        (0.02, None, True, ["moved: by 0.02 on average"]),
+    ],
+)
+def test_whether_the_weights_moved(moved: float, allowed: float | None, good: bool, words: list[str]) -> None:
+    ok, text = said(moved, allowed, None, 0, None)["weights"]
+    assert ok is good
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("spread", "steps", "beta2", "good", "words"),
+    [
+        (0.002, 160, 0.9995, False, ["was not learned", "0.2%", "remembers 2,000 steps", "had 160", "try β2 = 0.969"]),
+        (0.002, 50_000, 0.9995, False, ["was not learned", "ranks weights nearly as |m| does"]),
+        (0.05, 160, 0.9995, True, ["begun to be learned", "5.0%"]),
+        (0.2, 5000, 0.9995, True, ["σ was learned", "20.0%"]),
+    ],
+)
+def test_whether_sigma_was_learned(spread: float, steps: int, beta2: float, good: bool, words: list[str]) -> None:
+    ok, text = said(None, None, spread, steps, beta2)["sigma"]
+    assert ok is good
+    assert all(word in text for word in words), text
+    assert ("try β2" in text) == (steps == 160 and not good)
+
+
+@pytest.mark.parametrize("beta2", [None, 1.0, -3.0, 0.0])
+def test_odd_facts_of_a_header_are_passed_over(beta2: float | None) -> None:
+    assert "try" not in said(None, None, 0.0, 5, beta2)["sigma"][1]
+    assert not said(None, None, None, 0, beta2)
+
+
+def test_the_figures_of_an_adapter(tiny_adapter: Path) -> None:
+    found = check(tiny_adapter)
+    q = Posterior.from_pretrained(tiny_adapter)
+    logs = {key: sigma.double().log() for key, sigma in q.sigma.items()}
+    weights = sum(value.numel() for value in logs.values())
+    spread = sum(value.std(correction=0) * value.numel() for value in logs.values()) / weights
+    assert found["log_sigma_spread"] == pytest.approx(float(spread), rel=1e-6)
+    b = torch.cat([value.flatten() for key, value in q.mean.items() if "lora_B" in key])
+    assert found["moved"] == pytest.approx(b.abs().mean().item(), rel=1e-5)
+    assert found["allowed"] is None
+    # σ² against the variance of a fresh A, which PEFT draws uniformly from ±1/√inputs.
+    noise = 0.0
+    for key, sigma in q.sigma.items():
+        if "lora_A" in key:
+            fresh = torch.nn.Linear(sigma.shape[1], 20_000, bias=False).weight
+            noise += float(sigma.square().mean() / fresh.var())
+    assert found["noise"] == pytest.approx(noise, rel=0.01)
+    assert [one["about"] for one in found["findings"]] == ["weights", "sigma", "draws"]
+    assert (found["steps"], found["ess"], found["tau"]) == (10, 1000.0, 1.0)
+
+
+def test_what_training_wrote_goes_before_the_b_matrices(make_adapter: Callable[..., Path]) -> None:
+    found = check(make_adapter(facts={"moved": "0.0001", "travel": "0.0003", "beta2": "ten", "steps": "nan"}))
+    assert (found["moved"], found["allowed"], found["beta2"], found["steps"]) == (1e-4, 3e-4, None, None)
+    assert "33% of the 0.0003" in found["findings"][0]["text"]
+
+
+def test_pruned_weights_take_no_part_and_a_point_has_no_draws(tiny_adapter: Path, tmp_path: Path) -> None:
+    q = Posterior.from_pretrained(tiny_adapter)
+    q.prune(0.5).save_pretrained(tmp_path / "pruned")
+    assert math.isfinite(check(tmp_path / "pruned")["log_sigma_spread"])
+    q.temper(math.inf).save_pretrained(tmp_path / "point")
+    found = check(tmp_path / "point")
+    assert (found["log_sigma_spread"], found["noise"], found["tau"]) == (None, None, "inf")
+    assert "no draws" in found["findings"][-1]["text"]
+    q.temper(1e4).save_pretrained(tmp_path / "narrow")
+    assert "hardly differ from the mean" in check(tmp_path / "narrow")["findings"][-1]["text"]
+    q.temper(1e-4).save_pretrained(tmp_path / "wide")
+    assert "may destroy it" in check(tmp_path / "wide")["findings"][-1]["text"]
+
+
+def test_an_adapter_without_sigma_is_one_line(make_adapter: Callable[..., Path]) -> None:
+    with pytest.raises(IVONError, match="has no ivon_sigma"):
+        check(make_adapter(sigma=False))
+
+
+@pytest.mark.parametrize(("shift", "word"), [(-0.1, "better"), (0.1, "worse"), (0.0, "cannot be told apart")])
+def test_draws_against_the_mean_are_paired(shift: float, word: str) -> None:
+    """Each example is as hard for both, which the spread over examples would hide."""
+    generator = np.random.default_rng(0)
+    hard = generator.exponential(3.0, 40)
+    draws = hard + shift + generator.normal(0, 0.05, 40)
+    found = compare("test.jsonl", hard, draws)
+    apart = [a - b for a, b in zip(draws, hard, strict=True)]
+    assert found["difference"] == pytest.approx(statistics.mean(apart))
+    assert found["se"] == pytest.approx(statistics.stdev(apart) / math.sqrt(40))
+    assert word in found["finding"]["text"]
+    assert found["finding"]["good"] == (word == "better")
+
+
+def test_one_example_says_nothing() -> None:
+    found = compare("x", np.array([1.0]), np.array([0.5]))
+    assert found["se"] is None
+    assert "cannot be told apart" in found["finding"]["text"]

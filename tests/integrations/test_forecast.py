@@ -1,0 +1,213 @@
+"""What is said of a YAML before a run, against what a run does."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import load_dataset
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+
+from axolotl_ivon import IVONError
+from axolotl_ivon.integrations import forecast as module
+from axolotl_ivon.integrations.forecast import forecast
+
+BASE = {"optimizer": "ivon_lora", "adapter": "lora", "learning_rate": "3e-2", "plugins": [module.PLUGIN]}
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that writes a YAML over a data set of 50 examples in this folder, and forecasts it."""
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text("{}\n\n" * 50)
+
+    def write(processes: int = 1, **changes: Any) -> dict[str, Any]:
+        cfg = {**BASE, "datasets": [{"path": "data.jsonl"}], **changes}
+        Path("train.yaml").write_text(yaml.safe_dump({key: value for key, value in cfg.items() if value is not None}))
+        return forecast("train.yaml", processes)
+
+    return write
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 7}, {"warmup_ratio": 0.2}, {"warmup_steps": 0}])
+def test_the_travel_is_that_of_transformers_schedules(written: Any, schedule: str, warmup: dict[str, float]) -> None:
+    found = written(max_steps=60, lr_scheduler=schedule, ivon_clip=0.02, **warmup)
+    steps = {"{}": 2, "{'warmup_steps': 7}": 7, "{'warmup_ratio': 0.2}": 12, "{'warmup_steps': 0}": 0}[str(warmup)]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-2)
+    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=steps, num_training_steps=60)
+    total = 0.0
+    for _ in range(60):
+        total += optimizer.param_groups[0]["lr"] * 0.02
+        optimizer.step()
+        scheduler.step()
+    assert found["travel"] == pytest.approx(total)
+    assert (found["steps"], found["learning_rate"]) == (60, 3e-2)
+    small = written(max_steps=60, lr_scheduler=schedule, ivon_preset="small_data", learning_rate=None, **warmup)
+    assert small["travel"] == pytest.approx(0.125)
+    assert small["learning_rate"] * total / 3e-2 / 0.02 * 0.01 == pytest.approx(0.125)
+    rescaled = written(max_steps=60, lr_scheduler=schedule, ivon_clip=0.02, ivon_rescale_lr=True, ivon_h0=0.1, **warmup)
+    assert rescaled["travel"] == pytest.approx(total * 0.1)
+
+
+@pytest.mark.parametrize(
+    ("length", "ess"),
+    [
+        ({"num_epochs": 10}, 250_000),
+        ({"num_epochs": 15}, 187_500),
+        ({"max_steps": 375, "micro_batch_size": 2}, 187_500),
+    ],
+)
+def test_lambda_of_few_examples_follows_the_epochs(written: Any, length: dict[str, int], ess: float) -> None:
+    assert written(**length)["ess"] == ess
+    assert written(**length, ivon_lambda=7.0)["ess"] == 7
+
+
+@pytest.mark.parametrize("held_out", [0, 7, 0.1, 0.33])
+@pytest.mark.parametrize("batch", [(1, 1, 1), (4, 3, 1), (2, 2, 3)])
+def test_n_and_steps_are_those_of_a_loader(written: Any, held_out: float, batch: tuple[int, int, int]) -> None:
+    from datasets import Dataset
+
+    micro, accumulated, processes = batch
+    found = written(
+        processes,
+        val_set_size=held_out,
+        micro_batch_size=micro,
+        gradient_accumulation_steps=accumulated,
+        num_epochs=2.5,
+    )
+    data = Dataset.from_list([{"x": i} for i in range(50)])
+    size = len(data.train_test_split(test_size=held_out)["train"]) if held_out else 50
+    assert found["train_size"] == size
+    loader = DataLoader(range(size), batch_size=micro * processes)
+    in_epoch = sum(1 for i, _ in enumerate(loader) if i % accumulated == 0)
+    assert found["steps"] == math.ceil(2.5 * in_epoch)
+    assert written(processes, val_set_size=held_out, ivon_preset="paper")["ess"] == pytest.approx(5000 * size**0.5)
+    assert found["batch"] == micro * accumulated * processes
+
+
+def test_lambda_by_every_key(written: Any) -> None:
+    assert written(ivon_lambda="1e7")["ess"] == 1e7
+    assert written(ivon_gamma=10)["ess"] == pytest.approx(10 * math.sqrt(50))
+    auto = written()
+    assert (auto["ess"], auto["h0"], auto["clip"]) == (250_000, None, 0.01)
+    assert "larger from 100,000 LoRA weights on" in " ".join(auto["unknown"])
+
+
+@pytest.mark.parametrize("split", ["train[:30]", "train[10%:33%]", "train[-7:]", "train[:4]+train[40:]", "train[:99]"])
+def test_a_part_of_a_file_has_as_many_examples_as_datasets_reads(written: Any, split: str, tmp_path: Path) -> None:
+    found = written(datasets=[{"path": "data.jsonl", "split": split}, {"path": "data.jsonl"}])["train_size"]
+    Path("full.jsonl").write_text('{"a": 1}\n' * 50)
+    part = load_dataset("json", data_files="full.jsonl", split=split, cache_dir=str(tmp_path / "cache"))
+    assert found == len(part) + 50
+
+
+def test_a_rate_made_for_adamw_is_the_most_that_a_step_may_move_a_weight(written: Any) -> None:
+    assert written(learning_rate=2e-4)["learning_rate"] == pytest.approx(0.02)
+    assert written(learning_rate=2e-4, ivon_clip=0.1)["learning_rate"] == pytest.approx(0.002)
+    assert written(learning_rate=2e-4, ivon_preset="paper")["learning_rate"] == 2e-4
+    assert written(learning_rate=1e-3)["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "unknown"),
+    [
+        ({"datasets": [{"path": "someone/data"}]}, ["N: someone/data is no JSON file here", "steps", "travel"]),
+        ({"datasets": [{"path": "data.jsonl", "shards": 3}]}, ["only a part is used", "steps", "travel"]),
+        ({"datasets": [{"path": "data.jsonl", "split": "test"}]}, ["split test is not followed", "steps", "travel"]),
+        ({"datasets": [{"path": "data.jsonl", "split": "train[x]"}]}, ["split train[x] is not", "steps", "travel"]),
+        ({"sample_packing": True}, ["packed together", "travel"]),
+        ({"streaming": True, "ivon_lambda": 1e7, "max_steps": 5}, ["streamed data has no length"]),
+        ({"lr_scheduler": "one_cycle"}, ["the schedule one_cycle is not followed"]),
+        ({"cosine_min_lr_ratio": 0.1}, ["with its options"]),
+    ],
+)
+def test_what_is_not_known_is_said(written: Any, changes: dict[str, Any], unknown: list[str]) -> None:
+    found = written(ivon_preset="paper", **changes)
+    assert len(found["unknown"]) == len(unknown)
+    for why, words in zip(found["unknown"], unknown, strict=True):
+        assert words in why
+
+
+def test_what_will_come_of_it(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = {one["about"]: one for one in written(learning_rate=2e-4, max_steps=500, ivon_preset="paper")["findings"]}
+    assert not short["weights"]["good"]
+    assert "raise learning_rate (with 0.1" in short["weights"]["text"]
+    assert "remembers 2,000 steps and the run has 500" in short["sigma"]["text"]
+    good = written(learning_rate=0.1, max_steps=1000, ivon_beta2=0.99)["findings"]
+    assert [(one["about"], one["good"]) for one in good] == [("weights", True), ("sigma", True)]
+    for version, expected in (("0.19.0", True), ("0.20.1", True), ("0.21.0", False)):
+        monkeypatch.setattr(module, "version", lambda name, version=version: version)
+        texts = [one["text"] for one in written(plugins=None)["findings"]]
+        assert any("is not a valid OptimizerNames" in text for text in texts) is expected
+
+
+@pytest.mark.parametrize("steps", [50, 120, 333, 1000, 7919])
+@pytest.mark.parametrize("rate", [None, 2e-4])
+def test_what_the_preset_chooses_is_not_complained_of(written: Any, steps: int, rate: float | None) -> None:
+    found = written(max_steps=steps, learning_rate=rate)
+    assert [(one["about"], one["good"]) for one in found["findings"]] == [("weights", True), ("sigma", True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: adamw_torch", "optimizer is adamw_torch"),
+        ("a: 1", "optimizer is None"),
+        ("- 1", "does not hold the keys"),
+        ("", "does not hold the keys"),
+        ("a: [", "not valid YAML"),
+        ("optimizer: ivon_lora\nivon_gama: 3", "did you mean ivon_gamma"),
+        ("optimizer: ivon_lora\nivon_h0: -1", "ivon_h0: -1 is refused"),
+        ("optimizer: ivon_lora\nlearning_rate: fast", "learning_rate: 'fast' is not a number"),
+        ("optimizer: ivon_lora\nmax_steps: -2", "max_steps: -2 is not a number from 0 on"),
+        ("optimizer: ivon_lora\nval_set_size: [1]", r"val_set_size: \[1\] is not a number"),
+        ("x: !!python/object/apply:os.system [ls]", "not valid YAML"),
+    ],
+)
+def test_a_wrong_yaml_is_one_line(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("d.json").write_text(json.dumps([{}, {}, {}]))
+    if "optimizer: ivon" in text:
+        text += "\ndatasets:\n- path: d.json\n"
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(IVONError, match=message) as error:
+        forecast(tmp_path / "a.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_no_file_and_a_json_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IVONError, match="no such file"):
+        forecast("a.yaml")
+    Path("d.json").write_text(json.dumps([{}, {}, {}]))
+    Path("a.yaml").write_text(yaml.safe_dump({**BASE, "datasets": [{"path": "d.json"}]}))
+    assert forecast("a.yaml")["train_size"] == 3
+    named = {"path": "json", "data_files": ["d.json", "d.json"]}
+    Path("a.yaml").write_text(yaml.safe_dump({**BASE, "datasets": [named, {"path": "d.json"}]}))
+    assert forecast("a.yaml")["train_size"] == 9
+    Path("d.json").write_text("[1")
+    assert "cannot be read" in forecast("a.yaml")["unknown"][0]
+
+
+def test_an_earlier_adapter_is_told_of_and_must_be_there(tmp_path: Path, make_adapter: Any) -> None:
+    monday = make_adapter()
+    path = tmp_path / "train.yaml"
+    base = {"optimizer": "ivon_lora", "adapter": "lora", "learning_rate": 2e-4, "max_steps": 100}
+    path.write_text(yaml.safe_dump({**base, "ivon_prior": str(monday), "ivon_prior_strength": 0.5}))
+    found = forecast(path)
+    assert (found["prior"], found["prior_strength"], found["h0"]) == (str(monday), 0.5, None)
+    assert not any(why.startswith("h0") for why in found["unknown"])
+    [told] = [one for one in found["findings"] if one["about"] == "prior"]
+    assert told["text"] == f"goes on from {monday}: its 100 examples count 0.5 times each"
+    path.write_text(yaml.safe_dump({**base, "ivon_prior": str(tmp_path / "sunday")}))
+    with pytest.raises(
+        IVONError, match=r"^ivon_prior: '.*sunday' is refused, it must be 'empirical', a number, or the folder"
+    ):
+        forecast(path)

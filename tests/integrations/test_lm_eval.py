@@ -1,0 +1,199 @@
+"""The harness's model class on a task that is defined here, against likelihoods computed by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import lm_eval
+import pytest
+import torch
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.models.draws import loaded
+from axolotl_ivon.models.session import load_model, load_tokenizer
+
+QUESTIONS = [("red sun", ["cold", "warm dog"], 1), ("moon rain", ["good", "bad cat"], 0), ("bird", ["yes", "no"], 0)]
+
+
+@pytest.fixture(scope="module")
+def adapter(make_adapter: Callable[..., Path]) -> Path:
+    return make_adapter()
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    lines = [json.dumps({"q": q, "choices": choices, "label": label}) for q, choices, label in QUESTIONS]
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "tiny.yaml").write_text(
+        f"""task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder / "data.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}} is"
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    return folder
+
+
+@torch.no_grad()
+def by_hand(adapter: Path, draws: list[dict[str, torch.Tensor]], context: str, continuation: str) -> float:
+    model = load_model(adapter)
+    tokenizer = load_tokenizer(adapter, model.get_base_model().config._name_or_path)
+    start = len(tokenizer(context)["input_ids"])
+    ids = torch.tensor(tokenizer(context + continuation)["input_ids"])
+    total = 0.0
+    for draw in draws:
+        with loaded(model, draw):
+            log_p = model(ids[None]).logits[0].double().log_softmax(-1)
+        total += math.exp(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))))
+    return math.log(total / len(draws))
+
+
+def request(*args: object) -> SimpleNamespace:
+    return SimpleNamespace(args=args)
+
+
+def make(adapter: Path, **options: object) -> object:
+    from axolotl_ivon.integrations.lm_eval import IVONPosterior
+
+    return IVONPosterior(str(adapter), batch_size=2, **options)
+
+
+def test_likelihoods_are_averaged_over_draws(adapter: Path) -> None:
+    model = make(adapter, samples=3, tau="0.5", ratio=0.2, seed=7)
+    q = Posterior.from_pretrained(adapter).prune(0.2).temper(0.5)
+    draws = [q.sample(7, member) for member in range(3)]
+    found = model.loglikelihood([request("red sun is", " warm dog"), request("moon", " cold")], disable_tqdm=True)
+    assert found[0][0] == pytest.approx(by_hand(adapter, draws, "red sun is", " warm dog"), rel=1e-4)
+    assert found[1][0] == pytest.approx(by_hand(adapter, draws, "moon", " cold"), rel=1e-4)
+    # The average lies between the draws, and is not the average of the logarithms.
+    each = [by_hand(adapter, [draw], "moon", " cold") for draw in draws]
+    assert min(each) < found[1][0] < max(each)
+    assert found[1][0] > sum(each) / 3
+
+
+def test_infinite_tau_is_the_mean(adapter: Path) -> None:
+    model = make(adapter, samples=5, tau="inf")
+    mean = dict(Posterior.from_pretrained(adapter).mean)
+    [(value, _)] = model.loglikelihood([request("moon", " cold")], disable_tqdm=True)
+    assert value == pytest.approx(by_hand(adapter, [mean], "moon", " cold"), rel=1e-5)
+
+
+def test_documents_are_averaged_whole(adapter: Path) -> None:
+    model = make(adapter, samples=3, tau=0.3, max_length=8)
+    text = "red sun moon rain dog cat bird warm cold fast slow good bad yes no one two three"
+    [found] = model.loglikelihood_rolling([request(text)], disable_tqdm=True)
+    q = Posterior.from_pretrained(adapter).temper(0.3)
+    each = []
+    for member in range(3):
+        with model._slots.loaded(q.sample(0, member)):
+            model._draws, model._single = 1, True
+            each += model.loglikelihood_rolling([request(text)], disable_tqdm=True)
+    assert len(set(each)) == 3
+    assert found == pytest.approx(torch.tensor(each, dtype=torch.float64).logsumexp(0).item() - math.log(3))
+
+
+def test_what_is_cached_is_the_average(adapter: Path) -> None:
+    model = make(adapter, samples=2)
+    cached: list[tuple[str, object, object]] = []
+    model.cache_hook = SimpleNamespace(add_partial=lambda *entry: cached.append(entry))
+    answers = model.loglikelihood([request("moon", " cold")], disable_tqdm=True)
+    assert cached == [("loglikelihood", ("moon", " cold"), answers[0])]
+
+
+def test_a_task_through_the_api_and_the_command_line(adapter: Path, task: Path, tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    import axolotl_ivon.integrations.lm_eval  # noqa: F401 - registers the class
+
+    manager = TaskManager(include_path=str(task), include_defaults=False)
+    found = lm_eval.simple_evaluate(
+        model="ivon-posterior",
+        model_args=f"adapter={adapter},samples=3,tau=0.5",
+        tasks=["tiny"],
+        task_manager=manager,
+        batch_size=4,
+        bootstrap_iters=0,
+    )
+    q = Posterior.from_pretrained(adapter).temper(0.5)
+    draws = [q.sample(0, member) for member in range(3)]
+    right, disagreement = 0, 0.0
+    for question, choices, label in QUESTIONS:
+        values = [by_hand(adapter, draws, f"{question} is", f" {choice}") for choice in choices]
+        right += values.index(max(values)) == label
+        each = torch.tensor([[by_hand(adapter, [d], f"{question} is", f" {c}") for c in choices] for d in draws]).exp()
+        each /= each.sum(1, keepdim=True)
+        disagreement += (torch.special.entr(each.mean(0)).sum() - torch.special.entr(each).sum(1).mean()).item() / 3
+    assert found["results"]["tiny"]["acc,none"] == pytest.approx(right / 3)
+    told = found["config"]["mutual_information"]
+    assert told == {"tiny": {"mean": pytest.approx(disagreement, rel=1e-2), "documents": 3}}
+    assert disagreement > 0
+
+    arguments = ["--model", "ivon-posterior", "--model_args", f"adapter={adapter},samples=3,tau=0.5", "--tasks", "tiny"]
+    run = subprocess.run(
+        [sys.executable, "-m", "axolotl_ivon.lm_eval", *arguments, "--include_path", str(task), "--output_path",
+         str(tmp_path / "out")],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    [written] = (tmp_path / "out").rglob("results*.json")
+    results = json.loads(written.read_text())
+    assert results["results"]["tiny"]["acc,none"] == pytest.approx(right / 3)
+    assert results["config"]["mutual_information"] == told
+
+
+def test_only_choices_with_their_questions_have_disagreement(adapter: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    def asked(task: str, doc: int, *pairs: tuple[str, str]) -> list[Instance]:
+        return [Instance("loglikelihood", {}, pair, idx, (task, doc, 1)) for idx, pair in enumerate(pairs)]
+
+    a, b = ("moon", " cold"), ("moon", " good")
+    requests = [
+        *asked("choices", 0, a, b),
+        *asked("with-priors", 0, a, b, ("", " cold"), ("", " good")),
+        *asked("one", 0, a),
+    ]
+    model = make(adapter, samples=3, tau=0.5)
+    assert model.get_model_info()["mutual_information"] == {}
+    model.loglikelihood(requests, disable_tqdm=True)
+    model.loglikelihood(requests, disable_tqdm=True)  # again is not twice as many
+    told = model.get_model_info()["mutual_information"]
+    assert told.keys() == {"choices", "with-priors"}
+    assert told["choices"] == told["with-priors"]
+    assert told["choices"]["documents"] == 1
+    mean = make(adapter, tau="inf")
+    mean.loglikelihood(requests, disable_tqdm=True)
+    assert mean.get_model_info()["mutual_information"] == {}
+
+
+def test_text_is_generated_from_the_mean(adapter: Path) -> None:
+    model = make(adapter, samples=2, ratio=0.2)
+    [text] = model.generate_until([request("red sun", {"max_gen_toks": 5, "until": ["\n"]})], disable_tqdm=True)
+    pruned = dict(Posterior.from_pretrained(adapter).prune(0.2).mean)
+    base = load_model(adapter)
+    tokenizer = load_tokenizer(adapter, base.get_base_model().config._name_or_path)
+    ids = tokenizer("red sun", return_tensors="pt")["input_ids"]
+    with loaded(base, pruned):
+        expected = base.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert text == tokenizer.decode(expected, skip_special_tokens=True).split("\n")[0]
+
+
+def test_bad_settings_are_told(adapter: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(IVONError, match="tau"):
+        make(adapter, tau=0)
+    with pytest.raises(IVONError, match="has no ivon_sigma"):
+        make(make_adapter(sigma=False))
+    with pytest.raises(IVONError, match="recommended cannot be read"):
+        make(adapter, recommended=str(tmp_path / "nothing.json"))

@@ -1,0 +1,171 @@
+"""Draws in a loaded model against PEFT's own loading, and stacked draws against one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from tiny import write_chats
+from transformers import AutoModelForCausalLM
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.evaluation.evaluate import Evaluation, rows_of
+from axolotl_ivon.models.draws import loaded, stacked
+from axolotl_ivon.models.session import load_model
+
+MakeAdapter = Callable[..., Path]
+ROWS = list(rows_of(tau=0.5, ratio=0.3).values())
+WIDE = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", count=24)
+
+
+@pytest.fixture(scope="module")
+def adapter(make_adapter: MakeAdapter) -> Path:
+    return make_adapter()
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"target_modules": "all-linear", "use_rslora": True},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"bias": "lora_only"},
+    ],
+    ids=str,
+)
+def test_slots_are_what_peft_saves_and_loads(make_adapter: MakeAdapter, tiny_llama: Path, lora: dict) -> None:
+    folder = make_adapter(**lora)
+    model = load_model(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    other = {key: torch.randn_like(tensor) for key, tensor in tensors.items()}
+    text = torch.arange(3, 40)[None]
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), folder).eval()
+    set_peft_model_state_dict(expected, dict(other))
+    before = model(text).logits
+    with loaded(model, other):
+        torch.testing.assert_close(model(text).logits, expected(text).logits)
+        inside = get_peft_model_state_dict(model)
+        assert all(inside[key].equal(other[key]) for key in tensors)
+    assert model(text).logits.equal(before)
+    assert not torch.allclose(before, expected(text).logits)
+
+
+def test_loading_refuses_tensors_of_another_adapter(adapter: Path) -> None:
+    model = load_model(adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = min(tensors)
+    bad = [
+        ({k: v for k, v in tensors.items() if k != key}, f"the adapter has no {key}"),
+        ({**tensors, "base_model.model.nothing.lora_A.weight": torch.zeros(1)}, "it has no place for base_model"),
+        ({**tensors, key: torch.zeros(2, 2)}, r"is \[2, 2\] in the adapter"),
+    ]
+    for given, message in bad:
+        with pytest.raises(IVONError, match=message), loaded(model, given):
+            pytest.fail("must not be loaded")
+
+
+@pytest.mark.parametrize(
+    "lora", [{"target_modules": WIDE}, {"target_modules": "all-linear", "use_rslora": True}], ids=str
+)
+def test_stacked_draws_equal_one_at_a_time(make_adapter: MakeAdapter, lora: dict) -> None:
+    folder = make_adapter(**lora)
+    model, posterior = load_model(folder), Posterior.from_pretrained(folder)
+    draws = [posterior.sample(1, member) for member in range(3)]
+    text = torch.randint(3, 200, (4, 9), generator=torch.Generator().manual_seed(0))
+    with stacked(model, draws), torch.no_grad():
+        together = model(text.repeat(3, 1)).logits
+    for draw, part in zip(draws, together.view(3, 4, 9, -1), strict=True):
+        with loaded(model, draw), torch.no_grad():
+            torch.testing.assert_close(part, model(text).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_stacking_refuses_more_than_plain_lora(make_adapter: MakeAdapter, chats: Path, lora: dict) -> None:
+    evaluation = Evaluation(make_adapter(**lora), [chats])
+    evaluation.run(ROWS, samples=2)
+    with pytest.raises(IVONError, match=r"draws_per_pass 2: .* use draws_per_pass 1"):
+        evaluation.run(ROWS, samples=2, draws_per_pass=2)
+
+
+def test_draws_are_sample_s_and_the_model_is_left_as_it_was(adapter: Path, tiny_llama: Path) -> None:
+    q = Posterior.from_pretrained(adapter)
+    model = load_model(adapter)
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    text = torch.arange(3, 40)[None]
+    with q.draws(model, 3, seed=5) as draws:
+        for k in draws:
+            draw = q.sample(seed=5, member=k)
+            assert all(value.equal(draw[key]) for key, value in get_peft_model_state_dict(model).items())
+            other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval()
+            set_peft_model_state_dict(other, draw)
+            torch.testing.assert_close(model(text).logits, other(text).logits)
+    assert k == 2
+    assert all(param.equal(before[name]) for name, param in model.named_parameters())
+    with pytest.raises(KeyError), q.draws(model, 3) as draws:
+        for k in draws:
+            if k:
+                raise KeyError
+    assert all(param.equal(before[name]) for name, param in model.named_parameters())
+    with q.draws(model, 2):
+        assert all(value.equal(q.mean[key]) for key, value in get_peft_model_state_dict(model).items())
+
+
+def test_predict_is_the_average_and_the_mutual_information(adapter: Path) -> None:
+    q = Posterior.from_pretrained(adapter)
+    model = load_model(adapter).train()
+    modes = [module.training for module in model.modules()]
+    batch = {"input_ids": torch.arange(3, 43).view(2, 20), "labels": torch.zeros(2, 20).long()}
+    found = q.predict(model, batch, n=4, seed=2)
+    each = []
+    model.eval()
+    for k in range(4):
+        with loaded(model, q.sample(2, k)), torch.no_grad():
+            each.append(model(batch["input_ids"]).logits.double().softmax(-1))
+    model.train()
+    average = torch.stack(each).mean(0)
+    entropy = torch.distributions.Categorical(average).entropy()
+    expected = entropy - torch.stack([torch.distributions.Categorical(one).entropy() for one in each]).mean(0)
+    torch.testing.assert_close(found.probabilities.double(), average, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.disagreement.double(), expected, rtol=1e-2, atol=1e-5)
+    assert found.disagreement.max() > 1e-3
+    assert [module.training for module in model.modules()] == modes
+    assert any(param.requires_grad for param in load_model(adapter).parameters()) == any(
+        param.requires_grad for param in model.parameters()
+    )
+    point = q.temper(float("inf")).predict(model, batch, n=3)
+    assert point.disagreement.max() < 1e-5
+
+
+def test_a_model_that_does_not_fit_and_no_draws_are_one_line(adapter: Path, make_adapter: MakeAdapter) -> None:
+    q = Posterior.from_pretrained(adapter)
+    model = load_model(make_adapter(target_modules=["q_proj"]))
+    with pytest.raises(IVONError, match="does not fit the adapter"), q.draws(model):
+        pass
+    with pytest.raises(IVONError, match="n 0 is not a number of draws"):
+        q.predict(load_model(adapter), {"input_ids": torch.ones(1, 3).long()}, n=0)
+
+
+def test_a_classifier_s_prediction_has_its_classes(make_adapter: MakeAdapter, tiny_llama: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
+    base.config.pad_token_id = 0
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    mean = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    q = Posterior(mean, {key: torch.full_like(value, 0.1) for key, value in mean.items()}, {}, {})
+    found = q.predict(model, {"input_ids": torch.arange(3, 23).view(2, 10)}, n=2)
+    assert found.probabilities.shape == (2, 3)
+    assert found.disagreement.shape == (2,)
+    torch.testing.assert_close(found.probabilities.sum(-1), torch.ones(2))

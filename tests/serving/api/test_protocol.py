@@ -1,0 +1,142 @@
+"""Requests are what OpenAI's own client sends, and responses what its types read; what is asked wrongly is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from axolotl_ivon.serving.api.protocol import ChatRequest, CompletionRequest, Refusal, Writer, read_request, usage
+from axolotl_ivon.serving.pieces import Piece, Token
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "?"}]}
+TEXT = {"model": "m", "prompt": "?"}
+TOKEN = Token(7, "é", "é", -0.5, (("é", -0.5), ("�", -1.5)), -0.5, 0.2, 0.1)
+IVON = {"confidence": 0.6, "expected_entropy": 0.2, "mutual_information": 0.1, "members": 2}
+
+
+def test_what_is_null_or_unknown_is_left_out() -> None:
+    asked = read_request(ChatRequest, {**CHAT, "stop": None, "temperature": None, "user": "me", "logit_bias": {}})
+    assert (asked.stop, asked.temperature, asked.n, asked.top) == ([], 1.0, 1, None)
+    assert read_request(ChatRequest, {**CHAT, "stop": "a", "temperature": 1, "top_p": 1}).stop == ["a"]
+    assert read_request(ChatRequest, {**CHAT, "max_tokens": 4, "max_completion_tokens": 5}).max_tokens == 5
+    assert read_request(ChatRequest, {**CHAT, "logprobs": True}).top == 0
+
+
+def test_content_may_come_in_parts() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
+    asked = read_request(ChatRequest, {**CHAT, "messages": messages})
+    assert [m.plain() for m in asked.messages] == [
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": ""},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"), [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2]], [[1], [2]])]
+)
+def test_prompts_are_text_or_tokens_one_or_several(prompt: Any, prompts: Any) -> None:
+    assert read_request(CompletionRequest, {**TEXT, "prompt": prompt}).prompts == prompts
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"messages": CHAT["messages"]}, "model", "Field required"),
+        ({**CHAT, "messages": []}, "messages", "at least 1 item"),
+        ({**CHAT, "messages": [{"content": "?"}]}, "messages.0.role", "Field required"),
+        ({**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "'text'"),
+        ({**CHAT, "n": 0}, "n", "greater than or equal to 1"),
+        ({**CHAT, "n": 1000}, "n", "less than or equal to 16"),
+        ({**CHAT, "n": "2"}, "n", "valid integer"),
+        ({**CHAT, "temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({**CHAT, "temperature": float("nan")}, "temperature", ""),
+        ({**CHAT, "top_p": 0}, "top_p", "greater than 0"),
+        ({**CHAT, "stop": ["a", ""]}, "stop.1", "at least 1 character"),
+        ({**CHAT, "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({**CHAT, "top_logprobs": 3}, None, "top_logprobs needs logprobs: true"),
+        ({**CHAT, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({**CHAT, "tools": [{}]}, "tools", "not supported here"),
+        ({**CHAT, "frequency_penalty": 0.5}, "frequency_penalty", "not supported here"),
+        ({**CHAT, "response_format": {"type": "json_object"}}, "response_format", "not supported here"),
+        ([], None, "not a JSON object"),
+    ],
+)
+def test_a_wrong_chat_is_refused(body: Any, param: str | None, said: str) -> None:
+    with pytest.raises(Refusal, match=said) as raised:
+        read_request(ChatRequest, body)
+    told = raised.value.document()["error"]
+    assert (raised.value.status, told["type"], told["param"]) == (400, "invalid_request_error", param)
+    assert param is None or param in told["message"]
+
+
+@pytest.mark.parametrize("prompt", [5, [], [[]], ["a", 1], [-1], [True], {}, [["a"]]])
+def test_a_wrong_prompt_is_refused(prompt: Any) -> None:
+    with pytest.raises(Refusal, match="prompt: text, token ids, or a list of either") as raised:
+        read_request(CompletionRequest, {**TEXT, "prompt": prompt})
+    assert raised.value.param == "prompt"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_a_streamed_chat_adds_up_to_the_whole(n: int, include_usage: bool) -> None:
+    body = {**CHAT, "n": n, "logprobs": True, "top_logprobs": 2, "stream_options": {"include_usage": include_usage}}
+    request = read_request(ChatRequest, body)
+    pieces = [Piece(k, "é", (TOKEN,), generated=1) for k in range(n)]
+    pieces += [Piece(k, "", (), "stop", {**IVON, "members": k}, 1) for k in reversed(range(n))]
+    used = usage(3, 2 * n)
+    whole = Writer(request, n).whole(pieces, used)
+    writer = Writer(request, n)
+    chunks = [chunk for piece in pieces for chunk in writer.chunks(piece)] + list(writer.end(used))
+    read, parsed = ChatCompletion.model_validate(whole), [ChatCompletionChunk.model_validate(c) for c in chunks]
+    for choice in read.choices:
+        own = [c.choices[0] for c in parsed if c.choices and c.choices[0].index == choice.index]
+        assert own[0].delta.role == "assistant"
+        assert "".join(c.delta.content or "" for c in own) == choice.message.content == "é"
+        assert [c.finish_reason for c in own] == [None] * (len(own) - 1) + ["stop"]
+        assert choice.logprobs
+        assert choice.logprobs.content
+        assert [t for c in own if c.logprobs for t in c.logprobs.content or []] == choice.logprobs.content
+        assert [(t.token, t.bytes) for t in choice.logprobs.content[0].top_logprobs] == [("é", [195, 169]), ("�", None)]
+        assert n == 1 or own[-1].model_extra == choice.model_extra == {"ivon": {**IVON, "members": choice.index}}
+    assert len({c.id for c in parsed}) == 1
+    assert whole["ivon"] == chunks[-1]["ivon"] == {**IVON, "members": 0}
+    assert all("ivon" not in chunk for chunk in chunks[:-1])
+    assert chunks[1]["choices"][0]["ivon"]["tokens"][0]["token"] == "é"  # tokens as they come
+    assert (chunks[-1]["choices"] == []) == include_usage
+    if include_usage:
+        assert chunks[-1]["usage"] == used
+        assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    else:
+        assert all("usage" not in chunk for chunk in chunks)
+
+
+def test_a_completion_tells_tokens_in_its_own_way() -> None:
+    request = read_request(CompletionRequest, {**TEXT, "logprobs": 1})
+    two = (TOKEN, TOKEN._replace(id=8, name="b", text="b", logprob=-2.0))
+    writer = Writer(request, 1)
+    chunks = [*writer.chunks(Piece(0, "éb", two)), *writer.chunks(Piece(0, "é", (TOKEN,), "length", IVON))]
+    first, second = (
+        Completion.model_validate({**c, "choices": [{**c["choices"][0], "finish_reason": "stop"}]}).choices[0]
+        for c in chunks
+    )
+    assert first.text + second.text == "ébé"
+    assert first.logprobs
+    assert second.logprobs
+    assert (first.logprobs.tokens, first.logprobs.token_logprobs) == (["é", "b"], [-0.5, -2.0])
+    assert first.logprobs.text_offset == [0, 1]
+    assert second.logprobs.text_offset == [2]
+    assert first.logprobs.top_logprobs == [{"é": -0.5, "�": -1.5}, {"é": -0.5, "�": -1.5, "b": -2.0}]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert chunks[0]["choices"][0]["ivon"]["tokens"][1]["token"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, "invalid_request_error"), (401, "authentication_error"), (429, "rate_limit_error"), (502, "server_error")],
+)
+def test_errors_have_their_type(status: int, kind: str) -> None:
+    assert Refusal(status, "so").document() == {"error": {"message": "so", "type": kind, "param": None, "code": None}}

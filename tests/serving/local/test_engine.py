@@ -1,0 +1,200 @@
+"""Answers against `predict`'s average over draws, one whole pass without a cache for every token."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.models.draws import loaded, predict
+from axolotl_ivon.models.session import load_model
+from axolotl_ivon.serving.local.engine import Engine, mixed, out_of_memory
+from axolotl_ivon.serving.pieces import Ask, Piece
+
+IDS = (5, 40, 7, 99, 120, 33)
+
+
+def run(engine: Engine, **asked: Any) -> tuple[list[str], list[Piece]]:
+    """Return the texts of the answers, and their last pieces."""
+    ask = Ask(**{"model": "tiny", "ids": IDS, "max_tokens": 10, "temperature": 0.0, "top": 3, **asked})
+    texts, last = [""] * ask.n, [Piece(-1, "")] * ask.n
+    for pieces in engine.pieces(ask):
+        for piece in pieces:
+            assert last[piece.number].finish is None
+            texts[piece.number] += piece.text
+            last[piece.number] = piece
+    assert all(piece.finish for piece in last)
+    return texts, last
+
+
+def tokens(engine: Engine, **asked: Any) -> list[Any]:
+    """Return the first answer's tokens."""
+    ask = Ask(**{"model": "tiny", "ids": IDS, "max_tokens": 10, "temperature": 0.0, "top": 3, **asked})
+    return [token for pieces in engine.pieces(ask) for piece in pieces if not piece.number for token in piece.tokens]
+
+
+@pytest.fixture(scope="module", params=[{}, {"use_dora": True}], ids=["stacked", "one after another"])
+def served(request: Any, make_adapter: Callable[..., Path], make_engine: Callable[..., Engine]) -> tuple[Path, Engine]:
+    adapter = make_adapter(**request.param)
+    return adapter, make_engine(adapter)
+
+
+def test_greedy_is_the_average_of_predict_step_by_step(served: tuple[Path, Engine]) -> None:
+    adapter, engine = served
+    model, posterior = load_model(adapter), Posterior.from_pretrained(adapter).temper(0.002)
+    ids, found = list(IDS), tokens(engine)
+    assert len(found) == 10
+    for token in found:
+        expected = predict(model, posterior, {"input_ids": torch.tensor([ids])}, n=3)
+        probabilities, disagreement = expected.probabilities[0, -1], expected.disagreement[0, -1]
+        assert token.id == int(probabilities.argmax())
+        assert math.exp(token.logprob) == pytest.approx(float(probabilities[token.id]), rel=1e-4)
+        assert token.mutual_information == pytest.approx(float(disagreement), rel=1e-2, abs=1e-5)
+        entropy = float(torch.special.entr(probabilities).sum())
+        assert token.expected_entropy + token.mutual_information == pytest.approx(entropy, rel=1e-4)
+        likeliest = probabilities.topk(3)
+        assert [logprob for _, logprob in token.top] == pytest.approx(likeliest.values.log().tolist(), abs=1e-3)
+        ids.append(token.id)
+    assert max(token.mutual_information for token in found) > 1e-3  # the members differ
+
+
+@pytest.mark.parametrize("member", ["mean", "member-0000", "member-0002"])
+def test_a_member_and_the_mean_answer_by_themselves(engine: Engine, tiny_adapter: Path, member: str) -> None:
+    posterior = Posterior.from_pretrained(tiny_adapter).temper(0.002)
+    draw = posterior.mean if member == "mean" else posterior.sample(0, int(member[-1]))
+    model, ids = load_model(tiny_adapter), list(IDS)
+    with loaded(model, dict(draw)), torch.no_grad():
+        for token in tokens(engine, model=f"tiny:{member}"):
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+            assert token.id == int(logits.argmax())
+            assert token.logprob == pytest.approx(float(logits.log_softmax(-1)[token.id]), abs=1e-4)
+            assert token.mutual_information == 0
+            ids.append(token.id)
+
+
+@pytest.fixture
+def many_ends(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """A fifth of all tokens end an answer, so that answers end at all lengths."""
+    ends = set(range(2, 400, 5))
+    monkeypatch.setattr(engine, "_ends", ends)
+    return ends
+
+
+def test_answers_leave_the_batch_when_they_end(engine: Engine, many_ends: set[int]) -> None:
+    asked = {"temperature": 1.0, "seed": 3, "max_tokens": 12}
+    texts, last = run(engine, n=8, **asked)
+    lengths = {len(piece.ivon["tokens"]) for piece in last if piece.ivon}
+    assert len(lengths) > 3
+    assert {piece.finish for piece in last} == {"stop", "length"}
+    for n in (1, 3):
+        fewer, ends = run(engine, n=n, **asked)
+        assert fewer == texts[:n]
+        for one, other in zip(ends, last, strict=False):
+            assert one.finish == other.finish
+            assert one.ivon["mutual_information"] == pytest.approx(other.ivon["mutual_information"], abs=1e-4)
+    assert run(engine, n=1, **{**asked, "seed": 4})[0] != texts[:1]
+
+
+def test_the_end_is_not_shown_and_an_empty_answer_is_as_sure_as_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *more = tokens(engine)
+    end = next(number for number, token in enumerate(more, 1) if token.id != first.id)
+    monkeypatch.setattr(engine, "_ends", {more[end - 1].id})
+    [text], [last] = run(engine, max_tokens=10)
+    assert (text, last.finish, len(last.ivon["tokens"])) == (engine._decode(end * [first.id]), "stop", end)
+    shown = [first, *more][:end]
+    assert last.ivon["confidence"] == pytest.approx(math.exp(sum(token.logprob for token in shown) / end), rel=1e-4)
+    monkeypatch.setattr(engine, "_ends", {first.id})
+    [text], [last] = run(engine)
+    assert (text, last.finish, last.ivon["tokens"]) == ("", "stop", [])
+    assert last.ivon["confidence"] == pytest.approx(math.exp(first.logprob))
+
+
+def test_a_stop_string_ends_an_answer(engine: Engine) -> None:
+    drawn = {"temperature": 1.0, "seed": 5}
+    [whole], _ = run(engine, **drawn)
+    stop = whole[4:6]
+    assert len(stop) == 2
+    [text], [last] = run(engine, stop=(stop,), **drawn)
+    assert (text, last.finish) == (whole[: whole.find(stop)], "stop")
+    assert "".join(token["token"] for token in last.ivon["tokens"]) == text
+
+
+def test_tokens_are_drawn_from_the_average(engine: Engine) -> None:
+    """The cumulated probability of the token that is drawn holds the number that it was drawn with."""
+    [greedy] = tokens(engine, max_tokens=1, top=400)
+    by_name: dict[str, float] = {}
+    for name, logprob in greedy.top:
+        by_name[name] = by_name.get(name, 0.0) + math.exp(2 * logprob)  # at temperature 0.5
+    total = sum(by_name.values())
+    draws = 2048
+    found = Counter(
+        piece.tokens[0].name
+        for seed in range(draws // 16)
+        for [*pieces] in engine.pieces(Ask("tiny", IDS, n=16, max_tokens=1, temperature=0.5, seed=seed, top=0))
+        for piece in pieces
+        if piece.tokens
+    )
+    # A χ² over the tokens that are expected often enough, the rest as one.
+    often = {name: share / total * draws for name, share in by_name.items() if share / total * draws >= 8}
+    rest = draws - sum(often.values())
+    seen = sum(found[name] for name in often)
+    chi = sum((found[name] - own) ** 2 / own for name, own in often.items()) + (draws - seen - rest) ** 2 / rest
+    assert abs(chi - len(often)) < 5 * math.sqrt(2 * len(often))
+
+
+def test_the_temperature_of_the_output_is_of_the_confidence_alone(
+    make_engine: Callable[..., Engine], engine: Engine, tiny_adapter: Path
+) -> None:
+    scaled = make_engine(tiny_adapter, temperature=0.25, threshold=0.5)
+    [plain], [sharp] = tokens(engine, max_tokens=1, top=400), tokens(scaled, max_tokens=1, top=400)
+    assert (sharp.id, sharp.logprob) == (plain.id, pytest.approx(plain.logprob, abs=1e-4))
+    everything = torch.tensor([logprob for _, logprob in plain.top])
+    assert len(everything) > 300
+    assert math.exp(sharp.confidence) == pytest.approx(float((everything / 0.25).softmax(-1)[0]), rel=1e-3)
+    [_], [last] = run(scaled, max_tokens=1)
+    assert last.ivon["abstain"] == (last.ivon["confidence"] < 0.5)
+    [_], [last] = run(engine, max_tokens=1)
+    assert "abstain" not in last.ivon
+
+
+def test_nothing_is_told_of_tokens_that_nobody_asked_for(engine: Engine) -> None:
+    _, [last] = run(engine, top=None)
+    assert set(last.ivon) == {"confidence", "expected_entropy", "mutual_information", "members"}
+    assert last.ivon["members"] == 3
+
+
+def test_the_model_is_left_as_it_was(make_adapter: Callable[..., Path], make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(make_adapter(use_dora=True))
+    before = {name: own.clone() for name, own in engine._model.state_dict().items()}
+    steps = engine.pieces(Ask("tiny", IDS))
+    next(steps)
+    steps.close()
+    for name, own in engine._model.state_dict().items():
+        assert torch.equal(own, before[name])
+
+
+def test_the_average_of_distributions_and_its_entropies() -> None:
+    logits = torch.tensor([[[0.0, 0.0, -math.inf]], [[0.0, -math.inf, 0.0]]])
+    average, expected, total = mixed(logits)
+    torch.testing.assert_close(average.exp(), torch.tensor([[0.5, 0.25, 0.25]]))
+    assert float(expected) == pytest.approx(math.log(2))
+    assert float(total) == pytest.approx(1.5 * math.log(2))
+
+
+def test_memory_that_runs_out_is_told_from_other_errors() -> None:
+    assert out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert not out_of_memory(RuntimeError("shape mismatch"))
+    assert not out_of_memory(KeyboardInterrupt())
+
+
+def test_a_token_that_the_model_does_not_have_is_refused(engine: Engine) -> None:
+    with pytest.raises(IVONError, match="prompt: token 99999 is new to the base model"):
+        engine.check((5, 99999))
