@@ -21,7 +21,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def parameter(name: str) -> str:
+def param_ref(name: str) -> str:
     """Return the name of a parameter for the message of an `IVONError`.
 
     The library does not know who called it: Python shows `per_model`, `ivon-post` shows `--per-model`, and the axolotl
@@ -47,8 +47,8 @@ class IVONError(Exception):
             line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
         self._line = line
         self.parameter: str | None = parts[1] if len(parts) > 1 else None
-        super().__init__(self.told(str))
+        super().__init__(self.describe(str))
 
-    def told(self, name: Callable[[str], str]) -> str:
+    def describe(self, name: Callable[[str], str]) -> str:
         """Return the message with every parameter's name as `name` makes it: its option, say."""
         return _NAMED.sub(lambda match: name(match[1]), self._line).replace(_BEGIN, "").replace(_END, "")

@@ -75,7 +75,7 @@ def random_bits(text: str) -> np.ndarray:
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), "<u8").astype(np.uint64)
 
 
-def mixed(place: Any, start: Any, stride: Any) -> Any:
+def splitmix64(place: Any, start: Any, stride: Any) -> Any:
     """Return 64 random bits for a place in the stream of (start, stride), all uint64; numba compiles this as it is.
 
     It is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) with Stafford's 13th mixing function. The stride, made odd, is
@@ -95,6 +95,6 @@ def training_noise(out: np.ndarray, start: np.uint64, stride: np.uint64) -> None
     size = min(_TRAINING_BLOCK, out.size + out.size % 2)
     place, look_up = np.arange(size // 2, dtype=np.uint64), _LookUp(size)
     for begin in range(0, out.size, size or 1):
-        raw = mixed(place, start, stride).astype("<u8", copy=False)
+        raw = splitmix64(place, start, stride).astype("<u8", copy=False)
         look_up(raw.view("<u2").reshape(-1, 2).T, out[begin : begin + size])
         place += np.uint64(size // 2)

@@ -208,7 +208,7 @@ def learn_ivon(learner: Learner, task: int, strength: float | None) -> None:
     learner.train(optimizer, learner.batches(task), learner.steps, optimizer.sampled_params)
     learner.posterior = (
         {name: optimizer.mean(value) for name, value in parameters.items()},
-        {name: optimizer.sigma_to_go_on_from(value) for name, value in parameters.items()},
+        {name: optimizer.sigma_for_next_prior(value) for name, value in parameters.items()},
     )
 
 

@@ -20,12 +20,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from axolotl_ivon import Posterior
-from axolotl_ivon.data.encode import Item
-from axolotl_ivon.evaluation.evaluate import Row, evaluate
+from axolotl_ivon.data.encode import EncodedExample
+from axolotl_ivon.evaluation.evaluate import Variant, evaluate
 from axolotl_ivon.models.draws import AdapterSlots
 from axolotl_ivon.models.session import pick_device
 
-MEAN, DRAWN = Row("mean"), Row("posterior", tau=1.0)
+MEAN, DRAWN = Variant("mean"), Variant("posterior", tau=1.0)
 
 
 def build(arguments: argparse.Namespace) -> tuple[PeftModel, Posterior]:
@@ -49,7 +49,7 @@ def build(arguments: argparse.Namespace) -> tuple[PeftModel, Posterior]:
     return peft_model, Posterior(mean, sigma, {}, peft_model.peft_config["default"].to_dict())
 
 
-def make_items(count: int, prefix: int, length: int) -> list[Item]:
+def make_items(count: int, prefix: int, length: int) -> list[EncodedExample]:
     """Make prompts of `prefix` common tokens and `length` ± a third of their own."""
     generator = torch.Generator().manual_seed(1)
     common = torch.randint(3, 40000, (prefix,), generator=generator).tolist()
@@ -57,7 +57,7 @@ def make_items(count: int, prefix: int, length: int) -> list[Item]:
     for _ in range(count):
         own = int(torch.randint(2 * length // 3, 4 * length // 3 + 1, (), generator=generator))
         ids = common + torch.randint(3, 40000, (own,), generator=generator).tolist()
-        items.append(Item(ids, [len(ids) - 1], [0], (5, 6)))
+        items.append(EncodedExample(ids, [len(ids) - 1], [0], (5, 6)))
     return items
 
 
@@ -101,7 +101,7 @@ def main() -> None:
         f"and about {arguments.length} own tokens, {draws} draws, medians of {arguments.repeats}\n"
     )
 
-    def run(items: list[Item], row: Row, per_pass: int = 1) -> Callable[[], object]:
+    def run(items: list[EncodedExample], row: Variant, per_pass: int = 1) -> Callable[[], object]:
         return lambda: evaluate(model, posterior, items, [row], "choice", samples=draws, draws_per_pass=per_pass)
 
     heads = [f"{k} per pass" for k in arguments.per_pass]

@@ -30,7 +30,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from axolotl_ivon.data.encode import Item
+from axolotl_ivon.data.encode import EncodedExample
 from axolotl_ivon.fitting.batches import Batches
 from axolotl_ivon.fitting.fisher import Squarer, Squares, fisher, sampled_losses
 from axolotl_ivon.fitting.fit import fit
@@ -40,7 +40,7 @@ MODEL = ".demo/SmolLM2-135M-Instruct"
 DATA = ".demo/data/movie-train.jsonl"
 
 
-def texts(count: int, length: int, vocabulary: int) -> list[Item]:
+def texts(count: int, length: int, vocabulary: int) -> list[EncodedExample]:
     """Make texts of `length` tokens, more or less, whose last third is scored."""
     draw = torch.Generator().manual_seed(0)
     found = []
@@ -48,11 +48,11 @@ def texts(count: int, length: int, vocabulary: int) -> list[Item]:
         size = int(torch.randint(2 * length // 3, 4 * length // 3 + 1, (), generator=draw))
         ids = torch.randint(3, vocabulary, (size + 1,), generator=draw).tolist()
         positions = list(range(2 * size // 3, size))
-        found.append(Item(ids[:-1], positions, [ids[position + 1] for position in positions]))
+        found.append(EncodedExample(ids[:-1], positions, [ids[position + 1] for position in positions]))
     return found
 
 
-def train_epoch(model: Any, batches: list[list[Item]]) -> None:
+def train_epoch(model: Any, batches: list[list[EncodedExample]]) -> None:
     """Run forward and backward passes as a Trainer does, and drop the gradients."""
     model.train()
     for parameter in adapter_parameters(model).values():
@@ -71,7 +71,7 @@ def train_epoch(model: Any, batches: list[list[Item]]) -> None:
     model.eval()
 
 
-def fisher_pass(model: Any, batches: list[list[Item]]) -> Squares:
+def fisher_pass(model: Any, batches: list[list[EncodedExample]]) -> Squares:
     """Run the pass of `fit --method fisher`."""
     losses = functools.partial(sampled_losses, model, generator=torch.Generator(model.device).manual_seed(0))
     with ExampleGradients(model, adapter_parameters(model), losses) as gradients:

@@ -89,7 +89,7 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except IVONError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            raise click.ClickException(error.told(functools.partial(_option, command))) from error
+            raise click.ClickException(error.describe(functools.partial(_option, command))) from error
         except click.UsageError as error:
             path = (error.ctx or ctx).command_path
             raise _Mistyped(f"{error.format_message().rstrip('.')}. See '{path} --help'.") from error

@@ -100,7 +100,7 @@ class Terminal:
 
 
 @dataclass(frozen=True)
-class Output(Terminal):
+class OutputOptions(Terminal):
     """Where a command writes, as -o and --overwrite say, and how it reports."""
 
     output: str | None
@@ -140,7 +140,7 @@ class Output(Terminal):
 
 
 @dataclass(frozen=True)
-class Point:
+class PosteriorOptions:
     """Temperature and pruning ratio, as far as the user gave them, and a file that recommends both."""
 
     recommended: str | None
@@ -208,7 +208,7 @@ _json_and_quiet = add_all(
 )
 # They turn the options into the commands' arguments `terminal` and `output`.
 terminal_as_one = as_one("terminal", Terminal, "as_json", "quiet")
-output_as_one = as_one("output", Output, "output", "overwrite", "as_json", "quiet")
+output_as_one = as_one("output", OutputOptions, "output", "overwrite", "as_json", "quiet")
 terminal_options = add_all(_json_and_quiet, terminal_as_one)
 base_model_option = click.option(
     "--base-model", metavar="MODEL", help="Folder or Hub id.  [default: what the adapter's config names]"
@@ -273,7 +273,7 @@ def point_options(tau: str, ratio: str) -> Callable[[Command], Command]:
         click.option("--tau", type=float, help=tau),
         click.option("--ratio", type=float, help=ratio, cls=Renamed, formerly=["--prune-ratio"]),
         recommended_option("τ and the ratio"),
-        as_one("point", Point, "recommended", "tau", "ratio"),
+        as_one("point", PosteriorOptions, "recommended", "tau", "ratio"),
     )
 
 

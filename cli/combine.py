@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ._options import Numbers, Output, choice_option, output_options
+from ._options import Numbers, OutputOptions, choice_option, output_options
 
 
 @click.command("combine")
@@ -22,7 +22,7 @@ from ._options import Numbers, Output, choice_option, output_options
     help="One for each ADAPTER: the power of a Gaussian, or the weight in a sum.  [default: 1 each, 1/n in a sum]",
 )
 @output_options("ADAPTER-combined, beside the first ADAPTER")
-def command(adapters: tuple[str, ...], method: str, weights: tuple[float, ...] | None, output: Output) -> None:
+def command(adapters: tuple[str, ...], method: str, weights: tuple[float, ...] | None, output: OutputOptions) -> None:
     """Combine the posteriors of several ADAPTERs over one base model into one.
 
     With precision, means are weighted by 1/σ² and precisions add up; what ADAPTERS share is counted once: a fixed

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import Output, Point, decision, evaluation_options, output_as_one, point_options
+from ._options import OutputOptions, PosteriorOptions, decision, evaluation_options, output_as_one, point_options
 from ._progress import Progress
 from ._stdout import results
 from ._tables import decimal, emit, file_names, is_wide, percent, print_table
@@ -73,9 +73,9 @@ def command(
     ood: Sequence[str],
     calibrate: str | None,
     run: dict[str, Any],
-    point: Point,
+    point: PosteriorOptions,
     rows: str,
-    output: Output,
+    output: OutputOptions,
     **loading: Any,
 ) -> None:
     """Evaluate ADAPTER on data: the base model, the mean, and the average over draws from the posterior.
@@ -104,7 +104,7 @@ def command(
     from axolotl_ivon.decisions.sweep import Decision
     from axolotl_ivon.evaluation.evaluate import (
         Evaluation,
-        Row,
+        Variant,
         calibrated_rows,
         choose_rows,
         count_passes,
@@ -116,7 +116,7 @@ def command(
     chosen = choose_rows([name.strip() for name in rows.split(",")], tau, prune_ratio)
     decided = decision(point.recommended)
     if decided != Decision(mean_sha256=decided.mean_sha256):
-        chosen.append(Row("recommended", tau, prune_ratio, temperature=decided.temperature))
+        chosen.append(Variant("recommended", tau, prune_ratio, temperature=decided.temperature))
     scaled = calibrated_rows(chosen) if calibrate else []
     written = output.path(adapter, "") if output.output is not None else None
     if written:

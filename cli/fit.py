@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ._options import (
-    Output,
+    OutputOptions,
     adapter_argument,
     as_one,
     batch_option,
@@ -91,7 +91,7 @@ class Prior(click.ParamType):
     "samples",
     "seed",
 )
-def command(adapter: str, data: Sequence[str], settings: dict[str, Any], output: Output, **options: Any) -> None:
+def command(adapter: str, data: Sequence[str], settings: dict[str, Any], output: OutputOptions, **options: Any) -> None:
     """Give ADAPTER, however it was trained, a posterior: σ for every weight, around weights that stay as they are.
 
     --data is what it was trained on: chat JSONL, of which the assistant's turns count, or the labels of a classifier.

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from ._options import (
-    Output,
-    Point,
+    OutputOptions,
+    PosteriorOptions,
     adapter_argument,
     answer_option,
     as_one,
@@ -53,7 +53,9 @@ from ._tables import percent
 @batch_option("Sequences decoded at once.")
 @output_options("ADAPTER-nbest.jsonl", "JSONL to write or to go on with.", "Start the output anew.", metavar="FILE")
 @as_one("planned", dict, "n", "per_model", "mean", "temperature", "top_p", "max_tokens", "stop", "seed")
-def command(adapter: str, prompts: str, planned: dict[str, Any], point: Point, output: Output, **options: Any) -> None:
+def command(
+    adapter: str, prompts: str, planned: dict[str, Any], point: PosteriorOptions, output: OutputOptions, **options: Any
+) -> None:
     """Generate n outputs for every prompt: n/PER-MODEL draws from ADAPTER's posterior, PER-MODEL outputs each.
 
     Writes JSONL, a line per prompt, for `ivon-post mbr`:
@@ -82,7 +84,7 @@ def command(adapter: str, prompts: str, planned: dict[str, Any], point: Point, o
     plan = Plan(**planned)
     if plan.mean and point.tau is not None:
         raise IVONError(f"--tau {point.tau}: --mean has no temperature; leave one of them out")
-    if options["endpoint"] and point != Point(None):
+    if options["endpoint"] and point != PosteriorOptions(None):
         raise IVONError("--endpoint: the members are drawn already; give --tau and --ratio to `ivon-post sample`")
     tau, ratio = point.settings(adapter)
     with output.progress() as progress:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ._options import Output, adapter_argument, batch_option, limit_option, model_options, output_as_one
+from ._options import OutputOptions, adapter_argument, batch_option, limit_option, model_options, output_as_one
 from ._stdout import results
 from ._tables import emit, number, print_table
 
@@ -44,7 +44,7 @@ def command(
     keep: float | None,
     scores: str | None,
     limit: int | None,
-    output: Output,
+    output: OutputOptions,
     **loading: Any,
 ) -> None:
     """Tell what each row of its training data has done to ADAPTER, from one gradient a row, without retraining.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import Output, answer_option, choice_option, decision, output_options, risk_options
+from ._options import OutputOptions, answer_option, choice_option, decision, output_options, risk_options
 from ._progress import Progress
 from ._tables import decimal, percent, print_table
 
@@ -60,7 +60,7 @@ def command(
     risk: float | None,
     confidence: float,
     fields: str | None,
-    output: Output,
+    output: OutputOptions,
     **meaning: Any,
 ) -> None:
     """Choose one output per prompt from the FILEs that `ivon-post generate` writes, by minimum Bayes risk.
@@ -85,13 +85,13 @@ def command(
         from axolotl_ivon.generation.fields import check_fields, check_outputs
         from axolotl_ivon.generation.mbr import check_output, labels, mbr
         from axolotl_ivon.generation.nbest import read_nbest, read_source
-        from axolotl_ivon.generation.utilities import UTILITIES, Answers
+        from axolotl_ivon.generation.utilities import UTILITIES, AnswerExtractor
 
         paths = labels(files)
         first = Path(next(iter(paths.values())))
         folder = Path(output.output) if output.output else first.with_name(f"{first.stem}-mbr")
         check_output(folder, output.overwrite)
-        answers = Answers(answer_regex)
+        answers = AnswerExtractor(answer_regex)
         measure = UTILITIES[utility](answers)
         wanted = check_fields(fields) if fields is not None else ()
         sources = {label: read_source(path) for label, path in paths.items()}
@@ -135,7 +135,7 @@ def command(
     document = {"accuracy": documents[0]["accuracy"], **settings, "results": documents, "files": written}
     if promise is not None:
         document |= promise.document()
-    promised = [promise.told(0.5)] if promise is not None else []
+    promised = [promise.describe(0.5)] if promise is not None else []
     output.finish(document, *promised, *written, then=["head", "-n", 1, written[0]])
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from ._options import (
-    Output,
-    Point,
+    OutputOptions,
+    PosteriorOptions,
     adapter_argument,
     base_model_option,
     dtype_option,
@@ -31,7 +31,12 @@ from ._options import (
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest safetensors file.")
 @output_options("ADAPTER-merged, beside ADAPTER")
 def command(
-    adapter: str, sample_seed: int | None, point: Point, output: Output, max_shard_size: str, **options: Any
+    adapter: str,
+    sample_seed: int | None,
+    point: PosteriorOptions,
+    output: OutputOptions,
+    max_shard_size: str,
+    **options: Any,
 ) -> None:
     """Merge the posterior mean of ADAPTER, or one draw, into its base model.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from ._options import (
-    Output,
-    Point,
+    OutputOptions,
+    PosteriorOptions,
     adapter_argument,
     choice_option,
     criterion_option,
@@ -30,7 +30,13 @@ from ._options import (
 @recommended_option("the ratio")
 @output_options("ADAPTER-pruned-RATIO, beside ADAPTER")
 def command(
-    adapter: str, ratio: float | None, criterion: str, scope: str, seed: int, recommended: str | None, output: Output
+    adapter: str,
+    ratio: float | None,
+    criterion: str,
+    scope: str,
+    seed: int,
+    recommended: str | None,
+    output: OutputOptions,
 ) -> None:
     """Set mean and σ of the least important weights of ADAPTER to 0.
 
@@ -40,7 +46,7 @@ def command(
     from axolotl_ivon.posterior.posterior import Posterior
     from axolotl_ivon.posterior.prune import check_pruning
 
-    _, share = Point(recommended, ratio=ratio).settings(adapter, default_ratio=0.1)
+    _, share = PosteriorOptions(recommended, ratio=ratio).settings(adapter, default_ratio=0.1)
     check_pruning(share, criterion, scope)
     path = output.target([adapter], f"pruned-{share:g}")
     with output.progress() as progress:

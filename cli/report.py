@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ._options import Output, Point, Renamed, evaluation_options, output_as_one, recommended_option
+from ._options import OutputOptions, PosteriorOptions, Renamed, evaluation_options, output_as_one, recommended_option
 
 
 @click.command("report")
@@ -44,7 +44,7 @@ def command(
     ratio: float | None,
     recommended: str | None,
     influence: str | None,
-    output: Output,
+    output: OutputOptions,
     **loading: Any,
 ) -> None:
     """Write a report on ADAPTER: one HTML file that opens anywhere, without a network.
@@ -69,7 +69,7 @@ def command(
         raise IVONError("--results is what was evaluated already; leave --data, --ood and --calibrate out")
     if not results and (ood or calibrate) and not data:
         raise IVONError("--ood and --calibrate go with --data, which is missing")
-    tau, ratio = Point(recommended, tau, ratio).settings(adapter)
+    tau, ratio = PosteriorOptions(recommended, tau, ratio).settings(adapter)
     path = output.path(adapter, "report.html")
     check_output(path, output.overwrite)
     with output.progress() as progress:

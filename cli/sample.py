@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from ._options import Output, Point, adapter_argument, dtype_option, output_options, point_options, seed_option
+from ._options import (
+    OutputOptions,
+    PosteriorOptions,
+    adapter_argument,
+    dtype_option,
+    output_options,
+    point_options,
+    seed_option,
+)
 
 _LARGE = 10**9  # bytes, of which the user hears before they are written
 
@@ -29,7 +37,13 @@ _LARGE = 10**9  # bytes, of which the user hears before they are written
 )
 @output_options("ADAPTER-samples-N, beside ADAPTER")
 def command(
-    adapter: str, members: int, seed: int, point: Point, serve: str | None, output: Output, **options: Any
+    adapter: str,
+    members: int,
+    seed: int,
+    point: PosteriorOptions,
+    serve: str | None,
+    output: OutputOptions,
+    **options: Any,
 ) -> None:
     """Draw an ensemble from ADAPTER: a folder of complete PEFT adapters, sample-0000 and so on.
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ._options import (
-    Point,
+    PosteriorOptions,
     Terminal,
     adapter_argument,
     answer_option,
@@ -87,7 +87,7 @@ def command(
     adapter: str,
     samples: int | None,
     seed: int | None,
-    point: Point,
+    point: PosteriorOptions,
     name: str | None,
     address: dict[str, Any],
     limits: dict[str, Any],

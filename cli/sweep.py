@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ._options import Command, Numbers, Output, choice_option, data_options, output_as_one, risk_options
+from ._options import Command, Numbers, OutputOptions, choice_option, data_options, output_as_one, risk_options
 from ._tables import decimal, file_names, is_wide, percent, print_table
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def command(
     risk: float | None,
     confidence: float,
     run: dict[str, Any],
-    output: Output,
+    output: OutputOptions,
     **loading: Any,
 ) -> None:
     """Evaluate ADAPTER over a grid of temperatures and pruning ratios, and recommend one point.
@@ -118,7 +118,7 @@ def command(
     written = json.loads(files[0].read_text(encoding="utf-8"))
     recommended = {name: written[name] for name in ("tau", "ratio", "temperature", "objective")}
     document = {"recommended": recommended, "files": [str(path) for path in files], **written}
-    promise = [result.abstention.told(share=0.5)] if result.abstention else []
+    promise = [result.abstention.describe(share=0.5)] if result.abstention else []
     then = ["ivon-post", "eval", adapter, "--data", "TEST.jsonl", "--recommended", files[0]]
     output.finish(document, result.verdict.text, _recommended(result), *promise, *files, then=then)
 
@@ -129,7 +129,7 @@ def _sweep_weights(
     data: tuple[str, ...],
     objective: str,
     run: dict[str, Any],
-    output: Output,
+    output: OutputOptions,
     **loading: Any,
 ) -> None:
     """Sweep over the weights of a product."""
@@ -165,7 +165,7 @@ def _sweep_weights(
         _print_weights(result)
     document = {"output": str(folder), "files": [str(path) for path in files]}
     document |= json.loads(files[0].read_text(encoding="utf-8"))
-    weights = f"weights: {result.chosen.told()}"
+    weights = f"weights: {result.chosen.describe()}"
     then = ["ivon-post", "eval", folder, "--data", "TEST.jsonl"]
     output.finish(document, result.text, weights, folder, *files, then=then)
 
@@ -180,7 +180,7 @@ def _print_weights(result: WeightsSweep) -> None:
     for name in names.values():
         columns += [f"{name}: {label}" for label, _ in metrics.values()]
     for point in result.points:
-        cells = [point.told()]
+        cells = [point.describe()]
         for path in names:
             cells += [write(point.chosen_on[path][metric]) for metric, (_, write) in metrics.items()]
         marks = {"front": point.front, "best": point is result.best, "chosen": point is result.chosen}
@@ -216,7 +216,7 @@ def _recommended(result: Sweep) -> str:
     """Return what the recommended point gave on the examples that it was not chosen on."""
     values, error = result.recommended.reported_on, result.error
     return (
-        f"recommended: {result.recommended.told()}; on the other examples: "
+        f"recommended: {result.recommended.describe()}; on the other examples: "
         f"accuracy {percent(values['accuracy'], error['accuracy'])} %, ECE {percent(values['ece'], error['ece'])} %, "
         f"NLL {decimal(values['nll'], error['nll'])}"
     )

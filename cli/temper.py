@@ -6,7 +6,7 @@ import math
 
 import click
 
-from ._options import Output, Point, adapter_argument, output_options, recommended_option
+from ._options import OutputOptions, PosteriorOptions, adapter_argument, output_options, recommended_option
 
 
 @click.command("temper")
@@ -14,7 +14,7 @@ from ._options import Output, Point, adapter_argument, output_options, recommend
 @click.option("--tau", type=float, help="Temperature, > 0; inf gives the mean.  [required, unless --recommended]")
 @recommended_option("τ")
 @output_options("ADAPTER-tau-TAU, beside ADAPTER")
-def command(adapter: str, tau: float | None, recommended: str | None, output: Output) -> None:
+def command(adapter: str, tau: float | None, recommended: str | None, output: OutputOptions) -> None:
     """Divide σ of ADAPTER by √τ: 1 is the posterior as it is, above 1 it is narrower, inf is the mean alone.
 
     τ scales the effective sample size λ, as in the IVON-LoRA paper (arXiv 2506.14280). The earlier workshop paper
@@ -27,7 +27,7 @@ def command(adapter: str, tau: float | None, recommended: str | None, output: Ou
 
     if tau is None and recommended is None:
         raise IVONError("no temperature; give --tau, or --recommended")
-    value, _ = Point(recommended, tau).settings(adapter)
+    value, _ = PosteriorOptions(recommended, tau).settings(adapter)
     path = output.target([adapter], f"tau-{value:g}")
     with output.progress() as progress:
         source = Posterior.from_pretrained(adapter, progress)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import axolotl_ivon
-from axolotl_ivon.errors import IVONError, one_line, parameter, printable
+from axolotl_ivon.errors import IVONError, one_line, param_ref, printable
 
 ROOT = Path(axolotl_ivon.__file__).parent
 # What is no option of `ivon-post`: another program's, or a variable of a style sheet.
@@ -59,7 +59,7 @@ def test_the_library_names_no_option() -> None:
         for line, option in told_options(path)
         if option not in OTHERS.get(name, ())
     ]
-    assert not found, "name the parameter: {parameter('…')} of axolotl_ivon.errors"
+    assert not found, "name the parameter: {param_ref('…')} of axolotl_ivon.errors"
 
 
 NAMES = st.from_regex(r"[a-z_]{1,12}", fullmatch=True)
@@ -68,10 +68,10 @@ TEXTS = st.text(st.characters(exclude_characters="\ue000\ue001"), max_size=30)
 
 @given(st.lists(st.tuples(TEXTS, NAMES), max_size=5), TEXTS)
 def test_parameters_are_named_as_the_caller_likes(pairs: list[tuple[str, str]], end: str) -> None:
-    error = IVONError("".join(text + parameter(name) for text, name in pairs) + end)
+    error = IVONError("".join(text + param_ref(name) for text, name in pairs) + end)
     for show in (str, lambda name: f"--{name.replace('_', '-')}"):
-        assert error.told(show) == "".join(printable(text) + show(name) for text, name in pairs) + printable(end)
-    assert str(error) == error.told(str)
+        assert error.describe(show) == "".join(printable(text) + show(name) for text, name in pairs) + printable(end)
+    assert str(error) == error.describe(str)
     assert error.parameter == (pairs[0][1] if pairs else None)
 
 
@@ -86,7 +86,7 @@ def test_a_message_is_one_line_that_a_terminal_does_not_obey(text: str, more: in
 def test_what_a_terminal_would_obey_comes_escaped(text: str) -> None:
     assert printable(text).isprintable()
     assert str(IVONError(text)).isprintable()
-    assert str(IVONError(f"{parameter('ratio')}: {text}")).startswith("ratio: ")
+    assert str(IVONError(f"{param_ref('ratio')}: {text}")).startswith("ratio: ")
 
 
 def test_a_long_line_keeps_both_ends() -> None:

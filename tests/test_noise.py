@@ -103,7 +103,7 @@ U64 = st.integers(0, 2**64 - 1)
 
 @given(sizes=st.lists(st.integers(0, 40_000), min_size=1, max_size=3), start=U64, stride=U64)
 def test_training_noise_is_a_hash_of_the_place_looked_up(sizes: list[int], start: int, stride: int):
-    def mixed(place: int) -> int:
+    def splitmix64(place: int) -> int:
         z = (start + place * (stride | 1)) % 2**64
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
@@ -114,7 +114,7 @@ def test_training_noise_is_a_hash_of_the_place_looked_up(sizes: list[int], start
         out = np.empty(size, np.float32)
         training_noise(out, np.uint64(start), np.uint64(stride))
         for i in {0, 1, 2, 3, 16_383, 16_384, 32_767, 32_768, size // 2, size - 1} & set(range(size)):
-            bits = mixed(i // 2) >> 32 * (i % 2)
+            bits = splitmix64(i // 2) >> 32 * (i % 2)
             assert out[i] == table[bits & 0xFFFF] + table[bits >> 16 & 0xFFFF]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 MAX_CHOICES = 26
@@ -44,7 +44,7 @@ def read_lines(path: str | Path, name: str) -> Iterator[tuple[str, dict[str, Any
     Raises:
         IVONError: the file cannot be read or holds no line, or a line is not a JSON object.
     """
-    held = f"{parameter(name)} {path}"
+    held = f"{param_ref(name)} {path}"
     empty = True
     try:
         with open(path, encoding="utf-8") as file:
@@ -144,12 +144,12 @@ def find_choices(examples: Iterable[Example], given: Sequence[str] | None = None
         choices = tuple(sorted({example.answer for example in examples}))
         if len(choices) < 2:
             raise IVONError(
-                f"{parameter('task')} choice: every answer in the data is {choices[0]!r}; name the others with "
-                f"{parameter('choices')} A,B"
+                f"{param_ref('task')} choice: every answer in the data is {choices[0]!r}; name the others with "
+                f"{param_ref('choices')} A,B"
             )
         return choices
     choices = tuple(given)
-    told = f"{parameter('choices')} {','.join(choices)}"
+    told = f"{param_ref('choices')} {','.join(choices)}"
     if len(choices) < 2 or len(set(choices)) < len(choices) or "" in choices:
         raise IVONError(f"{told}: give at least two different, non-empty strings")
     for example in examples:

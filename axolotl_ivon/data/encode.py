@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from .chats import Chat, Example
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Item:
+class EncodedExample:
     """One tokenised example: at `positions` of `ids` the next-token (or label) distribution is scored.
 
     `targets` holds a class for each position: the index of the choice, the label, or the next token's id.
@@ -37,7 +37,7 @@ def encode(
     choices: Sequence[str] = (),
     label2id: Mapping[str, int] | None = None,
     max_length: int | None = None,
-) -> list[Item]:
+) -> list[EncodedExample]:
     """Tokenise examples for a task ("choice" needs `choices`, "classify" `label2id`).
 
     Raises:
@@ -63,7 +63,7 @@ _NEAR = 3  # tokens after a turn among which its end is looked for
 
 def encode_turns(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int | None = None
-) -> list[Item]:
+) -> list[EncodedExample]:
     """Tokenise whole conversations; what is scored is what axolotl trains on by default, all assistant turns.
 
     Of a turn that is its content, and the end-of-sequence token that follows within three tokens
@@ -77,7 +77,7 @@ def encode_turns(
     return [_encode_turns(tokenizer, example, max_length) for example in examples]
 
 
-def _encode_turns(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int | None) -> Item:
+def _encode_turns(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int | None) -> EncodedExample:
     turns = [*example.messages, {"role": "assistant", "content": example.answer}]
     text = _chat_text(tokenizer, turns, example.source)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
@@ -107,7 +107,7 @@ def _encode_turns(tokenizer: PreTrainedTokenizerBase, example: Example, max_leng
     whole = len(ids) if max_length is None else max_length + 1
     positions = [label - 1 for label in sorted(labels) if 0 < label < whole]
     targets = [ids[position + 1] for position in positions]
-    return Item(ids[: positions[-1] + 1] if positions else ids[:1], positions, targets)
+    return EncodedExample(ids[: positions[-1] + 1] if positions else ids[:1], positions, targets)
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -152,7 +152,7 @@ def common_length(sequences: Sequence[Sequence[Any]]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def _encode_choice(tokenizer: PreTrainedTokenizerBase, example: Example, choices: Sequence[str]) -> Item:
+def _encode_choice(tokenizer: PreTrainedTokenizerBase, example: Example, choices: Sequence[str]) -> EncodedExample:
     before, _ = _render(tokenizer, example)
     prompt, *answers = _tokens(tokenizer, [before, *(before + choice for choice in choices)])
     # The last token of the prompt may merge with the answer: what is fed ends before the first difference.
@@ -162,25 +162,25 @@ def _encode_choice(tokenizer: PreTrainedTokenizerBase, example: Example, choices
         token = answer[start]
         if token in first:
             raise IVONError(
-                f"{parameter('choices')}: {first[token]!r} and {choice!r} start with the same token "
-                f"({tokenizer.decode([token])!r}); reword them, or use {parameter('task')} generate"
+                f"{param_ref('choices')}: {first[token]!r} and {choice!r} start with the same token "
+                f"({tokenizer.decode([token])!r}); reword them, or use {param_ref('task')} generate"
             )
         first[token] = choice
-    return Item(prompt[:start], [start - 1], [choices.index(example.answer)], tuple(first))
+    return EncodedExample(prompt[:start], [start - 1], [choices.index(example.answer)], tuple(first))
 
 
-def _encode_reference(tokenizer: PreTrainedTokenizerBase, example: Example, _: Sequence[str]) -> Item:
+def _encode_reference(tokenizer: PreTrainedTokenizerBase, example: Example, _: Sequence[str]) -> EncodedExample:
     before, after = _render(tokenizer, example)
     # The token that ends the turn is part of what axolotl trains on.
     end = next((token for token in tokenizer.all_special_tokens if token and after.startswith(token)), "")
     prompt, full = _tokens(tokenizer, [before, before + example.answer + end])
     start = common_length([prompt, full])
-    return Item(full[:-1], list(range(start - 1, len(full) - 1)), full[start:])
+    return EncodedExample(full[:-1], list(range(start - 1, len(full) - 1)), full[start:])
 
 
 def _encode_label(
     tokenizer: PreTrainedTokenizerBase, example: Example, label2id: Mapping[str, int], max_length: int | None
-) -> Item:
+) -> EncodedExample:
     label = label2id.get(example.answer)
     if label is None and example.answer.isdecimal() and int(example.answer) < len(label2id):
         label = int(example.answer)
@@ -195,7 +195,7 @@ def _encode_label(
     else:
         text = "\n".join(message["content"] for message in example.messages)
         ids = tokenizer(text, truncation=max_length is not None, max_length=max_length)["input_ids"]
-    return Item(ids, [len(ids) - 1], [label])
+    return EncodedExample(ids, [len(ids) - 1], [label])
 
 
 def check_tokens(ids: Sequence[int], embeddings: int, source: str) -> None:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 
 if TYPE_CHECKING:
     from ..metrics.scores import Scores
@@ -107,7 +107,7 @@ class Abstention:
             },
         }
 
-    def told(self, share: float = 1.0) -> str:
+    def describe(self, share: float = 1.0) -> str:
         """Return it in a line of words; `share` of all the examples was there for the test."""
         promise = f"at most {100 * self.risk:g} % wrong, with {100 * self.confidence:g} % confidence"
         if self.threshold is not None:
@@ -125,7 +125,7 @@ def check_risk(risk: float, confidence: float) -> None:
     """Raise IVONError unless both lie in (0, 1)."""
     for name, value, example in (("risk", risk, 0.05), ("confidence", confidence, 0.9)):
         if not 0 < value < 1:
-            raise IVONError(f"{parameter(name)} {value:g} is outside (0, 1); {example} is {100 * example:g} %")
+            raise IVONError(f"{param_ref(name)} {value:g} is outside (0, 1); {example} is {100 * example:g} %")
 
 
 def find_threshold(
@@ -190,7 +190,7 @@ def certify(scores: np.ndarray, correct: np.ndarray, risk: float, confidence: fl
     """
     check_risk(risk, confidence)
     if len(scores) < 4:
-        raise IVONError(f"{parameter('risk')}: {len(scores)} examples cannot be split in two halves; give more")
+        raise IVONError(f"{param_ref('risk')}: {len(scores)} examples cannot be split in two halves; give more")
     order = np.random.default_rng(seed).permutation(len(scores))
     guide, test = order[: len(order) // 2], order[len(order) // 2 :]
     return find_threshold(scores[test], correct[test], scores[guide], correct[guide], risk=risk, confidence=confidence)

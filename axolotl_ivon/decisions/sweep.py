@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..metrics.verdict import differences, examples_needed
 from ..posterior.adapter import UNPRUNED
 from ..storage.atomic import new_file
@@ -34,8 +34,8 @@ from .abstention import Abstention, check_risk, find_threshold
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..data.encode import Item
-    from ..evaluation.evaluate import Evaluation, Row
+    from ..data.encode import EncodedExample
+    from ..evaluation.evaluate import Evaluation, Variant
     from ..metrics.scores import Scores
 
 _TELLING = 100  # examples on each part, below which the user is warned
@@ -58,7 +58,7 @@ def read_recommended(path: str | Path, header: Mapping[str, str] | None = None) 
         IVONError: the file cannot be read, is not such a file, holds a τ ≤ 0 or a ratio outside [0, 1], or belongs to
             another adapter.
     """
-    named, fix = parameter("recommended"), "give the recommended.json that `ivon-post sweep` wrote"
+    named, fix = param_ref("recommended"), "give the recommended.json that `ivon-post sweep` wrote"
     try:
         facts = read_json(Path(path))
     except IVONError as error:
@@ -79,7 +79,7 @@ def read_recommended(path: str | Path, header: Mapping[str, str] | None = None) 
     if found is not None and found not in (header.get("mean_sha256"), header.get(UNPRUNED)):
         raise IVONError(
             f"{named} {path} was chosen for another adapter (mean_sha256 differs); run `ivon-post sweep` on this one, "
-            f"or give {parameter('tau')} and {parameter('ratio')}"
+            f"or give {param_ref('tau')} and {param_ref('ratio')}"
         )
     own, pruned = float(header.get("tau", 1)), float(header.get("pruned_ratio", 0))
     if found is not None and found == header.get(UNPRUNED) and pruned > ratio:
@@ -117,7 +117,7 @@ def read_decision(path: str | Path) -> Decision:
         IVONError: as `read_recommended` does; a temperature ≤ 0, or a threshold outside [0, 1].
     """
     read_recommended(path)
-    named, facts = parameter("recommended"), read_json(Path(path))
+    named, facts = param_ref("recommended"), read_json(Path(path))
     temperature, threshold = facts.get("temperature", 1.0), facts.get("threshold")
     if not _is_number(temperature) or not temperature > 0:
         raise IVONError(f"{named} {path}: temperature is {temperature!r}; it must be a number > 0")
@@ -174,7 +174,7 @@ class GridPoint:
     front: bool
     temperature: float = 1.0
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Return the point in words."""
         scaled = "" if self.temperature == 1 else f", temperature {self.temperature:.3g}"
         return f"τ {self.tau:g}, ratio {self.ratio:g}{scaled}"
@@ -237,48 +237,48 @@ class Sweep:
         return next(p for p in self.points if (p.tau, p.ratio) == (math.inf, 0))
 
 
-def check_grid(taus: Sequence[float], ratios: Sequence[float]) -> list[Row]:
+def check_grid(taus: Sequence[float], ratios: Sequence[float]) -> list[Variant]:
     """Return the rows of the grid, and the mean in any case.
 
     Raises:
         IVONError: a τ ≤ 0, a ratio outside [0, 1], or nothing to choose between.
     """
-    from ..evaluation.evaluate import Row
+    from ..evaluation.evaluate import Variant
 
     rows = [
-        Row(f"τ={tau:g}, ratio={ratio:g}", tau=tau, ratio=ratio)
+        Variant(f"τ={tau:g}, ratio={ratio:g}", tau=tau, ratio=ratio)
         for ratio in sorted(set(ratios))
         for tau in sorted(set(taus))
     ]
     if len(rows) < 2:
         raise IVONError(
-            f"{parameter('taus')} and {parameter('ratios')}: one point is nothing to choose between; "
+            f"{param_ref('taus')} and {param_ref('ratios')}: one point is nothing to choose between; "
             "give more values of either"
         )
     if not any(row.tau == math.inf and row.ratio == 0 for row in rows):
-        rows.append(Row("τ=inf, ratio=0"))
+        rows.append(Variant("τ=inf, ratio=0"))
     return sorted(rows, key=lambda row: (row.ratio, row.tau))
 
 
 def check_output(folder: Path, overwrite: bool = False) -> None:
     """Raise IVONError if `report.save` would refuse `folder`: worth asking before the evaluation."""
     if folder.exists() and not folder.is_dir():
-        raise IVONError(f"{folder} is not a folder; choose another name with {parameter('output')}")
+        raise IVONError(f"{folder} is not a folder; choose another name with {param_ref('output')}")
     if (folder / RECOMMENDED_FILE).exists() and not overwrite:
         raise IVONError(
-            f"{folder} holds a sweep; choose another name with {parameter('output')}, or overwrite it "
-            f"with {parameter('overwrite')}"
+            f"{folder} holds a sweep; choose another name with {param_ref('output')}, or overwrite it "
+            f"with {param_ref('overwrite')}"
         )
     parent = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     if not os.access(parent, os.W_OK):
         raise IVONError(
-            f"{folder} cannot be written (no permission for {parent}); choose another name with {parameter('output')}"
+            f"{folder} cannot be written (no permission for {parent}); choose another name with {param_ref('output')}"
         )
 
 
 def sweep(
     evaluation: Evaluation,
-    rows: Sequence[Row],
+    rows: Sequence[Variant],
     objective: str = "nll",
     seed: int = 0,
     *,
@@ -306,13 +306,13 @@ def sweep(
         check_risk(risk, confidence)
         if evaluation.task == "generate":
             raise IVONError(
-                f"{parameter('risk')} {risk:g}: the task generate scores tokens, and a promise is about answers; "
+                f"{param_ref('risk')} {risk:g}: the task generate scores tokens, and a promise is about answers; "
                 "generate them, and use `ivon-post mbr --risk`"
             )
     least, parts = (4, "two halves") if risk is None else (8, "a half and two quarters")
     if count < least:
         raise IVONError(
-            f"{parameter('data')}: {count} examples cannot be split in {parts}; give at least {least}, better 200"
+            f"{param_ref('data')}: {count} examples cannot be split in {parts}; give at least {least}, better 200"
         )
     choose, report, test = _split(count, seed, risk is not None)
     if len(report) < _TELLING:
@@ -337,7 +337,7 @@ def sweep(
         abstention = find_threshold(*columns, risk=risk, confidence=confidence)
     named = {"mean": mean}
     named |= {"posterior": one for one in grid if (one.point.tau, one.point.ratio) == (1, 0)}  # noqa: B035
-    named[f"recommended ({recommended.point.told()})"] = recommended
+    named[f"recommended ({recommended.point.describe()})"] = recommended
     reliability = {name: one.scores.of_groups(report) for name, one in named.items()}
     return Sweep(
         [one.point for one in grid],
@@ -371,7 +371,7 @@ class _Candidate:
 
     @classmethod
     def of(
-        cls, row: Row | GridPoint, scores: Scores, choose: Tensor, report: Tensor, temperature: float = 1.0
+        cls, row: Variant | GridPoint, scores: Scores, choose: Tensor, report: Tensor, temperature: float = 1.0
     ) -> _Candidate:
         from ..metrics.scores import metrics
 
@@ -386,7 +386,7 @@ class _Candidate:
 def _scale(
     grid: Sequence[_Candidate],
     mean: _Candidate,
-    items: Sequence[Item],
+    items: Sequence[EncodedExample],
     objective: str,
     choose: Tensor,
     report: Tensor,
@@ -443,7 +443,9 @@ def _recommend(
         outcome, f"{outcome}: keep the default, the mean"
     )
     if recommended is baseline is not mean and leader is not baseline:
-        told += f", but not than the mean at a softmax temperature, beyond noise: take that, {baseline.point.told()}"
+        told += (
+            f", but not than the mean at a softmax temperature, beyond noise: take that, {baseline.point.describe()}"
+        )
     if outcome == "within noise":
         own = versus[objective]
         needed = examples_needed(count, own["difference"] or 0.0, own["standard_error"] or 0.0)
@@ -455,7 +457,7 @@ def _recommend(
         if name in versus
     ).replace("-", "−")
     at = f", at the edge of the grid ({', '.join(edges)}): try values beyond" if edges else ""
-    text = f"best by {objective}: {leader.point.told()}{at}; on the other examples, against the mean: {figures}: {told}"
+    text = f"best by {objective}: {leader.point.describe()}{at}; on the other examples, against the mean: {figures}: {told}"
     return leader, recommended, Verdict(versus, outcome, edges, needed, text)
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..metrics.verdict import differences
 from ..plots.figures import BLUE, GREEN, GREY, save_figure
 from ..posterior.combine import shares
@@ -46,7 +46,7 @@ class WeightsPoint:
     reported_on: dict[str, dict[str, Any]]
     front: bool = False
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Return the weights in words."""
         return ",".join(f"{weight:g}" for weight in self.weights)
 
@@ -98,7 +98,7 @@ def check_files(adapters: Sequence[str], data: Sequence[str]) -> None:
     shares(len(adapters))
     if len(set(data)) < 2:
         raise IVONError(
-            f"{parameter('data')}: weights are a trade-off between files, and this is one; give one for each adapter"
+            f"{param_ref('data')}: weights are a trade-off between files, and this is one; give one for each adapter"
         )
 
 
@@ -124,16 +124,16 @@ def sweep_weights(
     """
     import torch
 
-    from ..evaluation.evaluate import Row, evaluate
+    from ..evaluation.evaluate import Variant, evaluate
 
     generator = torch.Generator().manual_seed(seed)
     halves: dict[str, tuple[Tensor, Tensor]] = {}
     for path, numbers in evaluation.files.items():
         if len(numbers) < 4:
-            raise IVONError(f"{parameter('data')} {path}: {len(numbers)} examples cannot be split in two; give 200")
+            raise IVONError(f"{param_ref('data')} {path}: {len(numbers)} examples cannot be split in two; give 200")
         order = torch.tensor(numbers)[torch.randperm(len(numbers), generator=generator)]
         halves[path] = order[: len(order) // 2], order[len(order) // 2 :]
-    row = Row("product", tau=1.0 if samples else math.inf)
+    row = Variant("product", tau=1.0 if samples else math.inf)
     points: list[WeightsPoint] = []
     kept: dict[tuple[float, ...], Scores] = {}
     for weights in grid(len(posteriors)):
@@ -161,7 +161,7 @@ def sweep_weights(
     kept_equal = "" if outcome == "better" else ": keep equal weights"
     figures = f"{difference:+.3f} ± {error:.3f}".replace("-", "−")
     text = (
-        f"best by {objective}, averaged over the files: weights {best.told()}; on the other examples, against equal "
+        f"best by {objective}, averaged over the files: weights {best.describe()}; on the other examples, against equal "
         f"weights: {figures}: {outcome}{kept_equal}"
     )
     chosen = best if outcome == "better" else equal
@@ -250,7 +250,7 @@ def _draw(result: WeightsSweep, folder: Path) -> list[Path]:
     axes.plot(*place([result.chosen]), "*", color=GREEN, markersize=16, markeredgecolor="black", label="chosen")
     for point in result.points:
         [x], [y] = place([point])
-        axes.annotate(point.told(), (x, y), (6, 4), textcoords="offset points", fontsize=7)
+        axes.annotate(point.describe(), (x, y), (6, 4), textcoords="offset points", fontsize=7)
     x_label, y_label = (f"{name}{' (%)' if scale == 100 else ''} on {Path(path).name}" for path in paths)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.set_title("product of the posteriors by their weights, on the half that chooses", fontsize=9)

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.chats import Example, detect_task, find_choices, read_examples
-from ..data.encode import Item, check_tokens, common_length, encode
-from ..errors import IVONError, parameter
+from ..data.encode import EncodedExample, check_tokens, common_length, encode
+from ..errors import IVONError, param_ref
 from ..metrics.verdict import REFERENCES, differences
-from ..models.session import load_model, load_tokenizer
+from ..models.session import Loading, load_model, load_tokenizer
 from ..posterior.posterior import Posterior, check_tau, open_posterior
 from ..posterior.prune import check_pruning
 from ..storage.format import find_base_model
@@ -40,7 +40,7 @@ _MIN_PREFIX = 8  # a shorter common prefix is not worth its own pass
 
 
 @dataclass(frozen=True)
-class Row:
+class Variant:
     """What a row of the table evaluates: the base model, or the posterior at temperature τ after pruning.
 
     `tau=math.inf` is the mean, one pass; anything else the average over draws. The log-probabilities of the result are
@@ -70,19 +70,19 @@ class Row:
         return 1 if self.base or math.isinf(self.tau) else samples
 
     @property
-    def source(self) -> Row:
+    def source(self) -> Variant:
         """Return what the row's predictions are made from: rows with the same source share its passes."""
         return replace(self, name="", temperature=1.0)
 
 
-def rows_of(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Row]:
+def rows_of(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Variant]:
     """Return the five rows of the paper's tables 1 and 2, by name."""
     rows = [
-        Row("base", base=True),
-        Row("mean"),
-        Row("mean-pruned", ratio=ratio),
-        Row("posterior", tau=tau),
-        Row("posterior-pruned", tau=tau, ratio=ratio),
+        Variant("base", base=True),
+        Variant("mean"),
+        Variant("mean-pruned", ratio=ratio),
+        Variant("posterior", tau=tau),
+        Variant("posterior-pruned", tau=tau, ratio=ratio),
     ]
     return {row.name: row for row in rows}
 
@@ -123,7 +123,7 @@ class _Average:
         return Scores.of(rescale(self.mean, temperature), target, unknown, group, unknown, keep)
 
 
-def count_passes(rows: Sequence[Row], samples: int) -> int:
+def count_passes(rows: Sequence[Variant], samples: int) -> int:
     """Return how many passes over the data `evaluate` takes."""
     return sum(source.passes(samples) for source in {row.source for row in rows})
 
@@ -131,8 +131,8 @@ def count_passes(rows: Sequence[Row], samples: int) -> int:
 def evaluate(
     model: PeftModel,
     posterior: Posterior,
-    items: Sequence[Item],
-    rows: Sequence[Row],
+    items: Sequence[EncodedExample],
+    rows: Sequence[Variant],
     task: str,
     *,
     samples: int = 10,
@@ -211,7 +211,7 @@ def evaluate(
     return [Scores.concatenate(parts) for parts in scores]
 
 
-def _prefix_length(items: Sequence[Item], task: str) -> int:
+def _prefix_length(items: Sequence[EncodedExample], task: str) -> int:
     """Return how many tokens all items begin with, short of any scored position: they run once a pass."""
     if task == "classify" or len(items) < 2:
         return 0
@@ -219,7 +219,7 @@ def _prefix_length(items: Sequence[Item], task: str) -> int:
     return length if length >= _MIN_PREFIX else 0
 
 
-def _chunks(order: Sequence[int], items: Sequence[Item], classes: int) -> Iterator[list[int]]:
+def _chunks(order: Sequence[int], items: Sequence[EncodedExample], classes: int) -> Iterator[list[int]]:
     """Cut the examples so that the averages of one chunk fit the memory; nearly always there is one chunk."""
     chunk: list[int] = []
     held = 0
@@ -234,7 +234,7 @@ def _chunks(order: Sequence[int], items: Sequence[Item], classes: int) -> Iterat
 
 
 def _passes(
-    posterior: Posterior, rows: Sequence[Row], samples: int, seed: int, draws_per_pass: int
+    posterior: Posterior, rows: Sequence[Variant], samples: int, seed: int, draws_per_pass: int
 ) -> Iterator[tuple[int, list[Mapping[str, Tensor]]]]:
     """Yield (row number, adapter tensors of the draws of one pass), all rows for the same members together.
 
@@ -242,7 +242,7 @@ def _passes(
     """
     pruned = {row.ratio: posterior.prune(row.ratio) if row.ratio else posterior for row in rows if not row.base}
 
-    def draws(row: Row, members: range) -> list[Mapping[str, Tensor]]:
+    def draws(row: Variant, members: range) -> list[Mapping[str, Tensor]]:
         if row.base:
             return [{}]
         if math.isinf(row.tau):
@@ -283,7 +283,7 @@ class Evaluation:
         adapter: str | Path,
         data: Sequence[str | Path],
         *,
-        rows: Sequence[Row] = (),
+        rows: Sequence[Variant] = (),
         ood: Sequence[str | Path] = (),
         calibrate: str | Path | None = None,
         task: str | None = None,
@@ -312,7 +312,7 @@ class Evaluation:
         self.ood_files: dict[str, range] = {}
         for path, files, name in [(p, self.files, "data") for p in data] + [(p, self.ood_files, "ood") for p in ood]:
             if str(path) in files:
-                raise IVONError(f"{parameter(name)} {path} is given twice; give each file once")
+                raise IVONError(f"{param_ref(name)} {path} is given twice; give each file once")
             more = read_examples(path, limit, name)
             files[str(path)] = range(len(self.examples), len(self.examples) + len(more))
             self.examples += more
@@ -331,7 +331,7 @@ class Evaluation:
             task = "classify" if head else "choice" if choices else detect_task(examples)
         if (task == "classify") != head:
             trained = "with a classification head" if head else "without a classification head"
-            named = parameter("task")
+            named = param_ref("task")
             raise IVONError(f"{named} {task}: the adapter {adapter} was trained {trained}; leave {named} out")
         self.task = task
         self.choices = find_choices(examples, choices) if task == "choice" else ()
@@ -339,14 +339,12 @@ class Evaluation:
             strange = next((e for e in found if self.choices and e.answer not in self.choices), None)
             if strange:
                 raise IVONError(
-                    f"{parameter(name)} {path}: the answer {strange.answer!r} ({strange.source}) is not among the "
-                    f"choices {','.join(self.choices)} of {parameter('data')}; give a file with the same choices"
+                    f"{param_ref(name)} {path}: the answer {strange.answer!r} ({strange.source}) is not among the "
+                    f"choices {','.join(self.choices)} of {param_ref('data')}; give a file with the same choices"
                 )
         base = find_base_model(self.posterior.config, folder, base_model)
         begin("loading the base model")
-        self.model = load_model(
-            folder, base_model=base, classify=task == "classify", load_in=load_in, device=device, dtype=dtype
-        )
+        self.model = load_model(folder, Loading(base, load_in, device, dtype), classify=task == "classify")
         config: Any = self.model.get_base_model().config
         self.base_model = str(config._name_or_path)
         tokenizer = load_tokenizer(folder, self.base_model)
@@ -377,13 +375,13 @@ class Evaluation:
         for data, where in self.files.items():
             if questions == {repr(self.examples[i].messages) for i in where}:
                 raise IVONError(
-                    f"{parameter(name)} {path}: it has the same questions as {parameter('data')} {data}; "
+                    f"{param_ref(name)} {path}: it has the same questions as {param_ref('data')} {data}; "
                     "give a file with others"
                 )
 
     def temperatures(
-        self, rows: Sequence[Row], *, notify: Callable[[str], None] = lambda message: None, **options: Any
-    ) -> list[Row]:
+        self, rows: Sequence[Variant], *, notify: Callable[[str], None] = lambda message: None, **options: Any
+    ) -> list[Variant]:
         """Return NAME+temperature for each of `rows`: the temperatures that minimize the NLL of the file `calibrate`.
 
         They are fitted on as many of its first examples as fit the memory. `options` are those of `evaluate`.
@@ -416,7 +414,9 @@ class Evaluation:
             fitted.append(replace(row, name=f"{row.name}+temperature", temperature=temperature))
         return fitted
 
-    def meaningful(self, rows: Sequence[Row], notify: Callable[[str], None] = lambda message: None) -> list[Row]:
+    def meaningful(
+        self, rows: Sequence[Variant], notify: Callable[[str], None] = lambda message: None
+    ) -> list[Variant]:
         """Return `rows` without the base model where its classification head is untrained, which `notify` is told.
 
         The trained head is then among the adapter's saved modules, and the base model's own is random.
@@ -426,12 +426,12 @@ class Evaluation:
         notify("no row for the base model: its classification head is not trained")
         return [row for row in rows if not row.base]
 
-    def run(self, rows: Sequence[Row], **options: Any) -> list[Scores]:
+    def run(self, rows: Sequence[Variant], **options: Any) -> list[Scores]:
         """Return `evaluate`'s scores of every row; `options` are its own."""
         return evaluate(self.model, self.posterior, self.items, rows, self.task, **options)
 
 
-def choose_rows(names: Sequence[str], tau: float = 1.0, ratio: float = 0.1) -> list[Row]:
+def choose_rows(names: Sequence[str], tau: float = 1.0, ratio: float = 0.1) -> list[Variant]:
     """Return those of `rows_of` that are named, in their own order.
 
     Raises:
@@ -441,12 +441,12 @@ def choose_rows(names: Sequence[str], tau: float = 1.0, ratio: float = 0.1) -> l
     for name in names:
         if name not in known:
             raise IVONError(
-                f"{parameter('rows')} {','.join(names)}: {name!r} is unknown; choose from {','.join(known)}"
+                f"{param_ref('rows')} {','.join(names)}: {name!r} is unknown; choose from {','.join(known)}"
             )
     return [row for name, row in known.items() if name in names]
 
 
-def calibrated_rows(rows: Sequence[Row]) -> list[Row]:
+def calibrated_rows(rows: Sequence[Variant]) -> list[Variant]:
     """Return those of `rows` that `Evaluation.temperatures` is for: mean and posterior.
 
     Raises:
@@ -455,14 +455,14 @@ def calibrated_rows(rows: Sequence[Row]) -> list[Row]:
     found = [row for row in rows if row.name in ("mean", "posterior")]
     if not found:
         raise IVONError(
-            f"{parameter('calibrate')} fits a temperature for mean and posterior; have one of them in "
-            f"{parameter('rows')}"
+            f"{param_ref('calibrate')} fits a temperature for mean and posterior; have one of them in "
+            f"{param_ref('rows')}"
         )
     return found
 
 
 def summarize(
-    evaluation: Evaluation, rows: Sequence[Row], scores: Sequence[Scores], samples: int
+    evaluation: Evaluation, rows: Sequence[Variant], scores: Sequence[Scores], samples: int
 ) -> list[dict[str, Any]]:
     """Return what is said of every data file and row, numbers and strings alone.
 

@@ -7,26 +7,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..storage.atomic import new_file
 
 if TYPE_CHECKING:
-    from ..data.encode import Item
+    from ..data.encode import EncodedExample
     from ..metrics.scores import Scores
-    from .evaluate import Evaluation, Row
+    from .evaluate import Evaluation, Variant
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:
     """Raise IVONError if `save` would not write `path`: worth asking before the evaluation."""
-    named = f"{parameter('output')} {path}"
+    named = f"{param_ref('output')} {path}"
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else "there is no such folder"
         raise IVONError(f"{named}: {what}; give a file in a folder that exists")
     if path.exists() and not overwrite:
-        raise IVONError(f"{named} exists; choose another name, or overwrite it with {parameter('overwrite')}")
+        raise IVONError(f"{named} exists; choose another name, or overwrite it with {param_ref('overwrite')}")
 
 
-def save(path: Path, evaluation: Evaluation, rows: Sequence[Row], scores: Sequence[Scores]) -> None:
+def save(path: Path, evaluation: Evaluation, rows: Sequence[Variant], scores: Sequence[Scores]) -> None:
     """Write `describe`'s examples to a JSONL file, whole or not at all.
 
     Raises:
@@ -37,7 +37,7 @@ def save(path: Path, evaluation: Evaluation, rows: Sequence[Row], scores: Sequen
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def describe(evaluation: Evaluation, rows: Sequence[Row], scores: Sequence[Scores]) -> Iterator[dict[str, Any]]:
+def describe(evaluation: Evaluation, rows: Sequence[Variant], scores: Sequence[Scores]) -> Iterator[dict[str, Any]]:
     """Yield for every example where it is (`data`, `line`), the last `question`, the right `answer`, and `rows`.
 
     `rows` holds by name what each row says. With choices or labels: `probabilities` by choice, the `prediction`,
@@ -62,7 +62,11 @@ def describe(evaluation: Evaluation, rows: Sequence[Row], scores: Sequence[Score
 
 
 def _row(
-    choices: Sequence[str], item: Item, number: int, columns: dict[str, list[float]], kept: list[list[float]] | None
+    choices: Sequence[str],
+    item: EncodedExample,
+    number: int,
+    columns: dict[str, list[float]],
+    kept: list[list[float]] | None,
 ) -> dict[str, Any]:
     values = {name: None if value != value else value for name, value in ((n, c[number]) for n, c in columns.items())}
     share = values.pop("correct")

@@ -15,7 +15,7 @@ from ..metrics.auroc import auroc
 
 if TYPE_CHECKING:
     from ..metrics.scores import Scores
-    from .evaluate import Evaluation, Row
+    from .evaluate import Evaluation, Variant
 
 # Score -> what it is of the scores of predictions; the last two need several draws.
 SCORES: dict[str, Callable[[Scores], Any]] = {
@@ -58,7 +58,9 @@ def detection(score: np.ndarray, positive: np.ndarray, weights: np.ndarray | Non
     }
 
 
-def detect(evaluation: Evaluation, rows: Sequence[Row], scores: Sequence[Scores], samples: int) -> list[dict[str, Any]]:
+def detect(
+    evaluation: Evaluation, rows: Sequence[Variant], scores: Sequence[Scores], samples: int
+) -> list[dict[str, Any]]:
     """Return how well each row's scores tell the examples of each file in `ood_files` from all those of `files`.
 
     `name` is the row's, `data` the file, `score` one of `SCORES`, then `auroc`, `aupr`, `fpr95`, and `se`, their

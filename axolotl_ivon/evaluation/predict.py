@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data.encode import Item
-from ..errors import parameter
+from ..data.encode import EncodedExample
+from ..errors import param_ref
 from ..models.forward import cache_name, forward_parameters, run_halving
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Batch:
         )
 
 
-def collate(items: Sequence[Item], first_slot: int, skip: int, pad: int, device: torch.device) -> Batch:
+def collate(items: Sequence[EncodedExample], first_slot: int, skip: int, pad: int, device: torch.device) -> Batch:
     """Pad on the right, whatever the tokenizer would do: positions then need no correction in any model.
 
     `skip` tokens at the start of every item are left out: they are in the cache.
@@ -95,7 +95,7 @@ class Predictor:
         self.takes = forward_parameters(model)  # the arguments of the base model's forward
         self.ceiling = sys.maxsize  # tokens in a batch: lowered when the memory runs out
 
-    def classes(self, items: Sequence[Item]) -> int:
+    def classes(self, items: Sequence[EncodedExample]) -> int:
         """Return the number of classes of a distribution."""
         if items[0].candidates is not None:
             return len(items[0].candidates)
@@ -103,7 +103,7 @@ class Predictor:
             return self.model.config.num_labels
         return self.model.config.get_text_config().vocab_size
 
-    def batches(self, items: Sequence[Item], skip: int, copies: int) -> list[Batch]:
+    def batches(self, items: Sequence[EncodedExample], skip: int, copies: int) -> list[Batch]:
         """Cut items (sorted by length) into batches; `copies` draws at once share the budget of tokens."""
         pad = getattr(self.model.config, "pad_token_id", None) or 0
         batches: list[Batch] = []
@@ -117,7 +117,7 @@ class Predictor:
             start = stop
         return batches
 
-    def _fits(self, items: Sequence[Item], start: int, stop: int, skip: int, copies: int) -> bool:
+    def _fits(self, items: Sequence[EncodedExample], start: int, stop: int, skip: int, copies: int) -> bool:
         if self.batch_size is not None:
             return stop - start <= self.batch_size
         budget = min(self.tokens, _LOGITS // self.classes(items)) if self.task == "generate" else self.tokens
@@ -131,7 +131,7 @@ class Predictor:
         """
         length = batch.ids.shape[1]
         hopeless = (
-            f"prompt of {length} tokens; use {parameter('load_in')} 8bit or 4bit, {parameter('draws_per_pass')} 1, "
+            f"prompt of {length} tokens; use {param_ref('load_in')} 8bit or 4bit, {param_ref('draws_per_pass')} 1, "
             "or a machine with more memory"
         )
         start = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from ..data.encode import Item
+from ..data.encode import EncodedExample
 from ..noise import generator
 
 _TOKENS = {"cpu": 512}  # in a batch; on a CPU more would only add padding
@@ -17,15 +17,15 @@ _WINDOW = 64  # examples that are sorted by length, so that few tokens are paddi
 class Batches:
     """Cuts examples into batches: of `batch_size`, or of as many as fit a number of tokens and of logits."""
 
-    def __init__(self, items: Sequence[Item], batch_size: int | None, device: str, classes: int) -> None:
+    def __init__(self, items: Sequence[EncodedExample], batch_size: int | None, device: str, classes: int) -> None:
         self._items, self._size, self._classes = items, batch_size, classes
         self._tokens = _TOKENS.get(device, _TOKENS_ELSEWHERE)
 
-    def once(self) -> list[list[Item]]:
+    def once(self) -> list[list[EncodedExample]]:
         """Return every example once, by length."""
         return list(self._cut(sorted(range(len(self._items)), key=self._length)))
 
-    def endless(self, seed: int) -> Iterator[list[Item]]:
+    def endless(self, seed: int) -> Iterator[list[EncodedExample]]:
         """Yield batches for ever, epoch after epoch in an order that depends on the seed and the epoch alone."""
         for epoch in itertools.count():
             random = generator("order of fit", seed, epoch)
@@ -38,8 +38,8 @@ class Batches:
     def _length(self, index: int) -> int:
         return len(self._items[index].ids)
 
-    def _cut(self, order: Sequence[int]) -> Iterator[list[Item]]:
-        batch: list[Item] = []
+    def _cut(self, order: Sequence[int]) -> Iterator[list[EncodedExample]]:
+        batch: list[EncodedExample] = []
         for item in (self._items[i] for i in order):
             if batch and not self._fits([*batch, item]):
                 yield batch
@@ -48,7 +48,7 @@ class Batches:
         if batch:
             yield batch
 
-    def _fits(self, batch: Sequence[Item]) -> bool:
+    def _fits(self, batch: Sequence[EncodedExample]) -> bool:
         if self._size is not None:
             return len(batch) <= self._size
         labels = sum(len(item.positions) for item in batch)

@@ -25,14 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import parameter
+from ..errors import param_ref
 from ..models.forward import run_halving
 from ..models.gradients import ExampleGradients, label_logits
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from ..data.encode import Item
+    from ..data.encode import EncodedExample
 
 _T = TypeVar("_T")
 
@@ -45,7 +45,7 @@ def residuals(logits: Tensor, generator: torch.Generator) -> Tensor:
     return moved - p * moved.sum(-1, keepdim=True)
 
 
-def sampled_losses(model: PeftModel, items: Sequence[Item], generator: torch.Generator | None) -> Tensor:
+def sampled_losses(model: PeftModel, items: Sequence[EncodedExample], generator: torch.Generator | None) -> Tensor:
     """Return for each item what has the gradients of its loss, summed over its labels, [items].
 
     With a generator they are those of random `residuals`, in place of labels that the model would draw; without one it
@@ -101,7 +101,7 @@ class Squarer(Generic[_T]):
         Raises:
             IVONError: a single example does not fit the memory.
         """
-        hopeless = f"example; use {parameter('load_in')} 8bit or 4bit, shorter data, or a machine with more memory"
+        hopeless = f"example; use {param_ref('load_in')} 8bit or 4bit, shorter data, or a machine with more memory"
         found, start = Squares({}, 0), 0
         while start < len(examples):
             most = min(len(examples) - start, self._most)

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..data.chats import Example, read_examples
-from ..data.encode import Item, check_tokens, encode, encode_turns
-from ..errors import IVONError, parameter
-from ..evaluation.evaluate import Evaluation, Row, evaluate
-from ..models.session import load_model, load_tokenizer
+from ..data.encode import EncodedExample, check_tokens, encode, encode_turns
+from ..errors import IVONError, param_ref
+from ..evaluation.evaluate import Evaluation, Variant, evaluate
+from ..models.session import Loading, load_model, load_tokenizer
 from ..noise import generator as numpy_generator
 from ..posterior.adapter import UNPRUNED, Adapter
 from ..posterior.card import CARD_FILE, update_card
@@ -66,7 +66,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise IVONError(f"{parameter('method')} {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+            raise IVONError(f"{param_ref('method')} {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
         tfb = self.method == "tfb"
         for name, used in (
             ("empirical", not tfb),
@@ -80,15 +80,15 @@ class Settings:
             value = getattr(self, name)
             if not used and value != getattr(type(self), name):
                 what = (
-                    f"the width of {parameter('method')} tfb is found by {parameter('tolerance')} alone"
+                    f"the width of {param_ref('method')} tfb is found by {param_ref('tolerance')} alone"
                     if tfb
-                    else f"it is for {parameter('method')} tfb"
+                    else f"it is for {param_ref('method')} tfb"
                 )
                 shown = "" if value is True else f" {value}"
-                raise IVONError(f"{parameter(name)}{shown}: {what}; leave it out")
+                raise IVONError(f"{param_ref(name)}{shown}: {what}; leave it out")
         if self.ess is not None and self.validation is not None:
             raise IVONError(
-                f"{parameter('ess')} {self.ess:g}: {parameter('validation')} chooses it; leave one of them out"
+                f"{param_ref('ess')} {self.ess:g}: {param_ref('validation')} chooses it; leave one of them out"
             )
         for name, least, fix in (
             ("ess", 0, "give a number > 0"),
@@ -98,11 +98,11 @@ class Settings:
         ):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least and value > 0):
-                raise IVONError(f"{parameter(name)} {value:g}: {fix}")
+                raise IVONError(f"{param_ref(name)} {value:g}: {fix}")
         if self.prior != "empirical" and not (
             isinstance(self.prior, (int, float)) and math.isfinite(self.prior) and self.prior > 0
         ):
-            raise IVONError(f"{parameter('prior')} {self.prior!r}: give empirical, or a number > 0")
+            raise IVONError(f"{param_ref('prior')} {self.prior!r}: give empirical, or a number > 0")
 
     @property
     def held_out(self) -> str | None:
@@ -211,7 +211,7 @@ class _Job:
         self.examples: list[Example] = []
         for path in self.data:
             if self.data.count(path) > 1:
-                raise IVONError(f"{parameter('data')} {path} is given twice; give each file once")
+                raise IVONError(f"{param_ref('data')} {path} is given twice; give each file once")
             self.examples += read_examples(path, limit)
         self.digest = hashlib.sha256(b"".join(path.read_bytes() for path in self.data)).hexdigest()
         if settings.held_out:
@@ -222,7 +222,7 @@ class _Job:
             came = f"fitted by {how}" if how else "trained"
             raise IVONError(
                 f"{adapter} has a σ already, {came}, in {SIGMA_FILE}; replace it in the copy that is written with "
-                f"{parameter('refit')}"
+                f"{param_ref('refit')}"
             )
 
     def load(
@@ -247,7 +247,7 @@ class _Job:
             self.evaluation = Evaluation(
                 folder,
                 held_out,
-                rows=[Row("mean")],
+                rows=[Variant("mean")],
                 task=task,
                 choices=choices,
                 limit=self.limit,
@@ -257,7 +257,7 @@ class _Job:
             self.model = self.evaluation.model
         else:
             begin("loading the base model", 0)
-            self.model = load_model(folder, classify=self.classify, **loading)
+            self.model = load_model(folder, Loading(**loading), classify=self.classify)
         from ..models.draws import AdapterSlots
         from ..models.gradients import make_differentiable
 
@@ -282,7 +282,7 @@ class _Job:
         if len(self.items) < len(items):
             left = f"{len(items) - len(self.items)} of {len(items)} examples have no answer within {length} tokens"
             if not self.items:
-                raise IVONError(f"{parameter('data')}: {left}; give shorter conversations")
+                raise IVONError(f"{param_ref('data')}: {left}; give shorter conversations")
             notify(f"{left} and are left out")
         self.classes = config.num_labels if self.classify else config.get_text_config().vocab_size
 
@@ -404,7 +404,7 @@ class _Job:
         }
 
     @contextlib.contextmanager
-    def _squarer(self) -> Iterator[tuple[Callable[[Sequence[Item]], Squares], torch.Generator | None]]:
+    def _squarer(self) -> Iterator[tuple[Callable[[Sequence[EncodedExample]], Squares], torch.Generator | None]]:
         """Give what squares gradients of batches, and the generator of the labels, which is seeded for each."""
         import torch
 
@@ -419,7 +419,9 @@ class _Job:
                 gradients.try_on([by_length[0], by_length[len(by_length) // 2]])
             yield Squarer(gradients, lambda item: len(item.positions), self.notify), drawn
 
-    def _batches(self, batches: Iterator[list[Item]], done: int, drawn: torch.Generator | None) -> Iterator[list[Item]]:
+    def _batches(
+        self, batches: Iterator[list[EncodedExample]], done: int, drawn: torch.Generator | None
+    ) -> Iterator[list[EncodedExample]]:
         """Yield the batches after the first `done`, and seed the labels of each by its number."""
         for number, batch in enumerate(itertools.islice(batches, done, None), start=done):
             if drawn is not None:
@@ -504,7 +506,7 @@ class _Job:
         if not progress.settled:
             self.notify(
                 f"σ has not settled after {MOST:,} steps: it still changes by {progress.change or 0:.1%}; a larger "
-                f"{parameter('batch_size')} would do"
+                f"{param_ref('batch_size')} would do"
             )
         return progress
 
@@ -517,7 +519,7 @@ class _Job:
         losses = []
         for ess in ladder:
             posterior = self._posterior(self._sigma(information, prior._replace(ess=ess)), {})
-            losses.append(self._nll(posterior, Row("posterior", tau=1.0), done))
+            losses.append(self._nll(posterior, Variant("posterior", tau=1.0), done))
         best = min(range(len(ladder)), key=lambda i: losses[i])
         table = ", ".join(f"{ess:.3g}: {loss:.3f}" for ess, loss in zip(ladder, losses, strict=True))
         self.tell(f"NLL on {settings.validation} by λ: {table}; λ = {ladder[best]:.3g}")
@@ -527,7 +529,7 @@ class _Job:
             )
         return prior._replace(ess=ladder[best])
 
-    def _nll(self, posterior: Posterior, row: Row, done: Callable[[int], None]) -> float:
+    def _nll(self, posterior: Posterior, row: Variant, done: Callable[[int], None]) -> float:
         """Return the NLL of one prediction on the held-out data; the draws are the same for every posterior."""
         assert self.evaluation is not None
         [scores] = evaluate(
@@ -558,7 +560,7 @@ class _Job:
         width = first_width(shape, {name: self.parameters[name].detach() for name in shape})
         if not width:
             raise IVONError(
-                f"{self.adapter.folder} has no LoRA matrices with weights other than 0; {parameter('method')} tfb is "
+                f"{self.adapter.folder} has no LoRA matrices with weights other than 0; {param_ref('method')} tfb is "
                 f"for LoRA: use ivon"
             )
         unit = self._posterior(shape, {})
@@ -569,7 +571,7 @@ class _Job:
 
         def nll(width: float) -> float:
             if (name := repr(width)) not in known:
-                row = Row("mean") if not width else Row("posterior", tau=width**-2)
+                row = Variant("mean") if not width else Variant("posterior", tau=width**-2)
                 known[name] = self._nll(unit, row, done)
                 self.state.write(Snapshot({}, {"nll": known}))
             return known[name]
@@ -580,7 +582,7 @@ class _Job:
             self.tell(f"σ_q = {one:.4g}: NLL {mean + cost + tolerance:.4f}, {cost + tolerance:+.4f} of {tolerance:g}")
         if not found:
             raise IVONError(
-                f"{parameter('tolerance')} {tolerance:g}: every width that was tried raises the NLL by more; allow more"
+                f"{param_ref('tolerance')} {tolerance:g}: every width that was tried raises the NLL by more; allow more"
             )
         if found >= FARTHEST * width:
             self.notify(
@@ -598,7 +600,7 @@ class _Job:
         return {name: value * found for name, value in shape.items()}, facts
 
 
-def _digest(items: Sequence[Item]) -> str:
+def _digest(items: Sequence[EncodedExample]) -> str:
     digest = hashlib.sha256()
     for item in items:
         digest.update(repr((item.ids, item.positions, item.targets, item.candidates)).encode())

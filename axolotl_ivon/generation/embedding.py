@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import IVONError, one_line, parameter
+from ..errors import IVONError, one_line, param_ref
 from ..storage.format import read_json
 
 SIMILARITY = 0.8
@@ -27,7 +27,7 @@ class Embedder:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._named = f"{parameter('embedding_model')} {folder}"
+        self._named = f"{param_ref('embedding_model')} {folder}"
         self.folder = Path(folder)
         if not (self.folder / "config.json").is_file():
             raise IVONError(

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import httpx
 
 from ..data.encode import Prompt
-from ..errors import IVONError, one_line, parameter
+from ..errors import IVONError, one_line, param_ref
 from .plan import Output, Plan, random_bits
 
 _T = TypeVar("_T")
@@ -44,7 +44,7 @@ class EndpointEngine:
     def __init__(
         self, url: str, members: Sequence[str], plan: Plan, *, concurrency: int = 32, timeout: float = 600.0
     ) -> None:
-        self._named, self._members, self._plan = f"{parameter('endpoint')} {url}", members, plan
+        self._named, self._members, self._plan = f"{param_ref('endpoint')} {url}", members, plan
         self._concurrency = concurrency
         root = url.rstrip("/")
         key = os.environ.get("OPENAI_API_KEY")
@@ -140,7 +140,7 @@ class EndpointEngine:
         if len(found) != plan.distinct:
             raise IVONError(
                 f"{self._named}: {len(found)} outputs where {plan.distinct} were asked for; use a server "
-                f"that knows n, or {parameter('per_model')} 1"
+                f"that knows n, or {param_ref('per_model')} 1"
             )
         count(sum(output.tokens for output in found))
         return [found[j % plan.distinct] for j in range(plan.per_member)]

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..storage.atomic import new_file
 from ..storage.format import CONFIG_FILE, ENSEMBLE_FILE, base_model_folder, read_json
 from .plan import Plan
@@ -62,12 +62,12 @@ class Ensemble:
         if plan.mean:
             if "mean" not in self._members:
                 raise IVONError(
-                    f"{parameter('mean')}: {self.folder} has no mean; draw it with `ivon-post sample --include-mean`"
+                    f"{param_ref('mean')}: {self.folder} has no mean; draw it with `ivon-post sample --include-mean`"
                 )
             return ["mean"]
         draws = self.draws
         if len(draws) < plan.members:
-            n = parameter("n")
+            n = param_ref("n")
             raise IVONError(
                 f"{n} {plan.n} takes {plan.members} draws of {plan.per_model} outputs; {self.folder} has {len(draws)}: "
                 f"say {n} {len(draws) * plan.per_model}, or draw more with `ivon-post sample -n {plan.members}`"
@@ -119,16 +119,16 @@ def served_rank(config: dict[str, Any]) -> int:
         IVONError: it serves none such, or no base model is named.
     """
     if not config.get("base_model_name_or_path"):
-        raise IVONError(f"{parameter('serve')} vllm: adapter_config.json names no base model; write its name there")
+        raise IVONError(f"{param_ref('serve')} vllm: adapter_config.json names no base model; write its name there")
     for key in ("use_dora", "modules_to_save", "lora_bias"):
         if config.get(key):
             raise IVONError(
-                f"{parameter('serve')} vllm: vLLM serves no adapters with {key}; `ivon-post merge` gives whole models"
+                f"{param_ref('serve')} vllm: vLLM serves no adapters with {key}; `ivon-post merge` gives whole models"
             )
     if config.get("bias", "none") != "none":
-        raise IVONError(f"{parameter('serve')} vllm: vLLM serves no adapters with bias {config['bias']!r}")
+        raise IVONError(f"{param_ref('serve')} vllm: vLLM serves no adapters with bias {config['bias']!r}")
     rank = max([config.get("r", 0), *(config.get("rank_pattern") or {}).values()])
     for size in _RANKS:
         if rank <= size:
             return size
-    raise IVONError(f"{parameter('serve')} vllm: vLLM serves adapters up to rank {_RANKS[-1]}; this one has {rank}")
+    raise IVONError(f"{param_ref('serve')} vllm: vLLM serves adapters up to rank {_RANKS[-1]}; this one has {rank}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..metrics.auroc import auroc
 
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
@@ -45,7 +45,7 @@ def check_fields(given: str) -> tuple[str, ...]:
     """
     fields = tuple(part.strip() for part in given.split(","))
     if not all(part for field in fields for part in field.split(".")) or len(set(fields)) < len(fields):
-        raise IVONError(f"{parameter('fields')} {given}: give different names with commas between, a,b.c say")
+        raise IVONError(f"{param_ref('fields')} {given}: give different names with commas between, a,b.c say")
     return fields
 
 
@@ -146,7 +146,7 @@ def summarize(
 def check_outputs(texts: Sequence[str], fields: Sequence[str], source: str) -> None:
     """Raise IVONError if none of the outputs (of the file `source`) is JSON, or none of them has one of the fields."""
     values = [value for value in map(parse_json, texts) if value is not _NOTHING]
-    told = f"{parameter('fields')} {','.join(fields)}"
+    told = f"{param_ref('fields')} {','.join(fields)}"
     if not values:
         raise IVONError(f"{told}: none of the {len(texts)} outputs in {source} is JSON, {texts[0][:60]!r} for one")
     for path in fields:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data.chats import read_chats
 from ..data.encode import render
-from ..models.session import load_model, load_tokenizer
+from ..models.session import Loading, load_model, load_tokenizer
 from ..posterior.adapter import mean_sha256
 from ..posterior.posterior import Posterior, open_posterior
 from ..storage.format import find_base_model
@@ -20,7 +20,7 @@ from .mbr import choose
 from .nbest import NBestFile, check_file
 from .plan import Engine, Output, Plan
 from .uncertainty import by_answer, cluster_shares, is_below, measure, output_weights
-from .utilities import Answers
+from .utilities import AnswerExtractor
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def generate(
         concurrency, timeout: as `EndpointEngine` has them.
         base_model, load_in, device, dtype: as `load_model` has them.
         batch_size: as `TransformersEngine` has it.
-        answer_regex: finds the answer in an output, which is the whole text without it (`utilities.Answers`).
+        answer_regex: finds the answer in an output, which is the whole text without it (`utilities.AnswerExtractor`).
         threshold: where fewer outputs than this share have the most frequent answer, the line says `"abstain": true`.
         output_temperature: of those shares (`uncertainty.measure`).
         begin: told what begins and how much of it there is (0: nobody knows); what it returns hears of every prompt.
@@ -123,10 +123,10 @@ def generate(
         def start() -> Engine:
             from .local import TransformersEngine
 
-            model = load_model(folder, base_model=base, load_in=load_in, device=device, dtype=dtype)
+            model = load_model(folder, Loading(base, load_in, device, dtype))
             return TransformersEngine(model, tokenizer, posterior, plan, batch_size=batch_size, notify=notify)
 
-    answers = Answers(answer_regex)
+    answers = AnswerExtractor(answer_regex)
     facts["answer_regex"] = answer_regex
     facts["abstain"] = threshold if threshold is None else [threshold, output_temperature]
     settings = {**facts, **asdict(plan)}

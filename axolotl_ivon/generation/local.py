@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ..data.encode import Prompt, check_tokens
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..models.draws import AdapterSlots, evaluating, stacked
 from ..models.forward import CachedForward, end_tokens, run_halving
 from ..posterior.posterior import Posterior
@@ -83,8 +83,8 @@ class TransformersEngine:
         for prompt in prompts:
             if longest is not None and len(prompt.ids) + self._plan.max_tokens > longest:
                 raise IVONError(
-                    f"{prompt.source}: {len(prompt.ids)} tokens and {parameter('max_tokens')} {self._plan.max_tokens}, "
-                    f"but the model takes {longest} in all; shorten or remove it, or lower {parameter('max_tokens')}"
+                    f"{prompt.source}: {len(prompt.ids)} tokens and {param_ref('max_tokens')} {self._plan.max_tokens}, "
+                    f"but the model takes {longest} in all; shorten or remove it, or lower {param_ref('max_tokens')}"
                 )
             check_tokens(prompt.ids, tokens, prompt.source)
 
@@ -106,8 +106,8 @@ class TransformersEngine:
     def _generate(self, prompts: Sequence[Prompt], count: Callable[[int], None]) -> list[list[Output]]:
         """Return the prompts' outputs, made with fewer sequences in a batch when the memory runs out."""
         hopeless = (
-            f"sequence of {max(len(prompt.ids) for prompt in prompts)} tokens and {parameter('max_tokens')} "
-            f"{self._plan.max_tokens}; use {parameter('load_in')} 8bit or 4bit, or a machine with more memory"
+            f"sequence of {max(len(prompt.ids) for prompt in prompts)} tokens and {param_ref('max_tokens')} "
+            f"{self._plan.max_tokens}; use {param_ref('load_in')} 8bit or 4bit, or a machine with more memory"
         )
         found, self._rows = run_halving(
             lambda rows: self._generate_in(rows, prompts, count), self._rows, "sequences", self._notify, hopeless

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..metrics.auroc import auroc
 from .fields import Field, compare, summarize
 from .nbest import NBest
 from .uncertainty import Uncertainty, by_answer, is_below, judge, measure, output_weights
-from .utilities import Answers, Utility, exact
+from .utilities import AnswerExtractor, Utility, exact
 
 LEVELS = ("sequence", "model")
 SMALLEST_N = 8
@@ -175,7 +175,7 @@ def sizes(n: int) -> list[int]:
 def mbr(
     nbests: Sequence[NBest],
     utility: Utility,
-    answers: Answers,
+    answers: AnswerExtractor,
     level: str = "sequence",
     progress: Callable[[int], None] | None = None,
     *,
@@ -254,8 +254,8 @@ def check_output(folder: Path, overwrite: bool = False) -> None:
     """Raise IVONError if `folder` holds something already: worth asking before the choosing."""
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise IVONError(
-            f"{folder} is there; choose another name with {parameter('output')}, "
-            f"or overwrite it with {parameter('overwrite')}"
+            f"{folder} is there; choose another name with {param_ref('output')}, "
+            f"or overwrite it with {param_ref('overwrite')}"
         )
 
 

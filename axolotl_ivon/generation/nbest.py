@@ -12,12 +12,12 @@ from typing import IO, Any
 
 from ..data.chats import read_lines
 from ..data.encode import Prompt
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..storage.atomic import check_outside, new_file
 from ..storage.format import read_json, write_json
 from .plan import Output
 
-_FIX = f"choose another {parameter('output')}, or start anew with {parameter('overwrite')}"
+_FIX = f"choose another {param_ref('output')}, or start anew with {param_ref('overwrite')}"
 
 
 def check_file(path: Path, settings: Mapping[str, Any], overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
@@ -26,7 +26,7 @@ def check_file(path: Path, settings: Mapping[str, Any], overwrite: bool = False,
     No file is written into one of the folders `inputs`.
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise IVONError(f"{parameter('output')} {path}: not a file in an existing folder; choose another name")
+        raise IVONError(f"{param_ref('output')} {path}: not a file in an existing folder; choose another name")
     check_outside(path, inputs)
     if not path.exists() or overwrite:
         return
@@ -72,7 +72,7 @@ class NBestFile:
             try:
                 self._read(prompts)
             except OSError as error:
-                raise IVONError(f"{parameter('output')} {self.path}: cannot be read ({error.strerror})") from None
+                raise IVONError(f"{param_ref('output')} {self.path}: cannot be read ({error.strerror})") from None
 
     def _read(self, prompts: Sequence[Prompt]) -> None:
         with self.path.open("rb") as file:
@@ -84,11 +84,11 @@ class NBestFile:
                     text = record["prompt"]
                 except (ValueError, KeyError, TypeError, RecursionError):
                     raise IVONError(
-                        f"{self.path}:{self.done + 1}: not an n-best list; choose another {parameter('output')}"
+                        f"{self.path}:{self.done + 1}: not an n-best list; choose another {param_ref('output')}"
                     ) from None
                 if self.done >= len(prompts) or text != prompts[self.done].text:
                     raise IVONError(
-                        f"{self.path}:{self.done + 1} answers another prompt than {parameter('prompts')} has there; "
+                        f"{self.path}:{self.done + 1} answers another prompt than {param_ref('prompts')} has there; "
                         f"{_FIX}"
                     )
                 self._size += len(line)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from ..data.encode import Prompt
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..noise import generator
 
 
@@ -44,8 +44,8 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("n", "per_model", "max_tokens"):
             if getattr(self, name) < 1:
-                raise IVONError(f"{parameter(name)} {getattr(self, name)}: must be at least 1")
-        n, per_model = parameter("n"), parameter("per_model")
+                raise IVONError(f"{param_ref(name)} {getattr(self, name)}: must be at least 1")
+        n, per_model = param_ref("n"), param_ref("per_model")
         if not self.mean and self.n % self.per_model:
             below = self.n - self.n % self.per_model or self.per_model
             raise IVONError(
@@ -54,14 +54,14 @@ class Plan:
             )
         if not 0 <= self.temperature < float("inf"):
             raise IVONError(
-                f"{parameter('temperature')} {self.temperature}: must be at least 0; 0 is greedy, 1 the model itself"
+                f"{param_ref('temperature')} {self.temperature}: must be at least 0; 0 is greedy, 1 the model itself"
             )
         if not 0 < self.top_p <= 1:
             raise IVONError(
-                f"{parameter('top_p')} {self.top_p}: must be above 0 and at most 1; 1 draws from all tokens"
+                f"{param_ref('top_p')} {self.top_p}: must be above 0 and at most 1; 1 draws from all tokens"
             )
         if "" in self.stop:
-            raise IVONError(f"{parameter('stop')} '': an empty string would stop every output at once; leave it out")
+            raise IVONError(f"{param_ref('stop')} '': an empty string would stop every output at once; leave it out")
 
     @property
     def members(self) -> int:

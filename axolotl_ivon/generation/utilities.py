@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from .nbest import NBest
 
 # A pattern's first group is the answer (the whole match if it has none); of several matches the last counts.
@@ -22,7 +22,7 @@ ANSWERS = {
 }
 
 
-class Answers:
+class AnswerExtractor:
     """Pulls the answer out of a text: `ANSWERS` has presets, anything else is a regular expression.
 
     Without a pattern the whole text, without the white space around it, is the answer. Numbers that are equal are
@@ -38,7 +38,7 @@ class Answers:
             self._regex = None if pattern is None else re.compile(ANSWERS.get(pattern, pattern), re.MULTILINE)
         except re.error as error:
             raise IVONError(
-                f"{parameter('answer_regex')} {pattern!r}: not a regular expression ({error}); "
+                f"{param_ref('answer_regex')} {pattern!r}: not a regular expression ({error}); "
                 f"presets are {', '.join(ANSWERS)}"
             ) from None
         self._group = 1 if self._regex is not None and self._regex.groups else 0
@@ -60,13 +60,13 @@ class Answers:
         total = sum(len(nbest.texts) for nbest in nbests)
         if len(missing) == total:
             raise IVONError(
-                f"{parameter('answer_regex')} {self.pattern!r} matches none of the {total} outputs in "
+                f"{param_ref('answer_regex')} {self.pattern!r} matches none of the {total} outputs in "
                 f"{nbests[0].source.rpartition(':')[0]}, {_excerpt(missing[0])} for one; choose another"
             )
         for nbest in nbests:
             if nbest.reference is not None and self(nbest.reference) is None:
                 raise IVONError(
-                    f"{nbest.source}: {parameter('answer_regex')} {self.pattern!r} does not match the reference "
+                    f"{nbest.source}: {param_ref('answer_regex')} {self.pattern!r} does not match the reference "
                     f"{_excerpt(nbest.reference)}; choose another"
                 )
         return len(missing), total, _excerpt(missing[0]) if missing else ""
@@ -98,7 +98,7 @@ def _pairwise(score: Callable[[str, str], float]) -> Utility:
     )
 
 
-def exact(answers: Answers) -> Utility:
+def exact(answers: AnswerExtractor) -> Utility:
     """Return the utility that is 1 where both texts have one answer, and the same."""
     answer = functools.cache(answers)
 
@@ -108,36 +108,36 @@ def exact(answers: Answers) -> Utility:
     return _pairwise(equal)
 
 
-def _bleu(_: Answers) -> Utility:
+def _bleu(_: AnswerExtractor) -> Utility:
     # A short sentence may have no 4-grams at all: effective_order leaves those orders out.
     scorer = _import("sacrebleu.metrics", "sacrebleu", "bleu").BLEU(effective_order=True)
     return _pairwise(lambda hypothesis, reference: scorer.sentence_score(hypothesis, [reference]).score / 100)
 
 
-def _chrf(_: Answers) -> Utility:
+def _chrf(_: AnswerExtractor) -> Utility:
     scorer = _import("sacrebleu.metrics", "sacrebleu", "chrf").CHRF()
     return _pairwise(lambda hypothesis, reference: scorer.sentence_score(hypothesis, [reference]).score / 100)
 
 
-def _rouge(_: Answers) -> Utility:
+def _rouge(_: AnswerExtractor) -> Utility:
     scorer = _import("rouge_score.rouge_scorer", "rouge-score", "rouge").RougeScorer(["rougeL"], use_stemmer=True)
     return _pairwise(lambda hypothesis, reference: scorer.score(reference, hypothesis)["rougeL"].fmeasure)
 
 
-def _bertscore(_: Answers) -> Utility:
+def _bertscore(_: AnswerExtractor) -> Utility:
     module = _import("bert_score", "bert-score", "bertscore")
     try:
         scorer = module.BERTScorer(lang="en")
     except OSError as error:
         raise IVONError(
-            f"{parameter('utility')} bertscore: its model cannot be loaded ({str(error).splitlines()[0]})"
+            f"{param_ref('utility')} bertscore: its model cannot be loaded ({str(error).splitlines()[0]})"
         ) from None
     return lambda hypotheses, references: scorer.score(list(hypotheses), list(references))[2].double().numpy()
 
 
 # exact: the answers are equal. bleu, chrf: of a sentence, by sacrebleu. rouge: F of ROUGE-L, stemmed, by rouge-score.
 # bertscore: F of BERTScore for English.
-UTILITIES: dict[str, Callable[[Answers], Utility]] = {
+UTILITIES: dict[str, Callable[[AnswerExtractor], Utility]] = {
     "exact": exact,
     "bleu": _bleu,
     "chrf": _chrf,
@@ -151,5 +151,5 @@ def _import(module: str, package: str, utility: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise IVONError(
-            f"{parameter('utility')} {utility} needs the package {package}: pip install {package}"
+            f"{param_ref('utility')} {utility} needs the package {package}: pip install {package}"
         ) from None

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..data.chats import Example, read_examples, read_lines
-from ..data.encode import Item, check_tokens, encode, encode_turns
-from ..errors import IVONError, parameter
-from ..models.session import load_model, load_tokenizer
+from ..data.encode import EncodedExample, check_tokens, encode, encode_turns
+from ..errors import IVONError, param_ref
+from ..models.session import Loading, load_model, load_tokenizer
 from ..posterior.posterior import Posterior
 from ..storage.atomic import new_file
 from ..storage.format import SIGMA_FILE, find_base_model
@@ -85,7 +85,7 @@ def products(
     return Products(losses.cpu().double(), own.cpu().double(), None if direction is None else along.cpu().double())
 
 
-def answer_losses(model: PeftModel, items: Sequence[Item]) -> Tensor:
+def answer_losses(model: PeftModel, items: Sequence[EncodedExample]) -> Tensor:
     """Return the negative log-likelihood of each example, float32 [examples], in nats, summed over what is scored.
 
     It is softplus(−log-odds) of every scored class, so that a loss of 1e-6, and its gradient, have all their digits:
@@ -172,14 +172,7 @@ def influence(
     ess, size = _weights(posterior, adapter, len(examples), limit is None, notify)
     classify = posterior.config.get("task_type") == "SEQ_CLS"
     begin("loading the base model", 0)
-    model = load_model(
-        posterior.folder,  # type: ignore[arg-type]
-        base_model=base,
-        classify=classify,
-        load_in=load_in,
-        device=device,
-        dtype=dtype,
-    )
+    model = load_model(posterior.folder, Loading(base, load_in, device, dtype), classify=classify)  # type: ignore[arg-type]
     from ..models.draws import AdapterSlots
     from ..models.gradients import adapter_parameters
 
@@ -195,14 +188,14 @@ def influence(
     if len(scored) < len(examples):
         left = f"{len(examples) - len(scored)} of {len(examples)} rows have no answer that fits the model"
         if not scored:
-            raise IVONError(f"{parameter('data')} {data}: {left}; give shorter conversations")
+            raise IVONError(f"{param_ref('data')} {data}: {left}; give shorter conversations")
         notify(f"{left} and are left out")
     work = _Work(model, {name: parameters[name] for name in variance}, batch_size, classify, notify)
     direction = None
     if on is not None:
         told = [item for item in items[len(examples) :] if item.positions]
         if not told:
-            raise IVONError(f"{parameter('on')} {on}: no row has an answer that fits the model; give shorter ones")
+            raise IVONError(f"{param_ref('on')} {on}: no row has an answer that fits the model; give shorter ones")
         direction = work.mean_gradient(told, begin(f"gradient on {Path(on).name}", len(told)))
     tokens = sum(len(item.positions) for item in scored) / len(scored)
     found = work.scores(scored, variance, direction, ess / size / tokens, begin("influence", len(scored)))
@@ -260,7 +253,9 @@ def _weights(
     return ess * posterior.tau, size
 
 
-def _encode(model: PeftModel, posterior: Posterior, examples: Sequence[Example], classify: bool) -> list[Item]:
+def _encode(
+    model: PeftModel, posterior: Posterior, examples: Sequence[Example], classify: bool
+) -> list[EncodedExample]:
     """Tokenise examples as training did."""
     config: Any = model.get_base_model().config
     tokenizer = load_tokenizer(posterior.folder, config._name_or_path)  # type: ignore[arg-type]
@@ -293,7 +288,7 @@ class _Work:
         self._classes = config.num_labels if classify else config.vocab_size
         self._most = sys.maxsize  # examples that fit
 
-    def mean_gradient(self, items: Sequence[Item], done: Callable[[int], None]) -> dict[str, Tensor]:
+    def mean_gradient(self, items: Sequence[EncodedExample], done: Callable[[int], None]) -> dict[str, Tensor]:
         """Return the gradient of the loss on `items`, the mean over all their tokens, by parameter."""
         import torch
 
@@ -302,12 +297,14 @@ class _Work:
         count = sum(len(item.positions) for item in items)
         total: dict[str, Tensor] = {}
 
-        def losses(parts: Sequence[Sequence[Item]]) -> Tensor:  # a batch is one example here, of which autograd sums
+        def losses(
+            parts: Sequence[Sequence[EncodedExample]],
+        ) -> Tensor:  # a batch is one example here, of which autograd sums
             return torch.stack([answer_losses(self._model, part).sum() / count for part in parts])
 
         with ExampleGradients(self._model, self._parameters, losses) as gradients:
 
-            def run(part: Sequence[Item]) -> dict[str, Tensor]:
+            def run(part: Sequence[EncodedExample]) -> dict[str, Tensor]:
                 found: dict[str, Tensor] = {}
                 gradients([part], lambda name, first, some: found.__setitem__(name, some[0].clone()))
                 return found
@@ -320,7 +317,7 @@ class _Work:
 
     def scores(
         self,
-        items: Sequence[Item],
+        items: Sequence[EncodedExample],
         variance: Mapping[str, Tensor],
         direction: Mapping[str, Tensor] | None,
         weight: float,
@@ -349,18 +346,20 @@ class _Work:
         return scores
 
     def _in_parts(
-        self, items: Sequence[Item], run: Callable[[Sequence[Item]], _T]
-    ) -> Iterator[tuple[Sequence[Item], _T]]:
+        self, items: Sequence[EncodedExample], run: Callable[[Sequence[EncodedExample]], _T]
+    ) -> Iterator[tuple[Sequence[EncodedExample], _T]]:
         from ..fitting.batches import Batches
         from ..models.forward import run_halving
 
-        hopeless = f"example; use {parameter('load_in')} 8bit or 4bit, shorter data, or a machine with more memory"
+        hopeless = f"example; use {param_ref('load_in')} 8bit or 4bit, shorter data, or a machine with more memory"
         for batch in Batches(items, self._size, self._model.device.type, self._classes).once():
             start = 0
             while start < len(batch):
                 most = min(len(batch) - start, self._most)
 
-                def attempt(size: int, left: Sequence[Item] = batch[start:]) -> tuple[Sequence[Item], _T]:
+                def attempt(
+                    size: int, left: Sequence[EncodedExample] = batch[start:]
+                ) -> tuple[Sequence[EncodedExample], _T]:
                     return left[:size], run(left[:size])
 
                 found, size = run_halving(attempt, most, "examples", self._notify, hopeless)
@@ -382,13 +381,13 @@ def suspicious(rows: Sequence[Mapping[str, Any]], by: str) -> list[int]:
 def check_by(by: str, with_on: bool) -> None:
     """Raise IVONError if rows cannot be ranked by this."""
     if by == "on" and not with_on:
-        raise IVONError(f"{parameter('by')} on: it is the effect on other data; name them with {parameter('on')}")
+        raise IVONError(f"{param_ref('by')} on: it is the effect on other data; name them with {param_ref('on')}")
 
 
 def check_keep(keep: float) -> None:
     """Raise IVONError unless it is a share of the rows."""
     if not 0 < keep < 1:
-        raise IVONError(f"{parameter('keep')} {keep:g} is outside (0, 1); 0.9 leaves the most suspicious tenth out")
+        raise IVONError(f"{param_ref('keep')} {keep:g} is outside (0, 1); 0.9 leaves the most suspicious tenth out")
 
 
 def save(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -429,8 +428,8 @@ def check_same(rows: Sequence[Mapping[str, Any]], scores: str | Path, data: str 
             differs = f"row {row['index']} has another {other}"
     if differs:
         raise IVONError(
-            f"{parameter('scores')} {scores}: {differs}, so they are of other data than {parameter('data')} {data}; "
-            f"compute them anew, without {parameter('scores')}"
+            f"{param_ref('scores')} {scores}: {differs}, so they are of other data than {param_ref('data')} {data}; "
+            f"compute them anew, without {param_ref('scores')}"
         )
 
 

@@ -79,7 +79,7 @@ class IVONLoRAPlugin(BasePlugin):
         except ConfigError:
             raise
         except IVONError as error:
-            raise ConfigError(error.told(_yaml_key)) from error
+            raise ConfigError(error.describe(_yaml_key)) from error
         name = str(cfg.get("ivon_preset") or DEFAULTS["ivon_preset"])
         if PRESETS[name].travel is not None and not cfg.get("learning_rate"):
             cfg["learning_rate"] = 0.0
@@ -115,7 +115,7 @@ class IVONLoRAPlugin(BasePlugin):
             trainer.args.max_grad_norm = cfg.max_grad_norm or 0.0
             check_sharding(trainer)
         except IVONError as error:
-            raise ConfigError(error.told(_yaml_key)) from error
+            raise ConfigError(error.describe(_yaml_key)) from error
 
     def post_train(self, cfg: DictDefault, model: PeftModel) -> None:
         """Save mean and σ again where axolotl writes an FSDP-trained adapter itself, without asking the model.

@@ -120,7 +120,7 @@ def _goes_on(prior: str, strength: float) -> Finding:
     try:
         check_prior(prior, {})
     except IVONError as error:
-        raise IVONError(error.told(lambda name: f"ivon_{name}")) from error
+        raise IVONError(error.describe(lambda name: f"ivon_{name}")) from error
     header = Adapter(prior).metadata
     seen = header.get("train_size") or "an unknown number of"
     text = f"goes on from {prior}: its {seen} examples count {strength:g} time{'' if strength == 1 else 's'} each"

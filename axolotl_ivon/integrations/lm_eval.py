@@ -20,10 +20,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from ..decisions.sweep import read_recommended
-from ..evaluation.evaluate import Row
+from ..evaluation.evaluate import Variant
 from ..metrics.scores import entropy
 from ..models.draws import AdapterSlots
-from ..models.session import load_model, load_tokenizer
+from ..models.session import Loading, load_model, load_tokenizer
 from ..posterior.adapter import Adapter
 from ..posterior.posterior import open_posterior
 
@@ -68,14 +68,14 @@ class IVONPosterior(HFLM):
     ) -> None:
         if recommended is not None:
             tau, ratio = read_recommended(recommended, Adapter(adapter).metadata or None)
-        row = Row("posterior", tau=float(tau), ratio=float(ratio))
+        row = Variant("posterior", tau=float(tau), ratio=float(ratio))
         posterior = open_posterior(adapter, mean_only=not row.needs_sigma)
         folder = posterior.folder
         assert folder is not None
         # The harness's command line says cuda:0 when it was told nothing, GPU or not.
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "auto"
-        model = load_model(folder, base_model=base_model, load_in=load_in, device=device, dtype=dtype)
+        model = load_model(folder, Loading(base_model, load_in, device, dtype))
         self._slots = AdapterSlots(model)
         self._slots.check(posterior.mean)
         pruned = posterior.prune(row.ratio) if row.ratio else posterior

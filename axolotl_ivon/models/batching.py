@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-from ..data.encode import Item
-from ..errors import IVONError, parameter
+from ..data.encode import EncodedExample
+from ..errors import IVONError, param_ref
 from ..noise import generator
 from ..reporter import SILENT, Reporter
 
@@ -23,15 +23,15 @@ _WINDOW = 64  # examples that are sorted by length, so that few tokens are paddi
 class Batches:
     """Cut examples into batches: of `batch_size`, or of as many as fit a number of tokens and of logits."""
 
-    def __init__(self, items: Sequence[Item], batch_size: int | None, device: str, classes: int) -> None:
+    def __init__(self, items: Sequence[EncodedExample], batch_size: int | None, device: str, classes: int) -> None:
         self._items, self._size, self._classes = items, batch_size, classes
         self._tokens = _TOKENS.get(device, _TOKENS_ELSEWHERE)
 
-    def once(self) -> list[list[Item]]:
+    def once(self) -> list[list[EncodedExample]]:
         """Return every example once, by length."""
         return list(self._cut(sorted(range(len(self._items)), key=self._length)))
 
-    def endless(self, seed: int) -> Iterator[list[Item]]:
+    def endless(self, seed: int) -> Iterator[list[EncodedExample]]:
         """Yield batches for ever, epoch after epoch in an order that depends on the seed and the epoch alone."""
         for epoch in itertools.count():
             random = generator("order of fit", seed, epoch)
@@ -44,8 +44,8 @@ class Batches:
     def _length(self, index: int) -> int:
         return len(self._items[index].ids)
 
-    def _cut(self, order: Sequence[int]) -> Iterator[list[Item]]:
-        batch: list[Item] = []
+    def _cut(self, order: Sequence[int]) -> Iterator[list[EncodedExample]]:
+        batch: list[EncodedExample] = []
         for item in (self._items[i] for i in order):
             if batch and not self._fits([*batch, item]):
                 yield batch
@@ -54,7 +54,7 @@ class Batches:
         if batch:
             yield batch
 
-    def _fits(self, batch: Sequence[Item]) -> bool:
+    def _fits(self, batch: Sequence[EncodedExample]) -> bool:
         if self._size is not None:
             return len(batch) <= self._size
         labels = sum(len(item.positions) for item in batch)
@@ -93,9 +93,7 @@ class Halving(Generic[_T]):
                     break
                 if size == 1:
                     raise IVONError(f"out of memory with a single {hopeless}")
-                self._reporter.notify(
-                    f"out of memory with {size} {self._what} in a batch; going on with {size // 2}"
-                )
+                self._reporter.notify(f"out of memory with {size} {self._what} in a batch; going on with {size // 2}")
                 size //= 2
             if size < most:
                 self._ceiling = cost * size
@@ -117,4 +115,4 @@ class Halving(Generic[_T]):
 
 def one_example(what: str = "example") -> str:
     """Return the `hopeless` of most work: what a single example that does not fit is told."""
-    return f"{what}; use {parameter('load_in')} 8bit or 4bit, shorter data, or a machine with more memory"
+    return f"{what}; use {param_ref('load_in')} 8bit or 4bit, shorter data, or a machine with more memory"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,7 +45,7 @@ class AdapterSlots:
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise IVONError unless `tensors` are the adapter's: every key, no other key, the same shapes."""
-        fix = f"name the base model that the adapter was trained on with {parameter('base_model')}"
+        fix = f"name the base model that the adapter was trained on with {param_ref('base_model')}"
         for key, tensor in tensors.items():
             if key not in self._all:
                 raise IVONError(f"the base model does not fit the adapter: it has no place for {key}; {fix}")
@@ -107,7 +107,7 @@ def drawn(
         IVONError: n is not positive, or the model does not fit the posterior.
     """
     if n < 1:
-        raise IVONError(f"{parameter('n')} {n} is not a number of draws; 10 is usual")
+        raise IVONError(f"{param_ref('n')} {n} is not a number of draws; 10 is usual")
     slots = AdapterSlots(model, adapter_name)
     slots.check(posterior.mean)
 
@@ -196,8 +196,8 @@ class Stack:
                     used.update(keys)
         if left := draws[0].keys() - used:
             raise IVONError(
-                f"{parameter('draws_per_pass')} {len(draws)}: {sorted(left)[0]} is not plain LoRA on a linear layer; "
-                f"use {parameter('draws_per_pass')} 1"
+                f"{param_ref('draws_per_pass')} {len(draws)}: {sorted(left)[0]} is not plain LoRA on a linear layer; "
+                f"use {param_ref('draws_per_pass')} 1"
             )
 
     @contextlib.contextmanager

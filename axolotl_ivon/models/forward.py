@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -60,7 +60,7 @@ class CachedForward:
         cache = getattr(result, self._cache, None)
         if not hasattr(cache, "reorder_cache"):
             raise IVONError(
-                f"the base model has no key-value cache that can be repeated; serve it, and use {parameter('endpoint')}"
+                f"the base model has no key-value cache that can be repeated; serve it, and use {param_ref('endpoint')}"
             )
         return result.logits[:, -1].float(), cache
 

@@ -23,7 +23,7 @@ from .forward import forward_parameters
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from ..data.encode import Item
+    from ..data.encode import EncodedExample
 
 _T = TypeVar("_T")
 _MOST = 2**26  # numbers in the gradients that are handed over at once: 256 MiB
@@ -49,7 +49,7 @@ class LabelLogits(NamedTuple):
     row: Tensor
 
 
-def label_logits(model: PeftModel, items: Sequence[Item]) -> LabelLogits:
+def label_logits(model: PeftModel, items: Sequence[EncodedExample]) -> LabelLogits:
     """Run the model, as it is and with gradients where they are on, over `items` as one batch padded on the right."""
     takes, device = forward_parameters(model), model.device
     pad = getattr(model.config, "pad_token_id", None) or 0
@@ -77,7 +77,10 @@ def label_logits(model: PeftModel, items: Sequence[Item]) -> LabelLogits:
 
 
 def example_losses(
-    model: PeftModel, items: Sequence[Item], reduction: Literal["sum", "mean"] = "sum", targets: Tensor | None = None
+    model: PeftModel,
+    items: Sequence[EncodedExample],
+    reduction: Literal["sum", "mean"] = "sum",
+    targets: Tensor | None = None,
 ) -> Tensor:
     """Return the negative log-likelihood of each example, float32 [examples], in nats.
 

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import IVONError, one_line, parameter
+from ..errors import IVONError, one_line, param_ref
 from ..posterior.adapter import Adapter
 from ..posterior.posterior import Posterior
 from ..posterior.tensors import Progress, Tensors
@@ -46,10 +46,10 @@ def merge(
     with new_folder(Path(folder), overwrite, [adapter.folder, *filter(Path.is_dir, [Path(base)])]) as new:
         tell("loading the base model", 0, 1)
         from .draws import AdapterSlots
-        from .session import load_model, load_tokenizer
+        from .session import Loading, load_model, load_tokenizer
 
         model = load_model(
-            adapter.folder, base_model=base, classify=classify, device="cpu", dtype=dtype or _own_dtype(base)
+            adapter.folder, Loading(base, device="cpu", dtype=dtype or _own_dtype(base)), classify=classify
         )
         tell("loading the base model", 1, 1)
         tell("merging", 0, 1)
@@ -83,11 +83,11 @@ def check_merge(
         IVONError: an unknown dtype or kind of model, a size that is none, or a base model that is not there.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise IVONError(f"{parameter('dtype')} {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+        raise IVONError(f"{param_ref('dtype')} {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     size = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]B)\s*", max_shard_size, re.IGNORECASE)
     if not size or not float(size[1]):
         raise IVONError(
-            f"{parameter('max_shard_size')} {max_shard_size!r} is no size; give a number with KB, MB, GB or TB, as 5GB"
+            f"{param_ref('max_shard_size')} {max_shard_size!r} is no size; give a number with KB, MB, GB or TB, as 5GB"
         )
     kind = adapter.config.get("task_type") or "CAUSAL_LM"
     if kind not in ("CAUSAL_LM", "SEQ_CLS"):

@@ -1,4 +1,7 @@
-"""A base model, an adapter over it, and its tokenizer, loaded from folders or the Hub."""
+"""A base model, an adapter over it, and its tokenizer, loaded once from folders or the Hub.
+
+Importing this module imports no torch: what a user got wrong is told before the slower steps.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,15 @@ import contextlib
 import importlib
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import IVONError, parameter
+from ..data.chats import Example
+from ..data.encode import EncodedExample, check_tokens, encode, encode_turns
+from ..errors import IVONError, param_ref
+from ..reporter import SILENT, Reporter
 from ..storage.format import CONFIG_FILE, MEAN_FILE, find_base_model, read_json
 from ..storage.tensorfile import TensorFile
 from . import DTYPES
@@ -18,6 +26,132 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a base model is found, and how it is held in memory.
+
+    Attributes:
+        base_model: folder or Hub id; None for the one that the adapter's configuration names.
+        load_in: "8bit" or "4bit" (nf4) quantizes the base model with bitsandbytes.
+        device: "auto" for the machine's accelerator if it has one, else the CPU; or a name that torch knows.
+        dtype: of the base model, one of DTYPES; "auto" is float32 on a CPU and what the checkpoint has elsewhere.
+
+    Raises:
+        IVONError: an unknown dtype.
+    """
+
+    base_model: str | None = None
+    load_in: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise IVONError(f"{param_ref('dtype')} {self.dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
+
+    def of(self, config: Mapping[str, Any], folder: Path) -> Loading:
+        """Return these values with the base model of an adapter, which is looked for: `storage.format.find_base_model`.
+
+        Raises:
+            IVONError: no base model is named, or there is none of that name.
+        """
+        return replace(self, base_model=find_base_model(config, folder, self.base_model))
+
+
+class AdapterLike(Protocol):
+    """What a session is opened for: an `Adapter`, or a `Posterior` that was read from a folder."""
+
+    @property
+    def folder(self) -> Path | None: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def mean(self) -> Any: ...
+
+
+class Session:
+    """An adapter over its base model in memory, with the tokenizer: loaded once, and used by all that follows.
+
+    Attributes:
+        model: the adapter over its base model, in evaluation mode.
+        tokenizer: the one that training saved beside the adapter, else the base model's.
+        slots: the adapter's tensors inside the model (`draws.AdapterSlots`), which fit it.
+        base_model: the name of the base model.
+        classify: whether the adapter has a sequence-classification head.
+        labels: its labels, in the order of its classes; empty without a head.
+        max_length: how many tokens the model takes; None where it does not say.
+    """
+
+    def __init__(self, model: PeftModel, held: AdapterLike) -> None:
+        from .draws import AdapterSlots
+
+        self.model = model
+        self.slots = AdapterSlots(model)
+        self.slots.check(held.mean)
+        config: Any = model.get_base_model().config
+        self.base_model = str(config._name_or_path)
+        self.tokenizer = load_tokenizer(_folder_of(held), self.base_model)
+        self.classify = _is_classifier(held)
+        self.max_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._label2id: dict[str, int] = {}
+        if self.classify:
+            self._label2id = dict(config.label2id)
+            if config.pad_token_id is None:  # decoders find the end of a text by it
+                config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+        self.labels = tuple(sorted(self._label2id, key=lambda label: self._label2id[label]))
+
+    @classmethod
+    def open(cls, held: AdapterLike, loading: Loading = Loading(), reporter: Reporter = SILENT) -> Session:
+        """Load the base model of an adapter, and the adapter over it.
+
+        Raises:
+            IVONError: as `load_model` and `load_tokenizer` do, or the base model does not fit the adapter.
+        """
+        loading = loading.of(held.config, _folder_of(held))
+        reporter.begin("loading the base model")
+        return cls(load_model(_folder_of(held), loading, classify=_is_classifier(held)), held)
+
+    @property
+    def classes(self) -> int:
+        """The number of classes of a prediction: labels of the head, or tokens."""
+        return len(self.labels) if self.classify else self.model.config.get_text_config().vocab_size
+
+    def encode(self, examples: Sequence[Example], task: str, choices: Sequence[str] = ()) -> list[EncodedExample]:
+        """Tokenise examples for a task ("choice", "generate" or "classify"): see `data.encode.encode`."""
+        items = encode(
+            self.tokenizer,
+            examples,
+            task,
+            choices=choices,
+            label2id=self._label2id,
+            max_length=self.max_length,
+        )
+        return self._checked(items, examples)
+
+    def encode_for_training(self, examples: Sequence[Example]) -> list[EncodedExample]:
+        """Tokenise examples as training reads them: all turns of the assistant, or the label of a classifier."""
+        if self.classify:
+            return self.encode(examples, "classify")
+        return self._checked(encode_turns(self.tokenizer, examples, self.max_length), examples)
+
+    def _checked(self, items: list[EncodedExample], examples: Sequence[Example]) -> list[EncodedExample]:
+        tokens = self.model.get_input_embeddings().weight.shape[0]
+        for item, example in zip(items, examples, strict=True):
+            check_tokens(item.ids, tokens, example.source)
+        return items
+
+
+def _folder_of(held: AdapterLike) -> Path:
+    assert held.folder is not None, "it was read from a folder"
+    return held.folder
+
+
+def _is_classifier(held: AdapterLike) -> bool:
+    return bool(held.config.get("task_type") == "SEQ_CLS")
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -30,35 +164,18 @@ def pick_device(device: str = "auto") -> torch.device:
             torch.empty(0, device=chosen)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise IVONError(f"{parameter('device')} {device}: not usable here ({reason}); use auto or cpu") from None
+            raise IVONError(f"{param_ref('device')} {device}: not usable here ({reason}); use auto or cpu") from None
         return chosen
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def load_model(
-    adapter: str | Path,
-    *,
-    base_model: str | None = None,
-    classify: bool = False,
-    load_in: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> PeftModel:
-    """Load an adapter folder over its base model, in evaluation mode.
-
-    Args:
-        adapter: a PEFT folder with safetensors.
-        base_model: folder or Hub id; the one that the adapter's config names by default.
-        classify: load a sequence-classification head instead of a language-model head.
-        load_in: "8bit" or "4bit" (nf4) quantizes the base model with bitsandbytes.
-        dtype: of the base model, one of DTYPES; "auto" is float32 on a CPU and what the checkpoint has elsewhere.
+def load_model(adapter: str | Path, loading: Loading = Loading(), *, classify: bool = False) -> PeftModel:
+    """Load an adapter folder over its base model, in evaluation mode; `classify`: with a classification head.
 
     Raises:
-        IVONError: an unknown dtype or device, or a base model that is not named, cannot be loaded or does not fit.
+        IVONError: an unknown device, or a base model that is not named, cannot be loaded or does not fit.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise IVONError(f"{parameter('dtype')} {dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
-    name = find_base_model(read_json(Path(adapter) / CONFIG_FILE), Path(adapter), base_model)
+    name = find_base_model(read_json(Path(adapter) / CONFIG_FILE), Path(adapter), loading.base_model)
     import torch
 
     _import_bitsandbytes()
@@ -70,15 +187,15 @@ def load_model(
     except Exception as error:  # a wrong value in the configuration can make PEFT raise anything
         raise IVONError(f"{adapter}: PEFT cannot read adapter_config.json ({_reason(error)})") from None
     _check_ranks(Path(adapter), config)
-    place = pick_device(device)
+    place, dtype = pick_device(loading.device), loading.dtype
     # Without trust_remote_code=False transformers asks on the terminal whether to run a model's own code.
     options: dict[str, Any] = {"device_map": {"": place}, "trust_remote_code": False}
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
-    if load_in == "8bit":
+    if loading.load_in == "8bit":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    elif load_in == "4bit":
+    elif loading.load_in == "4bit":
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     auto = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
     try:
@@ -87,7 +204,7 @@ def load_model(
         base = auto.from_pretrained(name, **options)
     except Exception as error:  # as many kinds as there are models
         raise IVONError(
-            f"the base model {name} cannot be loaded ({_reason(error)}); name another with {parameter('base_model')}"
+            f"the base model {name} cannot be loaded ({_reason(error)}); name another with {param_ref('base_model')}"
         ) from None
     _resize_embeddings(base, Path(adapter))
     try:
@@ -98,7 +215,7 @@ def load_model(
     except Exception as error:  # a wrong value in the configuration can make PEFT raise anything
         raise IVONError(
             f"the base model {name} does not fit the adapter {adapter} ({_reason(error)}); "
-            f"name the one that it was trained on with {parameter('base_model')}"
+            f"name the one that it was trained on with {param_ref('base_model')}"
         ) from None
     return model.eval()
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..noise import mixed, random_bits
+from ..noise import random_bits, splitmix64
 from .kernels.base import Chunk, Constants, Kernels, Terms, Verdict, to_device
 from .threads import in_parallel
 
@@ -172,7 +172,7 @@ class Buffers:
         bits = random_bits(seed)
 
         def draw(chunk: Chunk) -> Tensor:
-            noise = self.kernels.noise(chunk, mixed(bits, chunk.streams[:, :1], chunk.streams[:, 1:]))
+            noise = self.kernels.noise(chunk, splitmix64(bits, chunk.streams[:, :1], chunk.streams[:, 1:]))
             return self.kernels.draw(chunk, noise, ess)
 
         self.drawn = [i for i, param in enumerate(self.params) if param.requires_grad and param.numel()]

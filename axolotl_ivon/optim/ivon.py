@@ -420,7 +420,7 @@ class IVONLoRA(Optimizer):
         group = self._group_of(param)
         return _sigma(self._state_of(param)["precision"], group["ess"])
 
-    def sigma_to_go_on_from(self, param: Tensor) -> Tensor:
+    def sigma_for_next_prior(self, param: Tensor) -> Tensor:
         """Return the σ that is saved of a parameter: float32, the parameter's shape, finite and positive.
 
         It is `sigma`, but for a prior of every weight's own with κ > 1. That κ makes up for what a Gaussian without

@@ -62,7 +62,7 @@ def trade_off(result: Sweep) -> Figure | str:
     chosen = result.recommended
     axes.scatter(
         *_coordinates([chosen]), marker="*", s=220, color=GREEN, edgecolor="black", linewidth=0.6, zorder=4,
-        label=f"recommended by {result.objective}: {chosen.told()}",
+        label=f"recommended by {result.objective}: {chosen.describe()}",
     )  # fmt: skip
     axes.errorbar(
         *_coordinates([chosen]), xerr=errors[:1], yerr=errors[1:], color=GREEN, linewidth=1, capsize=3, zorder=3.5,

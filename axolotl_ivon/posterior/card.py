@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..errors import IVONError, one_line, parameter, printable
+from ..errors import IVONError, one_line, param_ref, printable
 from ..storage.atomic import new_file, output_folder
 from ..storage.format import CONFIG_FILE, MEAN_FILE, SIGMA_FILE, read_json
 from ..storage.tensorfile import TensorFile
@@ -351,11 +351,11 @@ def read_of_adapter(path: Path, name: str, key: str, whence: str, metadata: Mapp
     Raises:
         IVONError: it cannot be read, is no such file, or is another adapter's.
     """
-    told = f"{parameter(name)} {path}"
+    told = f"{param_ref(name)} {path}"
     try:
         facts = read_json(path)
     except IVONError as error:
-        raise IVONError(f"{parameter(name)} cannot be read: {error}; {whence} writes it") from None
+        raise IVONError(f"{param_ref(name)} cannot be read: {error}; {whence} writes it") from None
     if key not in facts:
         raise IVONError(f"{told}: it has no `{key}`; {whence} writes it")
     own = facts.get("mean_sha256")
@@ -372,13 +372,13 @@ def _rows(path: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = facts["rows"]
     fine = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
     if not fine or not all({"name", "data", "accuracy"} <= row.keys() for row in rows):
-        raise IVONError(f"{parameter('results')} {path}: its `rows` are not those of `ivon-post eval --json`")
+        raise IVONError(f"{param_ref('results')} {path}: its `rows` are not those of `ivon-post eval --json`")
     return rows
 
 
 def _dataset_ids(rows: Sequence[Mapping[str, Any]], datasets: Sequence[str]) -> dict[str, str]:
     files = list(dict.fromkeys(str(row["data"]) for row in rows))
-    named = parameter("datasets")
+    named = param_ref("datasets")
     if datasets and len(datasets) != len(files):
         raise IVONError(
             f"{named}: {len(datasets)} for {len(files)} data files ({', '.join(files)}); give one for each, in order"

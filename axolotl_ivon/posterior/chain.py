@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from .adapter import UNPRUNED, Adapter, mean_sha256, modules
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Link(NamedTuple):
     Attributes:
         sha256: the fingerprint of its mean.
         strength: by what its precision, as it was trained, counts in the posterior after it: κ, at most 1
-            (`IVONLoRA.sigma_to_go_on_from`), and τ where it was tempered.
+            (`IVONLoRA.sigma_for_next_prior`), and τ where it was tempered.
         train_size: N of its own data; None where its header does not say.
         name: the folder or Hub id that it was read from.
     """
@@ -148,12 +148,12 @@ def check_prior(name: str, config: Mapping[str, Any], adapter: Adapter | None = 
         IVONError: there is no such adapter, it has no σ, it was pruned, its τ is infinite, or it has another rank,
             scaling or base model.
     """
-    named = f"{parameter('prior')}: {name}"
+    named = f"{param_ref('prior')}: {name}"
     try:
         held = adapter or Adapter(name)
     except IVONError as error:
         raise IVONError(
-            f"{parameter('prior')}: {name!r} is refused, it must be 'empirical', a number, or the folder or Hub id of "
+            f"{param_ref('prior')}: {name!r} is refused, it must be 'empirical', a number, or the folder or Hub id of "
             f"an adapter with σ ({error})"
         ) from error
     if held.sigma is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..storage.dtypes import NUMPY
 from .adapter import UNPRUNED
 from .chain import CHAIN_SIZE, FACTS, MEANING, Factor, factors, links
@@ -86,17 +86,17 @@ def shares(count: int, method: str = "precision", weights: Sequence[float] | Non
         IVONError: fewer than two, an unknown method, or weights that do not fit: worth asking before reading.
     """
     if method not in METHODS:
-        raise IVONError(f"{parameter('method')} {method!r} is unknown; choose one of {', '.join(METHODS)}")
+        raise IVONError(f"{param_ref('method')} {method!r} is unknown; choose one of {', '.join(METHODS)}")
     if count < 2:
         raise IVONError(f"{count} posterior cannot be combined; give at least 2")
     equal = 1.0 if method == "precision" else 1 / count
     share = [equal] * count if weights is None else [float(weight) for weight in weights]
     if len(share) != count or not all(map(math.isfinite, share)):
         raise IVONError(
-            f"{parameter('weights')} {share} do not fit {count} posteriors; give one finite number for each"
+            f"{param_ref('weights')} {share} do not fit {count} posteriors; give one finite number for each"
         )
     if method == "precision" and (min(share) < 0 or not any(share)):
-        raise IVONError(f"{parameter('weights')} {share}: those of precisions are 0 or more, and not all 0")
+        raise IVONError(f"{param_ref('weights')} {share}: those of precisions are 0 or more, and not all 0")
     return share
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import IVONError, parameter, printable
+from ..errors import IVONError, param_ref, printable
 from ..noise import normals
 from ..storage.atomic import check_space, new_folder
 from ..storage.dtypes import NUMPY
@@ -242,7 +242,7 @@ class Posterior:
             with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
                 cooled = raw / math.sqrt(tau)
             if tau < 1 and raw.size and not np.isfinite(cooled.max()):
-                raise IVONError(f"{parameter('tau')} {tau} makes σ of {key} infinite; choose a larger one")
+                raise IVONError(f"{param_ref('tau')} {tau} makes σ of {key} infinite; choose a larger one")
             return cooled
 
         return replace(
@@ -390,7 +390,7 @@ class Posterior:
 def check_tau(tau: float) -> None:
     """Raise IVONError unless τ is > 0: worth asking before reading."""
     if not tau > 0:
-        raise IVONError(f"{parameter('tau')} {tau} is not > 0; 1 is the posterior itself, inf the mean")
+        raise IVONError(f"{param_ref('tau')} {tau} is not > 0; 1 is the posterior itself, inf the mean")
 
 
 def open_posterior(adapter: str | Path, mean_only: bool = False) -> Posterior:
@@ -405,7 +405,7 @@ def open_posterior(adapter: str | Path, mean_only: bool = False) -> Posterior:
     if not mean_only:
         raise IVONError(
             f"{adapter} has no {SIGMA_FILE}, so there are no draws and no pruning; evaluate it with "
-            f"{parameter('rows')} base,mean, or give it a σ with `ivon-post fit`"
+            f"{param_ref('rows')} base,mean, or give it a σ with `ivon-post fit`"
         )
     specs = {key: ("F32", shape) for key, (_, shape) in held.mean.specs.items()}
     zeros = Tensors(specs, lambda key: np.zeros(specs[key][1], np.float32))

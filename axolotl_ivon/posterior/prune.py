@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..hookspecs import Criterion
 from ..noise import generator
 from ..plugins import plugin_manager
@@ -65,12 +65,12 @@ def criteria() -> dict[str, Criterion]:
 def check_pruning(ratio: float, criterion: str = "snr", scope: str = SCOPES[0]) -> None:
     """Raise IVONError for a ratio outside [0, 1], or an unknown criterion or scope: worth asking before reading."""
     if not 0 <= ratio <= 1:
-        raise IVONError(f"{parameter('ratio')} {ratio} is outside [0, 1]; 0.1 prunes a tenth of the weights")
+        raise IVONError(f"{param_ref('ratio')} {ratio} is outside [0, 1]; 0.1 prunes a tenth of the weights")
     known = criteria()
     if criterion not in known:
-        raise IVONError(f"{parameter('criterion')} {criterion!r} is unknown; choose one of {', '.join(known)}")
+        raise IVONError(f"{param_ref('criterion')} {criterion!r} is unknown; choose one of {', '.join(known)}")
     if scope not in SCOPES:
-        raise IVONError(f"{parameter('scope')} {scope!r} is unknown; choose one of {', '.join(SCOPES)}")
+        raise IVONError(f"{param_ref('scope')} {scope!r} is unknown; choose one of {', '.join(SCOPES)}")
 
 
 def pruning_masks(

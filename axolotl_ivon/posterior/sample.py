@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..storage.atomic import check_space, in_bytes, new_folder
 from ..storage.dtypes import CHOICES, SAFETENSORS
 from ..storage.format import CONFIG_FILE, ENSEMBLE_FILE, MEAN_FILE, moved_config, write_json
@@ -19,7 +19,7 @@ def check_members(members: int, dtype: str | None = None) -> None:
     if members < 1:
         raise IVONError(f"{members} members make no ensemble; ask for at least 1")
     if dtype is not None and dtype not in CHOICES:
-        raise IVONError(f"{parameter('dtype')} {dtype!r} is unknown; choose one of {', '.join(CHOICES)}")
+        raise IVONError(f"{param_ref('dtype')} {dtype!r} is unknown; choose one of {', '.join(CHOICES)}")
 
 
 def ensemble_bytes(posterior: Posterior, members: int, dtype: str | None = None, include_mean: bool = False) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..data.chats import read_lines
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..posterior.card import read_of_adapter
 
 
@@ -63,14 +63,14 @@ def read(
     lines: list[Mapping[str, Any]] = []
     if results is not None:
         document = read_of_adapter(results, "results", "rows", "`ivon-post eval --json`", metadata)
-        _check_rows(document, f"{parameter('results')} {results}")
+        _check_rows(document, f"{param_ref('results')} {results}")
         if examples is None and document.get("output"):
             named = Path(str(document["output"]))
             examples = next((path for path in (named, results.parent / named.name) if path.is_file()), None)
         if examples is not None:
             lines = _read_examples(examples, document)
     elif examples is not None:
-        raise IVONError(f"{parameter('examples')} {examples}: give the {parameter('results')} that belong to it too")
+        raise IVONError(f"{param_ref('examples')} {examples}: give the {param_ref('results')} that belong to it too")
     sweep: Mapping[str, Any] = {}
     if recommended is not None:
         sweep = read_of_adapter(recommended, "recommended", "tau", "`ivon-post sweep`", metadata)
@@ -87,13 +87,13 @@ def _check_rows(document: Mapping[str, Any], told: str) -> None:
 
 def _read_examples(path: Path, document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Read the examples of an evaluation, and see that they are of this one."""
-    told = f"{parameter('examples')} {path}"
+    told = f"{param_ref('examples')} {path}"
     lines: list[Mapping[str, Any]] = []
     for source, line in read_lines(path, "examples"):
         rows = line.get("rows")
         fine = isinstance(rows, dict) and isinstance(line.get("data"), str)
         if not fine or not all(_is_row(row) for row in rows.values()):  # type: ignore[union-attr]
-            raise IVONError(f"{source}: it is no line of what `ivon-post eval` writes with {parameter('output')}")
+            raise IVONError(f"{source}: it is no line of what `ivon-post eval` writes with {param_ref('output')}")
         lines.append(line)
     measured = Measured(document, lines)
     named = {name for line in lines for name in line["rows"]}
@@ -106,7 +106,7 @@ def _read_examples(path: Path, document: Mapping[str, Any]) -> list[Mapping[str,
         if len(right) != row["examples"] or (one_each and accuracy is not None and abs(right.mean() - accuracy) > 1e-6):
             raise IVONError(
                 f"{told} is of another evaluation: it does not agree with {row['name']} on {row['data']}; "
-                f"evaluate once with both {parameter('output')} and JSON"
+                f"evaluate once with both {param_ref('output')} and JSON"
             )
     return lines
 
@@ -121,12 +121,12 @@ def _is_row(row: Any) -> bool:
 
 def check_output(path: Path, overwrite: bool = False) -> None:
     """Raise IVONError if `page.save` would not write `path`: worth asking before the evaluation."""
-    named = f"{parameter('output')} {path}"
+    named = f"{param_ref('output')} {path}"
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else "there is no such folder"
         raise IVONError(f"{named}: {what}; give a file in a folder that exists")
     if path.exists() and not overwrite:
-        raise IVONError(f"{named} exists; choose another name, or overwrite it with {parameter('overwrite')}")
+        raise IVONError(f"{named} exists; choose another name, or overwrite it with {param_ref('overwrite')}")
 
 
 def measure(
@@ -158,7 +158,7 @@ def measure(
         IVONError: as `Evaluation` does.
     """
     from ..decisions.abstention import with_answered
-    from ..evaluation.evaluate import Evaluation, Row, calibrated_rows, choose_rows, count_passes, summarize
+    from ..evaluation.evaluate import Evaluation, Variant, calibrated_rows, choose_rows, count_passes, summarize
     from ..evaluation.examples import describe
     from ..evaluation.ood import detect
     from ..metrics.verdict import verdicts
@@ -172,7 +172,7 @@ def measure(
     rows, samples = choose_rows(names, tau, ratio), run["samples"]
     temperature, threshold = _number("temperature", recommended.get("temperature", 1.0)), threshold_of(recommended)
     if temperature != 1 or threshold is not None:
-        rows.append(Row("recommended", tau, ratio, temperature=temperature))
+        rows.append(Variant("recommended", tau, ratio, temperature=temperature))
     loading["begin"] = lambda doing: begin(doing, 0)
     evaluation = Evaluation(adapter, data, rows=rows, ood=ood, calibrate=calibrate, **loading)
     rows = evaluation.meaningful(rows, notify)
@@ -213,4 +213,4 @@ def _number(name: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise IVONError(f"{parameter('recommended')}: {name} is {value!r}, which is no number") from None
+        raise IVONError(f"{param_ref('recommended')}: {name} is {value!r}, which is no number") from None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 
 if TYPE_CHECKING:
     from .backend import Backend, Limits
@@ -38,10 +38,10 @@ class Address:
         from .api.http import is_loopback
 
         if self.api_key == "":
-            raise IVONError(f"{parameter('api_key')} '': an empty key keeps nobody out; leave it out or choose one")
+            raise IVONError(f"{param_ref('api_key')} '': an empty key keeps nobody out; leave it out or choose one")
         if self.api_key is None and not is_loopback(self.host):
             raise IVONError(
-                f"{parameter('host')} {self.host}: others can reach it; set a key with {parameter('api_key')} or "
+                f"{param_ref('host')} {self.host}: others can reach it; set a key with {param_ref('api_key')} or "
                 f"{KEY_VARIABLE}, or stay with 127.0.0.1"
             )
 
@@ -56,7 +56,7 @@ def check_packages() -> None:
 def check_name(name: str) -> str:
     """Return a name that a model can be served under; raise IVONError if it cannot."""
     if not name or ":" in name or not name.isprintable():
-        raise IVONError(f"{parameter('name')} {name!r}: a model's name is not empty and has no ':' in it")
+        raise IVONError(f"{param_ref('name')} {name!r}: a model's name is not empty and has no ':' in it")
     return name
 
 
@@ -92,7 +92,7 @@ def local_backend(
         IVONError: the adapter or the base model is not what it must be.
     """
     from ..data.chats import Chat
-    from ..models.session import load_model, load_tokenizer
+    from ..models.session import Loading, load_model, load_tokenizer
     from ..posterior.posterior import Posterior
     from ..storage.format import find_base_model
     from .backend import Local
@@ -108,7 +108,7 @@ def local_backend(
     from .local.engine import Engine, out_of_memory
 
     tokenizer = load_tokenizer(folder, base)
-    model = load_model(folder, base_model=base, load_in=load_in, device=device, dtype=dtype)
+    model = load_model(folder, Loading(base, load_in, device, dtype))
     begin(f"drawing {samples} members", 0)
     engine = Engine(
         model,
@@ -162,7 +162,7 @@ def upstream_backend(
     from ..generation.endpoint import EndpointEngine
     from ..generation.ensemble import Ensemble
     from ..generation.plan import Plan
-    from ..generation.utilities import UTILITIES, Answers
+    from ..generation.utilities import UTILITIES, AnswerExtractor
     from .proxy.mixture import by_risk
     from .proxy.upstream import Upstreams
 
@@ -171,7 +171,7 @@ def upstream_backend(
     name = check_name(name if name is not None else Path(ensemble).resolve().name)
     choose: Choose | None = None
     if combine == "mbr":
-        answers = Answers(answer_regex)
+        answers = AnswerExtractor(answer_regex)
         choose = functools.partial(
             by_risk, utility=UTILITIES[utility](answers), answers=answers, temperature=temperature, threshold=threshold
         )

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..errors import IVONError, one_line, parameter
+from ..errors import IVONError, one_line, param_ref
 from .format import CONFIG_FILE, ENSEMBLE_FILE, MEAN_FILE, NEXT_SIGMA_FILE, SIGMA_FILE
 
 # A folder with one of these was written by this project, PEFT or transformers, and may be overwritten.
@@ -71,7 +71,7 @@ def check_target(target: Path, overwrite: bool = False, inputs: Iterable[Path] =
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise IVONError(f"{target} exists; choose another name, or overwrite it with {parameter('overwrite')}")
+        raise IVONError(f"{target} exists; choose another name, or overwrite it with {param_ref('overwrite')}")
     if not target.is_dir():
         raise IVONError(f"{target} is not a folder; choose another name")
     if any(target.iterdir()) and not any((target / name).is_file() for name in _MARKERS):
@@ -186,7 +186,7 @@ def output_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise IVONError(
-            f"{folder} cannot be written ({error.strerror}); choose another {parameter('output')}"
+            f"{folder} cannot be written ({error.strerror}); choose another {param_ref('output')}"
         ) from None
 
 

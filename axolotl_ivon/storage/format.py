@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import IVONError, one_line, parameter
+from ..errors import IVONError, one_line, param_ref
 
 CONFIG_FILE = "adapter_config.json"
 MEAN_FILE = "adapter_model.safetensors"
@@ -78,7 +78,7 @@ def find_base_model(config: Mapping[str, Any], adapter: Path, base_model: str | 
         IVONError: no base model is named, or there is none of that name; the message says where it was looked for.
     """
     name = base_model or config.get("base_model_name_or_path")
-    fix = parameter("base_model")
+    fix = param_ref("base_model")
     if not name or not isinstance(name, str):
         raise IVONError(f"{adapter}: {CONFIG_FILE} names no base model; name it with {fix}")
     if found := base_model_folder(name, None if base_model else adapter):

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..optim.ivon import IVONLoRA
 from ..posterior.chain import facts_of
 from ..posterior.posterior import Posterior
@@ -91,14 +91,14 @@ def attach(
             f"the model is a {type(model).__name__} without a LoRA adapter: wrap it with peft.get_peft_model"
         )
     if preset not in PRESETS:
-        raise IVONError(f"{parameter('preset')}: {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+        raise IVONError(f"{param_ref('preset')}: {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     chosen, params = PRESETS[preset], trained_parameters(model)
     if gamma is not None:
         chosen = chosen._replace(gamma=gamma)
     facts = {"preset": preset, "gamma": "", "train_size": "" if train_size is None else str(train_size)}
     of_prior = isinstance(prior, Posterior)
     if of_prior and h0 is not None:
-        raise IVONError(f"{parameter('h0')}: {h0:g} has no effect with a posterior as prior, whose σ it begins with")
+        raise IVONError(f"{param_ref('h0')}: {h0:g} has no effect with a posterior as prior, whose σ it begins with")
     try:
         # ZeRO-3 leaves an empty tensor where it has partitioned one.
         shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in params.items()}
@@ -108,7 +108,7 @@ def attach(
         weights = sum(map(math.prod, shapes.values()))
         fan_ins = [shape[-1] for name, shape in shapes.items() if ".lora_A." in name]
 
-        def of_length(steps: int, epochs: float) -> dict[str, Any]:
+        def settings_for_run(steps: int, epochs: float) -> dict[str, Any]:
             long = chosen.ess(train_size or 0, weights, epochs) if ess is None else ess
             return {
                 "ess": long,
@@ -118,7 +118,7 @@ def attach(
 
         settings: dict[str, Any] = {
             "lr": trainer.args.learning_rate,
-            **of_length(1, 0.0),
+            **settings_for_run(1, 0.0),
             "clip": chosen.clip if clip is None else clip,
             "prior": DEFAULTS.prior if isinstance(prior, Posterior) else prior,
             "prior_strength": prior_strength,
@@ -134,22 +134,22 @@ def attach(
     except ValueError as error:
         name, must, rest = str(error).partition(" must ")
         name = {"n": "train_size", "lr": "learning_rate"}.get(name, name)
-        raise IVONError(f"{parameter(name)}{must}{rest}" if must else str(error)) from error
+        raise IVONError(f"{param_ref(name)}{must}{rest}" if must else str(error)) from error
     if isinstance(prior, Posterior):
         if rescale_lr:
-            raise IVONError(f"{parameter('rescale_lr')}: True does not go with a posterior as prior; remove it")
+            raise IVONError(f"{param_ref('rescale_lr')}: True does not go with a posterior as prior; remove it")
         settings["prior"] = gaussian_prior(model, shapes, prior)
         facts |= facts_of(prior, settings["prior_strength"], facts["train_size"])
     if eval_samples < 0:
         raise IVONError(
-            f"{parameter('eval_samples')}: {eval_samples} is negative; give the number of draws, or 0 for none"
+            f"{param_ref('eval_samples')}: {eval_samples} is negative; give the number of draws, or 0 for none"
         )
     if draws not in ("shared", "per_rank"):
-        raise IVONError(f"{parameter('draws')}: {draws!r} is neither 'shared' nor 'per_rank'")
+        raise IVONError(f"{param_ref('draws')}: {draws!r} is neither 'shared' nor 'per_rank'")
     if trainer.args.weight_decay:
         raise IVONError(
             f"weight_decay: {trainer.args.weight_decay:g} has no effect with IVON-LoRA, whose prior takes its place: "
-            f"set it to 0, or {parameter('prior')} to a number"
+            f"set it to 0, or {param_ref('prior')} to a number"
         )
     if trainer.optimizer is not None:
         raise IVONError("the Trainer already has an optimizer: call attach() before train(), without optimizers=")
@@ -168,7 +168,7 @@ def attach(
         facts["learning_rate"] = f"{trainer.args.learning_rate:g}"
         settings["lr"] = trainer.args.learning_rate = trainer.args.learning_rate / settings["clip"]
     per_rank = draws == "per_rank" and trainer.args.world_size > 1
-    run = PosteriorTraining(trainer, model, params, settings, facts, eval_samples, per_rank, travel, of_length)
+    run = PosteriorTraining(trainer, model, params, settings, facts, eval_samples, per_rank, travel, settings_for_run)
     remove_unfinished(trainer)
     average_in_every_backward_pass(trainer)
     save_sigma_beside_the_mean(run)
@@ -194,7 +194,7 @@ def _train_size(trainer: Trainer) -> int:
         return len(trainer.train_dataset)  # type: ignore[arg-type]
     except TypeError as error:
         raise IVONError(
-            f"the training data has no length, so λ is unknown: give {parameter('ess')} (or train_size, in Python)"
+            f"the training data has no length, so λ is unknown: give {param_ref('ess')} (or train_size, in Python)"
         ) from error
 
 
@@ -212,7 +212,7 @@ def _check_that_all_is_saved(model: PeftModel, names: list[str]) -> None:
 
 
 def _check_that_a_rate_can_be_chosen(trainer: Trainer, preset: str, clip: float) -> None:
-    chooses = f"{parameter('preset')} {preset} sets the learning rate"
+    chooses = f"{param_ref('preset')} {preset} sets the learning rate"
     in_deepspeed = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.deepspeed_config
     if in_deepspeed and "scheduler" in in_deepspeed:
         raise IVONError(f"{chooses}: remove the scheduler from the DeepSpeed config")
@@ -220,5 +220,5 @@ def _check_that_a_rate_can_be_chosen(trainer: Trainer, preset: str, clip: float)
         raise IVONError(f"{chooses}: give the Trainer no scheduler of your own")
     if not math.isfinite(clip):
         raise IVONError(
-            f"{parameter('clip')}: {clip} has no learning rate that bounds the travel of preset {preset}; give a number"
+            f"{param_ref('clip')}: {clip} has no learning rate that bounds the travel of preset {preset}; give a number"
         )

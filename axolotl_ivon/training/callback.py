@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..inspect.diagnosis import begins_at_zero, findings
 from ..optim.ivon import Skipped
 from ..posterior.chain import PRIOR_SHA256
@@ -41,7 +41,7 @@ class PosteriorTraining(TrainerCallback):
         eval_samples: draws that every evaluation averages over.
         per_rank: whether each process has draws of its own.
         travel: how far a weight can get in the run, where the learning rate is chosen for that.
-        of_length: gives the settings that hang on the length of the run, for so many steps and epochs.
+        settings_for_run: gives the settings that hang on the length of the run, for so many steps and epochs.
         optimizer: None until the Trainer makes it.
         adapter: the trained weights in each process, under DeepSpeed and FSDP2.
         begun: whether training has begun. Before that, the optimizer may lack the state that it resumes from.
@@ -64,7 +64,7 @@ class PosteriorTraining(TrainerCallback):
     eval_samples: int
     per_rank: bool
     travel: float | None
-    of_length: Callable[[int, float], dict[str, Any]]
+    settings_for_run: Callable[[int, float], dict[str, Any]]
     optimizer: Any = None
     adapter: ReplicatedAdapter | None = None
     begun: bool = False
@@ -89,7 +89,7 @@ class PosteriorTraining(TrainerCallback):
         epochs = args.num_train_epochs
         if args.max_steps > 0:  # packed batches count as if they were not
             epochs = steps * self.trainer.get_total_train_batch_size(args) / size if size else 0.0
-        found = self.of_length(steps, epochs)
+        found = self.settings_for_run(steps, epochs)
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
             group.update({name: value for name, value in found.items() if group.get(name) == self.settings[name]})
         self.settings |= found
@@ -103,7 +103,7 @@ class PosteriorTraining(TrainerCallback):
         if self.facts.get(PRIOR_SHA256) != facts.get(PRIOR_SHA256):
             own, other = (f"from {x['prior']}" if PRIOR_SHA256 in x else "from none" for x in (self.facts, facts))
             raise IVONError(
-                f"{parameter('prior')}: {checkpoint} goes on {other} and this run {own}; resume with the same, or "
+                f"{param_ref('prior')}: {checkpoint} goes on {other} and this run {own}; resume with the same, or "
                 "begin a new run in another folder"
             )
         self.resumed = facts

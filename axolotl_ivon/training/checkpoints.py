@@ -110,7 +110,7 @@ def save_with_sigma(
 
 def sigma_of(optimizer: Any, param: torch.Tensor) -> torch.Tensor:
     """Return the σ of a parameter that is saved."""
-    return getattr(optimizer, "sigma_to_go_on_from", optimizer.sigma)(param)
+    return getattr(optimizer, "sigma_for_next_prior", optimizer.sigma)(param)
 
 
 def tell_in_card(folder: Path) -> None:

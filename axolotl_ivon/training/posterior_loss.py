@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..optim.ivon import IVONLoRA
 
 
@@ -49,12 +49,12 @@ def _label_log_probabilities(trainer: Trainer, batch: Any) -> Tensor:
     inputs = trainer._prepare_inputs(batch)
     labels = inputs.pop("labels", None)
     if labels is None:
-        raise IVONError(f"{parameter('eval_samples')} needs data with `labels`; set it to 0")
+        raise IVONError(f"{param_ref('eval_samples')} needs data with `labels`; set it to 0")
     model: Any = trainer.model
     with trainer.compute_loss_context_manager():
         logits = model(**inputs).logits
     if logits.shape[: labels.dim()] != labels.shape:
-        raise IVONError(f"{parameter('eval_samples')} needs `labels` that fit the model's logits; set it to 0")
+        raise IVONError(f"{param_ref('eval_samples')} needs `labels` that fit the model's logits; set it to 0")
     if labels.dim() == 2:  # a causal LM predicts the next token
         labels, logits = labels[:, 1:], logits[:, :-1]
     chosen = labels != -100

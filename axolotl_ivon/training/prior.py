@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 from ..posterior.chain import check_prior, check_width, kinds
 from ..posterior.posterior import Posterior
 
@@ -42,7 +42,7 @@ def gaussian_prior(
         IVONError: it is of another base model, has another rank, scaling or other targets, or no width; the message
             says which.
     """
-    named = f"{parameter('prior')}: {prior.folder or 'the posterior'}"
+    named = f"{param_ref('prior')}: {prior.folder or 'the posterior'}"
     [config, *others] = (config.to_dict() for config in model.peft_config.values())
     if others:
         raise IVONError(f"{named} is for one adapter, and the model has {len(others) + 1}: load one")

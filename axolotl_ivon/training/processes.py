@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import Trainer
 
-from ..errors import IVONError, parameter
+from ..errors import IVONError, param_ref
 
 
 def is_sharded(trainer: Trainer) -> bool:
@@ -69,5 +69,5 @@ def check_sharding(trainer: Trainer) -> None:
     if trainer.args.max_grad_norm:
         raise IVONError(
             f"max_grad_norm: {trainer.args.max_grad_norm:g} has no effect on the adapter under DeepSpeed or FSDP; "
-            f"remove it: {parameter('clip')} bounds the step"
+            f"remove it: {param_ref('clip')} bounds the step"
         )

@@ -12,7 +12,7 @@ from command_line import Cli
 from tiny import write_chats
 
 import axolotl_ivon
-from axolotl_ivon.errors import IVONError, parameter
+from axolotl_ivon.errors import IVONError, param_ref
 from ivon_post import _option, cli
 from ivon_post._options import BatchSize, Numbers
 
@@ -37,7 +37,7 @@ def test_every_parameter_is_an_option_of_some_command(name: str) -> None:
 
 
 def told(command: str, message: str) -> str:
-    return IVONError(message).told(lambda name: _option(cli.get_command(CONTEXT, command), name))
+    return IVONError(message).describe(lambda name: _option(cli.get_command(CONTEXT, command), name))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def told(command: str, message: str) -> str:
     ],
 )
 def test_how_a_parameter_is_shown(command: str, name: str, shown: str) -> None:
-    assert told(command, f"{parameter(name)} x: wrong") == f"{shown} x: wrong"
+    assert told(command, f"{param_ref(name)} x: wrong") == f"{shown} x: wrong"
 
 
 @pytest.fixture(scope="module")

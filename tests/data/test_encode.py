@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.chats import Example, read_chats
-from axolotl_ivon.data.encode import Item, check_tokens, encode, encode_turns, render
+from axolotl_ivon.data.encode import EncodedExample, check_tokens, encode, encode_turns, render
 
 
 def example(answer: str, question: str = "red sun") -> Example:
@@ -108,7 +108,7 @@ def test_prompts_are_what_the_template_puts_before_an_answer(tmp_path: Path, tin
     assert "moon" not in closed.text
 
 
-def labels(item: Item) -> list[int]:
+def labels(item: EncodedExample) -> list[int]:
     found = [-100] * (len(item.ids) + 1)
     for position, target in zip(item.positions, item.targets, strict=True):
         found[position + 1] = target

@@ -144,7 +144,7 @@ def test_what_is_needed_is_told_and_is_enough() -> None:
     assert few.needed is not None
     assert least_answers(0.05, 0.9) == 45 <= few.needed
     assert few.document()["coverage"] is None
-    assert f"about {2 * few.needed} would, {few.needed} of them for this test" in few.told(share=0.5)
+    assert f"about {2 * few.needed} would, {few.needed} of them for this test" in few.describe(share=0.5)
     assert np.mean([split(few.needed).threshold is not None for _ in range(40)]) > 0.6
 
 
@@ -166,7 +166,7 @@ def test_no_number_is_enough_where_the_surest_are_wrong_too_often() -> None:
     correct = np.tile([1.0, 0.0], 100)
     found = find_threshold(scores, correct, scores, correct, risk=0.05)
     assert (found.threshold, found.needed) == (None, None)
-    assert "even the surest answers are wrong too often" in found.told()
+    assert "even the surest answers are wrong too often" in found.describe()
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 5.0, math.nan])

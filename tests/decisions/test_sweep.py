@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny import write_chats
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.data.encode import Item
+from axolotl_ivon.data.encode import EncodedExample
 from axolotl_ivon.decisions.abstention import find_threshold
 from axolotl_ivon.decisions.sweep import (
     OBJECTIVES,
@@ -29,7 +29,7 @@ from axolotl_ivon.decisions.sweep import (
     read_recommended,
     sweep,
 )
-from axolotl_ivon.evaluation.evaluate import Evaluation, Row
+from axolotl_ivon.evaluation.evaluate import Evaluation, Variant
 from axolotl_ivon.metrics.scores import Scores, metrics
 
 TAUS, RATIOS = (0.3, 1.0, math.inf), (0.0, 0.4)
@@ -113,9 +113,9 @@ class Synthetic:
 
     def __init__(self, logits: dict[tuple[float, float], torch.Tensor], target: torch.Tensor) -> None:
         self.logits, self.target = logits, target
-        self.items = [Item([1], [0], [t], (0, 1)) for t in target.tolist()]
+        self.items = [EncodedExample([1], [0], [t], (0, 1)) for t in target.tolist()]
 
-    def run(self, rows: list[Row], **_: object) -> list[Scores]:
+    def run(self, rows: list[Variant], **_: object) -> list[Scores]:
         order = torch.arange(len(self.target)).flip(0)  # a real one sorts by length
         found = []
         for row in rows:

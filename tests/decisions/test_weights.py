@@ -13,7 +13,7 @@ from tiny import write_chats
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.decisions.weights import WeightsPoint, check_files, grid, pareto, save, sweep_weights
-from axolotl_ivon.evaluation.evaluate import Evaluation, Row
+from axolotl_ivon.evaluation.evaluate import Evaluation, Variant
 from axolotl_ivon.metrics.scores import metrics
 
 
@@ -53,7 +53,7 @@ def test_every_product_is_scored_as_it_is_by_itself(
     point = result.points[2]
     alone = Evaluation(folders[0], [files[0]])
     alone.posterior = Posterior.combine(posteriors, weights=point.weights)
-    whole = metrics(alone.run([Row("mean")])[0])
+    whole = metrics(alone.run([Variant("mean")])[0])
     halves = (point.chosen_on[str(files[0])]["nll"] + point.reported_on[str(files[0])]["nll"]) / 2
     assert halves == pytest.approx(whole["nll"], rel=1e-6)
     sums = [sum(values["nll"] for values in one.chosen_on.values()) for one in result.points]

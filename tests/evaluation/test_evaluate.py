@@ -27,8 +27,8 @@ from transformers import (
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_examples
-from axolotl_ivon.data.encode import Item
-from axolotl_ivon.evaluation.evaluate import Evaluation, Row, calibrated_rows, count_passes, evaluate, rows_of
+from axolotl_ivon.data.encode import EncodedExample
+from axolotl_ivon.evaluation.evaluate import Evaluation, Variant, calibrated_rows, count_passes, evaluate, rows_of
 from axolotl_ivon.metrics.scores import Scores, metrics
 from axolotl_ivon.metrics.temperature import TEMPERATURES
 from axolotl_ivon.models.draws import AdapterSlots
@@ -114,7 +114,12 @@ def test_probabilities_are_kept_where_there_are_few(evaluation: Evaluation, scor
 
 
 def test_a_temperature_takes_no_pass_of_its_own(evaluation: Evaluation) -> None:
-    rows = [Row("mean"), Row("hot", temperature=3.0), Row("posterior", tau=0.5), Row("cold", tau=0.5, temperature=0.5)]
+    rows = [
+        Variant("mean"),
+        Variant("hot", temperature=3.0),
+        Variant("posterior", tau=0.5),
+        Variant("cold", tau=0.5, temperature=0.5),
+    ]
     assert count_passes(rows, 3) == 4
     done: list[int] = []
     mean, hot, drawn, cold = evaluation.run(rows, samples=3, seed=5, progress=done.append)
@@ -144,7 +149,7 @@ def test_temperatures_are_fitted_on_the_other_file(adapter: Path, tmp_path: Path
         assert [row.name for row in fitted] == ["mean+temperature", "posterior+temperature"]
         alone = Evaluation(adapter, [valid], task=task)
 
-        def nll(row: Row, factor: float, alone: Evaluation = alone) -> float:
+        def nll(row: Variant, factor: float, alone: Evaluation = alone) -> float:
             [score] = alone.run([replace(row, temperature=row.temperature * factor)], samples=2, seed=5)
             return metrics(score)["nll"]
 
@@ -162,11 +167,11 @@ def test_temperatures_are_fitted_on_what_fits_the_memory(
     evaluation = Evaluation(adapter, [chats], calibrate=valid)
     monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._AVERAGES", 2 * 11)
     told: list[str] = []
-    [few] = evaluation.temperatures([Row("mean")], notify=told.append)
+    [few] = evaluation.temperatures([Variant("mean")], notify=told.append)
     assert "first 11 examples" in told[0]
     first = tmp_path / "first.jsonl"
     first.write_text("".join(valid.read_text().splitlines(keepends=True)[:11]))
-    [same] = Evaluation(adapter, [chats], calibrate=first).temperatures([Row("mean")])
+    [same] = Evaluation(adapter, [chats], calibrate=first).temperatures([Variant("mean")])
     assert few.temperature == pytest.approx(same.temperature, rel=1e-4)
 
 
@@ -189,7 +194,7 @@ def test_other_files_are_other_data_with_the_same_choices(adapter: Path, tmp_pat
 
 def test_the_likelihood_of_answers_is_the_models_own_loss(adapter: Path, chats: Path, tiny_llama: Path) -> None:
     evaluation = Evaluation(adapter, [chats], task="generate")
-    [score] = evaluation.run([Row("mean")])
+    [score] = evaluation.run([Variant("mean")])
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval()
     losses, tokens = 0.0, 0
     for item in evaluation.items:
@@ -225,12 +230,14 @@ def test_the_tokenizers_padding_side_does_not_matter(
 
 
 def test_infinite_tau_is_the_mean_to_the_last_bit(evaluation: Evaluation) -> None:
-    mean, cold, still = evaluation.run([Row("mean"), Row("posterior", tau=math.inf), Row("mean")], samples=7)
+    mean, cold, still = evaluation.run(
+        [Variant("mean"), Variant("posterior", tau=math.inf), Variant("mean")], samples=7
+    )
     assert mean.nll.equal(cold.nll)
     assert mean.nll.equal(still.nll)
     # Draws of no width, really averaged, are the mean too.
     q = evaluation.posterior.temper(math.inf)
-    [drawn] = evaluate(evaluation.model, q, evaluation.items, [Row("posterior", tau=1)], evaluation.task, samples=7)
+    [drawn] = evaluate(evaluation.model, q, evaluation.items, [Variant("posterior", tau=1)], evaluation.task, samples=7)
     for name in ("confidence", "nll", "brier", "entropy", "expected_entropy"):
         assert getattr(drawn, name).equal(getattr(mean, name))
 
@@ -247,7 +254,7 @@ def test_rows_share_draws_and_take_no_extra_pass(evaluation: Evaluation, monkeyp
     calls = []
     forward = evaluation.model.forward
     monkeypatch.setattr(evaluation.model, "forward", lambda **kw: calls.append(len(kw["input_ids"])) or forward(**kw))
-    grid = [Row("", tau=tau, ratio=ratio) for tau in (0.5, 2.0, math.inf) for ratio in (0.0, 0.2)]
+    grid = [Variant("", tau=tau, ratio=ratio) for tau in (0.5, 2.0, math.inf) for ratio in (0.0, 0.2)]
     done: list[int] = []
     evaluation.run(grid, samples=3, seed=9, batch_size=6, progress=done.append)
     assert sorted(set(seen)) == [(9, member, tau) for member in range(3) for tau in (0.5, 2.0)]
@@ -259,11 +266,11 @@ def test_rows_share_draws_and_take_no_extra_pass(evaluation: Evaluation, monkeyp
 def test_files_are_scored_apart(adapter: Path, tmp_path: Path) -> None:
     one, two = write_chats(tmp_path / "1.jsonl", 10, seed=1), write_chats(tmp_path / "2.jsonl", 14, seed=2)
     both = Evaluation(adapter, [one, two], choices=["A", "B"])
-    [score] = both.run([Row("mean")])
+    [score] = both.run([Variant("mean")])
     assert list(both.files) == [str(one), str(two)]
     for path in (one, two):
         alone = Evaluation(adapter, [path], choices=["A", "B"])
-        [expected] = alone.run([Row("mean")])
+        [expected] = alone.run([Variant("mean")])
         part = score.of_groups(torch.tensor(both.files[str(path)]))
         found, expected_values = (
             {k: math.nan if v is None else v for k, v in metrics(s).items()} for s in (part, expected)
@@ -308,7 +315,7 @@ def test_an_interrupted_evaluation_leaves_the_model_too(evaluation: Evaluation) 
 
     for draws_per_pass in (1, 2):
         with pytest.raises(KeyboardInterrupt):
-            evaluation.run([Row("posterior", tau=1)], samples=2, draws_per_pass=draws_per_pass, progress=interrupt)
+            evaluation.run([Variant("posterior", tau=1)], samples=2, draws_per_pass=draws_per_pass, progress=interrupt)
     assert fingerprint(evaluation.model) == before
     assert torch.is_grad_enabled()
 
@@ -355,7 +362,7 @@ def test_other_architectures(
     save_adapter(get_peft_model(base, lora), tmp_path / "adapter")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
     evaluation = Evaluation(tmp_path / "adapter", [chats], task=task)
-    rows = [Row("mean"), Row("posterior", tau=0.1)]
+    rows = [Variant("mean"), Variant("posterior", tau=0.1)]
     mean, drawn = evaluation.run(rows, samples=3, seed=5)
     for score, draws in ((mean, 1), (drawn, 3)):
         probabilities = by_hand(evaluation, evaluation.posterior.temper(0.1), draws)
@@ -393,7 +400,7 @@ def test_tokens_that_training_added(tmp_path: Path, tiny_llama: Path, chats: Pat
         tokenizer.save_pretrained(folder)
     evaluation = Evaluation(tmp_path / "adapter-True", [path], task="generate")
     assert evaluation.model.get_input_embeddings().weight.shape[0] == len(tokenizer)
-    evaluation.run([Row("mean")])
+    evaluation.run([Variant("mean")])
     with pytest.raises(IVONError, match="is new to the base model"):
         Evaluation(tmp_path / "adapter-False", [path], task="generate")
 
@@ -403,7 +410,7 @@ def test_the_task_follows_from_adapter_and_choices(adapter: Path, chats: Path, t
     path.write_text('{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "dog cat"}]}\n')
     evaluation = Evaluation(adapter, [path])
     assert evaluation.task == "generate"
-    assert evaluation.meaningful([Row("base", base=True)]) == [Row("base", base=True)]
+    assert evaluation.meaningful([Variant("base", base=True)]) == [Variant("base", base=True)]
     assert Evaluation(adapter, [path], choices=["dog cat", "bird"]).task == "choice"
     with pytest.raises(IVONError, match=r"task classify: .* was trained without a classification head"):
         Evaluation(adapter, [chats], task="classify")
@@ -412,7 +419,7 @@ def test_the_task_follows_from_adapter_and_choices(adapter: Path, chats: Path, t
 @pytest.mark.parametrize(("tau", "ratio"), [(0.0, 0.0), (-1.0, 0.0), (math.nan, 0.0), (1.0, -0.1), (1.0, 1.1)])
 def test_rows_refuse_what_no_posterior_takes(tau: float, ratio: float) -> None:
     with pytest.raises(IVONError, match="tau" if ratio == 0 else "ratio"):
-        Row("x", tau=tau, ratio=ratio)
+        Variant("x", tau=tau, ratio=ratio)
 
 
 # --- classification ---------------------------------------------------------------------------------------------
@@ -429,7 +436,7 @@ def test_a_classification_head(tmp_path: Path, tiny_llama: Path) -> None:
     evaluation = Evaluation(tmp_path / "head", [path])
     assert evaluation.task == "classify"
     assert evaluation.choices == ("LABEL_0", "LABEL_1", "LABEL_2")
-    rows = [Row("mean"), Row("posterior", tau=1.0)]
+    rows = [Variant("mean"), Variant("posterior", tau=1.0)]
     mean_scores, drawn = evaluation.run(rows, samples=4)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     model.eval()
@@ -441,7 +448,7 @@ def test_a_classification_head(tmp_path: Path, tiny_llama: Path) -> None:
         assert mean_scores.nll[place].item() == pytest.approx(-p[index % 3].log().item(), rel=1e-4)
     assert (drawn.entropy > drawn.expected_entropy).all()
     told: list[str] = []
-    assert evaluation.meaningful([Row("base", base=True), *rows], told.append) == rows
+    assert evaluation.meaningful([Variant("base", base=True), *rows], told.append) == rows
     assert told == ["no row for the base model: its classification head is not trained"]
     path.write_text('{"text": "x", "label": 3}\n')
     with pytest.raises(IVONError, match="the label '3' is neither one of the model's"):
@@ -477,10 +484,10 @@ def test_many_draws_of_a_linear_gaussian_model_give_the_closed_form() -> None:
     mean = {a_key: torch.randn(1, 5, generator=generator), b_key: torch.ones(1, 1)}
     sigma = {a_key: torch.rand(1, 5, generator=generator) + 0.5, b_key: torch.zeros(1, 1)}
     posterior = Posterior(mean, sigma, {}, {})
-    items = [Item([i], [0], [0]) for i in range(len(inputs))]
+    items = [EncodedExample([i], [0], [0]) for i in range(len(inputs))]
     draws = 4000
     tau = 0.7
-    row = Row("posterior", tau=tau)
+    row = Variant("posterior", tau=tau)
     [scores] = evaluate(model, posterior, items, [row], "classify", samples=draws, draws_per_pass=100)
     with torch.no_grad():
         mu = (inputs @ model.base_model.model.layer.base_layer.weight.T + inputs @ mean[a_key].T).squeeze(1).double()

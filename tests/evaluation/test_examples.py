@@ -12,7 +12,7 @@ from tiny import write_chats
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.chats import read_examples
-from axolotl_ivon.evaluation.evaluate import Evaluation, Row
+from axolotl_ivon.evaluation.evaluate import Evaluation, Variant
 from axolotl_ivon.evaluation.examples import check_output, describe, save
 from axolotl_ivon.metrics.scores import Scores
 
@@ -49,7 +49,7 @@ def test_every_line_says_what_the_scores_say(
 def test_other_data_is_described_too_and_what_is_unknown_is_null(adapter: Path, chats: Path, tmp_path: Path) -> None:
     other = write_chats(tmp_path / "other.jsonl", 5, seed=4)
     evaluation = Evaluation(adapter, [chats], ood=[other])
-    rows = [Row("posterior+temperature", tau=0.5, temperature=2.0)]
+    rows = [Variant("posterior+temperature", tau=0.5, temperature=2.0)]
     lines = list(describe(evaluation, rows, evaluation.run(rows, samples=2)))
     assert Counter(line["data"] for line in lines) == {str(chats): 24, str(other): 5}
     assert all(line["rows"]["posterior+temperature"]["mutual_information"] is None for line in lines)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from axolotl_ivon.evaluation.evaluate import Row
+from axolotl_ivon.evaluation.evaluate import Variant
 from axolotl_ivon.evaluation.ood import SCORES, detect, detection
 from axolotl_ivon.metrics.scores import Scores
 
@@ -58,7 +58,7 @@ def told(draws: torch.Tensor, samples: int) -> list[dict]:
         variance=draws.var(0, correction=0).sum(1),
     )
     evaluation = SimpleNamespace(files={"a": range(4), "b": range(4, 6)}, ood_files={"other": range(6, 9)})
-    return detect(evaluation, [Row("posterior", tau=1), Row("mean")], [scores, scores], samples)
+    return detect(evaluation, [Variant("posterior", tau=1), Variant("mean")], [scores, scores], samples)
 
 
 def test_every_score_tells_what_it_is_made_to_tell() -> None:
@@ -93,7 +93,7 @@ def test_the_error_of_an_auroc_is_that_of_its_formula() -> None:
     p = torch.stack([confidence, 1 - confidence], 1)
     scores = Scores.of(p, torch.zeros(usual + foreign, dtype=torch.long))
     evaluation = SimpleNamespace(files={"a": range(usual)}, ood_files={"b": range(usual, usual + foreign)})
-    found = detect(evaluation, [Row("mean")], [scores], 1)[0]
+    found = detect(evaluation, [Variant("mean")], [scores], 1)[0]
     a = found["auroc"]
     q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
     variance = (a * (1 - a) + (foreign - 1) * (q1 - a * a) + (usual - 1) * (q2 - a * a)) / (usual * foreign)

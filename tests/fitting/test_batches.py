@@ -7,12 +7,12 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl_ivon.data.encode import Item
+from axolotl_ivon.data.encode import EncodedExample
 from axolotl_ivon.fitting.batches import _LOGITS, Batches
 
 
-def items(lengths: list[int]) -> list[Item]:
-    return [Item(list(range(n)), list(range(n)), [i] * n) for i, n in enumerate(lengths)]
+def items(lengths: list[int]) -> list[EncodedExample]:
+    return [EncodedExample(list(range(n)), list(range(n)), [i] * n) for i, n in enumerate(lengths)]
 
 
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=60), st.sampled_from([None, 1, 3, 100]), st.integers(0, 5))

@@ -17,7 +17,7 @@ from tiny import build_llama, write_chats
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.evaluation.evaluate import Evaluation, Row
+from axolotl_ivon.evaluation.evaluate import Evaluation, Variant
 from axolotl_ivon.fitting import fit as module
 from axolotl_ivon.fitting import ivon, state
 from axolotl_ivon.fitting.fit import FACTORS, Settings, fit
@@ -116,13 +116,13 @@ def test_validation_chooses_lambda(plain: Path, chats: Path, tmp_path: Path, met
     assert q.metadata["fit_validation"] == "validation.jsonl"
     assert any("NLL on" in line and line.endswith(f"λ = {factor * base:.3g}") for line in told)
     if method == "fisher":
-        evaluation = Evaluation(plain, [validation], rows=[Row("mean")])
+        evaluation = Evaluation(plain, [validation], rows=[Variant("mean")])
         losses = {}
         for one in FACTORS:
             each = fit(plain, chats, method=method, ess=one * base, seed=2)
             each.save_pretrained(tmp_path / str(one))
-            held = Evaluation(tmp_path / str(one), [validation], rows=[Row("posterior", tau=1.0)])
-            [scores] = held.run([Row("posterior", tau=1.0)], samples=3, seed=2)
+            held = Evaluation(tmp_path / str(one), [validation], rows=[Variant("posterior", tau=1.0)])
+            [scores] = held.run([Variant("posterior", tau=1.0)], samples=3, seed=2)
             losses[one] = float(scores.nll.mean())
         assert factor == min(losses, key=lambda one: losses[one])
         assert len(set(losses.values())) > 1
@@ -141,8 +141,8 @@ def sure(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     get_peft_model(base, lora).save_pretrained(folder / "adapter")
     AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "adapter")
     data = write_chats(folder / "train.jsonl", count=40)
-    evaluation = Evaluation(folder / "adapter", [data], rows=[Row("mean")])
-    [scores] = evaluation.run([Row("mean")])
+    evaluation = Evaluation(folder / "adapter", [data], rows=[Variant("mean")])
+    [scores] = evaluation.run([Variant("mean")])
     assert scores.probabilities is not None
     chosen = scores.probabilities[scores.group.argsort()].argmax(1)
     rows = [json.loads(line) for line in data.read_text().splitlines()]
@@ -157,7 +157,7 @@ def test_tfb_is_as_wide_as_the_tolerance_allows(sure: tuple[Path, Path], tmp_pat
     adapter, data = sure
     q = fit(adapter, data, method="tfb", tolerance=0.02, samples=4, seed=5, choices=["A", "B"], tell=told.append)
     q.save_pretrained(tmp_path / "out")
-    rows = [Row("mean"), Row("posterior", tau=1.0), Row("wider", tau=1.1**-2)]
+    rows = [Variant("mean"), Variant("posterior", tau=1.0), Variant("wider", tau=1.1**-2)]
     mean, drawn, wider = Evaluation(tmp_path / "out", [data], choices=["A", "B"]).run(rows, samples=4, seed=5)
     assert float((drawn.nll - mean.nll).mean()) <= 0.02 + 1e-6
     assert float((wider.nll - mean.nll).mean()) > 0.02
@@ -189,7 +189,7 @@ def test_every_kind_of_adapter(
     q = fit(folder, chats, method=method, samples=1, limit=8, tolerance=0.1 if method == "tfb" else None)
     q.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / MEAN_FILE).read_bytes() == (folder / MEAN_FILE).read_bytes()
-    Evaluation(tmp_path / "out", [chats]).run([Row("posterior", tau=1.0)], samples=1)
+    Evaluation(tmp_path / "out", [chats]).run([Variant("posterior", tau=1.0)], samples=1)
     trained = {key for key in q.sigma if "lora_A" in key or "lora_embedding_A" in key or method != "tfb"}
     saved_alone = {key for key in q.sigma if "embed_tokens.weight" in key or "base_layer" in key}
     for key in trained - saved_alone:

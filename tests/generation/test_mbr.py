@@ -22,7 +22,7 @@ from axolotl_ivon.generation.mbr import (
     utility_matrix,
 )
 from axolotl_ivon.generation.nbest import NBest
-from axolotl_ivon.generation.utilities import UTILITIES, Answers
+from axolotl_ivon.generation.utilities import UTILITIES, AnswerExtractor
 from axolotl_ivon.plots.scaling import save
 
 
@@ -42,7 +42,7 @@ def nbest(texts: list[str], reference: str | None = None, per_model: int = 1, **
     st.lists(st.tuples(st.sampled_from("ABC-"), st.integers(-3, 0), st.integers(0, 2)), min_size=1, max_size=12),
 )
 def test_exact_is_a_majority_vote_and_logprob_breaks_ties(outputs: list[tuple[str, int, int]]) -> None:
-    answers = Answers("[ABC]")
+    answers = AnswerExtractor("[ABC]")
     texts = [answer for answer, _, _ in outputs]
     utilities = utility_matrix(texts, UTILITIES["exact"](answers))
     found = choose(expected_utility(utilities, [m for _, _, m in outputs]), [logprob for _, logprob, _ in outputs])
@@ -72,14 +72,14 @@ def test_levels_differ_where_members_give_unequal_numbers() -> None:
     # Three of one member say A; one each of two others B: the pool prefers A, the members B.
     one = nbest(list("AAABB"), members=(0, 0, 0, 1, 2))
     chosen = {
-        level: mbr([one], UTILITIES["exact"](Answers()), Answers(), level).choices[0].text
+        level: mbr([one], UTILITIES["exact"](AnswerExtractor()), AnswerExtractor(), level).choices[0].text
         for level in ("sequence", "model")
     }
     assert chosen == {"sequence": "A", "model": "B"}
 
 
 def test_disagreement_is_between_members() -> None:
-    utilities = utility_matrix(list("AABB"), UTILITIES["exact"](Answers()))
+    utilities = utility_matrix(list("AABB"), UTILITIES["exact"](AnswerExtractor()))
     assert disagreement(utilities, [0, 0, 1, 1]) == 1
     assert disagreement(utilities, [0, 1, 0, 1]) == pytest.approx(0.5)
     assert disagreement(utilities, [0, 0, 0, 0]) == pytest.approx(1 - 4 / 12)
@@ -94,7 +94,7 @@ def test_the_curve_takes_the_first_outputs() -> None:
     texts = ["#### 1"] * 16 + ["so #### 2"] * 16
     wins = nbest(texts, "#### 2", 8, logprobs=tuple([-2.0] * 16 + [-1.0] * 16))
     loses = nbest(["#### 5"] * 32, "#### 6", 8)
-    answers = Answers("gsm8k")
+    answers = AnswerExtractor("gsm8k")
     found = mbr([wins, loses], UTILITIES["exact"](answers), answers)
     assert [(point.n, point.accuracy) for point in found.curve] == [(8, 0.0), (16, 0.0), (32, 0.5)]
     assert found.curve[-1].se == pytest.approx((0.25 / 2) ** 0.5)
@@ -106,7 +106,7 @@ def test_the_curve_takes_the_first_outputs() -> None:
 
 
 def test_without_references_there_are_choices_alone(tmp_path: Path) -> None:
-    found = mbr([nbest(["a", "b", "b"])], UTILITIES["exact"](Answers()), Answers())
+    found = mbr([nbest(["a", "b", "b"])], UTILITIES["exact"](AnswerExtractor()), AnswerExtractor())
     assert (found.choices[0].text, found.curve, found.single, found.auroc) == ("b", [], None, None)
     assert [path.name for path in save({"x": found}, tmp_path / "out")] == ["x.jsonl"]
 

@@ -14,7 +14,7 @@ from absl import logging as absl_logging
 from axolotl_ivon import IVONError
 from axolotl_ivon.generation.mbr import utility_matrix
 from axolotl_ivon.generation.nbest import NBest
-from axolotl_ivon.generation.utilities import UTILITIES, Answers
+from axolotl_ivon.generation.utilities import UTILITIES, AnswerExtractor
 
 # rouge-score brings absl, whose handler closes the stderr that pytest captures when axolotl, in a later test of this
 # process, sets logging up anew; the true stderr it leaves alone.
@@ -41,7 +41,7 @@ def by_package(name: str, hypothesis: str, reference: str) -> float:
 
 @pytest.mark.parametrize("name", ["bleu", "chrf", "rouge"])
 def test_utilities_are_those_of_their_packages(name: str) -> None:
-    found = utility_matrix(SENTENCES, UTILITIES[name](Answers()))
+    found = utility_matrix(SENTENCES, UTILITIES[name](AnswerExtractor()))
     expected = [[by_package(name, a, b) for b in SENTENCES] for a in SENTENCES]
     np.testing.assert_allclose(found, expected, atol=1e-12)
     assert found.min() >= 0
@@ -70,7 +70,7 @@ def test_bertscore_asks_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
             return torch.zeros(len(f)), torch.ones(len(f)), torch.tensor(f)
 
     monkeypatch.setitem(sys.modules, "bert_score", SimpleNamespace(BERTScorer=Scorer))
-    matrix = utility_matrix(["a", "b", "cc"], UTILITIES["bertscore"](Answers()))
+    matrix = utility_matrix(["a", "b", "cc"], UTILITIES["bertscore"](AnswerExtractor()))
     assert matrix.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
 
 
@@ -86,7 +86,7 @@ def test_bertscore_asks_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, utility: str, module: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(IVONError, match=f"utility {utility} needs .*pip install {package}"):
-        UTILITIES[utility](Answers())
+        UTILITIES[utility](AnswerExtractor())
 
 
 @pytest.mark.parametrize(
@@ -114,13 +114,13 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, utility: st
     ],
 )
 def test_answers(pattern: str | None, text: str, answer: str | None) -> None:
-    assert Answers(pattern)(text) == answer
+    assert AnswerExtractor(pattern)(text) == answer
 
 
 def test_a_wrong_or_useless_regex_is_told() -> None:
     with pytest.raises(IVONError, match=r"answer_regex '\(': not a regular expression .*gsm8k, boxed, choice"):
-        Answers("(")
-    answers = Answers("gsm8k")
+        AnswerExtractor("(")
+    answers = AnswerExtractor("gsm8k")
     with pytest.raises(IVONError, match=r"matches none of the 2 outputs in f.jsonl, 'seven' for one"):
         answers.unmatched([nbest(["seven", "eight"])])
     with pytest.raises(IVONError, match=r"f.jsonl:1: .* does not match the reference '7'"):

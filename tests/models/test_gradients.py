@@ -16,9 +16,9 @@ from tiny import build_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from axolotl_ivon.data.encode import Item
+from axolotl_ivon.data.encode import EncodedExample
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses, make_differentiable
-from axolotl_ivon.models.session import load_model
+from axolotl_ivon.models.session import Loading, load_model
 
 MakeAdapter = Callable[..., Path]
 
@@ -88,7 +88,7 @@ def test_a_quantized_base_is_no_matter(tmp_path: Path, load_in: str) -> None:
     base = build_llama(tmp_path / "base", hidden_size=128, intermediate_size=128)
     lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
-    model = load_model(tmp_path / "adapter", load_in=load_in)
+    model = load_model(tmp_path / "adapter", Loading(load_in=load_in))
     losses = functools.partial(example_losses, model)
     examples = items(3)
     make_differentiable(model)
@@ -102,7 +102,7 @@ def test_a_quantized_base_is_no_matter(tmp_path: Path, load_in: str) -> None:
         assert (found[name] - value).norm() < 0.05 * value.norm(), name
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     assert load_in in type(layer).__name__
-    packed = load_model(tmp_path / "adapter", load_in=load_in)
+    packed = load_model(tmp_path / "adapter", Loading(load_in=load_in))
     with torch.no_grad():
         example_losses(packed, examples)
     if any(
@@ -173,7 +173,7 @@ def test_the_mean_is_over_the_labels_and_candidates_are_all_there_is(make_adapte
         for text, item in zip(texts, examples, strict=True)
     ]
     torch.testing.assert_close(sums, torch.stack(expected), rtol=1e-4, atol=1e-4)
-    choices = [Item(item.ids, item.positions[:1], [1], (7, 9)) for item in examples]
+    choices = [EncodedExample(item.ids, item.positions[:1], [1], (7, 9)) for item in examples]
     among = [model(text).logits[0, item.positions[0], [7, 9]] for text, item in zip(texts, examples, strict=True)]
     expected = [F.cross_entropy(logits, torch.tensor(1)) for logits in among]
     torch.testing.assert_close(example_losses(model, choices), torch.stack(expected), rtol=1e-4, atol=1e-4)

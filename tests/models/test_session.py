@@ -11,8 +11,8 @@ import torch
 from tiny import build_llama, write_chats
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.evaluation.evaluate import Evaluation, Row
-from axolotl_ivon.models.session import load_model, load_tokenizer, pick_device
+from axolotl_ivon.evaluation.evaluate import Evaluation, Variant
+from axolotl_ivon.models.session import Loading, load_model, load_tokenizer, pick_device
 
 MakeAdapter = Callable[..., Path]
 
@@ -34,7 +34,7 @@ def test_a_base_model_that_does_not_fit_is_refused_in_one_line(
     deep = build_llama(tmp_path / "deep", num_hidden_layers=3)
     for base in (wide, deep):
         with pytest.raises(IVONError, match="does not fit the adapter") as caught:
-            Evaluation(adapter, [chats], base_model=str(base)).run([Row("mean")])
+            Evaluation(adapter, [chats], base_model=str(base)).run([Variant("mean")])
         assert "\n" not in str(caught.value)
         assert "base_model" in str(caught.value)
     with pytest.raises(IVONError, match=r"the base model \S+nowhere cannot be loaded") as caught:
@@ -50,7 +50,7 @@ def test_unusable_devices_are_named() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "auto"])
 def test_the_base_model_gets_the_dtype_asked_for(adapter: Path, dtype: str) -> None:
-    model = load_model(adapter, device="cpu", dtype=dtype)
+    model = load_model(adapter, Loading(device="cpu", dtype=dtype))
     weight = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").weight
     assert weight.dtype == {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype, torch.float32)
     assert not model.training
@@ -58,7 +58,7 @@ def test_the_base_model_gets_the_dtype_asked_for(adapter: Path, dtype: str) -> N
 
 def test_unknown_dtypes_are_named(adapter: Path) -> None:
     with pytest.raises(IVONError, match="dtype 'int8' is unknown; choose one of auto, float32"):
-        load_model(adapter, dtype="int8")
+        load_model(adapter, Loading(dtype="int8"))
 
 
 def test_the_tokenizer_beside_the_adapter_comes_before_the_base_models(

@@ -67,7 +67,7 @@ def test_a_posterior_as_prior_goes_on_from_its_mean_and_sigma_at_any_lambda() ->
             # Stronger than it was, the prior is narrower, and so is where it begins; what is saved stays.
             expected = prior[name][1] / max(1.0, strength) ** 0.5
             torch.testing.assert_close(optimizer.sigma(param), expected, rtol=1e-5, atol=0)
-            torch.testing.assert_close(optimizer.sigma_to_go_on_from(param), prior[name][1], rtol=1e-4, atol=0)
+            torch.testing.assert_close(optimizer.sigma_for_next_prior(param), prior[name][1], rtol=1e-4, atol=0)
             torch.testing.assert_close(
                 optimizer.prior_precision(param), strength / prior[name][1] ** 2, rtol=1e-5, atol=0
             )
@@ -84,14 +84,14 @@ def test_what_is_saved_counts_the_old_data_once_however_strong_the_prior() -> No
             once = known.clamp_min(0) + min(strength, 1.0) / (SETTINGS["ess"] * gaussian_prior()[name][1] ** 2)
             expected = (SETTINGS["ess"] * once).rsqrt()
             if strength > 1:
-                torch.testing.assert_close(optimizer.sigma_to_go_on_from(param), expected, rtol=1e-4, atol=0)
-                assert (optimizer.sigma(param) < optimizer.sigma_to_go_on_from(param)).all()
+                torch.testing.assert_close(optimizer.sigma_for_next_prior(param), expected, rtol=1e-4, atol=0)
+                assert (optimizer.sigma(param) < optimizer.sigma_for_next_prior(param)).all()
             else:
-                assert torch.equal(optimizer.sigma_to_go_on_from(param), optimizer.sigma(param))
-        found.append(optimizer.sigma_to_go_on_from(pair["A"]))
+                assert torch.equal(optimizer.sigma_for_next_prior(param), optimizer.sigma(param))
+        found.append(optimizer.sigma_for_next_prior(pair["A"]))
     empirical = IVONLoRA(lora_pair().values(), **SETTINGS)
     assert torch.equal(
-        *(one(empirical.param_groups[0]["params"][0]) for one in (empirical.sigma, empirical.sigma_to_go_on_from))
+        *(one(empirical.param_groups[0]["params"][0]) for one in (empirical.sigma, empirical.sigma_for_next_prior))
     )
 
 

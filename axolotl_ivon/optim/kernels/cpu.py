@@ -15,7 +15,7 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ...noise import mixed, quantiles
+from ...noise import quantiles, splitmix64
 from . import plain
 from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants, Terms, Verdict
 
@@ -46,7 +46,7 @@ def _pointer(context: Any, address: Any) -> Any:
     return types.CPointer(types.float32)(types.int64), make
 
 
-_mixed = _compiled(mixed)
+_splitmix64 = _compiled(splitmix64)
 
 
 @_compiled
@@ -59,11 +59,11 @@ def _noise(noise, sizes, seeds, table):
     for part in range(len(sizes)):
         noise_, first, stride = _at(noise, sizes[part]), seeds[part, 0], seeds[part, 1]
         for i in range(len(noise_) // 2):
-            z = _mixed(np.uint64(i), first, stride)
+            z = _splitmix64(np.uint64(i), first, stride)
             noise_[2 * i] = table[z & _BITS] + table[(z >> _16) & _BITS]
             noise_[2 * i + 1] = table[(z >> _32) & _BITS] + table[z >> _48]
         if len(noise_) % 2:
-            z = _mixed(np.uint64(len(noise_) // 2), first, stride)
+            z = _splitmix64(np.uint64(len(noise_) // 2), first, stride)
             noise_[-1] = table[z & _BITS] + table[(z >> _16) & _BITS]
         noise += 4 * sizes[part]
 

@@ -14,7 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ...errors import IVONError, one_line, parameter
+from ...errors import IVONError, one_line, param_ref
 
 HEADER_TIMEOUT = 10.0  # seconds in which the head of a request has to come
 _IDLE = 30  # seconds that a connection without a request stays open
@@ -45,7 +45,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise IVONError(
-            f"{parameter('port')} {port}: cannot listen on {host} ({reason}); name another {parameter('port')}"
+            f"{param_ref('port')} {port}: cannot listen on {host} ({reason}); name another {param_ref('port')}"
         ) from None
     return bound
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ...generation.mbr import choose, expected_utility, utility_matrix
 from ...generation.uncertainty import by_answer, is_below, measure
-from ...generation.utilities import Answers, Utility
+from ...generation.utilities import AnswerExtractor, Utility
 from ..pieces import Token
 
 
@@ -66,7 +66,7 @@ def by_risk(
     candidates: Sequence[Candidate],
     n: int,
     utility: Utility,
-    answers: Answers,
+    answers: AnswerExtractor,
     *,
     temperature: float = 1.0,
     threshold: float | None = None,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl_ivon.generation.utilities import Answers, exact
+from axolotl_ivon.generation.utilities import AnswerExtractor, exact
 from axolotl_ivon.serving.proxy.mixture import Candidate, Scores, by_risk, by_score, coarse_entropies, unique
 
 
@@ -18,7 +18,7 @@ def candidate(text: str, member: int, logprob: float = -1.0, **more: object) -> 
 
 
 def test_the_answer_that_most_agree_with_is_chosen() -> None:
-    answers = Answers(r"(\d+)")
+    answers = AnswerExtractor(r"(\d+)")
     own = [
         candidate("so 7", 0),
         candidate("it is 7", 0, -0.5),
@@ -43,7 +43,7 @@ def test_the_answer_that_most_agree_with_is_chosen() -> None:
 
 def test_fewer_answers_than_asked_for_come_again() -> None:
     own = [candidate("a", 0), candidate("a", 1)]
-    assert [c.candidate.text for c in by_risk(own, 3, exact(Answers()), Answers())] == ["a", "a", "a"]
+    assert [c.candidate.text for c in by_risk(own, 3, exact(AnswerExtractor()), AnswerExtractor())] == ["a", "a", "a"]
     rows = [[Scores((-1.0,))]]
     assert [c.candidate.text for c in by_score(own[:1], rows, 2)] == ["a", "a"]
 

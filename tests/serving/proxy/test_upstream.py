@@ -21,8 +21,8 @@ from served import ask, serving
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.generation.utilities import Answers, exact
 from axolotl_ivon.posterior.sample import sample
-from axolotl_ivon.serving.proxy import upstream
 from axolotl_ivon.serving.backend import Limits
+from axolotl_ivon.serving.proxy import upstream
 from axolotl_ivon.serving.proxy.mixture import by_risk
 from axolotl_ivon.serving.proxy.upstream import Upstreams
 from axolotl_ivon.serving.start import upstream_backend
