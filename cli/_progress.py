@@ -14,17 +14,18 @@ from typing import Any
 
 import click
 
+from axolotl_ivon.reporter import Reporter
+
 from ._stdout import only_results
 
 _BARS_AFTER = 1.0  # seconds: a quick command shows none
 _LINE_EVERY = 10.0  # seconds
 
 
-class Progress:
+class Progress(Reporter):
     """Progress on stderr: bars on a terminal, a line now and then elsewhere (a log, CI), nothing if quiet.
 
-    Called as the library calls a function that it reports to: what is being done, how much of it just was, and how much
-    it is in all (0: nobody knows). Inside of it stdout is kept for results.
+    Inside of it stdout is kept for results.
     """
 
     def __init__(self, quiet: bool) -> None:
@@ -67,7 +68,7 @@ class Progress:
                 self._timer.join()  # or it may start the bars after they were stopped
                 self._bars.stop()
 
-    def __call__(self, doing: str, count: int, total: int) -> None:
+    def advance(self, doing: str, count: int, total: int) -> None:
         """Report that `count` more of `total` are done."""
         if doing not in self._done or 0 < total <= self._done[doing]:  # the same again, with another adapter
             self._done[doing], self._begun[doing] = 0, time.monotonic()
@@ -87,12 +88,14 @@ class Progress:
             text = self._texts.get(doing, doing)
             self.say(f"{text}: {self._done[doing] / total:.0%}, {left:.0f} s left")
 
+    __call__ = advance
+
     def begin(self, doing: str, total: int = 0) -> Callable[[int], None]:
         """Announce what takes a while, and return the function that is told how many more of `total` are done."""
-        self(doing, 0, total)
+        self.advance(doing, 0, total)
         if not self._bars:
             self.say(doing)
-        return lambda count: self(doing, count, total)
+        return lambda count: self.advance(doing, count, total)
 
     def describe(self, doing: str, text: str) -> None:
         """Show `text` where `doing` stands."""
