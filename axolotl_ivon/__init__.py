@@ -1,7 +1,27 @@
 """axolotl-ivon: LoRA finetuning with the variational optimizer IVON, and the posterior that it yields.
 
-The public names load on first use, so that `import axolotl_ivon` costs nothing and `ivon-post` starts
-without torch.
+The rooms, from the bottom up; each imports only from rooms below it (the contracts are in pyproject.toml):
+
+    settings      defaults, presets, and the YAML keys
+    storage       the files of an adapter: names, safetensors, whole-or-nothing writes
+    data          chats in JSONL, and their tokens
+    optim         the optimizer IVON-LoRA, and its kernels
+    metrics       figures from arrays: NLL, ECE, AUROC, risk and coverage, paired differences
+    posterior     q = N(m, diag(σ²)) over an adapter's weights: read, prune, temper, sample, combine, save
+    training      IVON in a transformers Trainer: `attach`, checkpoints, σ beside the adapter
+    models        a loaded base model with its adapter, and draws in it
+    evaluation    predictions on held-out data, scored
+    generation    answers of several draws, and the best of them (MBR)
+    inspect       what an adapter holds, how its training went, how two posteriors differ
+    decisions     what to use: τ and pruning ratio, when to abstain
+    plots         pictures of evaluations
+    fitting       σ around an adapter that was trained without one: `fit`
+    influence     how much each training row shaped the adapter
+    serving       an OpenAI-compatible server that averages over draws
+    report        one HTML page of all that was measured
+    integrations  the bridges to axolotl and lm-eval
+
+The public names below load on first use: `import axolotl_ivon` imports no torch, and so `ivon-post` starts fast.
 """
 
 from importlib import import_module
@@ -11,7 +31,9 @@ from .errors import IVONError
 from .hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from .fitting.fit import fit
     from .integrations.axolotl import IVONLoRAPlugin
+    from .models.draws import draws, predict
     from .optim.ivon import IVONLoRA, effective_sample_size
     from .posterior.posterior import Posterior
     from .training.attach import attach
@@ -22,8 +44,11 @@ __all__ = [
     "IVONLoRAPlugin",
     "Posterior",
     "attach",
+    "draws",
     "effective_sample_size",
+    "fit",
     "hookimpl",
+    "predict",
 ]
 
 _HOME = {
@@ -31,6 +56,9 @@ _HOME = {
     "effective_sample_size": "optim.ivon",
     "Posterior": "posterior.posterior",
     "attach": "training.attach",
+    "draws": "models.draws",
+    "fit": "fitting.fit",
+    "predict": "models.draws",
     "IVONLoRAPlugin": "integrations.axolotl",
 }
 

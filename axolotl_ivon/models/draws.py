@@ -1,7 +1,7 @@
 """Draws from a posterior in a loaded PEFT model.
 
 A draw costs one copy of the adapter, not a reload: `loaded` puts a set of adapter tensors into the model and
-puts back what was there, `drawn` one draw after the other, and `predict` averages what the model gives at each.
+puts back what was there, `draws` one draw after the other, and `predict` averages what the model gives at each.
 `stacked` runs several draws in one batch over the shared base weights.
 """
 
@@ -96,28 +96,28 @@ def loaded(model: PeftModel, tensors: Mapping[str, Tensor], adapter_name: str = 
 
 
 @contextlib.contextmanager
-def drawn(
-    model: PeftModel, posterior: Posterior, n: int = 10, seed: int = 0, adapter_name: str = "default"
-) -> Iterator[Iterator[int]]:
-    """Give an iterator over n draws: while its loop is at k, `model` holds `posterior.sample(seed, k)`.
+def draws(posterior: Posterior, model: PeftModel, n: int = 10, seed: int = 0) -> Iterator[Iterator[int]]:
+    """Put draws into a loaded model: `with draws(q, model, n) as members: for k in members: model(…)`.
 
-    Outside the loop, inside the block, the model may hold any of them; after it, whatever happened, what was there.
+    In the loop `model` holds the draw that `posterior.sample(seed, k)` returns. After the block, also after an
+    exception, it holds what it held before. A draw costs one copy of the adapter's weights; nothing is reloaded, and
+    the model's mode and `requires_grad` stay.
 
     Raises:
-        IVONError: n is not positive, or the model does not fit the posterior.
+        IVONError: `n` is not positive, or the model, a PeftModel, does not fit the posterior.
     """
     if n < 1:
         raise IVONError(f"{param_ref('n')} {n} is not a number of draws; 10 is usual")
-    slots = AdapterSlots(model, adapter_name)
+    slots = AdapterSlots(model)
     slots.check(posterior.mean)
 
-    def draws() -> Iterator[int]:
+    def members() -> Iterator[int]:
         for member in range(n):
             slots.write(posterior.draw(seed, member))
             yield member
 
     with slots.loaded(posterior.mean):
-        yield draws()
+        yield members()
 
 
 class Prediction(NamedTuple):
@@ -134,21 +134,19 @@ class Prediction(NamedTuple):
     disagreement: Tensor
 
 
-def predict(
-    model: PeftModel,
-    posterior: Posterior,
-    batch: Mapping[str, Any],
-    n: int = 10,
-    seed: int = 0,
-    adapter_name: str = "default",
-) -> Prediction:
-    """Return the average prediction of n draws, E_q[p(y|x, θ)] (arXiv 2506.14280, section 4.1).
+def predict(posterior: Posterior, model: PeftModel, batch: Mapping[str, Any], n: int = 10, seed: int = 0) -> Prediction:
+    """Return the average prediction of n draws, E_q[p(y|x, θ)] (arXiv 2506.14280, section 4.1), and their disagreement.
 
-    The model predicts in evaluation mode, without gradients, and is left as it was. Of `batch`, what the model's
-    `forward` takes, tensors go to the model's device; `labels` are left out.
+    The model predicts in evaluation mode, without gradients, and is left as it was.
+
+    Args:
+        model: a PeftModel over the base model.
+        batch: what its `forward` takes: `input_ids`, `attention_mask`, …; tensors go to the model's device, `labels`
+            are left out.
+        n, seed: the draws are `posterior.sample(seed, 0)` to `posterior.sample(seed, n − 1)`.
 
     Raises:
-        IVONError: as `drawn` does, or the model gives no logits.
+        IVONError: as `draws` does, or the model gives no logits.
     """
     inputs = {
         key: value.to(model.device) if isinstance(value, Tensor) else value
@@ -156,8 +154,8 @@ def predict(
         if key != "labels"
     }
     mean, entropies = torch.zeros(()), torch.zeros(())
-    with evaluating(model), drawn(model, posterior, n, seed, adapter_name) as draws:
-        for k in draws:
+    with evaluating(model), draws(posterior, model, n, seed) as members:
+        for k in members:
             logits = getattr(model(**inputs), "logits", None)
             if logits is None:
                 raise IVONError(f"a {type(model.get_base_model()).__name__} gives no logits to predict with")

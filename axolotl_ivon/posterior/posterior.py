@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -33,9 +33,6 @@ from .tensors import Progress, Tensors, fingerprint, write_tensors
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
-
-    from ..models.draws import Prediction
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -140,31 +137,6 @@ class Posterior:
             aliases=_find_aliases(adapter.mean, adapter.sigma, digests),
             known_fingerprint=known,
         )
-
-    @classmethod
-    def fit(
-        cls,
-        adapter: str | os.PathLike[str],
-        data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-        **options: Any,
-    ) -> Posterior:
-        """Fit a σ around the weights of an adapter that was trained without one, which stay as they are.
-
-        Args:
-            adapter: a PEFT folder or a Hub id.
-            data: JSONL files of chats, as the adapter was trained on.
-            options: `method`: "ivon" (default), "fisher" or "tfb"; `ess` (λ), or `validation`, a file to choose it by;
-                `prior` and `prior_strength` as in `IVONLoRA`; `empirical`; `anchor` and `tolerance` of "tfb";
-                `samples`, `seed`, `refit`, `limit`, `base_model`, `load_in`, `device`, `dtype`, `batch_size`: as those
-                of `ivon-post fit`.
-
-        Raises:
-            IVONError: an option is out of range, the adapter has σ already (and not `refit`) or fits neither the data
-                nor the base model, there are no data, or the memory is too small.
-        """
-        from ..fitting.fit import fit
-
-        return fit(adapter, data, **options)  # type: ignore[arg-type]
 
     @property
     def tau(self) -> float:
@@ -284,39 +256,6 @@ class Posterior:
         were saved twice because the model shares them get one draw.
         """
         return dict(self.draw(seed, member))
-
-    def draws(self, model: PeftModel, n: int = 10, seed: int = 0) -> contextlib.AbstractContextManager[Iterator[int]]:
-        """Put draws into a model that is loaded: `with q.draws(model, n) as draws: for k in draws: model(…)`.
-
-        In the loop `model` holds the draw that `sample(seed, k)` returns; after the block, whatever happened, what it
-        held before. A draw costs one copy of the adapter's weights; nothing is reloaded. Its mode and `requires_grad`
-        are left as they are.
-
-        Raises:
-            IVONError: `n` is not positive, or the model, a PeftModel, does not fit the posterior.
-        """
-        from ..models.draws import drawn
-
-        return drawn(model, self, n, seed)
-
-    def predict(self, model: PeftModel, batch: Mapping[str, Any], n: int = 10, seed: int = 0) -> Prediction:
-        """Return what `model` predicts for `batch` on average over n draws, and how far the draws disagree.
-
-        Args:
-            model: a PeftModel over the base model; it is left as it was.
-            batch: what its `forward` takes: `input_ids`, `attention_mask`, …; `labels` are left out.
-            n, seed: the draws are `sample(seed, 0)` to `sample(seed, n − 1)`.
-
-        Returns:
-            `probabilities`, float32, of the logits' shape: [batch, classes], or [batch, tokens, vocabulary]; and
-            `disagreement`, float32, in nats, without the last dimension: the mutual information of prediction and draw.
-
-        Raises:
-            IVONError: as `draws` does, or the model gives no logits.
-        """
-        from ..models.draws import predict
-
-        return predict(model, self, batch, n, seed)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], overwrite: bool = False, progress: Progress | None = None

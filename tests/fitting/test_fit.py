@@ -16,6 +16,7 @@ from safetensors import safe_open
 from tiny import build_llama, write_chats
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import axolotl_ivon
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.evaluation.evaluate import Evaluation, Variant
 from axolotl_ivon.fitting import fit as module
@@ -53,7 +54,7 @@ def equal(one: Posterior, other: Posterior) -> bool:
 
 @pytest.mark.parametrize("method", ["ivon", "fisher", "tfb"])
 def test_the_mean_stays_and_sigma_is_beside_it(plain: Path, chats: Path, tmp_path: Path, method: str) -> None:
-    q = Posterior.fit(plain, chats, method=method, samples=2)
+    q = axolotl_ivon.fit(plain, chats, method=method, samples=2)
     q.save_pretrained(tmp_path / "out")
     files = [(folder / MEAN_FILE).read_bytes() for folder in (plain, tmp_path / "out")]
     assert files[0] == files[1]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import write_chats
 from transformers import AutoModelForCausalLM
 
-from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon import IVONError, Posterior, draws, predict
 from axolotl_ivon.evaluation.evaluate import Evaluation, rows_of
 from axolotl_ivon.models.draws import loaded, stacked
 from axolotl_ivon.models.session import load_model
@@ -103,8 +103,8 @@ def test_draws_are_sample_s_and_the_model_is_left_as_it_was(adapter: Path, tiny_
     model = load_model(adapter)
     before = {name: param.clone() for name, param in model.named_parameters()}
     text = torch.arange(3, 40)[None]
-    with q.draws(model, 3, seed=5) as draws:
-        for k in draws:
+    with draws(q, model, 3, seed=5) as members:
+        for k in members:
             draw = q.sample(seed=5, member=k)
             assert all(value.equal(draw[key]) for key, value in get_peft_model_state_dict(model).items())
             other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval()
@@ -112,12 +112,12 @@ def test_draws_are_sample_s_and_the_model_is_left_as_it_was(adapter: Path, tiny_
             torch.testing.assert_close(model(text).logits, other(text).logits)
     assert k == 2
     assert all(param.equal(before[name]) for name, param in model.named_parameters())
-    with pytest.raises(KeyError), q.draws(model, 3) as draws:
-        for k in draws:
+    with pytest.raises(KeyError), draws(q, model, 3) as members:
+        for k in members:
             if k:
                 raise KeyError
     assert all(param.equal(before[name]) for name, param in model.named_parameters())
-    with q.draws(model, 2):
+    with draws(q, model, 2):
         assert all(value.equal(q.mean[key]) for key, value in get_peft_model_state_dict(model).items())
 
 
@@ -126,7 +126,7 @@ def test_predict_is_the_average_and_the_mutual_information(adapter: Path) -> Non
     model = load_model(adapter).train()
     modes = [module.training for module in model.modules()]
     batch = {"input_ids": torch.arange(3, 43).view(2, 20), "labels": torch.zeros(2, 20).long()}
-    found = q.predict(model, batch, n=4, seed=2)
+    found = predict(q, model, batch, n=4, seed=2)
     each = []
     model.eval()
     for k in range(4):
@@ -143,17 +143,17 @@ def test_predict_is_the_average_and_the_mutual_information(adapter: Path) -> Non
     assert any(param.requires_grad for param in load_model(adapter).parameters()) == any(
         param.requires_grad for param in model.parameters()
     )
-    point = q.temper(float("inf")).predict(model, batch, n=3)
+    point = predict(q.temper(float("inf")), model, batch, n=3)
     assert point.disagreement.max() < 1e-5
 
 
 def test_a_model_that_does_not_fit_and_no_draws_are_one_line(adapter: Path, make_adapter: MakeAdapter) -> None:
     q = Posterior.from_pretrained(adapter)
     model = load_model(make_adapter(target_modules=["q_proj"]))
-    with pytest.raises(IVONError, match="does not fit the adapter"), q.draws(model):
+    with pytest.raises(IVONError, match="does not fit the adapter"), draws(q, model):
         pass
     with pytest.raises(IVONError, match="n 0 is not a number of draws"):
-        q.predict(load_model(adapter), {"input_ids": torch.ones(1, 3).long()}, n=0)
+        predict(q, load_model(adapter), {"input_ids": torch.ones(1, 3).long()}, n=0)
 
 
 def test_a_classifier_s_prediction_has_its_classes(make_adapter: MakeAdapter, tiny_llama: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_classifier_s_prediction_has_its_classes(make_adapter: MakeAdapter, ti
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
     mean = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
     q = Posterior(mean, {key: torch.full_like(value, 0.1) for key, value in mean.items()}, {}, {})
-    found = q.predict(model, {"input_ids": torch.arange(3, 23).view(2, 10)}, n=2)
+    found = predict(q, model, {"input_ids": torch.arange(3, 23).view(2, 10)}, n=2)
     assert found.probabilities.shape == (2, 3)
     assert found.disagreement.shape == (2,)
     torch.testing.assert_close(found.probabilities.sum(-1), torch.ones(2))
