@@ -457,7 +457,8 @@ def _recommend(
         if name in versus
     ).replace("-", "−")
     at = f", at the edge of the grid ({', '.join(edges)}): try values beyond" if edges else ""
-    text = f"best by {objective}: {leader.point.describe()}{at}; on the other examples, against the mean: {figures}: {told}"
+    chosen = f"best by {objective}: {leader.point.describe()}{at}"
+    text = f"{chosen}; on the other examples, against the mean: {figures}: {told}"
     return leader, recommended, Verdict(versus, outcome, edges, needed, text)
 
 

@@ -161,8 +161,8 @@ def sweep_weights(
     kept_equal = "" if outcome == "better" else ": keep equal weights"
     figures = f"{difference:+.3f} ± {error:.3f}".replace("-", "−")
     text = (
-        f"best by {objective}, averaged over the files: weights {best.describe()}; on the other examples, against equal "
-        f"weights: {figures}: {outcome}{kept_equal}"
+        f"best by {objective}, averaged over the files: weights {best.describe()}; on the other examples, "
+        f"against equal weights: {figures}: {outcome}{kept_equal}"
     )
     chosen = best if outcome == "better" else equal
     return WeightsSweep(points, best, chosen, objective, outcome, difference, error, text)
