@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from .fitting.fit import fit
     from .integrations.axolotl import IVONLoRAPlugin
     from .models.draws import draws, predict
-    from .optim.ivon import IVONLoRA, effective_sample_size
+    from .optim.ivon import IVONLoRA
     from .posterior.posterior import Posterior
+    from .settings.presets import effective_sample_size
     from .training.attach import attach
 
 __all__ = [
@@ -53,7 +54,7 @@ __all__ = [
 
 _HOME = {
     "IVONLoRA": "optim.ivon",
-    "effective_sample_size": "optim.ivon",
+    "effective_sample_size": "settings.presets",
     "Posterior": "posterior.posterior",
     "attach": "training.attach",
     "draws": "models.draws",

@@ -31,7 +31,7 @@ FACTS = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.EncodedExample]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the longest tests come first, so that what is left at the end are short ones for all workers."""
     longest = ("integration", "robustness")
     items.sort(key=lambda item: item.path.parent.name not in longest)

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from ..errors import IVONError, one_line
-from ..inspect.diagnosis import Finding, remembers_too_long
 from ..posterior.adapter import Adapter
 from ..posterior.chain import check_prior, links
+from ..posterior.findings import Finding, remembers_too_long
 from ..settings.keys import DEFAULTS, check_values, prior_folder
 from ..settings.presets import ADAM_LIKE_LR, PAPER_REACH, PRESETS, SHORT_REACH
 from ..storage.format import regular_size

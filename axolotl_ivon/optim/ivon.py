@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..settings.defaults import DEFAULTS
+from ..settings.presets import effective_sample_size as effective_sample_size
 from . import kernels
 from .buffers import Buffers
 from .kernels.base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Constants, Terms, Verdict, to_device
@@ -42,23 +43,6 @@ class Skipped(NamedTuple):
     total: int
     in_a_row: int
     tensor: str | None
-
-
-def effective_sample_size(n: int, gamma: float = DEFAULTS.gamma) -> float:
-    """Return λ = γ·√N, the effective sample size of IVON-LoRA (arXiv 2506.14280, section 3).
-
-    Args:
-        n: number of training examples N.
-        gamma: γ; the paper's value for commonsense reasoning is 5000.
-
-    Raises:
-        ValueError: if `n` or `gamma` is not positive.
-    """
-    if not n > 0:
-        raise ValueError(f"n must be a positive number of training examples, got {n}")
-    if not (gamma > 0 and math.isfinite(gamma)):
-        raise ValueError(f"gamma must be positive and finite, got {gamma}")
-    return gamma * math.sqrt(n)
 
 
 class IVONLoRA(Optimizer):

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch.optim import SGD
 
-from ..inspect.diagnosis import MEMORY
-from ..optim.ivon import effective_sample_size
 from .defaults import DEFAULTS
 
 # A learning rate below this is one for AdamW: the most that a step may move a weight, and not IVON's α.
@@ -19,6 +15,25 @@ ADAM_LIKE_LR = 1e-3
 # A weight can travel at most Σ α_t·ξ in a run. The paper's commonsense runs allow 0.13; a run that allowed 0.04
 # learned nothing.
 SHORT_REACH, PAPER_REACH = 0.08, 0.13
+# Steps that p should remember, as a share of the run: benchmarks/fidelity/NOTES.md.
+MEMORY = 0.2
+
+
+def effective_sample_size(n: int, gamma: float = DEFAULTS.gamma) -> float:
+    """Return λ = γ·√N, the effective sample size of IVON-LoRA (arXiv 2506.14280, section 3).
+
+    Args:
+        n: number of training examples N.
+        gamma: γ; the paper's value for commonsense reasoning is 5000.
+
+    Raises:
+        ValueError: if `n` or `gamma` is not positive.
+    """
+    if not n > 0:
+        raise ValueError(f"n must be a positive number of training examples, got {n}")
+    if not (gamma > 0 and math.isfinite(gamma)):
+        raise ValueError(f"gamma must be positive and finite, got {gamma}")
+    return gamma * math.sqrt(n)
 
 
 class Preset(NamedTuple):
@@ -123,38 +138,3 @@ PRESETS = {
     ),
     "small_data": AUTO,
 }
-
-
-def rates(scheduler: Any, lr: float, steps: int) -> list[float]:
-    """Return the learning rate of every step, or its bound where the scheduler is no function of the step."""
-    lambdas = getattr(scheduler, "lr_lambdas", None)
-    if not lambdas:
-        return [lr] * steps
-    return [lr * lambdas[0](step) for step in range(steps)]
-
-
-def rate_for(travel: float, clip: float, steps: int, schedule: Callable[[float, SGD], Any]) -> float:
-    """Return the peak learning rate with which a weight can travel so far, Σ α_t·ξ, under a schedule.
-
-    `schedule(lr, optimizer)` makes a scheduler of this peak; it is called with optimizers that train nothing. A
-    scheduler that asks for more than the step is taken to stay at the peak.
-    """
-
-    def total(lr: float) -> float:
-        optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-        scheduler, sum_of_rates = schedule(lr, optimizer), 0.0
-        for _ in range(steps):
-            sum_of_rates += optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            try:
-                scheduler.step()
-            except TypeError:  # it wants the loss
-                return lr * steps
-        return sum_of_rates
-
-    before, lr = 0.0, 1.0
-    for _ in range(20):  # one round is enough, except for schedules with an absolute floor
-        if math.isclose(before, lr, rel_tol=1e-6):
-            break
-        before, lr = lr, lr * travel / clip / (total(lr) or 1.0)
-    return lr

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..errors import IVONError, param_ref
-from ..inspect.diagnosis import begins_at_zero, findings
 from ..optim.ivon import Skipped
 from ..posterior.chain import PRIOR_SHA256
-from ..settings.presets import ADAM_LIKE_LR, PAPER_REACH, SHORT_REACH, rates
+from ..posterior.findings import begins_at_zero, findings
+from ..settings.presets import ADAM_LIKE_LR, PAPER_REACH, SHORT_REACH
 from .processes import agree_on_gradients, average, sum_over_processes
+from .rates import rates
 from .sharded import ReplicatedAdapter
 
 LOG = logging.getLogger(__name__)

@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from ..plugins import plugin_manager
-from ..settings.presets import rate_for
 from ..storage.format import SIGMA_FILE
 from ..storage.tensorfile import TensorFile
 from .callback import PosteriorTraining, trained_parameters
@@ -23,6 +22,7 @@ from .checkpoints import tell_in_card, whole_checkpoint
 from .patches import keep_engine_off_the_adapter
 from .posterior_loss import posterior_loss
 from .processes import agree_on_gradients, average, is_sharded
+from .rates import rate_for
 from .sharded import STATE_FILE, ReplicatedAdapter
 
 

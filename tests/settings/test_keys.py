@@ -7,7 +7,7 @@ from pathlib import Path
 
 from axolotl_ivon.settings.keys import BY_PRESET, DEFAULTS, IVONArgs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEADER = "| key | default | meaning |"
 
 
