@@ -5,7 +5,7 @@
     python -m benchmarks.fidelity write                      # the tables in README.md and RESULTS.md, made anew
     python -m benchmarks.fidelity configs paper --out DIR    # axolotl YAMLs and the commands of the other suites
 
-The experiments are in `experiments.yaml`, the results in `results.jsonl`: one line for each evaluated row of each run.
+The experiments are in `experiments.yaml`, the results in `results.jsonl.gz`: a line for each evaluated row of each run.
 A run is identified by all that decides its outcome, so nothing is computed twice, and trained weights are kept in
 the work folder. DIR holds BIG-bench tasks as TASK.train.jsonl and TASK.validation.jsonl, chat messages with a
 lettered answer.
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("command", choices=["run", "report", "write", "configs"])
     parser.add_argument("suite", nargs="?", default="encoder", help="causal, causal-quick, encoder (default) …")
     parser.add_argument("--experiments", type=Path, default=HERE / "experiments.yaml")
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl.gz")
     parser.add_argument("--work", type=Path, default=DEMO / "fidelity", help="for what can be remade")
     parser.add_argument("--bigbench", type=Path, help="folder of the BIG-bench tasks")
     parser.add_argument("--workers", type=int, default=2)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import gzip
 import hashlib
 import json
-import os
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,8 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from axolotl_ivon.storage.atomic import new_file
 
 HERE = Path(__file__).resolve().parent
 ENCODER = ("rank", "targets", "dropout", "upper")  # the settings that make the model, but for the seed
@@ -65,30 +68,19 @@ def settings_of(suite: Mapping[str, Any], task: str, method: str, seed: int, **o
 
 
 def read_results(path: Path) -> list[Record]:
-    """Return the records of a results file; a last line cut short by an interruption is left out."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return records
+    """Return the records of a results file, JSON lines that gzip has compressed; none where there is no file."""
+    if not path.is_file():
+        return []
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def append(path: Path, record: Record) -> None:
-    """Add one line in a single write: several processes append to the same file."""
-    line = ("\n" if _cut_short(path) else "") + json.dumps(record) + "\n"
-    with path.open("ab", buffering=0) as file:
-        file.write(line.encode())
-
-
-def _cut_short(path: Path) -> bool:
-    if not path.is_file() or not path.stat().st_size:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
+    """Add a record: the file is written anew and renamed, one process after the other."""
+    with path.with_suffix(".lock").open("w") as lock, new_file(path) as temporary:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lines = gzip.decompress(path.read_bytes()) if path.is_file() else b""
+        temporary.write_bytes(gzip.compress(lines + json.dumps(record).encode() + b"\n", mtime=0))
 
 
 def missing_rows(job: Job, records: Iterable[Record]) -> list[tuple[str, str]]:

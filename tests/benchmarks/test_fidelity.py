@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -501,7 +502,7 @@ def test_correlated_draws_survive_the_work_folder(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(fidelity, "_read_task", lambda *_: task())
     monkeypatch.setattr(fidelity, "_model", lambda *_: causal(tmp_path / "model", [7, 9]))
     settings = fidelity.canonical({"trainer": "ivon-auto", "blocks": True, "steps": 2, "batch": 4, "seed": 0})
-    places = fidelity.Places(tmp_path, None, tmp_path / "results.jsonl", "abc", 2, "{}")
+    places = fidelity.Places(tmp_path, None, tmp_path / "results.jsonl.gz", "abc", 2, "{}")
     model, q, facts = fidelity.trained("movie", settings, places)
     assert isinstance(q, Correlated)
     assert facts["ivon_ess"] == 250_000  # few examples, few weights
@@ -616,16 +617,18 @@ def test_plan_chooses_on_validation_data_and_then_runs_all_seeds() -> None:
     assert fidelity.missing_rows(ablation[0], records) == [("tau=2", "test")]
 
 
-def test_results_survive_an_interruption(tmp_path: Path) -> None:
+def test_results_are_whole_or_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.fidelity import run as fidelity
 
-    path = tmp_path / "results.jsonl"
-    fidelity.append(path, {"run": "a", "row": "mean", "data": "test"})
-    with path.open("a") as file:
-        file.write('{"run": "a", "row": "post')
-    assert [record["row"] for record in fidelity.read_results(path)] == ["mean"]
-    fidelity.append(path, {"run": "a", "row": "posterior", "data": "test"})
-    assert [record["row"] for record in fidelity.read_results(path)] == ["mean", "posterior"]
+    path = tmp_path / "results.jsonl.gz"
+    assert fidelity.read_results(path) == []
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda row: fidelity.append(path, {"run": "a", "row": row, "data": "test"}), ("mean", *"bcdefg")))
+    assert sorted(record["row"] for record in fidelity.read_results(path)) == [*"bcdefg", "mean"]
+    monkeypatch.setattr(fidelity.gzip, "compress", lambda *_, **__: b"cut short"[: 1 // 0])
+    with pytest.raises(ZeroDivisionError):
+        fidelity.append(path, {"run": "a", "row": "posterior", "data": "test"})
+    assert len(fidelity.read_results(path)) == 7
     job = SimpleNamespace(key="a", rows=(("mean", "test"), ("mean", "amazon")))
     assert fidelity.missing_rows(job, fidelity.read_results(path)) == [("mean", "amazon")]  # type: ignore[arg-type]
 
@@ -760,7 +763,7 @@ def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
     from benchmarks.fidelity.run import read_results
 
     suites = yaml.safe_load((BENCHMARKS / "fidelity/experiments.yaml").read_text(encoding="utf-8"))["suites"]
-    records = read_results(BENCHMARKS / "fidelity/results.jsonl")
+    records = read_results(BENCHMARKS / "fidelity/results.jsonl.gz")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert PLACE.search(text)
@@ -777,7 +780,7 @@ def test_a_run_is_trained_once_and_evaluated_row_by_row(bert: Path, tmp_path: Pa
     made = suite()
     made["methods"]["ivon-lora"].update({"h0": 0.05, "clip": 0.01, "beta2": 0.999})
     settings = fidelity.settings_of(made, "movie", "ivon-lora", 0, gamma=50)
-    places = fidelity.Places(tmp_path, None, tmp_path / "results.jsonl", "abc", 2, "{}")
+    places = fidelity.Places(tmp_path, None, tmp_path / "results.jsonl.gz", "abc", 2, "{}")
     job = fidelity.Job("movie", "ivon-lora", settings, (("mean", "test"), ("posterior", "test")))
     fidelity.work_off(job, [("posterior", "test")], places)
     monkeypatch.setitem(fidelity_methods.TRAINERS, "ivon-lora", None)  # a second training would fail
@@ -882,7 +885,7 @@ def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
         subprocess.run(["bash", str(tmp_path / "out/run.sh")], check=True, env={"PATH": f"{programs}:/usr/bin:/bin"})
     called = (tmp_path / "log").read_text().splitlines()
     assert sum(line.startswith("axolotl train") for line in called) == len(written)
-    evaluates = "python -m axolotl_ivon.integrations.lm_eval --model" if "harness" in suite else "ivon-post eval"
+    evaluates = "python -m axolotl_ivon.lm_eval --model" if "harness" in suite else "ivon-post eval"
     assert sum(line.startswith(evaluates) for line in called) == len(written)
 
 

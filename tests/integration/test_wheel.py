@@ -15,22 +15,35 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that nothing is left in the checkout and nothing in it but the sources gets in."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source distribution and the wheel built from it; made from a copy, so that nothing is left in the checkout."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in ("axolotl_ivon", "cli", "pyproject.toml", "README.md", "LICENSE", "tests", "benchmarks"):
+    files = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "MANIFEST.in")
+    for name in ("axolotl_ivon", "cli", "tests", "benchmarks", *files):
         (source / name).symlink_to(ROOT / name)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
     subprocess.run(command, check=True, capture_output=True)
-    [built] = out.iterdir()
-    return built
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    [path] = built.glob("*.whl")
+    return path
+
+
+def test_the_package_index_would_take_both(built: Path) -> None:
+    twine = [sys.executable, "-m", "twine", "--no-color", "check", "--strict", *map(str, built.iterdir())]
+    checked = subprocess.run(twine, capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stdout.count("PASSED")) == (0, 2), checked.stdout
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
-    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "axolotl_ivon").rglob("*.py")}
-    expected |= {f"ivon_post/{path.name}" for path in (ROOT / "cli").glob("*.py")}
-    expected |= {"axolotl_ivon/py.typed", "axolotl_ivon/report/page.html.jinja", "ivon_post/py.typed"}
-    expected |= {"axolotl_ivon/serving/page.html"}
+    library = ROOT / "axolotl_ivon"
+    expected = {
+        str(path.relative_to(ROOT)) for kind in ("py", "typed", "jinja", "html") for path in library.rglob(f"*.{kind}")
+    }
+    expected |= {f"ivon_post/{path.name}" for path in (*(ROOT / "cli").glob("*.py"), ROOT / "cli/py.typed")}
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         [info] = {name.split("/")[0] for name in names if ".dist-info/" in name}
@@ -56,20 +69,17 @@ def test_the_wheel_works_alone_and_without_axolotl(wheel: Path, tiny_adapter: Pa
     (site / "sitecustomize.py").write_text(BLOCK)
 
     def run(*words: object) -> str:
-        command = [sys.executable, str(site / "bin" / "ivon-post"), *map(str, words)]
         environment = {**os.environ, "PYTHONPATH": str(site)}
+        command = [sys.executable, *map(str, words)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     where = "import axolotl_ivon, ivon_post; print(axolotl_ivon.__file__, ivon_post.__file__)"
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    found = subprocess.run(
-        [sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert found.stdout.count(str(site)) == 2
-    assert "info" in run("--help")
-    assert json.loads(run("info", tiny_adapter, "--json"))["weights"] == 896
-    run("prune", tiny_adapter, "-o", tmp_path / "pruned")
-    run("merge", tiny_adapter, "-o", tmp_path / "merged")
+    assert run("-c", where).count(str(site)) == 2
+    ivon_post = site / "bin" / "ivon-post"
+    assert "info" in run(ivon_post, "--help")
+    assert json.loads(run(ivon_post, "info", tiny_adapter, "--json"))["weights"] == 896
+    run(ivon_post, "prune", tiny_adapter, "-o", tmp_path / "pruned")
+    run(ivon_post, "merge", tiny_adapter, "-o", tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").is_file()

@@ -9,7 +9,7 @@ import pytest
 
 from axolotl_ivon.generation.mbr import Decoded, Point, mbr
 from axolotl_ivon.generation.nbest import NBest
-from axolotl_ivon.generation.utilities import UTILITIES, Answers
+from axolotl_ivon.generation.utilities import UTILITIES, AnswerExtractor
 from axolotl_ivon.plots.scaling import save, scaling
 
 
@@ -28,7 +28,9 @@ def test_the_figure_has_every_point() -> None:
 
 def test_saved_choices_and_pictures(tmp_path: Path) -> None:
     found: Decoded = mbr(
-        [NBest("\ud800", "a", ("a",) * 8, (0,) * 8, (-1.0,) * 8, "f.jsonl:1")], UTILITIES["exact"](Answers()), Answers()
+        [NBest("\ud800", "a", ("a",) * 8, (0,) * 8, (-1.0,) * 8, "f.jsonl:1")],
+        UTILITIES["exact"](AnswerExtractor()),
+        AnswerExtractor(),
     )
     paths = save({"x": found}, tmp_path / "deep" / "out")
     assert [path.name for path in paths] == ["x.jsonl", "accuracy.png", "accuracy.svg"]
