@@ -21,6 +21,7 @@ from ._tables import emit
 
 if TYPE_CHECKING:
     from axolotl_ivon.decisions.sweep import Decision
+    from axolotl_ivon.models.session import Loading
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -225,6 +226,14 @@ def choice_option(name: str, values: Sequence[str], text: str) -> Callable[[Comm
     return click.option(name, type=click.Choice(values), default=values[0], show_default=True, help=text)
 
 
+def _loading(**values: Any) -> Loading:
+    """Return how the base model is loaded."""
+    from axolotl_ivon.models.session import Loading
+
+    return Loading(**values)
+
+
+# They become the command's argument `loading`.
 model_options = add_all(
     base_model_option,
     click.option("--load-in", type=click.Choice(["8bit", "4bit"]), help="Quantize the base model (bitsandbytes)."),
@@ -232,6 +241,7 @@ model_options = add_all(
     choice_option(
         "--dtype", ["auto", *DTYPES], "Of the base model. auto: float32 on a CPU, the checkpoint's elsewhere."
     ),
+    as_one("loading", _loading, "base_model", "load_in", "device", "dtype"),
 )
 
 

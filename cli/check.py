@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ._options import Terminal, batch_option, model_options, terminal_options
 from ._progress import silence_libraries
 from ._tables import emit
+
+if TYPE_CHECKING:
+    from axolotl_ivon.models.session import Loading
 
 
 @click.command("check")
@@ -31,7 +35,7 @@ def command(
     processes: int,
     batch_size: int | None,
     terminal: Terminal,
-    **loading: Any,
+    loading: Loading,
 ) -> None:
     """Say what came of the run that made ADAPTER, or what will come of an axolotl YAML.
 
@@ -60,7 +64,13 @@ def command(
                 from axolotl_ivon.evaluation.against_mean import draws_against_mean
 
                 facts["data"] = draws_against_mean(
-                    target, data, samples=samples, limit=limit, batch_size=batch_size, progress=progress, **loading
+                    target,
+                    data,
+                    samples=samples,
+                    limit=limit,
+                    batch_size=batch_size,
+                    progress=progress,
+                    **asdict(loading),
                 )
                 facts["findings"] += [row["finding"] for row in facts["data"]]
     if terminal.as_json:

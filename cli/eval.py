@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from axolotl_ivon.decisions.sweep import Decision
     from axolotl_ivon.evaluation.evaluate import Evaluation
     from axolotl_ivon.metrics.scores import Scores
+    from axolotl_ivon.models.session import Loading
 
 _ROWS = "base,mean,mean-pruned,posterior,posterior-pruned"
 # Heading -> (metric, how it is written, whether its standard error is shown).
@@ -76,7 +78,8 @@ def command(
     point: PosteriorOptions,
     rows: str,
     output: OutputOptions,
-    **loading: Any,
+    loading: Loading,
+    **examples: Any,
 ) -> None:
     """Evaluate ADAPTER on data: the base model, the mean, and the average over draws from the posterior.
 
@@ -123,7 +126,14 @@ def command(
         check_output(written, output.overwrite)
     with output.progress() as progress:
         evaluation = Evaluation(
-            adapter, data, rows=chosen, ood=ood, calibrate=calibrate, begin=progress.begin, **loading
+            adapter,
+            data,
+            rows=chosen,
+            ood=ood,
+            calibrate=calibrate,
+            begin=progress.begin,
+            **examples,
+            **asdict(loading),
         )
         from axolotl_ivon.evaluation.examples import save
         from axolotl_ivon.evaluation.ood import detect

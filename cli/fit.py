@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +24,9 @@ from ._options import (
     task_option,
 )
 from ._tables import as_number, number
+
+if TYPE_CHECKING:
+    from axolotl_ivon.models.session import Loading
 
 
 class Prior(click.ParamType):
@@ -91,7 +95,9 @@ class Prior(click.ParamType):
     "samples",
     "seed",
 )
-def command(adapter: str, data: Sequence[str], settings: dict[str, Any], output: OutputOptions, **options: Any) -> None:
+def command(
+    adapter: str, data: Sequence[str], settings: dict[str, Any], loading: Loading, output: OutputOptions, **options: Any
+) -> None:
     """Give ADAPTER, however it was trained, a posterior: σ for every weight, around weights that stay as they are.
 
     --data is what it was trained on: chat JSONL, of which the assistant's turns count, or the labels of a classifier.
@@ -116,6 +122,7 @@ def command(adapter: str, data: Sequence[str], settings: dict[str, Any], output:
             data,
             **settings,
             **options,
+            **asdict(loading),
             state=state,
             begin=progress.begin,
             tell=progress.say,

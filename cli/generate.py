@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,9 @@ from ._options import (
     seed_option,
 )
 from ._tables import percent
+
+if TYPE_CHECKING:
+    from axolotl_ivon.models.session import Loading
 
 
 @click.command("generate")
@@ -54,7 +57,13 @@ from ._tables import percent
 @output_options("ADAPTER-nbest.jsonl", "JSONL to write or to go on with.", "Start the output anew.", metavar="FILE")
 @as_one("planned", dict, "n", "per_model", "mean", "temperature", "top_p", "max_tokens", "stop", "seed")
 def command(
-    adapter: str, prompts: str, planned: dict[str, Any], point: PosteriorOptions, output: OutputOptions, **options: Any
+    adapter: str,
+    prompts: str,
+    planned: dict[str, Any],
+    point: PosteriorOptions,
+    loading: Loading,
+    output: OutputOptions,
+    **options: Any,
 ) -> None:
     """Generate n outputs for every prompt: n/PER-MODEL draws from ADAPTER's posterior, PER-MODEL outputs each.
 
@@ -108,6 +117,7 @@ def command(
             notify=progress.notify,
             overwrite=output.overwrite,
             **options,
+            **asdict(loading),
         )
         speed = done.tokens_per_second
         if done.resumed < done.prompts:

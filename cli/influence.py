@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ._options import OutputOptions, adapter_argument, batch_option, limit_option, model_options, output_as_one
 from ._stdout import results
 from ._tables import emit, number, print_table
+
+if TYPE_CHECKING:
+    from axolotl_ivon.models.session import Loading
 
 _SHOWN = 20
 _LONGEST = 60  # characters of a row's text
@@ -45,7 +49,8 @@ def command(
     scores: str | None,
     limit: int | None,
     output: OutputOptions,
-    **loading: Any,
+    batch_size: int | None,
+    loading: Loading,
 ) -> None:
     """Tell what each row of its training data has done to ADAPTER, from one gradient a row, without retraining.
 
@@ -93,7 +98,14 @@ def command(
     if rows is None:
         with output.progress() as progress:
             found = work.influence(
-                adapter, data, on, limit=limit, begin=progress.begin, notify=progress.notify, **loading
+                adapter,
+                data,
+                on,
+                limit=limit,
+                batch_size=batch_size,
+                begin=progress.begin,
+                notify=progress.notify,
+                **asdict(loading),
             )
         rows, facts = found.rows, found.facts
     else:

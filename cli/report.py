@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ._options import OutputOptions, PosteriorOptions, Renamed, evaluation_options, output_as_one, recommended_option
+
+if TYPE_CHECKING:
+    from axolotl_ivon.models.session import Loading
 
 
 @click.command("report")
@@ -45,7 +48,8 @@ def command(
     recommended: str | None,
     influence: str | None,
     output: OutputOptions,
-    **loading: Any,
+    loading: Loading,
+    **encoding: Any,
 ) -> None:
     """Write a report on ADAPTER: one HTML file that opens anywhere, without a network.
 
@@ -88,7 +92,8 @@ def command(
                 run=run,
                 begin=progress.begin,
                 notify=progress.notify,
-                **loading,
+                **encoding,
+                **asdict(loading),
             )
         progress.begin("drawing")
         from axolotl_ivon.report.page import page, save

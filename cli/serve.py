@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,9 @@ from ._options import (
     point_options,
     terminal_options,
 )
+
+if TYPE_CHECKING:
+    from axolotl_ivon.models.session import Loading
 
 
 @click.command("serve")
@@ -82,7 +85,6 @@ from ._options import (
 @as_one("address", dict, "host", "port", "api_key")
 @as_one("limits", dict, "max_queue", "max_tokens", "timeout")
 @as_one("combining", dict, "combine", "candidates", "concurrency", "utility", "answer_regex")
-@as_one("loading", dict, "base_model", "load_in", "device", "dtype")
 def command(
     adapter: str,
     samples: int | None,
@@ -94,7 +96,7 @@ def command(
     max_body: int,
     endpoints: tuple[str, ...],
     combining: dict[str, Any],
-    loading: dict[str, Any],
+    loading: Loading,
     terminal: Terminal,
 ) -> None:
     """Serve ADAPTER under OpenAI's interface: answers are the average of draws, and say how sure they are.
@@ -142,7 +144,7 @@ def command(
                     prune_ratio=ratio,
                     begin=progress.begin,
                     **sure,
-                    **loading,
+                    **asdict(loading),
                 )
             score = "agreement" if endpoints and combining["combine"] == "mbr" else "probability"
             if decided.threshold is not None and decided.score != score:

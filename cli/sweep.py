@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +16,7 @@ from ._tables import decimal, file_names, is_wide, percent, print_table
 if TYPE_CHECKING:
     from axolotl_ivon.decisions.sweep import Sweep
     from axolotl_ivon.decisions.weights import WeightsSweep
+    from axolotl_ivon.models.session import Loading
 
 
 def _grid_option(name: str, default: str, text: str) -> Callable[[Command], Command]:
@@ -48,7 +50,8 @@ def command(
     confidence: float,
     run: dict[str, Any],
     output: OutputOptions,
-    **loading: Any,
+    loading: Loading,
+    **examples: Any,
 ) -> None:
     """Evaluate ADAPTER over a grid of temperatures and pruning ratios, and recommend one point.
 
@@ -72,7 +75,7 @@ def command(
       ivon-post sweep --combine a/ b/ --data a.jsonl --data b.jsonl
     """
     if combine:
-        _sweep_weights(ctx, adapters, data, objective, run, output, **loading)
+        _sweep_weights(ctx, adapters, data, objective, run, output, **examples, **asdict(loading))
         return
     if len(adapters) > 1:
         raise click.UsageError(f"{len(adapters)} ADAPTERs: give one, or sweep the weights of several with --combine")
@@ -87,7 +90,7 @@ def command(
     if risk is not None:
         check_risk(risk, confidence)
     with output.progress() as progress:
-        evaluation = Evaluation(adapter, data, rows=rows, begin=progress.begin, **loading)
+        evaluation = Evaluation(adapter, data, rows=rows, begin=progress.begin, **examples, **asdict(loading))
         result = sweep(
             evaluation,
             rows,
@@ -130,7 +133,7 @@ def _sweep_weights(
     objective: str,
     run: dict[str, Any],
     output: OutputOptions,
-    **loading: Any,
+    **options: Any,
 ) -> None:
     """Sweep over the weights of a product."""
     from axolotl_ivon.decisions.weights import check_files, grid, save, sweep_weights
@@ -147,7 +150,7 @@ def _sweep_weights(
     with output.progress() as progress:
         posteriors = [Posterior.from_pretrained(adapter, progress) for adapter in adapters]
         Posterior.combine(posteriors)  # what does not go together is told before a model is loaded
-        evaluation = Evaluation(adapters[0], data, begin=progress.begin, **loading)
+        evaluation = Evaluation(adapters[0], data, begin=progress.begin, **options)
         passes = len(grid(len(adapters))) * max(1, samples)
         result = sweep_weights(
             evaluation,
