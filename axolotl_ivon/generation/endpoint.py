@@ -1,41 +1,39 @@
 """Generation on a server that serves the draws.
 
 Any server with OpenAI's interface will do that serves every member under its name (sample-0000, …) and takes prompts as
-token ids: `GET /v1/models` and `POST /v1/completions`. The environment variable OPENAI_API_KEY, if set, is sent along.
+token ids: `GET /v1/models` and `POST /v1/completions`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from ..data.encode import Prompt
-from ..errors import IVONError, one_line, param_ref
+from ..errors import IVONError, param_ref
+from .openai_client import explain, import_openai, make_client
 from .plan import Output, Plan, random_bits
 
-_T = TypeVar("_T")
-_RETRIED = {408, 429, 500, 502, 503, 504}
-_ATTEMPTS = 6
-_BACKOFF = 0.5  # seconds before the second attempt, doubled before each further one
-_LONGEST_WAIT = 60.0  # seconds, whatever the server's Retry-After says
-_CONNECT_TIMEOUT = 10.0
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+_RETRIES = 5
+_MALFORMED = (ValueError, TypeError, AttributeError, RecursionError)  # what another answer than OpenAI's leads to
 
 
 class EndpointEngine:
     """Generates on an OpenAI-compatible server; see `plan.Engine`.
 
     A request asks one member for all its outputs of one prompt; `concurrency` of them run at a time. A request that
-    fails in passing (no connection, no answer in `timeout` seconds, status 408, 429 or 5xx) is repeated, later each
-    time. The server's log-probabilities are taken as they come: with vLLM those of the untempered model.
+    fails in passing (`openai_client.make_client`) is repeated, later each time. The server's log-probabilities are
+    taken as they come: with vLLM those of the untempered model.
 
     Args:
         members: the names under which the plan's members are served.
+        timeout: seconds that a request may take.
 
     Raises:
         IVONError: no server answers, or it does not serve every member.
@@ -44,42 +42,32 @@ class EndpointEngine:
     def __init__(
         self, url: str, members: Sequence[str], plan: Plan, *, concurrency: int = 32, timeout: float = 600.0
     ) -> None:
-        self._named, self._members, self._plan = f"{param_ref('endpoint')} {url}", members, plan
-        self._concurrency = concurrency
-        root = url.rstrip("/")
-        key = os.environ.get("OPENAI_API_KEY")
-        self._options: dict[str, Any] = {
-            "base_url": root if root.endswith("/v1") else f"{root}/v1",
-            "headers": {"Authorization": f"Bearer {key}"} if key else {},
-            "timeout": httpx.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT), pool=None),
-        }
-        self._check()
+        self._named, self._url = f"{param_ref('endpoint')} {url}", url
+        self._members, self._plan = members, plan
+        self._concurrency, self._timeout = concurrency, timeout
+        asyncio.run(self._check())
 
-    def _check(self) -> None:
+    async def _check(self) -> None:
         """Raise IVONError unless the server is there and serves every member."""
+        openai = import_openai()
         try:
-            with httpx.Client(**self._options) as client:
-                response = client.get("/models")
-        except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
-            reason = one_line(error) or type(error).__name__
+            async with make_client(self._url, timeout=self._timeout) as client:
+                served = [str(model.id) for model in (await client.models.list()).data]
+        except openai.APIStatusError as error:
+            raise IVONError(f"{self._named}: {explain(error)}") from None
+        except openai.OpenAIError as error:
             raise IVONError(
-                f"{self._named}: no server answers there ({reason}); start it with serve.sh of the "
-                "ensemble, or name another address"
+                f"{self._named}: no server answers there ({explain(error)}); start it with serve.sh of the ensemble, "
+                "or name another address"
             ) from None
-        self._refuse(response)
-        served = _field(response, lambda body: [str(model["id"]) for model in body["data"]], self._named)
+        except _MALFORMED:
+            raise self._malformed("models") from None
         for name in self._members:
             if name not in served:
                 raise IVONError(
                     f"{self._named} does not serve {name}, but {', '.join(served[:8]) or 'nothing'}"
                     f"{', …' if len(served) > 8 else ''}; start it with serve.sh of the ensemble"
                 )
-
-    def _refuse(self, response: httpx.Response) -> None:
-        """Raise IVONError if the server refuses the request."""
-        if response.status_code != 200:
-            text = " ".join(response.text.split())[:300]
-            raise IVONError(f"{self._named}: {response.request.url.path} answers {response.status_code}: {text}")
 
     def outputs(
         self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None
@@ -91,7 +79,7 @@ class EndpointEngine:
         """
         loop = asyncio.new_event_loop()
         waiting: deque[list[asyncio.Task[list[Output]]]] = deque()
-        client = httpx.AsyncClient(**self._options)
+        client = make_client(self._url, timeout=self._timeout, retries=_RETRIES)
         gate = asyncio.Semaphore(self._concurrency)
         todo = deque(prompts[start:])
         try:
@@ -99,95 +87,68 @@ class EndpointEngine:
                 # Enough to keep the server busy while the first prompt's last request is waited for.
                 while todo and len(waiting) * len(self._members) < 2 * self._concurrency:
                     prompt = todo.popleft()
-                    asked = [self._ask(client, gate, prompt, k, count) for k in range(len(self._members))]
-                    waiting.append([loop.create_task(request) for request in asked])
-                found = loop.run_until_complete(asyncio.gather(*waiting[0]))
+                    requests = [self._ask(client, gate, prompt, member) for member in range(len(self._members))]
+                    waiting.append([loop.create_task(request) for request in requests])
+                by_member = loop.run_until_complete(asyncio.gather(*waiting[0]))
                 waiting.popleft()
-                yield [output for own in found for output in own]
+                count(sum(output.tokens for outputs in by_member for output in outputs))
+                copies = range(self._plan.per_member)
+                yield [outputs[copy % len(outputs)] for outputs in by_member for copy in copies]
         finally:
             # Those that failed too are waited for as well: asyncio prints an exception that nobody looked at.
-            left = [task for own in waiting for task in own]
+            left = [task for tasks in waiting for task in tasks]
             for task in left:
                 task.cancel()
             if left:
                 loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-            loop.run_until_complete(client.aclose())
+            loop.run_until_complete(client.close())
             loop.close()
 
-    async def _ask(
-        self,
-        client: httpx.AsyncClient,
-        gate: asyncio.Semaphore,
-        prompt: Prompt,
-        member: int,
-        count: Callable[[int], None],
-    ) -> list[Output]:
-        plan = self._plan
-        body = {
-            "model": self._members[member],
-            "prompt": prompt.ids,
-            "n": plan.distinct,
-            "temperature": plan.temperature,
-            "top_p": plan.top_p,
-            "max_tokens": plan.max_tokens,
-            "seed": int(random_bits(plan, prompt, member).random_raw() >> 33),
-            "logprobs": 1,
-            **({"stop": list(plan.stop)} if plan.stop else {}),
-        }
-        async with gate:
-            response = await self._post(client, body)
-        found = _field(response, lambda body: [_output(choice, member) for choice in body["choices"]], self._named)
-        if len(found) != plan.distinct:
+    async def _ask(self, client: AsyncOpenAI, gate: asyncio.Semaphore, prompt: Prompt, member: int) -> list[Output]:
+        """Return one member's different outputs for a prompt."""
+        plan, openai = self._plan, import_openai()
+        try:
+            async with gate:
+                completion = await client.completions.create(
+                    model=self._members[member],
+                    prompt=prompt.ids,
+                    n=plan.distinct,
+                    temperature=plan.temperature,
+                    top_p=plan.top_p,
+                    max_tokens=plan.max_tokens,
+                    seed=int(random_bits(plan, prompt, member).random_raw() >> 33),
+                    logprobs=1,
+                    stop=list(plan.stop) or openai.NOT_GIVEN,
+                )
+            outputs = [_output(choice, member) for choice in completion.choices]
+        except openai.OpenAIError as error:
+            status = getattr(error, "status_code", 500)
+            if status < 500 and status not in (408, 409, 429):
+                raise IVONError(f"{self._named}: {explain(error)}") from None
             raise IVONError(
-                f"{self._named}: {len(found)} outputs where {plan.distinct} were asked for; use a server "
+                f"{self._named}: {_RETRIES + 1} attempts failed, the last with {explain(error)}; what is done is kept: "
+                "run the same command again when the server is well"
+            ) from None
+        except _MALFORMED:
+            raise self._malformed("completions") from None
+        if len(outputs) != plan.distinct:
+            raise IVONError(
+                f"{self._named}: {len(outputs)} outputs where {plan.distinct} were asked for; use a server "
                 f"that knows n, or {param_ref('per_model')} 1"
             )
-        count(sum(output.tokens for output in found))
-        return [found[j % plan.distinct] for j in range(plan.per_member)]
+        return outputs
 
-    async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Response:
-        problem = ""
-        for attempt in range(_ATTEMPTS):
-            wait = _BACKOFF * 2**attempt
-            try:
-                response = await client.post("/completions", json=body)
-                if response.status_code not in _RETRIED:
-                    self._refuse(response)
-                    return response
-                problem = f"status {response.status_code}"
-                after = response.headers.get("Retry-After", "")
-                wait = min(_LONGEST_WAIT, float(after)) if after.isdecimal() else wait
-            except httpx.RequestError as error:
-                problem = one_line(error) or type(error).__name__
-            if attempt + 1 < _ATTEMPTS:
-                await asyncio.sleep(wait)
-        raise IVONError(
-            f"{self._named}: {_ATTEMPTS} attempts failed, the last with {problem}; what is done is kept: "
-            "run the same command again when the server is well"
-        )
+    def _malformed(self, path: str) -> IVONError:
+        return IVONError(f"{self._named}: /v1/{path} does not answer as OpenAI's interface does")
 
 
-def _field(response: httpx.Response, take: Callable[[Any], _T], named: str) -> _T:
-    """Return what `take` finds in a response of the server `named`, which anybody may have written.
-
-    Raises:
-        IVONError: it is not there.
-    """
-    try:
-        return take(response.json())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        path = response.request.url.path
-        raise IVONError(f"{named}: {path} does not answer as OpenAI's interface does") from None
-
-
-def _output(choice: dict[str, Any], member: int) -> Output:
-    text = choice["text"]
-    if not isinstance(text, str):
+def _output(choice: Any, member: int) -> Output:
+    """Return a choice of a completion, in which anything may stand."""
+    if not isinstance(choice.text, str):
         raise TypeError
-    held = choice.get("logprobs")
-    if not held or held.get("token_logprobs") is None:
-        return Output(text, member, None, 0)
-    logprobs = [float(value) for value in held["token_logprobs"]]
+    if choice.logprobs is None or choice.logprobs.token_logprobs is None:
+        return Output(choice.text, member, None, 0)
+    logprobs = [float(value) for value in choice.logprobs.token_logprobs]
     if not all(map(math.isfinite, logprobs)):
         raise ValueError
-    return Output(text, member, round(sum(logprobs), 6), len(logprobs))
+    return Output(choice.text, member, round(sum(logprobs), 6), len(logprobs))

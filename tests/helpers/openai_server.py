@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,7 +37,7 @@ class Server:
             self.model.load_adapter(ensemble / name, adapter_name=name)
         self.members = members
         self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
+        self.headers: list[Mapping[str, str]] = []
         self.failures: list[int] = []
         self.spoil = lambda answer: answer
         self.busy = self.most = 0
@@ -152,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with served._counting:
             served.requests.append(body)
-            served.headers.append(dict(self.headers))
+            served.headers.append(self.headers)
             status = served.failures.pop(0) if served.failures else 200
             served.busy += 1
             served.most = max(served.most, served.busy)
@@ -192,9 +192,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: int, content: Any) -> None:
         data = json.dumps(content).encode()
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
-        if status == 429:
-            self.send_header("Retry-After", "0")
+        if status != 200:
+            self.send_header("Retry-After-Ms", "1")  # else the openai client waits for half a second and more
         with contextlib.suppress(ConnectionError):  # the client may be gone
             self.end_headers()
             self.wfile.write(data)
