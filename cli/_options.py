@@ -156,7 +156,7 @@ class PosteriorOptions:
         """
         from axolotl_ivon.posterior.adapter import Adapter
         from axolotl_ivon.posterior.posterior import check_tau
-        from axolotl_ivon.posterior.prune import check_pruning
+        from axolotl_ivon.posterior.prune import Pruning
 
         tau, ratio = 1.0, default_ratio
         if self.recommended:
@@ -165,7 +165,7 @@ class PosteriorOptions:
             tau, ratio = read_recommended(self.recommended, Adapter(adapter).metadata or None)
         tau, ratio = tau if self.tau is None else self.tau, ratio if self.ratio is None else self.ratio
         check_tau(tau)
-        check_pruning(ratio)
+        Pruning(ratio)
         return tau, ratio
 
 

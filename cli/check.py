@@ -55,9 +55,9 @@ def command(
                 raise click.UsageError("--data goes with an adapter, not with a YAML.")
             facts = forecast(target, processes)
         else:
-            from axolotl_ivon.inspect.diagnosis import check
+            from axolotl_ivon.inspect.diagnosis import diagnose
 
-            facts = check(target, progress)
+            facts = diagnose(target, progress)
             if data:
                 progress.begin("loading the base model")
                 silence_libraries()

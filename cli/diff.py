@@ -23,12 +23,12 @@ def command(first: str, second: str, terminal: Terminal) -> None:
     apart             share of weights whose means differ by more than √(σ_A² + σ_B²)
     one-sided         share of weights with σ > 0 in one only, as after pruning; KL leaves them out
     """
-    from axolotl_ivon.inspect.diff import diff
+    from axolotl_ivon.inspect.diff import distance
     from axolotl_ivon.posterior.posterior import Posterior
 
     with terminal.progress() as progress:
         a, b = (Posterior.from_pretrained(adapter, progress) for adapter in (first, second))
-        facts = diff(a, b, progress)
+        facts = distance(a, b, progress)
     if terminal.as_json:
         emit({"a": first, "b": second, **facts})
         return

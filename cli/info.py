@@ -23,10 +23,10 @@ def command(adapter: str, ratio: float, criterion: str, summary: bool, terminal:
     weights that `prune --ratio` would set to 0; then the same for the whole adapter, and the facts that training
     wrote into the header of ivon_sigma.safetensors.
     """
-    from axolotl_ivon.inspect.info import info
+    from axolotl_ivon.inspect.info import describe
 
     with terminal.progress() as progress:
-        facts = info(adapter, ratio, criterion, progress)
+        facts = describe(adapter, ratio, criterion, progress)
     if terminal.as_json:
         facts["header"] = {name: as_number(value) for name, value in facts["header"].items()}
         emit({name: value for name, value in facts.items() if name != "modules" or not summary})

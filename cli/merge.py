@@ -57,5 +57,5 @@ def command(
         held = Adapter(adapter)
         check_merge(held, **options)
         tensors = choose_weights(held, pruned, sample_seed, tau, progress)
-        merge(held, tensors, path, overwrite=output.overwrite, progress=progress, **options)
+        merge(held, tensors, path, overwrite=output.overwrite, reporter=progress, **options)
     output.finish({"output": str(path)}, path, then=["vllm", "serve", path])

@@ -44,10 +44,10 @@ def command(
     is pruning 0.1. ADAPTER is a folder or a Hub id and is not modified.
     """
     from axolotl_ivon.posterior.posterior import Posterior
-    from axolotl_ivon.posterior.prune import check_pruning
+    from axolotl_ivon.posterior.prune import Pruning
 
     _, share = PosteriorOptions(recommended, ratio=ratio).settings(adapter, default_ratio=0.1)
-    check_pruning(share, criterion, scope)
+    Pruning(share, criterion, scope)  # refuses what is unknown or out of range, before anything is read
     path = output.target([adapter], f"pruned-{share:g}")
     with output.progress() as progress:
         source = Posterior.from_pretrained(adapter, progress)

@@ -56,10 +56,10 @@ def command(
       ivon-post generate ensemble/ --prompts test.jsonl -n 64 --endpoint http://localhost:8000
     """
     from axolotl_ivon.posterior.posterior import Posterior
-    from axolotl_ivon.posterior.sample import check_members, ensemble_bytes, sample
+    from axolotl_ivon.posterior.sample import EnsemblePlan, sample
     from axolotl_ivon.storage.atomic import in_bytes
 
-    check_members(members)
+    plan = EnsemblePlan(members, seed, **options)
     tau, ratio = point.settings(adapter)
     path = output.target([adapter], f"samples-{members}")
     with output.progress() as progress:
@@ -69,14 +69,11 @@ def command(
 
             served_rank(posterior.config)  # refused before anything is drawn
         if ratio:
-            posterior = posterior.prune(ratio, progress=progress)
+            posterior = posterior.prune(ratio, reporter=progress)
         posterior = posterior.temper(tau)
-        size = ensemble_bytes(posterior, members, options["dtype"], options["include_mean"])
-        if size >= _LARGE:
+        if (size := plan.size(posterior)) >= _LARGE:
             progress.notify(f"{members:,} adapters take {in_bytes(size)} in {path}")
-        names = sample(
-            posterior, path, members, seed, source=adapter, overwrite=output.overwrite, progress=progress, **options
-        )
+        names = sample(posterior, path, plan, adapter, output.overwrite, progress)
         if math.isinf(posterior.tau):
             progress.notify("τ is inf: every draw is the mean")
     served: dict[str, str] = {}

@@ -25,7 +25,7 @@ from ..errors import IVONError, param_ref
 from ..metrics.verdict import REFERENCES, differences
 from ..models.session import Loading, load_model, load_tokenizer
 from ..posterior.posterior import Posterior, check_tau, open_posterior
-from ..posterior.prune import check_pruning
+from ..posterior.prune import Pruning
 from ..storage.format import find_base_model
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Variant:
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
-        check_pruning(self.ratio)
+        Pruning(self.ratio)
 
     @property
     def needs_sigma(self) -> bool:

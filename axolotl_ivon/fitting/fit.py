@@ -27,7 +27,8 @@ from ..noise import generator as numpy_generator
 from ..posterior.adapter import UNPRUNED, Adapter
 from ..posterior.card import CARD_FILE, update_card
 from ..posterior.posterior import Posterior
-from ..posterior.tensors import Progress, fingerprint
+from ..posterior.tensors import fingerprint
+from ..reporter import SILENT, Reporter
 from ..settings.defaults import DEFAULTS
 from ..storage.format import SIGMA_FILE, find_base_model
 
@@ -167,7 +168,7 @@ def save(
     posterior: Posterior,
     folder: Path,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
     state: Path | None = None,
 ) -> None:
     """Write a fitted posterior, whole or not at all, and remove the `state` of its fit.
@@ -177,7 +178,7 @@ def save(
     Raises:
         IVONError: as `Posterior.save_pretrained`.
     """
-    posterior.save_pretrained(folder, overwrite, progress)
+    posterior.save_pretrained(folder, overwrite, reporter)
     if (folder / CARD_FILE).is_file():
         with contextlib.suppress(IVONError):  # a damaged card goes along as it is
             update_card(folder)

@@ -11,13 +11,13 @@ import numpy as np
 
 from ..posterior.findings import Finding, begins_at_zero, findings
 from ..posterior.posterior import Posterior
-from ..posterior.tensors import Progress
+from ..reporter import SILENT, Reporter
 
 # Σ σ²/var(A) over the matrices A: the paper's runs have 20 to 80.
 NARROW, WIDE = 5.0, 500.0
 
 
-def check(path_or_hub_id: str | os.PathLike[str], progress: Progress | None = None) -> dict[str, Any]:
+def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT) -> dict[str, Any]:
     """Return what came of the run that made an adapter, as plain numbers, strings, lists and dicts.
 
     `moved` and `allowed` are what training wrote into the header: how far a weight of a B matrix moved on average, and
@@ -29,7 +29,7 @@ def check(path_or_hub_id: str | os.PathLike[str], progress: Progress | None = No
     Raises:
         IVONError: the folder holds no posterior, or its files do not belong together.
     """
-    q = Posterior.from_pretrained(path_or_hub_id, progress)
+    q = Posterior.from_pretrained(path_or_hub_id, reporter)
     moved, allowed = _number(q.metadata, "moved"), _number(q.metadata, "travel")
     count, spread, noise, b_sum, b_count = 0, 0.0, 0.0, 0.0, 0
     for key in q.mean:
@@ -45,8 +45,7 @@ def check(path_or_hub_id: str | os.PathLike[str], progress: Progress | None = No
                 largest = sigma.max()  # whose square may be too large for float32
                 mean_square = float(np.square(sigma / largest).mean(dtype=np.float64)) * float(largest) ** 2
                 noise += 3 * sigma.shape[-1] * mean_square
-        if progress:
-            progress("measuring", sigma.size, q.mean.weights)
+        reporter.advance("measuring", sigma.size, q.mean.weights)
     if moved is None:
         allowed = None
         moved = b_sum / b_count if b_count else None

@@ -10,10 +10,10 @@ import numpy as np
 from ..errors import IVONError
 from ..posterior.adapter import modules
 from ..posterior.posterior import Posterior
-from ..posterior.tensors import Progress
+from ..reporter import SILENT, Reporter
 
 
-def diff(first: Posterior, second: Posterior, progress: Progress | None = None) -> dict[str, Any]:
+def distance(first: Posterior, second: Posterior, reporter: Reporter = SILENT) -> dict[str, Any]:
     """Return the distance of two posteriors over the same tensors, in all and per module, as plain numbers.
 
     For q_a = N(m_a, σ_a²) and q_b:
@@ -34,7 +34,7 @@ def diff(first: Posterior, second: Posterior, progress: Progress | None = None) 
                 f"the adapters differ in {key}: A has {a}, B has {b}; only adapters of the same modules and rank have "
                 "a distance"
             )
-    sums = first.mean.each(lambda key: _sums(first, second, key), "comparing", progress)
+    sums = first.mean.each(lambda key: _sums(first, second, key), "comparing", reporter)
     rows = [
         {"module": name, **_distance(np.sum([sums[key] for key in keys], axis=0))}
         for name, keys in modules(first.mean).items()

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..posterior.adapter import Adapter, modules
 from ..posterior.posterior import Posterior
-from ..posterior.tensors import Progress
+from ..reporter import SILENT, Reporter
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -22,11 +22,11 @@ _LARGEST = np.finfo(np.float32).max
 _EDGES = tuple(round(x / 2, 1) for x in range(-6, 7))
 
 
-def info(
+def describe(
     path_or_hub_id: str | os.PathLike[str],
     ratio: float = 0.1,
     criterion: str = "snr",
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Return what is in an adapter folder, as plain numbers, strings, lists and dicts.
 
@@ -57,10 +57,10 @@ def info(
                 for name, keys in modules(adapter.mean).items()
             ]
         }
-    posterior = Posterior.from_pretrained(path_or_hub_id, progress)
+    posterior = Posterior.from_pretrained(path_or_hub_id, reporter)
     noisy, sigma, snr = 0, np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
     rows = []
-    pruned = posterior.prune(ratio, criterion, progress=progress).pruned() if _has_noise(posterior) else {}
+    pruned = posterior.prune(ratio, criterion, reporter=reporter).pruned() if _has_noise(posterior) else {}
     for name, keys in modules(posterior.mean).items():
         s = np.concatenate([posterior.sigma.raw(key).reshape(-1) for key in keys])
         m = np.concatenate([posterior.mean.float32(key).reshape(-1) for key in keys])
@@ -81,8 +81,7 @@ def info(
                 "pruned": sum(pruned.get(key, 0) for key in keys) / max(weights, 1),
             }
         )
-        if progress:
-            progress("measuring", weights, posterior.mean.weights)
+        reporter.advance("measuring", weights, posterior.mean.weights)
     return facts | {
         "weights_with_sigma": noisy,
         "sigma": _quantiles(sigma),

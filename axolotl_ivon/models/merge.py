@@ -10,7 +10,8 @@ from pathlib import Path
 from ..errors import IVONError, one_line, param_ref
 from ..posterior.adapter import Adapter
 from ..posterior.posterior import Posterior
-from ..posterior.tensors import Progress, Tensors
+from ..posterior.tensors import Tensors
+from ..reporter import SILENT, Reporter
 from ..storage.atomic import new_folder
 from ..storage.format import TOKENIZER_FILES, copy_companions, find_base_model
 from . import DTYPES
@@ -25,7 +26,7 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> None:
     """Write the base model with `tensors` (the mean, a pruned mean, a draw) of `adapter` merged into it.
 
@@ -42,17 +43,16 @@ def merge(
     base = check_merge(adapter, base_model, dtype, max_shard_size)
     classify = adapter.config.get("task_type") == "SEQ_CLS"
 
-    tell = progress or (lambda doing, count, total: None)
     with new_folder(Path(folder), overwrite, [adapter.folder, *filter(Path.is_dir, [Path(base)])]) as new:
-        tell("loading the base model", 0, 1)
+        reporter.advance("loading the base model", 0, 1)
         from .draws import AdapterSlots
         from .session import Loading, load_model, load_tokenizer
 
         model = load_model(
             adapter.folder, Loading(base, device="cpu", dtype=dtype or _own_dtype(base)), classify=classify
         )
-        tell("loading the base model", 1, 1)
-        tell("merging", 0, 1)
+        reporter.advance("loading the base model", 1, 1)
+        reporter.advance("merging", 0, 1)
         slots = AdapterSlots(model)
         slots.check(tensors)
         slots.write(tensors)
@@ -60,8 +60,8 @@ def merge(
             merged = model.merge_and_unload(safe_merge=True)
         except (RuntimeError, ValueError) as error:  # NaN in a merged weight, or a kind of layer that cannot be merged
             raise IVONError(f"{adapter.folder} cannot be merged ({one_line(error)})") from error
-        tell("merging", 1, 1)
-        tell("writing", 0, 1)
+        reporter.advance("merging", 1, 1)
+        reporter.advance("writing", 0, 1)
         try:
             merged.save_pretrained(new, max_shard_size=max_shard_size)
         except SafetensorError as error:  # its writer does not raise OSError when the disk is full
@@ -71,7 +71,7 @@ def merge(
         else:
             with contextlib.suppress(IVONError):  # a model without a tokenizer is a model
                 load_tokenizer(adapter.folder, base).save_pretrained(new)
-        tell("writing", 1, 1)
+        reporter.advance("writing", 1, 1)
 
 
 def check_merge(
@@ -100,7 +100,7 @@ def choose_weights(
     ratio: float | None = None,
     sample_seed: int | None = None,
     tau: float = 1.0,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> Tensors:
     """Return what `merge` may be given: the mean, or member 0 of the draws with a seed, pruned first if asked.
 
@@ -110,11 +110,11 @@ def choose_weights(
         IVONError: the adapter is damaged, has no σ and needs one, or the ratio is outside [0, 1].
     """
     if ratio is None and sample_seed is None:
-        adapter.digests(progress)
+        adapter.digests(reporter)
         return adapter.mean
-    posterior = Posterior.from_pretrained(adapter.folder, progress)
+    posterior = Posterior.from_pretrained(adapter.folder, reporter)
     if ratio is not None:
-        posterior = posterior.prune(ratio, progress=progress)
+        posterior = posterior.prune(ratio, reporter=reporter)
     return posterior.mean if sample_seed is None else posterior.temper(tau).draw(sample_seed)
 
 

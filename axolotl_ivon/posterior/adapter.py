@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import IVONError
+from ..reporter import SILENT, Reporter
 from ..storage.atomic import new_file
 from ..storage.format import (
     CONFIG_FILE,
@@ -25,7 +26,7 @@ from ..storage.format import (
     resolve,
 )
 from ..storage.tensorfile import TensorFile
-from .tensors import Progress, Tensors, as_float32, fingerprint, sha256, write_tensors
+from .tensors import Tensors, as_float32, fingerprint, sha256, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,7 @@ class Adapter:
             self.metadata = file.metadata
             _check_names(file.path, self.mean, self.sigma)
 
-    def digests(self, progress: Progress | None = None) -> dict[str, str]:
+    def digests(self, reporter: Reporter = SILENT) -> dict[str, str]:
         """Return the SHA-256 of every tensor of the mean, whose values are checked on the way.
 
         Raises:
@@ -96,7 +97,7 @@ class Adapter:
                 _check_finite(self.folder / MEAN_FILE, key, as_float32(raw))
             return sha256(raw)
 
-        return self.mean.each(digest, f"reading {MEAN_FILE}", progress)
+        return self.mean.each(digest, f"reading {MEAN_FILE}", reporter)
 
 
 def module_of(key: str) -> str:
@@ -154,7 +155,7 @@ def _check_finite(path: Path, key: str, values: np.ndarray) -> None:
         raise IVONError(f"{path}: {key} holds NaN or infinite values; use an earlier checkpoint")
 
 
-def check_sigma(path: Path, sigma: Tensors, progress: Progress | None = None) -> None:
+def check_sigma(path: Path, sigma: Tensors, reporter: Reporter = SILENT) -> None:
     """Check every value of σ, which is read from (or goes to) `path`.
 
     Raises:
@@ -167,7 +168,7 @@ def check_sigma(path: Path, sigma: Tensors, progress: Progress | None = None) ->
         if values.size and values.min() < 0:
             raise IVONError(f"{path}: σ of {key} has negative values; a standard deviation is ≥ 0")
 
-    sigma.each(check, f"reading {SIGMA_FILE}", progress)
+    sigma.each(check, f"reading {SIGMA_FILE}", reporter)
 
 
 def save_sigma(folder: str | os.PathLike[str], sigma: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> None:
@@ -191,7 +192,7 @@ def save_sigma(folder: str | os.PathLike[str], sigma: Mapping[str, torch.Tensor]
 
 
 def write_sigma(
-    path: Path, sigma: Tensors, facts: Mapping[str, str], mean_fingerprint: str, progress: Progress | None = None
+    path: Path, sigma: Tensors, facts: Mapping[str, str], mean_fingerprint: str, reporter: Reporter = SILENT
 ) -> None:
     """Write σ with the facts of its header, to which format, version and the fingerprint of its mean are added."""
     header = {
@@ -201,4 +202,4 @@ def write_sigma(
         "library_version": version("axolotl-ivon"),
         "mean_sha256": mean_fingerprint,
     }
-    write_tensors(path, sigma, header, progress)
+    write_tensors(path, sigma, header, reporter)

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..errors import IVONError, param_ref, printable
 from ..noise import normals
+from ..reporter import SILENT, Reporter
 from ..storage.atomic import check_space, new_folder
 from ..storage.dtypes import NUMPY
 from ..storage.format import CONFIG_FILE, MEAN_FILE, SIGMA_FILE, copy_companions, moved_config, write_json
@@ -28,8 +29,8 @@ from .adapter import UNPRUNED, Adapter, check_sigma, modules, write_sigma
 from .card import keep_true
 from .chain import links, shared
 from .combine import combine, shares
-from .prune import pruning_masks
-from .tensors import Progress, Tensors, fingerprint, write_tensors
+from .prune import Pruning, pruning_masks
+from .tensors import Tensors, fingerprint, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,7 @@ class Posterior:
         return printable(f"<Posterior {self.folder or 'in memory'}: {', '.join(facts)}>")
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | os.PathLike[str], progress: Progress | None = None) -> Posterior:
+    def from_pretrained(cls, path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT) -> Posterior:
         """Read an adapter folder, or a Hugging Face Hub id, with its ivon_sigma.safetensors.
 
         Raises:
@@ -120,13 +121,13 @@ class Posterior:
                 "`ivon-post fit` gives it one, as training with `optimizer: ivon_lora` does"
             )
         path = adapter.folder / SIGMA_FILE
-        digests = adapter.digests(progress)
+        digests = adapter.digests(reporter)
         known = fingerprint(adapter.mean, digests)
         if adapter.metadata.get("mean_sha256") != known:
             raise IVONError(
                 f"{path} belongs to another {MEAN_FILE} (mean_sha256 differs); put the two files of one save together"
             )
-        check_sigma(path, adapter.sigma, progress)
+        check_sigma(path, adapter.sigma, reporter)
         return cls(
             adapter.mean,
             adapter.sigma,
@@ -167,7 +168,7 @@ class Posterior:
         criterion: str = "snr",
         scope: str = "adapter",
         seed: int = 0,
-        progress: Progress | None = None,
+        reporter: Reporter = SILENT,
     ) -> Posterior:
         """Return the posterior with mean and σ of the `ratio` least important weights set to 0.
 
@@ -180,7 +181,7 @@ class Posterior:
         Raises:
             IVONError: a ratio outside [0, 1], an unknown criterion or scope, or σ that is 0 everywhere.
         """
-        masks = pruning_masks(self.mean, self.sigma, ratio, criterion, scope, seed, progress, self.aliases)
+        masks = pruning_masks(self.mean, self.sigma, Pruning(ratio, criterion, scope, seed), self.aliases, reporter)
 
         def zero(key: str, raw: np.ndarray) -> np.ndarray:
             if key not in masks:
@@ -258,7 +259,7 @@ class Posterior:
         return dict(self.draw(seed, member))
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], overwrite: bool = False, progress: Progress | None = None
+        self, folder: str | os.PathLike[str], overwrite: bool = False, reporter: Reporter = SILENT
     ) -> None:
         """Write a complete PEFT adapter with its σ: `folder` appears whole, or not at all.
 
@@ -271,9 +272,9 @@ class Posterior:
                 copy_companions(self.folder, new)
             write_json(new / CONFIG_FILE, moved_config(self.config, self.folder, Path(folder)))
             known = self._fingerprint
-            digests = write_tensors(new / MEAN_FILE, self.mean, self.mean_metadata, progress, hashed=not known)
+            digests = write_tensors(new / MEAN_FILE, self.mean, self.mean_metadata, reporter, hashed=not known)
             known = known or fingerprint(self.mean, digests)
-            write_sigma(new / SIGMA_FILE, self.sigma, self.metadata, known, progress)
+            write_sigma(new / SIGMA_FILE, self.sigma, self.metadata, known, reporter)
             facts = {**self.metadata, "mean_sha256": known}
             with contextlib.suppress(IVONError):  # a damaged card goes along as it is
                 keep_true(new, facts, self.config, changed=known != self.metadata.get("mean_sha256"))

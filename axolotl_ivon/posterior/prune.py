@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from ..errors import IVONError, param_ref
-from ..hookspecs import Criterion
+from ..hookspecs import Criterion, hookimpl
 from ..noise import generator
 from ..plugins import plugin_manager
-from .tensors import Progress, Tensors, in_threads
+from ..reporter import SILENT, Reporter
+from .tensors import Tensors, in_threads
 
 SCOPES = ("adapter", "tensor")
 
@@ -54,36 +57,52 @@ CRITERIA: dict[str, Criterion] = {
 _ELEMENTWISE = (snr, largest_sigma, magnitude)
 
 
+@hookimpl
+def pruning_criteria() -> dict[str, Criterion]:
+    """Return the criteria that ship, through the hook that a third party would use."""
+    return CRITERIA
+
+
 def criteria() -> dict[str, Criterion]:
     """Return every criterion by name: those that ship and those of installed extensions."""
-    found: dict[str, Criterion] = {}
-    for more in plugin_manager().hook.pruning_criteria():
-        found.update(more)
-    return found
+    return {name: score for more in plugin_manager().hook.pruning_criteria() for name, score in more.items()}
 
 
-def check_pruning(ratio: float, criterion: str = "snr", scope: str = SCOPES[0]) -> None:
-    """Raise IVONError for a ratio outside [0, 1], or an unknown criterion or scope: worth asking before reading."""
-    if not 0 <= ratio <= 1:
-        raise IVONError(f"{param_ref('ratio')} {ratio} is outside [0, 1]; 0.1 prunes a tenth of the weights")
-    known = criteria()
-    if criterion not in known:
-        raise IVONError(f"{param_ref('criterion')} {criterion!r} is unknown; choose one of {', '.join(known)}")
-    if scope not in SCOPES:
-        raise IVONError(f"{param_ref('scope')} {scope!r} is unknown; choose one of {', '.join(SCOPES)}")
+@dataclass(frozen=True)
+class Pruning:
+    """How many weights to prune, and which go first.
+
+    Attributes:
+        ratio: the share of all weights that is 0 afterwards.
+        criterion: the name of a score; the weights with the smallest go first.
+        scope: "adapter" (ranked over all tensors) or "tensor" (the same share of each).
+        seed: seed of what a criterion draws.
+
+    Raises:
+        IVONError: a ratio outside [0, 1], an unknown criterion or scope.
+    """
+
+    ratio: float
+    criterion: str = "snr"
+    scope: str = SCOPES[0]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise IVONError(f"{param_ref('ratio')} {self.ratio} is outside [0, 1]; 0.1 prunes a tenth of the weights")
+        for name, value, known in (("criterion", self.criterion, criteria()), ("scope", self.scope, SCOPES)):
+            if value not in known:
+                raise IVONError(f"{param_ref(name)} {value!r} is unknown; choose one of {', '.join(known)}")
 
 
 def pruning_masks(
     mean: Tensors,
     sigma: Tensors,
-    ratio: float,
-    criterion: str,
-    scope: str,
-    seed: int,
-    progress: Progress | None = None,
-    aliases: Mapping[str, str] | None = None,
+    pruning: Pruning,
+    aliases: Mapping[str, str] = MappingProxyType({}),
+    reporter: Reporter = SILENT,
 ) -> dict[str, tuple[np.ndarray, int]]:
-    """Return, per tensor, the weights to prune as packed bits (np.packbits), and how many are 0 then.
+    """Return, per tensor, the weights to prune as packed bits (np.packbits), and how many are 0 afterwards.
 
     round(ratio · weights) weights are marked, over the whole adapter or in every tensor. Weights whose mean and σ are 0
     already are pruned, and counted first. Equal scores are broken by the tensor's name, then the place in it. A tensor
@@ -91,20 +110,18 @@ def pruning_masks(
     `aliases` names the tensor whose random numbers another one uses.
 
     Raises:
-        IVONError: a ratio outside [0, 1], an unknown criterion or scope, scores that are NaN or of
-            another shape, or σ that is 0 everywhere.
+        IVONError: scores are NaN or of another shape, or σ is 0 everywhere.
     """
-    check_pruning(ratio, criterion, scope)
-    known = criteria()
+    criterion = pruning.criterion
+    score = criteria()[criterion]
 
     def scores(key: str, step: int = 1) -> np.ndarray:
         """Return the scores of a tensor, or of every `step`th of its weights."""
         m, s = mean.float32(key), sigma.raw(key)
-        if known[criterion] in _ELEMENTWISE:
+        if score in _ELEMENTWISE:
             m, s, step = m.reshape(-1)[::step], s.reshape(-1)[::step], 1
-        values = np.asarray(
-            known[criterion](key, m, s, generator("prune", seed, (aliases or {}).get(key, key))), np.float32
-        )
+        random = generator("prune", pruning.seed, aliases.get(key, key))
+        values = np.asarray(score(key, m, s, random), np.float32)
         if values.shape != m.shape:
             raise IVONError(f"criterion {criterion!r} gave shape {values.shape} for {key}")
         pruned = (s == 0) & (m == 0) if s.min() == 0 else None
@@ -121,20 +138,19 @@ def pruning_masks(
             return False
         return bool(sigma.raw(key).any() or not mean.raw(key).any())
 
-    taking = mean.each(takes_part, "reading", progress)
+    taking = mean.each(takes_part, "reading", reporter)
     keys = sorted(key for key in taking if taking[key])
-    if ratio > 0 and not keys:
+    if pruning.ratio > 0 and not keys:
         raise IVONError("σ is 0 everywhere, so no weight is less certain than another; prune before tau inf")
     total = sum(map(mean.size, keys))
 
     def done(key: str) -> None:
-        if progress:
-            progress("ranking", mean.size(key), total)
+        reporter.advance("ranking", mean.size(key), total)
 
     marked: dict[str, tuple[np.ndarray, int]] = {}
-    for group in [keys] if scope == "adapter" else [[key] for key in keys]:
+    for group in [keys] if pruning.scope == "adapter" else [[key] for key in keys]:
         weights = sum(map(mean.size, group))
-        if count := round(ratio * weights):
+        if count := round(pruning.ratio * weights):
             marked.update(_lowest(group, scores, count, weights, done))
     return marked
 

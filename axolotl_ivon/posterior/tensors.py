@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from ..errors import IVONError
+from ..reporter import SILENT, Reporter
 from ..storage.dtypes import FLOATS, NUMPY, SAFETENSORS
 from ..storage.tensorfile import TensorFile, TensorWriter
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import torch
 
 Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, and shape
-Progress = Callable[[str, int, int], None]  # what is being done, weights just done, weights in all
 
 _T = TypeVar("_T")
 
@@ -109,14 +109,13 @@ class Tensors(Mapping[str, "torch.Tensor"]):
         """Return tensors of the same dtypes and shapes: `change(name, raw)` of these."""
         return Tensors(self.specs, lambda key: change(key, self.raw(key)))
 
-    def each(self, work: Callable[[str], _T], doing: str = "", progress: Progress | None = None) -> dict[str, _T]:
-        """Return `work(name)` for every name, done in threads; `progress` hears of `doing`."""
+    def each(self, work: Callable[[str], _T], doing: str = "", reporter: Reporter = SILENT) -> dict[str, _T]:
+        """Return `work(name)` for every name, done in threads; the reporter hears of `doing`, counted in weights."""
         results = {}
         with contextlib.closing(in_threads(work, self)) as made:  # on an interrupt, wait for the threads
             for key, result in zip(self, made, strict=True):
                 results[key] = result
-                if progress:
-                    progress(doing, self.size(key), self.weights)
+                reporter.advance(doing, self.size(key), self.weights)
         return results
 
     def is_float(self, key: str) -> bool:
@@ -150,15 +149,15 @@ def sha256(raw: np.ndarray) -> str:
 
 def fingerprint(tensors: Tensors, digests: Mapping[str, str]) -> str:
     """Return the fingerprint of tensors whose `sha256` are known; see `posterior.mean_sha256`."""
-    facts = [[key, tensors.specs[key][0], list(tensors.specs[key][1]), digests[key]] for key in sorted(tensors)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    entries = [[key, tensors.specs[key][0], list(tensors.specs[key][1]), digests[key]] for key in sorted(tensors)]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def write_tensors(
     path: Path,
     tensors: Tensors,
     metadata: Mapping[str, str],
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
     hashed: bool = False,
 ) -> dict[str, str]:
     """Write a safetensors file, a tensor at a time, and return every tensor's `sha256` if `hashed`."""
@@ -173,4 +172,4 @@ def write_tensors(
             writer.write(key, as_bytes(raw))
             return sha256(raw) if hashed else ""
 
-        return tensors.each(write, f"writing {path.name}", progress)
+        return tensors.each(write, f"writing {path.name}", reporter)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import printable
 from ..influence.attribution import SCORES, suspicious
-from ..inspect.info import info
+from ..inspect.info import describe
 from ..plots import pictures
 from ..posterior.card import COLUMNS, FACTS, fact, measured
 from ..storage.atomic import new_file
@@ -50,7 +50,7 @@ def page(adapter: str, known: Measured) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    facts = info(adapter)
+    facts = describe(adapter)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["svg"] = Markup
     template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))

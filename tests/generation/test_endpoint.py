@@ -24,7 +24,7 @@ from axolotl_ivon.generation.ensemble import Ensemble
 from axolotl_ivon.generation.local import TransformersEngine
 from axolotl_ivon.generation.plan import Plan
 from axolotl_ivon.models.session import load_model, load_tokenizer
-from axolotl_ivon.posterior.sample import sample
+from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 
 MEMBERS = ["mean", "sample-0000", "sample-0001", "sample-0002"]
 GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=8)
@@ -34,7 +34,9 @@ SAMPLED = Plan(n=6, per_model=2, max_tokens=8)
 @pytest.fixture(scope="module")
 def ensemble(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served") / "ensemble"
-    names = sample(Posterior.from_pretrained(tiny_adapter), folder, 3, source=str(tiny_adapter), include_mean=True)
+    names = sample(
+        Posterior.from_pretrained(tiny_adapter), folder, EnsemblePlan(3, include_mean=True), str(tiny_adapter)
+    )
     assert names == MEMBERS
     return folder
 

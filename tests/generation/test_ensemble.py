@@ -15,11 +15,11 @@ from command_line import Cli
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.generation.ensemble import Ensemble, served_rank
 from axolotl_ivon.generation.plan import Plan
-from axolotl_ivon.posterior.sample import sample
+from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 
 
 def test_an_ensemble_without_the_mean(tiny_adapter: Path, tmp_path: Path) -> None:
-    sample(Posterior.from_pretrained(tiny_adapter), tmp_path / "e", 1)
+    sample(Posterior.from_pretrained(tiny_adapter), tmp_path / "e", EnsemblePlan(1))
     with pytest.raises(IVONError, match="--include-mean"):
         Ensemble(tmp_path / "e").members(Plan(mean=True))
 

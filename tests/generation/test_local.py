@@ -21,7 +21,7 @@ from axolotl_ivon.data.encode import render
 from axolotl_ivon.generation.local import TransformersEngine, kept_rows, next_tokens
 from axolotl_ivon.generation.plan import Output, Plan
 from axolotl_ivon.models.session import load_model, load_tokenizer
-from axolotl_ivon.posterior.sample import sample
+from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 
 GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=12, seed=3)
 SAMPLED = Plan(n=12, per_model=4, temperature=0.8, top_p=0.9, max_tokens=12, seed=3)
@@ -33,7 +33,7 @@ class Scene:
     def __init__(self, adapter: Path, base: Path, folder: Path) -> None:
         self.posterior = Posterior.from_pretrained(adapter).prune(0.2).temper(0.25)
         self.ensemble, self.base = folder / "ensemble", base
-        sample(self.posterior, self.ensemble, 3, seed=3)
+        sample(self.posterior, self.ensemble, EnsemblePlan(3, seed=3))
         self.tokenizer = load_tokenizer(adapter, str(base))
         self.prompts = render(self.tokenizer, read_chats(write_chats(folder / "chats.jsonl", 5)))
         self.model = load_model(adapter)

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.inspect.diagnosis import check, compare
+from axolotl_ivon.inspect.diagnosis import compare, diagnose
 
 
 def test_the_figures_of_an_adapter(tiny_adapter: Path) -> None:
-    found = check(tiny_adapter)
+    found = diagnose(tiny_adapter)
     q = Posterior.from_pretrained(tiny_adapter)
     logs = {key: sigma.double().log() for key, sigma in q.sigma.items()}
     weights = sum(value.numel() for value in logs.values())
@@ -37,7 +37,7 @@ def test_the_figures_of_an_adapter(tiny_adapter: Path) -> None:
 
 
 def test_what_training_wrote_goes_before_the_b_matrices(make_adapter: Callable[..., Path]) -> None:
-    found = check(make_adapter(facts={"moved": "0.0001", "travel": "0.0003", "beta2": "ten", "steps": "nan"}))
+    found = diagnose(make_adapter(facts={"moved": "0.0001", "travel": "0.0003", "beta2": "ten", "steps": "nan"}))
     assert (found["moved"], found["allowed"], found["beta2"], found["steps"]) == (1e-4, 3e-4, None, None)
     assert "33% of the 0.0003" in found["findings"][0]["text"]
 
@@ -45,20 +45,20 @@ def test_what_training_wrote_goes_before_the_b_matrices(make_adapter: Callable[.
 def test_pruned_weights_take_no_part_and_a_point_has_no_draws(tiny_adapter: Path, tmp_path: Path) -> None:
     q = Posterior.from_pretrained(tiny_adapter)
     q.prune(0.5).save_pretrained(tmp_path / "pruned")
-    assert math.isfinite(check(tmp_path / "pruned")["log_sigma_spread"])
+    assert math.isfinite(diagnose(tmp_path / "pruned")["log_sigma_spread"])
     q.temper(math.inf).save_pretrained(tmp_path / "point")
-    found = check(tmp_path / "point")
+    found = diagnose(tmp_path / "point")
     assert (found["log_sigma_spread"], found["noise"], found["tau"]) == (None, None, "inf")
     assert "no draws" in found["findings"][-1]["text"]
     q.temper(1e4).save_pretrained(tmp_path / "narrow")
-    assert "hardly differ from the mean" in check(tmp_path / "narrow")["findings"][-1]["text"]
+    assert "hardly differ from the mean" in diagnose(tmp_path / "narrow")["findings"][-1]["text"]
     q.temper(1e-4).save_pretrained(tmp_path / "wide")
-    assert "may destroy it" in check(tmp_path / "wide")["findings"][-1]["text"]
+    assert "may destroy it" in diagnose(tmp_path / "wide")["findings"][-1]["text"]
 
 
 def test_an_adapter_without_sigma_is_one_line(make_adapter: Callable[..., Path]) -> None:
     with pytest.raises(IVONError, match="has no ivon_sigma"):
-        check(make_adapter(sigma=False))
+        diagnose(make_adapter(sigma=False))
 
 
 @pytest.mark.parametrize(("shift", "word"), [(-0.1, "better"), (0.1, "worse"), (0.0, "cannot be told apart")])

@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.inspect.diff import diff
+from axolotl_ivon.inspect.diff import distance
 
 PREFIX = "base_model.model.model.layers."
 
@@ -21,7 +21,7 @@ def posterior(seed: int) -> Posterior:
 
 def test_distances_of_random_posteriors():
     a, b = posterior(0), posterior(1)
-    facts = diff(a, b)
+    facts = distance(a, b)
     assert [row["module"] for row in facts["modules"]] == ["model.layers.2.q_proj", "model.layers.10.q_proj"]
     for row in facts["modules"]:
         keys = [key for key in a.mean if row["module"] in key]
@@ -43,17 +43,17 @@ def test_distances_of_random_posteriors():
 
 def test_a_posterior_is_at_no_distance_from_itself():
     q = posterior(0)
-    facts = diff(q, q)
+    facts = distance(q, q)
     assert (facts["kl_ab"], facts["kl_ba"], facts["apart"], facts["one_sided"]) == (0, 0, 0, 0)
     assert facts["cosine"] == pytest.approx(1)
 
 
 def test_pruned_weights_are_counted_apart():
     q = posterior(0)
-    facts = diff(q, q.prune(0.25))
+    facts = distance(q, q.prune(0.25))
     assert facts["one_sided"] == 0.25
     assert facts["kl_ab"] == facts["kl_ba"] == 0
-    everything = diff(q, q.prune(1.0))
+    everything = distance(q, q.prune(1.0))
     assert everything["one_sided"] == 1
     assert everything["cosine"] is None
 
@@ -64,7 +64,7 @@ def test_other_tensors_have_no_distance():
     key = mean.popitem()[0]
     sigma.pop(key)
     with pytest.raises(IVONError, match=f"differ in {key}"):
-        diff(q, Posterior(mean, sigma, {}, {}))
+        distance(q, Posterior(mean, sigma, {}, {}))
 
 
 def test_what_differs_is_said_of_either():
@@ -74,6 +74,6 @@ def test_what_differs_is_said_of_either():
         {k: v for k, v in b.mean.items() if k != key}, {k: v for k, v in b.sigma.items() if k != key}, {}, {}
     )
     with pytest.raises(IVONError, match=r"lora_A.weight: A has shape \[6, 4\], B has none such"):
-        diff(a, less)
+        distance(a, less)
     with pytest.raises(IVONError, match=r"lora_A.weight: A has none such, B has shape \[6, 4\]"):
-        diff(less, a)
+        distance(less, a)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from axolotl_ivon import Posterior
-from axolotl_ivon.inspect.info import QUANTILES, info
+from axolotl_ivon.inspect.info import QUANTILES, describe
 
 
 def test_numbers_are_those_of_all_weights(tiny_adapter: Path):
-    facts = info(tiny_adapter, ratio=0.3)
+    facts = describe(tiny_adapter, ratio=0.3)
     q = Posterior.from_pretrained(tiny_adapter)
     sigma = torch.cat([value.flatten() for value in q.sigma.values()])
     snr = torch.cat([(q.mean[key].abs() / q.sigma[key]).flatten() for key in q.sigma])
@@ -31,7 +31,7 @@ def test_numbers_are_those_of_all_weights(tiny_adapter: Path):
 
 
 def test_modules_hold_their_own_weights(tiny_adapter: Path):
-    facts = info(tiny_adapter, ratio=0.3, criterion="magnitude")
+    facts = describe(tiny_adapter, ratio=0.3, criterion="magnitude")
     q = Posterior.from_pretrained(tiny_adapter)
     pruned = q.prune(0.3, "magnitude")
     assert [row["module"] for row in facts["modules"]] == [
@@ -49,7 +49,7 @@ def test_modules_hold_their_own_weights(tiny_adapter: Path):
 
 def test_pruned_weights_take_no_part_in_the_statistics(tiny_adapter: Path, tmp_path: Path):
     Posterior.from_pretrained(tiny_adapter).prune(0.5).save_pretrained(tmp_path / "out")
-    facts = info(tmp_path / "out")
+    facts = describe(tmp_path / "out")
     assert facts["weights_with_sigma"] == facts["weights"] // 2
     assert facts["sigma"]["0"] > 0.009
     assert facts["would_prune"] == facts["weights"] // 2
@@ -57,12 +57,12 @@ def test_pruned_weights_take_no_part_in_the_statistics(tiny_adapter: Path, tmp_p
 
 def test_a_point_has_no_statistics(tiny_adapter: Path, tmp_path: Path):
     Posterior.from_pretrained(tiny_adapter).temper(float("inf")).save_pretrained(tmp_path / "out")
-    facts = info(tmp_path / "out")
+    facts = describe(tmp_path / "out")
     assert (facts["weights_with_sigma"], facts["sigma"], facts["would_prune"]) == (0, {}, 0)
     assert {row["sigma_median"] for row in facts["modules"]} == {None}
 
 
 def test_without_sigma_the_adapter_is_described(make_adapter: Callable):
-    facts = info(make_adapter(sigma=False))
+    facts = describe(make_adapter(sigma=False))
     assert facts["posterior"] is False
     assert facts["weights"] == sum(row["weights"] for row in facts["modules"])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.posterior.card import add_results, describe, remove_old_results, section, update_card
-from axolotl_ivon.posterior.sample import sample
+from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 
 TAGS = {"ivon", "bayesian", "uncertainty"}
 METADATA = {"ess": "27386.1", "gamma": "5000.0", "train_size": "30", "beta2": "0.9995", "steps": "6", "tau": "1.0"}
@@ -195,7 +195,7 @@ def test_what_is_made_of_an_adapter_has_a_card_that_is_true(
     assert "the rest of this card is that of the first" in load(tmp_path / "both").text
     assert "| effective sample size λ | 2,000 |" in load(tmp_path / "both").text
     assert "It was changed after training" not in load(tmp_path / "same").text
-    for member in sample(posterior, tmp_path / "ensemble", 2):
+    for member in sample(posterior, tmp_path / "ensemble", EnsemblePlan(2)):
         assert not (tmp_path / "ensemble" / member / "README.md").exists()
 
 

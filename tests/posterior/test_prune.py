@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.posterior import prune as pruning
-from axolotl_ivon.posterior.prune import CRITERIA, pruning_masks
+from axolotl_ivon.plugins import plugin_manager
+from axolotl_ivon.posterior import prune
+from axolotl_ivon.posterior.prune import CRITERIA, Pruning, criteria, pruning_masks
 from axolotl_ivon.posterior.tensors import Tensors
 
 # Few different values, so that ties are everywhere; zeros, so that some weights are pruned already.
@@ -54,7 +55,7 @@ def brute_force(
 
 
 def marked(mean: dict, sigma: dict, *arguments: object) -> set[tuple[str, int]]:
-    masks = pruning_masks(Tensors.of(mean), Tensors.of(sigma), *arguments)  # type: ignore[arg-type]
+    masks = pruning_masks(Tensors.of(mean), Tensors.of(sigma), Pruning(*arguments))  # type: ignore[arg-type]
     return {
         (name, int(i))
         for name, (bits, _) in masks.items()
@@ -100,7 +101,7 @@ def test_the_lowest_of_many(arrangement: str):
         return parts[key][::step]
 
     for count in (1, 2, 819, 820, 25_000, 49_999, 50_000):
-        found = dict(pruning._lowest(list(parts), scores, count, weights=2**23, done=done.append))
+        found = dict(prune._lowest(list(parts), scores, count, weights=2**23, done=done.append))
         mask = np.concatenate([np.unpackbits(found[key][0], count=len(parts[key])) for key in parts])
         assert np.array_equal(np.flatnonzero(mask), np.sort(in_order[:count]))
         for key, (bits, zeros) in found.items():
@@ -120,18 +121,26 @@ def test_random_pruning_depends_on_its_seed_alone():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "parameter"),
     [
-        ((-0.1, "snr", "adapter", 0), "ratio -0.1 is outside"),
-        ((1.5, "snr", "adapter", 0), "ratio 1.5 is outside"),
-        ((float("nan"), "snr", "adapter", 0), "ratio nan is outside"),
-        ((0.1, "best", "adapter", 0), "criterion 'best' is unknown; choose one of snr, sigma, magnitude, random"),
-        ((0.1, "snr", "layer", 0), "scope 'layer' is unknown"),
+        ((-0.1,), "ratio"),
+        ((1.5,), "ratio"),
+        ((float("nan"),), "ratio"),
+        ((0.1, "best"), "criterion"),
+        ((0.1, "snr", "layer"), "scope"),
     ],
 )
-def test_mistakes(arguments: tuple, message: str):
-    with pytest.raises(IVONError, match=message):
-        marked({"a": torch.ones(4)}, {"a": torch.ones(4)}, *arguments)
+def test_what_is_out_of_range_or_unknown_is_refused(arguments: tuple, parameter: str):
+    with pytest.raises(IVONError) as error:
+        Pruning(*arguments)
+    assert error.value.parameter == parameter
+
+
+def test_the_criteria_that_ship_come_through_the_hook():
+    assert plugin_manager().is_registered(prune)
+    assert prune.pruning_criteria() == CRITERIA
+    assert criteria().items() >= CRITERIA.items()
+    assert list(CRITERIA) == ["snr", "sigma", "magnitude", "random"]
 
 
 @pytest.mark.parametrize("bad", [lambda m: m * np.nan, lambda m: m - np.inf, lambda m: m[:1]])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from heard import Heard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -74,12 +75,10 @@ def test_unknown_dtypes_are_refused(tmp_path: Path):
 
 def test_progress_adds_up_to_all_weights():
     held = Tensors.of({str(i): torch.zeros(i, 3) for i in range(9)})
-    heard: list[tuple[str, int, int]] = []
-    assert held.each(lambda key: held[key].shape[0], "counting", lambda *report: heard.append(report)) == {
-        str(i): i for i in range(9)
-    }
-    assert {(doing, total) for doing, _, total in heard} == {("counting", held.weights)}
-    assert sum(count for _, count, _ in heard) == held.weights
+    heard = Heard()
+    assert held.each(lambda key: held[key].shape[0], "counting", heard) == {str(i): i for i in range(9)}
+    assert {total for _, total in heard.counts["counting"]} == {held.weights}
+    assert sum(count for count, _ in heard.counts["counting"]) == held.weights
 
 
 def test_threads_keep_the_order_and_pass_errors_on():

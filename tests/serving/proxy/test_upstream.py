@@ -20,7 +20,7 @@ from served import ask, serving
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.generation.utilities import Answers, exact
-from axolotl_ivon.posterior.sample import sample
+from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 from axolotl_ivon.serving.backend import Limits
 from axolotl_ivon.serving.proxy import upstream
 from axolotl_ivon.serving.proxy.mixture import by_risk
@@ -34,7 +34,7 @@ MEMBERS = ["sample-0000", "sample-0001"]
 @pytest.fixture(scope="module")
 def ensemble(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("upstream") / "ensemble"
-    sample(Posterior.from_pretrained(tiny_adapter).temper(0.002), folder, 2, include_mean=True)
+    sample(Posterior.from_pretrained(tiny_adapter).temper(0.002), folder, EnsemblePlan(2, include_mean=True))
     return folder
 
 
