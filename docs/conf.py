@@ -1,5 +1,6 @@
 """Sphinx configuration: `make docs`."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -54,5 +55,58 @@ def to_restructured_text(app: Any, what: str, name: str, obj: Any, options: Any,
     lines[:] = made
 
 
+def formats() -> str:
+    """Return the fields of every document in `axolotl_ivon.records`, from the JSON schemas of their types."""
+    from axolotl_ivon.records.evaluation import EvaluationRecord, ExampleRecord
+    from axolotl_ivon.records.influence import InfluenceRecord
+    from axolotl_ivon.records.nbest import NBestRecord, NBestSettings
+    from axolotl_ivon.records.recommendation import Recommendation
+
+    documents = {
+        "`eval --json`": EvaluationRecord,
+        "A line of `eval --output`": ExampleRecord,
+        "`recommended.json`": Recommendation,
+        "A line of `influence --output`": InfluenceRecord,
+        "A line of `generate --output`": NBestRecord,
+        "The settings beside that file": NBestSettings,
+    }
+    parts: list[str] = []
+    shown: set[str] = set()
+    for title, record in documents.items():
+        schema = record.model_json_schema()
+        parts += [f"## {title}", *_fields(schema)]
+        for name, inner in schema.get("$defs", {}).items():
+            if name not in shown:
+                parts += [f"### {name}", *_fields(inner)]
+                shown.add(name)
+    return "\n\n".join(parts)
+
+
+def _fields(schema: dict[str, Any]) -> list[str]:
+    rows = ["| field | type | default |", "|---|---|---|"]
+    for name, field in schema["properties"].items():
+        default = "required" if name in schema.get("required", ()) else f"`{json.dumps(field['default'])}`"
+        rows.append(f"| `{name}` | {_type(field)} | {'' if '{' in default else default} |")
+    return [schema["description"].split("\n\n")[0], "\n".join(rows)]
+
+
+def _type(field: dict[str, Any]) -> str:
+    if "$ref" in field:
+        return str(field["$ref"].rsplit("/", 1)[-1])
+    if "anyOf" in field:
+        return " or ".join(map(_type, field["anyOf"]))
+    if "const" in field:
+        return f'`"{field["const"]}"`'
+    inner = field.get("items") or field.get("additionalProperties")
+    return f"{field['type']} of {_type(inner)}" if isinstance(inner, dict) else str(field["type"])
+
+
+def insert_formats(app: Any, page: str, source: list[str]) -> None:
+    """Put the formats into their page."""
+    if page == "formats":
+        source[0] = source[0].replace("{{ formats }}", formats())
+
+
 def setup(app: Any) -> None:
+    app.connect("source-read", insert_formats)
     app.connect("autodoc-process-docstring", to_restructured_text, priority=400)  # before napoleon's

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ..data.chats import read_lines
 from ..data.encode import Prompt
 from ..errors import IVONError, param_ref
 from ..storage.atomic import check_outside, new_file
-from ..storage.format import read_json, write_json
+from ..storage.format import read_json, read_lines, write_json
 from .plan import Output
 
 _FIX = f"choose another {param_ref('output')}, or start anew with {param_ref('overwrite')}"

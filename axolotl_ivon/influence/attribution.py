@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from ..data.chats import Example, read_examples, read_lines
+from ..data.chats import Example, read_examples
 from ..data.encode import EncodedExample, check_tokens, encode, encode_turns
 from ..errors import IVONError, param_ref
 from ..models.session import Loading, load_model, load_tokenizer
 from ..posterior.posterior import Posterior
 from ..storage.atomic import new_file
-from ..storage.format import SIGMA_FILE, find_base_model
+from ..storage.format import SIGMA_FILE, find_base_model, read_lines
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..data.chats import read_lines
 from ..errors import IVONError, param_ref
 from ..posterior.card import read_of_adapter
+from ..storage.format import read_lines
 
 
 @dataclass(frozen=True)

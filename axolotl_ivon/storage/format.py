@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,38 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise IVONError(f"{path} does not hold a JSON object")
     return value
+
+
+def read_lines(path: str | Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (`FILE:LINE`, object) for every line of a JSONL file (UTF-8; empty lines are skipped).
+
+    `name` is the parameter that gave the path, for messages.
+
+    Raises:
+        IVONError: the file cannot be read or holds no line, or a line is not a JSON object.
+    """
+    held = f"{param_ref(name)} {path}"
+    empty = True
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise IVONError(f"{path}:{number}: not JSON ({error}); each line must be one JSON object") from None
+                if not isinstance(record, dict):
+                    raise IVONError(f"{path}:{number}: not a JSON object")
+                empty = False
+                yield f"{path}:{number}", record
+    except OSError as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise IVONError(f"{held}: cannot be read ({reason}); give a JSONL file") from None
+    except UnicodeDecodeError as error:
+        raise IVONError(f"{held}: not UTF-8 text ({error.reason} at byte {error.start}); give a JSONL file") from None
+    if empty:
+        raise IVONError(f"{held}: the file is empty; give a JSONL file, one object a line")
 
 
 def _instead(folder: Path) -> str:

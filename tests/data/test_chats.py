@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.data.chats import Example, detect_task, find_choices, read_chats, read_examples, read_lines
+from axolotl_ivon.data.chats import Example, detect_task, find_choices, read_chats, read_examples
+from axolotl_ivon.storage.format import read_lines
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXT})

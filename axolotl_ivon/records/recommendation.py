@@ -1,0 +1,105 @@
+"""recommended.json, which `ivon-post sweep` and `ivon-post mbr --risk` write and most commands take."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from .base import Record, Share, Tau
+from .evaluation import Difference, Metrics
+
+RECOMMENDED_FILE = "recommended.json"
+
+
+class CertifiedOn(Record):
+    """The examples that a threshold was tested on."""
+
+    examples: int
+    answered: int
+    errors: int
+    bound: float | None = None  # of the share of errors, with the confidence that was asked for
+
+
+class Sizes(Record):
+    """How many examples chose, and how many reported."""
+
+    chosen_on: int
+    reported_on: int
+
+
+class Reported(Metrics):
+    """Metrics with their standard errors."""
+
+    se: Metrics = Metrics()
+
+
+class GridPoint(Record):
+    """One τ, one pruning ratio and one softmax temperature, with metrics on the examples that choose and report."""
+
+    tau: Tau
+    ratio: Share
+    chosen_on: Metrics
+    reported_on: Metrics
+    front: bool = False
+    temperature: float = 1.0
+
+    def describe(self) -> str:
+        """Return the point in words."""
+        scaled = "" if self.temperature == 1 else f", temperature {self.temperature:.3g}"
+        return f"τ {self.tau:g}, ratio {self.ratio:g}{scaled}"
+
+
+class SweepVerdict(Record):
+    """Whether the best point is better than the mean, on the examples that report.
+
+    Attributes:
+        differences: best − mean by metric, paired; empty if the mean is the best.
+        outcome: "better", "worse", "within noise", "too few examples", or "the mean" where that was the best.
+        edges: the coordinates of the best point at the edge of the grid, where better ones may lie beyond.
+        examples_needed: about how many examples in all would show the difference; None unless it is within noise.
+        text: all of it in a line.
+    """
+
+    differences: dict[str, Difference] = {}
+    outcome: str
+    edges: list[str] = []
+    examples_needed: int | None = None
+    text: str
+
+
+class Recommendation(Record):
+    """How to predict with an adapter: τ and pruning ratio, and from which confidence on to answer.
+
+    What only `ivon-post sweep` finds out is None in another's file.
+    """
+
+    written_by: ClassVar[str] = "ivon-post sweep"
+
+    tau: Tau
+    ratio: Share
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # of the softmax
+    objective: str | None = None
+    score: str = "probability"  # what the threshold is of: "probability" of the answer, or "agreement" of outputs
+    threshold: Share | None = None
+    risk: float | None = None
+    confidence: float | None = None
+    coverage: float | None = None
+    certified_on: CertifiedOn | None = None
+    adapter: str | None = None
+    mean_sha256: str | None = None
+    base_model: str | None = None
+    data: list[str] = []
+    task: str | None = None
+    choices: list[str] = []
+    samples: int | None = None
+    seed: int | None = None
+    adapter_tau: Tau = 1.0  # of the adapter that was swept; `tau` comes on top of it
+    examples: Sizes | None = None
+    chosen_on: Metrics | None = None
+    reported_on: Reported | None = None
+    mean_reported_on: Metrics | None = None
+    verdict: SweepVerdict | None = None
+    best: GridPoint | None = None
+    grid: list[GridPoint] = []
+    scaled: list[GridPoint] = []
