@@ -23,6 +23,9 @@ class Reporter:
     def describe(self, doing: str, text: str) -> None:
         """Show `text` in place of `doing`: a figure that changes while it goes on."""
 
+    def say(self, text: str) -> None:
+        """Hear a result on the way, as a line of text."""
+
     def notify(self, message: str) -> None:
         """Hear of something that the user should know."""
 

@@ -31,10 +31,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_ivon.data.encode import EncodedExample
-from axolotl_ivon.fitting.batches import Batches
-from axolotl_ivon.fitting.fisher import Squarer, Squares, fisher, sampled_losses
+from axolotl_ivon.fitting.fisher import Squarer, Squares, fisher, residual_loss
 from axolotl_ivon.fitting.fit import fit
-from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters
+from axolotl_ivon.models.batching import Batches
+from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
+from axolotl_ivon.models.session import Loading
 
 MODEL = ".demo/SmolLM2-135M-Instruct"
 DATA = ".demo/data/movie-train.jsonl"
@@ -73,7 +74,8 @@ def train_epoch(model: Any, batches: list[list[EncodedExample]]) -> None:
 
 def fisher_pass(model: Any, batches: list[list[EncodedExample]]) -> Squares:
     """Run the pass of `fit --method fisher`."""
-    losses = functools.partial(sampled_losses, model, generator=torch.Generator(model.device).manual_seed(0))
+    loss = residual_loss(torch.Generator(model.device).manual_seed(0))
+    losses = functools.partial(example_losses, model, loss=loss)
     with ExampleGradients(model, adapter_parameters(model), losses) as gradients:
         square = Squarer(gradients, lambda item: len(item.positions))
         *_, last = fisher(square, batches, Squares({}, 0))
@@ -155,8 +157,7 @@ def main() -> None:
                     method=method,
                     limit=arguments.examples,
                     samples=4,
-                    base_model=arguments.model,
-                    device=arguments.device,
+                    loading=Loading(arguments.model, device=arguments.device),
                 )
                 facts = {"steps": q.metadata.get("fit_steps"), "evaluations": q.metadata.get("tfb_evaluations")}
                 fits[method] = {"seconds": time.perf_counter() - begun, **facts}

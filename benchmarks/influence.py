@@ -32,11 +32,16 @@ from torch import Tensor
 from axolotl_ivon import IVONLoRA
 from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.data.encode import encode_turns
-from axolotl_ivon.fitting.batches import Batches
-from axolotl_ivon.influence.attribution import answer_losses, log_odds_variance, products
+from axolotl_ivon.influence.attribution import log_odds_variance, products
 from axolotl_ivon.metrics.auroc import auroc
 from axolotl_ivon.metrics.scores import Scores, metrics
-from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
+from axolotl_ivon.models.batching import Batches
+from axolotl_ivon.models.gradients import (
+    ExampleGradients,
+    adapter_parameters,
+    exact_negative_log_likelihood,
+    example_losses,
+)
 from axolotl_ivon.settings.presets import PRESETS
 
 from .fidelity.causal import Causal
@@ -273,7 +278,7 @@ def cost(arguments: argparse.Namespace) -> None:
         parameter.requires_grad_(True)
     optimizer = IVONLoRA(parameters.values(), lr=1e-3, ess=float(len(items)))
     variance = {name: optimizer.sigma(value).square() for name, value in parameters.items()}
-    losses = functools.partial(answer_losses, model)
+    losses = functools.partial(example_losses, model, loss=exact_negative_log_likelihood)
 
     def epoch() -> None:
         for batch in batches:

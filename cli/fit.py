@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -122,11 +121,9 @@ def command(
             data,
             **settings,
             **options,
-            **asdict(loading),
+            loading=loading,
             state=state,
-            begin=progress.begin,
-            tell=progress.say,
-            notify=progress.notify,
+            reporter=progress,
         )
         save(posterior, path, output.overwrite, progress, state)
     facts = summary(posterior)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,14 +97,7 @@ def command(
     if rows is None:
         with output.progress() as progress:
             found = work.influence(
-                adapter,
-                data,
-                on,
-                limit=limit,
-                batch_size=batch_size,
-                begin=progress.begin,
-                notify=progress.notify,
-                **asdict(loading),
+                adapter, data, on, limit=limit, batch_size=batch_size, loading=loading, reporter=progress
             )
         rows, facts = found.rows, found.facts
     else:

@@ -17,22 +17,15 @@ Hessian: Laplace-LoRA's (arXiv 2308.13111) generalized Gauss-Newton diagonal, wh
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import param_ref
-from ..models.forward import run_halving
-from ..models.gradients import ExampleGradients, label_logits
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from ..data.encode import EncodedExample
+from ..models.batching import Halving
+from ..models.gradients import ExampleGradients, PositionLoss
+from ..reporter import SILENT, Reporter
 
 _T = TypeVar("_T")
 
@@ -45,18 +38,9 @@ def residuals(logits: Tensor, generator: torch.Generator) -> Tensor:
     return moved - p * moved.sum(-1, keepdim=True)
 
 
-def sampled_losses(model: PeftModel, items: Sequence[EncodedExample], generator: torch.Generator | None) -> Tensor:
-    """Return for each item what has the gradients of its loss, summed over its labels, [items].
-
-    With a generator they are those of random `residuals`, in place of labels that the model would draw; without one it
-    is the loss itself, for the labels of the data.
-    """
-    found = label_logits(model, items)
-    if generator is None:
-        losses = F.cross_entropy(found.logits, found.targets, reduction="none")
-    else:
-        losses = (found.logits * residuals(found.logits, generator)).sum(-1)
-    return losses.new_zeros(len(items)).index_add(0, found.row, losses)
+def residual_loss(generator: torch.Generator) -> PositionLoss:
+    """Return what has random `residuals` as its gradients, in place of a loss of labels that the model would draw."""
+    return lambda logits, targets: (logits * residuals(logits, generator)).sum(-1)
 
 
 class Squares(NamedTuple):
@@ -83,17 +67,13 @@ class Squarer(Generic[_T]):
     Args:
         gradients: of the examples' losses.
         count: number of losses that an example's is the sum of.
-        notify: told when fewer examples go at once.
+        reporter: notified when fewer examples go at once.
     """
 
     def __init__(
-        self,
-        gradients: ExampleGradients[_T],
-        count: Callable[[_T], int],
-        notify: Callable[[str], None] = lambda message: None,
+        self, gradients: ExampleGradients[_T], count: Callable[[_T], int], reporter: Reporter = SILENT
     ) -> None:
-        self._gradients, self._count, self._notify = gradients, count, notify
-        self._most = sys.maxsize  # examples that fit
+        self._gradients, self._count, self._halving = gradients, count, Halving(reporter=reporter)
 
     def __call__(self, examples: Sequence[_T]) -> Squares:
         """Return what the examples add to the sums.
@@ -101,18 +81,9 @@ class Squarer(Generic[_T]):
         Raises:
             IVONError: a single example does not fit the memory.
         """
-        hopeless = f"example; use {param_ref('load_in')} 8bit or 4bit, shorter data, or a machine with more memory"
-        found, start = Squares({}, 0), 0
-        while start < len(examples):
-            most = min(len(examples) - start, self._most)
-
-            def run(size: int, start: int = start) -> Squares:
-                return self._square(examples[start : start + size])
-
-            more, size = run_halving(run, most, "examples", self._notify, hopeless)
-            if size < most:
-                self._most = size
-            found, start = found.add(more), start + size
+        found = Squares({}, 0)
+        for _, more in self._halving.over(examples, self._square):
+            found = found.add(more)
         return found
 
     def _square(self, examples: Sequence[_T]) -> Squares:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..data.chats import Example, read_examples
-from ..data.encode import EncodedExample, check_tokens, encode, encode_turns
+from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..evaluation.evaluate import Evaluation, Variant, evaluate
-from ..models.session import Loading, load_model, load_tokenizer
+from ..models.session import Loading, Session
 from ..noise import generator as numpy_generator
 from ..posterior.adapter import UNPRUNED, Adapter
 from ..posterior.card import CARD_FILE, update_card
@@ -30,7 +30,7 @@ from ..posterior.posterior import Posterior
 from ..posterior.tensors import fingerprint
 from ..reporter import SILENT, Reporter
 from ..settings.defaults import DEFAULTS
-from ..storage.format import SIGMA_FILE, find_base_model
+from ..storage.format import SIGMA_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -119,15 +119,10 @@ def fit(
     limit: int | None = None,
     task: str | None = None,
     choices: Sequence[str] | None = None,
-    base_model: str | None = None,
-    load_in: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    loading: Loading = Loading(),
     batch_size: int | None = None,
     state: Path | None = None,
-    begin: Callable[[str, int], Callable[[int], None]] = lambda doing, total: lambda count: None,
-    tell: Callable[[str], None] = lambda text: None,
-    notify: Callable[[str], None] = lambda message: None,
+    reporter: Reporter = SILENT,
     **settings: Any,
 ) -> Posterior:
     """Return the posterior of an adapter around its own mean, which stays as it is, byte for byte.
@@ -149,10 +144,10 @@ def fit(
         refit: replace the σ that an adapter has.
         limit: use the first so many examples of each file.
         task, choices: how the validation or anchor data are predicted, as for `ivon-post eval`.
-        base_model, load_in, device, dtype: as in `load_model`.
+        loading: how the base model is found and held in memory.
         batch_size: examples in a batch, or None to choose; fewer when the memory runs out.
         state: a file from which an interrupted fit goes on; it stays until `save` removes it.
-        begin, tell, notify: hear what begins and of how much, how it goes, and what is worth knowing.
+        reporter: hears of progress.
 
     Raises:
         IVONError: a setting is out of range, the adapter has σ already (and not `refit`) or does not fit the data or
@@ -160,8 +155,8 @@ def fit(
     """
     files = [data] if isinstance(data, (str, Path)) else data
     job = _Job(adapter, files, Settings(**settings), refit, limit, batch_size)
-    job.load(task, choices, base_model, load_in, device, dtype, begin, notify)
-    return job.run(state, begin, tell, notify)
+    job.load(task, choices, loading, reporter)
+    return job.run(state, reporter)
 
 
 def save(
@@ -230,75 +225,48 @@ class _Job:
         self,
         task: str | None,
         choices: Sequence[str] | None,
-        base_model: str | None,
-        load_in: str | None,
-        device: str,
-        dtype: str,
-        begin: Callable[[str, int], Callable[[int], None]],
-        notify: Callable[[str], None],
+        loading: Loading,
+        reporter: Reporter,
     ) -> None:
         """Load the base model, and tokenise the data."""
-        folder, settings = self.adapter.folder, self.settings
-        self.classify = self.adapter.config.get("task_type") == "SEQ_CLS"
-        base = find_base_model(self.adapter.config, folder, base_model)
-        loading: dict[str, Any] = {"base_model": base, "load_in": load_in, "device": device, "dtype": dtype}
+        settings = self.settings
         held_out = [settings.held_out] if settings.held_out else self.data if settings.method == "tfb" else []
         self.evaluation: Evaluation | None = None
         if held_out:
             self.evaluation = Evaluation(
-                folder,
+                self.adapter.folder,
                 held_out,
                 rows=[Variant("mean")],
                 task=task,
                 choices=choices,
                 limit=self.limit,
-                begin=lambda doing: begin(doing, 0),
-                **loading,
+                begin=reporter.begin,
+                **asdict(loading),
             )
-            self.model = self.evaluation.model
+            self.session = Session(self.evaluation.model, self.adapter)
         else:
-            begin("loading the base model", 0)
-            self.model = load_model(folder, Loading(**loading), classify=self.classify)
-        from ..models.draws import AdapterSlots
+            self.session = Session.open(self.adapter, loading, reporter)
+        self.model = self.session.model
         from ..models.gradients import make_differentiable
 
         make_differentiable(self.model)
-        self.slots = AdapterSlots(self.model)
-        self.slots.check(self.adapter.mean)
-        config: Any = self.model.get_base_model().config
-        self.base = str(config._name_or_path)
-        tokenizer = load_tokenizer(folder, self.base)
-        length = getattr(config, "max_position_embeddings", None)
-        if self.classify:
-            if config.pad_token_id is None:  # decoders find the end of a text by it
-                config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
-            labels = dict(config.label2id)
-            items = encode(tokenizer, self.examples, "classify", label2id=labels, max_length=length)
-        else:
-            items = encode_turns(tokenizer, self.examples, length)
-        embeddings = self.model.get_input_embeddings().weight.shape[0]
-        for item, example in zip(items, self.examples, strict=True):
-            check_tokens(item.ids, embeddings, example.source)
+        items = self.session.encode_for_training(self.examples)
         self.items = [item for item in items if item.positions]
         if len(self.items) < len(items):
-            left = f"{len(items) - len(self.items)} of {len(items)} examples have no answer within {length} tokens"
+            left = (
+                f"{len(items) - len(self.items)} of {len(items)} examples have no answer within "
+                f"{self.session.max_length} tokens"
+            )
             if not self.items:
                 raise IVONError(f"{param_ref('data')}: {left}; give shorter conversations")
-            notify(f"{left} and are left out")
-        self.classes = config.num_labels if self.classify else config.get_text_config().vocab_size
+            reporter.notify(f"{left} and are left out")
 
-    def run(
-        self,
-        path: Path | None,
-        begin: Callable[[str, int], Callable[[int], None]],
-        tell: Callable[[str], None],
-        notify: Callable[[str], None],
-    ) -> Posterior:
+    def run(self, path: Path | None, reporter: Reporter) -> Posterior:
         """Fit."""
         from ..models.gradients import adapter_parameters
         from .state import State
 
-        self.begin, self.tell, self.notify = begin, tell, notify
+        self.reporter = reporter
         self.parameters = adapter_parameters(self.model)
         self.fingerprint = fingerprint(self.adapter.mean, self.adapter.digests())
         self.state = State(path, self._key())
@@ -316,7 +284,7 @@ class _Job:
             "settings": asdict(self.settings),
             "items": _digest(self.items),
             "held_out": _digest(held_out),
-            "model": self.base,
+            "model": self.session.base_model,
             "dtype": str(next(self.model.get_base_model().parameters()).dtype),
             "batch_size": self.batch_size,
         }
@@ -331,7 +299,7 @@ class _Job:
         first: dict[str, str] = {}  # of the keys under which a shared parameter was saved
         aliases: dict[str, str] = {}
         for key, (_, shape) in sorted(self.adapter.mean.specs.items()):
-            name = names.get(self.slots.places.get(key))  # type: ignore[arg-type]
+            name = names.get(self.session.slots.places.get(key))  # type: ignore[arg-type]
             held[key] = torch.zeros(shape) if name is None or name not in sigma else sigma[name].float().cpu()
             if name is not None and first.setdefault(name, key) != key:
                 aliases[key] = first[name]
@@ -409,16 +377,17 @@ class _Job:
         """Give what squares gradients of batches, and the generator of the labels, which is seeded for each."""
         import torch
 
-        from ..models.gradients import ExampleGradients
-        from .fisher import Squarer, sampled_losses
+        from ..models.gradients import ExampleGradients, example_losses, negative_log_likelihood
+        from .fisher import Squarer, residual_loss
 
         drawn = None if self.settings.empirical else torch.Generator(self.model.device)
-        losses = functools.partial(sampled_losses, self.model, generator=drawn)
-        with ExampleGradients(self.model, self.parameters, losses, self.notify) as gradients:
+        loss = negative_log_likelihood if drawn is None else residual_loss(drawn)
+        losses = functools.partial(example_losses, self.model, loss=loss)
+        with ExampleGradients(self.model, self.parameters, losses, self.reporter) as gradients:
             if len(self.items) > 1:  # before labels are seeded, so that the trial takes none of them
                 by_length = sorted(self.items, key=lambda item: len(item.ids))
                 gradients.try_on([by_length[0], by_length[len(by_length) // 2]])
-            yield Squarer(gradients, lambda item: len(item.positions), self.notify), drawn
+            yield Squarer(gradients, lambda item: len(item.positions), self.reporter), drawn
 
     def _batches(
         self, batches: Iterator[list[EncodedExample]], done: int, drawn: torch.Generator | None
@@ -430,17 +399,17 @@ class _Job:
             yield batch
 
     def _fisher(self) -> dict[str, Tensor]:
-        from .batches import Batches
+        from ..models.batching import Batches
         from .fisher import Squares, fisher
         from .state import Snapshot
 
-        batches = Batches(self.items, self.batch_size, self.model.device.type, self.classes).once()
+        batches = Batches(self.items, self.batch_size, self.model.device.type, self.session.classes).once()
         kept = self.state.read()
         at = 0, Squares({}, 0)
         if kept:
             total = {name: value.to(self.model.device) for name, value in kept.tensors.items()}
             at = kept.facts["batches"], Squares(total, kept.facts["losses"])
-        done = self.begin("Fisher information", len(self.items))
+        done = self.reporter.begin("Fisher information", len(self.items))
         done(sum(map(len, batches[: at[0]])))
 
         def snapshot() -> Snapshot:
@@ -478,7 +447,7 @@ class _Job:
             prior, start, progress = self._choose(information, prior), information, Averages()
 
     def _settle(self, progress: Averages, prior: Prior, start: Any, stage: int) -> Averages:
-        from .batches import Batches
+        from ..models.batching import Batches
         from .ivon import MOST, SETTLED, iterate
         from .state import Snapshot
 
@@ -486,9 +455,9 @@ class _Job:
             kept = progress.kept()
             return Snapshot(kept.tensors, {**kept.facts, "stage": stage, "ess": prior.ess})
 
-        batches = Batches(self.items, self.batch_size, self.model.device.type, self.classes)
+        batches = Batches(self.items, self.batch_size, self.model.device.type, self.session.classes)
         doing = "fitting σ" if not stage else "fitting σ at the λ chosen"
-        done = self.begin(doing, 0)
+        done = self.reporter.begin(doing, 0)
         done(progress.step)
         with self._squarer() as (square, drawn), self.state.kept(snapshot):
             stream = self._batches(batches.endless(self.settings.seed), progress.step, drawn)
@@ -498,14 +467,14 @@ class _Job:
                 done(1)
                 if progress.change != told and progress.step >= 8:
                     told = progress.change
-                    self.tell(
+                    self.reporter.say(
                         f"{progress.step} steps: σ changed by {told:.1%} since half as many (settled at {SETTLED:.0%})"
                     )
                 self.state.keep(snapshot)
         if self.settings.validation:
             self.state.write(snapshot())
         if not progress.settled:
-            self.notify(
+            self.reporter.notify(
                 f"σ has not settled after {MOST:,} steps: it still changes by {progress.change or 0:.1%}; a larger "
                 f"{param_ref('batch_size')} would do"
             )
@@ -516,16 +485,16 @@ class _Job:
         assert self.evaluation is not None
         settings, evaluation = self.settings, self.evaluation
         ladder = [prior.ess * factor for factor in FACTORS]
-        done = self.begin("choosing λ", len(ladder) * settings.samples * len(evaluation.items))
+        done = self.reporter.begin("choosing λ", len(ladder) * settings.samples * len(evaluation.items))
         losses = []
         for ess in ladder:
             posterior = self._posterior(self._sigma(information, prior._replace(ess=ess)), {})
             losses.append(self._nll(posterior, Variant("posterior", tau=1.0), done))
         best = min(range(len(ladder)), key=lambda i: losses[i])
         table = ", ".join(f"{ess:.3g}: {loss:.3f}" for ess, loss in zip(ladder, losses, strict=True))
-        self.tell(f"NLL on {settings.validation} by λ: {table}; λ = {ladder[best]:.3g}")
+        self.reporter.say(f"NLL on {settings.validation} by λ: {table}; λ = {ladder[best]:.3g}")
         if best in (0, len(ladder) - 1):
-            self.notify(
+            self.reporter.notify(
                 f"λ = {ladder[best]:.3g} is at the edge of what was tried; see what `ivon-post sweep` says of τ"
             )
         return prior._replace(ess=ladder[best])
@@ -543,7 +512,7 @@ class _Job:
             seed=self.settings.seed,
             batch_size=self.batch_size,
             progress=done,
-            notify=self.notify,
+            notify=self.reporter.notify,
         )
         value = float(scores.nll.mean())
         return value if math.isfinite(value) else math.inf
@@ -568,7 +537,7 @@ class _Job:
         kept = self.state.read()
         known: dict[str, float] = dict(kept.facts["nll"]) if kept else {}
         passes = 1 + (MOST - 1) * settings.samples
-        done = self.begin("finding the width", passes * len(self.evaluation.items))
+        done = self.reporter.begin("finding the width", passes * len(self.evaluation.items))
 
         def nll(width: float) -> float:
             if (name := repr(width)) not in known:
@@ -580,13 +549,15 @@ class _Job:
         mean = nll(0.0)
         found, tried = widest(lambda width: nll(width) - mean - tolerance, width, MOST - 1)
         for one, cost in tried:
-            self.tell(f"σ_q = {one:.4g}: NLL {mean + cost + tolerance:.4f}, {cost + tolerance:+.4f} of {tolerance:g}")
+            self.reporter.say(
+                f"σ_q = {one:.4g}: NLL {mean + cost + tolerance:.4f}, {cost + tolerance:+.4f} of {tolerance:g}"
+            )
         if not found:
             raise IVONError(
                 f"{param_ref('tolerance')} {tolerance:g}: every width that was tried raises the NLL by more; allow more"
             )
         if found >= FARTHEST * width:
-            self.notify(
+            self.reporter.notify(
                 "noise six times as large as the weights does not raise the NLL by as much; nothing wider was tried: "
                 "do the data depend on the adapter?"
             )

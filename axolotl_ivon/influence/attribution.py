@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..data.chats import Example, read_examples
-from ..data.encode import EncodedExample, check_tokens, encode, encode_turns
+from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
-from ..models.session import Loading, load_model, load_tokenizer
+from ..models.session import Loading, Session
 from ..posterior.posterior import Posterior
+from ..reporter import SILENT, Reporter
 from ..storage.atomic import new_file
-from ..storage.format import SIGMA_FILE, find_base_model, read_lines
+from ..storage.format import SIGMA_FILE, read_lines
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from torch import Tensor
 
     from ..models.gradients import ExampleGradients
@@ -85,23 +85,6 @@ def products(
     return Products(losses.cpu().double(), own.cpu().double(), None if direction is None else along.cpu().double())
 
 
-def answer_losses(model: PeftModel, items: Sequence[EncodedExample]) -> Tensor:
-    """Return the negative log-likelihood of each example, float32 [examples], in nats, summed over what is scored.
-
-    It is softplus(−log-odds) of every scored class, so that a loss of 1e-6, and its gradient, have all their digits:
-    `softmax − 1` has none there.
-    """
-    import torch.nn.functional as F
-
-    from ..models.gradients import label_logits
-
-    found = label_logits(model, items)
-    target = found.targets[:, None]
-    others = found.logits - found.logits.gather(1, target)
-    losses = F.softplus(others.scatter(1, target, -math.inf).logsumexp(1))
-    return losses.new_zeros(len(items)).index_add(0, found.row, losses)
-
-
 def log_odds_variance(losses: Tensor, own: Tensor) -> Tensor:
     """Return the variance under σ of log(p/(1 − p)), to first order, p = exp(−loss) being what the answers have.
 
@@ -138,13 +121,9 @@ def influence(
     on: str | Path | None = None,
     *,
     limit: int | None = None,
-    base_model: str | None = None,
-    load_in: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    loading: Loading = Loading(),
     batch_size: int | None = None,
-    begin: Callable[[str, int], Callable[[int], None]] = lambda doing, total: lambda count: None,
-    notify: Callable[[str], None] = lambda message: None,
+    reporter: Reporter = SILENT,
 ) -> Influences:
     """Return how much each row of `data` made the mean of a posterior what it is; one backward pass over the rows.
 
@@ -155,9 +134,9 @@ def influence(
         data: a JSONL file of chats, as the adapter was trained on.
         on: another one, for the effect on the loss there; one more pass, over it.
         limit: use the first so many examples of each file.
-        base_model, load_in, device, dtype: as in `load_model`.
+        loading: how the base model is found and held in memory.
         batch_size: examples in a batch, or None to choose; fewer when the memory runs out.
-        begin, notify: hear what begins and of how much, and what is worth knowing.
+        reporter: hears of progress.
 
     Raises:
         IVONError: the data or the adapter cannot be read, its σ is 0 or does not say λ, the base model does not fit, or
@@ -168,16 +147,12 @@ def influence(
     posterior = Posterior.from_pretrained(adapter)
     if not any(posterior.sigma.raw(key).any() for key in posterior.sigma):
         raise IVONError(f"{adapter}: every σ is 0, so no weight would move; give the posterior before it was tempered")
-    base = find_base_model(posterior.config, posterior.folder, base_model)  # type: ignore[arg-type]  # from a folder
-    ess, size = _weights(posterior, adapter, len(examples), limit is None, notify)
-    classify = posterior.config.get("task_type") == "SEQ_CLS"
-    begin("loading the base model", 0)
-    model = load_model(posterior.folder, Loading(base, load_in, device, dtype), classify=classify)  # type: ignore[arg-type]
-    from ..models.draws import AdapterSlots
+    ess, size = _weights(posterior, adapter, len(examples), limit is None, reporter)
+    session = Session.open(posterior, loading, reporter)
     from ..models.gradients import adapter_parameters
 
-    AdapterSlots(model).check(posterior.mean)
-    items = _encode(model, posterior, examples + others, classify)
+    model = session.model
+    items = session.encode_for_training(examples + others)
     parameters = adapter_parameters(model)
     variance = {}
     for name in parameters:
@@ -189,27 +164,26 @@ def influence(
         left = f"{len(examples) - len(scored)} of {len(examples)} rows have no answer that fits the model"
         if not scored:
             raise IVONError(f"{param_ref('data')} {data}: {left}; give shorter conversations")
-        notify(f"{left} and are left out")
-    work = _Work(model, {name: parameters[name] for name in variance}, batch_size, classify, notify)
+        reporter.notify(f"{left} and are left out")
+    work = _Work(session, {name: parameters[name] for name in variance}, batch_size, reporter)
     direction = None
     if on is not None:
         told = [item for item in items[len(examples) :] if item.positions]
         if not told:
             raise IVONError(f"{param_ref('on')} {on}: no row has an answer that fits the model; give shorter ones")
-        direction = work.mean_gradient(told, begin(f"gradient on {Path(on).name}", len(told)))
+        direction = work.mean_gradient(told, reporter.begin(f"gradient on {Path(on).name}", len(told)))
     tokens = sum(len(item.positions) for item in scored) / len(scored)
-    found = work.scores(scored, variance, direction, ess / size / tokens, begin("influence", len(scored)))
+    found = work.scores(scored, variance, direction, ess / size / tokens, reporter.begin("influence", len(scored)))
     rows = []
     for index, (example, item) in enumerate(zip(examples, items, strict=False)):
         values = found.get(id(item), dict.fromkeys(SCORES))
         row = {"index": index, **{name: _finite(values.get(name)) for name in SCORES}}
         rows.append({**row, "line": line_of(example), **_texts(example)})
-    config: Any = model.get_base_model().config
     facts = {
         "ess": ess / posterior.tau,
         "train_size": size,
         "tau": posterior.tau,
-        "base_model": str(config._name_or_path),
+        "base_model": session.base_model,
         "mean_sha256": posterior.metadata.get("mean_sha256"),
     }
     return Influences(rows, facts)
@@ -229,7 +203,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _weights(
-    posterior: Posterior, adapter: str | Path, rows: int, every: bool, notify: Callable[[str], None]
+    posterior: Posterior, adapter: str | Path, rows: int, every: bool, reporter: Reporter
 ) -> tuple[float, int]:
     """Return λ·τ, what the data weigh in the posterior as it is, and N."""
     try:
@@ -246,30 +220,13 @@ def _weights(
     except (KeyError, ValueError):
         size = 0
     if size < 1:
-        notify(f"the adapter does not say how many examples it was trained on: taken to be these {rows}")
+        reporter.notify(f"the adapter does not say how many examples it was trained on: taken to be these {rows}")
         return ess * posterior.tau, rows
     if every and size != rows:
-        notify(f"the adapter was trained on {size} examples, and these are {rows}: give the data of its training")
+        reporter.notify(
+            f"the adapter was trained on {size} examples, and these are {rows}: give the data of its training"
+        )
     return ess * posterior.tau, size
-
-
-def _encode(
-    model: PeftModel, posterior: Posterior, examples: Sequence[Example], classify: bool
-) -> list[EncodedExample]:
-    """Tokenise examples as training did."""
-    config: Any = model.get_base_model().config
-    tokenizer = load_tokenizer(posterior.folder, config._name_or_path)  # type: ignore[arg-type]
-    length = getattr(config, "max_position_embeddings", None)
-    if classify:
-        if config.pad_token_id is None:  # decoders find the end of a text by it
-            config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
-        items = encode(tokenizer, examples, "classify", label2id=dict(config.label2id), max_length=length)
-    else:
-        items = encode_turns(tokenizer, examples, length)
-    embeddings = model.get_input_embeddings().weight.shape[0]
-    for item, example in zip(items, examples, strict=True):
-        check_tokens(item.ids, embeddings, example.source)
-    return items
 
 
 class _Work:
@@ -277,16 +234,17 @@ class _Work:
 
     def __init__(
         self,
-        model: PeftModel,
+        session: Session,
         parameters: Mapping[str, Any],
         batch_size: int | None,
-        classify: bool,
-        notify: Callable[[str], None],
+        reporter: Reporter,
     ) -> None:
-        self._model, self._parameters, self._size, self._notify = model, parameters, batch_size, notify
-        config = model.config if classify else model.config.get_text_config()
-        self._classes = config.num_labels if classify else config.vocab_size
-        self._most = sys.maxsize  # examples that fit
+        from ..models.batching import Halving
+        from ..models.gradients import exact_negative_log_likelihood, example_losses
+
+        self._session, self._parameters, self._size, self._reporter = session, parameters, batch_size, reporter
+        self._losses = functools.partial(example_losses, session.model, loss=exact_negative_log_likelihood)
+        self._halving = Halving(reporter=reporter)
 
     def mean_gradient(self, items: Sequence[EncodedExample], done: Callable[[int], None]) -> dict[str, Tensor]:
         """Return the gradient of the loss on `items`, the mean over all their tokens, by parameter."""
@@ -300,9 +258,9 @@ class _Work:
         def losses(
             parts: Sequence[Sequence[EncodedExample]],
         ) -> Tensor:  # a batch is one example here, of which autograd sums
-            return torch.stack([answer_losses(self._model, part).sum() / count for part in parts])
+            return torch.stack([self._losses(part).sum() / count for part in parts])
 
-        with ExampleGradients(self._model, self._parameters, losses) as gradients:
+        with ExampleGradients(self._session.model, self._parameters, losses) as gradients:
 
             def run(part: Sequence[EncodedExample]) -> dict[str, Tensor]:
                 found: dict[str, Tensor] = {}
@@ -327,8 +285,7 @@ class _Work:
         from ..models.gradients import ExampleGradients
 
         scores: dict[int, dict[str, float | None]] = {}
-        losses = functools.partial(answer_losses, self._model)
-        with ExampleGradients(self._model, self._parameters, losses, self._notify) as gradients:
+        with ExampleGradients(self._session.model, self._parameters, self._losses, self._reporter) as gradients:
             run = functools.partial(products, gradients, variance=variance, direction=direction)
             for part, found in self._in_parts(items, run):
                 leverage = log_odds_variance(found.losses, found.own).tolist()
@@ -348,25 +305,11 @@ class _Work:
     def _in_parts(
         self, items: Sequence[EncodedExample], run: Callable[[Sequence[EncodedExample]], _T]
     ) -> Iterator[tuple[Sequence[EncodedExample], _T]]:
-        from ..fitting.batches import Batches
-        from ..models.forward import run_halving
+        from ..models.batching import Batches
 
-        hopeless = f"example; use {param_ref('load_in')} 8bit or 4bit, shorter data, or a machine with more memory"
-        for batch in Batches(items, self._size, self._model.device.type, self._classes).once():
-            start = 0
-            while start < len(batch):
-                most = min(len(batch) - start, self._most)
-
-                def attempt(
-                    size: int, left: Sequence[EncodedExample] = batch[start:]
-                ) -> tuple[Sequence[EncodedExample], _T]:
-                    return left[:size], run(left[:size])
-
-                found, size = run_halving(attempt, most, "examples", self._notify, hopeless)
-                if size < most:
-                    self._most = size
-                yield found
-                start += size
+        session = self._session
+        for batch in Batches(items, self._size, session.device.type, session.classes).once():
+            yield from self._halving.over(batch, run)
 
 
 # ---------------------------------------------------------------------- files

@@ -5,27 +5,40 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..noise import generator
 from ..reporter import SILENT, Reporter
 
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 
-_TOKENS = {"cpu": 512}  # in a batch; on a CPU more would only add padding
-_TOKENS_ELSEWHERE = 8192
-_LOGITS = 2**26  # of one batch: 256 MiB in float32, and as much for their gradient
+_TOKENS_ON_CPU = 512  # in a batch; more would only add padding
+_GRADIENT_TOKENS, _PREDICTION_TOKENS = 8192, 16384  # in a batch on an accelerator
+GRADIENT_LOGITS = 2**26  # of one batch: 256 MiB in float32, and as much for their gradient
+PREDICTION_LOGITS = 2**27
 _WINDOW = 64  # examples that are sorted by length, so that few tokens are padding
+MORE_MEMORY = f"use {param_ref('load_in')} 8bit or 4bit, shorter data, or a machine with more memory"
+
+
+def prediction_tokens(device: str) -> int:
+    """Return how many tokens a batch without gradients holds by default, on a device of this type ("cpu", "cuda")."""
+    return _TOKENS_ON_CPU if device == "cpu" else _PREDICTION_TOKENS
+
+
+def gradient_tokens(device: str) -> int:
+    """Return how many tokens a batch with gradients holds by default, on a device of this type."""
+    return _TOKENS_ON_CPU if device == "cpu" else _GRADIENT_TOKENS
 
 
 class Batches:
-    """Cut examples into batches: of `batch_size`, or of as many as fit a number of tokens and of logits."""
+    """Cut examples into batches for backward passes: of `batch_size`, or of as many tokens and logits as fit."""
 
     def __init__(self, items: Sequence[EncodedExample], batch_size: int | None, device: str, classes: int) -> None:
         self._items, self._size, self._classes = items, batch_size, classes
-        self._tokens = _TOKENS.get(device, _TOKENS_ELSEWHERE)
+        self._tokens = gradient_tokens(device)
 
     def once(self) -> list[list[EncodedExample]]:
         """Return every example once, by length."""
@@ -59,18 +72,22 @@ class Batches:
             return len(batch) <= self._size
         labels = sum(len(item.positions) for item in batch)
         longest = max(len(item.ids) for item in batch)
-        return len(batch) * longest <= self._tokens and labels * self._classes <= _LOGITS
+        return len(batch) * longest <= self._tokens and labels * self._classes <= GRADIENT_LOGITS
 
 
-class Halving(Generic[_T]):
-    """Run work on as many examples at once as fit the memory, and on half as many each time that it runs out.
+class Halving:
+    """Run work on as many examples at once as fit the memory: half as many each time that it runs out.
 
-    The number that fitted is remembered in `cost`, a measure of one call that grows with it (tokens, say).
+    What fitted is remembered: later calls begin with it.
+
+    Args:
+        what: the name of the things that are counted, in messages.
+        reporter: notified each time that fewer run at once.
     """
 
     def __init__(self, what: str = "examples", reporter: Reporter = SILENT) -> None:
         self._what, self._reporter = what, reporter
-        self._ceiling = sys.maxsize
+        self._limit = sys.maxsize  # total cost of a call that fits
 
     def __call__(
         self, count: int, run: Callable[[int, int], _T], hopeless: str, cost: int = 1
@@ -78,41 +95,55 @@ class Halving(Generic[_T]):
         """Yield (start, stop, `run(start, stop)`) until all `count` are done.
 
         Args:
-            hopeless: what a single one is called where not even that fits: "prompt of 300 tokens; use …".
-            cost: what one of them takes.
+            hopeless: end of the message when not even one fits: "prompt of 300 tokens; use …".
+            cost: what one of them takes of the memory, in a unit that all calls share (tokens, say).
 
         Raises:
             IVONError: the memory runs out with a single one.
         """
         start = 0
+
+        def run_first(size: int) -> _T:
+            return run(start, start + size)
+
         while start < count:
-            size = most = min(count - start, max(1, self._ceiling // cost))
-            while True:
-                found, fits = self._attempt(run, start, start + size)
-                if fits:
-                    break
-                if size == 1:
-                    raise IVONError(f"out of memory with a single {hopeless}")
-                self._reporter.notify(f"out of memory with {size} {self._what} in a batch; going on with {size // 2}")
-                size //= 2
-            if size < most:
-                self._ceiling = cost * size
-            yield start, start + size, found
+            result, size = self.at_most(count - start, run_first, hopeless, cost)
+            yield start, start + size, result
             start += size
 
-    def _attempt(self, run: Callable[[int, int], _T], start: int, stop: int) -> tuple[_T, bool]:
+    def over(
+        self, items: Sequence[_S], run: Callable[[Sequence[_S]], _T], hopeless: str = f"example; {MORE_MEMORY}"
+    ) -> Iterator[tuple[Sequence[_S], _T]]:
+        """Yield (part, `run(part)`) for neighbouring parts of `items`, as large as fit.
+
+        Raises:
+            IVONError: the memory runs out with a single one.
+        """
+        for start, stop, result in self(len(items), lambda start, stop: run(items[start:stop]), hopeless):
+            yield items[start:stop], result
+
+    def at_most(self, most: int, run: Callable[[int], _T], hopeless: str, cost: int = 1) -> tuple[_T, int]:
+        """Return (`run(n)`, n) for n = `most`, or for the largest half, quarter, … of it that fits.
+
+        Raises:
+            IVONError: the memory runs out at n = 1.
+        """
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-        try:
-            return run(start, stop), True
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-        # Only here, after the exception, does nothing hold the tensors that did not fit.
-        clear_device_cache(garbage_collection=True)
-        return None, False  # type: ignore[return-value]
-
-
-def one_example(what: str = "example") -> str:
-    """Return the `hopeless` of most work: what a single example that does not fit is told."""
-    return f"{what}; use {param_ref('load_in')} 8bit or 4bit, shorter data, or a machine with more memory"
+        size = most = min(most, max(1, self._limit // cost))
+        while True:
+            try:
+                result = run(size)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+            else:
+                if size < most:
+                    self._limit = cost * size
+                return result, size
+            # Only here, after the exception, does nothing hold the tensors that did not fit.
+            clear_device_cache(garbage_collection=True)
+            if size == 1:
+                raise IVONError(f"out of memory with a single {hopeless}")
+            self._reporter.notify(f"out of memory with {size} {self._what} in a batch; going on with {size // 2}")
+            size //= 2

@@ -8,15 +8,17 @@ the backward pass is done with it, so that no more than one parameter's gradient
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..reporter import SILENT, Reporter
 from .draws import AdapterSlots
 from .forward import forward_parameters
 
@@ -76,21 +78,35 @@ def label_logits(model: PeftModel, items: Sequence[EncodedExample]) -> LabelLogi
     return LabelLogits(logits.float(), targets, row)
 
 
-def example_losses(
-    model: PeftModel,
-    items: Sequence[EncodedExample],
-    reduction: Literal["sum", "mean"] = "sum",
-    targets: Tensor | None = None,
-) -> Tensor:
-    """Return the negative log-likelihood of each example, float32 [examples], in nats.
+# From logits [m, classes] and the classes that are right [m], what is differentiated at each position, [m].
+PositionLoss = Callable[[Tensor, Tensor], Tensor]
 
-    It is the sum over the example's scored positions (the label tokens of a chat, the one label of a classifier), or
-    with "mean" their mean. `targets` [m] replaces what is right there.
+
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return −log p of each target, in nats."""
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def exact_negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return −log p of each target, in nats, as softplus(−log-odds).
+
+    A loss of 1e-6, and its gradient, then have all their digits; `softmax − 1` has none there.
+    """
+    target = targets[:, None]
+    others = logits - logits.gather(1, target)
+    return F.softplus(others.scatter(1, target, -math.inf).logsumexp(1))
+
+
+def example_losses(
+    model: PeftModel, items: Sequence[EncodedExample], loss: PositionLoss = negative_log_likelihood
+) -> Tensor:
+    """Return the loss of each example, float32 [examples]: the sum of `loss` over its scored positions.
+
+    Those are the label tokens of a chat, or the one label of a classifier.
     """
     found = label_logits(model, items)
-    losses = F.cross_entropy(found.logits, found.targets if targets is None else targets, reduction="none")
-    totals = losses.new_zeros(len(items)).index_add(0, found.row, losses)
-    return totals if reduction == "sum" else totals / torch.bincount(found.row, minlength=len(items))
+    losses = loss(found.logits, found.targets)
+    return losses.new_zeros(len(items)).index_add(0, found.row, losses)
 
 
 def adapter_parameters(model: PeftModel, adapter_name: str = "default") -> dict[str, nn.Parameter]:
@@ -137,7 +153,7 @@ class ExampleGradients(Generic[_T]):
         model: it should be in evaluation mode: dropout would differ between the examples.
         parameters: those to differentiate by, by name; inside the context they alone require gradients.
         loss: the loss of each of some examples, [examples], with its graph; `example_losses` is one.
-        notify: told when examples go one at a time.
+        reporter: notified when examples go one at a time.
     """
 
     def __init__(
@@ -145,9 +161,9 @@ class ExampleGradients(Generic[_T]):
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         loss: Callable[[Sequence[_T]], Tensor],
-        notify: Callable[[str], None] = lambda message: None,
+        reporter: Reporter = SILENT,
     ) -> None:
-        self._model, self._loss, self._notify = model, loss, notify
+        self._model, self._loss, self._reporter = model, loss, reporter
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._hooks: list[Any] = []
         self._required: dict[nn.Parameter, bool] = {}
@@ -274,7 +290,7 @@ class ExampleGradients(Generic[_T]):
         self._tried = True  # unless the memory ran out
         if wrong:
             self.one_at_a_time = True
-            self._notify(f"one example at a time: {min(wrong)} is used in a way that needs it")
+            self._reporter.notify(f"one example at a time: {min(wrong)} is used in a way that needs it")
 
     def _agrees(self, parameter: nn.Parameter, second: Tensor | None) -> bool:
         if parameter not in self._uses:

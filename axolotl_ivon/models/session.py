@@ -70,88 +70,99 @@ class AdapterLike(Protocol):
     def config(self) -> Mapping[str, Any]: ...
 
     @property
-    def mean(self) -> Any: ...
+    def mean(self) -> Mapping[str, torch.Tensor]: ...
 
 
 class Session:
-    """An adapter over its base model in memory, with the tokenizer: loaded once, and used by all that follows.
+    """An adapter over its base model in memory, with the tokenizer: loaded once, used by all that follows.
 
     Attributes:
         model: the adapter over its base model, in evaluation mode.
         tokenizer: the one that training saved beside the adapter, else the base model's.
-        slots: the adapter's tensors inside the model (`draws.AdapterSlots`), which fit it.
+        slots: the adapter's tensors inside the model (`draws.AdapterSlots`); they fit the adapter.
         base_model: the name of the base model.
         classify: whether the adapter has a sequence-classification head.
-        labels: its labels, in the order of its classes; empty without a head.
-        max_length: how many tokens the model takes; None where it does not say.
+        labels: the labels of the head, in the order of its classes; empty without a head.
+        classes: the number of classes of a prediction: labels of the head, or tokens.
+        max_length: the most tokens that the model takes; None if it does not say.
+
+    Raises:
+        IVONError: the model does not fit the adapter, or there is no tokenizer.
     """
 
-    def __init__(self, model: PeftModel, held: AdapterLike) -> None:
+    def __init__(self, model: PeftModel, adapter: AdapterLike) -> None:
         from .draws import AdapterSlots
 
         self.model = model
         self.slots = AdapterSlots(model)
-        self.slots.check(held.mean)
+        self.slots.check(adapter.mean)
         config: Any = model.get_base_model().config
         self.base_model = str(config._name_or_path)
-        self.tokenizer = load_tokenizer(_folder_of(held), self.base_model)
-        self.classify = _is_classifier(held)
+        self.tokenizer = load_tokenizer(_folder_of(adapter), self.base_model)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        self._label2id: dict[str, int] = {}
-        if self.classify:
-            self._label2id = dict(config.label2id)
-            if config.pad_token_id is None:  # decoders find the end of a text by it
-                config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
-        self.labels = tuple(sorted(self._label2id, key=lambda label: self._label2id[label]))
+        self.classify = _has_head(adapter)
+        self._label2id = dict(config.label2id) if self.classify else {}
+        self.labels = tuple(sorted(self._label2id, key=self._label2id.__getitem__))
+        self.classes: int = config.num_labels if self.classify else config.get_text_config().vocab_size
+        if self.classify and config.pad_token_id is None:  # decoders find the end of a text by it
+            pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+            config.pad_token_id = end if pad is None else pad
 
     @classmethod
-    def open(cls, held: AdapterLike, loading: Loading = Loading(), reporter: Reporter = SILENT) -> Session:
+    def open(cls, adapter: AdapterLike, loading: Loading = Loading(), reporter: Reporter = SILENT) -> Session:
         """Load the base model of an adapter, and the adapter over it.
 
         Raises:
-            IVONError: as `load_model` and `load_tokenizer` do, or the base model does not fit the adapter.
+            IVONError: as `load_model` and `load_tokenizer`, or the base model does not fit the adapter.
         """
-        loading = loading.of(held.config, _folder_of(held))
+        folder = _folder_of(adapter)
+        loading = loading.of(adapter.config, folder)
         reporter.begin("loading the base model")
-        return cls(load_model(_folder_of(held), loading, classify=_is_classifier(held)), held)
+        return cls(load_model(folder, loading, classify=_has_head(adapter)), adapter)
 
     @property
-    def classes(self) -> int:
-        """The number of classes of a prediction: labels of the head, or tokens."""
-        return len(self.labels) if self.classify else self.model.config.get_text_config().vocab_size
+    def device(self) -> torch.device:
+        """The device of the base model."""
+        return self.model.device
 
     def encode(self, examples: Sequence[Example], task: str, choices: Sequence[str] = ()) -> list[EncodedExample]:
-        """Tokenise examples for a task ("choice", "generate" or "classify"): see `data.encode.encode`."""
+        """Tokenise examples for a task ("choice", "generate" or "classify"), as `data.encode.encode` does.
+
+        Raises:
+            IVONError: as `data.encode.encode`, or a token is new to the model.
+        """
         items = encode(
-            self.tokenizer,
-            examples,
-            task,
-            choices=choices,
-            label2id=self._label2id,
-            max_length=self.max_length,
+            self.tokenizer, examples, task, choices=choices, label2id=self._label2id, max_length=self.max_length
         )
         return self._checked(items, examples)
 
     def encode_for_training(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Tokenise examples as training reads them: all turns of the assistant, or the label of a classifier."""
+        """Tokenise examples as training reads them: all turns of the assistant, or the label of a classifier.
+
+        Raises:
+            IVONError: as `encode`.
+        """
         if self.classify:
             return self.encode(examples, "classify")
         return self._checked(encode_turns(self.tokenizer, examples, self.max_length), examples)
 
     def _checked(self, items: list[EncodedExample], examples: Sequence[Example]) -> list[EncodedExample]:
-        tokens = self.model.get_input_embeddings().weight.shape[0]
         for item, example in zip(items, examples, strict=True):
-            check_tokens(item.ids, tokens, example.source)
+            self.check_tokens(item.ids, example.source)
         return items
 
+    def check_tokens(self, ids: Sequence[int], source: str) -> None:
+        """Raise IVONError if one of `ids` is new to the model; `source` says where they come from."""
+        check_tokens(ids, self.model.get_input_embeddings().weight.shape[0], source)
 
-def _folder_of(held: AdapterLike) -> Path:
-    assert held.folder is not None, "it was read from a folder"
-    return held.folder
+
+def _folder_of(adapter: AdapterLike) -> Path:
+    assert adapter.folder is not None, "it was read from a folder"
+    return adapter.folder
 
 
-def _is_classifier(held: AdapterLike) -> bool:
-    return bool(held.config.get("task_type") == "SEQ_CLS")
+def _has_head(adapter: AdapterLike) -> bool:
+    return bool(adapter.config.get("task_type") == "SEQ_CLS")
 
 
 def pick_device(device: str = "auto") -> torch.device:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from heard import Heard
 from linear_gaussian import Toy
 from texts import items
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.fitting.fisher import Squarer, Squares, fisher, residuals, sampled_losses
+from axolotl_ivon.fitting.fisher import Squarer, Squares, fisher, residual_loss, residuals
 from axolotl_ivon.fitting.precision import Prior
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses, label_logits
 from axolotl_ivon.models.session import load_model
@@ -67,7 +68,7 @@ def test_sampled_labels_have_the_fisher_information_as_their_mean(make_adapter: 
             mean, square = (torch.tensordot(p, x, 1) for x in (jacobian, jacobian.square()))
             exact[name] += (square - mean.square()) / len(logits)
     generator = torch.Generator().manual_seed(0)
-    losses = functools.partial(sampled_losses, model, generator=generator)
+    losses = functools.partial(example_losses, model, loss=residual_loss(generator))
     with ExampleGradients(model, parameters, losses) as gradients:
         found = run(Squarer(gradients, lambda item: len(item.positions)), [texts] * 120)
     assert found.losses == 120 * len(logits)
@@ -87,13 +88,8 @@ def test_random_residuals_have_the_covariance_of_a_drawn_label_s() -> None:
     assert float(sure.std() / sure.mean()) < 0.1
 
 
-def test_without_a_generator_they_are_the_data_s(make_adapter: MakeAdapter) -> None:
-    model = load_model(make_adapter())
-    torch.testing.assert_close(sampled_losses(model, items(4), None), example_losses(model, items(4)))
-
-
 def test_fewer_examples_at_once_when_the_memory_runs_out() -> None:
-    toy, sizes, told = Toy(), [], []
+    toy, sizes, heard = Toy(), [], Heard()
     plain = toy.losses()
 
     def losses(some):
@@ -103,13 +99,13 @@ def test_fewer_examples_at_once_when_the_memory_runs_out() -> None:
         return plain(some)
 
     with ExampleGradients(toy.model, toy.parameters, losses) as gradients:
-        found = run(Squarer(gradients, lambda example: 1, told.append), [toy.examples[:10], toy.examples[10:20]])
+        found = run(Squarer(gradients, lambda example: 1, heard), [toy.examples[:10], toy.examples[10:20]])
     with ExampleGradients(toy.model, toy.parameters, plain) as gradients:
         expected = run(toy.squarer(gradients), [toy.examples[:20]])
     torch.testing.assert_close(found.total["w"], expected.total["w"])
     assert found.losses == 20
     assert max(sizes[5:]) <= 3
-    assert told[0] == "out of memory with 10 examples in a batch; going on with 5"
+    assert heard.notes[0] == "out of memory with 10 examples in a batch; going on with 5"
 
     def hopeless(some):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

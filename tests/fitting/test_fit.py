@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from heard import Heard
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from tiny import build_llama, write_chats
@@ -23,8 +24,10 @@ from axolotl_ivon.fitting import fit as module
 from axolotl_ivon.fitting import ivon, state
 from axolotl_ivon.fitting.fit import FACTORS, Settings, fit
 from axolotl_ivon.fitting.precision import Prior
+from axolotl_ivon.models import gradients
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
-from axolotl_ivon.models.session import load_model
+from axolotl_ivon.models.session import Loading, load_model
+from axolotl_ivon.reporter import SILENT
 from axolotl_ivon.settings.presets import PRESETS
 
 MakeAdapter = Callable[..., Path]
@@ -109,13 +112,13 @@ def test_lambda_is_that_of_training_by_default(plain: Path, chats: Path) -> None
 @pytest.mark.parametrize("method", ["fisher", "ivon"])
 def test_validation_chooses_lambda(plain: Path, chats: Path, tmp_path: Path, method: str) -> None:
     validation = write_chats(tmp_path / "validation.jsonl", count=20, seed=7)
-    told: list[str] = []
-    q = fit(plain, chats, method=method, validation=str(validation), samples=3, seed=2, tell=told.append)
+    heard = Heard()
+    q = fit(plain, chats, method=method, validation=str(validation), samples=3, seed=2, reporter=heard)
     base = PRESETS["auto"].ess(24, 896)
     factor = float(q.metadata["ess"]) / base
     assert factor in FACTORS
     assert q.metadata["fit_validation"] == "validation.jsonl"
-    assert any("NLL on" in line and line.endswith(f"λ = {factor * base:.3g}") for line in told)
+    assert any("NLL on" in line and line.endswith(f"λ = {factor * base:.3g}") for line in heard.lines)
     if method == "fisher":
         evaluation = Evaluation(plain, [validation], rows=[Variant("mean")])
         losses = {}
@@ -154,16 +157,16 @@ def sure(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_tfb_is_as_wide_as_the_tolerance_allows(sure: tuple[Path, Path], tmp_path: Path) -> None:
-    told: list[str] = []
+    heard = Heard()
     adapter, data = sure
-    q = fit(adapter, data, method="tfb", tolerance=0.02, samples=4, seed=5, choices=["A", "B"], tell=told.append)
+    q = fit(adapter, data, method="tfb", tolerance=0.02, samples=4, seed=5, choices=["A", "B"], reporter=heard)
     q.save_pretrained(tmp_path / "out")
     rows = [Variant("mean"), Variant("posterior", tau=1.0), Variant("wider", tau=1.1**-2)]
     mean, drawn, wider = Evaluation(tmp_path / "out", [data], choices=["A", "B"]).run(rows, samples=4, seed=5)
     assert float((drawn.nll - mean.nll).mean()) <= 0.02 + 1e-6
     assert float((wider.nll - mean.nll).mean()) > 0.02
     assert int(q.metadata["tfb_evaluations"]) <= 12
-    assert len(told) <= 11
+    assert len(heard.lines) <= 11
     assert float(q.metadata["tfb_nll"]) - float(q.metadata["tfb_nll_mean"]) <= 0.02 + 1e-5
     key = min(key for key in q.mean if "lora_A" in key)
     b = q.mean[key.replace("lora_A", "lora_B")]
@@ -202,11 +205,13 @@ def test_quantized_bases(tmp_path: Path, chats: Path, load_in: str) -> None:
     base = build_llama(tmp_path / "base", hidden_size=128, intermediate_size=128)
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
-    exact = fit(tmp_path / "adapter", chats, method="fisher", empirical=True, prior=1e-4)
-    found = fit(tmp_path / "adapter", chats, method="fisher", empirical=True, prior=1e-4, load_in=load_in)
+    exact, found = (
+        fit(tmp_path / "adapter", chats, method="fisher", empirical=True, prior=1e-4, loading=Loading(load_in=kind))
+        for kind in (None, load_in)
+    )
     for key, value in exact.sigma.items():
         assert float((found.sigma[key] / value).log().abs().median()) < 0.3, key
-    fit(tmp_path / "adapter", chats, samples=1, validation=str(chats), load_in=load_in, limit=8)
+    fit(tmp_path / "adapter", chats, samples=1, validation=str(chats), loading=Loading(load_in=load_in), limit=8)
 
 
 def test_a_classifier(tiny_llama: Path, tmp_path: Path) -> None:
@@ -318,19 +323,17 @@ def test_long_conversations_are_cut_and_those_without_an_answer_left_out(
     long["messages"][0]["content"] = "red " * 2000
     data = tmp_path / "long.jsonl"
     data.write_text("\n".join([*lines, json.dumps(long)]) + "\n")
-    told: list[str] = []
-    q = fit(plain, data, method="fisher", notify=told.append)
+    heard = Heard()
+    q = fit(plain, data, method="fisher", reporter=heard)
     assert q.metadata["train_size"] == "6"
-    assert told == ["1 of 7 examples have no answer within 512 tokens and are left out"]
+    assert heard.notes == ["1 of 7 examples have no answer within 512 tokens and are left out"]
     data.write_text(json.dumps(long) + "\n")
     with pytest.raises(IVONError, match="1 of 1 examples have no answer within 512 tokens; give shorter"):
         fit(plain, data, method="fisher")
 
 
 def test_it_halves_batches_when_the_memory_runs_out(plain: Path, chats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from axolotl_ivon.fitting import fisher
-
-    own, told = fisher.label_logits, []
+    own, heard = gradients.label_logits, Heard()
 
     def label_logits(model: Any, items: Any) -> Any:
         if len(items) > 2:
@@ -338,17 +341,17 @@ def test_it_halves_batches_when_the_memory_runs_out(plain: Path, chats: Path, mo
         return own(model, items)
 
     expected = fit(plain, chats, method="fisher", empirical=True)
-    monkeypatch.setattr(fisher, "label_logits", label_logits)
-    found = fit(plain, chats, method="fisher", empirical=True, notify=told.append)
+    monkeypatch.setattr(gradients, "label_logits", label_logits)
+    found = fit(plain, chats, method="fisher", empirical=True, reporter=heard)
     for key, value in expected.sigma.items():
         torch.testing.assert_close(found.sigma[key], value, rtol=1e-3, atol=1e-6)
-    assert any("going on with" in line for line in told)
+    assert any("going on with" in line for line in heard.notes)
 
 
 def test_ivon_says_how_it_goes(plain: Path, chats: Path) -> None:
-    told: list[str] = []
-    q = fit(plain, chats, tell=told.append)
-    assert told[-1].startswith(f"{q.metadata['fit_steps']} steps: σ changed by ")
+    heard = Heard()
+    q = fit(plain, chats, reporter=heard)
+    assert heard.lines[-1].startswith(f"{q.metadata['fit_steps']} steps: σ changed by ")
     assert int(q.metadata["fit_steps"]) >= 8
 
 
@@ -380,7 +383,7 @@ def test_settings_that_mean_nothing(options: dict[str, Any], message: str) -> No
 def test_a_base_model_that_does_not_fit(plain: Path, chats: Path, tmp_path: Path) -> None:
     base = build_llama(tmp_path / "other", hidden_size=64)
     with pytest.raises(IVONError, match="does not fit the adapter"):
-        fit(plain, chats, base_model=str(base))
+        fit(plain, chats, loading=Loading(base_model=str(base)))
 
 
 def test_tfb_needs_lora(plain: Path, chats: Path, copied: Callable[[Path], Path]) -> None:
@@ -415,10 +418,10 @@ def test_the_loss_is_over_what_axolotl_trains_on(plain: Path, tmp_path: Path) ->
     data = tmp_path / "talk.jsonl"
     data.write_text(json.dumps(talk) + "\n")
     job = module._Job(plain, [data], Settings(method="fisher"), False, None, None)
-    job.load(None, None, None, None, "cpu", "auto", lambda doing, total: lambda count: None, lambda message: None)
+    job.load(None, None, Loading(device="cpu"), SILENT)
     [item] = job.items
     tokenizer = AutoTokenizer.from_pretrained(plain)
     assert tokenizer.decode(item.targets) == "A<|im_end|>B<|im_end|>"
     assert float(example_losses(job.model, job.items)) > 0
     with safe_open(plain / MEAN_FILE, "pt") as file:
-        assert set(file.keys()) == job.slots.places.keys()
+        assert set(file.keys()) == job.session.slots.places.keys()

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from texts import items
+from heard import Heard
 from tiny import write_chats
 from torch import Tensor, nn
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.influence import attribution as module
 from axolotl_ivon.influence.attribution import (
-    answer_losses,
     check_same,
     flagged,
     influence,
@@ -29,6 +28,7 @@ from axolotl_ivon.influence.attribution import (
     save_without,
     suspicious,
 )
+from axolotl_ivon.models import gradients
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
 from axolotl_ivon.models.session import load_model
 
@@ -133,23 +133,6 @@ def test_leaving_one_out_of_a_logistic_model(correlated: float, least: float) ->
     assert spearman(found.losses.tolist(), own) < spearman(found.own.tolist(), own)
 
 
-def test_tiny_losses_keep_their_digits(tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from axolotl_ivon.models import gradients
-
-    model = load_model(tiny_adapter)
-    torch.testing.assert_close(answer_losses(model, items(4)), example_losses(model, items(4)))
-    logits = torch.tensor([[18.0, 0.3, -1.0], [0.5, -3.0, 0.0]], requires_grad=True)
-    made = gradients.LabelLogits(logits, torch.tensor([0, 2]), torch.tensor([0, 0]))
-    monkeypatch.setattr(gradients, "label_logits", lambda model, items: made)
-    (found,) = answer_losses(model, [None])  # type: ignore[list-item]
-    found.backward()
-    exact = logits.detach().double().requires_grad_(True)
-    loss = F.cross_entropy(exact, made.targets, reduction="sum")
-    loss.backward()
-    torch.testing.assert_close(found.double(), loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=0)  # type: ignore[union-attr]
-
-
 def autograd(adapter: Path, data: Path) -> list[tuple[float, dict[str, Tensor], int]]:
     """Return the loss of each row (a sum), its gradients and its answer's tokens, by transformers' own loss."""
     from transformers import AutoTokenizer
@@ -185,9 +168,9 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_scores_are_those_of_one_gradient_a_row(tiny_adapter: Path, chats: Path, others: Path) -> None:
-    told: list[str] = []
-    found = influence(tiny_adapter, chats, others, notify=told.append)
-    assert told == ["the adapter was trained on 100 examples, and these are 10: give the data of its training"]
+    heard = Heard()
+    found = influence(tiny_adapter, chats, others, reporter=heard)
+    assert heard.notes == ["the adapter was trained on 100 examples, and these are 10: give the data of its training"]
     assert found.facts["ess"] == 1000
     assert found.facts["train_size"] == 100
     expected, validation = autograd(tiny_adapter, chats), autograd(tiny_adapter, others)
@@ -208,9 +191,9 @@ def test_the_scores_are_those_of_one_gradient_a_row(tiny_adapter: Path, chats: P
         "red",
         "moon rain dog cat",
     )
-    told.clear()
-    assert influence(tiny_adapter, chats, limit=2, notify=told.append).rows[1]["line"] == 2
-    assert told == []
+    heard.notes.clear()
+    assert influence(tiny_adapter, chats, limit=2, reporter=heard).rows[1]["line"] == 2
+    assert heard.notes == []
     alone = influence(tiny_adapter, chats, batch_size=1)
     assert {row["on"] for row in alone.rows} == {None}
     assert [row["sensitivity"] for row in alone.rows] == pytest.approx([row["sensitivity"] for row in found.rows], 1e-4)
@@ -232,7 +215,7 @@ def test_a_step_of_the_predicted_shift_changes_the_losses_as_predicted(tiny_adap
 
     [item] = encode_turns(load_tokenizer(tiny_adapter, ""), read_examples(chats, 1))
     with torch.no_grad():
-        after = float(answer_losses(model, [item]))
+        after = float(example_losses(model, [item]))
     assert (after - loss) / count / part == pytest.approx(row["sensitivity"], rel=0.05)
 
 
@@ -260,19 +243,19 @@ def test_fewer_examples_at_once_when_the_memory_runs_out(
     tiny_adapter: Path, chats: Path, others: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = influence(tiny_adapter, chats, others).rows
-    sizes, told, plain = [], [], answer_losses
+    sizes, heard, plain = [], Heard(), gradients.label_logits
 
-    def losses(model, some):
+    def label_logits(model, some):
         sizes.append(len(some))
         if len(some) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return plain(model, some)
 
-    monkeypatch.setattr(module, "answer_losses", losses)
-    rows = influence(tiny_adapter, chats, others, notify=told.append).rows
+    monkeypatch.setattr(gradients, "label_logits", label_logits)
+    rows = influence(tiny_adapter, chats, others, reporter=heard).rows
     for name in module.SCORES:
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=1e-4, abs=1e-7)
-    assert any("out of memory with 5 examples in a batch; going on with 2" in line for line in told)
+    assert any("out of memory with 5 examples in a batch; going on with 2" in line for line in heard.notes)
     assert max(sizes[-5:]) <= 3
 
 
@@ -280,9 +263,9 @@ def test_a_row_whose_answer_does_not_fit_has_no_scores(tiny_adapter: Path, tmp_p
     data = write_chats(tmp_path / "train.jsonl", count=3)
     long = {"messages": [{"role": "user", "content": "red " * 900}, {"role": "assistant", "content": "A"}]}
     data.write_text(json.dumps(long) + "\n" + data.read_text())
-    told: list[str] = []
-    rows = influence(tiny_adapter, data, notify=told.append).rows
-    assert "1 of 4 rows have no answer that fits the model and are left out" in told
+    heard = Heard()
+    rows = influence(tiny_adapter, data, reporter=heard).rows
+    assert "1 of 4 rows have no answer that fits the model and are left out" in heard.notes
     assert [rows[0][name] for name in module.SCORES] == [None] * 4
     assert 0 not in suspicious(rows, "loss")
     assert len(flagged(rows, "loss", 0.25)) == 3
@@ -309,9 +292,9 @@ def test_a_classifier(tiny_llama: Path, tmp_path: Path) -> None:
     texts = [("red sun", "0"), ("blue", "2"), ("moon dog cat", "1")]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in texts))
-    told: list[str] = []
-    rows = influence(tmp_path / "a", data, notify=told.append).rows
-    assert told == ["the adapter does not say how many examples it was trained on: taken to be these 3"]
+    heard = Heard()
+    rows = influence(tmp_path / "a", data, reporter=heard).rows
+    assert heard.notes == ["the adapter does not say how many examples it was trained on: taken to be these 3"]
     model = load_model(tmp_path / "a", classify=True)
     model.config.pad_token_id = 0
     parameters = adapter_parameters(model)

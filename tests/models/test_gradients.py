@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from heard import Heard
 from peft import LoraConfig, get_peft_model
 from texts import items
 from tiny import build_llama
@@ -17,7 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon.data.encode import EncodedExample
-from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses, make_differentiable
+from axolotl_ivon.models.gradients import (
+    ExampleGradients,
+    adapter_parameters,
+    exact_negative_log_likelihood,
+    example_losses,
+    make_differentiable,
+    negative_log_likelihood,
+)
 from axolotl_ivon.models.session import Loading, load_model
 
 MakeAdapter = Callable[..., Path]
@@ -66,14 +74,14 @@ def test_they_are_those_of_a_loop(make_adapter: MakeAdapter, lora: dict[str, Any
     parameters = adapter_parameters(model)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     examples, losses = items(), functools.partial(example_losses, model)
-    told: list[str] = []
-    with ExampleGradients(model, parameters, losses, told.append) as gradients:
+    heard = Heard()
+    with ExampleGradients(model, parameters, losses, heard) as gradients:
         values, found = gather(gradients, examples)
         again, single = gather(gradients, examples[2:3])
         assert gradients.one_at_a_time != at_once
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert len(told) == (not at_once)
+    assert len(heard.notes) == (not at_once)
     expected = loop(model, parameters, losses)(examples)
     assert found.keys() == expected.keys() == parameters.keys()
     for name, value in expected.items():
@@ -161,22 +169,32 @@ def test_what_the_hooks_do_not_know_is_noticed(swapped: bool, hidden: bool, leng
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_mean_is_over_the_labels_and_candidates_are_all_there_is(make_adapter: MakeAdapter) -> None:
+def test_losses_are_summed_over_the_labels_and_candidates_are_all_there_is(make_adapter: MakeAdapter) -> None:
     model = load_model(make_adapter())
     examples = items(3)
-    sums, means = (example_losses(model, examples, reduction) for reduction in ("sum", "mean"))  # type: ignore[arg-type]
-    counts = torch.tensor([len(item.positions) for item in examples])
-    torch.testing.assert_close(sums, means * counts)
     texts = [torch.tensor([item.ids]) for item in examples]
     expected = [
         F.cross_entropy(model(text).logits[0, item.positions], torch.tensor(item.targets), reduction="sum")
         for text, item in zip(texts, examples, strict=True)
     ]
-    torch.testing.assert_close(sums, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    for loss in (negative_log_likelihood, exact_negative_log_likelihood):
+        torch.testing.assert_close(example_losses(model, examples, loss), torch.stack(expected), rtol=1e-4, atol=1e-4)
     choices = [EncodedExample(item.ids, item.positions[:1], [1], (7, 9)) for item in examples]
     among = [model(text).logits[0, item.positions[0], [7, 9]] for text, item in zip(texts, examples, strict=True)]
     expected = [F.cross_entropy(logits, torch.tensor(1)) for logits in among]
     torch.testing.assert_close(example_losses(model, choices), torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_tiny_losses_keep_their_digits() -> None:
+    logits = torch.tensor([[18.0, 0.3, -1.0], [0.5, -3.0, 0.0]], requires_grad=True)
+    targets = torch.tensor([0, 2])
+    losses = exact_negative_log_likelihood(logits, targets)
+    losses.sum().backward()
+    exact = logits.detach().double().requires_grad_(True)
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=0)  # type: ignore[union-attr]
 
 
 def test_an_error_leaves_the_model_as_it_was(make_adapter: MakeAdapter) -> None:

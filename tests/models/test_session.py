@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from heard import Heard
+from peft import LoraConfig, get_peft_model
 from tiny import build_llama, write_chats
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from axolotl_ivon import IVONError
-from axolotl_ivon.evaluation.evaluate import Evaluation, Variant
-from axolotl_ivon.models.session import Loading, load_model, load_tokenizer, pick_device
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.data.chats import Example, read_examples
+from axolotl_ivon.models.session import Loading, Session, load_model, load_tokenizer, pick_device
+from axolotl_ivon.posterior.adapter import Adapter
 
 MakeAdapter = Callable[..., Path]
 
@@ -27,19 +31,52 @@ def adapter(make_adapter: MakeAdapter) -> Path:
     return make_adapter()
 
 
-def test_a_base_model_that_does_not_fit_is_refused_in_one_line(
-    adapter: Path, chats: Path, tmp_path: Path, make_adapter: MakeAdapter
-) -> None:
+def test_a_session_is_what_the_rest_needs_to_know_of_a_model(adapter: Path, tiny_llama: Path, chats: Path) -> None:
+    heard = Heard()
+    session = Session.open(Posterior.from_pretrained(adapter), Loading(device="cpu"), heard)
+    assert list(heard.counts) == ["loading the base model"]
+    assert (session.base_model, session.device.type, session.max_length) == (str(tiny_llama), "cpu", 512)
+    assert (session.classify, session.labels, session.classes) == (False, (), len(session.tokenizer))
+    examples = read_examples(chats)
+    choice = session.encode(examples, "choice", ["A", "B"])
+    assert {len(item.candidates or ()) for item in choice} == {2}
+    for item, example in zip(session.encode_for_training(examples), examples, strict=True):
+        assert session.tokenizer.decode(item.targets) == f"{example.answer}<|im_end|>"
+    with pytest.raises(IVONError, match=r"chat 7: token 999 is new to the base model"):
+        session.check_tokens([3, 999], "chat 7")
+
+
+def test_a_session_of_a_classifier_has_its_labels_and_finds_the_end_of_a_text(tiny_llama: Path, tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tiny_llama, id2label={0: "warm", 1: "cold", 2: "rain"}, label2id={"rain": 2, "warm": 0, "cold": 1}
+    )
+    base.config.pad_token_id = None
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+    get_peft_model(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), lora).save_pretrained(
+        tmp_path / "adapter"
+    )
+    session = Session.open(Adapter(tmp_path / "adapter"))
+    assert (session.classify, session.labels, session.classes) == (True, ("warm", "cold", "rain"), 3)
+    assert session.model.config.pad_token_id == session.tokenizer.pad_token_id
+    examples = [Example(({"role": "user", "content": "red"},), answer, "x:1", plain=True) for answer in ("cold", "2")]
+    for items in (session.encode(examples, "classify"), session.encode_for_training(examples)):
+        assert [item.targets for item in items] == [[1], [2]]
+
+
+def test_a_base_model_that_does_not_fit_is_refused_in_one_line(adapter: Path, tmp_path: Path) -> None:
     wide = build_llama(tmp_path / "wide", hidden_size=64)
     deep = build_llama(tmp_path / "deep", num_hidden_layers=3)
-    for base in (wide, deep):
-        with pytest.raises(IVONError, match="does not fit the adapter") as caught:
-            Evaluation(adapter, [chats], base_model=str(base)).run([Variant("mean")])
+    for base, message in (
+        (wide, "does not fit the adapter"),
+        (deep, "does not fit the adapter"),
+        (tmp_path / "nowhere", r"the base model \S+nowhere cannot be loaded"),
+    ):
+        with pytest.raises(IVONError, match=message) as caught:
+            Session.open(Adapter(adapter), Loading(str(base)))
         assert "\n" not in str(caught.value)
         assert "base_model" in str(caught.value)
-    with pytest.raises(IVONError, match=r"the base model \S+nowhere cannot be loaded") as caught:
-        Evaluation(adapter, [chats], base_model=str(tmp_path / "nowhere"))
-    assert "\n" not in str(caught.value)
 
 
 def test_unusable_devices_are_named() -> None:
