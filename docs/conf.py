@@ -10,7 +10,7 @@ PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 project = "axolotl-ivon"
 author = "The axolotl-ivon authors"
 version = release = re.findall(r'^version = "(.+)"$', PYPROJECT.read_text(encoding="utf-8"), re.M)[0]
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx_click"]
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
@@ -107,6 +107,14 @@ def insert_formats(app: Any, page: str, source: list[str]) -> None:
         source[0] = source[0].replace("{{ formats }}", formats())
 
 
+def options_to_restructured_text(app: Any, context: Any, lines: list[str]) -> None:
+    """Escape in a command's help what reStructuredText would read as markup."""
+    markup = (".. ", ":")  # written by sphinx-click itself
+    lines[:] = [line if line.lstrip().startswith(markup) else re.sub(r"[`|*]", r"\\\g<0>", line) for line in lines]
+
+
 def setup(app: Any) -> None:
     app.connect("source-read", insert_formats)
+    for part in ("description", "usage", "options", "arguments", "envvars", "epilog"):
+        app.connect(f"sphinx-click-process-{part}", options_to_restructured_text)
     app.connect("autodoc-process-docstring", to_restructured_text, priority=400)  # before napoleon's
