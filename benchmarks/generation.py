@@ -32,8 +32,13 @@ from axolotl_ivon.generation.local import TransformersEngine
 from axolotl_ivon.generation.plan import Plan
 from axolotl_ivon.models.draws import AdapterSlots
 
-# Enough of a tokenizer for an engine whose texts nobody reads.
-TOKENIZER: Any = SimpleNamespace(eos_token_id=None, decode=lambda *_, **__: "")
+
+def make_session(model: PeftModel) -> Any:
+    """Return enough of a `Session` for an engine whose texts nobody reads."""
+    tokenizer = SimpleNamespace(eos_token_id=None, decode=lambda *_, **__: "")
+    return SimpleNamespace(
+        model=model, tokenizer=tokenizer, slots=AdapterSlots(model), max_length=None, check_tokens=lambda *_: None
+    )
 
 
 def load_members(model: PeftModel, posterior: Posterior, count: int) -> list[str]:
@@ -92,7 +97,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     model, posterior = build(arguments)
-    model.eval()
+    session = make_session(model.eval())
     model.get_base_model().generation_config.eos_token_id = None
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 40000, (arguments.prompts, arguments.length), generator=generator).tolist()
@@ -109,9 +114,7 @@ def main() -> None:
         plan = Plan(n=members * arguments.per_model, per_model=arguments.per_model, max_tokens=arguments.tokens)
         names = load_members(model, posterior, members)
         rows = arguments.prompts * arguments.per_model
-        engines = [
-            TransformersEngine(model, TOKENIZER, posterior, plan, batch_size=size) for size in (rows * members, rows)
-        ]
+        engines = [TransformersEngine(session, posterior, plan, batch_size=size) for size in (rows * members, rows)]
         ways: list[Callable[[], object]] = [
             *(partial(by_engine, engine, prompts) for engine in engines),
             *(partial(by_peft, model, names, prompts, plan, mixed) for mixed in (True, False)),

@@ -56,12 +56,14 @@ if TYPE_CHECKING:
 @batch_option("Sequences decoded at once.")
 @output_options("ADAPTER-nbest.jsonl", "JSONL to write or to go on with.", "Start the output anew.", metavar="FILE")
 @as_one("planned", dict, "n", "per_model", "mean", "temperature", "top_p", "max_tokens", "stop", "seed")
+@as_one("server", dict, "endpoint", "concurrency", "timeout")
 def command(
     adapter: str,
     prompts: str,
     planned: dict[str, Any],
     point: PosteriorOptions,
     loading: Loading,
+    server: dict[str, Any],
     output: OutputOptions,
     **options: Any,
 ) -> None:
@@ -85,49 +87,45 @@ def command(
       ivon-post generate adapter/ -p test.jsonl -n 64 --mean -o mean.jsonl
       ivon-post generate ensemble/ -p test.jsonl -n 64 --endpoint http://localhost:8000
     """
+    from axolotl_ivon.data.chats import read_chats
     from axolotl_ivon.errors import IVONError
-    from axolotl_ivon.generation.generate import generate
+    from axolotl_ivon.generation.generate import AnswerRule, generate, loaded_draws, served_draws
     from axolotl_ivon.generation.plan import Plan
 
     path = str(output.path(adapter, "nbest.jsonl"))
     plan = Plan(**planned)
     if plan.mean and point.tau is not None:
         raise IVONError(f"--tau {point.tau}: --mean has no temperature; leave one of them out")
-    if options["endpoint"] and point != PosteriorOptions(None):
+    if server["endpoint"] and point != PosteriorOptions(None):
         raise IVONError("--endpoint: the members are drawn already; give --tau and --ratio to `ivon-post sample`")
     tau, ratio = point.settings(adapter)
+    decided = decision(point.recommended)
+    rule = AnswerRule(options["answer_regex"], decided.threshold, decided.temperature)
     with output.progress() as progress:
-
-        def count(tokens: int) -> None:
-            speed = tokens / max(progress.seconds("generating"), 1e-9)
-            progress.describe("generating", f"generating, {speed:.0f} tokens/s")
-
-        decided = decision(point.recommended)
-        done = generate(
-            adapter,
-            prompts,
-            path,
-            plan,
-            tau=tau,
-            prune_ratio=ratio,
-            threshold=decided.threshold,
-            output_temperature=decided.temperature,
-            begin=progress.begin,
-            count=count,
-            notify=progress.notify,
-            overwrite=output.overwrite,
-            **options,
-            **asdict(loading),
-        )
+        chats = read_chats(prompts, options["limit"])
+        if server["endpoint"]:
+            source = served_draws(adapter, plan, base_model=loading.base_model, **server)
+        else:
+            source = loaded_draws(adapter, plan, tau, ratio, loading, options["batch_size"])
+        done = generate(source, chats, path, rule, overwrite=output.overwrite, reporter=progress)
         speed = done.tokens_per_second
         if done.resumed < done.prompts:
             progress.say(f"{done.tokens} tokens in {done.seconds:.1f} s: {speed:.0f} tokens/s")
-    took = {"tokens": done.tokens, "seconds": round(done.seconds, 3), "tokens_per_second": round(speed, 1)}
-    facts = {"output": path, "prompts": done.prompts, "resumed": done.resumed, "members": plan.members}
-    source = "the mean" if plan.mean else f"{plan.members} draws"
-    kept = f" ({done.resumed} were there)" if done.resumed else ""
-    told = f"{done.prompts} prompts{kept}, {plan.n} outputs each from {source}, seed {plan.seed}"
-    coverage = None if decided.threshold is None else 1 - done.abstained / done.prompts
+    coverage = None if rule.threshold is None else 1 - done.abstained / done.prompts
+    document = {
+        "output": path,
+        "prompts": done.prompts,
+        "resumed": done.resumed,
+        "members": plan.members,
+        **asdict(plan),
+        "tokens": done.tokens,
+        "seconds": round(done.seconds, 3),
+        "tokens_per_second": round(speed, 1),
+        "coverage": coverage,
+    }
+    resumed = f" ({done.resumed} were there)" if done.resumed else ""
+    members = "the mean" if plan.mean else f"{plan.members} draws"
+    line = f"{done.prompts} prompts{resumed}, {plan.n} outputs each from {members}, seed {plan.seed}"
     if coverage is not None:
-        told += f"; answers {percent(coverage)} %, and abstains below confidence {decided.threshold:.4g}"
-    output.finish({**facts, **asdict(plan), **took, "coverage": coverage}, told, path, then=["ivon-post", "mbr", path])
+        line += f"; answers {percent(coverage)} %, and abstains below confidence {rule.threshold:.4g}"
+    output.finish(document, line, path, then=["ivon-post", "mbr", path])

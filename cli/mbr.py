@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import OutputOptions, answer_option, choice_option, decision, output_options, risk_options
+from ._options import OutputOptions, answer_option, as_one, choice_option, output_options, risk_options
 from ._progress import Progress
 from ._tables import decimal, percent, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.decisions.abstention import Abstention
-    from axolotl_ivon.decisions.sweep import Decision
-    from axolotl_ivon.generation.mbr import Decoded
+    from axolotl_ivon.generation.mbr import MBRResult, MBRSettings
 
 
 @click.command("mbr")
@@ -39,7 +38,9 @@ if TYPE_CHECKING:
     "Which outputs mean the same, for the uncertainty. exact: equal answers. embedding: answers whose embeddings are "
     "alike.",
 )
-@click.option("--embedding-model", metavar="DIR", help="A model that sentence-transformers saved, for --clusters.")
+@click.option(
+    "--embedding-model", metavar="MODEL", help="Folder or Hub id of a sentence-transformers model, for --clusters."
+)
 @click.option(
     "--similarity",
     type=click.FloatRange(-1, 1),
@@ -51,17 +52,14 @@ if TYPE_CHECKING:
 @click.option("--recommended", metavar="FILE", help="Abstain below the threshold of a recommended.json.")
 @risk_options("on half of the prompts, which need references; the other half says where to look for it")
 @output_options("FILE-mbr", "Where the choices and the figure go.", overwrite="Replace what is there.")
+@as_one("comparison", dict, "utility", "answer_regex", "level", "clusters", "embedding_model", "similarity", "fields")
 def command(
     files: tuple[str, ...],
-    utility: str,
-    answer_regex: str | None,
-    level: str,
+    comparison: dict[str, Any],
     recommended: str | None,
     risk: float | None,
     confidence: float,
-    fields: str | None,
     output: OutputOptions,
-    **meaning: Any,
 ) -> None:
     """Choose one output per prompt from the FILEs that `ivon-post generate` writes, by minimum Bayes risk.
 
@@ -81,50 +79,51 @@ def command(
       ivon-post mbr validation.jsonl -a gsm8k --risk 0.05 -o chosen
       ivon-post mbr test.jsonl -a gsm8k --recommended chosen/recommended.json
     """
-    with output.progress() as progress:
-        from axolotl_ivon.generation.fields import check_fields, check_outputs
-        from axolotl_ivon.generation.mbr import check_output, labels, mbr
-        from axolotl_ivon.generation.nbest import read_nbest, read_source
-        from axolotl_ivon.generation.utilities import UTILITIES, AnswerExtractor
+    from axolotl_ivon.generation.fields import check_outputs
+    from axolotl_ivon.generation.mbr import check_output, label_files, mbr
+    from axolotl_ivon.generation.nbest import read_nbest, read_source
 
-        paths = labels(files)
+    utility = comparison["utility"]
+    with output.progress() as progress:
+        paths = label_files(files)
         first = Path(next(iter(paths.values())))
         folder = Path(output.output) if output.output else first.with_name(f"{first.stem}-mbr")
         check_output(folder, output.overwrite)
-        answers = AnswerExtractor(answer_regex)
-        measure = UTILITIES[utility](answers)
-        wanted = check_fields(fields) if fields is not None else ()
+        settings = _settings(**comparison)
         sources = {label: read_source(path) for label, path in paths.items()}
-        decided = _decided(recommended, risk, confidence, sources, progress)
-        more: dict[str, Any] = {"clusters": _clusters(**meaning), "fields": wanted, "temperature": decided.temperature}
+        if risk is not None:
+            _check_risk(risk, confidence, recommended, sources)
+        threshold = None
+        if recommended is not None:
+            threshold, temperature = _recommended(recommended, sources, progress)
+            settings = replace(settings, temperature=temperature)
         lists = {label: read_nbest(path) for label, path in paths.items()}
         unmatched = {}
         for label, nbests in lists.items():
-            if wanted:
-                check_outputs([text for nbest in nbests for text in nbest.texts], wanted, paths[label])
-            missing, total, example = answers.unmatched(nbests)
-            unmatched[label] = missing
-            if missing:
-                progress.notify(f"{label}: no answer in {missing} of {total} outputs, {example} for one")
-        advance = progress.begin("choosing", sum(map(len, lists.values())))
-        results = {label: mbr(nbests, measure, answers, level, advance, **more) for label, nbests in lists.items()}
-        settings = {"utility": utility, "answer_regex": answer_regex, "level": level, "clusters": meaning["clusters"]}
+            if settings.fields:
+                check_outputs([text for nbest in nbests for text in nbest.texts], settings.fields, paths[label])
+            unmatched[label], total, example = settings.answers.unmatched(nbests)
+            if unmatched[label]:
+                progress.notify(f"{label}: no answer in {unmatched[label]} of {total} outputs, {example} for one")
+        results = {label: mbr(nbests, settings, progress) for label, nbests in lists.items()}
         promise = None
         if risk is not None:
             [(label, result)] = results.items()
             promise = _promise(result, paths[label], risk, confidence)
-            decided = replace(decided, threshold=promise.threshold)
-        if decided.threshold is not None:
-            results = {label: result.abstaining(decided.threshold) for label, result in results.items()}
+            threshold = promise.threshold
+        if threshold is not None:
+            results = {label: result.abstaining(threshold) for label, result in results.items()}
         progress.begin("writing")
         from axolotl_ivon.plots.scaling import save
 
+        compared = {name: comparison[name] for name in ("utility", "answer_regex", "level", "clusters")}
         written = [str(path) for path in save(results, folder)]
         if promise is not None:
-            from axolotl_ivon.decisions.sweep import write_recommended
+            from axolotl_ivon.records.recommendation import RECOMMENDED_FILE, Recommendation
 
-            facts = {**(sources[label] or {}), "objective": "risk", "score": "agreement", **promise.document()}
-            written.append(str(write_recommended(folder, {**facts, "data": [paths[label]], **settings})))
+            found = {"objective": "risk", "score": "agreement", **promise.document(), "data": [paths[label]]}
+            written.append(str(folder / RECOMMENDED_FILE))
+            Recommendation.parse({**(sources[label] or {}), **found, **compared}, "mbr").save(Path(written[-1]))
     if not output.as_json:
         _print(results, utility)
         _print_uncertainty(results)
@@ -132,72 +131,77 @@ def command(
         {"label": label, "file": paths[label], "unmatched": unmatched[label], **result.document()}
         for label, result in results.items()
     ]
-    document = {"accuracy": documents[0]["accuracy"], **settings, "results": documents, "files": written}
+    document = {"accuracy": documents[0]["accuracy"], **compared, "results": documents, "files": written}
+    promised = []
     if promise is not None:
         document |= promise.document()
-    promised = [promise.describe(0.5)] if promise is not None else []
+        promised = [promise.describe(0.5)]
     output.finish(document, *promised, *written, then=["head", "-n", 1, written[0]])
 
 
-def _decided(
-    recommended: str | None,
-    risk: float | None,
-    confidence: float,
-    sources: Mapping[str, dict[str, Any] | None],
-    progress: Progress,
-) -> Decision:
-    """Return the threshold of a recommendation, once it is sure that it may be used; or check what one is found by."""
+def _settings(
+    utility: str, answer_regex: str | None, level: str, fields: str | None, clusters: str, **embedding: Any
+) -> MBRSettings:
+    """Return how outputs are compared."""
+    from axolotl_ivon.errors import IVONError
+    from axolotl_ivon.generation.fields import check_fields
+    from axolotl_ivon.generation.mbr import MBRSettings
+    from axolotl_ivon.generation.utilities import UTILITIES, AnswerExtractor
+
+    answers = AnswerExtractor(answer_regex)
+    settings = MBRSettings(
+        UTILITIES[utility](answers), answers, level, fields=() if fields is None else check_fields(fields)
+    )
+    if (clusters == "embedding") != (embedding["embedding_model"] is not None):
+        raise IVONError("--clusters embedding needs --embedding-model, and nothing else does; give both or neither")
+    if clusters == "exact":
+        return settings
+    from axolotl_ivon.generation.embedding import Embedder, by_meaning
+
+    embed = Embedder(embedding["embedding_model"])
+    return replace(settings, clusters=partial(by_meaning, embed=embed, similarity=embedding["similarity"]))
+
+
+def _check_risk(
+    risk: float, confidence: float, recommended: str | None, sources: Mapping[str, dict[str, Any] | None]
+) -> None:
+    """Refuse what no threshold can be found by."""
+    from axolotl_ivon.decisions.abstention import check_risk
     from axolotl_ivon.errors import IVONError
 
-    if risk is not None:
-        from axolotl_ivon.decisions.abstention import check_risk
+    check_risk(risk, confidence)
+    if recommended is not None:
+        raise IVONError("--risk finds a threshold and --recommended has one; leave one of them out")
+    if len(sources) > 1:
+        raise IVONError("--risk: give one FILE; a threshold is of one way to generate")
+    for label, source in sources.items():
+        if source is None:
+            raise IVONError(f"--risk: {label} has no .settings.json beside it, which says what it is drawn from")
 
-        check_risk(risk, confidence)
-        if recommended is not None:
-            raise IVONError("--risk finds a threshold and --recommended has one; leave one of them out")
-        if len(sources) > 1:
-            raise IVONError("--risk: give one FILE; a threshold is of one way to generate")
-        if None in sources.values():
-            raise IVONError(
-                f"--risk: {next(iter(sources))} has no .settings.json beside it, which says what it is drawn from"
-            )
-    decided = decision(recommended)
-    if recommended is None:
-        return decided
-    if decided.threshold is None:
+
+def _recommended(path: str, sources: Mapping[str, dict[str, Any] | None], progress: Progress) -> tuple[float, float]:
+    """Return the threshold and the softmax temperature of a recommendation, which must be for what was generated."""
+    from axolotl_ivon.errors import IVONError
+    from axolotl_ivon.records.recommendation import Recommendation
+
+    recommendation = Recommendation.load(path, "recommended")
+    if recommendation.threshold is None:
         raise IVONError(
-            f"--recommended {recommended} has no threshold; `ivon-post sweep` finds one with --risk, and so does `mbr`"
+            f"--recommended {path} has no threshold; `ivon-post sweep` finds one with --risk, and so does `mbr`"
         )
     for label, source in sources.items():
-        own = source and source["mean_sha256"]
-        if own and decided.mean_sha256 and own != decided.mean_sha256:
-            raise IVONError(
-                f"--recommended {recommended} was chosen for another adapter than {label} was generated with"
-            )
-    if decided.score != "agreement":
+        adapter = source and source["mean_sha256"]
+        if adapter and recommendation.mean_sha256 not in (None, adapter):
+            raise IVONError(f"--recommended {path} was chosen for another adapter than {label} was generated with")
+    if recommendation.score != "agreement":
         progress.notify(
             "the threshold is of the probabilities that `eval` sees; of the outputs' agreement it promises nothing: "
             "find one for it with `ivon-post mbr --risk`"
         )
-    return decided
+    return recommendation.threshold, recommendation.temperature
 
 
-def _clusters(clusters: str, embedding_model: str | None, similarity: float) -> Callable[..., Any]:
-    """Return what finds the outputs of one meaning."""
-    from axolotl_ivon.errors import IVONError
-
-    if (clusters == "embedding") != (embedding_model is not None):
-        raise IVONError("--clusters embedding needs --embedding-model, and nothing else does; give both or neither")
-    if embedding_model is None:
-        from axolotl_ivon.generation.uncertainty import by_answer
-
-        return by_answer
-    from axolotl_ivon.generation.embedding import Embedder, by_meaning
-
-    return partial(by_meaning, embed=Embedder(embedding_model), similarity=similarity)
-
-
-def _promise(result: Decoded, path: str, risk: float, confidence: float) -> Abstention:
+def _promise(result: MBRResult, path: str, risk: float, confidence: float) -> Abstention:
     """Return the threshold that promises the risk."""
     import numpy as np
 
@@ -210,7 +214,7 @@ def _promise(result: Decoded, path: str, risk: float, confidence: float) -> Abst
     return certify(confidences, np.array(result.right), risk, confidence)
 
 
-def _print(results: dict[str, Decoded], utility: str) -> None:
+def _print(results: dict[str, MBRResult], utility: str) -> None:
     """Print a row for each file: accuracy of one output, of the choice among n, and the AUROC of disagreement."""
     numbers = sorted({point.n for result in results.values() for point in result.curve})
     if not numbers:
@@ -238,14 +242,14 @@ _MEASURES = {
 }
 
 
-def _print_uncertainty(results: dict[str, Decoded]) -> None:
+def _print_uncertainty(results: dict[str, MBRResult]) -> None:
     """Print how well each measure tells the wrong choices, what is answered, and the fields, where there are any."""
     lines: list[list[str]] = []
     for label, result in results.items():
         if result.uncertainty:
             lines.append([label, "", "", "", ""])
-            for name, told in result.uncertainty.items():
-                values = [decimal(told[key]) for key in ("mean", "auroc", "aurc", "prr")]
+            for name, figures in result.uncertainty.items():
+                values = [decimal(figures[key]) for key in ("mean", "auroc", "aurc", "prr")]
                 lines.append([f" {_MEASURES[name]}", *values])
     if lines:
         print_table(["for a wrong choice", "mean", "AUROC", "AURC", "PRR"], lines)
@@ -253,9 +257,9 @@ def _print_uncertainty(results: dict[str, Decoded]) -> None:
     for label, result in results.items():
         if result.fields:
             lines.append([label, *[""] * 5])
-        for path, told in result.fields.items():
-            shares = [percent(told[key]) for key in ("confidence", "missing", "unparsable", "accuracy")]
-            lines.append([f" {path}", *shares, decimal(told["auroc"])])
+        for path, figures in result.fields.items():
+            shares = [percent(figures[key]) for key in ("confidence", "missing", "unparsable", "accuracy")]
+            lines.append([f" {path}", *shares, decimal(figures["auroc"])])
     if lines:
         print_table(["field", "confidence %", "missing %", "no JSON %", "acc %", "AUROC"], lines)
     for label, result in results.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 
 from ..errors import IVONError, param_ref
 from ..metrics.auroc import auroc
+from .uncertainty import or_none
 
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 _NOTHING = object()  # no JSON, or no such field
@@ -23,8 +23,8 @@ class Field:
     """One field of a chosen answer.
 
     Attributes:
-        value: as the chosen output has it; None if it has none.
-        present: whether it has one.
+        value: of the field in the chosen output; None if it lacks the field.
+        present: whether the chosen output has the field.
         confidence: the weight of the outputs with the same value, or, where the chosen output lacks the field, of those
             whose JSON lacks it too; 0 if the chosen output is no JSON.
         missing, unparsable: the weight of the outputs whose JSON lacks the field, and of those that are no JSON.
@@ -38,7 +38,7 @@ class Field:
 
 
 def check_fields(given: str) -> tuple[str, ...]:
-    """Return the fields of `a,b.c`: names, and for what lies deeper the way there with dots between.
+    """Return the fields of `a,b.c`: names, or the path to a nested one with dots between.
 
     Raises:
         IVONError: a name is empty, or given twice.
@@ -76,8 +76,8 @@ def _field(value: Any, path: str) -> Any:
     return value
 
 
-def _same(value: Any) -> str:
-    """Return what is equal for equal JSON: 1 and 1.0 are, the order of keys does not count, and True is not 1."""
+def _canonical(value: Any) -> str:
+    """Return a text that equal JSON shares: 1 and 1.0 are equal in any order of keys; True and 1 are not."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -91,23 +91,23 @@ def _same(value: Any) -> str:
 
 def compare(texts: Sequence[str], weights: np.ndarray, chosen: int, fields: Sequence[str]) -> dict[str, Field]:
     """Return every field of the chosen output, with its confidence; `weights` of the outputs sum to 1."""
-    values = [parse_json(text) for text in texts]
-    broken = np.array([value is _NOTHING for value in values])
-    found = {}
+    documents = [parse_json(text) for text in texts]
+    broken = np.array([document is _NOTHING for document in documents])
+    compared = {}
     for path in fields:
-        own = [_field(value, path) for value in values]
-        lacking = np.array([value is _NOTHING for value in own]) & ~broken
+        values = [_field(document, path) for document in documents]
+        missing = np.array([value is _NOTHING for value in values]) & ~broken
+        present = values[chosen] is not _NOTHING
         if broken[chosen]:
-            agree = np.zeros(len(values), bool)
-        elif lacking[chosen]:
-            agree = lacking
+            agree = np.zeros(len(texts), bool)
+        elif not present:
+            agree = missing
         else:
-            same = _same(own[chosen])
-            agree = np.array([value is not _NOTHING and _same(value) == same for value in own])
-        present = own[chosen] is not _NOTHING
-        shares = [round(float(weights[which].sum()), 12) for which in (agree, lacking, broken)]
-        found[path] = Field(own[chosen] if present else None, present, *shares)
-    return found
+            wanted = _canonical(values[chosen])
+            agree = np.array([value is not _NOTHING and _canonical(value) == wanted for value in values])
+        shares = [round(float(weights[which].sum()), 12) for which in (agree, missing, broken)]
+        compared[path] = Field(values[chosen] if present else None, present, *shares)
+    return compared
 
 
 def is_right(field: Field, path: str, reference: str) -> bool:
@@ -115,41 +115,42 @@ def is_right(field: Field, path: str, reference: str) -> bool:
     wanted = _field(parse_json(reference), path)
     if wanted is _NOTHING or not field.present:
         return wanted is _NOTHING and not field.present
-    return _same(wanted) == _same(field.value)
+    return _canonical(wanted) == _canonical(field.value)
 
 
 def summarize(
-    found: Sequence[Mapping[str, Field]], references: Sequence[str | None]
+    compared: Sequence[Mapping[str, Field]], references: Sequence[str | None]
 ) -> dict[str, dict[str, float | None]]:
     """Return, for each field, means over the prompts of `confidence`, `missing` and `unparsable`.
 
     With a reference for every prompt also `accuracy`, and `auroc` of 1 − the confidence for the field being wrong; else
     None.
     """
-    told = {}
-    for path in found[0]:
-        own = [fields[path] for fields in found]
-        numbers = ("confidence", "missing", "unparsable")
-        values: dict[str, float | None] = {n: float(np.mean([getattr(one, n) for one in own])) for n in numbers}
-        pairs = [(one, reference) for one, reference in zip(own, references, strict=True) if reference is not None]
-        accuracy = area = math.nan
-        if len(pairs) == len(own):
-            wrong = np.array([not is_right(one, path, reference) for one, reference in pairs])
-            accuracy = float(1 - wrong.mean())
-            area = float(auroc(np.array([-one.confidence for one in own]), wrong))
-        for name, value in (("accuracy", accuracy), ("auroc", area)):
-            values[name] = None if math.isnan(value) else value
-        told[path] = values
-    return told
+    summary = {}
+    for path in compared[0]:
+        fields = [by_path[path] for by_path in compared]
+        values: dict[str, float | None] = {
+            name: float(np.mean([getattr(field, name) for field in fields]))
+            for name in ("confidence", "missing", "unparsable")
+        }
+        pairs = [(field, text) for field, text in zip(fields, references, strict=True) if text is not None]
+        scored = len(pairs) == len(fields)
+        wrong = np.array([not is_right(field, path, reference) for field, reference in pairs])
+        area = auroc(np.array([-field.confidence for field, _ in pairs]), wrong)
+        values["accuracy"] = float(1 - wrong.mean()) if scored else None
+        values["auroc"] = or_none(area) if scored else None
+        summary[path] = values
+    return summary
 
 
 def check_outputs(texts: Sequence[str], fields: Sequence[str], source: str) -> None:
     """Raise IVONError if none of the outputs (of the file `source`) is JSON, or none of them has one of the fields."""
-    values = [value for value in map(parse_json, texts) if value is not _NOTHING]
-    told = f"{param_ref('fields')} {','.join(fields)}"
-    if not values:
-        raise IVONError(f"{told}: none of the {len(texts)} outputs in {source} is JSON, {texts[0][:60]!r} for one")
+    documents = [document for document in map(parse_json, texts) if document is not _NOTHING]
+    named = f"{param_ref('fields')} {','.join(fields)}"
+    if not documents:
+        raise IVONError(f"{named}: none of the {len(texts)} outputs in {source} is JSON, {texts[0][:60]!r} for one")
     for path in fields:
-        if all(_field(value, path) is _NOTHING for value in values):
-            keys = ", ".join(values[0]) if isinstance(values[0], dict) else f"a list of {len(values[0])}"
-            raise IVONError(f"{told}: no output in {source} has {path!r}; the first has {keys}")
+        if all(_field(document, path) is _NOTHING for document in documents):
+            first = documents[0]
+            keys = ", ".join(first) if isinstance(first, dict) else f"a list of {len(first)}"
+            raise IVONError(f"{named}: no output in {source} has {path!r}; the first has {keys}")

@@ -1,4 +1,4 @@
-"""n-best lists for a file of prompts: from an adapter that is loaded here, or from an ensemble that a server serves."""
+"""n-best lists for chats: from an adapter that is loaded here, or from an ensemble that a server serves."""
 
 from __future__ import annotations
 
@@ -10,17 +10,149 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.chats import read_chats
+from ..data.chats import Chat
 from ..data.encode import render
-from ..models.session import Loading, load_model, load_tokenizer
+from ..models.session import Loading, Session, load_tokenizer
 from ..posterior.adapter import mean_sha256
 from ..posterior.posterior import Posterior, open_posterior
+from ..reporter import SILENT, Reporter
 from ..storage.format import find_base_model
+from .ensemble import Ensemble
 from .mbr import choose
 from .nbest import NBestFile, check_file
 from .plan import Engine, Output, Plan
 from .uncertainty import by_answer, cluster_shares, is_below, measure, output_weights
 from .utilities import AnswerExtractor
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where outputs come from, before a model is loaded or a server asked.
+
+    Attributes:
+        plan: what is generated for every prompt.
+        folder: of the adapter or ensemble; nothing is written into it.
+        tokenizer_folder, base_model: where the tokenizer is; the second if the first has none.
+        settings: what the outputs depend on, apart from the plan and the prompts.
+        start: load the model, or ask the server for its models.
+    """
+
+    plan: Plan
+    folder: Path
+    tokenizer_folder: Path
+    base_model: str
+    settings: dict[str, Any]
+    start: Callable[[Reporter], Engine]
+
+
+def loaded_draws(
+    adapter: str,
+    plan: Plan,
+    tau: float = 1.0,
+    prune_ratio: float = 0.0,
+    loading: Loading = Loading(),
+    batch_size: int | None = None,
+) -> Source:
+    """Return draws from the posterior of an adapter, which is to be loaded here.
+
+    Args:
+        adapter: folder or Hub id.
+        tau, prune_ratio: of the posterior that is drawn from.
+        batch_size: as `TransformersEngine` has it.
+
+    Raises:
+        IVONError: the adapter cannot be read, has no σ where the plan draws, or names no base model.
+    """
+    mean_only = plan.mean and not prune_ratio
+    posterior = open_posterior(adapter, mean_only=True) if mean_only else Posterior.from_pretrained(adapter)
+    posterior = (posterior.prune(prune_ratio) if prune_ratio else posterior).temper(tau)
+    assert posterior.folder is not None, "it was read from a folder"
+    base_model = find_base_model(posterior.config, posterior.folder, loading.base_model)
+
+    def start(reporter: Reporter) -> Engine:
+        from .local import TransformersEngine
+
+        session = Session.open(posterior, loading, reporter)
+        return TransformersEngine(session, posterior, plan, batch_size=batch_size, reporter=reporter)
+
+    settings = {
+        "engine": "transformers",
+        "adapter": posterior.metadata.get("mean_sha256") or mean_sha256(posterior.mean),
+        "base_model": base_model,
+        "load_in": loading.load_in,
+        "dtype": loading.dtype,
+        "tau": "inf" if plan.mean or math.isinf(posterior.tau) else posterior.tau,
+        "prune_ratio": prune_ratio,
+    }
+    return Source(plan, posterior.folder, posterior.folder, base_model, settings, start)
+
+
+def served_draws(
+    folder: str,
+    plan: Plan,
+    endpoint: str,
+    *,
+    concurrency: int = 32,
+    timeout: float = 600.0,
+    base_model: str | None = None,
+) -> Source:
+    """Return the members of an ensemble's folder, which an OpenAI-compatible server serves.
+
+    Args:
+        endpoint: the server's address.
+        concurrency, timeout: as `EndpointEngine` has them.
+        base_model: has the tokenizer if the adapter that was drawn from is gone; by default the ensemble's.
+
+    Raises:
+        IVONError: the folder is no ensemble, or has too few members for the plan.
+    """
+    ensemble = Ensemble(folder)
+    members = ensemble.members(plan)
+
+    def start(reporter: Reporter) -> Engine:
+        from .endpoint import EndpointEngine
+
+        reporter.begin("asking the server for its models")
+        return EndpointEngine(endpoint, members, plan, concurrency=concurrency, timeout=timeout)
+
+    settings = {"engine": "endpoint", "ensemble": ensemble.facts}
+    tokenizer_folder = Path(ensemble.tokenizer_folder)
+    return Source(plan, ensemble.folder, tokenizer_folder, base_model or ensemble.base_model, settings, start)
+
+
+@dataclass(frozen=True)
+class AnswerRule:
+    """What the answer in an output is, and how sure the outputs of a prompt must be of theirs.
+
+    Attributes:
+        regex: finds the answer; None: the whole text is it (`utilities.AnswerExtractor`).
+        threshold: abstain where fewer outputs than this share have the most frequent answer; None: never.
+        temperature: of these shares (`uncertainty.measure`).
+
+    Raises:
+        IVONError: `regex` is no regular expression.
+    """
+
+    regex: str | None = None
+    threshold: float | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        AnswerExtractor(self.regex)
+
+    def judge(self, outputs: Sequence[Output]) -> dict[str, Any]:
+        """Return how sure the outputs of a prompt are of their most frequent answer (`uncertainty.Uncertainty`).
+
+        With a threshold, `abstain` says whether that is too little.
+        """
+        answers = AnswerExtractor(self.regex)
+        members, clusters = [o.member for o in outputs], by_answer([answers(o.text) for o in outputs])
+        shares = cluster_shares(clusters, output_weights(members))
+        chosen = choose(shares, [-math.inf if o.logprob is None else o.logprob for o in outputs])
+        judged = asdict(measure(clusters, members, chosen, temperature=self.temperature))
+        if self.threshold is not None:
+            judged["abstain"] = is_below(judged["confidence"], self.threshold)
+        return judged
 
 
 @dataclass(frozen=True)
@@ -47,126 +179,42 @@ class Generated:
 
 
 def generate(
-    adapter: str,
-    prompts: str | Path,
+    source: Source,
+    chats: Sequence[Chat],
     output: str | Path,
-    plan: Plan,
+    rule: AnswerRule = AnswerRule(),
     *,
-    tau: float = 1.0,
-    prune_ratio: float = 0.0,
-    limit: int | None = None,
-    endpoint: str | None = None,
-    concurrency: int = 32,
-    timeout: float = 600.0,
-    base_model: str | None = None,
-    load_in: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    batch_size: int | None = None,
     overwrite: bool = False,
-    answer_regex: str | None = None,
-    threshold: float | None = None,
-    output_temperature: float = 1.0,
-    begin: Callable[[str, int], Callable[[int], None]] = lambda doing, total: lambda count: None,
-    count: Callable[[int], None] = lambda tokens: None,
-    notify: Callable[[str], None] = lambda message: None,
+    reporter: Reporter = SILENT,
 ) -> Generated:
-    """Write the outputs that `plan` asks for, of every prompt, to a `NBestFile`, or those that it lacks.
+    """Write the outputs of every chat's prompt to a `NBestFile`, or those that it lacks.
 
-    A line also says how sure the outputs are of their most frequent answer (`uncertainty.Uncertainty`).
-
-    Args:
-        adapter: folder or Hub id of the adapter; with `endpoint`, the folder of the ensemble that is served there.
-        tau, prune_ratio: of the posterior that is drawn from; an ensemble has its own.
-        limit: take the first prompts only.
-        concurrency, timeout: as `EndpointEngine` has them.
-        base_model, load_in, device, dtype: as `load_model` has them.
-        batch_size: as `TransformersEngine` has it.
-        answer_regex: finds the answer in an output, which is the whole text without it (`utilities.AnswerExtractor`).
-        threshold: where fewer outputs than this share have the most frequent answer, the line says `"abstain": true`.
-        output_temperature: of those shares (`uncertainty.measure`).
-        begin: told what begins and how much of it there is (0: nobody knows); what it returns hears of every prompt.
-        count: told how many tokens were generated so far.
+    A line also says what `rule` judges of its outputs.
 
     Raises:
-        IVONError: the prompts, the adapter, the base model, the server or the output are not what they must be.
+        IVONError: the prompts, the base model, the server or the output are not what they must be.
     """
-    chats = read_chats(prompts, limit)
-    if endpoint:
-        from .endpoint import EndpointEngine
-        from .ensemble import Ensemble
+    abstain = None if rule.threshold is None else [rule.threshold, rule.temperature]
+    settings = {**source.settings, "answer_regex": rule.regex, "abstain": abstain, **asdict(source.plan)}
+    check_file(Path(output), settings, overwrite, [source.folder])
+    reporter.begin("loading the tokenizer")  # and torch with it
+    prompts = render(load_tokenizer(source.tokenizer_folder, source.base_model), chats)
+    file = NBestFile(output, settings, prompts, overwrite)
+    resumed, tokens = file.done, 0
+    if resumed == len(prompts):
+        return Generated(resumed, resumed, abstained=file.abstained)
+    engine = source.start(reporter)
+    advance = reporter.begin("generating", len(prompts) - resumed)
+    begun = time.monotonic()
 
-        ensemble = Ensemble(adapter)
-        members = ensemble.members(plan)
-        folder, base = Path(ensemble.tokenizer_folder), base_model or ensemble.base_model
-        facts: dict[str, Any] = {"engine": "endpoint", "ensemble": ensemble.facts}
-        doing = "asking the server for its models"
-
-        def start() -> Engine:
-            return EndpointEngine(endpoint, members, plan, concurrency=concurrency, timeout=timeout)
-    else:
-        posterior = drawn_posterior(adapter, plan, tau, prune_ratio)
-        assert posterior.folder is not None
-        folder = posterior.folder
-        base = find_base_model(posterior.config, folder, base_model)
-        facts = {
-            "engine": "transformers",
-            "adapter": posterior.metadata.get("mean_sha256") or mean_sha256(posterior.mean),
-            "base_model": base,
-            "load_in": load_in,
-            "dtype": dtype,
-            "tau": "inf" if plan.mean or math.isinf(posterior.tau) else posterior.tau,
-            "prune_ratio": prune_ratio,
-        }
-        doing = "loading the base model"
-
-        def start() -> Engine:
-            from .local import TransformersEngine
-
-            model = load_model(folder, Loading(base, load_in, device, dtype))
-            return TransformersEngine(model, tokenizer, posterior, plan, batch_size=batch_size, notify=notify)
-
-    answers = AnswerExtractor(answer_regex)
-    facts["answer_regex"] = answer_regex
-    facts["abstain"] = threshold if threshold is None else [threshold, output_temperature]
-    settings = {**facts, **asdict(plan)}
-    check_file(Path(output), settings, overwrite, filter(Path.is_dir, [Path(adapter)]))
-    begin("loading the tokenizer", 0)  # and torch with it
-    tokenizer = load_tokenizer(folder, base)
-    rendered = render(tokenizer, chats)
-    file = NBestFile(output, settings, rendered, overwrite)
-    before, tokens = file.done, 0
-    if before == len(rendered):
-        return Generated(before, before, abstained=file.abstained)
-
-    def known(outputs: Sequence[Output]) -> dict[str, Any]:
-        members, clusters = [o.member for o in outputs], by_answer([answers(o.text) for o in outputs])
-        shares = cluster_shares(clusters, output_weights(members))
-        chosen = choose(shares, [-math.inf if o.logprob is None else o.logprob for o in outputs])
-        found = asdict(measure(clusters, members, chosen, temperature=output_temperature))
-        if threshold is not None:
-            found["abstain"] = is_below(found["confidence"], threshold)
-        return found
-
-    def counted(new: int) -> None:
+    def count(new: int) -> None:
         nonlocal tokens
         tokens += new
-        count(tokens)
+        speed = tokens / max(time.monotonic() - begun, 1e-9)
+        reporter.describe("generating", f"generating, {speed:.0f} tokens/s")
 
-    begin(doing, 0)
-    engine = start()
-    advance = begin("generating", len(rendered) - before)
-    begun = time.monotonic()
     with closing(file):
-        for prompt, outputs in zip(rendered[before:], engine.outputs(rendered, before, counted), strict=True):
-            file.append(prompt, outputs, known(outputs))
+        for prompt, outputs in zip(prompts[resumed:], engine.outputs(prompts, resumed, count), strict=True):
+            file.append(prompt, outputs, rule.judge(outputs))
             advance(1)
-    return Generated(len(rendered), before, tokens, time.monotonic() - begun, file.abstained)
-
-
-def drawn_posterior(adapter: str, plan: Plan, tau: float = 1.0, prune_ratio: float = 0.0) -> Posterior:
-    """Return the posterior that `plan` draws from; the mean alone needs no σ."""
-    if plan.mean and not prune_ratio:
-        return open_posterior(adapter, mean_only=True)
-    posterior = Posterior.from_pretrained(adapter)
-    return (posterior.prune(prune_ratio) if prune_ratio else posterior).temper(tau)
+    return Generated(len(prompts), resumed, tokens, time.monotonic() - begun, file.abstained)

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..data.encode import Prompt, check_tokens
+from ..data.encode import Prompt
 from ..errors import IVONError, param_ref
-from ..models.draws import AdapterSlots, evaluating, stacked
-from ..models.forward import CachedForward, end_tokens, run_halving
+from ..models.batching import Halving
+from ..models.draws import evaluating, stacked
+from ..models.forward import CachedForward, end_tokens
 from ..posterior.posterior import Posterior
+from ..reporter import SILENT, Reporter
 from .plan import Output, Plan, random_bits
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from ..models.session import Session
 
 _T = TypeVar("_T")
 # Sequences that are decoded at once, unless told otherwise; out of memory halves it.
@@ -27,7 +28,7 @@ _SHRINK = 0.75  # finished sequences leave the batch when it gets that much smal
 
 
 class TransformersEngine:
-    """Generates with a PEFT model in memory, as `load_model` returns it.
+    """Generates with a model in memory; see `plan.Engine`.
 
     A batch holds sequences of several members, prompts and outputs: the base layers see them as one, each LoRA layer
     multiplies every member's rows by that member's own A and B (`models.stacked`). A prompt runs once for each member,
@@ -35,35 +36,32 @@ class TransformersEngine:
     transformers' `generate` lets none leave: half the tokens per second where outputs end at different lengths.
 
     Args:
+        session: of the posterior's adapter.
         posterior: pruned and tempered as wished; member k is its `sample(plan.seed, k)`, as in `ivon-post sample`.
-        batch_size: sequences that are decoded at once, or None to choose; halved when the memory runs out, which
-            `notify` is told.
-
-    Raises:
-        IVONError: the model does not fit the posterior.
+        batch_size: sequences that are decoded at once, or None to choose; halved when the memory runs out, of which
+            `reporter` is notified.
     """
 
     def __init__(
         self,
-        model: PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
+        session: Session,
         posterior: Posterior,
         plan: Plan,
         *,
         batch_size: int | None = None,
-        notify: Callable[[str], None] = lambda message: None,
+        reporter: Reporter = SILENT,
     ) -> None:
-        self._model, self._tokenizer, self._posterior, self._plan = model, tokenizer, posterior, plan
-        self._notify = notify
-        self._slots = AdapterSlots(model)
-        self._slots.check(posterior.mean)
+        model = session.model
+        self._session, self._posterior, self._plan = session, posterior, plan
+        self._model, self._tokenizer, self._slots = model, session.tokenizer, session.slots
+        self._halving = Halving("sequences", reporter)
         self._rows = batch_size or _ROWS.get(model.device.type, _ROWS_ELSEWHERE)
         self._draws: dict[int, Mapping[str, torch.Tensor]] = {}
         size = sum(tensor.numel() * tensor.element_size() for tensor in self._slots.places.values())
         self._kept = _KEPT // max(size, 1)
         self._stackable = self._can_stack()
         self._forward = CachedForward(model)
-        self._ends = end_tokens(model, tokenizer)
+        self._ends = end_tokens(model, session.tokenizer)
         # Only the newest token can complete a stop string, and none is longer, in tokens, than in bytes.
         self._tail = max((len(text.encode()) for text in plan.stop), default=0) + 4
 
@@ -77,16 +75,14 @@ class TransformersEngine:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise IVONError if a prompt does not fit the model."""
-        base: Any = self._model.get_base_model()
-        longest = getattr(base.config, "max_position_embeddings", None)
-        tokens = base.get_input_embeddings().weight.shape[0]
+        longest = self._session.max_length
         for prompt in prompts:
             if longest is not None and len(prompt.ids) + self._plan.max_tokens > longest:
                 raise IVONError(
                     f"{prompt.source}: {len(prompt.ids)} tokens and {param_ref('max_tokens')} {self._plan.max_tokens}, "
-                    f"but the model takes {longest} in all; shorten or remove it, or lower {param_ref('max_tokens')}"
+                    f"but the model takes {longest}; shorten or remove it, or lower {param_ref('max_tokens')}"
                 )
-            check_tokens(prompt.ids, tokens, prompt.source)
+            self._session.check_tokens(prompt.ids, prompt.source)
 
     def outputs(
         self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None
@@ -100,8 +96,7 @@ class TransformersEngine:
         group = max(1, self._rows // (self._plan.members * self._plan.distinct))
         # Batches begin where those of an uninterrupted run do: rounding may depend on who is in a batch.
         for begin in range(start - start % group, len(prompts), group):
-            found = self._generate(prompts[begin : begin + group], count)
-            yield from found[max(0, start - begin) :]
+            yield from self._generate(prompts[begin : begin + group], count)[max(0, start - begin) :]
 
     def _generate(self, prompts: Sequence[Prompt], count: Callable[[int], None]) -> list[list[Output]]:
         """Return the prompts' outputs, made with fewer sequences in a batch when the memory runs out."""
@@ -109,10 +104,8 @@ class TransformersEngine:
             f"sequence of {max(len(prompt.ids) for prompt in prompts)} tokens and {param_ref('max_tokens')} "
             f"{self._plan.max_tokens}; use {param_ref('load_in')} 8bit or 4bit, or a machine with more memory"
         )
-        found, self._rows = run_halving(
-            lambda rows: self._generate_in(rows, prompts, count), self._rows, "sequences", self._notify, hopeless
-        )
-        return found
+        outputs, _ = self._halving.at_most(self._rows, lambda rows: self._generate_in(rows, prompts, count), hopeless)
+        return outputs
 
     def _generate_in(self, rows: int, prompts: Sequence[Prompt], count: Callable[[int], None]) -> list[list[Output]]:
         """Return the prompts' outputs, made in batches of at most `rows` sequences."""
@@ -120,20 +113,20 @@ class TransformersEngine:
         outputs = min(plan.distinct, rows)
         members = max(1, rows // outputs) if self._stackable else 1
         together = max(1, rows // (outputs * min(members, plan.members)))
-        found: list[list[Output]] = [[] for _ in prompts]
+        by_prompt: list[list[Output]] = [[] for _ in prompts]
         with evaluating(self._model):
-            for some in _slices(range(plan.members), members):
-                with self._slots.drawn([self._draw(member) for member in some]):
+            for group in _slices(range(plan.members), members):
+                with self._slots.drawn([self._draw(member) for member in group]):
                     decoded = {
                         key: output
                         for part in _slices(range(len(prompts)), together)
                         for numbers in _slices(range(plan.distinct), outputs)
-                        for key, output in self._decode(prompts, some, part, numbers, count)
+                        for key, output in self._decode(prompts, group, part, numbers, count)
                     }
-                for index, own in enumerate(found):
-                    for member in some:
-                        own += [decoded[member, index, j % plan.distinct] for j in range(plan.per_member)]
-        return found
+                for index, collected in enumerate(by_prompt):
+                    for member in group:
+                        collected += [decoded[member, index, j % plan.distinct] for j in range(plan.per_member)]
+        return by_prompt
 
     def _draw(self, member: int) -> Mapping[str, torch.Tensor]:
         if member in self._draws:
@@ -170,11 +163,11 @@ class TransformersEngine:
             token = next_tokens(logits, uniform[slots, step], plan.temperature, plan.top_p)
             likely = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
             fresh = 0
-            for slot, one, logprob in zip(slots, token.tolist(), likely.tolist(), strict=True):
+            for slot, newest, logprob in zip(slots, token.tolist(), likely.tolist(), strict=True):
                 if alive[slot]:
-                    sequences[slot].append(one)
+                    sequences[slot].append(newest)
                     logprobs[slot] += logprob
-                    alive[slot] = one not in self._ends and not self._has_stopped(sequences[slot])
+                    alive[slot] = newest not in self._ends and not self._has_stopped(sequences[slot])
                     fresh += 1
             count(fresh)
             if not any(alive) or step + 1 == plan.max_tokens:
@@ -194,10 +187,10 @@ class TransformersEngine:
         """Run prompts, padded on the left, once for each member; return last logits, cache and mask."""
         width = max(map(len, ids))
         pad = next(iter(self._ends), 0)
-        padded = torch.tensor([[pad] * (width - len(own)) + own for own in ids], device=self._model.device)
-        held = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in ids], device=self._model.device)
-        padded, held = padded.repeat(copies, 1), held.repeat(copies, 1)
-        return *self._forward(padded, held, None), held
+        padded = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in ids], device=self._model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in ids], device=self._model.device)
+        padded, mask = padded.repeat(copies, 1), mask.repeat(copies, 1)
+        return *self._forward(padded, mask, None), mask
 
     def _has_stopped(self, sequence: list[int]) -> bool:
         if not self._plan.stop:
@@ -211,7 +204,7 @@ class TransformersEngine:
 
 
 def next_tokens(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Return a token for each row of logits: the one at which the cumulated probability passes `uniform`.
+    """Return a token for each row of logits: that at which the cumulated probability passes `uniform`.
 
     Args:
         logits: or log-probabilities, shape (rows, vocabulary).
@@ -239,12 +232,12 @@ def _slices(values: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
 
 def kept_rows(alive: Sequence[bool], members: int) -> list[int] | None:
     """Return which rows stay, the same number for each member and all that are alive, or None to keep all."""
-    each = len(alive) // members
-    blocks = [alive[begin : begin + each] for begin in range(0, len(alive), each)]
+    size = len(alive) // members
+    blocks = list(_slices(alive, size))
     width = max(map(sum, blocks))
-    if width > _SHRINK * each:
+    if width > _SHRINK * size:
         return None
     rows: list[int] = []
     for number, block in enumerate(blocks):
-        rows += [number * each + row for row in sorted(range(each), key=lambda row: not block[row])[:width]]
+        rows += [number * size + row for row in sorted(range(size), key=lambda row: not block[row])[:width]]
     return rows

@@ -27,9 +27,10 @@ import numpy as np
 
 from ..errors import IVONError, param_ref
 from ..metrics.auroc import auroc
+from ..reporter import SILENT, Reporter
 from .fields import Field, compare, summarize
 from .nbest import NBest
-from .uncertainty import Uncertainty, by_answer, is_below, judge, measure, output_weights
+from .uncertainty import Uncertainty, by_answer, is_below, judge, measure, or_none, output_weights
 from .utilities import AnswerExtractor, Utility, exact
 
 LEVELS = ("sequence", "model")
@@ -60,22 +61,49 @@ def choose(expected: np.ndarray, logprobs: Sequence[float]) -> int:
 
 def disagreement(utilities: np.ndarray, members: Sequence[int]) -> float:
     """Return 1 − the mean utility between outputs of different members; with one member, between different outputs."""
-    own = np.asarray(members)
-    other = own[:, None] != own
-    if not other.any():
-        other = ~np.eye(len(own), dtype=bool)
-    return float(1 - utilities[other].mean()) if other.any() else 0.0
+    member = np.asarray(members)
+    others = member[:, None] != member
+    if not others.any():
+        others = ~np.eye(len(member), dtype=bool)
+    return float(1 - utilities[others].mean()) if others.any() else 0.0
+
+
+def sizes(n: int) -> list[int]:
+    """Return the numbers of outputs that a curve has: 8, 16, … up to n, which is the last."""
+    doubled = [SMALLEST_N << k for k in range(n.bit_length())]
+    return [*(size for size in doubled if size < n), n]
+
+
+@dataclass(frozen=True)
+class MBRSettings:
+    """How outputs are compared.
+
+    Attributes:
+        utility: how good an output is if another is right.
+        answers: finds the answer in an output, which is right if it equals the reference's.
+        level: one of LEVELS.
+        clusters: gives answers of one meaning one number, for the uncertainty.
+        fields: of JSON answers, whose confidence is wanted too (`fields.check_fields`).
+        temperature: of the confidence (`uncertainty.measure`).
+    """
+
+    utility: Utility
+    answers: AnswerExtractor
+    level: str = "sequence"
+    clusters: Callable[[Sequence[str | None]], Sequence[int]] = by_answer
+    fields: Sequence[str] = ()
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for one prompt: which output, its expected utility, and how sure the outputs are of it.
+    """The output that was chosen for one prompt, its expected utility, and how sure the outputs are of it.
 
     Attributes:
         disagreement: 1 − the mean utility between outputs of different members.
         uncertainty: confidence and entropies (`uncertainty.measure`).
         abstain: whether not to answer; None without a threshold.
-        fields: what the outputs say of the fields of its JSON.
+        fields: how sure the outputs are of the fields of its JSON.
     """
 
     prompt: str
@@ -99,7 +127,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """The result with the first n outputs: accuracy, its standard error, and mean utility against the references."""
 
     n: int
@@ -109,28 +137,28 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Decoded:
+class MBRResult:
     """The choices for one file of n-best lists, and how good they are where there are references.
 
     Attributes:
         choices: with all n outputs, one for each prompt.
+        fields: means of each field's numbers (`fields.summarize`).
         curve: from the first 8 outputs on, doubling, up to all n; empty without references.
         single: the accuracy of one output taken at random.
         auroc: of the disagreement, for the choice being wrong; None if all or none are wrong.
         right: 1 where a choice is right, else 0; empty without references.
         uncertainty: how well each measure tells the wrong choices (`uncertainty.judge`); empty without references.
-        fields: means of each field's numbers (`fields.summarize`).
     """
 
     choices: list[Choice]
-    curve: list[Point]
-    single: float | None
-    auroc: float | None
+    fields: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    curve: list[CurvePoint] = field(default_factory=list)
+    single: float | None = None
+    auroc: float | None = None
     right: list[float] = field(default_factory=list)
     uncertainty: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    fields: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
-    def abstaining(self, threshold: float) -> Decoded:
+    def abstaining(self, threshold: float) -> MBRResult:
         """Return this with the choices marked that are less sure than `threshold`: those are not answered."""
         marked = [replace(c, abstain=is_below(c.uncertainty.confidence, threshold)) for c in self.choices]
         return replace(self, choices=marked)
@@ -166,87 +194,58 @@ class Decoded:
         }
 
 
-def sizes(n: int) -> list[int]:
-    """Return the numbers of outputs that a curve has: 8, 16, … up to n, which is the last."""
-    doubled = [SMALLEST_N << k for k in range(n.bit_length())]
-    return [*(size for size in doubled if size < n), n]
-
-
-def mbr(
-    nbests: Sequence[NBest],
-    utility: Utility,
-    answers: AnswerExtractor,
-    level: str = "sequence",
-    progress: Callable[[int], None] | None = None,
-    *,
-    clusters: Callable[[Sequence[str | None]], Sequence[int]] = by_answer,
-    fields: Sequence[str] = (),
-    temperature: float = 1.0,
-) -> Decoded:
+def mbr(nbests: Sequence[NBest], settings: MBRSettings, reporter: Reporter = SILENT) -> MBRResult:
     """Choose an output for each prompt, with the first 8, 16, … and with all of its outputs.
 
     A choice is right if its answer is the reference's. Accuracies need a reference on every line.
-
-    Args:
-        level: "sequence" or "model".
-        clusters: gives answers of one meaning one number, for the uncertainty.
-        fields: of JSON answers, whose confidence is wanted too (`fields.check_fields`).
-        temperature: of the confidence (`uncertainty.measure`).
-        progress: told, after each prompt, that one more is done.
     """
-    scored = all(nbest.reference is not None for nbest in nbests)
-    steps = sizes(len(nbests[0].texts))
+    numbers = sizes(len(nbests[0].texts))
+    advance = reporter.begin("choosing", len(nbests))
     choices: list[Choice] = []
-    right = np.zeros((len(steps), len(nbests)))
-    gained = np.zeros_like(right)
-    single: list[float] = []
-    for number, nbest in enumerate(nbests):
-        utilities = utility_matrix(nbest.texts, utility)
-        chosen, expected = 0, np.zeros(1)
-        for row, n in enumerate(steps):
-            expected = expected_utility(utilities[:n, :n], nbest.members[:n], level)
-            chosen = choose(expected, nbest.logprobs)
-            if nbest.reference is not None:
-                right[row, number] = exact(answers)([nbest.texts[chosen]], [nbest.reference])[0]
-                gained[row, number] = utility([nbest.texts[chosen]], [nbest.reference])[0]
+    right, quality, single = [], [], []  # of each prompt: with each number of outputs, and of one output
+    for nbest in nbests:
+        utilities = utility_matrix(nbest.texts, settings.utility)
+        expected = [expected_utility(utilities[:n, :n], nbest.members[:n], settings.level) for n in numbers]
+        chosen = [choose(values, nbest.logprobs) for values in expected]
+        choices.append(_choice(nbest, chosen[-1], float(expected[-1][chosen[-1]]), utilities, settings))
         if nbest.reference is not None:
-            single.append(exact(answers)(nbest.texts, [nbest.reference] * len(nbest.texts)).mean())
-        meanings = clusters([answers(text) for text in nbest.texts])
-        found = measure(meanings, nbest.members, chosen, level, temperature)
-        choices.append(
-            Choice(
-                nbest.prompt,
-                nbest.reference,
-                chosen,
-                nbest.texts[chosen],
-                answers(nbest.texts[chosen]),
-                nbest.members[chosen],
-                float(expected[chosen]),
-                disagreement(utilities, nbest.members),
-                found,
-                fields=compare(nbest.texts, output_weights(nbest.members, level), chosen, fields),
-            )
-        )
-        if progress:
-            progress(1)
-    of_fields = summarize([choice.fields for choice in choices], [nbest.reference for nbest in nbests])
-    if not scored:
-        return Decoded(choices, [], None, None, fields=of_fields)
-    curve = []
-    for n, own, worth in zip(steps, right, gained, strict=True):
-        accuracy = float(own.mean())
-        error = math.sqrt(accuracy * (1 - accuracy) / len(nbests))
-        curve.append(Point(n, accuracy, error, float(worth.mean())))
-    score = np.array([choice.disagreement for choice in choices])
-    area = float(auroc(score, right[-1] == 0))
-    return Decoded(
-        choices,
-        curve,
-        float(np.mean(single)),
-        None if math.isnan(area) else area,
-        right[-1].tolist(),
-        judge([choice.uncertainty for choice in choices], 1 - right[-1], gained[-1]),
-        of_fields,
+            hits = exact(settings.answers)(nbest.texts, [nbest.reference] * len(nbest.texts))
+            right.append(hits[chosen])
+            single.append(hits.mean())
+            quality.append(settings.utility([nbest.texts[i] for i in chosen], [nbest.reference] * len(chosen)))
+        advance(1)
+    result = MBRResult(choices, summarize([c.fields for c in choices], [c.reference for c in choices]))
+    if len(right) < len(nbests):
+        return result
+    curve = [
+        CurvePoint(n, float(accuracy), math.sqrt(accuracy * (1 - accuracy) / len(nbests)), float(utility))
+        for n, accuracy, utility in zip(numbers, np.mean(right, 0), np.mean(quality, 0), strict=True)
+    ]
+    wrong = 1 - np.array(right)[:, -1]
+    return replace(
+        result,
+        curve=curve,
+        single=float(np.mean(single)),
+        auroc=or_none(auroc(np.array([choice.disagreement for choice in choices]), wrong)),
+        right=(1 - wrong).tolist(),
+        uncertainty=judge([choice.uncertainty for choice in choices], wrong, np.array(quality)[:, -1]),
+    )
+
+
+def _choice(nbest: NBest, chosen: int, expected: float, utilities: np.ndarray, settings: MBRSettings) -> Choice:
+    answers = [settings.answers(text) for text in nbest.texts]
+    clusters = settings.clusters(answers)
+    return Choice(
+        nbest.prompt,
+        nbest.reference,
+        chosen,
+        nbest.texts[chosen],
+        answers[chosen],
+        nbest.members[chosen],
+        expected,
+        disagreement(utilities, nbest.members),
+        measure(clusters, nbest.members, chosen, settings.level, settings.temperature),
+        fields=compare(nbest.texts, output_weights(nbest.members, settings.level), chosen, settings.fields),
     )
 
 
@@ -259,18 +258,18 @@ def check_output(folder: Path, overwrite: bool = False) -> None:
         )
 
 
-def labels(files: Sequence[str]) -> dict[str, str]:
-    """Return path by label, for `path` and `label=path`; without a label the file's name does.
+def label_files(files: Sequence[str]) -> dict[str, str]:
+    """Return path by label, for `path` and `label=path`; without a label the file's name is it.
 
     Raises:
         IVONError: two files have one label.
     """
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for given in files:
         label, equals, path = given.partition("=")
         if not equals or not label or "/" in label or os.path.lexists(given):
             label, path = Path(given).stem, given
-        if label in found:
-            raise IVONError(f"FILE {given}: the label {label!r} is taken by {found[label]}; say other={path}")
-        found[label] = path
-    return found
+        if label in paths:
+            raise IVONError(f"FILE {given}: the label {label!r} is taken by {paths[label]}; say other={path}")
+        paths[label] = path
+    return paths

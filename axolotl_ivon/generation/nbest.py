@@ -12,8 +12,9 @@ from typing import IO, Any
 
 from ..data.encode import Prompt
 from ..errors import IVONError, param_ref
+from ..records.nbest import NBestRecord, NBestSettings, settings_path
 from ..storage.atomic import check_outside, new_file
-from ..storage.format import read_json, read_lines, write_json
+from ..storage.format import read_json, write_json
 from .plan import Output
 
 _FIX = f"choose another {param_ref('output')}, or start anew with {param_ref('overwrite')}"
@@ -29,24 +30,19 @@ def check_file(path: Path, settings: Mapping[str, Any], overwrite: bool = False,
     check_outside(path, inputs)
     if not path.exists() or overwrite:
         return
-    if not _settings_path(path).exists():
+    if not settings_path(path).exists():
         raise IVONError(f"{path} exists and was not made by `ivon-post generate`; {_FIX}")
-    before = read_json(_settings_path(path))
+    before = read_json(settings_path(path))
     for name, value in json.loads(json.dumps(settings)).items():
         if before.get(name) != value:
             raise IVONError(f"{path} was made with {name} {before.get(name)!r}, not {value!r}; {_FIX}")
 
 
-def _settings_path(path: Path) -> Path:
-    return path.with_name(path.name + ".settings.json")
-
-
 class NBestFile:
     """The n-best lists of one run: JSONL, and beside it FILE.settings.json with what they were made with.
 
-    A line holds `{"prompt": text, "reference": text or null, "outputs": [{"text", "member", "logprob"}, …]}`, the
-    outputs member by member, and what else is known of them (`append`). Each is on the disk before the next begins;
-    half a line at the end, which an interrupt may leave, is dropped.
+    A line is a `records.nbest.NBestRecord`. Each is on the disk before the next begins; half a line at the end, which
+    an interrupt may leave, is dropped.
 
     Attributes:
         done: how many prompts the file has outputs for.
@@ -60,7 +56,6 @@ class NBestFile:
         self, path: str | Path, settings: Mapping[str, Any], prompts: Sequence[Prompt], overwrite: bool = False
     ) -> None:
         self.path = Path(path)
-        self._settings_path = _settings_path(self.path)
         self._settings = dict(settings)
         self._file: IO[bytes] | None = None
         self._size = 0
@@ -94,8 +89,8 @@ class NBestFile:
                 self.done += 1
                 self.abstained += record.get("abstain") is True
 
-    def append(self, prompt: Prompt, outputs: Sequence[Output], known: Mapping[str, Any] | None = None) -> None:
-        """Write one prompt's line to the disk, with what is `known` of its outputs.
+    def append(self, prompt: Prompt, outputs: Sequence[Output], judged: Mapping[str, Any] | None = None) -> None:
+        """Write one prompt's line to the disk, with further fields: how its outputs were `judged`.
 
         Raises:
             IVONError: it cannot be written.
@@ -103,7 +98,7 @@ class NBestFile:
         record = {
             "prompt": prompt.text,
             "reference": prompt.reference,
-            **(known or {}),
+            **(judged or {}),
             "outputs": [{"text": o.text, "member": o.member, "logprob": o.logprob} for o in outputs],
         }
         try:
@@ -117,14 +112,14 @@ class NBestFile:
         except OSError as error:
             raise IVONError(f"{self.path} cannot be written ({error.strerror})") from None
         self.done += 1
-        self.abstained += bool(known and known.get("abstain"))
+        self.abstained += bool(judged and judged.get("abstain"))
 
     def _open(self) -> IO[bytes]:
         if self._resumed:
             os.truncate(self.path, self._size)
             return self.path.open("ab")
         self.path.unlink(missing_ok=True)
-        with new_file(self._settings_path) as temporary:
+        with new_file(settings_path(self.path)) as temporary:
             write_json(temporary, self._settings)
         return self.path.open("xb")
 
@@ -137,23 +132,13 @@ class NBestFile:
 def read_source(path: str | Path) -> dict[str, Any] | None:
     """Return what the outputs of a file were drawn from: `tau`, `ratio`, and where it is known `mean_sha256`.
 
-    None where nothing beside the file tells.
+    None where FILE.settings.json is missing.
 
     Raises:
-        IVONError: FILE.settings.json is no JSON object.
+        IVONError: FILE.settings.json is something else.
     """
-    settings_path = Path(f"{path}.settings.json")
-    if not settings_path.is_file():
-        return None
-    settings = read_json(settings_path)
-    ensemble = settings.get("ensemble")
-    if isinstance(ensemble, dict):
-        return {"tau": ensemble.get("tau", 1.0), "ratio": ensemble.get("pruned_ratio", 0.0), "mean_sha256": None}
-    return {
-        "tau": settings.get("tau", 1.0),
-        "ratio": settings.get("prune_ratio", 0.0),
-        "mean_sha256": settings.get("adapter"),
-    }
+    settings = settings_path(path)
+    return NBestSettings.load(settings, "files").source if settings.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -171,32 +156,16 @@ class NBest:
 def read_nbest(path: str | Path) -> list[NBest]:
     """Read n-best lists, which need as many outputs on each line.
 
-    `member` is 0 and `logprob` unknown where a line does not tell; an unknown log-probability loses every tie.
+    An unknown log-probability, which is -inf, loses every tie.
 
     Raises:
         IVONError: the file cannot be read, has no lines, or a line that is not such a list.
     """
-    found: list[NBest] = []
-    for source, record in read_lines(path, "file"):
-        outputs, reference = record.get("outputs"), record.get("reference")
-        if not isinstance(outputs, list) or not outputs or not isinstance(reference, str | None):
-            raise IVONError(f"{source}: no list of outputs; give what `ivon-post generate` writes")
-        for output in outputs:
-            values = output if isinstance(output, dict) else {}
-            logprob = values.get("logprob")
-            known = logprob is None or (isinstance(logprob, int | float) and abs(logprob) < math.inf)
-            if not isinstance(values.get("text"), str) or not isinstance(values.get("member", 0), int) or not known:
-                raise IVONError(f"{source}: an output has no text, or a member or logprob that is no number")
-        found.append(
-            NBest(
-                str(record.get("prompt", "")),
-                reference,
-                tuple(output["text"] for output in outputs),
-                tuple(output.get("member", 0) for output in outputs),
-                tuple(-math.inf if output.get("logprob") is None else output["logprob"] for output in outputs),
-                source,
-            )
-        )
-        if len(outputs) != len(found[0].texts):
-            raise IVONError(f"{source}: {len(outputs)} outputs, but {len(found[0].texts)} on the first line")
-    return found
+    nbests: list[NBest] = []
+    for source, record in NBestRecord.load_lines(path, "files"):
+        texts, members, logprobs = zip(*((o.text, o.member, o.logprob) for o in record.outputs), strict=True)
+        logprobs = tuple(-math.inf if logprob is None else logprob for logprob in logprobs)
+        nbests.append(NBest(record.prompt, record.reference, texts, members, logprobs, source))
+        if len(texts) != len(nbests[0].texts):
+            raise IVONError(f"{source}: {len(texts)} outputs, but {len(nbests[0].texts)} on the first line")
+    return nbests

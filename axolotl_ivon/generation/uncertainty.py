@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import entr
 
 from ..metrics.auroc import auroc
 from ..metrics.selective import RiskCoverage, prr
 
-# What a `Uncertainty` holds -> its sign: 1 where more of it is less sure.
+# Field of an `Uncertainty` -> its sign: 1 where more of it is less sure.
 MEASURES = {"confidence": -1, "semantic_entropy": 1, "expected_entropy": 1, "mutual_information": 1}
 
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """What the outputs of one prompt say of the chosen answer, by its weight, and of the question, by entropies."""
+    """How sure the outputs of one prompt are: the weight of the chosen answer, and the entropies over all answers."""
 
     confidence: float
     semantic_entropy: float
@@ -43,7 +44,7 @@ def output_weights(members: Sequence[int], level: str = "sequence") -> np.ndarra
 
 
 def by_answer(answers: Sequence[str | None]) -> list[int]:
-    """Return the cluster of each answer: equal ones share one. No answer agrees with nothing, not even with another."""
+    """Return the cluster of each answer: equal ones share one. An empty answer (None) forms a cluster of its own."""
     first: dict[str | None, int] = {}
     return [i if answer is None else first.setdefault(answer, i) for i, answer in enumerate(answers)]
 
@@ -61,7 +62,7 @@ def measure(
 
     Args:
         clusters, members: of each output; equal numbers are one cluster, or one member.
-        chosen: the place of the chosen output, whose confidence it is.
+        chosen: the index of the chosen output, whose confidence is returned.
         level: "sequence" or "model": see `output_weights`.
         temperature: of the confidence alone: p(c)^(1/T), scaled to sum 1, is what a prediction's probabilities become.
     """
@@ -71,13 +72,13 @@ def measure(
     joint = np.zeros((member.max() + 1, cluster.max() + 1))
     np.add.at(joint, (member, cluster), weights)
     total = joint.sum(0)
-    entropy = _entropy(total)
+    entropy = float(entr(total).sum())
     # Σ_m W_m H[p_m] = H(member, cluster) − H(member)
-    expected = _entropy(joint.ravel()) - _entropy(joint.sum(1))
+    expected = float(entr(joint).sum() - entr(joint.sum(1)).sum())
     powers = total ** (1 / temperature)
     return Uncertainty(
         confidence=float(powers[cluster[chosen]] / powers.sum()),
-        semantic_entropy=entropy,
+        semantic_entropy=max(0.0, entropy),
         expected_entropy=max(0.0, expected),
         mutual_information=max(0.0, entropy - expected),
     )
@@ -88,32 +89,32 @@ def is_below(confidence: float, threshold: float) -> bool:
     return confidence < threshold - 1e-9
 
 
-def _entropy(shares: np.ndarray) -> float:
-    shares = shares[shares > 0]
-    return max(0.0, float(-(shares * np.log(shares)).sum()))
+def or_none(value: float | np.ndarray) -> float | None:
+    """Return a number for JSON: None in place of NaN."""
+    return None if math.isnan(value) else float(value)
 
 
 def judge(
-    found: Sequence[Uncertainty], wrong: np.ndarray, quality: np.ndarray | None = None
+    uncertainties: Sequence[Uncertainty], wrong: np.ndarray, quality: np.ndarray | None = None
 ) -> dict[str, dict[str, float | None]]:
     """Return how well each measure tells the wrong choices: `mean`, `auroc`, `aurc`, and with a quality `prr`.
 
-    None where one has no value: without a wrong choice, say.
+    A figure without a value is None: the AUROC without a wrong choice, say.
 
     Args:
-        found: of each prompt.
+        uncertainties: of each prompt.
         wrong: 1 where its choice is wrong, else 0, shape [prompts].
         quality: of each choice, more is better, shape [prompts].
     """
-    told = {}
+    judged = {}
     for name, sign in MEASURES.items():
-        # Rounding is no order: the same weights summed in another one differ in their last bits.
-        score = np.round(sign * np.array([asdict(one)[name] for one in found]), 12)
-        values = {"auroc": auroc(score, wrong), "aurc": RiskCoverage(-score, wrong).aurc()}
-        if quality is not None:
-            values["prr"] = prr(-score, quality)
-        told[name] = {
+        # Equal values may differ in their last bits, as sums in another order do: that is no order.
+        score = np.round(sign * np.array([getattr(uncertainty, name) for uncertainty in uncertainties]), 12)
+        judged[name] = {
             "mean": float(sign * score.mean()),
-            **{key: None if math.isnan(value) else float(value) for key, value in values.items()},
+            "auroc": or_none(auroc(score, wrong)),
+            "aurc": or_none(RiskCoverage(-score, wrong).aurc()),
         }
-    return told
+        if quality is not None:
+            judged[name]["prr"] = or_none(prr(-score, quality))
+    return judged

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
@@ -22,12 +23,11 @@ from lm_eval.models.huggingface import HFLM
 from ..decisions.sweep import read_recommended
 from ..evaluation.evaluate import Variant
 from ..metrics.scores import entropy
-from ..models.draws import AdapterSlots
-from ..models.session import Loading, load_model, load_tokenizer
+from ..models.session import Loading, Session
 from ..posterior.adapter import Adapter
 from ..posterior.posterior import open_posterior
 
-Answers = TypeVar("Answers")
+_T = TypeVar("_T")
 
 
 @register_model("ivon-posterior")
@@ -43,11 +43,11 @@ class IVONPosterior(HFLM):
         adapter: folder or Hub id of the adapter.
         samples, tau, ratio, seed: as in `ivon-post eval`; `tau=inf` is the mean alone.
         recommended: a recommended.json, in place of `tau` and `ratio`.
-        base_model, load_in, device, dtype: as in `models.load.load_model`.
-        options: further arguments of the harness's class `hf` (batch_size, max_length, add_bos_token, …).
+        options: base_model, load_in, device and dtype, as in `Loading`, and further arguments of the harness's class
+            `hf` (batch_size, max_length, add_bos_token, …).
 
     Raises:
-        IVONError: as `open_posterior` and `load_model` do.
+        IVONError: as `open_posterior` and `Session.open` do.
     """
 
     cache_hook: Any
@@ -60,35 +60,28 @@ class IVONPosterior(HFLM):
         ratio: float = 0.0,
         seed: int = 0,
         recommended: str | None = None,
-        base_model: str | None = None,
-        load_in: str | None = None,
-        device: str | None = None,
-        dtype: str = "auto",
         **options: Any,
     ) -> None:
         if recommended is not None:
             tau, ratio = read_recommended(recommended, Adapter(adapter).metadata or None)
-        row = Variant("posterior", tau=float(tau), ratio=float(ratio))
-        posterior = open_posterior(adapter, mean_only=not row.needs_sigma)
-        folder = posterior.folder
-        assert folder is not None
+        variant = Variant("posterior", tau=float(tau), ratio=float(ratio))
         # The harness's command line says cuda:0 when it was told nothing, GPU or not.
-        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+        device = options.pop("device", None) or "auto"
+        if device.startswith("cuda") and not torch.cuda.is_available():
             device = "auto"
-        model = load_model(folder, Loading(base_model, load_in, device, dtype))
-        self._slots = AdapterSlots(model)
-        self._slots.check(posterior.mean)
-        pruned = posterior.prune(row.ratio) if row.ratio else posterior
+        loading = {field.name: options.pop(field.name) for field in fields(Loading) if field.name in options}
+        posterior = open_posterior(adapter, mean_only=not variant.needs_sigma)
+        session = Session.open(posterior, Loading(**loading, device=device))
+        pruned = posterior.prune(variant.ratio) if variant.ratio else posterior
+        self._slots = session.slots
         self._slots.write(pruned.mean)
-        self._posterior, self._seed = pruned.temper(row.tau), int(seed)
-        self._draws = row.passes(int(samples))
-        self._single = math.isinf(row.tau)
+        self._posterior, self._seed = pruned.temper(variant.tau), int(seed)
+        self._draws = variant.passes(int(samples))
+        self._single = math.isinf(variant.tau)
         self._disagreement: dict[tuple[str, int], float] = {}  # (task, document) -> mutual information
-        base: Any = model.get_base_model()
-        tokenizer = load_tokenizer(folder, base.config._name_or_path)
-        super().__init__(pretrained=model, tokenizer=tokenizer, **options)
+        super().__init__(pretrained=session.model, tokenizer=session.tokenizer, **options)
 
-    def _per_draw(self, run: Callable[[], Answers]) -> Iterator[Answers]:
+    def _per_draw(self, run: Callable[[], _T]) -> Iterator[_T]:
         """Yield what `run` returns at each draw; the harness's cache sees none of it."""
         hook = self.cache_hook
         self.cache_hook = CacheHook(None)
@@ -101,23 +94,21 @@ class IVONPosterior(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, is it greedy) of every (context, continuation)."""
-        found = list(self._per_draw(lambda: super(IVONPosterior, self).loglikelihood(requests, disable_tqdm)))
-        values = [[value for value, _ in draw] for draw in found]
-        averages = _log_mean(values)
+        draws = list(self._per_draw(lambda: super(IVONPosterior, self).loglikelihood(requests, disable_tqdm)))
+        values = [[value for value, _ in draw] for draw in draws]
         self._note_disagreement(requests, values)
-        greedy = [2 * sum(flags) > len(found) for flags in zip(*([flag for _, flag in d] for d in found), strict=True)]
-        answers = list(zip(averages, greedy, strict=True))
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request.args, answer)
-        return answers
+        greedy = [2 * sum(flags) > len(draws) for flags in zip(*([flag for _, flag in d] for d in draws), strict=True)]
+        return self._cached("loglikelihood", requests, list(zip(_log_mean(values), greedy, strict=True)))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of every document."""
-        answers = _log_mean(
-            list(self._per_draw(lambda: super(IVONPosterior, self).loglikelihood_rolling(requests, disable_tqdm)))
-        )
+        draws = list(self._per_draw(lambda: super(IVONPosterior, self).loglikelihood_rolling(requests, disable_tqdm)))
+        return self._cached("loglikelihood_rolling", requests, _log_mean(draws))
+
+    def _cached(self, kind: str, requests: list[Any], answers: list[_T]) -> list[_T]:
+        """Let the harness's cache have the answers, and return them."""
         for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
+            self.cache_hook.add_partial(kind, request.args, answer)
         return answers
 
     def _note_disagreement(self, requests: list[Any], values: list[list[float]]) -> None:
@@ -141,8 +132,8 @@ class IVONPosterior(HFLM):
         tasks: dict[str, list[float]] = {}
         for (task, _), value in self._disagreement.items():
             tasks.setdefault(task, []).append(value)
-        found = {task: {"mean": sum(each) / len(each), "documents": len(each)} for task, each in tasks.items()}
-        return {**super().get_model_info(), "mutual_information": found}
+        means = {task: {"mean": sum(values) / len(values), "documents": len(values)} for task, values in tasks.items()}
+        return {**super().get_model_info(), "mutual_information": means}
 
 
 def _log_mean(values: list[list[float]]) -> list[float]:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..generation.mbr import Decoded, Point
+from ..generation.mbr import CurvePoint, MBRResult
 from ..storage.atomic import new_file, output_folder
 from .figures import BLUE, GREEN, GREY, VERMILION, save_figure
 
 
-def scaling(curves: Mapping[str, Sequence[Point]]) -> Figure:
+def scaling(curves: Mapping[str, Sequence[CurvePoint]]) -> Figure:
     """Draw accuracy against the number of outputs, a curve with its standard errors for each label.
 
     It is figure 3 of arXiv 2506.14280. The points of a curve share prompts, and so do the curves: they differ by less
@@ -42,7 +42,7 @@ def scaling(curves: Mapping[str, Sequence[Point]]) -> Figure:
     return figure
 
 
-def save(results: Mapping[str, Decoded], folder: Path) -> list[Path]:
+def save(results: Mapping[str, MBRResult], folder: Path) -> list[Path]:
     """Write each file's choices as LABEL.jsonl and, where there are accuracies, figure 3 as PNG and SVG.
 
     Returns:

@@ -188,7 +188,7 @@ def test_answers_of_one_meaning_are_one_cluster(ivon_post: Cli, tmp_path: Path) 
         (["{file}", "--embedding-model", "{tmp}"], "--clusters embedding needs --embedding-model"),
         (
             ["{file}", "--clusters", "embedding", "--embedding-model", "{tmp}/no"],
-            "--embedding-model {tmp}/no: no folder",
+            "--embedding-model {tmp}/no: cannot be loaded",
         ),
         (["{file}", "--fields", "a,,b"], "--fields a,,b: give different names"),
         (["{file}", "--fields", "a"], "--fields a: none of the 32 outputs in {file} is JSON"),
@@ -198,7 +198,7 @@ def test_answers_of_one_meaning_are_one_cluster(ivon_post: Cli, tmp_path: Path) 
         (["{file}", "x={file}", "--risk", "0.1"], "--risk: give one FILE"),
         (["{file}", "--recommended", "{tmp}/no.json"], "--recommended cannot be read"),
         (["{file}", "--recommended", "{tmp}/plain.json"], "plain.json has no threshold"),
-        (["{file}", "--recommended", "{tmp}/odd.json"], "threshold is 2; it must be between 0 and 1"),
+        (["{file}", "--recommended", "{tmp}/odd.json"], "threshold is 2; it must be less than or equal to 1"),
         (["{file}", "--recommended", "{tmp}/odd.json", "--risk", "0.1"], "leave one of them out"),
     ],
 )

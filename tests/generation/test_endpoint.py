@@ -23,7 +23,7 @@ from axolotl_ivon.generation.endpoint import EndpointEngine
 from axolotl_ivon.generation.ensemble import Ensemble
 from axolotl_ivon.generation.local import TransformersEngine
 from axolotl_ivon.generation.plan import Plan
-from axolotl_ivon.models.session import load_model, load_tokenizer
+from axolotl_ivon.models.session import Session, load_tokenizer
 from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 
 MEMBERS = ["mean", "sample-0000", "sample-0001", "sample-0002"]
@@ -81,12 +81,8 @@ def test_greedy_equals_the_transformers_engine(
     server: Server, tiny_adapter: Path, tiny_llama: Path, ensemble: Path, prompts: list[Prompt], plan: Plan
 ) -> None:
     found = list(EndpointEngine(f"{server.url}/v1/", Ensemble(ensemble).members(plan), plan).outputs(prompts))
-    local = TransformersEngine(
-        load_model(tiny_adapter),
-        load_tokenizer(tiny_adapter, str(tiny_llama)),
-        Posterior.from_pretrained(tiny_adapter),
-        plan,
-    )
+    posterior = Posterior.from_pretrained(tiny_adapter)
+    local = TransformersEngine(Session.open(posterior), posterior, plan)
     for one, other in zip(found, local.outputs(prompts), strict=True):
         assert [(o.text, o.member, o.tokens) for o in one] == [(o.text, o.member, o.tokens) for o in other]
         assert [o.logprob for o in one] == pytest.approx([o.logprob for o in other], abs=1e-3)

@@ -1,4 +1,4 @@
-"""A file of n-best lists from an adapter, without the command line."""
+"""A file of n-best lists: its plan and source, what a line holds, what an interrupt leaves, and its reading."""
 
 from __future__ import annotations
 
@@ -6,47 +6,183 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-import torch
+from heard import Heard
 from tiny import write_chats
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.generation.generate import Generated, drawn_posterior, generate
-from axolotl_ivon.generation.plan import Plan
+from axolotl_ivon.data.chats import read_chats
+from axolotl_ivon.data.encode import Prompt
+from axolotl_ivon.generation.generate import Generated, generate, loaded_draws
+from axolotl_ivon.generation.nbest import NBestFile, read_nbest, read_source
+from axolotl_ivon.generation.plan import Output, Plan
 
 PLAN = Plan(n=4, per_model=2, max_tokens=5)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n": 12}, "n 12 is not a multiple of per_model 8; say n 8"),
+        ({"n": 3}, "say n 8"),
+        ({"n": 0}, "n 0"),
+        ({"per_model": 0}, "per_model 0"),
+        ({"max_tokens": 0}, "max_tokens 0"),
+        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_p": 1.1}, "top_p 1.1"),
+        ({"stop": ("x", "")}, "stop ''"),
+    ],
+)
+def test_a_wrong_plan_is_told(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(IVONError) as error:
+        Plan(**wrong)
+    assert error.value.parameter in wrong
+    assert message in str(error.value)
+
+
+def test_the_mean_needs_no_multiple() -> None:
+    plan = Plan(n=12, mean=True)
+    assert (plan.members, plan.per_member) == (1, 12)
+
+
 def test_a_file_is_filled_and_then_left(tiny_adapter: Path, tmp_path: Path) -> None:
-    chats = write_chats(tmp_path / "chats.jsonl", 4)
-    begun: list[tuple[str, int]] = []
-    prompts, tokens = [], []
-
-    def begin(doing: str, total: int) -> Callable[[int], None]:
-        begun.append((doing, total))
-        return prompts.append
-
-    path = tmp_path / "out.jsonl"
-    first = generate(str(tiny_adapter), chats, path, PLAN, limit=3, batch_size=4, begin=begin, count=tokens.append)
-    assert (first.prompts, first.resumed, first.tokens) == (3, 0, max(tokens))
-    assert first.tokens_per_second == pytest.approx(max(tokens) / first.seconds)
-    assert begun == [("loading the tokenizer", 0), ("loading the base model", 0), ("generating", 3)]
-    assert prompts == [1, 1, 1]
+    chats = read_chats(write_chats(tmp_path / "chats.jsonl", 4), 3)
+    path, heard = tmp_path / "out.jsonl", Heard()
+    source = loaded_draws(str(tiny_adapter), PLAN, batch_size=4)
+    first = generate(source, chats, path, reporter=heard)
+    assert (first.prompts, first.resumed) == (3, 0)
+    assert first.tokens > 0
+    assert first.tokens_per_second == pytest.approx(first.tokens / first.seconds)
+    assert list(heard.counts) == ["loading the tokenizer", "loading the base model", "generating"]
+    assert heard.counts["generating"] == [(0, 3), (1, 3), (1, 3), (1, 3)]
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [[output["member"] for output in line["outputs"]] for line in lines] == [[0, 0, 1, 1]] * 3
-    assert generate(str(tiny_adapter), chats, path, PLAN, limit=3, begin=begin) == Generated(3, 3)
+    heard = Heard()
+    assert generate(source, chats, path, reporter=heard) == Generated(3, 3)
     assert Generated(3, 3).tokens_per_second == 0
-    assert begun[3:] == [("loading the tokenizer", 0)], "a file that lacks nothing needs no model"
+    assert list(heard.counts) == ["loading the tokenizer"], "a file that lacks nothing needs no model"
 
 
 def test_the_posterior_that_is_drawn_from(tiny_adapter: Path, make_adapter: Callable[..., Path]) -> None:
     expected = Posterior.from_pretrained(tiny_adapter).prune(0.3).temper(2.0)
-    opened = drawn_posterior(str(tiny_adapter), PLAN, 2.0, 0.3)
-    assert all(torch.equal(opened.sigma[key], expected.sigma[key]) for key in expected.sigma)
+    settings = loaded_draws(str(tiny_adapter), PLAN, 2.0, 0.3).settings
+    assert (settings["tau"], settings["prune_ratio"]) == (2.0, 0.3)
+    assert settings["adapter"] == expected.metadata["mean_sha256"]
     plain = str(make_adapter(sigma=False))
-    mean = drawn_posterior(plain, Plan(n=4, mean=True))
-    assert not any(sigma.any() for sigma in mean.sigma.values())
+    assert loaded_draws(plain, Plan(n=4, mean=True)).settings["tau"] == "inf"
     for plan, ratio in ((PLAN, 0.0), (Plan(n=4, mean=True), 0.1)):
         with pytest.raises(IVONError, match=r"has no ivon_sigma\.safetensors"):
-            drawn_posterior(plain, plan, math.inf, ratio)
+            loaded_draws(plain, plan, math.inf, ratio)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------
+
+PROMPTS = [Prompt(f"question {i}\n", [i], None if i else "yes", f"p:{i}") for i in range(4)]
+OUTPUTS = [[Output(f"text\n\r\u2028 {i}", 0, -1.5, 3), Output("\ud800", 1, None, 1)] for i in range(4)]
+
+
+def fill(path: Path, upto: int, settings: dict[str, Any] | None = None, **options: Any) -> NBestFile:
+    file = NBestFile(path, settings or {"seed": 0, "stop": ("x",)}, PROMPTS, **options)
+    for index in range(file.done, upto):
+        file.append(PROMPTS[index], OUTPUTS[index])
+    file.close()
+    return file
+
+
+def test_a_line_holds_what_is_promised_and_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    fill(path, 4)
+    lines = path.read_bytes().split(b"\n")
+    assert len(lines) == 5
+    assert json.loads(lines[0]) == {
+        "prompt": "question 0\n",
+        "reference": "yes",
+        "outputs": [
+            {"text": "text\n\r\u2028 0", "member": 0, "logprob": -1.5},
+            {"text": "\ud800", "member": 1, "logprob": None},
+        ],
+    }
+    nbests = read_nbest(path)
+    assert [nbest.reference for nbest in nbests] == ["yes", None, None, None]
+    assert nbests[0].texts == ("text\n\r\u2028 0", "\ud800")
+    assert (nbests[0].members, nbests[0].logprobs) == ((0, 1), (-1.5, -np.inf))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 40])
+def test_an_interrupted_file_goes_on_and_ends_the_same(tmp_path: Path, cut: int) -> None:
+    fill(tmp_path / "whole.jsonl", 4)
+    path = tmp_path / "out.jsonl"
+    fill(path, 2)
+    content = path.read_bytes()[: -cut or None]
+    path.write_bytes(content)
+    assert NBestFile(path, {"seed": 0, "stop": ["x"]}, PROMPTS).done == (1 if cut else 2)
+    assert path.read_bytes() == content  # nothing is changed by looking
+    assert fill(path, 4).done == 4
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_other_settings_prompts_or_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    fill(path, 3)
+    content = path.read_bytes()
+    with pytest.raises(IVONError, match=r"made with seed 0, not 1; choose another output, or .* with overwrite"):
+        fill(path, 4, {"seed": 1, "stop": ("x",)})
+    for prompts in (PROMPTS[:2], PROMPTS[1:]):
+        with pytest.raises(IVONError, match="answers another prompt"):
+            NBestFile(path, {"seed": 0, "stop": ("x",)}, prompts)
+    assert path.read_bytes() == content
+    path.write_bytes(content + b"junk\n")
+    with pytest.raises(IVONError, match=r"out.jsonl:4: not an n-best list"):
+        fill(path, 4)
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    with pytest.raises(IVONError, match="was not made by"):
+        fill(tmp_path / "other.jsonl", 4)
+    for nowhere in (tmp_path, tmp_path / "no" / "out.jsonl"):
+        with pytest.raises(IVONError, match="not a file in an existing folder"):
+            fill(nowhere, 4)
+    fill(path, 1, {"seed": 1}, overwrite=True)
+    assert len(path.read_bytes().splitlines()) == 1
+    assert json.loads((tmp_path / "out.jsonl.settings.json").read_text()) == {"seed": 1}
+
+
+def test_what_is_judged_of_outputs_stands_in_the_line_and_is_counted(tmp_path: Path) -> None:
+    path, settings = tmp_path / "out.jsonl", {"seed": 0, "stop": ["x"]}
+    fill(path, 1)
+    file = NBestFile(path, settings, PROMPTS)
+    for abstain in (True, False, True):
+        file.append(PROMPTS[file.done], OUTPUTS[0], {"confidence": 0.5, "abstain": abstain})
+    file.close()
+    assert file.abstained == NBestFile(path, settings, PROMPTS).abstained == 2
+    lines = [json.loads(line) for line in path.read_text().split("\n") if line]
+    assert [line.get("abstain") for line in lines] == [None, True, False, True]
+    assert list(lines[1]) == ["prompt", "reference", "confidence", "abstain", "outputs"]
+
+
+def test_what_outputs_were_drawn_from_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    assert read_source(path) is None
+    fill(path, 1, {"tau": "inf", "prune_ratio": 0.1, "adapter": "abc"})
+    assert read_source(path) == {"tau": math.inf, "ratio": 0.1, "mean_sha256": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "f.jsonl:1: not JSON"),
+        ("{}", "f.jsonl:1: it has no `outputs`"),
+        ('{"outputs": [{"text": "a"}], "reference": 1}', "f.jsonl:1: reference is 1"),
+        ('{"outputs": [{"text": "a", "logprob": NaN}]}', "f.jsonl:1: outputs[0].logprob is nan"),
+        ('{"outputs": [{"text": "a"}]}\n{"outputs": [{"text": "a"}, {"text": "b"}]}', "f.jsonl:2: 2 outputs, but 1"),
+        ("", "the file is empty"),
+    ],
+)
+def test_a_wrong_file_is_told(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "f.jsonl").write_text(line)
+    with pytest.raises(IVONError) as error:
+        read_nbest(tmp_path / "f.jsonl")
+    assert message in str(error.value)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from caches import NAMES, rename_cache
+from heard import Heard
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -20,7 +22,7 @@ from axolotl_ivon.data.chats import read_chats
 from axolotl_ivon.data.encode import render
 from axolotl_ivon.generation.local import TransformersEngine, kept_rows, next_tokens
 from axolotl_ivon.generation.plan import Output, Plan
-from axolotl_ivon.models.session import load_model, load_tokenizer
+from axolotl_ivon.models.session import Session
 from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 
 GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=12, seed=3)
@@ -34,14 +36,14 @@ class Scene:
         self.posterior = Posterior.from_pretrained(adapter).prune(0.2).temper(0.25)
         self.ensemble, self.base = folder / "ensemble", base
         sample(self.posterior, self.ensemble, EnsemblePlan(3, seed=3))
-        self.tokenizer = load_tokenizer(adapter, str(base))
+        self.session = Session.open(self.posterior)
+        self.model, self.tokenizer = self.session.model, self.session.tokenizer
         self.prompts = render(self.tokenizer, read_chats(write_chats(folder / "chats.jsonl", 5)))
-        self.model = load_model(adapter)
         # Of 400 tokens nearly each is drawn now and then, and its end with it.
         assert len({len(prompt.ids) for prompt in self.prompts}) > 1
 
     def engine(self, plan: Plan, **options: Any) -> TransformersEngine:
-        return TransformersEngine(self.model, self.tokenizer, self.posterior, plan, **options)
+        return TransformersEngine(self.session, self.posterior, plan, **options)
 
     def outputs(self, plan: Plan, **options: Any) -> list[list[Output]]:
         return list(self.engine(plan, **options).outputs(self.prompts))
@@ -99,17 +101,20 @@ def by_peft(scene: Scene, plan: Plan, ends: list[int]) -> list[list[tuple[str, i
 # --- the engine -------------------------------------------------------------------------------------------------
 
 
+def is_peft_s(scene: Scene, ends: list[int]) -> list[Output]:
+    """Hold greedy outputs against PEFT's, and return them."""
+    by_prompt = scene.outputs(GREEDY)
+    assert [[(o.text, o.member) for o in outputs] for outputs in by_prompt] == by_peft(scene, GREEDY, ends)
+    return [output for outputs in by_prompt for output in outputs]
+
+
 def test_greedy_equals_peft_on_exported_members(scene: Scene) -> None:
-    found = scene.outputs(GREEDY)
-    expected = by_peft(scene, GREEDY, [scene.tokenizer.eos_token_id])
-    assert [[(o.text, o.member) for o in own] for own in found] == expected
-    assert len({o.text for own in found for o in own}) > len(scene.prompts)  # members differ
+    outputs = is_peft_s(scene, [scene.tokenizer.eos_token_id])
+    assert len({output.text for output in outputs}) > len(scene.prompts)  # members differ
 
 
 def test_greedy_equals_peft_when_sequences_end_at_all_lengths(scene: Scene, many_ends: list[int]) -> None:
-    found = scene.outputs(GREEDY)
-    assert [[(o.text, o.member) for o in own] for own in found] == by_peft(scene, GREEDY, many_ends)
-    assert len({o.tokens for own in found for o in own}) > 2
+    assert len({output.tokens for output in is_peft_s(scene, many_ends)}) > 2
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,13 +130,11 @@ def test_an_adapter_that_cannot_be_stacked_goes_one_member_at_a_time(
     make_adapter: Callable[..., Path], tiny_llama: Path, tmp_path: Path
 ) -> None:
     dora = Scene(make_adapter(use_dora=True), tiny_llama, tmp_path)
-    found = dora.outputs(GREEDY)
-    expected = by_peft(dora, GREEDY, [dora.tokenizer.eos_token_id])
-    assert [[(o.text, o.member) for o in own] for own in found] == expected
+    is_peft_s(dora, [dora.tokenizer.eos_token_id])
 
 
 def test_logprob_is_that_of_the_untempered_member(scene: Scene, many_ends: list[int]) -> None:
-    engine = Numbers(scene.model, scene.tokenizer, scene.posterior, SAMPLED)
+    engine = Numbers(scene.session, scene.posterior, SAMPLED)
     for number in range(SAMPLED.members):
         model = scene.member(number)
         for prompt, outputs in zip(scene.prompts, engine.outputs(scene.prompts), strict=True):
@@ -167,10 +170,10 @@ def test_the_batch_does_not_matter(scene: Scene, many_ends: list[int], batch_siz
 def test_outputs_depend_on_seed_prompt_member_and_number(scene: Scene) -> None:
     first = scene.outputs(SAMPLED)
     assert len({o.text for own in first for o in own}) > 0.9 * 12 * len(scene.prompts)
-    assert scene.outputs(Plan(**{**vars(SAMPLED), "seed": 4})) != first
+    assert scene.outputs(replace(SAMPLED, seed=4)) != first
     turned = list(scene.engine(SAMPLED).outputs(scene.prompts[::-1]))
     same(turned[::-1], first)
-    fewer = scene.outputs(Plan(**{**vars(SAMPLED), "n": 4}))
+    fewer = scene.outputs(replace(SAMPLED, n=4))
     same(fewer, [own[:4] for own in first])
 
 
@@ -180,13 +183,9 @@ def test_a_late_start_gives_the_rest(scene: Scene) -> None:
 
 
 def test_the_mean_is_the_posterior_at_infinite_tau(scene: Scene) -> None:
-    mean = scene.outputs(Plan(**{**vars(SAMPLED), "n": 5, "mean": True}))
-    cold = TransformersEngine(
-        scene.model,
-        scene.tokenizer,
-        scene.posterior.temper(float("inf")),
-        Plan(**{**vars(SAMPLED), "n": 5, "per_model": 5}),
-    )
+    mean = scene.outputs(replace(SAMPLED, n=5, mean=True))
+    plan = replace(SAMPLED, n=5, per_model=5)
+    cold = TransformersEngine(scene.session, scene.posterior.temper(float("inf")), plan)
     same(mean, list(cold.outputs(scene.prompts)))
     assert {output.member for own in mean for output in own} == {0}
 
@@ -195,7 +194,7 @@ def test_a_stop_string_ends_the_text_before_it(scene: Scene) -> None:
     free = scene.outputs(SAMPLED)
     stops = (free[0][0].text[4:6], "a")
     count: list[int] = []
-    stopped = list(scene.engine(Plan(**{**vars(SAMPLED), "stop": stops})).outputs(scene.prompts, count=count.append))
+    stopped = list(scene.engine(replace(SAMPLED, stop=stops)).outputs(scene.prompts, count=count.append))
     for one, other in zip((o for own in stopped for o in own), (o for own in free for o in own), strict=True):
         assert one.text == min((other.text.split(stop)[0] for stop in stops), key=len)
         assert one.tokens <= other.tokens
@@ -204,8 +203,8 @@ def test_a_stop_string_ends_the_text_before_it(scene: Scene) -> None:
 
 
 def test_out_of_memory_halves_the_batch(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, told, limit = scene.engine(SAMPLED, batch_size=16), [], 5
-    engine._notify = told.append
+    heard, limit = Heard(), 5
+    engine = scene.engine(SAMPLED, batch_size=16, reporter=heard)
     forward = engine._forward
 
     def tight(ids: torch.Tensor, *more: Any) -> Any:
@@ -215,7 +214,7 @@ def test_out_of_memory_halves_the_batch(scene: Scene, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(engine, "_forward", tight)
     same(list(engine.outputs(scene.prompts)), scene.outputs(SAMPLED))
-    assert len(told) == 2
+    assert len(heard.notes) == 2
     limit = 0
     with pytest.raises(IVONError, match="single sequence"):
         list(engine.outputs(scene.prompts))

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from axolotl_ivon.generation.mbr import Decoded, Point, mbr
+from axolotl_ivon.generation.mbr import CurvePoint, MBRSettings, mbr
 from axolotl_ivon.generation.nbest import NBest
-from axolotl_ivon.generation.utilities import UTILITIES, AnswerExtractor
+from axolotl_ivon.generation.utilities import AnswerExtractor, exact
 from axolotl_ivon.plots.scaling import save, scaling
 
 
 def test_the_figure_has_every_point() -> None:
     curves = {
-        "mean": [Point(8, 0.5, 0.1, 0.5), Point(16, 0.6, 0.1, 0.6)],
-        "posterior": [Point(8, 0.4, 0.1, 0.4), Point(16, 0.7, 0.1, 0.7)],
+        "mean": [CurvePoint(8, 0.5, 0.1, 0.5), CurvePoint(16, 0.6, 0.1, 0.6)],
+        "posterior": [CurvePoint(8, 0.4, 0.1, 0.4), CurvePoint(16, 0.7, 0.1, 0.7)],
     }
     axes = scaling(curves).axes[0]
     drawn = {c.get_label(): c.lines[0].get_ydata().tolist() for c in axes.containers}
@@ -27,11 +27,9 @@ def test_the_figure_has_every_point() -> None:
 
 
 def test_saved_choices_and_pictures(tmp_path: Path) -> None:
-    found: Decoded = mbr(
-        [NBest("\ud800", "a", ("a",) * 8, (0,) * 8, (-1.0,) * 8, "f.jsonl:1")],
-        UTILITIES["exact"](AnswerExtractor()),
-        AnswerExtractor(),
-    )
+    answers = AnswerExtractor()
+    nbest = NBest("\ud800", "a", ("a",) * 8, (0,) * 8, (-1.0,) * 8, "f.jsonl:1")
+    found = mbr([nbest], MBRSettings(exact(answers), answers))
     paths = save({"x": found}, tmp_path / "deep" / "out")
     assert [path.name for path in paths] == ["x.jsonl", "accuracy.png", "accuracy.svg"]
     record = json.loads(paths[0].read_text())
