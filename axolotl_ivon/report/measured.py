@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import IVONError, param_ref
-from ..posterior.card import read_of_adapter
+from ..records.evaluation import EvaluationRecord
+from ..records.recommendation import Recommendation
 from ..storage.format import read_lines
 
 
@@ -62,8 +63,7 @@ def read(
     document: Mapping[str, Any] = {}
     lines: list[Mapping[str, Any]] = []
     if results is not None:
-        document = read_of_adapter(results, "results", "rows", "`ivon-post eval --json`", metadata)
-        _check_rows(document, f"{param_ref('results')} {results}")
+        document = EvaluationRecord.load(results, "results", metadata).dump()
         if examples is None and document.get("output"):
             named = Path(str(document["output"]))
             examples = next((path for path in (named, results.parent / named.name) if path.is_file()), None)
@@ -73,16 +73,8 @@ def read(
         raise IVONError(f"{param_ref('examples')} {examples}: give the {param_ref('results')} that belong to it too")
     sweep: Mapping[str, Any] = {}
     if recommended is not None:
-        sweep = read_of_adapter(recommended, "recommended", "tau", "`ivon-post sweep`", metadata)
+        sweep = Recommendation.load(recommended, "recommended", metadata).dump()
     return Measured(document, lines, sweep)
-
-
-def _check_rows(document: Mapping[str, Any], told: str) -> None:
-    rows, ood = document["rows"], document.get("ood")
-    fine = isinstance(rows, list) and bool(rows) and isinstance(ood, (list, type(None)))
-    fine = fine and all(isinstance(row, dict) and {"name", "data", "examples"} <= row.keys() for row in rows)
-    if not fine or not all(isinstance(one, dict) and {"name", "data", "score"} <= one.keys() for one in ood or ()):
-        raise IVONError(f"{told}: it does not hold what `ivon-post eval --json` prints")
 
 
 def _read_examples(path: Path, document: Mapping[str, Any]) -> list[Mapping[str, Any]]:

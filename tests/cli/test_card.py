@@ -36,7 +36,9 @@ def test_results_of_another_adapter_are_refused(
     tiny_adapter: Path, copied: Callable[..., Path], tmp_path: Path, ivon_post: Cli
 ) -> None:
     folder = copied(tiny_adapter)
-    (tmp_path / "eval.json").write_text('{"rows": [], "mean_sha256": "0", "adapter": "other"}')
+    (tmp_path / "eval.json").write_text(
+        '{"rows": [{"name": "mean", "data": "x", "examples": 1}], "mean_sha256": "0", "adapter": "other"}'
+    )
     line = ivon_post.error("card", folder, "--results", tmp_path / "eval.json")
     assert "--results" in line
     assert "another adapter, other" in line
