@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import IVONError, param_ref
-from ..records.evaluation import EvaluationRecord
-from ..records.recommendation import Recommendation
-from ..storage.format import read_lines
+from ..storage.format import read_json, read_lines
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,8 @@ def read(
     document: Mapping[str, Any] = {}
     lines: list[Mapping[str, Any]] = []
     if results is not None:
-        document = EvaluationRecord.load(results, "results", metadata).dump()
+        document = _read_of_adapter(results, "results", "rows", "`ivon-post eval --json`", metadata)
+        _check_rows(document, f"{param_ref('results')} {results}")
         if examples is None and document.get("output"):
             named = Path(str(document["output"]))
             examples = next((path for path in (named, results.parent / named.name) if path.is_file()), None)
@@ -73,8 +72,39 @@ def read(
         raise IVONError(f"{param_ref('examples')} {examples}: give the {param_ref('results')} that belong to it too")
     sweep: Mapping[str, Any] = {}
     if recommended is not None:
-        sweep = Recommendation.load(recommended, "recommended", metadata).dump()
+        sweep = _read_of_adapter(recommended, "recommended", "tau", "`ivon-post sweep`", metadata)
     return Measured(document, lines, sweep)
+
+
+def _read_of_adapter(path: Path, name: str, key: str, whence: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the JSON object in `path`, which the parameter `name` gave, if it has `key` and is of this adapter.
+
+    Raises:
+        IVONError: it cannot be read, is no such file, or is another adapter's.
+    """
+    told = f"{param_ref(name)} {path}"
+    try:
+        facts = read_json(path)
+    except IVONError as error:
+        raise IVONError(f"{param_ref(name)} cannot be read: {error}; {whence} writes it") from None
+    if key not in facts:
+        raise IVONError(f"{told}: it has no `{key}`; {whence} writes it")
+    own = facts.get("mean_sha256")
+    if own is None:
+        raise IVONError(f"{told} does not say of which adapter it is (mean_sha256); write it anew with {whence}")
+    if own != metadata.get("mean_sha256"):
+        raise IVONError(
+            f"{told} is of another adapter, {facts.get('adapter')} (mean_sha256 differs); write it anew with {whence}"
+        )
+    return facts
+
+
+def _check_rows(document: Mapping[str, Any], told: str) -> None:
+    rows, ood = document["rows"], document.get("ood")
+    fine = isinstance(rows, list) and bool(rows) and isinstance(ood, (list, type(None)))
+    fine = fine and all(isinstance(row, dict) and {"name", "data", "examples"} <= row.keys() for row in rows)
+    if not fine or not all(isinstance(one, dict) and {"name", "data", "score"} <= one.keys() for one in ood or ()):
+        raise IVONError(f"{told}: it does not hold what `ivon-post eval --json` prints")
 
 
 def _read_examples(path: Path, document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
