@@ -101,10 +101,20 @@ def _type(field: dict[str, Any]) -> str:
     return f"{field['type']} of {_type(inner)}" if isinstance(inner, dict) else str(field["type"])
 
 
-def insert_formats(app: Any, page: str, source: list[str]) -> None:
-    """Put the formats into their page."""
+def settings() -> str:
+    """Return the table of the YAML keys."""
+    from axolotl_ivon.settings.table import SETTINGS
+
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    return "\n".join(rows + [f"| `{setting.key}` | {setting.default} | {setting.help} |" for setting in SETTINGS])
+
+
+def insert_tables(app: Any, page: str, source: list[str]) -> None:
+    """Put what is generated into its page."""
     if page == "formats":
         source[0] = source[0].replace("{{ formats }}", formats())
+    if page == "train":
+        source[0] = source[0].replace("{{ settings }}", settings())
 
 
 def options_to_restructured_text(app: Any, context: Any, lines: list[str]) -> None:
@@ -114,7 +124,7 @@ def options_to_restructured_text(app: Any, context: Any, lines: list[str]) -> No
 
 
 def setup(app: Any) -> None:
-    app.connect("source-read", insert_formats)
+    app.connect("source-read", insert_tables)
     for part in ("description", "usage", "options", "arguments", "envvars", "epilog"):
         app.connect(f"sphinx-click-process-{part}", options_to_restructured_text)
     app.connect("autodoc-process-docstring", to_restructured_text, priority=400)  # before napoleon's

@@ -29,7 +29,6 @@ from ..posterior.card import CARD_FILE, update_card
 from ..posterior.posterior import Posterior
 from ..posterior.tensors import fingerprint
 from ..reporter import SILENT, Reporter
-from ..settings.defaults import DEFAULTS
 from ..storage.format import SIGMA_FILE
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class Settings:
     empirical: bool = False
     ess: float | None = None
     prior: Literal["empirical"] | float = "empirical"
-    prior_strength: float = DEFAULTS.prior_strength
+    prior_strength: float = 1.0
     validation: str | None = None
     anchor: str | None = None
     tolerance: float | None = None

@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from ..optim.kernels.base import PRECISION_CEILING, PRECISION_FLOOR
-from ..settings.defaults import DEFAULTS
 
 
 class Prior(NamedTuple):
@@ -25,8 +24,8 @@ class Prior(NamedTuple):
     """
 
     ess: float
-    kind: Literal["empirical"] | float = DEFAULTS.prior
-    strength: float = DEFAULTS.prior_strength
+    kind: Literal["empirical"] | float = "empirical"
+    strength: float = 1.0
 
     def delta(self, information: Tensor, mean: Tensor) -> float:
         """Return δ of one tensor, from h and m of the same shape.

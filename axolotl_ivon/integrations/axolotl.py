@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from axolotl.integrations.base import BasePlugin
 
 from ..errors import IVONError
-from ..settings.keys import DEFAULTS, IVONArgs, check_values, prior_folder
+from ..settings.keys import DEFAULTS, attach_parameters, check_values, prior_folder, yaml_key
 from ..settings.presets import PRESETS
+from ..settings.table import OPTIMIZER
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from ..training.callback import PosteriorTraining
 
 LOG = logging.getLogger(__name__)
-
-OPTIMIZER = "ivon_lora"
 
 # Keys that need another optimizer, or act on what IVON does not have; and the way out of each.
 _WITHOUT_EFFECT = {
@@ -75,13 +74,13 @@ class IVONLoRAPlugin(BasePlugin):
         try:
             given = check_values(cfg)
             _check_setting(cfg)
-            _check_prior(cfg, prior_folder(given.ivon_prior))
+            _check_prior(cfg, prior_folder(given.get("ivon_prior")))
         except ConfigError:
             raise
         except IVONError as error:
-            raise ConfigError(error.describe(_yaml_key)) from error
-        name = str(cfg.get("ivon_preset") or DEFAULTS["ivon_preset"])
-        if PRESETS[name].travel is not None and not cfg.get("learning_rate"):
+            raise ConfigError(error.describe(yaml_key)) from error
+        preset = PRESETS[{**DEFAULTS, **given}["ivon_preset"]]
+        if preset.travel is not None and not cfg.get("learning_rate"):
             cfg["learning_rate"] = 0.0
 
     def get_input_args(self) -> str:
@@ -100,27 +99,23 @@ class IVONLoRAPlugin(BasePlugin):
         from ..training.attach import attach
         from ..training.processes import check_sharding
 
-        values = {key: default if cfg[key] is None else cfg[key] for key, default in DEFAULTS.items()}
-        names = ("preset", "prior", "rescale_lr", "eval_samples", "draws")
-        settings: dict[str, Any] = {name: values[f"ivon_{name}"] for name in names}
-        of_preset = ("gamma", "h0", "clip", "prior_strength", "hessian", "h0_steps")
-        settings |= {name: cfg[f"ivon_{name}"] for name in of_preset}
-        settings["betas"] = values["ivon_beta1"], cfg.ivon_beta2
+        settings = attach_parameters(cfg)
         try:
-            if prior_folder(settings["prior"]) is not None:
-                settings["prior"] = Posterior.from_pretrained(settings["prior"])
-            attach(trainer, ess=cfg.ivon_lambda, **settings)
+            if (folder := prior_folder(cfg.ivon_prior)) is not None:
+                settings["prior"] = Posterior.from_pretrained(folder)
+            attach(trainer, **settings)
             run: PosteriorTraining = trainer.posterior_training  # type: ignore[attr-defined]
-            run.tells, self._verdict, self._post_trains = False, run.verdict, 0  # of the run, the model would be kept
+            # To keep the run itself would keep the model.
+            run.logs_verdict, self._verdict, self._post_trains = False, run.verdict, 0
             trainer.args.max_grad_norm = cfg.max_grad_norm or 0.0
             check_sharding(trainer)
         except IVONError as error:
-            raise ConfigError(error.describe(_yaml_key)) from error
+            raise ConfigError(error.describe(yaml_key)) from error
 
     def post_train(self, cfg: DictDefault, model: PeftModel) -> None:
         """Save mean and σ again where axolotl writes an FSDP-trained adapter itself, without asking the model.
 
-        The last words of a run are what came of it: axolotl calls this before and after its last save.
+        axolotl calls this before and after its last save; the second time the verdict of the run is logged.
         """
         if cfg.optimizer != OPTIMIZER:
             return
@@ -128,13 +123,13 @@ class IVONLoRAPlugin(BasePlugin):
             model.save_pretrained(cfg.output_dir)
         self._post_trains += 1
         if self._post_trains == 2:
-            from ..training.callback import tell
+            from ..training.callback import log_verdict
 
-            tell(self._verdict)
+            log_verdict(self._verdict)
 
 
 def _show_the_log() -> None:
-    """Log on the level of axolotl, which by itself lets others warn alone."""
+    """Log at axolotl's level; by default it only passes warnings."""
     ours = logging.getLogger(__package__)
     if ours.level == logging.NOTSET:
         ours.setLevel(logging.getLogger("axolotl").getEffectiveLevel())
@@ -145,12 +140,6 @@ def _warn_of_keys_without_effect(cfg: Mapping[str, Any]) -> None:
     if keys:
         optimizer = f"optimizer: {cfg['optimizer']}" if cfg.get("optimizer") else "the default optimizer"
         LOG.warning("%s: no effect with %s, only with optimizer: %s", ", ".join(keys), optimizer, OPTIMIZER)
-
-
-def _yaml_key(parameter: str) -> str:
-    """Return the key that sets a parameter of `attach`."""
-    keys = {"ess": "ivon_lambda", "betas": "ivon_beta1 and ivon_beta2"}
-    return keys.get(parameter, f"ivon_{parameter}" if f"ivon_{parameter}" in IVONArgs.model_fields else parameter)
 
 
 def _check_prior(cfg: Mapping[str, Any], folder: str | None) -> None:

@@ -15,11 +15,11 @@ from ..errors import IVONError, one_line
 from ..posterior.adapter import Adapter
 from ..posterior.chain import check_prior, links
 from ..posterior.findings import Finding, remembers_too_long
-from ..settings.keys import DEFAULTS, check_values, prior_folder
-from ..settings.presets import ADAM_LIKE_LR, PAPER_REACH, PRESETS, SHORT_REACH
+from ..settings.keys import DEFAULTS, check_values, prior_folder, yaml_key
+from ..settings.presets import ADAM_LIKE_LR, PAPER_REACH, SHORT_REACH, resolved
+from ..settings.table import OPTIMIZER, PLUGIN, SETTINGS
 from ..storage.format import regular_size
 
-OPTIMIZER, PLUGIN = "ivon_lora", "axolotl_ivon.IVONLoRAPlugin"
 _YAML_LIMIT = 16 * 2**20
 # Multiples of the peak after warmup, by the share of the steps after it that were done.
 _SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -51,10 +51,8 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     cfg = _read(Path(path))
     if cfg.get("optimizer") != OPTIMIZER:
         raise IVONError(f"{path}: optimizer is {cfg.get('optimizer')}, so no posterior is trained; set {OPTIMIZER}")
-    given = check_values(cfg).model_dump(exclude_none=True)
-    values = {**DEFAULTS, **given}
-    preset = PRESETS[values["ivon_preset"]]
-    clip = given.get("ivon_clip", preset.clip)
+    given = {**DEFAULTS, **check_values(cfg)}
+    preset = resolved(given["ivon_preset"], {s.name: given.get(s.key) for s in SETTINGS})
     unknown: list[str] = []
 
     def known(find: Callable[[], Any]) -> Any:
@@ -67,60 +65,56 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
 
     size = known(lambda: _train_size(cfg))
     steps = known(lambda: _steps(cfg, size, processes))
-    preset = preset._replace(gamma=given.get("ivon_gamma", preset.gamma))
-    ess = given.get("ivon_lambda")
+    ess = preset.fixed_ess
     if ess is None and size:
         ess = preset.ess(size, 0, _epochs(cfg, size, processes))
         if preset.gamma is None:
             unknown.append(
                 f"λ: it is larger from {preset.usual_weights:,.0f} LoRA weights on, in proportion to their number"
             )
-    prior = prior_folder(values["ivon_prior"])
-    strength = given.get("ivon_prior_strength", preset.posterior_strength if prior else preset.prior_strength)
-    h0 = None if prior else given.get("ivon_h0", preset.h0)
+    prior = prior_folder(given["ivon_prior"])
+    strength = preset.posterior_strength if prior else preset.prior_strength
+    h0 = None if prior else preset.h0
     if h0 is None and not prior:
         unknown.append("h0: it follows from λ and the layers of the model")
-    beta2 = given.get("ivon_beta2", preset.second_beta(steps) if steps or preset.beta2 else None)
+    beta2 = preset.second_beta(steps) if steps else preset.beta2
     share = known(lambda: _mean_rate(cfg, steps))
-    rescaled = values["ivon_rescale_lr"]
-    step_bound = clip * (h0 or math.nan if rescaled else 1.0)
+    rescaled = given["ivon_rescale_lr"]
+    step_bound = preset.clip * (h0 or math.nan if rescaled else 1.0)
     lr: float | None = _number(cfg, "learning_rate", 0.0)
     if preset.travel is not None and not lr:
         lr = preset.travel / (step_bound * share * steps) if share and steps else None
     elif preset.travel is not None and lr and lr < ADAM_LIKE_LR and not rescaled:
-        lr /= clip
+        lr /= preset.clip
     travel = lr * share * steps * step_bound if lr is not None and share is not None and steps else None
+    findings = _findings(cfg, lr, travel, steps, beta2, preset.travel is None)
+    if prior:
+        findings.append(_prior_finding(prior, strength))
     return {
         "config": str(path),
-        "preset": values["ivon_preset"],
+        "preset": given["ivon_preset"],
         "train_size": size,
         "steps": steps,
         "batch": _batch(cfg, processes),
         "ess": ess,
         "h0": h0,
-        "prior": values["ivon_prior"],
+        "prior": given["ivon_prior"],
         "prior_strength": strength,
-        "clip": clip,
+        "clip": preset.clip,
         "beta2": beta2,
         "learning_rate": lr,
         "travel": travel,
         "unknown": unknown,
-        "findings": [
-            one._asdict()
-            for one in [
-                *_findings(cfg, lr, travel, steps, beta2, preset.travel is None),
-                *([_goes_on(prior, strength)] if prior else []),
-            ]
-        ],
+        "findings": [finding._asdict() for finding in findings],
     }
 
 
-def _goes_on(prior: str, strength: float) -> Finding:
-    """Say what a run goes on from, and what that counts as."""
+def _prior_finding(prior: str, strength: float) -> Finding:
+    """Return which adapter is the prior, and how much its examples count."""
     try:
         check_prior(prior, {})
     except IVONError as error:
-        raise IVONError(error.describe(lambda name: f"ivon_{name}")) from error
+        raise IVONError(error.describe(yaml_key)) from error
     header = Adapter(prior).metadata
     seen = header.get("train_size") or "an unknown number of"
     text = f"goes on from {prior}: its {seen} examples count {strength:g} time{'' if strength == 1 else 's'} each"
@@ -137,7 +131,7 @@ def _findings(
     beta2: float | None,
     by_hand: bool,
 ) -> list[Finding]:
-    """Say what will come of it; a rate that is as far as AdamW's goes is not too short, unless it is set `by_hand`."""
+    """Return what is said of the run; a short travel is a fault only where the rate is set `by_hand`."""
     found = []
     if PLUGIN not in (cfg.get("plugins") or []) and _needs_plugin_line():
         text = f"plugins has no {PLUGIN}: axolotl before 0.21 will say that {OPTIMIZER} is not a valid OptimizerNames"

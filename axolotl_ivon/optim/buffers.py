@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..noise import random_bits, splitmix64
-from .kernels.base import Chunk, Constants, Kernels, Terms, Verdict, to_device
+from .kernels.base import Chunk, Constants, Kernels, StepDecision, Terms, to_device
 from .threads import in_parallel
 
 # Weights that have noise of their own and are worked on at once on a CPU: few enough to stay in the cache from one
@@ -240,7 +240,7 @@ class Buffers:
 
     # ---------------------------------------------------------------- the step
 
-    def update(self, terms: Terms, verdict: Verdict, constants: Constants) -> None:
+    def update(self, terms: Terms, decision: StepDecision, constants: Constants) -> None:
         """Apply one step to every tensor that has a gradient; `terms` are by tensor."""
         layout = self.with_gradient()
         if self.h_hat is None or not layout.chunks:
@@ -248,4 +248,4 @@ class Buffers:
         h_hat = self.h_hat
         by_part = [values if layout.whole else values[layout.owners] for values in terms]
         work = list(zip(layout.chunks, map(Terms, *(values.split(layout.counts) for values in by_part)), strict=True))
-        in_parallel(lambda w: self.kernels.update(w[0], h_hat[w[0].place], w[1], verdict, constants), work)
+        in_parallel(lambda w: self.kernels.update(w[0], h_hat[w[0].place], w[1], decision, constants), work)

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..settings.defaults import DEFAULTS
 from ..settings.presets import effective_sample_size as effective_sample_size
+from ..settings.table import ADDED_LATER
 from . import kernels
 from .buffers import Buffers
-from .kernels.base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Constants, Terms, Verdict, to_device
+from .kernels.base import MAX_STEP, PRECISION_CEILING, PRECISION_FLOOR, Constants, StepDecision, Terms, to_device
 from .summary import summarize
 
-# What groups did not have that were saved by earlier versions.
-_ADDED = {"rescale_lr": False, "prior_strength": 1.0, "hessian": "reparameterized", "batch_size": 1, "h0_steps": None}
+# Options that the groups of earlier versions do not have.
+_ADDED = {**ADDED_LATER, "batch_size": 1}
 # What a prior of every weight's own is in a group, once its m₀ and σ₀ are in the state.
 _GAUSSIAN = "gaussian"
 # m₀ and σ₀ of the tensors, by the parameters' names or by the parameters.
@@ -118,18 +118,18 @@ class IVONLoRA(Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = DEFAULTS.lr,
+        lr: float = 1e-2,
         *,
         ess: float,
-        betas: tuple[float, float] = DEFAULTS.betas,
-        h0: float = DEFAULTS.h0,
-        clip: float = DEFAULTS.clip,
-        prior: Literal["empirical"] | float | GaussianPrior = DEFAULTS.prior,
-        prior_strength: float = DEFAULTS.prior_strength,
-        hessian: Literal["reparameterized", "squared_gradients"] = DEFAULTS.hessian,
+        betas: tuple[float, float] = (0.9, 0.9995),
+        h0: float = 5e-2,
+        clip: float = 5e-3,
+        prior: Literal["empirical"] | float | GaussianPrior = "empirical",
+        prior_strength: float = 1.0,
+        hessian: Literal["reparameterized", "squared_gradients"] = "reparameterized",
         batch_size: int = 1,
-        h0_steps: float | None = DEFAULTS.h0_steps,
-        rescale_lr: bool = DEFAULTS.rescale_lr,
+        h0_steps: float | None = None,
+        rescale_lr: bool = False,
         seed: int = 0,
     ) -> None:
         defaults = {
@@ -306,22 +306,22 @@ class IVONLoRA(Optimizer):
                 "step() found gradients that were not taken at a draw; "
                 "run the forward and backward pass inside `with optimizer.sampled_params():`"
             )
-        verdict, self._report = self._judge(self._at_draw, self._squares(), self._numbers, self._report)
+        decision, self._report = self._judge(self._at_draw, self._squares(), self._numbers, self._report)
         for buffers in all_buffers:
-            if isinstance(verdict, Tensor) or verdict[0]:
-                self._update(buffers, verdict)
+            if isinstance(decision, Tensor) or decision[0]:
+                self._update(buffers, decision)
             buffers.h_hat = None
         return loss
 
-    def _update(self, buffers: Buffers, verdict: Verdict) -> None:
-        """Apply lines 4 to 8 of the algorithm, unless the verdict is that the step is skipped."""
+    def _update(self, buffers: Buffers, decision: StepDecision) -> None:
+        """Apply lines 4 to 8 of the algorithm, unless the decision is that the step is skipped."""
         if buffers.h_hat is None:
             return
         group = buffers.group
         ess, clip, (beta1, beta2) = (group[name] for name in ("ess", "clip", "betas"))
-        if isinstance(verdict, Tensor):  # on a device that decided for itself
-            verdict = verdict.to(buffers.device, non_blocking=True)
-        buffers.steps += buffers.with_gradient().there * verdict[0]
+        if isinstance(decision, Tensor):  # on a device that decided for itself
+            decision = decision.to(buffers.device, non_blocking=True)
+        buffers.steps += buffers.with_gradient().there * decision[0]
         debias = (buffers.steps * math.log(max(beta1, 1e-30))).expm1_().neg_()  # 1 − β1^t, for a small 1 − β1 as well
         # δ is from the m and σ of the last draw, which are those before the step.
         fixed, kl_optimal = group["prior"] != "empirical", buffers.numels / buffers.moments
@@ -333,14 +333,14 @@ class IVONLoRA(Optimizer):
         memories = torch.full_like(kl_optimal, 1 - beta2)
         if group["h0_steps"] is not None:
             memories = torch.maximum(memories, 1 / (buffers.steps + group["h0_steps"]))
-        lr = min(group["lr"], TRAVEL)
-        bound = min(clip, TRAVEL / max(lr, 1.0))
+        lr = min(group["lr"], MAX_STEP)
+        bound = min(clip, MAX_STEP / max(lr, 1.0))
         if group["rescale_lr"]:
-            rates = (deltas + group["h0"]).clamp_(max=TRAVEL / max(lr * bound, 1.0)).mul_(lr)
+            rates = (deltas + group["h0"]).clamp_(max=MAX_STEP / max(lr * bound, 1.0)).mul_(lr)
         else:
             rates = torch.full_like(kl_optimal, lr)
         batch = float(group["batch_size"]) if group["hessian"] == "squared_gradients" else None
-        buffers.update(Terms(deltas, debias, rates, memories), verdict, Constants(ess, beta1, bound, fixed, batch))
+        buffers.update(Terms(deltas, debias, rates, memories), decision, Constants(ess, beta1, bound, fixed, batch))
 
     @torch.no_grad()
     def synchronize(self, average: Callable[[list[Tensor]], None]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .defaults import DEFAULTS
+from ..errors import IVONError, param_ref
+from .table import PAPER, SETTINGS
 
 # A learning rate below this is one for AdamW: the most that a step may move a weight, and not IVON's α.
 ADAM_LIKE_LR = 1e-3
@@ -19,7 +20,7 @@ SHORT_REACH, PAPER_REACH = 0.08, 0.13
 MEMORY = 0.2
 
 
-def effective_sample_size(n: int, gamma: float = DEFAULTS.gamma) -> float:
+def effective_sample_size(n: int, gamma: float = 5000.0) -> float:
     """Return λ = γ·√N, the effective sample size of IVON-LoRA (arXiv 2506.14280, section 3).
 
     Args:
@@ -37,9 +38,10 @@ def effective_sample_size(n: int, gamma: float = DEFAULTS.gamma) -> float:
 
 
 class Preset(NamedTuple):
-    """Settings that go together.
+    """Settings that go together: values of the table, and rules for what follows from the run.
 
     Attributes:
+        fixed_ess: λ where it is given outright.
         gamma: γ of λ = γ·√N; None for λ = `per_example`·max(N, few)·max(1, weights/`usual_weights`). Where λ·h is
             far above the prior's precision, a draw raises the loss of an example by weights/(2·λ), so from the usual
             number of weights on this is the same for any.
@@ -52,7 +54,7 @@ class Preset(NamedTuple):
             start, but the sum of that over all of them not above `noise_in_all`, as the disturbances add up.
         noise, noise_in_all: see `h0`.
         clip: ξ.
-        beta2: None for a memory of `memory`·steps.
+        beta1, beta2: of the running averages; None for a β2 with a memory of `memory`·steps.
         memory: see `beta2`.
         travel: Σ α_t·ξ, the farthest that a weight can get in a run, which the learning rate is chosen for where
             none is given; None to take what is given, as it is.
@@ -64,11 +66,13 @@ class Preset(NamedTuple):
     gamma: float | None
     h0: float | None
     clip: float
+    beta1: float
     beta2: float | None
     travel: float | None
     prior_strength: float
     hessian: str
     h0_steps: float | None
+    fixed_ess: float | None = None
     posterior_strength: float = 1.0
     per_example: float = 0.0
     few: tuple[int, int] = (0, 0)
@@ -79,62 +83,72 @@ class Preset(NamedTuple):
     memory: float = 0.0
 
     def ess(self, train_size: int, weights: int, epochs: float = 0.0) -> float:
-        """Return λ for N training examples, so many LoRA weights, and so many passes over the examples.
+        """Return λ for N training examples, the number of LoRA weights and that of passes over the examples.
 
         Raises:
             ValueError: `train_size` is not positive.
         """
-        ess = effective_sample_size(train_size, 1.0 if self.gamma is None else self.gamma)
+        if self.fixed_ess is not None:
+            return self.fixed_ess
         if self.gamma is not None:
-            return ess
+            return effective_sample_size(train_size, self.gamma)
+        effective_sample_size(train_size)  # complains of a wrong N
         few = np.interp(epochs, self.few_epochs, self.few)
         return self.per_example * max(train_size, float(few)) * max(1.0, weights / self.usual_weights)
 
     def first_h0(self, ess: float, fan_ins: Sequence[int]) -> float:
-        """Return h0 for LoRA matrices A with so many inputs each."""
+        """Return h0 for LoRA matrices A with these numbers of inputs."""
         if self.h0 is not None:
             return self.h0
         # PEFT's A has variance 1/(3·inputs) at the start, and σ² is 1/(λ·h0) there.
         noise = min(self.noise_in_all, self.noise * len(fan_ins))
-        return 3 * sum(fan_ins) / (ess * noise) if fan_ins else DEFAULTS.h0
+        return 3 * sum(fan_ins) / (ess * noise) if fan_ins else PAPER["h0"]
 
     def second_beta(self, steps: int) -> float:
-        """Return β2 for a run of so many steps."""
+        """Return β2 for a run of this number of steps."""
         if self.beta2 is not None:
             return self.beta2
         return 1 - min(0.1, 1 / max(1.0, self.memory * steps))
 
+    def for_run(self, size: int, shapes: Mapping[str, Sequence[int]], steps: int, epochs: float) -> dict[str, Any]:
+        """Return λ, h0 and the betas of a run with N = `size`, for weights of these shapes by their names."""
+        weights = sum(map(math.prod, shapes.values()))
+        ess = self.ess(size, weights, epochs)
+        h0 = self.first_h0(ess, [shape[-1] for name, shape in shapes.items() if ".lora_A." in name])
+        return {"ess": ess, "h0": h0, "betas": (self.beta1, self.second_beta(steps))}
+
+
+def _preset(name: str, **rules: Any) -> Preset:
+    """Return a preset of the table's values, and of rules for what follows from the run."""
+    return Preset(**{s.name: getattr(s, name) for s in SETTINGS if s.name in Preset._fields}, **rules)
+
 
 # benchmarks/fidelity/NOTES.md tells where the numbers are from.
-AUTO = Preset(
-    gamma=None,
-    h0=None,
-    clip=1e-2,
-    beta2=None,
-    travel=0.125,
-    prior_strength=0.1,
-    hessian="squared_gradients",
-    h0_steps=10.0,
-    posterior_strength=300.0,
-    per_example=1000.0,
-    few=(250, 125),
-    few_epochs=(10.0, 20.0),
-    usual_weights=1e5,
-    noise=4.0,
-    noise_in_all=64.0,
-    memory=MEMORY,
-)
 PRESETS = {
-    "auto": AUTO,
-    "paper": Preset(
-        gamma=DEFAULTS.gamma,
-        h0=DEFAULTS.h0,
-        clip=DEFAULTS.clip,
-        beta2=DEFAULTS.betas[1],
-        travel=None,
-        prior_strength=DEFAULTS.prior_strength,
-        hessian=DEFAULTS.hessian,
-        h0_steps=DEFAULTS.h0_steps,
+    "auto": _preset(
+        "auto",
+        travel=0.125,
+        posterior_strength=300.0,
+        per_example=1000.0,
+        few=(250, 125),
+        few_epochs=(10.0, 20.0),
+        usual_weights=1e5,
+        noise=4.0,
+        noise_in_all=64.0,
+        memory=MEMORY,
     ),
-    "small_data": AUTO,
+    "paper": _preset("paper", travel=None),
 }
+
+
+def resolved(preset: str, given: Mapping[str, Any]) -> Preset:
+    """Return a preset with values in place of its own that are given by their names in the table; None is not given.
+
+    Raises:
+        IVONError: there is no such preset.
+    """
+    if preset not in PRESETS:
+        raise IVONError(f"{param_ref('preset')}: {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    values = {**given, "fixed_ess": given.get("ess"), "posterior_strength": given.get("prior_strength")}
+    names = [name for name in Preset._fields if values.get(name) is not None]
+    return PRESETS[preset]._replace(**{name: values[name] for name in names})

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,8 +18,7 @@ from ..errors import IVONError, param_ref
 from ..optim.ivon import IVONLoRA
 from ..posterior.chain import facts_of
 from ..posterior.posterior import Posterior
-from ..settings.defaults import DEFAULTS
-from ..settings.presets import ADAM_LIKE_LR, PRESETS
+from ..settings.presets import ADAM_LIKE_LR, Preset, resolved
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import remove_unfinished
 from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean, show_the_mean
@@ -30,20 +32,20 @@ LOG = logging.getLogger(__name__)
 def attach(
     trainer: Trainer,
     *,
-    preset: Literal["auto", "paper", "small_data"] = DEFAULTS.preset,
+    preset: Literal["auto", "paper"] = "auto",
     gamma: float | None = None,
     ess: float | None = None,
     h0: float | None = None,
     clip: float | None = None,
-    betas: tuple[float, float | None] = (DEFAULTS.betas[0], None),
-    prior: Literal["empirical"] | float | Posterior = DEFAULTS.prior,
+    betas: tuple[float, float | None] = (0.9, None),
+    prior: Literal["empirical"] | float | Posterior = "empirical",
     prior_strength: float | None = None,
     hessian: Literal["reparameterized", "squared_gradients"] | None = None,
     h0_steps: float | None = None,
-    rescale_lr: bool = DEFAULTS.rescale_lr,
+    rescale_lr: bool = False,
     train_size: int | None = None,
-    eval_samples: int = DEFAULTS.eval_samples,
-    draws: Literal["shared", "per_rank"] = DEFAULTS.draws,
+    eval_samples: int = 0,
+    draws: Literal["shared", "per_rank"] = "shared",
 ) -> None:
     """Make a Trainer train with IVON-LoRA, and save σ beside every adapter that it or its model saves.
 
@@ -54,12 +56,12 @@ def attach(
     Args:
         trainer: any transformers or TRL Trainer whose model is a PeftModel.
         preset: what is taken for what is not given. "auto" fits it to N, the number of steps and the LoRA weights
-            (`presets.Preset`): λ = 1000·max(N, 250)·max(1, weights/1e5), with 125 for 250 from 20 epochs on and in
-            between from 10, the Hessian by squared gradients, a prior of a tenth of the KL-optimal precision, h0 for λ
+            (`settings.presets.Preset`): λ = 1000·max(N, 250)·max(1, weights/1e5), where 250 falls to 125 between 10
+            and 20 epochs, the Hessian by squared gradients, a prior of a tenth of the KL-optimal precision, h0 for λ
             and the matrices A, clip 1e-2, and a β2 that remembers a fifth of the run.
             A Trainer's learning rate below 1e-3 is then the most that a step may move a weight, α = learning_rate/ξ,
             as it nearly is for AdamW; from 1e-3 it is α; and at 0 the α is taken with which a weight can travel 0.125
-            in the run. "paper": γ = 5000 and the defaults of `IVONLoRA`. "small_data" is another name for "auto".
+            in the run. "paper": γ = 5000 and the defaults of `IVONLoRA`.
         gamma: γ of the effective sample size λ = γ·√N.
         ess: λ itself, instead of γ and N.
         h0, clip, betas, hessian, h0_steps, rescale_lr: as in `IVONLoRA`; None for the preset's.
@@ -78,102 +80,72 @@ def attach(
         IVONError: the model has no adapter or trains weights outside of it, N is unknown, the Trainer already has an
             optimizer or a weight decay, a value is out of range, or the prior does not fit the adapter.
     """
-    if not isinstance(trainer, Trainer):
-        raise IVONError(
-            f"attach() takes a transformers or TRL Trainer, not a {type(trainer).__name__}: make a Trainer, then "
-            "attach(trainer)"
-        )
-    if isinstance(trainer, PosteriorTrainerMixin):
-        raise IVONError("attach() was called on this Trainer already; make a new Trainer for other settings")
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(model, PeftModel):
-        raise IVONError(
-            f"the model is a {type(model).__name__} without a LoRA adapter: wrap it with peft.get_peft_model"
-        )
-    if preset not in PRESETS:
-        raise IVONError(f"{param_ref('preset')}: {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    chosen, params = PRESETS[preset], trained_parameters(model)
-    if gamma is not None:
-        chosen = chosen._replace(gamma=gamma)
-    facts = {"preset": preset, "gamma": "", "train_size": "" if train_size is None else str(train_size)}
-    of_prior = isinstance(prior, Posterior)
-    if of_prior and h0 is not None:
-        raise IVONError(f"{param_ref('h0')}: {h0:g} has no effect with a posterior as prior, whose σ it begins with")
-    try:
-        # ZeRO-3 leaves an empty tensor where it has partitioned one.
-        shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in params.items()}
-        if ess is None:
-            train_size = _train_size(trainer) if train_size is None else train_size
-            facts |= {"gamma": str(chosen.gamma or ""), "train_size": str(train_size)}
-        weights = sum(map(math.prod, shapes.values()))
-        fan_ins = [shape[-1] for name, shape in shapes.items() if ".lora_A." in name]
-
-        def settings_for_run(steps: int, epochs: float) -> dict[str, Any]:
-            long = chosen.ess(train_size or 0, weights, epochs) if ess is None else ess
-            return {
-                "ess": long,
-                "h0": chosen.first_h0(long, fan_ins) if h0 is None else h0,
-                "betas": (betas[0], chosen.second_beta(steps) if betas[1] is None else betas[1]),
-            }
-
+    model = _adapter_of(trainer)
+    params = trained_parameters(model)
+    _check_that_all_is_saved(model, list(params))
+    given = {"gamma": gamma, "ess": ess, "h0": h0, "clip": clip, "beta1": betas[0], "beta2": betas[1]}
+    chosen = resolved(preset, {**given, "prior_strength": prior_strength, "hessian": hessian, "h0_steps": h0_steps})
+    if ess is None and train_size is None:
+        train_size = _train_size(trainer)
+    # ZeRO-3 leaves an empty tensor where it has partitioned one.
+    shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in params.items()}
+    settings_for_run = partial(chosen.for_run, train_size or 0, shapes)
+    earlier = prior if isinstance(prior, Posterior) else None
+    with _errors_by_parameter():
         settings: dict[str, Any] = {
             "lr": trainer.args.learning_rate,
             **settings_for_run(1, 0.0),
-            "clip": chosen.clip if clip is None else clip,
-            "prior": DEFAULTS.prior if isinstance(prior, Posterior) else prior,
-            "prior_strength": prior_strength,
-            "hessian": chosen.hessian if hessian is None else hessian,
-            "h0_steps": chosen.h0_steps if h0_steps is None else h0_steps,
+            "clip": chosen.clip,
+            "prior": "empirical" if earlier else prior,
+            "prior_strength": chosen.posterior_strength if earlier else chosen.prior_strength,
+            "hessian": chosen.hessian,
+            "h0_steps": chosen.h0_steps,
             "rescale_lr": rescale_lr,
             "seed": trainer.args.seed,
         }
-        if prior_strength is None:
-            settings["prior_strength"] = chosen.posterior_strength if of_prior else chosen.prior_strength
         # This optimizer is made for its checks alone: a wrong value shows here, and not when training begins.
         IVONLoRA([nn.Parameter(torch.zeros(1))], **settings)
+    header = {
+        "preset": preset,
+        "gamma": "" if ess is not None else str(chosen.gamma or ""),
+        "train_size": "" if train_size is None else str(train_size),
+    }
+    if earlier:
+        for name, value in (("h0", h0), ("rescale_lr", rescale_lr or None)):
+            if value is not None:
+                raise IVONError(f"{param_ref(name)}: {value} does not go with a posterior as prior; remove it")
+        settings["prior"] = gaussian_prior(model, shapes, earlier)
+        header |= facts_of(earlier, settings["prior_strength"], header["train_size"])
+    _check_evaluation(trainer, eval_samples, draws)
+    _check_arguments(trainer, chosen, preset)
+    rate = trainer.args.learning_rate
+    if chosen.travel is not None and not rescale_lr and math.isfinite(chosen.clip) and 0 < rate < ADAM_LIKE_LR:
+        header["learning_rate"] = f"{rate:g}"
+        settings["lr"] = trainer.args.learning_rate = rate / chosen.clip
+    per_rank, travel = draws == "per_rank" and trainer.args.world_size > 1, None if rate else chosen.travel
+    run = PosteriorTraining(trainer, model, params, settings, header, eval_samples, per_rank, travel, settings_for_run)
+    _install(run)
+
+
+@contextmanager
+def _errors_by_parameter() -> Iterator[None]:
+    """Raise what the optimizer refuses as an IVONError that names the parameter of `attach`."""
+    try:
+        yield
     except ValueError as error:
         name, must, rest = str(error).partition(" must ")
         name = {"n": "train_size", "lr": "learning_rate"}.get(name, name)
         raise IVONError(f"{param_ref(name)}{must}{rest}" if must else str(error)) from error
-    if isinstance(prior, Posterior):
-        if rescale_lr:
-            raise IVONError(f"{param_ref('rescale_lr')}: True does not go with a posterior as prior; remove it")
-        settings["prior"] = gaussian_prior(model, shapes, prior)
-        facts |= facts_of(prior, settings["prior_strength"], facts["train_size"])
-    if eval_samples < 0:
-        raise IVONError(
-            f"{param_ref('eval_samples')}: {eval_samples} is negative; give the number of draws, or 0 for none"
-        )
-    if draws not in ("shared", "per_rank"):
-        raise IVONError(f"{param_ref('draws')}: {draws!r} is neither 'shared' nor 'per_rank'")
-    if trainer.args.weight_decay:
-        raise IVONError(
-            f"weight_decay: {trainer.args.weight_decay:g} has no effect with IVON-LoRA, whose prior takes its place: "
-            f"set it to 0, or {param_ref('prior')} to a number"
-        )
-    if trainer.optimizer is not None:
-        raise IVONError("the Trainer already has an optimizer: call attach() before train(), without optimizers=")
-    travel = None if trainer.args.learning_rate else chosen.travel
-    if travel is not None:
-        _check_that_a_rate_can_be_chosen(trainer, preset, settings["clip"])
-    _check_that_all_is_saved(model, list(params))
-    if eval_samples and trainer.eval_dataset is None:
-        LOG.warning("eval_samples %d has no effect in training: the Trainer has no eval_dataset", eval_samples)
-    if trainer.args.max_grad_norm == 1.0:
-        trainer.args.max_grad_norm = 0.0
-    check_sharding(trainer)
 
-    reads = chosen.travel is not None and not rescale_lr and math.isfinite(settings["clip"])
-    if reads and 0 < trainer.args.learning_rate < ADAM_LIKE_LR:
-        facts["learning_rate"] = f"{trainer.args.learning_rate:g}"
-        settings["lr"] = trainer.args.learning_rate = trainer.args.learning_rate / settings["clip"]
-    per_rank = draws == "per_rank" and trainer.args.world_size > 1
-    run = PosteriorTraining(trainer, model, params, settings, facts, eval_samples, per_rank, travel, settings_for_run)
+
+def _install(run: PosteriorTraining) -> None:
+    """Change the Trainer and its model."""
+    trainer: Any = run.trainer
     remove_unfinished(trainer)
     average_in_every_backward_pass(trainer)
     save_sigma_beside_the_mean(run)
     show_the_mean(run)
-    trainer.posterior_training = run  # type: ignore[attr-defined]
+    trainer.posterior_training = run
     _put_mixin_first(trainer)
     trainer.add_callback(run)
 
@@ -187,6 +159,23 @@ def _put_mixin_first(trainer: Trainer) -> None:
     parent: type = type(own.__name__, (own,), assigned) if assigned else own
     names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
     trainer.__class__ = type(own.__name__, (PosteriorTrainerMixin, parent), names)
+
+
+def _adapter_of(trainer: Trainer) -> PeftModel:
+    """Return the PEFT model of a Trainer that is not attached to yet."""
+    if not isinstance(trainer, Trainer):
+        raise IVONError(
+            f"attach() takes a transformers or TRL Trainer, not a {type(trainer).__name__}: make a Trainer, then "
+            "attach(trainer)"
+        )
+    if isinstance(trainer, PosteriorTrainerMixin):
+        raise IVONError("attach() was called on this Trainer already; make a new Trainer for other settings")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        raise IVONError(
+            f"the model is a {type(model).__name__} without a LoRA adapter: wrap it with peft.get_peft_model"
+        )
+    return model
 
 
 def _train_size(trainer: Trainer) -> int:
@@ -211,14 +200,38 @@ def _check_that_all_is_saved(model: PeftModel, names: list[str]) -> None:
             )
 
 
-def _check_that_a_rate_can_be_chosen(trainer: Trainer, preset: str, clip: float) -> None:
-    chooses = f"{param_ref('preset')} {preset} sets the learning rate"
-    in_deepspeed = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.deepspeed_config
-    if in_deepspeed and "scheduler" in in_deepspeed:
-        raise IVONError(f"{chooses}: remove the scheduler from the DeepSpeed config")
-    if trainer.lr_scheduler is not None:
-        raise IVONError(f"{chooses}: give the Trainer no scheduler of your own")
-    if not math.isfinite(clip):
+def _check_evaluation(trainer: Trainer, eval_samples: int, draws: str) -> None:
+    if eval_samples < 0:
         raise IVONError(
-            f"{param_ref('clip')}: {clip} has no learning rate that bounds the travel of preset {preset}; give a number"
+            f"{param_ref('eval_samples')}: {eval_samples} is negative; give the number of draws, or 0 for none"
         )
+    if draws not in ("shared", "per_rank"):
+        raise IVONError(f"{param_ref('draws')}: {draws!r} is neither 'shared' nor 'per_rank'")
+    if eval_samples and trainer.eval_dataset is None:
+        LOG.warning("eval_samples %d has no effect in training: the Trainer has no eval_dataset", eval_samples)
+
+
+def _check_arguments(trainer: Trainer, chosen: Preset, preset: str) -> None:
+    """Refuse what the Trainer has set that does not go with IVON, and set max_grad_norm to 0 if nobody has set it."""
+    args, deepspeed = trainer.args, trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin
+    if args.weight_decay:
+        raise IVONError(
+            f"weight_decay: {args.weight_decay:g} has no effect with IVON-LoRA, whose prior takes its place: "
+            f"set it to 0, or {param_ref('prior')} to a number"
+        )
+    if trainer.optimizer is not None:
+        raise IVONError("the Trainer already has an optimizer: call attach() before train(), without optimizers=")
+    if chosen.travel is not None and not args.learning_rate:
+        chooses = f"{param_ref('preset')} {preset} sets the learning rate"
+        if deepspeed and "scheduler" in (deepspeed.deepspeed_config or {}):
+            raise IVONError(f"{chooses}: remove the scheduler from the DeepSpeed config")
+        if trainer.lr_scheduler is not None:
+            raise IVONError(f"{chooses}: give the Trainer no scheduler of your own")
+        if not math.isfinite(chosen.clip):
+            raise IVONError(
+                f"{param_ref('clip')}: {chosen.clip} has no learning rate that bounds the travel of preset {preset}; "
+                "give a number"
+            )
+    if args.max_grad_norm == 1.0:  # transformers' default
+        args.max_grad_norm = 0.0
+    check_sharding(trainer)

@@ -38,7 +38,8 @@ class PosteriorTraining(TrainerCallback):
     Attributes:
         model: the PEFT model, without what a Trainer wraps around it.
         params: the trained weights, by their names in the model.
-        settings, facts: what the optimizer is made with, and what else the header of σ tells.
+        settings: what the optimizer is made with.
+        header: entries of the header of σ that are no settings of the optimizer.
         eval_samples: draws that every evaluation averages over.
         per_rank: whether each process has draws of its own.
         travel: how far a weight can get in the run, where the learning rate is chosen for that.
@@ -47,21 +48,21 @@ class PosteriorTraining(TrainerCallback):
         adapter: the trained weights in each process, under DeepSpeed and FSDP2.
         begun: whether training has begun. Before that, the optimizer may lack the state that it resumes from.
         best_folder: the checkpoint whose weights the Trainer has loaded at the end.
-        skipped: the steps that the log has told of.
-        losses: number of losses whose mean the gradient since the last step is of, in this process.
-        start: some weights of every B matrix when training began; a resumed run takes them to be 0. On the first
-            process alone, as `rates`, the learning rates of all steps.
-        from_zero: whether they were 0. Only then is how far they moved told in the header: a resumed run, whose header
-            is to be the same, has nothing but its checkpoint's to know it by.
-        resumed: the facts of the checkpoint that a run goes on from.
-        verdict: what came of the run, in lines, when it is over; they are logged then if `tells`.
+        skipped: the skipped steps that the log has reported.
+        losses: the number of losses, in this process, whose mean the gradient since the last step is of.
+        start: some weights of every B matrix when training began; a resumed run takes them to be 0. It is set on the
+            first process alone, as is `rates`, the learning rates of all steps.
+        from_zero: whether they were 0. The header says how far they moved only then: a resumed run must write the same
+            header, and has nothing but that of its checkpoint to know where it began.
+        resumed: the header of the checkpoint that a run resumes from.
+        verdict: how the run went, as a level of the log and a text each; logged at its end if `logs_verdict`.
     """
 
     trainer: Trainer
     model: PeftModel
     params: dict[str, nn.Parameter]
     settings: dict[str, Any]
-    facts: Mapping[str, str]
+    header: Mapping[str, str]
     eval_samples: int
     per_rank: bool
     travel: float | None
@@ -77,7 +78,7 @@ class PosteriorTraining(TrainerCallback):
     from_zero: bool = False
     resumed: Mapping[str, str] = field(default_factory=dict)
     verdict: list[tuple[int, str]] = field(default_factory=list)
-    tells: bool = True
+    logs_verdict: bool = True
 
     @property
     def step_bound(self) -> float:
@@ -86,47 +87,47 @@ class PosteriorTraining(TrainerCallback):
 
     def fit_to(self, steps: int) -> None:
         """Take the settings for a run of so many steps, except those that a third party's optimizer has set itself."""
-        args, size = self.trainer.args, int(self.facts["train_size"] or 0)
+        args, size = self.trainer.args, int(self.header["train_size"] or 0)
         epochs = args.num_train_epochs
         if args.max_steps > 0:  # packed batches count as if they were not
             epochs = steps * self.trainer.get_total_train_batch_size(args) / size if size else 0.0
-        found = self.settings_for_run(steps, epochs)
+        settings = self.settings_for_run(steps, epochs)
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
-            group.update({name: value for name, value in found.items() if group.get(name) == self.settings[name]})
-        self.settings |= found
+            group.update({name: value for name, value in settings.items() if group.get(name) == self.settings[name]})
+        self.settings |= settings
 
-    def goes_on_from(self, facts: Mapping[str, str], checkpoint: str) -> None:
-        """Note the facts of the checkpoint that a run resumes from.
+    def resume_from(self, header: Mapping[str, str], checkpoint: str) -> None:
+        """Keep the header of the checkpoint that the run resumes from.
 
         Raises:
             IVONError: it was trained with another posterior as prior, or with none.
         """
-        if self.facts.get(PRIOR_SHA256) != facts.get(PRIOR_SHA256):
-            own, other = (f"from {x['prior']}" if PRIOR_SHA256 in x else "from none" for x in (self.facts, facts))
+        if self.header.get(PRIOR_SHA256) != header.get(PRIOR_SHA256):
+            own, other = (f"from {x['prior']}" if PRIOR_SHA256 in x else "from none" for x in (self.header, header))
             raise IVONError(
                 f"{param_ref('prior')}: {checkpoint} goes on {other} and this run {own}; resume with the same, or "
                 "begin a new run in another folder"
             )
-        self.resumed = facts
+        self.resumed = header
 
-    def tell_settings(self, steps: int) -> None:
-        """Log in one line what is trained with, and where it is from."""
+    def log_settings(self, steps: int) -> None:
+        """Log the settings of the run in one line, and where they are from."""
         if not self.trainer.is_world_process_zero():
             return
         s, alpha = self.settings, self.trainer.args.learning_rate
-        if "learning_rate" in self.facts:
-            rate = f"{alpha:.3g}, as a learning_rate of {self.facts['learning_rate']} is the most that a step may move"
+        if "learning_rate" in self.header:
+            rate = f"{alpha:.3g}, as a learning_rate of {self.header['learning_rate']} is the most that a step may move"
         elif self.travel is not None:
             rate = f"{alpha:.3g}, with which a weight can travel {self.travel:g} in these {steps} steps"
         else:
             rate = f"{alpha:.3g}"
-        size = self.facts["train_size"]
+        size = self.header["train_size"]
         LOG.info(
             "preset %s: λ %.3g%s, %s, β2 %.5g, ξ %g, Hessian by %s, prior strength %g, α %s",
-            self.facts["preset"],
+            self.header["preset"],
             s["ess"],
             f" for {size} examples" if size else "",
-            f"from the posterior {self.facts['prior']}" if "prior" in self.facts else f"h0 {s['h0']:.2g}",
+            f"from the posterior {self.header['prior']}" if "prior" in self.header else f"h0 {s['h0']:.2g}",
             s["betas"][1],
             s["clip"],
             s["hessian"].replace("_", " "),
@@ -151,7 +152,7 @@ class PosteriorTraining(TrainerCallback):
                 "clip already bounds the step: set max_grad_norm to 0",
                 args.max_grad_norm,
             )
-        by_itself = self.facts["preset"] != "paper"  # and so is how far a weight can get
+        by_itself = self.header["preset"] != "paper"  # and so is how far a weight can get
         if lr < ADAM_LIKE_LR and not by_itself:
             LOG.warning(
                 "learning_rate %g looks like one for Adam: IVON's step is a natural-gradient step bounded by "
@@ -229,29 +230,28 @@ class PosteriorTraining(TrainerCallback):
 
     def movement(self, step: int) -> dict[str, float]:
         """Return how far a weight could have moved by then, `travel`, and how far one of a B matrix has, `moved`."""
-        found, moved, count = {"travel": sum(self.rates[:step]) * self.step_bound}, 0.0, 0
+        movement, moved, count = {"travel": sum(self.rates[:step]) * self.step_bound}, 0.0, 0
         for name, was in self.start.items():
             size = self.params[name].numel()
             moved += size * float((_some(self.optimizer.mean(self.params[name])) - was).abs().mean())
             count += size
-        return {**found, "moved": moved / count} if count else found
+        return {**movement, "moved": moved / count} if count else movement
 
     def _judge(self, step: int, folder: str) -> None:
         movement = self.movement(step)
         moved, allowed = movement.get("moved"), movement["travel"]
         summary: dict[str, float] = self.optimizer.summary() if hasattr(self.optimizer, "summary") else {}
         spread = summary.get("ivon_log_sigma_spread")
-        found = findings(moved, allowed, spread, step, self.settings["betas"][1])
-        self.verdict += [
-            (logging.WARNING if one.about == "weights" and not one.good else logging.INFO, one.text) for one in found
-        ]
+        for finding in findings(moved, allowed, spread, step, self.settings["betas"][1]):
+            warns = finding.about == "weights" and not finding.good
+            self.verdict.append((logging.WARNING if warns else logging.INFO, finding.text))
         self.verdict.append((logging.INFO, f"next: `ivon-post check {folder}`"))
-        if self.tells:
-            tell(self.verdict)
+        if self.logs_verdict:
+            log_verdict(self.verdict)
 
 
-def tell(verdict: list[tuple[int, str]]) -> None:
-    """Log a run's verdict, once."""
+def log_verdict(verdict: list[tuple[int, str]]) -> None:
+    """Log the lines of a run's verdict, and empty the list."""
     while verdict:
         LOG.log(*verdict.pop(0))
 

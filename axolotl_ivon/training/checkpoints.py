@@ -24,6 +24,7 @@ from ..plugins import plugin_manager
 from ..posterior.adapter import save_sigma
 from ..posterior.card import CARD_FILE, remove_old_results, update_card
 from ..posterior.posterior import Posterior
+from ..settings.table import header_of
 from ..storage.atomic import put_in_place, updated_adapter
 from ..storage.format import MEAN_FILE, SIGMA_FILE
 from ..storage.tensorfile import TensorFile
@@ -32,8 +33,6 @@ from .callback import PosteriorTraining
 LOG = logging.getLogger(__name__)
 
 _HIDDEN = ".{}.tmp"
-# Facts that the header has where they are not these, which are the paper's.
-_UNUSUAL = {"rescale_lr": False, "prior_strength": 1.0, "hessian": "reparameterized", "h0_steps": None}
 
 
 def remove_unfinished(trainer: Trainer) -> None:
@@ -74,11 +73,11 @@ def whole_checkpoint(trainer: Any, trial: Any) -> Iterator[None]:
 def _remove_oldest(run: str, limit: int | None, best: str | None) -> None:
     """Keep `limit` checkpoints, the newest and the best among them, as the Trainer does; remove each at once."""
     steps = {path: path.name.rpartition("-")[2] for path in Path(run).glob("checkpoint-*") if path.is_dir()}
-    found = [path for path, step in steps.items() if step.isdecimal()]
-    found.sort(key=lambda path: (path.stat().st_mtime_ns, int(steps[path])))
-    kept = {found[-1], Path(best)} if best else {found[-1]}
-    spare = [path for path in found if path not in kept]
-    for path in spare[: len(found) - max(limit, len(kept))] if limit else []:
+    paths = [path for path, step in steps.items() if step.isdecimal()]
+    paths.sort(key=lambda path: (path.stat().st_mtime_ns, int(steps[path])))
+    kept = {paths[-1], Path(best)} if best else {paths[-1]}
+    spare = [path for path in paths if path not in kept]
+    for path in spare[: len(paths) - max(limit, len(kept))] if limit else []:
         hidden = path.with_name(_HIDDEN.format(path.name))
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
@@ -100,7 +99,7 @@ def save_with_sigma(
             name = "" if adapter == "default" else adapter
             if (new / name / MEAN_FILE).is_file():
                 _save_sigma(run, new / name, adapter)
-                tell_in_card(new / name)
+                update_card_in(new / name)
                 saved.append(folder / name)
     for each in saved:
         with suppress(IVONError):
@@ -113,13 +112,13 @@ def sigma_of(optimizer: Any, param: torch.Tensor) -> torch.Tensor:
     return getattr(optimizer, "sigma_for_next_prior", optimizer.sigma)(param)
 
 
-def tell_in_card(folder: Path) -> None:
-    """Let the card in an adapter's folder, if there is one, tell of its posterior; a run does not fail by a card."""
+def update_card_in(folder: Path) -> None:
+    """Describe the posterior in the card of an adapter's folder, if it has one; a card never fails a run."""
     if (folder / CARD_FILE).is_file():
         try:
             update_card(folder)
         except IVONError as error:
-            LOG.warning("the model card does not tell of the posterior: %s", error)
+            LOG.warning("the model card does not describe the posterior: %s", error)
 
 
 def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
@@ -134,15 +133,11 @@ def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
     # What is in the file without having been trained (a resized embedding, say) has σ = 0.
     saved = TensorFile(folder / MEAN_FILE).entries
     zeros = {key: torch.zeros(()).expand(entry.shape) for key, entry in saved.items()}
-    group = run.optimizer.param_groups[0]
+    group, steps = run.optimizer.param_groups[0], run.trainer.state.global_step
     beta1, beta2 = group["betas"]
-    prior = run.facts.get("prior", group["prior"])
-    values = {**group, "prior": prior, "beta1": beta1, "beta2": beta2, "steps": run.trainer.state.global_step}
-    names = ("ess", "h0", "beta1", "beta2", "clip", "prior", "steps")
-    facts = {**run.facts, **{name: str(values[name]) for name in names}}
+    values = {"prior": group["prior"], **run.header, **{name: group[name] for name in group if name != "prior"}}
+    header = {**run.header, **header_of({**values, "beta1": beta1, "beta2": beta2}), "steps": str(steps)}
     if run.rates:
-        movement = run.movement(run.trainer.state.global_step)
-        facts |= {name: f"{value:.6g}" for name, value in movement.items() if name != "moved" or run.from_zero}
-    unusual = {name: group[name] for name, usual in _UNUSUAL.items() if group.get(name, usual) != usual}
-    facts |= {name: str(value).lower() if value is True else str(value) for name, value in unusual.items()}
-    save_sigma(folder, {key: sigma.get(key, zero).contiguous() for key, zero in zeros.items()}, facts)
+        movement = run.movement(steps)
+        header |= {name: f"{value:.6g}" for name, value in movement.items() if name != "moved" or run.from_zero}
+    save_sigma(folder, {key: sigma.get(key, zero).contiguous() for key, zero in zeros.items()}, header)

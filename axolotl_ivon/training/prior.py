@@ -19,13 +19,13 @@ def keys_in_file(model: PeftModel, names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     marks = {name: torch.full((), float(i)) for i, name in enumerate(names)}
     state = {name: marks.get(name, torch.full((), -1.0)) for name, _ in model.named_parameters()}
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for adapter in model.peft_config:
         kept = get_peft_model_state_dict(
             model, state_dict=dict(state), adapter_name=adapter, save_embedding_layers=False
         )
-        found |= {names[int(mark)]: key for key, mark in kept.items() if int(mark) >= 0}
-    return found
+        keys |= {names[int(mark)]: key for key, mark in kept.items() if int(mark) >= 0}
+    return keys
 
 
 def gaussian_prior(
@@ -46,7 +46,7 @@ def gaussian_prior(
     [config, *others] = (config.to_dict() for config in model.peft_config.values())
     if others:
         raise IVONError(f"{named} is for one adapter, and the model has {len(others) + 1}: load one")
-    bases = [PurePath(str(one.get("base_model_name_or_path"))).name for one in (prior.config, config)]
+    bases = [PurePath(str(x.get("base_model_name_or_path"))).name for x in (prior.config, config)]
     if bases[0] != bases[1] and "None" not in bases:
         raise IVONError(f"{named} is over {bases[0]} and this adapter over {bases[1]}; give a posterior over that")
     if prior.folder is not None:
@@ -60,15 +60,15 @@ def gaussian_prior(
         if own == other:
             both = f"{named} and this adapter differ in {min(trained ^ held)}"
         raise IVONError(f"{both}; set lora_target_modules and the layers as they were")
-    found = {}
+    tensors = {}
     for name, key in keys.items():
         mean, sigma = torch.from_numpy(prior.mean.float32(key)), torch.from_numpy(prior.sigma.raw(key))
         if mean.shape != shapes[name]:
             raise IVONError(f"{named} has shape {list(mean.shape)} in {key} and this adapter {list(shapes[name])}")
         if not (sigma > 0).all():
             raise IVONError(f"{named} has weights with σ = 0 in {key}, which would never move; give it unpruned")
-        found[name] = (mean, sigma)
-    return found
+        tensors[name] = (mean, sigma)
+    return tensors
 
 
 def _kind(name: str) -> str:

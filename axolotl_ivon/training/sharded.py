@@ -129,14 +129,16 @@ class ReplicatedAdapter(TrainerCallback):
         """
         try:
             with safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
+                header = file.metadata() or {}
                 loaded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
         except (FileNotFoundError, SafetensorError) as error:
             raise IVONError(
                 f"{path} is missing or damaged: a run under DeepSpeed or FSDP resumes from a checkpoint of such a run"
             ) from error
-        if {key: facts.get(key) for key in _STATE_FORMAT} != _STATE_FORMAT:
-            raise IVONError(f"{path} has format {facts.get('format')} {facts.get('format_version')}, not ivon-state 1")
+        if {key: header.get(key) for key in _STATE_FORMAT} != _STATE_FORMAT:
+            raise IVONError(
+                f"{path} has format {header.get('format')} {header.get('format_version')}, not ivon-state 1"
+            )
         state: dict[int, dict[str, Tensor]] = {}
         for index, name in enumerate(self.params):
             prefix = f"{name}/"
@@ -144,7 +146,7 @@ class ReplicatedAdapter(TrainerCallback):
             if not state[index]:
                 raise IVONError(f"{path} has no state of {name}: the adapter was another one")
         current = self.optimizer.state_dict()
-        groups = [{**group, "draws": int(facts["draws"])} for group in current["param_groups"]]
+        groups = [{**group, "draws": int(header["draws"])} for group in current["param_groups"]]
         try:
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         except (ValueError, KeyError) as error:

@@ -18,7 +18,7 @@ from ..plugins import plugin_manager
 from ..storage.format import SIGMA_FILE
 from ..storage.tensorfile import TensorFile
 from .callback import PosteriorTraining, trained_parameters
-from .checkpoints import tell_in_card, whole_checkpoint
+from .checkpoints import update_card_in, whole_checkpoint
 from .patches import keep_engine_off_the_adapter
 from .posterior_loss import posterior_loss
 from .processes import agree_on_gradients, average, is_sharded
@@ -62,7 +62,7 @@ class PosteriorTrainerMixin(Trainer):
         create_scheduler, run = super().create_scheduler, self.posterior_training
         run.fit_to(num_training_steps)
         if run.travel is None:
-            run.tell_settings(num_training_steps)
+            run.log_settings(num_training_steps)
             return create_scheduler(num_training_steps, *([optimizer] if optimizer else ()))
 
         def schedule(lr: float, probe: Any) -> Any:
@@ -74,7 +74,7 @@ class PosteriorTrainerMixin(Trainer):
         for group in chosen.param_groups:
             group["lr"] = group["initial_lr"] = lr
         getattr(chosen, "defaults", {})["lr"] = lr  # where some schedules look
-        run.tell_settings(num_training_steps)
+        run.log_settings(num_training_steps)
         return schedule(lr, optimizer)
 
     # A step
@@ -143,7 +143,7 @@ class PosteriorTrainerMixin(Trainer):
         """Write the Trainer's card, in place of the one saved with the adapter, and tell of the posterior in it."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and self.posterior_training.begun:
-            tell_in_card(Path(str(self.args.output_dir)))
+            update_card_in(Path(str(self.args.output_dir)))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         """Let a checkpoint appear whole or not at all.
@@ -164,7 +164,7 @@ class PosteriorTrainerMixin(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / SIGMA_FILE).is_file():
-            self.posterior_training.goes_on_from(TensorFile(Path(checkpoint) / SIGMA_FILE).metadata, checkpoint)
+            self.posterior_training.resume_from(TensorFile(Path(checkpoint) / SIGMA_FILE).metadata, checkpoint)
         if self.posterior_training.adapter is not None and checkpoint is not None:
             self.posterior_training.adapter.load_state(Path(checkpoint) / STATE_FILE)
             # DeepSpeed saves the learning rate with the optimizer's state, which it was kept from loading.

@@ -19,7 +19,7 @@ BASE = {"optimizer": "ivon_lora", "adapter": "lora"}
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"ivon_preset": "tiny"}, ["ivon_preset", "'tiny'", "'auto', 'paper' or 'small_data'"]),
+        ({"ivon_preset": "tiny"}, ["ivon_preset", "'tiny'", "'auto' or 'paper'"]),
         ({"ivon_hessian": "exact"}, ["ivon_hessian", "'exact'", "'reparameterized' or 'squared_gradients'"]),
         ({"ivon_prior_strength": 0}, ["ivon_prior_strength", "0", "greater than 0"]),
         ({"ivon_gamma": 0}, ["ivon_gamma", "0", "greater than 0"]),
@@ -104,7 +104,7 @@ def test_what_attach_refuses_of_an_earlier_adapter_is_told_by_its_key(
     cfg.ivon_prior, cfg.ivon_prior_strength = str(make_adapter()), 0.5
     trainer = make_trainer(tiny_llama, tmp_path)
     IVONLoRAPlugin().post_trainer_create(cfg, trainer)
-    assert trainer.posterior_training.facts["prior"] == cfg.ivon_prior
+    assert trainer.posterior_training.header["prior"] == cfg.ivon_prior
     assert trainer.posterior_training.settings["prior_strength"] == 0.5
 
 
@@ -155,7 +155,7 @@ def test_what_attach_refuses_is_told_by_its_key(
         {"rl": "dpo"},
         {"ivon_eval_samples": 4, "val_set_size": 0.1},
         {"ivon_eval_samples": 4, "test_datasets": [{"path": "x"}]},
-        {"ivon_preset": "small_data", "ivon_gamma": 10},
+        {"ivon_preset": "auto", "ivon_gamma": 10},
         {"learning_rate": 2e-4},
         {"ivon_preset": "auto", "learning_rate": 0.0},  # as it is filled in
         {"ivon_preset": "paper", "learning_rate": 1e-2},
@@ -175,10 +175,10 @@ def test_the_schema_has_types_ranges_and_descriptions(monkeypatch: pytest.Monkey
     plugins = OrderedDict({"axolotl_ivon.IVONLoRAPlugin": IVONLoRAPlugin()})
     monkeypatch.setattr(PluginManager.get_instance(), "plugins", plugins)
     _, merged = merge_input_args()
-    from axolotl_ivon.settings.keys import BY_PRESET, DEFAULTS, IVONArgs
+    from axolotl_ivon.args import IVONArgs
 
     properties = IVONArgs.model_json_schema()["properties"]
-    assert set(merged.model_fields) > set(properties) == {*DEFAULTS, *BY_PRESET}
+    assert set(merged.model_fields) > set(properties)
     for name, entry in properties.items():
         assert "IVON-LoRA" in entry["description"]
         kinds = {kind.get("type") for kind in entry["anyOf"]}

@@ -49,7 +49,7 @@ def test_the_travel_is_that_of_transformers_schedules(written: Any, schedule: st
         scheduler.step()
     assert found["travel"] == pytest.approx(total)
     assert (found["steps"], found["learning_rate"]) == (60, 3e-2)
-    small = written(max_steps=60, lr_scheduler=schedule, ivon_preset="small_data", learning_rate=None, **warmup)
+    small = written(max_steps=60, lr_scheduler=schedule, learning_rate=None, **warmup)
     assert small["travel"] == pytest.approx(0.125)
     assert small["learning_rate"] * total / 3e-2 / 0.02 * 0.01 == pytest.approx(0.125)
     rescaled = written(max_steps=60, lr_scheduler=schedule, ivon_clip=0.02, ivon_rescale_lr=True, ivon_h0=0.1, **warmup)

@@ -616,14 +616,6 @@ def test_bad_hyperparameters_raise_with_their_value(name: str, value: object) ->
     assert repr(value) in str(error.value)
 
 
-def test_effective_sample_size() -> None:
-    assert effective_sample_size(10_000) == pytest.approx(500_000)
-    assert effective_sample_size(4, gamma=1.0) == pytest.approx(2.0)
-    for bad in ({"n": 0}, {"n": 5, "gamma": 0.0}, {"n": 5, "gamma": math.inf}):
-        with pytest.raises(ValueError, match="positive"):
-            effective_sample_size(**bad)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     bad_steps=st.sets(st.integers(0, 11)),

@@ -212,10 +212,9 @@ def test_the_paper_is_exact(tiny_llama: Path, tmp_path: Path) -> None:
     assert trainer.optimizer.param_groups[0]["h0_steps"] is None
 
 
-@pytest.mark.parametrize("preset", ["auto", "small_data"])
 @pytest.mark.parametrize(("given", "alpha"), [(2e-4, 0.02), (9.9e-4, 0.099), (1e-3, 1e-3), (0.1, 0.1)])
 def test_a_rate_below_1e_3_is_the_most_that_a_step_moves_a_weight(
-    preset: Any, given: float, alpha: float, tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    given: float, alpha: float, tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spy = Rates()
     trainer = make_trainer(
@@ -223,12 +222,12 @@ def test_a_rate_below_1e_3_is_the_most_that_a_step_moves_a_weight(
     )
     before = lora_weights(trainer.model)
     with caplog.at_level(logging.INFO, "axolotl_ivon"):
-        attach(trainer, preset=preset)
+        attach(trainer)
         trainer.train()
     assert spy.rates == [pytest.approx(alpha)] * 2
     moved = max(float((p - before[name]).abs().max()) for name, p in lora_weights(trainer.model).items())
     assert moved <= 2 * alpha * 0.01 * (1 + 1e-3)
-    told = [record.message for record in caplog.records if record.message.startswith(f"preset {preset}: λ ")]
+    told = [record.message for record in caplog.records if record.message.startswith("preset auto: λ ")]
     assert len(told) == 1
     assert ("is the most that a step may move" in told[0]) is (given < 1e-3)
     assert not [
@@ -260,7 +259,7 @@ def test_a_rescaled_learning_rate_is_told_in_the_header_and_travels_as_far(tiny_
 
 
 def test_what_a_preset_cannot_work_with_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(IVONError, match="preset: 'tiny' is unknown; choose one of auto, paper, small_data"):
+    with pytest.raises(IVONError, match="preset: 'tiny' is unknown; choose one of auto, paper"):
         attach(make_trainer(tiny_llama, tmp_path), preset="tiny")  # type: ignore[arg-type]
     with pytest.raises(IVONError, match="h0 must be positive"):
         attach(make_trainer(tiny_llama, tmp_path), h0=0.0)

@@ -16,7 +16,7 @@ from trainers import IVON_METRICS, Rates, Spy, lora_weights, make_trainer
 from transformers import Trainer
 
 from axolotl_ivon import IVONLoRA, Posterior, attach, effective_sample_size
-from axolotl_ivon.training.checkpoints import tell_in_card
+from axolotl_ivon.training.checkpoints import update_card_in
 
 
 def test_the_log_shows_the_posterior_and_nothing_per_parameter(tiny_llama: Path, tmp_path: Path) -> None:
@@ -279,8 +279,8 @@ def test_the_trainer_s_card_tells_of_the_posterior(tiny_llama: Path, tmp_path: P
     assert "| steps | 2 |" in card.text
     assert "## Training procedure" in card.text
     (tmp_path / "README.md").write_bytes((tmp_path / "README.md").read_bytes().replace(b"tags:", b"tags: [", 1))
-    tell_in_card(tmp_path)
-    assert "the model card does not tell of the posterior" in caplog.text
+    update_card_in(tmp_path)
+    assert "the model card does not describe the posterior" in caplog.text
 
 
 def test_a_trainer_stays_what_it_was(tiny_llama: Path, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 # keeps p positive; the floor is there for rounding, the ceiling for gradients whose square overflows.
 PRECISION_FLOOR, PRECISION_CEILING = 1e-12, 1e24
 # A step that is longer overflows sooner or later, whatever lr and clip allow.
-TRAVEL = 1e18
+MAX_STEP = 1e18
 # Whether a step is taken (1 or 0), and by what ĝ was scaled since its draws; a device's own is float32 [2].
-Verdict = tuple[float, float] | Tensor
+StepDecision = tuple[float, float] | Tensor
 
 
 class Constants(NamedTuple):
@@ -134,7 +134,7 @@ class Kernels(Protocol):
 
     def judge(
         self, at_draw: Tensor, now: Tensor, numbers: Tensor, report: Sequence[int] | Tensor
-    ) -> tuple[Verdict, Sequence[int] | Tensor]:
+    ) -> tuple[StepDecision, Sequence[int] | Tensor]:
         """Decide whether the step is taken: the norm of ĝ must be finite, at the draws and now.
 
         Args:
@@ -143,10 +143,11 @@ class Kernels(Protocol):
             report: steps that were skipped in all and in a row, and the first tensor with a bad ĝ in the latest.
 
         Returns:
-            The verdict, and the report after this step; what is a bad ĝ of no tensor alone is that of number `tensors`.
+            The decision, and the report after this step, in which a norm that no tensor alone makes infinite counts as
+            that of tensor number `tensors`.
         """
 
-    def update(self, chunk: Chunk, h_hat: Tensor, terms: Terms, verdict: Verdict, c: Constants) -> None:
+    def update(self, chunk: Chunk, h_hat: Tensor, terms: Terms, decision: StepDecision, c: Constants) -> None:
         """Take the step from ĝ in .grad and ĥ, and put the new m into the parameters.
 
         g ← β1·g + (1−β1)·ĝ
@@ -159,7 +160,7 @@ class Kernels(Protocol):
         Args:
             h_hat: what `collect` gave, float32 [place].
             terms: float32 [parts] each.
-            verdict: what `judge` gave: nothing is written if the step is skipped, and ĥ is scaled as ĝ was.
+            decision: what `judge` gave: nothing is written if the step is skipped, and ĥ is scaled as ĝ was.
         """
 
 
@@ -195,8 +196,8 @@ def trial(kernels: Kernels, device: torch.device, dtype: torch.dtype = torch.flo
             squares = kernels.collect(chunk, h_hat, add=add, squared=bool(squared))
             results += [squares, h_hat.clone(), kernels.squares(chunk)]
         constants = Constants(ess=1e3, beta1=0.9, bound=1e-2, fixed=bool(fixed), batch=8.0 if squared else None)
-        verdict, _ = kernels.judge(small, small * 4, torch.arange(len(params), device=device), (0, 0, 0))
-        kernels.update(chunk, h_hat, Terms(small, small, small * 0.1, small * 0.01), verdict, constants)
+        decision, _ = kernels.judge(small, small * 4, torch.arange(len(params), device=device), (0, 0, 0))
+        kernels.update(chunk, h_hat, Terms(small, small, small * 0.1, small * 0.01), decision, constants)
     return [*results, *flats, *(theta.detach().flatten().float() for theta in chunk.thetas)]
 
 

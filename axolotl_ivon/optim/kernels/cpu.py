@@ -17,14 +17,14 @@ from torch import Tensor
 
 from ...noise import quantiles, splitmix64
 from . import plain
-from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants, Terms, Verdict
+from .base import MAX_STEP, PRECISION_CEILING, PRECISION_FLOOR, Chunk, Constants, StepDecision, Terms
 
 PARTS, GAPS = 4.0, False  # it is the noise alone that must stay in the cache
 
 _16, _32, _48, _BITS = np.uint64(16), np.uint64(32), np.uint64(48), np.uint64(0xFFFF)
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 _FLOOR, _CEILING = np.float32(PRECISION_FLOOR), np.float32(PRECISION_CEILING)
-_TRAVEL, _INFINITY, _NAN = np.float32(TRAVEL), np.float32(np.inf), np.float32(np.nan)
+_MAX_STEP, _INFINITY, _NAN = np.float32(MAX_STEP), np.float32(np.inf), np.float32(np.nan)
 
 
 def _compiled(function: Any) -> Any:
@@ -151,7 +151,7 @@ def _update_where(own: bool) -> Any:
                 seen = (seen + delta_i) / p_[i] if squared else seen + delta_i / p_[i]
                 d = memory * (seen - _ONE)
                 d = d if d == d else _ZERO
-                d = d if d > -_TRAVEL else -_TRAVEL
+                d = d if d > -_MAX_STEP else -_MAX_STEP
                 p_i = p_[i] + p_[i] * (d + half * d * d)
                 p_i = p_i if p_i > _FLOOR else _FLOOR
                 p_i = p_i if p_i < _CEILING else _CEILING
@@ -208,12 +208,12 @@ def squares(chunk: Chunk) -> Tensor:
 judge = plain.judge
 
 
-def update(chunk: Chunk, h_hat: Tensor, terms: Terms, verdict: Verdict, c: Constants) -> None:
+def update(chunk: Chunk, h_hat: Tensor, terms: Terms, decision: StepDecision, c: Constants) -> None:
     """Take the step; see `Kernels.update`."""
     thetas, gradients = _addresses(chunk.thetas), _addresses(chunk.gradients)
-    taken, scale = verdict
+    taken, scale = decision
     if thetas is None or gradients is None:
-        plain.update(chunk, h_hat, terms, verdict, c)
+        plain.update(chunk, h_hat, terms, decision, c)
     elif taken:
         m, g, p = chunk.mean, chunk.momentum, chunk.precision
         flats, by_part = ([x.data_ptr() for x in xs] for xs in ((m, g, p, h_hat), terms))

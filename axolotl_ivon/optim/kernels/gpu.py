@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plain
-from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants, Terms, Verdict, to_device
+from .base import MAX_STEP, PRECISION_CEILING, PRECISION_FLOOR, Chunk, Constants, StepDecision, Terms, to_device
 
 PARTS, GAPS = math.inf, True
 
@@ -113,15 +113,15 @@ def _first_bad(squares, numbers, tensors, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _judge(at_draw, now, numbers, report, verdict, tensors, travel, BLOCK: tl.constexpr):
+def _judge(at_draw, now, numbers, report, decision, tensors, max_step, BLOCK: tl.constexpr):
     """`Kernels.judge`, in one program."""
     before, first_before = _first_bad(at_draw, numbers, tensors, BLOCK)
     after, first = _first_bad(now, numbers, tensors, BLOCK)
     # Clipping code makes one gradient that is not finite into many, so what was so at the draw is named first.
     first = tl.where(before - before == 0, first, first_before)
     taken = tl.where((before - before) + (after - after) == 0, 1, 0)  # as infinity − infinity is not a number
-    tl.store(verdict, taken.to(tl.float32))
-    tl.store(verdict + 1, tl.where(before > 0, tl.minimum(tl.sqrt(after) / tl.sqrt(before), travel), 1.0))
+    tl.store(decision, taken.to(tl.float32))
+    tl.store(decision + 1, tl.where(before > 0, tl.minimum(tl.sqrt(after) / tl.sqrt(before), max_step), 1.0))
     tl.store(report, tl.load(report) + 1 - taken)
     tl.store(report + 1, (tl.load(report + 1) + 1) * (1 - taken))
     tl.store(report + 2, tl.load(report + 2) * taken + first * (1 - taken))
@@ -141,13 +141,13 @@ def _update(
     debias,
     rates,
     memories,
-    verdict,
+    decision,
     prior_mean,
     prior_precision,
     one_minus_beta1,
     per_h_hat,
     bound,
-    travel,
+    max_step,
     floor,
     ceiling,
     FIXED: tl.constexpr,
@@ -158,14 +158,14 @@ def _update(
 ):
     """One step, as in `Kernels.update`; OWN: every weight has a prior of its own."""
     part, places, flat, _ = _place(programs, parts, BLOCK)
-    inside = places < tl.load(parts + 4 * part) * tl.load(verdict).to(tl.int64)
+    inside = places < tl.load(parts + 4 * part) * tl.load(decision).to(tl.int64)
     m = tl.load(mean + flat, mask=inside, other=0.0)
     g = tl.load(momentum + flat, mask=inside, other=0.0)
     p = tl.load(precision + flat, mask=inside, other=1.0)
     h = tl.load(h_hat + flat, mask=inside, other=0.0)
     gradient = tl.load(_at(gradients, part, places, TYPE), mask=inside, other=0.0).to(tl.float32)
     delta, rate, memory = tl.load(deltas + part), tl.load(rates + part), tl.load(memories + part)
-    scale = tl.load(verdict + 1)
+    scale = tl.load(decision + 1)
     away = m
     if OWN:
         delta = delta * tl.load(prior_precision + flat, mask=inside, other=1.0)
@@ -176,7 +176,7 @@ def _update(
         d = memory * ((per_h_hat * scale * scale * h + delta) / p - 1)
     else:
         d = memory * (delta / p - 1 + per_h_hat * scale * h)
-    d = tl.maximum(tl.where(d == d, d, 0.0), -travel)
+    d = tl.maximum(tl.where(d == d, d, 0.0), -max_step)
     if SQUARED:
         p += p * d
     else:
@@ -220,29 +220,29 @@ def squares(chunk: Chunk) -> Tensor:
 
 def judge(
     at_draw: Tensor, now: Tensor, numbers: Tensor, report: Sequence[int] | Tensor
-) -> tuple[Verdict, Sequence[int] | Tensor]:
+) -> tuple[StepDecision, Sequence[int] | Tensor]:
     """Decide whether the step is taken; see `Kernels.judge`."""
     told = report if isinstance(report, Tensor) else torch.tensor(report)
     told = to_device(told, now.device) if told.device != now.device else told
-    verdict = torch.empty(2, device=now.device)
+    decision = torch.empty(2, device=now.device)
     with torch.cuda.device_of(now):
-        _judge[(1,)](at_draw, now, numbers, told, verdict, len(numbers), TRAVEL, BLOCK=_BLOCK)
-    return verdict, told
+        _judge[(1,)](at_draw, now, numbers, told, decision, len(numbers), MAX_STEP, BLOCK=_BLOCK)
+    return decision, told
 
 
-def update(chunk: Chunk, h_hat: Tensor, terms: Terms, verdict: Verdict, c: Constants) -> None:
+def update(chunk: Chunk, h_hat: Tensor, terms: Terms, decision: StepDecision, c: Constants) -> None:
     """Take the step; see `Kernels.update`."""
     gradients = _gradients(chunk)
-    verdict = verdict if isinstance(verdict, Tensor) else to_device(verdict, chunk.mean.device)
+    decision = decision if isinstance(decision, Tensor) else to_device(decision, chunk.mean.device)
     prior = chunk.prior or (chunk.mean, chunk.mean)  # which is not read
     _launch(
         _update,
         chunk,
         _thetas(chunk),
         _table(chunk, "gradients", gradients),
-        *(chunk.mean, chunk.momentum, chunk.precision, h_hat, *terms, verdict, *prior),
+        *(chunk.mean, chunk.momentum, chunk.precision, h_hat, *terms, decision, *prior),
         *(1 - c.beta1, c.ess if c.batch is None else c.batch, c.bound),
-        *(TRAVEL, PRECISION_FLOOR, PRECISION_CEILING),
+        *(MAX_STEP, PRECISION_FLOOR, PRECISION_CEILING),
         FIXED=c.fixed,
         OWN=chunk.prior is not None,
         SQUARED=c.batch is not None,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...noise import training_noise
-from .base import PRECISION_CEILING, PRECISION_FLOOR, TRAVEL, Chunk, Constants, Terms, Verdict
+from .base import MAX_STEP, PRECISION_CEILING, PRECISION_FLOOR, Chunk, Constants, StepDecision, Terms
 
 PARTS, GAPS = 1.0, False  # every operation passes over the weights, which must stay in the cache
 
@@ -64,20 +64,20 @@ def squares(chunk: Chunk) -> Tensor:
 
 def judge(
     at_draw: Tensor, now: Tensor, numbers: Tensor, report: Sequence[int] | Tensor
-) -> tuple[Verdict, Sequence[int] | Tensor]:
+) -> tuple[StepDecision, Sequence[int] | Tensor]:
     """Decide whether the step is taken; see `Kernels.judge`. This one waits for the device."""
     before, after = float(at_draw.sum()), float(now.sum())
     total, in_a_row, tensor = map(int, report)
     if math.isfinite(before) and math.isfinite(after):
-        return (1.0, min(math.sqrt(after / before), TRAVEL) if before > 0 else 1.0), (total, 0, tensor)
+        return (1.0, min(math.sqrt(after / before), MAX_STEP) if before > 0 else 1.0), (total, 0, tensor)
     # Clipping code makes one gradient that is not finite into many, so what was so at the draw is named first.
     bad = numbers[(now if math.isfinite(before) else at_draw).isnan().cpu()].tolist()
     return (0.0, 1.0), (total + 1, in_a_row + 1, min(bad, default=len(numbers)))
 
 
-def update(chunk: Chunk, h_hat: Tensor, terms: Terms, verdict: Verdict, c: Constants) -> None:
+def update(chunk: Chunk, h_hat: Tensor, terms: Terms, decision: StepDecision, c: Constants) -> None:
     """Take the step; see `Kernels.update`."""
-    taken, scale = map(float, verdict)
+    taken, scale = map(float, decision)
     if not taken:
         return
     m, g, p = chunk.mean, chunk.momentum, chunk.precision
@@ -87,7 +87,7 @@ def update(chunk: Chunk, h_hat: Tensor, terms: Terms, verdict: Verdict, c: Const
     torch._foreach_lerp_(chunk.momenta, [gradient.float() for gradient in chunk.gradients], 1 - c.beta1)
     if c.batch is None:
         d = torch.div(delta, p).sub_(1).add_(h_hat, alpha=c.ess * scale).mul_(memory)
-        d.nan_to_num_(nan=0.0, neginf=-TRAVEL)
+        d.nan_to_num_(nan=0.0, neginf=-MAX_STEP)
         p.addcmul_(p, torch.addcmul(d, d, d, value=0.5))
     else:
         p.lerp_(torch.add(delta, h_hat, alpha=c.batch * scale**2), memory.expand_as(p)).nan_to_num_(

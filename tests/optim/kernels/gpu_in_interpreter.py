@@ -169,11 +169,11 @@ def test_the_device_judges_as_the_plain_kernels_do(at_draw: list[float], now: li
     report = (3, 2, 1)
     given = (torch.tensor(at_draw), torch.tensor(now), torch.tensor([1, 0]), report)
     (taken, scale), told = kernels.plain.judge(*given)
-    verdict, told_on_device = gpu.judge(*given)
+    decision, told_on_device = gpu.judge(*given)
     assert list(map(int, told_on_device)) == list(told)
-    assert verdict[0] == taken
+    assert decision[0] == taken
     if taken:
-        assert float(verdict[1]) == pytest.approx(scale)
+        assert float(decision[1]) == pytest.approx(scale)
 
 
 def test_tensors_without_a_gradient_cost_no_launch_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(dtype: torch.dtype) -> 
 
     integers = {"programs", "parts", "thetas", "gradients", "numbers", "report"}
     scalars = {"ess", "scale", "one_minus_beta1", "per_h_hat", "bound"}
-    scalars |= {"travel", "floor", "ceiling"}
+    scalars |= {"max_step", "floor", "ceiling"}
     variants = [("_draw", {}), ("_squares", {}), ("_sum", {}), ("_judge", {})]
     variants += [("_collect", {"ADD": add, "SQUARED": squared}) for add in (True, False) for squared in (True, False)]
     variants += [("_update", {"FIXED": fixed, "SQUARED": not fixed, "OWN": False}) for fixed in (True, False)]

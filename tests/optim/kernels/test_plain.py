@@ -9,24 +9,24 @@ import torch
 from toy import chunk_of
 
 from axolotl_ivon.optim.kernels import plain
-from axolotl_ivon.optim.kernels.base import TRAVEL, Constants, Terms
+from axolotl_ivon.optim.kernels.base import MAX_STEP, Constants, Terms
 
 BAD = math.nan
 
 
 @pytest.mark.parametrize(
-    ("at_draw", "now", "verdict"),
+    ("at_draw", "now", "decision"),
     [
         ([1.0, 3.0], [4.0, 12.0], (1, 2)),  # the norm is the root of the sum
         ([0.0, 0.0], [0.0, 0.0], (1, 1)),
-        ([1e-38, 0.0], [1e38, 0.0], (1, TRAVEL)),
+        ([1e-38, 0.0], [1e38, 0.0], (1, MAX_STEP)),
     ],
 )
 def test_a_finite_gradient_is_taken_with_the_ratio_of_its_norms(
-    at_draw: list[float], now: list[float], verdict: tuple[float, float]
+    at_draw: list[float], now: list[float], decision: tuple[float, float]
 ) -> None:
     found, report = plain.judge(torch.tensor(at_draw), torch.tensor(now), torch.tensor([0, 1]), (4, 3, 1))
-    assert found == pytest.approx(verdict)
+    assert found == pytest.approx(decision)
     assert report == (4, 0, 1)
 
 

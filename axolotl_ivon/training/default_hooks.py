@@ -1,4 +1,4 @@
-"""What ships for training, registered through the hooks that a third party would use."""
+"""The optimizer, sampling and metrics of a run unless a third party's hooks say otherwise."""
 
 from __future__ import annotations
 

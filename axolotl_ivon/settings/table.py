@@ -1,0 +1,181 @@
+"""The table of settings: what each is called, may be, is where nobody gives it, and means.
+
+From it follow the YAML keys (`keys.py`), what the presets take (`presets.py`), what the header of
+`ivon_sigma.safetensors` keeps, and the table of docs/train.md. A test holds the parameters of `attach` and `IVONLoRA`
+against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
+
+OPTIMIZER, PLUGIN = "ivon_lora", "axolotl_ivon.IVONLoRAPlugin"
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Average = Annotated[float, Field(ge=0, lt=1)]
+# From left to right: 1e-3 is a string in YAML, and a number.
+Prior = Annotated[
+    Literal["empirical"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] | Annotated[str, Field(min_length=1)],
+    Field(union_mode="left_to_right"),
+]
+
+
+class Setting(NamedTuple):
+    """A setting of a run.
+
+    Attributes:
+        name: the parameter of `attach`; beta1 and beta2 are the two of `betas`.
+        type: what the value of the YAML key must be.
+        paper: the value in the paper's commonsense runs (arXiv 2506.14280): that of the preset "paper" and, where
+            `IVONLoRA` has the parameter, its default.
+        auto: the value of the preset "auto"; None where it is unset, or follows from the run by a rule of
+            `presets.Preset`.
+        help: the meaning, in Markdown.
+        rule: the value of "auto" in words, where there is more to say than the value.
+        header: whether the header of σ has it: "always", "unless paper" (where it is absent it is the paper's), or "".
+    """
+
+    name: str
+    type: Any
+    paper: Any
+    auto: Any
+    help: str
+    rule: str = ""
+    header: Literal["always", "unless paper", ""] = "always"
+
+    @property
+    def key(self) -> str:
+        """The key of the YAML."""
+        return "ivon_lambda" if self.name == "ess" else f"ivon_{self.name}"  # `lambda` is no name in Python
+
+    @property
+    def default(self) -> str:
+        """The value of an unset key, in Markdown."""
+        auto = self.rule or _shown(self.auto)
+        return auto if self.auto == self.paper else f"{auto}; {_shown(self.paper)} by `paper`"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return f"`{value}`"
+    return "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+SETTINGS = (
+    Setting(
+        "preset",
+        Literal["auto", "paper"],
+        "auto",
+        "auto",
+        "the values of unset keys. `auto` fits them to N, the number of steps and the LoRA weights, and reads a "
+        "`learning_rate` below 1e-3 as the most that a step may move a weight; `paper`: the paper's for commonsense",
+    ),
+    Setting(
+        "gamma",
+        Positive,
+        5000.0,
+        None,
+        "γ of the effective sample size λ = γ·√N, N being the number of training examples. Smaller: a wider "
+        "posterior, better calibrated on little data; larger: closer to the mean",
+    ),
+    Setting(
+        "ess",
+        Positive,
+        None,
+        None,
+        "the effective sample size λ itself, instead of `ivon_gamma`; needed for streamed data",
+        rule="1000·N or more; γ·√N by `paper`",
+    ),
+    Setting("h0", Positive, 5e-2, None, "the initial Hessian; smaller means wider draws at the start", rule="by λ"),
+    Setting(
+        "clip",
+        Positive,
+        5e-3,
+        1e-2,
+        "ξ, the bound on the preconditioned gradient of each weight: a step moves it by at most `learning_rate`·ξ",
+    ),
+    Setting("beta1", Average, 0.9, 0.9, "β1, the running average of the gradient"),
+    Setting(
+        "beta2",
+        Average,
+        0.9995,
+        None,
+        "β2, the running average of the posterior precision: `auto` remembers a fifth of the run",
+        rule="by the steps",
+    ),
+    Setting(
+        "prior",
+        Prior,
+        "empirical",
+        "empirical",
+        "the prior: `empirical` fits the variance of each tensor; a number δ is IVON's fixed prior, which acts as "
+        "weight decay; a folder or Hub id of an earlier adapter with σ: training goes on from it and does not forget",
+    ),
+    Setting(
+        "prior_strength",
+        Positive,
+        1.0,
+        0.1,
+        "κ, a factor on the prior's precision: at 0.1 the prior is √10 as wide as the one that fits the tensor best, "
+        "and σ shows more of the data; an earlier adapter is forgotten faster the smaller it is",
+        rule="0.1, with an earlier adapter 300",
+        header="unless paper",
+    ),
+    Setting(
+        "hessian",
+        Literal["reparameterized", "squared_gradients"],
+        "reparameterized",
+        "squared_gradients",
+        "the estimate ĥ of the Hessian: `squared_gradients` is B·ĝ² for a step of B losses (tokens of a language "
+        "model), `reparameterized` IVON's ĝ·(θ−m)/σ²",
+        header="unless paper",
+    ),
+    Setting(
+        "h0_steps",
+        Positive,
+        None,
+        10.0,
+        "the number of steps that `ivon_h0` counts as; unset, it fades as β2^t",
+        header="unless paper",
+    ),
+    Setting(
+        "rescale_lr",
+        bool,
+        False,
+        False,
+        "whether the learning rate of a tensor is (h0 + δ)·`learning_rate`, the optional line of IVON's Algorithm 1: "
+        "`learning_rate` is then 1/`ivon_h0` times as large",
+        header="unless paper",
+    ),
+    Setting(
+        "eval_samples",
+        Annotated[int, Field(ge=0)],
+        0,
+        0,
+        "the number of draws whose averaged prediction every evaluation scores too: `eval_loss_posterior` beside "
+        "`eval_loss`, which is the mean's",
+        header="",
+    ),
+    Setting(
+        "draws",
+        Literal["shared", "per_rank"],
+        "shared",
+        "shared",
+        "`shared`: one draw for all processes, so that a run does not depend on their number; `per_rank`: one for "
+        "each, with ĝ and ĥ averaged, for less variance",
+        header="",
+    ),
+)
+PAPER = {setting.name: setting.paper for setting in SETTINGS}
+# What did not exist when format 1 of the header, and the optimizer's state, were fixed.
+ADDED_LATER = {setting.name: setting.paper for setting in SETTINGS if setting.header == "unless paper"}
+
+
+def header_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the entries of the header of σ for the values of all settings, by their names."""
+    kept = [s.name for s in SETTINGS if s.header == "always"]
+    kept += [name for name, usual in ADDED_LATER.items() if values.get(name, usual) != usual]
+    return {name: "true" if values[name] is True else str(values[name]) for name in kept}

@@ -1,0 +1,124 @@
+"""The table of settings, what follows from it, and the presets against closed forms."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from axolotl_ivon import IVONLoRA, attach, effective_sample_size
+from axolotl_ivon.settings.keys import DEFAULTS, IVONArgs, attach_parameters
+from axolotl_ivon.settings.presets import PRESETS, resolved
+from axolotl_ivon.settings.table import PAPER, SETTINGS, header_of
+
+
+def test_the_paper_s_values() -> None:
+    assert [PAPER[name] for name in ("gamma", "h0", "clip", "beta1", "beta2")] == [5000.0, 5e-2, 5e-3, 0.9, 0.9995]
+    assert [PAPER[name] for name in ("prior", "prior_strength", "hessian")] == ["empirical", 1.0, "reparameterized"]
+
+
+def test_every_signature_has_the_parameters_and_defaults_of_the_table() -> None:
+    unset = {s.name: s.auto if s.auto == s.paper else None for s in SETTINGS}  # None: the preset's
+    unset["betas"] = unset.pop("beta1"), unset.pop("beta2")
+    defaults = {name: parameter.default for name, parameter in inspect.signature(attach).parameters.items()}
+    assert {name: defaults.pop(name) for name in unset} == unset
+    assert defaults == {"trainer": inspect.Parameter.empty, "train_size": None}
+    paper = {**PAPER, "betas": (PAPER["beta1"], PAPER["beta2"]), "lr": 1e-2, "seed": 0, "batch_size": 1}
+    for name, parameter in inspect.signature(IVONLoRA).parameters.items():
+        if name not in ("params", "ess"):
+            assert parameter.default == paper[name], name
+    assert effective_sample_size(4) == 2 * PAPER["gamma"]
+
+
+def test_the_keys_are_those_of_the_table_and_name_their_defaults() -> None:
+    properties = IVONArgs.model_json_schema()["properties"]
+    assert list(properties) == [s.key for s in SETTINGS]
+    for setting in SETTINGS:
+        assert f"{setting.help}. Default: {setting.default}." in properties[setting.key]["description"]
+    assert all(f"Default: {default}." in str(properties) for default in ("`auto`", "unset; 5000 by `paper`", "false"))
+    assert DEFAULTS.keys() < properties.keys()
+
+
+def test_keys_become_parameters_of_attach() -> None:
+    assert attach_parameters({}) == {"betas": (0.9, None)}
+    given = {"ivon_lambda": 3.0, "ivon_beta1": 0.5, "ivon_beta2": 0.7, "ivon_clip": None, "learning_rate": 1.0}
+    assert attach_parameters(given) == {"ess": 3.0, "betas": (0.5, 0.7)}
+
+
+def test_values_that_are_given_take_the_place_of_a_preset_s() -> None:
+    assert resolved("auto", dict.fromkeys(PAPER)) == PRESETS["auto"]
+    mine = resolved("auto", {"ess": 7.0, "h0": 0.3, "beta2": 0.5, "prior_strength": 2.0, "draws": "shared"})
+    assert mine.for_run(0, {"x.lora_A.y": (4, 8)}, 100, 3.0) == {"ess": 7.0, "h0": 0.3, "betas": (0.9, 0.5)}
+    assert mine.prior_strength == mine.posterior_strength == 2.0
+
+
+def test_the_header_has_later_settings_where_they_are_not_the_paper_s() -> None:
+    assert "hessian" not in header_of(PAPER)
+    header = header_of({**PAPER, "hessian": "squared_gradients", "rescale_lr": True, "h0_steps": 10.0})
+    assert header.items() >= {"h0": "0.05", "hessian": "squared_gradients", "rescale_lr": "true"}.items()
+    assert header["h0_steps"] == "10.0"
+    assert header.keys().isdisjoint({"prior_strength", "eval_samples", "draws"})
+
+
+def test_the_page_takes_its_table_from_here() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "train.md").read_text(encoding="utf-8")
+    assert "{{ settings }}" in page
+    assert "| `ivon_" not in page.partition("Values for three settings")[0]
+
+
+def test_settings_need_no_torch() -> None:
+    code = "import axolotl_ivon.settings.keys, axolotl_ivon.settings.presets, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_effective_sample_size() -> None:
+    assert effective_sample_size(10_000) == pytest.approx(500_000)
+    assert effective_sample_size(4, gamma=1.0) == pytest.approx(2.0)
+    for bad in ({"n": 0}, {"n": 5, "gamma": 0.0}, {"n": 5, "gamma": float("inf")}):
+        with pytest.raises(ValueError, match="positive"):
+            effective_sample_size(**bad)
+
+
+def test_lambda_and_h0_are_the_paper_s_or_from_what_the_draws_may_cost() -> None:
+    paper, auto = PRESETS["paper"], PRESETS["auto"]
+    assert paper.ess(900, 10**6) == effective_sample_size(900, 5000.0)
+    assert paper.first_h0(1e5, [4096] * 1000) == 0.05
+    assert auto.ess(256, 92_160) == 256_000
+    assert auto.ess(10, 896) == 250_000
+    # All of p from the data: σ² = 1/(λ·h), so Σ ½·h·σ² of an example, times their number, is 50 nats.
+    ess = auto.ess(900, 460_800)
+    h = torch.rand(460_800, dtype=torch.float64)
+    assert 900 * float((h / (ess * h)).sum()) / 2 == pytest.approx(50)
+    # 60 matrices of 576 inputs: each has variance 1/1728, and 60·1728·σ² is to be 64 at the start.
+    assert 60 * 1728 / (ess * auto.first_h0(ess, [576] * 60)) == pytest.approx(64)
+    assert 2 * 1728 / (ess * auto.first_h0(ess, [576] * 2)) == pytest.approx(2 * 4)
+    with pytest.raises(ValueError, match="training examples"):
+        auto.ess(0, 5)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**9), st.floats(0, 1000), st.floats(0, 1000))
+def test_few_examples_count_as_more_in_a_short_run(size: int, weights: int, epochs: float, more: float) -> None:
+    auto = PRESETS["auto"]
+    assert auto.ess(128, 896, 62) == 128_000
+    assert auto.ess(10, 896, 62) == auto.ess(10, 896, 20) == 125_000
+    assert auto.ess(10, 896, 15) == 187_500
+    ess = auto.ess(size, weights, epochs)
+    assert ess >= auto.ess(size, weights, epochs + more)
+    assert ess >= 1000 * size
+    if size >= 250 or epochs <= 10:
+        assert ess == auto.ess(size, weights)
+    assert PRESETS["paper"].ess(size, weights, epochs) == PRESETS["paper"].ess(size, weights)
+
+
+def test_the_memory_is_a_fifth_of_the_run() -> None:
+    auto = PRESETS["auto"]
+    assert 1 / (1 - auto.second_beta(5000)) == pytest.approx(1000)
+    assert auto.second_beta(1) == auto.second_beta(50) == 0.9
+    assert PRESETS["paper"].second_beta(7) == 0.9995
