@@ -1,0 +1,475 @@
+"""What a run logs and keeps, the posterior's evaluation loss, rates, hooks, and the adapter in several processes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from trainers import Spy, lora_weights
+from transformers import TrainerCallback
+
+from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, hookimpl
+from axolotl_ivon.plugins import plugin_manager
+from axolotl_ivon.training.callback import trained_parameters
+from axolotl_ivon.training.processes import agree_on_gradients, average, check_sharding
+from axolotl_ivon.training.rates import rate_for, rates
+from axolotl_ivon.training.sharded import ANCHOR, STATE_FILE, ReplicatedAdapter
+
+TENSOR = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.default.weight"
+
+
+def header(folder: Path) -> dict[str, str]:
+    return Posterior.from_pretrained(folder).metadata
+
+
+# ---------------------------------------------------------------- what a run logs
+
+
+def train_with_bad_gradients(attached: Any, bad: set[int], **args: Any) -> Spy:
+    """Train with a gradient that is not finite, in `TENSOR` and the one after it, at steps `bad`."""
+    spy = Spy()
+    trainer = attached(callbacks=[spy], learning_rate=1e-1, **args)
+    names = dict(trainer.model.named_parameters())
+    for name in (TENSOR, TENSOR.replace("lora_A", "lora_B")):
+        names[name].register_hook(lambda g: g * (math.nan if trainer.state.global_step + 1 in bad else 1.0))
+    trainer.train()
+    trainer.save_model(str(Path(trainer.args.output_dir) / "final"))
+    return spy
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    return [(r.levelno, r.getMessage()) for r in caplog.records if r.name == "axolotl_ivon.training.callback"]
+
+
+def test_a_skipped_step_is_logged_with_its_first_tensor(attached: Any, caplog: pytest.LogCaptureFixture) -> None:
+    spy = train_with_bad_gradients(attached, {2, 5}, max_steps=6)
+    skipped = [text for _, text in messages(caplog) if "skipped" in text]
+    assert skipped == [f"step {step} was skipped: the gradient of {TENSOR} is not finite" for step in (2, 5)]
+    for step in (2, 5):
+        assert all(torch.equal(spy.means[step - 1][name], spy.means[step - 2][name]) for name in spy.means[0])
+    assert any(not torch.equal(spy.means[2][name], spy.means[1][name]) for name in spy.means[0])
+
+
+def test_a_run_that_diverges_says_so_once_and_keeps_the_last_good_state(
+    attached: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spy = train_with_bad_gradients(attached, set(range(4, 17)), max_steps=16, save_strategy="no")
+    assert len([text for _, text in messages(caplog) if "was skipped" in text]) == 9, (
+        "from the tenth on it is one story"
+    )
+    (error,) = (text for level, text in messages(caplog) if level == logging.ERROR)
+    assert error.startswith("the run diverges: the last 10 steps were skipped")
+    assert TENSOR in error
+    assert "those of step 3:" in error
+    posterior = Posterior.from_pretrained(tmp_path / "final")
+    for name, mean in spy.means[2].items():
+        assert torch.equal(posterior.mean[name.replace(".default", "")], mean)
+    assert all(sigma.isfinite().all() and (sigma > 0).all() for sigma in posterior.sigma.values())
+
+
+@pytest.mark.parametrize(("given", "kept"), [({}, 0), ({"max_grad_norm": 0.3}, 0.3)])
+def test_gradient_clipping_is_off_unless_it_was_asked_for(given: Any, kept: float, trained: Any, caplog: Any) -> None:
+    assert trained(max_steps=1, **given).args.max_grad_norm == kept
+    assert ("max_grad_norm 0.3" in caplog.text) is bool(given)
+
+
+def test_warnings_say_why(trained: Any, caplog: pytest.LogCaptureFixture) -> None:
+    trained({"preset": "paper", "clip": 0.01}, max_steps=4, learning_rate=2e-4, lr_scheduler_type="linear")
+    assert "learning_rate 0.0002 looks like one for Adam" in caplog.text
+    reach = 2e-4 * 0.01 * (1 + 0.75 + 0.5 + 0.25)
+    assert f"farther than {reach:.3g}" in caplog.text
+    assert f"with {2e-4 * 0.13 / reach:.2g} it is 0.13" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        trained({"clip": 1.0}, max_steps=4, learning_rate=0.1)
+    assert "axolotl_ivon" not in caplog.text
+
+
+def test_the_last_words_say_how_far_the_weights_moved_and_the_header_keeps_it(
+    attached: Any, trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = {
+        "settings": {"preset": "paper", "clip": 0.01},
+        "max_steps": 4,
+        "save_steps": 2,
+        "lr_scheduler_type": "linear",
+    }
+    trainer = attached(**run)
+    before = lora_weights(trainer.model)
+    with caplog.at_level(logging.INFO, "axolotl_ivon"):
+        trainer.train()
+    after = {name: weight for name, weight in lora_weights(trainer.model).items() if "lora_B" in name}
+    apart = [(weight - before[name]).abs().flatten() for name, weight in after.items()]
+    moved, allowed = float(torch.cat(apart).mean()), 3e-2 * 0.01 * (1 + 0.75 + 0.5 + 0.25)
+    last = header(tmp_path / "checkpoint-4")
+    assert float(last["moved"]) == pytest.approx(moved, rel=1e-3)
+    assert float(last["travel"]) == pytest.approx(allowed, rel=1e-4)
+    (weights_level, weights), (sigma_level, sigma), (_, following) = messages(caplog)[-3:]
+    assert (weights_level, sigma_level) == (logging.WARNING, logging.INFO)
+    assert f"hardly moved: by {moved:.1g} on average, {moved / allowed:.0%} of the {allowed:.3g}" in weights
+    assert "σ was not learned" in sigma
+    assert f"ivon-post check {tmp_path}" in following
+    # Half a run allows what its first steps allow, and a resumed one what an uninterrupted one does.
+    assert float(header(tmp_path / "checkpoint-2")["travel"]) == pytest.approx(3e-2 * 0.01 * 1.75, rel=1e-4)
+    trained(**run, resume=tmp_path / "checkpoint-2")
+    assert header(tmp_path / "checkpoint-4") == last
+
+
+def test_how_far_weights_moved_is_measured_from_where_they_were(made: Any, trained: Any, tmp_path: Path) -> None:
+    trainer = trained({"clip": 0.01}, lora={"init_lora_weights": "pissa"}, max_steps=1, save_steps=1)
+    moved = trainer.posterior_training.movement(1)
+    assert 0 < moved["moved"] <= moved["travel"]
+    # A resumed run, whose header must be the same, would not know where it began.
+    assert "moved" not in header(tmp_path / "checkpoint-1")
+    plain = made("plain", max_steps=1, save_steps=1)
+    for name, param in plain.model.named_parameters():
+        param.requires_grad_("lora_A" in name)
+    attach(plain)
+    plain.train()
+    assert "moved" not in header(tmp_path / "plain" / "checkpoint-1")
+    assert float(header(tmp_path / "plain" / "checkpoint-1")["travel"]) > 0
+
+
+# ---------------------------------------------------------------- hooks and the model
+
+
+@pytest.fixture
+def register() -> Any:
+    """A function that registers a third party's plugin for the length of a test."""
+    registered = []
+    yield lambda plugin: registered.append(plugin_manager().register(plugin) and plugin)
+    for plugin in registered:
+        plugin_manager().unregister(plugin)
+
+
+def test_a_third_party_adds_metrics_and_hears_of_saved_posteriors(trained: Any, register: Any) -> None:
+    saved = []
+
+    class ThirdParty:
+        @hookimpl
+        def log_metrics(self, trainer: Any, optimizer: Any) -> dict[str, float]:
+            return {"my_metric": 1.5}
+
+        @hookimpl
+        def posterior_saved(self, folder: str) -> None:
+            assert Posterior.from_pretrained(folder)
+            saved.append(Path(folder).name)
+
+    register(ThirdParty())
+    trainer = trained()
+    assert saved == ["checkpoint-3", "checkpoint-6"]
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["my_metric"] == 1.5
+    assert entry["ivon_sigma_mean"] > 0
+
+
+def test_a_third_party_s_optimizer_and_context_take_the_place_of_ours(
+    trained: Any, register: Any, tmp_path: Path
+) -> None:
+    entered = []
+
+    class Mine(IVONLoRA):
+        pass
+
+    class ThirdParty:
+        @hookimpl
+        def create_optimizer(self, named_parameters: Any, settings: Any) -> Any:
+            return Mine(named_parameters, **{**settings, "h0": 0.5})
+
+        @hookimpl
+        @contextmanager
+        def sampling_context(self, trainer: Any, optimizer: Any) -> Any:
+            with optimizer.sampled_params():
+                entered.append(trainer.state.global_step)
+                yield
+
+    register(ThirdParty())
+    assert isinstance(trained().optimizer.optimizer, Mine)
+    assert entered == list(range(6))
+    assert header(tmp_path / "checkpoint-6")["h0"] == "0.5"
+
+
+def test_whoever_reads_the_model_at_a_draw_reads_the_mean(attached: Any, tmp_path: Path) -> None:
+    spy, checked = Spy(), []
+    trainer = attached({"gamma": 10.0}, callbacks=[spy], save_strategy="no")
+    compute_loss = trainer.compute_loss
+
+    def reading(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if spy.means:
+            drawn, state = lora_weights(model), model.state_dict()
+            model.save_pretrained(tmp_path / "mid-step")
+            posterior = Posterior.from_pretrained(tmp_path / "mid-step")
+            for name, mean in spy.means[-1].items():
+                assert not torch.equal(drawn[name], mean)
+                assert torch.equal(state[name], mean)
+                assert torch.equal(posterior.mean[name.replace(".default", "")], mean)
+            assert all(torch.equal(drawn[name], p) for name, p in lora_weights(model).items()), "the draw goes on"
+            checked.append(True)
+        return compute_loss(model, *args, **kwargs)
+
+    trainer.compute_loss = reading
+    trainer.train()
+    assert len(checked) == 5
+
+
+# ---------------------------------------------------------------- eval_loss_posterior
+
+
+def test_it_is_the_likelihood_of_the_averaged_prediction(trained: Any) -> None:
+    evaluation = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 5}
+    trainer = trained({"gamma": 1.0, "eval_samples": 4}, save_strategy="no", **evaluation)
+    logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [set(entry) >= {"eval_loss", "eval_loss_posterior"} for entry in logged] == [True, True]
+
+    model, optimizer = trainer.model.eval(), trainer.optimizer.optimizer
+    mean = lora_weights(model)
+    rows = torch.tensor(trainer.eval_dataset["input_ids"])
+    probabilities = torch.zeros(rows.shape[0], rows.shape[1] - 1, dtype=torch.float64)
+    for number in range(4):
+        with optimizer.evaluation_draw(number), torch.no_grad():
+            assert not torch.equal(next(iter(lora_weights(model).values())), next(iter(mean.values())))
+            predicted = model(input_ids=rows).logits[:, :-1].double().softmax(-1)
+        probabilities += predicted.gather(-1, rows[:, 1:, None])[..., 0] / 4
+    assert logged[-1]["eval_loss_posterior"] == pytest.approx(-probabilities.log().mean().item(), rel=1e-4)
+    assert logged[-1]["eval_loss_posterior"] != pytest.approx(logged[-1]["eval_loss"], rel=1e-4)
+    assert all(torch.equal(mean[name], p) for name, p in lora_weights(model).items())
+
+
+def test_evaluating_changes_nothing_in_the_run(trained: Any) -> None:
+    run = {"eval_strategy": "steps", "eval_steps": 1, "gradient_accumulation_steps": 2}
+    run |= {"per_device_train_batch_size": 2}
+    without, with_it = (lora_weights(trained({"eval_samples": n}, str(n), **run).model) for n in (0, 3))
+    assert all(torch.equal(without[name], with_it[name]) for name in without)
+
+
+def test_data_without_labels_is_refused(attached: Any) -> None:
+    class WithoutLabels(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            trainer.eval_dataset = trainer.eval_dataset.remove_columns("labels")
+
+    trainer = attached({"eval_samples": 2}, callbacks=[WithoutLabels()], eval_strategy="steps", eval_steps=2)
+    with pytest.raises(IVONError, match="`labels`"):
+        trainer.train()
+
+
+# ---------------------------------------------------------------- learning rates
+
+
+@settings(deadline=None)  # torch's first step imports for a second
+@given(
+    shape=st.lists(st.floats(0.01, 1), min_size=1, max_size=30),
+    travel=st.floats(1e-3, 10),
+    clip=st.floats(1e-4, 1),
+)
+def test_the_rates_of_a_run_add_up_to_the_travel(shape: list[float], travel: float, clip: float) -> None:
+    def schedule(lr: float, optimizer: Any) -> LambdaLR:
+        return LambdaLR(optimizer, lambda step: shape[min(step, len(shape) - 1)])
+
+    assert rate_for(travel, clip, len(shape), schedule) * sum(shape) * clip == pytest.approx(travel)
+
+
+def test_a_schedule_that_is_no_function_of_the_step_is_followed_too() -> None:
+    def schedule(lr: float, optimizer: Any) -> OneCycleLR:
+        return OneCycleLR(optimizer, max_lr=lr, total_steps=9)
+
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, travelled = schedule(rate_for(0.15, 0.01, 8, schedule), optimizer), 0.0
+    for _ in range(8):
+        travelled += 0.01 * scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+    assert travelled == pytest.approx(0.15)
+
+
+def test_a_floor_that_is_no_share_of_the_peak_counts() -> None:
+    floor = 0.4
+
+    def schedule(lr: float, optimizer: Any) -> LambdaLR:
+        return LambdaLR(optimizer, lambda step: max(1 - step / 4, floor / lr))
+
+    # Four steps: lr·(1 + ¾ + ½) and the floor, which is higher than lr/4.
+    assert rate_for(0.03, 0.01, 4, schedule) == pytest.approx((3 - floor) / 2.25, rel=1e-5)
+
+
+def test_a_schedule_that_wants_the_loss_is_taken_to_stay_at_its_peak() -> None:
+    class Plateau:
+        def step(self, loss: float) -> None:
+            raise AssertionError
+
+    assert rate_for(0.15, 0.01, 10, lambda lr, optimizer: Plateau()) == pytest.approx(1.5)
+    assert rates(Plateau(), 0.1, 3) == [0.1] * 3
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def fake_trainer(**changes: Any) -> Any:
+    """What `check_sharding` looks at."""
+    state = SimpleNamespace(
+        deepspeed_plugin=SimpleNamespace(deepspeed_config=changes.pop("deepspeed", {})),
+        fsdp_plugin=SimpleNamespace(fsdp_version=changes.pop("fsdp_version", 2)),
+    )
+    parallelism = SimpleNamespace(tp_size=changes.pop("tp_size", 1), cp_size=changes.pop("cp_size", 1))
+    return SimpleNamespace(
+        accelerator=SimpleNamespace(state=state, parallelism_config=parallelism),
+        is_deepspeed_enabled=changes.pop("is_deepspeed_enabled", False),
+        is_fsdp_enabled=changes.pop("is_fsdp_enabled", False),
+        args=SimpleNamespace(**{"fp16": False, "max_grad_norm": 0.0, **changes}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"is_deepspeed_enabled": True, "deepspeed": {"optimizer": {"type": "AdamW"}}}, "has an optimizer.*remove"),
+        ({"is_fsdp_enabled": True, "fsdp_version": 1}, "fsdp_version: 2"),
+        ({"is_fsdp_enabled": True, "fp16": True}, "fp16.*bf16: true"),
+        ({"is_deepspeed_enabled": True, "max_grad_norm": 1.0}, "max_grad_norm: 1.*remove"),
+        ({"tp_size": 2}, "tensor_parallel_size: 2"),
+        ({"cp_size": 4}, "context_parallel_size: 4"),
+        ({}, None),
+        ({"is_deepspeed_enabled": True}, None),
+        ({"is_fsdp_enabled": True}, None),
+        ({"fp16": True}, None),
+    ],
+)
+def test_sharding_that_would_train_something_else_is_refused(changes: dict[str, Any], words: str | None) -> None:
+    if words is None:
+        check_sharding(fake_trainer(**changes))
+        return
+    with pytest.raises(IVONError, match=words):
+        check_sharding(fake_trainer(**changes))
+
+
+def _averaged(rank: int, store: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    tensors = [torch.full((2, 3), float(rank)), torch.tensor([1.0, 10.0**rank], dtype=torch.bfloat16)]
+    average(tensors)
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    params[rank].grad = torch.full((2,), 3.0)  # the third has none in either process
+    agreed = agree_on_gradients(params)
+    results.put((rank, [t.tolist() for t in tensors], [g.tolist() for g in agreed], params[2].grad))
+    dist.destroy_process_group()
+
+
+def test_two_processes_average_and_agree(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results: Any = context.SimpleQueue()
+    processes = [context.Process(target=_averaged, args=(rank, tmp_path / "store", results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    for rank, averaged, agreed, nowhere in sorted(results.get() for _ in processes):
+        assert averaged == [[[0.5] * 3] * 2, [1.0, 5.5]]
+        assert agreed == [[3.0 * (rank == 0)] * 2, [3.0 * (rank == 1)] * 2]
+        assert nowhere is None
+
+
+def test_one_process_is_left_alone() -> None:
+    tensor, params = torch.ones(2), [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))]
+    params[1].grad = torch.ones(2)
+    average([tensor])
+    assert tensor.tolist() == [1.0, 1.0]
+    assert agree_on_gradients(params) == [params[1].grad]
+    assert params[0].grad is None
+
+
+# ---------------------------------------------------------------- the replicated adapter
+
+
+@pytest.fixture
+def replicated(made: Any) -> Any:
+    """A function that takes an adapter out of its model and makes a step with it."""
+
+    def replicate(seed: int = 0) -> ReplicatedAdapter:
+        trainer = made()
+        adapter = ReplicatedAdapter(trainer, trainer.model, trained_parameters(trainer.model))
+        optimizer = IVONLoRA(list(adapter.params.items()), ess=1e4, clip=0.1, seed=seed)
+        trainer.optimizer = adapter.anchor_optimizer(optimizer)
+        with optimizer.sampled_params():
+            for param in adapter.params.values():
+                param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed))
+        adapter.on_pre_optimizer_step(None, None, None)
+        adapter.on_optimizer_step(None, None, None)
+        return adapter
+
+    return replicate
+
+
+def test_the_engine_sees_an_anchor_and_no_adapter(made: Any) -> None:
+    trainer = made()
+    model, inputs = trainer.model.eval(), torch.arange(3, 9)[None]
+    before, logits = trained_parameters(model), model(inputs).logits
+    adapter = ReplicatedAdapter(trainer, model, before)
+    assert list(trained_parameters(model)) == [ANCHOR]
+    assert list(adapter.params) == list(before)
+    assert all(torch.equal(adapter.params[name], param) for name, param in before.items())
+    assert torch.equal(model(inputs).logits, logits), "the forward pass reads the replica"
+    adapter.on_train_end(None, None, None)
+    after = trained_parameters(model)
+    assert set(after) == {*before, ANCHOR}
+    assert all(after[name] is param for name, param in adapter.params.items())
+
+
+def test_where_the_anchor_steps_the_adapter_does(replicated: Any, made: Any) -> None:
+    adapter, start = replicated(), trained_parameters(made().model)
+    sizes = sum(param.numel() for param in start.values())
+    assert float(adapter.gradient_norm) == pytest.approx(sizes**0.5, rel=0.2)  # of standard normals
+    assert all(not torch.equal(param, start[name]) for name, param in adapter.params.items())
+    assert all(param.grad is None for param in adapter.params.values())
+    completed = adapter.add_mean({"other": torch.ones(1)})
+    assert set(completed) == {"other", *adapter.params}
+    assert all(torch.equal(completed[name], param) for name, param in adapter.params.items())
+
+
+def test_the_state_comes_back_from_its_file(replicated: Any, tmp_path: Path) -> None:
+    one, other, path = replicated(0), replicated(1), tmp_path / STATE_FILE
+    one.save_state(path)
+    first = next(iter(one.params))
+    kept = {f"{first}/{name}" for name in one.optimizer.state[one.params[first]]}
+    assert {key for key in load_file(path) if key.startswith(first)} == kept
+    other.load_state(path)
+    for name, param in one.params.items():
+        assert torch.equal(param, other.params[name])
+        assert torch.equal(one.optimizer.sigma(param), other.optimizer.sigma(other.params[name]))
+    assert other.optimizer.param_groups[0]["draws"] == one.optimizer.param_groups[0]["draws"] == 1
+
+
+def test_a_state_that_is_not_this_adapter_s_is_one_line(replicated: Any, tmp_path: Path) -> None:
+    adapter, path = replicated(), tmp_path / STATE_FILE
+
+    def refused(words: str) -> None:
+        with pytest.raises(IVONError, match=words) as caught:
+            adapter.load_state(path)
+        assert "\n" not in str(caught.value)
+        assert str(path) in str(caught.value)
+
+    refused("missing or damaged")
+    path.write_bytes(b"{}")
+    refused("missing or damaged")
+    adapter.save_state(path)
+    tensors: dict[str, Any] = load_file(path)
+    metadata = {"format": "ivon-state", "format_version": "1", "draws": "1"}
+    save_file(tensors, path, metadata={**metadata, "format_version": "2"})
+    refused("has format ivon-state 2")
+    first = next(iter(adapter.params))
+    save_file({key: t for key, t in tensors.items() if not key.startswith(f"{first}/")}, path, metadata=metadata)
+    refused("no state of")
+    save_file({key: t.reshape(-1)[:1].clone() for key, t in tensors.items()}, path, metadata=metadata)
+    refused("does not fit the adapter")
