@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainers import make_trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from axolotl_ivon import Posterior, attach
@@ -22,16 +21,10 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def attached(base: Path, output: Path, **args: Any) -> Any:
-    trainer = make_trainer(base, output, **args)
-    attach(trainer, clip=0.1)
-    return trainer
-
-
 @pytest.mark.parametrize("part", ["_save_optimizer_and_scheduler", "_save_rng_state"])
-def test_a_save_that_fails_leaves_no_checkpoint(part: str, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_save_that_fails_leaves_no_checkpoint(part: str, attached: Any, tmp_path: Path) -> None:
     """The Trainer would leave its folder half full, and resume from it."""
-    trainer = attached(tiny_llama, tmp_path, max_steps=6, save_steps=2)
+    trainer = attached(max_steps=6, save_steps=2)
     save, calls = getattr(trainer, part), []
 
     def fails(*args: Any) -> None:
@@ -48,27 +41,27 @@ def test_a_save_that_fails_leaves_no_checkpoint(part: str, tiny_llama: Path, tmp
     assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
 
 
-def test_a_checkpoint_that_is_there_is_replaced_whole(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_there_is_replaced_whole(trained: Any, tmp_path: Path) -> None:
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "stale").touch()
-    attached(tiny_llama, tmp_path, max_steps=4, save_steps=2).train()
+    trained(max_steps=4, save_steps=2)
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-4"}
     assert names(tmp_path / "checkpoint-2") == names(tmp_path / "checkpoint-4")
 
 
-def test_what_a_killed_run_left_is_removed(tiny_llama: Path, tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_removed(attached: Any, tmp_path: Path) -> None:
     for name in (".checkpoint-2.tmp/checkpoint-2", ".adapter.0123abcd.tmp", "mine.tmp"):
         (tmp_path / name).mkdir(parents=True)
-    attached(tiny_llama, tmp_path)
+    attached()
     assert names(tmp_path) == {"mine.tmp"}
 
 
-def test_the_limit_and_the_best_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_limit_and_the_best_checkpoint(made: Any, tmp_path: Path) -> None:
     """As the Trainer has it without us: the newest and the best stay, and the state names the best by its place."""
 
-    def run(output: Path, ours: bool) -> tuple[set[str], str, str]:
+    def run(folder: str, ours: bool) -> tuple[set[str], str, str]:
         options = {"save_total_limit": 2, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
-        trainer = make_trainer(tiny_llama, output, max_steps=5, save_steps=1, **options)
+        trainer, output = made(folder, max_steps=5, save_steps=1, **options), tmp_path / folder
         losses = iter([5.0, 1.0, 4.0, 3.0, 2.0])
         evaluate = trainer.evaluate
         trainer.evaluate = lambda *a, **k: {**evaluate(*a, **k), "eval_loss": next(losses)}
@@ -80,16 +73,15 @@ def test_the_limit_and_the_best_checkpoint(tiny_llama: Path, tmp_path: Path) -> 
         return names(output), *(str(Path(place).relative_to(output)) for place in places)
 
     expected = ({"checkpoint-2", "checkpoint-5"}, "checkpoint-2", "checkpoint-2")
-    assert run(tmp_path / "theirs", ours=False) == expected
-    assert run(tmp_path / "ours", ours=True) == expected
+    assert run("theirs", ours=False) == expected
+    assert run("ours", ours=True) == expected
 
 
-def test_resuming_at_the_end_trains_no_further(tiny_llama: Path, tmp_path: Path) -> None:
+def test_resuming_at_the_end_trains_no_further(trained: Any, attached: Any, tmp_path: Path) -> None:
     """In the middle of an epoch; the Trainer itself takes one step more."""
-    trainer = attached(tiny_llama, tmp_path, max_steps=4, save_steps=2, lr_scheduler_type="constant")
-    trainer.train()
-    trainer.save_model(str(tmp_path / "first"))
-    again = attached(tiny_llama, tmp_path, max_steps=4, save_steps=2, lr_scheduler_type="constant")
+    run = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant"}
+    trained(**run).save_model(str(tmp_path / "first"))
+    again = attached(**run)
     again.train(resume_from_checkpoint=True)
     again.save_model(str(tmp_path / "second"))
     assert again.state.global_step == 4
@@ -99,12 +91,12 @@ def test_resuming_at_the_end_trains_no_further(tiny_llama: Path, tmp_path: Path)
 
 
 def test_before_training_a_posterior_is_not_overwritten(
-    tiny_llama: Path, tiny_adapter: Path, copied: Any, caplog: pytest.LogCaptureFixture
+    attached: Any, tiny_adapter: Path, copied: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """axolotl saves the model when it is interrupted, however early: a run that was resumed into its own folder."""
     folder = copied(tiny_adapter)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    trainer = attached(tiny_llama, folder.parent / "run")
+    trainer = attached(folder="run")
     with caplog.at_level(logging.WARNING, "axolotl_ivon"):
         trainer.model.save_pretrained(folder)
     assert "left as it is" in caplog.text
@@ -114,14 +106,11 @@ def test_before_training_a_posterior_is_not_overwritten(
     assert SIGMA not in names(folder.parent / "fresh")
 
 
-def test_saving_over_an_adapter_keeps_what_else_is_there(
-    tiny_llama: Path, tiny_adapter: Path, copied: Any, tmp_path: Path
-) -> None:
+def test_saving_over_an_adapter_keeps_what_else_is_there(trained: Any, tiny_adapter: Path, copied: Any) -> None:
     folder = copied(tiny_adapter)
     (folder / "README.md").write_text("---\nlanguage: en\n---\n# My adapter\n")
     (folder / "notes.txt").write_text("mine")
-    trainer = attached(tiny_llama, tmp_path / "run", max_steps=1, save_strategy="no")
-    trainer.train()
+    trainer = trained(folder="run", max_steps=1, save_strategy="no")
     trainer.model.save_pretrained(folder)
     assert "# My adapter" in (folder / "README.md").read_text()
     assert (folder / "notes.txt").read_text() == "mine"

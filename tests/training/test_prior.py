@@ -27,11 +27,10 @@ def monday(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_starts_at_the_posterior_and_its_header_tells_the_chain(
-    monday: Path, tiny_llama: Path, tmp_path: Path
+    monday: Path, attached: Any, trained: Any, tmp_path: Path
 ) -> None:
     q = Posterior.from_pretrained(monday)
-    trainer = make_trainer(tiny_llama, tmp_path / "tuesday", save_strategy="no", max_steps=4)
-    attach(trainer, prior=q, prior_strength=0.5)
+    trainer = attached({"prior": q, "prior_strength": 0.5}, "tuesday", save_strategy="no", max_steps=4)
     trainer.create_optimizer()
     optimizer = trainer.posterior_training.optimizer
     for name, param in trainer.posterior_training.params.items():
@@ -48,9 +47,8 @@ def test_training_starts_at_the_posterior_and_its_header_tells_the_chain(
     assert (header["prior_strength"], header["train_size"], header["chain_train_size"]) == ("0.5", "24", "48")
     assert float(header["ess"]) == float(q.metadata["ess"]), "λ is that of the new data alone"
 
-    third = make_trainer(tiny_llama, tmp_path / "wednesday", save_strategy="no", max_steps=1)
-    attach(third, prior=Posterior.from_pretrained(tmp_path / "tuesday").temper(0.25))
-    third.train()
+    colder = Posterior.from_pretrained(tmp_path / "tuesday").temper(0.25)
+    third = trained({"prior": colder}, "wednesday", save_strategy="no", max_steps=1)
     third.model.save_pretrained(tmp_path / "wednesday")
     header = Posterior.from_pretrained(tmp_path / "wednesday").metadata
     before, first = links(header)
@@ -61,37 +59,28 @@ def test_training_starts_at_the_posterior_and_its_header_tells_the_chain(
     assert json.loads(header["prior_chain"])[1][3] == str(monday)
 
 
-def test_a_strong_prior_holds_the_weights_and_a_weak_one_lets_them_go(
-    monday: Path, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_a_strong_prior_holds_the_weights_and_a_weak_one_lets_them_go(monday: Path, trained: Any) -> None:
     q, moved = Posterior.from_pretrained(monday), []
     for strength in (1e-3, 1e6):
-        trainer = make_trainer(tiny_llama, tmp_path, save_strategy="no", max_steps=20)
-        attach(trainer, prior=q, prior_strength=strength)
-        trainer.train()
+        trainer = trained({"prior": q, "prior_strength": strength}, save_strategy="no", max_steps=20)
         weights = lora_weights(trainer.model)
         moved.append(max(float((w - q.mean[n.replace(".default", "")]).abs().max()) for n, w in weights.items()))
     assert moved[1] < 0.5 * moved[0]
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does_and_needs_the_same_prior(
-    monday: Path, tiny_llama: Path, tmp_path: Path
+    monday: Path, trained: Any, tmp_path: Path
 ) -> None:
-    def train(folder: str, prior: Any, resume: str | None = None) -> None:
-        trainer = make_trainer(tiny_llama, tmp_path / folder)
-        attach(trainer, prior=prior)
-        trainer.train(resume_from_checkpoint=resume)
-
-    q, checkpoint = Posterior.from_pretrained(monday), str(tmp_path / "a" / "checkpoint-3")
-    train("a", q)
-    train("b", q, checkpoint)
+    q, checkpoint = Posterior.from_pretrained(monday), tmp_path / "a" / "checkpoint-3"
+    trained({"prior": q}, "a")
+    trained({"prior": q}, "b", checkpoint)
     for name in ("adapter_model.safetensors", "ivon_sigma.safetensors"):
         left, right = (load_file(tmp_path / run / "checkpoint-6" / name) for run in ("a", "b"))
         assert all(torch.equal(left[key], right[key]) for key in left)
     headers = [Posterior.from_pretrained(tmp_path / run / "checkpoint-6").metadata for run in ("a", "b")]
     assert headers[0] == headers[1]
     with pytest.raises(IVONError, match=r"^prior: .*checkpoint-3 goes on from .* and this run from none; resume with"):
-        train("c", "empirical", checkpoint)
+        trained(None, "c", checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -106,43 +95,38 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does_and_needs_the_same_
     ],
 )
 def test_another_rank_scaling_or_other_targets_are_refused_saying_which(
-    lora: dict[str, Any], words: str, monday: Path, tiny_llama: Path, tmp_path: Path
+    lora: dict[str, Any], words: str, monday: Path, attached: Any
 ) -> None:
-    trainer = make_trainer(tiny_llama, tmp_path, lora=lora)
     with pytest.raises(IVONError, match=words) as caught:
-        attach(trainer, prior=Posterior.from_pretrained(monday))
+        attached({"prior": Posterior.from_pretrained(monday)}, lora=lora)
     assert str(caught.value).startswith(f"prior: {monday}")
     assert "\n" not in str(caught.value)
     assert caught.value.parameter == "prior"
 
 
-def test_a_posterior_without_width_or_over_another_model_is_refused(
-    monday: Path, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_a_posterior_without_width_or_over_another_model_is_refused(monday: Path, attached: Any) -> None:
     q = Posterior.from_pretrained(monday)
-    for wrong, words in ((q.prune(0.2), "is pruned, and what is 0 would stay 0"), (q.temper(float("inf")), "tau inf")):
-        with pytest.raises(IVONError, match=words):
-            attach(make_trainer(tiny_llama, tmp_path), prior=wrong)
     other = Posterior(q.mean, q.sigma, q.metadata, {**q.config, "base_model_name_or_path": "other/llama"})
-    with pytest.raises(IVONError, match="is over llama and this adapter over tiny-llama"):
-        attach(make_trainer(tiny_llama, tmp_path), prior=other)
     zero = Posterior(q.mean, {**q.sigma, next(iter(q.sigma)): q.sigma[next(iter(q.sigma))] * 0}, q.metadata, q.config)
-    with pytest.raises(IVONError, match="differ in base_model"):
-        attach(make_trainer(tiny_llama, tmp_path), prior=zero)
+    for wrong, words in (
+        (q.prune(0.2), "is pruned, and what is 0 would stay 0"),
+        (q.temper(float("inf")), "tau inf"),
+        (other, "is over llama and this adapter over tiny-llama"),
+        (zero, "differ in base_model"),
+    ):
+        with pytest.raises(IVONError, match=words):
+            attached({"prior": wrong})
 
 
 @pytest.mark.parametrize("setting", [{"h0": 0.1}, {"rescale_lr": True}])
-def test_what_has_no_effect_with_a_posterior_is_refused(
-    setting: dict[str, Any], monday: Path, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_what_has_no_effect_with_a_posterior_is_refused(setting: Any, monday: Path, attached: Any) -> None:
     with pytest.raises(IVONError, match="with a posterior as prior") as caught:
-        attach(make_trainer(tiny_llama, tmp_path), prior=Posterior.from_pretrained(monday), **setting)
+        attached({"prior": Posterior.from_pretrained(monday), **setting})
     assert caught.value.parameter == next(iter(setting))
 
 
-def test_a_bfloat16_adapter_goes_on_from_a_float32_mean(monday: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    q = Posterior.from_pretrained(monday)
-    trainer = make_trainer(tiny_llama, tmp_path, save_strategy="no")
+def test_a_bfloat16_adapter_goes_on_from_a_float32_mean(monday: Path, made: Any) -> None:
+    q, trainer = Posterior.from_pretrained(monday), made(save_strategy="no")
     for param in lora_weights(trainer.model):
         trainer.model.get_parameter(param).data = trainer.model.get_parameter(param).data.bfloat16()
     attach(trainer, prior=q)
@@ -161,14 +145,12 @@ def test_a_bfloat16_adapter_goes_on_from_a_float32_mean(monday: Path, tiny_llama
     ],
     ids=["dora", "modules_to_save", "embedding", "ranks"],
 )
-def test_whatever_an_adapter_is_made_of_is_gone_on_from(lora: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
-    first = make_trainer(tiny_llama, tmp_path / "first", lora, max_steps=2, save_strategy="no")
-    attach(first)
-    first.train()
+def test_whatever_an_adapter_is_made_of_can_be_the_prior(
+    lora: dict[str, Any], trained: Any, attached: Any, tmp_path: Path
+) -> None:
+    first = trained(folder="first", lora=lora, max_steps=2, save_strategy="no")
     first.model.save_pretrained(tmp_path / "first")
-    q = Posterior.from_pretrained(tmp_path / "first")
-    second = make_trainer(tiny_llama, tmp_path / "second", lora, save_strategy="no")
-    attach(second, prior=q)
+    second = attached({"prior": Posterior.from_pretrained(tmp_path / "first")}, "second", lora=lora)
     second.create_optimizer()
     expected = lora_weights(first.model)
     for name, param in second.posterior_training.params.items():

@@ -12,41 +12,28 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import OneCycleLR
-from trainers import IVON_METRICS, Rates, Spy, lora_weights, make_trainer
+from trainers import IVON_METRICS, Rates, Spy, lora_weights
 from transformers import Trainer
 
 from axolotl_ivon import IVONLoRA, Posterior, attach, effective_sample_size
 from axolotl_ivon.training.checkpoints import update_card_in
 
 
-def test_the_log_shows_the_posterior_and_nothing_per_parameter(tiny_llama: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_llama, tmp_path)
-    attach(trainer, preset="paper")
-    trainer.train()
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+def test_the_log_shows_the_posterior_and_nothing_per_parameter(trained: Any) -> None:
+    entries = [entry for entry in trained({"preset": "paper"}).state.log_history if "loss" in entry]
     assert len(entries) == 3
     for entry in entries:
-        ours = {key for key in entry if key.startswith("ivon_")}
-        assert ours == IVON_METRICS
+        assert {key for key in entry if key.startswith("ivon_")} == IVON_METRICS
         assert entry["ivon_sigma_mean"] > 0
         assert entry["ivon_ess"] == pytest.approx(effective_sample_size(24))
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_the_trainer_does_what_a_plain_loop_does(tiny_llama: Path, tmp_path: Path, accumulation: int) -> None:
+def test_the_trainer_does_what_a_plain_loop_does(made: Any, accumulation: int) -> None:
     """The loop that the README shows, on the same batches, ends where the Trainer ends, bit for bit."""
-    spy = Spy()
-    trainer = make_trainer(
-        tiny_llama,
-        tmp_path / "a",
-        {"lora_dropout": 0.0},
-        [spy],
-        gradient_accumulation_steps=accumulation,
-        per_device_train_batch_size=2,
-        max_steps=4,
-        save_strategy="no",
-        lr_scheduler_type="constant",
-    )
+    spy, plain = Spy(), {"lora": {"lora_dropout": 0.0}}
+    batches = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2, "max_steps": 4}
+    trainer = made(callbacks=[spy], save_strategy="no", lr_scheduler_type="constant", **batches, **plain)
     seen: list[tuple[Any, Any]] = []
     compute_loss = trainer.compute_loss
 
@@ -58,8 +45,7 @@ def test_the_trainer_does_what_a_plain_loop_does(tiny_llama: Path, tmp_path: Pat
     attach(trainer, preset="paper", clip=0.1)
     trainer.train()
 
-    other = make_trainer(tiny_llama, tmp_path / "b", {"lora_dropout": 0.0})
-    model = other.model.train()
+    model = made(**plain).model.train()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = IVONLoRA(named, lr=3e-2, ess=effective_sample_size(24), clip=0.1, seed=5)
     for step in range(4):
@@ -72,10 +58,9 @@ def test_the_trainer_does_what_a_plain_loop_does(tiny_llama: Path, tmp_path: Pat
             assert torch.equal(param, spy.means[step][name]), (step, name)
 
 
-def test_an_exception_in_the_forward_pass_leaves_the_mean(tiny_llama: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_llama, tmp_path)
+def test_an_exception_in_the_forward_pass_leaves_the_mean(attached: Any) -> None:
+    trainer = attached()
     before = lora_weights(trainer.model)
-    attach(trainer)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         assert not torch.equal(next(iter(lora_weights(trainer.model).values())), next(iter(before.values())))
@@ -87,50 +72,33 @@ def test_an_exception_in_the_forward_pass_leaves_the_mean(tiny_llama: Path, tmp_
     assert all(torch.equal(before[name], p) for name, p in lora_weights(trainer.model).items())
 
 
-def test_evaluation_during_training_sees_the_mean(tiny_llama: Path, tmp_path: Path) -> None:
+def test_evaluation_during_training_sees_the_mean(trained: Any, made: Any) -> None:
     spy = Spy()
-    trainer = make_trainer(tiny_llama, tmp_path, None, [spy], eval_strategy="steps", eval_steps=1, save_strategy="no")
-    attach(trainer, gamma=10.0)
-    trainer.train()
+    trainer = trained({"gamma": 10.0}, callbacks=[spy], eval_strategy="steps", eval_steps=1, save_strategy="no")
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(losses) == 6
-    plain = make_trainer(tiny_llama, tmp_path / "plain")
+    plain = made()
     for loss, mean in zip(losses, spy.means, strict=True):
         plain.model.load_state_dict(mean, strict=False)
         assert plain.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-5)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_resuming_from_a_checkpoint_continues_the_same_run(tiny_llama: Path, tmp_path: Path, accumulation: int) -> None:
-    def train(folder: str, resume: str | None = None) -> dict[str, torch.Tensor]:
-        trainer = make_trainer(
-            tiny_llama, tmp_path / folder, gradient_accumulation_steps=accumulation, per_device_train_batch_size=2
-        )
-        attach(trainer)
-        trainer.train(resume_from_checkpoint=resume)
-        return lora_weights(trainer.model)
-
-    straight = train("a")
-    resumed = train("b", str(tmp_path / "a" / "checkpoint-3"))
+def test_resuming_from_a_checkpoint_continues_the_same_run(trained: Any, tmp_path: Path, accumulation: int) -> None:
+    run = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2}
+    straight = lora_weights(trained(folder="a", **run).model)
+    resumed = lora_weights(trained(folder="b", resume=tmp_path / "a" / "checkpoint-3", **run).model)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     for name in ("adapter_model.safetensors", "ivon_sigma.safetensors"):
         left, right = (load_file(tmp_path / run / "checkpoint-6" / name) for run in ("a", "b"))
         assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(tiny_llama: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(
-        tiny_llama,
-        tmp_path,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=True,  # so that it is not the last
-    )
-    attach(trainer, preset="paper", clip=1.0)
-    trainer.train()
+def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(trained: Any, tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    best["greater_is_better"] = True  # so that it is not the last
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    trainer = trained({"preset": "paper", "clip": 1.0}, **best, **steps)
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name != "checkpoint-6"
     trainer.save_model(str(tmp_path / "final"))
@@ -155,12 +123,10 @@ def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(tiny_l
     ],
 )
 def test_without_a_rate_a_weight_travels_as_far_in_any_schedule(
-    schedule: dict[str, Any], tiny_llama: Path, tmp_path: Path
+    schedule: dict[str, Any], trained: Any, tmp_path: Path
 ) -> None:
     spy = Rates()
-    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], **{"learning_rate": 0.0, **schedule})
-    attach(trainer)
-    trainer.train()
+    trainer = trained(callbacks=[spy], **{"learning_rate": 0.0, **schedule})
     assert len(spy.rates) == trainer.state.max_steps > 3
     assert sum(spy.rates) * 0.01 == pytest.approx(0.125)
     header = Posterior.from_pretrained(tmp_path / "checkpoint-3").metadata
@@ -169,41 +135,33 @@ def test_without_a_rate_a_weight_travels_as_far_in_any_schedule(
 
 
 def test_a_run_with_a_preset_resumes_at_the_same_rates(
-    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ends, chosen = [], []
-    for resume in (None, str(tmp_path / "checkpoint-3")):
+    for resume in (None, tmp_path / "checkpoint-3"):
         spy = Rates()
-        trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], learning_rate=0.0)
-        attach(trainer)
-        trainer.train(resume_from_checkpoint=resume)
+        trainer = trained(resume=resume, callbacks=[spy], learning_rate=0.0)
         ends.append((spy.rates[-3:], lora_weights(trainer.model)))
         chosen.append(trainer.args.learning_rate)
     assert ends[0][0] == ends[1][0]
     assert chosen[0] == chosen[1]
     assert all(torch.equal(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
     assert "goes on at its learning_rate" not in caplog.text
-    trainer = make_trainer(tiny_llama, tmp_path, max_steps=12, learning_rate=0.0)
-    attach(trainer)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    trained(resume=tmp_path / "checkpoint-3", max_steps=12, learning_rate=0.0)
     assert f"goes on at its learning_rate {chosen[0]:.3g}, not at" in caplog.text
 
 
-def test_a_second_run_of_another_length_has_a_rate_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_second_run_of_another_length_has_a_rate_of_its_own(trained: Any) -> None:
     spy = Rates()
-    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], learning_rate=0.0)
-    attach(trainer)
-    trainer.train()
+    trainer = trained(callbacks=[spy], learning_rate=0.0)
     trainer.args.max_steps = 3
     trainer.train()
     assert sum(spy.rates[6:]) * 0.01 == pytest.approx(0.125)
 
 
-def test_a_schedule_that_begins_below_its_peak_is_no_checkpoint(
-    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_schedule_that_begins_below_its_peak_is_no_checkpoint(made: Any, caplog: pytest.LogCaptureFixture) -> None:
     spy = Rates()
-    trainer = make_trainer(tiny_llama, tmp_path, callbacks=[spy], learning_rate=0.0)
+    trainer = made(callbacks=[spy], learning_rate=0.0)
 
     def one_cycle(num_training_steps: int, optimizer: Any = None) -> Any:
         peak, total = trainer.args.learning_rate, num_training_steps + 1
@@ -220,56 +178,39 @@ def test_a_schedule_that_begins_below_its_peak_is_no_checkpoint(
 class Own(Trainer):
     """A user's Trainer that notes which of its own methods run."""
 
-    def noted(self, name: str) -> None:
-        vars(self).setdefault("calls", set()).add(name)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.noted("training_step")
-        return super().training_step(*args, **kwargs)
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        self.noted("compute_loss")
-        return super().compute_loss(*args, **kwargs)
-
     def create_scheduler(self, num_training_steps: int) -> Any:  # type: ignore[override] # as the Trainer calls it
-        self.noted("create_scheduler")
+        vars(self).setdefault("calls", set()).add("create_scheduler")
         return super().create_scheduler(num_training_steps)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        self.noted("log")
+        vars(self).setdefault("calls", set()).add("log")
         super().log({**logs, "mine": 1.0}, *args, **kwargs)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.noted("evaluation_loop")
-        return super().evaluation_loop(*args, **kwargs)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        self.noted("save_model")
-        super().save_model(*args, **kwargs)
+def _noting(name: str) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vars(self).setdefault("calls", set()).add(name)
+        return getattr(super(Own, self), name)(*args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self.noted("_save_checkpoint")
-        super()._save_checkpoint(*args, **kwargs)
+    return method
 
 
-METHODS = {name for name in vars(Own) if callable(getattr(Own, name)) and name[:2] != "__"} - {"noted"}
+METHODS = ("training_step", "compute_loss", "evaluation_loop", "save_model", "_save_checkpoint")
+for _name in METHODS:
+    setattr(Own, _name, _noting(_name))
 
 
-def test_a_user_s_own_methods_still_run_under_ours(tiny_llama: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_llama, tmp_path, trainer_class=Own, eval_strategy="steps", eval_steps=3)
-    attach(trainer, eval_samples=2)
-    trainer.train()
-    assert vars(trainer)["calls"] == METHODS
+def test_a_user_s_own_methods_still_run_under_ours(trained: Any, tmp_path: Path) -> None:
+    trainer = trained({"eval_samples": 2}, trainer_class=Own, eval_strategy="steps", eval_steps=3)
+    assert vars(trainer)["calls"] == {*METHODS, "create_scheduler", "log"}
     entries = trainer.state.log_history
     assert any({"mine", "loss", "ivon_sigma_mean"} <= entry.keys() for entry in entries)
     assert any({"mine", "eval_loss", "eval_loss_posterior"} <= entry.keys() for entry in entries)
     assert Posterior.from_pretrained(tmp_path / "checkpoint-6").metadata["steps"] == "6"
 
 
-def test_the_trainer_s_card_tells_of_the_posterior(tiny_llama: Path, tmp_path: Path, caplog: Any) -> None:
-    trainer = make_trainer(tiny_llama, tmp_path, max_steps=2, save_strategy="no")
-    attach(trainer)
-    trainer.train()
+def test_the_trainer_s_card_describes_the_posterior(trained: Any, tmp_path: Path, caplog: Any) -> None:
+    trainer = trained(max_steps=2, save_strategy="no")
     trainer.create_model_card()
     assert "## Posterior" not in (tmp_path / "README.md").read_text(), "there is no posterior here yet"
     trainer.save_model()
@@ -283,20 +224,18 @@ def test_the_trainer_s_card_tells_of_the_posterior(tiny_llama: Path, tmp_path: P
     assert "the model card does not describe the posterior" in caplog.text
 
 
-def test_a_trainer_stays_what_it_was(tiny_llama: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_llama, tmp_path, trainer_class=Own)
-    attach(trainer)
+def test_a_trainer_stays_what_it_was(attached: Any, made: Any) -> None:
+    trainer = attached(trainer_class=Own)
     assert isinstance(trainer, Own)
     kind = type(trainer)
     assert (kind.__name__, kind.__qualname__, kind.__module__) == (Own.__name__, Own.__qualname__, Own.__module__)
     assert kind.__doc__ == Own.__doc__
-    other = make_trainer(tiny_llama, tmp_path, trainer_class=Own)
-    assert type(other) is Own, "only the Trainer that was given has changed"
+    assert type(made(trainer_class=Own)) is Own, "only the Trainer that was given has changed"
 
 
-def test_functions_that_were_assigned_to_a_trainer_still_run(tiny_llama: Path, tmp_path: Path) -> None:
+def test_functions_that_were_assigned_to_a_trainer_still_run(made: Any) -> None:
     """As a plugin does that wraps a method of this one Trainer, before or after `attach`."""
-    trainer = make_trainer(tiny_llama, tmp_path, max_steps=2, logging_steps=1, save_strategy="no")
+    trainer = made(max_steps=2, logging_steps=1, save_strategy="no")
     calls = []
 
     def wrap(name: str, when: str) -> None:
@@ -314,20 +253,13 @@ def test_functions_that_were_assigned_to_a_trainer_still_run(tiny_llama: Path, t
     for name in ("training_step", "compute_loss"):
         wrap(name, "after")
     trainer.train()
-    step = [
-        ("training_step", "after"),
-        ("training_step", "before"),
-        ("compute_loss", "after"),
-        ("compute_loss", "before"),
-    ]
-    assert calls == 2 * step
+    assert calls == 2 * [(name, when) for name in ("training_step", "compute_loss") for when in ("after", "before")]
     assert "ivon_sigma_mean" in trainer.state.log_history[0]
 
 
-def test_a_shallow_copy_makes_schedules_too(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_shallow_copy_makes_schedules_too(attached: Any) -> None:
     """DeepSpeed's integration makes the schedule with a copy of the Trainer."""
-    trainer = make_trainer(tiny_llama, tmp_path, lr_scheduler_type="linear", learning_rate=0.0)
-    attach(trainer)
+    trainer = attached(lr_scheduler_type="linear", learning_rate=0.0)
     trainer.create_optimizer()
     copied = copy.copy(trainer)
     schedule = copied.create_scheduler(6, optimizer=trainer.optimizer)
@@ -335,10 +267,10 @@ def test_a_shallow_copy_makes_schedules_too(tiny_llama: Path, tmp_path: Path) ->
     assert sum(schedule.base_lrs[0] * (1 - step / 6) for step in range(6)) * 0.01 == pytest.approx(0.125)
 
 
-def test_squared_gradients_are_scaled_by_the_number_of_losses_of_the_step(tiny_llama: Path, tmp_path: Path) -> None:
+def test_squared_gradients_are_scaled_by_the_number_of_losses_of_the_step(made: Any) -> None:
     """Two micro-batches of four texts of twelve tokens, of which eleven are predicted, and half of those masked."""
     for masked, expected in ((0, 2 * 4 * 11), (6, 2 * 4 * 6)):
-        trainer = make_trainer(tiny_llama, tmp_path, gradient_accumulation_steps=2, max_steps=1, save_steps=1)
+        trainer = made(gradient_accumulation_steps=2, max_steps=1, save_steps=1)
         rows = [{**row, "labels": [-100] * masked + row["labels"][masked:]} for row in trainer.train_dataset]
         trainer.train_dataset = Dataset.from_list(rows)
         attach(trainer)
