@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +11,7 @@ from ._options import (
     PosteriorOptions,
     Terminal,
     adapter_argument,
+    add_all,
     answer_option,
     as_one,
     choice_option,
@@ -22,88 +23,73 @@ from ._options import (
 
 if TYPE_CHECKING:
     from axolotl_ivon.models.session import Loading
+    from axolotl_ivon.reporter import Reporter
+    from axolotl_ivon.serving.api.backend import Backend
+
+_server_options = add_all(
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key."),
+    click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one."),
+    click.option("--name", help="Name of the model that answers.  [default: the name of ADAPTER]"),
+    click.option("--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Maximum per answer."),
+    click.option("--max-queue", type=click.IntRange(0), hidden=True),
+    click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, hidden=True),
+)
+_local_options = add_all(
+    click.option(
+        "--samples", "-n", type=click.IntRange(1, 9999), help="Draws to average.  [default: 8, or all served]"
+    ),
+    click.option("--seed", type=int, help="Seed of the draws: those of `sample --seed`.  [default: 0]"),
+    point_options(
+        "Temperature of the posterior: σ/√τ, see `temper`.  [default: 1]",
+        "Prune this share by |m|/σ first.  [default: 0]",
+    ),
+    model_options,
+)
+_proxy_options = add_all(
+    click.option(
+        "--endpoint",
+        "endpoints",
+        multiple=True,
+        metavar="URL",
+        help="Ask the OpenAI-compatible server URL, which serves the members of the ensemble ADAPTER; repeatable.",
+    ),
+    choice_option(
+        "--combine",
+        ["exact", "bleu", "chrf", "rouge", "bertscore", "rescore"],
+        "With --endpoint: the answer that others agree with most, by a utility of `mbr`; or the one of the largest "
+        "average probability (rescore).",
+    ),
+    answer_option,
+    click.option("--candidates", type=click.IntRange(1, 64), default=4, hidden=True),
+    click.option("--concurrency", type=click.IntRange(1), default=256, hidden=True),
+)
 
 
 @click.command("serve")
 @adapter_argument
-@click.option(
-    "--samples",
-    "-n",
-    type=click.IntRange(1, 9999),
-    help="Draws to average.  [default: 8; with --endpoint all there are]",
-)
-@click.option("--seed", type=int, help="Seed of the draws: those of `sample --seed`.  [default: 0]")
-@point_options(
-    "Temperature of the posterior: σ/√τ, see `temper`.  [default: 1]",
-    "Prune this share by |m|/σ first.  [default: 0]",
-)
-@click.option("--name", help="What the average is called.  [default: the name of ADAPTER]")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
-@click.option(
-    "--api-key",
-    envvar="IVON_API_KEY",
-    metavar="KEY",
-    help="What clients must send.  [default: $IVON_API_KEY, which others on this machine do not see]",
-)
-@click.option(
-    "--max-queue",
-    type=click.IntRange(0),
-    help="Requests that may wait; further ones get status 429.  [default: 32; with --endpoint 256 that run]",
-)
-@click.option("--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Most of one answer.")
-@click.option("--max-body", type=click.IntRange(1), default=1_000_000, show_default=True, help="Bytes of a request.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=600.0,
-    show_default=True,
-    help="Of one request, waiting included, in seconds.",
-)
-@click.option(
-    "--endpoint",
-    "endpoints",
-    multiple=True,
-    metavar="URL",
-    help="Ask OpenAI-compatible servers that serve the members; ADAPTER is their ensemble. May be given several times.",
-)
-@choice_option("--combine", ["mbr", "rescore"], "With --endpoint: how one of the members' answers is chosen.")
-@click.option(
-    "--candidates", type=click.IntRange(1, 64), default=4, show_default=True, help="With --endpoint: of each member."
-)
-@click.option(
-    "--concurrency",
-    type=click.IntRange(1),
-    default=256,
-    show_default=True,
-    help="With --endpoint: requests at a time to each server.",
-)
-@choice_option("--utility", ["exact", "bleu", "chrf", "rouge", "bertscore"], "Of --combine mbr, as in `mbr`.")
-@answer_option
-@model_options
+@_server_options
+@_local_options
+@_proxy_options
 @terminal_options
-@as_one("address", dict, "host", "port", "api_key")
-@as_one("limits", dict, "max_queue", "max_tokens", "timeout")
-@as_one("combining", dict, "combine", "candidates", "concurrency", "utility", "answer_regex")
+@as_one("server", dict, "host", "port", "name", "max_tokens", "max_queue", "timeout")
+@as_one("draws", dict, "samples", "seed")
+@as_one("combining", dict, "combine", "answer_regex", "candidates", "concurrency")
 def command(
     adapter: str,
-    samples: int | None,
-    seed: int | None,
+    server: dict[str, Any],
+    draws: dict[str, Any],
     point: PosteriorOptions,
-    name: str | None,
-    address: dict[str, Any],
-    limits: dict[str, Any],
-    max_body: int,
+    loading: Loading,
     endpoints: tuple[str, ...],
     combining: dict[str, Any],
-    loading: Loading,
     terminal: Terminal,
 ) -> None:
     """Serve ADAPTER under OpenAI's interface: answers are the average of draws, and say how sure they are.
 
     The model NAME chooses every token from the average of the members' probabilities; NAME:mean is the mean alone,
     NAME:member-0000 the first draw. Every answer has a field `ivon`: confidence, expected_entropy and
-    mutual_information; with logprobs also of every token. A page to try it is at /.
+    mutual_information; with logprobs also of every token. A page to try it is at /. Clients need the key in the
+    environment variable IVON_API_KEY, if it is set.
 
     \b
       ivon-post serve adapter/ --recommended adapter-sweep/recommended.json
@@ -111,56 +97,49 @@ def command(
         -d '{"model": "adapter", "messages": [{"role": "user", "content": "Is a whale a fish?"}]}'
       ivon-post serve ensemble/ --endpoint http://10.0.0.5:8000 --endpoint http://10.0.0.6:8000 --port 9000
     """
-    from axolotl_ivon.errors import IVONError
-    from axolotl_ivon.serving.start import Address, check_packages, local_backend, upstream_backend
+    from axolotl_ivon.serving.start import KEY_VARIABLE, Address, check_packages
 
     check_packages()
-    from axolotl_ivon.serving.api.http import bind
-    from axolotl_ivon.serving.backend import Limits
+    from axolotl_ivon.serving.api.backend import Limits
+    from axolotl_ivon.serving.api.http import bind, run
 
-    place = Address(**address)
+    address = Address(server["host"], server["port"], os.environ.get(KEY_VARIABLE))
     decided = decision(point.recommended)
-    sure: dict[str, Any] = {"temperature": decided.temperature, "threshold": decided.threshold}
-    limited = Limits(**{key: value for key, value in limits.items() if value is not None})
-    with bind(place.host, place.port) as bound:
+    max_queue = server["max_queue"]
+    if max_queue is None:
+        max_queue = 256 if endpoints else 32
+    limits = Limits(max_queue, server["max_tokens"], server["timeout"])
+
+    def local(reporter: Reporter) -> Backend:
+        from axolotl_ivon.serving.start import Drawing, local_backend
+
+        drawing = Drawing(adapter, draws["samples"] or 8, draws["seed"] or 0, *point.settings(adapter))
+        return local_backend(drawing, decided, limits, loading, name=server["name"], reporter=reporter)
+
+    def proxy() -> Backend:
+        from axolotl_ivon.errors import IVONError
+        from axolotl_ivon.serving.start import Combining, proxy_backend
+
+        if (draws["seed"], point.tau, point.ratio) != (None, None, None):
+            raise IVONError("--endpoint: the members are drawn already; give --tau, --ratio and --seed to `sample`")
+        names = {"name": server["name"], "samples": draws["samples"]}
+        return proxy_backend(adapter, endpoints, decided, limits, Combining(**combining), **names)
+
+    with bind(address.host, address.port) as bound:
         with terminal.progress() as progress:
-            if endpoints:
-                if seed is not None or (point.tau, point.ratio) != (None, None):
-                    raise IVONError(
-                        "--endpoint: the members are drawn already; give --tau, --ratio and --seed to `sample`"
-                    )
-                if limits["max_queue"] is None:
-                    limited = replace(limited, max_queue=256)
-                backend = upstream_backend(adapter, endpoints, limited, name=name, samples=samples, **combining, **sure)
-            else:
-                tau, ratio = point.settings(adapter)
-                backend = local_backend(
-                    adapter,
-                    limited,
-                    name=name,
-                    samples=samples or 8,
-                    seed=seed or 0,
-                    tau=tau,
-                    prune_ratio=ratio,
-                    begin=progress.begin,
-                    **sure,
-                    **asdict(loading),
-                )
-            score = "agreement" if endpoints and combining["combine"] == "mbr" else "probability"
+            backend = proxy() if endpoints else local(progress)
+            score = "agreement" if endpoints and combining["combine"] != "rescore" else "probability"
             if decided.threshold is not None and decided.score != score:
                 progress.notify(
                     f"the threshold is of another confidence ({decided.score}); of this one it promises nothing"
                 )
         from axolotl_ivon.serving.api.app import Guard, make_app
-        from axolotl_ivon.serving.api.http import run
 
-        guard = Guard(place.api_key, max_body, timeout=limited.timeout + 60)
-        port = bound.getsockname()[1]
-        url = f"http://{f'[{place.host}]' if ':' in place.host else place.host}:{port}"
-        document = {"url": url, "models": list(backend.models)}
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        url, models = f"http://{host}:{bound.getsockname()[1]}", list(backend.models)
 
         def ready() -> None:
-            terminal.finish(document, *(f"{word:<6} {value}" for word, value in told.items()))
+            lines = {"url": url, "model": models[0], "page": f"{url}/"}
+            terminal.finish({"url": url, "models": models}, *(f"{word:<6} {value}" for word, value in lines.items()))
 
-        told = {"url": url, "model": next(iter(backend.models)), "page": f"{url}/"}
-        run(make_app(backend, guard), bound, ready)
+        run(make_app(backend, Guard(address.api_key, timeout=limits.timeout + 60)), bound, ready)

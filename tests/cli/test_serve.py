@@ -16,6 +16,7 @@ from typing import Any
 
 import openai
 import pytest
+from served import official
 
 SCRIPT = [sys.executable, "-c", "import ivon_post; ivon_post.main()"]
 MESSAGES: Any = [{"role": "user", "content": "red dog"}]
@@ -46,14 +47,10 @@ def adapter(make_adapter: Any) -> Path:
     return make_adapter()  # type: ignore[no-any-return]
 
 
-def client(document: dict[str, Any], key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{document['url']}/v1", api_key=key, max_retries=0)
-
-
 def test_it_serves_until_it_is_told_to_end_and_finishes_what_runs(adapter: Path) -> None:
     with process(adapter, "-n", 2, "--name", "ours") as (server, document), ThreadPoolExecutor(1) as pool:
         assert document["models"] == ["ours", "ours:mean", "ours:member-0000", "ours:member-0001"]
-        ours = client(document)
+        ours = official(document["url"])
         stream = ours.completions.create(model="ours", prompt="x", max_tokens=300, seed=1, stream=True)
         chunks = [next(stream)]
         waiting = pool.submit(ours.chat.completions.create, model="ours", messages=MESSAGES, max_tokens=2)
@@ -70,8 +67,8 @@ def test_it_serves_until_it_is_told_to_end_and_finishes_what_runs(adapter: Path)
 def test_the_key_may_come_from_the_environment(adapter: Path) -> None:
     with process(adapter, "-n", 1, "--host", "0.0.0.0", IVON_API_KEY="sesame") as (server, document):
         with pytest.raises(openai.AuthenticationError):
-            client(document).models.list()
-        assert client(document, "sesame").models.list().data
+            official(document["url"]).models.list()
+        assert official(document["url"], "sesame").models.list().data
         server.send_signal(signal.SIGINT)
         out, err = server.communicate(timeout=30)
         assert server.returncode == 0
@@ -88,10 +85,13 @@ def test_it_serves_in_front_of_itself(adapter: Path, tmp_path: Path, ivon_post: 
     members = ["sample-0000", "sample-0001"]
     with serving(Server(tmp_path / "ensemble", tiny_llama, members)) as behind:
         words = [tmp_path / "ensemble", "--endpoint", behind.url, "--candidates", 2]
-        for combine in ("mbr", "rescore"):
+        assert "the members are drawn already" in ivon_post.error("serve", *words[:3], "--tau", 2)
+        for combine in ("exact", "rescore"):
             with process(*words, "--combine", combine) as (server, document):
                 assert document["models"] == ["ensemble", "ensemble:member-0000", "ensemble:member-0001"]
-                found = client(document).chat.completions.create(model="ensemble", messages=MESSAGES, max_tokens=2)
+                found = official(document["url"]).chat.completions.create(
+                    model="ensemble", messages=MESSAGES, max_tokens=2
+                )
                 assert found.model_extra["ivon"]["members"] == 2  # type: ignore[index]
                 server.send_signal(signal.SIGTERM)
                 assert server.wait(30) == 0

@@ -1,4 +1,4 @@
-"""The server of `ivon-post serve` on a real socket of this process, or as a process of its own."""
+"""The server of `ivon-post serve` on a real socket of this process, and clients of it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import http.client
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import openai
+
 from axolotl_ivon.serving.api.app import Guard, make_app
+from axolotl_ivon.serving.api.backend import Backend
 from axolotl_ivon.serving.api.http import bind, make_server
-from axolotl_ivon.serving.backend import Backend
 
 
 @contextlib.contextmanager
@@ -32,6 +35,11 @@ def serving(begin: Callable[[], Backend], guard: Guard | None = None) -> Iterato
             assert not thread.is_alive()
 
 
+def official(url: str, key: str = "none") -> openai.OpenAI:
+    """Return OpenAI's own client of a server."""
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+
+
 def ask(url: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], Any]:
     """Return (status, headers, body) of one request; JSON is read."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
@@ -45,7 +53,24 @@ def ask(url: str, path: str, body: Any = None, **headers: str) -> tuple[int, dic
     return response.status, dict(response.headers), json.loads(text) if kind == "application/json" else text.decode()
 
 
-def connect(url: str) -> socket.socket:
-    """Return a connection that nothing was sent on."""
+def connect(url: str, sent: bytes = b"") -> socket.socket:
+    """Return a connection on which bytes were sent."""
     host, port = url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=30)
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall(sent)
+    return connection
+
+
+def completion(body: bytes, length: int | None = None) -> bytes:
+    """Return a request to /v1/completions as it goes over the wire, of a body that may be shorter than it says."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    return head + b"%d\r\n\r\n" % (len(body) if length is None else length) + body
+
+
+def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    """Wait until a condition is true, and return its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    return value

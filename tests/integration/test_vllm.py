@@ -116,7 +116,7 @@ def test_greedy_answers_are_those_of_transformers(
         assert any(len({o["text"] for o in own}) > 1 for own in ours)  # the members differ
 
 
-@pytest.mark.parametrize("combine", ["mbr", "rescore"])
+@pytest.mark.parametrize("combine", ["exact", "rescore"])
 def test_the_server_in_front_of_it(served: tuple[Path, str], combine: str) -> None:
     """The chat through `serve --endpoint`, held against what vLLM itself gives the same members.
 
@@ -125,15 +125,15 @@ def test_the_server_in_front_of_it(served: tuple[Path, str], combine: str) -> No
     import openai
     from served import serving
 
-    from axolotl_ivon.serving.backend import Limits
-    from axolotl_ivon.serving.start import upstream_backend
+    from axolotl_ivon.decisions.sweep import Decision
+    from axolotl_ivon.serving.api.backend import Limits
+    from axolotl_ivon.serving.start import Combining, proxy_backend
 
     folder, url = served
     asked = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 12, "temperature": 0}
     theirs = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-    with serving(
-        lambda: upstream_backend(str(folder), [url], Limits(), combine=combine, candidates=2, concurrency=1)
-    ) as here:
+    combining = Combining(combine, candidates=2, concurrency=1)
+    with serving(lambda: proxy_backend(str(folder), [url], Decision(), Limits(), combining)) as here:
         ours = openai.OpenAI(base_url=f"{here}/v1", api_key="none", max_retries=0)
         outputs = []
         for member in range(3):

@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
-from served import serving
+from served import official, serving
+from slow_engine import SlowEngine
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.data.chats import Chat
 from axolotl_ivon.data.encode import render
-from axolotl_ivon.models.session import load_model, load_tokenizer
+from axolotl_ivon.decisions.sweep import Decision
+from axolotl_ivon.models.session import Session, load_tokenizer
 from axolotl_ivon.serving.api.app import Guard
-from axolotl_ivon.serving.backend import Limits, Local
-from axolotl_ivon.serving.local.engine import Engine
+from axolotl_ivon.serving.api.backend import Limits
+from axolotl_ivon.serving.local.engine import TokenEngine
+from axolotl_ivon.serving.local.queue import Local
 
 Serve = Callable[..., contextlib.AbstractContextManager[str]]
 
 
 @pytest.fixture(scope="session")
-def make_engine(tiny_llama: Path) -> Callable[..., Engine]:
+def make_engine() -> Callable[..., TokenEngine]:
     """A function that serves an adapter over the tiny model; the draws are wide, so that they differ."""
 
-    def make(adapter: Path, samples: int = 3, tau: float = 0.002, **options: float) -> Engine:
-        tokenizer, posterior = load_tokenizer(adapter, str(tiny_llama)), Posterior.from_pretrained(adapter).temper(tau)
-        return Engine(load_model(adapter), tokenizer, posterior, name="tiny", samples=samples, **options)
+    def make(adapter: Path, decision: Decision | None = None) -> TokenEngine:
+        posterior = Posterior.from_pretrained(adapter).temper(0.002)
+        return TokenEngine(Session.open(posterior), posterior, decision or Decision(), name="tiny", samples=3)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def engine(make_engine: Callable[..., Engine], tiny_adapter: Path) -> Engine:
+def engine(make_engine: Callable[..., TokenEngine], tiny_adapter: Path) -> TokenEngine:
     return make_engine(tiny_adapter)
 
 
@@ -44,24 +47,34 @@ def tokenizer(tiny_llama: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def serve(engine: Engine, tokenizer: Any) -> Serve:
+def serve(engine: TokenEngine, tiny_llama: Path) -> Serve:
     """A function that serves an engine, the tiny one by default, inside a block and gives the address."""
-    encoder = copy.deepcopy(tokenizer)
+    encoder: Any = load_tokenizer(tiny_llama, str(tiny_llama))
 
-    def start(steps: Any = engine, guard: Guard | None = None, **limits: Any) -> Any:
-        def chat(messages: list[dict[str, str]]) -> list[int]:
-            return render(encoder, [Chat(tuple(messages), None, "messages")])[0].ids
+    def encode(prompt: Any) -> list[int]:
+        if isinstance(prompt[:1], str):
+            return encoder(prompt)["input_ids"]  # type: ignore[no-any-return]
+        return prompt if isinstance(prompt[0], int) else render(encoder, [Chat(tuple(prompt), None, "messages")])[0].ids
 
-        def begin() -> Local:
-            return Local(steps, chat, lambda text: encoder(text)["input_ids"], Limits(**limits))
-
-        return serving(begin, guard)
+    def start(served: Any = engine, guard: Guard | None = None, **limits: Any) -> Any:
+        return serving(lambda: Local(served, encode, Limits(**limits)), guard)
 
     return start
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def url(serve: Serve) -> Iterator[str]:
-    """A server of the tiny engine."""
+    """One server of the tiny engine for all tests that change nothing."""
     with serve() as url:
         yield url
+
+
+@pytest.fixture(scope="package")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with official(url) as client:
+        yield client
+
+
+@pytest.fixture
+def slow() -> SlowEngine:
+    return SlowEngine()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import CHROMIUM, Browser
-from served import ask
+from served import ask, until
 
 from axolotl_ivon.serving.api.app import Guard
 
@@ -25,13 +23,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield browser
 
 
-def until(browser: Browser, condition: str) -> Any:
+def wait(browser: Browser, condition: str) -> Any:
     """Wait until a JavaScript expression is true."""
-    end = time.monotonic() + 30
-    while not (found := browser.run(condition)):
-        assert time.monotonic() < end, condition
-        time.sleep(0.05)
-    return found
+    return until(lambda: browser.run(condition), 30)
 
 
 def type_in(browser: Browser, text: str) -> None:
@@ -39,25 +33,19 @@ def type_in(browser: Browser, text: str) -> None:
     browser.run(f"document.getElementById('question').dispatchEvent({ENTER})")
 
 
-def test_a_person_types_and_sees_how_sure_the_answer_is(
-    serve: Callable[..., Any], browser: Browser, tmp_path: Path
-) -> None:
+def test_a_person_types_and_sees_how_sure_the_answer_is(serve: Callable[..., Any], browser: Browser) -> None:
     with serve(max_tokens=12) as url:
         browser.open(f"{url}/", 900, 700)
-        until(browser, "document.querySelectorAll('#model option').length == 5")
+        wait(browser, "document.querySelectorAll('#model option').length == 5")
         type_in(browser, "red <b>dog</b>")
-        until(browser, "document.querySelector('.facts b') !== null")
+        wait(browser, "document.querySelector('.facts b') !== null")
         assert browser.run("document.querySelector('article.user').textContent") == "red <b>dog</b>"
         spans = browser.run(
             "[...document.querySelectorAll('article.assistant .text span')].map(s => "
             "[s.textContent, Number(s.dataset.mutualInformation), s.style.backgroundColor, s.title])"
         )
-        body = {
-            "model": "tiny",
-            "messages": [{"role": "user", "content": "red <b>dog</b>"}],
-            "temperature": 0,
-            "logprobs": True,
-        }
+        messages = [{"role": "user", "content": "red <b>dog</b>"}]
+        body = {"model": "tiny", "messages": messages, "temperature": 0, "logprobs": True}
         expected = ask(url, "/v1/chat/completions", body)[2]
         tokens = expected["ivon"]["tokens"]
         assert [(text, mutual) for text, mutual, _, _ in spans] == [
@@ -69,7 +57,7 @@ def test_a_person_types_and_sees_how_sure_the_answer_is(
         assert f" {expected['ivon']['confidence']:.3f}" in shown
         assert "3 members" in shown
         type_in(browser, "and a cat?")  # the conversation goes on
-        until(browser, "document.querySelectorAll('.facts').length == 2")
+        wait(browser, "document.querySelectorAll('.facts').length == 2")
         assert not browser.complaints
         for scheme, width in ((False, 900), (True, 900), (False, 390)):
             browser.open(f"{url}/", width, 700, dark=scheme)
@@ -80,16 +68,16 @@ def test_a_person_types_and_sees_how_sure_the_answer_is(
 def test_a_key_is_asked_for_and_errors_are_shown(serve: Callable[..., Any], browser: Browser) -> None:
     with serve(guard=Guard(api_key="secret"), max_tokens=4) as url:
         browser.open(f"{url}/", 900, 700)
-        until(browser, "!document.getElementById('key-field').hidden")
+        wait(browser, "!document.getElementById('key-field').hidden")
         type_in(browser, "red")
-        assert "no such API key" in until(browser, "document.querySelector('.error')?.textContent")
+        assert "no such API key" in wait(browser, "document.querySelector('.error')?.textContent")
         browser.run(
             "document.getElementById('key').value = 'secret'; "
             "document.getElementById('key').dispatchEvent(new Event('change'))"
         )
-        until(browser, "document.querySelectorAll('#model option').length == 5")
+        wait(browser, "document.querySelectorAll('#model option').length == 5")
         type_in(browser, "red")
-        until(browser, "document.querySelector('.facts') !== null")
+        wait(browser, "document.querySelector('.facts') !== null")
 
 
 def test_it_is_one_file_that_needs_no_other(url: str) -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from heard import Heard
 
 from axolotl_ivon import IVONError
+from axolotl_ivon.decisions.sweep import Decision
+from axolotl_ivon.models.session import Loading
+from axolotl_ivon.serving.api.backend import Limits
 from axolotl_ivon.serving.api.protocol import ChatRequest, CompletionRequest, read_request
-from axolotl_ivon.serving.backend import Limits
-from axolotl_ivon.serving.start import Address, check_name, check_packages, local_backend
+from axolotl_ivon.serving.start import Address, Drawing, check_packages, local_backend, served_name
 
 
 def test_only_this_machine_is_served_without_a_key() -> None:
@@ -20,7 +23,7 @@ def test_only_this_machine_is_served_without_a_key() -> None:
     Address("::1")
     Address("0.0.0.0", 8000, "secret")
     for host in ("0.0.0.0", "192.168.0.7", "::"):
-        with pytest.raises(IVONError, match="others can reach it; set a key with api_key or IVON_API_KEY"):
+        with pytest.raises(IVONError, match="others can reach it; set a key with IVON_API_KEY"):
             Address(host)
     with pytest.raises(IVONError, match="an empty key keeps nobody out"):
         Address(api_key="")
@@ -37,30 +40,29 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("name", ["", "a:b", "a\nb"])
 def test_a_name_is_one_word_without_a_colon(name: str) -> None:
     with pytest.raises(IVONError, match="name"):
-        check_name(name)
-    assert check_name("my-adapter v2") == "my-adapter v2"
+        served_name(name, "adapter")
+    assert served_name("my-adapter v2", "adapter") == "my-adapter v2"
 
 
 def test_an_adapter_answers_under_its_own_name(tiny_adapter: Path) -> None:
-    began: list[str] = []
+    heard = Heard()
 
     async def run() -> tuple[list[str], list[Any]]:
-        backend = local_backend(
-            f"{tiny_adapter}/", Limits(), samples=2, prune_ratio=0.5, threshold=0.5, temperature=2.0,
-            begin=lambda doing, total: began.append(doing),
-        )  # fmt: skip
+        drawing, decision = Drawing(f"{tiny_adapter}/", samples=2, prune_ratio=0.5), Decision(2.0, 0.5)
+        backend = local_backend(drawing, decision, Limits(), Loading(), reporter=heard)
         models = list(backend.models)
         chat = {"model": models[0], "messages": [{"role": "user", "content": "red"}], "max_tokens": 3}
         text = {"model": models[1], "prompt": "red", "max_tokens": 3}
+        ids = {"model": models[1], "prompt": [5, 6], "max_tokens": 3}
         found = []
-        for kind, body in ((ChatRequest, chat), (CompletionRequest, text)):
+        for kind, body in ((ChatRequest, chat), (CompletionRequest, text), (CompletionRequest, ids)):
             answers = await backend.answer(read_request(kind, body))
-            found.append([piece async for piece in answers.pieces][-1].ivon)
+            found.append([delta async for delta in answers.deltas][-1].ivon)
         await backend.close()
         return models, found
 
     models, found = asyncio.run(run())
     assert models == ["adapter", "adapter:mean", "adapter:member-0000", "adapter:member-0001"]
-    assert [facts["members"] for facts in found] == [2, 1]
-    assert all(facts["abstain"] for facts in found)
-    assert began == ["loading the base model", "drawing 2 members"]
+    assert [ivon["members"] for ivon in found] == [2, 1, 1]
+    assert all(ivon["abstain"] for ivon in found)
+    assert list(heard.counts) == ["loading the base model", "drawing 2 members"]

@@ -1,4 +1,4 @@
-"""The socket and the server on it: slow clients are cut off, and a termination lets what runs come to its end."""
+"""The socket and the server on it: slow clients are cut off, and a termination lets running requests end."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ...errors import IVONError, one_line, param_ref
 
-HEADER_TIMEOUT = 10.0  # seconds in which the head of a request has to come
+HEADER_TIMEOUT = 10.0  # seconds until the head of a request must have arrived
 _IDLE = 30  # seconds that a connection without a request stays open
-_MOST_CONNECTIONS = 1000
+_MAX_CONNECTIONS = 1000
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether an address, or localhost, can be reached from this machine only."""
+    """Return whether an address, or localhost, can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -30,10 +30,10 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound; nobody can connect before the server listens on it.
+    """Return a bound socket; nobody can connect before the server listens on it.
 
     Raises:
-        IVONError: it cannot be.
+        IVONError: the address is taken, or not one of this machine's.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -50,8 +50,8 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-class _Impatient(H11Protocol):
-    """Closes a connection on which the head of a request does not come to its end; uvicorn would wait for ever."""
+class HeaderTimeoutProtocol(H11Protocol):
+    """Closes a connection on which the head of a request does not end in time; uvicorn would wait for ever."""
 
     _timer: asyncio.TimerHandle | None = None
 
@@ -93,7 +93,7 @@ def make_server(app: ASGIApp, ready: Callable[[], None]) -> uvicorn.Server:
     """Return the server of an application; `ready` is called when it answers."""
     config = uvicorn.Config(
         app,
-        http=_Impatient,
+        http=HeaderTimeoutProtocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -102,12 +102,12 @@ def make_server(app: ASGIApp, ready: Callable[[], None]) -> uvicorn.Server:
         date_header=False,
         proxy_headers=False,
         timeout_keep_alive=_IDLE,
-        limit_concurrency=_MOST_CONNECTIONS,
+        limit_concurrency=_MAX_CONNECTIONS,
     )
     return _Server(config, ready)
 
 
 def run(app: ASGIApp, bound: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then until what was asked before is answered; a second SIGINT ends it at once."""
+    """Serve until SIGTERM or SIGINT, then answer the requests that are there; a second SIGINT ends at once."""
     with contextlib.suppress(KeyboardInterrupt, SystemExit):  # it raises the signal again after it has ended well
         make_server(app, ready).run([bound])

@@ -18,7 +18,7 @@ class Metrics:
     """Counters of one server, in a registry of its own.
 
     Args:
-        gauges: returns what there is to watch at the moment: numbers by name.
+        gauges: returns the current values to monitor, by name.
     """
 
     content_type = CONTENT_TYPE_LATEST

@@ -1,4 +1,4 @@
-"""OpenAI's interface: requests as they come, checked, and responses, whole and in chunks."""
+"""OpenAI's interface: requests, checked, and responses, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..pieces import Piece, Token, token_facts
+from .answers import AnswerDelta
 
-MOST_CHOICES = 16
-_MOST_STOPS = 16
-# What would change an answer and is not done here, with the values that change nothing.
+MAX_CHOICES = 16
+_MAX_STOPS = 16
+# Parameters that would change an answer and are not supported, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -35,27 +36,25 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _Model = TypeVar("_Model", bound="Request")
 
 
-class Refusal(Exception):
-    """A request that is not answered, as OpenAI's interface tells it.
+@dataclass(eq=False)
+class ApiError(Exception):
+    """A request that is refused, or that failed.
 
     Attributes:
-        status: of HTTP.
-        param: the field of the request that it is about.
+        status: HTTP's.
+        param: the field of the request that is wrong.
+        code: a word for programs.
         headers: of the response.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = dict(headers or {})
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
 
     def document(self) -> dict[str, Any]:
         """Return the body of the response."""
@@ -65,22 +64,29 @@ class Refusal(Exception):
 
 
 class StreamOptions(BaseModel):
-    """What a stream has besides."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
 class Request(BaseModel, ABC):
-    """What both kinds of request have. A field that is null is not there; one that nobody knows is ignored."""
+    """The fields of both kinds of request. A field that is null counts as absent; unknown fields are ignored.
+
+    Attributes:
+        path: where such a request is posted, below /v1/.
+        prompt_field: the name of the field that holds the prompt.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore")
+    path: ClassVar[str]
+    prompt_field: ClassVar[str]
 
     model: str
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=_MOST_STOPS)] = []
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=_MAX_STOPS)] = []
     seed: int | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -98,11 +104,16 @@ class Request(BaseModel, ABC):
     @property
     @abstractmethod
     def top(self) -> int | None:
-        """How many of the likeliest tokens are told at each place; None: nothing is told of tokens."""
+        """The number of likeliest tokens to return at each place; None: no tokens are returned."""
+
+    @property
+    @abstractmethod
+    def prompts(self) -> Sequence[Any]:
+        """The prompts: the messages of a chat (role and content), texts, or token ids."""
 
 
 class TextPart(BaseModel):
-    """A part of a message; text is all that there is."""
+    """A part of a message, which is text."""
 
     type: Literal["text"]
     text: str
@@ -112,23 +123,19 @@ class Message(BaseModel):
     """One message of a chat."""
 
     role: str
-    content: str | list[TextPart] = ""
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _not_null(cls, content: Any) -> Any:
-        return "" if content is None else content
+    content: str | list[TextPart] | None = None
 
     def plain(self) -> dict[str, str]:
         """Return role and text."""
-        if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content}
-        return {"role": self.role, "content": "".join(part.text for part in self.content)}
+        parts = self.content or ""
+        return {"role": self.role, "content": parts if isinstance(parts, str) else "".join(part.text for part in parts)}
 
 
 class ChatRequest(Request):
     """`POST /v1/chat/completions`."""
 
+    path = "chat/completions"
+    prompt_field = "messages"
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
@@ -144,8 +151,11 @@ class ChatRequest(Request):
 
     @property
     def top(self) -> int | None:
-        """See `Request`."""
         return self.top_logprobs if self.logprobs else None
+
+    @property
+    def prompts(self) -> list[list[dict[str, str]]]:
+        return [[message.plain() for message in self.messages]]
 
 
 _Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -154,149 +164,148 @@ _Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class CompletionRequest(Request):
     """`POST /v1/completions`: a prompt, as text or token ids, or several."""
 
-    prompt: str | _Tokens | Annotated[list[str] | list[_Tokens], Field(min_length=1, max_length=MOST_CHOICES)]
+    path = "completions"
+    prompt_field = "prompt"
+    prompt: str | _Tokens | Annotated[list[str] | list[_Tokens], Field(min_length=1, max_length=MAX_CHOICES)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
     def top(self) -> int | None:
-        """See `Request`."""
         return self.logprobs
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts, always several."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         return self.prompt if isinstance(self.prompt[0], (str, list)) else [self.prompt]  # type: ignore[return-value,list-item]
 
 
 def read_request(kind: type[_Model], body: object) -> _Model:
-    """Return the request that the JSON `body` holds.
+    """Return the request in a JSON body.
 
     Raises:
-        Refusal: it is none.
+        ApiError: the body is no such request.
     """
     if not isinstance(body, dict):
-        raise Refusal(400, "the body is not a JSON object")
+        raise ApiError(400, "the body is not a JSON object")
     for name, neutral in _NEUTRAL.items():
         if (value := body.get(name)) is not None and value not in neutral:
-            raise Refusal(400, f"{name} is not supported here; leave it out", param=name, code="unsupported_parameter")
+            raise ApiError(400, f"{name} is not supported here; leave it out", param=name, code="unsupported_parameter")
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place, said = [str(part) for part in first["loc"]], first["msg"].removeprefix("Value error, ")
-        if place[:1] == ["prompt"]:  # of a union pydantic tells each part
-            place, said = place[:1], "text, token ids, or a list of either"
+        place, message = [str(part) for part in first["loc"]], first["msg"].removeprefix("Value error, ")
+        if place[:1] == ["prompt"]:  # pydantic's place and message are of one type of the union
+            place, message = place[:1], "text, token ids, or a list of either"
         elif "content" in place:
-            place, said = place[: place.index("content") + 1], "text, or a list of parts of the type 'text'"
+            place, message = place[: place.index("content") + 1], "text, or a list of parts of the type 'text'"
         param = ".".join(place) or None
-        raise Refusal(400, f"{param}: {said}" if param else said, param=param) from None
+        raise ApiError(400, f"{param}: {message}" if param else message, param=param) from None
 
 
 class Writer:
-    """Writes the response to one request, in OpenAI's shape with `ivon` as a further field.
+    """Writes the response to one request, in OpenAI's shape with the further field `ivon`.
 
     Args:
-        choices: how many answers there will be.
+        choices: the number of answers.
     """
 
     def __init__(self, request: Request, choices: int) -> None:
         self._chat = isinstance(request, ChatRequest)
-        self._choices, self._told = choices, request.top is not None
-        self._usage_wanted = request.stream_options.include_usage
+        self._choices, self._with_tokens = choices, request.top is not None
+        self._with_usage = request.stream_options.include_usage
         self._head = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": request.model,
         }
         self._offsets = [0] * choices
-        self._begun = [False] * choices
-        self._left = choices
+        self._roles_due = set(range(choices)) if self._chat else set()
+        self._unfinished = choices
         self._first: dict[str, Any] | None = None  # `ivon` of the first answer
 
-    def whole(self, pieces: Iterable[Piece], usage: Mapping[str, int]) -> dict[str, Any]:
-        """Return the response with all pieces."""
-        own: list[list[Piece]] = [[] for _ in range(self._choices)]
-        for piece in pieces:
-            own[piece.number].append(piece)
+    def whole(self, deltas: Iterable[AnswerDelta], usage: Mapping[str, int]) -> dict[str, Any]:
+        """Return the response with all deltas."""
+        answers: list[list[AnswerDelta]] = [[] for _ in range(self._choices)]
+        for delta in deltas:
+            answers[delta.number].append(delta)
         choices = []
-        for index, parts in enumerate(own):
-            text, tokens = "".join(part.text for part in parts), tuple(token for part in parts for token in part.tokens)
-            told: dict[str, Any] = {"text": text}
+        for index, parts in enumerate(answers):
+            text = "".join(part.text for part in parts)
+            tokens = tuple(token for part in parts for token in part.tokens)
+            content: dict[str, Any] = {"text": text}
             if self._chat:
-                told = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            choices.append(self._choice(Piece(index, text, tokens, parts[-1].finish, parts[-1].ivon), told))
+                content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            choices.append(self._choice(parts[-1]._replace(number=index, text=text, tokens=tokens), content))
         kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, "usage": usage, "ivon": own[0][-1].ivon}
+        return {**self._head, "object": kind, "choices": choices, "usage": usage, "ivon": answers[0][-1].ivon}
 
-    def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]:
-        """Yield what a stream has of one piece."""
-        index = piece.number
-        if self._chat and not self._begun[index]:
-            self._begun[index] = True
-            told: dict[str, Any] = {"delta": {"role": "assistant", "content": ""}}
-            yield self._chunk([{"index": index, **told, "logprobs": None, "finish_reason": None}])
-        if not (piece.text or piece.tokens or piece.finish):
+    def chunks(self, delta: AnswerDelta) -> Iterable[dict[str, Any]]:
+        """Yield the events of a stream for one delta."""
+        index = delta.number
+        if index in self._roles_due:
+            self._roles_due.remove(index)
+            role = {"delta": {"role": "assistant", "content": ""}}
+            yield self._chunk([{"index": index, **role, "logprobs": None, "finish_reason": None}])
+        if not (delta.text or delta.tokens or delta.finish):
             return
-        told = {"text": piece.text}
+        content: dict[str, Any] = {"text": delta.text}
         if self._chat:
-            told = {"delta": {"content": piece.text} if piece.text or not piece.finish else {}}
-        choice = self._choice(piece, told)
-        if piece.tokens and not piece.finish:
-            choice["ivon"] = {"tokens": list(map(token_facts, piece.tokens))}
-        if index == 0 and piece.finish:
-            self._first = piece.ivon
-        self._left -= piece.finish is not None
-        last = {} if self._left or self._usage_wanted else {"ivon": self._first}
+            content = {"delta": {"content": delta.text} if delta.text or not delta.finish else {}}
+        choice = self._choice(delta, content)
+        if delta.tokens and not delta.finish:
+            choice["ivon"] = {"tokens": [token.certainty() for token in delta.tokens]}
+        if index == 0 and delta.finish:
+            self._first = delta.ivon
+        self._unfinished -= delta.finish is not None
+        last = {} if self._unfinished or self._with_usage else {"ivon": self._first}
         yield self._chunk([choice], **last)
 
     def end(self, usage: Mapping[str, int]) -> Iterable[dict[str, Any]]:
-        """Yield what a stream has after all pieces."""
-        if self._usage_wanted:
+        """Yield the events of a stream after all deltas."""
+        if self._with_usage:
             yield {**self._chunk([]), "usage": usage, "ivon": self._first}
 
     def _chunk(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
-        usage = {"usage": None} if self._usage_wanted else {}
+        usage = {"usage": None} if self._with_usage else {}
         return {**self._head, "object": kind, "choices": choices, **usage, **more}
 
-    def _choice(self, piece: Piece, told: Mapping[str, Any]) -> dict[str, Any]:
+    def _choice(self, delta: AnswerDelta, content: Mapping[str, Any]) -> dict[str, Any]:
         logprobs = None
-        shown = self._told and (piece.tokens or not piece.text)  # of some answers the tokens are not known
-        if shown and self._chat:
-            logprobs = {"content": list(map(_chat_token, piece.tokens)), "refusal": None}
-        elif shown:
-            logprobs = self._completion_tokens(piece)
-        choice = {"index": piece.number, **told, "logprobs": logprobs, "finish_reason": piece.finish}
-        # A client that asks for one answer finds the facts in the response; of several each has its own.
-        return choice | {"ivon": piece.ivon} if piece.ivon and self._choices > 1 else choice
+        if self._with_tokens and (delta.tokens or not delta.text):  # the tokens of some answers are unknown
+            logprobs = self._chat_tokens(delta) if self._chat else self._completion_tokens(delta)
+        choice = {"index": delta.number, **content, "logprobs": logprobs, "finish_reason": delta.finish}
+        # The response has `ivon` of a single answer; each of several has its own.
+        return choice | {"ivon": delta.ivon} if delta.ivon and self._choices > 1 else choice
 
-    def _completion_tokens(self, piece: Piece) -> dict[str, Any]:
+    def _chat_tokens(self, delta: AnswerDelta) -> dict[str, Any]:
+        def entry(name: str, logprob: float) -> dict[str, Any]:
+            # A token that is part of a character has no text, and so no bytes.
+            return {"token": name, "logprob": logprob, "bytes": None if "�" in name else list(name.encode())}
+
+        content = [
+            {**entry(token.name, token.logprob), "top_logprobs": [entry(*likely) for likely in token.top]}
+            for token in delta.tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _completion_tokens(self, delta: AnswerDelta) -> dict[str, Any]:
         offsets = []
-        for token in piece.tokens:
-            offsets.append(self._offsets[piece.number])
-            self._offsets[piece.number] += len(token.text)
+        for token in delta.tokens:
+            offsets.append(self._offsets[delta.number])
+            self._offsets[delta.number] += len(token.text)
         return {
-            "tokens": [token.name for token in piece.tokens],
-            "token_logprobs": [token.logprob for token in piece.tokens],
-            "top_logprobs": [{**dict(token.top), token.name: token.logprob} for token in piece.tokens],
+            "tokens": [token.name for token in delta.tokens],
+            "token_logprobs": [token.logprob for token in delta.tokens],
+            "top_logprobs": [{**dict(token.top), token.name: token.logprob} for token in delta.tokens],
             "text_offset": offsets,
         }
 
 
-def _chat_token(token: Token) -> dict[str, Any]:
-    top = [_named(name, logprob) for name, logprob in token.top]
-    return {**_named(token.name, token.logprob), "top_logprobs": top}
-
-
-def _named(name: str, logprob: float) -> dict[str, Any]:
-    # A token that is part of a character has no text, and with it no bytes that could be told.
-    return {"token": name, "logprob": logprob, "bytes": None if "�" in name else list(name.encode())}
-
-
 def usage(prompt_tokens: int, generated: int) -> dict[str, int]:
-    """Return what a response says of its tokens."""
+    """Return the field `usage` of a response."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": generated,

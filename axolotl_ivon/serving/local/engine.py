@@ -1,6 +1,6 @@
 """Answers from a model in memory: every token is chosen from the average of the members' next-token probabilities.
 
-All members are fed with the same tokens. They run in one batch over shared base weights (`models.Stack`) with one
+All members are fed with the same tokens. They run in one batch over shared base weights (`models.draws.Stack`) with one
 key-value cache; adapters that cannot be stacked (DoRA, saved modules, …) run one member after another.
 """
 
@@ -19,75 +19,56 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from ...data.encode import check_tokens
 from ...errors import IVONError
 from ...generation.local import next_tokens
-from ...models.draws import AdapterSlots, Stack, evaluating
+from ...models.draws import Stack, evaluating
 from ...models.forward import CachedForward, end_tokens
 from ...noise import generator
-from ...posterior.posterior import Posterior
-from ..pieces import LEAST_LOGPROB, Ask, Piece, Text, Token, answer_facts, token_facts
+from ..api.answers import LEAST_LOGPROB, AnswerDelta, Token, certainty_of
+from .request import GenerationRequest
+from .text import GrowingText
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from ...decisions.sweep import Decision
+    from ...models.session import Session
+    from ...posterior.posterior import Posterior
 
 
-class Engine:
+class TokenEngine:
     """Draws of a posterior over one base model; see the module.
 
     Not for several threads at once. `NAME` is the average of all members, `NAME:mean` the mean alone and
     `NAME:member-0000` the first member alone, as `ivon-post sample` draws it with the same seed.
 
     Args:
-        model: as `load_model` returns it; it is put in evaluation mode.
+        session: the base model with the posterior's adapter.
         posterior: pruned and tempered as wished.
         name: of the average.
-        samples, seed: how many members, and the seed of `Posterior.sample`.
-        temperature: of the confidence: log-probabilities are divided by it.
-        threshold: of the confidence, from which on to answer; None: nothing is said of abstaining.
+        samples, seed: the number of members, and the seed of `Posterior.sample`.
+        decision: the softmax temperature of the confidence, and the threshold below which to abstain.
 
     Attributes:
-        longest: how many tokens a prompt and its answer may have together; None: the model has no limit.
-
-    Raises:
-        IVONError: the model does not fit the posterior.
+        models: the served names, and the slice of (mean, *members) that each is the average of.
+        max_length: the most tokens of a prompt and its answer together; None: the model has no limit.
     """
 
     def __init__(
-        self,
-        model: PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        posterior: Posterior,
-        *,
-        name: str,
-        samples: int = 8,
-        seed: int = 0,
-        temperature: float = 1.0,
-        threshold: float | None = None,
+        self, session: Session, posterior: Posterior, decision: Decision, *, name: str, samples: int = 8, seed: int = 0
     ) -> None:
-        self._model, self._tokenizer = model, tokenizer
-        self._temperature, self._threshold = temperature, threshold
-        self._slots = AdapterSlots(model)
-        self._slots.check(posterior.mean)
+        self._model, self._slots, self._decision = session.model, session.slots, decision
+        self.max_length = session.max_length
         self._draws: list[Mapping[str, Any]] = [dict(posterior.mean)]
         self._draws += [posterior.sample(seed, member) for member in range(samples)]
         self._stack: Stack | None = None
-        with contextlib.suppress(IVONError):  # one member after another, then
-            self._stack = Stack(model, self._draws)
+        with contextlib.suppress(IVONError):  # else one member runs after another
+            self._stack = Stack(self._model, self._draws)
             self._draws = []  # the stack has them
-        self._models = {name: slice(1, 1 + samples), f"{name}:mean": slice(0, 1)}
-        self._models |= {f"{name}:member-{k:04d}": slice(k + 1, k + 2) for k in range(samples)}
-        base: Any = model.get_base_model()
-        self.longest: int | None = getattr(base.config, "max_position_embeddings", None)
-        self._embeddings: int = base.get_input_embeddings().weight.shape[0]
-        self._forward = CachedForward(model)
-        self._ends = end_tokens(model, tokenizer)
+        self.models = {name: slice(1, 1 + samples), f"{name}:mean": slice(0, 1)}
+        self.models |= {f"{name}:member-{k:04d}": slice(k + 1, k + 2) for k in range(samples)}
+        self._embeddings: int = self._model.get_input_embeddings().weight.shape[0]
+        self._forward = CachedForward(self._model)
+        tokenizer = session.tokenizer
+        self._ends = end_tokens(self._model, tokenizer)
         self._decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._name_of = functools.lru_cache(maxsize=1 << 16)(lambda id: str(tokenizer.decode([id])))
-        model.eval()
-
-    @property
-    def models(self) -> Mapping[str, slice]:
-        """The served names, and which of mean and members each is the average of."""
-        return self._models
 
     def _running(self, part: slice) -> AbstractContextManager[None]:
         return self._stack.running(part) if self._stack else self._slots.loaded(self._draws[part.start])
@@ -96,70 +77,70 @@ class Engine:
         """Raise IVONError if a token of a prompt is none of the model's."""
         check_tokens(ids, self._embeddings, "prompt")
 
-    def pieces(self, ask: Ask) -> Generator[list[Piece], None, None]:
-        """Yield, for every token, what it adds to the answers; the last piece of each says why it ends."""
+    def deltas(self, request: GenerationRequest) -> Generator[list[AnswerDelta], None, None]:
+        """Yield, for every step, the newest part of each answer that goes on; the last part says why it ends."""
         with evaluating(self._model):
-            yield from self._pieces(ask)
+            yield from self._deltas(request)
 
-    def _pieces(self, ask: Ask) -> Iterator[list[Piece]]:
-        device = self._model.device
-        which = self._models[ask.model]
+    def _deltas(self, request: GenerationRequest) -> Iterator[list[AnswerDelta]]:
+        which = self.models[request.model]
         members = which.stop - which.start
         decoder = _Decoder(self, which)
-        bits = [generator("serve", ask.seed, index).bit_generator for index in range(ask.n)]
-        answers = [_Answer(Text(self._decode, ask.stop)) for _ in range(ask.n)]
-        alive = list(range(ask.n))
-        logits = decoder.begin(ask.ids).expand(members, ask.n, -1)
-        for step in range(ask.max_tokens):
-            average, expected, total = mixed(logits)
+        bits = [generator("serve", request.seed, index).bit_generator for index in range(request.n)]
+        answers = [_Answer(GrowingText(self._decode, request.stop)) for _ in range(request.n)]
+        alive = list(range(request.n))
+        logits = decoder.begin(request.ids).expand(members, request.n, -1)
+        for step in range(request.max_tokens):
+            mixed = mixture(logits)
             # 23 bits, so that a float32 below 1 stays below it in a product.
             drawn = [int(bits[index].random_raw()) >> 41 for index in alive]
-            uniform = torch.tensor(drawn, dtype=torch.float32, device=device) / 2**23
-            chosen = next_tokens(average, uniform, ask.temperature, ask.top_p)
-            pieces, going = [], []
-            for row, token in enumerate(self._tokens(average, expected, total, chosen, ask.top)):
-                index, id = alive[row], token.id
-                answer = answers[index]
-                piece = answer.step(index, token, id in self._ends, step + 1 == ask.max_tokens)
-                if piece.finish:
-                    piece = piece._replace(ivon=answer.facts(members, self._threshold, ask.top is not None))
+            uniform = torch.tensor(drawn, dtype=torch.float32, device=self._model.device) / 2**23
+            chosen = next_tokens(mixed[0], uniform, request.temperature, request.top_p)
+            deltas, rows = [], []
+            for row, token in enumerate(self._tokens(*mixed, chosen, request.top)):
+                answer = answers[alive[row]]
+                delta = answer.step(alive[row], token, token.id in self._ends, step + 1 == request.max_tokens)
+                if delta.finish:
+                    ivon = answer.certainty(members, self._decision.threshold, request.top is not None)
+                    delta = delta._replace(ivon=ivon)
                 else:
-                    going.append(row)
-                pieces.append(piece)
-            yield pieces
-            if not going:
+                    rows.append(row)
+                deltas.append(delta)
+            yield deltas
+            if not rows:
                 return
-            parents = [0] * len(going) if not step else going if len(going) < len(alive) else None
-            alive = [alive[row] for row in going]
-            logits = decoder.go_on(chosen[going], parents)
+            parents = [0] * len(rows) if not step else rows if len(rows) < len(alive) else None
+            alive = [alive[row] for row in rows]
+            logits = decoder.next(chosen[rows], parents)
 
     def _tokens(
         self, average: torch.Tensor, expected: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor, top: int | None
     ) -> Iterator[Token]:
         """Yield the chosen token of every row, which adds no text yet."""
-        scaled = average if self._temperature == 1 else (average / self._temperature).log_softmax(-1)
-        own = (each.gather(1, chosen[:, None])[:, 0] for each in (average, scaled))
-        numbers = torch.stack([*own, expected, total - expected], 1).tolist()
+        temperature = self._decision.temperature
+        scaled = average if temperature == 1 else (average / temperature).log_softmax(-1)
+        logprobs = (rows.gather(1, chosen[:, None])[:, 0] for rows in (average, scaled))
+        numbers = torch.stack([*logprobs, expected, total - expected], 1).tolist()
         likeliest: list[Any] = [()] * len(chosen)
         if top:
             values, ids = average.topk(min(top, average.shape[1]))
             likeliest = [zip(*row, strict=True) for row in zip(ids.tolist(), values.tolist(), strict=True)]
-        for id, (logprob, confidence, within, between), others in zip(chosen.tolist(), numbers, likeliest, strict=True):
+        for id, (logprob, confidence, *entropies), others in zip(chosen.tolist(), numbers, likeliest, strict=True):
             named = tuple((self._name_of(other), max(value, LEAST_LOGPROB)) for other, value in others)
-            floor = max(logprob, LEAST_LOGPROB), max(confidence, LEAST_LOGPROB)
-            yield Token(id, self._name_of(id), "", floor[0], named, floor[1], within, max(between, 0.0))
+            logprob, confidence = max(logprob, LEAST_LOGPROB), max(confidence, LEAST_LOGPROB)
+            yield Token(id, self._name_of(id), "", logprob, named, confidence, entropies[0], max(entropies[1], 0.0))
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Say whether an exception is that the memory ran out, and if so free what is held for later."""
-    if not (isinstance(error, Exception) and should_reduce_batch_size(error)):
+def out_of_memory(error: Exception) -> bool:
+    """Return whether an exception means that the memory ran out, and if so free the caches."""
+    if not should_reduce_batch_size(error):
         return False
     clear_device_cache(garbage_collection=True)
     return True
 
 
-def mixed(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the average of members' distributions, as log-probabilities, and two entropies in nats.
+def mixture(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the average of the members' distributions, as log-probabilities, and two entropies in nats.
 
     Args:
         logits: float32, shape (members, rows, vocabulary).
@@ -176,39 +157,39 @@ def mixed(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 class _Answer:
     """One answer as it grows."""
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: GrowingText) -> None:
         self._text = text
         self._shown: list[Token] = []
         self._newest: Token | None = None
 
-    def step(self, index: int, token: Token, ends: bool, last: bool) -> Piece:
-        """Return the piece that the newest token completes."""
+    def step(self, index: int, token: Token, ends: bool, last: bool) -> AnswerDelta:
+        """Return the part of the answer that the newest token completes."""
         text = ""
         tokens: tuple[Token, ...] = ()
         if not ends:
             token = token._replace(text=self._text.add(token.id))
-            text, tokens = self._text.take(token)
+            text, tokens = self._text.release(token)
         finish = "stop" if ends or self._text.stopped else "length" if last else None
         if finish:
             rest, others = self._text.rest()
             text, tokens = text + rest, tokens + others
         self._newest = token
         self._shown += tokens
-        return Piece(index, text, tokens, finish, generated=1)
+        return AnswerDelta(index, text, tokens, finish, generated=1)
 
-    def facts(self, members: int, threshold: float | None, with_tokens: bool) -> dict[str, Any]:
-        """Return `ivon` of the whole answer; one without tokens is as sure as what ended it."""
+    def certainty(self, members: int, threshold: float | None, with_tokens: bool) -> dict[str, Any]:
+        """Return `ivon` of the whole answer; that of an answer without tokens is that of the token that ended it."""
         assert self._newest is not None
-        facts = answer_facts(self._shown or [self._newest], members, threshold)
-        return facts | {"tokens": list(map(token_facts, self._shown))} if with_tokens else facts
+        ivon = certainty_of(self._shown or [self._newest], members, threshold)
+        return ivon | {"tokens": [token.certainty() for token in self._shown]} if with_tokens else ivon
 
 
 class _Decoder:
-    """The passes of one request, which give the newest tokens' logits, shape (members, answers, vocabulary)."""
+    """The forward passes of one request; they return the newest logits, shape (members, answers, vocabulary)."""
 
-    def __init__(self, engine: Engine, which: slice) -> None:
+    def __init__(self, engine: TokenEngine, which: slice) -> None:
         self._engine = engine
-        # What runs in one pass: all members, or where they cannot be stacked each by itself.
+        # All members run in one pass, or each in its own if they cannot be stacked.
         single = [slice(k, k + 1) for k in range(which.start, which.stop)]
         self._passes = [which] if engine._stack else single
         self._caches: list[Any] = [None] * len(self._passes)
@@ -218,12 +199,12 @@ class _Decoder:
         """Return the logits after the prompt, of one answer."""
         return self._run(torch.tensor([ids], device=self._engine._model.device))
 
-    def go_on(self, tokens: torch.Tensor, parents: list[int] | None) -> torch.Tensor:
+    def next(self, tokens: torch.Tensor, parents: list[int] | None) -> torch.Tensor:
         """Return the logits after one more token of every answer.
 
         Args:
             tokens: shape (answers,).
-            parents: which of the answers before each goes on from; None: all as they are.
+            parents: the row, in the pass before, that each answer continues; None: all continue their own.
         """
         if parents is not None:
             for part, cache in zip(self._passes, self._caches, strict=True):
@@ -234,12 +215,12 @@ class _Decoder:
 
     def _run(self, ids: torch.Tensor) -> torch.Tensor:
         self._length += ids.shape[1]
-        found = []
+        passes = []
         for number, part in enumerate(self._passes):
             members = part.stop - part.start
             mask = ids.new_ones(members * self._answers, self._length)
             with self._engine._running(part):
                 logits, cache = self._engine._forward(ids.repeat(members, 1), mask, self._caches[number])
             self._caches[number] = cache
-            found.append(logits.view(members, self._answers, -1))
-        return torch.cat(found)
+            passes.append(logits.view(members, self._answers, -1))
+        return torch.cat(passes)

@@ -1,11 +1,11 @@
 """Whole answers of several members as one: by minimum Bayes risk, or by the members' average probability of each.
 
-A server that gives the likeliest tokens only cannot average distributions token by token, but answers can be weighed.
+A server that returns only the likeliest tokens cannot average distributions token by token, but answers can be weighed.
 
-    mbr       every member gives several answers; the one is chosen that the others agree with most (`generation.mbr`).
-    rescore   every member scores every answer y: log p(y) = log 1/M Σ_m Π_t p_m(y_t | y_<t), which is exact. The
-              largest is chosen, of those that were drawn. Entropies are of what all members tell: tokens that are among
-              the likeliest of each, and all others as one. Coarser than the distributions, they are never above theirs.
+    by_risk    Every member gives several answers; the one is chosen that the others agree with most (`generation.mbr`).
+    by_score   Every member scores every answer y: log p(y) = log 1/M Σ_m Π_t p_m(y_t | y_<t), which is exact. The
+               likeliest of the drawn answers is chosen. Entropies are of the tokens that every member returns, and all
+               others as one token. They are coarser than those of the distributions, and never above them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.special import entr, logsumexp
 
 from ...generation.mbr import choose, expected_utility, utility_matrix
-from ...generation.uncertainty import by_answer, is_below, measure
+from ...generation.uncertainty import by_answer, measure
 from ...generation.utilities import AnswerExtractor, Utility
-from ..pieces import Token
+from ..api.answers import AnswerDelta, Token, certainty
+
+if TYPE_CHECKING:
+    from ...decisions.sweep import Decision
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,10 @@ class Candidate:
 
     Attributes:
         logprob: of all its tokens, in nats, under that member.
-        generated: how many tokens it took.
-        ids: its tokens, the one that ended it included; None if the server does not tell.
-        names: what each of them is by itself, as far as that is known.
+        generated: the number of tokens that it took.
+        ids: its tokens, the one that ended it included; None if the server does not return them.
         ended: whether the last of them is a token that ends answers, rather than text.
+        names: the text of each token by itself, as far as it is known.
     """
 
     text: str
@@ -44,22 +48,17 @@ class Candidate:
     ended: bool = False
     names: tuple[str, ...] = ()
 
+    def answer(self, number: int, ivon: dict[str, Any], tokens: tuple[Token, ...] = ()) -> AnswerDelta:
+        """Return this candidate as the answer `number`."""
+        return AnswerDelta(number, self.text, tokens, self.finish, ivon, self.generated)
+
 
 @dataclass(frozen=True)
 class Scores:
-    """What one member says of an answer's tokens: log-probabilities of each, and of the likeliest in its place."""
+    """One member's log-probabilities of an answer's tokens, and of the likeliest tokens in the place of each."""
 
     logprobs: tuple[float, ...]
     likeliest: tuple[Mapping[str, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """One of the candidates, and how sure the members are of it, and of its tokens where they were asked."""
-
-    candidate: Candidate
-    ivon: dict[str, Any]
-    tokens: tuple[Token, ...] = ()
 
 
 def by_risk(
@@ -67,15 +66,13 @@ def by_risk(
     n: int,
     utility: Utility,
     answers: AnswerExtractor,
-    *,
-    temperature: float = 1.0,
-    threshold: float | None = None,
-) -> list[Chosen]:
-    """Return the n candidates of the largest expected utility, the best first; each answer once, if there are enough.
+    decision: Decision,
+) -> list[AnswerDelta]:
+    """Return the n candidates of the largest expected utility, the best first; each text once, if there are enough.
 
     Args:
-        utility, answers: as for `ivon-post mbr`; `answers` finds in a text what it answers.
-        temperature, threshold: of the confidence (`generation.uncertainty`).
+        utility, answers: as for `ivon-post mbr`.
+        decision: the softmax temperature of the confidence, and the threshold below which to abstain.
     """
     texts, members = [c.text for c in candidates], [c.member for c in candidates]
     expected = expected_utility(utility_matrix(texts, utility), members)
@@ -84,22 +81,15 @@ def by_risk(
     chosen: list[int] = []
     while len(chosen) < n:
         fresh = [i for i in left if texts[i] not in {texts[j] for j in chosen}] or left or chosen[:1]
-        best = fresh[choose(expected[fresh], [candidates[i].logprob for i in fresh])]
-        chosen.append(best)
-        left = [i for i in left if i != best]
-    found = []
-    for index in chosen:
-        sure = measure(clusters, members, index, temperature=temperature)
-        ivon: dict[str, Any] = {
-            "confidence": sure.confidence,
-            "expected_entropy": sure.expected_entropy,
-            "mutual_information": sure.mutual_information,
-            "members": len(set(members)),
-        }
-        if threshold is not None:
-            ivon["abstain"] = is_below(sure.confidence, threshold)
-        found.append(Chosen(candidates[index], ivon))
-    return found
+        chosen.append(fresh[choose(expected[fresh], [candidates[i].logprob for i in fresh])])
+        left = [i for i in left if i != chosen[-1]]
+    deltas = []
+    for number, index in enumerate(chosen):
+        sure = measure(clusters, members, index, temperature=decision.temperature)
+        entropies = sure.expected_entropy, sure.mutual_information
+        ivon = certainty(sure.confidence, *entropies, len(set(members)), decision.threshold)
+        deltas.append(candidates[index].answer(number, ivon))
+    return deltas
 
 
 def unique(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -108,69 +98,50 @@ def unique(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def by_score(
-    candidates: Sequence[Candidate],
-    scores: Sequence[Sequence[Scores]],
-    n: int,
-    *,
-    threshold: float | None = None,
-) -> list[Chosen]:
+    candidates: Sequence[Candidate], scores: Sequence[Sequence[Scores]], n: int, threshold: float | None = None
+) -> list[AnswerDelta]:
     """Return the n candidates of the largest average probability, the best first; the first again if there are fewer.
 
     Args:
         scores: of each candidate, those of each member.
     """
-    totals = [_average([math.fsum(own.logprobs) for own in members]) for members in scores]
+    totals = [_average([math.fsum(score.logprobs) for score in members]) for members in scores]
     order = sorted(range(len(candidates)), key=lambda i: -totals[i])[:n]
     order += [order[0]] * (n - len(order))
-    found = []
-    for index in order:
+    deltas = []
+    for number, index in enumerate(order):
         candidate, members = candidates[index], scores[index]
         length = len(members[0].logprobs)
         length -= candidate.ended and length > 1  # an answer is not surer for having ended
-        shown = _average([math.fsum(own.logprobs[:length]) for own in members])
-        told = [[own.likeliest[place] for own in members] for place in range(length) if members[0].likeliest]
-        entropies = [coarse_entropies(place) for place in told]
-        averages = [_average([own.logprobs[place] for own in members]) for place in range(length)]
+        places = range(length)
+        averages = [_average([score.logprobs[place] for score in members]) for place in places]
+        entropies = [
+            coarse_entropies([score.likeliest[place] for score in members]) for place in places if members[0].likeliest
+        ]
         tokens = tuple(
             Token(id, name, name, logprob, (), logprob, *both)
             for id, name, logprob, both in zip(candidate.ids or (), candidate.names, averages, entropies, strict=False)
         )
-        confidence = math.exp(shown / length)
-        ivon: dict[str, Any] = {
-            "confidence": confidence,
-            "expected_entropy": _mean([expected for expected, _ in entropies]),
-            "mutual_information": _mean([mutual for _, mutual in entropies]),
-            "members": len(members),
-        }
-        if threshold is not None:
-            ivon["abstain"] = is_below(confidence, threshold)
-        found.append(Chosen(candidate, ivon, tokens))
-    return found
+        total = _average([math.fsum(score.logprobs[:length]) for score in members])
+        expected, mutual = np.mean(entropies, 0).tolist() if entropies else (None, None)
+        ivon = certainty(math.exp(total / length), expected, mutual, len(members), threshold)
+        deltas.append(candidate.answer(number, ivon, tokens))
+    return deltas
 
 
 def coarse_entropies(likeliest: Sequence[Mapping[str, float]]) -> tuple[float, float]:
-    """Return expected entropy and mutual information, in nats, of tokens that all members tell of, the rest as one.
+    """Return expected entropy and mutual information, in nats, of the tokens that all members return, the rest as one.
 
     Args:
         likeliest: of each member, log-probabilities by token.
     """
     common = sorted(set.intersection(*map(set, likeliest)))
-    shares = np.exp([[own[token] for token in common] for own in likeliest]).reshape(len(likeliest), -1)
+    shares = np.exp([[logprobs[token] for token in common] for logprobs in likeliest]).reshape(len(likeliest), -1)
     shares = np.concatenate([shares, np.clip(1 - shares.sum(1, keepdims=True), 0, None)], 1)
-    expected = float(np.mean([_entropy(own) for own in shares]))
-    return expected, max(0.0, _entropy(shares.mean(0)) - expected)
-
-
-def _entropy(shares: np.ndarray) -> float:
-    shares = shares[shares > 0]
-    return float(-(shares * np.log(shares)).sum())
+    expected = float(entr(shares).sum(1).mean())
+    return expected, max(0.0, float(entr(shares.mean(0)).sum()) - expected)
 
 
 def _average(logprobs: Sequence[float]) -> float:
     """Return the logarithm of the mean of probabilities."""
-    top = max(logprobs)
-    return top + math.log(math.fsum(math.exp(own - top) for own in logprobs) / len(logprobs))
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
+    return float(logsumexp(logprobs)) - math.log(len(logprobs))

@@ -1,15 +1,16 @@
-"""Requests are what OpenAI's own client sends, and responses what its types read; what is asked wrongly is named."""
+"""Requests are what OpenAI's own client sends, and responses what its types read; errors name the wrong field."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from axolotl_ivon.serving.api.protocol import ChatRequest, CompletionRequest, Refusal, Writer, read_request, usage
-from axolotl_ivon.serving.pieces import Piece, Token
+from axolotl_ivon.serving.api.answers import AnswerDelta, Token, certainty_of
+from axolotl_ivon.serving.api.protocol import ApiError, ChatRequest, CompletionRequest, Writer, read_request, usage
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "?"}]}
 TEXT = {"model": "m", "prompt": "?"}
@@ -29,10 +30,7 @@ def test_content_may_come_in_parts() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
     asked = read_request(ChatRequest, {**CHAT, "messages": messages})
-    assert [m.plain() for m in asked.messages] == [
-        {"role": "user", "content": "ab"},
-        {"role": "assistant", "content": ""},
-    ]
+    assert asked.prompts == [[{"role": "user", "content": "ab"}, {"role": "assistant", "content": ""}]]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +41,7 @@ def test_prompts_are_text_or_tokens_one_or_several(prompt: Any, prompts: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "said"),
+    ("body", "param", "message"),
     [
         ({"messages": CHAT["messages"]}, "model", "Field required"),
         ({**CHAT, "messages": []}, "messages", "at least 1 item"),
@@ -53,7 +51,7 @@ def test_prompts_are_text_or_tokens_one_or_several(prompt: Any, prompts: Any) ->
         ({**CHAT, "n": 1000}, "n", "less than or equal to 16"),
         ({**CHAT, "n": "2"}, "n", "valid integer"),
         ({**CHAT, "temperature": -1}, "temperature", "greater than or equal to 0"),
-        ({**CHAT, "temperature": float("nan")}, "temperature", ""),
+        ({**CHAT, "temperature": float("nan")}, "temperature", "temperature"),
         ({**CHAT, "top_p": 0}, "top_p", "greater than 0"),
         ({**CHAT, "stop": ["a", ""]}, "stop.1", "at least 1 character"),
         ({**CHAT, "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
@@ -65,17 +63,17 @@ def test_prompts_are_text_or_tokens_one_or_several(prompt: Any, prompts: Any) ->
         ([], None, "not a JSON object"),
     ],
 )
-def test_a_wrong_chat_is_refused(body: Any, param: str | None, said: str) -> None:
-    with pytest.raises(Refusal, match=said) as raised:
+def test_a_wrong_chat_is_refused(body: Any, param: str | None, message: str) -> None:
+    with pytest.raises(ApiError, match=message) as raised:
         read_request(ChatRequest, body)
-    told = raised.value.document()["error"]
-    assert (raised.value.status, told["type"], told["param"]) == (400, "invalid_request_error", param)
-    assert param is None or param in told["message"]
+    error = raised.value.document()["error"]
+    assert (raised.value.status, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert param is None or param in error["message"]
 
 
 @pytest.mark.parametrize("prompt", [5, [], [[]], ["a", 1], [-1], [True], {}, [["a"]]])
 def test_a_wrong_prompt_is_refused(prompt: Any) -> None:
-    with pytest.raises(Refusal, match="prompt: text, token ids, or a list of either") as raised:
+    with pytest.raises(ApiError, match="prompt: text, token ids, or a list of either") as raised:
         read_request(CompletionRequest, {**TEXT, "prompt": prompt})
     assert raised.value.param == "prompt"
 
@@ -85,12 +83,12 @@ def test_a_wrong_prompt_is_refused(prompt: Any) -> None:
 def test_a_streamed_chat_adds_up_to_the_whole(n: int, include_usage: bool) -> None:
     body = {**CHAT, "n": n, "logprobs": True, "top_logprobs": 2, "stream_options": {"include_usage": include_usage}}
     request = read_request(ChatRequest, body)
-    pieces = [Piece(k, "é", (TOKEN,), generated=1) for k in range(n)]
-    pieces += [Piece(k, "", (), "stop", {**IVON, "members": k}, 1) for k in reversed(range(n))]
+    deltas = [AnswerDelta(k, "é", (TOKEN,), generated=1) for k in range(n)]
+    deltas += [AnswerDelta(k, "", (), "stop", {**IVON, "members": k}, 1) for k in reversed(range(n))]
     used = usage(3, 2 * n)
-    whole = Writer(request, n).whole(pieces, used)
+    whole = Writer(request, n).whole(deltas, used)
     writer = Writer(request, n)
-    chunks = [chunk for piece in pieces for chunk in writer.chunks(piece)] + list(writer.end(used))
+    chunks = [chunk for delta in deltas for chunk in writer.chunks(delta)] + list(writer.end(used))
     read, parsed = ChatCompletion.model_validate(whole), [ChatCompletionChunk.model_validate(c) for c in chunks]
     for choice in read.choices:
         own = [c.choices[0] for c in parsed if c.choices and c.choices[0].index == choice.index]
@@ -118,7 +116,7 @@ def test_a_completion_tells_tokens_in_its_own_way() -> None:
     request = read_request(CompletionRequest, {**TEXT, "logprobs": 1})
     two = (TOKEN, TOKEN._replace(id=8, name="b", text="b", logprob=-2.0))
     writer = Writer(request, 1)
-    chunks = [*writer.chunks(Piece(0, "éb", two)), *writer.chunks(Piece(0, "é", (TOKEN,), "length", IVON))]
+    chunks = [*writer.chunks(AnswerDelta(0, "éb", two)), *writer.chunks(AnswerDelta(0, "é", (TOKEN,), "length", IVON))]
     first, second = (
         Completion.model_validate({**c, "choices": [{**c["choices"][0], "finish_reason": "stop"}]}).choices[0]
         for c in chunks
@@ -139,4 +137,16 @@ def test_a_completion_tells_tokens_in_its_own_way() -> None:
     [(400, "invalid_request_error"), (401, "authentication_error"), (429, "rate_limit_error"), (502, "server_error")],
 )
 def test_errors_have_their_type(status: int, kind: str) -> None:
-    assert Refusal(status, "so").document() == {"error": {"message": "so", "type": kind, "param": None, "code": None}}
+    assert ApiError(status, "so").document() == {"error": {"message": "so", "type": kind, "param": None, "code": None}}
+
+
+def test_the_field_ivon_is_that_of_the_tokens() -> None:
+    tokens = [
+        Token(0, "a", "a", math.log(0.5), (), math.log(0.9), 0.2, 0.1),
+        Token(1, "b", "b", -1, (), math.log(0.4), 0.4, 0.3),
+    ]
+    expected = {"confidence": math.sqrt(0.36), "expected_entropy": 0.3, "mutual_information": 0.2, "members": 8}
+    assert certainty_of(tokens, 8) == pytest.approx(expected)
+    assert [certainty_of(tokens, 8, t)["abstain"] for t in (0.59, 0.6, 0.61)] == [False, False, True]
+    entropies = {"expected_entropy": 0.2, "mutual_information": 0.1}
+    assert tokens[0].certainty() == {"token": "a", "probability": pytest.approx(0.5), **entropies}

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from axolotl_ivon.decisions.sweep import Decision
 from axolotl_ivon.generation.utilities import AnswerExtractor, exact
 from axolotl_ivon.serving.proxy.mixture import Candidate, Scores, by_risk, by_score, coarse_entropies, unique
 
@@ -19,33 +20,27 @@ def candidate(text: str, member: int, logprob: float = -1.0, **more: object) -> 
 
 def test_the_answer_that_most_agree_with_is_chosen() -> None:
     answers = AnswerExtractor(r"(\d+)")
-    own = [
-        candidate("so 7", 0),
-        candidate("it is 7", 0, -0.5),
-        candidate("8", 1),
-        candidate("7!", 1),
-        candidate("?", 2),
-        candidate("7", 2),
-    ]
-    first, second = by_risk(own, 2, exact(answers), answers, threshold=0.7)
-    assert first.candidate.text == "it is 7"  # of equal ones the likeliest
-    assert second.candidate.text == "so 7"
+    own = [candidate("so 7", 0), candidate("it is 7", 0, -0.5), candidate("8", 1), candidate("7!", 1)]
+    own += [candidate("?", 2), candidate("7", 2)]
+    first, second = by_risk(own, 2, exact(answers), answers, Decision(threshold=0.7))
+    assert first.text == "it is 7"  # of equal ones the likeliest
+    assert second.text == "so 7"
     assert first.ivon["confidence"] == pytest.approx(4 / 6)
     assert first.ivon["members"] == 3
     assert first.ivon["abstain"] is True
-    mixed = [4 / 6, 1 / 6, 1 / 6]
-    total = -sum(p * math.log(p) for p in mixed)
+    shares = [4 / 6, 1 / 6, 1 / 6]
+    total = -sum(p * math.log(p) for p in shares)
     within = 2 / 3 * math.log(2)  # two of three members are of two minds
     assert first.ivon["expected_entropy"] == pytest.approx(within)
     assert first.ivon["mutual_information"] == pytest.approx(total - within)
-    assert "abstain" not in by_risk(own, 1, exact(answers), answers)[0].ivon
+    assert "abstain" not in by_risk(own, 1, exact(answers), answers, Decision())[0].ivon
 
 
 def test_fewer_answers_than_asked_for_come_again() -> None:
     own = [candidate("a", 0), candidate("a", 1)]
-    assert [c.candidate.text for c in by_risk(own, 3, exact(AnswerExtractor()), AnswerExtractor())] == ["a", "a", "a"]
-    rows = [[Scores((-1.0,))]]
-    assert [c.candidate.text for c in by_score(own[:1], rows, 2)] == ["a", "a"]
+    answers = AnswerExtractor()
+    assert [c.text for c in by_risk(own, 3, exact(answers), answers, Decision())] == ["a", "a", "a"]
+    assert [c.text for c in by_score(own[:1], [[Scores((-1.0,))]], 2)] == ["a", "a"]
 
 
 def test_equal_tokens_are_scored_once() -> None:
@@ -61,7 +56,7 @@ def test_the_largest_average_probability_is_chosen() -> None:
         [Scores((log(0.4), log(0.8))), Scores((log(0.4), log(0.8)))],  # 0.32
     ]
     best, other = by_score(own, rows, 2, threshold=0.45)
-    assert (best.candidate.text, other.candidate.text) == ("b", "a")
+    assert (best.text, other.text) == ("b", "a")
     assert best.ivon["confidence"] == pytest.approx(0.4)  # without the end
     assert other.ivon["confidence"] == pytest.approx(0.5)
     assert [best.ivon["abstain"], other.ivon["abstain"]] == [True, False]
@@ -74,7 +69,7 @@ def test_probabilities_that_no_float_holds_are_averaged() -> None:
     own = [candidate("a", 0, ids=(1,)), candidate("b", 0, ids=(2,))]
     # e^−2000 / 2 is more than e^−2001.
     rows = [[Scores((-2001.0,)), Scores((-2001.0,))], [Scores((-2000.0,)), Scores((-3000.0,))]]
-    assert [chosen.candidate.text for chosen in by_score(own, rows, 2)] == ["b", "a"]
+    assert [chosen.text for chosen in by_score(own, rows, 2)] == ["b", "a"]
 
 
 @given(st.integers(1, 4), st.integers(2, 12), st.integers(0, 6), st.integers(0, 999))

@@ -1,0 +1,95 @@
+"""The parts that answers come in, token by token, and how certain each answer is.
+
+Of a token, with p_m the distribution of member m and p = 1/M Σ_m p_m the average that it was chosen from:
+
+    expected entropy     1/M Σ_m H[p_m]             within members: each of them leaves open what comes next
+    mutual information   H[p] − 1/M Σ_m H[p_m]      between members: they expect different tokens
+
+Of an answer, over its tokens without the one that ends it: the means of both, in nats per token, and as confidence the
+geometric mean of the chosen tokens' probabilities under p, which for an answer of one token is its probability.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ...generation.uncertainty import is_below
+
+LEAST_LOGPROB = -9999.0  # OpenAI's interface writes this for a probability of 0: JSON has no −∞
+
+
+class Token(NamedTuple):
+    """One token of an answer.
+
+    Attributes:
+        id: its number; name: its text by itself.
+        text: what it adds to the answer; empty if it only begins a character.
+        logprob: in nats, under the average, before the request's temperature and top-p.
+        top: (name, logprob) of the likeliest tokens, as many as the request asks for.
+        confidence: its log-probability at the softmax temperature of `recommended.json`.
+        expected_entropy, mutual_information: in nats; see the module.
+    """
+
+    id: int
+    name: str
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+    confidence: float
+    expected_entropy: float
+    mutual_information: float
+
+    def certainty(self) -> dict[str, Any]:
+        """Return the entry of `ivon.tokens`."""
+        return {
+            "token": self.text,
+            "probability": math.exp(self.logprob),
+            "expected_entropy": self.expected_entropy,
+            "mutual_information": self.mutual_information,
+        }
+
+
+class AnswerDelta(NamedTuple):
+    """The next part of the answer `number`: text, its tokens, and in the last part the reason why it ends.
+
+    `finish` is "stop" (a token or string ended it) or "length", `ivon` the certainty of the answer. `generated` counts
+    the tokens that the part took, hidden ones included.
+    """
+
+    number: int
+    text: str
+    tokens: tuple[Token, ...] = ()
+    finish: str | None = None
+    ivon: dict[str, Any] | None = None
+    generated: int = 0
+
+
+def certainty(
+    confidence: float | None,
+    expected_entropy: float | None,
+    mutual_information: float | None,
+    members: int,
+    threshold: float | None = None,
+) -> dict[str, Any]:
+    """Return the field `ivon` of an answer, with a threshold also whether to abstain."""
+    ivon: dict[str, Any] = {
+        "confidence": confidence,
+        "expected_entropy": expected_entropy,
+        "mutual_information": mutual_information,
+        "members": members,
+    }
+    if threshold is not None and confidence is not None:
+        ivon["abstain"] = is_below(confidence, threshold)
+    return ivon
+
+
+def certainty_of(tokens: Sequence[Token], members: int, threshold: float | None = None) -> dict[str, Any]:
+    """Return the field `ivon` of an answer of these tokens."""
+
+    def mean(name: str) -> float:
+        return math.fsum(getattr(token, name) for token in tokens) / len(tokens)
+
+    confidence = math.exp(mean("confidence"))
+    return certainty(confidence, mean("expected_entropy"), mean("mutual_information"), members, threshold)

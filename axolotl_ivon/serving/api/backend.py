@@ -1,0 +1,78 @@
+"""What the server asks for answers: a model in memory (`local.queue`), or servers behind it (`proxy.proxy`)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Collection, Mapping
+from dataclasses import dataclass
+
+from .answers import AnswerDelta
+from .protocol import ApiError, Request
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What requests may take.
+
+    Attributes:
+        max_queue: requests that may wait; further ones are refused with status 429.
+        max_tokens: of an answer, and of a chat whose request names no maximum.
+        timeout: seconds for the answers to a request, waiting included.
+    """
+
+    max_queue: int = 32
+    max_tokens: int = 2048
+    timeout: float = 600.0
+
+    def check(self, request: Request) -> None:
+        """Raise ApiError if a request asks for more tokens than an answer may have."""
+        if request.max_tokens is not None and request.max_tokens > self.max_tokens:
+            message = f"max_tokens {request.max_tokens}: this server gives at most {self.max_tokens}"
+            raise ApiError(400, message, param="max_tokens")
+
+
+def queue_full(requests: str) -> ApiError:
+    """Return the refusal of a request that finds too many `requests` before it."""
+    return ApiError(429, f"{requests} already; try again later", code="queue_full", headers={"Retry-After": "1"})
+
+
+@dataclass
+class AnswerStream:
+    """The answers to one request, as they come.
+
+    Attributes:
+        prompt_tokens: of all prompts.
+        choices: the number of answers.
+        deltas: the parts of all answers, in any order; closing it ends the work.
+        generated: the tokens of all answers, known after the last part; None: the sum of the parts' numbers.
+    """
+
+    prompt_tokens: int
+    choices: int
+    deltas: AsyncGenerator[AnswerDelta, None]
+    generated: int | None = None
+
+
+class Backend(ABC):
+    """Answers the requests of a server."""
+
+    @property
+    @abstractmethod
+    def models(self) -> Collection[str]:
+        """The served names."""
+
+    @abstractmethod
+    async def answer(self, request: Request) -> AnswerStream:
+        """Begin to answer a request whose model is one of `models`.
+
+        Raises:
+            ApiError: the request is refused; the deltas may raise it too.
+        """
+
+    @abstractmethod
+    def gauges(self) -> Mapping[str, float]:
+        """Return current values to monitor, by name."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release everything, after all answers."""

@@ -1,0 +1,230 @@
+"""Answers from OpenAI-compatible servers that serve the members of an ensemble: vLLM, which scales past one machine.
+
+Every server has every member. A request for one member is passed on; for the answer of all members each is asked, and
+`mixture` chooses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...noise import generator
+from ..api.answers import AnswerDelta, Token, certainty, certainty_of
+from ..api.backend import AnswerStream, Backend, Limits, queue_full
+from ..api.protocol import ApiError, ChatRequest, Request
+from .mixture import Candidate, Scores, by_score, unique
+from .responses import read_candidates, read_prompt_ids, read_scores, read_text, read_tokens
+from .upstream import UpstreamPool, broken_off, cancel_all, malformed_as_502
+
+TOP = 20  # likeliest tokens to ask for, the most that vLLM gives unless told otherwise
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How the answer of all members is made of the answers of each.
+
+    Attributes:
+        choose: returns the given number of the candidates of all members, as answers; None: every member scores all
+            candidates (`mixture.by_score`).
+        candidates: the number of answers of each member.
+        threshold: of the confidence of one member, and of scored answers; `choose` has its own.
+    """
+
+    choose: Callable[[Sequence[Candidate], int], list[AnswerDelta]] | None = None
+    candidates: int = 4
+    threshold: float | None = None
+
+
+class Proxy(Backend):
+    """Answers from the servers of a pool.
+
+    Args:
+        name: of the answer of all members.
+        members: the names of the members there: "mean" for the mean, the others are draws.
+    """
+
+    def __init__(self, pool: UpstreamPool, name: str, members: Sequence[str], mixing: Mixing, limits: Limits) -> None:
+        self._pool, self._mixing, self._limits = pool, mixing, limits
+        self._draws = [member for member in members if member != "mean"]
+        self._served: dict[str, str | None] = {name: None}
+        if "mean" in members:
+            self._served[f"{name}:mean"] = "mean"
+        self._served |= {f"{name}:member-{number:04d}": member for number, member in enumerate(self._draws)}
+        self._running = 0
+
+    @property
+    def models(self) -> Collection[str]:
+        return self._served
+
+    def gauges(self) -> Mapping[str, float]:
+        return {"running": self._running, "upstreams_well": self._pool.well}
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    async def answer(self, request: Request) -> AnswerStream:
+        if self._running >= self._limits.max_queue:
+            raise queue_full(f"{self._running} requests are running")
+        self._limits.check(request)
+        answers = AnswerStream(0, len(request.prompts) * request.n, _none())
+        answers.deltas = self._deltas(request, answers)
+        return answers
+
+    async def _deltas(self, request: Request, answers: AnswerStream) -> AsyncGenerator[AnswerDelta, None]:
+        seed = secrets.randbits(31) if request.seed is None else request.seed
+        member = self._served[request.model]
+        self._running += 1
+        try:
+            for number, prompt in enumerate(request.prompts):
+                body = _body(request, prompt, 1 if member is None else TOP)
+                if member is None:
+                    deltas = self._mixture(request, body, seed + number, answers)
+                else:
+                    body |= {"model": member, "n": request.n, "seed": seed + number, "stream": request.stream}
+                    deltas = self._member(request, body, answers)
+                async with contextlib.aclosing(deltas):
+                    async for delta in deltas:
+                        yield delta._replace(number=number * request.n + delta.number)
+        finally:
+            self._running -= 1
+
+    # --- one member --------------------------------------------------------------------------------------------
+
+    async def _member(
+        self, request: Request, body: dict[str, Any], answers: AnswerStream
+    ) -> AsyncGenerator[AnswerDelta, None]:
+        streams = [_MemberStream(request, self._mixing.threshold) for _ in range(request.n)]
+        unfinished = request.n
+        async with contextlib.aclosing(self._events(request, body)) as events:
+            async for event in events:
+                with malformed_as_502():
+                    if not request.stream or (event.get("usage") and not event["choices"]):
+                        answers.prompt_tokens += int(event["usage"]["prompt_tokens"])
+                        answers.generated = (answers.generated or 0) + int(event["usage"]["completion_tokens"])
+                    deltas = [streams[int(choice["index"])].delta(choice) for choice in event["choices"]]
+                    unfinished -= sum(delta.finish is not None for delta in deltas)
+                for delta in deltas:
+                    yield delta
+        if unfinished > 0:
+            raise broken_off()
+
+    async def _events(self, request: Request, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the events of a stream, or the one response without."""
+        if not request.stream:
+            yield await self._pool.post(request.path, body)
+            return
+        body = {**body, "stream_options": {"include_usage": True}}
+        async with contextlib.aclosing(self._pool.events(request.path, body)) as events:
+            async for event in events:
+                yield event
+
+    # --- all members -------------------------------------------------------------------------------------------
+
+    async def _mixture(
+        self, request: Request, body: dict[str, Any], seed: int, answers: AnswerStream
+    ) -> AsyncGenerator[AnswerDelta, None]:
+        """Yield the chosen answers, whole."""
+        body["n"] = self._mixing.candidates if request.temperature else 1
+        if not self._mixing.choose:
+            body["return_token_ids"] = True
+        seeds = [generator("serve", seed, number).bit_generator.random_raw() for number in range(len(self._draws))]
+        bodies = [
+            {**body, "model": member, "seed": int(own >> 33)} for member, own in zip(self._draws, seeds, strict=True)
+        ]
+        responses = await _together([self._pool.post(request.path, own) for own in bodies])
+        with malformed_as_502():
+            answers.prompt_tokens += int(responses[0]["usage"]["prompt_tokens"])
+            candidates = [
+                candidate
+                for number, response in enumerate(responses)
+                for candidate in read_candidates(response, number)
+            ]
+            prompt = None if self._mixing.choose else read_prompt_ids(responses[0])
+        if self._mixing.choose:
+            # Comparing texts may take a while.
+            chosen = await asyncio.to_thread(self._mixing.choose, candidates, request.n)
+        elif prompt is None or any(candidate.ids is None for candidate in candidates):
+            raise ApiError(502, "the servers behind this one return no token ids (return_token_ids); use vLLM ≥ 0.10.2")
+        else:
+            different = unique(candidates)
+            scores = await _together(
+                [self._score(prompt, candidate, member) for candidate in different for member in self._draws]
+            )
+            size = len(self._draws)
+            rows = [scores[start : start + size] for start in range(0, len(scores), size)]
+            chosen = by_score(different, rows, request.n, threshold=self._mixing.threshold)
+        for delta in chosen:
+            yield _shown(delta, request)
+
+    async def _score(self, prompt: list[int], candidate: Candidate, member: str) -> Scores:
+        ids = candidate.ids or ()
+        body = {
+            "model": member,
+            "prompt": [*prompt, *ids],
+            "echo": True,
+            "logprobs": TOP,
+            "max_tokens": 1,
+            "temperature": 0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+        response = await self._pool.post("completions", body)
+        with malformed_as_502():
+            return read_scores(response, slice(len(prompt), len(prompt) + len(ids)))
+
+
+class _MemberStream:
+    """One answer of one member, as it comes."""
+
+    def __init__(self, request: Request, threshold: float | None) -> None:
+        self._request, self._threshold = request, threshold
+        self._tokens: list[Token] = []
+
+    def delta(self, choice: Mapping[str, Any]) -> AnswerDelta:
+        """Return the part of the answer in a choice of a response, or of an event."""
+        tokens = read_tokens(choice.get("logprobs"), self._request.top or 0)
+        self._tokens += tokens
+        finish, ivon = choice.get("finish_reason"), None
+        if finish is not None:
+            ivon = certainty(None, None, 0.0, 1)
+            if self._tokens:
+                ivon = certainty_of(self._tokens, 1, self._threshold)
+            if self._request.top is not None:
+                ivon["tokens"] = [token.certainty() for token in self._tokens]
+        shown = tuple(tokens) if self._request.top is not None else ()
+        return AnswerDelta(int(choice["index"]), read_text(choice), shown, finish, ivon, len(tokens))
+
+
+def _shown(delta: AnswerDelta, request: Request) -> AnswerDelta:
+    """Return an answer with its tokens only if the request asks for them."""
+    if request.top is None or not delta.tokens:
+        return delta._replace(tokens=())
+    return delta._replace(ivon={**(delta.ivon or {}), "tokens": [token.certainty() for token in delta.tokens]})
+
+
+def _body(request: Request, prompt: Any, top: int) -> dict[str, Any]:
+    """Return what every server is asked, without the model and the number of answers."""
+    body = {"temperature": request.temperature, "top_p": request.top_p, request.prompt_field: prompt}
+    body |= {"logprobs": True, "top_logprobs": top} if isinstance(request, ChatRequest) else {"logprobs": top}
+    if request.max_tokens is not None:
+        body["max_tokens"] = request.max_tokens
+    return body | ({"stop": request.stop} if request.stop else {})
+
+
+async def _together(requests: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Return the results of all; when one fails, or nobody waits any more, the others are cancelled."""
+    tasks = [asyncio.ensure_future(request) for request in requests]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        await cancel_all(tasks)
+
+
+async def _none() -> AsyncGenerator[AnswerDelta, None]:
+    return
+    yield  # makes it a generator

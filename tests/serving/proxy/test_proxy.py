@@ -1,0 +1,390 @@
+"""The server in front of others: what it makes of their answers, and what becomes of one that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from openai_server import Server
+from openai_server import serving as upstream_serving
+from served import ask, official, serving, until
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.decisions.sweep import Decision
+from axolotl_ivon.generation.utilities import AnswerExtractor, exact
+from axolotl_ivon.posterior.sample import EnsemblePlan, sample
+from axolotl_ivon.serving.api.backend import Limits
+from axolotl_ivon.serving.proxy import upstream
+from axolotl_ivon.serving.proxy.mixture import by_risk
+from axolotl_ivon.serving.proxy.proxy import Mixing, Proxy
+from axolotl_ivon.serving.proxy.upstream import UpstreamPool
+from axolotl_ivon.serving.start import Combining, proxy_backend
+
+MESSAGES: Any = [{"role": "user", "content": "red dog"}]
+MEAN: Any = {"model": "ours:mean", "prompt": "red", "max_tokens": 1}
+MEMBERS = ["sample-0000", "sample-0001"]
+Begin = Callable[..., contextlib.AbstractContextManager[str]]
+
+
+@pytest.fixture(scope="module")
+def ensemble(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("upstream") / "ensemble"
+    sample(Posterior.from_pretrained(tiny_adapter).temper(0.002), folder, EnsemblePlan(2, include_mean=True))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(ensemble: Path, tiny_llama: Path) -> list[Server]:
+    return [Server(ensemble, tiny_llama, ["mean", *MEMBERS]) for _ in range(2)]
+
+
+@pytest.fixture
+def upstreams(loaded: list[Server]) -> Iterator[list[Server]]:
+    """Two servers of the same members."""
+    with contextlib.ExitStack() as stack:
+        for server in loaded:
+            server.requests, server.headers, server.failures = [], [], []
+            server.spoil, server.dies_after = (lambda answer: answer), None
+            stack.enter_context(upstream_serving(server))
+        yield loaded
+
+
+@pytest.fixture
+def begin(upstreams: list[Server]) -> Begin:
+    """A function that serves the two, or those that are named, by default by minimum Bayes risk."""
+
+    def start(
+        urls: list[str] | None = None,
+        rescore: bool = False,
+        concurrency: int = 256,
+        max_queue: int = 100,
+        threshold: float | None = None,
+    ) -> Any:
+        answers = AnswerExtractor()
+        choose = functools.partial(by_risk, utility=exact(answers), answers=answers, decision=Decision())
+        mixing, limits = Mixing(None if rescore else choose, 4, threshold), Limits(max_queue, timeout=20)
+
+        def backend() -> Proxy:
+            pool = UpstreamPool(urls or [server.url for server in upstreams], concurrency, limits.timeout)
+            return Proxy(pool, "ours", ["mean", *MEMBERS], mixing, limits)
+
+        return serving(backend)
+
+    return start
+
+
+@contextlib.contextmanager
+def at_once(url: str, count: int, **body: Any) -> Iterator[None]:
+    """Ask for completions in as many threads until the block ends, and wait for them."""
+    with ThreadPoolExecutor(count) as pool:
+        asked = [pool.submit(lambda: list(official(url).completions.create(**body))) for _ in range(count)]
+        yield
+    for one in asked:
+        one.result()
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("model", ["ours:mean", "ours:member-0001"])
+def test_a_member_answers_as_it_does_there(begin: Begin, upstreams: list[Server], model: str, chat: bool) -> None:
+    there = {"ours:mean": "mean", "ours:member-0001": "sample-0001"}[model]
+    asked: Any = {"max_tokens": 6, "n": 2, "seed": 5}
+    prompt: Any = {"messages": MESSAGES} if chat else {"prompt": "red"}
+    told: Any = prompt | ({"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1})
+    with begin() as url:
+        ours, theirs = official(url), official(upstreams[0].url)
+        create = [(own.chat.completions if chat else own.completions).create for own in (ours, theirs)]
+        found = create[0](model=model, **told, **asked)
+        expected = create[1](model=there, **told, **asked, temperature=1.0)
+        chunks = list(create[0](model=model, **told, **asked, stream=True, stream_options={"include_usage": True}))
+        bare = create[0](model=model, **prompt, **asked)
+
+    def text(choice: Any) -> str:
+        return choice.message.content if chat else choice.text  # type: ignore[no-any-return]
+
+    assert [text(c) for c in found.choices] == [text(c) for c in expected.choices] == [text(c) for c in bare.choices]
+    assert found.usage == expected.usage == chunks[-1].usage
+    assert found.model == chunks[0].model == model
+    for number, choice in enumerate(found.choices):
+        own = [c.choices[0] for c in chunks if c.choices and c.choices[0].index == number]
+        assert "".join((c.delta.content if chat else c.text) or "" for c in own) == text(choice)
+        if chat:
+            values = [token.logprob for token in expected.choices[number].logprobs.content]
+            assert [token.logprob for token in choice.logprobs.content] == pytest.approx(values)
+            assert len(choice.logprobs.content[0].top_logprobs) == 1
+        else:
+            values = expected.choices[number].logprobs.token_logprobs
+            assert choice.logprobs.token_logprobs == pytest.approx(values)
+        facts = choice.model_extra["ivon"]
+        assert facts["confidence"] == pytest.approx(math.exp(sum(values) / len(values)))
+        assert (facts["members"], facts["mutual_information"]) == (1, 0)
+        assert facts["expected_entropy"] > 0
+        assert bare.choices[number].logprobs is None
+        assert bare.choices[number].model_extra["ivon"]["confidence"] == pytest.approx(facts["confidence"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_choice_is_among_the_answers_of_all_members(begin: Begin, upstreams: list[Server], stream: bool) -> None:
+    with begin() as url:
+        body: Any = {"model": "ours", "messages": MESSAGES, "max_tokens": 2, "seed": 3, "stream": stream}
+        found = official(url).chat.completions.create(**body)
+        chunks = list(found) if stream else []
+    asked = [body for server in upstreams for body in server.requests]
+    assert sorted(body["model"] for body in asked) == MEMBERS
+    assert {body["n"] for body in asked} == {4}
+    assert len({body["seed"] for body in asked}) == 2
+    answers = [upstreams[0].complete({**body, "stream": False}, True) for body in asked]
+    outputs = {choice["message"]["content"] for answer in answers for choice in answer["choices"]}
+    text = "".join(c.choices[0].delta.content or "" for c in chunks) if stream else found.choices[0].message.content
+    assert text in outputs
+    facts = (chunks[-1] if stream else found).model_extra["ivon"]
+    assert facts["members"] == 2
+    assert 1 / 8 <= facts["confidence"] <= 1
+
+
+def test_greedy_members_are_asked_for_one_answer(begin: Begin, upstreams: list[Server]) -> None:
+    with begin() as url:
+        official(url).completions.create(model="ours", prompt=["red", "blue"], max_tokens=2, temperature=0)
+    asked = [body for server in upstreams for body in server.requests]
+    assert [body["n"] for body in asked] == [1] * 4
+    assert sorted(body["prompt"] for body in asked) == ["blue", "blue", "red", "red"]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_rescoring_chooses_by_the_average_probability(begin: Begin, upstreams: list[Server], chat: bool) -> None:
+    with begin(rescore=True, threshold=0.5) as url:
+        asked: Any = {"model": "ours", "max_tokens": 3, "seed": 3}
+        if chat:
+            found: Any = official(url).chat.completions.create(messages=MESSAGES, logprobs=True, **asked)
+            text = found.choices[0].message.content
+        else:
+            found = official(url).completions.create(prompt="red", **asked)
+            text = found.choices[0].text
+    server = upstreams[0]
+    bodies = [body for own in upstreams for body in own.requests]
+    outputs = [
+        (tuple(c["token_ids"]), c["message"]["content"] if chat else c["text"])
+        for body in bodies
+        if not body.get("echo")
+        for c in server.complete({**body}, chat)["choices"]
+    ]
+    prompt = server._rendered(MESSAGES) if chat else server.tokenizer("red")["input_ids"]
+
+    def average(ids: tuple[int, ...]) -> float:
+        """The average probability, one whole pass for each member."""
+        values = []
+        for member in MEMBERS:
+            server.model.set_adapter(member)
+            with torch.no_grad():
+                rows = server.model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0].double().log_softmax(-1)
+            values.append(math.exp(sum(float(rows[len(prompt) + k - 1, id]) for k, id in enumerate(ids))))
+        return sum(values) / len(values)
+
+    best = max(outputs, key=lambda output: average(output[0]))
+    assert text == best[1]
+    facts = found.model_extra["ivon"]
+    assert (facts["members"], facts["abstain"]) == (2, True)
+    if server.tokenizer.eos_token_id not in best[0]:
+        assert facts["confidence"] == pytest.approx(average(best[0]) ** (1 / len(best[0])), rel=1e-3)
+    if chat:
+        tokens = found.choices[0].logprobs.content
+        shown = best[0][:-1] if best[0][-1] == server.tokenizer.eos_token_id else best[0]
+        assert len(tokens) == len(facts["tokens"]) == len(shown)
+        firsts = [average(shown[:1]), math.exp(tokens[0].logprob), facts["tokens"][0]["probability"]]
+        assert firsts == pytest.approx([firsts[0]] * 3, rel=1e-3)
+    assert 0 <= facts["mutual_information"] < 0.1
+    assert facts["expected_entropy"] > 0
+    assert sum(body.get("echo", False) for body in bodies) == 2 * len({ids for ids, _ in outputs})
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", [0, -1, 500, 503])
+def test_another_takes_over(begin: Begin, upstreams: list[Server], failure: int) -> None:
+    """A server that hangs up in the middle of an answer, or says that it fails."""
+    asked: Any = {"model": "ours:mean", "messages": MESSAGES, "max_tokens": 3, "seed": 1}
+    with begin() as url:
+        expected = official(url).chat.completions.create(**asked)
+        for server in upstreams:
+            server.requests.clear()
+        upstreams[0].failures = [failure] * 9
+        for _ in range(3):
+            found = official(url).chat.completions.create(**asked)
+            assert found.choices[0].message.content == expected.choices[0].message.content
+        assert len(upstreams[0].requests) == (1 if failure else 2)  # it is left out from then on
+        assert "ivon_upstreams_well 1.0" in ask(url, "/metrics")[2]
+
+
+def test_one_that_is_well_again_is_asked_again(
+    begin: Begin, upstreams: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream, "PROBE_INTERVAL", 0.05)
+    with begin() as url:
+        upstreams[0].failures = [500]
+        official(url).completions.create(**MEAN)
+        until(lambda: "ivon_upstreams_well 2.0" in ask(url, "/metrics")[2])
+        official(url).completions.create(**MEAN)
+        assert len(upstreams[0].requests) == 2
+
+
+def test_a_kept_connection_that_was_closed_is_no_failure(begin: Begin, upstreams: list[Server]) -> None:
+    with begin([upstreams[0].url]) as url:
+        official(url).completions.create(**MEAN)
+        upstreams[0].failures = [0]
+        assert official(url).completions.create(**MEAN).choices
+        assert "ivon_upstreams_well 1.0" in ask(url, "/metrics")[2]
+
+
+def test_when_all_fail_there_is_one_clear_error(begin: Begin, upstreams: list[Server]) -> None:
+    with begin() as url:
+        for server in upstreams:
+            server.failures = [0] * 20
+        for model in ("ours", "ours:mean"):
+            with pytest.raises(
+                openai.InternalServerError, match="none of the servers behind this one answers"
+            ) as raised:
+                official(url).chat.completions.create(model=model, messages=MESSAGES)
+            assert raised.value.status_code == 502
+        for server in upstreams:
+            server.failures = []
+        assert official(url).chat.completions.create(model="ours", messages=MESSAGES, max_tokens=2).choices  # at once
+
+
+def test_a_stream_that_breaks_says_so(begin: Begin, upstreams: list[Server]) -> None:
+    for server in upstreams:
+        server.dies_after = 1
+    with begin() as url, pytest.raises(openai.APIError, match="stopped in the middle of its answer"):
+        list(official(url).completions.create(**{**MEAN, "max_tokens": 4, "stream": True}))
+
+
+def test_a_stream_that_does_not_begin_begins_elsewhere(begin: Begin, upstreams: list[Server]) -> None:
+    upstreams[0].failures = [500]
+    with begin() as url:
+        chunks = list(official(url).completions.create(**{**MEAN, "max_tokens": 4, "stream": True}))
+    assert chunks[-1].choices[0].finish_reason
+    assert len(upstreams[1].requests) == 1
+
+
+def test_a_request_goes_to_the_one_with_the_fewest(begin: Begin, upstreams: list[Server]) -> None:
+    with begin() as url:
+        upstreams[0]._one.acquire()  # it answers nothing meanwhile
+        with at_once(url, 2, **MEAN):
+            try:
+                until(lambda: len(upstreams[1].requests) == len(upstreams[0].requests) == 1)
+                official(url).completions.create(**MEAN)
+                assert len(upstreams[1].requests) == 2
+            finally:
+                upstreams[0]._one.release()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_gets_no_more_requests_at_a_time_than_it_takes(
+    begin: Begin, upstreams: list[Server], stream: bool
+) -> None:
+    with begin(rescore=True, concurrency=1) as url:
+        for server in upstreams:
+            server.most = 0
+        for model in ("ours", "ours:mean"):
+            with at_once(url, 3, model=model, prompt="red", max_tokens=2, stream=stream):
+                pass
+        assert [server.most for server in upstreams] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "message", "requests"),
+    [
+        (400, openai.BadRequestError, "not now", 1),
+        (429, openai.RateLimitError, "the servers behind this one are busy", 2),  # both are tried
+        (401, openai.InternalServerError, r"refuses the request \(status 401\)", 1),
+    ],
+)
+def test_what_the_upstream_refuses_is_told(
+    begin: Begin, upstreams: list[Server], status: int, kind: Any, message: str, requests: int
+) -> None:
+    for server in upstreams:
+        server.failures = [status]
+    with begin() as url:
+        with pytest.raises(kind, match=message):
+            official(url).completions.create(**MEAN)
+        assert sum(len(server.requests) for server in upstreams) == requests
+        assert "ivon_upstreams_well 2.0" in ask(url, "/metrics")[2]
+
+
+@pytest.mark.parametrize("spoilt", [[], {}, {"choices": 5, "usage": {}}, {"choices": [{"text": 5}]}, "no"])
+def test_nonsense_is_one_clear_error(begin: Begin, upstreams: list[Server], spoilt: Any) -> None:
+    for server in upstreams:
+        server.spoil = lambda answer: spoilt
+    for rescore in (False, True):
+        with begin(rescore=rescore) as url:
+            for model in ("ours", "ours:mean"):
+                with pytest.raises(openai.InternalServerError, match="does not answer as OpenAI's interface does"):
+                    official(url).completions.create(**{**MEAN, "model": model})
+
+
+def test_rescoring_needs_token_ids(begin: Begin, upstreams: list[Server]) -> None:
+    for server in upstreams:
+        server.spoil = lambda answer: {
+            **answer, "choices": [{k: v for k, v in c.items() if "token_ids" not in k} for c in answer["choices"]]
+        }  # fmt: skip
+    with begin(rescore=True) as url, pytest.raises(openai.InternalServerError, match="return no token ids"):
+        official(url).completions.create(model="ours", prompt="red", max_tokens=1)
+
+
+def test_too_many_requests_are_refused(begin: Begin, upstreams: list[Server]) -> None:
+    with begin(max_queue=1) as url:
+        for server in upstreams:
+            server._one.acquire()
+        with at_once(url, 1, **MEAN):
+            try:
+                until(lambda: "ivon_running 1.0" in ask(url, "/metrics")[2])
+                with pytest.raises(openai.RateLimitError, match="1 requests are running already"):
+                    official(url).completions.create(**MEAN)
+            finally:
+                for server in upstreams:
+                    server._one.release()
+        with pytest.raises(openai.BadRequestError, match="at most 2048"):
+            official(url).completions.create(**{**MEAN, "max_tokens": 5000})
+
+
+# --- how it is made --------------------------------------------------------------------------------------------------
+
+
+def test_the_ensemble_says_which_members(
+    ensemble: Path, upstreams: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "theirs")
+    urls, folder = [upstreams[0].url, f"{upstreams[1].url}/v1/"], str(ensemble)
+    with serving(lambda: proxy_backend(folder, urls, Decision(), Limits(), Combining(candidates=2))) as url:
+        names = [model.id for model in official(url).models.list()]
+        assert names == ["ensemble", "ensemble:mean", "ensemble:member-0000", "ensemble:member-0001"]
+        official(url).completions.create(model="ensemble", prompt="red", max_tokens=1)
+    assert {headers["Authorization"] for server in upstreams for headers in server.headers} == {"Bearer theirs"}
+    assert [len(server.requests) for server in upstreams] == [1, 1]
+    one = proxy_backend(folder, urls, Decision(), Limits(), Combining("rescore"), samples=1, name="x")
+    assert list(one.models) == ["x", "x:mean", "x:member-0000"]
+
+
+def test_a_server_that_lacks_a_member_is_named(
+    ensemble: Path, upstreams: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*urls: str, **options: Any) -> None:
+        proxy_backend(str(ensemble), urls, Decision(), Limits(), Combining(), **options)
+
+    monkeypatch.setattr(upstreams[1], "members", ["mean", "sample-0000"])
+    with pytest.raises(IVONError, match=rf"endpoint {upstreams[1].url} does not serve sample-0001"):
+        start(upstreams[0].url, upstreams[1].url)
+    with pytest.raises(IVONError, match=r"endpoint http://127\.0\.0\.1:9: no server answers there"):
+        start("http://127.0.0.1:9")
+    with pytest.raises(IVONError, match="takes 3 draws of 1 outputs"):
+        start(upstreams[0].url, samples=3)
