@@ -34,7 +34,7 @@ def command(
       ivon-post eval adapter/ --data test.jsonl --json > eval.json
       ivon-post card adapter/ --results eval.json --recommended adapter-sweep/recommended.json
     """
-    from axolotl_ivon.posterior.card import add_results
+    from axolotl_ivon.inspect.card import add_results
 
     measured, swept = (Path(file) if file else None for file in (results, recommended))
     files = [str(path) for path in add_results(Path(adapter), measured, swept, datasets)]

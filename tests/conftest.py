@@ -98,6 +98,14 @@ def tiny_adapter(make_adapter: Callable[..., Path]) -> Path:
     return make_adapter()
 
 
+@pytest.fixture(scope="session")
+def pipeline(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`pipeline.Pipeline`: what eval, sweep, influence, generate and card make of `tiny_adapter`, for all to read."""
+    from pipeline import Pipeline
+
+    return Pipeline(tiny_adapter, tmp_path_factory.mktemp("pipeline"))
+
+
 @pytest.fixture
 def copied(tmp_path: Path) -> Callable[[Path], Path]:
     """A function that copies a folder to `tmp_path`, for a test that changes or writes beside it."""

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import IVONError, param_ref
-from ..posterior.card import read_of_adapter
-from ..storage.format import read_lines
+from ..storage.format import read_json, read_lines
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def read(
     document: Mapping[str, Any] = {}
     lines: list[Mapping[str, Any]] = []
     if results is not None:
-        document = read_of_adapter(results, "results", "rows", "`ivon-post eval --json`", metadata)
+        document = _read_of_adapter(results, "results", "rows", "`ivon-post eval --json`", metadata)
         _check_rows(document, f"{param_ref('results')} {results}")
         if examples is None and document.get("output"):
             named = Path(str(document["output"]))
@@ -73,8 +72,31 @@ def read(
         raise IVONError(f"{param_ref('examples')} {examples}: give the {param_ref('results')} that belong to it too")
     sweep: Mapping[str, Any] = {}
     if recommended is not None:
-        sweep = read_of_adapter(recommended, "recommended", "tau", "`ivon-post sweep`", metadata)
+        sweep = _read_of_adapter(recommended, "recommended", "tau", "`ivon-post sweep`", metadata)
     return Measured(document, lines, sweep)
+
+
+def _read_of_adapter(path: Path, name: str, key: str, whence: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the JSON object in `path`, which the parameter `name` gave, if it has `key` and is of this adapter.
+
+    Raises:
+        IVONError: it cannot be read, is no such file, or is another adapter's.
+    """
+    told = f"{param_ref(name)} {path}"
+    try:
+        facts = read_json(path)
+    except IVONError as error:
+        raise IVONError(f"{param_ref(name)} cannot be read: {error}; {whence} writes it") from None
+    if key not in facts:
+        raise IVONError(f"{told}: it has no `{key}`; {whence} writes it")
+    own = facts.get("mean_sha256")
+    if own is None:
+        raise IVONError(f"{told} does not say of which adapter it is (mean_sha256); write it anew with {whence}")
+    if own != metadata.get("mean_sha256"):
+        raise IVONError(
+            f"{told} is of another adapter, {facts.get('adapter')} (mean_sha256 differs); write it anew with {whence}"
+        )
+    return facts
 
 
 def _check_rows(document: Mapping[str, Any], told: str) -> None:

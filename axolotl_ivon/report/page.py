@@ -15,9 +15,10 @@ import numpy as np
 
 from ..errors import printable
 from ..influence.attribution import SCORES, suspicious
+from ..inspect.card import COLUMNS, measured
 from ..inspect.info import describe
 from ..plots import pictures
-from ..posterior.card import COLUMNS, FACTS, fact, measured
+from ..posterior.card import HEADER_LABELS, header_value
 from ..storage.atomic import new_file
 from .measured import Measured, threshold_of
 
@@ -89,7 +90,9 @@ def _facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("weights", f"{facts['weights']:,} in {len(facts['modules'])} modules"),
     ]
     header = facts["header"]
-    told += [(label, printable(fact(header[name], escape=False))) for name, label in FACTS.items() if header.get(name)]
+    told += [
+        (label, printable(header_value(header[name]))) for name, label in HEADER_LABELS.items() if header.get(name)
+    ]
     for name, label in (("sigma", "σ, median"), ("snr", "signal-to-noise ratio |m|/σ, median")):
         if facts.get(name):
             told.append((label, f"{facts[name]['0.5']:.3g}"))

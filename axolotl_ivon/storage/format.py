@@ -92,7 +92,7 @@ def find_base_model(config: Mapping[str, Any], adapter: Path, base_model: str | 
             hf_hub_download(name, MODEL_CONFIG_FILE)
             return name
         except Exception as error:  # the client raises a dozen kinds, requests' and httpx' among them
-            reason += f", and not to be had from the Hub ({type(error).__name__})"
+            reason += f", and not found on the Hub ({type(error).__name__})"
     raise IVONError(f"the base model {name} cannot be loaded ({reason}); name another with {fix}")
 
 

@@ -40,7 +40,7 @@ CASES = {
     "eval plain -d chats.jsonl": "there are no draws and no pruning",
     "eval moved -d chats.jsonl": "no folder ../gone with a config.json here, in moved or above it",
     "eval adapter -d chats.jsonl --base-model ./no": "no folder ./no with a config.json here",
-    "eval adapter -d chats.jsonl --base-model no/one": "not to be had from the Hub",
+    "eval adapter -d chats.jsonl --base-model no/one": "not found on the Hub",
     "sweep adapter -d no.jsonl": "there is no such file",
     "sweep adapter -d chats.jsonl --tau 1 --ratio 0": "--tau and --ratio: one point",
     "sweep adapter -d chats.jsonl --tau 0,1": "--tau 0.0 is not > 0",

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from bad_inputs import FOLDERS
+from safetensors.torch import load_file
 
-from axolotl_ivon import IVONError
+from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.posterior.adapter import Adapter, mean_sha256, module_of, modules, save_sigma
 from axolotl_ivon.posterior.tensors import Tensors
-from axolotl_ivon.storage.format import MEAN_FILE, SIGMA_FILE
+from axolotl_ivon.storage.format import SIGMA_FILE
 
 
 def test_fingerprint_covers_names_dtypes_shapes_and_values():
@@ -34,44 +35,36 @@ def test_fingerprint_covers_names_dtypes_shapes_and_values():
     assert expected == "5618b2f326cb0c838705ff8598e4917cd34980fc187a45ebd7944acf35ac5ebe"
 
 
+@pytest.mark.parametrize("damage", FOLDERS)
+def test_a_damaged_folder_is_no_posterior(
+    damage: str, tiny_adapter: Path, copied: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    folder = copied(tiny_adapter)
+    break_it, message = FOLDERS[damage]
+    break_it(folder)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IVONError, match=re.escape(message)):
+        Posterior.from_pretrained(folder)
+    assert not (tmp_path / "evil").exists(), "a pickle was run"
+
+
 def test_save_sigma_refuses_what_does_not_fit(tiny_adapter: Path, copied: Callable):
     folder = copied(tiny_adapter)
     before = (folder / SIGMA_FILE).read_bytes()
     sigma = load_file(folder / SIGMA_FILE)
-    key = min(sigma)
     for bad, message in (
-        ({k: v for k, v in sigma.items() if k != key}, f"no σ for {key}"),
         ({**sigma, "other": torch.ones(1)}, "σ for other"),
-        ({**sigma, key: torch.ones(3)}, "shape"),
-        ({**sigma, key: sigma[key] * math.nan}, "NaN"),
-        ({**sigma, key: sigma[key] * math.inf}, "NaN or infinite"),
-        ({**sigma, key: -sigma[key]}, "negative"),
+        ({k: -v for k, v in sigma.items()}, "≥ 0"),
     ):
         with pytest.raises(IVONError, match=message):
             save_sigma(folder, bad, {})
     assert (folder / SIGMA_FILE).read_bytes() == before
 
 
-def test_the_digests_are_checked_on_the_way(tiny_adapter: Path, copied: Callable):
-    folder = copied(tiny_adapter)
-    mean = load_file(folder / MEAN_FILE)
-    key = max(mean)
-    save_file({**mean, key: mean[key] / 0}, folder / MEAN_FILE)
-    with pytest.raises(IVONError, match=f"{key} holds NaN or infinite values"):
-        Adapter(folder).digests()
-
-
 def test_an_adapter_without_sigma_is_one(make_adapter: Callable):
     adapter = Adapter(make_adapter(sigma=False))
     assert (adapter.sigma, adapter.metadata) == (None, {})
     assert len(adapter.digests()) == len(adapter.mean) == 8
-
-
-def test_a_pickle_is_never_read(tiny_adapter: Path, copied: Callable):
-    folder = copied(tiny_adapter)
-    (folder / MEAN_FILE).rename(folder / "adapter_model.bin")
-    with pytest.raises(IVONError, match="as a pickle, which is never read"):
-        Adapter(folder)
 
 
 @pytest.mark.parametrize(

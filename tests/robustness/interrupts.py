@@ -36,7 +36,6 @@ os.environ |= {"ACCELERATE_USE_CPU": "1", "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_O
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
-import yaml
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
@@ -166,48 +165,12 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+        from runs import ROWS, Configs
         from tiny import build_llama, write_chats
 
         self.folder = folder
-        base = build_llama(folder / "base")
-        write_chats(folder / "chats.jsonl", 30)
-        self.config = {
-            "base_model": str(base),
-            "plugins": ["axolotl_ivon.IVONLoRAPlugin", "interrupts.Interrupts"],
-            "datasets": [
-                {"path": str(folder / "chats.jsonl"), "type": "chat_template", "roles_to_train": ["assistant"]}
-            ],
-            "dataset_prepared_path": str(folder / "prepared"),
-            "dataset_num_proc": 1,
-            "output_dir": "out",
-            "auto_resume_from_checkpoints": True,
-            "adapter": "lora",
-            "lora_r": 4,
-            "lora_alpha": 8,
-            "lora_dropout": 0.1,
-            "lora_target_modules": ["q_proj", "v_proj"],
-            "sequence_len": 128,
-            "val_set_size": 0.2,
-            "micro_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 4,
-            "num_epochs": 4,
-            "learning_rate": 0.03,
-            "optimizer": "ivon_lora",
-            "ivon_clip": 0.1,
-            "ivon_eval_samples": 2,
-            "lr_scheduler": "linear",
-            "warmup_steps": 0,
-            "save_steps": 2,
-            "save_total_limit": 1,
-            "eval_steps": 3,
-            "logging_steps": 1,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "dataloader_num_workers": 0,
-            "use_tensorboard": False,
-            "seed": 7,
-        }
+        self.configs = Configs(folder, build_llama(folder / "base"))
+        write_chats(folder / "chats.jsonl", ROWS)
         # axolotl does not seed a new adapter, so all runs begin with one that a short run has made.
         self.load(max_steps=1, save_steps=1, eval_steps=1)
         status, log = self.run(folder / "start", {"modules": "modules"})
@@ -227,8 +190,21 @@ class Bench:
 
     def load(self, **changes: Any) -> None:
         """Load configuration and data, as `axolotl train` does."""
-        path = self.folder / "run.yaml"
-        path.write_text(yaml.safe_dump({**self.config, **changes}))
+        settings = {
+            "plugins": ["axolotl_ivon.IVONLoRAPlugin", "interrupts.Interrupts"],
+            "dataset_prepared_path": str(self.folder / "prepared"),
+            "output_dir": "out",
+            "auto_resume_from_checkpoints": True,
+            "val_set_size": 0.2,
+            "max_steps": 4,
+            "ivon_clip": 0.1,
+            "ivon_eval_samples": 2,
+            "save_steps": 2,
+            "save_total_limit": 1,
+            "eval_steps": 3,
+            "logging_steps": 1,
+        }
+        path = self.configs("run", **{**settings, **changes})
         here = Path.cwd()
         os.chdir(self.folder)
         try:

@@ -12,19 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import WRITING, fill
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.storage.atomic import new_folder, updated_adapter
 
 MEAN, SIGMA = "adapter_model.safetensors", "ivon_sigma.safetensors"
-
-COMMANDS: dict[str, tuple[object, ...]] = {
-    "prune": ("prune", "ADAPTER", "-o", "OUT", "--overwrite"),
-    "temper": ("temper", "ADAPTER", "--tau", 2, "-o", "OUT", "--overwrite"),
-    "sample": ("sample", "ADAPTER", "-n", 2, "-o", "OUT", "--overwrite"),
-    "combine": ("combine", "ADAPTER", "OTHER", "-o", "OUT", "--overwrite"),
-    "merge": ("merge", "ADAPTER", "-o", "OUT", "--overwrite"),
-}
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -60,42 +53,52 @@ def other(make_adapter: Callable[..., Path]) -> Path:
     return make_adapter(seed=1)
 
 
-@pytest.mark.parametrize("old", [True, False], ids=["overwriting", "new"])
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_full_disk(
-    command: str, old: bool, mount: Callable[..., Path], tiny_adapter: Path, other: Path, ivon_post: Any
+@pytest.mark.parametrize("disk", ["full", "full, overwriting", "read-only", "read-only, overwriting"])
+@pytest.mark.parametrize("command", WRITING)
+def test_a_disk_that_cannot_be_written_stays_as_it_was(
+    command: str, disk: str, mount: Callable[..., Path], tiny_adapter: Path, other: Path, ivon_post: Any
 ) -> None:
-    disk = mount("size=32k")
-    out = disk / "out"
-    if old:
-        out.mkdir()
+    place = mount("size=32k" if disk.startswith("full") else "size=1m")
+    if disk == "full":
+        (place / "other").write_bytes(bytes(20 * 1024))
+    if disk.endswith("overwriting"):
+        (place / "out").mkdir()
         for name in ("adapter_config.json", MEAN, SIGMA):
-            shutil.copy(tiny_adapter / name, out / name)
-    else:
-        (disk / "other").write_bytes(bytes(20 * 1024))
-    before = content(disk)
-    line = ivon_post.error(
-        *({"ADAPTER": tiny_adapter, "OTHER": other, "OUT": out}.get(x, x) for x in COMMANDS[command])
-    )
+            shutil.copy(tiny_adapter / name, place / "out" / name)
+    if disk.startswith("read-only"):
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    before = content(place)
+    line = ivon_post.error(*fill(WRITING[command], tiny_adapter, other, place / "out"), "--overwrite")
     assert "out cannot be written (" in line
-    assert "space" in line.lower()
-    assert content(disk) == before
+    assert ("Read-only file system" if disk.startswith("read-only") else "space") in line.replace("Space", "space")
+    assert content(place) == before
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_read_only_folder(
-    command: str, mount: Callable[..., Path], tiny_adapter: Path, other: Path, ivon_post: Any
+@pytest.mark.parametrize("command", WRITING)
+def test_only_an_adapter_that_is_no_input_is_overwritten_and_only_if_asked(
+    command: str, tiny_adapter: Path, other: Path, copied: Callable[..., Path], ivon_post: Any, tmp_path: Path
 ) -> None:
-    disk = mount("size=1m")
-    shutil.copytree(tiny_adapter, disk / "out")
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    before = content(disk)
-    for name in ("out", "new"):
-        line = ivon_post.error(
-            *({"ADAPTER": tiny_adapter, "OTHER": other, "OUT": disk / name}.get(x, x) for x in COMMANDS[command])
-        )
-        assert f"{name} cannot be written (Read-only file system)" in line
-    assert content(disk) == before
+    adapter = copied(tiny_adapter)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("precious")
+    shutil.copytree(tiny_adapter, tmp_path / "there")
+    before = content(tmp_path)
+    for out, option, message in (
+        ("there", (), "there exists; choose another name, or overwrite it with --overwrite"),
+        ("home", ("--overwrite",), "holds something other than an adapter, an ensemble or a model"),
+        ("home/thesis.tex", ("--overwrite",), "is not a folder"),
+        ("adapter", ("--overwrite",), "is the input, which is never modified"),
+        ("adapter/new", (), "lies in the input, which is never modified"),
+        (".", ("--overwrite",), "holds the input, which is never modified"),
+    ):
+        assert message in ivon_post.error(*fill(WRITING[command], adapter, other, tmp_path / out), *option)
+    assert content(tmp_path) == before
+    ivon_post(*fill(WRITING[command], adapter, other, tmp_path / "there"), "--overwrite")
+    after = content(tmp_path)
+    assert {name: value for name, value in after.items() if not name.startswith("there")} == {
+        name: value for name, value in before.items() if not name.startswith("there")
+    }
+    assert after != before
 
 
 def test_saving_from_training_on_a_full_disk_leaves_the_old_pair(

@@ -19,6 +19,12 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def adapter_like(folder: Path, text: str = "old") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(text)
+    return folder
+
+
 def test_a_folder_appears_whole(tmp_path: Path):
     target = tmp_path / "deep" / "target"
     with new_folder(target) as new:
@@ -29,85 +35,53 @@ def test_a_folder_appears_whole(tmp_path: Path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseException]):
-    with pytest.raises(error), new_folder(tmp_path / "deep" / "target") as new:
-        (new / "a").write_text("a")
-        raise error
-    assert names(tmp_path) == set()
-
-
-def adapter_like(folder: Path, text: str = "old") -> Path:
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(text)
-    return folder
-
-
-def test_an_existing_target_is_refused_and_left(tmp_path: Path):
-    target = adapter_like(tmp_path / "target")
-    with pytest.raises(IVONError, match="exists"), new_folder(target):
-        pass
-    assert (target / "adapter_config.json").read_text() == "old"
+def test_a_folder_that_fails_leaves_what_was_there(tmp_path: Path, error: type[BaseException]):
+    old = adapter_like(tmp_path / "target")
+    for target in (old, tmp_path / "deep" / "new"):
+        with pytest.raises(error), new_folder(target, overwrite=True) as new:
+            (new / "adapter_config.json").write_text("new")
+            raise error
+    assert (old / "adapter_config.json").read_text() == "old"
     assert names(tmp_path) == {"target"}
 
 
-def test_overwriting_replaces_all_of_it(tmp_path: Path):
+@pytest.mark.parametrize("link", [False, True])
+def test_overwriting_replaces_all_of_it_also_through_a_link(tmp_path: Path, link: bool):
     target = adapter_like(tmp_path / "target")
     (target / "stale").touch()
-    with new_folder(target, overwrite=True) as new:
+    (tmp_path / "link").symlink_to(target)
+    with new_folder(tmp_path / "link" if link else target, overwrite=True) as new:
         (new / "adapter_config.json").write_text("new")
     assert names(target) == {"adapter_config.json"}
     assert (target / "adapter_config.json").read_text() == "new"
-    assert names(tmp_path) == {"target"}
-
-
-def test_overwriting_that_fails_keeps_the_old_one(tmp_path: Path):
-    target = adapter_like(tmp_path / "target")
-    with pytest.raises(RuntimeError), new_folder(target, overwrite=True) as new:
-        (new / "adapter_config.json").write_text("new")
-        raise RuntimeError
-    assert (target / "adapter_config.json").read_text() == "old"
-    assert names(tmp_path) == {"target"}
-
-
-def test_overwriting_spares_what_is_no_adapter(tmp_path: Path):
-    precious = tmp_path / "home"
-    precious.mkdir()
-    (precious / "thesis.tex").touch()
-    with pytest.raises(IVONError, match="something other"), new_folder(precious, overwrite=True):
-        pass
-    (tmp_path / "file").touch()
-    with pytest.raises(IVONError, match="not a folder"), new_folder(tmp_path / "file", overwrite=True):
-        pass
-    assert names(precious) == {"thesis.tex"}
-
-
-def test_overwriting_spares_the_input_and_what_holds_it(tmp_path: Path):
-    source = adapter_like(tmp_path / "run" / "checkpoint-5")
-    (tmp_path / "run" / "adapter_config.json").touch()
-    (tmp_path / "link").symlink_to(source)
-    for target in (source, source.parent, tmp_path / "link"):
-        with pytest.raises(IVONError, match="never modified"), new_folder(target, overwrite=True, inputs=[source]):
-            pass
-
-
-def test_overwriting_through_a_link_replaces_what_it_names(tmp_path: Path):
-    adapter_like(tmp_path / "target")
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    with new_folder(tmp_path / "link", overwrite=True) as new:
-        (new / "adapter_config.json").write_text("new")
     assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "target" / "adapter_config.json").read_text() == "new"
     assert names(tmp_path) == {"link", "target"}
 
 
-def test_of_two_writers_the_second_is_told(tmp_path: Path):
-    target = tmp_path / "target"
-    with pytest.raises(IVONError, match="cannot be written"), new_folder(target) as second:
-        (second / "a").write_text("second")
-        with new_folder(target) as first:
-            (first / "a").write_text("first")
-    assert (target / "a").read_text() == "first"
-    assert names(tmp_path) == {"target"}
+@pytest.mark.parametrize(
+    ("target", "overwrite", "message"),
+    [
+        ("there", False, "there exists"),
+        ("home", True, "something other"),
+        ("home/thesis.tex", True, "not a folder"),
+        ("run/input", True, "is the input, which is never modified"),
+        ("link", True, "is the input, which is never modified"),
+        ("run", True, "holds the input, which is never modified"),
+        (".", False, "holds the input, which is never modified"),
+        ("run/input/a/b", False, "lies in the input, which is never modified"),
+    ],
+)
+def test_what_may_not_be_written_is_refused_and_left(target: str, overwrite: bool, message: str, tmp_path: Path):
+    for name in ("there", "run", "run/input", "run/input-2"):
+        adapter_like(tmp_path / name)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "input")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(IVONError, match=message), new_folder(tmp_path / target, overwrite, [tmp_path / "run/input"]):
+        pass
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    check_target(tmp_path / "run" / "input-1", overwrite, [tmp_path / "run" / "input"])
 
 
 @pytest.mark.parametrize("target", ["/proc/nothing/x", "/dev/null/x"])
@@ -158,19 +132,6 @@ ivon_post.main()
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM
     assert names(tmp_path) == set()
-
-
-@pytest.mark.parametrize(
-    ("target", "place"), [("run", "is"), (".", "holds"), ("run/sub", "lies in"), ("run/a/b", "lies in")]
-)
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_nothing_is_written_into_an_input(target: str, place: str, overwrite: bool, tmp_path: Path):
-    source = adapter_like(tmp_path / "run")
-    adapter_like(tmp_path / "run-2")
-    with pytest.raises(IVONError, match=rf"{place} the input, which is never modified"):
-        check_target(tmp_path / target, overwrite, [source])
-    check_target(tmp_path / "run-1", overwrite, [source])
-    assert names(source) == {"adapter_config.json"}
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path: Path):

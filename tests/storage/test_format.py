@@ -80,29 +80,35 @@ def test_what_a_later_version_adds_is_kept(copied: Callable[..., Path], ivon_pos
         ("[1]", "JSON object"),
         ("[" * 100_000, "not valid JSON"),
         ('"\\ud800', "not valid JSON"),
+        (None, "larger than"),
     ],
 )
-def test_json_that_is_none(tmp_path: Path, text: str, message: str):
-    (tmp_path / "x.json").write_text(text)
+def test_json_that_is_none_or_of_absurd_size(tmp_path: Path, text: str | None, message: str):
+    with (tmp_path / "x.json").open("w") as file:
+        file.write(text) if text else file.truncate(2**40)
     with pytest.raises(IVONError, match=message):
         read_json(tmp_path / "x.json")
 
 
-def test_json_of_absurd_size_is_not_read(tmp_path: Path):
-    with (tmp_path / "x.json").open("wb") as file:
-        file.truncate(2**40)
-    with pytest.raises(IVONError, match="larger than"):
-        read_json(tmp_path / "x.json")
+def model(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
 
 
-def test_a_hub_id_resolves_to_its_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    snapshot = tmp_path / "models--someone--adapter" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (snapshot / "adapter_config.json").touch()
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The local copy of someone/thing, of the Hub."""
+    folder = model(tmp_path / "models--someone--thing" / "snapshots" / "abc")
+    (folder.parent.parent / "refs").mkdir()
+    (folder.parent.parent / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert resolve("someone/adapter").samefile(snapshot)
+    return folder
+
+
+def test_a_hub_id_resolves_to_its_local_copy(snapshot: Path):
+    (snapshot / "adapter_config.json").touch()
+    assert resolve("someone/thing").samefile(snapshot)
     with pytest.raises(IVONError, match="nobody/nothing: no such folder here, and not found on the Hub"):
         resolve("nobody/nothing")
 
@@ -118,12 +124,6 @@ def test_only_what_looks_like_a_hub_id_is_looked_up(tmp_path: Path, monkeypatch:
     (tmp_path / "file").touch()
     with pytest.raises(IVONError, match="is a file"):
         resolve(tmp_path / "file")
-
-
-def model(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    return folder
 
 
 @pytest.mark.parametrize("name", ["./base", "base", "../base", "models/base"])
@@ -158,21 +158,17 @@ def test_the_current_folder_comes_first(tmp_path: Path, monkeypatch: pytest.Monk
     assert find_base_model(config, there.parent) == str(there)
 
 
-def test_a_base_model_of_the_hub_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = model(tmp_path / "models--someone--base" / "snapshots" / "abc")
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text("abc")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert find_base_model({"base_model_name_or_path": "someone/base"}, tmp_path) == "someone/base"
-    for named, wrong in (
-        ("nobody/base", "not to be had from the Hub"),
-        ("/no/base", "no folder /no/base with a config.json"),
+def test_a_base_model_of_the_hub_keeps_its_name(snapshot: Path, tmp_path: Path) -> None:
+    assert find_base_model({"base_model_name_or_path": "someone/thing"}, tmp_path) == "someone/thing"
+    for name, message in (
+        ("nobody/base", r"the base model nobody/base cannot be loaded \(.*not found on the Hub"),
+        ("/no/base", r"the base model /no/base cannot be loaded \(no folder /no/base with a config.json"),
+        (None, r"adapter_config\.json names no base model"),
+        (["x"], r"adapter_config\.json names no base model"),
     ):
-        with pytest.raises(IVONError, match=rf"the base model {named} cannot be loaded \(.*{wrong}"):
-            find_base_model({"base_model_name_or_path": named}, tmp_path)
-    for config in ({}, {"base_model_name_or_path": None}, {"base_model_name_or_path": ["x"]}):
-        with pytest.raises(IVONError, match=r"adapter_config\.json names no base model; name it with base_model"):
-            find_base_model(config, tmp_path)
+        with pytest.raises(IVONError, match=message) as error:
+            find_base_model({"base_model_name_or_path": name}, tmp_path)
+        assert error.value.parameter == "base_model"
 
 
 def test_a_base_model_that_would_not_be_found_is_written_as_absolute(tmp_path: Path) -> None:
@@ -190,14 +186,8 @@ def test_a_base_model_that_would_not_be_found_is_written_as_absolute(tmp_path: P
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (
-            ["checkpoint-2/adapter_config.json", "checkpoint-10/adapter_config.json"],
-            "holds 2 adapters.* {0}/checkpoint-2, ",
-        ),
-        (
-            ["ensemble.json", *(f"s-{i}/adapter_config.json" for i in range(5))],
-            "is an ensemble of 5 adapters.*…, {0}/s-4",
-        ),
+        (["checkpoint-2/adapter_config.json", "checkpoint-10/adapter_config.json"], "holds 2 .* {0}/checkpoint-2, "),
+        (["ensemble.json", *(f"s-{i}/adapter_config.json" for i in range(5))], "an ensemble of 5 adapters.*…, {0}/s-4"),
         (["config.json"], "is a model and no adapter"),
         ([], "give the folder of a PEFT adapter"),
     ],

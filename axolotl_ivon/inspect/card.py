@@ -1,0 +1,230 @@
+"""What was measured of an adapter, in its model card and in `.eval_results`.
+
+The metadata get `model-index`, the form that the Hub reads for any data set. `.eval_results/*.yaml`
+(https://huggingface.co/docs/hub/eval-results) is its successor for the Hub's benchmarks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from ..errors import IVONError, param_ref
+from ..posterior.adapter import Adapter
+from ..posterior.card import (
+    CARD_FILE,
+    MEASURED_BY,
+    RESULTS_FOLDER,
+    escape,
+    read_card,
+    with_posterior,
+    with_results,
+    write_text,
+)
+from ..posterior.tensors import fingerprint
+from ..records.evaluation import EvaluationRecord, VariantResult
+from ..records.recommendation import Recommendation
+from ..storage.atomic import output_folder
+from ..storage.format import MEAN_FILE, SIGMA_FILE
+
+# Metric -> its heading, and the factor and digits with which it is written.
+COLUMNS: dict[str, tuple[str, int, int]] = {
+    "accuracy": ("accuracy, %", 100, 1),
+    "ece": ("ECE, %", 100, 1),
+    "nll": ("NLL", 1, 3),
+    "perplexity": ("perplexity", 1, 3),
+    "brier": ("Brier", 1, 3),
+    "auroc": ("AUROC", 1, 3),
+    "aurc": ("AURC", 1, 3),
+    "cov_at_5risk": ("coverage at 5 % risk, %", 100, 1),
+}
+_TASKS = {"choice": "multiple-choice", "classify": "text-classification", "generate": "text-generation"}
+_TASKS = {"choice": "multiple-choice", "classify": "text-classification", "generate": "text-generation"}
+
+
+def add_results(
+    folder: Path,
+    results: Path | None = None,
+    recommended: Path | None = None,
+    datasets: Sequence[str] = (),
+) -> list[Path]:
+    """Write what was measured into the card of an adapter's folder, and into `.eval_results`.
+
+    Args:
+        results: what `ivon-post eval` printed as JSON.
+        recommended: recommended.json of `ivon-post sweep`.
+        datasets: for the data files of `results`, in their order, `owner/name` or `owner/name/task` of the Hub's
+            benchmark; without one, an entry has the file's name, and the Hub lists it in no leaderboard.
+
+    Returns:
+        The files with the results, the card first.
+
+    Raises:
+        IVONError: a file cannot be read, is no such file, or is another adapter's.
+    """
+    header, config = _posterior(folder)
+    text = with_posterior(read_card(folder), header, config)
+    lines: list[str] = []
+    entries, eval_results = None, {}
+    if results is not None:
+        evaluation = EvaluationRecord.load(results, "results", header)
+        ids = _dataset_ids(evaluation.files, datasets)
+        lines += _table(evaluation)
+        entries = _model_index(evaluation, ids)
+        eval_results = _eval_results(evaluation, ids)
+    if recommended is not None:
+        lines += ["", *_recommendation(Recommendation.load(recommended, "recommended", header))]
+    text = with_results(text, header, lines, entries, folder.resolve().name)
+    if results is not None:
+        output_folder(folder / RESULTS_FOLDER)
+    write_text(folder / CARD_FILE, text)
+    files = [folder / CARD_FILE]
+    if results is not None:
+        import yaml
+
+        for variant, values in eval_results.items():
+            files.append(folder / RESULTS_FOLDER / f"ivon-{variant}.yaml")
+            write_text(files[-1], yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        for path in set((folder / RESULTS_FOLDER).glob("ivon-*.yaml")) - set(files):
+            path.unlink()
+    return files
+
+
+def _posterior(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the header of σ and the configuration of the adapter in `folder`, whose two files belong together."""
+    if not folder.is_dir():
+        raise IVONError(f"{folder}: no such folder here; a card is edited in a folder (`hf download` fetches one)")
+    adapter = Adapter(folder)
+    if adapter.sigma is None:
+        raise IVONError(f"{folder} has no {SIGMA_FILE}, so its card has no posterior to describe")
+    if fingerprint(adapter.mean, adapter.digests()) != adapter.metadata.get("mean_sha256"):
+        raise IVONError(f"{folder / SIGMA_FILE} belongs to another {MEAN_FILE} (mean_sha256 differs)")
+    return adapter.metadata, adapter.config
+
+
+def _dataset_ids(files: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
+    """Return the Hub's data set of each file, or the file's name."""
+    named = param_ref("datasets")
+    if datasets and len(datasets) != len(files):
+        raise IVONError(
+            f"{named}: {len(datasets)} for {len(files)} data files ({', '.join(files)}); give one for each, in order"
+        )
+    for given in datasets:
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}", given):
+            raise IVONError(f"{named} {given}: give owner/name, or owner/name/task")
+    return dict(zip(files, datasets or [PurePath(file).stem for file in files], strict=True))
+
+
+def measured(value: float | None, error: float | None, factor: int, digits: int) -> str:
+    """Return a figure with its standard error, "–" where there is none."""
+    if value is None:
+        return "–"
+    return f"{factor * value:.{digits}f}" + (f" ± {factor * error:.{digits}f}" if error is not None else "")
+
+
+def _table(evaluation: EvaluationRecord) -> list[str]:
+    columns = {
+        metric: column
+        for metric, column in COLUMNS.items()
+        if any(row.value(metric) is not None for row in evaluation.rows)
+        and (metric != "perplexity" or evaluation.task == "generate")
+    }
+    lines = [
+        f"`{MEASURED_BY}`, {escape(evaluation.task)}, {evaluation.samples} draws at τ {evaluation.tau}, pruning ratio "
+        f"{evaluation.prune_ratio}, seed {evaluation.seed}; ± is a bootstrap standard error.",
+        "",
+        "| data | |" + "".join(f" {heading} |" for heading, _, _ in columns.values()),
+        "|---|---|" + "---:|" * len(columns),
+    ]
+    before = None
+    for row in evaluation.rows:
+        data = f"{escape(PurePath(row.data).name)} ({row.examples})"
+        cells = [
+            measured(row.value(metric), row.se.value(metric), factor, digits)
+            for metric, (_, factor, digits) in columns.items()
+        ]
+        name = escape(row.name) + (f" ({100 * row.coverage:.1f} %)" if row.coverage is not None else "")
+        lines.append(f"| {data if data != before else ''} | {name} | " + " | ".join(cells) + " |")
+        before = data
+    return lines
+
+
+def _recommendation(found: Recommendation) -> list[str]:
+    where = ", ".join(escape(PurePath(file).name) for file in found.data) or "validation data"
+    figures = [
+        f"{heading.removesuffix(', %')} {measured(value, found.reported_on.se.value(metric), factor, digits)}"
+        f"{' %' * heading.endswith('%')}"
+        for metric, (heading, factor, digits) in COLUMNS.items()
+        if metric in ("accuracy", "ece", "nll")
+        and found.reported_on
+        and (value := found.reported_on.value(metric)) is not None
+    ]
+    lines = [
+        f"Recommended by `ivon-post sweep`, by {escape(found.objective)} on {where}: "
+        f"τ {found.tau}, pruning ratio {found.ratio}"
+        + (f", the output at temperature {found.temperature:.3f}" if found.temperature != 1 else "")
+        + (f"; on examples that had no part in the choice {', '.join(figures)}." if figures else ".")
+        + (f" Why: {escape(found.verdict.text)}." if found.verdict and found.verdict.text else "")
+    ]
+    if found.threshold is not None and found.score == "probability":
+        risk, confidence, coverage = (
+            measured(value, None, 100, digits)
+            for value, digits in ((found.risk, 1), (found.confidence, 0), (found.coverage, 1))
+        )
+        lines += [
+            "",
+            f"Answer where the confidence is at least {found.threshold:.3f}, and hand over otherwise: then at most "
+            f"{risk} % of the answers are wrong, promised with confidence {confidence} % for data like that; it "
+            f"answers {coverage} %.",
+        ]
+    return lines
+
+
+def _of_this_model(evaluation: EvaluationRecord) -> list[VariantResult]:
+    """Return the rows that are neither another model's nor of a part of the data."""
+    return [row for row in evaluation.rows if row.name != "base" and row.coverage is None]
+
+
+def _setup(row: VariantResult, evaluation: EvaluationRecord) -> str:
+    """Return how the predictions of a row were made."""
+    setup = row.name
+    if row.name.startswith("posterior"):
+        setup += f": average over {row.samples} draws at τ {evaluation.tau}"
+    return setup + (f", pruned {evaluation.prune_ratio}" if "pruned" in row.name else "")
+
+
+def _model_index(evaluation: EvaluationRecord, ids: Mapping[str, str]) -> list[Any]:
+    from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+
+    results = [
+        EvalResult(
+            task_type=_TASKS.get(evaluation.task, "text-generation"),
+            dataset_type=ids[row.data],
+            dataset_name=PurePath(row.data).name,
+            metric_type=metric,
+            metric_value=value,
+            metric_name=f"{metric}, {_setup(row, evaluation)} ({MEASURED_BY})",
+        )
+        for row in _of_this_model(evaluation)
+        for metric in ("accuracy", "ece", "nll", "brier")
+        if (value := row.value(metric)) is not None
+    ]
+    return eval_results_to_model_index("", results)[0]["results"] if results else []
+
+
+def _eval_results(evaluation: EvaluationRecord, ids: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """Return for every variant what its file in `.eval_results` holds: its accuracy on each data file."""
+    files: dict[str, list[dict[str, Any]]] = {}
+    for row in _of_this_model(evaluation):
+        if row.accuracy is None:
+            continue
+        owner, *rest = ids[row.data].split("/")
+        entry = {
+            "dataset": {"id": "/".join([owner, *rest[:1]]), "task_id": rest[1] if len(rest) > 1 else "default"},
+            "value": round(100 * row.accuracy, 2),
+            "notes": f"accuracy in %, {_setup(row, evaluation)}",
+        }
+        files.setdefault(re.sub(r"[^\w.-]+", "-", row.name), []).append(entry)
+    return files
