@@ -7,6 +7,7 @@ The rooms, from the bottom up; each imports only from rooms below it (the contra
     data          chats in JSONL, and their tokens
     optim         the optimizer IVON-LoRA, and its kernels
     metrics       figures from arrays: NLL, ECE, AUROC, risk and coverage, paired differences
+    records       the JSON documents that one command writes and another reads
     posterior     q = N(m, diag(σ²)) over an adapter's weights: read, prune, temper, sample, combine, save
     training      IVON in a transformers Trainer: `attach`, checkpoints, σ beside the adapter
     models        a loaded base model with its adapter, and draws in it

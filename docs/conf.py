@@ -57,6 +57,7 @@ def to_restructured_text(app: Any, what: str, name: str, obj: Any, options: Any,
 
 def formats() -> str:
     """Return the fields of every document in `axolotl_ivon.records`, from the JSON schemas of their types."""
+    from axolotl_ivon.records.ensemble import EnsembleRecord
     from axolotl_ivon.records.evaluation import EvaluationRecord, ExampleRecord
     from axolotl_ivon.records.influence import InfluenceRecord
     from axolotl_ivon.records.nbest import NBestRecord, NBestSettings
@@ -67,6 +68,7 @@ def formats() -> str:
         "A line of `eval --output`": ExampleRecord,
         "`recommended.json`": Recommendation,
         "A line of `influence --output`": InfluenceRecord,
+        "`ensemble.json`": EnsembleRecord,
         "A line of `generate --output`": NBestRecord,
         "The settings beside that file": NBestSettings,
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import IVONError, param_ref
+from ..records.ensemble import EnsembleRecord
 from ..storage.atomic import new_file
 from ..storage.format import CONFIG_FILE, ENSEMBLE_FILE, base_model_folder, read_json
 from .plan import Plan
@@ -32,10 +33,9 @@ class Ensemble:
         self.folder = Path(folder)
         if not (self.folder / ENSEMBLE_FILE).is_file():
             raise IVONError(f"{folder} is no ensemble; give the folder that `ivon-post sample --serve vllm` wrote")
-        self.facts = read_json(self.folder / ENSEMBLE_FILE)
-        self._members = self.facts.pop("members", None)
-        if not isinstance(self._members, list) or not self._members or not all(map(_is_name, self._members)):
-            raise IVONError(f"{self.folder / ENSEMBLE_FILE}: members is not a list of names")
+        path = self.folder / ENSEMBLE_FILE
+        self.facts = EnsembleRecord.parse(read_json(path), str(path)).dump()
+        self._members: list[str] = self.facts.pop("members")
         self.config = read_json(self.folder / self._members[0] / CONFIG_FILE)
         name = str(self.config.get("base_model_name_or_path") or "")
         if not name:
@@ -106,10 +106,6 @@ class Ensemble:
             temporary.write_text(f'#!/bin/sh\nexec {self.serve_command()} "$@"\n', encoding="utf-8")
             temporary.chmod(0o755)
         return path
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value
 
 
 def served_rank(config: dict[str, Any]) -> int:

@@ -23,11 +23,10 @@ from ..posterior.card import (
     with_results,
     write_text,
 )
-from ..posterior.tensors import fingerprint
 from ..records.evaluation import EvaluationRecord, VariantResult
 from ..records.recommendation import Recommendation
 from ..storage.atomic import output_folder
-from ..storage.format import MEAN_FILE, SIGMA_FILE
+from ..storage.format import SIGMA_FILE
 
 # Metric -> its heading, and the factor and digits with which it is written.
 COLUMNS: dict[str, tuple[str, int, int]] = {
@@ -99,8 +98,7 @@ def _posterior(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     adapter = Adapter(folder)
     if adapter.sigma is None:
         raise IVONError(f"{folder} has no {SIGMA_FILE}, so its card has no posterior to describe")
-    if fingerprint(adapter.mean, adapter.digests()) != adapter.metadata.get("mean_sha256"):
-        raise IVONError(f"{folder / SIGMA_FILE} belongs to another {MEAN_FILE} (mean_sha256 differs)")
+    adapter.check_pair()
     return adapter.metadata, adapter.config
 
 

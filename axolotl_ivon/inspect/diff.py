@@ -1,4 +1,4 @@
-"""How far apart two posteriors are, module by module."""
+"""The distance of two posteriors, module by module."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import IVONError
-from ..posterior.adapter import modules
+from ..posterior.adapter import different_shapes, modules
 from ..posterior.posterior import Posterior
 from ..reporter import SILENT, Reporter
 
@@ -26,14 +26,10 @@ def distance(first: Posterior, second: Posterior, reporter: Reporter = SILENT) -
     Raises:
         IVONError: the posteriors have different tensors.
     """
-    for key in sorted(first.mean.specs.keys() | second.mean.specs.keys()):
-        shapes = [list(q.mean.specs[key][1]) if key in q.mean else None for q in (first, second)]
-        if shapes[0] != shapes[1]:
-            a, b = (f"shape {shape}" if shape else "none such" for shape in shapes)
-            raise IVONError(
-                f"the adapters differ in {key}: A has {a}, B has {b}; only adapters of the same modules and rank have "
-                "a distance"
-            )
+    for key, *shapes in different_shapes(first.mean, second.mean):
+        a, b = ("none such" if shape is None else f"shape {shape}" for shape in shapes)
+        fix = "only adapters of the same modules and rank have a distance"
+        raise IVONError(f"the adapters differ in {key}: A has {a}, B has {b}; {fix}")
     sums = first.mean.each(lambda key: _sums(first, second, key), "comparing", reporter)
     rows = [
         {"module": name, **_distance(np.sum([sums[key] for key in keys], axis=0))}

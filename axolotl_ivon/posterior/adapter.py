@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from ..storage.format import (
     MEAN_FILE,
     NEXT_SIGMA_FILE,
     SIGMA_FILE,
+    natural_order,
     read_json,
     resolve,
 )
@@ -31,7 +32,7 @@ from .tensors import Tensors, as_float32, fingerprint, sha256, write_tensors
 if TYPE_CHECKING:
     import torch
 
-UNPRUNED = "unpruned_sha256"  # a fact of the header: `mean_sha256` before pruning
+UNPRUNED = "unpruned_sha256"  # in the header: `mean_sha256` before pruning
 
 
 def mean_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -45,7 +46,7 @@ def mean_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 class Adapter:
-    """A PEFT adapter folder as it lies on the disk: configuration, tensors, and σ where there is one.
+    """A PEFT adapter folder on the disk: configuration, tensors, and σ where there is one.
 
     Attributes:
         folder: where it is (for a Hub id, the local copy).
@@ -99,6 +100,20 @@ class Adapter:
 
         return self.mean.each(digest, f"reading {MEAN_FILE}", reporter)
 
+    def check_pair(self, reporter: Reporter = SILENT) -> dict[str, str]:
+        """Return `digests`, after a check that σ belongs to this mean.
+
+        Raises:
+            IVONError: it belongs to another one, or a value of the mean is NaN or infinite.
+        """
+        digests = self.digests(reporter)
+        if self.metadata.get("mean_sha256") != fingerprint(self.mean, digests):
+            raise IVONError(
+                f"{self.folder / SIGMA_FILE} belongs to another {MEAN_FILE} (mean_sha256 differs); "
+                "put the two files of one save together"
+            )
+        return digests
+
 
 def module_of(key: str) -> str:
     """Return the module that a tensor of an adapter belongs to: its name without PEFT's prefix and endings."""
@@ -107,44 +122,47 @@ def module_of(key: str) -> str:
 
 
 def modules(tensors: Tensors) -> dict[str, list[str]]:
-    """Return the tensors of each module, modules in their natural order (layer 2 before layer 10)."""
-    found: dict[str, list[str]] = {}
+    """Return the names of each module's tensors, modules in their natural order (layer 2 before layer 10)."""
+    names: dict[str, list[str]] = {}
     for key in sorted(tensors):
-        found.setdefault(module_of(key), []).append(key)
+        names.setdefault(module_of(key), []).append(key)
+    return dict(sorted(names.items(), key=lambda item: natural_order(item[0])))
 
-    def numbers_by_size(item: tuple[str, object]) -> list[int | str]:
-        return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", item[0])]
 
-    return dict(sorted(found.items(), key=numbers_by_size))
+def different_shapes(one: Tensors, other: Tensors) -> Iterator[tuple[str, list[int] | None, list[int] | None]]:
+    """Yield (name, shape, other shape) of the tensors that two adapters do not share; None where one has none."""
+    for key in sorted(one.specs.keys() | other.specs.keys()):
+        first, second = (list(tensors.specs[key][1]) if key in tensors else None for tensors in (one, other))
+        if first != second:
+            yield key, first, second
 
 
 def _check_header(file: TensorFile) -> None:
-    facts = file.metadata
-    if facts.get("format") != FORMAT:
-        raise IVONError(f"{file.path}: format is {facts.get('format')!r}; axolotl-ivon writes {FORMAT!r}")
-    if facts.get("format_version") != FORMAT_VERSION:
+    header = file.metadata
+    if header.get("format") != FORMAT:
+        raise IVONError(f"{file.path}: format is {header.get('format')!r}; axolotl-ivon writes {FORMAT!r}")
+    if header.get("format_version") != FORMAT_VERSION:
         raise IVONError(
-            f"{file.path}: format_version is {facts.get('format_version')!r}; this version of axolotl-ivon "
+            f"{file.path}: format_version is {header.get('format_version')!r}; this version of axolotl-ivon "
             f"reads {FORMAT_VERSION!r}: upgrade it"
         )
     for name, default, good in (("tau", "1", lambda x: x > 0), ("pruned_ratio", "0", lambda x: 0 <= x <= 1)):
         try:
-            valid = good(float(facts.get(name, default)))
+            valid = good(float(header.get(name, default)))
         except ValueError:
             valid = False
         if not valid:
-            raise IVONError(f"{file.path}: {name} is {facts[name]!r}, which axolotl-ivon never writes")
+            raise IVONError(f"{file.path}: {name} is {header[name]!r}, which axolotl-ivon never writes")
 
 
 def _check_names(path: Path, mean: Tensors, sigma: Tensors) -> None:
-    for key in sorted(mean.specs.keys() | sigma.specs.keys()):
-        if key not in sigma:
+    for key, shape, sigma_shape in different_shapes(mean, sigma):
+        if sigma_shape is None:
             raise IVONError(f"{path}: no σ for {key}, which {MEAN_FILE} has")
-        if key not in mean:
+        if shape is None:
             raise IVONError(f"{path}: σ for {key}, which {MEAN_FILE} does not have")
-        (dtype, shape), expected = sigma.specs[key], mean.specs[key][1]
-        if shape != expected:
-            raise IVONError(f"{path}: σ of {key} has shape {list(shape)}; the mean has {list(expected)}")
+        raise IVONError(f"{path}: σ of {key} has shape {sigma_shape}; the mean has {shape}")
+    for key, (dtype, _) in sigma.specs.items():
         if dtype != "F32":
             raise IVONError(f"{path}: σ of {key} has dtype {dtype}; it must be F32")
 
@@ -156,7 +174,7 @@ def _check_finite(path: Path, key: str, values: np.ndarray) -> None:
 
 
 def check_sigma(path: Path, sigma: Tensors, reporter: Reporter = SILENT) -> None:
-    """Check every value of σ, which is read from (or goes to) `path`.
+    """Check every value of σ, which is read from `path` or written there.
 
     Raises:
         IVONError: one is NaN, infinite or negative.
@@ -171,12 +189,12 @@ def check_sigma(path: Path, sigma: Tensors, reporter: Reporter = SILENT) -> None
     sigma.each(check, f"reading {SIGMA_FILE}", reporter)
 
 
-def save_sigma(folder: str | os.PathLike[str], sigma: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> None:
-    """Write ivon_sigma.safetensors beside the adapter_model.safetensors that lies in `folder`.
+def save_sigma(folder: str | os.PathLike[str], sigma: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
+    """Write ivon_sigma.safetensors beside the adapter_model.safetensors in `folder`, whole or not at all.
 
-    `sigma` has the names and shapes of the adapter's tensors; `facts` are the header's.
-    Format, version, fingerprint of the mean, τ = 1 and pruned ratio 0 are added. The file is replaced at
-    once, or left.
+    Args:
+        sigma: the standard deviations, under the names and in the shapes of the adapter's tensors.
+        header: what the run knows. Format, version, fingerprint of the mean, τ = 1 and pruned ratio 0 are added.
 
     Raises:
         IVONError: names or shapes differ from the adapter's, σ is negative, NaN or infinite, or the file
@@ -188,15 +206,15 @@ def save_sigma(folder: str | os.PathLike[str], sigma: Mapping[str, torch.Tensor]
     _check_names(target, mean, held)
     check_sigma(target, held)
     with new_file(target) as path:
-        write_sigma(path, held, {"tau": "1.0", "pruned_ratio": "0.0", **facts}, mean_sha256(mean))
+        write_sigma(path, held, {"tau": "1.0", "pruned_ratio": "0.0", **header}, mean_sha256(mean))
 
 
 def write_sigma(
-    path: Path, sigma: Tensors, facts: Mapping[str, str], mean_fingerprint: str, reporter: Reporter = SILENT
+    path: Path, sigma: Tensors, header: Mapping[str, str], mean_fingerprint: str, reporter: Reporter = SILENT
 ) -> None:
-    """Write σ with the facts of its header, to which format, version and the fingerprint of its mean are added."""
+    """Write σ with `header`, to which format, version and the fingerprint of its mean are added."""
     header = {
-        **facts,
+        **header,
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "library_version": version("axolotl-ivon"),

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import IVONError, param_ref
 from ..storage.dtypes import NUMPY
-from .adapter import UNPRUNED
+from .adapter import UNPRUNED, different_shapes
 from .chain import CHAIN_SIZE, FACTS, MEANING, Factor, factors, links
 from .tensors import Spec, Tensors
 
@@ -139,10 +139,8 @@ def _elementwise(
                 raise IVONError(
                     f"the adapters differ in {name} ({first.config.get(name)}, {q.config.get(name)}); {fix}"
                 )
-        for key in sorted(first.mean.specs.keys() | q.mean.specs.keys()):
-            shapes = [p.mean.specs[key][1] if key in p.mean else None for p in (first, q)]
-            if shapes[0] != shapes[1]:
-                raise IVONError(f"the adapters differ in {key} ({shapes[0]}, {shapes[1]}); {fix}")
+        for key, shape, other in different_shapes(first.mean, q.mean):
+            raise IVONError(f"the adapters differ in {key} ({shape}, {other}); {fix}")
     product = [factor for factor in factors([q.metadata for q in everybody], share) if factor.weight]
     fixed = _shared_prior([everybody[factor.node] for factor in product if factor.parent is None])
 

@@ -120,14 +120,8 @@ class Posterior:
                 f"{path_or_hub_id} has no {SIGMA_FILE}, so it is no posterior: it can be looked at and merged; "
                 "`ivon-post fit` gives it one, as training with `optimizer: ivon_lora` does"
             )
-        path = adapter.folder / SIGMA_FILE
-        digests = adapter.digests(reporter)
-        known = fingerprint(adapter.mean, digests)
-        if adapter.metadata.get("mean_sha256") != known:
-            raise IVONError(
-                f"{path} belongs to another {MEAN_FILE} (mean_sha256 differs); put the two files of one save together"
-            )
-        check_sigma(path, adapter.sigma, reporter)
+        digests = adapter.check_pair(reporter)
+        check_sigma(adapter.folder / SIGMA_FILE, adapter.sigma, reporter)
         return cls(
             adapter.mean,
             adapter.sigma,
@@ -136,7 +130,7 @@ class Posterior:
             folder=adapter.folder,
             mean_metadata=adapter.mean_metadata,
             aliases=_find_aliases(adapter.mean, adapter.sigma, digests),
-            known_fingerprint=known,
+            known_fingerprint=adapter.metadata["mean_sha256"],
         )
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import IVONError, param_ref
+from ..records.ensemble import EnsembleRecord
 from ..reporter import SILENT, Reporter
 from ..storage.atomic import check_space, in_bytes, new_folder
 from ..storage.dtypes import CHOICES, SAFETENSORS
@@ -100,14 +101,11 @@ def sample(
             (new / name).mkdir()
             write_json(new / name / CONFIG_FILE, config)
             write_tensors(new / name / MEAN_FILE, plan.adapter(posterior, name), {"format": "pt"}, reports)
-        write_json(
-            new / ENSEMBLE_FILE,
-            {
-                "source": os.path.abspath(source) if Path(source).is_dir() else source,
-                "seed": plan.seed,
-                "tau": posterior.tau if math.isfinite(posterior.tau) else "inf",
-                "pruned_ratio": posterior.pruned_ratio,
-                "members": names,
-            },
-        )
+        EnsembleRecord(
+            source=os.path.abspath(source) if Path(source).is_dir() else source,
+            seed=plan.seed,
+            tau=posterior.tau,
+            pruned_ratio=posterior.pruned_ratio,
+            members=names,
+        ).save(new / ENSEMBLE_FILE)
     return names

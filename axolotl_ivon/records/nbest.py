@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from .base import Record, Tau
+from .ensemble import EnsembleSource
 
 
 class OutputRecord(Record):
@@ -31,13 +32,6 @@ class NBestRecord(Record):
     mutual_information: float | None = None
     abstain: bool | None = None
     outputs: Annotated[list[OutputRecord], Field(min_length=1)]
-
-
-class EnsembleSource(Record):
-    """The ensemble that a server's members are of."""
-
-    tau: Tau = 1.0
-    pruned_ratio: float = 0.0
 
 
 class NBestSettings(Record):

@@ -172,12 +172,15 @@ def read_lines(path: str | Path, name: str) -> Iterator[tuple[str, dict[str, Any
         raise IVONError(f"{held}: the file is empty; give a JSONL file, one object a line")
 
 
+def natural_order(name: str) -> list[int | str]:
+    """Return a key that sorts names with numbers as people do: checkpoint-2 before checkpoint-10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
 def _instead(folder: Path) -> str:
     """Return what to give in place of a folder that is no adapter."""
-    inside = sorted(
-        (path.parent for path in folder.glob(f"*/{CONFIG_FILE}")),
-        key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path.name)],
-    )
+    adapters = (path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    inside = sorted(adapters, key=lambda path: natural_order(path.name))
     if inside:
         kind = "is an ensemble of" if (folder / ENSEMBLE_FILE).is_file() else "holds"
         shown = [str(path) for path in ([*inside[:2], "…", inside[-1]] if len(inside) > 3 else inside)]
@@ -196,10 +199,10 @@ def _finite(text: str) -> float:
 
 def regular_size(path: Path) -> int:
     """Return the size of a regular file; a pipe or a device, which has no end, is refused."""
-    facts = path.stat()
-    if not stat.S_ISREG(facts.st_mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise IVONError(f"{path} is not a regular file")
-    return facts.st_size
+    return status.st_size
 
 
 def write_json(path: Path, value: Any) -> None:

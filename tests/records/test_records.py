@@ -14,6 +14,7 @@ import pytest
 from axolotl_ivon import IVONError
 from axolotl_ivon.records import influence
 from axolotl_ivon.records.base import Record, save_lines
+from axolotl_ivon.records.ensemble import EnsembleRecord
 from axolotl_ivon.records.evaluation import EvaluationRecord, ExampleRecord
 from axolotl_ivon.records.nbest import NBestRecord, NBestSettings
 from axolotl_ivon.records.recommendation import Recommendation
@@ -38,6 +39,7 @@ WHOLE: dict[type[Record], dict[str, Any]] = {
         "verdict": {"outcome": "the mean", "text": "…"},
     },
     influence.InfluenceRecord: INFLUENCE,
+    EnsembleRecord: {"source": "/a", "seed": 5, "tau": "inf", "pruned_ratio": 0.3, "members": ["mean", "sample-0000"]},
     NBestRecord: {"prompt": "2+2", "reference": None, "outputs": [{"text": "4", "member": 1, "logprob": -0.5}]},
     NBestSettings: {"adapter": "ab", "tau": "inf", "prune_ratio": 0.0, "n": 4},
 }  # fmt: skip
@@ -80,6 +82,8 @@ def test_files_of_0_2_0_load() -> None:
         (ExampleRecord, {"rows": {"mean": {"confidence": 0.9}}}, "it must have `right` or `accuracy`"),
         (ExampleRecord, {"rows": {"mean": {**PREDICTION, "entropy": True}}}, "rows.mean.entropy is True"),
         (influence.InfluenceRecord, {"on": "bad"}, "on is 'bad'"),
+        (EnsembleRecord, {"members": []}, "members is []"),
+        (EnsembleRecord, {"members": ["a", "../b"]}, "members[1] is '../b'; it must be the name of a folder"),
         (NBestRecord, {"outputs": []}, "outputs is []; "),
         (NBestRecord, {"outputs": [{"text": 4}]}, "outputs[0].text is 4; it must be a valid string"),
         (NBestRecord, {"outputs": [{"text": "4", "logprob": math.inf}]}, "outputs[0].logprob is inf"),
