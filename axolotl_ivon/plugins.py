@@ -10,7 +10,7 @@ import pluggy
 from . import hookspecs
 
 # What ships is registered through the hooks that a third party would use, and named here so that nothing imports it.
-SHIPPED = ("axolotl_ivon.posterior.prune", "axolotl_ivon.training.default_hooks")
+SHIPPED = ("axolotl_ivon.posterior.default_hooks", "axolotl_ivon.training.default_hooks")
 
 
 @functools.cache

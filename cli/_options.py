@@ -1,4 +1,4 @@
-"""Options and arguments that several commands have, and what becomes of them."""
+"""Options and arguments that several commands have, and the values that they become."""
 
 from __future__ import annotations
 
@@ -26,6 +26,31 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+# Sections of `--help`, and the parameters in them. The other options of a command come first, as "Options".
+_SECTIONS = {
+    "Posterior": {"tau", "taus", "ratio", "ratios", "recommended", "samples", "members", "seed", "sample_seed"},
+    "Data": {"data", "prompts", "task", "choices", "limit", "ood", "calibrate", "on", "validation"},
+    "Model": {"base_model", "load_in", "device"},
+    "Output": {"output", "overwrite", "as_json", "quiet", "--help"},
+}
+
+
+class Sectioned(click.Command):
+    """A command whose `--help` lists its options by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a list for each section that has options."""
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Options", *_SECTIONS)}
+        for param in self.get_params(ctx):
+            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)):
+                title = next((t for t, names in _SECTIONS.items() if {param.name, *param.opts} & names), "Options")
+                sections[title].append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
 class Numbers(click.ParamType):
     """Numbers with commas between."""
 
@@ -40,7 +65,7 @@ class Numbers(click.ParamType):
 
 
 class BatchSize(click.ParamType):
-    """A number of prompts, or `auto`, which is None."""
+    """A number of examples in a batch, or `auto`, which becomes None."""
 
     name = "auto|n"
 
@@ -54,14 +79,14 @@ class BatchSize(click.ParamType):
 
 
 class Renamed(click.Option):
-    """An option that is still known by its former names, which no help shows."""
+    """An option that still answers to its former names, which no help shows."""
 
     def __init__(self, *args: Any, formerly: Sequence[str], **options: Any) -> None:
         super().__init__(*args, **options)
         self._formerly = formerly
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        """Let the parser know all names."""
+        """Add the option to the parser under all its names."""
         shown = self.opts
         self.opts = [*shown, *self._formerly]
         super().add_to_parser(parser, ctx)
@@ -70,7 +95,7 @@ class Renamed(click.Option):
 
 @dataclass(frozen=True)
 class Terminal:
-    """How a command reports to its user, as --json and --quiet say."""
+    """How a command reports to its user: what --json and --quiet say."""
 
     as_json: bool
     quiet: bool
@@ -80,11 +105,11 @@ class Terminal:
         return Progress(self.quiet)
 
     def reserved(self) -> AbstractContextManager[None]:
-        """Return the context that a command runs in: with --json nothing but the document gets to stdout."""
+        """Return the context that a command runs in: with --json only the document reaches stdout."""
         return only_results() if self.as_json else contextlib.nullcontext()
 
     def finish(self, document: dict[str, Any], *lines: object, then: Sequence[object] = ()) -> None:
-        """Print the result: as JSON if that was asked for, else as lines; and suggest what to do `then`."""
+        """Print the result, as JSON with --json and as lines without, and suggest the command to run `then`."""
         if self.as_json:
             emit(document)
             return
@@ -93,7 +118,7 @@ class Terminal:
         self.suggest(*then)
 
     def suggest(self, *words: object) -> None:
-        """Tell the next command to type, on stderr; a program that reads the result hears nothing of it."""
+        """Suggest the next command on stderr, unless a program reads the result."""
         from axolotl_ivon.errors import printable
 
         if words and not (self.as_json or self.quiet):
@@ -102,16 +127,16 @@ class Terminal:
 
 @dataclass(frozen=True)
 class OutputOptions(Terminal):
-    """Where a command writes, as -o and --overwrite say, and how it reports."""
+    """Where a command writes, and how it reports: what --output, --overwrite, --json and --quiet say."""
 
     output: str | None
     overwrite: bool
 
     def target(self, adapters: Sequence[str], what: str) -> Path:
-        """Return the folder to write, beside the first input (for a Hub id: here) unless one is named.
+        """Return the folder to write: the named one, else one beside the first input (for a Hub id, in this folder).
 
         Raises:
-            IVONError: it may not be written; the user hears of it before the work.
+            IVONError: it may not be written. Called before the work, so that a mistake shows at once.
         """
         from axolotl_ivon.storage.atomic import check_target
 
@@ -120,16 +145,16 @@ class OutputOptions(Terminal):
         return path
 
     def path(self, adapter: str, what: str) -> Path:
-        """Return what the user named, else a path beside `adapter` (for a Hub id: here).
+        """Return the path that the user named, else one beside `adapter` (for a Hub id, in this folder).
 
         Raises:
-            IVONError: that is no name, or lies in the adapter, which is never modified.
+            IVONError: it is not a name, or lies in the adapter, which is never modified.
         """
         from axolotl_ivon.errors import IVONError
         from axolotl_ivon.storage.atomic import check_outside
 
         if self.output in ("", "-"):
-            raise IVONError(f"--output {self.output!r}: what is written has a name; stdout is for results, see --json")
+            raise IVONError(f"--output {self.output!r} is not a file name; to print results on stdout use --json")
         if self.output:
             check_outside(Path(self.output), filter(Path.is_dir, [Path(adapter)]))
             return Path(self.output)
@@ -142,17 +167,17 @@ class OutputOptions(Terminal):
 
 @dataclass(frozen=True)
 class PosteriorOptions:
-    """Temperature and pruning ratio, as far as the user gave them, and a file that recommends both."""
+    """Temperature and pruning ratio where the user gave them, and a file that recommends both."""
 
     recommended: str | None
     tau: float | None = None
     ratio: float | None = None
 
     def settings(self, adapter: str, default_ratio: float = 0.0) -> tuple[float, float]:
-        """Return τ and ratio for `adapter`: the options', else the recommendation's, else the defaults.
+        """Return the temperature and the pruning ratio: the options', else the recommendation's, else the defaults.
 
         Raises:
-            IVONError: one is out of range, or the recommendation cannot be read or is for another adapter.
+            IVONError: a value is out of range, or the recommendation cannot be read or is for another adapter.
         """
         from axolotl_ivon.posterior.adapter import Adapter
         from axolotl_ivon.posterior.posterior import check_tau
@@ -170,14 +195,14 @@ class PosteriorOptions:
 
 
 def decision(recommended: str | None) -> Decision:
-    """Return the output temperature, and the threshold to abstain below, of a recommendation: without one, neither."""
+    """Return the softmax temperature and the threshold to abstain below of a recommendation, or neither."""
     from axolotl_ivon.decisions.sweep import Decision, read_decision
 
     return read_decision(recommended) if recommended else Decision()
 
 
 def add_all(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    """Add options that the help lists in this order."""
+    """Add several options, in the order in which the help lists them."""
 
     def add(command: Command) -> Command:
         for option in reversed(options):
@@ -188,36 +213,37 @@ def add_all(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
 
 
 def as_one(name: str, make: Callable[..., Any], *parameters: str) -> Callable[[Command], Command]:
-    """Give the command one argument, `name`, in place of `parameters`: what `make` returns for them."""
+    """Give the command one argument, `name`, in place of `parameters`: `make` builds it from them."""
 
     def change(command: Command) -> Command:
         @functools.wraps(command)
         def changed(**given: Any) -> Any:
-            one = make(**{parameter: given.pop(parameter) for parameter in parameters})
-            with one.reserved() if isinstance(one, Terminal) else contextlib.nullcontext():
-                return command(**{name: one}, **given)
+            value = make(**{parameter: given.pop(parameter) for parameter in parameters})
+            with value.reserved() if isinstance(value, Terminal) else contextlib.nullcontext():
+                return command(**{name: value}, **given)
 
         return changed  # type: ignore[return-value]
 
     return change
 
 
+_QUANTIZED = ("8bit", "4bit")
 adapter_argument = click.argument("adapter", metavar="ADAPTER")
-_json_and_quiet = add_all(
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout."),
-    click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
+json_and_quiet = add_all(
+    click.option("--json", "as_json", is_flag=True, help="Print only one JSON document on stdout."),
+    click.option("--quiet", "-q", is_flag=True, help="Print no progress on stderr."),
 )
 # They turn the options into the commands' arguments `terminal` and `output`.
 terminal_as_one = as_one("terminal", Terminal, "as_json", "quiet")
 output_as_one = as_one("output", OutputOptions, "output", "overwrite", "as_json", "quiet")
-terminal_options = add_all(_json_and_quiet, terminal_as_one)
+terminal_options = add_all(json_and_quiet, terminal_as_one)
 base_model_option = click.option(
-    "--base-model", metavar="MODEL", help="Folder or Hub id.  [default: what the adapter's config names]"
+    "--base-model", metavar="MODEL", help="Folder or Hub id of the base model.  [default: from the adapter's config]"
 )
 
 
 def dtype_option(text: str) -> Callable[[Command], Command]:
-    """Add --dtype, of what is written."""
+    """Add --dtype, of the weights that are written."""
     return click.option("--dtype", type=click.Choice(DTYPES), help=text)
 
 
@@ -226,22 +252,34 @@ def choice_option(name: str, values: Sequence[str], text: str) -> Callable[[Comm
     return click.option(name, type=click.Choice(values), default=values[0], show_default=True, help=text)
 
 
-def _loading(**values: Any) -> Loading:
+def _loading(base_model: str | None, load_in: Sequence[str], device: str) -> Loading:
     """Return how the base model is loaded."""
     from axolotl_ivon.models.session import Loading
 
-    return Loading(**values)
+    quantized, dtype = None, "auto"
+    for value in load_in:
+        if value in _QUANTIZED:
+            quantized = value
+        else:
+            dtype = value
+    return Loading(base_model, quantized, device, dtype)
 
 
 # They become the command's argument `loading`.
 model_options = add_all(
     base_model_option,
-    click.option("--load-in", type=click.Choice(["8bit", "4bit"]), help="Quantize the base model (bitsandbytes)."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, …"),
-    choice_option(
-        "--dtype", ["auto", *DTYPES], "Of the base model. auto: float32 on a CPU, the checkpoint's elsewhere."
+    click.option(
+        "--load-in",
+        cls=Renamed,
+        formerly=["--dtype"],
+        multiple=True,
+        type=click.Choice([*_QUANTIZED, *DTYPES, "auto"]),
+        metavar="PRECISION",
+        help=f"Precision of the base model: {', '.join([*_QUANTIZED, *DTYPES])}; the first two quantize it "
+        "(bitsandbytes).  [default: float32 on a CPU, elsewhere the checkpoint's dtype]",
     ),
-    as_one("loading", _loading, "base_model", "load_in", "device", "dtype"),
+    click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, cuda:1, mps, …"),
+    as_one("loading", _loading, "base_model", "load_in", "device"),
 )
 
 
@@ -253,14 +291,14 @@ def batch_option(text: str) -> Callable[[Command], Command]:
 def output_options(
     default: str,
     text: str = "Where to write.",
-    overwrite: str = "Replace the target if it is there.",
+    overwrite: str = "Replace the target if it exists.",
     metavar: str = "DIR",
 ) -> Callable[[Command], Command]:
-    """Add -o (with the name that is used without it in the help), --overwrite, --json and --quiet, as `output`."""
+    """Add --output, whose help names the `default`, --overwrite, --json and --quiet, as the argument `output`."""
     return add_all(
         click.option("--output", "-o", metavar=metavar, help=f"{text}  [default: {default}]"),
         click.option("--overwrite", is_flag=True, help=overwrite),
-        _json_and_quiet,
+        json_and_quiet,
         output_as_one,
     )
 
@@ -278,25 +316,30 @@ def recommended_option(what: str) -> Callable[[Command], Command]:
 
 
 def point_options(tau: str, ratio: str) -> Callable[[Command], Command]:
-    """Add --tau and --ratio with these texts, and --recommended, as `point`."""
+    """Add --tau and --ratio with these texts, and --recommended, as the argument `point`."""
     return add_all(
         click.option("--tau", type=float, help=tau),
         click.option("--ratio", type=float, help=ratio, cls=Renamed, formerly=["--prune-ratio"]),
-        recommended_option("τ and the ratio"),
+        recommended_option("temperature and ratio"),
         as_one("point", PosteriorOptions, "recommended", "tau", "ratio"),
     )
 
 
 def risk_options(where: str) -> Callable[[Command], Command]:
-    """Add --risk, whose promise is found `where`, and --confidence."""
+    """Add --risk, which says on which data its threshold is found, and --confidence."""
     return add_all(
         click.option(
             "--risk",
             type=float,
-            help="Find the confidence below which to abstain, so that at most this share of the answers is wrong: "
-            f"{where}.",
+            help=f"Find the confidence below which to abstain so that at most this share of answers is wrong: {where}.",
         ),
-        click.option("--confidence", type=float, default=0.9, show_default=True, help="Of what --risk promises."),
+        click.option(
+            "--confidence",
+            type=float,
+            default=0.9,
+            show_default=True,
+            help="Confidence level of the promise that --risk gives.",
+        ),
     )
 
 
@@ -304,8 +347,8 @@ answer_option = click.option(
     "--answer-regex",
     "-a",
     metavar="REGEX",
-    help="The answer in a text: gsm8k (#### 7), boxed (\\boxed{7}), choice (a capital letter alone), or a regular "
-    "expression, whose first group it is; the last match counts.  [default: the whole text]",
+    help="How to find the answer in a text: gsm8k (#### 7), boxed (\\boxed{7}), choice (a single capital letter), or "
+    "a regular expression with the answer as its first group. The last match counts.  [default: the whole text]",
 )
 
 
@@ -326,43 +369,34 @@ data_option = click.option(
     multiple=True,
     required=True,
     metavar="FILE",
-    help="Chat JSONL as axolotl trains on, one conversation a line; may be given several times.",
+    help="Chat JSONL as for training, one conversation a line. Repeatable.",
 )
 task_option = click.option(
     "--task",
     type=click.Choice(["choice", "generate", "classify"]),
-    help="choice: the answer is one of a few strings, by the next token. generate: per-token likelihood "
-    "of the reference answer. classify: a sequence-classification head. Default: found from the data.",
+    help="How answers are scored. choice: one of a few strings, by the next token. generate: per-token likelihood of "
+    "the reference answer. classify: a sequence-classification head.  [default: by the data]",
 )
 choices_option = click.option(
     "--choices",
     metavar="A,B,…",
     callback=lambda ctx, param, value: value.split(",") if value else None,
-    help="The strings to choose from. Default: the answers in the data.",
+    help="Answers to choose from, with commas between.  [default: the answers in the data]",
 )
 limit_option = click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT examples of each file.")
 samples_option = click.option(
-    "--samples", "-n", type=click.IntRange(min=1), default=10, show_default=True, help="Draws to average."
+    "--samples", "-n", type=click.IntRange(min=1), default=10, show_default=True, help="Number of draws to average."
 )
-# What is evaluated on, and how. Of these, the command gets those of `evaluate` as the dictionary `run`.
+# The data of an evaluation, and how it runs. The command gets what `evaluate` takes as the dictionary `run`.
 data_options = add_all(
     data_option,
     task_option,
     choices_option,
     limit_option,
     samples_option,
-    seed_option("Seed of the draws: those of `sample --seed`."),
+    seed_option("Seed of the draws, the same as for `sample --seed`."),
     model_options,
-    batch_option("Prompts in a batch; halved when the memory runs out."),
-    click.option(
-        "--draws-per-pass",
-        type=click.IntRange(min=1),
-        default=1,
-        show_default=True,
-        help="Draws that run in one batch over the shared base model; pays where a batch leaves the hardware idle.",
-    ),
-    _json_and_quiet,
-    as_one("run", dict, "samples", "seed", "batch_size", "draws_per_pass"),
+    json_and_quiet,
+    as_one("run", dict, "samples", "seed"),
 )
-# And what.
 evaluation_options = add_all(adapter_argument, data_options)

@@ -6,29 +6,30 @@ from pathlib import Path
 
 import click
 
-from ._options import Terminal, adapter_argument, terminal_options
+from ._options import Sectioned, Terminal, adapter_argument, terminal_options
 
 
-@click.command("card")
+@click.command("card", cls=Sectioned)
 @adapter_argument
-@click.option("--results", metavar="FILE", help="What `ivon-post eval --json` printed for ADAPTER.")
-@click.option("--recommended", metavar="FILE", help="The recommended.json of `ivon-post sweep` for ADAPTER.")
+@click.option("--results", metavar="FILE", help="Results to add: what `ivon-post eval --json` printed for ADAPTER.")
+@click.option("--recommended", metavar="FILE", help="Recommendation to add: recommended.json of `ivon-post sweep`.")
 @click.option(
     "--dataset",
     "datasets",
     multiple=True,
     metavar="OWNER/NAME[/TASK]",
-    help="The Hub's benchmark that a data file of --results is, one for each file, in order.  [default: its name]",
+    help="Benchmark on the Hub that a data file of --results is. Repeatable, in the files' order.  [default: its name]",
 )
 @terminal_options
 def command(
     adapter: str, results: str | None, recommended: str | None, datasets: tuple[str, ...], terminal: Terminal
 ) -> None:
-    """Write into ADAPTER's README.md what its posterior is, and what was measured.
+    """Add measured results to the model card.
 
-    Training has written the first part. --results adds the table of `eval` with its standard errors, the results in
-    the metadata (model-index) and .eval_results/ivon-ROW.yaml; --recommended the temperature, the pruning ratio and
-    the threshold that `sweep` chose. What others wrote in the card stays, and a second time changes nothing.
+    The card is ADAPTER's README.md, where training has described the posterior. --results adds the table of `eval` with
+    its standard errors, the results in the metadata (model-index) and .eval_results/ivon-ROW.yaml. --recommended adds
+    the temperature, the pruning ratio and the threshold that `sweep` chose. What others wrote in the card stays, and
+    running the command again changes nothing.
 
     \b
       ivon-post eval adapter/ --data test.jsonl --json > eval.json

@@ -1,4 +1,4 @@
-"""`ivon-post check`: what came of a run, or what will come of a YAML, in words."""
+"""`ivon-post check`: the diagnosis of a run, or the forecast of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import Terminal, batch_option, model_options, terminal_options
+from ._options import Sectioned, Terminal, limit_option, model_options, terminal_options
 from ._progress import silence_libraries
 from ._tables import emit
 
@@ -16,32 +16,28 @@ if TYPE_CHECKING:
     from axolotl_ivon.models.session import Loading
 
 
-@click.command("check")
+@click.command("check", cls=Sectioned)
 @click.argument("target", metavar="ADAPTER|YAML")
-@click.option("--data", "-d", multiple=True, metavar="FILE", help="Chat JSONL: are draws better than the mean on it?")
-@click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT examples of each file.")
-@click.option("--samples", "-n", type=click.IntRange(min=1), default=10, show_default=True, help="Draws to average.")
+@click.option("--data", "-d", multiple=True, metavar="FILE", help="Chat JSONL on which draws and mean are compared.")
+@limit_option
 @click.option(
-    "--processes", type=click.IntRange(min=1), default=1, show_default=True, help="Of the YAML's run, for its steps."
+    "--processes", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that run the YAML."
 )
 @model_options
-@batch_option("Prompts in a batch; halved when the memory runs out.")
 @terminal_options
 def command(
     target: str,
     data: Sequence[str],
     limit: int | None,
-    samples: int,
     processes: int,
-    batch_size: int | None,
     terminal: Terminal,
     loading: Loading,
 ) -> None:
-    """Say what came of the run that made ADAPTER, or what will come of an axolotl YAML.
+    """Diagnose a run, or forecast one from its YAML.
 
-    Of an adapter: whether the weights moved, whether σ was learned, how wide the draws are, and with --data
-    whether their average predicts better than the mean. Of a YAML, before anything is loaded: N, steps, λ, the
-    learning rate, and how far a weight can travel, as far as files on this machine tell.
+    For an adapter it says whether the weights moved, whether σ was learned, how wide the draws are, and with --data
+    whether their average predicts better than the mean. For an axolotl YAML it says, before anything is loaded, the
+    number of examples N, the steps, the effective sample size λ, the learning rate, and how far a weight can travel.
 
     \b
       ivon-post check out/ --data validation.jsonl
@@ -63,15 +59,7 @@ def command(
                 silence_libraries()
                 from axolotl_ivon.evaluation.against_mean import draws_against_mean
 
-                facts["data"] = draws_against_mean(
-                    target,
-                    data,
-                    samples=samples,
-                    limit=limit,
-                    batch_size=batch_size,
-                    progress=progress,
-                    **asdict(loading),
-                )
+                facts["data"] = draws_against_mean(target, data, limit=limit, progress=progress, **asdict(loading))
                 facts["findings"] += [row["finding"] for row in facts["data"]]
     if terminal.as_json:
         emit(facts)

@@ -1,34 +1,34 @@
-"""`ivon-post combine`: several posteriors made one."""
+"""`ivon-post combine`: several posteriors become one."""
 
 from __future__ import annotations
 
 import click
 
-from ._options import Numbers, OutputOptions, choice_option, output_options
+from ._options import Numbers, OutputOptions, Sectioned, choice_option, output_options
 
 
-@click.command("combine")
+@click.command("combine", cls=Sectioned)
 @click.argument("adapters", metavar="ADAPTER…", nargs=-1, required=True)
 @choice_option(
     "--method",
     ["precision", "linear", "cat"],
-    "precision: product of the Gaussians. linear: weighted mean of the factors. cat: exact weighted sum of the "
-    "updates, by concatenation; ranks and targets may differ.",
+    "How to combine. precision: the product of the Gaussians. linear: the weighted mean of the factors. cat: the exact "
+    "weighted sum of the updates, by concatenation; ranks and targets may differ.",
 )
 @click.option(
     "--weights",
     type=Numbers(),
     metavar="W,W,…",
-    help="One for each ADAPTER: the power of a Gaussian, or the weight in a sum.  [default: 1 each, 1/n in a sum]",
+    help="A weight for each ADAPTER: the power of its Gaussian, or its weight in a sum.  [default: 1, or 1/n in a sum]",
 )
 @output_options("ADAPTER-combined, beside the first ADAPTER")
 def command(adapters: tuple[str, ...], method: str, weights: tuple[float, ...] | None, output: OutputOptions) -> None:
-    """Combine the posteriors of several ADAPTERs over one base model into one.
+    """Combine several posteriors into one.
 
-    With precision, means are weighted by 1/σ² and precisions add up; what ADAPTERS share is counted once: a fixed
-    prior, and the adapter that they go on from (ivon_prior), which need not be given. Use it for adapters trained on
-    different parts of the data. The other methods are PEFT's kinds of weighted adapters, with σ carried along. No
-    ADAPTER is modified.
+    The ADAPTERs share one base model. With precision, means are weighted by 1/σ² and precisions add up. What ADAPTERs
+    share is counted once: a fixed prior, and the adapter that they continue from (ivon_prior), which need not be given.
+    Use it for adapters that were trained on different parts of the data. The other methods are PEFT's ways to weight
+    adapters, with σ carried along. No ADAPTER is modified.
     """
     from axolotl_ivon.posterior.combine import shares
     from axolotl_ivon.posterior.posterior import Posterior

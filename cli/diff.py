@@ -6,16 +6,16 @@ from typing import Any
 
 import click
 
-from ._options import Terminal, terminal_options
+from ._options import Sectioned, Terminal, terminal_options
 from ._tables import emit, number, print_table
 
 
-@click.command("diff")
+@click.command("diff", cls=Sectioned)
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
 @terminal_options
 def command(first: str, second: str, terminal: Terminal) -> None:
-    """Compare the posteriors A and B, module by module.
+    """Compare two posteriors, module by module.
 
     \b
     KL(A‖B), KL(B‖A)  in nats, summed over the weights with σ > 0 in both

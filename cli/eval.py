@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import OutputOptions, PosteriorOptions, decision, evaluation_options, output_as_one, point_options
+from ._options import (
+    OutputOptions,
+    PosteriorOptions,
+    Sectioned,
+    decision,
+    evaluation_options,
+    output_as_one,
+    point_options,
+)
 from ._progress import Progress
 from ._stdout import results
 from ._tables import decimal, emit, file_names, is_wide, percent, print_table
@@ -47,27 +55,26 @@ _SELECTIVE = {
 _DIFFERENCES = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL": ("nll", decimal)}
 
 
-@click.command("eval")
+@click.command("eval", cls=Sectioned)
 @evaluation_options
 @click.option(
     "--ood",
     multiple=True,
     metavar="FILE",
-    help="Other data, to be told from --data by the uncertainty of its predictions; may be given several times.",
+    help="Out-of-distribution data, detected by the uncertainty of predictions. Repeatable.",
 )
 @click.option(
     "--calibrate",
     metavar="FILE",
-    help="Validation data: adds mean+temperature and posterior+temperature, each with one softmax temperature fitted "
-    "on it.",
+    help="Validation data on which a softmax temperature is fitted: adds mean+temperature and posterior+temperature.",
 )
 @point_options(
-    "Temperature of the posterior rows: σ/√τ; inf is the mean.  [default: 1]",
-    "Share of weights that the pruned rows lack.  [default: 0.1]",
+    "Temperature of the posterior; inf is the mean.  [default: 1]",
+    "Share of weights that the pruned variants lack.  [default: 0.1]",
 )
-@click.option("--rows", default=_ROWS, show_default=True, help="Which rows, with commas between.")
-@click.option("--output", "-o", metavar="FILE", help="Write what every row says of every example, as JSONL.")
-@click.option("--overwrite", is_flag=True, help="Replace that file.")
+@click.option("--rows", default=_ROWS, show_default=True, help="Variants to evaluate, with commas between.")
+@click.option("--output", "-o", metavar="FILE", help="JSONL for the prediction of every variant on every example.")
+@click.option("--overwrite", is_flag=True, help="Replace the target if it exists.")
 @output_as_one
 def command(
     adapter: str,
@@ -81,24 +88,26 @@ def command(
     loading: Loading,
     **examples: Any,
 ) -> None:
-    """Evaluate ADAPTER on data: the base model, the mean, and the average over draws from the posterior.
+    """Measure accuracy, calibration and uncertainty.
+
+    Evaluates the base model, the mean of ADAPTER, and the average over draws from its posterior.
 
     \b
-    Prints, with bootstrap standard errors, for every file and row
+    Metrics of every file and variant, with bootstrap standard errors
       accuracy    of the answer; with --task generate, of the next token of the reference answer
-      ECE         expected calibration error, 10 and 15 bins; aECE: 10 bins with equally many
-      NLL         of what is right, in nats; with --task generate PPL, the perplexity, too
+      ECE         expected calibration error, with 10 and 15 bins; aECE: 10 bins of equal size
+      NLL         of the correct answer, in nats; with --task generate also PPL, the perplexity
       Brier       score: Σ(p − y)² over the choices
-      AUROC       of the confidence, for being right
+      AUROC       of the confidence, for correct answers
       entropy     of the prediction = expected (noise in the data) + mutual (disagreement of the draws)
     \b
-    if only the most confident are answered
+    Metrics when only the most confident answers are kept
       AURC, AUGRC areas under the risk-coverage curve and its generalized form; risk is the share of errors
-      cov@5       the largest share that can be answered with at most 5 % errors
-      risk@80     the share of errors among the 80 % most confident
+      cov@5       largest coverage with at most 5 % errors
+      risk@80     share of errors among the 80 % most confident
     \b
-    and the differences to the mean and the base model, paired, with a verdict. A threshold in --recommended adds a row
-    for what is answered with it.
+    Paired differences to the mean and the base model follow, with a verdict. A threshold in --recommended adds a
+    variant that abstains below it.
 
     \b
       ivon-post eval adapter/ --data held-out.jsonl --data shifted.jsonl

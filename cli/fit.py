@@ -9,18 +9,16 @@ import click
 
 from ._options import (
     OutputOptions,
+    Sectioned,
     adapter_argument,
     as_one,
-    batch_option,
     choice_option,
     choices_option,
     data_option,
     limit_option,
     model_options,
     output_options,
-    samples_option,
     seed_option,
-    task_option,
 )
 from ._tables import as_number, number
 
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 class Prior(click.ParamType):
     """`empirical`, or a number."""
 
-    name = "empirical|δ"
+    name = "empirical|number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | float:
         """Return the number, or `empirical`."""
@@ -41,44 +39,47 @@ class Prior(click.ParamType):
             self.fail(f"{value!r} is neither empirical nor a number", param, ctx)
 
 
-@click.command("fit")
+@click.command("fit", cls=Sectioned)
 @adapter_argument
 @data_option
 @choice_option(
     "--method",
     ["ivon", "fisher", "tfb"],
-    "ivon: variational, IVON's updates of the precision with the mean held. fisher: one pass at the mean, the diagonal "
-    "Laplace approximation. tfb: the widest noise on A within a tolerance (training-free Bayesianization).",
+    "How the width is found. ivon: variational, IVON's updates of the precision at a fixed mean. fisher: the diagonal "
+    "Laplace approximation, in one pass at the mean. tfb: the widest noise on A within --tolerance.",
 )
-@click.option("--empirical", is_flag=True, help="Labels of the data, not drawn from the model (ivon and fisher).")
-@click.option("--ess", type=float, metavar="λ", help="Effective sample size.  [default: by N, as in training]")
-@click.option("--validation", metavar="FILE", help="Choose λ: the one whose averaged draws have the lowest NLL here.")
+@click.option(
+    "--empirical", is_flag=True, help="Use the labels of the data, not labels drawn from the model (ivon and fisher)."
+)
+@click.option(
+    "--ess", type=float, help="Effective sample size (λ).  [default: by the number of examples, as in training]"
+)
+@click.option(
+    "--validation",
+    metavar="FILE",
+    help="Data on which the effective sample size (ivon, fisher) or the width (tfb) is chosen by the NLL of averaged "
+    "draws.  [default: for tfb, --data]",
+)
 @click.option(
     "--prior",
     type=Prior(),
-    metavar="empirical|δ",
     default="empirical",
     show_default=True,
-    help="As `ivon_prior` in training.",
+    help="Prior, as `ivon_prior` in training: empirical, or its precision over λ.",
 )
 @click.option(
     "--prior-strength",
     type=float,
-    metavar="κ",
     default=1.0,
     show_default=True,
-    help="A factor on the prior's precision.",
+    help="Factor on the prior's precision (κ).",
 )
-@click.option("--anchor", metavar="FILE", help="Data on which tfb finds the width.  [default: --data]")
-@click.option("--tolerance", type=float, help="Nats by which tfb may raise the NLL there.  [default: 0.01]")
-@click.option("--refit", is_flag=True, help="Fit an adapter that has a σ: the copy gets the new one.")
-@task_option
+@click.option("--tolerance", type=float, help="Nats by which tfb may raise the NLL.  [default: 0.01]")
+@click.option("--refit", is_flag=True, help="Accept an adapter that has a σ; the copy gets the new one.")
 @choices_option
 @limit_option
-@samples_option
 @seed_option("Seed of draws, labels and order.")
 @model_options
-@batch_option("Examples in a batch; fewer when the memory runs out.")
 @output_options("ADAPTER-fitted, beside ADAPTER")
 @as_one(
     "settings",
@@ -89,21 +90,20 @@ class Prior(click.ParamType):
     "validation",
     "prior",
     "prior_strength",
-    "anchor",
     "tolerance",
-    "samples",
     "seed",
 )
 def command(
     adapter: str, data: Sequence[str], settings: dict[str, Any], loading: Loading, output: OutputOptions, **options: Any
 ) -> None:
-    """Give ADAPTER, however it was trained, a posterior: σ for every weight, around weights that stay as they are.
+    """Fit a posterior (σ) around an existing adapter.
 
-    --data is what it was trained on: chat JSONL, of which the assistant's turns count, or the labels of a classifier.
-    The result is a copy of ADAPTER with ivon_sigma.safetensors in it, for all that `ivon-post` does.
+    Finds σ for every weight of ADAPTER, however it was trained; the weights stay as they are. --data is what it was
+    trained on: chat JSONL, of which the assistant's turns count, or the labels of a classifier. The result is a copy of
+    ADAPTER with ivon_sigma.safetensors, on which all of `ivon-post` works.
 
-    λ says how much the data count, as in training; --task and --choices say how --validation or --anchor are predicted,
-    see `eval`. An interrupted fit goes on where it stopped when it is started again.
+    The effective sample size λ says how much the data count, as in training. An interrupted fit continues where it
+    stopped when it is started again.
 
     \b
       ivon-post fit adapter/ --data train.jsonl
@@ -112,6 +112,8 @@ def command(
     """
     from axolotl_ivon.fitting.fit import Settings, fit, save, summary
 
+    if settings["method"] == "tfb":
+        settings["anchor"] = settings.pop("validation")
     Settings(**settings)
     path = output.target([adapter], "fitted")
     state = path.with_name(f".{path.name}.fit")

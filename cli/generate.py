@@ -10,11 +10,12 @@ import click
 from ._options import (
     OutputOptions,
     PosteriorOptions,
+    Sectioned,
     adapter_argument,
     answer_option,
     as_one,
-    batch_option,
     decision,
+    limit_option,
     model_options,
     output_options,
     point_options,
@@ -26,61 +27,72 @@ if TYPE_CHECKING:
     from axolotl_ivon.models.session import Loading
 
 
-@click.command("generate")
+@click.command("generate", cls=Sectioned)
 @adapter_argument
-@click.option("--prompts", "-p", required=True, metavar="FILE", help="Chat JSONL; a last answer is the reference.")
-@click.option("-n", "n", type=int, default=32, show_default=True, help="Outputs for each prompt.")
-@click.option("--per-model", type=int, default=8, show_default=True, help="Outputs of each draw; n/PER-MODEL draws.")
-@click.option("--mean", is_flag=True, help="All n from the mean, not from draws.")
-@point_options(
-    "Temperature of the posterior: σ/√τ, see `temper`.  [default: 1]",
-    "Prune this share by |m|/σ first.  [default: 0]",
-)
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the tokens; 0 is greedy.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest tokens only.")
-@click.option("--max-tokens", type=int, default=256, show_default=True, help="Of one output.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End an output before TEXT; may be given several times.")
-@answer_option
-@seed_option("Seed of the draws, those of `sample --seed`, and of the outputs.")
-@click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT prompts.")
-@click.option("--endpoint", metavar="URL", help="Ask an OpenAI-compatible server; ADAPTER is the ensemble it serves.")
-@click.option("--concurrency", type=click.IntRange(min=1), default=32, show_default=True, help="Requests at a time.")
 @click.option(
-    "--timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=600.0,
+    "--prompts",
+    "-p",
+    required=True,
+    metavar="FILE",
+    help="Chat JSONL. If a conversation ends with an answer, that is the reference.",
+)
+@click.option("-n", "n", type=int, default=32, show_default=True, help="Number of outputs for each prompt.")
+@click.option("--per-model", type=int, default=8, show_default=True, help="Number of outputs from each draw.")
+@click.option("--mean", is_flag=True, help="Generate all outputs from the mean, not from draws.")
+@point_options(
+    "Temperature of the posterior; see `temper`.  [default: 1]",
+    "Share of weights to prune first; see `prune`.  [default: 0]",
+)
+@click.option(
+    "--temperature", type=float, default=1.0, show_default=True, help="Temperature of the tokens; 0 is greedy."
+)
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
     show_default=True,
-    help="Of one request, in seconds.",
+    help="Draw from the likeliest tokens that have this probability together.",
+)
+@click.option("--max-tokens", type=int, default=256, show_default=True, help="Maximum tokens per output.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End an output before TEXT. Repeatable.")
+@answer_option
+@seed_option("Seed of the draws, as for `sample --seed`, and of the outputs.")
+@limit_option
+@click.option(
+    "--endpoint",
+    metavar="URL",
+    help="URL of an OpenAI-compatible server that serves the members of the ensemble ADAPTER.",
 )
 @model_options
-@batch_option("Sequences decoded at once.")
-@output_options("ADAPTER-nbest.jsonl", "JSONL to write or to go on with.", "Start the output anew.", metavar="FILE")
+@output_options(
+    "ADAPTER-nbest.jsonl", "JSONL to write, or to continue.", "Start again instead of continuing.", metavar="FILE"
+)
 @as_one("planned", dict, "n", "per_model", "mean", "temperature", "top_p", "max_tokens", "stop", "seed")
-@as_one("server", dict, "endpoint", "concurrency", "timeout")
 def command(
     adapter: str,
     prompts: str,
     planned: dict[str, Any],
     point: PosteriorOptions,
     loading: Loading,
-    server: dict[str, Any],
+    endpoint: str | None,
     output: OutputOptions,
     **options: Any,
 ) -> None:
-    """Generate n outputs for every prompt: n/PER-MODEL draws from ADAPTER's posterior, PER-MODEL outputs each.
+    """Generate many outputs per prompt, from draws.
 
-    Writes JSONL, a line per prompt, for `ivon-post mbr`:
+    There are n/PER-MODEL draws from ADAPTER's posterior with PER-MODEL outputs each. Writes JSONL for `ivon-post mbr`,
+    one line per prompt:
 
     \b
       {"prompt": …, "reference": …, "confidence": …, "semantic_entropy": …, "expected_entropy": …,
        "mutual_information": …, "outputs": [{"text": …, "member": 0, "logprob": …}, …]}
 
-    confidence is the share of the outputs with the most frequent answer; with a threshold in --recommended the line
-    says "abstain": true where it is below. The entropies are of the answers: of all outputs = expected within a draw +
-    mutual between draws.
+    confidence is the share of outputs with the most frequent answer. If --recommended has a threshold, lines below it
+    have "abstain": true. The entropies are those of the answers: semantic (of all outputs) = expected (within a draw) +
+    mutual information (between draws).
 
     member is the number of the draw (0 for the mean), logprob the sum of the tokens' log-probabilities under that
-    member before --temperature and --top-p. The same command goes on where an interrupted one stopped.
+    member before --temperature and --top-p. Start the same command again to continue an interrupted one.
 
     \b
       ivon-post generate adapter/ -p test.jsonl -n 64 --ratio 0.1 -o pruned.jsonl
@@ -96,17 +108,17 @@ def command(
     plan = Plan(**planned)
     if plan.mean and point.tau is not None:
         raise IVONError(f"--tau {point.tau}: --mean has no temperature; leave one of them out")
-    if server["endpoint"] and point != PosteriorOptions(None):
+    if endpoint and point != PosteriorOptions(None):
         raise IVONError("--endpoint: the members are drawn already; give --tau and --ratio to `ivon-post sample`")
     tau, ratio = point.settings(adapter)
     decided = decision(point.recommended)
     rule = AnswerRule(options["answer_regex"], decided.threshold, decided.temperature)
     with output.progress() as progress:
         chats = read_chats(prompts, options["limit"])
-        if server["endpoint"]:
-            source = served_draws(adapter, plan, base_model=loading.base_model, **server)
+        if endpoint:
+            source = served_draws(adapter, plan, endpoint, base_model=loading.base_model)
         else:
-            source = loaded_draws(adapter, plan, tau, ratio, loading, options["batch_size"])
+            source = loaded_draws(adapter, plan, tau, ratio, loading)
         done = generate(source, chats, path, rule, overwrite=output.overwrite, reporter=progress)
         speed = done.tokens_per_second
         if done.resumed < done.prompts:

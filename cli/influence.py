@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import OutputOptions, adapter_argument, batch_option, limit_option, model_options, output_as_one
+from ._options import (
+    OutputOptions,
+    Sectioned,
+    adapter_argument,
+    json_and_quiet,
+    limit_option,
+    model_options,
+    output_as_one,
+)
 from ._stdout import results
 from ._tables import emit, number, print_table
 
@@ -20,24 +28,22 @@ _LONGEST = 60  # characters of a row's text
 _SCORES = ("loss", "leverage", "sensitivity", "on")
 
 
-@click.command("influence")
+@click.command("influence", cls=Sectioned)
 @adapter_argument
-@click.option("--data", "-d", required=True, metavar="FILE", help="What ADAPTER was trained on: chat JSONL.")
-@click.option("--on", metavar="FILE", help="Other data, on which rows help or hurt: adds the effect on the loss there.")
+@click.option("--data", "-d", required=True, metavar="FILE", help="Training data of ADAPTER: chat JSONL.")
+@click.option("--on", metavar="FILE", help="Other data: adds the effect of each row on the loss there.")
 @click.option(
-    "--by", type=click.Choice(_SCORES), default="sensitivity", show_default=True, help="What makes a row suspicious."
+    "--by", type=click.Choice(_SCORES), default="sensitivity", show_default=True, help="Score that ranks the rows."
 )
-@click.option("--keep", type=float, metavar="SHARE", help="Write --data without the most suspicious rows, as -o.")
-@click.option("--scores", metavar="FILE", help="What an earlier run wrote with -o, instead of computing it again.")
+@click.option("--keep", type=float, metavar="SHARE", help="Write --data without the most suspicious rows to --output.")
+@click.option("--scores", metavar="FILE", help="Scores that an earlier run wrote with --output, instead of new ones.")
 @limit_option
 @model_options
-@batch_option("Examples in a batch; fewer when the memory runs out.")
 @click.option(
-    "--output", "-o", metavar="FILE", help="Write the scores of every row, as JSONL; with --keep, the rows that stay."
+    "--output", "-o", metavar="FILE", help="JSONL for the scores of every row, or with --keep for the rows that stay."
 )
-@click.option("--overwrite", is_flag=True, help="Replace that file.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+@click.option("--overwrite", is_flag=True, help="Replace the target if it exists.")
+@json_and_quiet
 @output_as_one
 def command(
     adapter: str,
@@ -48,19 +54,20 @@ def command(
     scores: str | None,
     limit: int | None,
     output: OutputOptions,
-    batch_size: int | None,
     loading: Loading,
 ) -> None:
-    """Tell what each row of its training data has done to ADAPTER, from one gradient a row, without retraining.
+    """Score how each training row shaped the adapter.
+
+    Takes one gradient per row and no retraining. The scores of a row are
 
     \b
-      loss         of the answer at the mean, in nats a token
-      leverage     variance under σ of the answer's log-odds: how unsure the posterior is of it
-      sensitivity  by how much the loss would rise if the row had been left out: how much it hangs on itself
-      on           by how much the loss on --on would rise: below 0, the row hurts there
+      loss         of the answer at the mean, in nats per token
+      leverage     variance of the answer's log-odds under σ: how unsure the posterior is about it
+      sensitivity  how much the loss of the row would rise if the row had been left out
+      on           how much the loss on --on would rise if the row had been left out; below 0 the row hurts
 
-    Prints the twenty most suspicious rows: those with the highest score, of on the lowest. Wrong labels have a high
-    loss and a high sensitivity. The predictions are of first order, by a diagonal: trust their order, not their size.
+    Prints the twenty most suspicious rows: those with the highest score, or with the lowest for `on`. Wrong labels have
+    a high loss and a high sensitivity. The scores are first-order estimates: trust their order, not their size.
     ADAPTER is a folder or a Hub id and is not modified.
 
     \b
@@ -96,9 +103,7 @@ def command(
     facts: dict[str, Any] = {}
     if rows is None:
         with output.progress() as progress:
-            found = work.influence(
-                adapter, data, on, limit=limit, batch_size=batch_size, loading=loading, reporter=progress
-            )
+            found = work.influence(adapter, data, on, limit=limit, loading=loading, reporter=progress)
         rows, facts = found.rows, found.facts
     else:
         work.check_same(rows, str(scores), data)

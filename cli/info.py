@@ -6,40 +6,39 @@ from typing import Any
 
 import click
 
-from ._options import Terminal, adapter_argument, criterion_option, terminal_options
+from ._options import Sectioned, Terminal, adapter_argument, terminal_options
 from ._tables import as_number, emit, number, print_table
 
 
-@click.command("info")
+@click.command("info", cls=Sectioned)
 @adapter_argument
-@click.option("--ratio", type=float, default=0.1, show_default=True, help="Pruning ratio to show the effect of.")
-@criterion_option("What that pruning goes by; see `prune`.")
-@click.option("--summary", is_flag=True, help="Leave out the table of modules.")
+@click.option("--ratio", type=float, default=0.1, show_default=True, help="Pruning ratio whose effect is shown.")
 @terminal_options
-def command(adapter: str, ratio: float, criterion: str, summary: bool, terminal: Terminal) -> None:
-    """Show what is in ADAPTER: a PEFT folder, a checkpoint, or a Hub id.
+def command(adapter: str, ratio: float, terminal: Terminal) -> None:
+    """Show what is in an adapter.
 
-    For every module the median of σ, the median of the signal-to-noise ratio |m|/σ, and the share of its
-    weights that `prune --ratio` would set to 0; then the same for the whole adapter, and the facts that training
-    wrote into the header of ivon_sigma.safetensors.
+    ADAPTER is a PEFT folder, a checkpoint or a Hub id. Prints for every module and for the whole adapter the median
+    of σ, the median of the signal-to-noise ratio |m|/σ, and the share of weights that `prune --ratio` would set to 0;
+    then what training wrote into the header of ivon_sigma.safetensors.
     """
     from axolotl_ivon.inspect.info import describe
 
     with terminal.progress() as progress:
-        facts = describe(adapter, ratio, criterion, progress)
+        facts = describe(adapter, ratio, reporter=progress)
     if terminal.as_json:
         facts["header"] = {name: as_number(value) for name, value in facts["header"].items()}
-        emit({name: value for name, value in facts.items() if name != "modules" or not summary})
+        emit(facts)
         return
-    if not summary:
-        _print_modules(facts)
+    _print_modules(facts)
     _print_facts(facts)
     if facts["posterior"]:
         _print_quantiles(facts)
         _print_histogram(facts["snr_histogram"])
         terminal.suggest("ivon-post", "eval", adapter, "--data", "FILE.jsonl")
     else:
-        click.echo("No ivon_sigma.safetensors: of the commands here, `info` and `merge` work on it.")
+        click.echo(
+            "There is no ivon_sigma.safetensors: `info` and `merge` work on this adapter, and `fit` gives it one."
+        )
         terminal.suggest("ivon-post", "merge", adapter)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import OutputOptions, answer_option, as_one, choice_option, output_options, risk_options
+from ._options import OutputOptions, Sectioned, answer_option, as_one, choice_option, output_options, risk_options
 from ._progress import Progress
 from ._tables import decimal, percent, print_table
 
@@ -19,40 +19,25 @@ if TYPE_CHECKING:
     from axolotl_ivon.generation.mbr import MBRResult, MBRSettings
 
 
-@click.command("mbr")
+@click.command("mbr", cls=Sectioned)
 @click.argument("files", metavar="[LABEL=]FILE...", nargs=-1, required=True)
 @choice_option(
     "--utility",
     ["exact", "bleu", "chrf", "rouge", "bertscore"],
-    "How good an output is if another is right. exact: equal answers, a majority vote.",
+    "How well two outputs agree. exact: their answers are equal, which makes a majority vote.",
 )
 @answer_option
-@choice_option(
-    "--level",
-    ["sequence", "model"],
-    "sequence: all outputs in one pool. model: the average of the members' expectations.",
-)
-@choice_option(
-    "--clusters",
-    ["exact", "embedding"],
-    "Which outputs mean the same, for the uncertainty. exact: equal answers. embedding: answers whose embeddings are "
-    "alike.",
-)
 @click.option(
-    "--embedding-model", metavar="MODEL", help="Folder or Hub id of a sentence-transformers model, for --clusters."
+    "--embedding-model",
+    metavar="MODEL",
+    help="Folder or Hub id of a sentence-transformers model: outputs mean the same if the cosine of their embeddings "
+    "is at least 0.8.  [default: if their answers are equal]",
 )
-@click.option(
-    "--similarity",
-    type=click.FloatRange(-1, 1),
-    default=0.8,
-    show_default=True,
-    help="Least cosine of what means the same, for --clusters embedding.",
-)
-@click.option("--fields", metavar="A,B.C", help="The confidence of these fields of JSON answers, too.")
+@click.option("--fields", metavar="A,B.C", help="Fields of JSON answers that get a confidence of their own.")
 @click.option("--recommended", metavar="FILE", help="Abstain below the threshold of a recommended.json.")
-@risk_options("on half of the prompts, which need references; the other half says where to look for it")
-@output_options("FILE-mbr", "Where the choices and the figure go.", overwrite="Replace what is there.")
-@as_one("comparison", dict, "utility", "answer_regex", "level", "clusters", "embedding_model", "similarity", "fields")
+@risk_options("half of the prompts certify it, the others propose it, and all need references")
+@output_options("FILE-mbr")
+@as_one("comparison", dict, "utility", "answer_regex", "embedding_model", "fields")
 def command(
     files: tuple[str, ...],
     comparison: dict[str, Any],
@@ -61,16 +46,17 @@ def command(
     confidence: float,
     output: OutputOptions,
 ) -> None:
-    """Choose one output per prompt from the FILEs that `ivon-post generate` writes, by minimum Bayes risk.
+    """Choose one output per prompt by minimum Bayes risk.
 
-    The output that the others agree with most is chosen (Daheim et al., ICLR 2025), in a tie the more probable one.
-    With references, prints the accuracy by the number of outputs, and how well disagreement among the members tells
-    errors (AUROC). Writes the choices as LABEL.jsonl, and accuracy.png and .svg with a curve per FILE.
+    Reads the FILEs that `ivon-post generate` writes, and chooses the output that the others agree with most (Daheim et
+    al., ICLR 2025); of two equal ones the more probable. With references, prints the accuracy by the number of outputs,
+    and how well disagreement among the members detects errors (AUROC). Writes the choices as LABEL.jsonl, and
+    accuracy.png and .svg with a curve per FILE.
 
     \b
-    A line of LABEL.jsonl, and a second table, say how sure the outputs are
-      confidence            the share of the outputs that mean what the chosen one does
-      semantic_entropy      of the meanings, = expected + mutual information
+    Every line of LABEL.jsonl, and a second table, have the uncertainty of the outputs
+      confidence            share of outputs that mean the same as the chosen one
+      semantic_entropy      entropy of the meanings = expected_entropy + mutual_information
       expected_entropy      within draws: the question is open
       mutual_information    between draws: the model does not know
 
@@ -116,7 +102,8 @@ def command(
         progress.begin("writing")
         from axolotl_ivon.plots.scaling import save
 
-        compared = {name: comparison[name] for name in ("utility", "answer_regex", "level", "clusters")}
+        compared = {name: comparison[name] for name in ("utility", "answer_regex")} | {"level": settings.level}
+        compared["clusters"] = "embedding" if comparison["embedding_model"] else "exact"
         written = [str(path) for path in save(results, folder)]
         if promise is not None:
             from axolotl_ivon.records.recommendation import RECOMMENDED_FILE, Recommendation
@@ -139,27 +126,19 @@ def command(
     output.finish(document, *promised, *written, then=["head", "-n", 1, written[0]])
 
 
-def _settings(
-    utility: str, answer_regex: str | None, level: str, fields: str | None, clusters: str, **embedding: Any
-) -> MBRSettings:
+def _settings(utility: str, answer_regex: str | None, embedding_model: str | None, fields: str | None) -> MBRSettings:
     """Return how outputs are compared."""
-    from axolotl_ivon.errors import IVONError
     from axolotl_ivon.generation.fields import check_fields
     from axolotl_ivon.generation.mbr import MBRSettings
     from axolotl_ivon.generation.utilities import UTILITIES, AnswerExtractor
 
     answers = AnswerExtractor(answer_regex)
-    settings = MBRSettings(
-        UTILITIES[utility](answers), answers, level, fields=() if fields is None else check_fields(fields)
-    )
-    if (clusters == "embedding") != (embedding["embedding_model"] is not None):
-        raise IVONError("--clusters embedding needs --embedding-model, and nothing else does; give both or neither")
-    if clusters == "exact":
+    settings = MBRSettings(UTILITIES[utility](answers), answers, fields=() if fields is None else check_fields(fields))
+    if embedding_model is None:
         return settings
     from axolotl_ivon.generation.embedding import Embedder, by_meaning
 
-    embed = Embedder(embedding["embedding_model"])
-    return replace(settings, clusters=partial(by_meaning, embed=embed, similarity=embedding["similarity"]))
+    return replace(settings, clusters=partial(by_meaning, embed=Embedder(embedding_model)))
 
 
 def _check_risk(

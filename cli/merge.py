@@ -1,4 +1,4 @@
-"""`ivon-post merge`: an adapter and its base model made one model."""
+"""`ivon-post merge`: an adapter and its base model become one model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import click
 from ._options import (
     OutputOptions,
     PosteriorOptions,
+    Sectioned,
     adapter_argument,
     base_model_option,
     dtype_option,
@@ -17,31 +18,29 @@ from ._options import (
 )
 
 
-@click.command("merge")
+@click.command("merge", cls=Sectioned)
 @adapter_argument
 @click.option(
     "--sample-seed", type=int, metavar="K", help="Merge a draw instead of the mean: member 0 of `sample --seed K`."
 )
 @point_options(
-    "Temperature of that draw: σ/√τ, see `temper`.  [default: 1]",
-    "Prune this share of the weights by |m|/σ first, see `prune`.  [default: 0]",
+    "Temperature of that draw; see `temper`.  [default: 1]",
+    "Share of weights to prune first; see `prune`.  [default: 0]",
 )
 @base_model_option
-@dtype_option("Of the merged model.  [default: the base model's]")
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest safetensors file.")
+@dtype_option("Dtype of the merged model.  [default: the base model's]")
 @output_options("ADAPTER-merged, beside ADAPTER")
 def command(
     adapter: str,
     sample_seed: int | None,
     point: PosteriorOptions,
     output: OutputOptions,
-    max_shard_size: str,
     **options: Any,
 ) -> None:
-    """Merge the posterior mean of ADAPTER, or one draw, into its base model.
+    """Merge an adapter into its base model.
 
-    Writes a model that transformers loads, with its tokenizer. Works without σ too, for the mean. ADAPTER is a folder
-    or a Hub id and is not modified.
+    Merges the mean of ADAPTER, or one draw, and writes a model that transformers loads, with its tokenizer. An adapter
+    without σ has a mean, too. ADAPTER is a folder or a Hub id and is not modified.
     """
     from axolotl_ivon.errors import IVONError
     from axolotl_ivon.models.merge import check_merge, choose_weights, merge
@@ -52,7 +51,6 @@ def command(
     path = output.target([adapter], "merged")
     tau, ratio = point.settings(adapter)
     pruned = ratio if ratio or point.ratio is not None else None
-    options["max_shard_size"] = max_shard_size
     with output.progress() as progress:
         held = Adapter(adapter)
         check_merge(held, **options)

@@ -1,4 +1,4 @@
-"""`ivon-post prune`: zero the weights that the posterior is least sure of."""
+"""`ivon-post prune`: weights that the posterior is least certain of become 0."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import click
 from ._options import (
     OutputOptions,
     PosteriorOptions,
+    Sectioned,
     adapter_argument,
     choice_option,
     criterion_option,
@@ -16,15 +17,15 @@ from ._options import (
 )
 
 
-@click.command("prune")
+@click.command("prune", cls=Sectioned)
 @adapter_argument
-@click.option("--ratio", type=float, help="Share of all weights that is 0 afterwards.  [default: 0.1]")
+@click.option("--ratio", type=float, help="Share of all weights that are 0 afterwards.  [default: 0.1]")
 @criterion_option(
-    "What goes first: the smallest |m|/σ (snr), the largest σ (sigma), the smallest |m| (magnitude), chance "
-    "(random), or what an extension adds."
+    "Which weights go first: the smallest |m|/σ (snr), the largest σ (sigma), the smallest |m| (magnitude), random "
+    "ones (random), or those of a plugin's criterion."
 )
 @choice_option(
-    "--scope", ["adapter", "tensor"], "Rank over the whole adapter, or prune the same share of every tensor."
+    "--scope", ["adapter", "tensor"], "Rank the weights of the whole adapter, or prune the same share of every tensor."
 )
 @seed_option("Seed of --criterion random.")
 @recommended_option("the ratio")
@@ -38,10 +39,10 @@ def command(
     recommended: str | None,
     output: OutputOptions,
 ) -> None:
-    """Set mean and σ of the least important weights of ADAPTER to 0.
+    """Set the least certain weights to 0.
 
-    Exactly round(RATIO × weights) weights are 0 afterwards, those that were pruned before included: pruning 0.1 twice
-    is pruning 0.1. ADAPTER is a folder or a Hub id and is not modified.
+    Mean and σ of exactly round(RATIO × weights) weights are 0 afterwards. Weights that were pruned before count:
+    pruning 0.1 twice is pruning 0.1. ADAPTER is a folder or a Hub id and is not modified.
     """
     from axolotl_ivon.posterior.posterior import Posterior
     from axolotl_ivon.posterior.prune import Pruning

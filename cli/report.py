@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import OutputOptions, PosteriorOptions, Renamed, evaluation_options, output_as_one, recommended_option
+from ._options import (
+    OutputOptions,
+    PosteriorOptions,
+    Renamed,
+    Sectioned,
+    evaluation_options,
+    output_as_one,
+    recommended_option,
+)
 
 if TYPE_CHECKING:
     from axolotl_ivon.models.session import Loading
 
 
-@click.command("report")
+@click.command("report", cls=Sectioned)
 @evaluation_options
 @click.option("--ood", multiple=True, metavar="FILE", help="Other data, to be told from --data; several times.")
 @click.option("--calibrate", metavar="FILE", help="Validation data: adds the rows at a fitted temperature.")
@@ -51,13 +59,13 @@ def command(
     loading: Loading,
     **encoding: Any,
 ) -> None:
-    """Write a report on ADAPTER: one HTML file that opens anywhere, without a network.
+    """Write one HTML page about an adapter.
 
-    What was trained and how; the table of `eval`; reliability diagrams; risk against coverage, with the threshold that
-    `sweep --risk` promised; how other data (--ood) differs; temperature and pruning, from `sweep` (--recommended); σ
-    and |m|/σ by layer and module; the training rows that stand out (--influence); and the examples that it is surest
-    and least sure of. The questions of the data are
-    in it. ADAPTER is a folder or a Hub id and is not modified.
+    The page opens anywhere, without a network. It shows what was trained and how; the table of `eval`; reliability
+    diagrams; risk against coverage, with the threshold of `sweep --risk`; how other data (--ood) differs; temperature
+    and pruning, from `sweep` (--recommended); σ and |m|/σ by layer and module; the training rows that stand out
+    (--influence); and the examples with the highest and lowest confidence. The questions of the data are in the page.
+    ADAPTER is a folder or a Hub id and is not modified.
 
     \b
       ivon-post report adapter/ --data test.jsonl --ood other.jsonl --recommended adapter-sweep/recommended.json

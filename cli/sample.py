@@ -10,26 +10,25 @@ import click
 from ._options import (
     OutputOptions,
     PosteriorOptions,
+    Sectioned,
     adapter_argument,
-    dtype_option,
     output_options,
     point_options,
     seed_option,
 )
 
-_LARGE = 10**9  # bytes, of which the user hears before they are written
+_LARGE = 10**9  # bytes; a larger ensemble is announced before it is written
 
 
-@click.command("sample")
+@click.command("sample", cls=Sectioned)
 @adapter_argument
-@click.option("-n", "members", type=int, default=8, show_default=True, help="How many adapters to draw.")
-@seed_option("Member k depends on the seed and k alone, on every machine.")
+@click.option("-n", "members", type=int, default=8, show_default=True, help="Number of adapters to draw.")
+@seed_option("Seed of the draws. Member k depends only on the seed and k, on every machine.")
 @point_options(
-    "Temperature: σ/√τ, see `temper`.  [default: 1]",
-    "Prune this share by |m|/σ first, see `prune`.  [default: 0]",
+    "Temperature of the posterior; see `temper`.  [default: 1]",
+    "Share of weights to prune first; see `prune`.  [default: 0]",
 )
-@dtype_option("Of the draws.  [default: as the mean]")
-@click.option("--include-mean", is_flag=True, help="Put the mean in as a member too, first.")
+@click.option("--include-mean", is_flag=True, help="Make the mean the first member.")
 @click.option(
     "--serve",
     type=click.Choice(["vllm"]),
@@ -45,10 +44,11 @@ def command(
     output: OutputOptions,
     **options: Any,
 ) -> None:
-    """Draw an ensemble from ADAPTER: a folder of complete PEFT adapters, sample-0000 and so on.
+    """Draw an ensemble of adapters from a posterior.
 
-    Each loads with PeftModel.from_pretrained, and in vLLM with --lora-modules sample-0000=DIR/sample-0000.
-    ensemble.json says where they came from. ADAPTER is a folder or a Hub id and is not modified.
+    Writes a folder of complete PEFT adapters: sample-0000 and so on. Each loads with PeftModel.from_pretrained, and in
+    vLLM with --lora-modules sample-0000=DIR/sample-0000. ensemble.json says where they came from. ADAPTER is a folder
+    or a Hub id and is not modified.
 
     \b
       ivon-post sample adapter/ -n 8 --serve vllm -o ensemble/

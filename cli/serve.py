@@ -9,6 +9,7 @@ import click
 
 from ._options import (
     PosteriorOptions,
+    Sectioned,
     Terminal,
     adapter_argument,
     add_all,
@@ -28,20 +29,28 @@ if TYPE_CHECKING:
 
 _server_options = add_all(
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key."),
-    click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one."),
+    click.option(
+        "--port",
+        type=click.IntRange(0, 65535),
+        default=8000,
+        show_default=True,
+        help="Port to listen on; 0 takes any free one.",
+    ),
     click.option("--name", help="Name of the model that answers.  [default: the name of ADAPTER]"),
-    click.option("--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Maximum per answer."),
+    click.option(
+        "--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Maximum tokens per answer."
+    ),
     click.option("--max-queue", type=click.IntRange(0), hidden=True),
     click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, hidden=True),
 )
 _local_options = add_all(
     click.option(
-        "--samples", "-n", type=click.IntRange(1, 9999), help="Draws to average.  [default: 8, or all served]"
+        "--samples", "-n", type=click.IntRange(1, 9999), help="Number of draws to average.  [default: 8, or all served]"
     ),
-    click.option("--seed", type=int, help="Seed of the draws: those of `sample --seed`.  [default: 0]"),
+    click.option("--seed", type=int, help="Seed of the draws, as for `sample --seed`.  [default: 0]"),
     point_options(
-        "Temperature of the posterior: σ/√τ, see `temper`.  [default: 1]",
-        "Prune this share by |m|/σ first.  [default: 0]",
+        "Temperature of the posterior; see `temper`.  [default: 1]",
+        "Share of weights to prune first; see `prune`.  [default: 0]",
     ),
     model_options,
 )
@@ -65,7 +74,7 @@ _proxy_options = add_all(
 )
 
 
-@click.command("serve")
+@click.command("serve", cls=Sectioned)
 @adapter_argument
 @_server_options
 @_local_options
@@ -84,12 +93,12 @@ def command(
     combining: dict[str, Any],
     terminal: Terminal,
 ) -> None:
-    """Serve ADAPTER under OpenAI's interface: answers are the average of draws, and say how sure they are.
+    """Serve an adapter through an OpenAI-compatible API.
 
-    The model NAME chooses every token from the average of the members' probabilities; NAME:mean is the mean alone,
-    NAME:member-0000 the first draw. Every answer has a field `ivon`: confidence, expected_entropy and
-    mutual_information; with logprobs also of every token. A page to try it is at /. Clients need the key in the
-    environment variable IVON_API_KEY, if it is set.
+    Answers are the average of draws, and have a confidence. The model NAME chooses every token from the average of the
+    members' probabilities; NAME:mean is the mean alone, NAME:member-0000 the first draw. Every answer has a field
+    `ivon`: confidence, expected_entropy and mutual_information; with logprobs also of every token. A page to try it is
+    at /. Clients need the key in the environment variable IVON_API_KEY, if it is set.
 
     \b
       ivon-post serve adapter/ --recommended adapter-sweep/recommended.json

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ._options import Command, Numbers, OutputOptions, choice_option, data_options, output_as_one, risk_options
+from ._options import (
+    Command,
+    Numbers,
+    OutputOptions,
+    Sectioned,
+    choice_option,
+    data_options,
+    output_as_one,
+    risk_options,
+)
 from ._tables import decimal, file_names, is_wide, percent, print_table
 
 if TYPE_CHECKING:
@@ -24,18 +33,18 @@ def _grid_option(name: str, default: str, text: str) -> Callable[[Command], Comm
     return click.option(f"--{name}", plural, type=kind, multiple=True, default=[default], show_default=True, help=text)
 
 
-@click.command("sweep")
+@click.command("sweep", cls=Sectioned)
 @click.argument("adapters", metavar="ADAPTER…", nargs=-1, required=True)
 @click.option(
-    "--combine", is_flag=True, help="Sweep the weights of the product of several ADAPTERs (`combine --weights`)."
+    "--combine", is_flag=True, help="Sweep the weights of several ADAPTERs in their product (`combine --weights`)."
 )
 @data_options
-@_grid_option("tau", "0.25,0.5,1,2,4,inf", "Temperatures, with commas between; inf is the mean.")
-@_grid_option("ratio", "0,0.1,0.3", "Pruning ratios, with commas between.")
-@choice_option("--objective", ["nll", "ece", "accuracy", "brier"], "What the recommended point is best in.")
-@risk_options("half of the data certifies it, a quarter each chooses and reports")
+@_grid_option("tau", "0.25,0.5,1,2,4,inf", "Temperatures to try, with commas between; inf is the mean.")
+@_grid_option("ratio", "0,0.1,0.3", "Pruning ratios to try, with commas between.")
+@choice_option("--objective", ["nll", "ece", "accuracy", "brier"], "Metric by which a point is chosen.")
+@risk_options("half of the data certifies it, a quarter chooses and a quarter reports")
 @click.option("--output", "-o", metavar="DIR", help="Where to write.  [default: ADAPTER-sweep, or ADAPTER-weights]")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier sweep there.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier sweep in the target.")
 @output_as_one
 @click.pass_context
 def command(
@@ -53,21 +62,20 @@ def command(
     loading: Loading,
     **examples: Any,
 ) -> None:
-    """Evaluate ADAPTER over a grid of temperatures and pruning ratios, and recommend one point.
+    """Choose temperature and pruning ratio on data.
 
-    The point is chosen on one half of the data and reported on the other. It is recommended if it is better there than
-    the mean, beyond noise; else the default is kept, the mean. A softmax temperature of the output, fitted on the half
-    that chooses, is tried as well. Writes recommended.json, which the other commands take as --recommended, and two
-    pictures (PNG and SVG): accuracy against calibration error over the grid with its Pareto front, and reliability
-    diagrams.
+    A point of the grid is chosen on one half of the data and reported on the other. It is recommended if it is better
+    there than the mean, beyond noise; otherwise the mean is. A softmax temperature, fitted on the half that chooses, is
+    tried as well. Writes recommended.json, which other commands take as --recommended, and two pictures (PNG and SVG):
+    accuracy against calibration error with the Pareto front, and reliability diagrams.
 
-    With --combine, the posteriors of several ADAPTERs are multiplied at a grid of weights, and each product is
-    evaluated on every FILE, at the mean unless --samples is given. Writes the product that is best on average as an
-    adapter, with weights.json and a picture of the Pareto front over two files in its folder. Equal weights are kept
-    unless others are better beyond noise.
+    With --combine, the posteriors of several ADAPTERs are multiplied at a grid of weights. Each product is evaluated on
+    every FILE, at the mean unless --samples is given. Writes the product that is best on average as an adapter, with
+    weights.json and a picture of the Pareto front over two files. Equal weights are kept unless others are better
+    beyond noise.
 
-    With --risk, recommended.json also holds the threshold on the confidence (the largest of the averaged probabilities)
-    from which on to answer; `eval`, `generate` and `mbr` abstain below.
+    With --risk, recommended.json also has a threshold on the confidence (the largest averaged probability), below which
+    `eval`, `generate` and `mbr` abstain.
 
     \b
       ivon-post sweep adapter/ --data validation.jsonl --tau 0.5,1,2,inf --ratio 0,0.1,0.2

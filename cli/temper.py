@@ -6,17 +6,18 @@ import math
 
 import click
 
-from ._options import OutputOptions, PosteriorOptions, adapter_argument, output_options, recommended_option
+from ._options import OutputOptions, PosteriorOptions, Sectioned, adapter_argument, output_options, recommended_option
 
 
-@click.command("temper")
+@click.command("temper", cls=Sectioned)
 @adapter_argument
-@click.option("--tau", type=float, help="Temperature, > 0; inf gives the mean.  [required, unless --recommended]")
-@recommended_option("τ")
+@click.option("--tau", type=float, help="Temperature above 0; inf gives the mean.  [required, unless --recommended]")
+@recommended_option("the temperature")
 @output_options("ADAPTER-tau-TAU, beside ADAPTER")
 def command(adapter: str, tau: float | None, recommended: str | None, output: OutputOptions) -> None:
-    """Divide σ of ADAPTER by √τ: 1 is the posterior as it is, above 1 it is narrower, inf is the mean alone.
+    """Make a posterior narrower or wider.
 
+    Divides σ of ADAPTER by √τ: at τ = 1 the posterior is as it is, above 1 it is narrower, at inf it is the mean alone.
     τ scales the effective sample size λ, as in the IVON-LoRA paper (arXiv 2506.14280). The earlier workshop paper
     (arXiv 2411.04421) multiplies the variance by its τ instead: its τ is 1/τ here.
 
@@ -26,7 +27,7 @@ def command(adapter: str, tau: float | None, recommended: str | None, output: Ou
     from axolotl_ivon.posterior.posterior import Posterior
 
     if tau is None and recommended is None:
-        raise IVONError("no temperature; give --tau, or --recommended")
+        raise IVONError("there is no temperature; give --tau, or --recommended")
     value, _ = PosteriorOptions(recommended, tau).settings(adapter)
     path = output.target([adapter], f"tau-{value:g}")
     with output.progress() as progress:

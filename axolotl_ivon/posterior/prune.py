@@ -13,7 +13,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ..errors import IVONError, param_ref
-from ..hookspecs import Criterion, hookimpl
+from ..hookspecs import Criterion
 from ..noise import generator
 from ..plugins import plugin_manager
 from ..reporter import SILENT, Reporter
@@ -55,12 +55,6 @@ CRITERIA: dict[str, Criterion] = {
 
 # The score of a weight depends on its own mean and σ alone: some weights can be scored without the others.
 _ELEMENTWISE = (snr, largest_sigma, magnitude)
-
-
-@hookimpl
-def pruning_criteria() -> dict[str, Criterion]:
-    """Return the criteria that ship, through the hook that a third party would use."""
-    return CRITERIA
 
 
 def criteria() -> dict[str, Criterion]:

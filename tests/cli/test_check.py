@@ -21,11 +21,11 @@ def test_an_adapter(tiny_adapter: Path, ivon_post):
 
 def test_data(tiny_adapter: Path, tmp_path: Path, ivon_post):
     data = write_chats(tmp_path / "validation.jsonl", 12)
-    facts = ivon_post.json("check", tiny_adapter, "--data", data, "--limit", 10, "-n", 2, "-q")
+    facts = ivon_post.json("check", tiny_adapter, "--data", data, "--limit", 10, "-q")
     (row,) = facts["data"]
     assert (row["data"], row["examples"]) == (str(data), 10)
     assert facts["findings"][-1] == row["finding"]
-    assert row["finding"]["text"] in ivon_post("check", tiny_adapter, "--data", data, "--limit", 10, "-n", 2, "-q")
+    assert row["finding"]["text"] in ivon_post("check", tiny_adapter, "--data", data, "--limit", 10, "-q")
 
 
 def test_a_yaml(tmp_path: Path, ivon_post):

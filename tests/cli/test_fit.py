@@ -102,7 +102,7 @@ def test_an_interrupted_process_goes_on(
     script = (
         "import ivon_post; from axolotl_ivon.fitting import ivon; ivon.MOST, ivon.SETTLED = 32, 0; ivon_post.main()"
     )
-    words = ["fit", str(plain), "-d", str(data), "--batch-size", "1"]
+    words = ["fit", str(plain), "-d", str(data), "--limit", "8"]
     process = subprocess.Popen(
         [sys.executable, "-c", script, *words, "-o", "out"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )

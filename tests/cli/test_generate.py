@@ -17,7 +17,7 @@ from tiny import write_chats
 from axolotl_ivon import IVONError
 from axolotl_ivon.generation import local, nbest
 
-SMALL = ["-n", 4, "--per-model", 2, "--max-tokens", 6, "--batch-size", 4]
+SMALL = ["-n", 4, "--per-model", 2, "--max-tokens", 6]
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,7 @@ def test_answers_of_one_meaning_are_one_cluster(ivon_post: Cli, tmp_path: Path) 
     texts = ["The capital is Paris.", "Paris is the capital.", "It has two million inhabitants"]
     line = {"prompt": "?", "outputs": [{"text": text, "member": i} for i, text in enumerate(texts)]}
     (tmp_path / "f.jsonl").write_text(json.dumps(line) + "\n")
-    for options, expected in (([], 1 / 3), (["--clusters", "embedding", "--embedding-model", folder], 2 / 3)):
+    for options, expected in (([], 1 / 3), (["--embedding-model", folder], 2 / 3)):
         ivon_post("mbr", tmp_path / "f.jsonl", *options, "--overwrite")
         record = json.loads((tmp_path / "f-mbr" / "f.jsonl").read_text())
         assert record["confidence"] == pytest.approx(expected)
@@ -184,10 +184,8 @@ def test_answers_of_one_meaning_are_one_cluster(ivon_post: Cli, tmp_path: Path) 
         (["{file}", "-o", "{tmp}"], "is there; choose another name with --output"),
         (["{file}", "-o", "{file}", "--overwrite"], "is there; choose another name with --output"),
         (["{file}", "--utility", "bertscore"], "pip install bert-score"),
-        (["{file}", "--clusters", "embedding"], "--clusters embedding needs --embedding-model"),
-        (["{file}", "--embedding-model", "{tmp}"], "--clusters embedding needs --embedding-model"),
         (
-            ["{file}", "--clusters", "embedding", "--embedding-model", "{tmp}/no"],
+            ["{file}", "--embedding-model", "{tmp}/no"],
             "--embedding-model {tmp}/no: cannot be loaded",
         ),
         (["{file}", "--fields", "a,,b"], "--fields a,,b: give different names"),

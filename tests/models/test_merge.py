@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.models.merge import choose_weights, merge
+from axolotl_ivon.models.merge import check_merge, choose_weights, merge
 from axolotl_ivon.posterior.adapter import Adapter
 
 TOKENS = torch.arange(3, 19)[None]
@@ -70,6 +70,12 @@ def test_dtype_shards_and_another_base(tiny_adapter: Path, tiny_llama: Path, tmp
     name = "tokenizer.json"  # copied without being read, as a damaged one can keep its reader busy for minutes
     assert (tmp_path / "own" / name).read_bytes() == (tiny_adapter / name).read_bytes()
     assert not (tmp_path / "own" / "README.md").exists(), "the adapter's card is not the model's"
+
+
+@pytest.mark.parametrize("size", ["lots", "0GB"])
+def test_a_shard_size_that_is_none_is_refused(size: str, tiny_adapter: Path):
+    with pytest.raises(IVONError, match=f"max_shard_size '{size}' is no size"):
+        check_merge(Adapter(tiny_adapter), max_shard_size=size)
 
 
 def test_a_classifier_keeps_its_head(tiny_llama: Path, tmp_path: Path):
