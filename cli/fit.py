@@ -13,7 +13,6 @@ from ._options import (
     adapter_argument,
     as_one,
     choice_option,
-    choices_option,
     data_option,
     limit_option,
     model_options,
@@ -75,8 +74,6 @@ class Prior(click.ParamType):
     help="Factor on the prior's precision (κ).",
 )
 @click.option("--tolerance", type=float, help="Nats by which tfb may raise the NLL.  [default: 0.01]")
-@click.option("--refit", is_flag=True, help="Accept an adapter that has a σ; the copy gets the new one.")
-@choices_option
 @limit_option
 @seed_option("Seed of draws, labels and order.")
 @model_options
@@ -124,6 +121,7 @@ def command(
             **settings,
             **options,
             loading=loading,
+            refit=True,  # what is written is a copy
             state=state,
             reporter=progress,
         )

@@ -13,7 +13,6 @@ from ._options import (
     criterion_option,
     output_options,
     recommended_option,
-    seed_option,
 )
 
 
@@ -27,7 +26,6 @@ from ._options import (
 @choice_option(
     "--scope", ["adapter", "tensor"], "Rank the weights of the whole adapter, or prune the same share of every tensor."
 )
-@seed_option("Seed of --criterion random.")
 @recommended_option("the ratio")
 @output_options("ADAPTER-pruned-RATIO, beside ADAPTER")
 def command(
@@ -35,7 +33,6 @@ def command(
     ratio: float | None,
     criterion: str,
     scope: str,
-    seed: int,
     recommended: str | None,
     output: OutputOptions,
 ) -> None:
@@ -52,7 +49,7 @@ def command(
     path = output.target([adapter], f"pruned-{share:g}")
     with output.progress() as progress:
         source = Posterior.from_pretrained(adapter, progress)
-        posterior = source.prune(share, criterion, scope, seed, progress)
+        posterior = source.prune(share, criterion, scope, reporter=progress)
         posterior.save_pretrained(path, output.overwrite, progress)
         if share <= source.pruned_ratio:
             before = f"; {source.pruned_ratio:g} of the weights were pruned before" if source.pruned_ratio else ""

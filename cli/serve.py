@@ -34,12 +34,10 @@ _server_options = add_all(
         type=click.IntRange(0, 65535),
         default=8000,
         show_default=True,
-        help="Port to listen on; 0 takes any free one.",
+        help="Port; 0: any free one.",
     ),
     click.option("--name", help="Name of the model that answers.  [default: the name of ADAPTER]"),
-    click.option(
-        "--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Maximum tokens per answer."
-    ),
+    click.option("--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Tokens per answer."),
     click.option("--max-queue", type=click.IntRange(0), hidden=True),
     click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, hidden=True),
 )

@@ -89,10 +89,7 @@ def test_it_writes_beside_the_adapter_and_shows_how_it_goes(
     quiet = ivon_post.run("fit", folder, "-d", data, "-q", "--overwrite")
     assert quiet.stderr == ""
     assert "exists; choose another name, or overwrite it with --overwrite" in ivon_post.error("fit", folder, "-d", data)
-    again = ivon_post.error("fit", folder.parent / "adapter-fitted", "-d", data, "-o", folder.parent / "again")
-    assert "has a σ already, fitted by ivon" in again
-    assert again.endswith("with --refit")
-    ivon_post("fit", folder.parent / "adapter-fitted", "-d", data, "--refit", "-o", folder.parent / "again")
+    ivon_post("fit", folder.parent / "adapter-fitted", "-d", data, "-o", folder.parent / "again")
 
 
 def test_an_interrupted_process_goes_on(
