@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import yaml
-from bad_inputs import FOLDERS, BadInputs
 from tiny import write_chats
 
 
@@ -42,8 +40,3 @@ def test_a_yaml(tmp_path: Path, ivon_post):
     assert "--data goes with an adapter" in result.stderr
     config.write_text("optimizer: sgd")
     assert "no posterior is trained" in ivon_post.error("check", config)
-
-
-@pytest.mark.parametrize("damage", FOLDERS)
-def test_damaged_folders(damage: str, bad_inputs: BadInputs):
-    bad_inputs.damaged(damage, "check", "BAD")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_inputs import FOLDERS, BadInputs
+from bad_inputs import BadInputs
 
 from axolotl_ivon import Posterior
 
@@ -35,11 +35,6 @@ def test_combine_by_concatenation_is_an_adapter_again(tiny_adapter: Path, make_a
     ivon_post("combine", tiny_adapter, make_adapter(r=8, seed=1), "--method", "cat", "-o", out)
     facts = ivon_post.json("info", out)
     assert (facts["r"], facts["weights"], facts["header"]["combined"]) == (12, 3 * 896, "cat of 2")
-
-
-@pytest.mark.parametrize("damage", FOLDERS)
-def test_damaged_folders(damage: str, bad_inputs: BadInputs):
-    bad_inputs.damaged(damage, "combine", "GOOD", "BAD")
 
 
 @pytest.mark.parametrize(

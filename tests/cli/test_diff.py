@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bad_inputs import FOLDERS, BadInputs
 
 
 def test_diff(tiny_adapter: Path, make_adapter: Callable, ivon_post):
@@ -22,8 +21,3 @@ def test_diff(tiny_adapter: Path, make_adapter: Callable, ivon_post):
     assert facts["weights"] == 896
     assert float(lines[-1][2]) == pytest.approx(facts["kl_ab"], rel=5e-3)
     assert facts["kl_ab"] == pytest.approx(sum(row["kl_ab"] for row in facts["modules"]))
-
-
-@pytest.mark.parametrize("damage", FOLDERS)
-def test_damaged_folders(damage: str, bad_inputs: BadInputs):
-    bad_inputs.damaged(damage, "diff", "GOOD", "BAD")

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bad_inputs import FOLDERS, BadInputs
 
 
 def test_info_shows_modules_facts_and_histogram(tiny_adapter: Path, ivon_post):
@@ -34,13 +33,6 @@ def test_info_without_sigma(make_adapter: Callable, ivon_post):
     text = ivon_post("info", make_adapter(sigma=False))
     assert "`info` and `merge` work on this adapter" in text
     assert "model.layers.1.self_attn.v_proj" in text
-
-
-@pytest.mark.parametrize(
-    "damage", [name for name in FOLDERS if name != "no sigma"]
-)  # an adapter without σ is described
-def test_damaged_folders(damage: str, bad_inputs: BadInputs):
-    bad_inputs.damaged(damage, "info", "BAD")
 
 
 def test_numbers_in_json_are_numbers(tiny_adapter: Path, ivon_post):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_inputs import FOLDERS, BadInputs
+from bad_inputs import BadInputs
 from safetensors.torch import load_file
 
 
@@ -40,11 +40,6 @@ def test_merge_of_draws_and_pruned_means(tiny_adapter: Path, out: Path, tmp_path
     assert torch.equal(weights["draw"], weights.pop("again"))
     names = list(weights)
     assert not any(torch.equal(weights[a], weights[b]) for i, a in enumerate(names) for b in names[:i])
-
-
-@pytest.mark.parametrize("damage", FOLDERS)
-def test_damaged_folders(damage: str, bad_inputs: BadInputs):
-    bad_inputs.damaged(damage, "merge", "BAD", "--ratio", 0.1)
 
 
 @pytest.mark.parametrize(

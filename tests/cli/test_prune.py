@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_inputs import FOLDERS, BadInputs
+from bad_inputs import BadInputs
 
 from axolotl_ivon import Posterior
 
@@ -50,11 +50,6 @@ def test_prune_takes_a_recommendation(tiny_adapter: Path, out: Path, tmp_path: P
     assert ivon_post.json("prune", tiny_adapter, "-o", out, "--recommended", file)["ratio"] == 0.4
     again = ivon_post.json("prune", tiny_adapter, "-o", out, "--overwrite", "--recommended", file, "--ratio", 0.2)
     assert again["ratio"] == 0.2
-
-
-@pytest.mark.parametrize("damage", FOLDERS)
-def test_damaged_folders(damage: str, bad_inputs: BadInputs):
-    bad_inputs.damaged(damage, "prune", "BAD")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_inputs import FOLDERS, BadInputs
+from bad_inputs import BadInputs
 from safetensors.torch import load_file
 
 from axolotl_ivon import Posterior
@@ -43,11 +43,6 @@ def test_sample_takes_a_recommendation(tiny_adapter: Path, out: Path, tmp_path: 
     facts = json.loads((out / "ensemble.json").read_text())
     assert (facts["tau"], facts["pruned_ratio"]) == ("inf", 0.4)
     assert ivon_post.json("sample", tiny_adapter, "-n", 1, "-o", out, "--overwrite")["members"] == ["sample-0000"]
-
-
-@pytest.mark.parametrize("damage", FOLDERS)
-def test_damaged_folders(damage: str, bad_inputs: BadInputs):
-    bad_inputs.damaged(damage, "sample", "BAD", "-n", 1)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Adapter folders that are damaged in every way that a user's can be, and what commands say of them."""
+"""Adapter folders that are damaged in every way that a user's can be, and what is said of them."""
 
 from __future__ import annotations
 
@@ -133,15 +133,6 @@ class BadInputs:
 
     def __init__(self, place: Path, good: Path, ivon_post: Cli, copied: Callable[..., Path]) -> None:
         self.place, self._good, self._ivon_post, self._copied = place, good, ivon_post, copied
-
-    def damaged(self, damage: str, *words: object) -> None:
-        """Run a command with BAD, a copy that is damaged, and GOOD."""
-        break_it, message = FOLDERS[damage]
-        good, bad = self._copied(self._good, "good"), self._copied(self._good)
-        break_it(bad)
-        error = self._ivon_post.error(*({"BAD": bad, "GOOD": good}.get(x, x) for x in words))
-        assert message in error
-        assert {path.name for path in bad.parent.iterdir()} == {"good", "adapter"}
 
     def argument(self, words: tuple[object, ...], message: str) -> None:
         """Run a command with wrong words."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import WRITING, fill
+from commands import READING, WRITING, fill
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.storage.atomic import new_folder, updated_adapter
@@ -99,6 +99,23 @@ def test_only_an_adapter_that_is_no_input_is_overwritten_and_only_if_asked(
         name: value for name, value in before.items() if not name.startswith("there")
     }
     assert after != before
+
+
+@pytest.mark.parametrize(
+    ("command", "damaged"),
+    [(name, word) for name, words in (READING | WRITING).items() for word in ("ADAPTER", "OTHER") if word in words],
+)
+def test_a_damaged_folder_is_one_line_and_nothing_is_written(
+    command: str, damaged: str, tiny_adapter: Path, other: Path, copied: Callable[..., Path], ivon_post: Any
+) -> None:
+    """One damage for each command; `tests/posterior/test_adapter.py` has them all."""
+    folder = copied(tiny_adapter)
+    os.truncate(folder / MEAN, 3000)
+    before = content(folder.parent)
+    folders = {"adapter": tiny_adapter, "other": other, damaged.lower(): folder, "out": folder.parent / "out"}
+    line = ivon_post.error(*fill((READING | WRITING)[command], **folders))
+    assert f"{folder / MEAN} is not a complete safetensors file" in line
+    assert content(folder.parent) == before
 
 
 def test_saving_from_training_on_a_full_disk_leaves_the_old_pair(
