@@ -19,7 +19,7 @@ from ..reporter import SILENT, Reporter
 from ..storage.format import find_base_model
 from .ensemble import Ensemble
 from .mbr import choose
-from .nbest import NBestFile, check_file
+from .nbest import NBestFile
 from .plan import Engine, Output, Plan
 from .uncertainty import by_answer, cluster_shares, is_below, measure, output_weights
 from .utilities import AnswerExtractor
@@ -196,11 +196,10 @@ def generate(
     """
     abstain = None if rule.threshold is None else [rule.threshold, rule.temperature]
     settings = {**source.settings, "answer_regex": rule.regex, "abstain": abstain, **asdict(source.plan)}
-    check_file(Path(output), settings, overwrite, [source.folder])
+    file = NBestFile(output, settings, overwrite, [source.folder])
     reporter.begin("loading the tokenizer")  # and torch with it
     prompts = render(load_tokenizer(source.tokenizer_folder, source.base_model), chats)
-    file = NBestFile(output, settings, prompts, overwrite)
-    resumed, tokens = file.done, 0
+    resumed, tokens = file.resume(prompts), 0
     if resumed == len(prompts):
         return Generated(resumed, resumed, abstained=file.abstained)
     engine = source.start(reporter)

@@ -33,8 +33,7 @@ from .nbest import NBest
 from .uncertainty import Uncertainty, by_answer, is_below, judge, measure, or_none, output_weights
 from .utilities import AnswerExtractor, Utility, exact
 
-LEVELS = ("sequence", "model")
-SMALLEST_N = 8
+_SMALLEST_N = 8  # of a curve
 
 
 def utility_matrix(texts: Sequence[str], utility: Utility) -> np.ndarray:
@@ -70,7 +69,7 @@ def disagreement(utilities: np.ndarray, members: Sequence[int]) -> float:
 
 def sizes(n: int) -> list[int]:
     """Return the numbers of outputs that a curve has: 8, 16, … up to n, which is the last."""
-    doubled = [SMALLEST_N << k for k in range(n.bit_length())]
+    doubled = [_SMALLEST_N << k for k in range(n.bit_length())]
     return [*(size for size in doubled if size < n), n]
 
 
@@ -81,7 +80,7 @@ class MBRSettings:
     Attributes:
         utility: how good an output is if another is right.
         answers: finds the answer in an output, which is right if it equals the reference's.
-        level: one of LEVELS.
+        level: "sequence" or "model", see above.
         clusters: gives answers of one meaning one number, for the uncertainty.
         fields: of JSON answers, whose confidence is wanted too (`fields.check_fields`).
         temperature: of the confidence (`uncertainty.measure`).

@@ -20,71 +20,70 @@ from .plan import Output
 _FIX = f"choose another {param_ref('output')}, or start anew with {param_ref('overwrite')}"
 
 
-def check_file(path: Path, settings: Mapping[str, Any], overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
-    """Raise IVONError if `NBestFile` would refuse `path` whatever the prompts: worth asking before they are rendered.
-
-    No file is written into one of the folders `inputs`.
-    """
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise IVONError(f"{param_ref('output')} {path}: not a file in an existing folder; choose another name")
-    check_outside(path, inputs)
-    if not path.exists() or overwrite:
-        return
-    if not settings_path(path).exists():
-        raise IVONError(f"{path} exists and was not made by `ivon-post generate`; {_FIX}")
-    before = read_json(settings_path(path))
-    for name, value in json.loads(json.dumps(settings)).items():
-        if before.get(name) != value:
-            raise IVONError(f"{path} was made with {name} {before.get(name)!r}, not {value!r}; {_FIX}")
-
-
 class NBestFile:
     """The n-best lists of one run: JSONL, and beside it FILE.settings.json with what they were made with.
 
     A line is a `records.nbest.NBestRecord`. Each is on the disk before the next begins; half a line at the end, which
     an interrupt may leave, is dropped.
 
+    Args:
+        settings: what the outputs depend on; a file is resumed with the same settings only.
+        overwrite: start the file anew.
+        inputs: folders into which no file is written.
+
     Attributes:
-        done: how many prompts the file has outputs for.
+        done: how many prompts the file has outputs for; 0 before `resume`.
         abstained: how many of them say `"abstain": true`.
 
     Raises:
-        IVONError: the file is there and was made with other settings or from other prompts, or cannot be written.
+        IVONError: the file is there and was made with other settings, or cannot be written.
     """
 
     def __init__(
-        self, path: str | Path, settings: Mapping[str, Any], prompts: Sequence[Prompt], overwrite: bool = False
+        self, path: str | Path, settings: Mapping[str, Any], overwrite: bool = False, inputs: Iterable[Path] = ()
     ) -> None:
-        self.path = Path(path)
-        self._settings = dict(settings)
+        self.path, self._settings = Path(path), dict(settings)
         self._file: IO[bytes] | None = None
-        self._size = 0
-        self.done = self.abstained = 0
+        self._size = self.done = self.abstained = 0
+        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
+            raise IVONError(f"{param_ref('output')} {path}: not a file in an existing folder; choose another name")
+        check_outside(self.path, inputs)
         self._resumed = self.path.exists() and not overwrite
-        check_file(self.path, self._settings, overwrite)
+        if not self._resumed:
+            return
+        if not settings_path(path).exists():
+            raise IVONError(f"{path} exists and was not made by `ivon-post generate`; {_FIX}")
+        before = read_json(settings_path(path))
+        for name, value in json.loads(json.dumps(self._settings)).items():
+            if before.get(name) != value:
+                raise IVONError(f"{path} was made with {name} {before.get(name)!r}, not {value!r}; {_FIX}")
+
+    def resume(self, prompts: Sequence[Prompt]) -> int:
+        """Return how many of the prompts the file has outputs for.
+
+        Raises:
+            IVONError: the file cannot be read, or was made from other prompts.
+        """
         if self._resumed:
             try:
                 self._read(prompts)
             except OSError as error:
                 raise IVONError(f"{param_ref('output')} {self.path}: cannot be read ({error.strerror})") from None
+        return self.done
 
     def _read(self, prompts: Sequence[Prompt]) -> None:
         with self.path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
+                source = f"{self.path}:{self.done + 1}"
                 try:
                     record = json.loads(line)
                     text = record["prompt"]
                 except (ValueError, KeyError, TypeError, RecursionError):
-                    raise IVONError(
-                        f"{self.path}:{self.done + 1}: not an n-best list; choose another {param_ref('output')}"
-                    ) from None
+                    raise IVONError(f"{source}: not an n-best list; choose another {param_ref('output')}") from None
                 if self.done >= len(prompts) or text != prompts[self.done].text:
-                    raise IVONError(
-                        f"{self.path}:{self.done + 1} answers another prompt than {param_ref('prompts')} has there; "
-                        f"{_FIX}"
-                    )
+                    raise IVONError(f"{source} answers another prompt than {param_ref('prompts')} has there; {_FIX}")
                 self._size += len(line)
                 self.done += 1
                 self.abstained += record.get("abstain") is True

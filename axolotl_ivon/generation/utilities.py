@@ -23,10 +23,13 @@ ANSWERS = {
 
 
 class AnswerExtractor:
-    """Pulls the answer out of a text: `ANSWERS` has presets, anything else is a regular expression.
+    """Finds the answer in a text.
 
-    Without a pattern the whole text, without the white space around it, is the answer. Numbers that are equal are
-    the same answer: `1,200`, `1200.0` and `1200`.
+    Numbers that are equal are the same answer: `1,200`, `1200.0` and `1200`.
+
+    Args:
+        pattern: a preset of `ANSWERS`, or a regular expression; None: the whole text is the answer, without the white
+            space around it.
 
     Raises:
         IVONError: the pattern is no regular expression.
@@ -108,23 +111,26 @@ def exact(answers: AnswerExtractor) -> Utility:
     return _pairwise(equal)
 
 
-def _bleu(_: AnswerExtractor) -> Utility:
-    # A short sentence may have no 4-grams at all: effective_order leaves those orders out.
-    scorer = _import("sacrebleu.metrics", "sacrebleu", "bleu").BLEU(effective_order=True)
+def _import(module: str, package: str, utility: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise IVONError(
+            f"{param_ref('utility')} {utility} needs the package {package}: pip install {package}"
+        ) from None
+
+
+def _sacrebleu(utility: str, **options: Any) -> Utility:
+    scorer = getattr(_import("sacrebleu.metrics", "sacrebleu", utility), utility.upper())(**options)
     return _pairwise(lambda hypothesis, reference: scorer.sentence_score(hypothesis, [reference]).score / 100)
 
 
-def _chrf(_: AnswerExtractor) -> Utility:
-    scorer = _import("sacrebleu.metrics", "sacrebleu", "chrf").CHRF()
-    return _pairwise(lambda hypothesis, reference: scorer.sentence_score(hypothesis, [reference]).score / 100)
-
-
-def _rouge(_: AnswerExtractor) -> Utility:
+def _rouge() -> Utility:
     scorer = _import("rouge_score.rouge_scorer", "rouge-score", "rouge").RougeScorer(["rougeL"], use_stemmer=True)
     return _pairwise(lambda hypothesis, reference: scorer.score(reference, hypothesis)["rougeL"].fmeasure)
 
 
-def _bertscore(_: AnswerExtractor) -> Utility:
+def _bertscore() -> Utility:
     module = _import("bert_score", "bert-score", "bertscore")
     try:
         scorer = module.BERTScorer(lang="en")
@@ -135,21 +141,11 @@ def _bertscore(_: AnswerExtractor) -> Utility:
     return lambda hypotheses, references: scorer.score(list(hypotheses), list(references))[2].double().numpy()
 
 
-# exact: the answers are equal. bleu, chrf: of a sentence, by sacrebleu. rouge: F of ROUGE-L, stemmed, by rouge-score.
-# bertscore: F of BERTScore for English.
 UTILITIES: dict[str, Callable[[AnswerExtractor], Utility]] = {
     "exact": exact,
-    "bleu": _bleu,
-    "chrf": _chrf,
-    "rouge": _rouge,
-    "bertscore": _bertscore,
+    # A short sentence may have no 4-grams at all: effective_order leaves those orders out.
+    "bleu": lambda answers: _sacrebleu("bleu", effective_order=True),
+    "chrf": lambda answers: _sacrebleu("chrf"),
+    "rouge": lambda answers: _rouge(),  # F of ROUGE-L, stemmed
+    "bertscore": lambda answers: _bertscore(),  # F of BERTScore for English
 }
-
-
-def _import(module: str, package: str, utility: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise IVONError(
-            f"{param_ref('utility')} {utility} needs the package {package}: pip install {package}"
-        ) from None

@@ -86,9 +86,12 @@ PROMPTS = [Prompt(f"question {i}\n", [i], None if i else "yes", f"p:{i}") for i 
 OUTPUTS = [[Output(f"text\n\r\u2028 {i}", 0, -1.5, 3), Output("\ud800", 1, None, 1)] for i in range(4)]
 
 
+SETTINGS = {"seed": 0, "stop": ("x",)}
+
+
 def fill(path: Path, upto: int, settings: dict[str, Any] | None = None, **options: Any) -> NBestFile:
-    file = NBestFile(path, settings or {"seed": 0, "stop": ("x",)}, PROMPTS, **options)
-    for index in range(file.done, upto):
+    file = NBestFile(path, settings or SETTINGS, **options)
+    for index in range(file.resume(PROMPTS), upto):
         file.append(PROMPTS[index], OUTPUTS[index])
     file.close()
     return file
@@ -120,7 +123,7 @@ def test_an_interrupted_file_goes_on_and_ends_the_same(tmp_path: Path, cut: int)
     fill(path, 2)
     content = path.read_bytes()[: -cut or None]
     path.write_bytes(content)
-    assert NBestFile(path, {"seed": 0, "stop": ["x"]}, PROMPTS).done == (1 if cut else 2)
+    assert NBestFile(path, SETTINGS).resume(PROMPTS) == (1 if cut else 2)
     assert path.read_bytes() == content  # nothing is changed by looking
     assert fill(path, 4).done == 4
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -131,10 +134,10 @@ def test_other_settings_prompts_or_files_are_refused(tmp_path: Path) -> None:
     fill(path, 3)
     content = path.read_bytes()
     with pytest.raises(IVONError, match=r"made with seed 0, not 1; choose another output, or .* with overwrite"):
-        fill(path, 4, {"seed": 1, "stop": ("x",)})
+        fill(path, 4, {**SETTINGS, "seed": 1})
     for prompts in (PROMPTS[:2], PROMPTS[1:]):
         with pytest.raises(IVONError, match="answers another prompt"):
-            NBestFile(path, {"seed": 0, "stop": ("x",)}, prompts)
+            NBestFile(path, SETTINGS).resume(prompts)
     assert path.read_bytes() == content
     path.write_bytes(content + b"junk\n")
     with pytest.raises(IVONError, match=r"out.jsonl:4: not an n-best list"):
@@ -151,13 +154,15 @@ def test_other_settings_prompts_or_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_judged_of_outputs_stands_in_the_line_and_is_counted(tmp_path: Path) -> None:
-    path, settings = tmp_path / "out.jsonl", {"seed": 0, "stop": ["x"]}
+    path = tmp_path / "out.jsonl"
     fill(path, 1)
-    file = NBestFile(path, settings, PROMPTS)
+    file, again = NBestFile(path, SETTINGS), NBestFile(path, SETTINGS)
+    file.resume(PROMPTS)
     for abstain in (True, False, True):
         file.append(PROMPTS[file.done], OUTPUTS[0], {"confidence": 0.5, "abstain": abstain})
     file.close()
-    assert file.abstained == NBestFile(path, settings, PROMPTS).abstained == 2
+    assert again.resume(PROMPTS) == 4
+    assert file.abstained == again.abstained == 2
     lines = [json.loads(line) for line in path.read_text().split("\n") if line]
     assert [line.get("abstain") for line in lines] == [None, True, False, True]
     assert list(lines[1]) == ["prompt", "reference", "confidence", "abstain", "outputs"]
