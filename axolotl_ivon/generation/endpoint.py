@@ -1,42 +1,51 @@
-"""Generation on a server that serves the draws.
+"""Generation on a server that serves the draws, through the package `openai`, which comes with the extra `serve`.
 
 Any server with OpenAI's interface will do that serves every member under its name (sample-0000, …) and takes prompts as
-token ids: `GET /v1/models` and `POST /v1/completions`.
+token ids: `GET /v1/models` and `POST /v1/completions`. The environment variable OPENAI_API_KEY, if set, is sent along.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.encode import Prompt
-from ..errors import IVONError, param_ref
-from .openai_client import explain, import_openai, make_client
+from ..errors import IVONError, one_line, param_ref
 from .plan import Output, Plan, random_bits
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from openai import AsyncOpenAI, OpenAIError
 
 _RETRIES = 5
+_CONNECT_TIMEOUT = 10.0  # seconds
+_LONGEST_MESSAGE = 300  # characters of a server's error
 _MALFORMED = (ValueError, TypeError, AttributeError, RecursionError)  # what another answer than OpenAI's leads to
+
+
+def base_url(url: str) -> str:
+    """Return the address under which an OpenAI-compatible server has its paths: `url`, ending in /v1."""
+    root = url.rstrip("/")
+    return root if root.endswith("/v1") else f"{root}/v1"
 
 
 class EndpointEngine:
     """Generates on an OpenAI-compatible server; see `plan.Engine`.
 
     A request asks one member for all its outputs of one prompt; `concurrency` of them run at a time. A request that
-    fails in passing (`openai_client.make_client`) is repeated, later each time. The server's log-probabilities are
-    taken as they come: with vLLM those of the untempered model.
+    fails in passing (no connection, no answer in time, status 408, 409, 429 or 5xx) is repeated, later each time. The
+    server's log-probabilities are taken as they come: with vLLM those of the untempered model.
 
     Args:
+        url: the address, with or without /v1.
         members: the names under which the plan's members are served.
         timeout: seconds that a request may take.
 
     Raises:
-        IVONError: no server answers, or it does not serve every member.
+        IVONError: `openai` is not installed, no server answers, or it does not serve every member.
     """
 
     def __init__(
@@ -47,17 +56,29 @@ class EndpointEngine:
         self._concurrency, self._timeout = concurrency, timeout
         asyncio.run(self._check())
 
+    def _client(self, retries: int) -> AsyncOpenAI:
+        """Return a client, which is used in one event loop and closed there."""
+        openai = _import_openai()
+        client: AsyncOpenAI = openai.AsyncOpenAI(
+            base_url=base_url(self._url),
+            # The client insists on a key; a server without one, as vLLM is by default, ignores it.
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            timeout=openai.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_TIMEOUT), pool=None),
+            max_retries=retries,
+        )
+        return client
+
     async def _check(self) -> None:
         """Raise IVONError unless the server is there and serves every member."""
-        openai = import_openai()
+        openai = _import_openai()
         try:
-            async with make_client(self._url, timeout=self._timeout) as client:
+            async with self._client(retries=0) as client:
                 served = [str(model.id) for model in (await client.models.list()).data]
         except openai.APIStatusError as error:
-            raise IVONError(f"{self._named}: {explain(error)}") from None
+            raise IVONError(f"{self._named}: {_explain(error)}") from None
         except openai.OpenAIError as error:
             raise IVONError(
-                f"{self._named}: no server answers there ({explain(error)}); start it with serve.sh of the ensemble, "
+                f"{self._named}: no server answers there ({_explain(error)}); start it with serve.sh of the ensemble, "
                 "or name another address"
             ) from None
         except _MALFORMED:
@@ -79,7 +100,7 @@ class EndpointEngine:
         """
         loop = asyncio.new_event_loop()
         waiting: deque[list[asyncio.Task[list[Output]]]] = deque()
-        client = make_client(self._url, timeout=self._timeout, retries=_RETRIES)
+        client = self._client(_RETRIES)
         gate = asyncio.Semaphore(self._concurrency)
         todo = deque(prompts[start:])
         try:
@@ -106,7 +127,7 @@ class EndpointEngine:
 
     async def _ask(self, client: AsyncOpenAI, gate: asyncio.Semaphore, prompt: Prompt, member: int) -> list[Output]:
         """Return one member's different outputs for a prompt."""
-        plan, openai = self._plan, import_openai()
+        plan, openai = self._plan, _import_openai()
         try:
             async with gate:
                 completion = await client.completions.create(
@@ -124,10 +145,10 @@ class EndpointEngine:
         except openai.OpenAIError as error:
             status = getattr(error, "status_code", 500)
             if status < 500 and status not in (408, 409, 429):
-                raise IVONError(f"{self._named}: {explain(error)}") from None
+                raise IVONError(f"{self._named}: {_explain(error)}") from None
             raise IVONError(
-                f"{self._named}: {_RETRIES + 1} attempts failed, the last with {explain(error)}; what is done is kept: "
-                "run the same command again when the server is well"
+                f"{self._named}: {_RETRIES + 1} attempts failed, the last with {_explain(error)}; what is done is "
+                "kept: run the same command again when the server is well"
             ) from None
         except _MALFORMED:
             raise self._malformed("completions") from None
@@ -152,3 +173,26 @@ def _output(choice: Any, member: int) -> Output:
     if not all(map(math.isfinite, logprobs)):
         raise ValueError
     return Output(choice.text, member, round(sum(logprobs), 6), len(logprobs))
+
+
+def _import_openai() -> Any:
+    """Import `openai`, which takes a second."""
+    try:
+        import openai
+    except ImportError:
+        raise IVONError(
+            f"{param_ref('endpoint')} needs the package openai: pip install 'axolotl-ivon[serve]'"
+        ) from None
+    return openai
+
+
+def _explain(error: OpenAIError) -> str:
+    """Return in words what the server answers, or why there is no answer."""
+    status = getattr(error, "status_code", None)
+    if status is None:
+        cause = error.__cause__ or error
+        return one_line(cause) or type(cause).__name__
+    body: Any = getattr(error, "body", None)
+    message = body.get("message", body) if isinstance(body, dict) else body
+    text = " ".join(str(message or "nothing").split())[:_LONGEST_MESSAGE]
+    return f"{error.request.url.path} answers {status}: {text}"  # type: ignore[attr-defined]

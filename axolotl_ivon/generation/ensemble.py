@@ -13,7 +13,7 @@ from ..storage.format import CONFIG_FILE, ENSEMBLE_FILE, base_model_folder, read
 from .plan import Plan
 
 SERVE_FILE = "serve.sh"
-# What vLLM takes for --max-lora-rank.
+# The values of --max-lora-rank that vLLM takes.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -23,7 +23,7 @@ class Ensemble:
     Attributes:
         facts: ensemble.json without the members: source, seed, tau, pruned_ratio.
         base_model: the base model: the absolute path of its folder, or a Hub id.
-        tokenizer_folder: where the adapter that it was drawn from lies, if it still does, with its tokenizer.
+        tokenizer_folder: the folder of the adapter that it was drawn from, which may be gone.
 
     Raises:
         IVONError: the folder is no ensemble, or names no base model.
@@ -81,23 +81,11 @@ class Ensemble:
             IVONError: vLLM cannot serve such adapters.
         """
         modules = [f"{name}={(self.folder / name).resolve()}" for name in self._members]
-        return shlex.join(
-            [
-                "vllm",
-                "serve",
-                self.base_model,
-                "--enable-lora",
-                "--max-lora-rank",
-                str(served_rank(self.config)),
-                "--max-loras",
-                str(len(modules)),
-                # Else a request inherits what the base model's generation_config.json says, penalties included.
-                "--generation-config",
-                "vllm",
-                "--lora-modules",
-                *modules,
-            ]
-        )
+        words = ["vllm", "serve", self.base_model, "--enable-lora"]
+        words += ["--max-lora-rank", str(served_rank(self.config)), "--max-loras", str(len(modules))]
+        # Else a request inherits the base model's generation_config.json, penalties included.
+        words += ["--generation-config", "vllm", "--lora-modules", *modules]
+        return shlex.join(words)
 
     def write_serve_script(self) -> Path:
         """Write the command line into the folder, as a script that passes its own arguments on, and return its path."""
@@ -112,7 +100,7 @@ def served_rank(config: dict[str, Any]) -> int:
     """Return the --max-lora-rank with which vLLM serves adapters of this adapter_config.json.
 
     Raises:
-        IVONError: it serves none such, or no base model is named.
+        IVONError: vLLM cannot serve such adapters, or no base model is named.
     """
     if not config.get("base_model_name_or_path"):
         raise IVONError(f"{param_ref('serve')} vllm: adapter_config.json names no base model; write its name there")

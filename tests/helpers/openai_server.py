@@ -36,15 +36,19 @@ class Server:
         for name in members[1:]:
             self.model.load_adapter(ensemble / name, adapter_name=name)
         self.members = members
+        self.url = ""
+        self.busy = 0
+        self._one, self._counting = threading.Lock(), threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all requests, and answer as a server should."""
         self.requests: list[dict[str, Any]] = []
         self.headers: list[Mapping[str, str]] = []
         self.failures: list[int] = []
         self.spoil = lambda answer: answer
-        self.busy = self.most = 0
-        self.delay = 0.0
+        self.most = 0
         self.dies_after: int | None = None
-        self.url = ""
-        self._one, self._counting = threading.Lock(), threading.Lock()
 
     def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [{"id": name, "object": "model"} for name in ["base", *self.members]]}

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from ...generation.openai_client import base_url
+from ...generation.endpoint import base_url
 from ..api.protocol import ApiError
 
 PROBE_INTERVAL = 2.0  # seconds between checks of a server that failed

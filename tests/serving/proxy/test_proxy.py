@@ -51,8 +51,7 @@ def upstreams(loaded: list[Server]) -> Iterator[list[Server]]:
     """Two servers of the same members."""
     with contextlib.ExitStack() as stack:
         for server in loaded:
-            server.requests, server.headers, server.failures = [], [], []
-            server.spoil, server.dies_after = (lambda answer: answer), None
+            server.reset()
             stack.enter_context(upstream_serving(server))
         yield loaded
 
