@@ -46,6 +46,15 @@ def batches(count: int, seed: int = 1) -> list[torch.Tensor]:
     return [torch.randn(8, 24, generator=generator) for _ in range(count)]
 
 
+def train(optimizer: IVONLoRA, pair: dict[str, nn.Parameter], data: list[torch.Tensor]) -> None:
+    """Take a step for every batch."""
+    for batch in data:
+        with optimizer.sampled_params():
+            lora_loss(pair, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def relative(value: torch.Tensor, expected: np.ndarray) -> float:
     return float(np.abs(value.double().numpy() - expected).max() / np.abs(expected).max())
 

@@ -6,7 +6,6 @@ import copy
 import gc
 import io
 import math
-from collections.abc import Iterator
 
 import ivon
 import numpy as np
@@ -25,20 +24,12 @@ from toy import (
     lora_pair,
     relative,
     run_beside_reference,
+    train,
 )
 
 from axolotl_ivon import IVONLoRA, effective_sample_size
-from axolotl_ivon.optim import kernels
 
-
-@pytest.fixture(autouse=True, scope="module", params=["plain", "cpu"])
-def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Everything here holds for torch's operations and for the compiled kernels."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(kernels.VARIABLE, request.param)
-        [buffers] = IVONLoRA([nn.Parameter(torch.ones(1))], ess=1.0)._get_buffers()
-        assert buffers.kernels.__name__.endswith(f".{request.param}")
-        yield
+pytestmark = pytest.mark.usefixtures("both_kernels")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,9 +92,7 @@ def test_two_tasks_of_known_curvature_give_the_posterior_of_both() -> None:
     hessians = torch.tensor([[0.1, 4.0, 1.0], [3.0, 0.2, 1.0]]).unsqueeze(1).expand(2, 200, 3)
     targets = (0.1, -0.1)
 
-    def train(
-        hessian: torch.Tensor, target: float, prior: object, strength: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def learn(hessian: torch.Tensor, target: float, prior: object, strength: float) -> tuple:
         param = nn.Parameter(torch.zeros(200, 3))
         prior = {param: prior} if isinstance(prior, tuple) else prior
         optimizer = IVONLoRA(
@@ -119,9 +108,9 @@ def test_two_tasks_of_known_curvature_give_the_posterior_of_both() -> None:
                 sigmas.append(optimizer.sigma(param).square())
         return optimizer.mean(param), torch.stack(sigmas).mean((0, 1)).expand(200, 3).sqrt()
 
-    first = train(hessians[0], targets[0], s0, 1.0)
+    first = learn(hessians[0], targets[0], s0, 1.0)
     for strength in (1.0, 0.25):
-        mean, sigma = train(hessians[1], targets[1], first, strength)
+        mean, sigma = learn(hessians[1], targets[1], first, strength)
         old, new = strength * (hessians[0, 0] + s0), hessians[1, 0]
         torch.testing.assert_close(sigma[0] ** -2, ess * (old + new), rtol=0.03, atol=0)
         first_mean = hessians[0, 0] * targets[0] / (hessians[0, 0] + s0)
@@ -160,29 +149,6 @@ def test_groups_may_have_a_prior_each_and_one_that_is_added_later_needs_its_own(
     torch.testing.assert_close(later.sigma(pair["B"]), prior["B"][1], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("given_again", [True, False])
-def test_a_resumed_run_keeps_its_prior_and_continues_bit_for_bit(given_again: bool) -> None:
-    data, results = batches(8), []
-    for interrupted in (False, True):
-        pair = lora_pair()
-        optimizer = IVONLoRA(pair.items(), prior=gaussian_prior(), **{**SETTINGS, **SQUARED})
-        for i, batch in enumerate(data):
-            if interrupted and i == 4:
-                saved = io.BytesIO()
-                torch.save(optimizer.state_dict(), saved)
-                saved.seek(0)
-                kept = {name: nn.Parameter(param.detach().clone()) for name, param in pair.items()}
-                prior = {"prior": gaussian_prior()} if given_again else {}
-                pair, optimizer = kept, IVONLoRA(kept.items(), **{**SETTINGS, **SQUARED}, **prior)
-                optimizer.load_state_dict(torch.load(saved, weights_only=True))
-            with optimizer.sampled_params():
-                lora_loss(pair, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append([pair["A"].detach(), pair["B"].detach(), optimizer.sigma(pair["A"])])
-    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
-
-
 @pytest.mark.parametrize("prior", ["empirical", 1e-2])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("whole", [False, True], ids=["by tensor", "flat"])
@@ -219,23 +185,11 @@ def test_equals_ivon_opt_with_a_fixed_prior(rescale_lr: bool, monkeypatch: pytes
     start = ours.detach().clone()
     lr = SETTINGS["lr"] / (SETTINGS["h0"] + delta) if rescale_lr else SETTINGS["lr"]
     optimizer = IVONLoRA([ours], prior=delta, rescale_lr=rescale_lr, **{**SETTINGS, "lr": lr})
-    peers = {}
+    peers, options = {}, {"lr": lr, "ess": SETTINGS["ess"], "hess_init": SETTINGS["h0"], "beta1": 0.9, "beta2": 0.9995}
+    options |= {"weight_decay": delta, "clip_radius": SETTINGS["clip"], "rescale_lr": rescale_lr}
     for dtype in (torch.float32, torch.float64):
         theirs = nn.Parameter(ours.detach().clone().to(dtype))
-        peers[dtype] = (
-            theirs,
-            ivon.IVON(
-                [theirs],
-                lr=lr,
-                ess=SETTINGS["ess"],
-                hess_init=SETTINGS["h0"],
-                beta1=0.9,
-                beta2=0.9995,
-                weight_decay=delta,
-                clip_radius=SETTINGS["clip"],
-                rescale_lr=rescale_lr,
-            ),
-        )
+        peers[dtype] = theirs, ivon.IVON([theirs], **options)
     target = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).view_as(ours)
 
     def loss(param: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -289,11 +243,7 @@ def test_the_literal_reading_of_equation_2_would_be_noticed() -> None:
     pair = lora_pair()
     optimizer = IVONLoRA(pair.items(), **SETTINGS)
     at_start = optimizer.sigma(pair["B"]).mean()
-    for batch in batches(50):
-        with optimizer.sampled_params():
-            lora_loss(pair, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(optimizer, pair, batches(50))
     assert optimizer.sigma(pair["B"]).mean() > 0.5 * at_start
     assert optimizer.prior_precision(pair["B"]) < 10 * SETTINGS["ess"] * SETTINGS["h0"]
     assert pair["B"].abs().max() > 1e-3
@@ -329,34 +279,6 @@ def test_whatever_finite_gradients_come_sigma_stays_positive_and_finite(
         assert (sigma > 0).all()
         assert param.isfinite().all()
         assert optimizer.mean(param).isfinite().all()
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_skips_the_step(bad: float) -> None:
-    pair = lora_pair()
-    optimizer = IVONLoRA(pair.items(), **SETTINGS)
-    data = batches(3)
-
-    def one_step(spoil: bool) -> None:
-        with optimizer.sampled_params():
-            lora_loss(pair, data.pop()).backward()
-            if spoil:
-                pair["B"].grad[0, 0] = bad
-        optimizer.step()
-        optimizer.zero_grad()
-
-    one_step(spoil=False)
-    before = copy.deepcopy(optimizer.state_dict()["state"])
-    mean = pair["A"].detach().clone()
-    one_step(spoil=True)
-    assert optimizer.skipped_steps == 1
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            torch.testing.assert_close(value, before[index][name], rtol=0, atol=0)
-    assert torch.equal(pair["A"], mean)
-    one_step(spoil=False)
-    assert optimizer.skipped_steps == 1
-    assert not torch.equal(pair["A"], mean)
 
 
 def test_the_mean_is_back_after_the_context_and_after_an_exception() -> None:
@@ -410,27 +332,26 @@ def test_draws_have_the_posterior_s_mean_and_deviation() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_resumed_run_continues_bit_for_bit(dtype: torch.dtype) -> None:
-    def train(pair: dict[str, nn.Parameter], optimizer: IVONLoRA, data: list[torch.Tensor]) -> None:
-        for batch in data:
-            with optimizer.sampled_params():
-                lora_loss(pair, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    data = batches(20)
-    straight = lora_pair(dtype=dtype)
-    optimizer = IVONLoRA(straight.items(), seed=3, **SETTINGS)
-    train(straight, optimizer, data[:10])
-    file = io.BytesIO()
+@pytest.mark.parametrize(
+    ("options", "again"),
+    [
+        ({"seed": 3}, {"ess": 1.0, "seed": 9}),
+        ({**SQUARED, "prior": gaussian_prior()}, {**SETTINGS, **SQUARED, "prior": gaussian_prior()}),
+        ({**SQUARED, "prior": gaussian_prior()}, {**SETTINGS, **SQUARED}),
+    ],
+    ids=["", "prior given again", "prior from the state"],
+)
+def test_a_resumed_run_continues_bit_for_bit(dtype: torch.dtype, options: dict, again: dict) -> None:
+    data, straight = batches(20), lora_pair(dtype=dtype)
+    optimizer, file = IVONLoRA(straight.items(), **{**SETTINGS, **options}), io.BytesIO()
+    train(optimizer, straight, data[:10])
     torch.save(optimizer.state_dict(), file)
     resumed = {name: nn.Parameter(param.detach().clone()) for name, param in straight.items()}
-    train(straight, optimizer, data[10:])
-
-    other = IVONLoRA(resumed.items(), ess=1.0, seed=9)
+    train(optimizer, straight, data[10:])
+    other = IVONLoRA(resumed.items(), **again)
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=True))
-    train(resumed, other, data[10:])
+    train(other, resumed, data[10:])
     for name in straight:
         assert torch.equal(straight[name], resumed[name])
         assert torch.equal(optimizer.sigma(straight[name]), other.sigma(resumed[name]))
@@ -461,13 +382,8 @@ def test_a_copied_or_pickled_optimizer_keeps_its_state() -> None:
 
 def test_groups_have_their_own_learning_rate_and_prior() -> None:
     pair = lora_pair()
-    optimizer = IVONLoRA(
-        [
-            {"params": [("A", pair["A"])], "lr": 0.0},
-            {"params": [("B", pair["B"])], "prior": 0.25},
-        ],
-        **SETTINGS,
-    )
+    groups = [{"params": [("A", pair["A"])], "lr": 0.0}, {"params": [("B", pair["B"])], "prior": 0.25}]
+    optimizer = IVONLoRA(groups, **SETTINGS)
     start = pair["A"].detach().clone()
     with optimizer.sampled_params():
         lora_loss(pair, batches(1)[0]).backward()
@@ -590,26 +506,11 @@ def test_misuse_is_refused() -> None:
         optimizer.sigma(torch.ones(3))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("lr", -1.0),
-        ("lr", math.nan),
-        ("ess", 0.0),
-        ("ess", math.inf),
-        ("betas", (0.9, 1.0)),
-        ("betas", (-0.1, 0.9)),
-        ("h0", 0.0),
-        ("h0", math.nan),
-        ("clip", 0.0),
-        ("clip", math.nan),
-        ("rescale_lr", 1),
-        ("prior", "flat"),
-        ("prior", -1e-3),
-        ("seed", -1),
-        ("seed", 0.5),
-    ],
-)
+BAD = {"lr": (-1.0, math.nan), "ess": (0.0, math.inf), "betas": ((0.9, 1.0), (-0.1, 0.9)), "h0": (0.0, math.nan)}
+BAD |= {"clip": (0.0, math.nan), "rescale_lr": (1,), "prior": ("flat", -1e-3), "seed": (-1, 0.5)}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
 def test_bad_hyperparameters_raise_with_their_value(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name) as error:
         IVONLoRA([nn.Parameter(torch.ones(2))], **{"ess": 1e3, name: value})
@@ -733,11 +634,7 @@ def test_a_tensor_that_thaws_later_starts_where_a_new_one_would() -> None:
         optimizer.zero_grad()
     other = IVONLoRA(fresh.items(), **SETTINGS)
     other.param_groups[0]["draws"] = 4  # so that the draws are the same
-    for batch in data[4:]:
-        with other.sampled_params():
-            lora_loss(fresh, batch).backward()
-        other.step()
-        other.zero_grad()
+    train(other, fresh, data[4:])
     for name in fresh:
         torch.testing.assert_close(late[name], fresh[name], rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(optimizer.sigma(late[name]), other.sigma(fresh[name]), rtol=1e-6, atol=0)
@@ -753,11 +650,7 @@ def test_nothing_grows_with_the_number_of_steps() -> None:
 
     counts = []
     for _ in range(3):
-        for batch in batches(20):
-            with optimizer.sampled_params():
-                lora_loss(pair, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        train(optimizer, pair, batches(20))
         counts.append(held())
     assert counts[1] == counts[2]
     state = optimizer.state_dict()["state"].values()

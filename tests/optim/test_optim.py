@@ -1,17 +1,129 @@
-"""What a log tells of the posterior, against closed forms in float64."""
+"""Flat buffers, threads and the summary: no layout and no thread changes a bit, and every figure is its closed form."""
 
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
+from reference import ReferenceIVON
 from torch import nn
 from torch.distributions import Normal, kl_divergence
-from toy import SETTINGS, batches, lora_loss, lora_pair
+from toy import SETTINGS, batches, lora_loss, lora_pair, relative
 
 from axolotl_ivon import IVONLoRA
+from axolotl_ivon.optim.threads import in_parallel
+
+both = pytest.mark.usefixtures("both_kernels")
+
+
+@both
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_threads_nor_pieces_change_a_bit(
+    threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of one piece, of several, and of a part of one, in one thread and in three."""
+    shapes = [(5, 3), (40, 30), (7,), (), (1, 900), (0, 4), (33, 20), (2, 2)]
+
+    def train(count: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+        params[1] = nn.Parameter(params[1].detach().T)  # columns are contiguous, not rows
+        optimizer = IVONLoRA(params, **SETTINGS)
+        for buffers in optimizer._get_buffers():
+            buffers.limit = 100
+        for _ in range(4):
+            with optimizer.sampled_params():
+                sum((param.float().sin() * (1 + param.float())).sum() for param in params).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [optimizer.sigma(param) for param in params] + [param.detach() for param in params]
+
+    for left, right in zip(train(1), train(threads), strict=True):
+        assert torch.equal(left, right)
+
+
+@both
+def test_a_large_tensor_follows_the_reference_in_pieces_of_several_rows() -> None:
+    param = nn.Parameter(torch.randn(50, 30, generator=torch.Generator().manual_seed(0)))
+    optimizer = IVONLoRA([param], **SETTINGS)
+    optimizer._get_buffers()[0].limit = 100
+    reference = ReferenceIVON(
+        param.detach().double().numpy(), SETTINGS["ess"], *SETTINGS["betas"], SETTINGS["h0"], SETTINGS["clip"]
+    )
+    for _ in range(20):
+        with optimizer.sampled_params():
+            (param.sin() * (1 + param)).mean().backward()
+            theta, gradient = param.detach().double().numpy().copy(), param.grad.double().numpy().copy()
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.step([theta], [gradient], SETTINGS["lr"])
+    [layout] = optimizer._get_buffers()[0]._layouts.values()
+    assert sum(layout.counts) == len(layout.owners) == 17
+    assert len(layout.chunks) > 4
+    assert relative(param.detach(), reference.m) < 1e-5
+    assert relative(optimizer.sigma(param), reference.sigma()) < 1e-5
+
+
+@both
+def test_the_noise_of_every_piece_and_draw_is_its_own() -> None:
+    params = [nn.Parameter(torch.zeros(shape)) for shape in ((64, 30), (64, 30), (30, 30))]
+    optimizer = IVONLoRA(params, ess=1.0, h0=1.0, prior=0.0)
+    optimizer._get_buffers()[0].limit = 600
+    rows = []
+    for _ in range(2):
+        with optimizer.sampled_params():
+            rows += [row.detach().clone() for param in params for row in param]
+    correlation = np.corrcoef(torch.stack(rows).numpy()) - np.eye(len(rows))
+    assert abs(correlation).max() < 0.99, "no two rows of the same noise"
+
+
+@both
+def test_tensors_without_a_gradient_split_the_chunks_and_keep_their_state() -> None:
+    params = [nn.Parameter(torch.ones(4)) for _ in range(5)]
+    optimizer = IVONLoRA(params, **SETTINGS)
+    before = [optimizer.sigma(param) for param in params]
+    with optimizer.sampled_params():
+        sum(params[i].square().sum() for i in (0, 1, 3)).backward()
+    optimizer.step()
+    [buffers] = optimizer._get_buffers()
+    layout = buffers.with_gradient()
+    assert [[i for i, _ in chunk.parts] for chunk in layout.chunks] == [[0, 1], [3]]
+    assert [bool((param != 1).any()) for param in params] == [True, True, False, True, False]
+    for i in (2, 4):
+        assert torch.equal(optimizer.sigma(params[i]), before[i])
+    assert [int(optimizer.state[param]["step"]) for param in params] == [1, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_results_are_in_order_and_without_gradients(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    results = in_parallel(lambda i: (i * i, torch.is_grad_enabled()), range(50))
+    assert results == [(i * i, False) for i in range(50)]
+    assert in_parallel(lambda i: i, []) == []
+
+
+def test_an_error_is_raised_when_nothing_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    working, lock = [0], threading.Lock()
+
+    def work(i: int) -> None:
+        with lock:
+            working[0] += 1
+        try:
+            if i == 5:
+                raise KeyError(i)
+        finally:
+            with lock:
+                working[0] -= 1
+
+    with pytest.raises(KeyError):
+        in_parallel(work, range(40))
+    assert working == [0]
 
 
 def trained(steps: int, **changes: object) -> tuple[IVONLoRA, dict[str, nn.Parameter]]:
