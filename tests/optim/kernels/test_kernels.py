@@ -231,11 +231,8 @@ def test_what_cannot_be_used_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch
 def test_kernels_that_are_wrong_are_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name_of: NameOf
 ) -> None:
-    monkeypatch.setattr(
-        importlib.import_module("axolotl_ivon.optim.kernels.cpu"),
-        "squares",
-        lambda chunk: torch.zeros(len(chunk.sizes)),
-    )
+    cpu = importlib.import_module("axolotl_ivon.optim.kernels.cpu")
+    monkeypatch.setattr(cpu, "squares", lambda chunk: torch.zeros(len(chunk.sizes)))
     assert name_of(2**18) == "plain"
     assert "costs time only" in caplog.text
 

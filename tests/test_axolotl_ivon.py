@@ -1,0 +1,96 @@
+"""What lies outside of the rooms: the hooks, the manager of plugins, and import paths that users have."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pluggy
+import pytest
+
+from axolotl_ivon import hookimpl, hookspecs
+from axolotl_ivon.plugins import SHIPPED, plugin_manager
+from axolotl_ivon.reporter import Reporter
+
+HOOKS = {
+    "create_optimizer": True,
+    "sampling_context": True,
+    "log_metrics": False,
+    "posterior_saved": False,
+    "pruning_criteria": False,
+    "register_commands": False,
+}
+
+
+@pytest.fixture
+def manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def test_these_hooks_and_no_others(manager: pluggy.PluginManager) -> None:
+    specified = {name: caller for name, caller in vars(manager.hook).items() if not name.startswith("_")}
+    assert {name: caller.spec.opts["firstresult"] for name, caller in specified.items()} == HOOKS
+    assert all(inspect.getdoc(caller.spec.function) for caller in specified.values())
+
+
+def test_the_first_of_two_optimizers_wins_and_metrics_add_up(manager: pluggy.PluginManager) -> None:
+    class Plugin:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @hookimpl
+        def create_optimizer(self, named_parameters: list[object]) -> str:
+            return self.name
+
+        @hookimpl
+        def log_metrics(self) -> dict[str, float]:
+            return {self.name: 1.0}
+
+    for name in ("first", "second"):
+        manager.register(Plugin(name))
+    # pluggy asks the last registered first
+    assert manager.hook.create_optimizer(named_parameters=[], settings={}) == "second"
+    assert manager.hook.log_metrics(trainer=None, optimizer=None) == [{"second": 1.0}, {"first": 1.0}]
+
+
+def test_one_manager_with_what_ships() -> None:
+    manager = plugin_manager()
+    assert manager is plugin_manager()
+    assert manager.project_name == hookspecs.PROJECT
+    assert [manager.get_plugin(name).__name__ for name in SHIPPED] == list(SHIPPED)
+    assert manager.check_pending() is None  # no implementation without a specification
+
+
+def test_what_ships_implements_what_a_run_and_prune_need() -> None:
+    hook = plugin_manager().hook
+    for name in ("create_optimizer", "sampling_context", "log_metrics", "pruning_criteria"):
+        assert getattr(hook, name).get_hookimpls(), name
+    assert {"snr", "sigma", "magnitude", "random"} <= set().union(*hook.pruning_criteria())
+
+
+def test_the_manager_imports_no_torch() -> None:
+    script = "import sys; from axolotl_ivon.plugins import plugin_manager as p; p(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_reporter_hears_what_begins_and_advances() -> None:
+    class Heard(Reporter):
+        def advance(self, doing: str, count: int, total: int) -> None:
+            heard.append((doing, count, total))
+
+    heard: list[tuple[str, int, int]] = []
+    Heard().begin("reading", 3)(2)
+    assert heard == [("reading", 0, 3), ("reading", 2, 3)]
+
+
+def test_import_paths_that_users_have() -> None:
+    pytest.importorskip("axolotl")  # it and lm-eval are extras
+    pytest.importorskip("lm_eval")
+    from axolotl_ivon.args import IVONArgs
+    from axolotl_ivon.lm_eval import IVONPosterior
+    from axolotl_ivon.plugin import ConfigError, IVONLoRAPlugin
+
+    assert all(isinstance(value, type) for value in (IVONArgs, IVONPosterior, ConfigError, IVONLoRAPlugin))
