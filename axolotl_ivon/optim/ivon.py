@@ -532,30 +532,27 @@ def _start(group: dict[str, Any], mean: Tensor, prior_precision: Tensor | None) 
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
-    def check(name: str, value: Any, ok: bool, must: str) -> None:
-        if not ok:
-            raise ValueError(f"{name} must be {must}, got {value!r}")
-
-    lr, ess, betas, h0, clip = (group[name] for name in ("lr", "ess", "betas", "h0", "clip"))
-    prior, rescale_lr, seed = group["prior"], group["rescale_lr"], group["seed"]
-    check("lr", lr, 0 <= lr < math.inf, "finite and not negative")
-    check("ess", ess, 1e-8 <= ess <= 1e12, "between 1e-8 and 1e12")
-    check("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)")
-    check("h0", h0, 0 < h0 < math.inf, "positive and finite")
-    check("clip", clip, clip > 0, "positive")
+    prior, betas, h0_steps, seed = (group[name] for name in ("prior", "betas", "h0_steps", "seed"))
+    inf, hessians = math.inf, ("reparameterized", "squared_gradients")
+    checks = {
+        "lr": (0 <= group["lr"] < inf, "finite and not negative"),
+        "ess": (1e-8 <= group["ess"] <= 1e12, "between 1e-8 and 1e12"),
+        "betas": (len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
+        "h0": (0 < group["h0"] < inf, "positive and finite"),
+        "clip": (group["clip"] > 0, "positive"),
+        "prior_strength": (0 < group["prior_strength"] < inf, "positive and finite"),
+        "hessian": (group["hessian"] in hessians, " or ".join(f'"{name}"' for name in hessians)),
+        "batch_size": (1 <= group["batch_size"] < inf, "1 or more"),
+        "h0_steps": (h0_steps is None or 0 < h0_steps < inf, "None, or positive and finite"),
+        "rescale_lr": (isinstance(group["rescale_lr"], bool), "True or False"),
+        "seed": (isinstance(seed, int) and seed >= 0, "a whole number, not negative"),
+    }
     if isinstance(prior, Mapping):
-        check("rescale_lr", rescale_lr, not rescale_lr, "False with a prior of every weight's own")
+        checks["rescale_lr"] = (group["rescale_lr"] is False, "False with a prior of every weight's own")
     elif isinstance(prior, str):
-        check("prior", prior, prior == "empirical", '"empirical", a number or a mapping')
+        checks["prior"] = (prior == "empirical", '"empirical", a number or a mapping')
     else:
-        check("prior", prior, 0 <= prior < math.inf, '"empirical", or finite and not negative')
-    strength, hessian, batch, h0_steps = (
-        group[name] for name in ("prior_strength", "hessian", "batch_size", "h0_steps")
-    )
-    check("prior_strength", strength, 0 < strength < math.inf, "positive and finite")
-    names = ("reparameterized", "squared_gradients")
-    check("hessian", hessian, hessian in names, " or ".join(f'"{name}"' for name in names))
-    check("batch_size", batch, 1 <= batch < math.inf, "1 or more")
-    check("h0_steps", h0_steps, h0_steps is None or 0 < h0_steps < math.inf, "None, or positive and finite")
-    check("rescale_lr", rescale_lr, isinstance(rescale_lr, bool), "True or False")
-    check("seed", seed, isinstance(seed, int) and seed >= 0, "a whole number, not negative")
+        checks["prior"] = (0 <= prior < inf, '"empirical", or finite and not negative')
+    for name, (holds, must) in checks.items():
+        if not holds:
+            raise ValueError(f"{name} must be {must}, got {group[name]!r}")

@@ -33,18 +33,22 @@ class Setting(NamedTuple):
             `IVONLoRA` has the parameter, its default.
         auto: the value of the preset "auto"; None where it is unset, or follows from the run by a rule of
             `presets.Preset`.
-        help: the meaning, in Markdown.
         rule: the value of "auto" in words, where there is more to say than the value.
         header: whether the header of σ has it: "always", "unless paper" (where it is absent it is the paper's), or "".
+        help: the meaning, in Markdown.
     """
 
     name: str
     type: Any
     paper: Any
     auto: Any
-    help: str
     rule: str = ""
     header: Literal["always", "unless paper", ""] = "always"
+    help: str = ""
+
+    def means(self, text: str) -> Setting:
+        """Return the setting with its meaning."""
+        return self._replace(help=text)
 
     @property
     def key(self) -> str:
@@ -64,109 +68,55 @@ def _shown(value: Any) -> str:
     return "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
+_LATER: Any = {"header": "unless paper"}
+Hessian = Literal["reparameterized", "squared_gradients"]
+
 SETTINGS = (
-    Setting(
-        "preset",
-        Literal["auto", "paper"],
-        "auto",
-        "auto",
+    Setting("preset", Literal["auto", "paper"], "auto", "auto").means(
         "the values of unset keys. `auto` fits them to N, the number of steps and the LoRA weights, and reads a "
-        "`learning_rate` below 1e-3 as the most that a step may move a weight; `paper`: the paper's for commonsense",
+        "`learning_rate` below 1e-3 as the most that a step may move a weight; `paper`: the paper's for commonsense"
     ),
-    Setting(
-        "gamma",
-        Positive,
-        5000.0,
-        None,
+    Setting("gamma", Positive, 5000.0, None).means(
         "γ of the effective sample size λ = γ·√N, N being the number of training examples. Smaller: a wider "
-        "posterior, better calibrated on little data; larger: closer to the mean",
+        "posterior, better calibrated on little data; larger: closer to the mean"
     ),
-    Setting(
-        "ess",
-        Positive,
-        None,
-        None,
-        "the effective sample size λ itself, instead of `ivon_gamma`; needed for streamed data",
-        rule="1000·N or more; γ·√N by `paper`",
+    Setting("ess", Positive, None, None, "1000·N or more; γ·√N by `paper`").means(
+        "the effective sample size λ itself, instead of `ivon_gamma`; needed for streamed data"
     ),
-    Setting("h0", Positive, 5e-2, None, "the initial Hessian; smaller means wider draws at the start", rule="by λ"),
-    Setting(
-        "clip",
-        Positive,
-        5e-3,
-        1e-2,
-        "ξ, the bound on the preconditioned gradient of each weight: a step moves it by at most `learning_rate`·ξ",
+    Setting("h0", Positive, 5e-2, None, "by λ").means("the initial Hessian; smaller means wider draws at the start"),
+    Setting("clip", Positive, 5e-3, 1e-2).means(
+        "ξ, the bound on the preconditioned gradient of each weight: a step moves it by at most `learning_rate`·ξ"
     ),
-    Setting("beta1", Average, 0.9, 0.9, "β1, the running average of the gradient"),
-    Setting(
-        "beta2",
-        Average,
-        0.9995,
-        None,
-        "β2, the running average of the posterior precision: `auto` remembers a fifth of the run",
-        rule="by the steps",
+    Setting("beta1", Average, 0.9, 0.9).means("β1, the running average of the gradient"),
+    Setting("beta2", Average, 0.9995, None, "by the steps").means(
+        "β2, the running average of the posterior precision: `auto` remembers a fifth of the run"
     ),
-    Setting(
-        "prior",
-        Prior,
-        "empirical",
-        "empirical",
+    Setting("prior", Prior, "empirical", "empirical").means(
         "the prior: `empirical` fits the variance of each tensor; a number δ is IVON's fixed prior, which acts as "
-        "weight decay; a folder or Hub id of an earlier adapter with σ: training goes on from it and does not forget",
+        "weight decay; a folder or Hub id of an earlier adapter with σ: training goes on from it and does not forget"
     ),
-    Setting(
-        "prior_strength",
-        Positive,
-        1.0,
-        0.1,
+    Setting("prior_strength", Positive, 1.0, 0.1, "0.1, with an earlier adapter 300", **_LATER).means(
         "κ, a factor on the prior's precision: at 0.1 the prior is √10 as wide as the one that fits the tensor best, "
-        "and σ shows more of the data; an earlier adapter is forgotten faster the smaller it is",
-        rule="0.1, with an earlier adapter 300",
-        header="unless paper",
+        "and σ shows more of the data; an earlier adapter is forgotten faster the smaller it is"
     ),
-    Setting(
-        "hessian",
-        Literal["reparameterized", "squared_gradients"],
-        "reparameterized",
-        "squared_gradients",
+    Setting("hessian", Hessian, "reparameterized", "squared_gradients", **_LATER).means(
         "the estimate ĥ of the Hessian: `squared_gradients` is B·ĝ² for a step of B losses (tokens of a language "
-        "model), `reparameterized` IVON's ĝ·(θ−m)/σ²",
-        header="unless paper",
+        "model), `reparameterized` IVON's ĝ·(θ−m)/σ²"
     ),
-    Setting(
-        "h0_steps",
-        Positive,
-        None,
-        10.0,
-        "the number of steps that `ivon_h0` counts as; unset, it fades as β2^t",
-        header="unless paper",
+    Setting("h0_steps", Positive, None, 10.0, **_LATER).means(
+        "the number of steps that `ivon_h0` counts as; unset, it fades as β2^t"
     ),
-    Setting(
-        "rescale_lr",
-        bool,
-        False,
-        False,
+    Setting("rescale_lr", bool, False, False, **_LATER).means(
         "whether the learning rate of a tensor is (h0 + δ)·`learning_rate`, the optional line of IVON's Algorithm 1: "
-        "`learning_rate` is then 1/`ivon_h0` times as large",
-        header="unless paper",
+        "`learning_rate` is then 1/`ivon_h0` times as large"
     ),
-    Setting(
-        "eval_samples",
-        Annotated[int, Field(ge=0)],
-        0,
-        0,
+    Setting("eval_samples", Annotated[int, Field(ge=0)], 0, 0, header="").means(
         "the number of draws whose averaged prediction every evaluation scores too: `eval_loss_posterior` beside "
-        "`eval_loss`, which is the mean's",
-        header="",
+        "`eval_loss`, which is the mean's"
     ),
-    Setting(
-        "draws",
-        Literal["shared", "per_rank"],
-        "shared",
-        "shared",
+    Setting("draws", Literal["shared", "per_rank"], "shared", "shared", header="").means(
         "`shared`: one draw for all processes, so that a run does not depend on their number; `per_rank`: one for "
-        "each, with ĝ and ĥ averaged, for less variance",
-        header="",
+        "each, with ĝ and ĥ averaged, for less variance"
     ),
 )
 PAPER = {setting.name: setting.paper for setting in SETTINGS}
