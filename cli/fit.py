@@ -43,12 +43,12 @@ class Prior(click.ParamType):
 @data_option
 @choice_option(
     "--method",
-    ["ivon", "fisher", "tfb"],
-    "How the width is found. ivon: variational, IVON's updates of the precision at a fixed mean. fisher: the diagonal "
-    "Laplace approximation, in one pass at the mean. tfb: the widest noise on A within --tolerance.",
+    ["fisher", "ivon", "tfb"],
+    "How the width is found. fisher: the diagonal Laplace approximation, in one pass at the mean. ivon: variational, "
+    "IVON's updates of the precision at a fixed mean. tfb: the widest noise on A within --tolerance.",
 )
 @click.option(
-    "--empirical", is_flag=True, help="Use the labels of the data, not labels drawn from the model (ivon and fisher)."
+    "--empirical", is_flag=True, help="Use the labels of the data, not labels drawn from the model (fisher and ivon)."
 )
 @click.option(
     "--ess", type=float, help="Effective sample size (λ).  [default: by the number of examples, as in training]"
@@ -56,7 +56,7 @@ class Prior(click.ParamType):
 @click.option(
     "--validation",
     metavar="FILE",
-    help="Data on which the effective sample size (ivon, fisher) or the width (tfb) is chosen by the NLL of averaged "
+    help="Data on which the effective sample size (fisher, ivon) or the width (tfb) is chosen by the NLL of averaged "
     "draws.  [default: for tfb, --data]",
 )
 @click.option(
@@ -107,7 +107,8 @@ def command(
       ivon-post fit adapter/ --data train.jsonl --validation validation.jsonl
       ivon-post fit owner/adapter --data train.jsonl --method tfb --tolerance 0.005 -o posterior/
     """
-    from axolotl_ivon.fitting.fit import Settings, fit, save, summary
+    from axolotl_ivon.fitting.fit import fit, save, summary
+    from axolotl_ivon.fitting.problem import Settings
 
     if settings["method"] == "tfb":
         settings["anchor"] = settings.pop("validation")

@@ -101,6 +101,25 @@ def detect_task(examples: Sequence[Example]) -> str:
     return "choice" if few and short and repeated else "generate"
 
 
+def choose_task(
+    examples: Sequence[Example], has_head: bool, task: str | None = None, choices: Sequence[str] | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """Return how examples are predicted, "choice", "generate" or "classify", and the strings to choose from.
+
+    By default the task is "classify" where the adapter has a classification head, "choice" where `choices` are given,
+    else as `detect_task` finds.
+
+    Raises:
+        IVONError: a task that the adapter was not trained for, or as `find_choices`.
+    """
+    if task is None:
+        task = "classify" if has_head else "choice" if choices else detect_task(examples)
+    if (task == "classify") != has_head:
+        head = "with a classification head" if has_head else "without a classification head"
+        raise IVONError(f"{param_ref('task')} {task}: the adapter was trained {head}; leave {param_ref('task')} out")
+    return task, find_choices(examples, choices) if task == "choice" else ()
+
+
 def find_choices(examples: Iterable[Example], given: Sequence[str] | None = None) -> tuple[str, ...]:
     """Return the strings to choose from: `given`, or the different answers of the data, sorted.
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.chats import Example, detect_task, find_choices, read_examples
+from ..data.chats import Example, choose_task, read_examples
 from ..data.encode import EncodedExample, check_tokens, common_length, encode
 from ..errors import IVONError, param_ref
 from ..metrics.verdict import REFERENCES, differences
@@ -327,14 +327,8 @@ class Evaluation:
         folder = self.posterior.folder
         assert folder is not None
         head = self.posterior.config.get("task_type") == "SEQ_CLS"
-        if task is None:
-            task = "classify" if head else "choice" if choices else detect_task(examples)
-        if (task == "classify") != head:
-            trained = "with a classification head" if head else "without a classification head"
-            named = param_ref("task")
-            raise IVONError(f"{named} {task}: the adapter {adapter} was trained {trained}; leave {named} out")
-        self.task = task
-        self.choices = find_choices(examples, choices) if task == "choice" else ()
+        self.task, self.choices = choose_task(examples, head, task, choices)
+        task = self.task
         for path, name, found in others:
             strange = next((e for e in found if self.choices and e.answer not in self.choices), None)
             if strange:

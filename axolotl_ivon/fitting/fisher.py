@@ -17,15 +17,23 @@ Hessian: Laplace-LoRA's (arXiv 2308.13111) generalized Gauss-Newton diagonal, wh
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..models.batching import Halving
-from ..models.gradients import ExampleGradients, PositionLoss
+from ..data.encode import EncodedExample
+from ..models.batching import Batches, Halving
+from ..models.gradients import ExampleGradients, PositionLoss, example_losses, negative_log_likelihood
+from ..noise import generator as numpy_generator
 from ..reporter import SILENT, Reporter
+from .precision import choose_ess, first_prior, fitted
+from .problem import FitProblem, FittedSigma
+from .state import Snapshot
 
 _T = TypeVar("_T")
 
@@ -107,3 +115,59 @@ def fisher(
     for batch in batches:
         found = found.add(square(batch))
         yield found
+
+
+@contextlib.contextmanager
+def squaring(
+    problem: FitProblem,
+) -> Iterator[tuple[Callable[[Sequence[EncodedExample]], Squares], torch.Generator | None]]:
+    """Give the function that squares gradients, and the generator of labels, which `numbered` seeds for each batch."""
+    session, items = problem.session, problem.items
+    generator = None if problem.settings.empirical else torch.Generator(session.device)
+    loss = negative_log_likelihood if generator is None else residual_loss(generator)
+    losses = functools.partial(example_losses, session.model, loss=loss)
+    with ExampleGradients(session.model, problem.parameters, losses, problem.reporter) as gradients:
+        if len(items) > 1:  # before labels are seeded, so that the trial takes none of them
+            by_length = sorted(items, key=lambda item: len(item.ids))
+            gradients.try_on([by_length[0], by_length[len(by_length) // 2]])
+        yield Squarer(gradients, lambda item: len(item.positions), problem.reporter), generator
+
+
+def numbered(
+    batches: Iterable[list[EncodedExample]], done: int, generator: torch.Generator | None, seed: int
+) -> Iterator[list[EncodedExample]]:
+    """Yield the batches after the first `done`; seed the labels of each by its number."""
+    for number, batch in enumerate(itertools.islice(batches, done, None), start=done):
+        if generator is not None:
+            generator.manual_seed(int(numpy_generator("labels of fit", seed, number).integers(2**62)))
+        yield batch
+
+
+def fit(problem: FitProblem) -> FittedSigma:
+    """Return σ by the information at the mean, with validation data at the λ that they choose."""
+    information = _one_pass(problem)
+    return fitted(problem, information, choose_ess(problem, information, first_prior(problem)))
+
+
+def _one_pass(problem: FitProblem) -> dict[str, Tensor]:
+    """Return h by parameter; an interrupted pass goes on after the batches that are done."""
+    settings, device = problem.settings, problem.session.device
+    batches = Batches(problem.items, settings.batch_size, device.type, problem.session.classes).once()
+    done, sums = 0, Squares({}, 0)
+    if kept := problem.state.read():
+        total = {name: value.to(device) for name, value in kept.tensors.items()}
+        done, sums = kept.facts["batches"], Squares(total, kept.facts["losses"])
+    advance = problem.reporter.begin("Fisher information", len(problem.items))
+    advance(sum(map(len, batches[:done])))
+
+    def snapshot() -> Snapshot:
+        return Snapshot(sums.total, {"losses": sums.losses, "batches": done})
+
+    with squaring(problem) as (square, generator), problem.state.kept(snapshot):
+        for now in fisher(square, numbered(batches, done, generator, settings.seed), sums):
+            done, sums = done + 1, now
+            advance(len(batches[done - 1]))
+            problem.state.keep(snapshot)
+    if settings.validation:
+        problem.state.write(snapshot())
+    return sums.information()

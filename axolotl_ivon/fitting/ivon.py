@@ -23,9 +23,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import param_ref
+from ..models.batching import Batches
 from ..noise import normals
-from .fisher import Squares
-from .precision import Prior
+from ..settings.presets import PRESETS
+from .fisher import Squares, numbered, squaring
+from .precision import Prior, choose_ess, complete, first_prior, fitted
+from .problem import FitProblem, FittedSigma
 from .state import Snapshot
 
 _T = TypeVar("_T")
@@ -160,3 +164,58 @@ def _compared(progress: Averages, precision: dict[str, Tensor]) -> Averages:
         squares = sum(float((value / old[name]).log_().square_().sum()) for name, value in precision.items())
         change = (squares / weights) ** 0.5 / 2
     return replace(progress, earlier={**earlier, progress.step: precision}, change=change)
+
+
+def fit(problem: FitProblem) -> FittedSigma:
+    """Return σ at h of draws once it has settled; with validation data at that λ first, then at the one they choose."""
+    prior = first_prior(problem)
+    fan_ins = [value.shape[-1] for name, value in problem.parameters.items() if ".lora_A." in name]
+    start: Mapping[str, Tensor] | float = PRESETS["auto"].first_h0(prior.ess, fan_ins)
+    progress, stage = Averages(), 0
+    if kept := problem.state.read():
+        progress, stage = Averages.restored(kept, problem.session.device), kept.facts["stage"]
+        prior = prior._replace(ess=kept.facts["ess"])
+    steps, stages = 0, 2 if problem.settings.validation else 1
+    while True:
+        progress = _settle(problem, progress, prior, start, stage)
+        steps += progress.step
+        information = complete(problem, progress.information())
+        stage += 1
+        if stage >= stages:
+            return fitted(problem, information, prior, steps)
+        prior, start, progress = choose_ess(problem, information, prior), information, Averages()
+
+
+def _settle(
+    problem: FitProblem, progress: Averages, prior: Prior, start: Mapping[str, Tensor] | float, stage: int
+) -> Averages:
+    """Go on from `progress` until σ has settled."""
+    settings, reporter, session = problem.settings, problem.reporter, problem.session
+
+    def snapshot() -> Snapshot:
+        kept = progress.kept()
+        return Snapshot(kept.tensors, {**kept.facts, "stage": stage, "ess": prior.ess})
+
+    batches = Batches(problem.items, settings.batch_size, session.device.type, session.classes)
+    advance = reporter.begin("fitting σ" if not stage else "fitting σ at the λ chosen")
+    advance(progress.step)
+    with squaring(problem) as (square, generator), problem.state.kept(snapshot):
+        stream = numbered(batches.endless(settings.seed), progress.step, generator, settings.seed)
+        told = progress.change
+        steps = iterate(problem.parameters, square, stream, prior, start, progress, settings.seed)
+        for progress in steps:
+            advance(1)
+            if progress.change != told and progress.step >= 8:
+                told = progress.change
+                reporter.say(
+                    f"{progress.step} steps: σ changed by {told:.1%} since half as many (settled at {SETTLED:.0%})"
+                )
+            problem.state.keep(snapshot)
+    if settings.validation:
+        problem.state.write(snapshot())
+    if not progress.settled:
+        reporter.notify(
+            f"σ has not settled after {MOST:,} steps: it still changes by {progress.change or 0:.1%}; a larger "
+            f"{param_ref('batch_size')} would do"
+        )
+    return progress

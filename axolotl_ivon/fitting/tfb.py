@@ -14,15 +14,21 @@ more alike the columns are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import IVONError, param_ref
+from .problem import FitProblem, FittedSigma
+from .state import Snapshot
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
+TOLERANCE = 0.01  # nats
 MOST = 12  # evaluations
 _FIRST = 0.1  # σ_q at the start, as a share of the product's root mean square
 _WIDEN = 4.0  # factor between widths until one costs too much
@@ -94,3 +100,51 @@ def widest(cost: Callable[[float], float], start: float, most: int) -> tuple[flo
             break
         width = low * _WIDEN if high == float("inf") else high / _WIDEN if not low else (low * high) ** 0.5
     return low, tried
+
+
+def fit(problem: FitProblem) -> FittedSigma:
+    """Return the widest σ whose averaged draws have an NLL on the anchor data within the tolerance of the mean's."""
+    settings, reporter, anchor = problem.settings, problem.reporter, problem.held_out
+    assert anchor is not None
+    tolerance = TOLERANCE if settings.tolerance is None else settings.tolerance
+    shape = noise_shape(problem.session.model, problem.parameters)
+    start = first_width(shape, {name: problem.parameters[name].detach() for name in shape})
+    if not start:
+        raise IVONError(
+            f"{problem.adapter.folder} has no LoRA matrices with weights other than 0; {param_ref('method')} tfb is "
+            "for LoRA: use fisher"
+        )
+    unit = problem.posterior(FittedSigma(shape))
+    kept = problem.state.read()
+    known: dict[str, float] = dict(kept.facts["nll"]) if kept else {}
+    advance = reporter.begin("finding the width", (1 + (MOST - 1) * settings.samples) * len(anchor.items))
+
+    def nll(width: float) -> float:
+        if (name := repr(width)) not in known:
+            known[name] = problem.nll(unit, width**-2 if width else math.inf, advance)
+            problem.state.write(Snapshot({}, {"nll": known}))
+        return known[name]
+
+    mean = nll(0.0)
+    width, tried = widest(lambda width: nll(width) - mean - tolerance, start, MOST - 1)
+    for one, cost in tried:
+        rise = cost + tolerance
+        reporter.say(f"σ_q = {one:.4g}: NLL {mean + rise:.4f}, {rise:+.4f} of {tolerance:g}")
+    if not width:
+        raise IVONError(
+            f"{param_ref('tolerance')} {tolerance:g}: every width that was tried raises the NLL by more; allow more"
+        )
+    if width >= FARTHEST * start:
+        reporter.notify(
+            "noise six times as large as the weights does not raise the NLL by as much; nothing wider was tried: "
+            "do the data depend on the adapter?"
+        )
+    header = {
+        "tfb_sigma_q": repr(width),
+        "tfb_tolerance": str(tolerance),
+        "tfb_anchor": anchor.names,
+        "tfb_nll_mean": f"{mean:.6g}",
+        "tfb_nll": f"{known[repr(width)]:.6g}",
+        "tfb_evaluations": str(len(known)),
+    }
+    return FittedSigma({name: value * width for name, value in shape.items()}, header)

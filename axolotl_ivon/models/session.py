@@ -100,7 +100,7 @@ class Session:
         self.base_model = str(config._name_or_path)
         self.tokenizer = load_tokenizer(_folder_of(adapter), self.base_model)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        self.classify = _has_head(adapter)
+        self.classify = has_head(adapter)
         self._label2id = dict(config.label2id) if self.classify else {}
         self.labels = tuple(sorted(self._label2id, key=self._label2id.__getitem__))
         self.classes: int = config.num_labels if self.classify else config.get_text_config().vocab_size
@@ -118,7 +118,7 @@ class Session:
         folder = _folder_of(adapter)
         loading = loading.of(adapter.config, folder)
         reporter.begin("loading the base model")
-        return cls(load_model(folder, loading, classify=_has_head(adapter)), adapter)
+        return cls(load_model(folder, loading, classify=has_head(adapter)), adapter)
 
     @property
     def device(self) -> torch.device:
@@ -161,7 +161,8 @@ def _folder_of(adapter: AdapterLike) -> Path:
     return adapter.folder
 
 
-def _has_head(adapter: AdapterLike) -> bool:
+def has_head(adapter: AdapterLike) -> bool:
+    """Say whether an adapter has a sequence-classification head."""
     return bool(adapter.config.get("task_type") == "SEQ_CLS")
 
 

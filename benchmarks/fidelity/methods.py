@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from axolotl_ivon import IVONLoRA, Posterior, effective_sample_size
 from axolotl_ivon.fitting import tfb
 from axolotl_ivon.fitting.fisher import Squarer, Squares, fisher, residuals
-from axolotl_ivon.fitting.fit import FACTORS, TOLERANCE
 from axolotl_ivon.fitting.ivon import Averages, iterate
-from axolotl_ivon.fitting.precision import Prior
+from axolotl_ivon.fitting.precision import FACTORS, Prior
+from axolotl_ivon.fitting.tfb import TOLERANCE
 from axolotl_ivon.metrics.scores import Scores, entropy, metrics
 from axolotl_ivon.models.gradients import ExampleGradients
 from axolotl_ivon.settings.presets import PRESETS, Preset

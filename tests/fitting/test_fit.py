@@ -20,14 +20,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import axolotl_ivon
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.evaluation.evaluate import Evaluation, Variant
-from axolotl_ivon.fitting import fit as module
-from axolotl_ivon.fitting import ivon, state
-from axolotl_ivon.fitting.fit import FACTORS, Settings, fit
-from axolotl_ivon.fitting.precision import Prior
+from axolotl_ivon.fitting import fisher, ivon, problem, state
+from axolotl_ivon.fitting.fit import fit, save
+from axolotl_ivon.fitting.precision import FACTORS, Prior
+from axolotl_ivon.fitting.problem import FitProblem, FittedSigma, Settings
 from axolotl_ivon.models import gradients
-from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
+from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters
 from axolotl_ivon.models.session import Loading, load_model
-from axolotl_ivon.reporter import SILENT
 from axolotl_ivon.settings.presets import PRESETS
 
 MakeAdapter = Callable[..., Path]
@@ -242,7 +241,7 @@ def test_an_interrupted_fit_goes_on_and_ends_where_the_other_does(
     whole = fit(plain, chats, **options)
     hidden = tmp_path / ".out.fit"
     calls, limit = 0, 4
-    target, name = (module, "evaluate") if method == "tfb" else (ExampleGradients, "__call__")
+    target, name = (problem, "evaluate") if method == "tfb" else (ExampleGradients, "__call__")
     own = getattr(target, name)
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
@@ -261,7 +260,7 @@ def test_an_interrupted_fit_goes_on_and_ends_where_the_other_does(
     found = fit(plain, chats, state=hidden, **options)
     assert equal(found, whole)
     assert found.metadata == whole.metadata
-    module.save(found, tmp_path / "out", state=hidden)
+    save(found, tmp_path / "out", state=hidden)
     assert not hidden.exists()
     resumed, calls = calls, 0
     fit(plain, chats, state=hidden, **options)
@@ -350,7 +349,7 @@ def test_it_halves_batches_when_the_memory_runs_out(plain: Path, chats: Path, mo
 
 def test_ivon_says_how_it_goes(plain: Path, chats: Path) -> None:
     heard = Heard()
-    q = fit(plain, chats, reporter=heard)
+    q = fit(plain, chats, method="ivon", reporter=heard)
     assert heard.lines[-1].startswith(f"{q.metadata['fit_steps']} steps: σ changed by ")
     assert int(q.metadata["fit_steps"]) >= 8
 
@@ -358,7 +357,7 @@ def test_ivon_says_how_it_goes(plain: Path, chats: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "laplace"}, "method 'laplace' is unknown; choose one of ivon, fisher, tfb"),
+        ({"method": "laplace"}, "method 'laplace' is unknown; choose one of fisher, ivon, tfb"),
         ({"ess": 0}, "ess 0: give a number > 0"),
         ({"ess": math.nan}, "ess nan: give a number > 0"),
         ({"prior": -1}, "prior -1: give empirical, or a number > 0"),
@@ -408,7 +407,7 @@ def test_prior_of_the_driver_is_the_equation_s(plain: Path, chats: Path) -> None
         torch.testing.assert_close(value.double(), (400 * (h + prior.delta(h, q.mean[key]))).rsqrt(), rtol=1e-2, atol=0)
 
 
-def test_the_loss_is_over_what_axolotl_trains_on(plain: Path, tmp_path: Path) -> None:
+def test_the_loss_is_over_what_axolotl_trains_on(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversation of two rounds counts all of its answers' tokens."""
     talk = {
         "messages": [
@@ -417,11 +416,10 @@ def test_the_loss_is_over_what_axolotl_trains_on(plain: Path, tmp_path: Path) ->
     }
     data = tmp_path / "talk.jsonl"
     data.write_text(json.dumps(talk) + "\n")
-    job = module._Job(plain, [data], Settings(method="fisher"), False, None, None)
-    job.load(None, None, Loading(device="cpu"), SILENT)
-    [item] = job.items
-    tokenizer = AutoTokenizer.from_pretrained(plain)
-    assert tokenizer.decode(item.targets) == "A<|im_end|>B<|im_end|>"
-    assert float(example_losses(job.model, job.items)) > 0
+    given: list[FitProblem] = []
+    monkeypatch.setattr(fisher, "fit", lambda problem: given.append(problem) or FittedSigma({}))
+    assert not any(value.any() for value in fit(plain, data).sigma.values())
+    [item] = given[0].items
+    assert given[0].session.tokenizer.decode(item.targets) == "A<|im_end|>B<|im_end|>"
     with safe_open(plain / MEAN_FILE, "pt") as file:
-        assert set(file.keys()) == job.session.slots.places.keys()
+        assert set(file.keys()) == given[0].session.slots.places.keys()

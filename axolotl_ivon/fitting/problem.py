@@ -1,0 +1,217 @@
+"""What is fitted, and what a method is: the settings, an adapter in memory with its data, and what comes of it.
+
+Importing this module imports no torch: a wrong setting is refused at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from ..data.encode import EncodedExample
+from ..errors import IVONError, param_ref
+from ..evaluation.evaluate import Variant, evaluate
+from ..posterior.adapter import UNPRUNED, Adapter
+from ..posterior.posterior import Posterior
+from ..reporter import Reporter
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..models.session import Session
+    from .state import State
+
+METHODS = ("fisher", "ivon", "tfb")  # each a module of this room; the first is the default
+_BY_METHOD = {
+    **dict.fromkeys(("fisher", "ivon"), ("empirical", "ess", "prior", "prior_strength", "validation")),
+    "tfb": ("anchor", "tolerance"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is fitted, and how.
+
+    Attributes:
+        method: "fisher", the Fisher information at the mean in one pass (`fitting.fisher`); "ivon", IVON's updates of
+            the precision at draws (`fitting.ivon`); "tfb", the widest noise on A within a tolerance (`fitting.tfb`).
+        empirical: take the labels of the data, not labels drawn from the model.
+        ess: effective sample size λ; by default that of `ivon_preset: auto` for as many examples.
+        prior, prior_strength: as in `IVONLoRA`.
+        validation: a file; of λ from 1/64 to 64 times the default, take the one whose averaged draws have the lowest
+            NLL there.
+        anchor: a file, by default the training data, on which tfb finds the width.
+        tolerance: the NLL of averaged draws there may be this many nats above that of the mean.
+        samples: draws that are averaged.
+        seed: of all that is random.
+        limit: use only the first examples of each file.
+        task, choices: how validation or anchor data are predicted, as for `ivon-post eval`.
+        batch_size: examples in a batch; None: as many as fit.
+
+    Raises:
+        IVONError: a value is out of range, or does not go with the method.
+    """
+
+    method: Literal["fisher", "ivon", "tfb"] = "fisher"
+    empirical: bool = False
+    ess: float | None = None
+    prior: Literal["empirical"] | float = "empirical"
+    prior_strength: float = 1.0
+    validation: str | None = None
+    anchor: str | None = None
+    tolerance: float | None = None
+    samples: int = 10
+    seed: int = 0
+    limit: int | None = None
+    task: str | None = None
+    choices: Sequence[str] | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise IVONError(f"{param_ref('method')} {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+        tfb = self.method == "tfb"
+        for name in _BY_METHOD["fisher" if tfb else "tfb"]:
+            value = getattr(self, name)
+            if value != getattr(type(self), name):
+                reason = (
+                    f"the width of {param_ref('method')} tfb is found by {param_ref('tolerance')} alone"
+                    if tfb
+                    else f"it is for {param_ref('method')} tfb"
+                )
+                shown = "" if value is True else f" {value}"
+                raise IVONError(f"{param_ref(name)}{shown}: {reason}; leave it out")
+        if self.ess is not None and self.validation is not None:
+            raise IVONError(
+                f"{param_ref('ess')} {self.ess:g}: {param_ref('validation')} chooses it; leave one of them out"
+            )
+        for name, least, fix in (
+            ("ess", 0, "give a number > 0"),
+            ("prior_strength", 0, "give a number > 0; 1 is the KL-optimal prior"),
+            ("tolerance", 0, "give nats > 0"),
+            ("samples", 1, "give a number of draws"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= least and value > 0):
+                raise IVONError(f"{param_ref(name)} {value:g}: {fix}")
+        if self.prior != "empirical" and not (
+            isinstance(self.prior, (int, float)) and math.isfinite(self.prior) and self.prior > 0
+        ):
+            raise IVONError(f"{param_ref('prior')} {self.prior!r}: give empirical, or a number > 0")
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a fit depends on besides its tokenised examples and batches."""
+        reading = ("limit", "task", "choices", "batch_size")
+        return {name: value for name, value in asdict(self).items() if name not in reading}
+
+
+class HeldOut(NamedTuple):
+    """Data on which the predictions of a candidate for σ are evaluated: files, task, tokenised examples."""
+
+    files: Sequence[Path]
+    task: str
+    items: Sequence[EncodedExample]
+
+    @property
+    def names(self) -> str:
+        """The names of the files."""
+        return ", ".join(path.name for path in self.files)
+
+
+@dataclass(frozen=True)
+class FitProblem:
+    """What a method is given.
+
+    Attributes:
+        adapter: whose mean stays.
+        session: the adapter over its base model in memory; the model can be differentiated.
+        parameters: the parameters that get a σ, by name.
+        items: the training examples, tokenised.
+        held_out: the validation or anchor data, where the settings ask for some.
+        state: where an interrupted fit left off.
+        header: what the header of σ says whatever the method.
+    """
+
+    adapter: Adapter
+    session: Session
+    parameters: Mapping[str, nn.Parameter]
+    settings: Settings
+    items: Sequence[EncodedExample]
+    held_out: HeldOut | None
+    state: State
+    header: Mapping[str, str]
+    reporter: Reporter
+
+    def posterior(self, fitted: FittedSigma) -> Posterior:
+        """Return the posterior with this σ; a tensor that is saved without being trained has σ = 0."""
+        import torch
+
+        adapter, sigma = self.adapter, fitted.sigma
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        values: dict[str, Tensor] = {}
+        first: dict[str, str] = {}  # of the keys under which a shared parameter was saved
+        aliases: dict[str, str] = {}
+        for key, (_, shape) in sorted(adapter.mean.specs.items()):
+            name = names.get(self.session.slots.places.get(key))  # type: ignore[arg-type]
+            values[key] = torch.zeros(shape) if name is None or name not in sigma else sigma[name].float().cpu()
+            if name is not None and first.setdefault(name, key) != key:
+                aliases[key] = first[name]
+        before, old = adapter.metadata, adapter.sigma
+        if old is not None and float(before.get("pruned_ratio", 0)):
+            for key, value in values.items():  # what was pruned stays so
+                pruned = (old.raw(key) == 0) & (adapter.mean.float32(key) == 0)
+                value[torch.from_numpy(np.ascontiguousarray(pruned))] = 0
+        kept = {name: before[name] for name in ("pruned_ratio", UNPRUNED, "moved", "travel") if name in before}
+        fingerprint = self.header["mean_sha256"]
+        return Posterior(
+            adapter.mean,
+            values,
+            {"tau": "1.0", "pruned_ratio": "0.0", **kept, **self.header, **fitted.header, "mean_sha256": fingerprint},
+            adapter.config,
+            folder=adapter.folder,
+            mean_metadata=adapter.mean_metadata,
+            aliases=aliases,
+            known_fingerprint=fingerprint,
+        )
+
+    def nll(self, posterior: Posterior, tau: float, advance: Callable[[int], None]) -> float:
+        """Return the mean NLL on the held-out data: of averaged draws at τ, or at τ = ∞ of the mean.
+
+        The draws are the same for every posterior. `advance` hears how many examples are done.
+        """
+        assert self.held_out is not None
+        settings = self.settings
+        [scores] = evaluate(
+            self.session.model,
+            posterior,
+            self.held_out.items,
+            [Variant("posterior", tau=tau)],
+            self.held_out.task,
+            samples=settings.samples,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            progress=advance,
+            notify=self.reporter.notify,
+        )
+        value = float(scores.nll.mean())
+        return value if math.isfinite(value) else math.inf
+
+
+class FittedSigma(NamedTuple):
+    """What a method finds: σ by parameter, float32, and what the header says of how it was found."""
+
+    sigma: Mapping[str, Tensor]
+    header: Mapping[str, str] = {}
+
+
+class Method(Protocol):
+    """A module of this room: it states its formula and its paper."""
+
+    def fit(self, problem: FitProblem) -> FittedSigma:
+        """Return σ of every parameter; one that is left out gets 0."""
+        ...
