@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from ._tables import emit, number, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.models.session import Loading
+    from axolotl_ivon.records.influence import InfluenceRecord
 
 _SHOWN = 20
 _LONGEST = 60  # characters of a row's text
@@ -77,10 +78,12 @@ def command(
     """
     from axolotl_ivon.errors import IVONError
     from axolotl_ivon.evaluation.examples import check_output
-    from axolotl_ivon.influence import attribution as work
+    from axolotl_ivon.influence import influence as compute
+    from axolotl_ivon.influence import ranking
+    from axolotl_ivon.records.influence import load, save
 
     if keep is not None:
-        work.check_keep(keep)
+        ranking.check_keep(keep)
         if limit is not None:
             raise IVONError(f"--keep {keep:g} needs the scores of every row; leave --limit out")
         if output.output is None:
@@ -91,31 +94,32 @@ def command(
         )
     if scores and on:
         raise IVONError(f"--on {on}: --scores has the effect on it, or has not; leave one of them out")
-    rows = work.read(scores, "scores") if scores else None
-    with_on = any(row["on"] is not None for row in rows) if rows else on is not None
-    work.check_by(by, with_on)
+    rows = load(scores, "scores") if scores else None
+    with_on = any(row.on is not None for row in rows) if rows else on is not None
+    ranking.check_by(by, with_on)
     written = output.path(adapter, "") if output.output is not None else None
     if written:
         check_output(written, output.overwrite)
         for name, file in (("data", data), ("on", on), ("scores", scores)):
             if file and Path(file).exists() and written.exists() and written.samefile(file):
                 raise IVONError(f"--output {written} is --{name} itself; choose another name")
-    facts: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     if rows is None:
         with output.progress() as progress:
-            found = work.influence(adapter, data, on, limit=limit, loading=loading, reporter=progress)
-        rows, facts = found.rows, found.facts
+            result = compute(adapter, data, on, limit=limit, loading=loading, reporter=progress)
+        rows, summary = result.rows, result.summary
     else:
-        work.check_same(rows, str(scores), data)
-    gone = work.flagged(rows, by, keep) if keep is not None else []
+        ranking.check_same(rows, str(scores), data)
+    gone = ranking.flagged(rows, by, keep) if keep is not None else []
     if written and keep is not None:
-        work.save_without(written, data, {rows[i]["line"] for i in gone})
+        ranking.save_without(written, data, {rows[i].line or 0 for i in gone})
     elif written:
-        work.save(written, rows)
-    order = work.suspicious(rows, by)
+        save(written, rows)
+    order = ranking.suspicious(rows, by)
     if output.as_json:
-        document = {"adapter": adapter, "data": data, "on": on, "by": by, **facts, "output": output.output}
-        emit({**document, "keep": keep, "left_out": gone, "most_suspicious": order[:_SHOWN], "rows": rows})
+        document = {"adapter": adapter, "data": data, "on": on, "by": by, **summary, "output": output.output}
+        document |= {"keep": keep, "left_out": gone, "most_suspicious": order[:_SHOWN]}
+        emit({**document, "rows": [row.dump() for row in rows]})
         return
     _print([rows[i] for i in order[:_SHOWN]], len(rows), by, with_on)
     if written and keep is not None:
@@ -127,17 +131,17 @@ def command(
         output.suggest("ivon-post", "influence", adapter, "--data", data, *again, "--keep", 0.9, "-o", "clean.jsonl")
 
 
-def _print(rows: Sequence[Mapping[str, Any]], count: int, by: str, with_on: bool) -> None:
+def _print(rows: Sequence[InfluenceRecord], count: int, by: str, with_on: bool) -> None:
     """Print a table of the most suspicious rows."""
     shown = [name for name in _SCORES if with_on or name != "on"]
-    lines = [[f"{row['line']:>5}  {_text(row)}", *(number(row[name]) for name in shown)] for row in rows]
+    lines = [[f"{row.line:>5}  {_text(row)}", *(number(row.score(name)) for name in shown)] for row in rows]
     print_table(
         [" line  answer ← question", *shown], lines, f"the {len(rows)} most suspicious of {count} rows, by {by}"
     )
 
 
-def _text(row: Mapping[str, Any]) -> str:
+def _text(row: InfluenceRecord) -> str:
     """Return the beginning of a row's answer and question, on one line."""
-    answer, question = (" ".join(str(row.get(name, "")).split()) for name in ("answer", "question"))
+    answer, question = (" ".join((text or "").split()) for text in (row.answer, row.question))
     text = f"{answer if len(answer) <= _LONGEST // 2 else answer[: _LONGEST // 2] + '…'} ← {question}"
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"

@@ -73,8 +73,8 @@ def command(
       ivon-post report adapter/ --results eval.json
     """
     from axolotl_ivon.errors import IVONError
-    from axolotl_ivon.influence.attribution import read as read_influence
     from axolotl_ivon.posterior.posterior import Posterior
+    from axolotl_ivon.records.influence import load as read_influence
     from axolotl_ivon.report.measured import check_output, measure, read
 
     if results and (data or ood or calibrate):
@@ -87,7 +87,7 @@ def command(
     with output.progress() as progress:
         files = (Path(file) if file else None for file in (results, examples, recommended))
         known = read(Posterior.from_pretrained(adapter, progress).metadata, *files)
-        rows = read_influence(influence, "influence") if influence else []
+        rows = [row.dump() for row in read_influence(influence, "influence")] if influence else []
         if data:
             known = measure(
                 adapter,

@@ -1,4 +1,4 @@
-"""What each training row has done to the mean."""
+"""How much each training row shaped the mean."""
 
 from .attribution import Influences as Influences
 from .attribution import influence as influence

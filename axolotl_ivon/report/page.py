@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import printable
-from ..influence.attribution import SCORES, suspicious
 from ..inspect.card import COLUMNS, measured
 from ..inspect.info import describe
 from ..plots import pictures
 from ..posterior.card import HEADER_LABELS, header_value
+from ..records.influence import SCORES
 from ..storage.atomic import new_file
 from .measured import Measured, threshold_of
 
@@ -293,7 +293,8 @@ def _maps(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _influence(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Return the training rows with the highest sensitivity, and where they lie among all."""
-    order = suspicious(rows, "sensitivity")
+    scored = (i for i, row in enumerate(rows) if row["sensitivity"] is not None)
+    order = sorted(scored, key=lambda i: -rows[i]["sensitivity"])
     if not order:
         return None
     scores = [name for name in SCORES if any(row[name] is not None for row in rows)]

@@ -16,21 +16,12 @@ from tiny import write_chats
 from torch import Tensor, nn
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.influence import attribution as module
-from axolotl_ivon.influence.attribution import (
-    check_same,
-    flagged,
-    influence,
-    log_odds_variance,
-    products,
-    read,
-    save,
-    save_without,
-    suspicious,
-)
+from axolotl_ivon.influence.attribution import influence, log_odds_variance, products
+from axolotl_ivon.influence.ranking import flagged, suspicious
 from axolotl_ivon.models import gradients
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
 from axolotl_ivon.models.session import load_model
+from axolotl_ivon.records.influence import SCORES
 
 MakeAdapter = Callable[..., Path]
 
@@ -171,32 +162,32 @@ def test_the_scores_are_those_of_one_gradient_a_row(tiny_adapter: Path, chats: P
     heard = Heard()
     found = influence(tiny_adapter, chats, others, reporter=heard)
     assert heard.notes == ["the adapter was trained on 100 examples, and these are 10: give the data of its training"]
-    assert found.facts["ess"] == 1000
-    assert found.facts["train_size"] == 100
+    assert found.summary["ess"] == 1000
+    assert found.summary["train_size"] == 100
     expected, validation = autograd(tiny_adapter, chats), autograd(tiny_adapter, others)
     sigma = dict(Posterior.from_pretrained(tiny_adapter).sigma)
     tokens = sum(count for *_, count in validation)
     towards = {name: sum(g[name] for _, g, _ in validation) / tokens for name in sigma}
     weight = 1000 / 100 / (sum(count for *_, count in expected) / len(expected))
-    assert [row["index"] for row in found.rows] == list(range(10))
+    assert [row.index for row in found.rows] == list(range(10))
     for row, (loss, g, count) in zip(found.rows, expected, strict=True):
         own = sum(float((g[name] * sigma[name]).square().sum()) for name in sigma)
         along = sum(float((g[name] * sigma[name].square() * towards[name]).sum()) for name in sigma)
-        assert row["loss"] == pytest.approx(loss / count, rel=1e-4)
-        assert row["leverage"] == pytest.approx(own / (1 - math.exp(-loss)) ** 2, rel=1e-3)
-        assert row["sensitivity"] == pytest.approx(weight * own / count, rel=1e-3)
-        assert row["on"] == pytest.approx(weight * along, rel=1e-3, abs=1e-6)
-    assert (found.rows[9]["line"], found.rows[9]["question"], found.rows[9]["answer"]) == (
+        assert row.loss == pytest.approx(loss / count, rel=1e-4)
+        assert row.leverage == pytest.approx(own / (1 - math.exp(-loss)) ** 2, rel=1e-3)
+        assert row.sensitivity == pytest.approx(weight * own / count, rel=1e-3)
+        assert row.on == pytest.approx(weight * along, rel=1e-3, abs=1e-6)
+    assert (found.rows[9].line, found.rows[9].question, found.rows[9].answer) == (
         10,
         "red",
         "moon rain dog cat",
     )
     heard.notes.clear()
-    assert influence(tiny_adapter, chats, limit=2, reporter=heard).rows[1]["line"] == 2
+    assert influence(tiny_adapter, chats, limit=2, reporter=heard).rows[1].line == 2
     assert heard.notes == []
     alone = influence(tiny_adapter, chats, batch_size=1)
-    assert {row["on"] for row in alone.rows} == {None}
-    assert [row["sensitivity"] for row in alone.rows] == pytest.approx([row["sensitivity"] for row in found.rows], 1e-4)
+    assert {row.on for row in alone.rows} == {None}
+    assert [row.sensitivity for row in alone.rows] == pytest.approx([row.sensitivity for row in found.rows], 1e-4)
 
 
 def test_a_step_of_the_predicted_shift_changes_the_losses_as_predicted(tiny_adapter: Path, chats: Path) -> None:
@@ -216,7 +207,7 @@ def test_a_step_of_the_predicted_shift_changes_the_losses_as_predicted(tiny_adap
     [item] = encode_turns(load_tokenizer(tiny_adapter, ""), read_examples(chats, 1))
     with torch.no_grad():
         after = float(example_losses(model, [item]))
-    assert (after - loss) / count / part == pytest.approx(row["sensitivity"], rel=0.05)
+    assert (after - loss) / count / part == pytest.approx(row.sensitivity, rel=0.05)
 
 
 def test_temperature_changes_the_leverage_alone_and_pruned_weights_do_not_move(
@@ -226,9 +217,9 @@ def test_temperature_changes_the_leverage_alone_and_pruned_weights_do_not_move(
     q.temper(4.0).save_pretrained(tmp_path / "cool")
     rows, cool = (influence(folder, chats, others).rows for folder in (tiny_adapter, tmp_path / "cool"))
     for one, other in zip(rows, cool, strict=True):
-        assert other["leverage"] == pytest.approx(one["leverage"] / 4, rel=1e-4)
+        assert other.leverage == pytest.approx(one.leverage / 4, rel=1e-4)
         for name in ("loss", "sensitivity", "on"):
-            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-9)
+            assert other.score(name) == pytest.approx(one.score(name), rel=1e-4, abs=1e-9)
     q.prune(0.5).save_pretrained(tmp_path / "pruned")
     [row, *_] = influence(tmp_path / "pruned", chats).rows
     (_, g, count), *_ = expected = autograd(tmp_path / "pruned", chats)
@@ -236,7 +227,7 @@ def test_temperature_changes_the_leverage_alone_and_pruned_weights_do_not_move(
     assert sum(int((value == 0).sum()) for value in sigma.values()) == 448
     weight = 10 / (sum(tokens for *_, tokens in expected) / len(expected))
     own = sum(float((g[name] * sigma[name]).square().sum()) for name in sigma)
-    assert row["sensitivity"] == pytest.approx(weight * own / count, rel=1e-3)
+    assert row.sensitivity == pytest.approx(weight * own / count, rel=1e-3)
 
 
 def test_fewer_examples_at_once_when_the_memory_runs_out(
@@ -253,8 +244,9 @@ def test_fewer_examples_at_once_when_the_memory_runs_out(
 
     monkeypatch.setattr(gradients, "label_logits", label_logits)
     rows = influence(tiny_adapter, chats, others, reporter=heard).rows
-    for name in module.SCORES:
-        assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=1e-4, abs=1e-7)
+    for name in SCORES:
+        values = [row.score(name) for row in expected]
+        assert [row.score(name) for row in rows] == pytest.approx(values, rel=1e-4, abs=1e-7)
     assert any("out of memory with 5 examples in a batch; going on with 2" in line for line in heard.notes)
     assert max(sizes[-5:]) <= 3
 
@@ -266,7 +258,7 @@ def test_a_row_whose_answer_does_not_fit_has_no_scores(tiny_adapter: Path, tmp_p
     heard = Heard()
     rows = influence(tiny_adapter, data, reporter=heard).rows
     assert "1 of 4 rows have no answer that fits the model and are left out" in heard.notes
-    assert [rows[0][name] for name in module.SCORES] == [None] * 4
+    assert [rows[0].score(name) for name in SCORES] == [None] * 4
     assert 0 not in suspicious(rows, "loss")
     assert len(flagged(rows, "loss", 0.25)) == 3
     data.write_text(json.dumps(long) + "\n")
@@ -305,8 +297,8 @@ def test_a_classifier(tiny_llama: Path, tmp_path: Path) -> None:
         loss = F.cross_entropy(model(input_ids=ids).logits, torch.tensor([int(label)]))
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         own = 0.01 * sum(float(g.square().sum()) for g in gradients)
-        assert row["loss"] == pytest.approx(float(loss), rel=1e-4)
-        assert row["sensitivity"] == pytest.approx(6 / 3 * own, rel=1e-3)
+        assert row.loss == pytest.approx(float(loss), rel=1e-4)
+        assert row.sensitivity == pytest.approx(6 / 3 * own, rel=1e-3)
 
 
 def test_a_posterior_without_what_it_takes_is_refused(
@@ -319,32 +311,3 @@ def test_a_posterior_without_what_it_takes_is_refused(
         influence(tmp_path / "mean", chats)
     with pytest.raises(IVONError, match=r"no ivon_sigma.safetensors"):
         influence(make_adapter(sigma=False), chats)
-
-
-def test_files(tmp_path: Path) -> None:
-    data, out = write_chats(tmp_path / "data.jsonl", count=4), tmp_path / "scores.jsonl"
-    lines = data.read_bytes().splitlines()
-    data.write_bytes(b"\r\n".join([lines[0], b"", *lines[1:]]))  # an empty line, Windows' ends, and none at the end
-    texts = [json.loads(line)["messages"] for line in lines]
-    rows = [
-        {"index": i, "loss": loss, "leverage": 1.0, "sensitivity": loss, "on": on, "line": i + 1 + (i > 0),
-         "question": chat[0]["content"], "answer": chat[1]["content"]}
-        for i, (loss, on, chat) in enumerate(zip([0.1, 3.0, None, 2.0], [0.5, 0.1, None, -2.0], texts, strict=True))
-    ]  # fmt: skip
-    save(out, rows)
-    assert read(out, "scores") == rows
-    check_same(rows, out, data)
-    assert suspicious(rows, "loss") == [1, 3, 0]
-    assert suspicious(rows, "on") == [3, 1, 0]
-    assert flagged(rows, "on", 0.5) == [3, 1]
-    assert flagged(rows, "loss", 0.01) == [1, 3, 0]
-    save_without(tmp_path / "clean.jsonl", data, {rows[i]["line"] for i in flagged(rows, "on", 0.75)})
-    assert (tmp_path / "clean.jsonl").read_bytes() == b"\r\n".join([lines[0], b"", *lines[1:3]]) + b"\r\n"
-    with pytest.raises(IVONError, match=r"scores.jsonl: row 1 has another answer, so they are of other data than data"):
-        check_same([rows[0], {**rows[1], "answer": "?"}, *rows[2:]], out, data)
-    with pytest.raises(IVONError, match=r"3 rows, not 4, so they are of other data"):
-        check_same(rows[:3], out, data)
-    for wrong in ({"index": 1}, {"loss": "1"}, {"loss": True}, {"on": None, "index": None}):
-        out.write_text(json.dumps({**rows[0], **wrong}) + "\n")
-        with pytest.raises(IVONError, match=r"scores.jsonl:1: it is no line of what `ivon-post influence` writes"):
-            read(out, "scores")
