@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from ._options import (
@@ -35,7 +33,8 @@ def command(
     sample_seed: int | None,
     point: PosteriorOptions,
     output: OutputOptions,
-    **options: Any,
+    base_model: str | None,
+    dtype: str | None,
 ) -> None:
     """Merge an adapter into its base model.
 
@@ -44,6 +43,7 @@ def command(
     """
     from axolotl_ivon.errors import IVONError
     from axolotl_ivon.models.merge import check_merge, choose_weights, merge
+    from axolotl_ivon.models.session import Loading
     from axolotl_ivon.posterior.adapter import Adapter
 
     if point.tau is not None and sample_seed is None:
@@ -51,9 +51,10 @@ def command(
     path = output.target([adapter], "merged")
     tau, ratio = point.settings(adapter)
     pruned = ratio if ratio or point.ratio is not None else None
+    loading = Loading(base_model, dtype=dtype or "auto")
     with output.progress() as progress:
         held = Adapter(adapter)
-        check_merge(held, **options)
+        check_merge(held, loading)
         tensors = choose_weights(held, pruned, sample_seed, tau, progress)
-        merge(held, tensors, path, overwrite=output.overwrite, reporter=progress, **options)
+        merge(held, tensors, path, loading, overwrite=output.overwrite, reporter=progress)
     output.finish({"output": str(path)}, path, then=["vllm", "serve", path])

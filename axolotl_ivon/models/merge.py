@@ -15,44 +15,43 @@ from ..reporter import SILENT, Reporter
 from ..storage.atomic import new_folder
 from ..storage.format import TOKENIZER_FILES, copy_companions, find_base_model
 from . import DTYPES
+from .session import Loading, has_head, load_model, load_tokenizer
 
 
 def merge(
     adapter: Adapter,
     tensors: Tensors,
     folder: str | os.PathLike[str],
+    loading: Loading = Loading(),
     *,
-    base_model: str | None = None,
-    dtype: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     reporter: Reporter = SILENT,
 ) -> None:
     """Write the base model with `tensors` (the mean, a pruned mean, a draw) of `adapter` merged into it.
 
-    `base_model` (a folder or Hub id) replaces the one that the adapter names; `dtype` ("float32", "bfloat16" or
-    "float16") the base model's own. Writes safetensors shards, the configuration and the tokenizer: the one beside the
-    adapter, else the base model's, if it has one. No code from a model repository is run.
+    Writes safetensors shards, the configuration and the tokenizer: the one beside the adapter, else the base model's,
+    if it has one. No code from a model repository is run.
+
+    Args:
+        loading: `base_model`, and the `dtype` of the merged model, by default that of the base model. Merging is done
+            on the CPU.
 
     Raises:
-        IVONError: an unknown dtype, a base model that cannot be loaded or does not fit, weights that are NaN after
-            merging, or a folder that exists or cannot be written.
+        IVONError: a base model that cannot be loaded or does not fit, weights that are NaN after merging, or a folder
+            that exists or cannot be written.
     """
     from safetensors import SafetensorError
 
-    base = check_merge(adapter, base_model, dtype, max_shard_size)
-    classify = adapter.config.get("task_type") == "SEQ_CLS"
-
+    base = check_merge(adapter, loading, max_shard_size)
     with new_folder(Path(folder), overwrite, [adapter.folder, *filter(Path.is_dir, [Path(base)])]) as new:
-        reporter.advance("loading the base model", 0, 1)
+        advance = reporter.begin("loading the base model", 1)
         from .draws import AdapterSlots
-        from .session import Loading, load_model, load_tokenizer
 
-        model = load_model(
-            adapter.folder, Loading(base, device="cpu", dtype=dtype or _own_dtype(base)), classify=classify
-        )
-        reporter.advance("loading the base model", 1, 1)
-        reporter.advance("merging", 0, 1)
+        dtype = _own_dtype(base) if loading.dtype == "auto" else loading.dtype
+        model = load_model(adapter.folder, Loading(base, device="cpu", dtype=dtype), classify=has_head(adapter))
+        advance(1)
+        advance = reporter.begin("merging", 1)
         slots = AdapterSlots(model)
         slots.check(tensors)
         slots.write(tensors)
@@ -60,8 +59,8 @@ def merge(
             merged = model.merge_and_unload(safe_merge=True)
         except (RuntimeError, ValueError) as error:  # NaN in a merged weight, or a kind of layer that cannot be merged
             raise IVONError(f"{adapter.folder} cannot be merged ({one_line(error)})") from error
-        reporter.advance("merging", 1, 1)
-        reporter.advance("writing", 0, 1)
+        advance(1)
+        advance = reporter.begin("writing", 1)
         try:
             merged.save_pretrained(new, max_shard_size=max_shard_size)
         except SafetensorError as error:  # its writer does not raise OSError when the disk is full
@@ -71,19 +70,15 @@ def merge(
         else:
             with contextlib.suppress(IVONError):  # a model without a tokenizer is a model
                 load_tokenizer(adapter.folder, base).save_pretrained(new)
-        reporter.advance("writing", 1, 1)
+        advance(1)
 
 
-def check_merge(
-    adapter: Adapter, base_model: str | None = None, dtype: str | None = None, max_shard_size: str = "5GB"
-) -> str:
+def check_merge(adapter: Adapter, loading: Loading = Loading(), max_shard_size: str = "5GB") -> str:
     """Return the base model that `merge` loads; its arguments are checked without torch, before anything is loaded.
 
     Raises:
-        IVONError: an unknown dtype or kind of model, a size that is none, or a base model that is not there.
+        IVONError: an unknown kind of model, a size that is none, or a base model that is not there.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise IVONError(f"{param_ref('dtype')} {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     size = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]B)\s*", max_shard_size, re.IGNORECASE)
     if not size or not float(size[1]):
         raise IVONError(
@@ -92,7 +87,7 @@ def check_merge(
     kind = adapter.config.get("task_type") or "CAUSAL_LM"
     if kind not in ("CAUSAL_LM", "SEQ_CLS"):
         raise IVONError(f"{adapter.folder} has task_type {kind}; merge knows CAUSAL_LM and SEQ_CLS")
-    return find_base_model(adapter.config, adapter.folder, base_model)
+    return find_base_model(adapter.config, adapter.folder, loading.base_model)
 
 
 def choose_weights(
