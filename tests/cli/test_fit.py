@@ -83,7 +83,7 @@ def test_it_writes_beside_the_adapter_and_shows_how_it_goes(
     plain: Path, data: Path, copied: Callable[[Path], Path], ivon_post: Cli
 ) -> None:
     folder = copied(plain)
-    result = ivon_post.run("fit", folder, "-d", data)
+    result = ivon_post.run("fit", folder, "-d", data, "--method", "ivon")
     assert result.stdout.splitlines()[-1] == str(folder.parent / "adapter-fitted")
     assert "steps: σ changed by " in result.stderr
     quiet = ivon_post.run("fit", folder, "-d", data, "-q", "--overwrite")
@@ -99,7 +99,7 @@ def test_an_interrupted_process_goes_on(
     script = (
         "import ivon_post; from axolotl_ivon.fitting import ivon; ivon.MOST, ivon.SETTLED = 32, 0; ivon_post.main()"
     )
-    words = ["fit", str(plain), "-d", str(data), "--limit", "8"]
+    words = ["fit", str(plain), "-d", str(data), "--method", "ivon", "--limit", "8"]
     process = subprocess.Popen(
         [sys.executable, "-c", script, *words, "-o", "out"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
