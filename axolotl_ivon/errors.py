@@ -1,4 +1,4 @@
-"""The error that a user is meant to read."""
+"""The error for users: one line that names what is wrong and how to mend it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAMED = re.compile(f"{_BEGIN}(\\w+){_END}")
 
 
 def printable(text: str) -> str:
-    """Return one line that a terminal shows and does not obey: whatever a file put into `text` comes escaped."""
+    """Return `text` with everything escaped that a terminal would obey, line breaks included."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -24,19 +24,19 @@ def one_line(error: BaseException) -> str:
 def param_ref(name: str) -> str:
     """Return the name of a parameter for the message of an `IVONError`.
 
-    The library does not know who called it: Python shows `per_model`, `ivon-post` shows `--per-model`, and the axolotl
-    plugin shows the key of the YAML.
+    Each caller shows its own name for it: Python `per_model`, `ivon-post` `--per-model`, the axolotl plugin the key of
+    the YAML.
     """
     return f"{_BEGIN}{name}{_END}"
 
 
 class IVONError(Exception):
-    """A wrong input, told in one line that names the key, the value and the fix.
+    """A wrong input, in one line that names the key, the value and the fix.
 
     `ivon-post` prints the line and exits with status 1; library users catch it like any other exception.
 
     Attributes:
-        parameter: the first parameter that the message names (see `parameter`), or None.
+        parameter: the first parameter that the message names (see `param_ref`), or None.
     """
 
     def __init__(self, message: str) -> None:
@@ -50,5 +50,5 @@ class IVONError(Exception):
         super().__init__(self.describe(str))
 
     def describe(self, name: Callable[[str], str]) -> str:
-        """Return the message with every parameter's name as `name` makes it: its option, say."""
+        """Return the message with each parameter's name replaced by `name(parameter)`, its option for example."""
         return _NAMED.sub(lambda match: name(match[1]), self._line).replace(_BEGIN, "").replace(_END, "")

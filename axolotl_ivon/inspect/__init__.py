@@ -1,1 +1,1 @@
-"""What an adapter holds, and how its training went."""
+"""Look at adapters: what one holds, how its training went, how two differ, and its model card."""

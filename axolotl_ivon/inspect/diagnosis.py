@@ -1,4 +1,4 @@
-"""What came of a run, in words: whether the weights moved, whether σ was learned, and what to do next."""
+"""Diagnose a finished run: whether the weights moved, whether σ was learned, and what to do next."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NARROW, WIDE = 5.0, 500.0
 
 
 def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT) -> dict[str, Any]:
-    """Return what came of the run that made an adapter, as plain numbers, strings, lists and dicts.
+    """Diagnose the run that made an adapter; return plain numbers, strings, lists and dicts.
 
-    `moved` and `allowed` are what training wrote into the header: how far a weight of a B matrix moved on average, and
-    how far Σ α_t·ξ let it. Without these facts `moved` is the mean of |B|, which begins at 0. `log_sigma_spread`
-    is the standard deviation of log σ within a tensor, averaged over tensors by their weights. `noise` is
-    D = Σ σ²/var(A) over the matrices A, at var(A) = 1/(3·inputs), PEFT's start. Each is None where it is not known.
+    `moved` and `allowed` are from the header: the average distance that a weight of a B matrix moved, and the largest
+    that the learning rate allowed, Σ α_t·ξ. Without them `moved` is the mean of |B|, which begins at 0.
+    `log_sigma_spread` is the standard deviation of log σ within a tensor, averaged over tensors by their weights.
+    `noise` is D = Σ σ²/var(A) over the matrices A, at var(A) = 1/(3·inputs), PEFT's start. Each is None if unknown.
     `findings` are dicts of `about`, `good` and `text`.
 
     Raises:
@@ -101,7 +101,7 @@ def compare(data: str, mean: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
 
 
 def _deviation(values: np.ndarray) -> float:
-    """Return the standard deviation, whose accuracy is that of float64, of float32 values, which are overwritten."""
+    """Return the standard deviation of float32 values to float64's accuracy; the values are overwritten."""
     values -= np.float32(values.mean(dtype=np.float64))
     offset = float(values.mean(dtype=np.float64))  # what rounding the mean has left
     return math.sqrt(max(float(np.square(values, out=values).mean(dtype=np.float64)) - offset**2, 0.0))
@@ -116,10 +116,10 @@ def _width(noise: float) -> Finding:
     return Finding("draws", True, disturb)
 
 
-def _number(facts: Mapping[str, str], name: str) -> float | None:
-    """Return a fact of the header as a number, None where it is missing or is none: a file may say anything."""
+def _number(header: Mapping[str, str], name: str) -> float | None:
+    """Return a value of the header as a number; None if it is missing or no number."""
     try:
-        value = float(facts[name])
+        value = float(header[name])
     except (KeyError, ValueError):
         return None
     return value if math.isfinite(value) else None

@@ -14,7 +14,7 @@ from ..reporter import SILENT, Reporter
 
 
 def distance(first: Posterior, second: Posterior, reporter: Reporter = SILENT) -> dict[str, Any]:
-    """Return the distance of two posteriors over the same tensors, in all and per module, as plain numbers.
+    """Return the distance of two posteriors over the same tensors, overall and per module, as plain numbers.
 
     For q_a = N(m_a, σ_a²) and q_b:
       kl_ab, kl_ba  KL(q_a‖q_b) = Σ ln(σ_b/σ_a) + (σ_a² + (m_a − m_b)²)/(2σ_b²) − ½, and the other way, in nats,
@@ -39,7 +39,7 @@ def distance(first: Posterior, second: Posterior, reporter: Reporter = SILENT) -
 
 
 def _sums(first: Posterior, second: Posterior, key: str) -> np.ndarray:
-    """Return what adds up over tensors: weights, KL both ways, one-sided, apart, and the three products of means."""
+    """Return the terms that add up over tensors: weights, KL both ways, one-sided, apart, three products of means."""
     a, b = (q.mean.float32(key).reshape(-1).astype(np.float64) for q in (first, second))
     s, t = (q.sigma.raw(key).reshape(-1).astype(np.float64) for q in (first, second))
     products = [a @ b, a @ a, b @ b]

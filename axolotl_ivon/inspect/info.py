@@ -1,4 +1,4 @@
-"""What is in an adapter folder, in numbers: quantiles of σ and of the signal-to-noise ratio, per module and in all."""
+"""Describe an adapter folder in numbers: quantiles of σ and of the signal-to-noise ratio, per module and overall."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def describe(
     criterion: str = "snr",
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Return what is in an adapter folder, as plain numbers, strings, lists and dicts.
+    """Describe an adapter folder; return plain numbers, strings, lists and dicts.
 
     σ and SNR statistics are over the weights with σ > 0. `modules` gives each module's medians and the share of its
-    weights that pruning `ratio` of the adapter by `criterion` would leave at 0. Without σ, only what the adapter
-    itself holds is there.
+    weights that are 0 after pruning `ratio` of the adapter by `criterion`. Without σ, only the adapter itself is
+    described.
 
     Raises:
         IVONError: the folder holds no adapter, or its files do not belong together.
     """
     adapter = Adapter(path_or_hub_id)
-    facts: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "adapter": str(path_or_hub_id),
         "base_model": adapter.config.get("base_model_name_or_path"),
         "peft_type": adapter.config.get("peft_type"),
@@ -51,7 +51,7 @@ def describe(
         "header": dict(sorted(adapter.metadata.items())),
     }
     if adapter.sigma is None:
-        return facts | {
+        return summary | {
             "modules": [
                 {"module": name, "weights": sum(map(adapter.mean.size, keys))}
                 for name, keys in modules(adapter.mean).items()
@@ -82,7 +82,7 @@ def describe(
             }
         )
         reporter.advance("measuring", weights, posterior.mean.weights)
-    return facts | {
+    return summary | {
         "weights_with_sigma": noisy,
         "sigma": _quantiles(sigma),
         "snr": _quantiles(snr),

@@ -1,4 +1,4 @@
-"""A chain of posteriors, each the prior of the next: what the header of a σ tells of those before it."""
+"""A chain of posteriors, each the prior of the next, as their headers record it."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from .adapter import UNPRUNED, Adapter, mean_sha256, modules
 if TYPE_CHECKING:
     from .posterior import Posterior
 
-# Facts of the header, beside `prior` (where it was read from) and `prior_strength` (κ).
+# Keys of the header, beside `prior` (where it was read from) and `prior_strength` (κ).
 PRIOR_SHA256, CHAIN, CHAIN_SIZE = "prior_sha256", "prior_chain", "chain_train_size"
-FACTS = ("prior", PRIOR_SHA256, "prior_strength", CHAIN, CHAIN_SIZE)
+PRIOR_KEYS = ("prior", PRIOR_SHA256, "prior_strength", CHAIN, CHAIN_SIZE)
 
 # What must agree for a weight of one adapter to mean the same as that weight of another.
 MEANING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-# What the plugin's YAML calls some of them.
+# The plugin's YAML keys of some of them.
 _KEYS = {"r": "lora_r", "use_rslora": "peft_use_rslora", "use_dora": "peft_use_dora"}
 
 
 class Link(NamedTuple):
-    """A posterior that another one had as its prior, or that the prior of that one had, and so on.
+    """A posterior earlier in the chain: the prior of another one, or the prior of that prior, and so on.
 
     Attributes:
         sha256: the fingerprint of its mean.
-        strength: by what its precision, as it was trained, counts in the posterior after it: κ, at most 1
-            (`IVONLoRA.sigma_for_next_prior`), and τ where it was tempered.
-        train_size: N of its own data; None where its header does not say.
+        strength: the factor by which its precision, as trained, counts in the posterior after it: κ, at most 1
+            (`IVONLoRA.sigma_for_next_prior`), times its τ.
+        train_size: N of its own data; None if its header has none.
         name: the folder or Hub id that it was read from.
     """
 
@@ -41,7 +41,7 @@ class Link(NamedTuple):
 
 
 def links(header: Mapping[str, str]) -> list[Link]:
-    """Return the posteriors before the one of this header, the nearest first; `strength` is by the one after each."""
+    """Return the chain before the posterior with this header, the nearest first."""
     try:
         return [Link(str(x[0]), float(x[1]), None if x[2] is None else int(x[2]), str(x[3])) for x in _parsed(header)]
     except (ValueError, TypeError, IndexError, KeyError) as error:
@@ -52,31 +52,31 @@ def _parsed(header: Mapping[str, str]) -> list[Any]:
     return json.loads(header[CHAIN]) if CHAIN in header else []
 
 
-def facts_of(prior: Posterior, strength: float, train_size: str | None) -> dict[str, str]:
-    """Return what the header of a run tells of the posterior that is its prior.
+def prior_header(prior: Posterior, strength: float, train_size: str | None) -> dict[str, str]:
+    """Return the header keys by which a run records the posterior that is its prior.
 
-    `train_size` is N of the run itself. `chain_train_size` is that of all data since the first posterior, where every
-    link says its own.
+    `train_size` is N of the run itself. `chain_train_size`, N of all data since the first posterior, is there if every
+    link has its own.
     """
     snapshot = re.search(r"models--(.+?)--(.+?)/snapshots/", str(prior.folder))
     name = "/".join(snapshot.groups()) if snapshot else str(prior.folder or "in memory")
     sha256 = mean_sha256(prior.mean)
     first = Link(sha256, min(strength, 1.0) * prior.tau, _whole(prior.metadata.get("train_size")), name)
     chain = [first, *links(prior.metadata)]
-    facts = {"prior": name, PRIOR_SHA256: sha256, "prior_strength": repr(float(strength)), CHAIN: json.dumps(chain)}
+    header = {"prior": name, PRIOR_SHA256: sha256, "prior_strength": repr(float(strength)), CHAIN: json.dumps(chain)}
     sizes = [_whole(train_size), *(link.train_size for link in chain)]
     known = [size for size in sizes if size is not None]
-    return facts | ({CHAIN_SIZE: str(sum(known))} if len(known) == len(sizes) else {})
+    return header | ({CHAIN_SIZE: str(sum(known))} if len(known) == len(sizes) else {})
 
 
 class Factor(NamedTuple):
-    """A factor of a product of posteriors: what one of them knows beside its prior, if that is in the product too.
+    """A factor of a product of posteriors: one of them, without its prior if that is in the product too.
 
     Attributes:
-        node: which posterior, by its place among all that take part.
+        node: the posterior, by its place among all that take part.
         weight: the power that the factor is taken to.
-        parent: which posterior its prior is, or None.
-        strength: by what the parent's precision counts in that prior.
+        parent: the posterior that is its prior, or None.
+        strength: the factor by which the parent's precision counts in that prior.
     """
 
     node: int
@@ -86,9 +86,9 @@ class Factor(NamedTuple):
 
 
 def shared(headers: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return the fingerprints of the posteriors that several of these go on from, and that are not among them.
+    """Return the fingerprints of priors that several posteriors share and that are not among them.
 
-    Of a common chain it is the last one: what comes before is part of it.
+    Of a common chain it is the last link, which contains those before it.
     """
     given, after = {header.get("mean_sha256") for header in headers}, dict[str, set[str]]()
     for header in headers:
@@ -105,12 +105,12 @@ def factors(headers: Sequence[Mapping[str, str]], weights: Sequence[float]) -> l
     """Return the factors of a product in which nothing is counted twice.
 
     Args:
-        headers: of the posteriors; `weights` are the powers of as many as there are weights, and those after them are
-            what `shared` has named: priors that count once, at the largest strength that they have had.
-        weights: see `headers`.
+        headers: of the posteriors that are combined, then of the priors that `shared` names. Each prior counts once, at
+            the largest strength that it has had.
+        weights: the power of each posterior that is combined.
     """
     places = {str(header.get("mean_sha256")): i for i, header in reversed([*enumerate(headers)])}
-    found = []
+    product = []
     for i, header in enumerate(headers):
         factor, strength = Factor(i, weights[i] if i < len(weights) else 0.0, None, 0.0), 1.0
         for link in links(header):
@@ -118,14 +118,14 @@ def factors(headers: Sequence[Mapping[str, str]], weights: Sequence[float]) -> l
             if link.sha256 in places:
                 factor = factor._replace(parent=places[link.sha256], strength=strength)
                 break
-        found.append(factor)
+        product.append(factor)
     priors = range(len(weights), len(headers))
     for i in sorted(priors, key=lambda i: -len(links(headers[i]))):  # the latest first
-        powers = (factor.strength * (factor.weight if factor.node in priors else 1) for factor in found)
-        found[i] = found[i]._replace(
-            weight=max(power for power, factor in zip(powers, found, strict=True) if factor.parent == i)
+        powers = (factor.strength * (factor.weight if factor.node in priors else 1) for factor in product)
+        product[i] = product[i]._replace(
+            weight=max(power for power, factor in zip(powers, product, strict=True) if factor.parent == i)
         )
-    return found
+    return product
 
 
 def _whole(text: str | None) -> int | None:
@@ -136,13 +136,12 @@ def _whole(text: str | None) -> int | None:
 
 
 def check_prior(name: str, config: Mapping[str, Any], adapter: Adapter | None = None) -> None:
-    """Check what can be told of a prior before a model is loaded.
+    """Check a prior before any model is loaded.
 
     Args:
         name: the folder or Hub id of the posterior.
-        config: what is known of the adapter that is to be trained, as in adapter_config.json; what it does not hold is
-            not compared.
-        adapter: the posterior's, where it was read already.
+        config: the keys of adapter_config.json that are known of the adapter to be trained; only these are compared.
+        adapter: the posterior's adapter, if it was read already.
 
     Raises:
         IVONError: there is no such adapter, it has no σ, it was pruned, its τ is infinite, or it has another rank,
@@ -166,7 +165,7 @@ def check_prior(name: str, config: Mapping[str, Any], adapter: Adapter | None = 
 
 
 def check_width(named: str, header: Mapping[str, str]) -> None:
-    """Raise an IVONError if the σ of this header is 0 where weights are to be trained."""
+    """Raise an IVONError if σ is 0 where weights are to be trained."""
     if float(header.get("pruned_ratio", 0)) > 0 or UNPRUNED in header:
         raise IVONError(f"{named} is pruned, and what is 0 would stay 0: give the adapter as it was before")
     if float(header.get("tau", 1)) == float("inf"):
@@ -174,5 +173,5 @@ def check_width(named: str, header: Mapping[str, str]) -> None:
 
 
 def kinds(tensors: Any) -> str:
-    """Return which kinds of modules an adapter is on, in words."""
+    """Return the kinds of modules that an adapter is on, in words."""
     return ", ".join(sorted({name.rpartition(".")[2] for name in modules(tensors)}))

@@ -1,4 +1,4 @@
-"""Several posteriors over adapters of one base model, made into one."""
+"""Combine several posteriors over adapters of one base model into one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import IVONError, param_ref
 from ..storage.dtypes import NUMPY
 from .adapter import UNPRUNED, different_shapes
-from .chain import CHAIN_SIZE, FACTS, MEANING, Factor, factors, links
+from .chain import CHAIN_SIZE, MEANING, PRIOR_KEYS, Factor, factors, links
 from .tensors import Spec, Tensors
 
 if TYPE_CHECKING:
@@ -101,30 +101,30 @@ def shares(count: int, method: str = "precision", weights: Sequence[float] | Non
 
 
 def _header(posteriors: Sequence[Posterior], method: str, share: Sequence[float] = ()) -> dict[str, str]:
-    """Return the header of the result: what all agree on; effective and real data sizes add up with precisions."""
+    """Return the header of the result: what all agree on; with "precision", λ and N add up."""
     first = posteriors[0].metadata
-    facts = {key: value for key, value in first.items() if all(q.metadata.get(key) == value for q in posteriors)}
+    header = {key: value for key, value in first.items() if all(q.metadata.get(key) == value for q in posteriors)}
     for name in ("mean_sha256", UNPRUNED):
-        facts.pop(name, None)
+        header.pop(name, None)
     chained = any(links(q.metadata) for q in posteriors)
-    for name in (CHAIN_SIZE,) if method == "precision" else FACTS if chained else ():
-        facts.pop(name, None)
-    told = f"{method} of {len(posteriors)}"
+    for name in (CHAIN_SIZE,) if method == "precision" else PRIOR_KEYS if chained else ():
+        header.pop(name, None)
+    combined = f"{method} of {len(posteriors)}"
     if method == "precision":
         with contextlib.suppress(KeyError, ValueError):
-            facts["ess"] = repr(sum(w * float(q.metadata["ess"]) for w, q in zip(share, posteriors, strict=True)))
+            header["ess"] = repr(sum(w * float(q.metadata["ess"]) for w, q in zip(share, posteriors, strict=True)))
         try:
             size = sum(int(q.metadata["train_size"]) for q in posteriors)
-            facts["train_size"] = str(size)
+            header["train_size"] = str(size)
             if chained:
                 given = {q.metadata.get("mean_sha256") for q in posteriors}
                 before = {link.sha256: link.train_size for q in posteriors for link in links(q.metadata)}
-                facts[CHAIN_SIZE] = str(size + sum(int(before[sha] or "") for sha in before.keys() - given))
+                header[CHAIN_SIZE] = str(size + sum(int(before[sha] or "") for sha in before.keys() - given))
         except (KeyError, ValueError):
-            facts.pop("train_size", None)
+            header.pop("train_size", None)
         if set(share) != {1.0}:
-            told += f", weights {', '.join(f'{weight:g}' for weight in share)}"
-    return {"tau": "1.0", "pruned_ratio": "0.0", **facts, "combined": told}
+            combined += f", weights {', '.join(f'{weight:g}' for weight in share)}"
+    return {"tau": "1.0", "pruned_ratio": "0.0", **header, "combined": combined}
 
 
 def _elementwise(
@@ -132,8 +132,8 @@ def _elementwise(
 ) -> Parts:
     first = posteriors[0]
     fix = "method cat combines adapters of different ranks and targets"
-    everybody = [*posteriors, *priors]
-    for q in everybody[1:]:
+    members = [*posteriors, *priors]
+    for q in members[1:]:
         for name in MEANING:
             if q.config.get(name) != first.config.get(name):
                 raise IVONError(
@@ -141,13 +141,13 @@ def _elementwise(
                 )
         for key, shape, other in different_shapes(first.mean, q.mean):
             raise IVONError(f"the adapters differ in {key} ({shape}, {other}); {fix}")
-    product = [factor for factor in factors([q.metadata for q in everybody], share) if factor.weight]
-    fixed = _shared_prior([everybody[factor.node] for factor in product if factor.parent is None])
+    product = [factor for factor in factors([q.metadata for q in members], share) if factor.weight]
+    fixed = _shared_prior([members[factor.node] for factor in product if factor.parent is None])
 
     def mean(key: str) -> np.ndarray:
         if not first.mean.is_float(key):
             return first.mean.raw(key)
-        means, sigmas = [q.mean.float32(key) for q in everybody], [q.sigma.raw(key) for q in everybody]
+        means, sigmas = [q.mean.float32(key) for q in members], [q.sigma.raw(key) for q in members]
         if method == "linear":
             values = _blockwise(lambda *m: _sum(w * x for w, x in zip(share, m, strict=True)), means)
         else:
@@ -157,7 +157,7 @@ def _elementwise(
         return values.astype(NUMPY[first.mean.specs[key][0]], copy=False)
 
     def sigma(key: str) -> np.ndarray:
-        sigmas = [q.sigma.raw(key) for q in everybody]
+        sigmas = [q.sigma.raw(key) for q in members]
         if method == "linear":
             return _blockwise(lambda *s: np.sqrt(_sum((w * x) ** 2 for w, x in zip(share, s, strict=True))), sigmas)
         return _blockwise(
@@ -165,8 +165,8 @@ def _elementwise(
         )
 
     specs = {key: ("F32", shape) for key, (_, shape) in first.mean.specs.items()}
-    facts = _header(posteriors, method, share)
-    return Tensors(first.mean.specs, mean), Tensors(specs, sigma), facts, dict(first.config)
+    header = _header(posteriors, method, share)
+    return Tensors(first.mean.specs, mean), Tensors(specs, sigma), header, dict(first.config)
 
 
 def _blockwise(function: Callable[..., np.ndarray], arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -181,7 +181,7 @@ def _blockwise(function: Callable[..., np.ndarray], arrays: Sequence[np.ndarray]
 
 
 def _sum(arrays: Iterable[np.ndarray]) -> np.ndarray:
-    """Return the sum of arrays that nobody else needs: the first one takes it."""
+    """Return the sum of arrays; it is added up in the first one."""
     return functools.reduce(lambda total, array: np.add(total, array, out=total), arrays)
 
 
@@ -213,10 +213,10 @@ def _product_mean(
     center = next((means[factor.parent] for factor in product if factor.parent is not None), np.zeros_like(means[0]))
 
     def known(factor: Factor) -> np.ndarray:
-        told = precisions[factor.node] * (means[factor.node] - center)
+        pull = precisions[factor.node] * (means[factor.node] - center)
         if factor.parent is not None:
-            told -= factor.strength * precisions[factor.parent] * (means[factor.parent] - center)
-        return factor.weight * told
+            pull -= factor.strength * precisions[factor.parent] * (means[factor.parent] - center)
+        return factor.weight * pull
 
     total = _sum(map(known, product)) + fixed * (0 - center) * (1 - sum(f.weight for f in product if f.parent is None))
     mean = center + total / _product_precision(product, precisions, fixed)
@@ -236,10 +236,10 @@ def _check_no_contradiction(key: str, means: Sequence[np.ndarray], sigmas: Seque
 def _shared_prior(posteriors: Sequence[Posterior]) -> float:
     """Return the precision λ·δ·τ of a prior that all posteriors share, or 0."""
     try:
-        found = {float(q.metadata["ess"]) * float(q.metadata["prior"]) * q.tau for q in posteriors}
+        shared = {float(q.metadata["ess"]) * float(q.metadata["prior"]) * q.tau for q in posteriors}
     except (KeyError, ValueError):  # "empirical", or a header that does not say
         return 0.0
-    return found.pop() if len(found) == 1 else 0.0
+    return shared.pop() if len(shared) == 1 else 0.0
 
 
 def _concatenated(posteriors: Sequence[Posterior], share: Sequence[float]) -> Parts:

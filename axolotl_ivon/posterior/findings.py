@@ -1,4 +1,4 @@
-"""What is said of a run, from what it did: whether its weights moved and whether σ was learned."""
+"""Findings about a run: whether its weights moved, and whether σ was learned."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import NamedTuple
 
 from ..settings.presets import MEMORY
 
-# A run whose weights moved by less on average has learned next to nothing: B begins at 0, and with r = 8 it then
-# changes what a layer gives by a third of a percent.
+# A run whose weights moved less on average has learned next to nothing: B begins at 0, and with r = 8 it then changes
+# the output of a layer by a third of a percent.
 HARDLY_MOVED = 1e-3
-# Of the way that the learning rate allowed: nearly all steps went in one direction, so the end was not reached.
+# Share of the allowed distance from which nearly all steps went in one direction: the end was not reached.
 STILL_GOING = 0.6
-# The spread of log σ within a tensor, which begins at 0: σ that is where it began, and σ that was learned.
+# The spread of log σ within a tensor begins at 0. Below the first σ was not learned, from the second it was.
 FROZEN, LEARNED = 0.02, 0.1
 
 
 class Finding(NamedTuple):
-    """One thing that is said of a run.
+    """One finding about a run.
 
     Attributes:
         about: "weights", "sigma" or "draws".
-        good: whether nothing need be done.
-        text: what is found, and what to do.
+        good: True if nothing need be done.
+        text: the finding, and what to do.
     """
 
     about: str
@@ -30,21 +30,21 @@ class Finding(NamedTuple):
 
 
 def remembers_too_long(beta2: float, steps: int) -> bool:
-    """Return whether p hardly leaves its start in a run of so many steps."""
+    """Return whether p remembers more steps than it should in a run of `steps`, so that it hardly leaves its start."""
     return 1 / (1 - beta2) > 1.01 * steps * MEMORY  # a preset's β2 is at the limit
 
 
 def findings(
     moved: float | None, allowed: float | None, spread: float | None, steps: int, beta2: float | None
 ) -> list[Finding]:
-    """Return what is to be said of the weights and of σ.
+    """Return findings about the weights and σ.
 
     Args:
-        moved: how far a weight of a B matrix moved on average, |m − start|; None where nobody knows.
-        allowed: how far it could have moved, Σ α_t·ξ; None where nobody knows.
+        moved: the average distance |m − start| of a weight of a B matrix; None if unknown.
+        allowed: the largest distance that the learning rate allowed, Σ α_t·ξ; None if unknown.
         spread: the standard deviation of log σ within a tensor, averaged over weights; None without draws.
-        steps: of the run, 0 where nobody knows.
-        beta2: β2, None where nobody knows.
+        steps: of the run; 0 if unknown.
+        beta2: β2; None if unknown.
     """
     found = []
     if moved is not None:
@@ -76,5 +76,5 @@ def findings(
 
 
 def begins_at_zero(name: str) -> bool:
-    """Whether a weight is one of a B matrix, which PEFT starts at 0 unless it is told otherwise."""
+    """Return whether a weight is of a B matrix, which PEFT starts at 0 by default."""
     return ".lora_B" in name or ".lora_embedding_B" in name

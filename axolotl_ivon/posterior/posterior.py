@@ -64,7 +64,7 @@ class Posterior:
     inputs: tuple[Path, ...]
     mean_metadata: Mapping[str, str]
     aliases: Mapping[str, str]
-    # What is known of the tensors need not be computed again; `replace` forgets it unless it is told anew.
+    # Known of these tensors, so not computed again; `replace` forgets both unless they are given anew.
     known_fingerprint: InitVar[str | None] = None
     known_pruned: InitVar[Mapping[str, int] | None] = None
     _fingerprint: str | None = field(init=False)
@@ -99,12 +99,12 @@ class Posterior:
         )
 
     def __repr__(self) -> str:
-        facts = [f"{self.mean.weights:,} weights of {len(modules(self.mean))} modules"]
+        parts = [f"{self.mean.weights:,} weights of {len(modules(self.mean))} modules"]
         for name, value in (("r", self.config.get("r")), ("λ", self.metadata.get("ess"))):
             with contextlib.suppress(TypeError, ValueError):
-                facts.append(f"{name} {float(value):g}")  # type: ignore[arg-type]  # from a file: anything
-        facts += [f"τ {self.tau:g}", f"{self.pruned_ratio:.3g} pruned"]
-        return printable(f"<Posterior {self.folder or 'in memory'}: {', '.join(facts)}>")
+                parts.append(f"{name} {float(value):g}")  # type: ignore[arg-type]  # from a file: anything
+        parts += [f"τ {self.tau:g}", f"{self.pruned_ratio:.3g} pruned"]
+        return printable(f"<Posterior {self.folder or 'in memory'}: {', '.join(parts)}>")
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT) -> Posterior:
@@ -184,7 +184,7 @@ class Posterior:
             bits = raw.reshape(-1).view(f"u{raw.itemsize}")
             return np.multiply(bits, np.unpackbits(~masks[key][0], count=raw.size)).view(raw.dtype).reshape(raw.shape)
 
-        # Pruning changes the mean, so its fingerprint: what was found out about this one is found out about the pruned.
+        # Pruning changes the fingerprint. Documents of this posterior apply to the pruned one, which keeps the first.
         origin = {UNPRUNED: self._fingerprint} if masks and self._fingerprint else {}
         return replace(
             self,
@@ -269,9 +269,9 @@ class Posterior:
             digests = write_tensors(new / MEAN_FILE, self.mean, self.mean_metadata, reporter, hashed=not known)
             known = known or fingerprint(self.mean, digests)
             write_sigma(new / SIGMA_FILE, self.sigma, self.metadata, known, reporter)
-            facts = {**self.metadata, "mean_sha256": known}
+            header = {**self.metadata, "mean_sha256": known}
             with contextlib.suppress(IVONError):  # a damaged card goes along as it is
-                keep_true(new, facts, self.config, changed=known != self.metadata.get("mean_sha256"))
+                keep_true(new, header, self.config, changed=known != self.metadata.get("mean_sha256"))
 
     def _same_sigma(self, other: Posterior) -> bool:
         return all(np.array_equal(self.sigma.raw(key), other.sigma.raw(key)) for key in self.sigma)
@@ -322,13 +322,13 @@ class Posterior:
 
 
 def check_tau(tau: float) -> None:
-    """Raise IVONError unless τ is > 0: worth asking before reading."""
+    """Raise IVONError unless τ is > 0; commands ask before they read anything."""
     if not tau > 0:
         raise IVONError(f"{param_ref('tau')} {tau} is not > 0; 1 is the posterior itself, inf the mean")
 
 
 def open_posterior(adapter: str | Path, mean_only: bool = False) -> Posterior:
-    """Read an adapter; one without σ serves as a posterior without width where no more than the mean is wanted.
+    """Read an adapter as a posterior; without σ it has width 0, if only the mean is wanted.
 
     Raises:
         IVONError: the adapter cannot be read, or has no σ and more than the mean is wanted.

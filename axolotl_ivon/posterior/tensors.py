@@ -1,4 +1,4 @@
-"""Tensors by name that are read, changed and written one at a time, in numpy.
+"""Tensors by name, read, changed and written one at a time, in numpy.
 
 Importing torch takes longer than most commands take to work, so it is imported only when somebody asks for a torch
 tensor. A *raw* array has the tensor's own dtype (`storage.dtypes.NUMPY`), bfloat16 included.
@@ -49,7 +49,7 @@ def as_float32(raw: np.ndarray) -> np.ndarray:
 
 
 class Tensors(Mapping[str, "torch.Tensor"]):
-    """A mapping from names to torch tensors, each made when it is asked for.
+    """A mapping from names to torch tensors, each made on demand.
 
     Attributes:
         specs: dtype (as safetensors names it) and shape of every tensor, known without making it.

@@ -1,4 +1,4 @@
-"""The files of an adapter: their names, JSON that is checked when it is read, and folders from the Hub."""
+"""The files of an adapter: their names, JSON that is checked on reading, and folders from the Hub."""
 
 from __future__ import annotations
 

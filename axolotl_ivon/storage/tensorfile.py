@@ -40,7 +40,7 @@ class TensorFile:
 
     Attributes:
         path: where it was when it was opened.
-        metadata: the facts in its header.
+        metadata: the metadata in its header, all strings.
         entries: dtype and shape of every tensor.
 
     Raises:

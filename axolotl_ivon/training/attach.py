@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from ..errors import IVONError, param_ref
 from ..optim.ivon import IVONLoRA
-from ..posterior.chain import facts_of
+from ..posterior.chain import prior_header
 from ..posterior.posterior import Posterior
 from ..settings.presets import ADAM_LIKE_LR, Preset, resolved
 from .callback import PosteriorTraining, trained_parameters
@@ -115,7 +115,7 @@ def attach(
             if value is not None:
                 raise IVONError(f"{param_ref(name)}: {value} does not go with a posterior as prior; remove it")
         settings["prior"] = gaussian_prior(model, shapes, earlier)
-        header |= facts_of(earlier, settings["prior_strength"], header["train_size"])
+        header |= prior_header(earlier, settings["prior_strength"], header["train_size"])
     _check_evaluation(trainer, eval_samples, draws)
     _check_arguments(trainer, chosen, preset)
     rate = trainer.args.learning_rate

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.posterior.chain import facts_of
+from axolotl_ivon.posterior.chain import prior_header
 
 
 def posterior(seed: int = 0, shape: tuple[int, ...] = (5, 4), **facts: str) -> Posterior:
@@ -133,7 +133,7 @@ class Chain:
                 child = one
             q, header = self.product(powers), {"tau": "1.0", "ess": "1000.0", "train_size": "100"}
             if above:
-                header |= facts_of(self.posteriors[above[0]], kappa.get(name, 1.0), "100")
+                header |= prior_header(self.posteriors[above[0]], kappa.get(name, 1.0), "100")
             Posterior(q.mean, q.sigma, header, q.config).save_pretrained(folder / name)
             self.posteriors[name] = Posterior.from_pretrained(folder / name)
 
