@@ -64,20 +64,6 @@ class Numbers(click.ParamType):
             self.fail(f"{value!r} is not a number, or numbers with commas between", param, ctx)
 
 
-class BatchSize(click.ParamType):
-    """A number of examples in a batch, or `auto`, which becomes None."""
-
-    name = "auto|n"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """Return the number, or None for `auto`."""
-        if value == "auto":
-            return None
-        if not str(value).isdecimal() or int(value) < 1:
-            self.fail(f"{value!r} is neither auto nor a number above 0", param, ctx)
-        return int(value)
-
-
 class Renamed(click.Option):
     """An option that still answers to its former names, which no help shows."""
 
@@ -278,14 +264,9 @@ model_options = add_all(
         help=f"Precision of the base model: {', '.join([*_QUANTIZED, *DTYPES])}; the first two quantize it "
         "(bitsandbytes).  [default: float32 on a CPU, elsewhere the checkpoint's dtype]",
     ),
-    click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, cuda:1, mps, …"),
+    click.option("--device", default="auto", show_default=True, help="Device to run on: auto, cpu, cuda, cuda:1, mps."),
     as_one("loading", _loading, "base_model", "load_in", "device"),
 )
-
-
-def batch_option(text: str) -> Callable[[Command], Command]:
-    """Add --batch-size."""
-    return click.option("--batch-size", type=BatchSize(), default="auto", show_default=True, help=text)
 
 
 def output_options(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from tiny import build_llama, write_chats
+from tiny import write_chats
 
 from axolotl_ivon.evaluation.evaluate import Evaluation, rows_of
 from axolotl_ivon.metrics.scores import metrics
@@ -154,53 +154,6 @@ def test_a_recommendation_stands_for_tau_and_ratio(adapter: Path, chats: Path, t
     assert json.loads(recommended.stdout) == json.loads(explicit.stdout)
     both = json.loads(run(adapter, *same, "--recommended", path, "--tau", 1).stdout)
     assert (both["tau"], both["prune_ratio"]) == (1.0, 0.3)
-
-
-def bad_line(folder: Path) -> Path:
-    (folder / "bad.jsonl").write_text('{"messages": []}\n')
-    return folder / "bad.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (lambda tmp, adapter, chats: [tmp / "nowhere", "--data", chats], "nowhere"),
-        (lambda tmp, adapter, chats: [adapter, "--data", tmp / "nowhere.jsonl"], "there is no such file"),
-        (lambda tmp, adapter, chats: [adapter, "--data", bad_line(tmp)], "bad.jsonl:1: no assistant message"),
-        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--choices", "A,C"], "is not one of --choices"),
-        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--choices", "A,B,Bx"], "start with the same token"),
-        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--tau", "0"], "tau 0.0 is not > 0"),
-        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--ratio", "2"], "ratio 2.0 is outside"),
-        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--rows", "mean,median"], "'median' is unknown"),
-        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--ood", chats], "--ood "),
-        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--calibrate", chats], "same questions as --data"),
-        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--calibrate", tmp / "no.jsonl"], "--calibrate "),
-        (
-            lambda tmp, adapter, chats: [adapter, "--data", chats, "--rows", "base", "--calibrate", tmp / "no.jsonl"],
-            "have one of them in --rows",
-        ),
-        (lambda tmp, adapter, chats: [adapter, "--data", chats, "-o", tmp], "is a folder"),
-        (lambda tmp, adapter, chats: [adapter, "--data", chats, "--device", "abacus"], "--device abacus"),
-        (
-            lambda tmp, adapter, chats: [
-                adapter, "--data", chats, "--base-model", build_llama(tmp / "b", hidden_size=16)
-            ],
-            "does not fit the adapter",
-        ),
-        (
-            lambda tmp, adapter, chats: [adapter, "--data", chats, "--recommended", tmp / "no.json"],
-            "--recommended",
-        ),
-    ],
-)  # fmt: skip
-def test_bad_input_is_one_line(
-    tmp_path: Path, adapter: Path, chats: Path, arguments: Callable[..., list], message: str
-) -> None:
-    result = run(*arguments(tmp_path, adapter, chats), "--quiet")
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_an_adapter_without_sigma_is_compared_by_its_mean(make_adapter: Callable[..., Path], chats: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -42,7 +41,7 @@ def test_what_it_writes_is_a_posterior_for_every_command(
     plain: Path, data: Path, tmp_path: Path, ivon_post: Cli, method: str
 ) -> None:
     out = tmp_path / "out"
-    result = ivon_post.run("fit", plain, "--data", data, "--method", method, "-n", 2, "-o", out)
+    result = ivon_post.run("fit", plain, "--data", data, "--method", method, "-o", out)
     assert result.exit_code == 0, result.output
     line, written = result.stdout.splitlines()
     weights = 512 if method == "tfb" else 896
@@ -119,12 +118,3 @@ def test_an_interrupted_process_goes_on(
     assert out.metadata["fit_steps"] == whole.metadata["fit_steps"] == "32"
     for key, value in whole.sigma.items():
         torch.testing.assert_close(out.sigma[key], value, rtol=1e-4, atol=0)
-
-
-def test_an_empty_or_foreign_file_is_one_line(plain: Path, tmp_path: Path, ivon_post: Cli) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "x"}) + "\n")
-    assert "no list `messages`" in ivon_post.error("fit", plain, "-d", tmp_path / "rows.jsonl", "-o", tmp_path / "out")
-    chat = {"messages": [{"role": "user", "content": "x"}]}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(chat) + "\n")
-    assert "no assistant message" in ivon_post.error("fit", plain, "-d", tmp_path / "rows.jsonl", "-o", tmp_path / "o")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]

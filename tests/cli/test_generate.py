@@ -134,34 +134,3 @@ def test_progress_tells_tokens_per_second(ivon_post: Cli, tiny_adapter: Path, ch
     assert "tokens/s" in loud.stderr
     assert "tokens/s" not in loud.stdout
     assert ivon_post.run(*options, tmp_path / "b", "--quiet").stderr == ""
-
-
-def no_user(folder: Path) -> Path:
-    (folder / "bad.jsonl").write_text('{"messages": [{"role": "assistant", "content": "A"}]}\n')
-    return folder / "bad.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (lambda tmp, adapter, chats: [adapter, "-p", no_user(tmp)], "bad.jsonl:1: no user turn"),
-        (lambda tmp, adapter, chats: [adapter, "-p", tmp / "no.jsonl"], "no.jsonl: cannot be read"),
-        (lambda tmp, adapter, chats: [tmp / "no", "-p", chats], "no: no such folder"),
-        (lambda tmp, adapter, chats: [adapter, "-p", chats, "-n", 12], "-n 12 is not a multiple of --per-model 8"),
-        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--top-p", 2], "--top-p 2.0"),
-        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--tau", 0], "tau 0.0 is not > 0"),
-        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--mean", "--tau", 2], "--tau 2.0: --mean has no"),
-        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--ratio", 2], "ratio 2.0 is outside"),
-        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--base-model", tmp / "no"], "--base-model"),
-        (lambda tmp, adapter, chats: [adapter, "-p", chats, "--max-tokens", 512], "--max-tokens 512, but the model"),
-        (lambda tmp, adapter, chats: [adapter, "-p", chats, "-o", chats], "was not made by `ivon-post generate`"),
-        (lambda tmp, adapter, chats: [adapter, "-p", chats, "-o", tmp / "a" / "b"], "not a file in an existing"),
-    ],
-)
-def test_bad_input_is_one_line(
-    ivon_post: Cli, tiny_adapter: Path, chats: Path, tmp_path: Path, arguments: Callable[..., list], message: str
-) -> None:
-    given = arguments(tmp_path, tiny_adapter, chats)
-    output = [] if "-o" in given else ["-o", tmp_path / "out.jsonl"]
-    assert message in ivon_post.error("generate", *given, *output, "--quiet")
-    assert not list(tmp_path.glob("out*"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command_line import Cli
@@ -172,42 +171,3 @@ def test_answers_of_one_meaning_are_one_cluster(ivon_post: Cli, tmp_path: Path) 
         ivon_post("mbr", tmp_path / "f.jsonl", *options, "--overwrite")
         record = json.loads((tmp_path / "f-mbr" / "f.jsonl").read_text())
         assert record["confidence"] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{tmp}/no.jsonl"], "no.jsonl: cannot be read"),
-        (["{file}", "-a", "["], "--answer-regex '[': not a regular expression"),
-        (["{file}", "-a", "boxed"], "matches none of the 32 outputs"),
-        (["{file}", "{file}"], "the label 'mean' is taken"),
-        (["{file}", "-o", "{tmp}"], "is there; choose another name with --output"),
-        (["{file}", "-o", "{file}", "--overwrite"], "is there; choose another name with --output"),
-        (["{file}", "--utility", "bertscore"], "pip install bert-score"),
-        (
-            ["{file}", "--embedding-model", "{tmp}/no"],
-            "--embedding-model {tmp}/no: cannot be loaded",
-        ),
-        (["{file}", "--fields", "a,,b"], "--fields a,,b: give different names"),
-        (["{file}", "--fields", "a"], "--fields a: none of the 32 outputs in {file} is JSON"),
-        (["{file}", "--risk", "1"], "--risk 1 is outside (0, 1)"),
-        (["{file}", "--risk", "0.1", "--confidence", "0"], "--confidence 0 is outside (0, 1)"),
-        (["{file}", "--risk", "0.1"], "mean has no .settings.json beside it"),
-        (["{file}", "x={file}", "--risk", "0.1"], "--risk: give one FILE"),
-        (["{file}", "--recommended", "{tmp}/no.json"], "--recommended cannot be read"),
-        (["{file}", "--recommended", "{tmp}/plain.json"], "plain.json has no threshold"),
-        (["{file}", "--recommended", "{tmp}/odd.json"], "threshold is 2; it must be less than or equal to 1"),
-        (["{file}", "--recommended", "{tmp}/odd.json", "--risk", "0.1"], "leave one of them out"),
-    ],
-)
-def test_bad_input_is_one_line(
-    ivon_post: Cli, files: list[Path], tmp_path: Path, monkeypatch: Any, arguments: list[str], message: str
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "bert_score", None)
-    (tmp_path / "plain.json").write_text('{"tau": 1, "ratio": 0, "threshold": null}')
-    (tmp_path / "odd.json").write_text('{"tau": 1, "ratio": 0, "threshold": 2}')
-    before = sorted(tmp_path.rglob("*"))
-    given = [argument.format(tmp=tmp_path, file=files[0]) for argument in arguments]
-    message = message.format(tmp=tmp_path, file=files[0])
-    assert message in ivon_post.error("mbr", *given, "--quiet")
-    assert sorted(tmp_path.rglob("*")) == before

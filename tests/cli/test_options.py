@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 from command_line import Cli
-from tiny import write_chats
 
 import axolotl_ivon
 from axolotl_ivon.errors import IVONError, param_ref
+from axolotl_ivon.models.session import Loading
 from ivon_post import _option, cli
-from ivon_post._options import BatchSize, Numbers
+from ivon_post._options import Numbers, Sectioned, model_options
 
 CONTEXT = click.Context(cli)
 COMMANDS = [command for name in cli.list_commands(CONTEXT) if (command := cli.get_command(CONTEXT, name))]
 # Packages whose parameters are options of some command, but for those that only the library takes.
 PACKAGES = ("data", "evaluation", "generation", "models")
+MOST_OPTIONS = 190
+GREEK, PARENTHESES = re.compile("[α-ωΑ-Ω]"), re.compile(r"\([^()]*\)")
 LIBRARY = {"draws_per_pass", "max_shard_size"}
 
 
@@ -64,60 +67,65 @@ def test_how_a_parameter_is_shown(command: str, name: str, shown: str) -> None:
     assert told(command, f"{param_ref(name)} x: wrong") == f"{shown} x: wrong"
 
 
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", count=4)
+OPTIONS = [(command, param) for command in COMMANDS for param in command.params if isinstance(param, click.Option)]
+
+
+def test_how_many_options_there_are() -> None:
+    assert len(OPTIONS) <= MOST_OPTIONS
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: str(command.name))
+def test_a_short_help_is_a_whole_phrase(command: click.Command) -> None:
+    phrase = command.get_short_help_str(limit=51)
+    assert len(phrase) <= 51  # with the full stop, which the group leaves out
+    assert not phrase.endswith("...")
+    assert not GREEK.search(PARENTHESES.sub("", phrase))
 
 
 @pytest.mark.parametrize(
-    ("words", "shown"),
+    ("command", "option"), OPTIONS, ids=[f"{command.name} {option.opts[0]}" for command, option in OPTIONS]
+)
+def test_a_help_is_a_phrase_that_begins_without_a_symbol(command: click.Command, option: click.Option) -> None:
+    """Greek letters stand in parentheses, or after the first phrase."""
+    if option.hidden:
+        return
+    text = " ".join((option.help or "").split())
+    first = re.split(r"[.:;] ", PARENTHESES.sub("", text))[0]
+    assert first[:1].isupper()
+    assert len(text) <= 240
+    assert text.endswith((".", "]"))
+    assert not GREEK.search(first + (option.metavar or ""))
+
+
+def test_options_stand_in_sections(ivon_post: Cli) -> None:
+    lines = ivon_post("eval", "--help").splitlines()
+    heads = [line.rstrip(":") for line in lines if line and not line[0].isspace() and line.endswith(":")]
+    assert heads == ["Options", "Posterior", "Data", "Model", "Output"]
+    place = {name: next(i for i, line in enumerate(lines) if name in line) for name in ("--tau", "--device", "--json")}
+    assert lines.index("Posterior:") < place["--tau"] < lines.index("Data:")
+    assert lines.index("Model:") < place["--device"] < lines.index("Output:") < place["--json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
     [
-        ("eval ADAPTER -d no.jsonl", "--data no.jsonl: cannot be read (there is no such file)"),
-        ("eval ADAPTER -d empty.jsonl", "--data empty.jsonl: the file is empty"),
-        ("eval ADAPTER -d CHATS --choices A,A", "--choices A,A: give at least two different"),
-        ("eval ADAPTER -d CHATS --choices A,C", "is not one of --choices A,C"),
-        ("eval ADAPTER -d CHATS --choices A,B,Bx", "reword them, or use --task generate"),
-        ("eval ADAPTER -d one.jsonl --task choice", "name the others with --choices A,B"),
-        ("eval ADAPTER -d CHATS --task classify", "--task classify: the adapter"),
-        ("eval ADAPTER -d CHATS --device abacus", "--device abacus: not usable here"),
-        ("eval ADAPTER -d CHATS --base-model ./no", "name another with --base-model"),
-        ("eval ADAPTER -d CHATS --rows mode", "--rows mode: 'mode' is unknown"),
-        ("sweep ADAPTER -d CHATS --tau 1 --ratio 0", "--tau and --ratio: one point"),
-        ("generate ADAPTER -p no.jsonl", "--prompts no.jsonl: cannot be read (there is no such file)"),
-        ("generate ADAPTER -p CHATS --per-model 5", "is not a multiple of --per-model 5"),
-        ("generate ADAPTER -p CHATS --top-p 0", "--top-p 0.0: must be above 0"),
-        ("generate ADAPTER -p CHATS --max-tokens 0", "--max-tokens 0: must be at least 1"),
-        ("merge ADAPTER --base-model ./no", "name another with --base-model"),
-        ("mbr no.jsonl", "FILE no.jsonl: cannot be read (there is no such file)"),
-        ("mbr CHATS -a [", "--answer-regex '[': not a regular expression"),
+        ([], (None, "auto")),
+        (["--load-in", "4bit"], ("4bit", "auto")),
+        (["--load-in", "bfloat16"], (None, "bfloat16")),
+        (["--load-in", "8bit", "--dtype", "float16"], ("8bit", "float16")),
     ],
 )
-def test_bad_input_names_the_option(
-    words: str,
-    shown: str,
-    ivon_post: Cli,
-    tiny_adapter: Path,
-    chats: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("empty.jsonl").touch()
-    turns = '[{"role": "user", "content": "?"}, {"role": "assistant", "content": "A"}]'
-    Path("one.jsonl").write_text(f'{{"messages": {turns}}}\n')
-    places = {"ADAPTER": tiny_adapter, "CHATS": chats}
-    output = [] if words.startswith("eval") else ["-o", tmp_path / "out"]
-    line = ivon_post.error(*(places.get(word, word) for word in words.split()), *output, "--quiet")
-    assert shown in line
-    assert not set(line) & {"\ue000", "\ue001"}
+def test_one_option_for_the_precision_of_the_base_model(words: list[str], expected: tuple[str | None, str]) -> None:
+    found: list[Loading] = []
+    command = click.command(cls=Sectioned)(model_options(lambda loading: found.append(loading)))
+    command(words, standalone_mode=False)
+    assert [(loading.load_in, loading.dtype) for loading in found] == [expected]
 
 
-def test_numbers_and_batch_sizes() -> None:
+def test_numbers() -> None:
     assert Numbers().convert("0.5,1,inf", None, None) == (0.5, 1.0, float("inf"))
-    assert [BatchSize().convert(value, None, None) for value in ("auto", "8")] == [None, 8]
-    for kind, bad in ((Numbers(), "hot"), (Numbers(), "1,,2"), (BatchSize(), "0"), (BatchSize(), "-1")):
-        with pytest.raises(click.BadParameter, match=f"'{bad}' is"):
-            kind.convert(bad, None, None)
+    with pytest.raises(click.BadParameter, match="'1,,2' is"):
+        Numbers().convert("1,,2", None, None)
 
 
 def test_a_former_name_works_and_is_not_shown(ivon_post: Cli, tiny_adapter: Path, tmp_path: Path) -> None:
@@ -130,12 +138,7 @@ def test_a_former_name_works_and_is_not_shown(ivon_post: Cli, tiny_adapter: Path
         ivon_post("sample", tiny_adapter, "-n", 1, option, 0.4, "-o", tmp_path / option)
         drawn[option] = (tmp_path / option / "sample-0000" / "adapter_model.safetensors").read_bytes()
     assert drawn["--ratio"] == drawn["--prune-ratio"]
-    assert "'--ratio': 'x' is not a valid float" in ivon_post.run("sample", "a", "--prune-ratio", "x").stderr
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: str(command.name))
-def test_one_name_for_the_ratio(command: click.Command) -> None:
-    assert not [option for param in command.params for option in param.opts if "prune-ratio" in option]
+    assert not [name for _, option in OPTIONS for name in option.opts if "prune" in name]
 
 
 def test_the_next_command_is_told_to_people_alone(ivon_post: Cli, tiny_adapter: Path, tmp_path: Path) -> None:
@@ -145,8 +148,3 @@ def test_the_next_command_is_told_to_people_alone(ivon_post: Cli, tiny_adapter: 
     assert result.stderr == f"next: ivon-post eval '{folder}' --data FILE.jsonl\n"
     for option in ("--json", "--quiet"):
         assert ivon_post.run("temper", tiny_adapter, "--tau", 2, "-o", f"{folder}{option}", option).stderr == ""
-
-
-@pytest.mark.parametrize("name", ["", "-"])
-def test_an_output_without_a_name_is_refused(name: str, ivon_post: Cli, tiny_adapter: Path) -> None:
-    assert "is not a file name" in ivon_post.error("prune", tiny_adapter, "-o", name)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import write_chats
+from tiny import build_llama, write_chats
 
 SCRIPT = """
 import json, sys
 from click.testing import CliRunner
 from ivon_post import cli
+sys.modules["bert_score"] = None
 for words in json.load(sys.stdin):
     result = CliRunner().invoke(cli, words)
     print(json.dumps([result.exit_code, result.stdout, result.stderr, "torch" in sys.modules]))
@@ -27,7 +29,7 @@ CASES = {
     "eval adapter -d adapter": "--data adapter: cannot be read",
     "eval adapter -d empty.jsonl": "--data empty.jsonl: the file is empty",
     "eval adapter -d broken.jsonl": "broken.jsonl:1: not JSON",
-    "eval adapter -d one.jsonl --task choice": "every answer in the data is 'A'",
+    "eval adapter -d one.jsonl --task choice": "name the others with --choices A,B",
     "eval adapter -d chats.jsonl -d chats.jsonl": "--data chats.jsonl is given twice",
     "eval adapter -d chats.jsonl --choices A,C": "is not one of --choices A,C",
     "eval adapter -d chats.jsonl --rows mode": "--rows mode: 'mode' is unknown",
@@ -86,7 +88,7 @@ CASES = {
     "influence adapter -d broken.jsonl": "broken.jsonl:1: not JSON",
     "influence adapter -d chats.jsonl --on no.jsonl": "--on no.jsonl: cannot be read",
     "influence plain -d chats.jsonl": "plain has no ivon_sigma.safetensors",
-    "influence moved -d chats.jsonl": "../gone",
+    "influence moved -d chats.jsonl -q": "../gone",
     "influence adapter -d chats.jsonl --by on": "--by on: it is the effect on other data; name them with --on",
     "influence adapter -d chats.jsonl --keep 90 -o x": "--keep 90 is outside (0, 1); 0.9 leaves",
     "influence adapter -d chats.jsonl --keep 0.9": "--keep 0.9 writes the rows that stay; name a file for them",
@@ -117,7 +119,7 @@ CASES = {
     "merge adapter -o adapter/merged": "lies in the input",
     "merge moved": "../gone cannot be loaded",
     "mbr no.jsonl": "FILE no.jsonl: cannot be read",
-    "mbr chats.jsonl": "chats.jsonl:1: no list of outputs",
+    "mbr chats.jsonl": "chats.jsonl:1: it has no `outputs`",
     "mbr chats.jsonl -a [": "--answer-regex '[': not a regular expression",
     "mbr chats.jsonl -o adapter": "adapter is there",
     "prune adapter --ratio 2": "--ratio 2.0 is outside",
@@ -137,6 +139,79 @@ CASES = {
     "combine adapter adapter --method linear --weights 1": "do not fit 2 posteriors",
     "diff adapter nowhere": "nowhere: no such folder",
     "info .": "it holds 3 adapters: give one of them, adapter, moved, plain",
+    "eval adapter -d bad.jsonl": "bad.jsonl:1: no assistant message",
+    "eval adapter -d chats.jsonl --rows mean,median": "'median' is unknown",
+    "eval adapter -d chats.jsonl --calibrate chats.jsonl": "the same questions as --data",
+    "eval adapter -d chats.jsonl --rows base --calibrate no.jsonl": "have one of them in --rows",
+    "eval adapter -d chats.jsonl -o home": "is a folder",
+    "sweep adapter -d chats.jsonl --ratio 0,1.5": "--ratio 1.5 is outside",
+    "sweep adapter -d chats.jsonl --risk 0": "--risk 0 is outside (0, 1); 0.05 is 5 %",
+    "sweep adapter -d chats.jsonl --risk 0.1 --confidence 1": "--confidence 1 is outside (0, 1)",
+    "sweep --combine adapter -d one.jsonl -d chats.jsonl": "1 posterior cannot be combined",
+    "sweep --combine adapter plain -d chats.jsonl": "--data: weights are a trade-off between files",
+    "generate adapter -p assistant.jsonl": "assistant.jsonl:1: no user turn",
+    "generate adapter -p chats.jsonl --per-model 5": "is not a multiple of --per-model 5",
+    "generate adapter -p chats.jsonl --top-p 0": "--top-p 0.0: must be above 0",
+    "generate adapter -p chats.jsonl --top-p 2": "--top-p 2.0",
+    "generate adapter -p chats.jsonl --max-tokens 0": "--max-tokens 0: must be at least 1",
+    "generate adapter -p chats.jsonl --ratio 2": "--ratio 2.0 is outside",
+    "generate plain -p chats.jsonl": "plain has no ivon_sigma.safetensors",
+    "fit plain -d rows.jsonl": "no list `messages`",
+    "fit plain -d question.jsonl": "no assistant message",
+    "influence adapter -d chats.jsonl --scores scores.jsonl --on chats.jsonl --keep 0.9 -o x": "--scores has the",
+    "mbr nbest.jsonl nbest.jsonl": "the label 'nbest' is taken",
+    "mbr nbest.jsonl -o home": "is there; choose another name with --output",
+    "mbr nbest.jsonl -o nbest.jsonl --overwrite": "is there; choose another name with --output",
+    "mbr nbest.jsonl -a boxed": "matches none of the 32 outputs",
+    "mbr nbest.jsonl --utility bertscore": "pip install bert-score",
+    "mbr nbest.jsonl --fields a,,b": "--fields a,,b: give different names",
+    "mbr nbest.jsonl --fields a": "--fields a: none of the 32 outputs in nbest.jsonl is JSON",
+    "mbr nbest.jsonl --risk 1": "--risk 1 is outside (0, 1)",
+    "mbr nbest.jsonl --risk 0.1 --confidence 0": "--confidence 0 is outside (0, 1)",
+    "mbr nbest.jsonl --risk 0.1": "nbest has no .settings.json beside it",
+    "mbr nbest.jsonl x=nbest.jsonl --risk 0.1": "--risk: give one FILE",
+    "mbr nbest.jsonl --recommended no.json": "--recommended cannot be read",
+    "mbr nbest.jsonl --recommended plain.json": "plain.json has no threshold",
+    "mbr nbest.jsonl --recommended odd.json": "threshold is 2; it must be less than or equal to 1",
+    "mbr nbest.jsonl --recommended odd.json --risk 0.1": "leave one of them out",
+    "prune nowhere": "nowhere: no such folder",
+    "prune adapter/adapter_model.safetensors": "is a file; give the adapter's folder",
+    "prune adapter --ratio -0.1": "--ratio -0.1 is outside [0, 1]",
+    "prune adapter --ratio nan": "--ratio nan is outside [0, 1]",
+    "prune adapter -o -": "--output '-' is not a file name",
+    "prune adapter --output=": "--output '' is not a file name",
+    "prune adapter --recommended no.json": "no.json",
+    "prune adapter --recommended other.json": "was chosen for another adapter",
+    "temper adapter --tau 1e-300": "makes σ of",
+    "temper adapter --tau 2 -o one.jsonl/x": "one.jsonl/x cannot be written",
+    "sample adapter --ratio 2": "--ratio 2.0 is outside",
+    "sample adapter -n 1 -o /proc/x": "/proc/x cannot be written",
+    "combine adapter adapter --weights 1,-1": "those of precisions are 0 or more",
+}
+# The same for what only torch, a tokenizer or a model finds out.
+LATE = {
+    "eval adapter -d chats.jsonl --choices A,B,Bx": "reword them, or use --task generate",
+    "eval adapter -d chats.jsonl --device abacus": "--device abacus: not usable here",
+    "eval adapter -d chats.jsonl --base-model narrow": "does not fit the adapter",
+    "sweep adapter -d chats.jsonl --limit 3 --choices A,B": "3 examples cannot be split",
+    "sweep adapter -d chats.jsonl --limit 7 --choices A,B --risk 0.1": "7 examples cannot be split in a half and two",
+    "sweep adapter -d chats.jsonl --risk 0.1 --task generate": "--risk 0.1: the task generate scores tokens",
+    "generate adapter -p chats.jsonl --max-tokens 512": "--max-tokens 512, but the model",
+    "mbr nbest.jsonl --embedding-model no/such": "--embedding-model no/such: cannot be loaded",
+}
+# Words that click, or the command itself, takes for mistyped: status 2.
+MISTYPED = {
+    "prune --scope foo x": "'--scope': 'foo' is not one of 'adapter', 'tensor'. See '",
+    "prune --ratio much x": "'--ratio': 'much' is not a valid float. See '",
+    "prune": "Missing argument 'ADAPTER'. See '",
+    "temper --taus 2 x": "'--taus'",
+    "prun x": "No such command 'prun'",
+    "sample --prune-ratio x adapter": "'--ratio': 'x' is not a valid float",
+    "sweep adapter -d chats.jsonl --tau hot": "'hot' is not a number",
+    "sweep adapter plain -d x": "2 ADAPTERs: give one, or sweep the weights of several with --combine",
+    "sweep --combine adapter plain -d x -d y --tau 1": "--tau has no effect with --combine",
+    "sweep --combine adapter plain -d x -d y --risk 0.1": "--risk has no effect",
+    "check train.yaml --data chats.jsonl": "--data goes with an adapter",
 }
 
 
@@ -144,36 +219,52 @@ CASES = {
 def told(
     tmp_path_factory: pytest.TempPathFactory, make_adapter: Callable[..., Path]
 ) -> dict[str, tuple[int, str, str, bool]]:
-    """Exit status, stdout, stderr and whether torch was there, of every command, run one after the other."""
-    import shutil
-
+    """Exit status, stdout, stderr and whether torch was imported, of every command, run one after the other."""
     folder = tmp_path_factory.mktemp("place")
     for name, options in {"adapter": {}, "plain": {"sigma": False}, "moved": {}}.items():
         shutil.copytree(make_adapter(**options), folder / name)
     config = folder / "moved" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "../gone"}))
+    build_llama(folder / "home" / "narrow", hidden_size=16)
     write_chats(folder / "chats.jsonl", 8)
+    outputs = [{"text": f"so #### {answer}"} for answer in "1122112211221122"]
+    for name, document in {
+        "rows.jsonl": {"prompt": "x"},
+        "bad.jsonl": {"messages": []},
+        "question.jsonl": {"messages": [{"role": "user", "content": "x"}]},
+        "assistant.jsonl": {"messages": [{"role": "assistant", "content": "A"}]},
+        "scores.jsonl": {"index": 0, "loss": 1.0, "leverage": 1.0, "sensitivity": 1.0, "on": None, "line": 1},
+        "nbest.jsonl": {"prompt": "?", "reference": "#### 1", "outputs": outputs},
+        "other.json": {"tau": 2, "ratio": 0, "mean_sha256": "0"},
+        "plain.json": {"tau": 1, "ratio": 0, "threshold": None},
+        "odd.json": {"tau": 1, "ratio": 0, "threshold": 2},
+    }.items():
+        (folder / name).write_text((json.dumps(document) + "\n") * (2 if name == "nbest.jsonl" else 1))
     for name, text in {"empty.jsonl": "", "broken.jsonl": "{\n", "one.jsonl": ONE}.items():
         (folder / name).write_text(text)
-    (folder / "other.json").write_text('{"tau": 2, "ratio": 0, "mean_sha256": "0"}')
     before = sorted(folder.rglob("*"))
+    commands = [*CASES, *MISTYPED, *LATE]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        input=json.dumps([words.split() for words in CASES]),
+        input=json.dumps([words.replace("narrow", "home/narrow").split() for words in commands]),
         cwd=folder,
         capture_output=True,
         text=True,
         check=True,
     )
     assert sorted(folder.rglob("*")) == before
-    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@pytest.mark.parametrize("words", CASES)
-def test_a_mistake_is_one_line_and_needs_no_torch(words: str, told: dict[str, tuple[int, str, str, bool]]) -> None:
+@pytest.mark.parametrize("words", [*CASES, *MISTYPED, *LATE])
+def test_a_mistake_is_one_line_and_needs_no_torch_to_be_seen(
+    words: str, told: dict[str, tuple[int, str, str, bool]]
+) -> None:
     status, out, err, torch = told[words]
-    assert (status, out) == (1, "")
-    [line] = err.splitlines()
+    assert (status, out) == (2 if words in MISTYPED else 1, "")
+    line = err.splitlines()[-1]
     assert line.startswith("Error: ")
-    assert CASES[words] in line
-    assert not torch
+    assert (CASES | MISTYPED | LATE)[words] in line
+    if words not in LATE:  # which may have begun to load, and said so
+        assert err.count("\n") == 1
+        assert not torch

@@ -129,31 +129,6 @@ def test_the_default_output_is_beside_the_adapter(adapter: Path, chats: Path) ->
     assert (adapter.parent / "adapter-sweep" / "recommended.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "status", "message"),
-    [
-        (["--tau", "1", "--ratio", "0"], 1, "one point is nothing to choose between"),
-        (["--tau", "0,1"], 1, "tau 0.0 is not > 0"),
-        (["--ratio", "0,1.5"], 1, "ratio 1.5 is outside"),
-        (["--tau", "hot"], 2, "'hot' is not a number"),
-        (["--limit", "3", "--choices", "A,B"], 1, "3 examples cannot be split"),
-        (["--risk", "0"], 1, "--risk 0 is outside (0, 1); 0.05 is 5 %"),
-        (["--risk", "5"], 1, "--risk 5 is outside (0, 1)"),
-        (["--risk", "0.1", "--confidence", "1"], 1, "--confidence 1 is outside (0, 1)"),
-        (["--risk", "0.1", "--limit", "7", "--choices", "A,B"], 1, "7 examples cannot be split in a half and two"),
-        (["--risk", "0.1", "--task", "generate"], 1, "--risk 0.1: the task generate scores tokens"),
-    ],
-)
-def test_bad_input_writes_nothing(
-    adapter: Path, chats: Path, tmp_path: Path, options: list[str], status: int, message: str
-) -> None:
-    result = run(adapter, "--data", chats, "-o", tmp_path / "out", "-q", *options)
-    assert result.exit_code == status
-    assert message in result.stderr
-    assert result.stdout == ""
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_weights_of_a_product(make_adapter: Callable[..., Path], tmp_path: Path) -> None:
     adapters = [make_adapter(seed=seed) for seed in (1, 2)]
     data = [write_chats(tmp_path / f"{name}.jsonl", 12, seed) for seed, name in enumerate("ab")]
@@ -174,20 +149,3 @@ def test_the_weights_of_a_product(make_adapter: Callable[..., Path], tmp_path: P
     assert found["adapters"] == list(map(str, adapters))
     assert len(found["points"]) == 9
     assert all(Path(path).exists() for path in found["files"])
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["A", "B", "--data", "x"], "2 ADAPTERs: give one, or sweep the weights of several with --combine"),
-        (["--combine", "A", "--data", "x", "--data", "y"], "1 posterior cannot be combined"),
-        (["--combine", "A", "B", "--data", "x"], "--data: weights are a trade-off between files"),
-        (["--combine", "A", "B", "--data", "x", "--data", "y", "--tau", "1"], "--tau has no effect with --combine"),
-        (["--combine", "A", "B", "--data", "x", "--data", "y", "--risk", "0.1"], "--risk has no effect"),
-    ],
-)
-def test_words_that_do_not_go_together_are_told_before_anything_is_read(words: list[str], told: str) -> None:
-    result = run(*words)
-    assert result.exit_code != 0
-    assert told in result.stderr
-    assert "Traceback" not in result.stderr

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
-from command_line import Cli
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -123,37 +121,3 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "tau is 0 in the header": (change_sigma(dict, tau="0"), "tau is '0'"),
     "ratio is no ratio": (change_sigma(dict, pruned_ratio="7"), "pruned_ratio is '7'"),
 }
-
-
-class BadInputs:
-    """What every command must do with a bad input: status 1, one line that names it, nothing written.
-
-    Folders in `place`: `adapter` and `there`, good ones; `home`, with a user's own file; `file` is a file.
-    """
-
-    def __init__(self, place: Path, good: Path, ivon_post: Cli, copied: Callable[..., Path]) -> None:
-        self.place, self._good, self._ivon_post, self._copied = place, good, ivon_post, copied
-
-    def argument(self, words: tuple[object, ...], message: str) -> None:
-        """Run a command with wrong words."""
-        for name in ("adapter", "there"):
-            self._copied(self._good, name)
-        (self.place / "home").mkdir()
-        (self.place / "home" / "thesis.tex").write_text("precious")
-        (self.place / "file").write_text("precious")
-        before = self._everything()
-        assert message in self._ivon_post.error(*words)
-        assert self._everything() == before
-
-    def _everything(self) -> dict[Path, bytes | None]:
-        return {path: path.read_bytes() if path.is_file() else None for path in self.place.rglob("*")}
-
-
-@pytest.fixture
-def bad_inputs(
-    tmp_path: Path, tiny_adapter: Path, ivon_post: Cli, copied: Callable, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[BadInputs]:
-    """Bad inputs, in the folder that the test runs in; no pickle was run afterwards."""
-    monkeypatch.chdir(tmp_path)
-    yield BadInputs(tmp_path, tiny_adapter, ivon_post, copied)
-    assert not (tmp_path / "evil").exists()

@@ -34,27 +34,6 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize(
-    ("words", "complaint"),
-    [
-        (
-            ["prune", "--scope", "foo", "x"],
-            "'--scope': 'foo' is not one of 'adapter', 'tensor'. See '",
-        ),
-        (["prune", "--ratio", "much", "x"], "'--ratio': 'much' is not a valid float. See '"),
-        (["prune"], "Missing argument 'ADAPTER'. See '"),
-        (["temper", "--taus", "2", "x"], "'--taus'"),
-        (["prun", "x"], "No such command 'prun'"),
-    ],
-)
-def test_a_mistyped_command_line_is_one_line_and_status_2(ivon_post: Callable, words: list[str], complaint: str):
-    result = ivon_post.run(*words)
-    assert result.exit_code == 2
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
-    assert complaint in result.stderr
-
-
 @pytest.mark.parametrize("name", cli.list_commands(click.Context(cli)))
 def test_every_command_has_help(name: str, ivon_post: Callable):
     text = ivon_post(name, "--help")
