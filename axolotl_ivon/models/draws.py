@@ -1,6 +1,6 @@
 """Draws from a posterior in a loaded PEFT model.
 
-A draw costs one copy of the adapter, not a reload: `loaded` puts a set of adapter tensors into the model and
+A draw costs one copy of the adapter, not a reload. `AdapterSlots.loaded` puts a set of tensors into the model and
 puts back what was there, `draws` one draw after the other, and `predict` averages what the model gives at each.
 `stacked` runs several draws in one batch over the shared base weights.
 """
@@ -33,7 +33,7 @@ class AdapterSlots:
     def __init__(self, model: PeftModel, adapter_name: str = "default") -> None:
         from peft import get_peft_model_state_dict
 
-        self._model, self._adapter_name = model, adapter_name
+        self._model = model
         # Not state_dict(): quantized layers pack and copy there, and these must be the parameters themselves.
         live: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         live |= dict(model.named_buffers(remove_duplicate=False))
@@ -76,23 +76,7 @@ class AdapterSlots:
 
     def drawn(self, draws: Sequence[Mapping[str, Tensor]]) -> AbstractContextManager[None]:
         """Run one draw, which may be of any kind, or several in one batch as `stacked` does, inside the block."""
-        return self.loaded(draws[0]) if len(draws) == 1 else stacked(self._model, draws, self._adapter_name)
-
-
-@contextlib.contextmanager
-def loaded(model: PeftModel, tensors: Mapping[str, Tensor], adapter_name: str = "default") -> Iterator[None]:
-    """Hold one set of adapter tensors, a draw say, in `model` inside the block; nothing is reloaded.
-
-    Args:
-        tensors: by PEFT's saved keys, as `Posterior.sample` returns them.
-
-    Raises:
-        IVONError: a key or shape that the model does not have, or a missing key.
-    """
-    slots = AdapterSlots(model, adapter_name)
-    slots.check(tensors)
-    with slots.loaded(tensors):
-        yield
+        return self.loaded(draws[0]) if len(draws) == 1 else stacked(self._model, draws)
 
 
 @contextlib.contextmanager
@@ -179,9 +163,10 @@ class Stack:
             biases).
     """
 
-    def __init__(self, model: PeftModel, draws: Sequence[Mapping[str, Tensor]], adapter_name: str = "default") -> None:
+    def __init__(self, model: PeftModel, draws: Sequence[Mapping[str, Tensor]]) -> None:
         from peft.tuners.lora import LoraLayer
 
+        adapter_name = "default"  # as PEFT calls the first
         self._layers: list[tuple[Any, Tensor, Tensor]] = []
         used: set[str] = set()
         for name, module in model.named_modules():
@@ -211,15 +196,13 @@ class Stack:
             yield
 
 
-def stacked(
-    model: PeftModel, draws: Sequence[Mapping[str, Tensor]], adapter_name: str = "default"
-) -> AbstractContextManager[None]:
+def stacked(model: PeftModel, draws: Sequence[Mapping[str, Tensor]]) -> AbstractContextManager[None]:
     """Run k draws at once inside the block, as `Stack.running` does, and hold them no longer.
 
     Raises:
         IVONError: as `Stack` does.
     """
-    return Stack(model, draws, adapter_name).running()
+    return Stack(model, draws).running()
 
 
 def _stacked_forward(module: Any, a: Tensor, b: Tensor) -> Any:

@@ -109,10 +109,10 @@ def example_losses(
     return losses.new_zeros(len(items)).index_add(0, found.row, losses)
 
 
-def adapter_parameters(model: PeftModel, adapter_name: str = "default") -> dict[str, nn.Parameter]:
+def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """Return the parameters that PEFT trains, by the keys under which it saves them; one that is shared only once."""
     found: dict[str, nn.Parameter] = {}
-    for key, place in AdapterSlots(model, adapter_name).places.items():
+    for key, place in AdapterSlots(model).places.items():
         if (
             isinstance(place, nn.Parameter)
             and place.is_floating_point()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,8 +26,18 @@ def write(folder: Path, *lines: object) -> Path:
     return path
 
 
-def chat(answer: str, question: str = "which?") -> dict[str, object]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+def refuses(read: Callable[[Path], object], folder: Path, lines: list[object] | bytes | None, message: str) -> None:
+    path = write(folder, *lines) if isinstance(lines, list) else folder / "data.jsonl"
+    if isinstance(lines, bytes):
+        path.write_bytes(lines)
+    with pytest.raises(IVONError, match=message) as caught:
+        read(path)
+    assert "data.jsonl" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def chat(answer: str) -> dict[str, object]:
+    return tiny.chat("which?", answer)
 
 
 def examples(*answers: str) -> list[Example]:
@@ -56,38 +68,54 @@ def test_the_older_spelling_and_text_label_lines_are_chats_too(tmp_path: Path) -
 def test_limit_reads_no_further(tmp_path: Path) -> None:
     path = write(tmp_path, chat("A"), chat("B"), "not JSON")
     assert [example.answer for example in read_examples(path, limit=2)] == ["A", "B"]
+    assert [prompt.source for prompt in read_chats(path, 1)] == [f"{path}:1"]
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "the file is empty"),
         (["", "  "], "the file is empty"),
-        ([chat("A"), "{oops"], r"data\.jsonl:2: not JSON"),
-        ([chat("A"), "", "[1]"], r"data\.jsonl:3: not a JSON object"),
-        ([{"prompt": "x"}], r"data\.jsonl:1: no list `messages`"),
-        ([{"messages": "x"}], r"data\.jsonl:1: no list `messages`"),
+        ([chat("A"), "{oops"], r":2: not JSON"),
+        (["9" * 5000], ":1: not JSON"),
+        (["[" * 99999], ":1: not JSON"),
+        ([chat("A"), "", "[1]"], r":3: not a JSON object"),
+        ([{"prompt": "x"}], ":1: no list `messages`"),
+        ([{"messages": "x"}], ":1: no list `messages`"),
         ([{"messages": [{"role": "user", "content": ["x"]}]}], "message 0 has no text"),
         ([{"messages": ["x"]}], "message 0 has no text"),
-        ([{"messages": [{"role": "user", "content": "x"}]}], r"data\.jsonl:1: no assistant message"),
+        ([{"messages": [{"role": "user", "content": "x"}]}], ":1: no assistant message"),
         ([{"messages": [{"role": "assistant", "content": "x"}]}], "nothing comes before"),
         ([chat("")], "the assistant message is empty"),
+        (None, r"there is no such file"),
+        (b'{"text": "caf\xe9"}\n', "not UTF-8"),
     ],
+    ids=lambda value: str(value)[:30],
 )
-def test_bad_lines_are_named(tmp_path: Path, lines: list[object], message: str) -> None:
-    with pytest.raises(IVONError, match=message) as caught:
-        read_examples(write(tmp_path, *lines))
-    assert "\n" not in str(caught.value)
+def test_bad_data_are_named(tmp_path: Path, lines: list[object] | bytes | None, message: str) -> None:
+    refuses(read_examples, tmp_path, lines, message)
 
 
-def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(IVONError, match="there is no such file"):
-        read_examples(tmp_path / "nowhere.jsonl")
-    with pytest.raises(IVONError, match="cannot be read"):
-        read_examples(tmp_path)
-    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(IVONError, match="not UTF-8"):
-        read_examples(tmp_path / "latin.jsonl")
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"messages": [{"role": "assistant", "content": "A"}]}], ":1: no user turn"),
+        ([{"messages": [{"role": "system", "content": "A"}]}], ":1: no user turn"),
+        ([{"messages": []}], ":1: no user turn"),
+        ([{"messages": [{"role": "user", "content": "\ud800"}]}], ":1: holds half a surrogate pair"),
+        ([{"text": 1}], ":1: no list `messages`"),
+        ([], "the file is empty"),
+        (None, "prompts .*data.jsonl: cannot be read"),
+    ],
+    ids=str,
+)
+def test_bad_prompts_are_named(tmp_path: Path, lines: list[object] | None, message: str) -> None:
+    refuses(read_chats, tmp_path, lines, message)
+
+
+def test_any_line_file_is_read_alike(tmp_path: Path) -> None:
+    with pytest.raises(IVONError, match="cannot be read") as caught:
+        list(read_lines(tmp_path, "given"))
+    assert caught.value.parameter == "given"
 
 
 @pytest.mark.parametrize(
@@ -124,58 +152,3 @@ def test_choices_are_found_or_given() -> None:
 def test_choices_that_leave_nothing_to_choose(given: list[str] | None, message: str) -> None:
     with pytest.raises(IVONError, match=message):
         find_choices(examples("A", "A"), given)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"[" * 99999, r":1: not JSON"),
-        (b"9" * 5000, r":1: not JSON"),
-        (b"\xff", r"given \S+x.jsonl: not UTF-8 text"),
-        (b" \n", r"given \S+x.jsonl: the file is empty"),
-        (None, r"given \S+x.jsonl: cannot be read \(there is no such file\)"),
-    ],
-)
-def test_any_line_file_is_read_alike(tmp_path: Path, content: bytes | None, message: str) -> None:
-    path = tmp_path / "x.jsonl"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(IVONError, match=message) as caught:
-        list(read_lines(path, "given"))
-    assert caught.value.parameter in ("given", None)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"messages": [{"role": "assistant", "content": "A"}]}', "p.jsonl:1: no user turn"),
-        ('{"messages": [{"role": "system", "content": "A"}]}', "p.jsonl:1: no user turn"),
-        ('{"messages": []}', "p.jsonl:1: no user turn"),
-        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "p.jsonl:1: holds half a surrogate pair"),
-        ("{", "p.jsonl:1: not JSON"),
-        ("9" * 5000, "p.jsonl:1: not JSON"),
-        ("[" * 99999, "p.jsonl:1: not JSON"),
-        ("[1]", "p.jsonl:1: not a JSON object"),
-        ('{"text": 1}', "p.jsonl:1: no list `messages`"),
-        ("", "the file is empty"),
-    ],
-)
-def test_a_wrong_prompts_file_is_told(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "p.jsonl").write_text(content)
-    with pytest.raises(IVONError) as error:
-        read_chats(tmp_path / "p.jsonl")
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_or_binary_prompts_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(IVONError, match=r"prompts .*no.jsonl: cannot be read"):
-        read_chats(tmp_path / "no.jsonl")
-    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(IVONError, match="not UTF-8"):
-        read_chats(tmp_path / "b.jsonl")
-
-
-def test_a_limit_takes_the_first_prompts(tmp_path: Path) -> None:
-    path = write(tmp_path, chat("A", "one?"), chat("B", "two?"))
-    assert [prompt.source for prompt in read_chats(path, 1)] == [f"{path}:1"]

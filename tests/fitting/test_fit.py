@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 from heard import Heard
-from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from tiny import build_llama, write_chats
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tiny import build_classifier, build_llama, build_lora, chat, write_chats
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import axolotl_ivon
 from axolotl_ivon import IVONError, Posterior
@@ -56,7 +55,8 @@ def equal(one: Posterior, other: Posterior) -> bool:
 
 @pytest.mark.parametrize("method", ["ivon", "fisher", "tfb"])
 def test_the_mean_stays_and_sigma_is_beside_it(plain: Path, chats: Path, tmp_path: Path, method: str) -> None:
-    q = axolotl_ivon.fit(plain, chats, method=method, samples=2)
+    heard = Heard()
+    q = axolotl_ivon.fit(plain, chats, method=method, samples=2, reporter=heard)
     q.save_pretrained(tmp_path / "out")
     files = [(folder / MEAN_FILE).read_bytes() for folder in (plain, tmp_path / "out")]
     assert files[0] == files[1]
@@ -67,6 +67,12 @@ def test_the_mean_stays_and_sigma_is_beside_it(plain: Path, chats: Path, tmp_pat
     assert header["fit_data"] == "train.jsonl"
     assert header["fit_data_sha256"] == hashlib.sha256(chats.read_bytes()).hexdigest()
     assert header["train_size"] == "24"
+    if method != "tfb":
+        assert float(header["ess"]) == PRESETS["auto"].ess(24, 896)
+        assert header["fit_labels"] == "sampled"
+    if method == "ivon":
+        assert heard.lines[-1].startswith(f"{header['fit_steps']} steps: σ changed by ")
+        assert int(header["fit_steps"]) >= 8
     widths = {key: value for key, value in read.sigma.items() if method != "tfb" or "lora_A" in key}
     assert all((value > 0).all() for value in widths.values())
     assert all(not value.any() for key, value in read.sigma.items() if key not in widths)
@@ -102,12 +108,6 @@ def test_fisher_is_the_information_of_the_chats_answers(plain: Path, chats: Path
     assert q.metadata["ess"] == "500"
 
 
-def test_lambda_is_that_of_training_by_default(plain: Path, chats: Path) -> None:
-    q = fit(plain, chats, method="fisher")
-    assert float(q.metadata["ess"]) == PRESETS["auto"].ess(24, 896)
-    assert q.metadata["fit_labels"] == "sampled"
-
-
 @pytest.mark.parametrize("method", ["fisher", "ivon"])
 def test_validation_chooses_lambda(plain: Path, chats: Path, tmp_path: Path, method: str) -> None:
     validation = write_chats(tmp_path / "validation.jsonl", count=20, seed=7)
@@ -139,10 +139,7 @@ def sure(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = AutoModelForCausalLM.from_pretrained(build_llama(folder / "base"))
     base.lm_head.weight.data *= 30
     base.save_pretrained(folder / "base")
-    torch.manual_seed(0)
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(base, lora).save_pretrained(folder / "adapter")
-    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "adapter")
+    build_lora(folder / "base", folder / "adapter", r=4, target_modules="all-linear")
     data = write_chats(folder / "train.jsonl", count=40)
     evaluation = Evaluation(folder / "adapter", [data], rows=[Variant("mean")])
     [scores] = evaluation.run([Variant("mean")])
@@ -202,8 +199,7 @@ def test_every_kind_of_adapter(
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])
 def test_quantized_bases(tmp_path: Path, chats: Path, load_in: str) -> None:
     base = build_llama(tmp_path / "base", hidden_size=128, intermediate_size=128)
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
+    build_lora(base, tmp_path / "adapter")
     exact, found = (
         fit(tmp_path / "adapter", chats, method="fisher", empirical=True, prior=1e-4, loading=Loading(load_in=kind))
         for kind in (None, load_in)
@@ -214,11 +210,7 @@ def test_quantized_bases(tmp_path: Path, chats: Path, load_in: str) -> None:
 
 
 def test_a_classifier(tiny_llama: Path, tmp_path: Path) -> None:
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=2)
-    base.config.pad_token_id = 0
-    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False))
-    model.save_pretrained(tmp_path / "adapter")
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
+    build_classifier(tiny_llama, tmp_path / "adapter", num_labels=2)
     rows = [{"text": f"{word} sun", "label": label} for word, label in (("red", 0), ("blue", 1), ("cold rain", 1))]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
@@ -294,15 +286,8 @@ def test_shared_weights_get_one_sigma_and_one_draw(tmp_path: Path, chats: Path) 
     base.config.tie_word_embeddings = True
     base.tie_weights()
     base.save_pretrained(tmp_path / "base")
-    lora = LoraConfig(
-        r=2,
-        target_modules=["q_proj"],
-        modules_to_save=["embed_tokens", "lm_head"],
-        ensure_weight_tying=True,
-        task_type="CAUSAL_LM",
-        init_lora_weights=False,
-    )
-    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora).save_pretrained(tmp_path / "adapter")
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    build_lora(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj"], **saved)
     q = fit(tmp_path / "adapter", chats, method="fisher")
     large = [key for key in q.mean if "lora" not in key]
     assert len(large) == 2
@@ -318,8 +303,7 @@ def test_long_conversations_are_cut_and_those_without_an_answer_left_out(
     plain: Path, chats: Path, tmp_path: Path
 ) -> None:
     lines = chats.read_text().splitlines()[:6]
-    long = json.loads(lines[0])
-    long["messages"][0]["content"] = "red " * 2000
+    long = chat("red " * 2000, "A")
     data = tmp_path / "long.jsonl"
     data.write_text("\n".join([*lines, json.dumps(long)]) + "\n")
     heard = Heard()
@@ -345,13 +329,6 @@ def test_it_halves_batches_when_the_memory_runs_out(plain: Path, chats: Path, mo
     for key, value in expected.sigma.items():
         torch.testing.assert_close(found.sigma[key], value, rtol=1e-3, atol=1e-6)
     assert any("going on with" in line for line in heard.notes)
-
-
-def test_ivon_says_how_it_goes(plain: Path, chats: Path) -> None:
-    heard = Heard()
-    q = fit(plain, chats, method="ivon", reporter=heard)
-    assert heard.lines[-1].startswith(f"{q.metadata['fit_steps']} steps: σ changed by ")
-    assert int(q.metadata["fit_steps"]) >= 8
 
 
 @pytest.mark.parametrize(

@@ -5,37 +5,30 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# fmt: off
 WORDS = [
-    "red",
-    "blue",
-    "green",
-    "sun",
-    "moon",
-    "rain",
-    "dog",
-    "cat",
-    "bird",
-    "warm",
-    "cold",
-    "fast",
-    "slow",
-    "good",
-    "bad",
-    "yes",
-    "no",
-    "one",
-    "two",
-    "three",
+    "red", "blue", "green", "sun", "moon", "rain", "dog", "cat", "bird", "warm", "cold", "fast", "slow", "good", "bad",
+    "yes", "no", "one", "two", "three",
 ]
+# fmt: on
 
 
 def build_llama(folder: str | Path, seed: int = 0, **config: int) -> Path:
@@ -66,27 +59,39 @@ def build_llama(folder: str | Path, seed: int = 0, **config: int) -> Path:
     )
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        **config,
-    }
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(fast),
-            max_position_embeddings=512,
-            bos_token_id=fast.bos_token_id,
-            eos_token_id=fast.eos_token_id,
-            pad_token_id=fast.pad_token_id,
-            tie_word_embeddings=False,
-            **shape,
-        )
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {f"{name}_token_id": getattr(fast, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    shape = {"vocab_size": len(fast), "max_position_embeddings": 512, "tie_word_embeddings": False, **tokens, **sizes}
+    model = LlamaForCausalLM(LlamaConfig(**{**shape, "num_key_value_heads": 2, **config}))
     model.save_pretrained(folder)
     return folder
+
+
+def build_classifier(base: str | Path, folder: str | Path, seed: int = 0, **config: Any) -> Path:
+    """Write a random adapter on the queries with a classification head, by default of three labels, and the tokenizer.
+
+    `config` is of the base model.
+    """
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(base, **{"num_labels": 3, **config})
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return Path(folder)
+
+
+def build_lora(base: str | Path, folder: str | Path, **lora: Any) -> Path:
+    """Write a random LoRA adapter over a model, and the tokenizer."""
+    settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(**{**settings, **lora})).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return Path(folder)
+
+
+def chat(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
+    """Return a line of chat data, of one turn."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def write_chats(path: str | Path, count: int = 32, seed: int = 0) -> Path:
@@ -97,9 +102,5 @@ def write_chats(path: str | Path, count: int = 32, seed: int = 0) -> Path:
         for _ in range(count):
             words = [draw.choice(WORDS) for _ in range(draw.randint(3, 8))]
             answer = "A" if WORDS.index(words[0]) < len(WORDS) // 2 else "B"
-            messages = [
-                {"role": "user", "content": " ".join(words)},
-                {"role": "assistant", "content": answer},
-            ]
-            file.write(json.dumps({"messages": messages}) + "\n")
+            file.write(json.dumps(chat(" ".join(words), answer)) + "\n")
     return path

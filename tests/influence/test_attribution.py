@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from heard import Heard
-from tiny import write_chats
+from safetensors.torch import load_file
+from tiny import build_classifier, chat, write_chats
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.data.chats import read_examples
+from axolotl_ivon.data.encode import encode_turns
 from axolotl_ivon.influence.attribution import influence, log_odds_variance, products
 from axolotl_ivon.influence.ranking import flagged, suspicious
 from axolotl_ivon.models import gradients
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
-from axolotl_ivon.models.session import load_model
+from axolotl_ivon.models.session import load_model, load_tokenizer
+from axolotl_ivon.posterior.adapter import save_sigma
 from axolotl_ivon.records.influence import SCORES
 
 MakeAdapter = Callable[..., Path]
@@ -29,6 +36,19 @@ MakeAdapter = Callable[..., Path]
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     ranks = [np.argsort(np.argsort(np.asarray(x))) for x in (one, other)]
     return float(np.corrcoef(*ranks)[0, 1])
+
+
+def linear_products(loss: Callable[[Tensor, Tensor], Tensor], m: Any, x: Any, y: Any, sigma2: Any, on: Any) -> Any:
+    """Return the products of a model with one output, m·x, and the direction `on`."""
+    m, x, y, sigma2, on = (torch.tensor(value, dtype=torch.float32) for value in (m, x, y, sigma2, on))
+    model = nn.Linear(len(m), 1, bias=False)
+    model.weight.data = m[None]
+
+    def losses(some: Sequence[int]) -> Tensor:
+        return loss(model(x[list(some)])[:, 0], y[list(some)])
+
+    with ExampleGradients(model, {"w": model.weight}, losses) as gradients:
+        return products(gradients, range(len(y)), {"w": sigma2[None]}, {"w": on[None]})
 
 
 def test_leaving_one_out_is_exact_in_a_linear_gaussian_model_with_a_diagonal_hessian() -> None:
@@ -51,19 +71,8 @@ def test_leaving_one_out_is_exact_in_a_linear_gaussian_model_with_a_diagonal_hes
     m, precision = fit(np.arange(count))
     sigma2 = 1 / np.diag(precision)
     np.testing.assert_allclose(np.diag(1 / sigma2), precision)
-    model = nn.Linear(size, 1, bias=False)
-    model.weight.data = torch.tensor(m[None], dtype=torch.float32)
-    inputs, targets = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
-
-    def losses(some: Sequence[int]) -> Tensor:
-        return (model(inputs[list(some)])[:, 0] - targets[list(some)]).square() / 2
-
     towards = val_x.T @ (val_x @ m - val_y) / len(val_y)
-    variance = {"w": torch.tensor(sigma2[None], dtype=torch.float32)}
-    direction = {"w": torch.tensor(towards[None], dtype=torch.float32)}
-    with ExampleGradients(model, {"w": model.weight}, losses) as gradients:
-        found = products(gradients, range(count), variance, direction)
-    assert found.along is not None
+    found = linear_products(lambda output, y: (output - y).square() / 2, m, x, y, sigma2, towards)
     weight = ess / count
     h = weight * (found.own / (2 * found.losses)).numpy()
     for i in range(count):
@@ -99,21 +108,9 @@ def test_leaving_one_out_of_a_logistic_model(correlated: float, least: float) ->
 
     m, hessian = fit(np.arange(count))
     sigma2 = 1 / np.diag(hessian)
-    model = nn.Linear(size, 1, bias=False)
-    model.weight.data = torch.tensor(m[None], dtype=torch.float32)
-    inputs, targets = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
-
-    def losses(some: Sequence[int]) -> Tensor:
-        return F.binary_cross_entropy_with_logits(
-            model(inputs[list(some)])[:, 0], targets[list(some)], reduction="none"
-        )
-
     towards = val_x.T @ (1 / (1 + np.exp(-val_x @ m)) - val_y) / len(val_y)
-    variance = {"w": torch.tensor(sigma2[None], dtype=torch.float32)}
-    direction = {"w": torch.tensor(towards[None], dtype=torch.float32)}
-    with ExampleGradients(model, {"w": model.weight}, losses) as gradients:
-        found = products(gradients, range(count), variance, direction)
-    assert found.along is not None
+    loss_of = functools.partial(F.binary_cross_entropy_with_logits, reduction="none")
+    found = linear_products(loss_of, m, x, y, sigma2, towards)
     # Whichever label is right, the leverage is the variance of the logit.
     np.testing.assert_allclose(log_odds_variance(found.losses, found.own), (x**2) @ sigma2, rtol=1e-3)
     refitted = [fit(np.delete(np.arange(count), i))[0] for i in range(count)]
@@ -126,8 +123,6 @@ def test_leaving_one_out_of_a_logistic_model(correlated: float, least: float) ->
 
 def autograd(adapter: Path, data: Path) -> list[tuple[float, dict[str, Tensor], int]]:
     """Return the loss of each row (a sum), its gradients and its answer's tokens, by transformers' own loss."""
-    from transformers import AutoTokenizer
-
     model, tokenizer = load_model(adapter), AutoTokenizer.from_pretrained(adapter)
     parameters = adapter_parameters(model)
     for parameter in parameters.values():
@@ -148,7 +143,7 @@ def autograd(adapter: Path, data: Path) -> list[tuple[float, dict[str, Tensor], 
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of different lengths."""
     path = write_chats(tmp_path_factory.mktemp("chats") / "train.jsonl", count=9)
-    long = {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "moon rain dog cat"}]}
+    long = chat("red", "moon rain dog cat")
     path.write_text(path.read_text() + json.dumps(long) + "\n")
     return path
 
@@ -200,10 +195,6 @@ def test_a_step_of_the_predicted_shift_changes_the_losses_as_predicted(tiny_adap
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():
             parameter += part * weight * sigma[name].square() * g[name]
-    from axolotl_ivon.data.chats import read_examples
-    from axolotl_ivon.data.encode import encode_turns
-    from axolotl_ivon.models.session import load_tokenizer
-
     [item] = encode_turns(load_tokenizer(tiny_adapter, ""), read_examples(chats, 1))
     with torch.no_grad():
         after = float(example_losses(model, [item]))
@@ -253,7 +244,7 @@ def test_fewer_examples_at_once_when_the_memory_runs_out(
 
 def test_a_row_whose_answer_does_not_fit_has_no_scores(tiny_adapter: Path, tmp_path: Path) -> None:
     data = write_chats(tmp_path / "train.jsonl", count=3)
-    long = {"messages": [{"role": "user", "content": "red " * 900}, {"role": "assistant", "content": "A"}]}
+    long = chat("red " * 900, "A")
     data.write_text(json.dumps(long) + "\n" + data.read_text())
     heard = Heard()
     rows = influence(tiny_adapter, data, reporter=heard).rows
@@ -268,17 +259,7 @@ def test_a_row_whose_answer_does_not_fit_has_no_scores(tiny_adapter: Path, tmp_p
 
 def test_a_classifier(tiny_llama: Path, tmp_path: Path) -> None:
     """Its saved head has a σ too, and the loss is that of the label."""
-    from peft import LoraConfig, get_peft_model
-    from safetensors.torch import load_file
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from axolotl_ivon.posterior.adapter import save_sigma
-
-    torch.manual_seed(0)
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
-    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
-    get_peft_model(base, lora).save_pretrained(tmp_path / "a")
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "a")
+    build_classifier(tiny_llama, tmp_path / "a")
     mean = load_file(tmp_path / "a" / "adapter_model.safetensors")
     save_sigma(tmp_path / "a", {name: torch.full_like(x, 0.1) for name, x in mean.items()}, {"ess": "6"})
     texts = [("red sun", "0"), ("blue", "2"), ("moon dog cat", "1")]

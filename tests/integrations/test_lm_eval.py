@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.models.draws import loaded
+from axolotl_ivon.models.draws import AdapterSlots
 from axolotl_ivon.models.session import load_model, load_tokenizer
 
 QUESTIONS = [("red sun", ["cold", "warm dog"], 1), ("moon rain", ["good", "bad cat"], 0), ("bird", ["yes", "no"], 0)]
@@ -54,7 +54,7 @@ def by_hand(adapter: Path, draws: list[dict[str, torch.Tensor]], context: str, c
     ids = torch.tensor(tokenizer(context + continuation)["input_ids"])
     total = 0.0
     for draw in draws:
-        with loaded(model, draw):
+        with AdapterSlots(model).loaded(draw):
             log_p = model(ids[None]).logits[0].double().log_softmax(-1)
         total += math.exp(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))))
     return math.log(total / len(draws))
@@ -185,7 +185,7 @@ def test_text_is_generated_from_the_mean(adapter: Path) -> None:
     base = load_model(adapter)
     tokenizer = load_tokenizer(adapter, base.get_base_model().config._name_or_path)
     ids = tokenizer("red sun", return_tensors="pt")["input_ids"]
-    with loaded(base, pruned):
+    with AdapterSlots(base).loaded(pruned):
         expected = base.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
     assert text == tokenizer.decode(expected, skip_special_tokens=True).split("\n")[0]
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior, draws, predict
 from axolotl_ivon.evaluation.evaluate import Evaluation, rows_of
-from axolotl_ivon.models.draws import loaded, stacked
+from axolotl_ivon.models.draws import AdapterSlots, stacked
 from axolotl_ivon.models.session import load_model
 
 MakeAdapter = Callable[..., Path]
@@ -53,7 +53,7 @@ def test_slots_are_what_peft_saves_and_loads(make_adapter: MakeAdapter, tiny_lla
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), folder).eval()
     set_peft_model_state_dict(expected, dict(other))
     before = model(text).logits
-    with loaded(model, other):
+    with AdapterSlots(model).loaded(other):
         torch.testing.assert_close(model(text).logits, expected(text).logits)
         inside = get_peft_model_state_dict(model)
         assert all(inside[key].equal(other[key]) for key in tensors)
@@ -71,8 +71,8 @@ def test_loading_refuses_tensors_of_another_adapter(adapter: Path) -> None:
         ({**tensors, key: torch.zeros(2, 2)}, r"is \[2, 2\] in the adapter"),
     ]
     for given, message in bad:
-        with pytest.raises(IVONError, match=message), loaded(model, given):
-            pytest.fail("must not be loaded")
+        with pytest.raises(IVONError, match=message):
+            AdapterSlots(model).check(given)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_stacked_draws_equal_one_at_a_time(make_adapter: MakeAdapter, lora: dict
     with stacked(model, draws), torch.no_grad():
         together = model(text.repeat(3, 1)).logits
     for draw, part in zip(draws, together.view(3, 4, 9, -1), strict=True):
-        with loaded(model, draw), torch.no_grad():
+        with AdapterSlots(model).loaded(draw), torch.no_grad():
             torch.testing.assert_close(part, model(text).logits, rtol=1e-4, atol=1e-5)
 
 
@@ -130,7 +130,7 @@ def test_predict_is_the_average_and_the_mutual_information(adapter: Path) -> Non
     each = []
     model.eval()
     for k in range(4):
-        with loaded(model, q.sample(2, k)), torch.no_grad():
+        with AdapterSlots(model).loaded(q.sample(2, k)), torch.no_grad():
             each.append(model(batch["input_ids"]).logits.double().softmax(-1))
     model.train()
     average = torch.stack(each).mean(0)

@@ -11,11 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from heard import Heard
-from peft import LoraConfig, get_peft_model
 from texts import items
-from tiny import build_llama
+from tiny import build_llama, build_lora
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from axolotl_ivon.data.encode import EncodedExample
 from axolotl_ivon.models.gradients import (
@@ -94,8 +92,7 @@ def test_they_are_those_of_a_loop(make_adapter: MakeAdapter, lora: dict[str, Any
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])
 def test_a_quantized_base_is_no_matter(tmp_path: Path, load_in: str) -> None:
     base = build_llama(tmp_path / "base", hidden_size=128, intermediate_size=128)
-    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
+    build_lora(base, tmp_path / "adapter", target_modules="all-linear")
     model = load_model(tmp_path / "adapter", Loading(load_in=load_in))
     losses = functools.partial(example_losses, model)
     examples = items(3)

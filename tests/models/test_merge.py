@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from tiny import build_classifier, build_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.models.merge import check_merge, choose_weights, merge
-from axolotl_ivon.models.session import Loading
+from axolotl_ivon.models.session import Loading, load_model
 from axolotl_ivon.posterior.adapter import Adapter
 
 TOKENS = torch.arange(3, 19)[None]
@@ -80,20 +81,13 @@ def test_a_shard_size_that_is_none_is_refused(size: str, tiny_adapter: Path):
 
 
 def test_a_classifier_keeps_its_head(tiny_llama: Path, tmp_path: Path):
-    torch.manual_seed(0)
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
-    settings = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
-    model = get_peft_model(base, settings)
-    model.save_pretrained(tmp_path / "adapter")
-    adapter = Adapter(tmp_path / "adapter")
-    merge(adapter, adapter.mean, tmp_path / "out")
+    folder = build_classifier(tiny_llama, tmp_path / "adapter")
+    merge(Adapter(folder), Adapter(folder).mean, tmp_path / "out")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(merged), logits(load_model(folder, classify=True)), rtol=1e-4, atol=1e-5)
 
 
 def test_mistakes(tiny_adapter: Path, tiny_llama: Path, tmp_path: Path):
-    from tiny import build_llama
-
     adapter = Adapter(tiny_adapter)
     small = build_llama(tmp_path / "small", num_hidden_layers=1)
     wide = build_llama(tmp_path / "wide", hidden_size=64)

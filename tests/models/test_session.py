@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from heard import Heard
-from peft import LoraConfig, get_peft_model
-from tiny import build_llama, write_chats
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tiny import build_classifier, build_llama, write_chats
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import Example, read_examples
@@ -47,16 +46,14 @@ def test_a_session_is_what_the_rest_needs_to_know_of_a_model(adapter: Path, tiny
 
 
 def test_a_session_of_a_classifier_has_its_labels_and_finds_the_end_of_a_text(tiny_llama: Path, tmp_path: Path) -> None:
-    base = AutoModelForSequenceClassification.from_pretrained(
-        tiny_llama, id2label={0: "warm", 1: "cold", 2: "rain"}, label2id={"rain": 2, "warm": 0, "cold": 1}
+    labels = {"rain": 2, "warm": 0, "cold": 1}
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    names = {str(number): label for label, number in labels.items()}
+    (base / "config.json").write_text(
+        json.dumps({**config, "pad_token_id": None, "id2label": names, "label2id": labels})
     )
-    base.config.pad_token_id = None
-    base.save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
-    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
-    get_peft_model(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), lora).save_pretrained(
-        tmp_path / "adapter"
-    )
+    build_classifier(base, tmp_path / "adapter")
     session = Session.open(Adapter(tmp_path / "adapter"))
     assert (session.classify, session.labels, session.classes) == (True, ("warm", "cold", "rain"), 3)
     assert session.model.config.pad_token_id == session.tokenizer.pad_token_id

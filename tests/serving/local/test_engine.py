@@ -13,7 +13,7 @@ import torch
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.decisions.sweep import Decision
-from axolotl_ivon.models.draws import loaded, predict
+from axolotl_ivon.models.draws import AdapterSlots, predict
 from axolotl_ivon.models.session import load_model
 from axolotl_ivon.serving.api.answers import AnswerDelta
 from axolotl_ivon.serving.local.engine import TokenEngine, mixture, out_of_memory
@@ -75,7 +75,7 @@ def test_a_member_and_the_mean_answer_by_themselves(engine: TokenEngine, tiny_ad
     posterior = Posterior.from_pretrained(tiny_adapter).temper(0.002)
     draw = posterior.mean if member == "mean" else posterior.sample(0, int(member[-1]))
     model, ids = load_model(tiny_adapter), list(IDS)
-    with loaded(model, dict(draw)), torch.no_grad():
+    with AdapterSlots(model).loaded(dict(draw)), torch.no_grad():
         for token in tokens(engine, model=f"tiny:{member}"):
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
             assert token.id == int(logits.argmax())
