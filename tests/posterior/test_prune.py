@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.plugins import plugin_manager
-from axolotl_ivon.posterior import prune
+from axolotl_ivon.posterior import default_hooks, prune
 from axolotl_ivon.posterior.prune import CRITERIA, Pruning, criteria, pruning_masks
 from axolotl_ivon.posterior.tensors import Tensors
 
@@ -137,8 +137,8 @@ def test_what_is_out_of_range_or_unknown_is_refused(arguments: tuple, parameter:
 
 
 def test_the_criteria_that_ship_come_through_the_hook():
-    assert plugin_manager().is_registered(prune)
-    assert prune.pruning_criteria() == CRITERIA
+    assert plugin_manager().is_registered(default_hooks)
+    assert default_hooks.pruning_criteria() == CRITERIA
     assert criteria().items() >= CRITERIA.items()
     assert list(CRITERIA) == ["snr", "sigma", "magnitude", "random"]
 
