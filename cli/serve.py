@@ -104,13 +104,14 @@ def command(
         -d '{"model": "adapter", "messages": [{"role": "user", "content": "Is a whale a fish?"}]}'
       ivon-post serve ensemble/ --endpoint http://10.0.0.5:8000 --endpoint http://10.0.0.6:8000 --port 9000
     """
-    from axolotl_ivon.serving.start import KEY_VARIABLE, Address, check_packages
+    from axolotl_ivon.serving.start import KEY_VARIABLE, check_key, check_packages
 
     check_packages()
     from axolotl_ivon.serving.api.backend import Limits
     from axolotl_ivon.serving.api.http import bind, run
 
-    address = Address(server["host"], server["port"], os.environ.get(KEY_VARIABLE))
+    host, api_key = server["host"], os.environ.get(KEY_VARIABLE)
+    check_key(host, api_key)
     decided = decision(point.recommended)
     max_queue = server["max_queue"]
     if max_queue is None:
@@ -125,14 +126,15 @@ def command(
 
     def proxy() -> Backend:
         from axolotl_ivon.errors import IVONError
-        from axolotl_ivon.serving.start import Combining, proxy_backend
+        from axolotl_ivon.serving.proxy.proxy import Combining
+        from axolotl_ivon.serving.start import proxy_backend
 
         if (draws["seed"], point.tau, point.ratio) != (None, None, None):
             raise IVONError("--endpoint: the members are drawn already; give --tau, --ratio and --seed to `sample`")
         names = {"name": server["name"], "samples": draws["samples"]}
         return proxy_backend(adapter, endpoints, decided, limits, Combining(**combining), **names)
 
-    with bind(address.host, address.port) as bound:
+    with bind(host, server["port"]) as bound:
         with terminal.progress() as progress:
             backend = proxy() if endpoints else local(progress)
             score = "agreement" if endpoints and combining["combine"] != "rescore" else "probability"
@@ -142,11 +144,10 @@ def command(
                 )
         from axolotl_ivon.serving.api.app import Guard, make_app
 
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        url, models = f"http://{host}:{bound.getsockname()[1]}", list(backend.models)
+        url, models = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}", list(backend.models)
 
         def ready() -> None:
             lines = {"url": url, "model": models[0], "page": f"{url}/"}
             terminal.finish({"url": url, "models": models}, *(f"{word:<6} {value}" for word, value in lines.items()))
 
-        run(make_app(backend, Guard(address.api_key, timeout=limits.timeout + 60)), bound, ready)
+        run(make_app(backend, Guard(api_key, timeout=limits.timeout + 60)), bound, ready)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,34 +16,11 @@ from ..reporter import SILENT, Reporter
 if TYPE_CHECKING:
     from ..decisions.sweep import Decision
     from .api.backend import Backend, Limits
+    from .proxy.proxy import Combining
 
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "aiohttp")
 _START_TIMEOUT = 10.0  # seconds for a server to list its models
 KEY_VARIABLE = "IVON_API_KEY"
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where to listen, and the key that clients need.
-
-    Raises:
-        IVONError: others could reach the server without a key.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-
-    def __post_init__(self) -> None:
-        from .api.http import is_loopback
-
-        if self.api_key == "":
-            raise IVONError(f"{KEY_VARIABLE} is empty: an empty key keeps nobody out; unset it or choose one")
-        if self.api_key is None and not is_loopback(self.host):
-            raise IVONError(
-                f"{param_ref('host')} {self.host}: others can reach it; set a key with {KEY_VARIABLE}, or stay with "
-                "127.0.0.1"
-            )
 
 
 @dataclass(frozen=True)
@@ -64,21 +40,16 @@ class Drawing:
     prune_ratio: float = 0.0
 
 
-@dataclass(frozen=True)
-class Combining:
-    """How servers are asked, and how one of their answers is chosen.
+def check_key(host: str, api_key: str | None) -> None:
+    """Raise IVONError if others could reach a server at `host` without a key."""
+    from .api.http import is_loopback
 
-    Attributes:
-        combine: "rescore" for the largest average probability, else the utility of minimum Bayes risk decoding.
-        answer_regex: of that utility (`generation.utilities`).
-        candidates: the number of answers of each member.
-        concurrency: requests at a time to each server.
-    """
-
-    combine: str = "exact"
-    answer_regex: str | None = None
-    candidates: int = 4
-    concurrency: int = 256
+    if api_key == "":
+        raise IVONError(f"{KEY_VARIABLE} is empty: an empty key keeps nobody out; unset it or choose one")
+    if api_key is None and not is_loopback(host):
+        raise IVONError(
+            f"{param_ref('host')} {host}: others can reach it; set a key with {KEY_VARIABLE}, or stay with 127.0.0.1"
+        )
 
 
 def check_packages() -> None:
@@ -126,7 +97,7 @@ def local_backend(
     session = Session.open(posterior, loading, reporter)
     from ..data.chats import Chat
     from ..data.encode import render
-    from .local.engine import TokenEngine, out_of_memory
+    from .local.engine import TokenEngine
     from .local.queue import Local
 
     reporter.begin(f"drawing {drawing.samples} members")
@@ -141,7 +112,7 @@ def local_backend(
             return prompt  # type: ignore[no-any-return]
         return render(tokenizer, [Chat(tuple(prompt), None, "messages")])[0].ids
 
-    return Local(engine, encode, limits, out_of_memory)
+    return Local(engine, encode, limits)
 
 
 def proxy_backend(
@@ -160,7 +131,8 @@ def proxy_backend(
         folder: the ensemble that `ivon-post sample --serve vllm` wrote.
         endpoints: the servers' addresses; each serves every member.
         decision: as `local_backend` has it.
-        samples: the first draws only.
+        name: of the answer of all members; the ensemble's own by default.
+        samples: the first draws only; None: all.
 
     Raises:
         IVONError: the folder is no ensemble, or a server does not answer or lacks a member.
@@ -168,21 +140,15 @@ def proxy_backend(
     from ..generation.endpoint import EndpointEngine
     from ..generation.ensemble import Ensemble
     from ..generation.plan import Plan
-    from ..generation.utilities import UTILITIES, AnswerExtractor
-    from .proxy.mixture import by_risk
-    from .proxy.proxy import Mixing, Proxy
+    from .proxy.proxy import Proxy
     from .proxy.upstream import UpstreamPool
 
     name = served_name(name, folder)
     ensemble = Ensemble(folder)
-    members = ensemble.draws if samples is None else ensemble.members(Plan(n=samples, per_model=1))
-    members = ["mean", *members] if ensemble.has_mean else members
-    choose = None
-    if combining.combine != "rescore":
-        answers = AnswerExtractor(combining.answer_regex)
-        utility = UTILITIES[combining.combine](answers)
-        choose = functools.partial(by_risk, utility=utility, answers=answers, decision=decision)
+    draws = ensemble.draws if samples is None else ensemble.members(Plan(n=samples, per_model=1))
+    members = ["mean", *draws] if ensemble.has_mean else draws
+    pool = UpstreamPool(endpoints, combining.concurrency, limits.timeout)
+    proxy = Proxy(pool, name, members, combining, decision, limits)
     for url in endpoints:
         EndpointEngine(url, members, Plan(), timeout=_START_TIMEOUT)  # asks the server for its models
-    pool = UpstreamPool(endpoints, combining.concurrency, limits.timeout)
-    return Proxy(pool, name, members, Mixing(choose, combining.candidates, decision.threshold), limits)
+    return proxy

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Generator
 
 from axolotl_ivon.serving.api.answers import AnswerDelta, certainty
-from axolotl_ivon.serving.local.request import GenerationRequest
+from axolotl_ivon.serving.local.engine import GenerationRequest
 
 
 class SlowEngine:

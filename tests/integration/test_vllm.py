@@ -127,7 +127,8 @@ def test_the_server_in_front_of_it(served: tuple[Path, str], combine: str) -> No
 
     from axolotl_ivon.decisions.sweep import Decision
     from axolotl_ivon.serving.api.backend import Limits
-    from axolotl_ivon.serving.start import Combining, proxy_backend
+    from axolotl_ivon.serving.proxy.proxy import Combining
+    from axolotl_ivon.serving.start import proxy_backend
 
     folder, url = served
     asked = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 12, "temperature": 0}

@@ -15,18 +15,17 @@ from axolotl_ivon.decisions.sweep import Decision
 from axolotl_ivon.models.session import Loading
 from axolotl_ivon.serving.api.backend import Limits
 from axolotl_ivon.serving.api.protocol import ChatRequest, CompletionRequest, read_request
-from axolotl_ivon.serving.start import Address, Drawing, check_packages, local_backend, served_name
+from axolotl_ivon.serving.start import Drawing, check_key, check_packages, local_backend, served_name
 
 
 def test_only_this_machine_is_served_without_a_key() -> None:
-    Address()
-    Address("::1")
-    Address("0.0.0.0", 8000, "secret")
+    for host, key in (("127.0.0.1", None), ("::1", None), ("0.0.0.0", "secret")):
+        check_key(host, key)
     for host in ("0.0.0.0", "192.168.0.7", "::"):
         with pytest.raises(IVONError, match="others can reach it; set a key with IVON_API_KEY"):
-            Address(host)
+            check_key(host, None)
     with pytest.raises(IVONError, match="an empty key keeps nobody out"):
-        Address(api_key="")
+        check_key("127.0.0.1", "")
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .answers import AnswerDelta
+from .answers import AnswerDelta, Token
 
 MAX_CHOICES = 16
 _MAX_STOPS = 16
@@ -220,6 +220,7 @@ class Writer:
             "created": int(time.time()),
             "model": request.model,
         }
+        self._tokens: list[list[Token]] = [[] for _ in range(choices)]
         self._offsets = [0] * choices
         self._roles_due = set(range(choices)) if self._chat else set()
         self._unfinished = choices
@@ -229,7 +230,7 @@ class Writer:
         """Return the response with all deltas."""
         answers: list[list[AnswerDelta]] = [[] for _ in range(self._choices)]
         for delta in deltas:
-            answers[delta.number].append(delta)
+            answers[delta.number].append(self._with_its_tokens(delta))
         choices = []
         for index, parts in enumerate(answers):
             text = "".join(part.text for part in parts)
@@ -243,7 +244,7 @@ class Writer:
 
     def chunks(self, delta: AnswerDelta) -> Iterable[dict[str, Any]]:
         """Yield the events of a stream for one delta."""
-        index = delta.number
+        index, delta = delta.number, self._with_its_tokens(delta)
         if index in self._roles_due:
             self._roles_due.remove(index)
             role = {"delta": {"role": "assistant", "content": ""}}
@@ -267,6 +268,16 @@ class Writer:
         if self._with_usage:
             yield {**self._chunk([]), "usage": usage, "ivon": self._first}
 
+    def _with_its_tokens(self, delta: AnswerDelta) -> AnswerDelta:
+        """Return a delta without tokens if the request asks for none, else the last with those of the whole answer."""
+        if not self._with_tokens:
+            return delta._replace(tokens=())
+        tokens = self._tokens[delta.number]
+        tokens += delta.tokens
+        if delta.ivon is None or (delta.text and not tokens):  # the tokens of some answers are unknown
+            return delta
+        return delta._replace(ivon=delta.ivon | {"tokens": [token.certainty() for token in tokens]})
+
     def _chunk(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         usage = {"usage": None} if self._with_usage else {}
@@ -274,7 +285,7 @@ class Writer:
 
     def _choice(self, delta: AnswerDelta, content: Mapping[str, Any]) -> dict[str, Any]:
         logprobs = None
-        if self._with_tokens and (delta.tokens or not delta.text):  # the tokens of some answers are unknown
+        if self._with_tokens and (delta.tokens or not delta.text):
             logprobs = self._chat_tokens(delta) if self._chat else self._completion_tokens(delta)
         choice = {"index": delta.number, **content, "logprobs": logprobs, "finish_reason": delta.finish}
         # The response has `ivon` of a single answer; each of several has its own.

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,13 +24,36 @@ from ...models.draws import Stack, evaluating
 from ...models.forward import CachedForward, end_tokens
 from ...noise import generator
 from ..api.answers import LEAST_LOGPROB, AnswerDelta, Token, certainty_of
-from .request import GenerationRequest
 from .text import GrowingText
 
 if TYPE_CHECKING:
     from ...decisions.sweep import Decision
     from ...models.session import Session
     from ...posterior.posterior import Posterior
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt, and how to generate its answers.
+
+    Attributes:
+        model: the served name, one of the engine's.
+        ids: the prompt's tokens.
+        n: the number of answers.
+        max_tokens: of each, the token that ends it included.
+        top: the number of likeliest tokens to return at each place; None: no tokens are returned.
+        seed: of the answers.
+    """
+
+    model: str
+    ids: tuple[int, ...]
+    n: int = 1
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    top: int | None = None
+    seed: int = 0
 
 
 class TokenEngine:
@@ -87,7 +111,8 @@ class TokenEngine:
         members = which.stop - which.start
         decoder = _Decoder(self, which)
         bits = [generator("serve", request.seed, index).bit_generator for index in range(request.n)]
-        answers = [_Answer(GrowingText(self._decode, request.stop)) for _ in range(request.n)]
+        certainty = functools.partial(certainty_of, members=members, threshold=self._decision.threshold)
+        answers = [_Answer(index, GrowingText(self._decode, request.stop), certainty) for index in range(request.n)]
         alive = list(range(request.n))
         logits = decoder.begin(request.ids).expand(members, request.n, -1)
         for step in range(request.max_tokens):
@@ -98,14 +123,10 @@ class TokenEngine:
             chosen = next_tokens(mixed[0], uniform, request.temperature, request.top_p)
             deltas, rows = [], []
             for row, token in enumerate(self._tokens(*mixed, chosen, request.top)):
-                answer = answers[alive[row]]
-                delta = answer.step(alive[row], token, token.id in self._ends, step + 1 == request.max_tokens)
-                if delta.finish:
-                    ivon = answer.certainty(members, self._decision.threshold, request.top is not None)
-                    delta = delta._replace(ivon=ivon)
-                else:
-                    rows.append(row)
+                delta = answers[alive[row]].step(token, token.id in self._ends, step + 1 == request.max_tokens)
                 deltas.append(delta)
+                if not delta.finish:
+                    rows.append(row)
             yield deltas
             if not rows:
                 return
@@ -157,12 +178,11 @@ def mixture(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 class _Answer:
     """One answer as it grows."""
 
-    def __init__(self, text: GrowingText) -> None:
-        self._text = text
+    def __init__(self, index: int, text: GrowingText, certainty: Callable[[Sequence[Token]], dict[str, Any]]) -> None:
+        self._index, self._text, self._certainty = index, text, certainty
         self._shown: list[Token] = []
-        self._newest: Token | None = None
 
-    def step(self, index: int, token: Token, ends: bool, last: bool) -> AnswerDelta:
+    def step(self, token: Token, ends: bool, last: bool) -> AnswerDelta:
         """Return the part of the answer that the newest token completes."""
         text = ""
         tokens: tuple[Token, ...] = ()
@@ -170,18 +190,14 @@ class _Answer:
             token = token._replace(text=self._text.add(token.id))
             text, tokens = self._text.release(token)
         finish = "stop" if ends or self._text.stopped else "length" if last else None
-        if finish:
-            rest, others = self._text.rest()
-            text, tokens = text + rest, tokens + others
-        self._newest = token
-        self._shown += tokens
-        return AnswerDelta(index, text, tokens, finish, generated=1)
-
-    def certainty(self, members: int, threshold: float | None, with_tokens: bool) -> dict[str, Any]:
-        """Return `ivon` of the whole answer; that of an answer without tokens is that of the token that ended it."""
-        assert self._newest is not None
-        ivon = certainty_of(self._shown or [self._newest], members, threshold)
-        return ivon | {"tokens": [token.certainty() for token in self._shown]} if with_tokens else ivon
+        if not finish:
+            self._shown += tokens
+            return AnswerDelta(self._index, text, tokens, generated=1)
+        rest, others = self._text.rest()
+        self._shown += tokens + others
+        # The certainty of an answer without tokens is that of the token that ended it.
+        ivon = self._certainty(self._shown or [token])
+        return AnswerDelta(self._index, text + rest, tokens + others, finish, ivon, generated=1)
 
 
 class _Decoder:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import IVONError
 from ..api.answers import AnswerDelta
 from ..api.backend import AnswerStream, Backend, Limits, queue_full
-from ..api.protocol import ApiError, Request
-from .request import GenerationRequest, generation_requests
+from ..api.protocol import ApiError, ChatRequest, Request
+from .engine import GenerationRequest, TokenEngine, out_of_memory
 
-if TYPE_CHECKING:
-    from .engine import TokenEngine
+_COMPLETION_TOKENS = 16  # of a completion whose request names no maximum, as OpenAI has it
 
 
 class Local(Backend):
@@ -25,18 +25,10 @@ class Local(Backend):
     Args:
         encode: returns the tokens of a prompt: a text, token ids or the messages of a chat. It is called from one
             thread at a time, but never from the engine's.
-        out_of_memory: whether an exception means that the memory ran out; frees what can be freed.
     """
 
-    def __init__(
-        self,
-        engine: TokenEngine,
-        encode: Callable[[Any], Sequence[int]],
-        limits: Limits,
-        out_of_memory: Callable[[Exception], bool] = lambda error: False,
-    ) -> None:
+    def __init__(self, engine: TokenEngine, encode: Callable[[Any], Sequence[int]], limits: Limits) -> None:
         self._engine, self._encode, self._limits = engine, encode, limits
-        self._out_of_memory = out_of_memory
         self._encoding, self._turn = asyncio.Lock(), asyncio.Lock()
         self._waiting = 0
         self._thread = ThreadPoolExecutor(1, "ivon-serve")
@@ -56,7 +48,7 @@ class Local(Backend):
         self._check_queue()
         async with self._encoding:
             prompts = await asyncio.to_thread(self._encoded, request)
-        parts = generation_requests(request, prompts, self._limits.max_tokens, self._engine.max_length)
+        parts = [self._part(request, number, ids) for number, ids in enumerate(prompts)]
         deltas = self._in_time(self._deltas(parts))
         return AnswerStream(sum(map(len, prompts)), len(parts) * request.n, deltas)
 
@@ -74,6 +66,29 @@ class Local(Backend):
         except IVONError as error:
             raise ApiError(400, str(error), param=request.prompt_field) from None
         return prompts
+
+    def _part(self, request: Request, number: int, ids: tuple[int, ...]) -> GenerationRequest:
+        """Return what the engine is asked for one prompt; raise ApiError if the answer would be too long."""
+        max_tokens, max_length = self._limits.max_tokens, self._engine.max_length
+        room = max_tokens if max_length is None else max_length - len(ids)
+        default = min(max_tokens, room) if isinstance(request, ChatRequest) else _COMPLETION_TOKENS
+        wanted = max(request.max_tokens or default, 1)
+        if room < wanted:
+            message = (
+                f"the prompt has {len(ids)} tokens and max_tokens is {wanted}; the model takes {max_length} together"
+            )
+            raise ApiError(400, message, param=request.prompt_field, code="context_length_exceeded")
+        return GenerationRequest(
+            model=request.model,
+            ids=ids,
+            n=request.n,
+            max_tokens=wanted,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            stop=tuple(request.stop),
+            top=request.top,
+            seed=secrets.randbits(63) if request.seed is None else request.seed + number,
+        )
 
     async def _in_time(self, deltas: AsyncGenerator[AnswerDelta, None]) -> AsyncGenerator[AnswerDelta, None]:
         """Yield `deltas` as long as the request has time."""
@@ -97,26 +112,21 @@ class Local(Backend):
             self._waiting -= 1
         try:
             for number, part in enumerate(parts):
-                async with contextlib.aclosing(self._steps(part)) as steps:
-                    async for deltas in steps:
+                steps = self._engine.deltas(part)
+                step = self._thread.submit(next, steps, None)
+                try:
+                    while deltas := await asyncio.wrap_future(step):
+                        step = self._thread.submit(next, steps, None)  # computed while these are sent
                         for delta in deltas:
                             yield delta._replace(number=number * part.n + delta.number)
+                finally:
+                    step.cancel()
+                    self._thread.submit(steps.close)  # after the step that runs
         except Exception as error:
             # Whatever it is, it concerns this request alone; the next one begins anew.
-            if self._out_of_memory(error):
+            if out_of_memory(error):
                 message = "out of memory; ask for a shorter prompt, a smaller n or fewer tokens"
                 raise ApiError(503, message) from error
             raise
         finally:
             self._turn.release()
-
-    async def _steps(self, part: GenerationRequest) -> AsyncGenerator[list[AnswerDelta], None]:
-        steps = self._engine.deltas(part)
-        step = self._thread.submit(next, steps, None)
-        try:
-            while deltas := await asyncio.wrap_future(step):
-                step = self._thread.submit(next, steps, None)  # computed while these are sent
-                yield deltas
-        finally:
-            step.cancel()
-            self._thread.submit(steps.close)  # after the step that runs

@@ -14,7 +14,7 @@ class GrowingText:
     """The text of an answer that grows by tokens, up to the first of the strings that stop it.
 
     What may begin such a string is held back until it is known, and so is half a character. A token is released
-    together with the text that it begins in.
+    together with the end of its text.
 
     Args:
         decode: returns the text of tokens, without special ones.
@@ -74,6 +74,7 @@ class GrowingText:
 
     def _release(self, end: int, whole: bool = False) -> tuple[str, tuple[Token, ...]]:
         text, self._released = self._text[self._released : end], max(end, self._released)
-        count = len(self._waiting) if whole else sum(place < end for place, _ in self._waiting)
+        ready = (place < end and place + len(token.text) <= end for place, token in self._waiting)
+        count = len(self._waiting) if whole else sum(ready)
         tokens, self._waiting = self._waiting[:count], self._waiting[count:]
         return text, tuple(token for _, token in tokens)

@@ -8,36 +8,55 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ...generation.utilities import UTILITIES, AnswerExtractor
 from ...noise import generator
 from ..api.answers import AnswerDelta, Token, certainty, certainty_of
 from ..api.backend import AnswerStream, Backend, Limits, queue_full
 from ..api.protocol import ApiError, ChatRequest, Request
-from .mixture import Candidate, Scores, by_score, unique
+from .mixture import Candidate, Scores, by_risk, by_score, unique
 from .responses import read_candidates, read_prompt_ids, read_scores, read_text, read_tokens
 from .upstream import UpstreamPool, broken_off, cancel_all, malformed_as_502
 
+if TYPE_CHECKING:
+    from ...decisions.sweep import Decision
+
+Choose = Callable[[Sequence[Candidate], int], list[AnswerDelta]]
 TOP = 20  # likeliest tokens to ask for, the most that vLLM gives unless told otherwise
 
 
 @dataclass(frozen=True)
-class Mixing:
-    """How the answer of all members is made of the answers of each.
+class Combining:
+    """How the members are asked, and how one of their answers is chosen.
 
     Attributes:
-        choose: returns the given number of the candidates of all members, as answers; None: every member scores all
-            candidates (`mixture.by_score`).
+        combine: "rescore" (`mixture.by_score`), or the utility of minimum Bayes risk decoding (`mixture.by_risk`).
+        answer_regex: of that utility (`generation.utilities`).
         candidates: the number of answers of each member.
-        threshold: of the confidence of one member, and of scored answers; `choose` has its own.
+        concurrency: requests at a time to each server.
     """
 
-    choose: Callable[[Sequence[Candidate], int], list[AnswerDelta]] | None = None
+    combine: str = "exact"
+    answer_regex: str | None = None
     candidates: int = 4
-    threshold: float | None = None
+    concurrency: int = 256
+
+    def choose(self, decision: Decision) -> Choose | None:
+        """Return the function that chooses n of the candidates of all members; None: by their scores.
+
+        Raises:
+            IVONError: the answer_regex is no regular expression, or the utility's package is not installed.
+        """
+        if self.combine == "rescore":
+            return None
+        answers = AnswerExtractor(self.answer_regex)
+        utility = UTILITIES[self.combine](answers)
+        return functools.partial(by_risk, utility=utility, answers=answers, decision=decision)
 
 
 class Proxy(Backend):
@@ -46,10 +65,21 @@ class Proxy(Backend):
     Args:
         name: of the answer of all members.
         members: the names of the members there: "mean" for the mean, the others are draws.
+        decision: the softmax temperature of the agreement, and the threshold of the confidence.
     """
 
-    def __init__(self, pool: UpstreamPool, name: str, members: Sequence[str], mixing: Mixing, limits: Limits) -> None:
-        self._pool, self._mixing, self._limits = pool, mixing, limits
+    def __init__(
+        self,
+        pool: UpstreamPool,
+        name: str,
+        members: Sequence[str],
+        combining: Combining,
+        decision: Decision,
+        limits: Limits,
+    ) -> None:
+        self._pool, self._limits = pool, limits
+        self._candidates, self._choose = combining.candidates, combining.choose(decision)
+        self._threshold = decision.threshold
         self._draws = [member for member in members if member != "mean"]
         self._served: dict[str, str | None] = {name: None}
         if "mean" in members:
@@ -98,7 +128,7 @@ class Proxy(Backend):
     async def _member(
         self, request: Request, body: dict[str, Any], answers: AnswerStream
     ) -> AsyncGenerator[AnswerDelta, None]:
-        streams = [_MemberStream(request, self._mixing.threshold) for _ in range(request.n)]
+        streams = [_MemberStream(request.top or 0, self._threshold) for _ in range(request.n)]
         unfinished = request.n
         async with contextlib.aclosing(self._events(request, body)) as events:
             async for event in events:
@@ -129,8 +159,8 @@ class Proxy(Backend):
         self, request: Request, body: dict[str, Any], seed: int, answers: AnswerStream
     ) -> AsyncGenerator[AnswerDelta, None]:
         """Yield the chosen answers, whole."""
-        body["n"] = self._mixing.candidates if request.temperature else 1
-        if not self._mixing.choose:
+        body["n"] = self._candidates if request.temperature else 1
+        if not self._choose:
             body["return_token_ids"] = True
         seeds = [generator("serve", seed, number).bit_generator.random_raw() for number in range(len(self._draws))]
         bodies = [
@@ -144,10 +174,10 @@ class Proxy(Backend):
                 for number, response in enumerate(responses)
                 for candidate in read_candidates(response, number)
             ]
-            prompt = None if self._mixing.choose else read_prompt_ids(responses[0])
-        if self._mixing.choose:
+            prompt = None if self._choose else read_prompt_ids(responses[0])
+        if self._choose:
             # Comparing texts may take a while.
-            chosen = await asyncio.to_thread(self._mixing.choose, candidates, request.n)
+            chosen = await asyncio.to_thread(self._choose, candidates, request.n)
         elif prompt is None or any(candidate.ids is None for candidate in candidates):
             raise ApiError(502, "the servers behind this one return no token ids (return_token_ids); use vLLM ≥ 0.10.2")
         else:
@@ -157,9 +187,9 @@ class Proxy(Backend):
             )
             size = len(self._draws)
             rows = [scores[start : start + size] for start in range(0, len(scores), size)]
-            chosen = by_score(different, rows, request.n, threshold=self._mixing.threshold)
+            chosen = by_score(different, rows, request.n, threshold=self._threshold)
         for delta in chosen:
-            yield _shown(delta, request)
+            yield delta
 
     async def _score(self, prompt: list[int], candidate: Candidate, member: str) -> Scores:
         ids = candidate.ids or ()
@@ -181,30 +211,20 @@ class Proxy(Backend):
 class _MemberStream:
     """One answer of one member, as it comes."""
 
-    def __init__(self, request: Request, threshold: float | None) -> None:
-        self._request, self._threshold = request, threshold
+    def __init__(self, top: int, threshold: float | None) -> None:
+        self._top, self._threshold = top, threshold
         self._tokens: list[Token] = []
 
     def delta(self, choice: Mapping[str, Any]) -> AnswerDelta:
         """Return the part of the answer in a choice of a response, or of an event."""
-        tokens = read_tokens(choice.get("logprobs"), self._request.top or 0)
+        tokens = read_tokens(choice.get("logprobs"), self._top)
         self._tokens += tokens
         finish, ivon = choice.get("finish_reason"), None
         if finish is not None:
             ivon = certainty(None, None, 0.0, 1)
             if self._tokens:
                 ivon = certainty_of(self._tokens, 1, self._threshold)
-            if self._request.top is not None:
-                ivon["tokens"] = [token.certainty() for token in self._tokens]
-        shown = tuple(tokens) if self._request.top is not None else ()
-        return AnswerDelta(int(choice["index"]), read_text(choice), shown, finish, ivon, len(tokens))
-
-
-def _shown(delta: AnswerDelta, request: Request) -> AnswerDelta:
-    """Return an answer with its tokens only if the request asks for them."""
-    if request.top is None or not delta.tokens:
-        return delta._replace(tokens=())
-    return delta._replace(ivon={**(delta.ivon or {}), "tokens": [token.certainty() for token in delta.tokens]})
+        return AnswerDelta(int(choice["index"]), read_text(choice), tuple(tokens), finish, ivon, len(tokens))
 
 
 def _body(request: Request, prompt: Any, top: int) -> dict[str, Any]:

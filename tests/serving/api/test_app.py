@@ -14,8 +14,7 @@ from served import ask, completion, connect, official, until
 from slow_engine import SlowEngine
 
 from axolotl_ivon.serving.api.app import Guard
-from axolotl_ivon.serving.local.engine import TokenEngine
-from axolotl_ivon.serving.local.request import GenerationRequest
+from axolotl_ivon.serving.local.engine import GenerationRequest, TokenEngine
 
 MESSAGES: Any = [{"role": "user", "content": "red dog"}]
 SLOW: Any = {"model": "slow", "prompt": "x"}

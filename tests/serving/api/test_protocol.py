@@ -89,6 +89,10 @@ def test_a_streamed_chat_adds_up_to_the_whole(n: int, include_usage: bool) -> No
     whole = Writer(request, n).whole(deltas, used)
     writer = Writer(request, n)
     chunks = [chunk for delta in deltas for chunk in writer.chunks(delta)] + list(writer.end(used))
+
+    def expected(index: int) -> dict[str, Any]:
+        return {**IVON, "members": index, "tokens": [TOKEN.certainty()]}
+
     read, parsed = ChatCompletion.model_validate(whole), [ChatCompletionChunk.model_validate(c) for c in chunks]
     for choice in read.choices:
         own = [c.choices[0] for c in parsed if c.choices and c.choices[0].index == choice.index]
@@ -99,9 +103,9 @@ def test_a_streamed_chat_adds_up_to_the_whole(n: int, include_usage: bool) -> No
         assert choice.logprobs.content
         assert [t for c in own if c.logprobs for t in c.logprobs.content or []] == choice.logprobs.content
         assert [(t.token, t.bytes) for t in choice.logprobs.content[0].top_logprobs] == [("é", [195, 169]), ("�", None)]
-        assert n == 1 or own[-1].model_extra == choice.model_extra == {"ivon": {**IVON, "members": choice.index}}
+        assert n == 1 or own[-1].model_extra == choice.model_extra == {"ivon": expected(choice.index)}
     assert len({c.id for c in parsed}) == 1
-    assert whole["ivon"] == chunks[-1]["ivon"] == {**IVON, "members": 0}
+    assert whole["ivon"] == chunks[-1]["ivon"] == expected(0)
     assert all("ivon" not in chunk for chunk in chunks[:-1])
     assert chunks[1]["choices"][0]["ivon"]["tokens"][0]["token"] == "é"  # tokens as they come
     assert (chunks[-1]["choices"] == []) == include_usage
@@ -110,6 +114,19 @@ def test_a_streamed_chat_adds_up_to_the_whole(n: int, include_usage: bool) -> No
         assert all(chunk["usage"] is None for chunk in chunks[:-1])
     else:
         assert all("usage" not in chunk for chunk in chunks)
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
+def test_nothing_is_told_of_tokens_that_nobody_asked_for(kind: Any) -> None:
+    request = read_request(kind, {**CHAT, **TEXT})
+    deltas = [AnswerDelta(0, "é", (TOKEN,)), AnswerDelta(0, "", (TOKEN,), "stop", IVON)]
+    whole = Writer(request, 1).whole(deltas, {})
+    writer = Writer(request, 1)
+    for document in (whole, *(chunk for delta in deltas for chunk in writer.chunks(delta))):
+        assert document.get("ivon") in (None, IVON)
+        assert document["choices"][0]["logprobs"] is None
+        assert "ivon" not in document["choices"][0]
+    assert whole["ivon"] == IVON
 
 
 def test_a_completion_tells_tokens_in_its_own_way() -> None:

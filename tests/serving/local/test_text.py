@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny import WORDS
 
@@ -47,6 +47,7 @@ def test_the_parts_are_the_whole(tokenizer: Any, string: str) -> None:
 @given(
     string=STRINGS, stop=st.lists(st.sampled_from([" ", "d", "ab", "aab", "moon", "é", "🙂漢"]), min_size=1, max_size=3)
 )
+@example(string="bluemoon", stop=["moon"])  # a token has a part of it
 def test_it_ends_before_the_first_stop_and_never_shows_a_part_of_it(
     tokenizer: Any, string: str, stop: list[str]
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +18,12 @@ from served import ask, official, serving, until
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.decisions.sweep import Decision
-from axolotl_ivon.generation.utilities import AnswerExtractor, exact
 from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 from axolotl_ivon.serving.api.backend import Limits
 from axolotl_ivon.serving.proxy import upstream
-from axolotl_ivon.serving.proxy.mixture import by_risk
-from axolotl_ivon.serving.proxy.proxy import Mixing, Proxy
+from axolotl_ivon.serving.proxy.proxy import Combining, Proxy
 from axolotl_ivon.serving.proxy.upstream import UpstreamPool
-from axolotl_ivon.serving.start import Combining, proxy_backend
+from axolotl_ivon.serving.start import proxy_backend
 
 MESSAGES: Any = [{"role": "user", "content": "red dog"}]
 MEAN: Any = {"model": "ours:mean", "prompt": "red", "max_tokens": 1}
@@ -47,8 +44,9 @@ def loaded(ensemble: Path, tiny_llama: Path) -> list[Server]:
 
 
 @pytest.fixture
-def upstreams(loaded: list[Server]) -> Iterator[list[Server]]:
-    """Two servers of the same members."""
+def upstreams(loaded: list[Server], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Server]]:
+    """Two servers of the same members; one that failed is not looked at again."""
+    monkeypatch.setattr(upstream, "PROBE_INTERVAL", 999.0)
     with contextlib.ExitStack() as stack:
         for server in loaded:
             server.reset()
@@ -67,13 +65,11 @@ def begin(upstreams: list[Server]) -> Begin:
         max_queue: int = 100,
         threshold: float | None = None,
     ) -> Any:
-        answers = AnswerExtractor()
-        choose = functools.partial(by_risk, utility=exact(answers), answers=answers, decision=Decision())
-        mixing, limits = Mixing(None if rescore else choose, 4, threshold), Limits(max_queue, timeout=20)
+        combining = Combining("rescore" if rescore else "exact")
 
         def backend() -> Proxy:
-            pool = UpstreamPool(urls or [server.url for server in upstreams], concurrency, limits.timeout)
-            return Proxy(pool, "ours", ["mean", *MEMBERS], mixing, limits)
+            pool = UpstreamPool(urls or [server.url for server in upstreams], concurrency, timeout=20)
+            return Proxy(pool, "ours", ["mean", *MEMBERS], combining, Decision(threshold=threshold), Limits(max_queue))
 
         return serving(backend)
 
@@ -363,7 +359,7 @@ def test_the_ensemble_says_which_members(
     ensemble: Path, upstreams: list[Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "theirs")
-    urls, folder = [upstreams[0].url, f"{upstreams[1].url}/v1/"], str(ensemble)
+    folder, urls = str(ensemble), [upstreams[0].url, f"{upstreams[1].url}/v1/"]
     with serving(lambda: proxy_backend(folder, urls, Decision(), Limits(), Combining(candidates=2))) as url:
         names = [model.id for model in official(url).models.list()]
         assert names == ["ensemble", "ensemble:mean", "ensemble:member-0000", "ensemble:member-0001"]
