@@ -1,13 +1,16 @@
-"""The endpoint engine and `generate --endpoint` against a real HTTP server."""
+"""An ensemble's folder, the command line that serves it, and generation on a real HTTP server that does."""
 
 from __future__ import annotations
 
 import gc
 import json
+import shlex
+import shutil
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from axolotl_ivon.data.chats import read_chats
 from axolotl_ivon.data.encode import Prompt, render
 from axolotl_ivon.generation import endpoint
 from axolotl_ivon.generation.endpoint import EndpointEngine
-from axolotl_ivon.generation.ensemble import Ensemble
+from axolotl_ivon.generation.ensemble import Ensemble, served_rank
 from axolotl_ivon.generation.local import TransformersEngine
 from axolotl_ivon.generation.plan import Plan
 from axolotl_ivon.models.session import Session, load_tokenizer
@@ -67,6 +70,64 @@ def prompts(tiny_adapter: Path, tiny_llama: Path, chats: Path) -> list[Prompt]:
 
 def engine(server: Server, plan: Plan, **options: Any) -> EndpointEngine:
     return EndpointEngine(server.url, MEMBERS[1 : 1 + plan.members], plan, **options)
+
+
+# --- the folder --------------------------------------------------------------------------------------------------
+
+
+def test_an_ensemble_without_the_mean(tiny_adapter: Path, tmp_path: Path) -> None:
+    sample(Posterior.from_pretrained(tiny_adapter), tmp_path / "e", EnsemblePlan(1))
+    with pytest.raises(IVONError, match="--include-mean"):
+        Ensemble(tmp_path / "e").members(Plan(mean=True))
+
+
+def test_sample_writes_the_command_that_serves(
+    ivon_post: Cli, tiny_adapter: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "en semble"
+    options = ["-n", 2, "--include-mean", "--serve", "vllm", "-o", folder]
+    found = ivon_post.json("sample", tiny_adapter, *options)
+    words = shlex.split(found["serve"])
+    assert words == [
+        *("vllm", "serve", str(tiny_llama.resolve()), "--enable-lora", "--max-lora-rank", "8", "--max-loras", "3"),
+        *("--generation-config", "vllm", "--lora-modules"),
+        *(f"{name}={folder.resolve() / name}" for name in MEMBERS[:3]),
+    ]
+    # Run with a `vllm` that prints its arguments.
+    fake = tmp_path / "bin" / "vllm"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" vllm "$@"\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{fake.parent}:{Path(shutil.which('sh') or '/bin/sh').parent}:/usr/bin:/bin"}
+    printed = subprocess.run(
+        ["sh", found["serve_script"], "--port", "8001"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.splitlines() == [*words, "--port", "8001"]
+    lines = ivon_post("sample", tiny_adapter, *options, "--overwrite")
+    assert lines.splitlines() == ["3 adapters, seed 0", str(folder), found["serve"], str(folder / "serve.sh")]
+
+
+def test_what_vllm_does_not_serve_is_refused_before_anything_is_drawn(
+    ivon_post: Cli, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(use_dora=True)
+    assert "no adapters with use_dora" in ivon_post.error("sample", adapter, "--serve", "vllm", "-o", tmp_path / "e")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_rank_is_one_that_vllm_takes() -> None:
+    base = {"base_model_name_or_path": "x"}
+    ranks = [served_rank({**base, "r": r}) for r in (1, 2, 8, 9, 64, 65, 512)]
+    assert ranks == [1, 8, 8, 16, 64, 128, 512]
+    assert served_rank({**base, "r": 8, "rank_pattern": {"q_proj": 40}}) == 64
+    for wrong, message in (
+        ({"r": 513}, "up to rank 512; this one has 513"),
+        ({"bias": "all"}, "bias 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "serves no adapters with modules_to_save"),
+        ({"base_model_name_or_path": None}, "names no base model"),
+    ):
+        with pytest.raises(IVONError, match=message):
+            served_rank({**base, "r": 8, **wrong})
 
 
 # --- the engine -------------------------------------------------------------------------------------------------

