@@ -66,7 +66,7 @@ def command(
       ivon-post mbr test.jsonl -a gsm8k --recommended chosen/recommended.json
     """
     from axolotl_ivon.generation.fields import check_outputs
-    from axolotl_ivon.generation.mbr import check_output, label_files, mbr
+    from axolotl_ivon.generation.mbr import check_output, label_files, mbr, save_choices
     from axolotl_ivon.generation.nbest import read_nbest, read_source
 
     utility = comparison["utility"]
@@ -100,11 +100,15 @@ def command(
         if threshold is not None:
             results = {label: result.abstaining(threshold) for label, result in results.items()}
         progress.begin("writing")
-        from axolotl_ivon.plots.scaling import save
+        from axolotl_ivon.plots.scaling import scaling
+        from axolotl_ivon.plots.style import save_figures
 
         compared = {name: comparison[name] for name in ("utility", "answer_regex")} | {"level": settings.level}
         compared["clusters"] = "embedding" if comparison["embedding_model"] else "exact"
-        written = [str(path) for path in save(results, folder)]
+        files_written = save_choices(results, folder)
+        if curves := {label: result.curve for label, result in results.items() if result.curve}:
+            files_written += save_figures({"accuracy": scaling(curves)}, folder)
+        written = list(map(str, files_written))
         if promise is not None:
             from axolotl_ivon.records.recommendation import RECOMMENDED_FILE, Recommendation
 

@@ -110,7 +110,7 @@ def command(
             notify=progress.notify,
         )
         progress.begin("drawing")
-        from axolotl_ivon.plots.evaluations import save
+        from axolotl_ivon.plots.sweep import save_sweep
 
         facts = {
             "adapter": adapter,
@@ -123,7 +123,7 @@ def command(
             "seed": run["seed"],
             "adapter_tau": number(evaluation.posterior.tau),  # which the grid's came on top of
         }
-        files = save(result, folder, facts, progress.notify)
+        files = save_sweep(result.record(facts), result.reliability, folder, progress)
     if not output.as_json:
         _print(result)
     written = json.loads(files[0].read_text(encoding="utf-8"))
@@ -171,7 +171,13 @@ def _sweep_weights(
         )
         progress.begin("writing")
         facts = {"adapters": list(adapters), "data": list(data), "task": evaluation.task, "samples": samples}
-        files = save(result, posteriors, folder, facts, output.overwrite)
+        files = [save(result, posteriors, folder, facts, output.overwrite)]
+        if len(data) == 2:
+            from axolotl_ivon.plots.style import save_figures
+            from axolotl_ivon.plots.sweep import weights_front
+
+            front = weights_front(result.points, result.chosen, result.objective)
+            files += save_figures({"front": front}, folder)
     if not output.as_json:
         _print_weights(result)
     document = {"output": str(folder), "files": [str(path) for path in files]}

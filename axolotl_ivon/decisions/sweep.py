@@ -20,13 +20,14 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError, param_ref
 from ..metrics.verdict import differences, examples_needed
 from ..posterior.adapter import UNPRUNED
+from ..records.recommendation import Recommendation
 from ..storage.atomic import new_file
 from ..storage.format import read_json, write_json
 from .abstention import Abstention, check_risk, find_threshold
@@ -235,6 +236,30 @@ class Sweep:
     def mean(self) -> GridPoint:
         """The mean, unpruned: what the others are held against."""
         return next(p for p in self.points if (p.tau, p.ratio) == (math.inf, 0))
+
+    def record(self, facts: Mapping[str, Any]) -> Recommendation:
+        """Return what recommended.json says of it, with `facts` about the run."""
+        point = self.recommended
+        document = {
+            "tau": number(point.tau),
+            "ratio": point.ratio,
+            "temperature": point.temperature,
+            "objective": self.objective,
+            "score": "probability",
+            **(self.abstention.document() if self.abstention else {}),
+            **facts,
+            "examples": dict(zip(("chosen_on", "reported_on"), self.examples, strict=True)),
+            "chosen_on": point.chosen_on,
+            "reported_on": {**point.reported_on, "se": self.error},
+            "mean_reported_on": self.mean.reported_on,
+            "verdict": asdict(self.verdict),
+            **{
+                name: [{**asdict(point), "tau": number(point.tau)} for point in points]
+                for name, points in {"best": [self.best], "grid": self.points, "scaled": self.scaled}.items()
+            },
+        }
+        document["best"] = document["best"][0]
+        return Recommendation.parse(document, "the sweep")
 
 
 def check_grid(taus: Sequence[float], ratios: Sequence[float]) -> list[Variant]:

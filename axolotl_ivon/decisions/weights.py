@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError, param_ref
 from ..metrics.verdict import differences
-from ..plots.figures import BLUE, GREEN, GREY, save_figure
 from ..posterior.combine import shares
 from ..posterior.posterior import Posterior
 from ..storage.atomic import check_space, new_folder
@@ -202,11 +201,8 @@ def _versus(
 
 def save(
     result: WeightsSweep, posteriors: Sequence[Posterior], folder: Path, facts: dict[str, Any], overwrite: bool = False
-) -> list[Path]:
-    """Write the product that was chosen as an adapter, and in its folder weights.json and, of two files, the front.
-
-    Returns:
-        weights.json and the pictures.
+) -> Path:
+    """Write the product that was chosen as an adapter, with weights.json in its folder, and return that path.
 
     Raises:
         IVONError: the folder exists (and not `overwrite`), or cannot be written.
@@ -226,35 +222,4 @@ def save(
     with new_folder(folder, overwrite, inputs) as new:
         product.save_pretrained(new, overwrite=True)
         write_json(new / WEIGHTS_FILE, document)
-        pictures = _draw(result, new) if len(result.chosen.chosen_on) == 2 else []
-    return [folder / WEIGHTS_FILE, *(folder / path.name for path in pictures)]
-
-
-def _draw(result: WeightsSweep, folder: Path) -> list[Path]:
-    """Draw the objective on one file against that on the other, with the front and the choice."""
-    from matplotlib.figure import Figure
-
-    from .sweep import LABELS
-
-    name, scale = LABELS.get(result.objective, result.objective), 100 if result.objective in ("accuracy", "ece") else 1
-    paths = list(result.chosen.chosen_on)
-
-    def place(points: Sequence[WeightsPoint]) -> list[list[float]]:
-        return [[scale * point.chosen_on[path][result.objective] for point in points] for path in paths]
-
-    front = sorted((point for point in result.points if point.front), key=lambda point: point.weights)
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(*place(result.points), "o-", color=GREY, markersize=4, linewidth=1, label="weights")
-    axes.plot(*place(front), "o", color=BLUE, markersize=8, label="Pareto front")
-    axes.plot(*place([result.chosen]), "*", color=GREEN, markersize=16, markeredgecolor="black", label="chosen")
-    for point in result.points:
-        [x], [y] = place([point])
-        axes.annotate(point.describe(), (x, y), (6, 4), textcoords="offset points", fontsize=7)
-    x_label, y_label = (f"{name}{' (%)' if scale == 100 else ''} on {Path(path).name}" for path in paths)
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.set_title("product of the posteriors by their weights, on the half that chooses", fontsize=9)
-    axes.margins(0.12)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
-    return save_figure(figure, folder, "front")
+    return folder / WEIGHTS_FILE

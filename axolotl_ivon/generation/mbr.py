@@ -16,9 +16,10 @@ The two agree where every member gives the same number of outputs, as `ivon-post
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 from ..errors import IVONError, param_ref
 from ..metrics.auroc import auroc
 from ..reporter import SILENT, Reporter
+from ..storage.atomic import new_file, output_folder
 from .fields import Field, compare, summarize
 from .nbest import NBest
 from .uncertainty import Uncertainty, by_answer, is_below, judge, measure, or_none, output_weights
@@ -255,6 +257,21 @@ def check_output(folder: Path, overwrite: bool = False) -> None:
             f"{folder} is there; choose another name with {param_ref('output')}, "
             f"or overwrite it with {param_ref('overwrite')}"
         )
+
+
+def save_choices(results: Mapping[str, MBRResult], folder: Path) -> list[Path]:
+    """Write the choices of each file as LABEL.jsonl into `folder`, and return the paths.
+
+    Raises:
+        IVONError: a file cannot be written.
+    """
+    output_folder(folder)
+    paths = [folder / f"{label}.jsonl" for label in results]
+    for path, result in zip(paths, results.values(), strict=True):
+        with new_file(path) as temporary:
+            lines = [json.dumps(choice.record(), ensure_ascii=False) + "\n" for choice in result.choices]
+            temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    return paths
 
 
 def label_files(files: Sequence[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ class RiskCoverage:
         loss: of each prediction, shape (n,).
         weights: how often each counts, whole numbers of shape (…, n); once by default.
 
-    All methods return float64 of shape (…,), NaN where there is no value.
+    All methods but `curve` and `loss` return float64 of shape (…,), NaN where there is no value.
     """
 
     def __init__(self, confidence: np.ndarray, loss: np.ndarray, weights: np.ndarray | None = None) -> None:
@@ -33,6 +33,10 @@ class RiskCoverage:
         self._count = weights.cumsum(-1)[..., ends]
         self._loss = (weights * np.asarray(loss, float)[order]).cumsum(-1)[..., ends]
         self.total = self._count[..., -1]
+
+    def curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return coverage and risk if all predictions down to each height of the confidence are answered."""
+        return self._count / self.total[..., None], self._loss / self._count
 
     def loss(self, answered: np.ndarray) -> np.ndarray:
         """Return the loss of the first `answered` predictions, (k,) or (…, k), as (…, k): linear in ties."""

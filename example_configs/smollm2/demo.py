@@ -191,7 +191,7 @@ def draw(path: Path) -> Path:
     """Draw how many wrong answers AdamW and IVON-LoRA are sure of, and how many right ones."""
     from matplotlib.figure import Figure
 
-    from axolotl_ivon.plots.figures import BLUE, VERMILION
+    from axolotl_ivon.plots.style import BLUE, VERMILION
 
     compared = [("adamw", "mean"), ("ivon", "posterior")]
     figure = Figure(figsize=(7, 3.6), layout="constrained")

@@ -17,18 +17,21 @@ def test_a_report_is_made_of_what_eval_and_sweep_wrote(
     common = [folder, "--data", data, "--samples", 2, "-q"]
     (tmp_path / "eval.json").write_text(ivon_post("eval", *common, "--json", "-o", tmp_path / "examples.jsonl"))
     ivon_post("sweep", *common, "--tau", "1,inf", "--ratio", 0, "-o", tmp_path / "swept")
-    given = ["--results", tmp_path / "eval.json", "--recommended", tmp_path / "swept" / "recommended.json", "-q"]
+    given = ["--eval", tmp_path / "eval.json", "--sweep", tmp_path / "swept" / "recommended.json", "-q"]
     assert ivon_post("report", folder, *given) == f"{tmp_path / 'adapter-report.html'}\n"
     cached = (tmp_path / "adapter-report.html").read_text()
     assert "posterior-pruned" in cached
     assert "Temperature and pruning" in cached
     assert "--overwrite" in ivon_post.error("report", folder, *given)
     output = tmp_path / "again.html"
-    made = ivon_post.json("report", *common, "-o", output, "--recommended", given[3])
+    made = ivon_post.json("report", folder, "-d", data, "-q", "-o", output, "--sweep", given[3])
     assert made == {"output": str(output)}
     # The same evaluation, so the same pictures of it.
     assert "reliability of posterior" in output.read_text()
     assert "Surest" in output.read_text()
+    former = ["--results", given[1], "--recommended", given[3]]
+    assert ivon_post("report", folder, "-q", "--overwrite", *former)
+    assert (tmp_path / "adapter-report.html").read_text() == cached
     ivon_post("report", folder, "-q", "--overwrite")
     assert "Nothing was evaluated" in (tmp_path / "adapter-report.html").read_text()
 
@@ -36,10 +39,10 @@ def test_a_report_is_made_of_what_eval_and_sweep_wrote(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--results", "eval.json", "--data", "x"], "leave --data, --ood and --calibrate out"),
+        (["--eval", "eval.json", "--data", "x"], "leave --data and --ood out"),
         (["--ood", "x"], "--data, which is missing"),
-        (["--results", "none.json"], "--results cannot be read"),
-        (["--examples", "x.jsonl"], "--examples x.jsonl: give the --results that belong to it too"),
+        (["--eval", "none.json"], "--eval cannot be read"),
+        (["--examples", "x.jsonl"], "--examples x.jsonl: give the --eval that belongs to it too"),
         (["-o", "no/where.html"], "--output no/where.html: there is no such folder"),
         (["--data", "none.jsonl"], "--data none.jsonl: cannot be read"),
     ],

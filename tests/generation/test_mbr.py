@@ -39,6 +39,7 @@ from axolotl_ivon.generation.mbr import (
     label_files,
     mbr,
     sizes,
+    save_choices,
     utility_matrix,
 )
 from axolotl_ivon.generation.nbest import NBest
@@ -51,7 +52,6 @@ from axolotl_ivon.generation.uncertainty import (
     output_weights,
 )
 from axolotl_ivon.generation.utilities import UTILITIES, AnswerExtractor, exact
-from axolotl_ivon.plots.scaling import save
 
 # rouge-score brings absl, whose handler closes the stderr that pytest captures when axolotl, in a later test of this
 # process, sets logging up anew; the true stderr it leaves alone.
@@ -139,7 +139,10 @@ def test_the_curve_takes_the_first_outputs() -> None:
 def test_without_references_there_are_choices_alone(tmp_path: Path) -> None:
     result = decode(nbest(["a", "b", "b"]))
     assert (result.choices[0].text, result.curve, result.single, result.auroc) == ("b", [], None, None)
-    assert [path.name for path in save({"x": result}, tmp_path / "out")] == ["x.jsonl"]
+    [path] = save_choices({"x": result}, tmp_path / "deep" / "out")
+    record = json.loads(path.read_text())
+    assert (path.name, record["text"], record["answer"], record["prompt"]) == ("x.jsonl", "b", "b", "p")
+    assert record["expected_utility"] == pytest.approx(2 / 3)
 
 
 def test_sizes_double_from_eight() -> None:

@@ -34,6 +34,14 @@ def trapezoid(values: list[float]) -> float:
     return sum(steps) / len(steps)
 
 
+@given(tied)
+def test_the_curve_is_that_of_answering_above_each_threshold(values: Values) -> None:
+    confidence, wrong = columns(values)
+    kept = [wrong[confidence >= threshold] for threshold in sorted(set(confidence), reverse=True)]
+    expected = [[len(answered) / len(wrong) for answered in kept], [answered.mean() for answered in kept]]
+    assert np.allclose(RiskCoverage(confidence, wrong).curve(), expected)
+
+
 @given(untied)
 def test_every_figure_follows_its_definition(values: Values) -> None:
     curve, r = RiskCoverage(*columns(values)), risks(values)

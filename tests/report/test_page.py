@@ -12,8 +12,11 @@ from browser import CHROMIUM, Browser
 from measurements import HOSTILE
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.report.measured import Measured, check_output
-from axolotl_ivon.report.page import main_row, page, save
+from axolotl_ivon.records.evaluation import EvaluationRecord, ExampleRecord
+from axolotl_ivon.records.influence import InfluenceRecord
+from axolotl_ivon.records.recommendation import Recommendation
+from axolotl_ivon.report.findings import Findings
+from axolotl_ivon.report.page import check_output, main_variant, page, save
 
 # The contrast, as WCAG 2 defines it, of every piece of text to what lies behind it.
 CONTRAST = """
@@ -57,7 +60,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield browser
 
 
-def test_a_real_browser_shows_it(tiny_adapter: Path, known: Measured, browser: Browser, tmp_path: Path) -> None:
+def test_a_real_browser_shows_it(tiny_adapter: Path, known: Findings, browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     save(path, page(str(tiny_adapter), known))
     for width in (1400, 400):
@@ -86,7 +89,7 @@ def test_a_real_browser_shows_it(tiny_adapter: Path, known: Measured, browser: B
             assert browser.run(CONTRAST) == {}, (width, dark)
 
 
-def test_it_prints_light(tiny_adapter: Path, known: Measured, browser: Browser, tmp_path: Path) -> None:
+def test_it_prints_light(tiny_adapter: Path, known: Findings, browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     save(path, page(str(tiny_adapter), known))
     browser.open(path.as_uri(), 794, dark=True, media="print")
@@ -97,7 +100,7 @@ def test_it_prints_light(tiny_adapter: Path, known: Measured, browser: Browser, 
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_the_page_holds_nothing_that_loads_or_runs(tiny_adapter: Path, known: Measured) -> None:
+def test_the_page_holds_nothing_that_loads_or_runs(tiny_adapter: Path, known: Findings) -> None:
     text = page(str(tiny_adapter), known)
     assert "<script" not in text
     assert "<img" not in text
@@ -107,12 +110,12 @@ def test_the_page_holds_nothing_that_loads_or_runs(tiny_adapter: Path, known: Me
     assert "/home/me" not in text
 
 
-def test_it_tells_what_was_measured(tiny_adapter: Path, known: Measured) -> None:
+def test_it_tells_what_was_measured(tiny_adapter: Path, known: Findings) -> None:
     text = re.sub(r"<svg.*?</svg>", "", page(str(tiny_adapter), known), flags=re.S)
     for told in ("1,000", "empirical", "896 in 4 modules", "test.jsonl (40)", "± 3.0", "0.625", "10 draws are better"):
         assert told in text
-    right = known.of("/home/me/test.jsonl", "posterior", "right")
-    confidence = known.of("/home/me/test.jsonl", "posterior", "confidence")
+    right = known.values("/home/me/test.jsonl", "posterior", "correct")
+    confidence = known.values("/home/me/test.jsonl", "posterior", "confidence")
     kept = confidence >= 0.6
     assert f"answers {100 * kept.mean():.1f} % of these examples" in text
     assert f"and {100 * (1 - right[kept].mean()):.1f} % of those are wrong" in text
@@ -122,65 +125,63 @@ def test_it_tells_what_was_measured(tiny_adapter: Path, known: Measured) -> None
     order = re.findall(r"confidence ([\d.]+) %; disagreement", text.replace("\n", " "))
     assert float(order[0]) == 100.0
     assert float(order[5]) == 99.9
-    every = sorted(row["rows"]["posterior"]["confidence"] for row in known.examples if row["data"] != "other.jsonl")
+    every = sorted(line.rows["posterior"].confidence for line in known.examples if line.data != "other.jsonl")
     assert float(order[10]) == pytest.approx(100 * every[0], abs=0.06)
     assert "long long" in text
     assert "long " * 200 not in text
 
 
-def test_without_examples_it_says_how_to_get_them(tiny_adapter: Path, known: Measured) -> None:
+def test_without_examples_it_says_how_to_get_them(tiny_adapter: Path, known: Findings) -> None:
     text = page(str(tiny_adapter), replace(known, examples=()))
     assert "test.jsonl (40)" in text
     assert "-o examples.jsonl" in text
     assert text.count("<svg") == 3
-    nothing = page(str(tiny_adapter), Measured())
+    nothing = page(str(tiny_adapter), Findings())
     assert "Nothing was evaluated" in nothing
     assert nothing.count("<svg") == 2
 
 
-def test_generated_text_has_a_share_of_right_tokens(tiny_adapter: Path, known: Measured) -> None:
+def test_generated_text_has_a_share_of_right_tokens(tiny_adapter: Path) -> None:
+    row = {"name": "mean", "data": "test.jsonl", "examples": 40, "accuracy": 0.75, "perplexity": 2.0}
     lines = [
-        {**line, "rows": {"mean": {"tokens": 4, "accuracy": 0.75, "confidence": 0.5 + i / 200, "entropy": 1.0}}}
-        for i, line in enumerate(known.examples)
-        if line["data"] == "/home/me/test.jsonl"
+        {"data": "test.jsonl", "rows": {"mean": {"tokens": 4, "accuracy": 0.75, "confidence": 0.5 + i / 200}}}
+        for i in range(40)
     ]
-    row = {"name": "mean", "data": "/home/me/test.jsonl", "examples": 40, "accuracy": 0.75, "perplexity": 2.0}
-    text = page(str(tiny_adapter), Measured({"rows": [row], "task": "generate"}, lines))
+    evaluation = EvaluationRecord.parse({"rows": [row], "task": "generate"}, "made up")
+    text = page(str(tiny_adapter), Findings(evaluation, [ExampleRecord.parse(line, "made up") for line in lines]))
     assert "75 % of its tokens right" in text
     assert "perplexity" in text
 
 
-def test_an_adapter_without_sigma_has_no_map(make_adapter, known: Measured) -> None:
+def test_an_adapter_without_sigma_has_no_map(make_adapter, known: Findings) -> None:
     text = page(str(make_adapter(sigma=False)), known)
     assert "Where is there signal?" not in text
 
 
 @pytest.mark.parametrize(
-    ("recommended", "names", "row"),
+    ("recommended", "names", "variant"),
     [
         ({}, ["base", "mean", "posterior"], "posterior"),
         ({}, ["base", "mean"], "mean"),
         ({}, [], None),
-        ({"tau": 2.0, "ratio": 0.0}, ["mean", "posterior", "posterior-pruned"], "posterior"),
-        (
-            {"tau": 2.0, "ratio": 0.0, "temperature": 1.5},
-            ["posterior", "posterior+temperature"],
-            "posterior+temperature",
-        ),
-        ({"tau": 3.0, "ratio": 0.0, "temperature": 1.5}, ["posterior", "posterior+temperature"], "posterior"),
-        ({"tau": "inf", "ratio": 0.0}, ["mean", "posterior"], "mean"),
+        ({"tau": 2.0}, ["mean", "posterior", "posterior-pruned"], "posterior"),
+        ({"tau": 2.0, "temperature": 1.5}, ["posterior", "posterior+temperature"], "posterior+temperature"),
+        ({"tau": 3.0, "temperature": 1.5}, ["posterior", "posterior+temperature"], "posterior"),
+        ({"tau": "inf"}, ["mean", "posterior"], "mean"),
         ({"tau": 3.0}, ["posterior", "recommended"], "recommended"),
-        ({"tau": 2.0, "ratio": 0.0, "temperature": 1.0}, ["posterior"], "posterior"),
+        ({"tau": 2.0, "temperature": 1.0}, ["posterior"], "posterior"),
         ({"tau": 2.0, "ratio": 0.1}, ["posterior", "posterior-pruned"], "posterior"),
+        ({"tau": 2.0, "prune_ratio": 0.1, "ratio": 0.1}, ["posterior", "posterior-pruned"], "posterior-pruned"),
+        ({"tau": "inf", "prune_ratio": 0.1, "ratio": 0.1}, ["mean", "mean-pruned", "posterior"], "mean-pruned"),
     ],
 )
-def test_the_recommended_row_is_the_one_to_trust(recommended: dict, names: list[str], row: str | None) -> None:
-    assert main_row(Measured({"tau": 2.0, "prune_ratio": 0.0}, (), recommended), names) == row
-
-
-def test_the_mean_is_recommended_by_its_temperature() -> None:
-    known = Measured({"tau": "inf", "prune_ratio": 0.1}, (), {"tau": "inf", "ratio": 0.1})
-    assert main_row(known, ["mean", "mean-pruned", "posterior"]) == "mean-pruned"
+def test_the_recommended_variant_is_the_one_to_trust(recommended: dict, names: list[str], variant: str | None) -> None:
+    rows = [{"name": "mean", "data": "x", "examples": 1}]
+    pruned = recommended.pop("prune_ratio", 0.0)
+    tau = "inf" if pruned and recommended["tau"] == "inf" else 2.0
+    evaluation = EvaluationRecord.parse({"rows": rows, "tau": tau, "prune_ratio": pruned}, "made up")
+    sweep = Recommendation.parse({"ratio": 0.0, **recommended}, "made up") if recommended else None
+    assert main_variant(Findings(evaluation, sweep=sweep), names) == variant
 
 
 def test_an_earlier_report_is_kept_unless_told(tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_an_earlier_report_is_kept_unless_told(tmp_path: Path) -> None:
         check_output(tmp_path / "no" / "report.html")
 
 
-def test_training_rows_that_stand_out(tiny_adapter: Path, known: Measured) -> None:
+def test_training_rows_that_stand_out(tiny_adapter: Path, known: Findings) -> None:
     """The twenty with the highest sensitivity, in order; what they hold is text."""
     rows = [
         {"index": i, "loss": 0.1 * i, "leverage": 2.0, "sensitivity": i / 7, "on": None, "line": i + 1,
@@ -205,7 +206,8 @@ def test_training_rows_that_stand_out(tiny_adapter: Path, known: Measured) -> No
     ]  # fmt: skip
     rows[28]["sensitivity"] = None
     plain = page(str(tiny_adapter), known)
-    text = page(str(tiny_adapter), replace(known, influence=rows))
+    records = [InfluenceRecord.parse(row, "made up") for row in rows]
+    text = page(str(tiny_adapter), replace(known, influence=records))
     assert "Which training rows" not in plain
     assert "<script" not in text
     section = text[text.index("Which training rows") : text.index("<h2>Examples")]
@@ -215,4 +217,6 @@ def test_training_rows_that_stand_out(tiny_adapter: Path, known: Measured) -> No
     assert "mathdefault" not in section
     assert "<th>on</th>" not in section
     assert "<td>4.14</td>" in section  # 29/7
-    assert "<th>on</th>" in page(str(tiny_adapter), replace(known, influence=[{**rows[3], "on": -0.5}]))
+    assert "<th>on</th>" in page(
+        str(tiny_adapter), replace(known, influence=[records[3].model_copy(update={"on": -0.5})])
+    )
