@@ -17,7 +17,7 @@ def histograms(score: str, data: np.ndarray, others: Mapping[str, np.ndarray], n
     figure, axes = new_figure(f"{score} of the data and of other data", 3.4, 2.7)
     every = np.concatenate([data, *others.values()])
     low, high = float(every.min()), float(every.max())
-    edges = np.linspace(low, high if high > low else low + 1, 26)
+    edges = np.linspace(low, high if high > low else low + 1, 26).tolist()
     for place, (name, values) in enumerate({"the data": data, **others}.items()):
         color = BLUE if place == 0 else (VERMILION, GREEN, GREY)[(place - 1) % 3]
         share = np.full(len(values), 100 / len(values))

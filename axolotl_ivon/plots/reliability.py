@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,14 +20,14 @@ class Bins(NamedTuple):
     """Predictions by their confidence, in bins of equal width of which the empty ones are left out.
 
     Attributes:
-        count: how many are in each bin; like all others of shape (bins,).
+        counts: how many are in each bin; like all others of shape (bins,).
         confidence: their mean confidence.
         accuracy: the share that is right.
         low, high: Wilson's 95 % interval of the accuracy (1927), which assumes no normal distribution of a share.
         middle: of the bin.
     """
 
-    count: np.ndarray
+    counts: np.ndarray
     confidence: np.ndarray
     accuracy: np.ndarray
     low: np.ndarray
@@ -51,7 +51,7 @@ class Bins(NamedTuple):
     @property
     def calibration_error(self) -> float:
         """The expected calibration error (ECE), from 0 to 1."""
-        return float((self.count * abs(self.accuracy - self.confidence)).sum() / self.count.sum())
+        return float((self.counts * abs(self.accuracy - self.confidence)).sum() / self.counts.sum())
 
     def where(self, chosen: np.ndarray) -> Bins:
         """Return some of the bins."""
@@ -64,7 +64,7 @@ Predictions = tuple[np.ndarray, np.ndarray]
 
 def too_few(named: Mapping[str, Predictions]) -> str:
     """Return in one line why a diagram would show nothing, or "" if it shows something."""
-    if any((Bins.of(*predictions).count >= FEWEST).sum() > 1 for predictions in named.values()):
+    if any((Bins.of(*predictions).counts >= FEWEST).sum() > 1 for predictions in named.values()):
         return ""
     return f"no reliability diagram: no two bins of confidence have {FEWEST} predictions or more"
 
@@ -102,27 +102,27 @@ def reliability(named: Mapping[str, Predictions], counts: bool = False, examples
 
 
 def _draw_accuracy(axes: Axes, bins: Bins, color: str) -> None:
-    telling, few = bins.where(bins.count >= FEWEST), bins.where(bins.count < FEWEST)
+    telling, few = bins.where(bins.counts >= FEWEST), bins.where(bins.counts < FEWEST)
     axes.bar(telling.middle, telling.accuracy, 0.94 / BINS, color=color, alpha=0.45)
     around = np.stack([telling.accuracy - telling.low, telling.high - telling.accuracy])
-    point = {"fmt": "o", "markersize": 5, "color": color, "label": "accuracy, 95 % interval"}
+    point: dict[str, Any] = {"fmt": "o", "markersize": 5, "color": color, "label": "accuracy, 95 % interval"}
     axes.errorbar(telling.confidence, telling.accuracy, around, ecolor=INK, elinewidth=1, capsize=2, **point)
-    hollow = {
+    hollow: dict[str, Any] = {
         "color": GREY,
         "markersize": 4,
         "markerfacecolor": "none",
         "clip_on": False,
         "label": f"fewer than {FEWEST}",
     }
-    if len(few.count):
+    if len(few.counts):
         axes.plot(few.confidence, few.accuracy, "o", **hollow)
     axes.plot([0, 1], [0, 1], "--", color=INK, linewidth=0.8)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
 
 
 def _draw_counts(axes: Axes, bins: Bins) -> None:
-    bars = axes.bar(bins.middle, bins.count, 0.94 / BINS, color=GREY)
-    labels = [str(count) if count < 1000 else f"{count / 1000:.1f}k" for count in bins.count]
+    bars = axes.bar(bins.middle, bins.counts, 0.94 / BINS, color=GREY)
+    labels = [str(count) if count < 1000 else f"{count / 1000:.1f}k" for count in bins.counts]
     axes.bar_label(bars, labels, padding=1, fontsize=6, in_layout=False)
     axes.margins(y=0.25)
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))

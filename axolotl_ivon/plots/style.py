@@ -46,7 +46,7 @@ def new_figure(title: str, width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def line_style(variant: str) -> dict[str, str]:
+def line_style(variant: str) -> dict[str, Any]:
     """Return the line of a variant: base, mean or posterior by colour, what was done to it by dashes."""
     colors = {"base": GREY, "mean": VERMILION, "posterior": BLUE}
     color = next((color for name, color in colors.items() if variant.startswith(name)), GREEN)

@@ -107,7 +107,9 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("adapter", f"{summary['peft_type']}, r {summary['r']}, alpha {summary['lora_alpha']}"),
         ("weights", f"{summary['weights']:,} in {len(summary['modules'])} modules"),
     ]
-    facts += [(label, printable(header_value(header[name]))) for name, label in HEADER_LABELS.items() if header.get(name)]
+    facts += [
+        (label, printable(header_value(header[name]))) for name, label in HEADER_LABELS.items() if header.get(name)
+    ]
     for name, label in (("sigma", "σ, median"), ("snr", "signal-to-noise ratio |m|/σ, median")):
         if summary.get(name):
             facts.append((label, f"{summary[name]['0.5']:.3g}"))

@@ -38,8 +38,8 @@ from axolotl_ivon.generation.mbr import (
     expected_utility,
     label_files,
     mbr,
-    sizes,
     save_choices,
+    sizes,
     utility_matrix,
 )
 from axolotl_ivon.generation.nbest import NBest
@@ -141,7 +141,7 @@ def test_without_references_there_are_choices_alone(tmp_path: Path) -> None:
     assert (result.choices[0].text, result.curve, result.single, result.auroc) == ("b", [], None, None)
     [path] = save_choices({"x": result}, tmp_path / "deep" / "out")
     record = json.loads(path.read_text())
-    assert (path.name, record["text"], record["answer"], record["prompt"]) == ("x.jsonl", "b", "b", "p")
+    assert (path.name, record["text"], record["answer"], record["prompt"]) == ("x.jsonl", "b", "b", "?")
     assert record["expected_utility"] == pytest.approx(2 / 3)
 
 

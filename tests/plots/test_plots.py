@@ -23,7 +23,7 @@ from scipy.stats import binomtest
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.decisions.weights import WeightsPoint
-from axolotl_ivon.generation.mbr import Point
+from axolotl_ivon.generation.mbr import CurvePoint
 from axolotl_ivon.metrics.scores import Scores, metrics
 from axolotl_ivon.plots.heat_map import heat_map, split_module
 from axolotl_ivon.plots.histograms import histograms
@@ -134,13 +134,13 @@ def test_intervals_are_wilsons(count: int, share: float) -> None:
 def test_bins_add_up_to_the_calibration_error() -> None:
     scores = made(200, 2)
     bins = Bins.of(*arrays(scores))
-    assert bins.count.sum() == 200
+    assert bins.counts.sum() == 200
     assert bins.calibration_error == pytest.approx(metrics(scores)["ece"])
     assert bins.middle[0] > 0.3, "of three classes no confidence is below 1/3, and an empty bin is left out"
     assert {"mean", f"ECE {100 * bins.calibration_error:.1f} %, n = 200"} <= set(
         texts(reliability({"mean": arrays(scores)}))
     )
-    assert Bins.of(np.array([1.0, 1.0, 0.0]), np.array([1.0, 0.0, 0.0])).count.tolist() == [1, 2]
+    assert Bins.of(np.array([1.0, 1.0, 0.0]), np.array([1.0, 0.0, 0.0])).counts.tolist() == [1, 2]
 
 
 def test_a_reliability_diagram_says_how_sure_it_is() -> None:
@@ -148,14 +148,14 @@ def test_a_reliability_diagram_says_how_sure_it_is() -> None:
     figure = reliability({"mean": arrays(scores)}, counts=True)
     top, bottom = figure.axes
     bins = Bins.of(*arrays(scores))
-    telling = bins.where(bins.count >= 5)
-    assert 0 < len(telling.count) < len(bins.count)
+    telling = bins.where(bins.counts >= 5)
+    assert 0 < len(telling.counts) < len(bins.counts)
     [errors] = [container for container in top.containers if isinstance(container, ErrorbarContainer)]
     ends = [segment[:, 1].tolist() for segment in errors.lines[2][0].get_segments()]
     assert ends == [pytest.approx(pair) for pair in zip(telling.low, telling.high, strict=True)]
     [hollow] = [line for line in top.get_lines() if line.get_markerfacecolor() == "none" and line.get_marker() == "o"]
-    assert list(hollow.get_ydata()) == bins.accuracy[bins.count < 5].tolist()
-    assert [text.get_text() for text in bottom.texts] == [str(count) for count in bins.count]
+    assert list(hollow.get_ydata()) == bins.accuracy[bins.counts < 5].tolist()
+    assert [text.get_text() for text in bottom.texts] == [str(count) for count in bins.counts]
     tokens = reliability({"mean": arrays(made(300))}, examples=150)
     assert "n = 300 tokens of 150 answers" in tokens.axes[0].get_title()
 
@@ -235,7 +235,9 @@ def test_the_front_of_two_files_is_marked() -> None:
 def test_the_scaling_curve_has_every_point() -> None:
     values = {"mean": (0.5, 0.6), "posterior": (0.55, 0.7)}
     curves = {
-        label: [Point(n=n, accuracy=accuracy, se=0.1, utility=0) for n, accuracy in zip((8, 16), each, strict=True)]
+        label: [
+            CurvePoint(n=n, accuracy=accuracy, se=0.1, utility=0) for n, accuracy in zip((8, 16), each, strict=True)
+        ]
         for label, each in values.items()
     }
     axes = scaling(curves).axes[0]
