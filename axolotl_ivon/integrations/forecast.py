@@ -1,4 +1,4 @@
-"""What a YAML will train with, before anything is loaded: N, steps, λ, learning rate, and how far weights can go."""
+"""Forecast a run from its YAML, before anything is loaded: N, steps, λ, learning rate, and how far weights can go."""
 
 from __future__ import annotations
 
@@ -132,10 +132,10 @@ def _findings(
     by_hand: bool,
 ) -> list[Finding]:
     """Return what is said of the run; a short travel is a fault only where the rate is set `by_hand`."""
-    found = []
+    findings = []
     if PLUGIN not in (cfg.get("plugins") or []) and _needs_plugin_line():
         text = f"plugins has no {PLUGIN}: axolotl before 0.21 will say that {OPTIMIZER} is not a valid OptimizerNames"
-        found.append(Finding("plugins", False, text))
+        findings.append(Finding("plugins", False, text))
     if travel is not None:
         text = f"no weight can travel farther than {travel:.3g}"
         short = travel < SHORT_REACH and by_hand
@@ -143,13 +143,13 @@ def _findings(
             text += f", and below {SHORT_REACH} a run may learn little: train longer, or raise learning_rate"
             if lr and travel:
                 text += f" (with {lr * PAPER_REACH / travel:.2g} it is {PAPER_REACH}, as in the paper)"
-        found.append(Finding("weights", not short, text))
+        findings.append(Finding("weights", not short, text))
     if steps is not None and beta2 is not None:
         memory = 1 / (1 - beta2)
         learns = not remembers_too_long(beta2, steps)
         text = f"β2 = {beta2:g} remembers {memory:,.0f} steps and the run has {steps:,}"
-        found.append(Finding("sigma", learns, text if learns else f"{text}: σ will stay near where it begins"))
-    return found
+        findings.append(Finding("sigma", learns, text if learns else f"{text}: σ will stay near where it begins"))
+    return findings
 
 
 def _needs_plugin_line() -> bool:
@@ -163,16 +163,16 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if regular_size(path) > _YAML_LIMIT:
             raise IVONError(f"{path} is larger than {_YAML_LIMIT >> 20} MiB; it is no configuration")
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        cfg = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise IVONError(f"{path}: no such file") from error
     except OSError as error:
         raise IVONError(f"{path} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise IVONError(f"{path} is not valid YAML ({one_line(error)})") from error
-    if not isinstance(found, dict):
+    if not isinstance(cfg, dict):
         raise IVONError(f"{path} does not hold the keys of a configuration")
-    return found
+    return cfg
 
 
 def _number(cfg: Mapping[str, Any], key: str, default: float) -> float:
@@ -199,12 +199,12 @@ def _train_size(cfg: Mapping[str, Any]) -> int:
         raise _Unknown("streamed data has no length")
     size = 0
     for dataset in cfg.get("datasets") or [{}]:
-        facts = dataset if isinstance(dataset, dict) else {}
-        if facts.get("shards"):
-            raise _Unknown(f"N: of {facts.get('path')} only a part is used")
-        files = facts.get("data_files") or facts.get("path")
+        keys = dataset if isinstance(dataset, dict) else {}
+        if keys.get("shards"):
+            raise _Unknown(f"N: of {keys.get('path')} only a part is used")
+        files = keys.get("data_files") or keys.get("path")
         whole = sum(_examples(Path(str(file))) for file in (files if isinstance(files, list) else [files]))
-        size += _examples_of(str(facts.get("split") or "train"), whole)
+        size += _examples_of(str(keys.get("split") or "train"), whole)
     held_out = _number(cfg, "val_set_size", 0)
     # As in scikit-learn, which `datasets` follows.
     return size - (int(held_out) if held_out >= 1 else math.ceil(held_out * size))

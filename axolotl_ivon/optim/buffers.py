@@ -48,7 +48,7 @@ class Buffers:
         moments: λ·Σ(m² + σ²) by tensor, of the last draw.
         h_hat: ĥ in units of λ·p, which stays what it is until the step: Σ ĝ·(θ−m) over the draws since the last one,
             float32 [weights], or None. With squared gradients it is Σ ĝ², which is ĥ in units of B.
-        earlier: .grad of the draws before this one, set aside while it goes on, or None.
+        earlier: .grad of the draws before this one, set aside during this draw, or None.
     """
 
     FLATS = ("mean", "momentum", "precision")
@@ -63,7 +63,7 @@ class Buffers:
         state: dict[Tensor, Any],
         start: Callable[[dict[str, Any], Tensor, Tensor | None], Tensor],
     ) -> None:
-        """Take over what state there is; where there is none m is the parameter (or m₀), p `start(group, m, 1/σ₀²)`."""
+        """Take over the existing state; without one m is the parameter (or m₀) and p is `start(group, m, 1/σ₀²)`."""
         self.group, self.params, self.kernels, self.key = group, params, kernels, key
         self.device = params[0].device
         self.limit = float(_PART) if self.device.type == "cpu" else math.inf
@@ -155,7 +155,7 @@ class Buffers:
         return Chunk(self.params, parts, starts, [*self.flats.values()], streams)
 
     def _by_tensor(self, layout: Layout, parts: Sequence[Tensor]) -> Tensor:
-        """Add up the values of parts, chunk by chunk, by tensor: 0 where there is no part."""
+        """Return the sums of the parts' values (given by chunk) for every tensor: 0 for one without parts."""
         if layout.whole:
             return parts[0] if len(parts) == 1 else torch.cat([*parts])
         sums = torch.zeros(len(self.params), device=self.device)

@@ -29,7 +29,7 @@ _ADDED = {**ADDED_LATER, "batch_size": 1}
 _GAUSSIAN = "gaussian"
 # m₀ and σ₀ of the tensors, by the parameters' names or by the parameters.
 GaussianPrior = Mapping[str | Tensor, tuple[Tensor, Tensor]]
-# Steps skipped in all and in a row, and the number of a tensor.
+# Steps skipped in total and in a row, and the number of a tensor.
 _NOTHING_SKIPPED = (0, 0, 0)
 
 
@@ -62,12 +62,12 @@ class IVONLoRA(Optimizer):
     It starts from m = the parameters, g = 0 and p = h0 + δ, with δ at σ² = 1/(λ·h0). With `rescale_lr` α is (h0 + δ)·α
     in the update of m.
 
-    The prior may be an earlier posterior N(m₀, σ₀²), to go on with new data and not forget the old: then δ = κ/(λ·σ₀²)
+    The prior may be an earlier posterior N(m₀, σ₀²), to learn new data without forgetting the old: then δ = κ/(λ·σ₀²)
     for every weight, the term on the mean is δ·(m − m₀), and it starts from m = m₀ and p = 1/(λ·σ₀²), where the earlier
     run left off (for κ > 1 from the prior, p = δ).
 
-    ĥ of one draw has a standard deviation of |ĝ|/σ, far above the Hessian itself, so that hundreds of steps do not tell
-    the weights of a tensor apart. With `hessian="squared_gradients"` ĥ = B·ĝ² instead, which has the Fisher information
+    ĥ of one draw has a standard deviation of |ĝ|/σ, far above the Hessian itself: hundreds of steps do not separate
+    the weights of a tensor. With `hessian="squared_gradients"` ĥ = B·ĝ² instead, which has the Fisher information
     of one example as its mean where gradients of examples are independent and have mean 0 (as in VOGN, arXiv
     1806.04854), and a relative standard deviation of √2. It is not negative, so p is its plain running average,
     p ← β2·p + (1−β2)·(ĥ+δ).
@@ -109,7 +109,7 @@ class IVONLoRA(Optimizer):
         rescale_lr: whether the learning rate of a tensor is (h0 + δ)·α, the optional line of IVON's Algorithm 1. A step
             from p = h0 + δ is then as long as the gradient, so α is of the size that it has for SGD.
         seed: seed of the draws. A draw depends on the seed, the number of draws before it and the place of
-            the tensor alone, so a resumed run goes on with the draws that it would have had.
+            the tensor alone, so a resumed run continues with the draws that it would have had.
 
     Raises:
         ValueError: for a hyperparameter out of range, with its value.
@@ -182,7 +182,7 @@ class IVONLoRA(Optimizer):
     @torch.no_grad()
     def _start_at_prior(self, group: dict[str, Any], prior: GaussianPrior) -> None:
         """Put m₀ and 1/σ₀² of a new group into the state, and m₀ into its parameters."""
-        found = []
+        tensors = []
         for i, param in enumerate(group["params"]):
             name = group["param_names"][i] if "param_names" in group else f"tensor {i}"
             given = prior.get(name, prior.get(param))
@@ -196,9 +196,9 @@ class IVONLoRA(Optimizer):
             delta = precision * (group["prior_strength"] / group["ess"])
             if not (mean.isfinite().all() and ((sigma > 0) & (delta < PRECISION_CEILING)).all()):
                 raise ValueError(f"prior of {name} must have a finite mean and a positive σ everywhere")
-            found.append((mean, precision))
+            tensors.append((mean, precision))
         group["prior"] = _GAUSSIAN
-        for param, (mean, precision) in zip(group["params"], found, strict=True):
+        for param, (mean, precision) in zip(group["params"], tensors, strict=True):
             param.copy_(mean)
             self.state[param] = dict(zip(Buffers.PRIOR, (mean, precision), strict=True))
 
@@ -281,7 +281,7 @@ class IVONLoRA(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update m, σ and the momentum from the gradients taken at the draws since the last step.
 
-        If the gradient's norm is not finite the step is skipped: nothing changes, and `skipped` tells.
+        If the gradient's norm is not finite the step is skipped: nothing changes but `skipped`.
 
         Args:
             closure: computes the loss and its gradient; it is called once, inside `sampled_params()`.
@@ -429,7 +429,7 @@ class IVONLoRA(Optimizer):
         return float(group["ess"] * _delta(group, state["mean"], state["precision"]))
 
     def summary(self) -> dict[str, float]:
-        """Return what a log tells of the posterior, over all n weights.
+        """Return figures of the posterior for a log, over all n weights.
 
         `ivon_sigma_mean`, `ivon_snr_mean`: the means of σ and of the signal-to-noise ratio |m|/σ.
         `ivon_log_sigma_spread`: the standard deviation of log σ within a tensor, averaged over tensors by their
@@ -485,26 +485,28 @@ class IVONLoRA(Optimizer):
 
     @torch.no_grad()
     def _get_buffers(self) -> list[Buffers]:
-        """Lay the state of all parameters out, taking over what state there is and initializing the rest."""
+        """Lay out the state of all parameters: take over the existing state and initialize the rest."""
         if self._buffers is None:
             # Not there until complete: a signal handler that saves may ask for σ meanwhile.
-            found, numbers, number = list[Buffers](), list[int](), 0
+            all_buffers, numbers, number = list[Buffers](), list[int](), 0
             for index, group in enumerate(self.param_groups):
                 homes: dict[tuple[torch.device, torch.dtype], list[int]] = {}
                 for i, param in enumerate(group["params"]):
                     homes.setdefault((param.device, param.dtype), []).append(i)
                 for place, members in enumerate(homes.values()):
                     params = [group["params"][i] for i in members]
-                    found.append(Buffers(group, params, kernels.choose(params), (index, place), self.state, _start))
+                    chosen = kernels.choose(params)
+                    all_buffers.append(Buffers(group, params, chosen, (index, place), self.state, _start))
                     numbers += [number + i for i in members]
                 number += len(group["params"])
             # A GPU decides for itself whether a step is taken if all tensors are on GPUs, and their kernels can.
-            judges = {buffers.kernels.judge for buffers in found}
+            judges = {buffers.kernels.judge for buffers in all_buffers}
             self._judge = judges.pop() if len(judges) == 1 else kernels.plain.judge
-            self._home = found[0].device if found and self._judge is not kernels.plain.judge else torch.device("cpu")
+            on_device = all_buffers and self._judge is not kernels.plain.judge
+            self._home = all_buffers[0].device if on_device else torch.device("cpu")
             self._at_draw = torch.zeros(len(numbers), device=self._home)  # Σĝ² by tensor when the last draw was over
             self._numbers = to_device(torch.tensor(numbers, dtype=torch.int64), self._home)
-            self._buffers = found
+            self._buffers = all_buffers
         return self._buffers
 
 

@@ -1,4 +1,4 @@
-"""What a log tells of a posterior that is being trained, in a handful of launches however many tensors there are."""
+"""The figures of the posterior in the log of a run, in a handful of launches for any number of tensors."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def summarize(all_buffers: Sequence[Buffers]) -> dict[str, float]:
         snr += float(ratios.sum()) * ess**0.5
         clipped += float(clips.sum())
         count += float(n.sum())
-    found = {"sigma_mean": sigma, "snr_mean": snr, "log_sigma_spread": spread, "clipped_share": clipped}
-    means = {f"ivon_{name}": total / max(count, 1) for name, total in found.items()}
+    totals = {"sigma_mean": sigma, "snr_mean": snr, "log_sigma_spread": spread, "clipped_share": clipped}
+    means = {f"ivon_{name}": total / max(count, 1) for name, total in totals.items()}
     return means | ({"ivon_kl": kl} if kl < math.inf else {})  # a prior of δ = 0 is no distribution
 
 

@@ -46,18 +46,18 @@ class Preset(NamedTuple):
             far above the prior's precision, a draw raises the loss of an example by weights/(2·λ), so from the usual
             number of weights on this is the same for any.
         per_example, usual_weights: see `gamma`.
-        few: what N counts as at least, in a run that passes `few_epochs[0]` times over the data or less, and in one
-            that does `few_epochs[1]` times or more; in between it falls evenly. A short run learns too slowly among
+        few: the least that N counts as: the first in a run of at most `few_epochs[0]` passes over the data, the second
+            in one of at least `few_epochs[1]` passes; in between it falls evenly. A short run learns too slowly among
             wide draws, and a long one overfits among narrow ones.
         few_epochs: see `few`.
         h0: initial Hessian; None for the one with which σ² is `noise` times the variance of LoRA matrices A at the
-            start, but the sum of that over all of them not above `noise_in_all`, as the disturbances add up.
+            start, while their sum over all of them is at most `noise_in_all`, as the disturbances add up.
         noise, noise_in_all: see `h0`.
         clip: ξ.
         beta1, beta2: of the running averages; None for a β2 with a memory of `memory`·steps.
         memory: see `beta2`.
-        travel: Σ α_t·ξ, the farthest that a weight can get in a run, which the learning rate is chosen for where
-            none is given; None to take what is given, as it is.
+        travel: Σ α_t·ξ, the farthest that a weight can get in a run; the learning rate is chosen for it where none is
+            given. None: a learning rate that is given is taken as it is.
         prior_strength, hessian, h0_steps: as in `IVONLoRA`.
         posterior_strength: κ where the prior is a posterior. 1 is Bayes' rule. A diagonal posterior does not know what
             weights do together, and holds a task too weakly by two orders of magnitude.
@@ -123,7 +123,7 @@ def _preset(name: str, **rules: Any) -> Preset:
     return Preset(**{s.name: getattr(s, name) for s in SETTINGS if s.name in Preset._fields}, **rules)
 
 
-# benchmarks/fidelity/NOTES.md tells where the numbers are from.
+# benchmarks/fidelity/NOTES.md says where the numbers are from.
 PRESETS = {
     "auto": _preset(
         "auto",

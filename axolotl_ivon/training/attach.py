@@ -65,10 +65,10 @@ def attach(
         gamma: γ of the effective sample size λ = γ·√N.
         ess: λ itself, instead of γ and N.
         h0, clip, betas, hessian, h0_steps, rescale_lr: as in `IVONLoRA`; None for the preset's.
-        prior: "empirical" or a number, as in `IVONLoRA`; or the `Posterior` that an earlier run has left, to go on from
-            and not forget. Training then starts from its mean and its σ, with N(m₀, σ₀²/κ) as the prior. N and λ are
-            those of the new data alone: what was learned counts as data that were seen, κ times. It must be over the
-            same base model, with the same rank, scaling and targets.
+        prior: "empirical" or a number, as in `IVONLoRA`; or the `Posterior` of an earlier run, to continue from it
+            without forgetting. Training then starts from its mean and σ, with N(m₀, σ₀²/κ) as the prior. N and λ
+            are those of the new data alone: the earlier data count κ times. It must be over the same base model, with
+            the same rank, scaling and targets.
         prior_strength: κ; None for the preset's: 0.1, with a `Posterior` 300; 1 by "paper".
         train_size: N, the number of training examples; the length of the Trainer's dataset by default (give it where
             that dataset is packed or streamed).

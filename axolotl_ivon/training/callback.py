@@ -27,7 +27,7 @@ LOG = logging.getLogger(__name__)
 # So many skipped steps in a row are no accident of one batch, nor of a loss scaler that finds its scale.
 DIVERGED = 10
 NONE_SKIPPED = Skipped(0, 0, None)
-# Weights of each tensor that are remembered, to tell how far they moved.
+# Weights of each tensor that are remembered, to measure how far they moved.
 _REMEMBERED = 4096
 
 
@@ -43,7 +43,7 @@ class PosteriorTraining(TrainerCallback):
         eval_samples: draws that every evaluation averages over.
         per_rank: whether each process has draws of its own.
         travel: how far a weight can get in the run, where the learning rate is chosen for that.
-        settings_for_run: gives the settings that hang on the length of the run, for so many steps and epochs.
+        settings_for_run: returns the settings that depend on the length of the run, from its steps and epochs.
         optimizer: None until the Trainer makes it.
         adapter: the trained weights in each process, under DeepSpeed and FSDP2.
         begun: whether training has begun. Before that, the optimizer may lack the state that it resumes from.
@@ -86,7 +86,7 @@ class PosteriorTraining(TrainerCallback):
         return self.settings["clip"] * (self.settings["h0"] if self.settings["rescale_lr"] else 1.0)
 
     def fit_to(self, steps: int) -> None:
-        """Take the settings for a run of so many steps, except those that a third party's optimizer has set itself."""
+        """Take the settings for this number of steps, except those that a third party's optimizer has set itself."""
         args, size = self.trainer.args, int(self.header["train_size"] or 0)
         epochs = args.num_train_epochs
         if args.max_steps > 0:  # packed batches count as if they were not
@@ -105,7 +105,7 @@ class PosteriorTraining(TrainerCallback):
         if self.header.get(PRIOR_SHA256) != header.get(PRIOR_SHA256):
             own, other = (f"from {x['prior']}" if PRIOR_SHA256 in x else "from none" for x in (self.header, header))
             raise IVONError(
-                f"{param_ref('prior')}: {checkpoint} goes on {other} and this run {own}; resume with the same, or "
+                f"{param_ref('prior')}: {checkpoint} started {other} and this run {own}; resume with the same, or "
                 "begin a new run in another folder"
             )
         self.resumed = header
@@ -144,8 +144,8 @@ class PosteriorTraining(TrainerCallback):
         scheduler: Any = kwargs.get("lr_scheduler")
         # Only schedules with lr_lambdas have their peak in base_lrs; one_cycle, say, has its first rate there.
         if hasattr(scheduler, "lr_lambdas") and not math.isclose(lr, scheduler.base_lrs[0]):
-            LOG.warning("the checkpoint goes on at its learning_rate %.3g, not at %.3g", scheduler.base_lrs[0], lr)
-            lr = scheduler.base_lrs[0]
+            asked, lr = lr, scheduler.base_lrs[0]
+            LOG.warning("the run resumes at the checkpoint's learning_rate %.3g, not at %.3g", lr, asked)
         if args.max_grad_norm:
             LOG.warning(
                 "max_grad_norm %g scales the gradients and with them the Hessian estimate, which widens the posterior; "
@@ -212,7 +212,7 @@ class PosteriorTraining(TrainerCallback):
         if skipped.in_a_row >= DIVERGED > before.in_a_row:
             LOG.error(
                 "the run diverges: the last %d steps were skipped, since the gradient of %s is not finite; m and σ are "
-                "those of step %d: go on from a checkpoint with a smaller learning_rate",
+                "those of step %d: resume from a checkpoint with a smaller learning_rate",
                 skipped.in_a_row,
                 skipped.tensor,
                 step - skipped.in_a_row,

@@ -1,6 +1,6 @@
 """What a run writes: an adapter with its σ, and checkpoints that appear whole or not at all.
 
-The Trainer writes a checkpoint's files one after the other into the folder by which it is found again. A run that is
+The Trainer writes a checkpoint's files one after the other into the folder by its final name. A run that is
 killed meanwhile leaves a half one, and resuming from the last checkpoint (transformers' `resume_from_checkpoint=True`,
 axolotl's `auto_resume_from_checkpoints`) takes it for whole.
 """
@@ -93,7 +93,7 @@ def save_with_sigma(
     saved = []
     with updated_adapter(folder) as new:
         if (folder / CARD_FILE).is_file():
-            shutil.copyfile(folder / CARD_FILE, new / CARD_FILE)  # PEFT goes on with what it finds
+            shutil.copyfile(folder / CARD_FILE, new / CARD_FILE)  # PEFT extends a card that is there
         save_pretrained(new, *args, **kwargs)
         for adapter in run.model.peft_config if run.begun else ():
             name = "" if adapter == "default" else adapter

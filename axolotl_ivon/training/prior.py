@@ -36,7 +36,7 @@ def gaussian_prior(
     Args:
         model: the model whose adapter is to be trained.
         shapes: of the trained parameters, by name.
-        prior: the posterior that they go on from.
+        prior: the posterior that they start from.
 
     Raises:
         IVONError: it is of another base model, has another rank, scaling or other targets, or no width; the message

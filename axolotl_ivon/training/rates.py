@@ -1,4 +1,4 @@
-"""The learning rates of a run, step by step, and the peak with which its weights travel as far as they should."""
+"""The learning rate of every step of a run, and the peak that lets its weights travel a given distance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rates(scheduler: Any, lr: float, steps: int) -> list[float]:
 
 
 def rate_for(travel: float, clip: float, steps: int, schedule: Callable[[float, SGD], Any]) -> float:
-    """Return the peak learning rate with which a weight can travel so far, Σ α_t·ξ, under a schedule.
+    """Return the peak learning rate at which a weight can travel Σ α_t·ξ = `travel` under a schedule.
 
     `schedule(lr, optimizer)` makes a scheduler of this peak; it is called with optimizers that train nothing. A
     scheduler that asks for more than the step is taken to stay at the peak.

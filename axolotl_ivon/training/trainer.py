@@ -1,4 +1,4 @@
-"""What a Trainer does differently while a posterior is trained: overrides of its methods, each on top of its own.
+"""Overrides of a Trainer's methods while a posterior is trained, each on top of the Trainer's own.
 
 `attach` makes this class the first base of the Trainer's class, so `super()` is whatever the Trainer did before, a
 user's subclass included. What is changed on other objects than the Trainer is in `patches.py`.
@@ -103,7 +103,7 @@ class PosteriorTrainerMixin(Trainer):
     # Logs and evaluations
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add what the hooks tell of the posterior to a log of the training loss."""
+        """Add the metrics of the hooks to a log of the training loss."""
         run = self.posterior_training
         if "loss" in logs and run.optimizer is not None:
             for metrics in reversed(plugin_manager().hook.log_metrics(trainer=self, optimizer=run.optimizer)):
@@ -140,7 +140,7 @@ class PosteriorTrainerMixin(Trainer):
             run.model.save_pretrained(str(output_dir or self.args.output_dir), state_dict={})
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the Trainer's card, in place of the one saved with the adapter, and tell of the posterior in it."""
+        """Write the Trainer's card over the one saved with the adapter, and describe the posterior in it."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and self.posterior_training.begun:
             update_card_in(Path(str(self.args.output_dir)))
@@ -148,7 +148,7 @@ class PosteriorTrainerMixin(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         """Let a checkpoint appear whole or not at all.
 
-        With `push_to_hub` the Trainer uploads from the folder while it goes on, so there it writes as ever.
+        With `push_to_hub` the Trainer uploads from the folder while it trains on, so it then writes as usual.
         """
         with nullcontext() if self.args.push_to_hub else whole_checkpoint(self, trial):
             super()._save_checkpoint(model, trial, *args, **kwargs)

@@ -79,7 +79,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does_and_needs_the_same_
         assert all(torch.equal(left[key], right[key]) for key in left)
     headers = [Posterior.from_pretrained(tmp_path / run / "checkpoint-6").metadata for run in ("a", "b")]
     assert headers[0] == headers[1]
-    with pytest.raises(IVONError, match=r"^prior: .*checkpoint-3 goes on from .* and this run from none; resume with"):
+    with pytest.raises(IVONError, match=r"^prior: .*checkpoint-3 started from .* and this run from none; resume with"):
         trained(None, "c", checkpoint)
 
 

@@ -146,9 +146,9 @@ def test_a_run_with_a_preset_resumes_at_the_same_rates(
     assert ends[0][0] == ends[1][0]
     assert chosen[0] == chosen[1]
     assert all(torch.equal(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
-    assert "goes on at its learning_rate" not in caplog.text
+    assert "the checkpoint's learning_rate" not in caplog.text
     trained(resume=tmp_path / "checkpoint-3", max_steps=12, learning_rate=0.0)
-    assert f"goes on at its learning_rate {chosen[0]:.3g}, not at" in caplog.text
+    assert f"the checkpoint's learning_rate {chosen[0]:.3g}, not at" in caplog.text
 
 
 def test_a_second_run_of_another_length_has_a_rate_of_its_own(trained: Any) -> None:
@@ -172,7 +172,7 @@ def test_a_schedule_that_begins_below_its_peak_is_no_checkpoint(made: Any, caplo
     attach(trainer)
     trainer.train()
     assert sum(spy.rates) * 0.01 == pytest.approx(0.125)
-    assert "goes on at its learning_rate" not in caplog.text
+    assert "the checkpoint's learning_rate" not in caplog.text
 
 
 class Own(Trainer):

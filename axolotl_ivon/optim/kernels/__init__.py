@@ -1,7 +1,7 @@
 """The kernels of the optimizer: what runs over every weight. `base.Kernels` says what they do.
 
 `plain` works everywhere, `cpu` (numba) and `gpu` (Triton) are quicker. The environment variable IVON_KERNELS names one
-of the three; without it the device decides. What is not plain is held against what is before it is used.
+of the three; without it the device decides. Every other kernel is checked against `plain` before use.
 """
 
 from __future__ import annotations
@@ -55,21 +55,22 @@ def choose(params: Sequence[Tensor]) -> Kernels:
         name = "plain"
     if name == "plain":
         return plain
-    found = _tried(name, device, dtype if name == "gpu" else torch.float32)
+    kernels = _tried(name, device, dtype if name == "gpu" else torch.float32)
+    reason = kernels if isinstance(kernels, str) else ""
     if name == "gpu" and not all(param.is_contiguous() for param in params):
-        found = "a parameter is not contiguous"
-    if not isinstance(found, str):
-        return found
+        reason = "a parameter is not contiguous"
+    if not reason:
+        return kernels
     if asked:
-        raise IVONError(f"{VARIABLE}={name} cannot be used for {dtype} parameters on {device}: {found}")
-    if importlib.util.find_spec(_LIBRARIES[name]) is not None:  # who has not installed it knows what it costs
-        _warn(f"the {name} kernels are not used for {dtype} parameters on {device}, which costs time only: {found}")
+        raise IVONError(f"{VARIABLE}={name} cannot be used for {dtype} parameters on {device}: {reason}")
+    if importlib.util.find_spec(_LIBRARIES[name]) is not None:  # a missing library needs no warning
+        _warn(f"the {name} kernels are not used for {dtype} parameters on {device}, which costs time only: {reason}")
     return plain
 
 
 @functools.cache
 def _tried(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return kernels that do what the plain ones do, or why they cannot be used: a library, compiler or driver."""
+    """Return kernels that agree with the plain ones, or why they cannot be used: a library, compiler or driver."""
     if name == "cpu" and device.type != "cpu":
         return "they are for a CPU"
     if importlib.util.find_spec(_LIBRARIES[name]) is None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Bounds on p that keep σ = 1/√(λ·p) finite and positive in float32 for every λ that is accepted. The update
+# Bounds on p that keep σ = 1/√(λ·p) finite and positive in float32 for every accepted λ. The update
 # keeps p positive; the floor is there for rounding, the ceiling for gradients whose square overflows.
 PRECISION_FLOOR, PRECISION_CEILING = 1e-12, 1e24
 # A step that is longer overflows sooner or later, whatever lr and clip allow.
@@ -48,7 +48,7 @@ class Chunk:
         prior: m₀ and 1/σ₀² there, float32 [place] each, where every weight has a prior of its own, else None.
         starts, sizes: where the parts begin in `place`, and how many weights each has. They follow one another without
             a gap, unless the kernels' `GAPS` allows some.
-        streams: what tells the noise of a part from that of others, uint64 [parts, 2].
+        streams: the seed that makes the noise of a part its own, uint64 [parts, 2].
         tables: what kernels keep about the chunk between calls.
     """
 
@@ -110,7 +110,7 @@ class Kernels(Protocol):
     which have a dtype of their own. A kernel for a GPU does not wait for it.
     """
 
-    PARTS: float  # a chunk is as large as so many parts of a large tensor
+    PARTS: float  # the size of a chunk, in parts of a large tensor
     GAPS: bool  # whether weights that are left alone may lie between the parts of a chunk
 
     def noise(self, chunk: Chunk, seeds: np.ndarray) -> Tensor:
@@ -140,7 +140,7 @@ class Kernels(Protocol):
         Args:
             at_draw, now: Σĝ² of all tensors, float32 [tensors].
             numbers: the numbers of these tensors, int64 [tensors].
-            report: steps that were skipped in all and in a row, and the first tensor with a bad ĝ in the latest.
+            report: the steps skipped in total and in a row, and the first tensor with a bad ĝ in the latest.
 
         Returns:
             The decision, and the report after this step, in which a norm that no tensor alone makes infinite counts as

@@ -222,12 +222,12 @@ def judge(
     at_draw: Tensor, now: Tensor, numbers: Tensor, report: Sequence[int] | Tensor
 ) -> tuple[StepDecision, Sequence[int] | Tensor]:
     """Decide whether the step is taken; see `Kernels.judge`."""
-    told = report if isinstance(report, Tensor) else torch.tensor(report)
-    told = to_device(told, now.device) if told.device != now.device else told
+    counts = report if isinstance(report, Tensor) else torch.tensor(report)
+    counts = to_device(counts, now.device) if counts.device != now.device else counts
     decision = torch.empty(2, device=now.device)
     with torch.cuda.device_of(now):
-        _judge[(1,)](at_draw, now, numbers, told, decision, len(numbers), MAX_STEP, BLOCK=_BLOCK)
-    return decision, told
+        _judge[(1,)](at_draw, now, numbers, counts, decision, len(numbers), MAX_STEP, BLOCK=_BLOCK)
+    return decision, counts
 
 
 def update(chunk: Chunk, h_hat: Tensor, terms: Terms, decision: StepDecision, c: Constants) -> None:
