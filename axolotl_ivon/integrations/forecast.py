@@ -14,9 +14,9 @@ import yaml
 from ..errors import IVONError, one_line
 from ..posterior.adapter import Adapter
 from ..posterior.chain import check_prior, links
-from ..posterior.findings import Finding, remembers_too_long
+from ..posterior.findings import Finding, remembers_too_long, travel_finding
 from ..settings.keys import DEFAULTS, check_values, prior_folder, yaml_key
-from ..settings.presets import ADAM_LIKE_LR, PAPER_REACH, SHORT_REACH, resolved
+from ..settings.presets import resolved
 from ..settings.table import OPTIMIZER, PLUGIN, SETTINGS
 from ..storage.format import regular_size
 
@@ -84,10 +84,11 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     lr: float | None = _number(cfg, "learning_rate", 0.0)
     if preset.travel is not None and not lr:
         lr = preset.travel / (step_bound * share * steps) if share and steps else None
-    elif preset.travel is not None and lr and lr < ADAM_LIKE_LR and not rescaled:
-        lr /= preset.clip
+    else:
+        lr = preset.alpha(lr, rescaled)
     travel = lr * share * steps * step_bound if lr is not None and share is not None and steps else None
-    findings = _findings(cfg, lr, travel, steps, beta2, preset.travel is None)
+    travels = None if travel is None else travel_finding(travel, lr or 0.0, by_hand=preset.travel is None)
+    findings = _findings(cfg, steps, beta2, travels)
     if prior:
         findings.append(_prior_finding(prior, strength))
     return {
@@ -123,27 +124,13 @@ def _prior_finding(prior: str, strength: float) -> Finding:
     return Finding("prior", True, text)
 
 
-def _findings(
-    cfg: Mapping[str, Any],
-    lr: float | None,
-    travel: float | None,
-    steps: int | None,
-    beta2: float | None,
-    by_hand: bool,
-) -> list[Finding]:
-    """Return what is said of the run; a short travel is a fault only where the rate is set `by_hand`."""
+def _findings(cfg: Mapping[str, Any], steps: int | None, beta2: float | None, travels: Finding | None) -> list[Finding]:
     findings = []
     if PLUGIN not in (cfg.get("plugins") or []) and _needs_plugin_line():
         text = f"plugins has no {PLUGIN}: axolotl before 0.21 will say that {OPTIMIZER} is not a valid OptimizerNames"
         findings.append(Finding("plugins", False, text))
-    if travel is not None:
-        text = f"no weight can travel farther than {travel:.3g}"
-        short = travel < SHORT_REACH and by_hand
-        if short:
-            text += f", and below {SHORT_REACH} a run may learn little: train longer, or raise learning_rate"
-            if lr and travel:
-                text += f" (with {lr * PAPER_REACH / travel:.2g} it is {PAPER_REACH}, as in the paper)"
-        findings.append(Finding("weights", not short, text))
+    if travels is not None:
+        findings.append(travels)
     if steps is not None and beta2 is not None:
         memory = 1 / (1 - beta2)
         learns = not remembers_too_long(beta2, steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..settings.presets import MEMORY
+from ..settings.presets import MEMORY, PAPER_REACH, SHORT_REACH
 
 # A run whose weights moved less on average has learned next to nothing: B begins at 0, and with r = 8 it then changes
 # the output of a layer by a third of a percent.
@@ -32,6 +32,15 @@ class Finding(NamedTuple):
 def remembers_too_long(beta2: float, steps: int) -> bool:
     """Return whether p remembers more steps than it should in a run of `steps`, so that it hardly leaves its start."""
     return 1 / (1 - beta2) > 1.01 * steps * MEMORY  # a preset's β2 is at the limit
+
+
+def travel_finding(travel: float, lr: float, by_hand: bool) -> Finding:
+    """Return whether weights can travel far enough, Σ α_t·ξ; a short travel is a fault only of a rate set `by_hand`."""
+    text, short = f"no weight can travel farther than {travel:.3g}", by_hand and travel < SHORT_REACH
+    if short:
+        text += f", and below {SHORT_REACH} a run may learn little: train longer, or raise learning_rate"
+        text += f" (with {lr * PAPER_REACH / travel:.2g} it is {PAPER_REACH}, as in the paper)" if travel else ""
+    return Finding("weights", not short, text)
 
 
 def findings(

@@ -110,6 +110,11 @@ class Preset(NamedTuple):
             return self.beta2
         return 1 - min(0.1, 1 / max(1.0, self.memory * steps))
 
+    def alpha(self, learning_rate: float, rescale_lr: bool) -> float:
+        """Return α for a learning rate, which may be one for AdamW: then a step may move a weight by at most that."""
+        reads = self.travel is not None and not rescale_lr and math.isfinite(self.clip)
+        return learning_rate / self.clip if reads and 0 < learning_rate < ADAM_LIKE_LR else learning_rate
+
     def for_run(self, size: int, shapes: Mapping[str, Sequence[int]], steps: int, epochs: float) -> dict[str, Any]:
         """Return λ, h0 and the betas of a run with N = `size`, for weights of these shapes by their names."""
         weights = sum(map(math.prod, shapes.values()))

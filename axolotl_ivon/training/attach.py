@@ -18,7 +18,7 @@ from ..errors import IVONError, param_ref
 from ..optim.ivon import IVONLoRA
 from ..posterior.chain import prior_header
 from ..posterior.posterior import Posterior
-from ..settings.presets import ADAM_LIKE_LR, Preset, resolved
+from ..settings.presets import Preset, resolved
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import remove_unfinished
 from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean, show_the_mean
@@ -118,11 +118,11 @@ def attach(
         header |= prior_header(earlier, settings["prior_strength"], header["train_size"])
     _check_evaluation(trainer, eval_samples, draws)
     _check_arguments(trainer, chosen, preset)
-    rate = trainer.args.learning_rate
-    if chosen.travel is not None and not rescale_lr and math.isfinite(chosen.clip) and 0 < rate < ADAM_LIKE_LR:
-        header["learning_rate"] = f"{rate:g}"
-        settings["lr"] = trainer.args.learning_rate = rate / chosen.clip
-    per_rank, travel = draws == "per_rank" and trainer.args.world_size > 1, None if rate else chosen.travel
+    travel = None if settings["lr"] else chosen.travel
+    if (alpha := chosen.alpha(settings["lr"], rescale_lr)) != settings["lr"]:
+        header["learning_rate"] = f"{settings['lr']:g}"
+        settings["lr"] = trainer.args.learning_rate = alpha
+    per_rank = draws == "per_rank" and trainer.args.world_size > 1
     run = PosteriorTraining(trainer, model, params, settings, header, eval_samples, per_rank, travel, settings_for_run)
     _install(run)
 

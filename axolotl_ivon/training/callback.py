@@ -16,8 +16,8 @@ from transformers import Trainer, TrainerCallback
 from ..errors import IVONError, param_ref
 from ..optim.ivon import Skipped
 from ..posterior.chain import PRIOR_SHA256
-from ..posterior.findings import begins_at_zero, findings
-from ..settings.presets import ADAM_LIKE_LR, PAPER_REACH, SHORT_REACH
+from ..posterior.findings import begins_at_zero, findings, travel_finding
+from ..settings.presets import ADAM_LIKE_LR
 from .processes import agree_on_gradients, average, sum_over_processes
 from .rates import rates
 from .sharded import ReplicatedAdapter
@@ -152,8 +152,8 @@ class PosteriorTraining(TrainerCallback):
                 "clip already bounds the step: set max_grad_norm to 0",
                 args.max_grad_norm,
             )
-        by_itself = self.header["preset"] != "paper"  # and so is how far a weight can get
-        if lr < ADAM_LIKE_LR and not by_itself:
+        by_hand = self.header["preset"] == "paper"  # and so is how far a weight can get
+        if lr < ADAM_LIKE_LR and by_hand:
             LOG.warning(
                 "learning_rate %g looks like one for Adam: IVON's step is a natural-gradient step bounded by "
                 "clip, and 1e-2 to 1e-1 is the usual range",
@@ -164,16 +164,9 @@ class PosteriorTraining(TrainerCallback):
         zero = bool(self.start) and not any(values.any() for values in self.start.values())
         self.from_zero = zero if fresh else "moved" in self.resumed
         self.rates = rates(scheduler, lr, state.max_steps)
-        reach = sum(self.rates) * self.step_bound
-        if reach < SHORT_REACH and not by_itself:
-            LOG.warning(
-                "in this run no weight can travel farther than %.3g (the sum of learning rate × clip over %d steps), "
-                "and below %g it may learn little: raise learning_rate%s or clip, or train longer",
-                reach,
-                state.max_steps,
-                SHORT_REACH,
-                f" (with {lr * PAPER_REACH / reach:.2g} it is {PAPER_REACH}, as in the paper)" if reach else "",
-            )
+        finding = travel_finding(sum(self.rates) * self.step_bound, lr, by_hand)
+        if not finding.good:
+            LOG.warning("%s", finding.text)
 
     def count_losses(self, inputs: Mapping[str, Any]) -> None:
         """Count the losses of a batch: the tokens that a language model is to predict, or the examples."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -46,13 +48,20 @@ def batches(count: int, seed: int = 1) -> list[torch.Tensor]:
     return [torch.randn(8, 24, generator=generator) for _ in range(count)]
 
 
+@contextmanager
+def step_of(optimizer: IVONLoRA) -> Iterator[None]:
+    """Take a step from the gradients at one draw, which are computed inside."""
+    with optimizer.sampled_params():
+        yield
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def train(optimizer: IVONLoRA, pair: dict[str, nn.Parameter], data: list[torch.Tensor]) -> None:
     """Take a step for every batch."""
     for batch in data:
-        with optimizer.sampled_params():
+        with step_of(optimizer):
             lora_loss(pair, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def relative(value: torch.Tensor, expected: np.ndarray) -> float:

@@ -24,6 +24,7 @@ from toy import (
     lora_pair,
     relative,
     run_beside_reference,
+    step_of,
     train,
 )
 
@@ -100,10 +101,8 @@ def test_two_tasks_of_known_curvature_give_the_posterior_of_both() -> None:
         )
         sigmas = []
         for step in range(3000):
-            with optimizer.sampled_params():
+            with step_of(optimizer):
                 (0.5 * hessian * (param - target).square()).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
             if step >= 1500 and step % 10 == 0:
                 sigmas.append(optimizer.sigma(param).square())
         return optimizer.mean(param), torch.stack(sigmas).mean((0, 1)).expand(200, 3).sqrt()
@@ -198,11 +197,9 @@ def test_equals_ivon_opt_with_a_fixed_prior(rescale_lr: bool, monkeypatch: pytes
 
     for step in range(100):
         weight = torch.rand(ours.shape, generator=torch.Generator().manual_seed(step))
-        with optimizer.sampled_params():
+        with step_of(optimizer):
             noise = ((ours.detach() - optimizer.mean(ours)) / optimizer.sigma(ours)).flatten()
             loss(ours, weight).backward()
-        optimizer.step()
-        optimizer.zero_grad()
         for dtype, (theirs, peer) in peers.items():
             draw = noise.to(dtype)
             with monkeypatch.context() as patch:
@@ -225,10 +222,8 @@ def test_sigma_converges_to_the_posterior_of_a_quadratic_loss() -> None:
     optimizer = IVONLoRA([param], lr=0.1, ess=ess, betas=(0.9, 0.998), h0=1.0, clip=math.inf, prior=delta)
     found = []
     for step in range(8000):
-        with optimizer.sampled_params():
+        with step_of(optimizer):
             (0.5 * hessian * (param - 2).square()).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
         if step >= 4000 and step % 10 == 0:
             found.append(optimizer.sigma(param).square().mean(0))
     expected = 1 / (ess * (hessian[0] + delta))
@@ -400,11 +395,9 @@ def test_dtypes_and_frozen_parameters_may_be_mixed() -> None:
     for trained in (False, True):
         frozen.requires_grad_(trained)
         before = frozen.detach().clone()
-        with optimizer.sampled_params():
+        with step_of(optimizer):
             assert torch.equal(frozen, before) != trained
             sum(param.float().square().sum() for param in (*params, frozen)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
         assert torch.equal(frozen, before) != trained
     for param in params:
         assert optimizer.sigma(param).dtype == torch.float32
@@ -570,11 +563,9 @@ def test_no_learning_rate_brings_a_nan(
     optimizer = IVONLoRA(pair.items(), lr=lr, ess=ess, clip=clip, prior=prior, rescale_lr=rescale_lr)
     start = {name: optimizer.mean(param) for name, param in pair.items()}
     for batch in batches(40):
-        with optimizer.sampled_params():
+        with step_of(optimizer):
             (lora_loss(pair, batch) + (one.float() - 1).square().sum()).backward()
             one.grad.nan_to_num_(0.0, 0.0, 0.0)  # a weight that the loss does not see, be it infinite
-        optimizer.step()
-        optimizer.zero_grad()
     for name, param in pair.items():
         assert optimizer.mean(param).isfinite().all()
         assert optimizer.sigma(param).isfinite().all()
@@ -588,10 +579,8 @@ def test_a_constant_loss_and_zero_gradients_move_nothing_but_sigma() -> None:
     optimizer = IVONLoRA(pair.items(), **SETTINGS)
     before = {name: optimizer.sigma(param) for name, param in pair.items()}
     for _ in range(50):
-        with optimizer.sampled_params():
+        with step_of(optimizer):
             (0 * sum(param.sum() for param in pair.values()) + 3).backward()
-        optimizer.step()
-        optimizer.zero_grad()
     assert torch.equal(pair["A"].detach(), lora_pair()["A"].detach())
     assert (optimizer.sigma(pair["A"]) > before["A"]).all(), "a loss that says nothing leaves the prior, which is wider"
     torch.testing.assert_close(optimizer.sigma(pair["B"]), before["B"], rtol=1e-5, atol=0)  # at 0 it is the prior
@@ -605,12 +594,10 @@ def test_empty_groups_and_empty_tensors_are_left_alone() -> None:
     alone = IVONLoRA([*plain.values()], **SETTINGS)
     for opt, params in ((optimizer, pair), (alone, plain)):
         for batch in batches(3):
-            with opt.sampled_params():
+            with step_of(opt):
                 lora_loss(params, batch).backward()
                 if params is pair:
                     empty.grad = torch.zeros(0, 3)
-            opt.step()
-            opt.zero_grad()
     assert all(torch.equal(pair[name], plain[name]) for name in pair)
 
 
@@ -625,13 +612,11 @@ def test_a_tensor_that_thaws_later_starts_where_a_new_one_would() -> None:
         if batch is data[4]:
             for param in late.values():
                 param.requires_grad_(True)
-        with optimizer.sampled_params():
+        with step_of(optimizer):
             loss = early.square().sum()
             if late["A"].requires_grad:
                 loss = loss + lora_loss(late, batch)
             loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
     other = IVONLoRA(fresh.items(), **SETTINGS)
     other.param_groups[0]["draws"] = 4  # so that the draws are the same
     train(other, fresh, data[4:])

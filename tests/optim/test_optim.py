@@ -11,7 +11,7 @@ import torch
 from reference import ReferenceIVON
 from torch import nn
 from torch.distributions import Normal, kl_divergence
-from toy import SETTINGS, batches, lora_loss, lora_pair, relative
+from toy import SETTINGS, batches, lora_loss, lora_pair, relative, step_of
 
 from axolotl_ivon import IVONLoRA
 from axolotl_ivon.optim.threads import in_parallel
@@ -37,10 +37,8 @@ def test_neither_threads_nor_pieces_change_a_bit(
         for buffers in optimizer._get_buffers():
             buffers.limit = 100
         for _ in range(4):
-            with optimizer.sampled_params():
+            with step_of(optimizer):
                 sum((param.float().sin() * (1 + param.float())).sum() for param in params).backward()
-            optimizer.step()
-            optimizer.zero_grad()
         return [optimizer.sigma(param) for param in params] + [param.detach() for param in params]
 
     for left, right in zip(train(1), train(threads), strict=True):
@@ -56,11 +54,9 @@ def test_a_large_tensor_follows_the_reference_in_pieces_of_several_rows() -> Non
         param.detach().double().numpy(), SETTINGS["ess"], *SETTINGS["betas"], SETTINGS["h0"], SETTINGS["clip"]
     )
     for _ in range(20):
-        with optimizer.sampled_params():
+        with step_of(optimizer):
             (param.sin() * (1 + param)).mean().backward()
             theta, gradient = param.detach().double().numpy().copy(), param.grad.double().numpy().copy()
-        optimizer.step()
-        optimizer.zero_grad()
         reference.step([theta], [gradient], SETTINGS["lr"])
     [layout] = optimizer._get_buffers()[0]._layouts.values()
     assert sum(layout.counts) == len(layout.owners) == 17
@@ -140,11 +136,9 @@ def trained(steps: int, **changes: object) -> tuple[IVONLoRA, dict[str, nn.Param
     for buffers in optimizer._get_buffers():
         buffers.limit = 30
     for batch in batches(steps):
-        with optimizer.sampled_params():
+        with step_of(optimizer):
             loss = lora_loss(pair, batch) + pair["half"].float().sin().sum() + pair["one"].square()
             (loss + (own.cumsum(1) - 2).square().sum() + (old - 0.3).square().sum() * 1e-2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
     return optimizer, {**pair, "own": own, "old": old}
 
 
