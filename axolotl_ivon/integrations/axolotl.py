@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin
@@ -51,6 +52,15 @@ class ConfigError(IVONError, SystemExit):
         self.code = f"axolotl-ivon: {message}"
 
 
+@contextmanager
+def _refused_by_key() -> Iterator[None]:
+    """Refuse the YAML with the line of the library's error, in which parameters go by the keys that set them."""
+    try:
+        yield
+    except IVONError as error:
+        raise ConfigError(error.describe(yaml_key)) from error
+
+
 class IVONLoRAPlugin(BasePlugin):
     """Trains with IVON-LoRA when the YAML says `optimizer: ivon_lora`, and does nothing otherwise."""
 
@@ -71,14 +81,10 @@ class IVONLoRAPlugin(BasePlugin):
             _warn_of_keys_without_effect(cfg)
             return
         _show_the_log()
-        try:
+        with _refused_by_key():
             given = check_values(cfg)
             _check_setting(cfg)
             _check_prior(cfg, prior_folder(given.get("ivon_prior")))
-        except ConfigError:
-            raise
-        except IVONError as error:
-            raise ConfigError(error.describe(yaml_key)) from error
         preset = PRESETS[{**DEFAULTS, **given}["ivon_preset"]]
         if preset.travel is not None and not cfg.get("learning_rate"):
             cfg["learning_rate"] = 0.0
@@ -100,7 +106,7 @@ class IVONLoRAPlugin(BasePlugin):
         from ..training.processes import check_sharding
 
         settings = attach_parameters(cfg)
-        try:
+        with _refused_by_key():
             if (folder := prior_folder(cfg.ivon_prior)) is not None:
                 settings["prior"] = Posterior.from_pretrained(folder)
             attach(trainer, **settings)
@@ -109,8 +115,6 @@ class IVONLoRAPlugin(BasePlugin):
             run.logs_verdict, self._verdict, self._post_trains = False, run.verdict, 0
             trainer.args.max_grad_norm = cfg.max_grad_norm or 0.0
             check_sharding(trainer)
-        except IVONError as error:
-            raise ConfigError(error.describe(yaml_key)) from error
 
     def post_train(self, cfg: DictDefault, model: PeftModel) -> None:
         """Save mean and σ again where axolotl writes an FSDP-trained adapter itself, without asking the model.
@@ -143,7 +147,7 @@ def _warn_of_keys_without_effect(cfg: Mapping[str, Any]) -> None:
 
 
 def _check_prior(cfg: Mapping[str, Any], folder: str | None) -> None:
-    """Refuse an earlier adapter that does not go with the YAML, before a model is loaded."""
+    """Refuse an earlier adapter that does not fit the YAML, before a model is loaded."""
     if folder is None:
         return
     from ..posterior.chain import check_prior
@@ -151,13 +155,13 @@ def _check_prior(cfg: Mapping[str, Any], folder: str | None) -> None:
     named = f"ivon_prior: {folder}"
     begin = cfg.get("lora_model_dir")
     if begin and str(begin) != folder and os.path.realpath(str(begin)) != os.path.realpath(folder):
-        raise ConfigError(f"{named} is not lora_model_dir: {begin}; name the same adapter in both, or ivon_prior alone")
+        raise IVONError(f"{named} is not lora_model_dir: {begin}; name the same adapter in both, or ivon_prior alone")
     if cfg.get("output_dir") and os.path.realpath(str(cfg["output_dir"])) == os.path.realpath(folder):
-        raise ConfigError(f"{named} is output_dir as well, and would be overwritten; choose another output_dir")
+        raise IVONError(f"{named} is output_dir as well, and would be overwritten; choose another output_dir")
     if cfg.get("ivon_h0") is not None:
-        raise ConfigError(f"ivon_h0: {cfg['ivon_h0']} has no effect with {named}, whose σ it begins with; remove it")
+        raise IVONError(f"ivon_h0: {cfg['ivon_h0']} has no effect with {named}, whose σ it begins with; remove it")
     if cfg.get("ivon_rescale_lr"):
-        raise ConfigError(f"ivon_rescale_lr: true does not go with {named}; remove it")
+        raise IVONError(f"ivon_rescale_lr: true does not go with {named}; remove it")
     # With lora_model_dir the adapter is the one that is saved there, whatever the YAML says.
     keys = {} if begin else {"r": "lora_r", "lora_alpha": "lora_alpha"}
     check_prior(folder, {name: int(cfg[key]) for name, key in keys.items() if cfg.get(key) is not None})
@@ -165,7 +169,7 @@ def _check_prior(cfg: Mapping[str, Any], folder: str | None) -> None:
 
 def _check_setting(cfg: Mapping[str, Any]) -> None:
     if cfg.get("adapter") not in ("lora", "qlora"):
-        raise ConfigError(
+        raise IVONError(
             f"adapter: {cfg.get('adapter')} does not go with optimizer: {OPTIMIZER}; set adapter: lora or qlora"
         )
     from axolotl.utils.schemas.config import AxolotlInputConfig
@@ -174,25 +178,25 @@ def _check_setting(cfg: Mapping[str, Any]) -> None:
         # Ray's workers get the YAML with all the defaults filled in.
         default = AxolotlInputConfig.model_fields[key].default if key in AxolotlInputConfig.model_fields else None
         if cfg.get(key) and cfg[key] != default:
-            raise ConfigError(f"{key}: {cfg[key]} has no effect with optimizer: {OPTIMIZER}; {way_out}")
+            raise IVONError(f"{key}: {cfg[key]} has no effect with optimizer: {OPTIMIZER}; {way_out}")
     if float(cfg.get("weight_decay") or 0):
-        raise ConfigError(
+        raise IVONError(
             f"weight_decay: {cfg['weight_decay']} has no effect with optimizer: {OPTIMIZER}; the prior takes its "
             "place: remove it, or set ivon_prior to a number"
         )
     if (cfg.get("streaming") or cfg.get("pretraining_dataset")) and cfg.get("ivon_lambda") is None:
         key = "streaming" if cfg.get("streaming") else "pretraining_dataset"
-        raise ConfigError(f"{key}: streamed data has no length for λ; set ivon_lambda, 1e7 say")
+        raise IVONError(f"{key}: streamed data has no length for λ; set ivon_lambda, 1e7 say")
     if cfg.get("ivon_eval_samples") and not (cfg.get("val_set_size") or cfg.get("test_datasets")):
-        raise ConfigError(
+        raise IVONError(
             f"ivon_eval_samples: {cfg['ivon_eval_samples']} has no effect without evaluation data; set val_set_size or "
             "test_datasets, or remove it"
         )
     for key in ("rl", "reward_model", "process_reward_model"):
         if cfg.get("ivon_eval_samples") and cfg.get(key):
-            raise ConfigError(f"ivon_eval_samples averages the predictions of a causal LM; remove it with {key}")
+            raise IVONError(f"ivon_eval_samples averages the predictions of a causal LM; remove it with {key}")
     if cfg.get("rl") in _ONLINE_RL:
-        raise ConfigError(
+        raise IVONError(
             f"rl: {cfg['rl']} is not supported with optimizer: {OPTIMIZER}, its rollouts would come from a draw; "
             "use another optimizer"
         )

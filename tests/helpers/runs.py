@@ -60,6 +60,13 @@ def trained(config: Path, processes: int = 0, **variables: str) -> subprocess.Co
     return result
 
 
+def launched(config: Path, *options: str, stderr: int = subprocess.DEVNULL, **variables: str) -> subprocess.Popen[str]:
+    """Start to train under torchrun with these options of its own."""
+    command = [AXOLOTL, "train", config, "--launcher", "torchrun", "--", *options]
+    quiet, env = subprocess.DEVNULL, environment(**variables)
+    return subprocess.Popen(command, cwd=config.parent, env=env, stdin=quiet, stdout=quiet, stderr=stderr, text=True)
+
+
 class Forks:
     """`axolotl` in forks of one process that has imported it; every fork has environment, folder and output of its own.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import AXOLOTL, Configs, Forks, environment, trained
+from runs import Configs, Forks, launched, trained
 from safetensors.torch import load_file
 from trainers import IVON_METRICS
 
@@ -156,10 +156,7 @@ def test_two_processes_train_save_and_resume_as_one_does(mode: str, several: Sev
     moved = Posterior.from_pretrained(two).mean
     before = load_file(several.start / "adapter_model.safetensors")
     assert all(not torch.allclose(moved[key], before[key], rtol=1e-3, atol=1e-4) for key in moved)
-    assert sorted(path.name for path in two.iterdir() if path.name.startswith("checkpoint")) == [
-        "checkpoint-3",
-        "checkpoint-6",
-    ]
+    assert {path.name for path in two.glob("checkpoint*")} == {"checkpoint-3", "checkpoint-6"}
 
     resumed = several.config(f"{mode}-resumed", mode, 1, resume_from_checkpoint=str(two / "checkpoint-3"))
     assert_same(several.train(resumed, mode, 1), alone)
@@ -209,15 +206,7 @@ def test_draws_of_their_own_in_every_process(several: SeveralProcesses, alone: P
 def test_sigterm_to_the_launcher_leaves_whole_checkpoints(several: SeveralProcesses) -> None:
     config = several.config("terminated", "zero2", 2, max_steps=100_000, num_epochs=100_000, save_steps=1)
     folder = config.with_suffix("")
-    command = [AXOLOTL, "train", config, "--launcher", "torchrun", "--", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.Popen(
-        command,
-        cwd=config.parent,
-        env=environment(**variables("zero2")),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    run = launched(config, "--standalone", "--nproc_per_node", "2", **variables("zero2"))
     try:
         deadline = time.monotonic() + 240
         while len(list(folder.glob("checkpoint-*"))) < 2 and time.monotonic() < deadline:
@@ -239,20 +228,9 @@ def test_two_nodes_train_as_one_process_does(several: SeveralProcesses, alone: P
     from torch.distributed.elastic.utils.distributed import get_free_port
 
     endpoint = f"localhost:{get_free_port()}"
-    command = [AXOLOTL, "train", config, "--launcher", "torchrun", "--", "--nnodes", "2", "--nproc_per_node", "1"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_id", "test"]
-    nodes = [
-        subprocess.Popen(
-            command,
-            cwd=config.parent,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    options = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "test"]
+    options += ["--rdzv_endpoint", endpoint]
+    nodes = [launched(config, *options, stderr=subprocess.PIPE) for _ in range(2)]
     try:
         for node in nodes:
             _, errors = node.communicate(timeout=240)

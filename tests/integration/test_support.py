@@ -34,13 +34,8 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     # quantized bases
     "int8": {"load_in_8bit": True, "adapter": "lora"},
     "qlora-nf4": {"load_in_4bit": True, "adapter": "qlora"},
-    "qlora-nf4-packing-checkpointing": {
-        "load_in_4bit": True,
-        "adapter": "qlora",
-        "sample_packing": True,
-        "pad_to_sequence_len": True,
-        "gradient_checkpointing": True,
-    },
+    "qlora-nf4-packing-checkpointing": {"load_in_4bit": True, "adapter": "qlora", "gradient_checkpointing": True}
+    | {"sample_packing": True, "pad_to_sequence_len": True},
     # adapters
     "dora": {"peft_use_dora": True},
     "rslora": {"peft_use_rslora": True},
