@@ -15,7 +15,8 @@ def places_of(module: Path) -> list[Path]:
     """Return where a module may be tested: in a file of its name (`cli/_options.py`: test_options.py) or its room's."""
     inside = module.relative_to(ROOT)
     folders = inside.parent.parts if inside.parts[0] == "cli" else inside.parent.parts[1:]
-    names = (module.stem.lstrip("_"), module.parent.name)
+    room = folders[-1] if folders else "library"
+    names = (module.stem.lstrip("_"), room)
     return [ROOT.joinpath("tests", *folders, f"test_{name}.py") for name in names]
 
 
