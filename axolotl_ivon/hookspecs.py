@@ -42,7 +42,7 @@ def sampling_context(trainer: Trainer, optimizer: torch.optim.Optimizer) -> Abst
 
 @hookspec
 def log_metrics(trainer: Trainer, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return what is added to the Trainer's log at every logging step."""
+    """Return metrics that are added to the Trainer's log at every logging step."""
 
 
 @hookspec

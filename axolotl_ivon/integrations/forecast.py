@@ -81,11 +81,10 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     share = known(lambda: _mean_rate(cfg, steps))
     rescaled = given["ivon_rescale_lr"]
     step_bound = preset.clip * (h0 or math.nan if rescaled else 1.0)
-    lr: float | None = _number(cfg, "learning_rate", 0.0)
-    if preset.travel is not None and not lr:
+    rate = _number(cfg, "learning_rate", 0.0)
+    lr: float | None = preset.alpha(rate, rescaled)
+    if preset.travel is not None and not rate:
         lr = preset.travel / (step_bound * share * steps) if share and steps else None
-    else:
-        lr = preset.alpha(lr, rescaled)
     travel = lr * share * steps * step_bound if lr is not None and share is not None and steps else None
     travels = None if travel is None else travel_finding(travel, lr or 0.0, by_hand=preset.travel is None)
     findings = _findings(cfg, steps, beta2, travels)

@@ -164,10 +164,10 @@ class Buffers:
     # ---------------------------------------------------------------- a draw
 
     def draw(self, seed: str, ess: float) -> None:
-        """θ = m + σ·ε, ε ~ N(0, I), into the parameters, and beside it what δ needs, for which σ is at hand.
+        """Put θ = m + σ·ε, ε ~ N(0, I), into the parameters, and keep the moments that δ needs.
 
-        `seed` is that of the draw, and from it one is made for each part, not one long stream: two integers in the
-        state are all that a resumed run needs, and it does not matter which thread draws what.
+        Each part has a seed of its own, made from the draw's `seed`. So a resumed run needs two integers of the state
+        alone, and any thread may draw any part.
         """
         bits = random_bits(seed)
 
@@ -186,7 +186,7 @@ class Buffers:
     # ---------------------------------------------------------------- gradients
 
     def set_gradients_aside(self) -> None:
-        """Make room for the gradient of a draw, which ĥ needs apart from those of the draws before it."""
+        """Set the gradients of earlier draws aside, since ĥ needs that of a draw alone."""
         self.earlier = None
         if self.h_hat is not None:
             earlier = [param.grad for param in self.params]
@@ -200,7 +200,7 @@ class Buffers:
                     self.view(self.h_hat, i).zero_()
 
     def put_gradients_back(self, *, add: bool) -> None:
-        """Add what was set aside to the gradient of this draw, or take it instead."""
+        """Add the gradients that were set aside to that of this draw, or (`add` False) put them in its place."""
         for param, gradient in zip(self.params, self.earlier or [None] * len(self.params), strict=True):
             if not add:
                 param.grad = gradient

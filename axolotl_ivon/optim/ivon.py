@@ -262,7 +262,7 @@ class IVONLoRA(Optimizer):
             self._drawn = False
 
     def _draw(self, buffers: Buffers, number: int | str) -> None:
-        """θ = m + σ·ε."""
+        """Put θ = m + σ·ε into the parameters of one buffer."""
         buffers.draw(f"{buffers.group['seed']}/{number}", float(buffers.group["ess"]))
 
     @property
@@ -377,11 +377,11 @@ class IVONLoRA(Optimizer):
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def _squares(self) -> Tensor:
-        """Return Σĝ² of every tensor, in the order of the buffers, on the device that judges."""
+        """Return Σĝ² of every tensor, in the order of the buffers, on the device that decides."""
         return self._here([buffers.squares() for buffers in self._get_buffers()])
 
     def _here(self, values: list[Tensor]) -> Tensor:
-        """Put what buffers gave on the device that judges, without waiting for another."""
+        """Return values of all buffers on the device that decides, without waiting for another."""
         if len(values) == 1:
             return values[0]
         return torch.cat([value.to(self._home, non_blocking=self._home.type != "cpu") for value in values])

@@ -1,4 +1,4 @@
-"""What a run writes: an adapter with its σ, and checkpoints that appear whole or not at all.
+"""Save an adapter with its σ, and checkpoints that appear whole or not at all.
 
 The Trainer writes a checkpoint's files one after the other into the folder by its final name. A run that is
 killed meanwhile leaves a half one, and resuming from the last checkpoint (transformers' `resume_from_checkpoint=True`,

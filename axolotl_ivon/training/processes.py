@@ -1,4 +1,4 @@
-"""Several processes: gradients that agree, and what IVON cannot be sharded with."""
+"""Average and agree on gradients over processes, and refuse sharding that IVON cannot train with."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def agree_on_gradients(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check_sharding(trainer: Trainer) -> None:
-    """Refuse what would train something else than the user asked for.
+    """Refuse settings of several processes that would train something else than the user asked for.
 
     Raises:
         IVONError: naming the setting and the way out.

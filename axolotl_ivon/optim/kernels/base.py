@@ -92,7 +92,7 @@ class Chunk:
         return self.shaped(self.momentum)
 
     def shaped(self, flat: Tensor) -> list[Tensor]:
-        """Part values [place] by part, in the shapes that the parameters have."""
+        """Return views of values [place] by part, in the shapes of the parameters."""
         places = zip(self.starts, self.sizes, self.shapes, strict=True)
         return [flat[start : start + size].view(shape) for start, size, shape in places]
 
@@ -120,10 +120,10 @@ class Kernels(Protocol):
         """
 
     def draw(self, chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
-        """θ = m + σ·ε with σ = 1/√(λ·p): put it into the parameters; return λ·Σ(m² + σ²) by part, for δ."""
+        """Put θ = m + σ·ε with σ = 1/√(λ·p) into the parameters, and return λ·Σ(m² + σ²) by part, for δ."""
 
     def collect(self, chunk: Chunk, h_hat: Tensor, *, add: bool, squared: bool = False) -> Tensor:
-        """ĥ/(λ·p) = ĝ·(θ−m): put it into `h_hat` [place] or add it, and put m back; return what `squares` does.
+        """Put ĥ/(λ·p) = ĝ·(θ−m) into `h_hat` [place] or add it, put m back, and return what `squares` does.
 
         With `squared` it is ĥ/B = ĝ² in its place. θ is read from the parameters, so it is what the forward pass saw,
         after rounding to their dtype.

@@ -176,7 +176,7 @@ def noise(chunk: Chunk, seeds: np.ndarray) -> Tensor:
 
 
 def draw(chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
-    """θ = m + σ·ε; see `Kernels.draw`."""
+    """Draw θ = m + σ·ε; see `Kernels.draw`."""
     if (thetas := _addresses(chunk.thetas)) is None:
         return plain.draw(chunk, noise, ess)
     moments = torch.empty(len(chunk.sizes))
@@ -186,7 +186,7 @@ def draw(chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
 
 
 def collect(chunk: Chunk, h_hat: Tensor, *, add: bool, squared: bool = False) -> Tensor:
-    """ĥ/(λ·p) = ĝ·(θ−m), or ĥ/B = ĝ²; see `Kernels.collect`."""
+    """Collect ĥ/(λ·p) = ĝ·(θ−m), or ĥ/B = ĝ²; see `Kernels.collect`."""
     thetas, gradients = _addresses(chunk.thetas), _addresses(chunk.gradients)
     if thetas is None or gradients is None:
         return plain.collect(chunk, h_hat, add=add, squared=squared)
@@ -197,7 +197,7 @@ def collect(chunk: Chunk, h_hat: Tensor, *, add: bool, squared: bool = False) ->
 
 
 def squares(chunk: Chunk) -> Tensor:
-    """Σĝ² by part; see `Kernels.squares`."""
+    """Return Σĝ² by part; see `Kernels.squares`."""
     if (gradients := _addresses(chunk.gradients)) is None:
         return plain.squares(chunk)
     sums = torch.empty(len(chunk.sizes))

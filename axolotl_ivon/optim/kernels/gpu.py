@@ -197,14 +197,14 @@ noise = plain.noise
 
 
 def draw(chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
-    """θ = m + σ·ε; see `Kernels.draw`."""
+    """Draw θ = m + σ·ε; see `Kernels.draw`."""
     partial = _partial(chunk)
     _launch(_draw, chunk, _thetas(chunk), noise, chunk.mean, chunk.precision, partial, float(ess), ess**-0.5)
     return _by_part(chunk, partial)
 
 
 def collect(chunk: Chunk, h_hat: Tensor, *, add: bool, squared: bool = False) -> Tensor:
-    """ĥ/(λ·p) = ĝ·(θ−m), or ĥ/B = ĝ²; see `Kernels.collect`."""
+    """Collect ĥ/(λ·p) = ĝ·(θ−m), or ĥ/B = ĝ²; see `Kernels.collect`."""
     partial, gradients = _partial(chunk), _gradients(chunk)
     tables = _thetas(chunk), _table(chunk, "gradients", gradients)
     _launch(_collect, chunk, *tables, chunk.mean, h_hat, partial, ADD=add, SQUARED=squared)
@@ -212,7 +212,7 @@ def collect(chunk: Chunk, h_hat: Tensor, *, add: bool, squared: bool = False) ->
 
 
 def squares(chunk: Chunk) -> Tensor:
-    """Σĝ² by part; see `Kernels.squares`."""
+    """Return Σĝ² by part; see `Kernels.squares`."""
     partial, gradients = _partial(chunk), _gradients(chunk)
     _launch(_squares, chunk, _table(chunk, "gradients", gradients), partial)
     return _by_part(chunk, partial)

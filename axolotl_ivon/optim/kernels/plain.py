@@ -26,7 +26,7 @@ def noise(chunk: Chunk, seeds: np.ndarray) -> Tensor:
 
 
 def draw(chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
-    """θ = m + σ·ε; see `Kernels.draw`."""
+    """Draw θ = m + σ·ε; see `Kernels.draw`."""
     roots = chunk.shaped(chunk.precision.rsqrt())  # √λ·σ
     for theta, m, eps, root in zip(chunk.thetas, chunk.means, chunk.shaped(noise), roots, strict=True):
         torch.addcmul(m, eps, root, value=ess**-0.5, out=theta)
@@ -35,7 +35,7 @@ def draw(chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
 
 
 def collect(chunk: Chunk, h_hat: Tensor, *, add: bool, squared: bool = False) -> Tensor:
-    """ĥ/(λ·p) = ĝ·(θ−m), or ĥ/B = ĝ²; see `Kernels.collect`."""
+    """Collect ĥ/(λ·p) = ĝ·(θ−m), or ĥ/B = ĝ²; see `Kernels.collect`."""
     thetas = chunk.thetas
     for theta, m, gradient, h in zip(thetas, chunk.means, chunk.gradients, chunk.shaped(h_hat), strict=True):
         if squared and add:
@@ -51,7 +51,7 @@ def collect(chunk: Chunk, h_hat: Tensor, *, add: bool, squared: bool = False) ->
 
 
 def squares(chunk: Chunk) -> Tensor:
-    """Σĝ² by part; see `Kernels.squares`."""
+    """Return Σĝ² by part; see `Kernels.squares`."""
     gradients = chunk.gradients
     # float32 also for a float16 gradient, whose norm overflows early.
     sums = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square_()
