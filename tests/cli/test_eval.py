@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import Cli
 from tiny import write_chats
 
 from axolotl_ivon.evaluation.evaluate import Evaluation, rows_of
 from axolotl_ivon.metrics.scores import metrics
-from ivon_post import cli
 
 ROWS = ["base", "mean", "mean-pruned", "posterior", "posterior-pruned"]
 METRICS = {"accuracy", "ece", "ece15", "nll", "brier", "auroc", "entropy", "expected_entropy", "mutual_information"}
@@ -21,28 +20,17 @@ METRICS |= {"aurc", "augrc", "cov_at_5risk", "risk_at_80cov", "aece"}
 
 
 @pytest.fixture(scope="module")
-def adapter(make_adapter: Callable[..., Path]) -> Path:
-    return make_adapter()
-
-
-@pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", count=12)
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, ["eval", *map(str, arguments)])
-
-
-def test_json_holds_what_the_library_finds(adapter: Path, chats: Path, tmp_path: Path) -> None:
+def test_json_holds_what_the_library_finds(tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli) -> None:
     shifted = write_chats(tmp_path / "shifted.jsonl", 9, seed=3)
-    result = run(adapter, "--data", chats, "--data", shifted, "--samples", 3, "--tau", 0.5, "--json")
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
+    found = ivon_post.json("eval", tiny_adapter, "--data", chats, "--data", shifted, "--samples", 3, "--tau", 0.5)
     assert [row["name"] for row in found["rows"]] == ROWS * 2
     assert [row["data"] for row in found["rows"]] == [str(chats)] * 5 + [str(shifted)] * 5
     assert found["choices"] == ["A", "B"]
-    evaluation = Evaluation(adapter, [chats, shifted])
+    evaluation = Evaluation(tiny_adapter, [chats, shifted])
     rows = list(rows_of(tau=0.5).values())
     for row, score in zip(found["rows"], evaluation.run(rows, samples=3), strict=False):
         expected = metrics(score.of_groups(torch.tensor(evaluation.files[str(chats)])))
@@ -52,26 +40,24 @@ def test_json_holds_what_the_library_finds(adapter: Path, chats: Path, tmp_path:
         assert row["examples"] == 12
 
 
-def test_infinite_tau_prints_the_mean(adapter: Path, chats: Path) -> None:
-    result = run(adapter, "--data", chats, "--tau", "inf", "--samples", 4, "--json", "--quiet")
+def test_infinite_tau_prints_the_mean(tiny_adapter: Path, chats: Path, ivon_post: Cli) -> None:
+    result = ivon_post.run("eval", tiny_adapter, "--data", chats, "--tau", "inf", "--samples", 4, "--json", "--quiet")
     found = json.loads(result.stdout)
     versus = {row["name"]: row.pop("versus_mean", None) for row in found["rows"]}
     rows = {row.pop("name"): row for row in found["rows"]}
     assert rows["posterior"] == rows["mean"]
     assert rows["posterior-pruned"] == rows["mean-pruned"]
     assert rows["mean"] != rows["base"]
-    assert all(found == {"difference": 0, "standard_error": 0} for found in versus["posterior"].values())
+    assert all(value == {"difference": 0, "standard_error": 0} for value in versus["posterior"].values())
     assert versus["mean"] is None
     assert [one["verdict"] for one in found["verdicts"]] == ["too few examples", "the same"]
     assert result.stderr == ""
 
 
-def test_the_table_has_every_row_and_progress_is_on_stderr(adapter: Path, chats: Path) -> None:
-    result = run(adapter, "--data", chats, "--samples", 2)
-    assert result.exit_code == 0, result.output
+def test_the_table_has_every_row_and_progress_is_on_stderr(tiny_adapter: Path, chats: Path, ivon_post: Cli) -> None:
+    result = ivon_post.run("eval", tiny_adapter, "--data", chats, "--samples", 2)
     lines = result.stdout.splitlines()
-    for name in ROWS:
-        # In the tables of quality, of what is answered, and of differences.
+    for name in ROWS:  # in the tables of quality, of what is answered, and of differences
         assert sum(line.split()[:1] == [name] for line in lines) == 3
     assert sum("chats.jsonl (12)" in line for line in lines) == 3
     assert lines[-1].startswith("12 examples are too few to tell 2 draws from the mean: NLL ")
@@ -80,31 +66,27 @@ def test_the_table_has_every_row_and_progress_is_on_stderr(adapter: Path, chats:
     assert "evaluating" not in result.stdout
 
 
-def test_every_row_is_compared_with_the_mean_and_the_base(adapter: Path, chats: Path) -> None:
-    found = json.loads(run(adapter, "--data", chats, "--samples", 2, "--json", "-q").stdout)["rows"]
+def test_every_row_is_compared_with_the_mean_and_the_base(tiny_adapter: Path, chats: Path, ivon_post: Cli) -> None:
+    found = ivon_post.json("eval", tiny_adapter, "--data", chats, "--samples", 2)["rows"]
     rows = {row["name"]: row for row in found}
-    for name in ROWS:
-        for other in ("mean", "base"):
-            versus = rows[name].get(f"versus_{other}")
-            if name == other:
-                assert versus is None
-                continue
-            for metric, value in versus.items():
-                assert value["difference"] == pytest.approx(rows[name][metric] - rows[other][metric])
-                assert value["standard_error"] >= 0
-    mirrored = rows["mean"]["versus_base"]["nll"], rows["base"]["versus_mean"]["nll"]
-    assert mirrored[0]["difference"] == -mirrored[1]["difference"]
-    assert mirrored[0]["standard_error"] == pytest.approx(mirrored[1]["standard_error"])
+    for name, other in ((name, other) for name in ROWS for other in ("mean", "base") if name != other):
+        for metric, value in rows[name][f"versus_{other}"].items():
+            assert value["difference"] == pytest.approx(rows[name][metric] - rows[other][metric])
+            assert value["standard_error"] >= 0
+    assert not any(f"versus_{name}" in rows[name] for name in ("mean", "base"))
+    one, mirrored = rows["mean"]["versus_base"]["nll"], rows["base"]["versus_mean"]["nll"]
+    assert one["difference"] == -mirrored["difference"]
+    assert one["standard_error"] == pytest.approx(mirrored["standard_error"])
 
 
-def test_other_data_temperatures_and_a_line_for_every_example(adapter: Path, chats: Path, tmp_path: Path) -> None:
+def test_other_data_temperatures_and_a_line_for_every_example(
+    tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli
+) -> None:
     other, valid = write_chats(tmp_path / "other.jsonl", 7, seed=3), write_chats(tmp_path / "valid.jsonl", 20, seed=4)
     out = tmp_path / "examples.jsonl"
-    arguments = [adapter, "--data", chats, "--samples", 2, "--rows", "mean,posterior", "--ood", other]
-    arguments += ["--calibrate", valid, "-q"]
-    result = run(*arguments, "-o", out, "--json")
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
+    words = ["eval", tiny_adapter, "--data", chats, "--samples", 2, "--rows", "mean,posterior", "-q"]
+    words += ["--ood", other, "--calibrate", valid]
+    found = ivon_post.json(*words, "-o", out)
     names = ["mean", "posterior", "mean+temperature", "posterior+temperature"]
     assert [row["name"] for row in found["rows"]] == names
     temperatures = found["calibration"]["temperatures"]
@@ -121,49 +103,44 @@ def test_other_data_temperatures_and_a_line_for_every_example(adapter: Path, cha
     assert [line["data"] for line in lines] == [str(chats)] * 12 + [str(other)] * 7
     assert list(lines[0]["rows"]) == names
     # Without --output it is the same, and the tables show it.
-    assert {**json.loads(run(*arguments, "--json").stdout), "output": str(out)} == found
-    shown = run(*arguments).stdout
+    assert {**ivon_post.json(*words), "output": str(out)} == found
+    shown = ivon_post(*words)
     for text in ("other.jsonl", "posterior+temperature", "max p", "cov@5 %", "Δ NLL", "fitted on", "too few to tell"):
         assert text in shown
-    again = run(*arguments, "-o", out)
-    assert (again.exit_code, again.stdout) == (1, "")
-    assert "overwrite it with --overwrite" in again.stderr
-    assert run(*arguments, "-o", out, "--overwrite").stdout.splitlines()[-1] == str(out)
+    assert "overwrite it with --overwrite" in ivon_post.error(*words, "-o", out)
+    assert ivon_post(*words, "-o", out, "--overwrite").splitlines()[-1] == str(out)
 
 
-def test_generate_shows_perplexity_and_choice_does_not(adapter: Path, chats: Path) -> None:
-    shown = [
-        run(adapter, "--data", chats, "--rows", "mean", "--task", task, "-q").stdout for task in ("generate", "choice")
-    ]
-    assert " PPL " in shown[0]
-    assert " PPL " not in shown[1]
+def test_rows_tasks_and_a_limit(tiny_adapter: Path, chats: Path, ivon_post: Cli) -> None:
+    words = ["eval", tiny_adapter, "--data", chats, "--limit", 5, "--samples", 2, "-q"]
+    rows = ivon_post.json(*words, "--rows", "posterior,base")["rows"]
+    assert [(row["name"], row["examples"], row["samples"]) for row in rows] == [("base", 5, 1), ("posterior", 5, 2)]
+    assert " PPL " in ivon_post(*words, "--rows", "mean", "--task", "generate")
+    assert " PPL " not in ivon_post(*words, "--rows", "mean", "--task", "choice")
 
 
-def test_rows_and_limit_save_work(adapter: Path, chats: Path) -> None:
-    result = run(adapter, "--data", chats, "--rows", "posterior,base", "--limit", 5, "--samples", 2, "--json")
-    found = json.loads(result.stdout)["rows"]
-    assert [(row["name"], row["examples"], row["samples"]) for row in found] == [("base", 5, 1), ("posterior", 5, 2)]
-
-
-def test_a_recommendation_stands_for_tau_and_ratio(adapter: Path, chats: Path, tmp_path: Path) -> None:
+def test_a_recommendation_stands_for_tau_and_ratio(
+    tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli
+) -> None:
     path = tmp_path / "recommended.json"
     path.write_text('{"tau": 0.5, "ratio": 0.3}')
-    same = ["--data", chats, "--samples", 2, "--json", "-q"]
-    recommended = run(adapter, *same, "--recommended", path)
-    explicit = run(adapter, *same, "--tau", 0.5, "--ratio", 0.3)
-    assert json.loads(recommended.stdout) == json.loads(explicit.stdout)
-    both = json.loads(run(adapter, *same, "--recommended", path, "--tau", 1).stdout)
+    words = ["eval", tiny_adapter, "--data", chats, "--samples", 2]
+    recommended = ivon_post.json(*words, "--recommended", path)
+    assert recommended == ivon_post.json(*words, "--tau", 0.5, "--ratio", 0.3)
+    both = ivon_post.json(*words, "--recommended", path, "--tau", 1)
     assert (both["tau"], both["prune_ratio"]) == (1.0, 0.3)
 
 
-def test_an_adapter_without_sigma_is_compared_by_its_mean(make_adapter: Callable[..., Path], chats: Path) -> None:
+def test_an_adapter_without_sigma_is_compared_by_its_mean(
+    make_adapter: Callable[..., Path], chats: Path, ivon_post: Cli
+) -> None:
     plain = make_adapter(sigma=False)
-    assert "--rows base,mean" in run(plain, "--data", chats, "-q").stderr
-    result = run(plain, "--data", chats, "--rows", "base,mean", "--json", "-q")
-    assert [row["name"] for row in json.loads(result.stdout)["rows"]] == ["base", "mean"]
+    assert "--rows base,mean" in ivon_post.error("eval", plain, "--data", chats, "-q")
+    rows = ivon_post.json("eval", plain, "--data", chats, "--rows", "base,mean")["rows"]
+    assert [row["name"] for row in rows] == ["base", "mean"]
 
 
-def test_an_untrained_head_has_no_row(tmp_path: Path, tiny_llama: Path) -> None:
+def test_an_untrained_head_has_no_row(tmp_path: Path, tiny_llama: Path, ivon_post: Cli) -> None:
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
     from transformers import AutoModelForSequenceClassification
@@ -176,7 +153,7 @@ def test_an_untrained_head_has_no_row(tmp_path: Path, tiny_llama: Path) -> None:
     mean = load_file(folder / "adapter_model.safetensors")
     save_sigma(folder, {key: torch.full_like(value, 0.01) for key, value in mean.items()}, {})
     (tmp_path / "data.jsonl").write_text('{"text": "sun", "label": 0}\n{"text": "rain", "label": 1}\n')
-    result = run(folder, "--data", tmp_path / "data.jsonl", "--samples", 2, "--json")
+    result = ivon_post.run("eval", folder, "--data", tmp_path / "data.jsonl", "--samples", 2, "--json")
     assert result.exit_code == 0, result.output
     assert [row["name"] for row in json.loads(result.stdout)["rows"]] == ROWS[1:]
     assert "no row for the base model" in result.stderr
