@@ -56,14 +56,8 @@ def test_completion_scripts_are_there(shell: str):
 
 
 def test_completion_of_criteria():
-    done = run(
-        env={
-            "_IVON_POST_COMPLETE": "bash_complete",
-            "COMP_WORDS": "ivon-post prune --criterion m",
-            "COMP_CWORD": "3",
-            "PATH": "/usr/bin:/bin",
-        }
-    )
+    words = {"COMP_WORDS": "ivon-post prune --criterion m", "COMP_CWORD": "3"}
+    done = run(env={"_IVON_POST_COMPLETE": "bash_complete", "PATH": "/usr/bin:/bin", **words})
     assert done.stdout.split() == ["plain,magnitude"]
 
 
@@ -104,26 +98,12 @@ def test_a_hub_id_writes_here(tiny_adapter: Path, tmp_path: Path, monkeypatch: p
     assert (tmp_path / "mine-samples-1" / "sample-0000").is_dir()
 
 
-def test_axolotl_gets_the_same_command():
-    [entry] = [entry for entry in entry_points(group="axolotl.cli_commands") if entry.name == "ivon-post"]
-    from ivon_post import cli
-
-    assert entry.load() is cli
-
-
 def test_axolotl_runs_it(tiny_adapter: Path, tmp_path: Path):
-    script = "from axolotl.cli.main import cli; cli()"
-    script_words = [
-        sys.executable,
-        "-c",
-        script,
-        "ivon-post",
-        "prune",
-        str(tiny_adapter),
-        "-o",
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run(script_words, capture_output=True, text=True, check=True)
+    [entry] = [entry for entry in entry_points(group="axolotl.cli_commands") if entry.name == "ivon-post"]
+    assert entry.load() is cli
+    script = [sys.executable, "-c", "from axolotl.cli.main import cli; cli()", "ivon-post"]
+    words = [*script, "prune", str(tiny_adapter), "-o", str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert re.search(r"^90 of 896 weights are 0", done.stdout, re.MULTILINE)
     assert (tmp_path / "out" / "adapter_config.json").is_file()
 

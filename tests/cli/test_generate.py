@@ -32,14 +32,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 def test_a_line_per_prompt_with_its_reference(ivon_post: Cli, tiny_adapter: Path, chats: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     found = ivon_post.json("generate", tiny_adapter, "-p", chats, *SMALL, "-o", path)
-    assert {key: found[key] for key in ("output", "prompts", "resumed", "members", "n", "per_model")} == {
-        "output": str(path),
-        "prompts": 4,
-        "resumed": 0,
-        "members": 2,
-        "n": 4,
-        "per_model": 2,
-    }
+    expected = {"output": str(path), "prompts": 4, "resumed": 0, "members": 2, "n": 4, "per_model": 2}
+    assert {key: found[key] for key in expected} == expected
     lines = read(path)
     assert [line["reference"] for line in lines] == [
         json.loads(line)["messages"][-1]["content"] for line in chats.read_text().splitlines()

@@ -38,21 +38,8 @@ def test_scores_then_clean_data_then_a_report(tiny_adapter: Path, data: Path, tm
     )
     texts = data.read_text().splitlines(keepends=True)
     for by, key in (("sensitivity", lambda i: -rows[i]["sensitivity"]), ("on", lambda i: rows[i]["on"])):
-        said = ivon_post(
-            "influence",
-            tiny_adapter,
-            "-d",
-            data,
-            "--scores",
-            out,
-            "--by",
-            by,
-            "--keep",
-            0.9,
-            "-o",
-            clean,
-            "--overwrite",
-        )
+        words = ["--scores", out, "--by", by, "--keep", 0.9, "-o", clean, "--overwrite"]
+        said = ivon_post("influence", tiny_adapter, "-d", data, *words)
         gone = sorted(range(25), key=key)[:3]  # 22.5 of 25 are 22
         assert clean.read_text() == "".join(text for i, text in enumerate(texts) if i not in gone)
         assert said.splitlines()[-2:] == [f"22 rows stay, 3 are left out, by {by}", str(clean)]

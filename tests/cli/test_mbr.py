@@ -27,10 +27,7 @@ def write(path: Path, answers: list[list[str]], references: list[str | None]) ->
 def files(tmp_path: Path) -> list[Path]:
     right = [["1"] * 10 + ["2"] * 6, ["3"] * 16]
     wrong = [["2"] * 10 + ["1"] * 6, ["3"] * 16]
-    return [
-        write(tmp_path / "mean.jsonl", wrong, ["1", "3"]),
-        write(tmp_path / "pruned.jsonl", right, ["1", "3"]),
-    ]
+    return [write(tmp_path / f"{name}.jsonl", a, ["1", "3"]) for name, a in (("mean", wrong), ("pruned", right))]
 
 
 def test_json_holds_accuracy_curve_and_files(ivon_post: Cli, files: list[Path], tmp_path: Path) -> None:
