@@ -61,7 +61,7 @@ def _example(record: dict[str, Any], source: str) -> Example:
 
 
 def chat_messages(record: dict[str, Any], source: str) -> list[dict[str, str]]:
-    """Return the chat of one line of a file, as `role` and `content`; `source` says where the line is.
+    """Return the chat of one line of a file, as `role` and `content`; `source` is its place, for messages.
 
     Raises:
         IVONError: the line holds no chat.
@@ -136,17 +136,17 @@ def find_choices(examples: Iterable[Example], given: Sequence[str] | None = None
             )
         return choices
     choices = tuple(given)
-    told = f"{param_ref('choices')} {','.join(choices)}"
+    named = f"{param_ref('choices')} {','.join(choices)}"
     if len(choices) < 2 or len(set(choices)) < len(choices) or "" in choices:
-        raise IVONError(f"{told}: give at least two different, non-empty strings")
+        raise IVONError(f"{named}: give at least two different, non-empty strings")
     for example in examples:
         if example.answer not in choices:
-            raise IVONError(f"{example.source}: the answer {example.answer!r} is not one of {told}")
+            raise IVONError(f"{example.source}: the answer {example.answer!r} is not one of {named}")
     return choices
 
 
 class Chat(NamedTuple):
-    """One line of a prompts file: what is asked, the reference answer if there is one, `FILE:LINE`."""
+    """One line of a prompts file: the messages, the reference answer if there is one, and `FILE:LINE`."""
 
     messages: tuple[dict[str, str], ...]
     reference: str | None

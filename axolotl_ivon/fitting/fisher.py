@@ -75,7 +75,7 @@ class Squarer(Generic[_T]):
     Args:
         gradients: of the examples' losses.
         count: number of losses that an example's is the sum of.
-        reporter: notified when fewer examples go at once.
+        reporter: notified when fewer examples run at once.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class Squarer(Generic[_T]):
         Raises:
             IVONError: a single example does not fit the memory.
         """
-        found = Squares({}, 0)
+        sums = Squares({}, 0)
         for _, more in self._halving.over(examples, self._square):
-            found = found.add(more)
-        return found
+            sums = sums.add(more)
+        return sums
 
     def _square(self, examples: Sequence[_T]) -> Squares:
         total: dict[str, Tensor] = {}
@@ -109,12 +109,12 @@ class Squarer(Generic[_T]):
 
 
 def fisher(
-    square: Callable[[Sequence[_T]], Squares], batches: Iterable[Sequence[_T]], found: Squares
+    square: Callable[[Sequence[_T]], Squares], batches: Iterable[Sequence[_T]], sums: Squares
 ) -> Iterator[Squares]:
-    """Go on from `found` and yield the sums over all batches so far, after every batch."""
+    """Continue from `sums` and yield the sums over all batches so far, after every batch."""
     for batch in batches:
-        found = found.add(square(batch))
-        yield found
+        sums = sums.add(square(batch))
+        yield sums
 
 
 @contextlib.contextmanager
@@ -156,7 +156,7 @@ def _one_pass(problem: FitProblem) -> dict[str, Tensor]:
     done, sums = 0, Squares({}, 0)
     if kept := problem.state.read():
         total = {name: value.to(device) for name, value in kept.tensors.items()}
-        done, sums = kept.facts["batches"], Squares(total, kept.facts["losses"])
+        done, sums = kept.values["batches"], Squares(total, kept.values["losses"])
     advance = problem.reporter.begin("Fisher information", len(problem.items))
     advance(sum(map(len, batches[:done])))
 

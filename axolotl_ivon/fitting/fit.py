@@ -1,6 +1,6 @@
 """A posterior for an adapter that has only a mean: settings, data and adapter to a `FitProblem`, and a method for it.
 
-Importing this module imports no torch: what a user got wrong is told at once.
+Importing this module imports no torch: a wrong input is refused at once.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def fit(
             of a classifier.
         refit: replace the σ that an adapter has.
         loading: how the base model is found and held in memory.
-        state: a file from which an interrupted fit goes on; it stays until `save` removes it.
-        reporter: hears of progress.
+        state: a file from which an interrupted fit continues; `save` removes it.
+        reporter: is told of progress.
         settings: the fields of `Settings`: `method`, `seed`, `validation`, `limit`, …
 
     Raises:
@@ -145,7 +145,7 @@ def _key(
     mean: str, settings: Settings, session: Session, items: Sequence[EncodedExample], held_out: HeldOut | None
 ) -> str:
     """Return what identifies a fit, so that the state of another is not taken."""
-    facts = {
+    identity = {
         "mean": mean,
         "settings": settings.identity(),
         "items": _digest(items),
@@ -154,7 +154,7 @@ def _key(
         "dtype": str(next(session.model.get_base_model().parameters()).dtype),
         "batch_size": settings.batch_size,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(items: Sequence[EncodedExample]) -> str:

@@ -33,19 +33,19 @@ from .problem import FitProblem, FittedSigma
 from .state import Snapshot
 
 _T = TypeVar("_T")
-SETTLED = 0.1  # root mean square of what log σ changed by since half as many steps
+SETTLED = 0.1  # root mean square of the change of log σ since half as many steps
 FEWEST, MOST = 32, 4096  # steps
 
 
 @dataclass(frozen=True)
 class Averages:
-    """Where the iteration is; all that is needed to go on.
+    """Where the iteration is: all that is needed to continue it.
 
     Attributes:
         step: t, steps so far.
         average: running averages of the squares and of the number of losses of a step, with weights that grow with t.
         earlier: p at the last two checkpoints, by number of the step.
-        change: root mean square of what log σ changed by since half as many steps; None before anybody knows.
+        change: root mean square of the change of log σ since half as many steps; None at the start.
         deltas: δ by parameter, of the last checkpoint.
     """
 
@@ -58,7 +58,7 @@ class Averages:
 
     @property
     def settled(self) -> bool:
-        """Say whether σ has settled: in noise alone, what it changed by since half the steps is its own error."""
+        """Say whether σ has settled: its change since the halfway point is within noise."""
         return self.step >= FEWEST and self.change is not None and self.change <= SETTLED
 
     def information(self) -> dict[str, Tensor]:
@@ -70,9 +70,9 @@ class Averages:
         tensors = {f"average/{name}": value for name, value in self.average.items()}
         for step, precision in self.earlier.items():
             tensors |= {f"{step}/{name}": value for name, value in precision.items()}
-        return Snapshot(tensors, self._facts())
+        return Snapshot(tensors, self._values())
 
-    def _facts(self) -> dict[str, Any]:
+    def _values(self) -> dict[str, Any]:
         return {"step": self.step, "losses": self.losses, "change": self.change, "deltas": dict(self.deltas)}
 
     @classmethod
@@ -84,12 +84,12 @@ class Averages:
             groups.setdefault(group, {})[name] = value.to(device)
         average = groups.pop("average")
         earlier = {int(step): precision for step, precision in sorted(groups.items(), key=lambda item: int(item[0]))}
-        facts = kept.facts
-        return cls(facts["step"], average, facts["losses"], earlier, facts["change"], facts["deltas"])
+        values = kept.values
+        return cls(values["step"], average, values["losses"], earlier, values["change"], values["deltas"])
 
 
 def is_checkpoint(step: int) -> bool:
-    """Say whether σ is looked at after this step: 1, 2, 3, 4, 6, 8, 11, 16, …, powers of √2."""
+    """Say whether σ is compared after this step: 1, 2, 3, 4, 6, 8, 11, 16, …, powers of √2."""
     return any(round(2 ** (k / 2)) == step for k in range(2 * step.bit_length()))
 
 
@@ -102,7 +102,7 @@ def iterate(
     progress: Averages,
     seed: int = 0,
 ) -> Iterator[Averages]:
-    """Go on from `progress` and yield it after every step, until σ has settled.
+    """Continue from `progress` and yield it after every step, until σ has settled.
 
     The parameters hold the mean whenever it yields, and afterwards, whatever happens. Draw t depends on the seed, t
     and the parameter's name alone.
@@ -130,12 +130,12 @@ def iterate(
                     noise = torch.from_numpy(normals(mean.numel(), "fit", seed, step, name)).view(mean.shape)
                     sigma = prior.sigma(information(name), priors[name])
                     parameters[name].copy_(mean + sigma * noise.to(mean.device))
-            found = square(next(batches))
+            squares = square(next(batches))
         finally:
             with torch.no_grad():
                 for name, mean in means.items():
                     parameters[name].copy_(mean)
-        progress = _averaged(progress, found, means)
+        progress = _averaged(progress, squares, means)
         if is_checkpoint(step):
             priors = progress.deltas or deltas()
             precision = {name: prior.precision(information(name), delta) for name, delta in priors.items()}
@@ -143,15 +143,15 @@ def iterate(
         yield progress
 
 
-def _averaged(progress: Averages, found: Squares, means: Mapping[str, Tensor]) -> Averages:
+def _averaged(progress: Averages, squares: Squares, means: Mapping[str, Tensor]) -> Averages:
     """Return the averages with those of one more step."""
     share = 2 / (progress.step + 2)
     zero = torch.zeros(())
     average = {}
     for name, mean in means.items():
-        new = found.total.get(name, zero.to(mean.device).expand_as(mean))
+        new = squares.total.get(name, zero.to(mean.device).expand_as(mean))
         average[name] = torch.lerp(progress.average[name], new, share) if progress.step else new.clone()
-    losses = progress.losses + share * (found.losses - progress.losses)
+    losses = progress.losses + share * (squares.losses - progress.losses)
     return replace(progress, step=progress.step + 1, average=average, losses=losses)
 
 
@@ -173,8 +173,8 @@ def fit(problem: FitProblem) -> FittedSigma:
     start: Mapping[str, Tensor] | float = PRESETS["auto"].first_h0(prior.ess, fan_ins)
     progress, stage = Averages(), 0
     if kept := problem.state.read():
-        progress, stage = Averages.restored(kept, problem.session.device), kept.facts["stage"]
-        prior = prior._replace(ess=kept.facts["ess"])
+        progress, stage = Averages.restored(kept, problem.session.device), kept.values["stage"]
+        prior = prior._replace(ess=kept.values["ess"])
     steps, stages = 0, 2 if problem.settings.validation else 1
     while True:
         progress = _settle(problem, progress, prior, start, stage)
@@ -189,26 +189,26 @@ def fit(problem: FitProblem) -> FittedSigma:
 def _settle(
     problem: FitProblem, progress: Averages, prior: Prior, start: Mapping[str, Tensor] | float, stage: int
 ) -> Averages:
-    """Go on from `progress` until σ has settled."""
+    """Continue from `progress` until σ has settled."""
     settings, reporter, session = problem.settings, problem.reporter, problem.session
 
     def snapshot() -> Snapshot:
         kept = progress.kept()
-        return Snapshot(kept.tensors, {**kept.facts, "stage": stage, "ess": prior.ess})
+        return Snapshot(kept.tensors, {**kept.values, "stage": stage, "ess": prior.ess})
 
     batches = Batches(problem.items, settings.batch_size, session.device.type, session.classes)
     advance = reporter.begin("fitting σ" if not stage else "fitting σ at the λ chosen")
     advance(progress.step)
     with squaring(problem) as (square, generator), problem.state.kept(snapshot):
         stream = numbered(batches.endless(settings.seed), progress.step, generator, settings.seed)
-        told = progress.change
+        shown = progress.change
         steps = iterate(problem.parameters, square, stream, prior, start, progress, settings.seed)
         for progress in steps:
             advance(1)
-            if progress.change != told and progress.step >= 8:
-                told = progress.change
+            if progress.change != shown and progress.step >= 8:
+                shown = progress.change
                 reporter.say(
-                    f"{progress.step} steps: σ changed by {told:.1%} since half as many (settled at {SETTLED:.0%})"
+                    f"{progress.step} steps: σ changed by {shown:.1%} since half as many (settled at {SETTLED:.0%})"
                 )
             problem.state.keep(snapshot)
     if settings.validation:

@@ -40,8 +40,8 @@ class Prior(NamedTuple):
 
         The empirical one is the root of κ = λ·mean(m²)·δ + mean(δ/(h + δ)), which rises with δ. Weights on which no
         example depends (h = 0: a token that does not occur, say) have the prior as their posterior, whatever it is, so
-        they have no say in it; unless nothing depends on any of them. Where m is 0 all over and κ ≥ 1 there is no root:
-        the KL-optimal prior is a point.
+        they do not count in it, unless nothing depends on any of them. Where m is 0 all over and κ ≥ 1 there is no
+        root: the KL-optimal prior is a point.
         """
         if self.kind != "empirical":
             return self.strength * self.kind
@@ -122,7 +122,7 @@ def choose_ess(problem: FitProblem, information: Mapping[str, Tensor], prior: Pr
 
 
 def fitted(problem: FitProblem, information: Mapping[str, Tensor], prior: Prior, steps: int = 0) -> FittedSigma:
-    """Return σ from the information at a prior, with the header that says so; `steps`: of an iteration."""
+    """Return σ from the information at a prior, with its header; `steps` are those of an iteration."""
     settings = problem.settings
     header = {
         "ess": str(prior.ess),

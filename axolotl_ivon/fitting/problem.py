@@ -1,4 +1,4 @@
-"""What is fitted, and what a method is: the settings, an adapter in memory with its data, and what comes of it.
+"""The problem that a method solves: settings, an adapter in memory with its data; and the signature of a method.
 
 Importing this module imports no torch: a wrong setting is refused at once.
 """
@@ -133,8 +133,8 @@ class FitProblem:
         parameters: the parameters that get a σ, by name.
         items: the training examples, tokenised.
         held_out: the validation or anchor data, where the settings ask for some.
-        state: where an interrupted fit left off.
-        header: what the header of σ says whatever the method.
+        state: the file of an interrupted fit.
+        header: facts of the header that all methods share.
     """
 
     adapter: Adapter
@@ -182,7 +182,7 @@ class FitProblem:
     def nll(self, posterior: Posterior, tau: float, advance: Callable[[int], None]) -> float:
         """Return the mean NLL on the held-out data: of averaged draws at τ, or at τ = ∞ of the mean.
 
-        The draws are the same for every posterior. `advance` hears how many examples are done.
+        The draws are the same for every posterior. `advance` is told how many examples are done.
         """
         assert self.held_out is not None
         settings = self.settings
@@ -203,14 +203,14 @@ class FitProblem:
 
 
 class FittedSigma(NamedTuple):
-    """What a method finds: σ by parameter, float32, and what the header says of how it was found."""
+    """The result of a method: σ by parameter, float32, and its facts for the header."""
 
     sigma: Mapping[str, Tensor]
     header: Mapping[str, str] = {}
 
 
 class Method(Protocol):
-    """A module of this room: it states its formula and its paper."""
+    """A module of this room, which states its formula and its paper."""
 
     def fit(self, problem: FitProblem) -> FittedSigma:
         """Return σ of every parameter; one that is left out gets 0."""

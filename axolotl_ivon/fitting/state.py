@@ -1,4 +1,4 @@
-"""What an interrupted fit goes on from: tensors and facts in one hidden file."""
+"""The hidden file from which an interrupted fit continues: tensors, and values in its header."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Snapshot(NamedTuple):
     """Where a fit is: tensors by name, and what JSON can hold."""
 
     tensors: Mapping[str, Tensor]
-    facts: Mapping[str, Any]
+    values: Mapping[str, Any]
 
 
 class State:
@@ -58,8 +58,8 @@ class State:
         if self._path is None:
             return
         with new_file(self._path) as temporary:
-            facts = {"fit": self._key, "facts": json.dumps(snapshot.facts)}
-            write_tensors(temporary, Tensors.of(snapshot.tensors), facts)
+            header = {"fit": self._key, "facts": json.dumps(snapshot.values)}
+            write_tensors(temporary, Tensors.of(snapshot.tensors), header)
         self._written = time.monotonic()
 
     def keep(self, snapshot: Callable[[], Snapshot]) -> None:

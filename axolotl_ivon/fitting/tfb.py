@@ -33,7 +33,7 @@ MOST = 12  # evaluations
 _FIRST = 0.1  # σ_q at the start, as a share of the product's root mean square
 _WIDEN = 4.0  # factor between widths until one costs too much
 FARTHEST = _WIDEN**3  # of the first width, about six times the weights: nothing wider is tried
-_FINE = 1.05  # factor between two widths that are told apart
+_FINE = 1.05  # factor between two widths that differ
 _NEGLIGIBLE = 1e-6  # of the longest column of B: a shorter one has no noise, since nothing would show it
 
 
@@ -43,12 +43,12 @@ def noise_shape(model: PeftModel, parameters: Mapping[str, nn.Parameter]) -> dic
     A column of B that is 0, or next to it, gives its row of A no noise: it would not show.
     """
     names = {parameter: name for name, parameter in parameters.items()}
-    found = {}
+    shape = {}
     for module in model.modules():
         for a, b, experts in _pairs(module):
             if a in names:
-                found[names[a]] = _rows_of_a(b.detach(), experts).view(-1, *[1] * (a.dim() - 1)).expand_as(a)
-    return found
+                shape[names[a]] = _rows_of_a(b.detach(), experts).view(-1, *[1] * (a.dim() - 1)).expand_as(a)
+    return shape
 
 
 def _pairs(module: Any) -> list[tuple[nn.Parameter, nn.Parameter, int]]:
@@ -116,7 +116,7 @@ def fit(problem: FitProblem) -> FittedSigma:
         )
     unit = problem.posterior(FittedSigma(shape))
     kept = problem.state.read()
-    known: dict[str, float] = dict(kept.facts["nll"]) if kept else {}
+    known: dict[str, float] = dict(kept.values["nll"]) if kept else {}
     advance = reporter.begin("finding the width", (1 + (MOST - 1) * settings.samples) * len(anchor.items))
 
     def nll(width: float) -> float:
@@ -127,9 +127,9 @@ def fit(problem: FitProblem) -> FittedSigma:
 
     mean = nll(0.0)
     width, tried = widest(lambda width: nll(width) - mean - tolerance, start, MOST - 1)
-    for one, cost in tried:
+    for each, cost in tried:
         rise = cost + tolerance
-        reporter.say(f"σ_q = {one:.4g}: NLL {mean + rise:.4f}, {rise:+.4f} of {tolerance:g}")
+        reporter.say(f"σ_q = {each:.4g}: NLL {mean + rise:.4f}, {rise:+.4f} of {tolerance:g}")
     if not width:
         raise IVONError(
             f"{param_ref('tolerance')} {tolerance:g}: every width that was tried raises the NLL by more; allow more"

@@ -1,14 +1,14 @@
-"""What every training example has done to the mean, by the Memory-Perturbation Equation (arXiv 2310.19273).
+"""How much every training example shaped the mean, by the Memory-Perturbation Equation (arXiv 2310.19273).
 
-One gradient of an example's loss, at the mean m, tells what leaving the example out would do, without retraining. The
-objective is λ·(mean loss of N examples) + KL, so an example's loss ℓᵢ has the weight λ/N in it, and without it
+One gradient of an example's loss, at the mean m, predicts the effect of leaving the example out, without retraining.
+The objective is λ·(mean loss of N examples) + KL, so an example's loss ℓᵢ has the weight λ/N in it, and without it
 
     m₋ᵢ ≈ m + (λ/N)·σ²·∇ℓᵢ(m)
 
-to first order; docs/influence.md derives it, and says where it is exact. The backward pass hands over one parameter's
-gradients at a time. They are multiplied by σ², and leave two numbers an example.
+to first order; docs/influence-derived.md derives it, and names the cases in which it is exact. The backward pass hands
+over the gradients of one parameter at a time. They are multiplied by σ², and leave two numbers an example.
 
-Importing this module imports no torch: what a user got wrong is told at once.
+Importing this module imports no torch: a wrong input is refused at once.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def log_odds_variance(losses: Tensor, own: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Influences:
-    """What a posterior says of the rows of its training data.
+    """The influence of each row of the training data on a posterior.
 
     Attributes:
         rows: the scores of each row, in order.
@@ -128,7 +128,7 @@ def influence(
         limit: use only the first examples of each file.
         loading: how the base model is found and held in memory.
         batch_size: examples in a batch, or None to choose; fewer when the memory runs out.
-        reporter: hears of progress.
+        reporter: is told of progress.
 
     Raises:
         IVONError: the data or the adapter cannot be read, its σ is 0 or does not say λ, the base model does not fit, or

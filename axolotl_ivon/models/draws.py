@@ -143,9 +143,9 @@ def predict(posterior: Posterior, model: PeftModel, batch: Mapping[str, Any], n:
             logits = getattr(model(**inputs), "logits", None)
             if logits is None:
                 raise IVONError(f"a {type(model.get_base_model()).__name__} gives no logits to predict with")
-            one = logits.float().softmax(-1)
-            mean = one if not k else mean + (one - mean) / (k + 1)
-            entropies = _entropy(one) if not k else entropies + (_entropy(one) - entropies) / (k + 1)
+            probabilities = logits.float().softmax(-1)
+            mean = mean + (probabilities - mean) / (k + 1)
+            entropies = entropies + (_entropy(probabilities) - entropies) / (k + 1)
     return Prediction(mean, (_entropy(mean) - entropies).clamp_(min=0))
 
 
@@ -216,15 +216,15 @@ def _stacked_forward(module: Any, a: Tensor, b: Tensor) -> Any:
 
 @contextlib.contextmanager
 def _replaced_forward(module: Any, forward: Any) -> Iterator[None]:
-    own = module.__dict__.get("forward")  # accelerate's hooks put one on the instance
+    hooked = module.__dict__.get("forward")  # accelerate's hooks put one on the instance
     module.forward = forward
     try:
         yield
     finally:
-        if own is None:
+        if hooked is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = hooked
 
 
 @contextlib.contextmanager

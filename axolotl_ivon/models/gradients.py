@@ -31,14 +31,14 @@ _T = TypeVar("_T")
 _MOST = 2**26  # numbers in the gradients that are handed over at once: 256 MiB
 _DISAGREES = 0.05  # relative; rounding in bfloat16 is far below, another layout of the batch far above
 
-# What is told of a parameter's gradients: its name, the number of the first example, and [k, *shape] in float32.
+# It gets the gradients of one parameter: its name, the number of the first example, and [k, *shape] in float32.
 Consume = Callable[[str, int, Tensor], None]
 # From the gradient of what a module gave, [examples, …], and some of the examples, their gradients of a parameter.
 _Rule = Callable[[Tensor, slice], Tensor]
 
 
 class LabelLogits(NamedTuple):
-    """What the model says at the scored positions of examples, in their order.
+    """Logits of the model at the scored positions of examples, in their order.
 
     Attributes:
         logits: float32 [m, classes]: of all tokens, of the candidates, or of the labels.
@@ -104,29 +104,25 @@ def example_losses(
 
     Those are the label tokens of a chat, or the one label of a classifier.
     """
-    found = label_logits(model, items)
-    losses = loss(found.logits, found.targets)
-    return losses.new_zeros(len(items)).index_add(0, found.row, losses)
+    labels = label_logits(model, items)
+    losses = loss(labels.logits, labels.targets)
+    return losses.new_zeros(len(items)).index_add(0, labels.row, losses)
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """Return the parameters that PEFT trains, by the keys under which it saves them; one that is shared only once."""
-    found: dict[str, nn.Parameter] = {}
+    by_parameter: dict[nn.Parameter, str] = {}
     for key, place in AdapterSlots(model).places.items():
-        if (
-            isinstance(place, nn.Parameter)
-            and place.is_floating_point()
-            and all(place is not p for p in found.values())
-        ):
-            found[key] = place
-    return found
+        if isinstance(place, nn.Parameter) and place.is_floating_point():
+            by_parameter.setdefault(place, key)
+    return {key: parameter for parameter, key in by_parameter.items()}
 
 
 def make_differentiable(model: nn.Module) -> None:
     """Keep nf4 layers on a CPU differentiable; for a model that has not run yet.
 
-    In the first pass without gradients bitsandbytes packs their weights for a product that has none, and says nothing
-    of it. Its way back does not give the weights that were there.
+    In the first pass without gradients bitsandbytes silently packs their weights for a product that has none.
+    Unpacking does not restore the weights.
 
     Raises:
         RuntimeError: they are packed already.
@@ -198,9 +194,9 @@ class ExampleGradients(Generic[_T]):
     def __call__(self, examples: Sequence[_T], consume: Consume) -> Tensor:
         """Hand over the gradients of the losses of `examples`, and return the losses, [examples].
 
-        `consume(name, first, gradients)` is told of examples first, first + 1, … the gradients [k, *shape], float32 on
-        the parameter's device: of one parameter after the other, of all examples unless that is very much. It may
-        change them. Of a parameter that the loss does not depend on it hears nothing.
+        `consume(name, first, gradients)` gets the gradients [k, *shape] of examples first, first + 1, …, float32 on the
+        parameter's device. It is called for one parameter after the other, with all examples unless they are very
+        large, and may change them. It is not called for a parameter that the loss does not depend on.
         """
         if len(examples) > 1 and not self._tried:
             self.try_on(examples)
@@ -269,17 +265,17 @@ class ExampleGradients(Generic[_T]):
         output.register_hook(on_backward)
 
     def try_on(self, examples: Sequence[_T]) -> None:
-        """Find out whether the hooks give what autograd gives: of two examples the second, and the sum of both.
+        """Compare the hooks with autograd on two examples: the gradient of the second, and the sum of both.
 
-        The first batch of several examples does it, if nobody has before; it calls the loss once more.
+        The first batch of several examples does it by itself; it calls the loss once more.
         """
         wrong: list[str] = []
         expected: dict[nn.Parameter, Tensor | None] = {}
 
         def differentiate(losses: Tensor) -> None:
             parameters = list(self._names)
-            found = torch.autograd.grad(losses[1], parameters, retain_graph=True, allow_unused=True)
-            expected.update(zip(parameters, found, strict=True))
+            second = torch.autograd.grad(losses[1], parameters, retain_graph=True, allow_unused=True)
+            expected.update(zip(parameters, second, strict=True))
             self._uses.clear()  # of this pass
 
         def compare(parameter: nn.Parameter) -> None:

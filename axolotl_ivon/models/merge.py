@@ -118,7 +118,7 @@ def _own_dtype(base: str) -> str:
     from transformers import AutoConfig
 
     try:
-        own = str(AutoConfig.from_pretrained(base, trust_remote_code=False).dtype).removeprefix("torch.")
-    except Exception:  # load_model says what is wrong with it
+        dtype = str(AutoConfig.from_pretrained(base, trust_remote_code=False).dtype).removeprefix("torch.")
+    except Exception:  # load_model raises with the reason
         return "auto"
-    return own if own in DTYPES else "auto"
+    return dtype if dtype in DTYPES else "auto"

@@ -1,6 +1,6 @@
 """A base model, an adapter over it, and its tokenizer, loaded once from folders or the Hub.
 
-Importing this module imports no torch: what a user got wrong is told before the slower steps.
+Importing this module imports no torch, so that a wrong input is refused before the slower steps.
 """
 
 from __future__ import annotations
@@ -300,8 +300,8 @@ def _shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
 
 def _reason(error: BaseException) -> str:
     if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"  # the message alone says little
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"  # the message alone is too short
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A size mismatch comes as a headline and one line per tensor; the first tensor's line says more.
+    # A size mismatch comes as a headline and one line per tensor; the first tensor's line is clearer.
     line = next((line for line in lines if line.startswith("size mismatch")), lines[0] if lines else "no message")
     return line.rstrip(".")

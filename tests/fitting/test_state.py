@@ -16,7 +16,7 @@ SNAPSHOT = Snapshot({"a": torch.arange(3.0), "b/c": torch.ones(2, 2).T}, {"step"
 
 def same(one: Snapshot | None, other: Snapshot) -> bool:
     assert one is not None
-    return one.facts == other.facts and all(value.equal(one.tensors[key]) for key, value in other.tensors.items())
+    return one.values == other.values and all(value.equal(one.tensors[key]) for key, value in other.tensors.items())
 
 
 def test_what_was_written_is_read_by_the_same_fit_alone(tmp_path: Path) -> None:
