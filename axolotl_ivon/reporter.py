@@ -30,4 +30,23 @@ class Reporter:
         """Report something that the user should know."""
 
 
+class Stage(Reporter):
+    """Show all that is done inside of a stage as one thing with a total; what is said or notified passes through."""
+
+    def __init__(self, reporter: Reporter, doing: str, total: int) -> None:
+        self._reporter, self._count = reporter, reporter.begin(doing, total)
+
+    def advance(self, doing: str, count: int, total: int) -> None:
+        """Count for the stage."""
+        self._count(count)
+
+    def say(self, text: str) -> None:
+        """Pass it on."""
+        self._reporter.say(text)
+
+    def notify(self, message: str) -> None:
+        """Pass it on."""
+        self._reporter.notify(message)
+
+
 SILENT = Reporter()

@@ -20,7 +20,7 @@ from ._stdout import only_results, results
 from ._tables import emit
 
 if TYPE_CHECKING:
-    from axolotl_ivon.decisions.sweep import Decision
+    from axolotl_ivon.decisions.recommendation import Decision
     from axolotl_ivon.models.session import Loading
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -171,7 +171,7 @@ class PosteriorOptions:
 
         tau, ratio = 1.0, default_ratio
         if self.recommended:
-            from axolotl_ivon.decisions.sweep import read_recommended
+            from axolotl_ivon.decisions.recommendation import read_recommended
 
             tau, ratio = read_recommended(self.recommended, Adapter(adapter).metadata or None)
         tau, ratio = tau if self.tau is None else self.tau, ratio if self.ratio is None else self.ratio
@@ -182,7 +182,7 @@ class PosteriorOptions:
 
 def decision(recommended: str | None) -> Decision:
     """Return the softmax temperature and the threshold to abstain below of a recommendation, or neither."""
-    from axolotl_ivon.decisions.sweep import Decision, read_decision
+    from axolotl_ivon.decisions.recommendation import Decision, read_decision
 
     return read_decision(recommended) if recommended else Decision()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -58,8 +57,10 @@ def command(
                 progress.begin("loading the base model")
                 silence_libraries()
                 from axolotl_ivon.evaluation.against_mean import draws_against_mean
+                from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
 
-                facts["data"] = draws_against_mean(target, data, limit=limit, progress=progress, **asdict(loading))
+                files = EvaluationData(data, limit=limit)
+                facts["data"] = draws_against_mean(target, files, Sampling(), loading, progress)
                 facts["findings"] += [row["finding"] for row in facts["data"]]
     if terminal.as_json:
         emit(facts)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,20 +11,16 @@ from ._options import (
     OutputOptions,
     PosteriorOptions,
     Sectioned,
-    decision,
     evaluation_options,
     output_as_one,
     point_options,
 )
-from ._progress import Progress
 from ._stdout import results
 from ._tables import decimal, emit, file_names, is_wide, percent, print_table
 
 if TYPE_CHECKING:
-    from axolotl_ivon.decisions.sweep import Decision
-    from axolotl_ivon.evaluation.evaluate import Evaluation
-    from axolotl_ivon.metrics.scores import Scores
     from axolotl_ivon.models.session import Loading
+    from axolotl_ivon.records.evaluation import EvaluationRecord, OodResult, VariantResult, VerdictResult
 
 _ROWS = "base,mean,mean-pruned,posterior,posterior-pruned"
 # Heading -> (metric, how it is written, whether its standard error is shown).
@@ -113,205 +107,131 @@ def command(
       ivon-post eval adapter/ --data held-out.jsonl --data shifted.jsonl
       ivon-post eval adapter/ --data test.jsonl --calibrate validation.jsonl --ood other.jsonl -o examples.jsonl
     """
-    from axolotl_ivon.decisions.sweep import Decision
-    from axolotl_ivon.evaluation.evaluate import (
-        Evaluation,
-        Variant,
-        calibrated_rows,
-        choose_rows,
-        count_passes,
-        summarize,
-    )
+    from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
     from axolotl_ivon.evaluation.examples import check_output
+    from axolotl_ivon.evaluation.run import run as evaluate
+    from axolotl_ivon.evaluation.variants import VariantChoice
+    from axolotl_ivon.records.recommendation import Recommendation
 
-    tau, prune_ratio = point.settings(adapter, default_ratio=0.1)
-    chosen = choose_rows([name.strip() for name in rows.split(",")], tau, prune_ratio)
-    decided = decision(point.recommended)
-    if decided != Decision(mean_sha256=decided.mean_sha256):
-        chosen.append(Variant("recommended", tau, prune_ratio, temperature=decided.temperature))
-    scaled = calibrated_rows(chosen) if calibrate else []
+    tau, ratio = point.settings(adapter, default_ratio=0.1)
+    advice = Recommendation.load(point.recommended, "recommended") if point.recommended else None
+    choice = VariantChoice([name.strip() for name in rows.split(",")], tau, ratio, advice)
     written = output.path(adapter, "") if output.output is not None else None
     if written:
         check_output(written, output.overwrite)
+    files = EvaluationData(data, ood, calibrate, **examples)
     with output.progress() as progress:
-        evaluation = Evaluation(
-            adapter,
-            data,
-            rows=chosen,
-            ood=ood,
-            calibrate=calibrate,
-            begin=progress.begin,
-            **examples,
-            **asdict(loading),
-        )
-        from axolotl_ivon.evaluation.examples import save
-        from axolotl_ivon.evaluation.ood import detect
-        from axolotl_ivon.metrics.verdict import verdicts
-
-        chosen = evaluation.meaningful(chosen, progress.notify)
-        calibration = None
-        if calibrate:
-            total = count_passes(scaled, run["samples"]) * len(evaluation.held_out)
-            fitted = evaluation.temperatures(
-                scaled, **run, progress=progress.begin("fitting temperatures", total), notify=progress.notify
-            )
-            chosen += fitted
-            temperatures = {row.name: row.temperature for row in fitted}
-            calibration = {"data": calibrate, "examples": len(evaluation.held_out), "temperatures": temperatures}
-        scores = evaluation.run(
-            chosen,
-            **run,
-            progress=progress.begin("evaluating", count_passes(chosen, run["samples"]) * len(evaluation.items)),
-            notify=progress.notify,
-        )
-        if written:
-            save(written, evaluation, chosen, scores)
-        progress.begin("bootstrap")
-        found = summarize(evaluation, chosen, scores, run["samples"])
-        if decided.threshold is not None:
-            names = [row.name for row in chosen]
-            found = _with_answered(found, evaluation, scores[names.index("recommended")], decided, progress)
-        told = detect(evaluation, chosen, scores, run["samples"])
-    facts = {
-        "task": evaluation.task,
-        "choices": list(evaluation.choices),
-        "adapter": adapter,
-        "mean_sha256": evaluation.posterior.metadata.get("mean_sha256"),
-        "base_model": evaluation.base_model,
-        "samples": run["samples"],
-        "tau": "inf" if math.isinf(tau) else tau,
-        "prune_ratio": prune_ratio,
-        "seed": run["seed"],
-        "calibration": calibration,
-        "output": output.output,
-    }
-    said = verdicts(found)
+        evaluated = evaluate(adapter, files, choice, Sampling(**run), loading, progress, output.output)
+    record = evaluated.record
     if output.as_json:
-        emit({"rows": found, "ood": told, "verdicts": said, **facts})
+        emit(record.dump())
         return
-    _print(found, facts)
-    if told:
-        _print_ood(told)
-    _print_verdicts(said)
-    _print_answered(found)
+    _print(record)
+    if record.ood:
+        _print_ood(record.ood)
+    _print_verdicts(record.verdicts)
+    _print_answered(record.rows)
     if written:
         click.echo(written, file=results())
     given = ["--recommended", point.recommended] if point.recommended else []
-    if given or not evaluation.posterior.metadata:
+    if given or not evaluated.evaluation.posterior.metadata:
         output.suggest("ivon-post", "sample" if given else "merge", adapter, *given)
     else:
         output.suggest("ivon-post", "sweep", adapter, "--data", "VALIDATION.jsonl")
 
 
-def _with_answered(
-    rows: list[dict[str, Any]], evaluation: Evaluation, scores: Scores, decided: Decision, progress: Progress
-) -> list[dict[str, Any]]:
-    """Add a row for what is answered of "recommended", to each file's rows."""
-    from axolotl_ivon.decisions.abstention import with_answered
-
-    assert decided.threshold is not None
-    if evaluation.task == "generate" or decided.score != "probability":
-        what = (
-            "single answers, and generate scores tokens" if decided.score == "probability" else "the outputs' agreement"
-        )
-        progress.notify(f"the threshold of the recommendation is of {what}: use it with `ivon-post mbr`")
-        return rows
-    return with_answered(rows, "recommended", evaluation.files, scores, decided.threshold)
-
-
-def _print_answered(rows: list[dict[str, Any]]) -> None:
-    """Print what share is answered, and what that is worth."""
-    names = file_names([row["data"] for row in rows])
+def _print_answered(rows: list[VariantResult]) -> None:
+    """Print what share is answered, and how many of the answers are right."""
+    names = file_names([row.data for row in rows])
     for row in rows:
-        if "coverage" in row:
-            told = f"{names[row['data']]}: {percent(row['coverage'])} % answered, from confidence "
-            told += f"{row['threshold']:.4g} on"
-            if row["accuracy"] is not None:
-                told += f", {percent(row['accuracy'], row['se']['accuracy'])} % of them right"
-            click.echo(told)
+        if row.coverage is not None:
+            text = f"{names[row.data]}: {percent(row.coverage)} % answered, from confidence {row.threshold:.4g} on"
+            if row.accuracy is not None:
+                text += f", {percent(row.accuracy, row.se.accuracy)} % of them right"
+            click.echo(text)
 
 
-def _print(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Print tables with a row for every file and model; with standard errors and all columns where there is room."""
+def _print(record: EvaluationRecord) -> None:
+    """Print tables with a row for every file and variant; standard errors and all columns where there is room."""
     wide = is_wide(140)
-    heads = [head for head in (_COLUMNS if wide else _NARROW) if facts["task"] == "generate" or head != "PPL"]
-    choices = f" between {', '.join(facts['choices'])}" if facts["choices"] else ""
-    draws = f"{facts['samples']} draws at τ {facts['tau']}, pruning ratio {facts['prune_ratio']:g}"
+    heads = [head for head in (_COLUMNS if wide else _NARROW) if record.task == "generate" or head != "PPL"]
+    choices = f" between {', '.join(record.choices)}" if record.choices else ""
+    draws = f"{record.samples} draws at τ {record.dump()['tau']}, pruning ratio {record.prune_ratio:g}"
     quality = {head: _COLUMNS[head] for head in heads}
-    _print_metrics(rows, quality, f"{facts['task']}{choices}; {draws}", wide)
-    if facts["calibration"]:
-        fitted = ", ".join(f"{name} {value:.3g}" for name, value in facts["calibration"]["temperatures"].items())
-        click.echo(f"fitted on {facts['calibration']['data']}: {fitted}\n")
-    _print_metrics(rows, _SELECTIVE, "if only the most confident are answered", wide)
-    _print_differences(rows, wide)
+    _print_metrics(record.rows, quality, f"{record.task}{choices}; {draws}", wide)
+    if record.calibration:
+        fitted = ", ".join(f"{name} {value:.3g}" for name, value in record.calibration.temperatures.items())
+        click.echo(f"fitted on {record.calibration.data}: {fitted}\n")
+    _print_metrics(record.rows, _SELECTIVE, "if only the most confident are answered", wide)
+    _print_differences(record.rows, wide)
 
 
-def _print_metrics(rows: list[dict[str, Any]], columns: dict[str, Any], title: str, wide: bool) -> None:
-    def cells(row: dict[str, Any]) -> list[str]:
-        errors = row["se"] if wide else {}
-        return [write(row[metric], errors.get(metric) if error else None) for metric, write, error in columns.values()]
+def _print_metrics(rows: list[VariantResult], columns: dict[str, Any], title: str, wide: bool) -> None:
+    def cells(row: VariantResult) -> list[str]:
+        return [
+            write(row.value(metric), row.se.value(metric) if wide and error else None)
+            for metric, write, error in columns.values()
+        ]
 
     print_table(["", *columns], _by_file(rows, cells, len(columns)), title)
 
 
-def _print_differences(rows: list[dict[str, Any]], wide: bool) -> None:
-    """Print every row's differences to the mean, and where there is room to the base model."""
-    shown = [than for than in ("mean", "base") if any(f"versus_{than}" in row for row in rows)]
+def _print_differences(rows: list[VariantResult], wide: bool) -> None:
+    """Print every variant's differences to the mean, and where there is room to the base model."""
+    shown = [than for than in ("mean", "base") if any(row.versus(than) for row in rows)]
     shown = shown if wide else shown[:1]
     if not shown:
         return
 
-    def cells(row: dict[str, Any]) -> list[str]:
-        found = []
+    def cells(row: VariantResult) -> list[str]:
+        texts = []
         for than in shown:
             for metric, write in _DIFFERENCES.values():
-                versus = row.get(f"versus_{than}", {}).get(metric)
-                found.append(write(versus["difference"], versus["standard_error"], signed=True) if versus else "")
-        return found
+                paired = row.versus(than).get(metric)
+                texts.append(write(paired.difference, paired.standard_error, signed=True) if paired else "")
+        return texts
 
-    some = [row for row in rows if any(f"versus_{than}" in row for than in shown)]
+    some = [row for row in rows if any(row.versus(than) for than in shown)]
     heads = [f"{'Δ' if than == shown[0] else 'Δ base'} {head}" for than in shown for head in _DIFFERENCES]
     print_table(
         ["", *heads], _by_file(some, cells, len(heads)), f"differences to the {' and the '.join(shown)}, paired"
     )
 
 
-def _by_file(rows: list[dict[str, Any]], cells: Callable[[dict[str, Any]], list[str]], width: int) -> list[list[str]]:
+def _by_file(rows: list[VariantResult], cells: Callable[[VariantResult], list[str]], width: int) -> list[list[str]]:
     """Return the lines of a table: a heading for every file, then its rows."""
-    names = file_names([row["data"] for row in rows])
+    names = file_names([row.data for row in rows])
     lines: list[list[str]] = []
     for before, row in zip([None, *rows], rows, strict=False):
-        if before is None or before["data"] != row["data"]:
-            lines.append([f"{names[row['data']]} ({row['examples']})", *([""] * width)])
-        lines.append([f" {row['name']}", *cells(row)])
+        if before is None or before.data != row.data:
+            lines.append([f"{names[row.data]} ({row.examples})", *([""] * width)])
+        lines.append([f" {row.name}", *cells(row)])
     return lines
 
 
-def _print_ood(found: list[dict[str, Any]]) -> None:
-    """Print how well each score of each row tells each file from the data."""
+def _print_ood(ood: list[OodResult]) -> None:
+    """Print how well each score of each variant tells each file from the data."""
     wide = is_wide(140)
-    names = file_names([one["data"] for one in found])
-    kinds = list(dict.fromkeys(one["score"] for one in found))
+    names = file_names([result.data for result in ood])
+    kinds = list(dict.fromkeys(result.score for result in ood))
     lines: list[list[str]] = []
     for path in names:
         lines.append([names[path], *([""] * len(kinds) * (1 + wide))])
-        for row in dict.fromkeys(one["name"] for one in found):
-            told = {one["score"]: one for one in found if (one["data"], one["name"]) == (path, row)}
-            cells = [
-                decimal(told[kind]["auroc"], told[kind]["se"]["auroc"] if wide else None) if kind in told else "–"
-                for kind in kinds
-            ]
+        for variant in dict.fromkeys(result.name for result in ood):
+            by_score = {result.score: result for result in ood if (result.data, result.name) == (path, variant)}
+            own = [by_score.get(kind) for kind in kinds]
+            cells = [decimal(each.auroc, each.se.auroc if wide else None) if each else "–" for each in own]
             if wide:
-                cells += [percent(told[kind]["fpr95"]) if kind in told else "–" for kind in kinds]
-            lines.append([f" {row}", *cells])
+                cells += [percent(each.fpr95) if each else "–" for each in own]
+            lines.append([f" {variant}", *cells])
     short = {"max_probability": "max p", "mutual_information": "mutual"}
     heads = [short.get(kind, kind) for kind in kinds]
     title = "AUROC of the uncertainty, for not being of the data" + ("; right: FPR95 %" if wide else "")
     print_table(["", *heads, *(heads if wide else [])], lines, title)
 
 
-def _print_verdicts(found: list[dict[str, Any]]) -> None:
+def _print_verdicts(verdicts: list[VerdictResult]) -> None:
     """Print what the differences mean, each line with its file where there are several."""
-    names = file_names([one["data"] for one in found])
-    for one in found:
-        click.echo(f"{names[one['data']]}: {one['text']}" if len(names) > 1 else one["text"])
+    names = file_names([verdict.data for verdict in verdicts])
+    for verdict in verdicts:
+        click.echo(f"{names[verdict.data]}: {verdict.text}" if len(names) > 1 else verdict.text)

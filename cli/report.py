@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from ._options import OutputOptions, Renamed, adapter_argument, output_options
+from ._options import OutputOptions, PosteriorOptions, Renamed, adapter_argument, output_options
 
 
 @click.command("report", short_help="Write one HTML page on ADAPTER and its results.")
@@ -51,6 +52,9 @@ def command(
       ivon-post report adapter/ --data test.jsonl --ood other.jsonl
     """
     from axolotl_ivon.errors import IVONError
+    from axolotl_ivon.evaluation.evaluate import EvaluationData
+    from axolotl_ivon.evaluation.run import run
+    from axolotl_ivon.evaluation.variants import VariantChoice
     from axolotl_ivon.posterior.posterior import Posterior
     from axolotl_ivon.report.findings import Findings
     from axolotl_ivon.report.page import check_output, page, save
@@ -65,9 +69,11 @@ def command(
         files = (Path(file) if file else None for file in (eval, examples, sweep, influence))
         findings = Findings.read(Posterior.from_pretrained(adapter, progress).metadata, *files)
         if data:
-            from axolotl_ivon.report.measured import measure
-
-            findings = measure(adapter, data, ood, findings, sweep, progress)
+            tau, ratio = PosteriorOptions(sweep).settings(adapter)
+            names = ["base", "mean", "posterior", *(["mean-pruned", "posterior-pruned"] if ratio else [])]
+            choice = VariantChoice(names, tau, ratio, findings.sweep)
+            evaluated = run(adapter, EvaluationData(data, ood), choice, reporter=progress)
+            findings = replace(findings, evaluation=evaluated.record, examples=list(evaluated.examples()))
         progress.begin("drawing")
         save(path, page(adapter, findings))
     output.finish({"output": str(path)}, path, then=["ivon-post", "card", adapter])

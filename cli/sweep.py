@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,6 +24,7 @@ from ._tables import decimal, file_names, is_wide, percent, print_table
 if TYPE_CHECKING:
     from axolotl_ivon.decisions.sweep import Sweep
     from axolotl_ivon.decisions.weights import WeightsSweep
+    from axolotl_ivon.evaluation.evaluate import EvaluationData
     from axolotl_ivon.models.session import Loading
 
 
@@ -82,33 +82,25 @@ def command(
       ivon-post sweep adapter/ --data validation.jsonl --risk 0.05 --confidence 0.9
       ivon-post sweep --combine a/ b/ --data a.jsonl --data b.jsonl
     """
+    from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
+
     if combine:
-        _sweep_weights(ctx, adapters, data, objective, run, output, **examples, **asdict(loading))
+        _sweep_weights(ctx, adapters, EvaluationData(data, **examples), objective, run, output, loading)
         return
     if len(adapters) > 1:
         raise click.UsageError(f"{len(adapters)} ADAPTERs: give one, or sweep the weights of several with --combine")
     [adapter] = adapters
     from axolotl_ivon.decisions.abstention import check_risk
-    from axolotl_ivon.decisions.sweep import check_grid, check_output, number, sweep
-    from axolotl_ivon.evaluation.evaluate import Evaluation, count_passes
+    from axolotl_ivon.decisions.sweep import check_grid, check_output, sweep
 
-    folder = output.path(adapter, "sweep")
-    rows = check_grid([tau for group in taus for tau in group], [ratio for group in ratios for ratio in group])
+    folder, sampling = output.path(adapter, "sweep"), Sampling(**run)
+    variants = check_grid([tau for group in taus for tau in group], [ratio for group in ratios for ratio in group])
     check_output(folder, output.overwrite)
     if risk is not None:
         check_risk(risk, confidence)
     with output.progress() as progress:
-        evaluation = Evaluation(adapter, data, rows=rows, begin=progress.begin, **examples, **asdict(loading))
-        result = sweep(
-            evaluation,
-            rows,
-            objective,
-            risk=risk,
-            confidence=confidence,
-            **run,
-            progress=progress.begin("evaluating", count_passes(rows, run["samples"]) * len(evaluation.items)),
-            notify=progress.notify,
-        )
+        evaluation = Evaluation(adapter, EvaluationData(data, **examples), variants, loading, progress)
+        result = sweep(evaluation, variants, objective, sampling, risk=risk, confidence=confidence, reporter=progress)
         progress.begin("drawing")
         from axolotl_ivon.plots.sweep import save_sweep
 
@@ -119,72 +111,69 @@ def command(
             "data": list(data),
             "task": evaluation.task,
             "choices": list(evaluation.choices),
-            "samples": run["samples"],
-            "seed": run["seed"],
-            "adapter_tau": number(evaluation.posterior.tau),  # which the grid's came on top of
+            "samples": sampling.samples,
+            "seed": sampling.seed,
+            "adapter_tau": evaluation.posterior.tau,  # which the grid's came on top of
         }
-        files = save_sweep(result.record(facts), result.reliability, folder, progress)
+        recommendation = result.record(facts)
+        written = save_sweep(recommendation, result.reliability, folder, progress)
     if not output.as_json:
         _print(result)
-    written = json.loads(files[0].read_text(encoding="utf-8"))
-    recommended = {name: written[name] for name in ("tau", "ratio", "temperature", "objective")}
-    document = {"recommended": recommended, "files": [str(path) for path in files], **written}
+    values = recommendation.dump()
+    recommended = {name: values[name] for name in ("tau", "ratio", "temperature", "objective")}
+    document = {"recommended": recommended, "files": [str(path) for path in written], **values}
     promise = [result.abstention.describe(share=0.5)] if result.abstention else []
-    then = ["ivon-post", "eval", adapter, "--data", "TEST.jsonl", "--recommended", files[0]]
-    output.finish(document, result.verdict.text, _recommended(result), *promise, *files, then=then)
+    then = ["ivon-post", "eval", adapter, "--data", "TEST.jsonl", "--recommended", written[0]]
+    output.finish(document, result.verdict.text, _recommended(result), *promise, *written, then=then)
 
 
 def _sweep_weights(
     ctx: click.Context,
     adapters: tuple[str, ...],
-    data: tuple[str, ...],
+    files: EvaluationData,
     objective: str,
     run: dict[str, Any],
     output: OutputOptions,
-    **options: Any,
+    loading: Loading,
 ) -> None:
     """Sweep over the weights of a product."""
-    from axolotl_ivon.decisions.weights import check_files, grid, save, sweep_weights
-    from axolotl_ivon.evaluation.evaluate import Evaluation
+    from axolotl_ivon.decisions.weights import check_files, save, sweep_weights
+    from axolotl_ivon.evaluation.evaluate import Evaluation, Sampling
     from axolotl_ivon.posterior.posterior import Posterior
 
     given = {name: ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ctx.params}
     for name, option in {"taus": "--tau", "ratios": "--ratio", "risk": "--risk"}.items():
         if given[name]:
             raise click.UsageError(f"{option} has no effect with --combine; sweep the adapter that it writes")
-    samples = run.pop("samples") * given["samples"]
-    check_files(adapters, data)
+    sampling = Sampling(**{**run, "samples": run["samples"] * given["samples"]})
+    check_files(adapters, files.files)
     folder = output.target(adapters, "weights")
     with output.progress() as progress:
         posteriors = [Posterior.from_pretrained(adapter, progress) for adapter in adapters]
         Posterior.combine(posteriors)  # what does not go together is told before a model is loaded
-        evaluation = Evaluation(adapters[0], data, begin=progress.begin, **options)
-        passes = len(grid(len(adapters))) * max(1, samples)
-        result = sweep_weights(
-            evaluation,
-            posteriors,
-            objective,
-            samples=samples,
-            **run,
-            progress=progress.begin("evaluating", passes * len(evaluation.items)),
-            notify=progress.notify,
-        )
+        evaluation = Evaluation(adapters[0], files, (), loading, progress)
+        result = sweep_weights(evaluation, posteriors, objective, sampling, progress)
         progress.begin("writing")
-        facts = {"adapters": list(adapters), "data": list(data), "task": evaluation.task, "samples": samples}
-        files = [save(result, posteriors, folder, facts, output.overwrite)]
-        if len(data) == 2:
+        facts = {
+            "adapters": list(adapters),
+            "data": list(evaluation.files),
+            "task": evaluation.task,
+            "samples": sampling.samples,
+        }
+        written = [save(result, posteriors, folder, facts, output.overwrite)]
+        if len(evaluation.files) == 2:
             from axolotl_ivon.plots.style import save_figures
             from axolotl_ivon.plots.sweep import weights_front
 
             front = weights_front(result.points, result.chosen, result.objective)
-            files += save_figures({"front": front}, folder)
+            written += save_figures({"front": front}, folder)
     if not output.as_json:
         _print_weights(result)
-    document = {"output": str(folder), "files": [str(path) for path in files]}
-    document |= json.loads(files[0].read_text(encoding="utf-8"))
+    document = {"output": str(folder), "files": [str(path) for path in written]}
+    document |= json.loads(written[0].read_text(encoding="utf-8"))
     weights = f"weights: {result.chosen.describe()}"
     then = ["ivon-post", "eval", folder, "--data", "TEST.jsonl"]
-    output.finish(document, result.text, weights, folder, *files, then=then)
+    output.finish(document, result.text, weights, folder, *written, then=then)
 
 
 def _print_weights(result: WeightsSweep) -> None:
@@ -218,7 +207,7 @@ def _print(result: Sweep) -> None:
             lines.append([""] * (2 * len(columns) + len(heads) + 1))
         lines.append([f"{point.tau:g}", f"{point.ratio:g}", f"{point.temperature:.3g}"][: len(heads)])
         for values in (point.chosen_on, point.reported_on):
-            lines[-1] += [write(values[metric]) for metric, write in columns.values()]
+            lines[-1] += [write(values.value(metric)) for metric, write in columns.values()]
         marks = {"front": point.front, "best": point is result.best, "recommended": point is result.recommended}
         lines[-1].append(" ".join(mark for mark, set_ in marks.items() if set_))
     chooses, reports = result.examples
@@ -234,6 +223,6 @@ def _recommended(result: Sweep) -> str:
     values, error = result.recommended.reported_on, result.error
     return (
         f"recommended: {result.recommended.describe()}; on the other examples: "
-        f"accuracy {percent(values['accuracy'], error['accuracy'])} %, ECE {percent(values['ece'], error['ece'])} %, "
-        f"NLL {decimal(values['nll'], error['nll'])}"
+        f"accuracy {percent(values.accuracy, error.accuracy)} %, ECE {percent(values.ece, error.ece)} %, "
+        f"NLL {decimal(values.nll, error.nll)}"
     )

@@ -22,27 +22,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..errors import IVONError, param_ref
-
-if TYPE_CHECKING:
-    from ..metrics.scores import Scores
+from ..metrics.selective import upper_bound
 
 _GRID = 50  # thresholds
 _POWER = 0.8  # of the test with the number of examples that is asked for
-
-
-def upper_bound(errors: int, answered: int, confidence: float) -> float:
-    """Return the upper confidence bound of Clopper and Pearson on an error rate, one-sided; 1 without answers."""
-    from scipy.special import bdtri
-
-    return 1.0 if errors >= answered else float(bdtri(errors, answered, 1 - confidence))
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -92,7 +82,7 @@ class Abstention:
         return self.answered / self.examples
 
     def document(self) -> dict[str, Any]:
-        """Return what recommended.json holds of it."""
+        """Return its fields in a `Recommendation`."""
         promised = self.threshold is not None
         return {
             "threshold": self.threshold,
@@ -161,13 +151,13 @@ def find_threshold(
         allowed < 0, 0, bdtr(np.maximum(allowed, 0), answers, (counts[:, 1] + 0.5) / (counts[:, 0] + 1))
     )
     start = int(np.argmax(expected))
-    found = Abstention(risk, confidence, None, len(scores))
+    result = Abstention(risk, confidence, None, len(scores))
     for threshold, (answered, errors) in zip(grid[start:], _counts(scores, correct, grid[start:]), strict=True):
         if errors > allowed_errors(answered, risk, confidence):
             break
-        found = Abstention(risk, confidence, float(threshold), len(scores), answered, errors)
-    if found.threshold is not None:
-        return found
+        result = Abstention(risk, confidence, float(threshold), len(scores), answered, errors)
+    if result.threshold is not None:
+        return result
     # All that is known of the error rates, for an advice: no test depends on it.
     needs = []
     for answered, errors in _counts(
@@ -179,7 +169,7 @@ def find_threshold(
             needs.append(math.ceil(wanted * (len(scores) + len(guide_scores)) / answered))
     if len(scores) + len(guide_scores) < 1 / risk:  # nobody knows any rate
         needs.append(least_answers(risk, confidence))
-    return replace(found, needed=min(needs, default=None))
+    return replace(result, needed=min(needs, default=None))
 
 
 def certify(scores: np.ndarray, correct: np.ndarray, risk: float, confidence: float, seed: int = 0) -> Abstention:
@@ -194,46 +184,6 @@ def certify(scores: np.ndarray, correct: np.ndarray, risk: float, confidence: fl
     order = np.random.default_rng(seed).permutation(len(scores))
     guide, test = order[: len(order) // 2], order[len(order) // 2 :]
     return find_threshold(scores[test], correct[test], scores[guide], correct[guide], risk=risk, confidence=confidence)
-
-
-def with_answered(
-    rows: Sequence[dict[str, Any]], name: str, files: Mapping[str, range], scores: Scores, threshold: float
-) -> list[dict[str, Any]]:
-    """Return the rows of `evaluate.summarize` with one more for each file: what is answered of row `name`.
-
-    It is named "NAME, answered", comes after the file's others, and has the metrics of the answered examples, their
-    standard errors (None where none is answered), and their number as `examples`; also `coverage`, `threshold`, and
-    `error_bound`: with 95 % confidence no more of such answers are wrong.
-
-    Args:
-        files: the numbers of each file's examples.
-        scores: those of row `name`, on all files.
-    """
-    import torch
-
-    from ..metrics.scores import metrics, standard_errors
-
-    found: list[dict[str, Any]] = []
-    for path, numbers in files.items():
-        own = [row for row in rows if row["data"] == path]
-        whole = scores.of_groups(torch.tensor(numbers))
-        part = whole.where(whole.confidence >= threshold)
-        count = len(part.group)
-        empty: dict[str, None] = dict.fromkeys(metrics(whole))
-        answered = {
-            "name": f"{name}, answered",
-            "data": path,
-            "examples": count,
-            "predictions": count,
-            "samples": next(row["samples"] for row in own if row["name"] == name),
-            "coverage": count / len(whole.group),
-            "threshold": threshold,
-            "error_bound": upper_bound(int((1 - part.correct).sum()), count, 0.95),
-            **(metrics(part) if count else empty),
-            "se": standard_errors(part) if count else empty,
-        }
-        found += [*own, answered]
-    return found
 
 
 def _answers_for(rate: float, risk: float, confidence: float) -> float:

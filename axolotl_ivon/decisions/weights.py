@@ -12,23 +12,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError, param_ref
-from ..metrics.verdict import differences
+from ..evaluation.evaluate import Evaluation, Sampling
+from ..evaluation.variants import Variant
+from ..metrics.verdict import SIGNS, differences, judge
 from ..posterior.combine import shares
 from ..posterior.posterior import Posterior
+from ..reporter import SILENT, Reporter, Stage
 from ..storage.atomic import check_space, new_folder
 from ..storage.format import write_json
-from .sweep import FEWEST, LIKELY, OBJECTIVES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..evaluation.evaluate import Evaluation
     from ..metrics.scores import Scores
 
 WEIGHTS_FILE = "weights.json"
@@ -77,14 +78,14 @@ def grid(count: int) -> list[tuple[float, ...]]:
     """Return weights of so many posteriors that add up to their number, so that equal ones are 1 each."""
     steps = _STEPS.get(count, count)
     parts = itertools.product(range(steps + 1), repeat=count - 1)
-    found = [(*part, steps - sum(part)) for part in parts if sum(part) <= steps]
-    weights = [tuple(count * part / steps for part in one) for one in found]
+    shares_of_all = [(*part, steps - sum(part)) for part in parts if sum(part) <= steps]
+    weights = [tuple(count * part / steps for part in share) for share in shares_of_all]
     return weights if (1.0,) * count in weights else sorted([*weights, (1.0,) * count])
 
 
 def pareto(points: Sequence[WeightsPoint], objective: str) -> list[bool]:
     """Say of every point whether no other is as good on every file and better on one, on what chooses."""
-    sign = OBJECTIVES[objective]
+    sign = SIGNS[objective]
     places = [[sign * values[objective] for values in point.chosen_on.values()] for point in points]
     return [
         not any(other != own and all(x <= y for x, y in zip(other, own, strict=True)) for other in places)
@@ -92,7 +93,7 @@ def pareto(points: Sequence[WeightsPoint], objective: str) -> list[bool]:
     ]
 
 
-def check_files(adapters: Sequence[str], data: Sequence[str]) -> None:
+def check_files(adapters: Sequence[str], data: Sequence[str | Path]) -> None:
     """Raise IVONError unless there are posteriors to weigh and data to weigh them by."""
     shares(len(adapters))
     if len(set(data)) < 2:
@@ -105,25 +106,52 @@ def sweep_weights(
     evaluation: Evaluation,
     posteriors: Sequence[Posterior],
     objective: str = "nll",
-    seed: int = 0,
-    *,
-    samples: int = 0,
-    notify: Callable[[str], None] = lambda message: None,
-    **options: Any,
+    sampling: Sampling = Sampling(samples=0),
+    reporter: Reporter = SILENT,
 ) -> WeightsSweep:
     """Evaluate the products of `posteriors` over `grid` on every file of `evaluation`, and choose from them.
 
     Args:
         evaluation: of the first posterior; its model takes the products.
-        samples: draws to average, or 0 for the mean alone, which is one pass a point.
-        options: of `evaluate.evaluate`.
+        sampling: without samples the mean alone is evaluated, which is one pass a point.
 
     Raises:
         IVONError: as `Posterior.combine` and `evaluate` do, or a file has fewer than 4 examples.
     """
-    import torch
+    halves = _halves(evaluation, sampling.seed)
+    variant = Variant("product", tau=1.0 if sampling.samples else math.inf)
+    sampling = replace(sampling, samples=max(1, sampling.samples))
+    candidates = grid(len(posteriors))
+    stage = Stage(reporter, "evaluating", len(candidates) * sampling.samples * len(evaluation.items))
+    points: list[WeightsPoint] = []
+    kept: dict[tuple[float, ...], Scores] = {}
+    for weights in candidates:
+        product = Posterior.combine(posteriors, weights=weights)
+        [kept[weights]] = evaluation.run([variant], sampling, stage, product)
+        chosen_on, reported_on = (_by_file(kept[weights], halves, part) for part in (0, 1))
+        points.append(WeightsPoint(weights, chosen_on, reported_on))
+    points = [replace(point, front=mark) for point, mark in zip(points, pareto(points, objective), strict=True)]
+    sign = SIGNS[objective]
+    best = min(points, key=lambda point: sum(sign * values[objective] for values in point.chosen_on.values()))
+    equal = next(point for point in points if set(point.weights) == {1.0})
+    if best is equal:
+        text = f"equal weights are best by {objective}"
+        return WeightsSweep(points, best, equal, objective, "equal", 0.0, 0.0, text)
+    difference, error = _versus(kept[best.weights], kept[equal.weights], halves, objective)
+    outcome = judge(difference, error, min(len(report) for _, report in halves.values()), SIGNS[objective])
+    kept_equal = "" if outcome == "better" else ": keep equal weights"
+    figures = f"{difference:+.3f} ± {error:.3f}".replace("-", "−")
+    text = (
+        f"best by {objective}, averaged over the files: weights {best.describe()}; on the other examples, against "
+        f"equal weights: {figures}: {outcome}{kept_equal}"
+    )
+    chosen = best if outcome == "better" else equal
+    return WeightsSweep(points, best, chosen, objective, outcome, difference, error, text)
 
-    from ..evaluation.evaluate import Variant, evaluate
+
+def _halves(evaluation: Evaluation, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return for each file the numbers of the examples that choose, and of those that report."""
+    import torch
 
     generator = torch.Generator().manual_seed(seed)
     halves: dict[str, tuple[Tensor, Tensor]] = {}
@@ -132,71 +160,29 @@ def sweep_weights(
             raise IVONError(f"{param_ref('data')} {path}: {len(numbers)} examples cannot be split in two; give 200")
         order = torch.tensor(numbers)[torch.randperm(len(numbers), generator=generator)]
         halves[path] = order[: len(order) // 2], order[len(order) // 2 :]
-    row = Variant("product", tau=1.0 if samples else math.inf)
-    points: list[WeightsPoint] = []
-    kept: dict[tuple[float, ...], Scores] = {}
-    for weights in grid(len(posteriors)):
-        product = Posterior.combine(posteriors, weights=weights)
-        [kept[weights]] = evaluate(
-            evaluation.model, product, evaluation.items, [row], evaluation.task, samples=max(1, samples), seed=seed,
-            notify=notify, **options,
-        )  # fmt: skip
-        points.append(WeightsPoint(weights, *_by_file(kept[weights], halves)))
-    points = [replace(one, front=mark) for one, mark in zip(points, pareto(points, objective), strict=True)]
-    sign = OBJECTIVES[objective]
-    best = min(points, key=lambda one: sum(sign * values[objective] for values in one.chosen_on.values()))
-    equal = next(one for one in points if set(one.weights) == {1.0})
-    if best is equal:
-        told = f"equal weights are best by {objective}"
-        return WeightsSweep(points, best, equal, objective, "equal", 0.0, 0.0, told)
-    difference, error = _versus(kept[best.weights], kept[equal.weights], best, equal, halves, objective)
-    fewest = min(len(report) for _, report in halves.values())
-    if fewest < FEWEST:
-        outcome = "too few examples"
-    elif abs(difference) < LIKELY * error:
-        outcome = "within noise"
-    else:
-        outcome = "better" if sign * difference < 0 else "worse"
-    kept_equal = "" if outcome == "better" else ": keep equal weights"
-    figures = f"{difference:+.3f} ± {error:.3f}".replace("-", "−")
-    text = (
-        f"best by {objective}, averaged over the files: weights {best.describe()}; on the other examples, "
-        f"against equal weights: {figures}: {outcome}{kept_equal}"
-    )
-    chosen = best if outcome == "better" else equal
-    return WeightsSweep(points, best, chosen, objective, outcome, difference, error, text)
+    return halves
 
 
-def _by_file(
-    scores: Scores, halves: dict[str, tuple[Tensor, Tensor]]
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+def _by_file(scores: Scores, halves: dict[str, tuple[Tensor, Tensor]], part: int) -> dict[str, dict[str, Any]]:
     from ..metrics.scores import metrics
 
-    chooses, reports = ({path: metrics(scores.of_groups(half[i])) for path, half in halves.items()} for i in (0, 1))
-    return chooses, reports
+    return {path: metrics(scores.of_groups(half[part])) for path, half in halves.items()}
 
 
 def _versus(
-    one: Scores,
-    other: Scores,
-    best: WeightsPoint,
-    equal: WeightsPoint,
-    halves: dict[str, tuple[Tensor, Tensor]],
-    objective: str,
+    scores: Scores, equal: Scores, halves: dict[str, tuple[Tensor, Tensor]], objective: str
 ) -> tuple[float, float]:
     """Return the difference of the average objective on the parts that report, and its standard error."""
-    from ..metrics.scores import bootstrap
+    from ..metrics.bootstrap import bootstrap
+    from ..metrics.scores import metrics
 
-    found = [
-        differences(
-            best.reported_on[path], equal.reported_on[path],
-            *(bootstrap(scores.of_groups(report)) for scores in (one, other)),
-        )[objective]
-        for path, (_, report) in halves.items()
-    ]  # fmt: skip
-    count = len(found)
-    error = math.sqrt(sum((each["standard_error"] or 0.0) ** 2 for each in found)) / count
-    return sum(each["difference"] or 0.0 for each in found) / count, error
+    versus = []
+    for _, report in halves.values():
+        part, other = scores.of_groups(report), equal.of_groups(report)
+        paired = differences(metrics(part), metrics(other), bootstrap(part), bootstrap(other))
+        versus.append(paired[objective])
+    error = math.sqrt(sum((each["standard_error"] or 0.0) ** 2 for each in versus)) / len(versus)
+    return sum(each["difference"] or 0.0 for each in versus) / len(versus), error
 
 
 def save(

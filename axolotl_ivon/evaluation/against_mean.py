@@ -2,51 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..inspect.diagnosis import compare
-from .evaluate import Evaluation, choose_rows, count_passes
+from ..metrics.scores import Scores
+from ..metrics.verdict import judge
+from ..models.session import Loading
+from ..reporter import SILENT, Reporter
+from .evaluate import Evaluation, EvaluationData, Sampling
+from .variants import VariantChoice
 
-if TYPE_CHECKING:
-    from ..metrics.scores import Scores
+_ADVICE = {"better": "", "worse": "; narrow them by a larger τ"}
 
 
 def draws_against_mean(
     adapter: str | Path,
-    data: Sequence[str | Path],
-    *,
-    samples: int = 10,
-    batch_size: int | None = None,
-    progress: Any = None,
-    **loading: Any,
+    data: EvaluationData,
+    sampling: Sampling = Sampling(),
+    loading: Loading = Loading(),
+    reporter: Reporter = SILENT,
 ) -> list[dict[str, Any]]:
-    """Return `posterior.check.compare` of the NLL of mean and draws for each file.
+    """Return for each file how the NLL of the draws differs from that of the mean.
 
-    `loading` is what `Evaluation` takes, and `progress` has the methods `begin` and `notify` of the command line's.
+    Returns:
+        Dicts of `data`, `examples`, `difference` (draws − mean), its standard error `se` (None of one example), and
+        `finding`, as in `inspect.diagnosis.diagnose`.
 
     Raises:
         IVONError: as `Evaluation` and `evaluate` do.
     """
-    rows = choose_rows(["mean", "posterior"])
-    evaluation = Evaluation(adapter, data, rows=rows, **loading)
-    told = {}
-    if progress:
-        total = count_passes(rows, samples) * len(evaluation.items)
-        told = {"progress": progress.begin("evaluating", total), "notify": progress.notify}
-    mean, draws = evaluation.run(rows, samples=samples, batch_size=batch_size, **told)
-    found = []
-    for path, numbers in evaluation.files.items():
-        examples = torch.tensor(numbers)
-        found.append(compare(path, _by_example(mean, examples), _by_example(draws, examples)))
-    return found
+    variants = VariantChoice(["mean", "posterior"]).variants()
+    evaluation = Evaluation(adapter, data, variants, loading, reporter)
+    mean, draws = evaluation.run(variants, sampling, reporter)
+    return [
+        _compare(path, draws.of_groups(examples), mean.of_groups(examples))
+        for path, examples in ((path, torch.tensor(numbers)) for path, numbers in evaluation.files.items())
+    ]
 
 
-def _by_example(scores: Scores, examples: torch.Tensor) -> Any:
-    """Return the mean NLL of every example's predictions, which depend on one another."""
-    part = scores.of_groups(examples)
-    _, group = torch.unique(part.group, return_inverse=True)
-    return (torch.bincount(group, part.nll) / torch.bincount(group)).numpy()
+def _compare(data: str, draws: Scores, mean: Scores) -> dict[str, Any]:
+    differences = draws.mean_of_groups(draws.nll) - mean.mean_of_groups(mean.nll)
+    count, difference = len(differences), differences.mean().item()
+    error = differences.std().item() / math.sqrt(count) if count > 1 else None
+    outcome = judge(difference, error or 0.0, count)
+    figures = f"NLL {difference:+.3g}{'' if error is None else f' ± {error:.2g}'} on {count:,} examples of {data}"
+    if outcome in _ADVICE:
+        text = f"the draws are {outcome} than the mean: {figures}{_ADVICE[outcome]}"
+    else:
+        text = f"draws and mean cannot be told apart: {figures}; use more data, or the mean"
+    finding = {"about": "draws", "good": outcome == "better", "text": text}
+    return {"data": data, "examples": count, "difference": difference, "se": error, "finding": finding}

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..data.encode import EncodedExample
+from ..data.encode import EncodedExample, common_length
 from ..errors import param_ref
-from ..models.forward import cache_name, forward_parameters, run_halving
+from ..models.batching import PREDICTION_LOGITS, Halving, prediction_tokens
+from ..models.forward import cache_name, forward_parameters
+from ..reporter import Reporter
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Tokens in a batch when the size is "auto". On a CPU more would only add padding. Out of memory halves it.
-_AUTO_TOKENS = {"cpu": 512}
-_AUTO_TOKENS_ELSEWHERE = 16384
-_LOGITS = 2**27  # logits of one batch of the task "generate": 512 MiB in float32
+_MIN_PREFIX = 8  # a shorter common prefix is not worth its own pass
 
 
 @dataclass(frozen=True)
@@ -85,15 +83,15 @@ class Predictor:
     """Gives the probabilities of the loaded weights on items, in batches that fit the memory.
 
     Args:
-        batch_size: prompts in a batch, or None to choose; halved when the memory runs out, which `notify` is told.
+        batch_size: prompts in a batch, or None to choose; halved when the memory runs out.
+        reporter: notified of that.
     """
 
-    def __init__(self, model: PeftModel, task: str, batch_size: int | None, notify: Callable[[str], None]) -> None:
-        self.model, self.task, self.batch_size, self.notify = model, task, batch_size, notify
-        self.device = model.device
-        self.tokens = _AUTO_TOKENS.get(self.device.type, _AUTO_TOKENS_ELSEWHERE)
-        self.takes = forward_parameters(model)  # the arguments of the base model's forward
-        self.ceiling = sys.maxsize  # tokens in a batch: lowered when the memory runs out
+    def __init__(self, model: PeftModel, task: str, batch_size: int | None, reporter: Reporter) -> None:
+        self.model, self.task, self.device = model, task, model.device
+        self._batch_size = batch_size
+        self._takes = forward_parameters(model)  # the arguments of the base model's forward
+        self._halving = Halving("prompts", reporter)
 
     def classes(self, items: Sequence[EncodedExample]) -> int:
         """Return the number of classes of a distribution."""
@@ -103,28 +101,37 @@ class Predictor:
             return self.model.config.num_labels
         return self.model.config.get_text_config().vocab_size
 
+    def common_prefix(self, items: Sequence[EncodedExample]) -> list[int]:
+        """Return the tokens that all items begin with, before any scored position, if a pass can run them once."""
+        if self.task == "classify" or len(items) < 2:
+            return []
+        length = min(common_length([item.ids for item in items]), min(item.positions[0] for item in items))
+        prefix = list(items[0].ids[:length])
+        return prefix if length >= _MIN_PREFIX and self.cache(prefix, 1) is not None else []
+
     def batches(self, items: Sequence[EncodedExample], skip: int, copies: int) -> list[Batch]:
         """Cut items (sorted by length) into batches; `copies` draws at once share the budget of tokens."""
         pad = getattr(self.model.config, "pad_token_id", None) or 0
+        tokens = prediction_tokens(self.device.type)
+        if self.task == "generate":
+            tokens = min(tokens, PREDICTION_LOGITS // self.classes(items))
         batches: list[Batch] = []
         start = slot = 0
-        while start < len(items):
-            stop = start + 1
-            while stop < len(items) and self._fits(items, start, stop + 1, skip, copies):
-                stop += 1
+        for stop in range(1, len(items) + 1):
+            size = stop + 1 - start  # with the next one
+            if stop < len(items) and (
+                size <= self._batch_size
+                if self._batch_size is not None
+                else size * copies * (len(items[stop].ids) - skip) <= tokens
+            ):
+                continue
             batches.append(collate(items[start:stop], slot, skip, pad, self.device))
             slot += len(batches[-1].slots)
             start = stop
         return batches
 
-    def _fits(self, items: Sequence[EncodedExample], start: int, stop: int, skip: int, copies: int) -> bool:
-        if self.batch_size is not None:
-            return stop - start <= self.batch_size
-        budget = min(self.tokens, _LOGITS // self.classes(items)) if self.task == "generate" else self.tokens
-        return (stop - start) * copies * (len(items[stop - 1].ids) - skip) <= budget
-
-    def predict(self, batch: Batch, prefix: Any, copies: int) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield (batch, probabilities (copies, m, classes)): in smaller parts when the memory runs out.
+    def predict(self, batch: Batch, cache: Any, copies: int) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield (part, probabilities (copies, m, classes)) for parts of the batch, smaller when the memory runs out.
 
         Raises:
             IVONError: one prompt alone is too large.
@@ -134,21 +141,15 @@ class Predictor:
             f"prompt of {length} tokens; use {param_ref('load_in')} 8bit or 4bit, {param_ref('draws_per_pass')} 1, "
             "or a machine with more memory"
         )
-        start = 0
-        while start < len(batch):
-            most = min(len(batch) - start, max(1, self.ceiling // (copies * length)))
 
-            def run(rows: int, start: int = start) -> tuple[Batch, Tensor]:
-                part = batch.part(start, start + rows)
-                return part, self._forward(part, prefix, copies)
+        def run(start: int, stop: int) -> tuple[Batch, Tensor]:
+            part = batch.part(start, stop)
+            return part, self._forward(part, cache, copies)
 
-            found, rows = run_halving(run, most, "prompts", self.notify, hopeless)
-            if rows < most:
-                self.ceiling = copies * length * rows
-            yield found
-            start += rows
+        for _, _, predicted in self._halving(len(batch), run, hopeless, cost=copies * length):
+            yield predicted
 
-    def _forward(self, batch: Batch, prefix: Any, copies: int) -> Tensor:
+    def _forward(self, batch: Batch, cache: Any, copies: int) -> Tensor:
         columns, column = torch.unique(batch.column, return_inverse=True)
         inputs: dict[str, Any] = {"input_ids": batch.ids.repeat(copies, 1)}
         if batch.mask is not None:
@@ -156,9 +157,9 @@ class Predictor:
         if self.task == "classify":
             logits = self.model(**inputs).logits.view(copies, len(batch), -1)
             return logits.double().softmax(-1)
-        if prefix is not None:
-            inputs[cache_name(self.takes)] = _repeated(prefix, len(batch))
-        if "logits_to_keep" in self.takes:  # the head runs on the scored positions only
+        if cache is not None:
+            inputs[cache_name(self._takes)] = _repeated(cache, len(batch))
+        if "logits_to_keep" in self._takes:  # the head runs on the scored positions only
             inputs["logits_to_keep"] = columns
         else:
             column = batch.column
@@ -168,14 +169,14 @@ class Predictor:
             return logits.float().softmax(-1)
         return logits.gather(2, batch.candidates.expand(copies, -1, -1)).double().softmax(-1)
 
-    def prefix(self, ids: Sequence[int], copies: int) -> Any:
+    def cache(self, ids: Sequence[int], copies: int) -> Any:
         """Return the cache after `ids` for each draw, or None if the model has none that batches can share."""
         from transformers.cache_utils import DynamicCache, DynamicLayer
 
         inputs: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=self.device).repeat(copies, 1)}
-        if "logits_to_keep" in self.takes:
+        if "logits_to_keep" in self._takes:
             inputs["logits_to_keep"] = 1
-        cache = getattr(self.model(**inputs, use_cache=True), cache_name(self.takes), None)
+        cache = getattr(self.model(**inputs, use_cache=True), cache_name(self._takes), None)
         # Sliding windows and recurrent states do not keep all of the prefix.
         if type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers):
             return cache

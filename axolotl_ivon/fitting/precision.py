@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..optim.kernels.base import PRECISION_CEILING, PRECISION_FLOOR
+from ..reporter import Stage
 from ..settings.presets import PRESETS
 from .problem import FitProblem, FittedSigma
 
@@ -106,11 +107,11 @@ def choose_ess(problem: FitProblem, information: Mapping[str, Tensor], prior: Pr
     if not settings.validation or problem.held_out is None:
         return prior
     ladder = [prior.ess * factor for factor in FACTORS]
-    advance = reporter.begin("choosing λ", len(ladder) * settings.samples * len(problem.held_out.items))
+    stage = Stage(reporter, "choosing λ", len(ladder) * settings.samples * len(problem.held_out.items))
     losses = []
     for ess in ladder:
         sigma = sigma_at(problem, information, prior._replace(ess=ess))
-        losses.append(problem.nll(problem.posterior(FittedSigma(sigma)), 1.0, advance))
+        losses.append(problem.nll(problem.posterior(FittedSigma(sigma)), 1.0, stage))
     best = min(range(len(ladder)), key=lambda i: losses[i])
     table = ", ".join(f"{ess:.3g}: {loss:.3f}" for ess, loss in zip(ladder, losses, strict=True))
     reporter.say(f"NLL on {settings.validation} by λ: {table}; λ = {ladder[best]:.3g}")

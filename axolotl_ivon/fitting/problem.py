@@ -6,7 +6,7 @@ Importing this module imports no torch: a wrong setting is refused at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -15,7 +15,8 @@ import numpy as np
 
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
-from ..evaluation.evaluate import Variant, evaluate
+from ..evaluation.evaluate import Sampling, evaluate
+from ..evaluation.variants import Variant
 from ..posterior.adapter import UNPRUNED, Adapter
 from ..posterior.posterior import Posterior
 from ..reporter import Reporter
@@ -179,25 +180,16 @@ class FitProblem:
             known_fingerprint=fingerprint,
         )
 
-    def nll(self, posterior: Posterior, tau: float, advance: Callable[[int], None]) -> float:
+    def nll(self, posterior: Posterior, tau: float, reporter: Reporter) -> float:
         """Return the mean NLL on the held-out data: of averaged draws at τ, or at τ = ∞ of the mean.
 
-        The draws are the same for every posterior. `advance` is told how many examples are done.
+        The draws are the same for every posterior. The reporter hears how many examples are done.
         """
         assert self.held_out is not None
         settings = self.settings
-        [scores] = evaluate(
-            self.session.model,
-            posterior,
-            self.held_out.items,
-            [Variant("posterior", tau=tau)],
-            self.held_out.task,
-            samples=settings.samples,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            progress=advance,
-            notify=self.reporter.notify,
-        )
+        sampling = Sampling(settings.samples, settings.seed, settings.batch_size)
+        variants, held_out = [Variant("posterior", tau=tau)], self.held_out
+        [scores] = evaluate(self.session.model, posterior, held_out.items, variants, held_out.task, sampling, reporter)
         value = float(scores.nll.mean())
         return value if math.isfinite(value) else math.inf
 

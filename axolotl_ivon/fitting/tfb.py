@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IVONError, param_ref
+from ..reporter import Stage
 from .problem import FitProblem, FittedSigma
 from .state import Snapshot
 
@@ -117,11 +118,11 @@ def fit(problem: FitProblem) -> FittedSigma:
     unit = problem.posterior(FittedSigma(shape))
     kept = problem.state.read()
     known: dict[str, float] = dict(kept.values["nll"]) if kept else {}
-    advance = reporter.begin("finding the width", (1 + (MOST - 1) * settings.samples) * len(anchor.items))
+    stage = Stage(reporter, "finding the width", (1 + (MOST - 1) * settings.samples) * len(anchor.items))
 
     def nll(width: float) -> float:
         if (name := repr(width)) not in known:
-            known[name] = problem.nll(unit, width**-2 if width else math.inf, advance)
+            known[name] = problem.nll(unit, width**-2 if width else math.inf, stage)
             problem.state.write(Snapshot({}, {"nll": known}))
         return known[name]
 

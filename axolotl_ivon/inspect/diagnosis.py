@@ -75,31 +75,6 @@ def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT
     }
 
 
-def compare(data: str, mean: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
-    """Say whether the average over draws predicts better than the mean.
-
-    Args:
-        data: the name of what was predicted.
-        mean, draws: the NLL of every example, in the same order, shape (examples,).
-
-    Returns:
-        `data`, `examples`, `difference` (of the NLL, draws less mean), its standard error `se` (None of one example),
-        and the `finding`.
-    """
-    apart = np.asarray(draws, np.float64) - np.asarray(mean, np.float64)
-    difference, n = float(apart.mean()), len(apart)
-    se = float(apart.std(ddof=1)) / math.sqrt(n) if n > 1 else None
-    figures = f"NLL {difference:+.3g}" + ("" if se is None else f" ± {se:.2g}") + f" on {n:,} examples of {data}"
-    if se is None or abs(difference) <= 2 * se:
-        text, good = f"draws and mean cannot be told apart: {figures}; use more data, or the mean", False
-    elif difference < 0:
-        text, good = f"the draws are better than the mean: {figures}", True
-    else:
-        text, good = f"the draws are worse than the mean: {figures}; narrow them by a larger τ", False
-    finding = Finding("draws", good, text)._asdict()
-    return {"data": data, "examples": n, "difference": difference, "se": se, "finding": finding}
-
-
 def _deviation(values: np.ndarray) -> float:
     """Return the standard deviation of float32 values to float64's accuracy; the values are overwritten."""
     values -= np.float32(values.mean(dtype=np.float64))

@@ -20,8 +20,8 @@ from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from ..decisions.sweep import read_recommended
-from ..evaluation.evaluate import Variant
+from ..decisions.recommendation import read_recommended
+from ..evaluation.variants import Variant
 from ..metrics.scores import entropy
 from ..models.session import Loading, Session
 from ..posterior.adapter import Adapter

@@ -1,4 +1,4 @@
-"""Accuracy, calibration and uncertainty of predictions, with bootstrap standard errors.
+"""Accuracy, calibration and uncertainty of predictions.
 
 All metrics are functions of a few numbers per prediction (`Scores`), so a posterior average over a vocabulary need not
 be kept whole.
@@ -6,7 +6,6 @@ be kept whole.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -21,7 +20,6 @@ from .selective import RiskCoverage, adaptive_calibration_error
 # default.
 ECE_BINS = {"ece": 10, "ece15": 15}
 RISK, COVERAGE = 0.05, 0.8  # of cov_at_5risk and risk_at_80cov
-_CELLS = 1_000_000  # resamples × predictions that the bootstrap holds at a time: more would leave the cache
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,8 @@ class Scores:
         """Join scores end to end."""
         columns: dict[str, Any] = {}
         for field in fields(cls):
-            found = [getattr(part, field.name) for part in parts]
-            columns[field.name] = None if found[0] is None else torch.cat(found)
+            values = [getattr(part, field.name) for part in parts]
+            columns[field.name] = None if values[0] is None else torch.cat(values)
         return cls(**columns)
 
     def where(self, chosen: Tensor) -> Scores:
@@ -97,6 +95,11 @@ class Scores:
     def of_groups(self, groups: Tensor) -> Scores:
         """Return the scores of the examples numbered in `groups` only."""
         return self.where(torch.isin(self.group, groups))
+
+    def mean_of_groups(self, values: Tensor) -> Tensor:
+        """Return the mean of `values` (n,) over the predictions of each example, in the examples' order."""
+        _, group = torch.unique(self.group, return_inverse=True)
+        return torch.bincount(group, weights=values) / torch.bincount(group)
 
 
 def entropy(probabilities: Tensor) -> Tensor:
@@ -158,34 +161,3 @@ def weighted_metrics(scores: Scores, weights: Tensor) -> dict[str, Tensor]:
         "expected_entropy": noise,
         "mutual_information": total_entropy - noise,
     }
-
-
-def bootstrap(scores: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, Tensor]:
-    """Return every metric under resampling, shape (resamples,) (Efron and Tibshirani 1993, algorithm 6.1).
-
-    Examples are drawn with replacement; the same `seed` draws the same examples, so rows of one table are paired: the
-    values of two rows may be subtracted.
-    """
-    groups, group = torch.unique(scores.group, return_inverse=True)
-    generator = torch.Generator().manual_seed(seed)
-    step = max(1, _CELLS // max(len(group), len(groups)))
-    parts: list[dict[str, Tensor]] = []
-    for start in range(0, resamples, step):
-        rows = min(step, resamples - start)
-        drawn = torch.randint(len(groups), (rows, len(groups)), generator=generator)
-        times = torch.zeros(rows, len(groups), dtype=torch.float64)
-        times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-        parts.append(weighted_metrics(scores, times[:, group]))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def standard_error(values: Tensor) -> float | None:
-    """Return the standard deviation of what `bootstrap` gave; None without a value in two or more resamples."""
-    values = values[values.isfinite()]
-    error = values.std().item() if len(values) > 1 else math.inf
-    return error if math.isfinite(error) else None
-
-
-def standard_errors(scores: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, float | None]:
-    """Return the bootstrap standard error of every metric; None where it has none."""
-    return {name: standard_error(values) for name, values in bootstrap(scores, resamples, seed).items()}

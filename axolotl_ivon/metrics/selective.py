@@ -111,6 +111,13 @@ class RiskCoverage:
         return area / np.where(self.total > 1, self.total - 1, np.nan)
 
 
+def upper_bound(errors: int, answered: int, confidence: float) -> float:
+    """Return the upper confidence bound of Clopper and Pearson on an error rate, one-sided; 1 without answers."""
+    from scipy.special import bdtri
+
+    return 1.0 if errors >= answered else float(bdtri(errors, answered, 1 - confidence))
+
+
 def prr(confidence: np.ndarray, quality: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Return the prediction rejection ratio (Malinin and Gales 2021, arXiv 2002.07650; lm-polygraph).
 

@@ -103,3 +103,11 @@ class Recommendation(Record):
     best: GridPoint | None = None
     grid: list[GridPoint] = []
     scaled: list[GridPoint] = []
+
+    @property
+    def point(self) -> GridPoint:
+        """The recommended point."""
+        chosen_on, reported_on = self.chosen_on or Metrics(), self.reported_on or Reported()
+        return GridPoint(
+            tau=self.tau, ratio=self.ratio, chosen_on=chosen_on, reported_on=reported_on, temperature=self.temperature
+        )

@@ -14,7 +14,7 @@ from ..models.session import Loading, Session
 from ..reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from ..decisions.sweep import Decision
+    from ..decisions.recommendation import Decision
     from .api.backend import Backend, Limits
     from .proxy.proxy import Combining
 

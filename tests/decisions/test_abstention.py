@@ -19,8 +19,8 @@ from axolotl_ivon.decisions.abstention import (
     check_risk,
     find_threshold,
     least_answers,
-    upper_bound,
 )
+from axolotl_ivon.metrics.selective import upper_bound
 
 SPLITS = 4000
 

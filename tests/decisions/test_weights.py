@@ -13,8 +13,9 @@ from tiny import write_chats
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.decisions.weights import WeightsPoint, check_files, grid, pareto, save, sweep_weights
-from axolotl_ivon.evaluation.evaluate import Evaluation, Variant
-from axolotl_ivon.metrics.scores import metrics
+from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
+from axolotl_ivon.evaluation.variants import Variant
+from axolotl_ivon.metrics.scores import Scores, metrics
 
 
 @pytest.mark.parametrize(("count", "points"), [(2, 9), (3, 16), (4, 35)])
@@ -47,13 +48,13 @@ def test_every_product_is_scored_as_it_is_by_itself(
 ) -> None:
     folders = [make_adapter(seed=seed) for seed in (1, 2)]
     posteriors = [Posterior.from_pretrained(folder) for folder in folders]
-    evaluation = Evaluation(folders[0], files)
-    result = sweep_weights(evaluation, posteriors, seed=3)
+    evaluation = Evaluation(folders[0], EvaluationData(files))
+    result = sweep_weights(evaluation, posteriors, sampling=Sampling(samples=0, seed=3))
     assert [point.weights for point in result.points] == grid(2)
     point = result.points[2]
-    alone = Evaluation(folders[0], [files[0]])
-    alone.posterior = Posterior.combine(posteriors, weights=point.weights)
-    whole = metrics(alone.run([Variant("mean")])[0])
+    alone = Evaluation(folders[0], EvaluationData([files[0]]))
+    product = Posterior.combine(posteriors, weights=point.weights)
+    whole = metrics(alone.run([Variant("mean")], posterior=product)[0])
     halves = (point.chosen_on[str(files[0])]["nll"] + point.reported_on[str(files[0])]["nll"]) / 2
     assert halves == pytest.approx(whole["nll"], rel=1e-6)
     sums = [sum(values["nll"] for values in one.chosen_on.values()) for one in result.points]
@@ -86,22 +87,14 @@ def test_a_posterior_that_is_right_about_all_data_is_chosen(
     """The scores are made up: the more of the first posterior, the likelier the right answer."""
     folders = [make_adapter(seed=seed) for seed in (1, 2)]
     posteriors = [Posterior.from_pretrained(folder) for folder in folders]
-    evaluation = Evaluation(folders[0], files)
-    from axolotl_ivon.evaluation import evaluate as module
-    from axolotl_ivon.metrics.scores import Scores
+    evaluation = Evaluation(folders[0], EvaluationData(files))
+    weights, count = iter(grid(2)), len(evaluation.items)
 
-    weights = iter(grid(2))
+    def scored(*_: object) -> list[Scores]:
+        right = 0.5 + 0.2 * next(weights)[0] + 0.01 * torch.randn(count, generator=torch.Generator().manual_seed(0))
+        return [Scores.of(torch.stack([right, 1 - right], 1).double(), torch.zeros(count, dtype=torch.int64))]
 
-    def scored(
-        model: object, product: Posterior, items: list, rows: object, task: str, **options: object
-    ) -> list[Scores]:
-        right = (
-            0.5 + 0.2 * next(weights)[0] + 0.01 * torch.randn(len(items), generator=torch.Generator().manual_seed(0))
-        )
-        target = torch.zeros(len(items), dtype=torch.int64)
-        return [Scores.of(torch.stack([right, 1 - right], 1).double(), target, None, torch.arange(len(items)), None)]
-
-    monkeypatch.setattr(module, "evaluate", scored)
+    monkeypatch.setattr(evaluation, "run", scored)
     result = sweep_weights(evaluation, posteriors)
     assert result.outcome == "better"
     assert result.chosen.weights == (2.0, 0.0)
@@ -124,9 +117,9 @@ def test_too_few_examples_keep_equal_weights(make_adapter: Callable[..., Path], 
     files = [write_chats(tmp_path / f"{i}.jsonl", 8, i) for i in (1, 2)]
     folders = [make_adapter(seed=seed) for seed in (1, 2)]
     posteriors = [Posterior.from_pretrained(folder) for folder in folders]
-    result = sweep_weights(Evaluation(folders[0], files), posteriors, samples=2)
+    result = sweep_weights(Evaluation(folders[0], EvaluationData(files)), posteriors, sampling=Sampling(samples=2))
     assert result.chosen.weights == (1.0, 1.0)
     assert result.outcome in ("equal", "too few examples")
     few = [write_chats(tmp_path / f"few-{i}.jsonl", 3, i) for i in (1, 2)]
     with pytest.raises(IVONError, match="3 examples cannot be split in two"):
-        sweep_weights(Evaluation(folders[0], few), posteriors)
+        sweep_weights(Evaluation(folders[0], EvaluationData(few)), posteriors)

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from evaluations import ROWS, close
+from evaluations import DRAWS, ROWS, close
+from heard import Heard
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import build_llama, write_chats
@@ -28,12 +29,14 @@ from transformers import (
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.data.encode import EncodedExample
-from axolotl_ivon.evaluation.evaluate import Evaluation, Variant, calibrated_rows, count_passes, evaluate, rows_of
+from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling, evaluate
+from axolotl_ivon.evaluation.variants import Variant, calibrated_rows, count_passes, rows_of
+from axolotl_ivon.metrics.calibration import TEMPERATURES
 from axolotl_ivon.metrics.scores import Scores, metrics
-from axolotl_ivon.metrics.temperature import TEMPERATURES
 from axolotl_ivon.models.draws import AdapterSlots
-from axolotl_ivon.models.session import load_tokenizer
+from axolotl_ivon.models.session import Loading, load_tokenizer
 from axolotl_ivon.posterior.adapter import save_sigma
+from axolotl_ivon.reporter import Reporter
 
 MakeAdapter = Callable[..., Path]
 WIDE = ["q_proj", "v_proj", "down_proj"]
@@ -121,9 +124,9 @@ def test_a_temperature_takes_no_pass_of_its_own(evaluation: Evaluation) -> None:
         Variant("cold", tau=0.5, temperature=0.5),
     ]
     assert count_passes(rows, 3) == 4
-    done: list[int] = []
-    mean, hot, drawn, cold = evaluation.run(rows, samples=3, seed=5, progress=done.append)
-    assert sum(done) == 4 * len(evaluation.items)
+    heard = Heard()
+    mean, hot, drawn, cold = evaluation.run(rows, DRAWS, heard)
+    assert sum(count for count, _ in heard.counts["evaluating"]) == 4 * len(evaluation.items)
     for plain, scaled, temperature, posterior, draws in (
         (mean, hot, 3.0, evaluation.posterior, 1),
         (drawn, cold, 0.5, evaluation.posterior.temper(0.5), 3),
@@ -141,16 +144,16 @@ def test_a_temperature_takes_no_pass_of_its_own(evaluation: Evaluation) -> None:
 def test_temperatures_are_fitted_on_the_other_file(adapter: Path, tmp_path: Path, chats: Path) -> None:
     valid = write_chats(tmp_path / "valid.jsonl", 30, seed=8)
     for task in ("choice", "generate"):
-        evaluation = Evaluation(adapter, [chats], task=task, calibrate=valid)
+        evaluation = Evaluation(adapter, EvaluationData([chats], task=task, calibrate=valid))
         assert len(evaluation.items) == 24
         assert len(evaluation.held_out) == 30
         plain = calibrated_rows(list(rows_of(tau=0.5).values()))
-        fitted = evaluation.temperatures(plain, samples=2, seed=5)
+        fitted = evaluation.temperatures(plain, Sampling(samples=2, seed=5))
         assert [row.name for row in fitted] == ["mean+temperature", "posterior+temperature"]
-        alone = Evaluation(adapter, [valid], task=task)
+        alone = Evaluation(adapter, EvaluationData([valid], task=task))
 
         def nll(row: Variant, factor: float, alone: Evaluation = alone) -> float:
-            [score] = alone.run([replace(row, temperature=row.temperature * factor)], samples=2, seed=5)
+            [score] = alone.run([replace(row, temperature=row.temperature * factor)], Sampling(samples=2, seed=5))
             return metrics(score)["nll"]
 
         for row in fitted:
@@ -164,14 +167,14 @@ def test_temperatures_are_fitted_on_what_fits_the_memory(
     adapter: Path, tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     valid = write_chats(tmp_path / "valid.jsonl", 30, seed=8)
-    evaluation = Evaluation(adapter, [chats], calibrate=valid)
+    evaluation = Evaluation(adapter, EvaluationData([chats], calibrate=valid))
     monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._AVERAGES", 2 * 11)
-    told: list[str] = []
-    [few] = evaluation.temperatures([Variant("mean")], notify=told.append)
-    assert "first 11 examples" in told[0]
+    heard = Heard()
+    [few] = evaluation.temperatures([Variant("mean")], reporter=heard)
+    assert "first 11 examples" in heard.notes[0]
     first = tmp_path / "first.jsonl"
     first.write_text("".join(valid.read_text().splitlines(keepends=True)[:11]))
-    [same] = Evaluation(adapter, [chats], calibrate=first).temperatures([Variant("mean")])
+    [same] = Evaluation(adapter, EvaluationData([chats], calibrate=first)).temperatures([Variant("mean")])
     assert few.temperature == pytest.approx(same.temperature, rel=1e-4)
 
 
@@ -183,17 +186,17 @@ def test_other_files_are_other_data_with_the_same_choices(adapter: Path, tmp_pat
     for name, give in (("ood", lambda path: {"ood": [path]}), ("calibrate", lambda path: {"calibrate": path})):
         for path in (chats, copy):
             with pytest.raises(IVONError, match=f"{name} .*: it has the same questions as data .*chats.jsonl"):
-                Evaluation(adapter, [chats], **give(path))
+                Evaluation(adapter, EvaluationData([chats], **give(path)))
         with pytest.raises(IVONError, match=f"{name} .*the answer 'C' .*strange.jsonl:\\d+.* the choices A,B of data"):
-            Evaluation(adapter, [chats], **give(strange))
+            Evaluation(adapter, EvaluationData([chats], **give(strange)))
         with pytest.raises(IVONError, match=f"{name} .*the file is empty"):
-            Evaluation(adapter, [chats], **give(empty))
+            Evaluation(adapter, EvaluationData([chats], **give(empty)))
         with pytest.raises(IVONError, match=f"{name} .*there is no such file"):
-            Evaluation(adapter, [chats], **give(tmp_path / "nowhere.jsonl"))
+            Evaluation(adapter, EvaluationData([chats], **give(tmp_path / "nowhere.jsonl")))
 
 
 def test_the_likelihood_of_answers_is_the_models_own_loss(adapter: Path, chats: Path, tiny_llama: Path) -> None:
-    evaluation = Evaluation(adapter, [chats], task="generate")
+    evaluation = Evaluation(adapter, EvaluationData([chats], task="generate"))
     [score] = evaluation.run([Variant("mean")])
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval()
     losses, tokens = 0.0, 0
@@ -210,9 +213,9 @@ def test_averages_that_do_not_fit_are_made_in_chunks(
     evaluation: Evaluation, scores: list[Scores], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._AVERAGES", 40 * len(evaluation.choices or range(400)))
-    done: list[int] = []
-    close(evaluation.run(ROWS, samples=3, seed=5, progress=done.append), scores)
-    assert sum(done) == count_passes(ROWS, 3) * len(evaluation.items)
+    heard = Heard()
+    close(evaluation.run(ROWS, DRAWS, heard), scores)
+    assert sum(count for count, _ in heard.counts["evaluating"]) == count_passes(ROWS, 3) * len(evaluation.items)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -224,20 +227,22 @@ def test_the_tokenizers_padding_side_does_not_matter(
         tokenizer.padding_side = side
         return tokenizer
 
-    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate.load_tokenizer", padded)
-    other = Evaluation(adapter, [chats], task=evaluation.task)
-    close(other.run(ROWS, samples=3, seed=5), scores)
+    monkeypatch.setattr("axolotl_ivon.models.session.load_tokenizer", padded)
+    other = Evaluation(adapter, EvaluationData([chats], task=evaluation.task))
+    close(other.run(ROWS, DRAWS), scores)
 
 
 def test_infinite_tau_is_the_mean_to_the_last_bit(evaluation: Evaluation) -> None:
     mean, cold, still = evaluation.run(
-        [Variant("mean"), Variant("posterior", tau=math.inf), Variant("mean")], samples=7
+        [Variant("mean"), Variant("posterior", tau=math.inf), Variant("mean")], Sampling(samples=7)
     )
     assert mean.nll.equal(cold.nll)
     assert mean.nll.equal(still.nll)
     # Draws of no width, really averaged, are the mean too.
     q = evaluation.posterior.temper(math.inf)
-    [drawn] = evaluate(evaluation.model, q, evaluation.items, [Variant("posterior", tau=1)], evaluation.task, samples=7)
+    [drawn] = evaluate(
+        evaluation.model, q, evaluation.items, [Variant("posterior", tau=1)], evaluation.task, Sampling(samples=7)
+    )
     for name in ("confidence", "nll", "brier", "entropy", "expected_entropy"):
         assert getattr(drawn, name).equal(getattr(mean, name))
 
@@ -255,28 +260,28 @@ def test_rows_share_draws_and_take_no_extra_pass(evaluation: Evaluation, monkeyp
     forward = evaluation.model.forward
     monkeypatch.setattr(evaluation.model, "forward", lambda **kw: calls.append(len(kw["input_ids"])) or forward(**kw))
     grid = [Variant("", tau=tau, ratio=ratio) for tau in (0.5, 2.0, math.inf) for ratio in (0.0, 0.2)]
-    done: list[int] = []
-    evaluation.run(grid, samples=3, seed=9, batch_size=6, progress=done.append)
+    heard = Heard()
+    evaluation.run(grid, Sampling(samples=3, seed=9, batch_size=6), heard)
     assert sorted(set(seen)) == [(9, member, tau) for member in range(3) for tau in (0.5, 2.0)]
     assert count_passes(grid, 3) == 14  # no more than 6 points × 3 draws
-    assert sum(done) == 14 * 24
+    assert sum(count for count, _ in heard.counts["evaluating"]) == 14 * 24
     assert len(calls) <= 14 * (24 // 6 + 1)  # the batches, and the common prefix
 
 
 def test_files_are_scored_apart(adapter: Path, tmp_path: Path) -> None:
     one, two = write_chats(tmp_path / "1.jsonl", 10, seed=1), write_chats(tmp_path / "2.jsonl", 14, seed=2)
-    both = Evaluation(adapter, [one, two], choices=["A", "B"])
+    both = Evaluation(adapter, EvaluationData([one, two], choices=["A", "B"]))
     [score] = both.run([Variant("mean")])
     assert list(both.files) == [str(one), str(two)]
     for path in (one, two):
-        alone = Evaluation(adapter, [path], choices=["A", "B"])
+        alone = Evaluation(adapter, EvaluationData([path], choices=["A", "B"]))
         [expected] = alone.run([Variant("mean")])
         part = score.of_groups(torch.tensor(both.files[str(path)]))
         found, expected_values = (
             {k: math.nan if v is None else v for k, v in metrics(s).items()} for s in (part, expected)
         )
         assert found == pytest.approx(expected_values, rel=1e-4, nan_ok=True)
-    assert len(Evaluation(adapter, [one, two], limit=3).items) == 6
+    assert len(Evaluation(adapter, EvaluationData([one, two], limit=3)).items) == 6
 
 
 # --- what must not happen ---------------------------------------------------------------------------------------
@@ -291,7 +296,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 def test_model_and_files_are_left_as_they_were(adapter: Path, chats: Path) -> None:
     files = {path: path.read_bytes() for path in adapter.iterdir()}
-    evaluation = Evaluation(adapter, [chats])
+    evaluation = Evaluation(adapter, EvaluationData([chats]))
     model = evaluation.model
     model.train()
     model.get_submodule("base_model.model.lm_head").eval()
@@ -299,7 +304,7 @@ def test_model_and_files_are_left_as_they_were(adapter: Path, chats: Path) -> No
     modes = {name: module.training for name, module in model.named_modules()}
     gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     forwards = {name for name, module in model.named_modules() if "forward" in module.__dict__}
-    evaluation.run(ROWS, samples=2, draws_per_pass=2)
+    evaluation.run(ROWS, Sampling(samples=2, draws_per_pass=2))
     assert fingerprint(model) == before
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == gradients
@@ -310,12 +315,16 @@ def test_model_and_files_are_left_as_they_were(adapter: Path, chats: Path) -> No
 def test_an_interrupted_evaluation_leaves_the_model_too(evaluation: Evaluation) -> None:
     before = fingerprint(evaluation.model)
 
-    def interrupt(count: int) -> None:
-        raise KeyboardInterrupt
+    class Interrupting(Reporter):
+        def advance(self, doing: str, count: int, total: int) -> None:
+            if count:
+                raise KeyboardInterrupt
 
     for draws_per_pass in (1, 2):
         with pytest.raises(KeyboardInterrupt):
-            evaluation.run([Variant("posterior", tau=1)], samples=2, draws_per_pass=draws_per_pass, progress=interrupt)
+            evaluation.run(
+                [Variant("posterior", tau=1)], Sampling(samples=2, draws_per_pass=draws_per_pass), Interrupting()
+            )
     assert fingerprint(evaluation.model) == before
     assert torch.is_grad_enabled()
 
@@ -326,10 +335,10 @@ def test_an_interrupted_evaluation_leaves_the_model_too(evaluation: Evaluation) 
 def test_an_adapter_without_sigma_has_a_base_and_a_mean(make_adapter: MakeAdapter, chats: Path) -> None:
     folder = make_adapter(sigma=False)
     two = [rows_of()["base"], rows_of()["mean"]]
-    evaluation = Evaluation(folder, [chats], rows=two)
+    evaluation = Evaluation(folder, EvaluationData([chats]), two)
     assert len(evaluation.run(two)) == 2
     with pytest.raises(IVONError, match="evaluate it with rows base,mean"):
-        Evaluation(folder, [chats], rows=list(rows_of().values()))
+        Evaluation(folder, EvaluationData([chats]), list(rows_of().values()))
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -353,7 +362,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 def test_other_architectures(
     tmp_path: Path, tiny_llama: Path, chats: Path, config: PretrainedConfig, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._MIN_PREFIX", 2)
+    monkeypatch.setattr("axolotl_ivon.evaluation.predict._MIN_PREFIX", 2)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -361,16 +370,16 @@ def test_other_architectures(
     lora = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
     save_adapter(get_peft_model(base, lora), tmp_path / "adapter")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
-    evaluation = Evaluation(tmp_path / "adapter", [chats], task=task)
+    evaluation = Evaluation(tmp_path / "adapter", EvaluationData([chats], task=task))
     rows = [Variant("mean"), Variant("posterior", tau=0.1)]
-    mean, drawn = evaluation.run(rows, samples=3, seed=5)
+    mean, drawn = evaluation.run(rows, DRAWS)
     for score, draws in ((mean, 1), (drawn, 3)):
         probabilities = by_hand(evaluation, evaluation.posterior.temper(0.1), draws)
         target = torch.tensor([target for item in evaluation.items for target in item.targets])
         expected = Scores.of(torch.cat(probabilities), target)
         order = score.group.argsort(stable=True)
         torch.testing.assert_close(score.nll[order], expected.nll, rtol=1e-4, atol=1e-5)
-    close(evaluation.run(rows, samples=3, seed=5, draws_per_pass=2, batch_size=5), [mean, drawn])
+    close(evaluation.run(rows, Sampling(samples=3, seed=5, draws_per_pass=2, batch_size=5)), [mean, drawn])
 
 
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])
@@ -378,12 +387,16 @@ def test_quantized_bases(tmp_path: Path, chats: Path, load_in: str) -> None:
     base = build_llama(tmp_path / "base", hidden_size=128, intermediate_size=128)
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     save_adapter(get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora), tmp_path / "adapter")
-    evaluation = Evaluation(tmp_path / "adapter", [chats], load_in=load_in)
+    evaluation = Evaluation(tmp_path / "adapter", EvaluationData([chats]), loading=Loading(load_in=load_in))
     layer = evaluation.model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     assert load_in in type(layer).__name__
-    exact = Evaluation(tmp_path / "adapter", [chats]).run(ROWS, samples=2)
-    close(evaluation.run(ROWS, samples=2), exact, tolerance=0.1)
-    close(evaluation.run(ROWS, samples=2, draws_per_pass=2), evaluation.run(ROWS, samples=2), tolerance=0.01)
+    exact = Evaluation(tmp_path / "adapter", EvaluationData([chats])).run(ROWS, Sampling(samples=2))
+    close(evaluation.run(ROWS, Sampling(samples=2)), exact, tolerance=0.1)
+    close(
+        evaluation.run(ROWS, Sampling(samples=2, draws_per_pass=2)),
+        evaluation.run(ROWS, Sampling(samples=2)),
+        tolerance=0.01,
+    )
 
 
 def test_tokens_that_training_added(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
@@ -398,22 +411,22 @@ def test_tokens_that_training_added(tmp_path: Path, tiny_llama: Path, chats: Pat
         folder = tmp_path / f"adapter-{bool(saved)}"
         save_adapter(get_peft_model(base, lora), folder)
         tokenizer.save_pretrained(folder)
-    evaluation = Evaluation(tmp_path / "adapter-True", [path], task="generate")
+    evaluation = Evaluation(tmp_path / "adapter-True", EvaluationData([path], task="generate"))
     assert evaluation.model.get_input_embeddings().weight.shape[0] == len(tokenizer)
     evaluation.run([Variant("mean")])
     with pytest.raises(IVONError, match="is new to the base model"):
-        Evaluation(tmp_path / "adapter-False", [path], task="generate")
+        Evaluation(tmp_path / "adapter-False", EvaluationData([path], task="generate"))
 
 
 def test_the_task_follows_from_adapter_and_choices(adapter: Path, chats: Path, tmp_path: Path) -> None:
     path = tmp_path / "one.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "dog cat"}]}\n')
-    evaluation = Evaluation(adapter, [path])
+    evaluation = Evaluation(adapter, EvaluationData([path]))
     assert evaluation.task == "generate"
     assert evaluation.meaningful([Variant("base", base=True)]) == [Variant("base", base=True)]
-    assert Evaluation(adapter, [path], choices=["dog cat", "bird"]).task == "choice"
+    assert Evaluation(adapter, EvaluationData([path], choices=["dog cat", "bird"])).task == "choice"
     with pytest.raises(IVONError, match=r"task classify: .* was trained without a classification head"):
-        Evaluation(adapter, [chats], task="classify")
+        Evaluation(adapter, EvaluationData([chats], task="classify"))
 
 
 @pytest.mark.parametrize(("tau", "ratio"), [(0.0, 0.0), (-1.0, 0.0), (math.nan, 0.0), (1.0, -0.1), (1.0, 1.1)])
@@ -433,11 +446,11 @@ def test_a_classification_head(tmp_path: Path, tiny_llama: Path) -> None:
     path = tmp_path / "data.jsonl"
     texts = ["red sun", "moon", "cold dog cat bird", "yes no"]
     path.write_text("".join(f'{{"text": "{text}", "label": {i % 3}}}\n' for i, text in enumerate(texts)))
-    evaluation = Evaluation(tmp_path / "head", [path])
+    evaluation = Evaluation(tmp_path / "head", EvaluationData([path]))
     assert evaluation.task == "classify"
     assert evaluation.choices == ("LABEL_0", "LABEL_1", "LABEL_2")
     rows = [Variant("mean"), Variant("posterior", tau=1.0)]
-    mean_scores, drawn = evaluation.run(rows, samples=4)
+    mean_scores, drawn = evaluation.run(rows, Sampling(samples=4))
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     model.eval()
     for index, text in enumerate(texts):
@@ -447,14 +460,14 @@ def test_a_classification_head(tmp_path: Path, tiny_llama: Path) -> None:
         place = mean_scores.group.tolist().index(index)
         assert mean_scores.nll[place].item() == pytest.approx(-p[index % 3].log().item(), rel=1e-4)
     assert (drawn.entropy > drawn.expected_entropy).all()
-    told: list[str] = []
-    assert evaluation.meaningful([Variant("base", base=True), *rows], told.append) == rows
-    assert told == ["no row for the base model: its classification head is not trained"]
+    heard = Heard()
+    assert evaluation.meaningful([Variant("base", base=True), *rows], heard) == rows
+    assert heard.notes == ["no row for the base model: its classification head is not trained"]
     path.write_text('{"text": "x", "label": 3}\n')
     with pytest.raises(IVONError, match="the label '3' is neither one of the model's"):
-        Evaluation(tmp_path / "head", [path])
+        Evaluation(tmp_path / "head", EvaluationData([path]))
     with pytest.raises(IVONError, match=r"task choice: .* was trained with a classification head"):
-        Evaluation(tmp_path / "head", [path], task="choice")
+        Evaluation(tmp_path / "head", EvaluationData([path], task="choice"))
 
 
 # --- a closed form ----------------------------------------------------------------------------------------------
@@ -488,7 +501,7 @@ def test_many_draws_of_a_linear_gaussian_model_give_the_closed_form() -> None:
     draws = 4000
     tau = 0.7
     row = Variant("posterior", tau=tau)
-    [scores] = evaluate(model, posterior, items, [row], "classify", samples=draws, draws_per_pass=100)
+    [scores] = evaluate(model, posterior, items, [row], "classify", Sampling(samples=draws, draws_per_pass=100))
     with torch.no_grad():
         mu = (inputs @ model.base_model.model.layer.base_layer.weight.T + inputs @ mean[a_key].T).squeeze(1).double()
     sd = (inputs.square() @ sigma[a_key].square().T).squeeze(1).double().div(tau).sqrt()
@@ -507,6 +520,6 @@ def test_many_draws_of_a_linear_gaussian_model_give_the_closed_form() -> None:
 
 
 def test_examples_keep_their_places(adapter: Path, chats: Path) -> None:
-    evaluation = Evaluation(adapter, [chats])
+    evaluation = Evaluation(adapter, EvaluationData([chats]))
     answers = [example.answer for example in read_examples(chats)]
     assert [evaluation.choices[item.targets[0]] for item in evaluation.items] == answers

@@ -12,15 +12,17 @@ from tiny import write_chats
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.chats import read_examples
-from axolotl_ivon.evaluation.evaluate import Evaluation, Variant
-from axolotl_ivon.evaluation.examples import check_output, describe, save
+from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
+from axolotl_ivon.evaluation.examples import check_output, describe
+from axolotl_ivon.evaluation.variants import Variant
 from axolotl_ivon.metrics.scores import Scores
+from axolotl_ivon.records.base import save_lines
 
 
 def test_every_line_says_what_the_scores_say(
     evaluation: Evaluation, scores: list[Scores], chats: Path, tmp_path: Path
 ) -> None:
-    save(tmp_path / "out.jsonl", evaluation, ROWS, scores)
+    save_lines(tmp_path / "out.jsonl", describe(evaluation, ROWS, scores))
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
     examples = read_examples(chats)
@@ -48,11 +50,11 @@ def test_every_line_says_what_the_scores_say(
 
 def test_other_data_is_described_too_and_what_is_unknown_is_null(adapter: Path, chats: Path, tmp_path: Path) -> None:
     other = write_chats(tmp_path / "other.jsonl", 5, seed=4)
-    evaluation = Evaluation(adapter, [chats], ood=[other])
+    evaluation = Evaluation(adapter, EvaluationData([chats], ood=[other]))
     rows = [Variant("posterior+temperature", tau=0.5, temperature=2.0)]
-    lines = list(describe(evaluation, rows, evaluation.run(rows, samples=2)))
-    assert Counter(line["data"] for line in lines) == {str(chats): 24, str(other): 5}
-    assert all(line["rows"]["posterior+temperature"]["mutual_information"] is None for line in lines)
+    lines = list(describe(evaluation, rows, evaluation.run(rows, Sampling(samples=2))))
+    assert Counter(line.data for line in lines) == {str(chats): 24, str(other): 5}
+    assert all(line.rows["posterior+temperature"].mutual_information is None for line in lines)
 
 
 def test_what_is_there_is_kept_unless_told(tmp_path: Path) -> None:
@@ -72,6 +74,6 @@ def test_a_failure_leaves_the_old_file(evaluation: Evaluation, scores: list[Scor
     path = tmp_path / "out.jsonl"
     path.write_text("old")
     with pytest.raises(ValueError, match="zip"):
-        save(path, evaluation, ROWS[:-1], scores)
+        save_lines(path, describe(evaluation, ROWS[:-1], scores))
     assert path.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1

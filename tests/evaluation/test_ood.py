@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from axolotl_ivon.evaluation.evaluate import Variant
-from axolotl_ivon.evaluation.ood import SCORES, detect, detection
+from axolotl_ivon.evaluation.ood import SCORES, detect
+from axolotl_ivon.evaluation.variants import Variant
+from axolotl_ivon.metrics.ood import detection
 from axolotl_ivon.metrics.scores import Scores
 
 both = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=2, max_size=40).filter(
@@ -58,7 +59,8 @@ def told(draws: torch.Tensor, samples: int) -> list[dict]:
         variance=draws.var(0, correction=0).sum(1),
     )
     evaluation = SimpleNamespace(files={"a": range(4), "b": range(4, 6)}, ood_files={"other": range(6, 9)})
-    return detect(evaluation, [Variant("posterior", tau=1), Variant("mean")], [scores, scores], samples)
+    found = detect(evaluation, [Variant("posterior", tau=1), Variant("mean")], [scores, scores], samples)
+    return [result.dump() for result in found]
 
 
 def test_every_score_tells_what_it_is_made_to_tell() -> None:
@@ -93,7 +95,7 @@ def test_the_error_of_an_auroc_is_that_of_its_formula() -> None:
     p = torch.stack([confidence, 1 - confidence], 1)
     scores = Scores.of(p, torch.zeros(usual + foreign, dtype=torch.long))
     evaluation = SimpleNamespace(files={"a": range(usual)}, ood_files={"b": range(usual, usual + foreign)})
-    found = detect(evaluation, [Variant("mean")], [scores], 1)[0]
+    found = detect(evaluation, [Variant("mean")], [scores], 1)[0].dump()
     a = found["auroc"]
     q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
     variance = (a * (1 - a) + (foreign - 1) * (q1 - a * a) + (usual - 1) * (q2 - a * a)) / (usual * foreign)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from caches import NAMES, rename_cache
-from evaluations import ROWS, close
+from evaluations import DRAWS, ROWS, close
+from heard import Heard
 from torch import Tensor
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.encode import common_length
-from axolotl_ivon.evaluation.evaluate import Evaluation
+from axolotl_ivon.evaluation.evaluate import Evaluation, Sampling
 from axolotl_ivon.metrics.scores import Scores
 
 
@@ -22,7 +23,7 @@ from axolotl_ivon.metrics.scores import Scores
 def test_batches_and_stacked_draws_change_nothing(
     evaluation: Evaluation, scores: list[Scores], options: dict[str, int]
 ) -> None:
-    close(evaluation.run(ROWS, samples=3, seed=5, **options), scores)
+    close(evaluation.run(ROWS, Sampling(samples=3, seed=5, **options)), scores)
 
 
 def test_the_common_prefix_changes_nothing(
@@ -33,12 +34,12 @@ def test_the_common_prefix_changes_nothing(
     monkeypatch.setattr(
         evaluation.model, "forward", lambda **kw: tokens.append(kw["input_ids"].numel()) or forward(**kw)
     )
-    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._MIN_PREFIX", 2)
-    close(evaluation.run(ROWS, samples=3, seed=5), scores)
+    monkeypatch.setattr("axolotl_ivon.evaluation.predict._MIN_PREFIX", 2)
+    close(evaluation.run(ROWS, DRAWS), scores)
     with_prefix = sum(tokens)
     tokens.clear()
-    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._MIN_PREFIX", 10**6)
-    close(evaluation.run(ROWS, samples=3, seed=5), scores)
+    monkeypatch.setattr("axolotl_ivon.evaluation.predict._MIN_PREFIX", 10**6)
+    close(evaluation.run(ROWS, DRAWS), scores)
     assert with_prefix < sum(tokens)
 
 
@@ -47,8 +48,8 @@ def test_the_cache_may_have_either_name(
     evaluation: Evaluation, scores: list[Scores], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = rename_cache(evaluation.model, name, monkeypatch)
-    monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._MIN_PREFIX", 2)
-    close(evaluation.run(ROWS, samples=3, seed=5), scores)
+    monkeypatch.setattr("axolotl_ivon.evaluation.predict._MIN_PREFIX", 2)
+    close(evaluation.run(ROWS, DRAWS), scores)
     # The prefix ran by itself, and what followed it without it.
     prefix = common_length([item.ids for item in evaluation.items])
     assert lengths.count(prefix) > 1
@@ -68,13 +69,13 @@ def test_out_of_memory_halves_the_batch(
         return forward(**inputs)
 
     monkeypatch.setattr(evaluation.model, "forward", small)
-    told: list[str] = []
-    close(evaluation.run(ROWS, samples=3, seed=5, notify=told.append), scores)
-    assert told[0].startswith("out of memory with 24 prompts in a batch; going on with 12")
-    assert len(told) <= 4  # what was learned is remembered in the later batches and passes
+    heard = Heard()
+    close(evaluation.run(ROWS, DRAWS, heard), scores)
+    assert heard.notes[0].startswith("out of memory with 24 prompts in a batch; going on with 12")
+    assert len(heard.notes) <= 4  # what was learned is remembered in the later batches and passes
     monkeypatch.setattr(evaluation.model, "forward", lambda **_: small(input_ids=torch.zeros(99, 1)))
     with pytest.raises(IVONError, match="out of memory with a single prompt"):
-        evaluation.run(ROWS, samples=3)
+        evaluation.run(ROWS, Sampling(samples=3))
 
 
 def test_other_errors_of_the_model_are_not_taken_for_memory(

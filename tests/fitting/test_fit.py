@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import axolotl_ivon
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.evaluation.evaluate import Evaluation, Variant
+from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
+from axolotl_ivon.evaluation.variants import Variant
 from axolotl_ivon.fitting import fisher, ivon, problem, state
 from axolotl_ivon.fitting.fit import fit, save
 from axolotl_ivon.fitting.precision import FACTORS, Prior
@@ -119,13 +120,13 @@ def test_validation_chooses_lambda(plain: Path, chats: Path, tmp_path: Path, met
     assert q.metadata["fit_validation"] == "validation.jsonl"
     assert any("NLL on" in line and line.endswith(f"λ = {factor * base:.3g}") for line in heard.lines)
     if method == "fisher":
-        evaluation = Evaluation(plain, [validation], rows=[Variant("mean")])
+        evaluation = Evaluation(plain, EvaluationData([validation]), [Variant("mean")])
         losses = {}
         for one in FACTORS:
             each = fit(plain, chats, method=method, ess=one * base, seed=2)
             each.save_pretrained(tmp_path / str(one))
-            held = Evaluation(tmp_path / str(one), [validation], rows=[Variant("posterior", tau=1.0)])
-            [scores] = held.run([Variant("posterior", tau=1.0)], samples=3, seed=2)
+            held = Evaluation(tmp_path / str(one), EvaluationData([validation]), [Variant("posterior", tau=1.0)])
+            [scores] = held.run([Variant("posterior", tau=1.0)], Sampling(samples=3, seed=2))
             losses[one] = float(scores.nll.mean())
         assert factor == min(losses, key=lambda one: losses[one])
         assert len(set(losses.values())) > 1
@@ -141,7 +142,7 @@ def sure(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base.save_pretrained(folder / "base")
     build_lora(folder / "base", folder / "adapter", r=4, target_modules="all-linear")
     data = write_chats(folder / "train.jsonl", count=40)
-    evaluation = Evaluation(folder / "adapter", [data], rows=[Variant("mean")])
+    evaluation = Evaluation(folder / "adapter", EvaluationData([data]), [Variant("mean")])
     [scores] = evaluation.run([Variant("mean")])
     assert scores.probabilities is not None
     chosen = scores.probabilities[scores.group.argsort()].argmax(1)
@@ -158,7 +159,9 @@ def test_tfb_is_as_wide_as_the_tolerance_allows(sure: tuple[Path, Path], tmp_pat
     q = fit(adapter, data, method="tfb", tolerance=0.02, samples=4, seed=5, choices=["A", "B"], reporter=heard)
     q.save_pretrained(tmp_path / "out")
     rows = [Variant("mean"), Variant("posterior", tau=1.0), Variant("wider", tau=1.1**-2)]
-    mean, drawn, wider = Evaluation(tmp_path / "out", [data], choices=["A", "B"]).run(rows, samples=4, seed=5)
+    mean, drawn, wider = Evaluation(tmp_path / "out", EvaluationData([data], choices=["A", "B"])).run(
+        rows, Sampling(samples=4, seed=5)
+    )
     assert float((drawn.nll - mean.nll).mean()) <= 0.02 + 1e-6
     assert float((wider.nll - mean.nll).mean()) > 0.02
     assert int(q.metadata["tfb_evaluations"]) <= 12
@@ -189,7 +192,7 @@ def test_every_kind_of_adapter(
     q = fit(folder, chats, method=method, samples=1, limit=8, tolerance=0.1 if method == "tfb" else None)
     q.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / MEAN_FILE).read_bytes() == (folder / MEAN_FILE).read_bytes()
-    Evaluation(tmp_path / "out", [chats]).run([Variant("posterior", tau=1.0)], samples=1)
+    Evaluation(tmp_path / "out", EvaluationData([chats])).run([Variant("posterior", tau=1.0)], Sampling(samples=1))
     trained = {key for key in q.sigma if "lora_A" in key or "lora_embedding_A" in key or method != "tfb"}
     saved_alone = {key for key in q.sigma if "embed_tokens.weight" in key or "base_layer" in key}
     for key in trained - saved_alone:

@@ -11,9 +11,11 @@ import torch
 from tiny import write_chats
 
 from axolotl_ivon.decisions.sweep import Sweep, check_grid, sweep
-from axolotl_ivon.evaluation.evaluate import Evaluation, rows_of
+from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
+from axolotl_ivon.evaluation.variants import rows_of
 from axolotl_ivon.metrics.scores import Scores
 
+DRAWS = Sampling(samples=3, seed=5)
 ROWS = list(rows_of(tau=0.5, ratio=0.3).values())
 
 
@@ -38,20 +40,20 @@ def adapter(make_adapter: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module", params=["choice", "generate"])
 def evaluation(request: pytest.FixtureRequest, adapter: Path, chats: Path) -> Evaluation:
-    return Evaluation(adapter, [chats], task=request.param)
+    return Evaluation(adapter, EvaluationData([chats], task=request.param))
 
 
 @pytest.fixture(scope="module")
 def scores(evaluation: Evaluation) -> list[Scores]:
-    return evaluation.run(ROWS, samples=3, seed=5)
+    return evaluation.run(ROWS, DRAWS)
 
 
 @pytest.fixture(scope="module")
 def swept(make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     data = write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", count=31)
-    return Evaluation(make_adapter(), [data])
+    return Evaluation(make_adapter(), EvaluationData([data]))
 
 
 @pytest.fixture(scope="module")
 def result(swept: Evaluation) -> Sweep:
-    return sweep(swept, check_grid((0.3, 1.0, math.inf), (0.0, 0.4)), "nll", seed=4, samples=2)
+    return sweep(swept, check_grid((0.3, 1.0, math.inf), (0.0, 0.4)), "nll", sampling=Sampling(seed=4, samples=2))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.inspect.diagnosis import compare, diagnose
+from axolotl_ivon.inspect.diagnosis import diagnose
 
 
 def test_the_figures_of_an_adapter(tiny_adapter: Path) -> None:
@@ -59,23 +57,3 @@ def test_pruned_weights_take_no_part_and_a_point_has_no_draws(tiny_adapter: Path
 def test_an_adapter_without_sigma_is_one_line(make_adapter: Callable[..., Path]) -> None:
     with pytest.raises(IVONError, match="has no ivon_sigma"):
         diagnose(make_adapter(sigma=False))
-
-
-@pytest.mark.parametrize(("shift", "word"), [(-0.1, "better"), (0.1, "worse"), (0.0, "cannot be told apart")])
-def test_draws_against_the_mean_are_paired(shift: float, word: str) -> None:
-    """Each example is as hard for both, which the spread over examples would hide."""
-    generator = np.random.default_rng(0)
-    hard = generator.exponential(3.0, 40)
-    draws = hard + shift + generator.normal(0, 0.05, 40)
-    found = compare("test.jsonl", hard, draws)
-    apart = [a - b for a, b in zip(draws, hard, strict=True)]
-    assert found["difference"] == pytest.approx(statistics.mean(apart))
-    assert found["se"] == pytest.approx(statistics.stdev(apart) / math.sqrt(40))
-    assert word in found["finding"]["text"]
-    assert found["finding"]["good"] == (word == "better")
-
-
-def test_one_example_says_nothing() -> None:
-    found = compare("x", np.array([1.0]), np.array([0.5]))
-    assert found["se"] is None
-    assert "cannot be told apart" in found["finding"]["text"]

@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
-from axolotl_ivon.metrics.scores import (
-    Scores,
-    bootstrap,
-    entropy,
-    metrics,
-    standard_error,
-    standard_errors,
-    weighted_metrics,
-)
+from axolotl_ivon.metrics.bootstrap import bootstrap, standard_error, standard_errors
+from axolotl_ivon.metrics.scores import Scores, entropy, metrics, weighted_metrics
 
 
 @st.composite
@@ -177,7 +170,7 @@ def test_the_bootstrap_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
     p = torch.softmax(torch.randn(50, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 1)
     scores = Scores.of(p, torch.arange(50) % 3)
     whole = standard_errors(scores, resamples=200)
-    monkeypatch.setattr("axolotl_ivon.metrics.scores._CELLS", 50 * 7)
+    monkeypatch.setattr("axolotl_ivon.metrics.bootstrap._CELLS", 50 * 7)
     assert standard_errors(scores, resamples=200) == pytest.approx(whole)
 
 

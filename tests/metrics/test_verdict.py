@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from axolotl_ivon.metrics.scores import Scores, bootstrap, metrics
-from axolotl_ivon.metrics.verdict import differences, examples_needed, verdicts
+from axolotl_ivon.metrics.bootstrap import bootstrap
+from axolotl_ivon.metrics.scores import Scores, metrics
+from axolotl_ivon.metrics.verdict import differences, examples_needed, figures, is_beyond_noise, judge
 
 
 def test_a_difference_has_the_error_of_pairs() -> None:
@@ -43,81 +44,29 @@ def test_the_examples_that_would_tell_bring_the_error_to_half_the_difference() -
     assert examples_needed(300, 1e-9, 0.01) is None
 
 
-def row(name: str, nll: float, error: float, than: str = "mean", examples: int = 300, data: str = "a") -> dict:
-    figures = {"nll": {"difference": nll, "standard_error": error}}
-    return {"name": name, "data": data, "examples": examples, "samples": 10, f"versus_{than}": figures}
-
-
 @pytest.mark.parametrize(
-    ("given", "verdict", "text"),
+    ("difference", "error", "examples", "outcome"),
     [
-        (row("posterior", -0.021, 0.006), "better", "10 draws are better than the mean: NLL −0.021 ± 0.006"),
-        (row("posterior", 0.021, 0.006), "worse", "10 draws are worse than the mean: NLL +0.021 ± 0.006"),
-        (
-            row("posterior", -0.004, 0.006),
-            "within noise",
-            "10 draws and the mean are within noise: NLL −0.004 ± 0.006; about 2,700 examples would tell",
-        ),
-        (
-            row("posterior", -0.00001, 0.006),
-            "within noise",
-            "10 draws and the mean are within noise: NLL −0.000 ± 0.006; more than a million examples would tell",
-        ),
-        (row("posterior", 0.0, 0.0), "the same", "10 draws and the mean predict the same"),
-        (
-            row("posterior", -0.5, 0.01, examples=12),
-            "too few examples",
-            "12 examples are too few to tell 10 draws from the mean: NLL −0.500 ± 0.010",
-        ),
-        (row("mean", -0.5, 0.01, "base"), "better", "the mean is better than the base model: NLL −0.500 ± 0.010"),
-        (
-            {**row("posterior", -0.5, 0.01), "samples": 1},
-            "better",
-            "one draw is better than the mean: NLL −0.500 ± 0.010",
-        ),
-        (
-            row("posterior+temperature", 0.5, 0.01, "mean+temperature"),
-            "worse",
-            "10 draws at a fitted temperature are worse than the mean at its own: NLL +0.500 ± 0.010",
-        ),
+        (0.0, 0.0, 5, "the same"),
+        (-1.0, 0.1, 29, "too few examples"),
+        (-0.1, 0.051, 30, "within noise"),
+        (0.0, 0.1, 30, "within noise"),
+        (-0.1, 0.05, 30, "better"),
+        (0.1, 0.05, 30, "worse"),
+        (0.1, 0.0, 30, "worse"),
     ],
 )
-def test_a_verdict_in_words(given: dict, verdict: str, text: str) -> None:
-    [found] = verdicts([given])
-    assert (found["verdict"], found["text"]) == (verdict, text)
-    assert (found["examples_needed"] is not None) == (verdict == "within noise")
+def test_what_a_difference_means(difference: float, error: float, examples: int, outcome: str) -> None:
+    assert judge(difference, error, examples) == outcome
+    assert judge(-difference, error, examples, sign=-1) == outcome
 
 
-def test_within_noise_in_nll_does_not_hide_an_accuracy_that_differs() -> None:
-    given = row("mean", -0.054, 0.215, "base")
-    given["versus_base"] |= {
-        "accuracy": {"difference": 0.35, "standard_error": 0.083}, "ece": {"difference": -0.06, "standard_error": 0.07},
-    }  # fmt: skip
-    [found] = verdicts([given])
-    assert found["verdict"] == "within noise"
-    assert found["text"].startswith("the mean and the base model are within noise in NLL, but not in accuracy: NLL")
-
-
-def test_verdicts_come_file_by_file_and_only_where_both_rows_are() -> None:
-    rows = [row("mean", -1, 0.1, "base"), row("posterior", -1, 0.1), row("posterior-pruned", -1, 0.1)]
-    rows += [{**one, "data": "b"} for one in rows]
-    found = verdicts(rows)
-    assert [(one["data"], one["name"], one["than"]) for one in found] == [
-        (path, *pair) for path in "ab" for pair in (("mean", "base"), ("posterior", "mean"))
-    ]
-    assert verdicts([{"name": "posterior", "data": "a", "examples": 5, "samples": 3}]) == []
-
-
-def test_accuracy_and_calibration_are_told_beside_the_nll() -> None:
-    given = row("posterior", -0.02, 0.005)
-    given["versus_mean"] |= {
-        "accuracy": {"difference": -0.0123, "standard_error": 0.02},
-        "ece": {"difference": 0.0, "standard_error": None},
-    }
-    [found] = verdicts([given])
-    assert found["text"].endswith(": NLL −0.020 ± 0.005, accuracy −1.2 ± 2.0 %, ECE +0.0 %")
+def test_differences_in_words() -> None:
+    versus = {"nll": (-0.02, 0.005), "accuracy": (-0.0123, 0.02), "ece": (0.0, None), "brier": (1.0, 1.0)}
+    assert figures(versus) == "NLL −0.020 ± 0.005, accuracy −1.2 ± 2.0 %, ECE +0.0 %"
+    assert [is_beyond_noise(*pair) for pair in versus.values()] == [True, False, False, False]
 
 
 def test_a_verdict_needs_no_torch() -> None:
-    code = "import sys; from axolotl_ivon.metrics.verdict import verdicts; sys.exit('torch' in sys.modules)"
+    code = "import sys; from axolotl_ivon.evaluation.verdicts import verdicts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,7 +13,8 @@ from tiny import write_chats
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior, draws, predict
-from axolotl_ivon.evaluation.evaluate import Evaluation, rows_of
+from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
+from axolotl_ivon.evaluation.variants import rows_of
 from axolotl_ivon.models.draws import AdapterSlots, stacked
 from axolotl_ivon.models.session import load_model
 
@@ -92,10 +93,10 @@ def test_stacked_draws_equal_one_at_a_time(make_adapter: MakeAdapter, lora: dict
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
 def test_stacking_refuses_more_than_plain_lora(make_adapter: MakeAdapter, chats: Path, lora: dict) -> None:
-    evaluation = Evaluation(make_adapter(**lora), [chats])
-    evaluation.run(ROWS, samples=2)
+    evaluation = Evaluation(make_adapter(**lora), EvaluationData([chats]))
+    evaluation.run(ROWS, Sampling(samples=2))
     with pytest.raises(IVONError, match=r"draws_per_pass 2: .* use draws_per_pass 1"):
-        evaluation.run(ROWS, samples=2, draws_per_pass=2)
+        evaluation.run(ROWS, Sampling(samples=2, draws_per_pass=2))
 
 
 def test_draws_are_sample_s_and_the_model_is_left_as_it_was(adapter: Path, tiny_llama: Path) -> None:

@@ -15,7 +15,7 @@ from slow_engine import SlowEngine
 from axolotl_ivon import Posterior
 from axolotl_ivon.data.chats import Chat
 from axolotl_ivon.data.encode import render
-from axolotl_ivon.decisions.sweep import Decision
+from axolotl_ivon.decisions.recommendation import Decision
 from axolotl_ivon.models.session import Session, load_tokenizer
 from axolotl_ivon.serving.api.app import Guard
 from axolotl_ivon.serving.api.backend import Limits

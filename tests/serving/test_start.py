@@ -11,7 +11,7 @@ import pytest
 from heard import Heard
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.decisions.sweep import Decision
+from axolotl_ivon.decisions.recommendation import Decision
 from axolotl_ivon.models.session import Loading
 from axolotl_ivon.serving.api.backend import Limits
 from axolotl_ivon.serving.api.protocol import ChatRequest, CompletionRequest, read_request

@@ -27,7 +27,7 @@ from ..api.answers import LEAST_LOGPROB, AnswerDelta, Token, certainty_of
 from .text import GrowingText
 
 if TYPE_CHECKING:
-    from ...decisions.sweep import Decision
+    from ...decisions.recommendation import Decision
     from ...models.session import Session
     from ...posterior.posterior import Posterior
 

@@ -24,7 +24,7 @@ from ...generation.utilities import AnswerExtractor, Utility
 from ..api.answers import AnswerDelta, Token, certainty
 
 if TYPE_CHECKING:
-    from ...decisions.sweep import Decision
+    from ...decisions.recommendation import Decision
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.decisions.sweep import Decision
+from axolotl_ivon.decisions.recommendation import Decision
 from axolotl_ivon.models.draws import AdapterSlots, predict
 from axolotl_ivon.models.session import load_model
 from axolotl_ivon.serving.api.answers import AnswerDelta

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl_ivon.decisions.sweep import Decision
+from axolotl_ivon.decisions.recommendation import Decision
 from axolotl_ivon.generation.utilities import AnswerExtractor, exact
 from axolotl_ivon.serving.proxy.mixture import Candidate, Scores, by_risk, by_score, coarse_entropies, unique
 

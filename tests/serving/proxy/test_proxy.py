@@ -17,7 +17,7 @@ from openai_server import serving as upstream_serving
 from served import ask, official, serving, until
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.decisions.sweep import Decision
+from axolotl_ivon.decisions.recommendation import Decision
 from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 from axolotl_ivon.serving.api.backend import Limits
 from axolotl_ivon.serving.proxy import upstream

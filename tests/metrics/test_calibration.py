@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl_ivon.metrics.temperature import TEMPERATURES, fit_temperature, rescale
+from axolotl_ivon.metrics.calibration import TEMPERATURES, fit_temperature, rescale
 
 
 def test_equal_bets_have_a_closed_form() -> None:

@@ -1,0 +1,172 @@
+"""One evaluation from end to end: what `ivon-post eval` prints, and what a report shows.
+
+Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..metrics.verdict import REFERENCES, differences
+from ..models.session import Loading
+from ..records.base import save_lines
+from ..records.evaluation import Calibration, EvaluationRecord, ExampleRecord, VariantResult
+from ..reporter import SILENT, Reporter
+from .evaluate import Evaluation, EvaluationData, Sampling
+from .variants import Variant, VariantChoice, calibrated_rows
+from .verdicts import verdicts
+
+if TYPE_CHECKING:
+    from ..metrics.scores import Scores
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The outcome of an evaluation: the record, and beside it the scores of every variant."""
+
+    record: EvaluationRecord
+    evaluation: Evaluation
+    variants: Sequence[Variant]
+    scores: Sequence[Scores]
+
+    def examples(self) -> Iterator[ExampleRecord]:
+        """Yield what every variant predicts for every example."""
+        from .examples import describe
+
+        return describe(self.evaluation, self.variants, self.scores)
+
+
+def run(
+    adapter: str | Path,
+    data: EvaluationData,
+    choice: VariantChoice = VariantChoice(),
+    sampling: Sampling = Sampling(),
+    loading: Loading = Loading(),
+    reporter: Reporter = SILENT,
+    output: str | None = None,
+) -> Evaluated:
+    """Evaluate variants of an adapter on data, with standard errors, differences and verdicts.
+
+    Args:
+        output: a file for the examples (`ExampleRecord`, a line each), or None.
+
+    Raises:
+        IVONError: as `Evaluation` and `evaluate` do; an unknown variant; nothing to calibrate; `output` cannot be
+            written.
+    """
+    variants = choice.variants()
+    to_calibrate = calibrated_rows(variants) if data.calibrate is not None else []
+    evaluation = Evaluation(adapter, data, variants, loading, reporter)
+    variants = [_without_threshold(v, choice, evaluation.task, reporter) for v in variants]
+    variants = evaluation.meaningful(variants, reporter)
+    calibration = None
+    if to_calibrate:
+        fitted = evaluation.temperatures(to_calibrate, sampling, reporter)
+        variants += fitted
+        temperatures = {variant.name: variant.temperature for variant in fitted}
+        calibration = Calibration(
+            data=str(data.calibrate), examples=len(evaluation.held_out), temperatures=temperatures
+        )
+    scores = evaluation.run(variants, sampling, reporter)
+    from .examples import describe
+    from .ood import detect
+
+    if output is not None:
+        save_lines(Path(output), describe(evaluation, variants, scores))
+    reporter.begin("bootstrap")
+    rows = summarize(evaluation, variants, scores, sampling.samples)
+    record = EvaluationRecord(
+        rows=rows,
+        ood=detect(evaluation, variants, scores, sampling.samples),
+        verdicts=verdicts(rows),
+        task=evaluation.task,
+        choices=list(evaluation.choices),
+        adapter=str(adapter),
+        mean_sha256=evaluation.posterior.metadata.get("mean_sha256"),
+        base_model=evaluation.base_model,
+        samples=sampling.samples,
+        tau=choice.tau,
+        prune_ratio=choice.ratio,
+        seed=sampling.seed,
+        calibration=calibration,
+        output=output,
+    )
+    return Evaluated(record, evaluation, variants, scores)
+
+
+def _without_threshold(variant: Variant, choice: VariantChoice, task: str, reporter: Reporter) -> Variant:
+    """Return the variant without a threshold that is of something else than the confidence of one answer."""
+    score = choice.recommendation.score if choice.recommendation else "probability"
+    if variant.threshold is None or (task != "generate" and score == "probability"):
+        return variant
+    what = "single answers, and generate scores tokens" if score == "probability" else "the outputs' agreement"
+    reporter.notify(f"the threshold of the recommendation is of {what}: use it with `ivon-post mbr`")
+    return replace(variant, threshold=None)
+
+
+def summarize(
+    evaluation: Evaluation, variants: Sequence[Variant], scores: Sequence[Scores], samples: int
+) -> list[VariantResult]:
+    """Return the results of every variant on every data file.
+
+    Each has bootstrap standard errors, and differences to those of `REFERENCES` that are there. A variant with a
+    threshold has a second row, "NAME, answered", for the examples that it answers.
+    """
+    import torch
+
+    from ..metrics.bootstrap import bootstrap, standard_error
+    from ..metrics.scores import metrics
+
+    rows: list[VariantResult] = []
+    for path, numbers in evaluation.files.items():
+        parts = {v.name: score.of_groups(torch.tensor(numbers)) for v, score in zip(variants, scores, strict=True)}
+        values = {name: metrics(part) for name, part in parts.items()}
+        resamples = {name: bootstrap(part) for name, part in parts.items()}
+        answered: list[VariantResult] = []
+        for variant in variants:
+            name = variant.name
+            row: dict[str, Any] = {
+                "name": name,
+                "data": path,
+                "examples": len(numbers),
+                "predictions": len(parts[name].group),
+                "samples": variant.passes(samples),
+                **({} if variant.temperature == 1 else {"temperature": variant.temperature}),
+                **values[name],
+                "se": {metric: standard_error(drawn) for metric, drawn in resamples[name].items()},
+            }
+            for other in REFERENCES:
+                if other in values and other != name:
+                    paired = differences(values[name], values[other], resamples[name], resamples[other])
+                    row[f"versus_{other}"] = paired
+            rows.append(VariantResult.model_validate(row))
+            if variant.threshold is not None:
+                answered.append(_answered(variant, variant.threshold, path, parts[name], samples))
+        rows += answered
+    return rows
+
+
+def _answered(variant: Variant, threshold: float, path: str, scores: Scores, samples: int) -> VariantResult:
+    """Return the results on the examples of a file whose confidence reaches the variant's threshold."""
+    from ..metrics.bootstrap import standard_errors
+    from ..metrics.scores import metrics
+    from ..metrics.selective import upper_bound
+
+    part = scores.where(scores.confidence >= threshold)
+    count = len(part.group)
+    empty: dict[str, Any] = dict.fromkeys(metrics(scores))
+    return VariantResult(
+        name=f"{variant.name}, answered",
+        data=path,
+        examples=count,
+        predictions=count,
+        samples=variant.passes(samples),
+        coverage=count / len(scores.group),
+        threshold=threshold,
+        error_bound=upper_bound(int((1 - part.correct).sum()), count, 0.95),
+        se=standard_errors(part) if count else empty,  # type: ignore[arg-type]  # pydantic makes it `Metrics`
+        **(metrics(part) if count else empty),
+    )

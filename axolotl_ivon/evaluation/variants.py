@@ -1,0 +1,115 @@
+"""The ways to predict that an evaluation compares: base model, mean and posterior, pruned or at a temperature.
+
+Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import IVONError, param_ref
+from ..posterior.posterior import check_tau
+from ..posterior.prune import Pruning
+from ..records.recommendation import Recommendation
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to predict: with the base model, or with the posterior at temperature τ after pruning.
+
+    Attributes:
+        tau: `math.inf` is the mean, one pass; anything else the average over draws.
+        ratio: the share of weights that is pruned.
+        temperature: the log-probabilities of the result are divided by it.
+        threshold: the confidence from which on an example is answered; None: always.
+
+    Raises:
+        IVONError: τ is not > 0, or the ratio is outside [0, 1].
+    """
+
+    name: str
+    tau: float = math.inf
+    ratio: float = 0.0
+    base: bool = False
+    temperature: float = 1.0
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        check_tau(self.tau)
+        Pruning(self.ratio)
+
+    @property
+    def needs_sigma(self) -> bool:
+        """Whether the variant takes more of a posterior than its mean."""
+        return not self.base and (self.ratio > 0 or math.isfinite(self.tau))
+
+    def passes(self, samples: int) -> int:
+        """Return how many passes over the data the variant takes."""
+        return 1 if self.base or math.isinf(self.tau) else samples
+
+    @property
+    def source(self) -> Variant:
+        """What the predictions are made from: variants with the same source share its passes."""
+        return replace(self, name="", temperature=1.0, threshold=None)
+
+
+def rows_of(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Variant]:
+    """Return the five variants of the paper's tables 1 and 2, by name."""
+    variants = [
+        Variant("base", base=True),
+        Variant("mean"),
+        Variant("mean-pruned", ratio=ratio),
+        Variant("posterior", tau=tau),
+        Variant("posterior-pruned", tau=tau, ratio=ratio),
+    ]
+    return {variant.name: variant for variant in variants}
+
+
+@dataclass(frozen=True)
+class VariantChoice:
+    """Which variants are evaluated: those of `rows_of` that are named, and what a recommendation adds."""
+
+    names: Sequence[str] = tuple(rows_of())
+    tau: float = 1.0
+    ratio: float = 0.1
+    recommendation: Recommendation | None = None
+
+    def variants(self) -> list[Variant]:
+        """Return the variants in the order of `rows_of`.
+
+        Raises:
+            IVONError: there is no variant of some name.
+        """
+        known = rows_of(self.tau, self.ratio)
+        for name in self.names:
+            if name not in known:
+                raise IVONError(
+                    f"{param_ref('rows')} {','.join(self.names)}: {name!r} is unknown; choose from {','.join(known)}"
+                )
+        variants = [variant for name, variant in known.items() if name in self.names]
+        if (advice := self.recommendation) and (advice.temperature != 1 or advice.threshold is not None):
+            options = {"temperature": advice.temperature, "threshold": advice.threshold}
+            variants.append(Variant("recommended", self.tau, self.ratio, **options))  # type: ignore[arg-type]
+        return variants
+
+
+def calibrated_rows(variants: Sequence[Variant]) -> list[Variant]:
+    """Return the variants for which `Evaluation.temperatures` fits a temperature: mean and posterior.
+
+    Raises:
+        IVONError: there is neither.
+    """
+    calibrated = [variant for variant in variants if variant.name in ("mean", "posterior")]
+    if not calibrated:
+        raise IVONError(
+            f"{param_ref('calibrate')} fits a temperature for mean and posterior; have one of them in "
+            f"{param_ref('rows')}"
+        )
+    return calibrated
+
+
+def count_passes(variants: Sequence[Variant], samples: int) -> int:
+    """Return how many passes over the data an evaluation takes."""
+    return sum(source.passes(samples) for source in {variant.source for variant in variants})

@@ -1,0 +1,205 @@
+"""One evaluation from end to end: the record, its verdicts in words, and draws against the mean."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from heard import Heard
+from tiny import write_chats
+
+from axolotl_ivon import IVONError
+from axolotl_ivon.evaluation.against_mean import _compare, draws_against_mean
+from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
+from axolotl_ivon.evaluation.run import run
+from axolotl_ivon.evaluation.variants import VariantChoice, rows_of
+from axolotl_ivon.evaluation.verdicts import verdicts
+from axolotl_ivon.metrics.bootstrap import bootstrap, standard_errors
+from axolotl_ivon.metrics.scores import Scores, metrics
+from axolotl_ivon.metrics.verdict import differences
+from axolotl_ivon.records.evaluation import ExampleRecord, VariantResult
+from axolotl_ivon.records.recommendation import Recommendation
+
+THREE = Sampling(samples=3)
+
+
+def test_the_record_says_what_the_scores_say(adapter: Path, chats: Path, tmp_path: Path) -> None:
+    names = ["valid", "other", "second"]
+    valid, other, second = (write_chats(tmp_path / f"{name}.jsonl", 9, n) for n, name in enumerate(names, 3))
+    advice = Recommendation(tau=0.5, ratio=0.3, temperature=2.0, threshold=0.5)
+    choice = VariantChoice(["mean", "posterior"], 0.5, 0.3, advice)
+    data, written = EvaluationData([chats, second], [other], valid), tmp_path / "examples.jsonl"
+    evaluated = run(adapter, data, choice, THREE, output=str(written))
+    record, scores = evaluated.record, dict(zip([v.name for v in evaluated.variants], evaluated.scores, strict=True))
+    assert list(scores) == ["mean", "posterior", "recommended", "mean+temperature", "posterior+temperature"]
+    assert [row.name for row in record.rows] == 2 * [*scores, "recommended, answered"]
+    assert record.files == [str(chats), str(second)]
+    assert record.ood_files == [str(other)]
+    for path, numbers in evaluated.evaluation.files.items():
+        parts = {name: score.of_groups(torch.tensor(numbers)) for name, score in scores.items()}
+        for name, part in parts.items():
+            row = record.find(name, path)
+            assert row is not None
+            assert (row.examples, row.samples) == (len(numbers), 1 if name.startswith("mean") else 3)
+            assert {metric: row.value(metric) for metric in metrics(part)} == metrics(part)
+            assert {metric: row.se.value(metric) for metric in metrics(part)} == standard_errors(part)
+            for than in ("mean", "mean+temperature"):
+                pairs = (metrics(part), metrics(parts[than]), bootstrap(part), bootstrap(parts[than]))
+                paired = differences(*pairs) if than != name else {}
+                assert {metric: value.dump() for metric, value in row.versus(than).items()} == paired
+        whole = parts["recommended"]
+        answered = record.find("recommended, answered", path)
+        assert answered is not None
+        part = whole.where(whole.confidence >= 0.5)
+        assert (answered.examples, answered.coverage) == (len(part.group), len(part.group) / len(numbers))
+        assert answered.accuracy == metrics(part)["accuracy"]
+    assert record.calibration is not None
+    assert record.calibration.temperatures["mean+temperature"] == record.rows[3].temperature
+    assert (record.tau, record.prune_ratio, record.samples) == (0.5, 0.3, 3)
+    lines = [line for _, line in ExampleRecord.load_lines(written, "output")]
+    assert lines == list(evaluated.examples())
+    assert type(record).parse(json.loads(json.dumps(record.dump(), allow_nan=False)), "here") == record
+
+
+def test_nothing_answered_has_no_metrics(adapter: Path, chats: Path) -> None:
+    advice = Recommendation(tau=1.0, ratio=0.0, threshold=1.0)
+    rows = run(adapter, EvaluationData([chats]), VariantChoice(["mean"], recommendation=advice), THREE).record.rows
+    assert [row.name for row in rows] == ["mean", "recommended", "recommended, answered"]
+    assert (rows[2].examples, rows[2].coverage, rows[2].error_bound) == (0, 0, 1)
+    assert {rows[2].value(metric) for metric in ("accuracy", "nll", "aurc")} == {None}
+
+
+@pytest.mark.parametrize(("task", "score"), [("generate", "probability"), ("choice", "agreement")])
+def test_a_threshold_of_something_else_is_left_out(adapter: Path, chats: Path, task: str, score: str) -> None:
+    heard = Heard()
+    advice = Recommendation(tau=1.0, ratio=0.0, threshold=0.5, score=score)
+    choice = VariantChoice(["mean"], recommendation=advice)
+    rows = run(adapter, EvaluationData([chats], task=task), choice, THREE, reporter=heard).record.rows
+    assert [row.name for row in rows] == ["mean", "recommended"]
+    assert "use it with `ivon-post mbr`" in heard.notes[0]
+
+
+def test_variants_are_chosen_by_name() -> None:
+    known = rows_of(2.0, 0.3)
+    assert VariantChoice(["posterior", "base"], 2.0, 0.3).variants() == [known["base"], known["posterior"]]
+    with pytest.raises(IVONError, match="rows x,mean: 'x' is unknown; choose from base,mean"):
+        VariantChoice(["x", "mean"]).variants()
+
+
+# Verdicts
+
+
+def result(name: str, nll: float, error: float, than: str = "mean", **more: Any) -> VariantResult:
+    versus = {"nll": {"difference": nll, "standard_error": error}, **more.pop("versus", {})}
+    row = {"name": name, "data": "a", "examples": 300, "samples": 10, f"versus_{than}": versus, **more}
+    return VariantResult.parse(row, "here")
+
+
+@pytest.mark.parametrize(
+    ("given", "verdict", "text"),
+    [
+        (result("posterior", -0.021, 0.006), "better", "10 draws are better than the mean: NLL −0.021 ± 0.006"),
+        (result("posterior", 0.021, 0.006), "worse", "10 draws are worse than the mean: NLL +0.021 ± 0.006"),
+        (
+            result("posterior", -0.004, 0.006),
+            "within noise",
+            "10 draws and the mean are within noise: NLL −0.004 ± 0.006; about 2,700 examples would tell",
+        ),
+        (
+            result("posterior", -0.00001, 0.006),
+            "within noise",
+            "10 draws and the mean are within noise: NLL −0.000 ± 0.006; more than a million examples would tell",
+        ),
+        (result("posterior", 0.0, 0.0), "the same", "10 draws and the mean predict the same"),
+        (
+            result("posterior", -0.5, 0.01, examples=12),
+            "too few examples",
+            "12 examples are too few to tell 10 draws from the mean: NLL −0.500 ± 0.010",
+        ),
+        (result("mean", -0.5, 0.01, "base"), "better", "the mean is better than the base model: NLL −0.500 ± 0.010"),
+        (
+            result("posterior", -0.5, 0.01, samples=1),
+            "better",
+            "one draw is better than the mean: NLL −0.500 ± 0.010",
+        ),
+        (
+            result("posterior+temperature", 0.5, 0.01, "mean+temperature"),
+            "worse",
+            "10 draws at a fitted temperature are worse than the mean at its own: NLL +0.500 ± 0.010",
+        ),
+        (
+            result("mean", -0.054, 0.215, "base", versus={"accuracy": {"difference": 0.35, "standard_error": 0.083}}),
+            "within noise",
+            "the mean and the base model are within noise in NLL, but not in accuracy: NLL −0.054 ± 0.215, accuracy "
+            "+35.0 ± 8.3 %; about 20,000 examples would tell",
+        ),
+        (
+            result("posterior", -0.02, 0.005, versus={"ece": {"difference": 0.0, "standard_error": None}}),
+            "better",
+            "10 draws are better than the mean: NLL −0.020 ± 0.005, ECE +0.0 %",
+        ),
+    ],
+)
+def test_a_verdict_in_words(given: VariantResult, verdict: str, text: str) -> None:
+    [found] = verdicts([given])
+    assert (found.verdict, found.text) == (verdict, text)
+    assert (found.examples_needed is not None) == (verdict == "within noise")
+
+
+def test_verdicts_come_file_by_file_and_only_where_both_rows_are() -> None:
+    rows = [
+        row.model_copy(update={"data": data})
+        for data in "ab"
+        for row in (
+            result("mean", -1, 0.1, "base"), result("posterior", -1, 0.1), result("posterior-pruned", -1, 0.1)
+        )
+    ]  # fmt: skip
+    assert [(each.data, each.name, each.than) for each in verdicts(rows)] == [
+        (path, *pair) for path in "ab" for pair in (("mean", "base"), ("posterior", "mean"))
+    ]
+    assert verdicts([VariantResult(name="posterior", data="a", examples=5, samples=3)]) == []
+
+
+# Draws against the mean
+
+
+@pytest.mark.parametrize("task", ["choice", "generate"])
+def test_the_difference_is_that_of_the_table(task: str, tiny_adapter: Path, tmp_path: Path) -> None:
+    data = EvaluationData([write_chats(tmp_path / f"{seed}.jsonl", 9, seed) for seed in (1, 2)], task=task, limit=8)
+    record = run(tiny_adapter, data, VariantChoice(["mean", "posterior"]), THREE).record
+    for path, found in zip(data.files, draws_against_mean(tiny_adapter, data, THREE), strict=True):
+        mean, draws = (record.find(name, str(path)).nll for name in ("mean", "posterior"))  # type: ignore[union-attr]
+        # Answers are equally long, so the mean over examples is that over tokens.
+        assert found["difference"] == pytest.approx(draws - mean, rel=1e-6)
+        assert (found["data"], found["examples"]) == (str(path), 8)
+        assert found["se"] > 0
+
+
+def with_nll(nll: np.ndarray) -> Scores:
+    return Scores.of(torch.from_numpy(np.stack([np.exp(-nll), -np.expm1(-nll)], 1)), torch.zeros(len(nll)).long())
+
+
+@pytest.mark.parametrize(("shift", "word"), [(-0.1, "better"), (0.1, "worse"), (0.0, "cannot be told apart")])
+def test_draws_against_the_mean_are_paired(shift: float, word: str) -> None:
+    """Each example is as hard for both, which the spread over examples would hide."""
+    generator = np.random.default_rng(0)
+    hard = 1 + generator.exponential(3.0, 40)
+    draws = hard + shift + generator.normal(0, 0.05, 40)
+    found = _compare("test.jsonl", with_nll(draws), with_nll(hard))
+    apart = [a - b for a, b in zip(draws, hard, strict=True)]
+    assert found["difference"] == pytest.approx(statistics.mean(apart))
+    assert found["se"] == pytest.approx(statistics.stdev(apart) / math.sqrt(40))
+    assert word in found["finding"]["text"]
+    assert found["finding"]["good"] == (word == "better")
+
+
+def test_one_example_says_nothing() -> None:
+    found = _compare("x", with_nll(np.array([0.5])), with_nll(np.array([1.0])))
+    assert found["se"] is None
+    assert "cannot be told apart" in found["finding"]["text"]
