@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.data.encode import EncodedExample
-from axolotl_ivon.evaluation.evaluate import Variant, evaluate
+from axolotl_ivon.evaluation.evaluate import Sampling, evaluate
+from axolotl_ivon.evaluation.variants import Variant
 from axolotl_ivon.models.draws import AdapterSlots
 from axolotl_ivon.models.session import pick_device
 
@@ -102,7 +103,8 @@ def main() -> None:
     )
 
     def run(items: list[EncodedExample], row: Variant, per_pass: int = 1) -> Callable[[], object]:
-        return lambda: evaluate(model, posterior, items, [row], "choice", samples=draws, draws_per_pass=per_pass)
+        sampling = Sampling(draws, draws_per_pass=per_pass)
+        return lambda: evaluate(model, posterior, items, [row], "choice", sampling)
 
     heads = [f"{k} per pass" for k in arguments.per_pass]
     print(f"| prompts | one pass (s) | {draws} draws / {draws} passes | " + " | ".join(heads) + " |")
