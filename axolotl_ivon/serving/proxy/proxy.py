@@ -24,7 +24,7 @@ from .responses import read_candidates, read_prompt_ids, read_scores, read_text,
 from .upstream import UpstreamPool, broken_off, cancel_all, malformed_as_502
 
 if TYPE_CHECKING:
-    from ...decisions.sweep import Decision
+    from ...decisions.recommendation import Decision
 
 Choose = Callable[[Sequence[Candidate], int], list[AnswerDelta]]
 TOP = 20  # likeliest tokens to ask for, the most that vLLM gives unless told otherwise
