@@ -55,13 +55,10 @@ def attach(
 
     Args:
         trainer: any transformers or TRL Trainer whose model is a PeftModel.
-        preset: what is taken for what is not given. "auto" fits it to N, the number of steps and the LoRA weights
-            (`settings.presets.Preset`): λ = 1000·max(N, 250)·max(1, weights/1e5), where 250 falls to 125 between 10
-            and 20 epochs, the Hessian by squared gradients, a prior of a tenth of the KL-optimal precision, h0 for λ
-            and the matrices A, clip 1e-2, and a β2 that remembers a fifth of the run.
-            A Trainer's learning rate below 1e-3 is then the most that a step may move a weight, α = learning_rate/ξ,
-            as it nearly is for AdamW; from 1e-3 it is α; and at 0 the α is taken with which a weight can travel 0.125
-            in the run. "paper": γ = 5000 and the defaults of `IVONLoRA`.
+        preset: the values of settings that are not given. "auto" fits them to N, the number of steps and the LoRA
+            weights, by the rules of `settings.presets.Preset`. A Trainer's learning rate below 1e-3 is then the most
+            that a step may move a weight, α = learning_rate/ξ, as it nearly is for AdamW. At 0, the preset chooses the
+            α at which a weight can travel 0.125 in the run. "paper": γ = 5000 and the defaults of `IVONLoRA`.
         gamma: γ of the effective sample size λ = γ·√N.
         ess: λ itself, instead of γ and N.
         h0, clip, betas, hessian, h0_steps, rescale_lr: as in `IVONLoRA`; None for the preset's.
