@@ -1,0 +1,122 @@
+"""Descriptions and distances of adapters are held against torch's own figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.inspect.diff import distance
+from axolotl_ivon.inspect.info import QUANTILES, describe
+
+# --- info ---------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_those_of_all_weights(tiny_adapter: Path):
+    summary = describe(tiny_adapter, ratio=0.3)
+    q = Posterior.from_pretrained(tiny_adapter)
+    sigma = torch.cat([value.flatten() for value in q.sigma.values()])
+    snr = torch.cat([(q.mean[key].abs() / q.sigma[key]).flatten() for key in q.sigma])
+    assert (summary["tensors"], summary["weights"], summary["weights_with_sigma"]) == (8, len(sigma), len(sigma))
+    for name, values in (("sigma", sigma), ("snr", snr)):
+        for quantile in QUANTILES:
+            # Bins are 0.2 % wide; the quantile of so few weights may be the next one.
+            near = torch.quantile(values, max(0, quantile - 2 / len(values)))
+            far = torch.quantile(values, min(1, quantile + 2 / len(values)))
+            assert 0.998 * near <= summary[name][f"{quantile:g}"] <= 1.002 * far
+    edges = torch.tensor(summary["snr_histogram"]["log10_edges"])
+    expected = torch.bincount(torch.bucketize(snr.log10(), edges), minlength=len(edges) + 1)
+    assert summary["snr_histogram"]["counts"] == expected.tolist()
+    assert summary["would_prune"] == round(0.3 * len(sigma))
+
+
+def test_modules_hold_their_own_weights(tiny_adapter: Path):
+    summary = describe(tiny_adapter, ratio=0.3, criterion="magnitude")
+    q = Posterior.from_pretrained(tiny_adapter)
+    pruned = q.prune(0.3, "magnitude")
+    assert [row["module"] for row in summary["modules"]] == [
+        f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in ("q_proj", "v_proj")
+    ]
+    for row in summary["modules"]:
+        keys = [key for key in q.mean if f".{row['module']}." in key]
+        assert len(keys) == 2
+        sigma = torch.cat([q.sigma[key].flatten() for key in keys]).double()
+        assert row["weights"] == len(sigma)
+        assert row["sigma_median"] == pytest.approx(float(sigma.quantile(0.5)))
+        off = torch.cat([(pruned.sigma[key] == 0).flatten() for key in keys])
+        assert row["pruned"] == pytest.approx(float(off.double().mean()))
+
+
+def test_only_weights_with_noise_are_in_the_statistics(tiny_adapter: Path, tmp_path: Path):
+    q = Posterior.from_pretrained(tiny_adapter)
+    q.prune(0.5).save_pretrained(tmp_path / "pruned")
+    summary = describe(tmp_path / "pruned")
+    assert summary["weights_with_sigma"] == summary["would_prune"] == summary["weights"] // 2
+    assert summary["sigma"]["0"] > 0.009
+    q.temper(math.inf).save_pretrained(tmp_path / "point")
+    summary = describe(tmp_path / "point")
+    assert (summary["weights_with_sigma"], summary["sigma"], summary["would_prune"]) == (0, {}, 0)
+    assert {row["sigma_median"] for row in summary["modules"]} == {None}
+
+
+def test_without_sigma_the_adapter_is_described(make_adapter: Callable):
+    summary = describe(make_adapter(sigma=False))
+    assert summary["posterior"] is False
+    assert summary["weights"] == sum(row["weights"] for row in summary["modules"])
+
+
+# --- diff ---------------------------------------------------------------------------------------------------------
+
+PREFIX = "base_model.model.model.layers."
+
+
+def posterior(seed: int) -> Posterior:
+    torch.manual_seed(seed)
+    names = [f"{PREFIX}{layer}.q_proj.lora_{factor}.weight" for layer in (10, 2) for factor in "AB"]
+    mean = {name: torch.randn(6, 4) for name in names}
+    return Posterior(mean, {name: torch.rand(6, 4) + 0.05 for name in names}, {}, {})
+
+
+def test_distances_of_random_posteriors():
+    a, b = posterior(0), posterior(1)
+    result = distance(a, b)
+    assert [row["module"] for row in result["modules"]] == ["model.layers.2.q_proj", "model.layers.10.q_proj"]
+    for row in result["modules"]:
+        keys = [key for key in a.mean if row["module"] in key]
+
+        def flat(tensors: object, keys: list[str] = keys) -> torch.Tensor:
+            return torch.cat([tensors[key].flatten() for key in keys]).double()  # type: ignore[index]
+
+        p, q = Normal(flat(a.mean), flat(a.sigma)), Normal(flat(b.mean), flat(b.sigma))
+        assert row["weights"] == 48
+        assert row["kl_ab"] == pytest.approx(float(kl_divergence(p, q).sum()))
+        assert row["kl_ba"] == pytest.approx(float(kl_divergence(q, p).sum()))
+        assert row["cosine"] == pytest.approx(float(torch.cosine_similarity(p.mean, q.mean, dim=0)))
+        apart = (p.mean - q.mean).abs() > (p.variance + q.variance).sqrt()
+        assert row["apart"] == pytest.approx(float(apart.double().mean()))
+        assert row["one_sided"] == 0
+    assert result["kl_ab"] == pytest.approx(sum(row["kl_ab"] for row in result["modules"]))
+    assert result["weights"] == 96
+
+
+def test_what_is_equal_or_pruned_is_counted():
+    q = posterior(0)
+    same, quarter, everything = (distance(q, other) for other in (q, q.prune(0.25), q.prune(1.0)))
+    assert (same["kl_ab"], same["kl_ba"], same["apart"], same["one_sided"]) == (0, 0, 0, 0)
+    assert same["cosine"] == pytest.approx(1)
+    assert (quarter["one_sided"], quarter["kl_ab"], quarter["kl_ba"]) == (0.25, 0, 0)
+    assert (everything["one_sided"], everything["cosine"]) == (1, None)
+
+
+def test_other_tensors_have_no_distance():
+    a, key = posterior(0), f"{PREFIX}2.q_proj.lora_A.weight"
+    less = Posterior(*({k: v for k, v in tensors.items() if k != key} for tensors in (a.mean, a.sigma)), {}, {})
+    with pytest.raises(IVONError, match=r"lora_A.weight: A has shape \[6, 4\], B has none such"):
+        distance(a, less)
+    with pytest.raises(IVONError, match=r"lora_A.weight: A has none such, B has shape \[6, 4\]"):
+        distance(less, a)
