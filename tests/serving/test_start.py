@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from axolotl_ivon.decisions.recommendation import Decision
 from axolotl_ivon.models.session import Loading
 from axolotl_ivon.serving.api.backend import Limits
 from axolotl_ivon.serving.api.protocol import ChatRequest, CompletionRequest, read_request
-from axolotl_ivon.serving.start import Drawing, check_key, check_packages, local_backend, served_name
+from axolotl_ivon.serving.start import Drawing, check_key, local_backend, served_name
 
 
 def test_only_this_machine_is_served_without_a_key() -> None:
@@ -26,14 +25,6 @@ def test_only_this_machine_is_served_without_a_key() -> None:
             check_key(host, None)
     with pytest.raises(IVONError, match="an empty key keeps nobody out"):
         check_key("127.0.0.1", "")
-
-
-def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_packages()
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
-    with pytest.raises(IVONError, match=r"needs the package uvicorn: pip install 'axolotl-ivon\[serve\]'"):
-        check_packages()
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "a\nb"])

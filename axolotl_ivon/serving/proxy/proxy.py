@@ -101,16 +101,19 @@ class Proxy(Backend):
         if self._running >= self._limits.max_queue:
             raise queue_full(f"{self._running} requests are running")
         self._limits.check(request)
-        answers = AnswerStream(0, len(request.prompts) * request.n, _none())
-        answers.deltas = self._deltas(request, answers)
+        prompts = request.prompts
+        answers = AnswerStream(0, len(prompts) * request.n, _none())
+        answers.deltas = self._deltas(request, prompts, answers)
         return answers
 
-    async def _deltas(self, request: Request, answers: AnswerStream) -> AsyncGenerator[AnswerDelta, None]:
+    async def _deltas(
+        self, request: Request, prompts: Sequence[Any], answers: AnswerStream
+    ) -> AsyncGenerator[AnswerDelta, None]:
         seed = secrets.randbits(31) if request.seed is None else request.seed
         member = self._served[request.model]
         self._running += 1
         try:
-            for number, prompt in enumerate(request.prompts):
+            for number, prompt in enumerate(prompts):
                 body = _body(request, prompt, 1 if member is None else TOP)
                 if member is None:
                     deltas = self._mixture(request, body, seed + number, answers)
