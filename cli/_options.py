@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -36,14 +37,18 @@ _SECTIONS = {
 
 
 class Sectioned(click.Command):
-    """A command whose `--help` lists its options by section."""
+    """A command whose `--help` lists its options by section: its own `sections`, then those of all commands."""
+
+    def __init__(self, *args: Any, sections: Mapping[str, set[str]] = MappingProxyType({}), **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._sections = {**sections, **_SECTIONS}
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a list for each section that has options."""
-        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Options", *_SECTIONS)}
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Options", *self._sections)}
         for param in self.get_params(ctx):
             if isinstance(param, click.Option) and (record := param.get_help_record(ctx)):
-                title = next((t for t, names in _SECTIONS.items() if {param.name, *param.opts} & names), "Options")
+                title = next((t for t, names in self._sections.items() if {param.name, *param.opts} & names), "Options")
                 sections[title].append(record)
         for title, records in sections.items():
             if records:

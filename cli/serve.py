@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from axolotl_ivon.reporter import Reporter
     from axolotl_ivon.serving.api.backend import Backend
 
+_SECTIONS = {
+    "Server": {"host", "port", "name", "max_tokens"},
+    "In front of vLLM": {"endpoints", "combine", "answer_regex"},
+}
 _server_options = add_all(
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key."),
     click.option(
-        "--port",
-        type=click.IntRange(0, 65535),
-        default=8000,
-        show_default=True,
-        help="Port; 0: any free one.",
+        "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0: any free one."
     ),
     click.option("--name", help="Name of the model that answers.  [default: the name of ADAPTER]"),
     click.option("--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Tokens per answer."),
@@ -72,7 +72,7 @@ _proxy_options = add_all(
 )
 
 
-@click.command("serve", cls=Sectioned)
+@click.command("serve", cls=Sectioned, sections=_SECTIONS)
 @adapter_argument
 @_server_options
 @_local_options
