@@ -1,21 +1,18 @@
-"""Forward passes through a loaded model: names of arguments, a token at a time, and batches that fit the memory."""
+"""Forward passes through a loaded model: names of arguments, and a token at a time."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Set
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Set
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..errors import IVONError, param_ref
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-_T = TypeVar("_T")
 
 
 def forward_parameters(model: PeftModel) -> Set[str]:
@@ -70,29 +67,3 @@ def end_tokens(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]
     base: Any = model.get_base_model()
     ends = base.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-
-
-def run_halving(
-    run: Callable[[int], _T], size: int, what: str, notify: Callable[[str], None], hopeless: str
-) -> tuple[_T, int]:
-    """Return (`run(size)`, size), at half the size each time that the memory runs out.
-
-    Args:
-        what: what a batch holds `size` of; `notify` is told whenever there will be fewer.
-        hopeless: the message where not even one fits.
-
-    Raises:
-        IVONError: the memory runs out at size 1.
-    """
-    while True:
-        try:
-            return run(size), size
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-        # Only here, after the exception, does nothing hold the tensors that did not fit.
-        clear_device_cache(garbage_collection=True)
-        if size == 1:
-            raise IVONError(f"out of memory with a single {hopeless}")
-        notify(f"out of memory with {size} {what} in a batch; going on with {size // 2}")
-        size //= 2
