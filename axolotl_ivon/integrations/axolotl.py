@@ -134,7 +134,7 @@ class IVONLoRAPlugin(BasePlugin):
 
 def _show_the_log() -> None:
     """Log at axolotl's level; by default it only passes warnings."""
-    ours = logging.getLogger(__package__)
+    ours = logging.getLogger(__name__.partition(".")[0])
     if ours.level == logging.NOTSET:
         ours.setLevel(logging.getLogger("axolotl").getEffectiveLevel())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,16 @@ def test_what_attach_refuses_of_an_earlier_adapter_is_told_by_its_key(
     IVONLoRAPlugin().post_trainer_create(cfg, trainer)
     assert trainer.posterior_training.header["prior"] == cfg.ivon_prior
     assert trainer.posterior_training.settings["prior_strength"] == 0.5
+
+
+def test_the_library_logs_at_axolotl_s_level() -> None:
+    ours, before = logging.getLogger("axolotl_ivon"), logging.getLogger("axolotl_ivon").level
+    ours.setLevel(logging.NOTSET)
+    try:
+        IVONLoRAPlugin().register(dict(BASE))
+        assert ours.level == logging.getLogger("axolotl").getEffectiveLevel()
+    finally:
+        ours.setLevel(before)
 
 
 def test_keys_with_another_optimizer_are_named(caplog: pytest.LogCaptureFixture) -> None:
