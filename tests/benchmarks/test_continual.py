@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _path() -> Iterator[None]:
-    sys.path.insert(0, str(ROOT))
-    yield
-    sys.path.remove(str(ROOT))
+from benchmarks import continual
+from benchmarks.fidelity.causal import Causal
+from benchmarks.fidelity.data import Example, Task
 
 
 @pytest.fixture
 def module(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The program, on the tiny Llama and two made-up tasks: is token 7, or token 8, in the text?"""
-    from benchmarks import continual
-    from benchmarks.fidelity.causal import Causal
-    from benchmarks.fidelity.data import Example, Task
 
     def examples(count: int, token: int, seed: int) -> list[Example]:
         rng = random.Random(seed)

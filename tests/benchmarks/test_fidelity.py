@@ -6,8 +6,7 @@ import json
 import math
 import random
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,15 +19,57 @@ import yaml
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from axolotl_ivon import IVONLoRA
+from axolotl_ivon.fitting import ivon
+from axolotl_ivon.settings.presets import PRESETS
+from benchmarks.fidelity import data as fidelity_data
+from benchmarks.fidelity import methods, rows
+from benchmarks.fidelity import run as fidelity
+from benchmarks.fidelity.__main__ import PAGES
+from benchmarks.fidelity.blocks import BlockIVON, Correlated
+from benchmarks.fidelity.causal import Causal
+from benchmarks.fidelity.configs import HUB, as_chat, write_configs
+from benchmarks.fidelity.data import (
+    Encoder,
+    Example,
+    Task,
+    _choices,
+    _pairs,
+    _written,
+    collate,
+    labels_of,
+    predict,
+    training_batches,
+)
+from benchmarks.fidelity.methods import (
+    TRAINERS,
+    BlobLinear,
+    Predictions,
+    as_posterior,
+    fit_temperature,
+    kl_weight,
+    learning_rate,
+    schedule,
+)
+from benchmarks.fidelity.page import (
+    PLACE,
+    ablations,
+    beyond,
+    fill,
+    knobs,
+    learning_curves,
+    peers,
+    promises,
+    shape,
+    summary,
+    training,
+)
+from benchmarks.fidelity.report import Results, cell, main_table, report, verdict_table
+from benchmarks.fidelity.rows import posterior_scaled, rank_correlations, temperature_scaling
+
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _path() -> Iterator[None]:
-    sys.path.insert(0, str(ROOT))
-    yield
-    sys.path.remove(str(ROOT))
+SUITES = yaml.safe_load((BENCHMARKS / "fidelity/experiments.yaml").read_text(encoding="utf-8"))["suites"]
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +84,11 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encoder(folder: Path, seed: int = 0, dropout: float = 0.1) -> Any:
-    from benchmarks.fidelity.data import Encoder
-
     return Encoder(folder, 2, seed, 2, ["query", "value"], dropout, 2)
 
 
 def examples(count: int, seed: int = 0) -> list[Any]:
     """Texts whose class is whether token 7 is in them."""
-    from benchmarks.fidelity.data import Example
-
     rng = random.Random(seed)
     made = []
     for i in range(count):
@@ -63,8 +100,6 @@ def examples(count: int, seed: int = 0) -> list[Any]:
 
 
 def task(**sets: Any) -> Any:
-    from benchmarks.fidelity.data import Task
-
     return Task(**{"train": examples(32), "validation": [], "test": [], "shifted": {}, "classes": 2, **sets})
 
 
@@ -78,8 +113,6 @@ SETTINGS = {
 
 
 def test_encoder_equals_the_model_that_it_shortens(bert: Path) -> None:
-    from benchmarks.fidelity.data import collate
-
     model = encoder(bert).eval()
     for name, value in model.trained().items():
         if "lora_B" in name:
@@ -96,8 +129,6 @@ def test_encoder_equals_the_model_that_it_shortens(bert: Path) -> None:
 
 def causal(folder: Path, choices: Sequence[int]) -> Any:
     """A tiny Llama with LoRA, that is not 0, on the upper two of four layers."""
-    from benchmarks.fidelity.causal import Causal
-
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -112,8 +143,6 @@ def causal(folder: Path, choices: Sequence[int]) -> Any:
 
 
 def test_causal_equals_transformers_and_the_kept_trunk_changes_nothing(tmp_path: Path) -> None:
-    from benchmarks.fidelity.data import collate
-
     model = causal(tmp_path, [7, 9])
     assert {name.split(".layers.")[1][0] for name in model.trained()} == {"2", "3"}
     texts = examples(5)
@@ -137,8 +166,6 @@ def test_causal_equals_transformers_and_the_kept_trunk_changes_nothing(tmp_path:
 
 
 def test_of_an_answer_every_token_is_a_class(tmp_path: Path) -> None:
-    from benchmarks.fidelity.data import Example, _written, collate, labels_of, predict
-
     class Words:
         def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
             return {"input_ids": [1 + words.index(word) for word in text.split()]}
@@ -160,16 +187,12 @@ def test_of_an_answer_every_token_is_a_class(tmp_path: Path) -> None:
 
 
 def test_predictions_are_in_the_order_of_the_examples(bert: Path) -> None:
-    from benchmarks.fidelity.data import collate, predict
-
     model, texts = encoder(bert).eval(), examples(11)
     expected = torch.cat([model(collate([text])) for text in texts]).double()
     torch.testing.assert_close(predict(model, texts, size=4), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_training_batches_hold_every_example_once_an_epoch() -> None:
-    from benchmarks.fidelity.data import training_batches
-
     texts = examples(10)
     batches = training_batches(texts, 4, seed=3)
     for _ in range(2):
@@ -178,8 +201,6 @@ def test_training_batches_hold_every_example_once_an_epoch() -> None:
 
 
 def test_questions_become_pairs_of_the_answer_and_another_choice(tmp_path: Path) -> None:
-    from benchmarks.fidelity.data import _choices, _pairs
-
     prompt = "Select one of the choices that answers the following question: {} Choices: {} Answer:"
     rows = [
         ("The most reasonable goal of 'Dig. A. hole' is", "A. Plant Trees B. Fly to A.B. C. Swim", "A"),
@@ -200,23 +221,21 @@ def test_questions_become_pairs_of_the_answer_and_another_choice(tmp_path: Path)
 
 
 def test_a_snippet_may_be_asked_for_its_source_or_its_strength(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.fidelity import data
-
     # Ratings 0.1 to 3.9 of either sign; 0.1, 0.3 and 0.4 are near zero, so the median distance is that of the others.
     rated = [(sign * size / 10, f"{size} {sign}") for size in (1, 3, 4, *range(6, 40)) for sign in (1, -1)]
     sizes = {"movieReviewSnippets": 68, "amazonReviewSnippets": 40, "nytEditorialSnippets": 50, "tweets": 60}
     monkeypatch.setattr(
-        data.prepare_demo,
+        fidelity_data.prepare_demo,
         "read_snippets",
         lambda sdist, name: [(rating, f"{name} {text}") for rating, text in rated[: sizes[name] + 6]],
     )
-    strengths = dict(data._snippets(Path("sdist"), "movieReviewSnippets", strength=True))
+    strengths = dict(fidelity_data._snippets(Path("sdist"), "movieReviewSnippets", strength=True))
     assert len(strengths) == 68
     middle = (22 + 23) / 2  # of 6 to 39
     assert all(label == (int(text.split()[1]) > middle) for text, label in strengths.items())
-    signs = dict(data._snippets(Path("sdist"), "movieReviewSnippets"))
+    signs = dict(fidelity_data._snippets(Path("sdist"), "movieReviewSnippets"))
     assert all(label == (text.split()[2] == "1") for text, label in signs.items())
-    sources = data._sources(Path("sdist"))
+    sources = fidelity_data._sources(Path("sdist"))
     names = list(sizes)
     assert all(names[label] == text.split()[0] for text, label in sources)
     assert [sum(label == i for _, label in sources) for i in range(4)] == [40] * 4
@@ -227,8 +246,6 @@ def test_a_snippet_may_be_asked_for_its_source_or_its_strength(monkeypatch: pyte
 
 
 def test_blob_kl_is_that_of_torch_distributions() -> None:
-    from benchmarks.fidelity.methods import BlobLinear
-
     torch.manual_seed(1)
     layer = BlobLinear(nn.Linear(5, 3, bias=False), 0.05, torch.Generator().manual_seed(0))
     q = torch.distributions.Normal(layer.weight, layer.g.square())
@@ -237,8 +254,6 @@ def test_blob_kl_is_that_of_torch_distributions() -> None:
 
 
 def test_blob_flipout_has_the_moments_of_a_draw_of_the_weights() -> None:
-    from benchmarks.fidelity.methods import BlobLinear
-
     torch.manual_seed(2)
     layer = BlobLinear(nn.Linear(4, 2, bias=False), 0.9, torch.Generator().manual_seed(0)).train()
     x = torch.randn(1, 1, 4)
@@ -251,8 +266,6 @@ def test_blob_flipout_has_the_moments_of_a_draw_of_the_weights() -> None:
 
 
 def test_blob_flipout_gives_tokens_of_a_batch_independent_noise() -> None:
-    from benchmarks.fidelity.methods import BlobLinear
-
     layer = BlobLinear(nn.Linear(4, 2, bias=False), 0.9, torch.Generator().manual_seed(0)).train()
     x = torch.ones(1, 2, 4)
     with torch.no_grad():
@@ -262,8 +275,6 @@ def test_blob_flipout_gives_tokens_of_a_batch_independent_noise() -> None:
 
 @pytest.mark.parametrize("cycle", [1, 3, 10])
 def test_kl_weights_of_a_cycle_double_and_sum_to_one_less_the_first_term(cycle: int) -> None:
-    from benchmarks.fidelity.methods import kl_weight
-
     weights = [kl_weight(step, cycle) for step in range(2 * cycle)]
     assert weights[:cycle] == weights[cycle:]
     assert weights[0] * 2 ** (cycle - 1) == pytest.approx(weights[cycle - 1])
@@ -272,8 +283,6 @@ def test_kl_weights_of_a_cycle_double_and_sum_to_one_less_the_first_term(cycle: 
 
 
 def test_temperature_scaling_undoes_a_known_temperature() -> None:
-    from benchmarks.fidelity.methods import fit_temperature
-
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(20000, 3, generator=generator, dtype=torch.float64)
     labels = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
@@ -285,9 +294,6 @@ def test_temperature_scaling_undoes_a_known_temperature() -> None:
 
 
 def test_scaling_the_average_of_equal_draws_is_scaling_the_weights_themselves(bert: Path) -> None:
-    from benchmarks.fidelity.methods import as_posterior
-    from benchmarks.fidelity.rows import posterior_scaled, temperature_scaling
-
     model = encoder(bert).eval()
     q, data = as_posterior(model.trained()), task(validation=examples(40))
     ours, facts = posterior_scaled(model, q, data, examples(9), 3)
@@ -297,8 +303,6 @@ def test_scaling_the_average_of_equal_draws_is_scaling_the_weights_themselves(be
 
 
 def test_averaged_predictions_and_their_entropy() -> None:
-    from benchmarks.fidelity.methods import Predictions
-
     logits = [torch.tensor([[0.0, math.log(3)]]), torch.tensor([[math.log(3), 0.0]])]
     found = Predictions.of(logits)
     torch.testing.assert_close(found.probabilities, torch.tensor([[0.5, 0.5]]))
@@ -306,8 +310,6 @@ def test_averaged_predictions_and_their_entropy() -> None:
 
 
 def test_learning_rate_from_travel_is_what_the_schedule_adds_up_to() -> None:
-    from benchmarks.fidelity.methods import learning_rate, schedule
-
     rate = learning_rate({"travel": 0.2}, 400, clip=0.01)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
     scheduler, travelled = schedule(optimizer, 400), 0.0
@@ -320,8 +322,6 @@ def test_learning_rate_from_travel_is_what_the_schedule_adds_up_to() -> None:
 
 @pytest.mark.parametrize("method", ["adamw", "ivon-lora", "algorithm-1", "ivon-opt", "blob"])
 def test_every_method_trains_and_its_posterior_has_the_encoders_names(bert: Path, method: str) -> None:
-    from benchmarks.fidelity.methods import TRAINERS
-
     model = encoder(bert)
     names = set(model.trained())
     run = TRAINERS[method](model, task(), SETTINGS)
@@ -338,9 +338,6 @@ def test_every_method_trains_and_its_posterior_has_the_encoders_names(bert: Path
 
 
 def test_rank_correlations_are_over_all_weights_and_within_tensors() -> None:
-    from benchmarks.fidelity.methods import as_posterior
-    from benchmarks.fidelity.rows import rank_correlations
-
     mean = {"a": torch.zeros(50), "b": torch.zeros(50), "c": torch.zeros(3)}
     low, high = torch.linspace(1, 2, 50), torch.linspace(10, 20, 50)
     one = as_posterior(mean, {"a": low, "b": high})
@@ -354,10 +351,6 @@ def test_rank_correlations_are_over_all_weights_and_within_tensors() -> None:
 
 @pytest.mark.parametrize("row", ["fit=ivon", "fit=fisher,validated", "fit=tfb,scaled"])
 def test_sigma_is_fitted_around_the_weights(bert: Path, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from axolotl_ivon.fitting import ivon
-    from benchmarks.fidelity import methods, rows
-    from benchmarks.fidelity.data import Task
-
     monkeypatch.setattr(ivon, "FEWEST", 4)
     monkeypatch.setattr(ivon, "MOST", 4)
     model = encoder(bert).eval()
@@ -377,8 +370,6 @@ def test_sigma_is_fitted_around_the_weights(bert: Path, row: str, monkeypatch: p
 
 
 def test_ivon_lora_with_a_fixed_prior_moves_as_ivon_opt_does(bert: Path) -> None:
-    from benchmarks.fidelity.methods import TRAINERS
-
     # σ as good as 0 and a precision that stands still: what the draws change is then lost in rounding.
     settings = {**SETTINGS, "gamma": 1e11, "prior": 1e-4, "beta2": 1 - 1e-12}
     means = []
@@ -404,8 +395,6 @@ class Recorded:
 
 
 def test_the_last_means_are_averaged(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.fidelity import methods
-
     monkeypatch.setattr(methods, "Curve", Recorded)
     model = encoder(bert)
     run = methods.train_ivon_auto(model, task(), {**SETTINGS, "steps": 8, "averaged": 0.25})
@@ -416,8 +405,6 @@ def test_the_last_means_are_averaged(bert: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_antithetic_micro_batches_see_a_draw_and_its_mirror_image(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.fidelity import methods
-
     monkeypatch.setattr(methods, "Curve", Recorded)
     model = encoder(bert, dropout=0.0)
     before = {name: value.detach().clone() for name, value in model.trained().items()}
@@ -442,9 +429,6 @@ def of_rank(rank: int) -> dict[str, nn.Parameter]:
 
 
 def test_blocks_of_rank_one_are_ivon_lora() -> None:
-    from axolotl_ivon import IVONLoRA
-    from benchmarks.fidelity.blocks import BlockIVON
-
     # λ so large that the draws are the mean, but for rounding, and κ so that the prior has its share of p.
     shared = {"lr": 0.1, "ess": 1e12, "h0": 0.3, "clip": 0.5, "prior_strength": 1e11, "h0_steps": 10.0, "seed": 0}
     target = torch.randn(6, 5)
@@ -472,8 +456,6 @@ def test_blocks_of_rank_one_are_ivon_lora() -> None:
 
 
 def test_draws_of_blocks_have_the_covariance_of_the_information() -> None:
-    from benchmarks.fidelity.blocks import BlockIVON
-
     parameters = of_rank(2)
     optimizer = BlockIVON(
         parameters, lr=0.0, ess=50.0, beta2=0.5, h0=1.0, clip=1.0, prior_strength=0.1, h0_steps=1.0, seed=0
@@ -496,9 +478,6 @@ def test_draws_of_blocks_have_the_covariance_of_the_information() -> None:
 
 
 def test_correlated_draws_survive_the_work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.fidelity import run as fidelity
-    from benchmarks.fidelity.blocks import Correlated
-
     monkeypatch.setattr(fidelity, "_read_task", lambda *_: task())
     monkeypatch.setattr(fidelity, "_model", lambda *_: causal(tmp_path / "model", [7, 9]))
     settings = fidelity.canonical({"trainer": "ivon-auto", "blocks": True, "steps": 2, "batch": 4, "seed": 0})
@@ -517,9 +496,6 @@ def test_correlated_draws_survive_the_work_folder(tmp_path: Path, monkeypatch: p
 def test_the_losses_of_a_step_are_the_tokens_of_its_answers(
     tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmarks.fidelity import methods
-    from benchmarks.fidelity.data import Example
-
     sizes = []
 
     class Spied(methods.IVONLoRA):
@@ -540,12 +516,10 @@ def test_the_losses_of_a_step_are_the_tokens_of_its_answers(
 
 
 def test_one_draw_a_step_is_shared_by_its_micro_batches(bert: Path) -> None:
-    from benchmarks.fidelity.methods import train_ivon_lora
-
     torch.manual_seed(0)
-    apart = train_ivon_lora(encoder(bert), task(), {**SETTINGS, "accumulate": 2})
+    apart = methods.train_ivon_lora(encoder(bert), task(), {**SETTINGS, "accumulate": 2})
     torch.manual_seed(0)
-    shared = train_ivon_lora(encoder(bert), task(), {**SETTINGS, "accumulate": 2, "one_draw": True})
+    shared = methods.train_ivon_lora(encoder(bert), task(), {**SETTINGS, "accumulate": 2, "one_draw": True})
     different = [not torch.equal(shared.posterior.mean[name], value) for name, value in apart.posterior.mean.items()]
     assert any(different)
 
@@ -577,6 +551,10 @@ ablations:
 """)
 
 
+def record(job: Any, row: str, data: str, facts: dict[str, Any], **metrics: float) -> dict[str, Any]:
+    return {"run": job.key, "row": row, "data": data, "metrics": metrics, "facts": facts}
+
+
 def finish(jobs: list[Any], records: list[dict[str, Any]], losses: dict[float, float] | None = None) -> None:
     """Pretend to run jobs: the NLL is that of the grid's value, plus a hundredth for each seed."""
     for job in jobs:
@@ -584,14 +562,11 @@ def finish(jobs: list[Any], records: list[dict[str, Any]], losses: dict[float, f
         value = settings["gamma"] if job.method == "ivon-lora" else settings["lr"]
         nll = (losses or {}).get(value, 1.0) + 0.01 * settings["seed"]
         for row, data in job.rows:
-            metrics = {"nll": nll, "accuracy": nll / 2, "ece": nll / 4}
             facts = {"train_seconds": 1.0, "state_mb": 0.5}
-            records.append({"run": job.key, "row": row, "data": data, "metrics": metrics, "facts": facts})
+            records.append(record(job, row, data, facts, nll=nll, accuracy=nll / 2, ece=nll / 4))
 
 
 def test_plan_chooses_on_validation_data_and_then_runs_all_seeds() -> None:
-    from benchmarks.fidelity import run as fidelity
-
     records: list[dict[str, Any]] = []
     stages = fidelity.plan(suite(), records)
     grid = next(stages)
@@ -618,8 +593,6 @@ def test_plan_chooses_on_validation_data_and_then_runs_all_seeds() -> None:
 
 
 def test_results_are_whole_or_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.fidelity import run as fidelity
-
     path = tmp_path / "results.jsonl.gz"
     assert fidelity.read_results(path) == []
     with ThreadPoolExecutor(4) as pool:
@@ -634,8 +607,6 @@ def test_results_are_whole_or_as_they_were(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_settings_that_decide_the_outcome_change_the_run() -> None:
-    from benchmarks.fidelity import run as fidelity
-
     one = fidelity.settings_of(suite(), "movie", "adamw", 0, lr=0.1)
     assert fidelity.run_key(one) == fidelity.run_key(fidelity.settings_of(suite(), "movie", "adamw", 0, lr=0.1))
     other_steps = {**suite(), "steps": 5}
@@ -645,9 +616,6 @@ def test_settings_that_decide_the_outcome_change_the_run() -> None:
 
 
 def test_tables_hold_means_and_standard_errors(tmp_path: Path) -> None:
-    from benchmarks.fidelity import run as fidelity
-    from benchmarks.fidelity.report import Results, cell, main_table, report, verdict_table
-
     records: list[dict[str, Any]] = []
     for jobs in fidelity.plan(suite(), records):
         finish(jobs, records, {0.1: 2.0, 0.2: 1.0, 5: 0.4, 50: 0.7})
@@ -669,8 +637,6 @@ def test_tables_hold_means_and_standard_errors(tmp_path: Path) -> None:
 
 def causal_records() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A suite of AdamW and the preset, and results: AdamW's NLL is 1 at 2e-4 and 2 at 5e-4, the preset's 0.8."""
-    from benchmarks.fidelity import run as fidelity
-
     made = suite()
     made["methods"] = {
         "adamw": {
@@ -694,14 +660,11 @@ def causal_records() -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 metrics = {"nll": nll + worse, "accuracy": 0.5, "ece": nll / 4, "auroc": 0.8, "aurc": 0.1}
                 points = [{"step": 1, "draws": metrics, **metrics}]
                 facts = {"train_seconds": 1.0, "state_mb": 0.5, "curve": points}
-                records.append({"run": job.key, "row": row, "data": data, "metrics": metrics, "facts": facts})
+                records.append(record(job, row, data, facts, **metrics))
     return made, records
 
 
 def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
-    from benchmarks.fidelity.page import beyond, fill, learning_curves, peers, promises, shape, summary, training
-    from benchmarks.fidelity.report import Results
-
     made, records = causal_records()
     results = Results(made, records)
     # 0.8 and 0.81 against 1 and 1.01 at the chosen rate, 1.5 and 1.51 over both: ratios of 1.61/2.01 and 1.61/3.01.
@@ -729,10 +692,6 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
 
 
 def test_ablations_are_held_against_the_same_seeds_of_the_method_as_it_is() -> None:
-    from benchmarks.fidelity import run as fidelity
-    from benchmarks.fidelity.page import ablations
-    from benchmarks.fidelity.report import Results
-
     made, records = causal_records()
     of_all = {"task": "movie", "method": "ivon-auto", "rows": ["mean", "posterior"], "seeds": [0, 1]}
     made["ablations"] = {
@@ -743,11 +702,8 @@ def test_ablations_are_held_against_the_same_seeds_of_the_method_as_it_is() -> N
     for name, nlls in (("memory", (0.7, 0.9)), ("λ", (0.5,))):
         jobs = [job for job in fidelity.ablation_jobs(made, name, records) if "memory" in job.settings or name == "λ"]
         for job, nll in zip(jobs, nlls, strict=False):  # of λ the second seed has not run
-            metrics = {"nll": nll, "accuracy": 0.6, "ece": 0.1}
             facts = {"ivon_ess": 12345.0}
-            records += [
-                {"run": job.key, "row": row, "data": "test", "metrics": metrics, "facts": facts} for row, _ in job.rows
-            ]
+            records += [record(job, row, "test", facts, nll=nll, accuracy=0.6, ece=0.1) for row, _ in job.rows]
     # The method has NLL 0.8 and 0.81, ECE 20 and 20.25 %, accuracy 50 %.
     memory, ess = ablations(Results(made, records)).splitlines()[2:]
     assert memory == (
@@ -758,22 +714,14 @@ def test_ablations_are_held_against_the_same_seeds_of_the_method_as_it_is() -> N
 
 
 def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
-    from benchmarks.fidelity.__main__ import PAGES
-    from benchmarks.fidelity.page import PLACE, fill
-    from benchmarks.fidelity.run import read_results
-
-    suites = yaml.safe_load((BENCHMARKS / "fidelity/experiments.yaml").read_text(encoding="utf-8"))["suites"]
-    records = read_results(BENCHMARKS / "fidelity/results.jsonl.gz")
+    records = fidelity.read_results(BENCHMARKS / "fidelity/results.jsonl.gz")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert PLACE.search(text)
-        assert fill(text, suites, records) == text, "python -m benchmarks.fidelity write"
+        assert fill(text, SUITES, records) == text, "python -m benchmarks.fidelity write"
 
 
 def test_a_run_is_trained_once_and_evaluated_row_by_row(bert: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from benchmarks.fidelity import methods as fidelity_methods
-    from benchmarks.fidelity import run as fidelity
-
     (tmp_path / "minilm").symlink_to(bert)
     data = task(validation=examples(8, 1), test=examples(8, 2))
     monkeypatch.setattr(fidelity, "_read_task", lambda *_: data)
@@ -783,7 +731,7 @@ def test_a_run_is_trained_once_and_evaluated_row_by_row(bert: Path, tmp_path: Pa
     places = fidelity.Places(tmp_path, None, tmp_path / "results.jsonl.gz", "abc", 2, "{}")
     job = fidelity.Job("movie", "ivon-lora", settings, (("mean", "test"), ("posterior", "test")))
     fidelity.work_off(job, [("posterior", "test")], places)
-    monkeypatch.setitem(fidelity_methods.TRAINERS, "ivon-lora", None)  # a second training would fail
+    monkeypatch.setitem(methods.TRAINERS, "ivon-lora", None)  # a second training would fail
     fidelity.work_off(job, fidelity.missing_rows(job, fidelity.read_results(places.results)), places)
     records = fidelity.read_results(places.results)
     assert [record["row"] for record in records] == ["posterior", "mean"]
@@ -792,26 +740,18 @@ def test_a_run_is_trained_once_and_evaluated_row_by_row(bert: Path, tmp_path: Pa
 
 
 def test_the_experiment_file_is_complete() -> None:
-    from benchmarks.fidelity import rows as fidelity_rows
-    from benchmarks.fidelity import run as fidelity
-
-    suites = yaml.safe_load((BENCHMARKS / "fidelity/experiments.yaml").read_text(encoding="utf-8"))["suites"]
-    encoder_suite = suites["encoder"]
+    encoder_suite = SUITES["encoder"]
     for task_name in encoder_suite["tasks"]:
         for method, spec in encoder_suite["methods"].items():
             of_grid = 1 if method == "ivon-lora-preset" else 3
             assert len(fidelity.grid_jobs(encoder_suite, task_name, method)) == of_grid
-            assert {row.split("=")[0] for row in spec["rows"]} <= set(fidelity_rows.ROWS)
+            assert {row.split("=")[0] for row in spec["rows"]} <= set(rows.ROWS)
     for stage in encoder_suite["stages"]:
         assert set(stage.get("ablation", [])) <= set(encoder_suite["ablations"])
         assert set(stage.get("tasks", [])) <= set(encoder_suite["tasks"])
 
 
 def test_lambda_and_pruning_are_drawn_from_their_ablations() -> None:
-    from benchmarks.fidelity import run as fidelity
-    from benchmarks.fidelity.page import knobs
-    from benchmarks.fidelity.report import Results
-
     made, records = causal_records()
     made["tasks"] = {"movie-256": made["tasks"]["movie"]}
     made["ablations"] = {
@@ -828,10 +768,7 @@ def test_lambda_and_pruning_are_drawn_from_their_ablations() -> None:
         ess = 100 * json.loads(job.settings).get("per_weight", 1)
         for row, data in job.rows:
             nll = {"mean": 0.5, "posterior": 0.4}.get(row, 0.7 if "magnitude" in row else 0.6)
-            facts = {"ivon_ess": ess}
-            records.append(
-                {"run": job.key, "row": row, "data": data, "metrics": {"nll": nll, "accuracy": 0.5}, "facts": facts}
-            )
+            records.append(record(job, row, data, {"ivon_ess": ess}, nll=nll, accuracy=0.5))
     left, right = knobs(Results(made, records)).axes
     mean, draws = (line.get_xydata().tolist() for line in left.lines)
     assert mean == [[50, 0.5], [100, 0.5], [500, 0.5]]
@@ -843,9 +780,7 @@ def test_lambda_and_pruning_are_drawn_from_their_ablations() -> None:
 
 @pytest.mark.parametrize("name", ["causal", "causal-quick", "causal-long", "causal-half", "causal-write"])
 def test_what_is_said_of_the_preset_is_measured_with_it(name: str) -> None:
-    from axolotl_ivon.settings.presets import PRESETS
-
-    suite = yaml.safe_load((BENCHMARKS / "fidelity/experiments.yaml").read_text(encoding="utf-8"))["suites"][name]
+    suite = SUITES[name]
     measured = {key: value for key, value in suite["methods"]["ivon-auto"].items() if key in PRESETS["auto"]._fields}
     assert not measured
     assert suite["methods"]["ivon-auto"]["grid"] == {"travel": [PRESETS["auto"].travel]}
@@ -856,9 +791,7 @@ def test_what_is_said_of_the_preset_is_measured_with_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["causal-axolotl", "paper", "paper-8b", "paper-70b", "code", "multilingual"])
 def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
-    from benchmarks.fidelity.configs import write_configs
-
-    suite = yaml.safe_load((BENCHMARKS / "fidelity/experiments.yaml").read_text(encoding="utf-8"))["suites"][name]
+    suite = SUITES[name]
     write_configs(suite, tmp_path / "out", tmp_path / "tasks")
     written = {path.stem: yaml.safe_load(path.read_text()) for path in (tmp_path / "out").glob("*.yaml")}
     values = sum(len(next(iter(spec["grid"].values()))) for spec in suite["methods"].values())
@@ -890,8 +823,6 @@ def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
 
 
 def test_the_papers_data_sets_become_lettered_questions() -> None:
-    from benchmarks.fidelity.configs import HUB, as_chat
-
     rows = {
         "winogrande_s": {"sentence": "A _ B", "option1": "x", "option2": "y", "answer": "2"},
         "arc_easy": {

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _path() -> Iterator[None]:
-    sys.path.insert(0, str(ROOT))
-    yield
-    sys.path.remove(str(ROOT))
+from benchmarks.fidelity.data import Example
+from benchmarks.influence import detection, flip, report
 
 
 def test_a_tenth_of_the_labels_is_wrong() -> None:
-    from benchmarks.fidelity.data import Example
-    from benchmarks.influence import flip
-
     examples = [Example([i], i % 3) for i in range(50)]
     noisy, chosen = flip(examples, 3, seed=1)
     assert len(chosen) == 5
@@ -33,8 +21,6 @@ def test_a_tenth_of_the_labels_is_wrong() -> None:
 
 
 def test_the_tables_tell_how_well_scores_find_them(capsys: pytest.CaptureFixture[str]) -> None:
-    from benchmarks.influence import detection, report
-
     draw = random.Random(0)
     flipped = [3, 8]
     scores = {"loss": [float(i in (3, 7)) + i / 100 for i in range(20)], "random": [draw.random() for _ in range(20)]}
