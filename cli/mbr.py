@@ -103,18 +103,22 @@ def command(
         from axolotl_ivon.plots.scaling import scaling
         from axolotl_ivon.plots.style import save_figures
 
-        compared = {name: comparison[name] for name in ("utility", "answer_regex")} | {"level": settings.level}
-        compared["clusters"] = "embedding" if comparison["embedding_model"] else "exact"
-        files_written = save_choices(results, folder)
+        compared = {
+            "utility": utility,
+            "answer_regex": comparison["answer_regex"],
+            "level": settings.level,
+            "clusters": "embedding" if comparison["embedding_model"] else "exact",
+        }
+        paths_written = save_choices(results, folder)
         if curves := {label: result.curve for label, result in results.items() if result.curve}:
-            files_written += save_figures({"accuracy": scaling(curves)}, folder)
-        written = list(map(str, files_written))
+            paths_written += save_figures({"accuracy": scaling(curves)}, folder)
+        written = list(map(str, paths_written))
         if promise is not None:
             from axolotl_ivon.records.recommendation import RECOMMENDED_FILE, Recommendation
 
-            found = {"objective": "risk", "score": "agreement", **promise.document(), "data": [paths[label]]}
+            values = {"objective": "risk", "score": "agreement", **promise.document(), "data": [paths[label]]}
             written.append(str(folder / RECOMMENDED_FILE))
-            Recommendation.parse({**(sources[label] or {}), **found, **compared}, "mbr").save(Path(written[-1]))
+            Recommendation.parse({**(sources[label] or {}), **values, **compared}, "mbr").save(Path(written[-1]))
     if not output.as_json:
         _print(results, utility)
         _print_uncertainty(results)
@@ -148,7 +152,7 @@ def _settings(utility: str, answer_regex: str | None, embedding_model: str | Non
 def _check_risk(
     risk: float, confidence: float, recommended: str | None, sources: Mapping[str, dict[str, Any] | None]
 ) -> None:
-    """Refuse what no threshold can be found by."""
+    """Raise IVONError unless a threshold for the risk can be found."""
     from axolotl_ivon.decisions.abstention import check_risk
     from axolotl_ivon.errors import IVONError
 
@@ -163,7 +167,7 @@ def _check_risk(
 
 
 def _recommended(path: str, sources: Mapping[str, dict[str, Any] | None], progress: Progress) -> tuple[float, float]:
-    """Return the threshold and the softmax temperature of a recommendation, which must be for what was generated."""
+    """Return threshold and softmax temperature of a recommendation, which must be for the adapter of the outputs."""
     from axolotl_ivon.errors import IVONError
     from axolotl_ivon.records.recommendation import Recommendation
 

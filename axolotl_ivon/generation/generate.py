@@ -122,7 +122,7 @@ def served_draws(
 
 @dataclass(frozen=True)
 class AnswerRule:
-    """What the answer in an output is, and how sure the outputs of a prompt must be of theirs.
+    """How the answer in an output is found, and how sure the outputs of a prompt must be of it.
 
     Attributes:
         regex: finds the answer; None: the whole text is it (`utilities.AnswerExtractor`).
@@ -157,13 +157,13 @@ class AnswerRule:
 
 @dataclass(frozen=True)
 class Generated:
-    """What a run did.
+    """The counts of a run.
 
     Attributes:
-        prompts: how many prompts the file has outputs for.
-        resumed: for how many of them an earlier run had made the outputs.
-        tokens, seconds: what the others took, without the loading.
-        abstained: on how many prompts not to answer.
+        prompts: prompts that the file has outputs for.
+        resumed: those whose outputs an earlier run had made.
+        tokens, seconds: of the others, without the loading.
+        abstained: prompts that should not be answered.
     """
 
     prompts: int
@@ -192,7 +192,7 @@ def generate(
     A line also says what `rule` judges of its outputs.
 
     Raises:
-        IVONError: the prompts, the base model, the server or the output are not what they must be.
+        IVONError: the file was made with other settings or prompts, or the prompts, the model or the server do not fit.
     """
     abstain = None if rule.threshold is None else [rule.threshold, rule.temperature]
     settings = {**source.settings, "answer_regex": rule.regex, "abstain": abstain, **asdict(source.plan)}

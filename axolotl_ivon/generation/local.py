@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..models.session import Session
 
 _T = TypeVar("_T")
-# Sequences that are decoded at once, unless told otherwise; out of memory halves it.
+# Sequences that are decoded at once by default; halved when the memory runs out.
 _ROWS = {"cpu": 64}
 _ROWS_ELSEWHERE = 256
 _KEPT = 4 * 2**30  # bytes of draws that are kept between batches; more are drawn again each time

@@ -144,9 +144,9 @@ class MBRResult:
     Attributes:
         choices: with all n outputs, one for each prompt.
         fields: means of each field's numbers (`fields.summarize`).
-        curve: from the first 8 outputs on, doubling, up to all n; empty without references.
+        curve: with the first 8, 16, … and with all n outputs; empty without references.
         single: the accuracy of one output taken at random.
-        auroc: of the disagreement, for the choice being wrong; None if all or none are wrong.
+        auroc: of the disagreement, for a wrong choice; None if all or none are wrong.
         right: 1 where a choice is right, else 0; empty without references.
         uncertainty: how well each measure tells the wrong choices (`uncertainty.judge`); empty without references.
     """
@@ -251,7 +251,7 @@ def _choice(nbest: NBest, chosen: int, expected: float, utilities: np.ndarray, s
 
 
 def check_output(folder: Path, overwrite: bool = False) -> None:
-    """Raise IVONError if `folder` holds something already: worth asking before the choosing."""
+    """Raise IVONError if `folder` is not empty, or no folder: to be called before the long work."""
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise IVONError(
             f"{folder} is there; choose another name with {param_ref('output')}, "

@@ -23,9 +23,9 @@ class Plan:
     """What is generated for every prompt: `n` outputs, `per_model` from each draw, or all from the mean.
 
     Attributes:
-        temperature: 0 takes the most probable token each time, so that a member's outputs are all the same.
-        top_p: the smallest set of tokens with this probability is drawn from.
-        max_tokens: of one output, the token that ends it included.
+        temperature: of the tokens; at 0 the most probable token is taken, so all outputs of a member are the same.
+        top_p: tokens are drawn from the smallest set that has this probability.
+        max_tokens: maximum tokens per output, the one that ends it included.
         stop: an output ends before the first of these strings.
 
     Raises:
@@ -80,11 +80,14 @@ class Plan:
 
 
 class Output(NamedTuple):
-    """One output.
+    """One generated text.
 
-    `member` is the number of the draw, and 0 for the mean. `logprob` is the sum, in nats, of the log-probabilities of
-    all tokens generated, the one that ended the output included, under that member's own distribution: at temperature
-    1 and without top-p, whatever they were drawn with. None: the server does not tell. `tokens` is their number.
+    Attributes:
+        member: the number of the draw; 0 for the mean.
+        logprob: the sum, in nats, of the log-probabilities of all generated tokens, the one that ended the output
+            included, under that member: at temperature 1 and without top-p, whatever they were drawn with. None if the
+            server does not return it.
+        tokens: the number of generated tokens.
     """
 
     text: str
@@ -94,14 +97,14 @@ class Output(NamedTuple):
 
 
 class Engine(Protocol):
-    """What generates."""
+    """Generates the outputs of a plan."""
 
     def outputs(
         self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None
     ) -> Iterator[list[Output]]:
         """Yield the plan's n outputs, member by member, for each of `prompts[start:]`, in their order.
 
-        `count` is told how many tokens were generated since it was last called.
+        `count` is called with the number of tokens that were generated since its last call.
         """
         ...
 
