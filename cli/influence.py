@@ -21,7 +21,6 @@ from ._stdout import results
 from ._tables import emit, number, print_table
 
 if TYPE_CHECKING:
-    from axolotl_ivon.models.session import Loading
     from axolotl_ivon.records.influence import InfluenceRecord
 
 _SHOWN = 20
@@ -47,15 +46,7 @@ _SCORES = ("loss", "leverage", "sensitivity", "on")
 @json_and_quiet
 @output_as_one
 def command(
-    adapter: str,
-    data: str,
-    on: str | None,
-    by: str,
-    keep: float | None,
-    scores: str | None,
-    limit: int | None,
-    output: OutputOptions,
-    loading: Loading,
+    adapter: str, data: str, by: str, keep: float | None, scores: str | None, output: OutputOptions, **options: Any
 ) -> None:
     """Score how each training row shaped the adapter.
 
@@ -82,9 +73,10 @@ def command(
     from axolotl_ivon.influence import ranking
     from axolotl_ivon.records.influence import load, save
 
+    on: str | None = options["on"]
     if keep is not None:
         ranking.check_keep(keep)
-        if limit is not None:
+        if options["limit"] is not None:
             raise IVONError(f"--keep {keep:g} needs the scores of every row; leave --limit out")
         if output.output is None:
             raise IVONError(f"--keep {keep:g} writes the rows that stay; name a file for them with --output")
@@ -106,7 +98,7 @@ def command(
     summary: dict[str, Any] = {}
     if rows is None:
         with output.progress() as progress:
-            result = compute(adapter, data, on, limit=limit, loading=loading, reporter=progress)
+            result = compute(adapter, data, **options, reporter=progress)
         rows, summary = result.rows, result.summary
     else:
         ranking.check_same(rows, str(scores), data)
