@@ -233,11 +233,6 @@ base_model_option = click.option(
 )
 
 
-def dtype_option(text: str) -> Callable[[Command], Command]:
-    """Add --dtype, of the weights that are written."""
-    return click.option("--dtype", type=click.Choice(DTYPES), help=text)
-
-
 def choice_option(name: str, values: Sequence[str], text: str) -> Callable[[Command], Command]:
     """Add an option that takes one of `values`, the first by default."""
     return click.option(name, type=click.Choice(values), default=values[0], show_default=True, help=text)
@@ -336,17 +331,6 @@ answer_option = click.option(
     help="How to find the answer in a text: gsm8k (#### 7), boxed (\\boxed{7}), choice (a single capital letter), or "
     "a regular expression with the answer as its first group. The last match counts.  [default: the whole text]",
 )
-
-
-def criterion_option(text: str) -> Callable[[Command], Command]:
-    """Add --criterion."""
-
-    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-        from axolotl_ivon.posterior.prune import criteria
-
-        return [name for name in criteria() if name.startswith(incomplete)]
-
-    return click.option("--criterion", default="snr", show_default=True, shell_complete=complete, help=text)
 
 
 data_option = click.option(

@@ -88,8 +88,6 @@ class Progress(Reporter):
             text = self._texts.get(doing, doing)
             self.say(f"{text}: {self._done[doing] / total:.0%}, {left:.0f} s left")
 
-    __call__ = advance
-
     def begin(self, doing: str, total: int = 0) -> Callable[[int], None]:
         """Announce what takes a while, and return the function that is told how many more of `total` are done."""
         self.advance(doing, 0, total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from ._options import (
     OutputOptions,
     Sectioned,
     adapter_argument,
+    as_one,
     json_and_quiet,
     limit_option,
     model_options,
@@ -21,11 +23,38 @@ from ._stdout import results
 from ._tables import emit, number, print_table
 
 if TYPE_CHECKING:
+    from axolotl_ivon.models.session import Loading
     from axolotl_ivon.records.influence import InfluenceRecord
 
 _SHOWN = 20
 _LONGEST = 60  # characters of a row's text
 _SCORES = ("loss", "leverage", "sensitivity", "on")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How rows are ranked, and which of them stay: what --by, --keep, --scores and --limit say."""
+
+    by: str
+    keep: float | None
+    scores: str | None
+    limit: int | None
+
+    def check(self, on: str | None, output: str | None) -> None:
+        """Raise IVONError if options do not go together."""
+        from axolotl_ivon.errors import IVONError
+        from axolotl_ivon.influence.ranking import check_keep
+
+        if self.keep is not None:
+            check_keep(self.keep)
+            if self.limit is not None:
+                raise IVONError(f"--keep {self.keep:g} needs the scores of every row; leave --limit out")
+            if output is None:
+                raise IVONError(f"--keep {self.keep:g} writes the rows that stay; name a file for them with --output")
+        elif self.scores:
+            raise IVONError(f"--scores {self.scores} are used only with --keep, the share of rows that stay; give both")
+        if self.scores and on:
+            raise IVONError(f"--on {on}: --scores has the effect on it, or has not; leave one of them out")
 
 
 @click.command("influence", cls=Sectioned)
@@ -45,8 +74,14 @@ _SCORES = ("loss", "leverage", "sensitivity", "on")
 @click.option("--overwrite", is_flag=True, help="Replace the target if it exists.")
 @json_and_quiet
 @output_as_one
+@as_one("selection", Selection, "by", "keep", "scores", "limit")
 def command(
-    adapter: str, data: str, by: str, keep: float | None, scores: str | None, output: OutputOptions, **options: Any
+    adapter: str,
+    data: str,
+    on: str | None,
+    selection: Selection,
+    output: OutputOptions,
+    loading: Loading,
 ) -> None:
     """Score how each training row shaped the adapter.
 
@@ -73,19 +108,8 @@ def command(
     from axolotl_ivon.influence import ranking
     from axolotl_ivon.records.influence import load, save
 
-    on: str | None = options["on"]
-    if keep is not None:
-        ranking.check_keep(keep)
-        if options["limit"] is not None:
-            raise IVONError(f"--keep {keep:g} needs the scores of every row; leave --limit out")
-        if output.output is None:
-            raise IVONError(f"--keep {keep:g} writes the rows that stay; name a file for them with --output")
-    elif scores:
-        raise IVONError(
-            f"--scores {scores}: there is nothing to do with them; give --keep, the share of rows that stay"
-        )
-    if scores and on:
-        raise IVONError(f"--on {on}: --scores has the effect on it, or has not; leave one of them out")
+    selection.check(on, output.output)
+    by, keep, scores = selection.by, selection.keep, selection.scores
     rows = load(scores, "scores") if scores else None
     with_on = any(row.on is not None for row in rows) if rows else on is not None
     ranking.check_by(by, with_on)
@@ -98,7 +122,7 @@ def command(
     summary: dict[str, Any] = {}
     if rows is None:
         with output.progress() as progress:
-            result = compute(adapter, data, **options, reporter=progress)
+            result = compute(adapter, data, on, limit=selection.limit, loading=loading, reporter=progress)
         rows, summary = result.rows, result.summary
     else:
         ranking.check_same(rows, str(scores), data)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
+from axolotl_ivon.models import DTYPES
+
 from ._options import (
     OutputOptions,
     PosteriorOptions,
     Sectioned,
     adapter_argument,
     base_model_option,
-    dtype_option,
     output_options,
     point_options,
 )
@@ -26,7 +27,7 @@ from ._options import (
     "Share of weights to prune first; see `prune`.  [default: 0]",
 )
 @base_model_option
-@dtype_option("Dtype of the merged model.  [default: the base model's]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Dtype of the merged model.  [default: the base model's]")
 @output_options("ADAPTER-merged, beside ADAPTER")
 def command(
     adapter: str,

@@ -10,18 +10,27 @@ from ._options import (
     Sectioned,
     adapter_argument,
     choice_option,
-    criterion_option,
     output_options,
     recommended_option,
 )
 
 
+def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from axolotl_ivon.posterior.prune import criteria
+
+    return [name for name in criteria() if name.startswith(incomplete)]
+
+
 @click.command("prune", cls=Sectioned)
 @adapter_argument
 @click.option("--ratio", type=float, help="Share of all weights that are 0 afterwards.  [default: 0.1]")
-@criterion_option(
-    "Which weights go first: the smallest |m|/σ (snr), the largest σ (sigma), the smallest |m| (magnitude), random "
-    "ones (random), or those of a plugin's criterion."
+@click.option(
+    "--criterion",
+    default="snr",
+    show_default=True,
+    shell_complete=_complete,
+    help="Which weights go first: the smallest |m|/σ (snr), the largest σ (sigma), the smallest |m| (magnitude), random "
+    "ones (random), or those of a plugin's criterion.",
 )
 @choice_option(
     "--scope", ["adapter", "tensor"], "Rank the weights of the whole adapter, or prune the same share of every tensor."

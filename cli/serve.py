@@ -80,15 +80,14 @@ _proxy_options = add_all(
 @terminal_options
 @as_one("server", dict, "host", "port", "name", "max_tokens", "max_queue", "timeout")
 @as_one("draws", dict, "samples", "seed")
-@as_one("combining", dict, "combine", "answer_regex", "candidates", "concurrency")
+@as_one("proxied", dict, "endpoints", "combine", "answer_regex", "candidates", "concurrency")
 def command(
     adapter: str,
     server: dict[str, Any],
     draws: dict[str, Any],
     point: PosteriorOptions,
     loading: Loading,
-    endpoints: tuple[str, ...],
-    combining: dict[str, Any],
+    proxied: dict[str, Any],
     terminal: Terminal,
 ) -> None:
     """Serve an adapter through an OpenAI-compatible API.
@@ -112,7 +111,7 @@ def command(
 
     host, api_key = server["host"], os.environ.get(KEY_VARIABLE)
     check_key(host, api_key)
-    decided = decision(point.recommended)
+    decided, endpoints = decision(point.recommended), proxied.pop("endpoints")
     max_queue = server["max_queue"]
     if max_queue is None:
         max_queue = 256 if endpoints else 32
@@ -132,12 +131,12 @@ def command(
         if (draws["seed"], point.tau, point.ratio) != (None, None, None):
             raise IVONError("--endpoint: the members are drawn already; give --tau, --ratio and --seed to `sample`")
         names = {"name": server["name"], "samples": draws["samples"]}
-        return proxy_backend(adapter, endpoints, decided, limits, Combining(**combining), **names)
+        return proxy_backend(adapter, endpoints, decided, limits, Combining(**proxied), **names)
 
     with bind(host, server["port"]) as bound:
         with terminal.progress() as progress:
             backend = proxy() if endpoints else local(progress)
-            score = "agreement" if endpoints and combining["combine"] != "rescore" else "probability"
+            score = "agreement" if endpoints and proxied["combine"] != "rescore" else "probability"
             if decided.threshold is not None and decided.score != score:
                 progress.notify(
                     f"the threshold is of another confidence ({decided.score}); of this one it promises nothing"

@@ -94,7 +94,7 @@ CASES = {
     "influence adapter -d chats.jsonl --keep 0.9 --limit 3 -o x": "needs the scores of every row; leave --limit out",
     "influence adapter -d chats.jsonl --keep 0.9 -o chats.jsonl": "--output chats.jsonl exists",
     "influence adapter -d chats.jsonl -o adapter/x": "adapter/x lies in the input, which is never modified",
-    "influence adapter -d chats.jsonl --scores one.jsonl": "there is nothing to do with them; give --keep",
+    "influence adapter -d chats.jsonl --scores one.jsonl": "are used only with --keep",
     "influence adapter -d chats.jsonl --scores one.jsonl --keep 0.9 -o x": "no line of what `ivon-post influence`",
     "report adapter --influence one.jsonl": "one.jsonl:1: ",
     "fit nowhere -d chats.jsonl": "nowhere: no such folder",
