@@ -29,8 +29,8 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     default="snr",
     show_default=True,
     shell_complete=_complete,
-    help="Which weights go first: the smallest |m|/σ (snr), the largest σ (sigma), the smallest |m| (magnitude), random "
-    "ones (random), or those of a plugin's criterion.",
+    help="Which weights go first: the smallest |m|/σ (snr), the largest σ (sigma), the smallest |m| (magnitude), "
+    "random ones (random), or those of a plugin's criterion.",
 )
 @choice_option(
     "--scope", ["adapter", "tensor"], "Rank the weights of the whole adapter, or prune the same share of every tensor."

@@ -95,7 +95,7 @@ CASES = {
     "influence adapter -d chats.jsonl --keep 0.9 -o chats.jsonl": "--output chats.jsonl exists",
     "influence adapter -d chats.jsonl -o adapter/x": "adapter/x lies in the input, which is never modified",
     "influence adapter -d chats.jsonl --scores one.jsonl": "are used only with --keep",
-    "influence adapter -d chats.jsonl --scores one.jsonl --keep 0.9 -o x": "no line of what `ivon-post influence`",
+    "influence adapter -d chats.jsonl --scores one.jsonl --keep 0.9 -o x": "it has no `index`",
     "report adapter --influence one.jsonl": "one.jsonl:1: ",
     "fit nowhere -d chats.jsonl": "nowhere: no such folder",
     "fit plain -d no.jsonl": "--data no.jsonl: cannot be read (there is no such file)",
