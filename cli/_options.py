@@ -22,6 +22,7 @@ from ._tables import emit
 
 if TYPE_CHECKING:
     from axolotl_ivon.decisions.recommendation import Decision
+    from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
     from axolotl_ivon.models.session import Loading
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -357,7 +358,23 @@ limit_option = click.option("--limit", type=click.IntRange(min=1), help="Use the
 samples_option = click.option(
     "--samples", "-n", type=click.IntRange(min=1), default=10, show_default=True, help="Number of draws to average."
 )
-# The data of an evaluation, and how it runs. The command gets what `evaluate` takes as the dictionary `run`.
+
+
+def evaluation_data(data: Sequence[str], **values: Any) -> EvaluationData:
+    """Return the data that --data and its kin name."""
+    from axolotl_ivon.evaluation.evaluate import EvaluationData
+
+    return EvaluationData(data, **values)
+
+
+def _sampling(**values: Any) -> Sampling:
+    """Return how predictions are averaged."""
+    from axolotl_ivon.evaluation.evaluate import Sampling
+
+    return Sampling(**values)
+
+
+# The data of an evaluation, and how it runs: the command's argument `sampling`.
 data_options = add_all(
     data_option,
     task_option,
@@ -367,6 +384,6 @@ data_options = add_all(
     seed_option("Seed of the draws, the same as for `sample --seed`."),
     model_options,
     json_and_quiet,
-    as_one("run", dict, "samples", "seed"),
+    as_one("sampling", _sampling, "samples", "seed"),
 )
 evaluation_options = add_all(adapter_argument, data_options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +11,8 @@ from ._options import (
     OutputOptions,
     PosteriorOptions,
     Sectioned,
+    as_one,
+    evaluation_data,
     evaluation_options,
     output_as_one,
     point_options,
@@ -19,6 +21,7 @@ from ._stdout import results
 from ._tables import decimal, emit, file_names, is_wide, percent, print_table
 
 if TYPE_CHECKING:
+    from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
     from axolotl_ivon.models.session import Loading
     from axolotl_ivon.records.evaluation import EvaluationRecord, OodResult, VariantResult, VerdictResult
 
@@ -70,17 +73,15 @@ _DIFFERENCES = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL"
 @click.option("--output", "-o", metavar="FILE", help="JSONL for the prediction of every variant on every example.")
 @click.option("--overwrite", is_flag=True, help="Replace the target if it exists.")
 @output_as_one
+@as_one("files", evaluation_data, "data", "ood", "calibrate", "task", "choices", "limit")
 def command(
     adapter: str,
-    data: Sequence[str],
-    ood: Sequence[str],
-    calibrate: str | None,
-    run: dict[str, Any],
+    files: EvaluationData,
+    sampling: Sampling,
     point: PosteriorOptions,
     rows: str,
     output: OutputOptions,
     loading: Loading,
-    **examples: Any,
 ) -> None:
     """Measure accuracy, calibration and uncertainty.
 
@@ -107,7 +108,6 @@ def command(
       ivon-post eval adapter/ --data held-out.jsonl --data shifted.jsonl
       ivon-post eval adapter/ --data test.jsonl --calibrate validation.jsonl --ood other.jsonl -o examples.jsonl
     """
-    from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
     from axolotl_ivon.evaluation.examples import check_output
     from axolotl_ivon.evaluation.run import run as evaluate
     from axolotl_ivon.evaluation.variants import VariantChoice
@@ -119,9 +119,8 @@ def command(
     written = output.path(adapter, "") if output.output is not None else None
     if written:
         check_output(written, output.overwrite)
-    files = EvaluationData(data, ood, calibrate, **examples)
     with output.progress() as progress:
-        evaluated = evaluate(adapter, files, choice, Sampling(**run), loading, progress, output.output)
+        evaluated = evaluate(adapter, files, choice, sampling, loading, progress, output.output)
     record = evaluated.record
     if output.as_json:
         emit(record.dump())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,8 +15,10 @@ from ._options import (
     Numbers,
     OutputOptions,
     Sectioned,
+    as_one,
     choice_option,
     data_options,
+    evaluation_data,
     output_as_one,
     risk_options,
 )
@@ -24,7 +27,7 @@ from ._tables import decimal, file_names, is_wide, percent, print_table
 if TYPE_CHECKING:
     from axolotl_ivon.decisions.sweep import Sweep
     from axolotl_ivon.decisions.weights import WeightsSweep
-    from axolotl_ivon.evaluation.evaluate import EvaluationData
+    from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
     from axolotl_ivon.models.session import Loading
 
 
@@ -46,21 +49,18 @@ def _grid_option(name: str, default: str, text: str) -> Callable[[Command], Comm
 @click.option("--output", "-o", metavar="DIR", help="Where to write.  [default: ADAPTER-sweep, or ADAPTER-weights]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier sweep in the target.")
 @output_as_one
-@click.pass_context
+@as_one("files", evaluation_data, "data", "task", "choices", "limit")
+@as_one("grid", dict, "taus", "ratios")
+@as_one("aim", dict, "objective", "risk", "confidence")
 def command(
-    ctx: click.Context,
     adapters: tuple[str, ...],
     combine: bool,
-    data: tuple[str, ...],
-    taus: tuple[tuple[float, ...], ...],
-    ratios: tuple[tuple[float, ...], ...],
-    objective: str,
-    risk: float | None,
-    confidence: float,
-    run: dict[str, Any],
+    files: EvaluationData,
+    grid: dict[str, tuple[tuple[float, ...], ...]],
+    aim: dict[str, Any],
+    sampling: Sampling,
     output: OutputOptions,
     loading: Loading,
-    **examples: Any,
 ) -> None:
     """Choose temperature and pruning ratio on data.
 
@@ -82,10 +82,10 @@ def command(
       ivon-post sweep adapter/ --data validation.jsonl --risk 0.05 --confidence 0.9
       ivon-post sweep --combine a/ b/ --data a.jsonl --data b.jsonl
     """
-    from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
+    from axolotl_ivon.evaluation.evaluate import Evaluation
 
     if combine:
-        _sweep_weights(ctx, adapters, EvaluationData(data, **examples), objective, run, output, loading)
+        _sweep_weights(adapters, files, aim["objective"], sampling, output, loading)
         return
     if len(adapters) > 1:
         raise click.UsageError(f"{len(adapters)} ADAPTERs: give one, or sweep the weights of several with --combine")
@@ -93,14 +93,14 @@ def command(
     from axolotl_ivon.decisions.abstention import check_risk
     from axolotl_ivon.decisions.sweep import check_grid, check_output, sweep
 
-    folder, sampling = output.path(adapter, "sweep"), Sampling(**run)
-    variants = check_grid([tau for group in taus for tau in group], [ratio for group in ratios for ratio in group])
+    folder = output.path(adapter, "sweep")
+    variants = check_grid(*([value for group in grid[name] for value in group] for name in ("taus", "ratios")))
     check_output(folder, output.overwrite)
-    if risk is not None:
-        check_risk(risk, confidence)
+    if aim["risk"] is not None:
+        check_risk(aim["risk"], aim["confidence"])
     with output.progress() as progress:
-        evaluation = Evaluation(adapter, EvaluationData(data, **examples), variants, loading, progress)
-        result = sweep(evaluation, variants, objective, sampling, risk=risk, confidence=confidence, reporter=progress)
+        evaluation = Evaluation(adapter, files, variants, loading, progress)
+        result = sweep(evaluation, variants, sampling=sampling, **aim, reporter=progress)
         progress.begin("drawing")
         from axolotl_ivon.plots.sweep import save_sweep
 
@@ -108,7 +108,7 @@ def command(
             "adapter": adapter,
             "mean_sha256": evaluation.posterior.metadata.get("mean_sha256"),
             "base_model": evaluation.base_model,
-            "data": list(data),
+            "data": [str(path) for path in files.files],
             "task": evaluation.task,
             "choices": list(evaluation.choices),
             "samples": sampling.samples,
@@ -128,24 +128,24 @@ def command(
 
 
 def _sweep_weights(
-    ctx: click.Context,
     adapters: tuple[str, ...],
     files: EvaluationData,
     objective: str,
-    run: dict[str, Any],
+    sampling: Sampling,
     output: OutputOptions,
     loading: Loading,
 ) -> None:
     """Sweep over the weights of a product."""
     from axolotl_ivon.decisions.weights import check_files, save, sweep_weights
-    from axolotl_ivon.evaluation.evaluate import Evaluation, Sampling
+    from axolotl_ivon.evaluation.evaluate import Evaluation
     from axolotl_ivon.posterior.posterior import Posterior
 
+    ctx = click.get_current_context()
     given = {name: ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ctx.params}
     for name, option in {"taus": "--tau", "ratios": "--ratio", "risk": "--risk"}.items():
         if given[name]:
             raise click.UsageError(f"{option} has no effect with --combine; sweep the adapter that it writes")
-    sampling = Sampling(**{**run, "samples": run["samples"] * given["samples"]})
+    sampling = replace(sampling, samples=sampling.samples * given["samples"])
     check_files(adapters, files.files)
     folder = output.target(adapters, "weights")
     with output.progress() as progress:

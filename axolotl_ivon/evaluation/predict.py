@@ -137,10 +137,7 @@ class Predictor:
             IVONError: one prompt alone is too large.
         """
         length = batch.ids.shape[1]
-        hopeless = (
-            f"prompt of {length} tokens; use {param_ref('load_in')} 8bit or 4bit, {param_ref('draws_per_pass')} 1, "
-            "or a machine with more memory"
-        )
+        hopeless = f"prompt of {length} tokens; use {param_ref('load_in')} 8bit or 4bit, or a machine with more memory"
 
         def run(start: int, stop: int) -> tuple[Batch, Tensor]:
             part = batch.part(start, stop)

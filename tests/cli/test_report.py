@@ -39,8 +39,7 @@ def test_a_report_is_made_of_what_eval_and_sweep_wrote(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--eval", "eval.json", "--data", "x"], "leave --data and --ood out"),
-        (["--ood", "x"], "--data, which is missing"),
+        (["--eval", "eval.json", "--data", "x"], "leave --data out"),
         (["--eval", "none.json"], "--eval cannot be read"),
         (["--examples", "x.jsonl"], "--examples x.jsonl: give the --eval that belongs to it too"),
         (["-o", "no/where.html"], "--output no/where.html: there is no such folder"),
