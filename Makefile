@@ -45,12 +45,13 @@ axolotl-%:
 
 # axolotl pins older ones: transformers, PEFT, TRL and torch as new as pip finds. That PEFT calls deprecated names of that
 # transformers, gradient checkpointing's, is not for us to mend. What needs axolotl or the tools of `dev` is left out.
-NOT_NEWEST := $(addprefix --ignore=tests/,example_configs integration robustness test_architecture.py test_docs.py)
+NOT_NEWEST := $(addprefix --ignore=tests/,example_configs integration integrations/test_axolotl.py robustness \
+	test_architecture.py test_docs.py)
 newest: export OMP_NUM_THREADS = 1
 newest: export AXOLOTL_DO_NOT_TRACK = 1
 newest:  ## the library's tests with the newest of everything, without axolotl (Python 3.13)
 	$(MAKE) VENV=.venv-$@ PYTHON=python3.13 TORCH_CPU=torch AXOLOTL='trl[peft]>=1.16' .venv-$@/.test
-	.venv-$@/bin/python -m pytest -n 2 tests $(NOT_NEWEST) -k 'not test_axolotl' -W error::FutureWarning \
+	.venv-$@/bin/python -m pytest -n 2 tests $(NOT_NEWEST) -W error::FutureWarning \
 		-W 'ignore:`is_gradient_checkpointing:FutureWarning' -W 'ignore:`gradient_checkpointing:FutureWarning'
 
 VLLM ?= .venv-vllm

@@ -13,8 +13,6 @@ from tiny import write_chats
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.report.findings import Findings
-from axolotl_ivon.report.measured import measure
-from axolotl_ivon.reporter import SILENT
 
 HEADER = {"mean_sha256": "a" * 64}
 
@@ -84,16 +82,11 @@ def test_it_measures_what_eval_measures(tiny_adapter: Path, tmp_path: Path, ivon
     header = Posterior.from_pretrained(tiny_adapter).metadata
     sweep = {"tau": 2.0, "ratio": 0.2, "temperature": 1.5, "threshold": 0.51, "mean_sha256": header["mean_sha256"]}
     (tmp_path / "recommended.json").write_text(json.dumps(sweep))
-    (tmp_path / "eval.json").write_text(
-        ivon_post("eval", tiny_adapter, "--data", data, "--ood", other, "--recommended", tmp_path / "recommended.json",
-                  "-o", tmp_path / "lines.jsonl", "--json")
-    )  # fmt: skip
-    evaluated = Findings.read(header, tmp_path / "eval.json", sweep=tmp_path / "recommended.json")
-    swept = Findings.read(header, sweep=tmp_path / "recommended.json")
-    found = measure(str(tiny_adapter), [str(data)], [str(other)], swept, str(tmp_path / "recommended.json"), SILENT)
-    assert found.evaluation is not None
-    assert evaluated.evaluation is not None
-    assert "recommended, answered" in {row.name for row in found.evaluation.rows}
-    for name in ("rows", "ood", "verdicts", "task", "choices", "samples", "tau", "prune_ratio", "seed"):
-        assert getattr(found.evaluation, name) == getattr(evaluated.evaluation, name), name
-    assert found.examples == evaluated.examples
+    common = ["--data", data, "--ood", other, "-q"]
+    chosen = ["--recommended", tmp_path / "recommended.json"]
+    evaluated = ivon_post("eval", tiny_adapter, *common, *chosen, "-o", tmp_path / "lines.jsonl", "--json")
+    (tmp_path / "eval.json").write_text(evaluated)
+    for name, given in (("one", common), ("other", ["--eval", tmp_path / "eval.json", "-q"])):
+        ivon_post("report", tiny_adapter, *given, "--sweep", tmp_path / "recommended.json", "-o", tmp_path / name)
+    assert "recommended, answered" in (tmp_path / "one").read_text()
+    assert (tmp_path / "one").read_text() == (tmp_path / "other").read_text()
