@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import IVONError, param_ref
 from .adapter import UNPRUNED, Adapter, mean_sha256, modules
-
-if TYPE_CHECKING:
-    from .posterior import Posterior
+from .tensors import Tensors
 
 # Keys of the header, beside `prior` (where it was read from) and `prior_strength` (κ).
 PRIOR_SHA256, CHAIN, CHAIN_SIZE = "prior_sha256", "prior_chain", "chain_train_size"
@@ -21,6 +20,28 @@ PRIOR_KEYS = ("prior", PRIOR_SHA256, "prior_strength", CHAIN, CHAIN_SIZE)
 MEANING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
 # The plugin's YAML keys of some of them.
 _KEYS = {"r": "lora_r", "use_rslora": "peft_use_rslora", "use_dora": "peft_use_dora"}
+
+
+class PosteriorLike(Protocol):
+    """What a `Posterior` is to those whom it asks, so that they need not know it."""
+
+    @property
+    def mean(self) -> Tensors: ...
+
+    @property
+    def sigma(self) -> Tensors: ...
+
+    @property
+    def metadata(self) -> dict[str, str]: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def folder(self) -> Path | None: ...
+
+    @property
+    def tau(self) -> float: ...
 
 
 class Link(NamedTuple):
@@ -52,7 +73,7 @@ def _parsed(header: Mapping[str, str]) -> list[Any]:
     return json.loads(header[CHAIN]) if CHAIN in header else []
 
 
-def prior_header(prior: Posterior, strength: float, train_size: str | None) -> dict[str, str]:
+def prior_header(prior: PosteriorLike, strength: float, train_size: str | None) -> dict[str, str]:
     """Return the header keys by which a run records the posterior that is its prior.
 
     `train_size` is N of the run itself. `chain_train_size`, N of all data since the first posterior, is there if every

@@ -10,18 +10,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..errors import IVONError, param_ref
 from ..storage.dtypes import NUMPY
 from .adapter import UNPRUNED, different_shapes
-from .chain import CHAIN_SIZE, MEANING, PRIOR_KEYS, Factor, factors, links
+from .chain import CHAIN_SIZE, MEANING, PRIOR_KEYS, Factor, PosteriorLike, factors, links
 from .tensors import Spec, Tensors
-
-if TYPE_CHECKING:
-    from .posterior import Posterior
 
 METHODS = ("precision", "linear", "cat")
 _BLOCK = 2**15
@@ -36,10 +33,10 @@ _FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight$")
 
 
 def combine(
-    posteriors: Sequence[Posterior],
+    posteriors: Sequence[PosteriorLike],
     method: str = "precision",
     weights: Sequence[float] | None = None,
-    priors: Sequence[Posterior] = (),
+    priors: Sequence[PosteriorLike] = (),
 ) -> Parts:
     """Return the parts of one posterior made of several over the same base model; `Posterior.combine` wraps it.
 
@@ -100,7 +97,7 @@ def shares(count: int, method: str = "precision", weights: Sequence[float] | Non
     return share
 
 
-def _header(posteriors: Sequence[Posterior], method: str, share: Sequence[float] = ()) -> dict[str, str]:
+def _header(posteriors: Sequence[PosteriorLike], method: str, share: Sequence[float] = ()) -> dict[str, str]:
     """Return the header of the result: what all agree on; with "precision", λ and N add up."""
     first = posteriors[0].metadata
     header = {key: value for key, value in first.items() if all(q.metadata.get(key) == value for q in posteriors)}
@@ -128,7 +125,7 @@ def _header(posteriors: Sequence[Posterior], method: str, share: Sequence[float]
 
 
 def _elementwise(
-    posteriors: Sequence[Posterior], method: str, share: Sequence[float], priors: Sequence[Posterior]
+    posteriors: Sequence[PosteriorLike], method: str, share: Sequence[float], priors: Sequence[PosteriorLike]
 ) -> Parts:
     first = posteriors[0]
     fix = "method cat combines adapters of different ranks and targets"
@@ -233,7 +230,7 @@ def _check_no_contradiction(key: str, means: Sequence[np.ndarray], sigmas: Seque
             raise IVONError(f"σ is 0 in two posteriors at different means of {key}; combine with method linear")
 
 
-def _shared_prior(posteriors: Sequence[Posterior]) -> float:
+def _shared_prior(posteriors: Sequence[PosteriorLike]) -> float:
     """Return the precision λ·δ·τ of a prior that all posteriors share, or 0."""
     try:
         shared = {float(q.metadata["ess"]) * float(q.metadata["prior"]) * q.tau for q in posteriors}
@@ -242,7 +239,7 @@ def _shared_prior(posteriors: Sequence[Posterior]) -> float:
     return shared.pop() if len(shared) == 1 else 0.0
 
 
-def _concatenated(posteriors: Sequence[Posterior], share: Sequence[float]) -> Parts:
+def _concatenated(posteriors: Sequence[PosteriorLike], share: Sequence[float]) -> Parts:
     owners: dict[str, list[int]] = {}  # which posteriors have a factor
     for i, q in enumerate(posteriors):
         for name in _NOT_LOW_RANK:
@@ -272,7 +269,7 @@ def _concatenated(posteriors: Sequence[Posterior], share: Sequence[float]) -> Pa
         shape[axis] = sum(each[axis] for each in shapes)
         specs[key] = (posteriors[found[0]].mean.specs[key][0], tuple(shape))
 
-    def joined(key: str, values_of: Callable[[Posterior], np.ndarray]) -> np.ndarray:
+    def joined(key: str, values_of: Callable[[PosteriorLike], np.ndarray]) -> np.ndarray:
         pieces = []
         for i in owners[key]:
             values = values_of(posteriors[i])
@@ -297,7 +294,7 @@ def _axis(key: str) -> int:
     return 0 if key.endswith(".lora_A.weight") else 1
 
 
-def _scaling(q: Posterior, key: str) -> float:
+def _scaling(q: PosteriorLike, key: str) -> float:
     """Return what PEFT multiplies B·A of this module with: alpha/r, or alpha/√r (rsLoRA)."""
     match = _FACTOR.match(key)
     assert match
@@ -313,7 +310,7 @@ def _scaling(q: Posterior, key: str) -> float:
         raise IVONError(f"adapter_config.json: lora_alpha or alpha_pattern cannot be read ({error})") from error
 
 
-def _concatenated_config(posteriors: Sequence[Posterior], specs: Mapping[str, Spec]) -> dict[str, Any]:
+def _concatenated_config(posteriors: Sequence[PosteriorLike], specs: Mapping[str, Spec]) -> dict[str, Any]:
     """Return the configuration of the concatenated adapter: scaling 1 everywhere, alpha equal to the rank."""
     config = dict(posteriors[0].config)
     ranks = {match[1]: specs[key][1][0] for key in specs if (match := _FACTOR.match(key)) and match[2] == "A"}
