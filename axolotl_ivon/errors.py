@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 _LONGEST = 2000
 # Around the name of a parameter in a message; private-use characters, which no message has otherwise.
@@ -52,3 +54,15 @@ class IVONError(Exception):
     def describe(self, name: Callable[[str], str]) -> str:
         """Return the message with each parameter's name replaced by `name(parameter)`, its option for example."""
         return _NAMED.sub(lambda match: name(match[1]), self._line).replace(_BEGIN, "").replace(_END, "")
+
+
+def import_optional(module: str, needed_by: str, package: str, install: str | None = None) -> Any:
+    """Return a module of an optional package.
+
+    Raises:
+        IVONError: it is not installed; `install` is what pip takes, the package by default.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise IVONError(f"{needed_by} needs the package {package}: pip install {install or package}") from None

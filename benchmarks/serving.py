@@ -24,11 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVE = [sys.executable, "-c", "import ivon_post; ivon_post.main()", "serve"]
@@ -64,9 +63,8 @@ def running(words: list[str], port: int, log: Path) -> Iterator[subprocess.Popen
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
     try:
         for _ in range(1200):
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+                break
             if process.poll() is not None:
                 raise SystemExit(log.read_text()[-3000:])
             time.sleep(0.25)
@@ -104,12 +102,12 @@ def write_adapter(base: Path, folder: Path) -> None:
 def one_chat(port: int, model: str, tokens: int) -> tuple[float, float]:
     """Return (seconds to the first token, tokens per second after it) of a streamed chat."""
     body = {"model": model, "messages": [CHAT], "max_tokens": tokens, "temperature": 0, "stream": True}
+    url, headers = f"http://127.0.0.1:{port}/v1/chat/completions", {"Content-Type": "application/json"}
     times = []
     begun = time.perf_counter()
-    with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=600) as response:
-        response.raise_for_status()
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=600) as lines:
+        for line in lines:
+            if line.startswith(b"data: {"):
                 choices = json.loads(line[6:])["choices"]
                 if choices and choices[0]["delta"].get("content"):
                     times.append(time.perf_counter())

@@ -103,6 +103,7 @@ def command(
     from axolotl_ivon.errors import IVONError
     from axolotl_ivon.generation.generate import AnswerRule, generate, loaded_draws, served_draws
     from axolotl_ivon.generation.plan import Plan
+    from axolotl_ivon.generation.utilities import AnswerExtractor
 
     path = str(output.path(adapter, "nbest.jsonl"))
     plan = Plan(**planned)
@@ -112,11 +113,11 @@ def command(
         raise IVONError("--endpoint: the members are drawn already; give --tau and --ratio to `ivon-post sample`")
     tau, ratio = point.settings(adapter)
     decided = decision(point.recommended)
-    rule = AnswerRule(options["answer_regex"], decided.threshold, decided.temperature)
+    rule = AnswerRule(AnswerExtractor(options["answer_regex"]), decided.threshold, decided.temperature)
     with output.progress() as progress:
         chats = read_chats(prompts, options["limit"])
         if endpoint:
-            source = served_draws(adapter, plan, endpoint, base_model=loading.base_model)
+            source = served_draws(adapter, plan, endpoint, loading.base_model)
         else:
             source = loaded_draws(adapter, plan, tau, ratio, loading)
         done = generate(source, chats, path, rule, overwrite=output.overwrite, reporter=progress)

@@ -69,7 +69,6 @@ def command(
     from axolotl_ivon.generation.mbr import check_output, label_files, mbr, save_choices
     from axolotl_ivon.generation.nbest import read_nbest, read_source
 
-    utility = comparison["utility"]
     with output.progress() as progress:
         paths = label_files(files)
         first = Path(next(iter(paths.values())))
@@ -77,10 +76,10 @@ def command(
         check_output(folder, output.overwrite)
         settings = _settings(**comparison)
         sources = {label: read_source(path) for label, path in paths.items()}
+        threshold = promise = None
         if risk is not None:
             _check_risk(risk, confidence, recommended, sources)
-        threshold = None
-        if recommended is not None:
+        elif recommended is not None:
             threshold, temperature = _recommended(recommended, sources, progress)
             settings = replace(settings, temperature=temperature)
         lists = {label: read_nbest(path) for label, path in paths.items()}
@@ -92,7 +91,6 @@ def command(
             if unmatched[label]:
                 progress.notify(f"{label}: no answer in {unmatched[label]} of {total} outputs, {example} for one")
         results = {label: mbr(nbests, settings, progress) for label, nbests in lists.items()}
-        promise = None
         if risk is not None:
             [(label, result)] = results.items()
             promise = _promise(result, paths[label], risk, confidence)
@@ -102,40 +100,37 @@ def command(
         progress.begin("writing")
         from axolotl_ivon.plots.scaling import scaling
         from axolotl_ivon.plots.style import save_figures
+        from axolotl_ivon.records.recommendation import RECOMMENDED_FILE, Recommendation
 
         compared = {
-            "utility": utility,
+            "utility": comparison["utility"],
             "answer_regex": comparison["answer_regex"],
-            "level": settings.level,
+            "level": "sequence",
             "clusters": "embedding" if comparison["embedding_model"] else "exact",
         }
-        paths_written = save_choices(results, folder)
+        files_written = save_choices(results, folder)
         if curves := {label: result.curve for label, result in results.items() if result.curve}:
-            paths_written += save_figures({"accuracy": scaling(curves)}, folder)
-        written = list(map(str, paths_written))
+            files_written += save_figures({"accuracy": scaling(curves)}, folder)
         if promise is not None:
-            from axolotl_ivon.records.recommendation import RECOMMENDED_FILE, Recommendation
-
             values = {"objective": "risk", "score": "agreement", **promise.document(), "data": [paths[label]]}
-            written.append(str(folder / RECOMMENDED_FILE))
-            Recommendation.parse({**(sources[label] or {}), **values, **compared}, "mbr").save(Path(written[-1]))
+            files_written.append(folder / RECOMMENDED_FILE)
+            Recommendation.parse({**(sources[label] or {}), **values, **compared}, "mbr").save(files_written[-1])
+        written = list(map(str, files_written))
     if not output.as_json:
-        _print(results, utility)
+        _print_accuracy(results, comparison["utility"])
         _print_uncertainty(results)
     documents = [
         {"label": label, "file": paths[label], "unmatched": unmatched[label], **result.document()}
         for label, result in results.items()
     ]
     document = {"accuracy": documents[0]["accuracy"], **compared, "results": documents, "files": written}
-    promised = []
-    if promise is not None:
-        document |= promise.document()
-        promised = [promise.describe(0.5)]
-    output.finish(document, *promised, *written, then=["head", "-n", 1, written[0]])
+    document |= promise.document() if promise else {}
+    output.finish(document, *([promise.describe(0.5)] if promise else []), *written, then=["head", "-n", 1, written[0]])
 
 
 def _settings(utility: str, answer_regex: str | None, embedding_model: str | None, fields: str | None) -> MBRSettings:
     """Return how outputs are compared."""
+    from axolotl_ivon.generation.embedding import Embedder, by_meaning
     from axolotl_ivon.generation.fields import check_fields
     from axolotl_ivon.generation.mbr import MBRSettings
     from axolotl_ivon.generation.utilities import UTILITIES, AnswerExtractor
@@ -144,8 +139,6 @@ def _settings(utility: str, answer_regex: str | None, embedding_model: str | Non
     settings = MBRSettings(UTILITIES[utility](answers), answers, fields=() if fields is None else check_fields(fields))
     if embedding_model is None:
         return settings
-    from axolotl_ivon.generation.embedding import Embedder, by_meaning
-
     return replace(settings, clusters=partial(by_meaning, embed=Embedder(embedding_model)))
 
 
@@ -201,7 +194,7 @@ def _promise(result: MBRResult, path: str, risk: float, confidence: float) -> Ab
     return certify(confidences, np.array(result.right), risk, confidence)
 
 
-def _print(results: dict[str, MBRResult], utility: str) -> None:
+def _print_accuracy(results: dict[str, MBRResult], utility: str) -> None:
     """Print a row for each file: accuracy of one output, of the choice among n, and the AUROC of disagreement."""
     numbers = sorted({point.n for result in results.values() for point in result.curve})
     if not numbers:
@@ -231,24 +224,24 @@ _MEASURES = {
 
 def _print_uncertainty(results: dict[str, MBRResult]) -> None:
     """Print how well each measure tells the wrong choices, what is answered, and the fields, where there are any."""
-    lines: list[list[str]] = []
+    measures: list[list[str]] = []
+    fields: list[list[str]] = []
     for label, result in results.items():
         if result.uncertainty:
-            lines.append([label, "", "", "", ""])
-            for name, figures in result.uncertainty.items():
-                values = [decimal(figures[key]) for key in ("mean", "auroc", "aurc", "prr")]
-                lines.append([f" {_MEASURES[name]}", *values])
-    if lines:
-        print_table(["for a wrong choice", "mean", "AUROC", "AURC", "PRR"], lines)
-    lines = []
-    for label, result in results.items():
+            measures.append([label])
         if result.fields:
-            lines.append([label, *[""] * 5])
+            fields.append([label])
+        for name, figures in result.uncertainty.items():
+            measures.append(
+                [f" {_MEASURES[name]}", *(decimal(figures[key]) for key in ("mean", "auroc", "aurc", "prr"))]
+            )
         for path, figures in result.fields.items():
             shares = [percent(figures[key]) for key in ("confidence", "missing", "unparsable", "accuracy")]
-            lines.append([f" {path}", *shares, decimal(figures["auroc"])])
-    if lines:
-        print_table(["field", "confidence %", "missing %", "no JSON %", "acc %", "AUROC"], lines)
+            fields.append([f" {path}", *shares, decimal(figures["auroc"])])
+    if measures:
+        print_table(["for a wrong choice", "mean", "AUROC", "AURC", "PRR"], measures)
+    if fields:
+        print_table(["field", "confidence %", "missing %", "no JSON %", "acc %", "AUROC"], fields)
     for label, result in results.items():
         if result.coverage is not None:
             right = result.answered_accuracy

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import IVONError, one_line, param_ref
+from ..errors import IVONError, import_optional, one_line, param_ref
 
 SIMILARITY = 0.8
 Embedding = Callable[[Sequence[str]], np.ndarray]
@@ -25,20 +25,15 @@ class Embedder:
     """
 
     def __init__(self, model: str | Path) -> None:
+        named = param_ref("embedding_model")
+        package = import_optional("sentence_transformers", named, "sentence-transformers", "'axolotl-ivon[mbr]'")
         try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError:
-            raise IVONError(
-                f"{param_ref('embedding_model')} needs the package sentence-transformers: "
-                "pip install 'axolotl-ivon[mbr]'"
-            ) from None
-        try:
-            self._model = SentenceTransformer(
+            self._model = package.SentenceTransformer(
                 str(model), device="cpu", trust_remote_code=False, model_kwargs={"use_safetensors": True}
             )
         except Exception as error:  # as many kinds as there are ways to be no model
             raise IVONError(
-                f"{param_ref('embedding_model')} {model}: cannot be loaded ({one_line(error)}); give a folder that "
+                f"{named} {model}: cannot be loaded ({one_line(error)}); give a folder that "
                 "sentence-transformers saved, or a Hub id, all-MiniLM-L6-v2 say"
             ) from None
         self._known: dict[str, np.ndarray] = {}

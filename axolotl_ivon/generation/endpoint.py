@@ -10,11 +10,11 @@ import asyncio
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.encode import Prompt
-from ..errors import IVONError, one_line, param_ref
+from ..errors import IVONError, import_optional, one_line, param_ref
 from .plan import Output, Plan, random_bits
 
 if TYPE_CHECKING:
@@ -52,31 +52,30 @@ class EndpointEngine:
         self, url: str, members: Sequence[str], plan: Plan, *, concurrency: int = 32, timeout: float = 600.0
     ) -> None:
         self._named, self._url = f"{param_ref('endpoint')} {url}", url
+        self._openai = import_optional("openai", param_ref("endpoint"), "openai", "'axolotl-ivon[serve]'")
         self._members, self._plan = members, plan
         self._concurrency, self._timeout = concurrency, timeout
         asyncio.run(self._check())
 
     def _client(self, retries: int) -> AsyncOpenAI:
         """Return a client, which is used in one event loop and closed there."""
-        openai = _import_openai()
-        client: AsyncOpenAI = openai.AsyncOpenAI(
+        client: AsyncOpenAI = self._openai.AsyncOpenAI(
             base_url=base_url(self._url),
             # The client insists on a key; a server without one, as vLLM is by default, ignores it.
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            timeout=openai.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_TIMEOUT), pool=None),
+            timeout=self._openai.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_TIMEOUT), pool=None),
             max_retries=retries,
         )
         return client
 
     async def _check(self) -> None:
         """Raise IVONError unless the server is there and serves every member."""
-        openai = _import_openai()
         try:
             async with self._client(retries=0) as client:
                 served = [str(model.id) for model in (await client.models.list()).data]
-        except openai.APIStatusError as error:
+        except self._openai.APIStatusError as error:
             raise IVONError(f"{self._named}: {_explain(error)}") from None
-        except openai.OpenAIError as error:
+        except self._openai.OpenAIError as error:
             raise IVONError(
                 f"{self._named}: no server answers there ({_explain(error)}); start it with serve.sh of the ensemble, "
                 "or name another address"
@@ -90,9 +89,7 @@ class EndpointEngine:
                     f"{', …' if len(served) > 8 else ''}; start it with serve.sh of the ensemble"
                 )
 
-    def outputs(
-        self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None
-    ) -> Iterator[list[Output]]:
+    def outputs(self, prompts: Sequence[Prompt], start: int = 0) -> Iterator[list[Output]]:
         """Yield the outputs for each of `prompts[start:]`; see `Engine`.
 
         Raises:
@@ -112,7 +109,6 @@ class EndpointEngine:
                     waiting.append([loop.create_task(request) for request in requests])
                 by_member = loop.run_until_complete(asyncio.gather(*waiting[0]))
                 waiting.popleft()
-                count(sum(output.tokens for outputs in by_member for output in outputs))
                 copies = range(self._plan.per_member)
                 yield [outputs[copy % len(outputs)] for outputs in by_member for copy in copies]
         finally:
@@ -127,7 +123,7 @@ class EndpointEngine:
 
     async def _ask(self, client: AsyncOpenAI, gate: asyncio.Semaphore, prompt: Prompt, member: int) -> list[Output]:
         """Return one member's different outputs for a prompt."""
-        plan, openai = self._plan, _import_openai()
+        plan = self._plan
         try:
             async with gate:
                 completion = await client.completions.create(
@@ -139,10 +135,10 @@ class EndpointEngine:
                     max_tokens=plan.max_tokens,
                     seed=int(random_bits(plan, prompt, member).random_raw() >> 33),
                     logprobs=1,
-                    stop=list(plan.stop) or openai.NOT_GIVEN,
+                    stop=list(plan.stop) or self._openai.NOT_GIVEN,
                 )
             outputs = [_output(choice, member) for choice in completion.choices]
-        except openai.OpenAIError as error:
+        except self._openai.OpenAIError as error:
             status = getattr(error, "status_code", 500)
             if status < 500 and status not in (408, 409, 429):
                 raise IVONError(f"{self._named}: {_explain(error)}") from None
@@ -173,17 +169,6 @@ def _output(choice: Any, member: int) -> Output:
     if not all(map(math.isfinite, logprobs)):
         raise ValueError
     return Output(choice.text, member, round(sum(logprobs), 6), len(logprobs))
-
-
-def _import_openai() -> Any:
-    """Import `openai`, which takes a second."""
-    try:
-        import openai
-    except ImportError:
-        raise IVONError(
-            f"{param_ref('endpoint')} needs the package openai: pip install 'axolotl-ivon[serve]'"
-        ) from None
-    return openai
 
 
 def _explain(error: OpenAIError) -> str:

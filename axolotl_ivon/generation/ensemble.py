@@ -21,7 +21,9 @@ class Ensemble:
     """An ensemble's folder, as `ivon-post sample` writes it.
 
     Attributes:
-        facts: ensemble.json without the members: source, seed, tau, pruned_ratio.
+        source: ensemble.json without the members: source, seed, tau, pruned_ratio.
+        draws: the names of the members that are draws.
+        has_mean: whether the mean is a member too.
         base_model: the base model: the absolute path of its folder, or a Hub id.
         tokenizer_folder: the folder of the adapter that it was drawn from, which may be gone.
 
@@ -34,24 +36,17 @@ class Ensemble:
         if not (self.folder / ENSEMBLE_FILE).is_file():
             raise IVONError(f"{folder} is no ensemble; give the folder that `ivon-post sample --serve vllm` wrote")
         path = self.folder / ENSEMBLE_FILE
-        self.facts = EnsembleRecord.parse(read_json(path), str(path)).dump()
-        self._members: list[str] = self.facts.pop("members")
-        self.config = read_json(self.folder / self._members[0] / CONFIG_FILE)
-        name = str(self.config.get("base_model_name_or_path") or "")
+        self.source = EnsembleRecord.parse(read_json(path), str(path)).dump()
+        self._members: list[str] = self.source.pop("members")
+        self.draws = [name for name in self._members if name != "mean"]
+        self.has_mean = "mean" in self._members
+        first = self.folder / self._members[0]
+        self._config = read_json(first / CONFIG_FILE)
+        name = str(self._config.get("base_model_name_or_path") or "")
         if not name:
-            raise IVONError(f"{self.folder / self._members[0] / CONFIG_FILE} names no base model")
-        self.base_model = str(base_model_folder(name, self.folder / self._members[0]) or name)
-        self.tokenizer_folder = str(self.facts.get("source", ""))
-
-    @property
-    def draws(self) -> list[str]:
-        """The names of the members that are draws."""
-        return [name for name in self._members if name != "mean"]
-
-    @property
-    def has_mean(self) -> bool:
-        """Whether the mean is a member too."""
-        return "mean" in self._members
+            raise IVONError(f"{first / CONFIG_FILE} names no base model")
+        self.base_model = str(base_model_folder(name, first) or name)
+        self.tokenizer_folder = str(self.source.get("source", ""))
 
     def members(self, plan: Plan) -> list[str]:
         """Return the names of the members that `plan` needs.
@@ -60,19 +55,18 @@ class Ensemble:
             IVONError: the ensemble has fewer, or no mean.
         """
         if plan.mean:
-            if "mean" not in self._members:
+            if not self.has_mean:
                 raise IVONError(
                     f"{param_ref('mean')}: {self.folder} has no mean; draw it with `ivon-post sample --include-mean`"
                 )
             return ["mean"]
-        draws = self.draws
-        if len(draws) < plan.members:
+        if (count := len(self.draws)) < plan.members:
             n = param_ref("n")
             raise IVONError(
-                f"{n} {plan.n} takes {plan.members} draws of {plan.per_model} outputs; {self.folder} has {len(draws)}: "
-                f"say {n} {len(draws) * plan.per_model}, or draw more with `ivon-post sample -n {plan.members}`"
+                f"{n} {plan.n} takes {plan.members} draws of {plan.per_model} outputs; {self.folder} has {count}: "
+                f"say {n} {count * plan.per_model}, or draw more with `ivon-post sample -n {plan.members}`"
             )
-        return draws[: plan.members]
+        return self.draws[: plan.members]
 
     def serve_command(self) -> str:
         """Return the command line that serves every member with vLLM, under its name; paths are absolute.
@@ -82,7 +76,7 @@ class Ensemble:
         """
         modules = [f"{name}={(self.folder / name).resolve()}" for name in self._members]
         words = ["vllm", "serve", self.base_model, "--enable-lora"]
-        words += ["--max-lora-rank", str(served_rank(self.config)), "--max-loras", str(len(modules))]
+        words += ["--max-lora-rank", str(served_rank(self._config)), "--max-loras", str(len(modules))]
         # Else a request inherits the base model's generation_config.json, penalties included.
         words += ["--generation-config", "vllm", "--lora-modules", *modules]
         return shlex.join(words)
@@ -102,17 +96,15 @@ def served_rank(config: dict[str, Any]) -> int:
     Raises:
         IVONError: vLLM cannot serve such adapters, or no base model is named.
     """
+    vllm = f"{param_ref('serve')} vllm: vLLM serves"
     if not config.get("base_model_name_or_path"):
         raise IVONError(f"{param_ref('serve')} vllm: adapter_config.json names no base model; write its name there")
     for key in ("use_dora", "modules_to_save", "lora_bias"):
         if config.get(key):
-            raise IVONError(
-                f"{param_ref('serve')} vllm: vLLM serves no adapters with {key}; `ivon-post merge` gives whole models"
-            )
+            raise IVONError(f"{vllm} no adapters with {key}; `ivon-post merge` gives whole models")
     if config.get("bias", "none") != "none":
-        raise IVONError(f"{param_ref('serve')} vllm: vLLM serves no adapters with bias {config['bias']!r}")
+        raise IVONError(f"{vllm} no adapters with bias {config['bias']!r}")
     rank = max([config.get("r", 0), *(config.get("rank_pattern") or {}).values()])
-    for size in _RANKS:
-        if rank <= size:
-            return size
-    raise IVONError(f"{param_ref('serve')} vllm: vLLM serves adapters up to rank {_RANKS[-1]}; this one has {rank}")
+    if rank <= _RANKS[-1]:
+        return next(size for size in _RANKS if rank <= size)
+    raise IVONError(f"{vllm} adapters up to rank {_RANKS[-1]}; this one has {rank}")

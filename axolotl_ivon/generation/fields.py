@@ -25,9 +25,9 @@ class Field:
     Attributes:
         value: of the field in the chosen output; None if it lacks the field.
         present: whether the chosen output has the field.
-        confidence: the weight of the outputs with the same value, or, where the chosen output lacks the field, of those
+        confidence: the share of the outputs with the same value, or, where the chosen output lacks the field, of those
             whose JSON lacks it too; 0 if the chosen output is no JSON.
-        missing, unparsable: the weight of the outputs whose JSON lacks the field, and of those that are no JSON.
+        missing, unparsable: the share of the outputs whose JSON lacks the field, and of those that are no JSON.
     """
 
     value: Any
@@ -89,8 +89,8 @@ def _canonical(value: Any) -> str:
     return json.dumps(plain(value), sort_keys=True)
 
 
-def compare(texts: Sequence[str], weights: np.ndarray, chosen: int, fields: Sequence[str]) -> dict[str, Field]:
-    """Return every field of the chosen output, with its confidence; `weights` of the outputs sum to 1."""
+def compare(texts: Sequence[str], chosen: int, fields: Sequence[str]) -> dict[str, Field]:
+    """Return every field of the output at the index `chosen`, with its confidence."""
     documents = [parse_json(text) for text in texts]
     broken = np.array([document is _NOTHING for document in documents])
     compared = {}
@@ -105,7 +105,7 @@ def compare(texts: Sequence[str], weights: np.ndarray, chosen: int, fields: Sequ
         else:
             wanted = _canonical(values[chosen])
             agree = np.array([value is not _NOTHING and _canonical(value) == wanted for value in values])
-        shares = [round(float(weights[which].sum()), 12) for which in (agree, missing, broken)]
+        shares = [float(which.mean()) for which in (agree, missing, broken)]
         compared[path] = Field(values[chosen] if present else None, present, *shares)
     return compared
 

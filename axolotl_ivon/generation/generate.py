@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .ensemble import Ensemble
 from .mbr import choose
 from .nbest import NBestFile
 from .plan import Engine, Output, Plan
-from .uncertainty import by_answer, cluster_shares, is_below, measure, output_weights
+from .uncertainty import by_answer, cluster_shares, is_below, measure
 from .utilities import AnswerExtractor
 
 
@@ -87,20 +87,11 @@ def loaded_draws(
     return Source(plan, posterior.folder, posterior.folder, base_model, settings, start)
 
 
-def served_draws(
-    folder: str,
-    plan: Plan,
-    endpoint: str,
-    *,
-    concurrency: int = 32,
-    timeout: float = 600.0,
-    base_model: str | None = None,
-) -> Source:
+def served_draws(folder: str, plan: Plan, endpoint: str, base_model: str | None = None) -> Source:
     """Return the members of an ensemble's folder, which an OpenAI-compatible server serves.
 
     Args:
         endpoint: the server's address.
-        concurrency, timeout: as `EndpointEngine` has them.
         base_model: has the tokenizer if the adapter that was drawn from is gone; by default the ensemble's.
 
     Raises:
@@ -113,9 +104,9 @@ def served_draws(
         from .endpoint import EndpointEngine
 
         reporter.begin("asking the server for its models")
-        return EndpointEngine(endpoint, members, plan, concurrency=concurrency, timeout=timeout)
+        return EndpointEngine(endpoint, members, plan)
 
-    settings = {"engine": "endpoint", "ensemble": ensemble.facts}
+    settings = {"engine": "endpoint", "ensemble": ensemble.source}
     tokenizer_folder = Path(ensemble.tokenizer_folder)
     return Source(plan, ensemble.folder, tokenizer_folder, base_model or ensemble.base_model, settings, start)
 
@@ -125,30 +116,22 @@ class AnswerRule:
     """How the answer in an output is found, and how sure the outputs of a prompt must be of it.
 
     Attributes:
-        regex: finds the answer; None: the whole text is it (`utilities.AnswerExtractor`).
+        answers: finds the answer in an output.
         threshold: abstain where fewer outputs than this share have the most frequent answer; None: never.
         temperature: of these shares (`uncertainty.measure`).
-
-    Raises:
-        IVONError: `regex` is no regular expression.
     """
 
-    regex: str | None = None
+    answers: AnswerExtractor = field(default_factory=AnswerExtractor)
     threshold: float | None = None
     temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        AnswerExtractor(self.regex)
 
     def judge(self, outputs: Sequence[Output]) -> dict[str, Any]:
         """Return how sure the outputs of a prompt are of their most frequent answer (`uncertainty.Uncertainty`).
 
         With a threshold, `abstain` says whether that is too little.
         """
-        answers = AnswerExtractor(self.regex)
-        members, clusters = [o.member for o in outputs], by_answer([answers(o.text) for o in outputs])
-        shares = cluster_shares(clusters, output_weights(members))
-        chosen = choose(shares, [-math.inf if o.logprob is None else o.logprob for o in outputs])
+        members, clusters = [o.member for o in outputs], by_answer([self.answers(o.text) for o in outputs])
+        chosen = choose(cluster_shares(clusters), [-math.inf if o.logprob is None else o.logprob for o in outputs])
         judged = asdict(measure(clusters, members, chosen, temperature=self.temperature))
         if self.threshold is not None:
             judged["abstain"] = is_below(judged["confidence"], self.threshold)
@@ -195,7 +178,7 @@ def generate(
         IVONError: the file was made with other settings or prompts, or the prompts, the model or the server do not fit.
     """
     abstain = None if rule.threshold is None else [rule.threshold, rule.temperature]
-    settings = {**source.settings, "answer_regex": rule.regex, "abstain": abstain, **asdict(source.plan)}
+    settings = {**source.settings, "answer_regex": rule.answers.pattern, "abstain": abstain, **asdict(source.plan)}
     file = NBestFile(output, settings, overwrite, [source.folder])
     reporter.begin("loading the tokenizer")  # and torch with it
     prompts = render(load_tokenizer(source.tokenizer_folder, source.base_model), chats)
@@ -205,15 +188,12 @@ def generate(
     engine = source.start(reporter)
     advance = reporter.begin("generating", len(prompts) - resumed)
     begun = time.monotonic()
-
-    def count(new: int) -> None:
-        nonlocal tokens
-        tokens += new
-        speed = tokens / max(time.monotonic() - begun, 1e-9)
-        reporter.describe("generating", f"generating, {speed:.0f} tokens/s")
-
     with closing(file):
-        for prompt, outputs in zip(prompts[resumed:], engine.outputs(prompts, resumed, count), strict=True):
+        for prompt, outputs in zip(prompts[resumed:], engine.outputs(prompts, resumed), strict=True):
             file.append(prompt, outputs, rule.judge(outputs))
+            # Of a member's outputs, as many as are `distinct` were generated; greedy copies are of one length.
+            tokens += sum(output.tokens for output in outputs) * source.plan.distinct // source.plan.per_member
+            speed = tokens / max(time.monotonic() - begun, 1e-9)
+            reporter.describe("generating", f"generating, {speed:.0f} tokens/s")
             advance(1)
     return Generated(len(prompts), resumed, tokens, time.monotonic() - begun, file.abstained)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -84,9 +84,7 @@ class TransformersEngine:
                 )
             self._session.check_tokens(prompt.ids, prompt.source)
 
-    def outputs(
-        self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None
-    ) -> Iterator[list[Output]]:
+    def outputs(self, prompts: Sequence[Prompt], start: int = 0) -> Iterator[list[Output]]:
         """Yield the outputs for each of `prompts[start:]`; see `Engine`.
 
         Raises:
@@ -96,18 +94,18 @@ class TransformersEngine:
         group = max(1, self._rows // (self._plan.members * self._plan.distinct))
         # Batches begin where those of an uninterrupted run do: rounding may depend on who is in a batch.
         for begin in range(start - start % group, len(prompts), group):
-            yield from self._generate(prompts[begin : begin + group], count)[max(0, start - begin) :]
+            yield from self._generate(prompts[begin : begin + group])[max(0, start - begin) :]
 
-    def _generate(self, prompts: Sequence[Prompt], count: Callable[[int], None]) -> list[list[Output]]:
+    def _generate(self, prompts: Sequence[Prompt]) -> list[list[Output]]:
         """Return the prompts' outputs, made with fewer sequences in a batch when the memory runs out."""
         hopeless = (
             f"sequence of {max(len(prompt.ids) for prompt in prompts)} tokens and {param_ref('max_tokens')} "
             f"{self._plan.max_tokens}; use {param_ref('load_in')} 8bit or 4bit, or a machine with more memory"
         )
-        outputs, _ = self._halving.at_most(self._rows, lambda rows: self._generate_in(rows, prompts, count), hopeless)
+        outputs, _ = self._halving.at_most(self._rows, lambda rows: self._generate_in(rows, prompts), hopeless)
         return outputs
 
-    def _generate_in(self, rows: int, prompts: Sequence[Prompt], count: Callable[[int], None]) -> list[list[Output]]:
+    def _generate_in(self, rows: int, prompts: Sequence[Prompt]) -> list[list[Output]]:
         """Return the prompts' outputs, made in batches of at most `rows` sequences."""
         plan = self._plan
         outputs = min(plan.distinct, rows)
@@ -121,7 +119,7 @@ class TransformersEngine:
                         key: output
                         for part in _slices(range(len(prompts)), together)
                         for numbers in _slices(range(plan.distinct), outputs)
-                        for key, output in self._decode(prompts, group, part, numbers, count)
+                        for key, output in self._decode(prompts, group, part, numbers)
                     }
                 for index, collected in enumerate(by_prompt):
                     for member in group:
@@ -138,12 +136,7 @@ class TransformersEngine:
         return draw
 
     def _decode(
-        self,
-        prompts: Sequence[Prompt],
-        members: Sequence[int],
-        part: Sequence[int],
-        numbers: Sequence[int],
-        count: Callable[[int], None],
+        self, prompts: Sequence[Prompt], members: Sequence[int], part: Sequence[int], numbers: Sequence[int]
     ) -> Iterator[tuple[tuple[int, int, int], Output]]:
         """Yield ((member, prompt's index, output's number), output) for one batch."""
         plan, device = self._plan, self._model.device
@@ -162,14 +155,11 @@ class TransformersEngine:
         for step in range(plan.max_tokens):
             token = next_tokens(logits, uniform[slots, step], plan.temperature, plan.top_p)
             likely = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-            fresh = 0
             for slot, newest, logprob in zip(slots, token.tolist(), likely.tolist(), strict=True):
                 if alive[slot]:
                     sequences[slot].append(newest)
                     logprobs[slot] += logprob
                     alive[slot] = newest not in self._ends and not self._has_stopped(sequences[slot])
-                    fresh += 1
-            count(fresh)
             if not any(alive) or step + 1 == plan.max_tokens:
                 break
             kept = kept_rows([alive[slot] for slot in slots], len(members))

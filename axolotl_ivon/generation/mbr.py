@@ -2,16 +2,10 @@
 
 Of a prompt's outputs y_1 … y_n the one with the largest expected utility is chosen,
 
-    argmax_i Σ_j w_j u(y_i, y_j),
+    argmax_i 1/n Σ_j u(y_i, y_j),
 
-where u(y_i, y_j) tells how good y_i is if y_j is right, and the weights say whose outputs count for how much:
-
-    sequence level   w_j = 1/n: the outputs of all members in one pool (equation 9 there)
-    model level      w_j = 1/(M·n_m), m being j's member: each member's own expectation, averaged over the M members,
-                     which, as draws, have equal posterior weight
-
-The two agree where every member gives the same number of outputs, as `ivon-post generate` has it. With the utility
-"answers are equal" this is a vote.
+where u(y_i, y_j) tells how good y_i is if y_j is right: the outputs of all members are in one pool (equation 9 there).
+With the utility "answers are equal" this is a vote.
 """
 
 from __future__ import annotations
@@ -32,7 +26,7 @@ from ..reporter import SILENT, Reporter
 from ..storage.atomic import new_file, output_folder
 from .fields import Field, compare, summarize
 from .nbest import NBest
-from .uncertainty import Uncertainty, by_answer, is_below, judge, measure, or_none, output_weights
+from .uncertainty import Uncertainty, by_answer, is_below, judge, measure, or_none
 from .utilities import AnswerExtractor, Utility, exact
 
 _SMALLEST_N = 8  # of a curve
@@ -46,11 +40,6 @@ def utility_matrix(texts: Sequence[str], utility: Utility) -> np.ndarray:
     square = utility([a for a, _ in pairs], [b for _, b in pairs]).reshape(len(unique), len(unique))
     index = [place[text] for text in texts]
     return square[np.ix_(index, index)]
-
-
-def expected_utility(utilities: np.ndarray, members: Sequence[int], level: str = "sequence") -> np.ndarray:
-    """Return each output's expected utility, shape [n], from utilities of shape [n, n]; see above for `level`."""
-    return utilities @ output_weights(members, level)
 
 
 def choose(expected: np.ndarray, logprobs: Sequence[float]) -> int:
@@ -82,7 +71,6 @@ class MBRSettings:
     Attributes:
         utility: how good an output is if another is right.
         answers: finds the answer in an output, which is right if it equals the reference's.
-        level: "sequence" or "model", see above.
         clusters: gives answers of one meaning one number, for the uncertainty.
         fields: of JSON answers, whose confidence is wanted too (`fields.check_fields`).
         temperature: of the confidence (`uncertainty.measure`).
@@ -90,7 +78,6 @@ class MBRSettings:
 
     utility: Utility
     answers: AnswerExtractor
-    level: str = "sequence"
     clusters: Callable[[Sequence[str | None]], Sequence[int]] = by_answer
     fields: Sequence[str] = ()
     temperature: float = 1.0
@@ -206,7 +193,7 @@ def mbr(nbests: Sequence[NBest], settings: MBRSettings, reporter: Reporter = SIL
     right, quality, single = [], [], []  # of each prompt: with each number of outputs, and of one output
     for nbest in nbests:
         utilities = utility_matrix(nbest.texts, settings.utility)
-        expected = [expected_utility(utilities[:n, :n], nbest.members[:n], settings.level) for n in numbers]
+        expected = [utilities[:n, :n].mean(1) for n in numbers]
         chosen = [choose(values, nbest.logprobs) for values in expected]
         choices.append(_choice(nbest, chosen[-1], float(expected[-1][chosen[-1]]), utilities, settings))
         if nbest.reference is not None:
@@ -245,8 +232,8 @@ def _choice(nbest: NBest, chosen: int, expected: float, utilities: np.ndarray, s
         nbest.members[chosen],
         expected,
         disagreement(utilities, nbest.members),
-        measure(clusters, nbest.members, chosen, settings.level, settings.temperature),
-        fields=compare(nbest.texts, output_weights(nbest.members, settings.level), chosen, settings.fields),
+        measure(clusters, nbest.members, chosen, settings.temperature),
+        fields=compare(nbest.texts, chosen, settings.fields),
     )
 
 

@@ -64,29 +64,23 @@ class NBestFile:
         Raises:
             IVONError: the file cannot be read, or was made from other prompts.
         """
-        if self._resumed:
+        try:
+            content = self.path.read_bytes() if self._resumed else b""
+        except OSError as error:
+            raise IVONError(f"{param_ref('output')} {self.path}: cannot be read ({error.strerror})") from None
+        for line in content.split(b"\n")[:-1]:  # the last is empty, or half a line
+            source = f"{self.path}:{self.done + 1}"
             try:
-                self._read(prompts)
-            except OSError as error:
-                raise IVONError(f"{param_ref('output')} {self.path}: cannot be read ({error.strerror})") from None
+                record = json.loads(line)
+                text = record["prompt"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise IVONError(f"{source}: not an n-best list; choose another {param_ref('output')}") from None
+            if self.done >= len(prompts) or text != prompts[self.done].text:
+                raise IVONError(f"{source} answers another prompt than {param_ref('prompts')} has there; {_FIX}")
+            self._size += len(line) + 1
+            self.done += 1
+            self.abstained += record.get("abstain") is True
         return self.done
-
-    def _read(self, prompts: Sequence[Prompt]) -> None:
-        with self.path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                source = f"{self.path}:{self.done + 1}"
-                try:
-                    record = json.loads(line)
-                    text = record["prompt"]
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    raise IVONError(f"{source}: not an n-best list; choose another {param_ref('output')}") from None
-                if self.done >= len(prompts) or text != prompts[self.done].text:
-                    raise IVONError(f"{source} answers another prompt than {param_ref('prompts')} has there; {_FIX}")
-                self._size += len(line)
-                self.done += 1
-                self.abstained += record.get("abstain") is True
 
     def append(self, prompt: Prompt, outputs: Sequence[Output], judged: Mapping[str, Any] | None = None) -> None:
         """Write one prompt's line to the disk, with further fields: how its outputs were `judged`.

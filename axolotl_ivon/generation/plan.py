@@ -9,7 +9,7 @@ An output is determined by the seed, the prompt, the member and the output's num
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -99,13 +99,8 @@ class Output(NamedTuple):
 class Engine(Protocol):
     """Generates the outputs of a plan."""
 
-    def outputs(
-        self, prompts: Sequence[Prompt], start: int = 0, count: Callable[[int], None] = lambda tokens: None
-    ) -> Iterator[list[Output]]:
-        """Yield the plan's n outputs, member by member, for each of `prompts[start:]`, in their order.
-
-        `count` is called with the number of tokens that were generated since its last call.
-        """
+    def outputs(self, prompts: Sequence[Prompt], start: int = 0) -> Iterator[list[Output]]:
+        """Yield the plan's n outputs, member by member, for each of `prompts[start:]`, in their order."""
         ...
 
 

@@ -1,11 +1,11 @@
 """How sure the outputs for one prompt are of its answer, and why not: semantic entropy, between draws and within.
 
-Outputs with one meaning form a cluster (Kuhn et al. 2023, arXiv 2302.09664; Farquhar et al. 2024, Nature 630). With w_j
-the weight of output j, W_m that of all outputs of member m, p(c) the weight of cluster c, and p_m(c) its share of W_m:
+Outputs with one meaning form a cluster (Kuhn et al. 2023, arXiv 2302.09664; Farquhar et al. 2024, Nature 630). With
+p(c) the share of cluster c in all outputs, p_m(c) that in the outputs of member m, and w_m the share of these:
 
     semantic entropy    H[p] = −Σ_c p(c) log p(c)    how open the answer is, for whatever reason
-    expected entropy    Σ_m W_m H[p_m]               within draws: to each of them the answer is open
-    mutual information  H[p] − Σ_m W_m H[p_m]        between draws: they give different answers, the model does not know
+    expected entropy    Σ_m w_m H[p_m]               within draws: to each of them the answer is open
+    mutual information  H[p] − Σ_m w_m H[p_m]        between draws: they give different answers, the model does not know
 
 All three are in nats, and are those of the outputs that there are. Of few outputs they are biased: with n outputs of M
 members and K clusters the mutual information of equal members is about (M − 1)(K − 1)/2n in place of 0 (Miller 1955).
@@ -29,18 +29,12 @@ MEASURES = {"confidence": -1, "semantic_entropy": 1, "expected_entropy": 1, "mut
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """How sure the outputs of one prompt are: the weight of the chosen answer, and the entropies over all answers."""
+    """How sure the outputs of one prompt are: the share of the chosen answer, and the entropies over all answers."""
 
     confidence: float
     semantic_entropy: float
     expected_entropy: float
     mutual_information: float
-
-
-def output_weights(members: Sequence[int], level: str = "sequence") -> np.ndarray:
-    """Return the weight of each output, shape [n], sum 1: all alike, or at the level "model" each member alike."""
-    _, index, sizes = np.unique(np.asarray(members), return_inverse=True, return_counts=True)
-    return 1 / (len(sizes) * sizes[index]) if level == "model" else np.full(len(index), 1 / len(index))
 
 
 def by_answer(answers: Sequence[str | None]) -> list[int]:
@@ -49,31 +43,27 @@ def by_answer(answers: Sequence[str | None]) -> list[int]:
     return [i if answer is None else first.setdefault(answer, i) for i, answer in enumerate(answers)]
 
 
-def cluster_shares(clusters: Sequence[int], weights: np.ndarray) -> np.ndarray:
-    """Return, for each output, the weight of its cluster, shape [n]."""
-    _, index = np.unique(np.asarray(clusters), return_inverse=True)
-    return np.bincount(index, weights)[index]
+def cluster_shares(clusters: Sequence[int]) -> np.ndarray:
+    """Return, for each output, the share of the outputs that are in its cluster, shape [n]."""
+    _, index, counts = np.unique(np.asarray(clusters), return_inverse=True, return_counts=True)
+    return counts[index] / len(index)
 
 
-def measure(
-    clusters: Sequence[int], members: Sequence[int], chosen: int, level: str = "sequence", temperature: float = 1.0
-) -> Uncertainty:
+def measure(clusters: Sequence[int], members: Sequence[int], chosen: int, temperature: float = 1.0) -> Uncertainty:
     """Return the uncertainty of one prompt.
 
     Args:
         clusters, members: of each output; equal numbers are one cluster, or one member.
         chosen: the index of the chosen output, whose confidence is returned.
-        level: "sequence" or "model": see `output_weights`.
         temperature: of the confidence alone: p(c)^(1/T), scaled to sum 1, is what a prediction's probabilities become.
     """
-    weights = output_weights(members, level)
     _, cluster = np.unique(np.asarray(clusters), return_inverse=True)
     _, member = np.unique(np.asarray(members), return_inverse=True)
     joint = np.zeros((member.max() + 1, cluster.max() + 1))
-    np.add.at(joint, (member, cluster), weights)
+    np.add.at(joint, (member, cluster), 1 / len(cluster))
     total = joint.sum(0)
     entropy = float(entr(total).sum())
-    # Σ_m W_m H[p_m] = H(member, cluster) − H(member)
+    # Σ_m w_m H[p_m] = H(member, cluster) − H(member)
     expected = float(entr(joint).sum() - entr(joint.sum(1)).sum())
     powers = total ** (1 / temperature)
     return Uncertainty(

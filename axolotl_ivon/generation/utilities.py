@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import IVONError, param_ref
+from ..errors import IVONError, import_optional, param_ref
 from .nbest import NBest
 
 # A pattern's first group is the answer (the whole match if it has none); of several matches the last counts.
@@ -111,33 +110,25 @@ def exact(answers: AnswerExtractor) -> Utility:
     return _pairwise(equal)
 
 
-def _import(module: str, package: str, utility: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise IVONError(
-            f"{param_ref('utility')} {utility} needs the package {package}: pip install {package}"
-        ) from None
-
-
 def _sacrebleu(utility: str, **options: Any) -> Utility:
-    scorer = getattr(_import("sacrebleu.metrics", "sacrebleu", utility), utility.upper())(**options)
+    package = import_optional("sacrebleu.metrics", f"{param_ref('utility')} {utility}", "sacrebleu")
+    scorer = getattr(package, utility.upper())(**options)
     return _pairwise(lambda hypothesis, reference: scorer.sentence_score(hypothesis, [reference]).score / 100)
 
 
 def _rouge() -> Utility:
-    scorer = _import("rouge_score.rouge_scorer", "rouge-score", "rouge").RougeScorer(["rougeL"], use_stemmer=True)
+    package = import_optional("rouge_score.rouge_scorer", f"{param_ref('utility')} rouge", "rouge-score")
+    scorer = package.RougeScorer(["rougeL"], use_stemmer=True)
     return _pairwise(lambda hypothesis, reference: scorer.score(reference, hypothesis)["rougeL"].fmeasure)
 
 
 def _bertscore() -> Utility:
-    module = _import("bert_score", "bert-score", "bertscore")
+    named = f"{param_ref('utility')} bertscore"
+    package = import_optional("bert_score", named, "bert-score")
     try:
-        scorer = module.BERTScorer(lang="en")
+        scorer = package.BERTScorer(lang="en")
     except OSError as error:
-        raise IVONError(
-            f"{param_ref('utility')} bertscore: its model cannot be loaded ({str(error).splitlines()[0]})"
-        ) from None
+        raise IVONError(f"{named}: its model cannot be loaded ({str(error).splitlines()[0]})") from None
     return lambda hypotheses, references: scorer.score(list(hypotheses), list(references))[2].double().numpy()
 
 

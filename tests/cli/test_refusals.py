@@ -72,6 +72,7 @@ CASES = {
     "generate adapter -p chats.jsonl -o -": "--output '-' is not a file name",
     "generate moved -p chats.jsonl": "../gone cannot be loaded",
     "generate adapter -p chats.jsonl --endpoint http://localhost:9": "adapter is no ensemble",
+    "generate adapter -p chats.jsonl --endpoint http://localhost:9 --tau 2": "the members are drawn already",
     "serve nowhere --port 0": "nowhere: no such folder",
     "serve plain --port 0": "has no ivon_sigma.safetensors",
     "serve adapter --host 0.0.0.0": "--host 0.0.0.0: others can reach it; set a key with IVON_API_KEY",

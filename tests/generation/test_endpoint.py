@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import shlex
@@ -27,7 +28,7 @@ from axolotl_ivon.generation import endpoint
 from axolotl_ivon.generation.endpoint import EndpointEngine
 from axolotl_ivon.generation.ensemble import Ensemble, served_rank
 from axolotl_ivon.generation.local import TransformersEngine
-from axolotl_ivon.generation.plan import Plan
+from axolotl_ivon.generation.plan import Output, Plan
 from axolotl_ivon.models.session import Session, load_tokenizer
 from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 
@@ -75,10 +76,12 @@ def engine(server: Server, plan: Plan, **options: Any) -> EndpointEngine:
 # --- the folder --------------------------------------------------------------------------------------------------
 
 
-def test_an_ensemble_without_the_mean(tiny_adapter: Path, tmp_path: Path) -> None:
-    sample(Posterior.from_pretrained(tiny_adapter), tmp_path / "e", EnsemblePlan(1))
+def test_an_ensemble_with_too_few_members(tiny_adapter: Path, tmp_path: Path) -> None:
+    sample(Posterior.from_pretrained(tiny_adapter), tmp_path / "e", EnsemblePlan(3))
     with pytest.raises(IVONError, match="--include-mean"):
         Ensemble(tmp_path / "e").members(Plan(mean=True))
+    with pytest.raises(IVONError, match=r"n 32 takes 4 draws of 8 outputs; .* say n 24, or draw more"):
+        Ensemble(tmp_path / "e").members(Plan())
 
 
 def test_sample_writes_the_command_that_serves(
@@ -147,10 +150,8 @@ def test_greedy_equals_the_transformers_engine(
 
 def test_a_request_asks_one_member_for_all_its_outputs(server: Server, prompts: list[Prompt]) -> None:
     plan = replace(SAMPLED, temperature=0.5, top_p=0.9, stop=("x",))
-    counted: list[int] = []
-    found = list(engine(server, plan).outputs(prompts, count=counted.append))
+    list(engine(server, plan).outputs(prompts))
     assert len(server.requests) == len(prompts) * plan.members
-    assert sum(counted) == sum(output.tokens for own in found for output in own)
     for request in server.requests:
         wanted = {"n": 2, "temperature": 0.5, "top_p": 0.9, "max_tokens": 8, "stop": ["x"], "logprobs": 1}
         assert {key: request[key] for key in wanted} == wanted
@@ -193,11 +194,38 @@ def test_lasting_failures_end_the_run(server: Server, prompts: list[Prompt], cap
     assert "\n" not in str(error.value)
 
 
+def test_requests_left_over_are_cancelled(
+    server: Server, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled: list[tuple[Prompt, int]] = []
+
+    async def ask(self: EndpointEngine, client: Any, gate: Any, prompt: Prompt, member: int) -> list[Output]:
+        try:
+            await asyncio.sleep(0 if prompt is prompts[0] else 60)
+        except asyncio.CancelledError:
+            cancelled.append((prompt, member))
+            raise
+        return [Output("", member, None, 0)]
+
+    monkeypatch.setattr(EndpointEngine, "_ask", ask)
+    outputs = engine(server, SAMPLED).outputs(prompts)
+    next(outputs)
+    outputs.close()
+    assert cancelled == [(prompt, member) for prompt in prompts[1:] for member in range(3)]
+
+
 def test_a_slow_server_is_timed_out(server: Server, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "_RETRIES", 1)
     server.spoil = lambda answer: time.sleep(0.4) or answer
     with pytest.raises(IVONError, match="attempts failed"):
         next(engine(server, SAMPLED, timeout=0.1).outputs(prompts[:1]))
+
+
+@pytest.mark.parametrize("answer", [[], {}, {"data": None}, {"data": 7}, {"data": [7]}])
+def test_a_malformed_list_of_models_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    monkeypatch.setattr(server, "models", lambda: answer)
+    with pytest.raises(IVONError, match="/v1/models does not answer as OpenAI's interface does"):
+        engine(server, SAMPLED)
 
 
 @pytest.mark.parametrize(
@@ -215,15 +243,13 @@ def test_a_strange_answer_is_told(server: Server, prompts: list[Prompt], spoil: 
         list(engine(server, SAMPLED).outputs(prompts))
 
 
-def test_a_server_that_tells_no_logprobs_will_do(server: Server, prompts: list[Prompt]) -> None:
+def test_a_server_that_wants_a_key_and_tells_no_logprobs_will_do(
+    server: Server, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "abc")
     server.spoil = lambda answer: {"choices": [{"text": choice["text"]} for choice in answer["choices"]]}
     [found] = engine(server, SAMPLED).outputs(prompts[:1])
     assert [output.logprob for output in found] == [None] * 6
-
-
-def test_the_key_is_sent(server: Server, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "abc")
-    list(engine(server, SAMPLED).outputs(prompts[:1]))
     assert {headers["Authorization"] for headers in server.headers} == {"Bearer abc"}
 
 
@@ -268,19 +294,3 @@ def test_generate_asks_the_server(server: Server, ensemble: Path, chats: Path, t
     assert mean["members"] == 1
     assert server.requests[-1]["model"] == "mean"
     assert "made with mean False, not True" in ivon_post.error("generate", ensemble, *options, "--mean", "-o", path)
-
-
-def test_wrong_endpoints_are_one_line(
-    server: Server, ensemble: Path, tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli
-) -> None:
-    def error(folder: Path, *options: object) -> str:
-        given = ["-p", chats, "-o", tmp_path / "out.jsonl", "--endpoint", server.url, "-q", *options]
-        text = ivon_post.error("generate", folder, *given)
-        assert not list(tmp_path.iterdir())
-        return text
-
-    assert "--endpoint http://[bad: no server answers there" in error(ensemble, "-n", 8, "--endpoint", "http://[bad")
-    assert "is no ensemble" in error(tiny_adapter)
-    assert "-n 32 takes 4 draws of 8 outputs" in error(ensemble)
-    assert "say -n 24" in error(ensemble)
-    assert "drawn already" in error(ensemble, "--tau", 2)

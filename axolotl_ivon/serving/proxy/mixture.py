@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import entr, logsumexp
 
-from ...generation.mbr import choose, expected_utility, utility_matrix
+from ...generation.mbr import choose, utility_matrix
 from ...generation.uncertainty import by_answer, measure
 from ...generation.utilities import AnswerExtractor, Utility
 from ..api.answers import AnswerDelta, Token, certainty
@@ -75,7 +75,7 @@ def by_risk(
         decision: the softmax temperature of the confidence, and the threshold below which to abstain.
     """
     texts, members = [c.text for c in candidates], [c.member for c in candidates]
-    expected = expected_utility(utility_matrix(texts, utility), members)
+    expected = utility_matrix(texts, utility).mean(1)
     clusters = by_answer([answers(text) for text in texts])
     left = list(range(len(candidates)))
     chosen: list[int] = []
