@@ -16,7 +16,7 @@ from ..records.base import save_lines
 from ..records.evaluation import Calibration, EvaluationRecord, ExampleRecord, VariantResult
 from ..reporter import SILENT, Reporter
 from .evaluate import Evaluation, EvaluationData, Sampling
-from .variants import Variant, VariantChoice, calibrated_rows
+from .variants import Variant, VariantChoice, calibrated_variants
 from .verdicts import verdicts
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run(
             written.
     """
     variants = choice.variants()
-    to_calibrate = calibrated_rows(variants) if data.calibrate is not None else []
+    to_calibrate = calibrated_variants(variants) if data.calibrate is not None else []
     evaluation = Evaluation(adapter, data, variants, loading, reporter)
     variants = [_without_threshold(v, choice, evaluation.task, reporter) for v in variants]
     variants = evaluation.meaningful(variants, reporter)

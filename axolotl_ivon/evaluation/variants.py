@@ -55,7 +55,7 @@ class Variant:
         return replace(self, name="", temperature=1.0, threshold=None)
 
 
-def rows_of(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Variant]:
+def paper_variants(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Variant]:
     """Return the five variants of the paper's tables 1 and 2, by name."""
     variants = [
         Variant("base", base=True),
@@ -69,20 +69,20 @@ def rows_of(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Variant]:
 
 @dataclass(frozen=True)
 class VariantChoice:
-    """Which variants are evaluated: those of `rows_of` that are named, and what a recommendation adds."""
+    """Which variants are evaluated: those of `paper_variants` that are named, and what a recommendation adds."""
 
-    names: Sequence[str] = tuple(rows_of())
+    names: Sequence[str] = tuple(paper_variants())
     tau: float = 1.0
     ratio: float = 0.1
     recommendation: Recommendation | None = None
 
     def variants(self) -> list[Variant]:
-        """Return the variants in the order of `rows_of`.
+        """Return the variants in the order of `paper_variants`.
 
         Raises:
             IVONError: there is no variant of some name.
         """
-        known = rows_of(self.tau, self.ratio)
+        known = paper_variants(self.tau, self.ratio)
         for name in self.names:
             if name not in known:
                 raise IVONError(
@@ -95,7 +95,7 @@ class VariantChoice:
         return variants
 
 
-def calibrated_rows(variants: Sequence[Variant]) -> list[Variant]:
+def calibrated_variants(variants: Sequence[Variant]) -> list[Variant]:
     """Return the variants for which `Evaluation.temperatures` fits a temperature: mean and posterior.
 
     Raises:

@@ -61,17 +61,15 @@ def measure(clusters: Sequence[int], members: Sequence[int], chosen: int, temper
     _, member = np.unique(np.asarray(members), return_inverse=True)
     joint = np.zeros((member.max() + 1, cluster.max() + 1))
     np.add.at(joint, (member, cluster), 1 / len(cluster))
-    total = joint.sum(0)
-    entropy = float(entr(total).sum())
-    # Σ_m w_m H[p_m] = H(member, cluster) − H(member)
-    expected = float(entr(joint).sum() - entr(joint.sum(1)).sum())
-    powers = total ** (1 / temperature)
-    return Uncertainty(
-        confidence=float(powers[cluster[chosen]] / powers.sum()),
-        semantic_entropy=max(0.0, entropy),
-        expected_entropy=max(0.0, expected),
-        mutual_information=max(0.0, entropy - expected),
-    )
+    powers = joint.sum(0) ** (1 / temperature)
+    return Uncertainty(float(powers[cluster[chosen]] / powers.sum()), *split_entropy(joint))
+
+
+def split_entropy(joint: np.ndarray) -> tuple[float, float, float]:
+    """Return entropy, expected entropy and mutual information, in nats, of shares of (members, classes), sum 1."""
+    entropy = entr(joint.sum(0)).sum()
+    expected = entr(joint).sum() - entr(joint.sum(1)).sum()  # H(member, class) − H(member) = Σ_m w_m H[p_m]
+    return max(0.0, float(entropy)), max(0.0, float(expected)), max(0.0, float(entropy - expected))
 
 
 def is_below(confidence: float, threshold: float) -> bool:

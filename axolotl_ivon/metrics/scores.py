@@ -104,7 +104,7 @@ class Scores:
 
 def entropy(probabilities: Tensor) -> Tensor:
     """Return the entropy in nats of distributions (…, classes), shape (…); 0·log 0 is 0."""
-    return -torch.xlogy(probabilities, probabilities).sum(-1)
+    return torch.special.entr(probabilities).sum(-1)
 
 
 def metrics(scores: Scores) -> dict[str, float | None]:

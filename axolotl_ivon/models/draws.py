@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IVONError, param_ref
+from ..metrics.scores import entropy
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -145,12 +146,8 @@ def predict(posterior: Posterior, model: PeftModel, batch: Mapping[str, Any], n:
                 raise IVONError(f"a {type(model.get_base_model()).__name__} gives no logits to predict with")
             probabilities = logits.float().softmax(-1)
             mean = mean + (probabilities - mean) / (k + 1)
-            entropies = entropies + (_entropy(probabilities) - entropies) / (k + 1)
-    return Prediction(mean, (_entropy(mean) - entropies).clamp_(min=0))
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    return torch.special.entr(probabilities).sum(-1)
+            entropies = entropies + (entropy(probabilities) - entropies) / (k + 1)
+    return Prediction(mean, (entropy(mean) - entropies).clamp_(min=0))
 
 
 class Stack:

@@ -12,7 +12,7 @@ from command_line import Cli
 from tiny import write_chats
 
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
-from axolotl_ivon.evaluation.variants import rows_of
+from axolotl_ivon.evaluation.variants import paper_variants
 from axolotl_ivon.metrics.scores import metrics
 
 ROWS = ["base", "mean", "mean-pruned", "posterior", "posterior-pruned"]
@@ -32,7 +32,7 @@ def test_json_holds_what_the_library_finds(tiny_adapter: Path, chats: Path, tmp_
     assert [row["data"] for row in found["rows"]] == [str(chats)] * 5 + [str(shifted)] * 5
     assert found["choices"] == ["A", "B"]
     evaluation = Evaluation(tiny_adapter, EvaluationData([chats, shifted]))
-    rows = list(rows_of(tau=0.5).values())
+    rows = list(paper_variants(tau=0.5).values())
     for row, score in zip(found["rows"], evaluation.run(rows, Sampling(samples=3)), strict=False):
         expected = metrics(score.of_groups(torch.tensor(evaluation.files[str(chats)])))
         assert {name: row[name] for name in expected} == expected

@@ -30,7 +30,7 @@ from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.data.encode import EncodedExample
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling, evaluate
-from axolotl_ivon.evaluation.variants import Variant, calibrated_rows, count_passes, rows_of
+from axolotl_ivon.evaluation.variants import Variant, calibrated_variants, count_passes, paper_variants
 from axolotl_ivon.metrics.calibration import TEMPERATURES
 from axolotl_ivon.metrics.scores import Scores, metrics
 from axolotl_ivon.models.draws import AdapterSlots
@@ -147,7 +147,7 @@ def test_temperatures_are_fitted_on_the_other_file(adapter: Path, tmp_path: Path
         evaluation = Evaluation(adapter, EvaluationData([chats], task=task, calibrate=valid))
         assert len(evaluation.items) == 24
         assert len(evaluation.held_out) == 30
-        plain = calibrated_rows(list(rows_of(tau=0.5).values()))
+        plain = calibrated_variants(list(paper_variants(tau=0.5).values()))
         fitted = evaluation.temperatures(plain, Sampling(samples=2, seed=5))
         assert [row.name for row in fitted] == ["mean+temperature", "posterior+temperature"]
         alone = Evaluation(adapter, EvaluationData([valid], task=task))
@@ -160,7 +160,7 @@ def test_temperatures_are_fitted_on_the_other_file(adapter: Path, tmp_path: Path
             if row.temperature not in TEMPERATURES:
                 assert nll(row, 1) < min(nll(row, 0.9), nll(row, 1.1))
     with pytest.raises(IVONError, match="calibrate fits a temperature for mean and posterior"):
-        calibrated_rows([rows_of()["base"]])
+        calibrated_variants([paper_variants()["base"]])
 
 
 def test_temperatures_are_fitted_on_what_fits_the_memory(
@@ -334,11 +334,11 @@ def test_an_interrupted_evaluation_leaves_the_model_too(evaluation: Evaluation) 
 
 def test_an_adapter_without_sigma_has_a_base_and_a_mean(make_adapter: MakeAdapter, chats: Path) -> None:
     folder = make_adapter(sigma=False)
-    two = [rows_of()["base"], rows_of()["mean"]]
+    two = [paper_variants()["base"], paper_variants()["mean"]]
     evaluation = Evaluation(folder, EvaluationData([chats]), two)
     assert len(evaluation.run(two)) == 2
     with pytest.raises(IVONError, match="evaluate it with rows base,mean"):
-        Evaluation(folder, EvaluationData([chats]), list(rows_of().values()))
+        Evaluation(folder, EvaluationData([chats]), list(paper_variants().values()))
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

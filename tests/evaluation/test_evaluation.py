@@ -18,7 +18,7 @@ from axolotl_ivon import IVONError
 from axolotl_ivon.evaluation.against_mean import _compare, draws_against_mean
 from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
 from axolotl_ivon.evaluation.run import run
-from axolotl_ivon.evaluation.variants import VariantChoice, rows_of
+from axolotl_ivon.evaluation.variants import VariantChoice, paper_variants
 from axolotl_ivon.evaluation.verdicts import verdicts
 from axolotl_ivon.metrics.bootstrap import bootstrap, standard_errors
 from axolotl_ivon.metrics.scores import Scores, metrics
@@ -86,7 +86,7 @@ def test_a_threshold_of_something_else_is_left_out(adapter: Path, chats: Path, t
 
 
 def test_variants_are_chosen_by_name() -> None:
-    known = rows_of(2.0, 0.3)
+    known = paper_variants(2.0, 0.3)
     assert VariantChoice(["posterior", "base"], 2.0, 0.3).variants() == [known["base"], known["posterior"]]
     with pytest.raises(IVONError, match="rows x,mean: 'x' is unknown; choose from base,mean"):
         VariantChoice(["x", "mean"]).variants()

@@ -12,11 +12,11 @@ from tiny import write_chats
 
 from axolotl_ivon.decisions.sweep import Sweep, check_grid, sweep
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
-from axolotl_ivon.evaluation.variants import rows_of
+from axolotl_ivon.evaluation.variants import paper_variants
 from axolotl_ivon.metrics.scores import Scores
 
 DRAWS = Sampling(samples=3, seed=5)
-ROWS = list(rows_of(tau=0.5, ratio=0.3).values())
+ROWS = list(paper_variants(tau=0.5, ratio=0.3).values())
 
 
 def close(one: list[Scores], other: list[Scores], tolerance: float = 1e-5) -> None:

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior, draws, predict
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
-from axolotl_ivon.evaluation.variants import rows_of
+from axolotl_ivon.evaluation.variants import paper_variants
 from axolotl_ivon.models.draws import AdapterSlots, stacked
 from axolotl_ivon.models.session import load_model
 
 MakeAdapter = Callable[..., Path]
-ROWS = list(rows_of(tau=0.5, ratio=0.3).values())
+ROWS = list(paper_variants(tau=0.5, ratio=0.3).values())
 WIDE = ["q_proj", "v_proj", "down_proj"]
 
 

@@ -86,6 +86,8 @@ def test_files_of_0_2_0_load() -> None:
         (EnsembleRecord, {"members": ["a", "../b"]}, "members[1] is '../b'; it must be the name of a folder"),
         (NBestRecord, {"outputs": []}, "outputs is []; "),
         (NBestRecord, {"outputs": [{"text": 4}]}, "outputs[0].text is 4; it must be a valid string"),
+        (NBestRecord, {"outputs": ["4"]}, "outputs[0] is '4'"),
+        (NBestRecord, {"outputs": [{"text": "4", "member": "first"}]}, "outputs[0].member is 'first'"),
         (NBestRecord, {"outputs": [{"text": "4", "logprob": math.inf}]}, "outputs[0].logprob is inf"),
         (NBestSettings, {"ensemble": {"tau": "?"}}, "ensemble.tau is '?'"),
     ],

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import entr, logsumexp
+from scipy.special import logsumexp
 
 from ...generation.mbr import choose, utility_matrix
-from ...generation.uncertainty import by_answer, measure
+from ...generation.uncertainty import by_answer, measure, split_entropy
 from ...generation.utilities import AnswerExtractor, Utility
 from ..api.answers import AnswerDelta, Token, certainty
 
@@ -138,8 +138,8 @@ def coarse_entropies(likeliest: Sequence[Mapping[str, float]]) -> tuple[float, f
     common = sorted(set.intersection(*map(set, likeliest)))
     shares = np.exp([[logprobs[token] for token in common] for logprobs in likeliest]).reshape(len(likeliest), -1)
     shares = np.concatenate([shares, np.clip(1 - shares.sum(1, keepdims=True), 0, None)], 1)
-    expected = float(entr(shares).sum(1).mean())
-    return expected, max(0.0, float(entr(shares.mean(0)).sum()) - expected)
+    _, expected, mutual = split_entropy(shares / len(shares))
+    return expected, mutual
 
 
 def _average(logprobs: Sequence[float]) -> float:
