@@ -108,17 +108,17 @@ def command(
       ivon-post eval adapter/ --data held-out.jsonl --data shifted.jsonl
       ivon-post eval adapter/ --data test.jsonl --calibrate validation.jsonl --ood other.jsonl -o examples.jsonl
     """
-    from axolotl_ivon.evaluation.examples import check_output
     from axolotl_ivon.evaluation.run import run as evaluate
     from axolotl_ivon.evaluation.variants import VariantChoice
     from axolotl_ivon.records.recommendation import Recommendation
+    from axolotl_ivon.storage.atomic import check_file
 
     tau, ratio = point.settings(adapter, default_ratio=0.1)
     advice = Recommendation.load(point.recommended, "recommended") if point.recommended else None
     choice = VariantChoice([name.strip() for name in rows.split(",")], tau, ratio, advice)
     written = output.path(adapter, "") if output.output is not None else None
     if written:
-        check_output(written, output.overwrite)
+        check_file(written, output.overwrite)
     with output.progress() as progress:
         evaluated = evaluate(adapter, files, choice, sampling, loading, progress, output.output)
     record = evaluated.record

@@ -103,10 +103,11 @@ def command(
       ivon-post influence adapter/ --data train.jsonl --scores influence.jsonl --keep 0.9 -o clean.jsonl
     """
     from axolotl_ivon.errors import IVONError
-    from axolotl_ivon.evaluation.examples import check_output
     from axolotl_ivon.influence import influence as compute
     from axolotl_ivon.influence import ranking
-    from axolotl_ivon.records.influence import load, save
+    from axolotl_ivon.records.base import save_lines
+    from axolotl_ivon.records.influence import load
+    from axolotl_ivon.storage.atomic import check_file
 
     selection.check(on, output.output)
     by, keep, scores = selection.by, selection.keep, selection.scores
@@ -115,7 +116,7 @@ def command(
     ranking.check_by(by, with_on)
     written = output.path(adapter, "") if output.output is not None else None
     if written:
-        check_output(written, output.overwrite)
+        check_file(written, output.overwrite)
         for name, file in (("data", data), ("on", on), ("scores", scores)):
             if file and Path(file).exists() and written.exists() and written.samefile(file):
                 raise IVONError(f"--output {written} is --{name} itself; choose another name")
@@ -130,7 +131,7 @@ def command(
     if written and keep is not None:
         ranking.save_without(written, data, {rows[i].line or 0 for i in gone})
     elif written:
-        save(written, rows)
+        save_lines(written, rows)
     order = ranking.suspicious(rows, by)
     if output.as_json:
         document = {"adapter": adapter, "data": data, "on": on, "by": by, **summary, "output": output.output}

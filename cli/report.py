@@ -62,12 +62,13 @@ def command(
     from axolotl_ivon.evaluation.variants import VariantChoice
     from axolotl_ivon.posterior.posterior import Posterior
     from axolotl_ivon.report.findings import Findings
-    from axolotl_ivon.report.page import check_output, page, save
+    from axolotl_ivon.report.page import page, save
+    from axolotl_ivon.storage.atomic import check_file
 
     if eval and data:
         raise IVONError("--eval is evaluated already; leave --data out")
     path = output.path(adapter, "report.html")
-    check_output(path, output.overwrite)
+    check_file(path, output.overwrite)
     with output.progress() as progress:
         files = (Path(file) if file else None for file in (eval, examples, sweep, influence))
         findings = Findings.read(Posterior.from_pretrained(adapter, progress).metadata, *files)

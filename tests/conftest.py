@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 from command_line import Cli
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 FACTS = {
     "ess": "1000.0",

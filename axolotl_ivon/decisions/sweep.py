@@ -19,14 +19,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError, param_ref
 from ..evaluation.evaluate import Evaluation, Sampling
 from ..evaluation.variants import Variant
-from ..metrics.verdict import SIGNS, differences, examples_needed, figures, judge
+from ..metrics.verdict import SIGNS, Paired, examples_needed, figures, judge
 from ..records.evaluation import Difference, Metrics
 from ..records.recommendation import RECOMMENDED_FILE, GridPoint, Recommendation, Reported, Sizes, SweepVerdict
 from ..reporter import SILENT, Reporter
@@ -41,22 +41,17 @@ if TYPE_CHECKING:
 _TELLING = 100  # examples on each part, below which the user is warned
 
 
-def pareto_front(values: Sequence[Metrics]) -> list[bool]:
-    """Say of every point's metrics whether no other has as good an accuracy and ECE, and one of them better."""
-    places = [(-(value.accuracy or 0.0), value.ece or 0.0) for value in values]
+def pareto_front(costs: Sequence[Sequence[float]]) -> list[bool]:
+    """Say of every point's costs, equally many each, whether no other point has none larger and one smaller."""
     return [
-        not any(other[0] <= place[0] and other[1] <= place[1] and other != place for other in places)
-        for place in places
+        not any(other != own and all(x <= y for x, y in zip(other, own, strict=True)) for other in costs)
+        for own in costs
     ]
 
 
-def best(values: Sequence[Metrics], objective: str) -> int:
-    """Return the place of the best metrics by `objective`; NLL decides between equals, then the earlier place."""
-
-    def cost(value: Metrics) -> tuple[float, float]:
-        return SIGNS[objective] * (value.value(objective) or 0.0), value.nll or 0.0
-
-    return min(range(len(values)), key=lambda place: cost(values[place]))
+def rank(value: Metrics, objective: str) -> tuple[float, float]:
+    """Return what sorts metrics by `objective`, the best first; NLL decides between equals."""
+    return SIGNS[objective] * (value.value(objective) or 0.0), value.nll or 0.0
 
 
 @dataclass(frozen=True)
@@ -174,8 +169,9 @@ def sweep(
                 f"{param_ref('risk')} {risk:g}: the task generate scores tokens, and a promise is about answers; "
                 "generate them, and use `ivon-post mbr --risk`"
             )
-    parts = _split(len(evaluation.items), sampling.seed, risk is not None)
-    choose, report, test = parts
+    from ..metrics.bootstrap import standard_errors
+
+    choose, report, test = _split(len(evaluation.items), sampling.seed, risk is not None)
     if len(report) < _TELLING:
         reporter.notify(
             f"{len(choose)} examples choose and {len(report)} report: few differences are more than noise; "
@@ -184,26 +180,28 @@ def sweep(
     scores = evaluation.run(variants, sampling, reporter)
     choice = _Choice(variants, scores, evaluation.items, objective, choose, report)
     leader, recommended, verdict = choice.recommend()
-    abstention = None
-    if risk is not None:
-        import torch
-
-        of_test = recommended.scores.of_groups(test)
-        guide = recommended.scores.of_groups(torch.cat([choose, report]))
-        columns = [getattr(part, name).numpy() for part in (of_test, guide) for name in ("confidence", "correct")]
-        abstention = find_threshold(*columns, risk=risk, confidence=confidence)
+    errors: dict[str, Any] = standard_errors(recommended.reported)
     return Sweep(
-        [candidate.point for candidate in choice.grid],
-        [candidate.point for candidate in choice.scaled],
-        leader.point,
-        recommended.point,
-        objective,
-        verdict,
-        (len(choose), len(report)),
-        choice.error(recommended),
-        choice.reliability(recommended),
-        abstention,
+        points=[candidate.point for candidate in choice.grid],
+        scaled=[candidate.point for candidate in choice.scaled],
+        best=leader.point,
+        recommended=recommended.point,
+        objective=objective,
+        verdict=verdict,
+        examples=(len(choose), len(report)),
+        error=Metrics(**errors),
+        reliability=choice.reliability(recommended),
+        abstention=None if risk is None else _find_threshold(recommended.scores, test, risk, confidence),
     )
+
+
+def _find_threshold(scores: Scores, test: Tensor, risk: float, confidence: float) -> Abstention:
+    """Return `find_threshold` on the examples numbered in `test`, with all others for its guide."""
+    import torch
+
+    of_test = torch.isin(scores.group, test)
+    columns = [column[where].numpy() for where in (of_test, ~of_test) for column in (scores.confidence, scores.correct)]
+    return find_threshold(*columns, risk=risk, confidence=confidence)
 
 
 def _split(count: int, seed: int, certify: bool) -> Sequence[Tensor]:
@@ -222,10 +220,11 @@ def _split(count: int, seed: int, certify: bool) -> Sequence[Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class _Candidate:
-    """A point with the scores of all examples."""
+    """A point with the scores of all examples, and of those that report."""
 
     point: GridPoint
     scores: Scores
+    reported: Scores
 
     @property
     def is_mean(self) -> bool:
@@ -250,30 +249,32 @@ class _Choice:
         report: Tensor,
     ) -> None:
         self._objective, self._choose, self._report, self._count = objective, choose, report, len(items)
-        pairs = list(zip(variants, scores, strict=True))
-        front = pareto_front([_metrics(score, choose) for score in scores])
-        self.grid = [self._candidate(v, score, front=mark) for (v, score), mark in zip(pairs, front, strict=True)]
+        grid = [self._candidate(variant, score) for variant, score in zip(variants, scores, strict=True)]
+        front = pareto_front([_trade_off(candidate.point.chosen_on) for candidate in grid])
+        points = [each.point.model_copy(update={"front": mark}) for each, mark in zip(grid, front, strict=True)]
+        self.grid = [replace(candidate, point=point) for candidate, point in zip(grid, points, strict=True)]
         self.mean = next(candidate for candidate in self.grid if candidate.is_mean)
         self.scaled = self._scale(items)
 
-    def _candidate(
-        self, variant: Variant | GridPoint, scores: Scores, temperature: float = 1.0, front: bool = False
-    ) -> _Candidate:
-        chosen_on, reported_on = _metrics(scores, self._choose), _metrics(scores, self._report)
+    def _candidate(self, at: Variant | GridPoint, scores: Scores, temperature: float = 1.0) -> _Candidate:
+        reported = scores.of_groups(self._report)
         point = GridPoint(
-            tau=variant.tau, ratio=variant.ratio, chosen_on=chosen_on, reported_on=reported_on, front=front,
+            tau=at.tau,
+            ratio=at.ratio,
+            chosen_on=_metrics(scores.of_groups(self._choose)),
+            reported_on=_metrics(reported),
+            front=False,
             temperature=temperature,
-        )  # fmt: skip
-        return _Candidate(point, scores)
+        )
+        return _Candidate(point, scores, reported)
 
     def _best(self, candidates: Sequence[_Candidate]) -> _Candidate:
-        return candidates[best([candidate.point.chosen_on for candidate in candidates], self._objective)]
+        return min(candidates, key=lambda candidate: rank(candidate.point.chosen_on, self._objective))
 
     def _scale(self, items: Sequence[EncodedExample]) -> list[_Candidate]:
         import torch
 
-        from ..metrics.calibration import fit_temperature, rescale
-        from ..metrics.scores import Scores
+        from ..metrics.calibration import fit_temperature, scores_at
 
         if self.mean.scores.probabilities is None:  # all tokens of a vocabulary, which nobody keeps
             return []
@@ -285,10 +286,8 @@ class _Choice:
             probabilities = candidate.scores.probabilities
             assert probabilities is not None
             temperature = fit_temperature(probabilities[mask], target[mask])
-            unknown = None if math.isinf(candidate.point.tau) else torch.full_like(candidate.scores.entropy, math.nan)
-            scores = Scores.of(
-                rescale(probabilities, temperature), target, unknown, candidate.scores.group, unknown, keep=True
-            )
+            averaged = math.isfinite(candidate.point.tau)
+            scores = scores_at(temperature, probabilities, target, candidate.scores.group, averaged)
             scaled.append(self._candidate(candidate.point, scores, temperature))
         winner, baseline = self._best(scaled), scaled[self.grid.index(self.mean)]
         return [baseline] if winner is baseline else [baseline, winner]
@@ -301,56 +300,44 @@ class _Choice:
             text = "the mean is best: keep the default, the mean"
             verdict = SweepVerdict(differences={}, outcome="the mean", edges=edges, examples_needed=None, text=text)
             return leader, mean, verdict
-        versus = self._versus(leader, mean)
-        outcome = self._judge(versus)
-        recommended, needed = leader if outcome == "better" else mean, None
-        baseline = self.scaled[0] if self.scaled else mean
-        # Draws cost passes: they must be better than what costs none, where that is any good.
-        if outcome == "better" and not leader.is_mean and baseline is not mean and self._is_better(baseline, mean):
-            recommended = leader if self._is_better(leader, baseline) else baseline
+        versus, outcome = self._versus(leader, mean)
+        recommended, needed = self._worth_its_passes(leader) if outcome == "better" else mean, None
         meaning = f"{outcome} than the mean" if outcome in ("better", "worse") else outcome
-        if outcome != "better":
+        if recommended is mean:
             meaning += ": keep the default, the mean"
-        if recommended is baseline is not mean and leader is not baseline:
+        elif recommended is not leader:
             meaning += (
                 ", but not than the mean at a softmax temperature, beyond noise: take that, "
-                f"{baseline.point.describe()}"
+                f"{recommended.point.describe()}"
             )
         if outcome == "within noise":
-            needed = examples_needed(self._count, *self._difference(versus))
+            needed = examples_needed(self._count, *versus[self._objective])
             meaning += f"; about {needed:,} examples would tell" if needed else "; no number of examples would tell"
         at = f", at the edge of the grid ({', '.join(edges)}): try values beyond" if edges else ""
-        numbers = figures({m: (v["difference"] or 0.0, v["standard_error"] or 0.0) for m, v in versus.items()})
         text = (
             f"best by {self._objective}: {leader.point.describe()}{at}; on the other examples, against the mean: "
-            f"{numbers}: {meaning}"
+            f"{figures(versus)}: {meaning}"
         )
-        paired = {metric: Difference(**difference) for metric, difference in versus.items()}
+        paired = {metric: Difference(**each._asdict()) for metric, each in versus.items()}
         verdict = SweepVerdict(differences=paired, outcome=outcome, edges=edges, examples_needed=needed, text=text)
         return leader, recommended, verdict
 
-    def _versus(self, candidate: _Candidate, other: _Candidate) -> dict[str, dict[str, float | None]]:
-        """Return the paired differences of all metrics on the part that reports."""
-        from ..metrics.bootstrap import bootstrap
+    def _worth_its_passes(self, candidate: _Candidate) -> _Candidate:
+        """Return the mean at its own temperature, if that is any good and `candidate` not better, else `candidate`."""
+        baseline = self.scaled[0] if self.scaled else self.mean
+        if candidate.is_mean or not self._is_better(baseline, self.mean) or self._is_better(candidate, baseline):
+            return candidate
+        return baseline
 
-        resamples = [bootstrap(each.scores.of_groups(self._report)) for each in (candidate, other)]
-        return differences(candidate.point.reported_on.dump(), other.point.reported_on.dump(), *resamples)
+    def _versus(self, candidate: _Candidate, other: _Candidate) -> tuple[dict[str, Paired], str]:
+        """Return the paired differences of all metrics on the part that reports, and the outcome by the objective."""
+        from ..metrics.bootstrap import compare
 
-    def _difference(self, versus: Mapping[str, Mapping[str, float | None]]) -> tuple[float, float]:
-        objective = versus[self._objective]
-        return objective["difference"] or 0.0, objective["standard_error"] or 0.0
-
-    def _judge(self, versus: Mapping[str, Mapping[str, float | None]]) -> str:
-        return judge(*self._difference(versus), len(self._report), SIGNS[self._objective])
+        versus = compare(candidate.reported, other.reported)
+        return versus, judge(*versus[self._objective], len(self._report), SIGNS[self._objective])
 
     def _is_better(self, candidate: _Candidate, other: _Candidate) -> bool:
-        return self._judge(self._versus(candidate, other)) == "better"
-
-    def error(self, candidate: _Candidate) -> Metrics:
-        """Return the standard errors of a candidate's metrics on the part that reports."""
-        from ..metrics.bootstrap import standard_errors
-
-        return Metrics(**standard_errors(candidate.scores.of_groups(self._report)))
+        return candidate is not other and self._versus(candidate, other)[1] == "better"
 
     def reliability(self, recommended: _Candidate) -> dict[str, Scores]:
         """Return the scores of mean, posterior and recommended candidate on the part that reports, by name."""
@@ -358,13 +345,17 @@ class _Choice:
         posterior = next((one for one in self.grid if (one.point.tau, one.point.ratio) == (1, 0)), None)
         named |= {"posterior": posterior} if posterior else {}
         named[f"recommended ({recommended.point.describe()})"] = recommended
-        return {name: candidate.scores.of_groups(self._report) for name, candidate in named.items()}
+        return {name: candidate.reported for name, candidate in named.items()}
 
 
-def _metrics(scores: Scores, examples: Tensor) -> Metrics:
+def _trade_off(value: Metrics) -> tuple[float, float]:
+    return -(value.accuracy or 0.0), value.ece or 0.0
+
+
+def _metrics(scores: Scores) -> Metrics:
     from ..metrics.scores import metrics
 
-    values: dict[str, Any] = metrics(scores.of_groups(examples))
+    values: dict[str, Any] = metrics(scores)
     return Metrics(**values)
 
 

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 from ..errors import IVONError, param_ref
 from ..evaluation.evaluate import Evaluation, Sampling
 from ..evaluation.variants import Variant
-from ..metrics.verdict import SIGNS, differences, judge
+from ..metrics.verdict import SIGNS, judge
 from ..posterior.combine import shares
 from ..posterior.posterior import Posterior
 from ..reporter import SILENT, Reporter, Stage
 from ..storage.atomic import check_space, new_folder
 from ..storage.format import write_json
+from .sweep import pareto_front
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +60,7 @@ class WeightsSweep:
         points: the grid.
         best: what is best by the average of `objective` over the files, on the part of them that chooses.
         chosen: `best`, or equal weights where it is not better beyond noise.
-        outcome: "better", "worse", "within noise" or "too few examples", of the best against equal weights; or "equal".
+        outcome: of the best against equal weights, as `metrics.verdict.judge` says; "equal" where those are the best.
         difference, standard_error: of the average objective, best − equal, on the part that reports.
         text: all of it in a line.
     """
@@ -81,16 +82,6 @@ def grid(count: int) -> list[tuple[float, ...]]:
     shares_of_all = [(*part, steps - sum(part)) for part in parts if sum(part) <= steps]
     weights = [tuple(count * part / steps for part in share) for share in shares_of_all]
     return weights if (1.0,) * count in weights else sorted([*weights, (1.0,) * count])
-
-
-def pareto(points: Sequence[WeightsPoint], objective: str) -> list[bool]:
-    """Say of every point whether no other is as good on every file and better on one, on what chooses."""
-    sign = SIGNS[objective]
-    places = [[sign * values[objective] for values in point.chosen_on.values()] for point in points]
-    return [
-        not any(other != own and all(x <= y for x, y in zip(other, own, strict=True)) for other in places)
-        for own in places
-    ]
 
 
 def check_files(adapters: Sequence[str], data: Sequence[str | Path]) -> None:
@@ -130,9 +121,9 @@ def sweep_weights(
         [kept[weights]] = evaluation.run([variant], sampling, stage, product)
         chosen_on, reported_on = (_by_file(kept[weights], halves, part) for part in (0, 1))
         points.append(WeightsPoint(weights, chosen_on, reported_on))
-    points = [replace(point, front=mark) for point, mark in zip(points, pareto(points, objective), strict=True)]
-    sign = SIGNS[objective]
-    best = min(points, key=lambda point: sum(sign * values[objective] for values in point.chosen_on.values()))
+    costs = [[SIGNS[objective] * values[objective] for values in point.chosen_on.values()] for point in points]
+    points = [replace(point, front=mark) for point, mark in zip(points, pareto_front(costs), strict=True)]
+    best = points[min(range(len(points)), key=lambda place: sum(costs[place]))]
     equal = next(point for point in points if set(point.weights) == {1.0})
     if best is equal:
         text = f"equal weights are best by {objective}"
@@ -173,16 +164,11 @@ def _versus(
     scores: Scores, equal: Scores, halves: dict[str, tuple[Tensor, Tensor]], objective: str
 ) -> tuple[float, float]:
     """Return the difference of the average objective on the parts that report, and its standard error."""
-    from ..metrics.bootstrap import bootstrap
-    from ..metrics.scores import metrics
+    from ..metrics.bootstrap import compare
 
-    versus = []
-    for _, report in halves.values():
-        part, other = scores.of_groups(report), equal.of_groups(report)
-        paired = differences(metrics(part), metrics(other), bootstrap(part), bootstrap(other))
-        versus.append(paired[objective])
-    error = math.sqrt(sum((each["standard_error"] or 0.0) ** 2 for each in versus)) / len(versus)
-    return sum(each["difference"] or 0.0 for each in versus) / len(versus), error
+    paired = [compare(scores.of_groups(report), equal.of_groups(report))[objective] for _, report in halves.values()]
+    error = math.hypot(*(each.standard_error or 0.0 for each in paired)) / len(paired)
+    return sum(each.difference for each in paired) / len(paired), error
 
 
 def save(

@@ -47,7 +47,7 @@ def _compare(data: str, draws: Scores, mean: Scores) -> dict[str, Any]:
     differences = draws.mean_of_groups(draws.nll) - mean.mean_of_groups(mean.nll)
     count, difference = len(differences), differences.mean().item()
     error = differences.std().item() / math.sqrt(count) if count > 1 else None
-    outcome = judge(difference, error or 0.0, count)
+    outcome = judge(difference, error, count)
     figures = f"NLL {difference:+.3g}{'' if error is None else f' ± {error:.2g}'} on {count:,} examples of {data}"
     if outcome in _ADVICE:
         text = f"the draws are {outcome} than the mean: {figures}{_ADVICE[outcome]}"

@@ -183,17 +183,14 @@ class _Average:
             self.variance[slots] += (spread - self.variance[slots]) / number
 
     def scores(self, chunk: _Chunk, temperature: float, keep: bool) -> Scores:
-        """Return the scores at a temperature; the disagreement of draws is not known at any but 1."""
-        import torch
-
-        from ..metrics.calibration import rescale
+        """Return the scores at a temperature."""
+        from ..metrics.calibration import scores_at
         from ..metrics.scores import Scores
 
         target = chunk.target.to(self.mean.device)
         if temperature == 1:
             return Scores.of(self.mean, target, self.entropy, chunk.group, self.variance, keep)
-        unknown = None if self.draws == 1 else torch.full_like(self.entropy, math.nan)
-        return Scores.of(rescale(self.mean, temperature), target, unknown, chunk.group, unknown, keep)
+        return scores_at(temperature, self.mean, target, chunk.group, self.draws > 1, keep)
 
 
 def _accumulate(

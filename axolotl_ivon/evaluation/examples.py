@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import IVONError, param_ref
 from ..records.evaluation import ExampleRecord, Prediction
 
 if TYPE_CHECKING:
@@ -14,16 +12,6 @@ if TYPE_CHECKING:
     from ..metrics.scores import Scores
     from .evaluate import Evaluation
     from .variants import Variant
-
-
-def check_output(path: Path, overwrite: bool = False) -> None:
-    """Raise IVONError if no file can be written to `path`: worth asking before the evaluation."""
-    named = f"{param_ref('output')} {path}"
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else "there is no such folder"
-        raise IVONError(f"{named}: {what}; give a file in a folder that exists")
-    if path.exists() and not overwrite:
-        raise IVONError(f"{named} exists; choose another name, or overwrite it with {param_ref('overwrite')}")
 
 
 def describe(evaluation: Evaluation, variants: Sequence[Variant], scores: Sequence[Scores]) -> Iterator[ExampleRecord]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..metrics.ood import detection
+from ..metrics.auroc import detection
 from ..records.evaluation import OodErrors, OodResult
 
 if TYPE_CHECKING:

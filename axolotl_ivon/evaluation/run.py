@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..metrics.verdict import REFERENCES, differences
+from ..metrics.verdict import REFERENCES
 from ..models.session import Loading
 from ..records.base import save_lines
 from ..records.evaluation import Calibration, EvaluationRecord, ExampleRecord, VariantResult
@@ -117,7 +117,7 @@ def summarize(
     """
     import torch
 
-    from ..metrics.bootstrap import bootstrap, standard_error
+    from ..metrics.bootstrap import bootstrap, differences, standard_error
     from ..metrics.scores import metrics
 
     rows: list[VariantResult] = []
@@ -141,7 +141,7 @@ def summarize(
             for other in REFERENCES:
                 if other in values and other != name:
                     paired = differences(values[name], values[other], resamples[name], resamples[other])
-                    row[f"versus_{other}"] = paired
+                    row[f"versus_{other}"] = {metric: each._asdict() for metric, each in paired.items()}
             rows.append(VariantResult.model_validate(row))
             if variant.threshold is not None:
                 answered.append(_answered(variant, variant.threshold, path, parts[name], samples))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..metrics.verdict import examples_needed, figures, is_beyond_noise, judge
+from ..metrics.verdict import LABELS, Paired, examples_needed, figures, judge
 from ..records.evaluation import VariantResult, VerdictResult
 
 # Each verdict: a variant, and what it is compared with.
@@ -24,8 +24,8 @@ def verdicts(rows: Sequence[VariantResult]) -> list[VerdictResult]:
 
 
 def _verdict(row: VariantResult, than: str) -> VerdictResult:
-    versus = {metric: (paired.difference or 0.0, paired.standard_error) for metric, paired in row.versus(than).items()}
-    difference, error = versus["nll"][0], versus["nll"][1] or 0.0
+    versus = {metric: Paired(own.difference or 0.0, own.standard_error) for metric, own in row.versus(than).items()}
+    difference, error = versus["nll"].difference, versus["nll"].standard_error or 0.0
     verdict = judge(difference, error, row.examples)
     needed = examples_needed(row.examples, difference, error) if verdict == "within noise" else None
     (what, are), against, numbers = _subject(row), _REFERENCES[than], figures(versus)
@@ -35,7 +35,7 @@ def _verdict(row: VariantResult, than: str) -> VerdictResult:
         text = f"{row.examples} examples are too few to tell {what} from {against}: {numbers}"
     elif verdict == "within noise":
         enough = f"about {needed:,}" if needed and needed <= 10**6 else "more than a million"
-        others = [label for metric, label in (("accuracy", "accuracy"), ("ece", "ECE")) if _differs(versus, metric)]
+        others = [LABELS[m] for m in ("accuracy", "ece") if m in versus and versus[m].is_beyond_noise]
         but = f" in NLL, but not in {' and '.join(others)}" if others else ""
         text = f"{what} and {against} are within noise{but}: {numbers}; {enough} examples would tell"
     else:
@@ -44,10 +44,6 @@ def _verdict(row: VariantResult, than: str) -> VerdictResult:
         data=row.data, name=row.name, than=than, metric="nll", difference=difference, standard_error=error,
         verdict=verdict, examples_needed=needed, text=text,
     )  # fmt: skip
-
-
-def _differs(versus: dict[str, tuple[float, float | None]], metric: str) -> bool:
-    return metric in versus and is_beyond_noise(*versus[metric])
 
 
 def _subject(row: VariantResult) -> tuple[str, str]:

@@ -1,4 +1,8 @@
-"""The area under the ROC curve, which says how well a score tells two classes apart."""
+"""How well a score tells positives from negatives, weighted.
+
+Everything takes `score` of shape (n,), `positive`, 1 or 0 for each, of shape (n,), and `weights`, how often each
+counts, of shape (…, n), by default once. It returns float64 of shape (…,).
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,36 @@ import numpy as np
 def auroc(score: np.ndarray, positive: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Return the probability that a positive scores higher than a negative, a tie counting half (Mann and Whitney).
 
-    Args:
-        score: shape (n,).
-        positive: 1 or 0 for each score, shape (n,).
-        weights: how often each counts, shape (…, n); once by default.
-
-    Returns:
-        float64 of shape (…,); NaN where either class is missing.
+    It is the area under the ROC curve; NaN where either class is missing.
     """
-    weights = np.ones(len(score)) if weights is None else weights
-    _, rank = np.unique(score, return_inverse=True)
-    order = np.argsort(rank, kind="stable")
-    levels = np.flatnonzero(np.diff(rank[order], prepend=-1))  # where the scores of each height begin
-    labels = (positive, 1 - np.asarray(positive, float))
-    hits, misses = (np.add.reduceat((weights * label)[..., order], levels, axis=-1) for label in labels)
-    below = misses.cumsum(-1) - misses / 2
+    hits, misses = _by_height(score, positive, weights)
     with np.errstate(invalid="ignore"):
-        return (hits * below).sum(-1) / (hits.sum(-1) * misses.sum(-1))
+        return (misses * (hits.cumsum(-1) - hits / 2)).sum(-1) / (hits.sum(-1) * misses.sum(-1))
+
+
+def detection(score: np.ndarray, positive: np.ndarray, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Return `auroc`, `aupr` and `fpr95` of a score (Hendrycks and Gimpel 2017, arXiv 1610.02136); both classes exist.
+
+    aupr is the average precision, Σ_k (recall_k − recall_(k−1))·precision_k over falling thresholds; fpr95 the share of
+    negatives at or above the highest threshold that 95 % of the positives reach. Both take equal scores together.
+    """
+    hits, misses = (counts.cumsum(-1) for counts in _by_height(score, positive, weights))
+    recall = hits / hits[..., -1:]
+    precision = hits / np.maximum(hits + misses, 1e-300)
+    first = (recall >= 0.95).argmax(-1)[..., None]
+    return {
+        "auroc": auroc(score, positive, weights),
+        "aupr": (np.diff(recall, prepend=0, axis=-1) * precision).sum(-1),
+        "fpr95": np.take_along_axis(misses, first, -1)[..., 0] / misses[..., -1],
+    }
+
+
+def _by_height(score: np.ndarray, positive: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many positives and negatives have each score, the highest first, shape (…, heights)."""
+    _, rank = np.unique(-score, return_inverse=True)
+    order = np.argsort(rank, kind="stable")
+    starts = np.flatnonzero(np.diff(rank[order], prepend=-1))
+    weights = np.ones(len(score)) if weights is None else weights
+    share = np.asarray(positive, float)
+    hits, misses = (np.add.reduceat((weights * label)[..., order], starts, axis=-1) for label in (share, 1 - share))
+    return hits, misses

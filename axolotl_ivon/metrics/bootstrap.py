@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from .scores import Scores, weighted_metrics
+from .scores import Scores, metrics, weighted_metrics
+from .verdict import Paired
 
 _CELLS = 1_000_000  # resamples × predictions that are held at a time: more would leave the cache
 
@@ -36,6 +38,28 @@ def standard_error(values: Tensor) -> float | None:
     values = values[values.isfinite()]
     error = values.std().item() if len(values) > 1 else math.inf
     return error if math.isfinite(error) else None
+
+
+def differences(
+    values: Mapping[str, float | None],
+    other: Mapping[str, float | None],
+    resamples: Mapping[str, Tensor],
+    other_resamples: Mapping[str, Tensor],
+) -> dict[str, Paired]:
+    """Return, for every metric that both have, the difference of `values` to `other` and its standard error.
+
+    `resamples` and `other_resamples` are what `bootstrap` gives for the two, with the same seed.
+    """
+    return {
+        name: Paired(value - against, standard_error(resamples[name] - other_resamples[name]))
+        for name, value in values.items()
+        if value is not None and (against := other[name]) is not None
+    }
+
+
+def compare(scores: Scores, other: Scores) -> dict[str, Paired]:
+    """Return the differences of all metrics to those of `other`, which has the same examples."""
+    return differences(metrics(scores), metrics(other), bootstrap(scores), bootstrap(other))
 
 
 def standard_errors(scores: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, float | None]:

@@ -6,8 +6,12 @@ is the baseline that costs nothing at prediction time.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from .scores import Scores
 
 TEMPERATURES = (0.01, 100.0)  # the limits of what is fitted
 
@@ -15,6 +19,14 @@ TEMPERATURES = (0.01, 100.0)  # the limits of what is fitted
 def rescale(probabilities: Tensor, temperature: float) -> Tensor:
     """Return distributions (n, classes) with their log-probabilities divided by `temperature`."""
     return (_log(probabilities) / temperature).softmax(-1)
+
+
+def scores_at(
+    temperature: float, probabilities: Tensor, target: Tensor, group: Tensor, averaged: bool, keep: bool = True
+) -> Scores:
+    """Score distributions (n, classes) at a temperature; how far `averaged` draws disagree is then unknown, NaN."""
+    unknown = torch.full((len(target),), math.nan) if averaged else None
+    return Scores.of(rescale(probabilities, temperature), target, unknown, group, unknown, keep)
 
 
 def fit_temperature(probabilities: Tensor, target: Tensor) -> float:

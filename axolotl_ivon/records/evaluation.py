@@ -84,7 +84,7 @@ class OodResult(Record):
 
     name: str  # of the variant
     data: str  # the file out of the distribution
-    score: str  # a key of `metrics.ood.SCORES`
+    score: str  # a key of `evaluation.ood.SCORES`
     auroc: float | None = None
     aupr: float | None = None
     fpr95: float | None = None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
 from ..errors import IVONError
-from .base import Record, save_lines
+from .base import Record
 
 SCORES = ("loss", "leverage", "sensitivity", "on")
 
@@ -39,15 +38,6 @@ class InfluenceRecord(Record):
         """Return the score of this name, one of `SCORES`."""
         value: float | None = getattr(self, name)
         return value
-
-
-def save(path: Path, rows: Iterable[InfluenceRecord]) -> None:
-    """Write rows to a JSONL file, whole or not at all.
-
-    Raises:
-        IVONError: the file cannot be written.
-    """
-    save_lines(path, rows)
 
 
 def load(path: str | Path, name: str) -> list[InfluenceRecord]:

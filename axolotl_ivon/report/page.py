@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import IVONError, param_ref, printable
+from ..errors import printable
 from ..inspect.card import COLUMNS, measured
 from ..inspect.info import describe
 from ..plots.heat_map import heat_map
@@ -38,16 +38,6 @@ _OOD_SCORE = {"confidence": "max_probability"}
 _TASKS = {"classify": "a classification head", "generate": "the reference answer, token by token"}
 _MANY = 12  # choices that are not listed any more
 _WIDE = 5.8  # inches: a picture that takes more than a column
-
-
-def check_output(path: Path, overwrite: bool = False) -> None:
-    """Raise IVONError if `save` would not write `path`: worth asking before the evaluation."""
-    output = f"{param_ref('output')} {path}"
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else "there is no such folder"
-        raise IVONError(f"{output}: {what}; give a file in a folder that exists")
-    if path.exists() and not overwrite:
-        raise IVONError(f"{output} exists; choose another name, or overwrite it with {param_ref('overwrite')}")
 
 
 def save(path: Path, text: str) -> None:

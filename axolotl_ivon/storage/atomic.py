@@ -78,6 +78,16 @@ def check_target(target: Path, overwrite: bool = False, inputs: Iterable[Path] =
         raise IVONError(f"{target} holds something other than an adapter, an ensemble or a model; choose another name")
 
 
+def check_file(path: Path, overwrite: bool = False) -> None:
+    """Raise IVONError if `new_file` may not write `path`: worth asking before long work."""
+    output = f"{param_ref('output')} {path}"
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else "there is no such folder"
+        raise IVONError(f"{output}: {what}; give a file in a folder that exists")
+    if path.exists() and not overwrite:
+        raise IVONError(f"{output} exists; choose another name, or overwrite it with {param_ref('overwrite')}")
+
+
 def check_outside(target: Path, inputs: Iterable[Path]) -> None:
     """Raise IVONError if `target` is, holds or lies in one of the folders `inputs`."""
     here = target.resolve()

@@ -12,7 +12,8 @@ import torch
 from tiny import write_chats
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.decisions.weights import WeightsPoint, check_files, grid, pareto, save, sweep_weights
+from axolotl_ivon.decisions.sweep import pareto_front
+from axolotl_ivon.decisions.weights import check_files, grid, save, sweep_weights
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
 from axolotl_ivon.evaluation.variants import Variant
 from axolotl_ivon.metrics.scores import Scores, metrics
@@ -28,13 +29,14 @@ def test_the_grid_is_a_simplex_with_equal_weights_in_it(count: int, points: int)
     assert ends <= set(found)
 
 
-def test_the_front_is_what_nothing_dominates() -> None:
-    values = [(0.1, 0.9), (0.2, 0.5), (0.3, 0.5), (0.9, 0.1), (0.9, 0.9), (0.2, 0.5)]
-    points = [WeightsPoint((), {"a": {"nll": a}, "b": {"nll": b}}, {}) for a, b in values]
-    expected = [not any(x <= a and y <= b and (x, y) != (a, b) for x, y in values) for a, b in values]
-    assert pareto(points, "nll") == expected == [True, True, False, True, False, True]
-    of_accuracy = [WeightsPoint((), {"a": {"accuracy": a}, "b": {"accuracy": b}}, {}) for a, b in values]
-    assert pareto(of_accuracy, "accuracy")[4]
+@pytest.fixture(scope="module")
+def folders(make_adapter: Callable[..., Path]) -> list[Path]:
+    return [make_adapter(seed=seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def posteriors(folders: list[Path]) -> list[Posterior]:
+    return [Posterior.from_pretrained(folder) for folder in folders]
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +46,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_every_product_is_scored_as_it_is_by_itself(
-    make_adapter: Callable[..., Path], files: list[Path], tmp_path: Path
+    folders: list[Path], posteriors: list[Posterior], files: list[Path], tmp_path: Path
 ) -> None:
-    folders = [make_adapter(seed=seed) for seed in (1, 2)]
-    posteriors = [Posterior.from_pretrained(folder) for folder in folders]
     evaluation = Evaluation(folders[0], EvaluationData(files))
     result = sweep_weights(evaluation, posteriors, sampling=Sampling(samples=0, seed=3))
     assert [point.weights for point in result.points] == grid(2)
@@ -72,21 +72,17 @@ def test_every_product_is_scored_as_it_is_by_itself(
     assert document["weights"] == list(result.chosen.weights)
     assert len(document["points"]) == 9
     assert sum(point["front"] for point in document["points"]) >= 1
-    saved, expected = (
-        Posterior.from_pretrained(tmp_path / "out"),
-        Posterior.combine(posteriors, weights=result.chosen.weights),
-    )
+    saved = Posterior.from_pretrained(tmp_path / "out")
+    expected = Posterior.combine(posteriors, weights=result.chosen.weights)
     assert all(torch.equal(saved.mean[key], expected.mean[key]) for key in expected.mean)
     with pytest.raises(IVONError, match="out"):
         save(result, posteriors, tmp_path / "out", {})
 
 
 def test_a_posterior_that_is_right_about_all_data_is_chosen(
-    make_adapter: Callable[..., Path], files: list[Path], monkeypatch: pytest.MonkeyPatch
+    folders: list[Path], posteriors: list[Posterior], files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scores are made up: the more of the first posterior, the likelier the right answer."""
-    folders = [make_adapter(seed=seed) for seed in (1, 2)]
-    posteriors = [Posterior.from_pretrained(folder) for folder in folders]
     evaluation = Evaluation(folders[0], EvaluationData(files))
     weights, count = iter(grid(2)), len(evaluation.items)
 
@@ -113,13 +109,17 @@ def test_what_is_nothing_to_choose_between_is_refused(adapters: list[str], data:
         check_files(adapters, data)
 
 
-def test_too_few_examples_keep_equal_weights(make_adapter: Callable[..., Path], tmp_path: Path) -> None:
-    files = [write_chats(tmp_path / f"{i}.jsonl", 8, i) for i in (1, 2)]
-    folders = [make_adapter(seed=seed) for seed in (1, 2)]
-    posteriors = [Posterior.from_pretrained(folder) for folder in folders]
-    result = sweep_weights(Evaluation(folders[0], EvaluationData(files)), posteriors, sampling=Sampling(samples=2))
-    assert result.chosen.weights == (1.0, 1.0)
-    assert result.outcome in ("equal", "too few examples")
-    few = [write_chats(tmp_path / f"few-{i}.jsonl", 3, i) for i in (1, 2)]
+def test_too_few_examples_keep_equal_weights(
+    folders: list[Path], posteriors: list[Posterior], files: list[Path]
+) -> None:
+    few = Evaluation(folders[0], EvaluationData(files, limit=8))
+    for objective, sign in (("nll", 1), ("accuracy", -1)):
+        result = sweep_weights(few, posteriors, objective, Sampling(samples=2))
+        costs = [[sign * values[objective] for values in point.chosen_on.values()] for point in result.points]
+        assert [point.front for point in result.points] == pareto_front(costs)
+        assert result.best is result.points[min(range(9), key=lambda place: sum(costs[place]))]
+        assert result.chosen.weights == (1.0, 1.0)
+        assert result.outcome in ("equal", "too few examples", "the same")
+    few.files = {path: numbers[:3] for path, numbers in few.files.items()}
     with pytest.raises(IVONError, match="3 examples cannot be split in two"):
-        sweep_weights(Evaluation(folders[0], EvaluationData(few)), posteriors)
+        sweep_weights(few, posteriors)

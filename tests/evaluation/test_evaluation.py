@@ -20,10 +20,9 @@ from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
 from axolotl_ivon.evaluation.run import run
 from axolotl_ivon.evaluation.variants import VariantChoice, paper_variants
 from axolotl_ivon.evaluation.verdicts import verdicts
-from axolotl_ivon.metrics.bootstrap import bootstrap, standard_errors
+from axolotl_ivon.metrics.bootstrap import compare, standard_errors
 from axolotl_ivon.metrics.scores import Scores, metrics
-from axolotl_ivon.metrics.verdict import differences
-from axolotl_ivon.records.evaluation import ExampleRecord, VariantResult
+from axolotl_ivon.records.evaluation import Difference, ExampleRecord, VariantResult
 from axolotl_ivon.records.recommendation import Recommendation
 
 THREE = Sampling(samples=3)
@@ -50,9 +49,8 @@ def test_the_record_says_what_the_scores_say(adapter: Path, chats: Path, tmp_pat
             assert {metric: row.value(metric) for metric in metrics(part)} == metrics(part)
             assert {metric: row.se.value(metric) for metric in metrics(part)} == standard_errors(part)
             for than in ("mean", "mean+temperature"):
-                pairs = (metrics(part), metrics(parts[than]), bootstrap(part), bootstrap(parts[than]))
-                paired = differences(*pairs) if than != name else {}
-                assert {metric: value.dump() for metric, value in row.versus(than).items()} == paired
+                paired = compare(part, parts[than]) if than != name else {}
+                assert row.versus(than) == {metric: Difference(**each._asdict()) for metric, each in paired.items()}
         whole = parts["recommended"]
         answered = record.find("recommended, answered", path)
         assert answered is not None
@@ -101,55 +99,38 @@ def result(name: str, nll: float, error: float, than: str = "mean", **more: Any)
     return VariantResult.parse(row, "here")
 
 
+ACCURACY = {"accuracy": {"difference": 0.35, "standard_error": 0.083}}
+ECE = {"ece": {"difference": 0.0, "standard_error": None}}
+BETTER, WORSE, NOISE = "better", "worse", "within noise"
+
+
 @pytest.mark.parametrize(
     ("given", "verdict", "text"),
     [
-        (result("posterior", -0.021, 0.006), "better", "10 draws are better than the mean: NLL −0.021 ± 0.006"),
-        (result("posterior", 0.021, 0.006), "worse", "10 draws are worse than the mean: NLL +0.021 ± 0.006"),
-        (
-            result("posterior", -0.004, 0.006),
-            "within noise",
-            "10 draws and the mean are within noise: NLL −0.004 ± 0.006; about 2,700 examples would tell",
-        ),
-        (
-            result("posterior", -0.00001, 0.006),
-            "within noise",
-            "10 draws and the mean are within noise: NLL −0.000 ± 0.006; more than a million examples would tell",
-        ),
+        (result("posterior", -0.021, 0.006), BETTER, "10 draws are better than the mean: NLL −0.021 ± 0.006"),
+        (result("posterior", 0.021, 0.006), WORSE, "10 draws are worse than the mean: NLL +0.021 ± 0.006"),
+        (result("posterior", -0.004, 0.006), NOISE,
+         "10 draws and the mean are within noise: NLL −0.004 ± 0.006; about 2,700 examples would tell"),
+        (result("posterior", -0.00001, 0.006), NOISE,
+         "10 draws and the mean are within noise: NLL −0.000 ± 0.006; more than a million examples would tell"),
         (result("posterior", 0.0, 0.0), "the same", "10 draws and the mean predict the same"),
-        (
-            result("posterior", -0.5, 0.01, examples=12),
-            "too few examples",
-            "12 examples are too few to tell 10 draws from the mean: NLL −0.500 ± 0.010",
-        ),
-        (result("mean", -0.5, 0.01, "base"), "better", "the mean is better than the base model: NLL −0.500 ± 0.010"),
-        (
-            result("posterior", -0.5, 0.01, samples=1),
-            "better",
-            "one draw is better than the mean: NLL −0.500 ± 0.010",
-        ),
-        (
-            result("posterior+temperature", 0.5, 0.01, "mean+temperature"),
-            "worse",
-            "10 draws at a fitted temperature are worse than the mean at its own: NLL +0.500 ± 0.010",
-        ),
-        (
-            result("mean", -0.054, 0.215, "base", versus={"accuracy": {"difference": 0.35, "standard_error": 0.083}}),
-            "within noise",
-            "the mean and the base model are within noise in NLL, but not in accuracy: NLL −0.054 ± 0.215, accuracy "
-            "+35.0 ± 8.3 %; about 20,000 examples would tell",
-        ),
-        (
-            result("posterior", -0.02, 0.005, versus={"ece": {"difference": 0.0, "standard_error": None}}),
-            "better",
-            "10 draws are better than the mean: NLL −0.020 ± 0.005, ECE +0.0 %",
-        ),
+        (result("posterior", -0.5, 0.01, examples=12), "too few examples",
+         "12 examples are too few to tell 10 draws from the mean: NLL −0.500 ± 0.010"),
+        (result("mean", -0.5, 0.01, "base"), BETTER, "the mean is better than the base model: NLL −0.500 ± 0.010"),
+        (result("posterior", -0.5, 0.01, samples=1), BETTER, "one draw is better than the mean: NLL −0.500 ± 0.010"),
+        (result("posterior+temperature", 0.5, 0.01, "mean+temperature"), WORSE,
+         "10 draws at a fitted temperature are worse than the mean at its own: NLL +0.500 ± 0.010"),
+        (result("mean", -0.054, 0.215, "base", versus=ACCURACY), NOISE,
+         "the mean and the base model are within noise in NLL, but not in accuracy: NLL −0.054 ± 0.215, accuracy "
+         "+35.0 ± 8.3 %; about 20,000 examples would tell"),
+        (result("posterior", -0.02, 0.005, versus=ECE), BETTER,
+         "10 draws are better than the mean: NLL −0.020 ± 0.005, ECE +0.0 %"),
     ],
-)
+)  # fmt: skip
 def test_a_verdict_in_words(given: VariantResult, verdict: str, text: str) -> None:
     [found] = verdicts([given])
     assert (found.verdict, found.text) == (verdict, text)
-    assert (found.examples_needed is not None) == (verdict == "within noise")
+    assert (found.examples_needed is not None) == (verdict == NOISE)
 
 
 def test_verdicts_come_file_by_file_and_only_where_both_rows_are() -> None:
@@ -197,9 +178,6 @@ def test_draws_against_the_mean_are_paired(shift: float, word: str) -> None:
     assert found["se"] == pytest.approx(statistics.stdev(apart) / math.sqrt(40))
     assert word in found["finding"]["text"]
     assert found["finding"]["good"] == (word == "better")
-
-
-def test_one_example_says_nothing() -> None:
-    found = _compare("x", with_nll(np.array([0.5])), with_nll(np.array([1.0])))
-    assert found["se"] is None
-    assert "cannot be told apart" in found["finding"]["text"]
+    alone = _compare("x", with_nll(hard[:1]), with_nll(draws[:1]))
+    assert alone["se"] is None
+    assert "cannot be told apart" in alone["finding"]["text"]

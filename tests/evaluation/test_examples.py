@@ -10,10 +10,9 @@ import pytest
 from evaluations import ROWS
 from tiny import write_chats
 
-from axolotl_ivon import IVONError
 from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
-from axolotl_ivon.evaluation.examples import check_output, describe
+from axolotl_ivon.evaluation.examples import describe
 from axolotl_ivon.evaluation.variants import Variant
 from axolotl_ivon.metrics.scores import Scores
 from axolotl_ivon.records.base import save_lines
@@ -55,19 +54,6 @@ def test_other_data_is_described_too_and_what_is_unknown_is_null(adapter: Path, 
     lines = list(describe(evaluation, rows, evaluation.run(rows, Sampling(samples=2))))
     assert Counter(line.data for line in lines) == {str(chats): 24, str(other): 5}
     assert all(line.rows["posterior+temperature"].mutual_information is None for line in lines)
-
-
-def test_what_is_there_is_kept_unless_told(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    check_output(path)
-    path.write_text("precious")
-    with pytest.raises(IVONError, match="exists; choose another name, or overwrite it with overwrite"):
-        check_output(path)
-    check_output(path, overwrite=True)
-    with pytest.raises(IVONError, match="is a folder"):
-        check_output(tmp_path, overwrite=True)
-    with pytest.raises(IVONError, match="no such folder"):
-        check_output(tmp_path / "below" / "out.jsonl")
 
 
 def test_a_failure_leaves_the_old_file(evaluation: Evaluation, scores: list[Scores], tmp_path: Path) -> None:

@@ -1,51 +1,15 @@
-"""Detection of other data against scikit-learn, repetitions, and distributions made by hand."""
+"""Detection of other data on distributions made by hand."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from axolotl_ivon.evaluation.ood import SCORES, detect
 from axolotl_ivon.evaluation.variants import Variant
-from axolotl_ivon.metrics.ood import detection
 from axolotl_ivon.metrics.scores import Scores
-
-both = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=2, max_size=40).filter(
-    lambda values: len({positive for _, positive in values}) == 2
-)
-
-
-@given(both)
-def test_detection_is_that_of_scikit_learn(values: list[tuple[int, bool]]) -> None:
-    score, positive = np.array([s / 9 for s, _ in values]), np.array([p for _, p in values])
-    found = detection(score, positive)
-    assert found["auroc"] == pytest.approx(roc_auc_score(positive, score))
-    assert found["aupr"] == pytest.approx(average_precision_score(positive, score))
-    misses, hits, _ = roc_curve(positive, score, drop_intermediate=False)
-    assert found["fpr95"] == pytest.approx(misses[hits >= 0.95][0])
-
-
-@given(both, st.data())
-def test_weights_count_as_repetitions(values: list[tuple[int, bool]], draw: st.DataObject) -> None:
-    score, positive = np.array([s / 9 for s, _ in values]), np.array([p for _, p in values])
-    n = len(values)
-    times = np.array(
-        draw.draw(
-            st.lists(st.integers(0, 3), min_size=n, max_size=n).filter(
-                lambda times: {p for (_, p), t in zip(values, times, strict=True) if t} == {True, False}
-            )
-        )
-    )
-    found = detection(score, positive, np.stack([times, np.ones(n)]).astype(float))
-    for name, (one, other) in found.items():
-        assert one == pytest.approx(detection(score.repeat(times), positive.repeat(times))[name])
-        assert other == pytest.approx(detection(score, positive)[name])
 
 
 def told(draws: torch.Tensor, samples: int) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The area under the ROC curve against torchmetrics, and weights against repetitions."""
+"""The area under the ROC curve and detection against torchmetrics and scikit-learn, and weights against repetitions."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torchmetrics.functional.classification import binary_auroc
 
-from axolotl_ivon.metrics.auroc import auroc
+from axolotl_ivon.metrics.auroc import auroc, detection
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30))
-def test_auroc_is_that_of_torchmetrics(values: list[tuple[int, bool]]) -> None:
-    score, positive = np.array([v / 5 for v, _ in values]), np.array([p for _, p in values])
-    found = auroc(score, positive)
-    assert found.shape == ()
-    if positive.all() or not positive.any():
-        assert np.isnan(found)
-    else:
-        expected = binary_auroc(torch.from_numpy(score), torch.from_numpy(positive).long())
-        assert found == pytest.approx(float(expected), abs=1e-6)
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.integers(0, 3)), min_size=1, max_size=12))
-def test_weights_count_as_repetitions(values: list[tuple[int, bool, int]]) -> None:
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans(), st.integers(0, 3)), min_size=1, max_size=30))
+def test_figures_are_those_of_others_and_weights_count_as_repetitions(values: list[tuple[int, bool, int]]) -> None:
     score, positive, times = (np.array(column) for column in zip(*values, strict=True))
-    found = auroc(score, positive, np.stack([times, np.ones(len(times))]))
-    assert found.shape == (2,)
-    if times.any():
-        np.testing.assert_allclose(found[0], auroc(score.repeat(times), positive.repeat(times)))
-    else:
-        assert np.isnan(found[0])
-    np.testing.assert_allclose(found[1], auroc(score, positive))
+    score = score / 9
+    weights = np.stack([times, np.ones(len(times))])
+    both = auroc(score, positive, weights)
+    repeated = score.repeat(times), positive.repeat(times)
+    for found, (one, right) in zip(both, [repeated, (score, positive)], strict=True):
+        if len({*right.tolist()}) < 2:
+            assert np.isnan(found)
+            continue
+        assert found == pytest.approx(roc_auc_score(right, one))
+        assert found == pytest.approx(float(binary_auroc(torch.from_numpy(one), torch.from_numpy(right).long())))
+        told = detection(one, right)
+        assert told["auroc"].shape == ()
+        assert told["auroc"] == pytest.approx(found)
+        assert told["aupr"] == pytest.approx(average_precision_score(right, one))
+        misses, hits, _ = roc_curve(right, one, drop_intermediate=False)
+        assert told["fpr95"] == pytest.approx(misses[hits >= 0.95][0])
+    if not np.isnan(both).any():
+        for name, pair in detection(score, positive, weights).items():
+            assert pair == pytest.approx([detection(*repeated)[name], detection(score, positive)[name]])

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from axolotl_ivon.metrics.bootstrap import bootstrap
+from axolotl_ivon.metrics.bootstrap import compare, standard_errors
 from axolotl_ivon.metrics.scores import Scores, metrics
-from axolotl_ivon.metrics.verdict import differences, examples_needed, figures, is_beyond_noise, judge
+from axolotl_ivon.metrics.verdict import Paired, examples_needed, figures, judge
 
 
 def test_a_difference_has_the_error_of_pairs() -> None:
@@ -19,29 +19,23 @@ def test_a_difference_has_the_error_of_pairs() -> None:
     p = torch.softmax(2 * torch.randn(600, 2, generator=generator, dtype=torch.float64), 1)
     target = torch.multinomial(p, 1, generator=generator).squeeze(1)
     one, other = Scores.of(p, target), Scores.of(0.95 * p + 0.025, target)
-    found = differences(metrics(one), metrics(other), bootstrap(one), bootstrap(other))
-    away = one.nll - other.nll
-    assert found["nll"]["difference"] == pytest.approx(away.mean().item())
-    assert found["nll"]["standard_error"] == pytest.approx(away.std().item() / math.sqrt(600), rel=0.1)
-    assert found["accuracy"] == {"difference": 0, "standard_error": 0}  # the same guesses
+    found, away = compare(one, other), one.nll - other.nll
+    assert found["nll"].difference == pytest.approx(away.mean().item())
+    assert found["nll"].standard_error == pytest.approx(away.std().item() / math.sqrt(600), rel=0.1)
+    assert found["nll"].standard_error < 0.5 * standard_errors(one)["nll"]
+    assert found["accuracy"] == (0, 0)  # the same guesses
     assert found.keys() == metrics(one).keys()
+    all_right = Scores.of(p, p.argmax(1))
+    assert compare(all_right, other).keys() == metrics(one).keys() - {"auroc"}  # which only one has
 
 
-def test_a_metric_that_one_lacks_has_no_difference() -> None:
-    p = torch.tensor([[0.9, 0.1], [0.8, 0.2]], dtype=torch.float64)
-    right, half = Scores.of(p, torch.tensor([0, 0])), Scores.of(p, torch.tensor([0, 1]))
-    found = differences(metrics(right), metrics(half), bootstrap(right), bootstrap(half))
-    assert metrics(right)["auroc"] is None
-    assert "auroc" not in found
-    assert "nll" in found
-
-
-def test_the_examples_that_would_tell_bring_the_error_to_half_the_difference() -> None:
-    assert examples_needed(100, 0.02, 0.02) == 400
-    assert examples_needed(100, -0.02, 0.02) == 400
-    assert examples_needed(123, 0.01, 0.017) == 1500  # 1,422
-    assert examples_needed(300, 0.0, 0.01) is None
-    assert examples_needed(300, 1e-9, 0.01) is None
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [((100, 0.02, 0.02), 400), ((100, -0.02, 0.02), 400), ((123, 0.01, 0.017), 1500),  # 1,422
+     ((300, 0.0, 0.01), None), ((300, 1e-9, 0.01), None)],
+)  # fmt: skip
+def test_the_error_is_half_the_difference_of_as_many(given: tuple[int, float, float], needed: int | None) -> None:
+    assert examples_needed(*given) == needed
 
 
 @pytest.mark.parametrize(
@@ -62,9 +56,10 @@ def test_what_a_difference_means(difference: float, error: float, examples: int,
 
 
 def test_differences_in_words() -> None:
-    versus = {"nll": (-0.02, 0.005), "accuracy": (-0.0123, 0.02), "ece": (0.0, None), "brier": (1.0, 1.0)}
+    pairs = {"nll": (-0.02, 0.005), "accuracy": (-0.0123, 0.02), "ece": (0.0, None), "brier": (1.0, 1.0)}
+    versus = {metric: Paired(*pair) for metric, pair in pairs.items()}
     assert figures(versus) == "NLL −0.020 ± 0.005, accuracy −1.2 ± 2.0 %, ECE +0.0 %"
-    assert [is_beyond_noise(*pair) for pair in versus.values()] == [True, False, False, False]
+    assert [pair.is_beyond_noise for pair in versus.values()] == [True, False, False, False]
 
 
 def test_a_verdict_needs_no_torch() -> None:

@@ -149,10 +149,10 @@ def test_nothing_is_written_of_a_record_with_a_number_that_json_lacks(tmp_path: 
 def test_rows_of_influence_are_whole_and_in_order(tmp_path: Path) -> None:
     path = tmp_path / "influence.jsonl"
     rows = [influence.InfluenceRecord.parse({**INFLUENCE, "index": i}, "here") for i in range(3)]
-    influence.save(path, rows)
+    save_lines(path, rows)
     assert influence.load(path, "scores") == rows
     assert [rows[0].score(name) for name in influence.SCORES] == [0.5, 1, 2.0, None]
-    influence.save(path, rows[1:])
+    save_lines(path, rows[1:])
     with pytest.raises(IVONError, match=r"influence.jsonl:1: index is 1, not 0; write the file anew"):
         influence.load(path, "scores")
 

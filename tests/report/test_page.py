@@ -11,12 +11,11 @@ import pytest
 from browser import CHROMIUM, Browser
 from measurements import HOSTILE
 
-from axolotl_ivon import IVONError
 from axolotl_ivon.records.evaluation import EvaluationRecord, ExampleRecord
 from axolotl_ivon.records.influence import InfluenceRecord
 from axolotl_ivon.records.recommendation import Recommendation
 from axolotl_ivon.report.findings import Findings
-from axolotl_ivon.report.page import check_output, main_variant, page, save
+from axolotl_ivon.report.page import main_variant, page, save
 
 # The contrast, as WCAG 2 defines it, of every piece of text to what lies behind it.
 CONTRAST = """
@@ -182,19 +181,6 @@ def test_the_recommended_variant_is_the_one_to_trust(recommended: dict, names: l
     evaluation = EvaluationRecord.parse({"rows": rows, "tau": tau, "prune_ratio": pruned}, "made up")
     sweep = Recommendation.parse({"ratio": 0.0, **recommended}, "made up") if recommended else None
     assert main_variant(Findings(evaluation, sweep=sweep), names) == variant
-
-
-def test_an_earlier_report_is_kept_unless_told(tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    check_output(path)
-    save(path, "one")
-    with pytest.raises(IVONError, match=r"output .* exists; choose another name, or overwrite it with overwrite"):
-        check_output(path)
-    check_output(path, overwrite=True)
-    with pytest.raises(IVONError, match="is a folder"):
-        check_output(tmp_path)
-    with pytest.raises(IVONError, match="there is no such folder"):
-        check_output(tmp_path / "no" / "report.html")
 
 
 def test_training_rows_that_stand_out(tiny_adapter: Path, known: Findings) -> None:

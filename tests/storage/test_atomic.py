@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.storage.atomic import check_space, check_target, in_bytes, new_file, new_folder
+from axolotl_ivon.storage.atomic import check_file, check_space, check_target, in_bytes, new_file, new_folder
 
 
 def names(folder: Path) -> set[str]:
@@ -23,6 +23,19 @@ def adapter_like(folder: Path, text: str = "old") -> Path:
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(text)
     return folder
+
+
+def test_a_file_to_write_is_checked_before_the_work(tmp_path: Path):
+    path = tmp_path / "out.jsonl"
+    check_file(path)
+    path.write_text("precious")
+    with pytest.raises(IVONError, match=r"output .* exists; choose another name, or overwrite it with overwrite"):
+        check_file(path)
+    check_file(path, overwrite=True)
+    with pytest.raises(IVONError, match="is a folder"):
+        check_file(tmp_path, overwrite=True)
+    with pytest.raises(IVONError, match="there is no such folder"):
+        check_file(tmp_path / "below" / "out.jsonl")
 
 
 def test_a_folder_appears_whole(tmp_path: Path):
