@@ -130,7 +130,7 @@ def command(
 
 def _settings(utility: str, answer_regex: str | None, embedding_model: str | None, fields: str | None) -> MBRSettings:
     """Return how outputs are compared."""
-    from axolotl_ivon.generation.embedding import Embedder, by_meaning
+    from axolotl_ivon.generation.embedding import by_meaning, load_embedding
     from axolotl_ivon.generation.fields import check_fields
     from axolotl_ivon.generation.mbr import MBRSettings
     from axolotl_ivon.generation.utilities import UTILITIES, AnswerExtractor
@@ -139,7 +139,7 @@ def _settings(utility: str, answer_regex: str | None, embedding_model: str | Non
     settings = MBRSettings(UTILITIES[utility](answers), answers, fields=() if fields is None else check_fields(fields))
     if embedding_model is None:
         return settings
-    return replace(settings, clusters=partial(by_meaning, embed=Embedder(embedding_model)))
+    return replace(settings, clusters=partial(by_meaning, embed=load_embedding(embedding_model)))
 
 
 def _check_risk(

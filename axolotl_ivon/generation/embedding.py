@@ -14,8 +14,10 @@ SIMILARITY = 0.8
 Embedding = Callable[[Sequence[str]], np.ndarray]
 
 
-class Embedder:
-    """Maps texts to unit vectors with a model of sentence-transformers (extra `mbr`), which runs no code of its own.
+def load_embedding(model: str | Path) -> Embedding:
+    """Return a model of sentence-transformers (extra `mbr`) as a function of texts; it runs no code of its own.
+
+    The function returns float32 embeddings, shape (n, size), each of length 1.
 
     Args:
         model: folder or Hub id.
@@ -23,30 +25,24 @@ class Embedder:
     Raises:
         IVONError: sentence-transformers is not installed, or cannot load the model.
     """
+    named = param_ref("embedding_model")
+    package = import_optional("sentence_transformers", named, "sentence-transformers", "'axolotl-ivon[mbr]'")
+    try:
+        loaded = package.SentenceTransformer(
+            str(model), device="cpu", trust_remote_code=False, model_kwargs={"use_safetensors": True}
+        )
+    except Exception as error:  # as many kinds as there are ways to be no model
+        raise IVONError(
+            f"{named} {model}: cannot be loaded ({one_line(error)}); give a folder that sentence-transformers saved, "
+            "or a Hub id, all-MiniLM-L6-v2 say"
+        ) from None
 
-    def __init__(self, model: str | Path) -> None:
-        named = param_ref("embedding_model")
-        package = import_optional("sentence_transformers", named, "sentence-transformers", "'axolotl-ivon[mbr]'")
-        try:
-            self._model = package.SentenceTransformer(
-                str(model), device="cpu", trust_remote_code=False, model_kwargs={"use_safetensors": True}
-            )
-        except Exception as error:  # as many kinds as there are ways to be no model
-            raise IVONError(
-                f"{named} {model}: cannot be loaded ({one_line(error)}); give a folder that "
-                "sentence-transformers saved, or a Hub id, all-MiniLM-L6-v2 say"
-            ) from None
-        self._known: dict[str, np.ndarray] = {}
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        # Half a surrogate pair, which a model may write, is no text.
+        clean = [text.encode("utf-8", "replace").decode() for text in texts]
+        return np.asarray(loaded.encode(clean, normalize_embeddings=True, show_progress_bar=False))
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the embeddings, float32, shape (n, size), each of length 1; a text is embedded once."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if new:
-            # Half a surrogate pair, which a model may write, is no text.
-            clean = [text.encode("utf-8", "replace").decode() for text in new]
-            vectors = self._model.encode(clean, normalize_embeddings=True, show_progress_bar=False)
-            self._known.update(zip(new, np.asarray(vectors), strict=True))
-        return np.stack([self._known[text] for text in texts])
+    return embed
 
 
 def by_meaning(answers: Sequence[str | None], embed: Embedding, similarity: float = SIMILARITY) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,12 +12,10 @@ from ..errors import IVONError, param_ref
 from ..models.batching import Halving
 from ..models.draws import evaluating, stacked
 from ..models.forward import CachedForward, end_tokens
+from ..models.session import Session
 from ..posterior.posterior import Posterior
 from ..reporter import SILENT, Reporter
 from .plan import Output, Plan, random_bits
-
-if TYPE_CHECKING:
-    from ..models.session import Session
 
 _T = TypeVar("_T")
 # Sequences that are decoded at once by default; halved when the memory runs out.

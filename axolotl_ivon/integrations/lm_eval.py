@@ -77,7 +77,6 @@ class IVONPosterior(HFLM):
         self._slots.write(pruned.mean)
         self._posterior, self._seed = pruned.temper(variant.tau), int(seed)
         self._draws = variant.passes(int(samples))
-        self._single = math.isinf(variant.tau)
         self._disagreement: dict[tuple[str, int], float] = {}  # (task, document) -> mutual information
         super().__init__(pretrained=session.model, tokenizer=session.tokenizer, **options)
 
@@ -87,7 +86,7 @@ class IVONPosterior(HFLM):
         self.cache_hook = CacheHook(None)
         try:
             for member in range(self._draws):
-                with self._slots.loaded({} if self._single else self._posterior.sample(self._seed, member)):
+                with self._slots.loaded(self._posterior.sample(self._seed, member)):
                     yield run()
         finally:
             self.cache_hook = hook

@@ -30,19 +30,27 @@ def files(tmp_path: Path) -> list[Path]:
     return [write(tmp_path / f"{name}.jsonl", a, ["1", "3"]) for name, a in (("mean", wrong), ("pruned", right))]
 
 
-def test_json_holds_accuracy_curve_and_files(ivon_post: Cli, files: list[Path], tmp_path: Path) -> None:
+def test_json_holds_accuracy_curve_uncertainty_and_files(ivon_post: Cli, files: list[Path], tmp_path: Path) -> None:
     found = ivon_post.json("mbr", files[0], f"posterior, pruned={files[1]}", "-a", "gsm8k", "-o", tmp_path / "out")
-    assert found["accuracy"] == 0.5
-    assert [result["label"] for result in found["results"]] == ["mean", "posterior, pruned"]
-    assert [result["accuracy"] for result in found["results"]] == [0.5, 1.0]
-    assert [point["n"] for point in found["results"][0]["curve"]] == [8, 16]
+    assert (found["accuracy"], found["level"]) == (0.5, "sequence")
+    mean, pruned = found["results"]
+    assert (mean["label"], pruned["label"]) == ("mean", "posterior, pruned")
+    assert (mean["accuracy"], pruned["accuracy"]) == (0.5, 1.0)
+    assert [point["n"] for point in mean["curve"]] == [8, 16]
     # The members differ on the first problem alone, and there the mean's choice is wrong.
-    assert found["results"][0]["auroc"] == 1.0
-    assert found["results"][1]["auroc"] is None
+    assert (mean["auroc"], pruned["auroc"], mean["coverage"]) == (1.0, None, None)
     names = ["mean.jsonl", "posterior, pruned.jsonl", "accuracy.png", "accuracy.svg"]
     assert found["files"] == [str(tmp_path / "out" / name) for name in names]
-    chosen = [json.loads(line)["answer"] for line in (tmp_path / "out" / "mean.jsonl").read_text().splitlines()]
-    assert chosen == ["2", "3"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "mean.jsonl").read_text().splitlines()]
+    assert [(line["answer"], line["confidence"]) for line in lines] == [("2", 10 / 16), ("3", 1.0)]
+    assert not lines[0].keys() & {"abstain", "fields"}
+    # Member 0 says 2 eight times; member 1 twice, and six times 1.
+    entropy = -(10 / 16 * math.log(10 / 16) + 6 / 16 * math.log(6 / 16))
+    within = -(1 / 4 * math.log(1 / 4) + 3 / 4 * math.log(3 / 4)) / 2
+    expected = {"semantic_entropy": entropy, "expected_entropy": within, "mutual_information": entropy - within}
+    assert {name: lines[0][name] for name in expected} == pytest.approx(expected)
+    judged = {"mean": (entropy - within) / 2, "auroc": 1.0, "aurc": 0.25, "prr": 1.0}
+    assert mean["uncertainty"]["mutual_information"] == pytest.approx(judged)
 
 
 def test_the_table_has_a_row_for_each_file(ivon_post: Cli, files: list[Path]) -> None:
@@ -73,25 +81,6 @@ def test_files_without_references_give_choices(ivon_post: Cli, tmp_path: Path) -
     assert "f: 1 prompts, no references" in out
     assert json.loads((tmp_path / "f-mbr" / "f.jsonl").read_text())["answer"] == "2"
     assert ivon_post.json("mbr", path, "--overwrite")["accuracy"] is None
-
-
-def test_a_line_says_how_sure_the_outputs_are(ivon_post: Cli, files: list[Path], tmp_path: Path) -> None:
-    found = ivon_post.json("mbr", files[0], "-a", "gsm8k", "-o", tmp_path / "out")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "mean.jsonl").read_text().splitlines()]
-    assert [line["confidence"] for line in lines] == [10 / 16, 1.0]
-    # Member 0 says 2 eight times; member 1 twice, and six times 1.
-    entropy = -(10 / 16 * math.log(10 / 16) + 6 / 16 * math.log(6 / 16))
-    within = -(1 / 4 * math.log(1 / 4) + 3 / 4 * math.log(3 / 4)) / 2
-    assert lines[0]["semantic_entropy"] == pytest.approx(entropy)
-    assert lines[0]["expected_entropy"] == pytest.approx(within)
-    assert lines[0]["mutual_information"] == pytest.approx(entropy - within)
-    assert "abstain" not in lines[0]
-    assert "fields" not in lines[0]
-    told = found["results"][0]["uncertainty"]
-    assert told["mutual_information"] == {
-        "mean": pytest.approx((entropy - within) / 2), "auroc": 1.0, "aurc": 0.25, "prr": 1.0
-    }  # fmt: skip
-    assert found["results"][0]["coverage"] is None
 
 
 def sure(path: Path, count: int) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from command_line import Cli
 from openai_server import Server, serving
-from tiny import write_chats
+from pipeline import Pipeline
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_chats
@@ -60,13 +60,8 @@ def server(held: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", 4)
-
-
-@pytest.fixture(scope="module")
-def prompts(tiny_adapter: Path, tiny_llama: Path, chats: Path) -> list[Prompt]:
-    return render(load_tokenizer(tiny_adapter, str(tiny_llama)), read_chats(chats))
+def prompts(pipeline: Pipeline, tiny_llama: Path) -> list[Prompt]:
+    return render(load_tokenizer(pipeline.adapter, str(tiny_llama)), read_chats(pipeline.chats, 4))
 
 
 def engine(server: Server, plan: Plan, **options: Any) -> EndpointEngine:
@@ -279,18 +274,20 @@ def test_a_missing_package_is_named(server: Server, monkeypatch: pytest.MonkeyPa
 # --- the command ------------------------------------------------------------------------------------------------
 
 
-def test_generate_asks_the_server(server: Server, ensemble: Path, chats: Path, tmp_path: Path, ivon_post: Cli) -> None:
-    options = ["-p", chats, "-n", 6, "--per-model", 2, "--max-tokens", 8, "--endpoint", server.url]
+def test_generate_asks_the_server(
+    server: Server, ensemble: Path, pipeline: Pipeline, tmp_path: Path, ivon_post: Cli
+) -> None:
+    options = ["-p", pipeline.chats, "--limit", 4, "-n", 6, "--per-model", 2, "--max-tokens", 8]
+    command = ["generate", ensemble, *options, "--endpoint", server.url]
     path = tmp_path / "out.jsonl"
-    found = ivon_post.json("generate", ensemble, *options, "-o", path)
-    assert (found["prompts"], found["members"]) == (4, 3)
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [output["member"] for output in lines[0]["outputs"]] == [0, 0, 1, 1, 2, 2]
+    document = ivon_post.json(*command, "-o", path)
+    assert (document["prompts"], document["members"]) == (4, 3)
+    line = json.loads(path.read_text().splitlines()[0])
+    assert [output["member"] for output in line["outputs"]] == [0, 0, 1, 1, 2, 2]
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    ivon_post("generate", ensemble, *options, "-o", path)
+    ivon_post(*command, "-o", path)
     assert path.read_bytes() == whole
-    mean = ivon_post.json("generate", ensemble, *options, "--mean", "-o", tmp_path / "mean.jsonl")
+    mean = ivon_post.json(*command, "--mean", "-o", tmp_path / "mean.jsonl")
     assert mean["members"] == 1
     assert server.requests[-1]["model"] == "mean"
-    assert "made with mean False, not True" in ivon_post.error("generate", ensemble, *options, "--mean", "-o", path)

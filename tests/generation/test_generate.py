@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from heard import Heard
-from tiny import write_chats
+from pipeline import Pipeline
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_chats
@@ -50,9 +50,8 @@ def test_the_mean_needs_no_multiple() -> None:
     assert (plan.members, plan.per_member) == (1, 12)
 
 
-def test_a_file_is_filled_and_then_left(tiny_adapter: Path, tmp_path: Path) -> None:
-    chats = read_chats(write_chats(tmp_path / "chats.jsonl", 4), 3)
-    path, heard = tmp_path / "out.jsonl", Heard()
+def test_a_file_is_filled_and_then_left(tiny_adapter: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+    chats, path, heard = read_chats(pipeline.chats, 3), tmp_path / "out.jsonl", Heard()
     source = loaded_draws(str(tiny_adapter), PLAN, batch_size=4)
     first = generate(source, chats, path, reporter=heard)
     assert (first.prompts, first.resumed) == (3, 0)
@@ -60,8 +59,6 @@ def test_a_file_is_filled_and_then_left(tiny_adapter: Path, tmp_path: Path) -> N
     assert first.tokens_per_second == pytest.approx(first.tokens / first.seconds)
     assert list(heard.counts) == ["loading the tokenizer", "loading the base model", "generating"]
     assert heard.counts["generating"] == [(0, 3), (1, 3), (1, 3), (1, 3)]
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert [[output["member"] for output in line["outputs"]] for line in lines] == [[0, 0, 1, 1]] * 3
     heard = Heard()
     assert generate(source, chats, path, reporter=heard) == Generated(3, 3)
     assert Generated(3, 3).tokens_per_second == 0
@@ -178,8 +175,6 @@ def test_what_outputs_were_drawn_from_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "f.jsonl:1: not JSON"),
-        ("{}", "f.jsonl:1: it has no `outputs`"),
         ('{"outputs": [{"text": "a"}], "reference": 1}', "f.jsonl:1: reference is 1"),
         ('{"outputs": [{"text": "a", "logprob": NaN}]}', "f.jsonl:1: outputs[0].logprob is nan"),
         ('{"outputs": [{"text": "a"}]}\n{"outputs": [{"text": "a"}, {"text": "b"}]}', "f.jsonl:2: 2 outputs, but 1"),

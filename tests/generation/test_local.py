@@ -79,42 +79,27 @@ def same(one: list[list[Output]], other: list[list[Output]]) -> None:
         assert [o.logprob for o in a] == pytest.approx([o.logprob for o in b], abs=1e-3)
 
 
-def by_peft(scene: Scene, plan: Plan, ends: list[int]) -> list[list[tuple[str, int]]]:
-    """Greedy (text, member) by PEFT's `generate`, one prompt and member at a time."""
-    found: list[list[tuple[str, int]]] = [[] for _ in scene.prompts]
-    for number in range(plan.members):
-        model = scene.member(number)
-        for own, prompt in zip(found, scene.prompts, strict=True):
-            ids = torch.tensor([prompt.ids])
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=plan.max_tokens,
-                eos_token_id=ends,
-            )
-            tokens = output[0, len(prompt.ids) :].tolist()
-            own += [(scene.tokenizer.decode(tokens, skip_special_tokens=True), number)] * plan.per_model
-    return found
-
-
-# --- the engine -------------------------------------------------------------------------------------------------
-
-
-def is_peft_s(scene: Scene, ends: list[int]) -> list[Output]:
-    """Hold greedy outputs against PEFT's, and return them."""
+def checked_greedy(scene: Scene, ends: list[int]) -> list[Output]:
+    """Check greedy outputs against PEFT's `generate`, one prompt and member at a time, and return them."""
     by_prompt = scene.outputs(GREEDY)
-    assert [[(o.text, o.member) for o in outputs] for outputs in by_prompt] == by_peft(scene, GREEDY, ends)
+    for number in range(GREEDY.members):
+        model = scene.member(number)
+        for outputs, prompt in zip(by_prompt, scene.prompts, strict=True):
+            ids = torch.tensor([prompt.ids])
+            options = {"do_sample": False, "max_new_tokens": GREEDY.max_tokens, "eos_token_id": ends}
+            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+            text = scene.tokenizer.decode(output[0, len(prompt.ids) :].tolist(), skip_special_tokens=True)
+            assert [(o.text, o.member) for o in outputs[2 * number : 2 * number + 2]] == [(text, number)] * 2
     return [output for outputs in by_prompt for output in outputs]
 
 
 def test_greedy_equals_peft_on_exported_members(scene: Scene) -> None:
-    outputs = is_peft_s(scene, [scene.tokenizer.eos_token_id])
+    outputs = checked_greedy(scene, [scene.tokenizer.eos_token_id])
     assert len({output.text for output in outputs}) > len(scene.prompts)  # members differ
 
 
 def test_greedy_equals_peft_when_sequences_end_at_all_lengths(scene: Scene, many_ends: list[int]) -> None:
-    assert len({output.tokens for output in is_peft_s(scene, many_ends)}) > 2
+    assert len({output.tokens for output in checked_greedy(scene, many_ends)}) > 2
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,7 +115,7 @@ def test_an_adapter_that_cannot_be_stacked_goes_one_member_at_a_time(
     make_adapter: Callable[..., Path], tiny_llama: Path, tmp_path: Path
 ) -> None:
     dora = Scene(make_adapter(use_dora=True), tiny_llama, tmp_path)
-    is_peft_s(dora, [dora.tokenizer.eos_token_id])
+    checked_greedy(dora, [dora.tokenizer.eos_token_id])
 
 
 def test_logprob_is_that_of_the_untempered_member(scene: Scene, many_ends: list[int]) -> None:

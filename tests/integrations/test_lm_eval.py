@@ -9,15 +9,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lm_eval
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.integrations.lm_eval import IVONPosterior
 from axolotl_ivon.models.draws import AdapterSlots
 from axolotl_ivon.models.session import load_model, load_tokenizer
 
+Draw = dict[str, torch.Tensor]
+ByHand = Callable[[list[Draw], str, str], float]
 QUESTIONS = [("red sun", ["cold", "warm dog"], 1), ("moon rain", ["good", "bad cat"], 0), ("bird", ["yes", "no"], 0)]
 
 
@@ -46,31 +53,35 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     return folder
 
 
-@torch.no_grad()
-def by_hand(adapter: Path, draws: list[dict[str, torch.Tensor]], context: str, continuation: str) -> float:
+@pytest.fixture(scope="module")
+def by_hand(adapter: Path) -> ByHand:
+    """A function of draws, context and continuation: the log of the mean likelihood over the draws."""
     model = load_model(adapter)
     tokenizer = load_tokenizer(adapter, model.get_base_model().config._name_or_path)
-    start = len(tokenizer(context)["input_ids"])
-    ids = torch.tensor(tokenizer(context + continuation)["input_ids"])
-    total = 0.0
-    for draw in draws:
-        with AdapterSlots(model).loaded(draw):
-            log_p = model(ids[None]).logits[0].double().log_softmax(-1)
-        total += math.exp(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))))
-    return math.log(total / len(draws))
+
+    @torch.no_grad()
+    def log_mean(draws: list[Draw], context: str, continuation: str) -> float:
+        start = len(tokenizer(context)["input_ids"])
+        ids = torch.tensor(tokenizer(context + continuation)["input_ids"])
+        total = 0.0
+        for draw in draws:
+            with AdapterSlots(model).loaded(draw):
+                log_p = model(ids[None]).logits[0].double().log_softmax(-1)
+            total += math.exp(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))))
+        return math.log(total / len(draws))
+
+    return log_mean
 
 
 def request(*args: object) -> SimpleNamespace:
     return SimpleNamespace(args=args)
 
 
-def make(adapter: Path, **options: object) -> object:
-    from axolotl_ivon.integrations.lm_eval import IVONPosterior
-
+def make(adapter: Path, **options: Any) -> IVONPosterior:
     return IVONPosterior(str(adapter), batch_size=2, **options)
 
 
-def test_likelihoods_are_averaged_over_draws_and_then_cached(adapter: Path) -> None:
+def test_likelihoods_are_averaged_over_draws_and_then_cached(adapter: Path, by_hand: ByHand) -> None:
     model = make(adapter, samples=3, tau="0.5", ratio=0.2, seed=7)
     cached: list[tuple[str, object, object]] = []
     model.cache_hook = SimpleNamespace(add_partial=lambda *entry: cached.append(entry))
@@ -80,18 +91,18 @@ def test_likelihoods_are_averaged_over_draws_and_then_cached(adapter: Path) -> N
     answers = model.loglikelihood([request(*pair) for pair in asked], disable_tqdm=True)
     assert cached == [("loglikelihood", pair, answer) for pair, answer in zip(asked, answers, strict=True)]
     values = [value for value, _ in answers]
-    assert values == pytest.approx([by_hand(adapter, draws, *pair) for pair in asked], rel=1e-4)
+    assert values == pytest.approx([by_hand(draws, *pair) for pair in asked], rel=1e-4)
     # The average lies between the draws, and is not the average of the logarithms.
-    each = [by_hand(adapter, [draw], "moon", " cold") for draw in draws]
+    each = [by_hand([draw], "moon", " cold") for draw in draws]
     assert min(each) < values[1] < max(each)
     assert values[1] > sum(each) / 3
 
 
-def test_infinite_tau_is_the_mean(adapter: Path) -> None:
+def test_infinite_tau_is_the_mean(adapter: Path, by_hand: ByHand) -> None:
     model = make(adapter, samples=5, tau="inf")
     mean = dict(Posterior.from_pretrained(adapter).mean)
     [(value, _)] = model.loglikelihood([request("moon", " cold")], disable_tqdm=True)
-    assert value == pytest.approx(by_hand(adapter, [mean], "moon", " cold"), rel=1e-5)
+    assert value == pytest.approx(by_hand([mean], "moon", " cold"), rel=1e-5)
 
 
 def test_documents_are_averaged_whole(adapter: Path) -> None:
@@ -102,33 +113,23 @@ def test_documents_are_averaged_whole(adapter: Path) -> None:
     each = []
     for member in range(3):
         with model._slots.loaded(q.sample(0, member)):
-            model._draws, model._single = 1, True
-            each += model.loglikelihood_rolling([request(text)], disable_tqdm=True)
+            each += HFLM.loglikelihood_rolling(model, [request(text)], disable_tqdm=True)
     assert len(set(each)) == 3
     assert found == pytest.approx(torch.tensor(each, dtype=torch.float64).logsumexp(0).item() - math.log(3))
 
 
-def test_a_task_through_the_api_and_the_command_line(adapter: Path, task: Path, tmp_path: Path) -> None:
-    from lm_eval.tasks import TaskManager
-
-    import axolotl_ivon.integrations.lm_eval  # noqa: F401 - registers the class
-
+def test_a_task_through_the_api_and_the_command_line(
+    adapter: Path, by_hand: ByHand, task: Path, tmp_path: Path
+) -> None:
+    asked = {"model": "ivon-posterior", "model_args": f"adapter={adapter},samples=3,tau=0.5"}
     manager = TaskManager(include_path=str(task), include_defaults=False)
-    found = lm_eval.simple_evaluate(
-        model="ivon-posterior",
-        model_args=f"adapter={adapter},samples=3,tau=0.5",
-        tasks=["tiny"],
-        task_manager=manager,
-        batch_size=4,
-        bootstrap_iters=0,
-    )
+    found = lm_eval.simple_evaluate(**asked, tasks=["tiny"], task_manager=manager, batch_size=4, bootstrap_iters=0)
     q = Posterior.from_pretrained(adapter).temper(0.5)
     draws = [q.sample(0, member) for member in range(3)]
     right, disagreement = 0, 0.0
     for question, choices, label in QUESTIONS:
-        values = [by_hand(adapter, draws, f"{question} is", f" {choice}") for choice in choices]
-        right += values.index(max(values)) == label
-        each = torch.tensor([[by_hand(adapter, [d], f"{question} is", f" {c}") for c in choices] for d in draws]).exp()
+        each = torch.tensor([[by_hand([d], f"{question} is", f" {c}") for c in choices] for d in draws]).exp()
+        right += int(each.mean(0).argmax()) == label
         each /= each.sum(1, keepdim=True)
         disagreement += (torch.special.entr(each.mean(0)).sum() - torch.special.entr(each).sum(1).mean()).item() / 3
     assert found["results"]["tiny"]["acc,none"] == pytest.approx(right / 3)
@@ -136,12 +137,10 @@ def test_a_task_through_the_api_and_the_command_line(adapter: Path, task: Path, 
     assert told == {"tiny": {"mean": pytest.approx(disagreement, rel=1e-2), "documents": 3}}
     assert disagreement > 0
 
-    arguments = ["--model", "ivon-posterior", "--model_args", f"adapter={adapter},samples=3,tau=0.5", "--tasks", "tiny"]
-    run = subprocess.run(
-        [sys.executable, "-m", "axolotl_ivon.lm_eval", *arguments, "--include_path", str(task), "--output_path",
-         str(tmp_path / "out")],
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+    options = {**asked, "tasks": "tiny", "include_path": task, "output_path": tmp_path / "out"}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "axolotl_ivon.lm_eval", *words]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr
     [written] = (tmp_path / "out").rglob("results*.json")
     results = json.loads(written.read_text())
@@ -150,17 +149,12 @@ def test_a_task_through_the_api_and_the_command_line(adapter: Path, task: Path, 
 
 
 def test_only_choices_with_their_questions_have_disagreement(adapter: Path) -> None:
-    from lm_eval.api.instance import Instance
-
     def asked(task: str, doc: int, *pairs: tuple[str, str]) -> list[Instance]:
         return [Instance("loglikelihood", {}, pair, idx, (task, doc, 1)) for idx, pair in enumerate(pairs)]
 
     a, b = ("moon", " cold"), ("moon", " good")
-    requests = [
-        *asked("choices", 0, a, b),
-        *asked("with-priors", 0, a, b, ("", " cold"), ("", " good")),
-        *asked("one", 0, a),
-    ]
+    priors = ("", " cold"), ("", " good")
+    requests = [*asked("choices", 0, a, b), *asked("with-priors", 0, a, b, *priors), *asked("one", 0, a)]
     model = make(adapter, samples=3, tau=0.5)
     assert model.get_model_info()["mutual_information"] == {}
     model.loglikelihood(requests, disable_tqdm=True)
