@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,16 @@ def test_a_file_is_filled_and_then_left(tiny_adapter: Path, pipeline: Pipeline, 
     assert generate(source, chats, path, reporter=heard) == Generated(3, 3)
     assert Generated(3, 3).tokens_per_second == 0
     assert list(heard.counts) == ["loading the tokenizer"], "a file that lacks nothing needs no model"
+
+
+def test_copies_of_a_greedy_output_are_tokens_once(tiny_adapter: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+    outputs = [Output("x", 0, -1.0, 3)] * 2 + [Output("y", 1, -1.0, 5)] * 2
+    engine = SimpleNamespace(outputs=lambda prompts, start: [outputs])
+    for temperature, tokens in ((1, 16), (0, 8)):
+        source = loaded_draws(str(tiny_adapter), replace(PLAN, temperature=temperature))
+        source = replace(source, start=lambda reporter: engine)
+        path = tmp_path / f"{temperature}.jsonl"
+        assert generate(source, read_chats(pipeline.chats, 1), path).tokens == tokens
 
 
 def test_the_posterior_that_is_drawn_from(tiny_adapter: Path, make_adapter: Callable[..., Path]) -> None:
