@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from command_line import Cli
 from tiny import write_chats
 
-from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
-from axolotl_ivon.evaluation.variants import paper_variants
-from axolotl_ivon.metrics.scores import metrics
+from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
+from axolotl_ivon.evaluation.run import run
+from axolotl_ivon.evaluation.variants import VariantChoice
 
 ROWS = ["base", "mean", "mean-pruned", "posterior", "posterior-pruned"]
 METRICS = {"accuracy", "ece", "ece15", "nll", "brier", "auroc", "entropy", "expected_entropy", "mutual_information"}
@@ -28,17 +26,11 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_json_holds_what_the_library_finds(tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli) -> None:
     shifted = write_chats(tmp_path / "shifted.jsonl", 9, seed=3)
     found = ivon_post.json("eval", tiny_adapter, "--data", chats, "--data", shifted, "--samples", 3, "--tau", 0.5)
+    data, choice = EvaluationData([str(chats), str(shifted)]), VariantChoice(tau=0.5)
+    record = run(str(tiny_adapter), data, choice, Sampling(samples=3)).record
+    assert found == json.loads(json.dumps(record.dump()))
     assert [row["name"] for row in found["rows"]] == ROWS * 2
-    assert [row["data"] for row in found["rows"]] == [str(chats)] * 5 + [str(shifted)] * 5
-    assert found["choices"] == ["A", "B"]
-    evaluation = Evaluation(tiny_adapter, EvaluationData([chats, shifted]))
-    rows = list(paper_variants(tau=0.5).values())
-    for row, score in zip(found["rows"], evaluation.run(rows, Sampling(samples=3)), strict=False):
-        expected = metrics(score.of_groups(torch.tensor(evaluation.files[str(chats)])))
-        assert {name: row[name] for name in expected} == expected
-        assert expected.keys() >= METRICS
-        assert row["se"].keys() == expected.keys()
-        assert row["examples"] == 12
+    assert all(row.keys() >= METRICS for row in found["rows"])
 
 
 def test_infinite_tau_prints_the_mean(tiny_adapter: Path, chats: Path, ivon_post: Cli) -> None:
@@ -65,19 +57,6 @@ def test_the_table_has_every_row_and_progress_is_on_stderr(tiny_adapter: Path, c
     assert "2 draws at τ 1.0, pruning ratio 0.1" in lines[0]
     assert "evaluating" in result.stderr
     assert "evaluating" not in result.stdout
-
-
-def test_every_row_is_compared_with_the_mean_and_the_base(tiny_adapter: Path, chats: Path, ivon_post: Cli) -> None:
-    found = ivon_post.json("eval", tiny_adapter, "--data", chats, "--samples", 2)["rows"]
-    rows = {row["name"]: row for row in found}
-    for name, other in ((name, other) for name in ROWS for other in ("mean", "base") if name != other):
-        for metric, value in rows[name][f"versus_{other}"].items():
-            assert value["difference"] == pytest.approx(rows[name][metric] - rows[other][metric])
-            assert value["standard_error"] >= 0
-    assert not any(f"versus_{name}" in rows[name] for name in ("mean", "base"))
-    one, mirrored = rows["mean"]["versus_base"]["nll"], rows["base"]["versus_mean"]["nll"]
-    assert one["difference"] == -mirrored["difference"]
-    assert one["standard_error"] == pytest.approx(mirrored["standard_error"])
 
 
 def test_other_data_temperatures_and_a_line_for_every_example(
@@ -130,31 +109,3 @@ def test_a_recommendation_stands_for_tau_and_ratio(
     assert recommended == ivon_post.json(*words, "--tau", 0.5, "--ratio", 0.3)
     both = ivon_post.json(*words, "--recommended", path, "--tau", 1)
     assert (both["tau"], both["prune_ratio"]) == (1.0, 0.3)
-
-
-def test_an_adapter_without_sigma_is_compared_by_its_mean(
-    make_adapter: Callable[..., Path], chats: Path, ivon_post: Cli
-) -> None:
-    plain = make_adapter(sigma=False)
-    assert "--rows base,mean" in ivon_post.error("eval", plain, "--data", chats, "-q")
-    rows = ivon_post.json("eval", plain, "--data", chats, "--rows", "base,mean")["rows"]
-    assert [row["name"] for row in rows] == ["base", "mean"]
-
-
-def test_an_untrained_head_has_no_row(tmp_path: Path, tiny_llama: Path, ivon_post: Cli) -> None:
-    from peft import LoraConfig, get_peft_model
-    from safetensors.torch import load_file
-    from transformers import AutoModelForSequenceClassification
-
-    from axolotl_ivon.posterior.adapter import save_sigma
-
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=2)
-    folder = tmp_path / "head"
-    get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")).save_pretrained(folder)
-    mean = load_file(folder / "adapter_model.safetensors")
-    save_sigma(folder, {key: torch.full_like(value, 0.01) for key, value in mean.items()}, {})
-    (tmp_path / "data.jsonl").write_text('{"text": "sun", "label": 0}\n{"text": "rain", "label": 1}\n')
-    result = ivon_post.run("eval", folder, "--data", tmp_path / "data.jsonl", "--samples", 2, "--json")
-    assert result.exit_code == 0, result.output
-    assert [row["name"] for row in json.loads(result.stdout)["rows"]] == ROWS[1:]
-    assert "no row for the base model" in result.stderr

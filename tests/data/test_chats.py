@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.data.chats import Example, detect_task, find_choices, read_chats, read_examples
+from axolotl_ivon.data.chats import Example, choose_task, detect_task, find_choices, read_chats, read_examples
 from axolotl_ivon.storage.format import read_lines
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
@@ -132,6 +132,12 @@ def test_any_line_file_is_read_alike(tmp_path: Path) -> None:
 )
 def test_the_task_follows_from_the_answers(answers: list[str], task: str) -> None:
     assert detect_task(examples(*answers)) == task
+    assert choose_task(examples(*answers), has_head=False)[0] == task
+    assert choose_task(examples(*answers), False, choices=[*{*answers, "?"}])[0] == "choice"
+    assert choose_task(examples(*answers), has_head=True) == ("classify", ())
+    for has_head, wrong in ((False, "classify"), (True, task)):
+        with pytest.raises(IVONError, match=f"task {wrong}: the adapter was trained with(out)? a classification head"):
+            choose_task(examples(*answers), has_head, wrong)
 
 
 def test_choices_are_found_or_given() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,7 @@ from evaluations import DRAWS, ROWS, close
 from heard import Heard
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny import build_llama, write_chats
+from tiny import build_classifier, build_llama, build_lora, write_chats
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,9 +26,9 @@ from transformers import (
 )
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.data.encode import EncodedExample
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling, evaluate
+from axolotl_ivon.evaluation.run import run
 from axolotl_ivon.evaluation.variants import Variant, calibrated_variants, count_passes, paper_variants
 from axolotl_ivon.metrics.calibration import TEMPERATURES
 from axolotl_ivon.metrics.scores import Scores, metrics
@@ -39,37 +38,48 @@ from axolotl_ivon.posterior.adapter import save_sigma
 from axolotl_ivon.reporter import Reporter
 
 MakeAdapter = Callable[..., Path]
-WIDE = ["q_proj", "v_proj", "down_proj"]
 
 
 # --- predictions ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def each_draw(evaluation: Evaluation, posterior: Posterior | None, draws: int) -> list[list[Tensor]]:
-    """Probabilities per draw and example, by PEFT's own loading, without padding, caches or batches."""
+def each_draw(evaluation: Evaluation, posterior: Posterior | None, draws: int) -> Tensor:
+    """Probabilities (draws, predictions, classes), by PEFT's own loading, without padding, caches or batches."""
     model = AutoModelForCausalLM.from_pretrained(evaluation.base_model)
     if posterior is not None:
         model = PeftModel.from_pretrained(model, evaluation.posterior.folder)
     model.eval()
-    found: list[list[Tensor]] = []
+    members: list[Tensor] = []
     for member in range(draws):
         if posterior is not None:
             set_peft_model_state_dict(model, posterior.sample(5, member) if draws > 1 else dict(posterior.mean))
-        found.append([])
+        rows: list[Tensor] = []
         for item in evaluation.items:
             logits = model(torch.tensor([item.ids])).logits[0, item.positions].double()
-            if item.candidates is not None:
-                logits = logits[:, list(item.candidates)]
-            found[-1].append(logits.softmax(-1))
-    return found
+            rows.append((logits if item.candidates is None else logits[:, list(item.candidates)]).softmax(-1))
+        members.append(torch.cat(rows))
+    return torch.stack(members)
 
 
-def by_hand(evaluation: Evaluation, posterior: Posterior | None, draws: int) -> list[Tensor]:
-    return [torch.stack(one).mean(0) for one in zip(*each_draw(evaluation, posterior, draws), strict=True)]
+def targets(evaluation: Evaluation) -> Tensor:
+    return torch.tensor([target for item in evaluation.items for target in item.targets])
 
 
-def test_every_row_is_what_peft_gives_one_prompt_at_a_time(evaluation: Evaluation, scores: list[Scores]) -> None:
+def is_by_hand(
+    score: Scores, evaluation: Evaluation, posterior: Posterior | None, draws: int, temperature: float = 1
+) -> None:
+    """Check scores against the average over `draws` of `posterior`; of the base model without one."""
+    p = each_draw(evaluation, posterior, draws).mean(0) ** (1 / temperature)
+    group = torch.tensor([i for i, item in enumerate(evaluation.items) for _ in item.targets])
+    expected = Scores.of(p / p.sum(1, keepdim=True), targets(evaluation), group=group)
+    order = score.group.argsort(stable=True)
+    assert score.group[order].equal(group)
+    for name in ("confidence", "nll", "brier", "entropy"):
+        torch.testing.assert_close(getattr(score, name)[order], getattr(expected, name), rtol=1e-4, atol=1e-5)
+
+
+def test_every_variant_is_what_peft_gives_one_prompt_at_a_time(evaluation: Evaluation, scores: list[Scores]) -> None:
     q = evaluation.posterior
     sources = {
         "base": (None, 1),
@@ -80,40 +90,29 @@ def test_every_row_is_what_peft_gives_one_prompt_at_a_time(evaluation: Evaluatio
     }
     assert [row.name for row in ROWS] == list(sources)
     for row, score in zip(ROWS, scores, strict=True):
-        probabilities = by_hand(evaluation, *sources[row.name])
-        group = torch.cat([torch.full((len(p),), i) for i, p in enumerate(probabilities)])
-        target = torch.tensor([target for item in evaluation.items for target in item.targets])
-        expected = Scores.of(torch.cat(probabilities), target, group=group)
-        order = score.group.argsort(stable=True)
-        for name in ("confidence", "nll", "brier", "entropy"):
-            torch.testing.assert_close(getattr(score, name)[order], getattr(expected, name), rtol=1e-4, atol=1e-5)
-        assert score.group[order].equal(group)
+        is_by_hand(score, evaluation, *sources[row.name])
         if row.name.startswith("posterior"):
             assert (score.entropy - score.expected_entropy).min() > 0  # Jensen: draws that differ disagree
         else:
             assert score.entropy.equal(score.expected_entropy)
+        if evaluation.task == "generate":
+            assert score.probabilities is None
+        else:
+            torch.testing.assert_close(score.probabilities.max(1).values, score.confidence)
+    assert evaluation.meaningful(ROWS) == ROWS
 
 
 def test_draws_disagree_by_mutual_information_and_variance(evaluation: Evaluation, scores: list[Scores]) -> None:
     found = next(score for row, score in zip(ROWS, scores, strict=True) if row.name == "posterior")
-    draws = torch.stack([torch.cat(one) for one in each_draw(evaluation, evaluation.posterior.temper(0.5), 3)])
+    draws = each_draw(evaluation, evaluation.posterior.temper(0.5), 3)
     order = found.group.argsort(stable=True)
     expected = torch.special.entr(draws).sum(2).mean(0)
     torch.testing.assert_close(found.expected_entropy[order], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.variance[order], draws.var(0, correction=0).sum(1), rtol=1e-2, atol=1e-7)
     # What the averaging gains in the Brier score.
-    targets = torch.tensor([target for item in evaluation.items for target in item.targets])
-    one_hot = nn.functional.one_hot(targets, draws.shape[2])
+    one_hot = nn.functional.one_hot(targets(evaluation), draws.shape[2])
     gain = (draws - one_hot).square().sum(2).mean(0) - found.brier[order]
     torch.testing.assert_close(found.variance[order], gain, rtol=1e-2, atol=1e-5)
-
-
-def test_probabilities_are_kept_where_there_are_few(evaluation: Evaluation, scores: list[Scores]) -> None:
-    if evaluation.task == "generate":
-        assert all(score.probabilities is None for score in scores)
-        return
-    for score in scores:
-        torch.testing.assert_close(score.probabilities.max(1).values, score.confidence)
 
 
 def test_a_temperature_takes_no_pass_of_its_own(evaluation: Evaluation) -> None:
@@ -125,18 +124,10 @@ def test_a_temperature_takes_no_pass_of_its_own(evaluation: Evaluation) -> None:
     ]
     assert count_passes(rows, 3) == 4
     heard = Heard()
-    mean, hot, drawn, cold = evaluation.run(rows, DRAWS, heard)
+    _, hot, _, cold = evaluation.run(rows, DRAWS, heard)
     assert sum(count for count, _ in heard.counts["evaluating"]) == 4 * len(evaluation.items)
-    for plain, scaled, temperature, posterior, draws in (
-        (mean, hot, 3.0, evaluation.posterior, 1),
-        (drawn, cold, 0.5, evaluation.posterior.temper(0.5), 3),
-    ):
-        p = torch.cat(by_hand(evaluation, posterior, draws)) ** (1 / temperature)
-        target = torch.tensor([target for item in evaluation.items for target in item.targets])
-        expected = Scores.of(p / p.sum(1, keepdim=True), target)
-        order = plain.group.argsort(stable=True)
-        for name in ("confidence", "nll", "brier", "entropy"):
-            torch.testing.assert_close(getattr(scaled, name)[order], getattr(expected, name), rtol=1e-4, atol=1e-5)
+    is_by_hand(hot, evaluation, evaluation.posterior, 1, temperature=3.0)
+    is_by_hand(cold, evaluation, evaluation.posterior.temper(0.5), 3, temperature=0.5)
     assert metrics(hot)["mutual_information"] == 0
     assert metrics(cold)["mutual_information"] is None  # that is of draws, and nobody scaled a draw
 
@@ -178,21 +169,21 @@ def test_temperatures_are_fitted_on_what_fits_the_memory(
     assert few.temperature == pytest.approx(same.temperature, rel=1e-4)
 
 
-def test_other_files_are_other_data_with_the_same_choices(adapter: Path, tmp_path: Path, chats: Path) -> None:
-    copy, strange, empty = (tmp_path / name for name in ("copy.jsonl", "strange.jsonl", "empty.jsonl"))
+@pytest.mark.parametrize("name", ["ood", "calibrate"])
+def test_other_files_are_other_data_with_the_same_choices(
+    adapter: Path, tmp_path: Path, chats: Path, name: str
+) -> None:
+    copy, strange = tmp_path / "copy.jsonl", tmp_path / "strange.jsonl"
     copy.write_text("\n".join(reversed(chats.read_text().splitlines())))
     strange.write_text(write_chats(strange, 9, seed=3).read_text().replace('"A"', '"C"'))
-    empty.touch()
-    for name, give in (("ood", lambda path: {"ood": [path]}), ("calibrate", lambda path: {"calibrate": path})):
-        for path in (chats, copy):
-            with pytest.raises(IVONError, match=f"{name} .*: it has the same questions as data .*chats.jsonl"):
-                Evaluation(adapter, EvaluationData([chats], **give(path)))
-        with pytest.raises(IVONError, match=f"{name} .*the answer 'C' .*strange.jsonl:\\d+.* the choices A,B of data"):
-            Evaluation(adapter, EvaluationData([chats], **give(strange)))
-        with pytest.raises(IVONError, match=f"{name} .*the file is empty"):
-            Evaluation(adapter, EvaluationData([chats], **give(empty)))
-        with pytest.raises(IVONError, match=f"{name} .*there is no such file"):
-            Evaluation(adapter, EvaluationData([chats], **give(tmp_path / "nowhere.jsonl")))
+    for path, message in (
+        (chats, "it has the same questions as data .*chats.jsonl"),
+        (copy, "it has the same questions as data .*chats.jsonl"),
+        (strange, r"the answer 'C' .*strange.jsonl:\d+.* the choices A,B of data"),
+        (tmp_path / "nowhere.jsonl", "there is no such file"),
+    ):
+        with pytest.raises(IVONError, match=f"{name} .*{message}"):
+            Evaluation(adapter, EvaluationData([chats], **{name: [path] if name == "ood" else path}))
 
 
 def test_the_likelihood_of_answers_is_the_models_own_loss(adapter: Path, chats: Path, tiny_llama: Path) -> None:
@@ -240,9 +231,7 @@ def test_infinite_tau_is_the_mean_to_the_last_bit(evaluation: Evaluation) -> Non
     assert mean.nll.equal(still.nll)
     # Draws of no width, really averaged, are the mean too.
     q = evaluation.posterior.temper(math.inf)
-    [drawn] = evaluate(
-        evaluation.model, q, evaluation.items, [Variant("posterior", tau=1)], evaluation.task, Sampling(samples=7)
-    )
+    [drawn] = evaluation.run([Variant("posterior", tau=1)], Sampling(samples=7), posterior=q)
     for name in ("confidence", "nll", "brier", "entropy", "expected_entropy"):
         assert getattr(drawn, name).equal(getattr(mean, name))
 
@@ -269,29 +258,20 @@ def test_rows_share_draws_and_take_no_extra_pass(evaluation: Evaluation, monkeyp
 
 
 def test_files_are_scored_apart(adapter: Path, tmp_path: Path) -> None:
-    one, two = write_chats(tmp_path / "1.jsonl", 10, seed=1), write_chats(tmp_path / "2.jsonl", 14, seed=2)
-    both = Evaluation(adapter, EvaluationData([one, two], choices=["A", "B"]))
+    paths = [write_chats(tmp_path / f"{seed}.jsonl", 9 + seed, seed=seed) for seed in (1, 2)]
+    both = Evaluation(adapter, EvaluationData(paths, choices=["A", "B"], limit=10))
     [score] = both.run([Variant("mean")])
-    assert list(both.files) == [str(one), str(two)]
-    for path in (one, two):
-        alone = Evaluation(adapter, EvaluationData([path], choices=["A", "B"]))
-        [expected] = alone.run([Variant("mean")])
-        part = score.of_groups(torch.tensor(both.files[str(path)]))
-        found, expected_values = (
-            {k: math.nan if v is None else v for k, v in metrics(s).items()} for s in (part, expected)
-        )
-        assert found == pytest.approx(expected_values, rel=1e-4, nan_ok=True)
-    assert len(Evaluation(adapter, EvaluationData([one, two], limit=3)).items) == 6
+    assert list(both.files.items()) == [(str(paths[0]), range(10)), (str(paths[1]), range(10, 20))]
+    for path, numbers in both.files.items():
+        part = score.of_groups(torch.tensor(numbers))
+        close([part], Evaluation(adapter, EvaluationData([path], choices=["A", "B"], limit=10)).run([Variant("mean")]))
 
 
 # --- what must not happen ---------------------------------------------------------------------------------------
 
 
-def fingerprint(model: nn.Module) -> dict[str, str]:
-    return {
-        name: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
-        for name, tensor in model.state_dict().items()
-    }
+def fingerprint(model: nn.Module) -> dict[str, bytes]:
+    return {name: tensor.detach().numpy().tobytes() for name, tensor in model.state_dict().items()}
 
 
 def test_model_and_files_are_left_as_they_were(adapter: Path, chats: Path) -> None:
@@ -320,11 +300,9 @@ def test_an_interrupted_evaluation_leaves_the_model_too(evaluation: Evaluation) 
             if count:
                 raise KeyboardInterrupt
 
-    for draws_per_pass in (1, 2):
+    for at_once in (1, 2):
         with pytest.raises(KeyboardInterrupt):
-            evaluation.run(
-                [Variant("posterior", tau=1)], Sampling(samples=2, draws_per_pass=draws_per_pass), Interrupting()
-            )
+            evaluation.run([Variant("", tau=1)], Sampling(samples=2, draws_per_pass=at_once), Interrupting())
     assert fingerprint(evaluation.model) == before
     assert torch.is_grad_enabled()
 
@@ -341,10 +319,10 @@ def test_an_adapter_without_sigma_has_a_base_and_a_mean(make_adapter: MakeAdapte
         Evaluation(folder, EvaluationData([chats]), list(paper_variants().values()))
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    model.save_pretrained(folder, save_embedding_layers=False)
+def with_sigma(folder: Path) -> Path:
     mean = load_file(folder / "adapter_model.safetensors")
     save_sigma(folder, {key: torch.full_like(value, 0.02) for key, value in mean.items()}, {})
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -365,38 +343,28 @@ def test_other_architectures(
     monkeypatch.setattr("axolotl_ivon.evaluation.predict._MIN_PREFIX", 2)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    targets = ["c_attn"] if config.model_type == "gpt2" else ["q_proj"]
-    lora = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
-    save_adapter(get_peft_model(base, lora), tmp_path / "adapter")
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
-    evaluation = Evaluation(tmp_path / "adapter", EvaluationData([chats], task=task))
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    modules = ["c_attn"] if config.model_type == "gpt2" else ["q_proj"]
+    adapter = with_sigma(build_lora(tmp_path / "base", tmp_path / "adapter", target_modules=modules))
+    evaluation = Evaluation(adapter, EvaluationData([chats], task=task))
     rows = [Variant("mean"), Variant("posterior", tau=0.1)]
     mean, drawn = evaluation.run(rows, DRAWS)
-    for score, draws in ((mean, 1), (drawn, 3)):
-        probabilities = by_hand(evaluation, evaluation.posterior.temper(0.1), draws)
-        target = torch.tensor([target for item in evaluation.items for target in item.targets])
-        expected = Scores.of(torch.cat(probabilities), target)
-        order = score.group.argsort(stable=True)
-        torch.testing.assert_close(score.nll[order], expected.nll, rtol=1e-4, atol=1e-5)
+    is_by_hand(mean, evaluation, evaluation.posterior, 1)
+    is_by_hand(drawn, evaluation, evaluation.posterior.temper(0.1), 3)
     close(evaluation.run(rows, Sampling(samples=3, seed=5, draws_per_pass=2, batch_size=5)), [mean, drawn])
 
 
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])
 def test_quantized_bases(tmp_path: Path, chats: Path, load_in: str) -> None:
     base = build_llama(tmp_path / "base", hidden_size=128, intermediate_size=128)
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    save_adapter(get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora), tmp_path / "adapter")
-    evaluation = Evaluation(tmp_path / "adapter", EvaluationData([chats]), loading=Loading(load_in=load_in))
+    adapter = with_sigma(build_lora(base, tmp_path / "adapter"))
+    evaluation = Evaluation(adapter, EvaluationData([chats]), loading=Loading(load_in=load_in))
     layer = evaluation.model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     assert load_in in type(layer).__name__
-    exact = Evaluation(tmp_path / "adapter", EvaluationData([chats])).run(ROWS, Sampling(samples=2))
-    close(evaluation.run(ROWS, Sampling(samples=2)), exact, tolerance=0.1)
-    close(
-        evaluation.run(ROWS, Sampling(samples=2, draws_per_pass=2)),
-        evaluation.run(ROWS, Sampling(samples=2)),
-        tolerance=0.01,
-    )
+    exact = Evaluation(adapter, EvaluationData([chats])).run(ROWS, Sampling(samples=2))
+    found = evaluation.run(ROWS, Sampling(samples=2))
+    close(found, exact, tolerance=0.1)
+    close(evaluation.run(ROWS, Sampling(samples=2, draws_per_pass=2)), found, tolerance=0.01)
 
 
 def test_tokens_that_training_added(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
@@ -409,24 +377,14 @@ def test_tokens_that_training_added(tmp_path: Path, tiny_llama: Path, chats: Pat
         base.resize_token_embeddings(len(tokenizer))
         lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM")
         folder = tmp_path / f"adapter-{bool(saved)}"
-        save_adapter(get_peft_model(base, lora), folder)
+        get_peft_model(base, lora).save_pretrained(folder, save_embedding_layers=False)
         tokenizer.save_pretrained(folder)
-    evaluation = Evaluation(tmp_path / "adapter-True", EvaluationData([path], task="generate"))
+    data, mean = EvaluationData([path], task="generate"), [Variant("mean")]
+    evaluation = Evaluation(tmp_path / "adapter-True", data, mean)
     assert evaluation.model.get_input_embeddings().weight.shape[0] == len(tokenizer)
-    evaluation.run([Variant("mean")])
+    evaluation.run(mean)
     with pytest.raises(IVONError, match="is new to the base model"):
-        Evaluation(tmp_path / "adapter-False", EvaluationData([path], task="generate"))
-
-
-def test_the_task_follows_from_adapter_and_choices(adapter: Path, chats: Path, tmp_path: Path) -> None:
-    path = tmp_path / "one.jsonl"
-    path.write_text('{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "dog cat"}]}\n')
-    evaluation = Evaluation(adapter, EvaluationData([path]))
-    assert evaluation.task == "generate"
-    assert evaluation.meaningful([Variant("base", base=True)]) == [Variant("base", base=True)]
-    assert Evaluation(adapter, EvaluationData([path], choices=["dog cat", "bird"])).task == "choice"
-    with pytest.raises(IVONError, match=r"task classify: .* was trained without a classification head"):
-        Evaluation(adapter, EvaluationData([chats], task="classify"))
+        Evaluation(tmp_path / "adapter-False", data, mean)
 
 
 @pytest.mark.parametrize(("tau", "ratio"), [(0.0, 0.0), (-1.0, 0.0), (math.nan, 0.0), (1.0, -0.1), (1.0, 1.1)])
@@ -439,35 +397,24 @@ def test_rows_refuse_what_no_posterior_takes(tau: float, ratio: float) -> None:
 
 
 def test_a_classification_head(tmp_path: Path, tiny_llama: Path) -> None:
-    torch.manual_seed(0)
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
-    save_adapter(model, tmp_path / "head")
+    folder = with_sigma(build_classifier(tiny_llama, tmp_path / "head"))
     path = tmp_path / "data.jsonl"
     texts = ["red sun", "moon", "cold dog cat bird", "yes no"]
     path.write_text("".join(f'{{"text": "{text}", "label": {i % 3}}}\n' for i, text in enumerate(texts)))
-    evaluation = Evaluation(tmp_path / "head", EvaluationData([path]))
-    assert evaluation.task == "classify"
-    assert evaluation.choices == ("LABEL_0", "LABEL_1", "LABEL_2")
-    rows = [Variant("mean"), Variant("posterior", tau=1.0)]
-    mean_scores, drawn = evaluation.run(rows, Sampling(samples=4))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    model.eval()
-    for index, text in enumerate(texts):
-        inputs = tokenizer(text, return_tensors="pt")
-        inputs.pop("token_type_ids", None)
-        p = model(**inputs).logits.softmax(-1)[0]
-        place = mean_scores.group.tolist().index(index)
-        assert mean_scores.nll[place].item() == pytest.approx(-p[index % 3].log().item(), rel=1e-4)
-    assert (drawn.entropy > drawn.expected_entropy).all()
     heard = Heard()
-    assert evaluation.meaningful([Variant("base", base=True), *rows], heard) == rows
+    evaluated = run(folder, EvaluationData([path]), sampling=Sampling(samples=4), reporter=heard)
+    assert (evaluated.record.task, evaluated.record.choices) == ("classify", ["LABEL_0", "LABEL_1", "LABEL_2"])
+    assert [row.name for row in evaluated.record.rows] == [row.name for row in ROWS[1:]]
     assert heard.notes == ["no row for the base model: its classification head is not trained"]
-    path.write_text('{"text": "x", "label": 3}\n')
-    with pytest.raises(IVONError, match="the label '3' is neither one of the model's"):
-        Evaluation(tmp_path / "head", EvaluationData([path]))
-    with pytest.raises(IVONError, match=r"task choice: .* was trained with a classification head"):
-        Evaluation(tmp_path / "head", EvaluationData([path], task="choice"))
+    mean, _, drawn, _ = evaluated.scores
+    assert (drawn.entropy > drawn.expected_entropy).all()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
+    model = PeftModel.from_pretrained(base, folder).eval()
+    for index, text in enumerate(texts):
+        p = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits.softmax(-1)[0]
+        place = mean.group.tolist().index(index)
+        assert mean.nll[place].item() == pytest.approx(-p[index % 3].log().item(), rel=1e-4)
 
 
 # --- a closed form ----------------------------------------------------------------------------------------------
@@ -517,9 +464,3 @@ def test_many_draws_of_a_linear_gaussian_model_give_the_closed_form() -> None:
     wrong = torch.sigmoid(mu[:, None] + sd[:, None] * tau * z) @ density
     assert ((torch.sigmoid(mu) - expected).abs() > 4 * spread).any()
     assert ((wrong - expected).abs() > 4 * spread).any()
-
-
-def test_examples_keep_their_places(adapter: Path, chats: Path) -> None:
-    evaluation = Evaluation(adapter, EvaluationData([chats]))
-    answers = [example.answer for example in read_examples(chats)]
-    assert [evaluation.choices[item.targets[0]] for item in evaluation.items] == answers

@@ -32,11 +32,11 @@ def test_the_record_says_what_the_scores_say(adapter: Path, chats: Path, tmp_pat
     names = ["valid", "other", "second"]
     valid, other, second = (write_chats(tmp_path / f"{name}.jsonl", 9, n) for n, name in enumerate(names, 3))
     advice = Recommendation(tau=0.5, ratio=0.3, temperature=2.0, threshold=0.5)
-    choice = VariantChoice(["mean", "posterior"], 0.5, 0.3, advice)
+    choice = VariantChoice(["base", "mean", "posterior"], 0.5, 0.3, advice)
     data, written = EvaluationData([chats, second], [other], valid), tmp_path / "examples.jsonl"
     evaluated = run(adapter, data, choice, THREE, output=str(written))
     record, scores = evaluated.record, dict(zip([v.name for v in evaluated.variants], evaluated.scores, strict=True))
-    assert list(scores) == ["mean", "posterior", "recommended", "mean+temperature", "posterior+temperature"]
+    assert list(scores) == ["base", "mean", "posterior", "recommended", "mean+temperature", "posterior+temperature"]
     assert [row.name for row in record.rows] == 2 * [*scores, "recommended, answered"]
     assert record.files == [str(chats), str(second)]
     assert record.ood_files == [str(other)]
@@ -45,10 +45,10 @@ def test_the_record_says_what_the_scores_say(adapter: Path, chats: Path, tmp_pat
         for name, part in parts.items():
             row = record.find(name, path)
             assert row is not None
-            assert (row.examples, row.samples) == (len(numbers), 1 if name.startswith("mean") else 3)
+            assert (row.examples, row.samples) == (len(numbers), 1 if name.startswith(("base", "mean")) else 3)
             assert {metric: row.value(metric) for metric in metrics(part)} == metrics(part)
             assert {metric: row.se.value(metric) for metric in metrics(part)} == standard_errors(part)
-            for than in ("mean", "mean+temperature"):
+            for than in ("base", "mean", "mean+temperature"):
                 paired = compare(part, parts[than]) if than != name else {}
                 assert row.versus(than) == {metric: Difference(**each._asdict()) for metric, each in paired.items()}
         whole = parts["recommended"]
@@ -58,7 +58,7 @@ def test_the_record_says_what_the_scores_say(adapter: Path, chats: Path, tmp_pat
         assert (answered.examples, answered.coverage) == (len(part.group), len(part.group) / len(numbers))
         assert answered.accuracy == metrics(part)["accuracy"]
     assert record.calibration is not None
-    assert record.calibration.temperatures["mean+temperature"] == record.rows[3].temperature
+    assert record.calibration.temperatures["mean+temperature"] == record.rows[4].temperature
     assert (record.tau, record.prune_ratio, record.samples) == (0.5, 0.3, 3)
     lines = [line for _, line in ExampleRecord.load_lines(written, "output")]
     assert lines == list(evaluated.examples())
