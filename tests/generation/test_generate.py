@@ -151,12 +151,8 @@ def test_other_settings_prompts_or_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(content + b"junk\n")
     with pytest.raises(IVONError, match=r"out.jsonl:4: not an n-best list"):
         fill(path, 4)
-    (tmp_path / "other.jsonl").write_text("{}\n")
-    with pytest.raises(IVONError, match="was not made by"):
-        fill(tmp_path / "other.jsonl", 4)
-    for nowhere in (tmp_path, tmp_path / "no" / "out.jsonl"):
-        with pytest.raises(IVONError, match="not a file in an existing folder"):
-            fill(nowhere, 4)
+    with pytest.raises(IVONError, match="not a file in an existing folder"):
+        fill(tmp_path, 4)
     fill(path, 1, {"seed": 1}, overwrite=True)
     assert len(path.read_bytes().splitlines()) == 1
     assert json.loads((tmp_path / "out.jsonl.settings.json").read_text()) == {"seed": 1}
