@@ -6,6 +6,7 @@ import copy
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,24 +96,25 @@ def local_backend(
     posterior = Posterior.from_pretrained(drawing.adapter)
     posterior = (posterior.prune(drawing.prune_ratio) if drawing.prune_ratio else posterior).temper(drawing.tau)
     session = Session.open(posterior, loading, reporter)
-    from ..data.chats import Chat
-    from ..data.encode import render
     from .local.engine import TokenEngine
     from .local.queue import Local
 
     reporter.begin(f"drawing {drawing.samples} members")
     engine = TokenEngine(session, posterior, decision, name=name, samples=drawing.samples, seed=drawing.seed)
     # Prompts are encoded while another thread decodes, and a tokenizer is not for two threads.
-    tokenizer: Any = copy.deepcopy(session.tokenizer)
+    return Local(engine, partial(encode, copy.deepcopy(session.tokenizer)), limits)
 
-    def encode(prompt: Any) -> Sequence[int]:
-        if isinstance(prompt, str):
-            return tokenizer(prompt)["input_ids"]  # type: ignore[no-any-return]
-        if isinstance(prompt[0], int):
-            return prompt  # type: ignore[no-any-return]
-        return render(tokenizer, [Chat(tuple(prompt), None, "messages")])[0].ids
 
-    return Local(engine, encode, limits)
+def encode(tokenizer: Any, prompt: Any) -> Sequence[int]:
+    """Return the tokens of a prompt: a text, token ids or the messages of a chat."""
+    from ..data.chats import Chat
+    from ..data.encode import render
+
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]  # type: ignore[no-any-return]
+    if isinstance(prompt[0], int):
+        return prompt  # type: ignore[no-any-return]
+    return render(tokenizer, [Chat(tuple(prompt), None, "messages")])[0].ids
 
 
 def proxy_backend(

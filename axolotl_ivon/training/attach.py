@@ -121,7 +121,14 @@ def attach(
         settings["lr"] = trainer.args.learning_rate = alpha
     per_rank = draws == "per_rank" and trainer.args.world_size > 1
     run = PosteriorTraining(trainer, model, params, settings, header, eval_samples, per_rank, travel, settings_for_run)
-    _install(run)
+    # All is checked: from here on the Trainer and its model change.
+    remove_unfinished(trainer)
+    average_in_every_backward_pass(trainer)
+    save_sigma_beside_the_mean(run)
+    show_the_mean(run)
+    trainer.posterior_training = run  # type: ignore[attr-defined]
+    _put_mixin_first(trainer)
+    trainer.add_callback(run)
 
 
 @contextmanager
@@ -133,18 +140,6 @@ def _errors_by_parameter() -> Iterator[None]:
         name, must, rest = str(error).partition(" must ")
         name = {"n": "train_size", "lr": "learning_rate"}.get(name, name)
         raise IVONError(f"{param_ref(name)}{must}{rest}" if must else str(error)) from error
-
-
-def _install(run: PosteriorTraining) -> None:
-    """Change the Trainer and its model."""
-    trainer: Any = run.trainer
-    remove_unfinished(trainer)
-    average_in_every_backward_pass(trainer)
-    save_sigma_beside_the_mean(run)
-    show_the_mean(run)
-    trainer.posterior_training = run
-    _put_mixin_first(trainer)
-    trainer.add_callback(run)
 
 
 def _put_mixin_first(trainer: Trainer) -> None:

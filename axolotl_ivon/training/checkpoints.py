@@ -107,11 +107,6 @@ def save_with_sigma(
         plugin_manager().hook.posterior_saved(folder=str(each))
 
 
-def sigma_of(optimizer: Any, param: torch.Tensor) -> torch.Tensor:
-    """Return the σ of a parameter that is saved."""
-    return getattr(optimizer, "sigma_for_next_prior", optimizer.sigma)(param)
-
-
 def update_card_in(folder: Path) -> None:
     """Describe the posterior in the card of an adapter's folder, if it has one; a card never fails a run."""
     if (folder / CARD_FILE).is_file():
@@ -128,7 +123,8 @@ def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
         save_sigma(folder, best.sigma, best.metadata)
         return
     states = {name: torch.zeros(()).expand(p.shape) for name, p in run.model.named_parameters()}
-    states |= {name: sigma_of(run.optimizer, param).cpu() for name, param in run.params.items()}
+    sigma_of = getattr(run.optimizer, "sigma_for_next_prior", run.optimizer.sigma)
+    states |= {name: sigma_of(param).cpu() for name, param in run.params.items()}
     sigma = get_peft_model_state_dict(run.model, state_dict=states, adapter_name=adapter, save_embedding_layers=False)
     # What is in the file without having been trained (a resized embedding, say) has σ = 0.
     saved = TensorFile(folder / MEAN_FILE).entries

@@ -17,9 +17,13 @@ def is_sharded(trainer: Trainer) -> bool:
     return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
 
 
+def _are_several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def average(tensors: Sequence[Tensor]) -> None:
     """Put the means over the processes into tensors that are alike in number and shape everywhere, in place."""
-    if tensors and dist.is_initialized() and dist.get_world_size() > 1:
+    if tensors and _are_several():
         flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
         dist.all_reduce(flat)
         parts = flat.div_(dist.get_world_size()).split([tensor.numel() for tensor in tensors])
@@ -29,7 +33,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 def sum_over_processes(value: float, device: torch.device) -> float:
     """Return the sum of a number over the processes."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+    if not _are_several():
         return value
     total = torch.tensor(float(value), device=device)
     dist.all_reduce(total)
@@ -38,7 +42,7 @@ def sum_over_processes(value: float, device: torch.device) -> float:
 
 def agree_on_gradients(params: Sequence[Tensor]) -> list[Tensor]:
     """Let every process have a gradient, zero if need be, where any of them has one, and return these gradients."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _are_several():
         present = torch.tensor([float(param.grad is not None) for param in params], device=params[0].device)
         dist.all_reduce(present)
         for param, count in zip(params, present.tolist(), strict=True):

@@ -17,6 +17,8 @@ from axolotl_ivon.serving.api.app import Guard, make_app
 from axolotl_ivon.serving.api.backend import Backend
 from axolotl_ivon.serving.api.http import bind, make_server
 
+PATIENCE = 120.0  # seconds until a test fails; a loaded machine may take long
+
 
 @contextlib.contextmanager
 def serving(begin: Callable[[], Backend], guard: Guard | None = None) -> Iterator[str]:
@@ -27,11 +29,11 @@ def serving(begin: Callable[[], Backend], guard: Guard | None = None) -> Iterato
         thread = threading.Thread(target=server.run, args=[[bound]])
         thread.start()
         try:
-            assert ready.wait(30)
+            assert ready.wait(PATIENCE)
             yield f"http://127.0.0.1:{bound.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
 
 
@@ -42,7 +44,7 @@ def official(url: str, key: str = "none") -> openai.OpenAI:
 
 def ask(url: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], Any]:
     """Return (status, headers, body) of one request; JSON is read."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE)
     with contextlib.closing(connection):
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         own = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
@@ -56,7 +58,7 @@ def ask(url: str, path: str, body: Any = None, **headers: str) -> tuple[int, dic
 def connect(url: str, sent: bytes = b"") -> socket.socket:
     """Return a connection on which bytes were sent."""
     host, port = url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection = socket.create_connection((host, int(port)), timeout=PATIENCE)
     connection.sendall(sent)
     return connection
 
@@ -67,7 +69,7 @@ def completion(body: bytes, length: int | None = None) -> bytes:
     return head + b"%d\r\n\r\n" % (len(body) if length is None else length) + body
 
 
-def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
+def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     """Wait until a condition is true, and return its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):

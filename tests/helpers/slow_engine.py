@@ -36,7 +36,7 @@ class SlowEngine:
         self.begun.append(request)
         try:
             for number in range(request.max_tokens):
-                assert self.go.acquire(timeout=30)
+                assert self.go.acquire(timeout=120)
                 if self.failing:
                     raise self.failing
                 self.steps += 1

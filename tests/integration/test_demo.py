@@ -56,23 +56,13 @@ def lines(base: float, draws: float, nll: float = 0.3, ece: float = 0.02) -> dic
     }
 
 
-def both(demo: ModuleType) -> None:
-    for name in demo.OPTIMIZERS:
-        demo.train(name, demo.inputs())
-        demo.evaluate(name, demo.inputs())
-
-
-def test_what_is_finished_is_reused(demo: ModuleType) -> None:
-    for _ in range(2):
-        both(demo)
-    assert demo.calls == ["axolotl", "ivon-post"] * 2
-
-
-def test_other_data_means_training_and_evaluating_again(demo: ModuleType) -> None:
-    for content in ("a\n", "b\n"):
+def test_what_is_finished_is_reused_unless_the_data_are_others(demo: ModuleType) -> None:
+    for content, runs in (("a\n", 2), ("a\n", 2), ("b\n", 4)):
         (demo.DEMO / "data" / "movie-train.jsonl").write_text(content)
-        both(demo)
-    assert demo.calls == ["axolotl", "ivon-post"] * 4
+        for name in demo.OPTIMIZERS:
+            demo.train(name, demo.inputs())
+            demo.evaluate(name, demo.inputs())
+        assert demo.calls == ["axolotl", "ivon-post"] * runs
 
 
 def test_the_two_runs_differ_in_their_optimizer_alone(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

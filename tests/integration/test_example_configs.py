@@ -16,40 +16,12 @@ GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability
 
 # The settings of arXiv 2506.14280.
 TABLE = {
-    "commonsense": {
-        "ivon_gamma": 5000,
-        "ivon_h0": 5e-2,
-        "ivon_clip": 5e-3,
-        "ivon_beta1": 0.9,
-        "ivon_beta2": 0.9995,
-        "learning_rate": 1e-2,
-        "warmup_steps": 150,
-        "max_steps": 5000,
-        "micro_batch_size": 8,
-        "load_in_8bit": True,
-    },
-    "gsm8k": {
-        "ivon_lambda": 1e7,
-        "ivon_h0": 5e-3,
-        "ivon_clip": 1e-2,
-        "ivon_beta1": 0.9,
-        "ivon_beta2": 0.99999,
-        "learning_rate": 3e-2,
-        "warmup_steps": 0,
-        "num_epochs": 6,
-        "micro_batch_size": 16,
-    },
-    "glue": {
-        "ivon_lambda": 5e6,
-        "ivon_h0": 5e-3,
-        "ivon_clip": 2e-2,
-        "ivon_beta1": 0.9,
-        "ivon_beta2": 0.9998,
-        "learning_rate": 1e-2,
-        "warmup_ratio": 0.06,
-        "max_steps": 5000,
-        "micro_batch_size": 16,
-    },
+    "commonsense": {"ivon_gamma": 5000, "ivon_h0": 5e-2, "ivon_clip": 5e-3, "ivon_beta2": 0.9995}
+    | {"learning_rate": 1e-2, "warmup_steps": 150, "max_steps": 5000, "micro_batch_size": 8, "load_in_8bit": True},
+    "gsm8k": {"ivon_lambda": 1e7, "ivon_h0": 5e-3, "ivon_clip": 1e-2, "ivon_beta2": 0.99999}
+    | {"learning_rate": 3e-2, "warmup_steps": 0, "num_epochs": 6, "micro_batch_size": 16},
+    "glue": {"ivon_lambda": 5e6, "ivon_h0": 5e-3, "ivon_clip": 2e-2, "ivon_beta2": 0.9998}
+    | {"learning_rate": 1e-2, "warmup_ratio": 0.06, "max_steps": 5000, "micro_batch_size": 16},
 }
 LORA = {
     "adapter": "lora",
@@ -57,10 +29,8 @@ LORA = {
     "lora_alpha": 16,
     "lora_dropout": 0.1,
     "lora_target_modules": ["q_proj", "v_proj"],
-    "lr_scheduler": "linear",
-    "gradient_accumulation_steps": 1,
-    "optimizer": "ivon_lora",
 }
+LORA |= {"lr_scheduler": "linear", "gradient_accumulation_steps": 1, "optimizer": "ivon_lora"}
 # Where a config leaves LORA, and why is said in it.
 OWN = {"demo": {"lora_dropout": 0}}
 
@@ -101,13 +71,11 @@ def earlier(make_adapter: Any) -> Any:
 def test_axolotl_accepts_the_config_and_keeps_every_key(name: str, earlier: Any) -> None:
     raw = earlier(load(name))
     config = validate(raw)
-    expected = {**raw, **LORA, **OWN.get(name, {}), **TABLE.get(name, {})}
+    paper = {"ivon_beta1": 0.9, **TABLE[name]} if name in TABLE else {}
+    expected = {**raw, **LORA, **OWN.get(name, {}), **paper}
     for key in expected.keys() - {"datasets", "special_tokens", "bf16", "plugins", "learning_rate"}:
-        assert (
-            config[key] == pytest.approx(expected[key])
-            if isinstance(expected[key], float)
-            else (config[key] == expected[key])
-        ), key
+        value = expected[key]
+        assert config[key] == (pytest.approx(value) if isinstance(value, float) else value), key
     # 0 stands for what a preset will choose.
     assert float(config["learning_rate"]) == pytest.approx(float(expected.get("learning_rate", 0)))
 
@@ -131,27 +99,20 @@ def test_a_misspelt_ivon_key_would_be_noticed(name: str, earlier: Any) -> None:
         validate({**earlier(load(name)), "ivon_gama": 1})
 
 
+SENTENCE = "The trophy does not fit in the case because the _ is too big."
+SUM = "2 + 3 = <<2+3=5>>5\n#### 5"
+
+
 @pytest.mark.parametrize(
     ("name", "row", "prompt", "answer"),
     [
         (
             "commonsense",
-            {
-                "sentence": "The trophy does not fit in the case because the _ is too big.",
-                "option1": "trophy",
-                "option2": "case",
-                "answer": "1",
-            },
-            "Which option fills the blank?\n1. trophy\n2. case\n"
-            "The trophy does not fit in the case because the _ is too big.\nAnswer: ",
+            {"sentence": SENTENCE, "option1": "trophy", "option2": "case", "answer": "1"},
+            f"Which option fills the blank?\n1. trophy\n2. case\n{SENTENCE}\nAnswer: ",
             "1",
         ),
-        (
-            "gsm8k",
-            {"question": "What is two and three?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"},
-            "Question: What is two and three?\nAnswer: ",
-            "2 + 3 = <<2+3=5>>5\n#### 5",
-        ),
+        ("gsm8k", {"question": "What is 2 + 3?", "answer": SUM}, "Question: What is 2 + 3?\nAnswer: ", SUM),
         (
             "glue",
             {"text1": "It rained.", "text2": "The sun shone.", "label": 1, "label_text": "not entailment"},

@@ -19,11 +19,15 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import Posterior
 
+# What the preset chooses for six steps of a cosine, the first two of which are its warmup.
+PEAK = 0.125 / 0.01 / (0 + 0.5 + sum((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)))
+
 
 @pytest.fixture(scope="module")
 def straight_run(make_config: Any) -> Path:
     """Six steps of two micro-batches, with a checkpoint after three, by the command itself with nothing changed."""
-    config = make_config("straight", ivon_clip="1e-2", dataset_num_proc=None)
+    rate = {"learning_rate": None, "warmup_steps": 2, "lr_scheduler": "cosine"}
+    config = make_config("straight", ivon_clip="1e-2", dataset_num_proc=None, **rate)
     result = trained(config)
     # On the log's level of axolotl, after its own last word.
     _, saved, last = result.stdout.partition("Model successfully saved to straight")
@@ -31,6 +35,8 @@ def straight_run(make_config: Any) -> Path:
     words = ("the weights", "σ was learned", "next: `ivon-post check straight")
     for line, expected in zip(last.strip().splitlines()[-3:], words, strict=True):
         assert expected in line
+    told = f"α {PEAK:.3g}, with which a weight can travel 0.125 in these 6 steps"
+    assert told in result.stdout + result.stderr
     return config.with_suffix("")
 
 
@@ -67,20 +73,9 @@ def test_the_card_is_axolotls_and_tells_of_the_posterior(straight_run: Path) -> 
 def test_the_log_of_a_real_run_shows_the_posterior(straight_run: Path) -> None:
     state = json.loads((straight_run / "checkpoint-6" / "trainer_state.json").read_text())
     entries = [entry for entry in state["log_history"] if "loss" in entry]
-    assert [entry["step"] for entry in entries] == [2, 4, 6]
+    assert entries[-1]["learning_rate"] == pytest.approx(PEAK * (1 + math.cos(math.pi * 3 / 4)) / 2)
     for entry in entries:
         assert {key for key in entry if "ivon" in key} == IVON_METRICS
-
-
-def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(
-    straight_run: Path, make_config: Any, forks: Forks
-) -> None:
-    config = make_config("resumed", ivon_clip="1e-2", resume_from_checkpoint=str(straight_run / "checkpoint-3"))
-    forks.train(config)
-    for name in ("adapter_model.safetensors", "ivon_sigma.safetensors"):
-        left, right = load_file(straight_run / name), load_file(config.with_suffix("") / name)
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 def test_sigint_in_mid_step_saves_the_mean_and_its_sigma(make_config: Any, forks: Forks) -> None:
@@ -103,22 +98,6 @@ def test_sigint_in_mid_step_saves_the_mean_and_its_sigma(make_config: Any, forks
         assert not torch.equal(saved.mean[key], draw)
 
 
-def test_auto_sets_lambda_clip_and_learning_rate(make_config: Any, forks: Forks) -> None:
-    unset = {"learning_rate": None, **{f"ivon_{name}": None for name in ("gamma", "lambda", "h0", "clip", "beta2")}}
-    config = make_config("small", **unset, warmup_steps=2, lr_scheduler="cosine")
-    result = forks.train(config)
-    header = Posterior.from_pretrained(config.with_suffix("")).metadata
-    assert (header["preset"], header["gamma"], header["clip"]) == ("auto", "", "0.01")
-    assert float(header["ess"]) == 250_000
-    state = json.loads((config.with_suffix("") / "checkpoint-6" / "trainer_state.json").read_text())
-    # The last step's rate is that of 3/4 of a half cosine over the four steps after the warmup.
-    peak = 0.125 / 0.01 / (0 + 0.5 + sum((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)))
-    logged = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
-    assert logged[-1] == pytest.approx(peak * (1 + math.cos(math.pi * 3 / 4)) / 2)
-    told = f"α {peak:.3g}, with which a weight can travel 0.125 in these 6 steps"
-    assert told in result.stdout + result.stderr
-
-
 def test_another_optimizer_is_left_alone(straight_run: Path, make_config: Any) -> None:
     outputs = []
     start = str(straight_run / "checkpoint-3")  # axolotl does not seed the initialization of a new adapter
@@ -137,11 +116,7 @@ def test_another_optimizer_is_left_alone(straight_run: Path, make_config: Any) -
 def test_the_other_commands_accept_the_yaml(straight_run: Path, make_config: Any, forks: Forks) -> None:
     config = make_config("others", ivon_clip="1e-2", val_set_size=0.2, lora_model_dir=str(straight_run))
     here = config.parent
-    for command in (
-        ["preprocess", config],
-        ["evaluate", config, "--launcher", "python"],
-        ["merge-lora", config],
-    ):
+    for command in (["preprocess", config], ["evaluate", config, "--launcher", "python"], ["merge-lora", config]):
         result = forks(*command, cwd=here)
         assert result.returncode == 0, (command, result.stderr[-3000:])
     merged = AutoModelForCausalLM.from_pretrained(here / "others" / "merged")

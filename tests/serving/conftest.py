@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,13 @@ from served import official, serving
 from slow_engine import SlowEngine
 
 from axolotl_ivon import Posterior
-from axolotl_ivon.data.chats import Chat
-from axolotl_ivon.data.encode import render
 from axolotl_ivon.decisions.recommendation import Decision
 from axolotl_ivon.models.session import Session, load_tokenizer
 from axolotl_ivon.serving.api.app import Guard
 from axolotl_ivon.serving.api.backend import Limits
 from axolotl_ivon.serving.local.engine import TokenEngine
 from axolotl_ivon.serving.local.queue import Local
+from axolotl_ivon.serving.start import encode
 
 Serve = Callable[..., contextlib.AbstractContextManager[str]]
 
@@ -47,17 +47,11 @@ def tokenizer(tiny_llama: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def serve(engine: TokenEngine, tiny_llama: Path) -> Serve:
+def serve(engine: TokenEngine, tokenizer: Any) -> Serve:
     """A function that serves an engine, the tiny one by default, inside a block and gives the address."""
-    encoder: Any = load_tokenizer(tiny_llama, str(tiny_llama))
-
-    def encode(prompt: Any) -> list[int]:
-        if isinstance(prompt[:1], str):
-            return encoder(prompt)["input_ids"]  # type: ignore[no-any-return]
-        return prompt if isinstance(prompt[0], int) else render(encoder, [Chat(tuple(prompt), None, "messages")])[0].ids
 
     def start(served: Any = engine, guard: Guard | None = None, **limits: Any) -> Any:
-        return serving(lambda: Local(served, encode, Limits(**limits)), guard)
+        return serving(lambda: Local(served, partial(encode, tokenizer), Limits(**limits)), guard)
 
     return start
 

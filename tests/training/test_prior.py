@@ -125,14 +125,17 @@ def test_what_has_no_effect_with_a_posterior_is_refused(setting: Any, monday: Pa
     assert caught.value.parameter == next(iter(setting))
 
 
-def test_a_bfloat16_adapter_goes_on_from_a_float32_mean(monday: Path, made: Any) -> None:
-    q, trainer = Posterior.from_pretrained(monday), made(save_strategy="no")
+def test_a_bfloat16_adapter_goes_on_from_a_float32_mean(monday: Path, made: Any, tmp_path: Path) -> None:
+    q, trainer = Posterior.from_pretrained(monday), made(save_strategy="no", max_steps=1)
     for param in lora_weights(trainer.model):
         trainer.model.get_parameter(param).data = trainer.model.get_parameter(param).data.bfloat16()
     attach(trainer, prior=q)
     trainer.create_optimizer()
     for name, param in trainer.posterior_training.params.items():
         assert torch.equal(trainer.optimizer.mean(param), q.mean[name.replace(".default", "")])
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path / "saved")
+    assert {mean.dtype for mean in Posterior.from_pretrained(tmp_path / "saved").mean.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
@@ -150,9 +153,10 @@ def test_whatever_an_adapter_is_made_of_can_be_the_prior(
 ) -> None:
     first = trained(folder="first", lora=lora, max_steps=2, save_strategy="no")
     first.model.save_pretrained(tmp_path / "first")
-    second = attached({"prior": Posterior.from_pretrained(tmp_path / "first")}, "second", lora=lora)
+    posterior, expected = Posterior.from_pretrained(tmp_path / "first"), lora_weights(first.model)
+    assert sum(int((s > 0).sum()) for s in posterior.sigma.values()) == sum(p.numel() for p in expected.values())
+    second = attached({"prior": posterior}, "second", lora=lora)
     second.create_optimizer()
-    expected = lora_weights(first.model)
     for name, param in second.posterior_training.params.items():
         assert torch.equal(param.detach(), expected[name])
         sigma = first.posterior_training.optimizer.sigma(first.model.get_parameter(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Iterator
@@ -27,14 +28,9 @@ def impatient(slow: SlowEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
         yield url
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "localhost", "::1"])
-def test_what_is_reached_from_here_only(host: str) -> None:
-    assert is_loopback(host)
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "192.168.0.7", "localhost.example.org"])
-def test_what_others_reach(host: str) -> None:
-    assert not is_loopback(host)
+def test_what_is_reached_from_here_only() -> None:
+    assert all(map(is_loopback, ["127.0.0.1", "127.8.0.1", "localhost", "::1"]))
+    assert not any(map(is_loopback, ["0.0.0.0", "", "::", "192.168.0.7", "localhost.example.org"]))
 
 
 def test_a_port_that_is_taken_is_named() -> None:
@@ -60,16 +56,13 @@ def test_a_head_that_does_not_come_is_not_waited_for(impatient: str, before: byt
         begun = time.monotonic()
         slow.sendall(drip)
         slow.settimeout(0.1)
-        while time.monotonic() < begun + 10:  # a byte now and then does not help
-            try:
-                slow.sendall(b"a")
-                if slow.recv(1000) == b"":
-                    break
-            except TimeoutError:
-                pass
-            except ConnectionError:
-                break
-        assert 0.2 < time.monotonic() - begun < 5
+        with contextlib.suppress(ConnectionError):  # until it is closed
+            while time.monotonic() < begun + 25:  # a byte now and then does not help
+                with contextlib.suppress(TimeoutError):
+                    slow.sendall(b"a")
+                    if slow.recv(1000) == b"":
+                        break
+        assert 0.2 < time.monotonic() - begun < 25
 
 
 def test_a_connection_is_used_again(impatient: str) -> None:

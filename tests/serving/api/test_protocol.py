@@ -149,14 +149,6 @@ def test_a_completion_tells_tokens_in_its_own_way() -> None:
     assert chunks[0]["choices"][0]["ivon"]["tokens"][1]["token"] == "b"
 
 
-@pytest.mark.parametrize(
-    ("status", "kind"),
-    [(400, "invalid_request_error"), (401, "authentication_error"), (429, "rate_limit_error"), (502, "server_error")],
-)
-def test_errors_have_their_type(status: int, kind: str) -> None:
-    assert ApiError(status, "so").document() == {"error": {"message": "so", "type": kind, "param": None, "code": None}}
-
-
 def test_the_field_ivon_is_that_of_the_tokens() -> None:
     tokens = [
         Token(0, "a", "a", math.log(0.5), (), math.log(0.9), 0.2, 0.1),

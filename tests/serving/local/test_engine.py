@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon import Posterior
 from axolotl_ivon.decisions.recommendation import Decision
 from axolotl_ivon.models.draws import AdapterSlots, predict
 from axolotl_ivon.models.session import load_model
 from axolotl_ivon.serving.api.answers import AnswerDelta
-from axolotl_ivon.serving.local.engine import GenerationRequest, TokenEngine, mixture, out_of_memory
+from axolotl_ivon.serving.local.engine import GenerationRequest, TokenEngine, mixture
 
 MakeEngine = Callable[..., TokenEngine]
 IDS = (5, 40, 7, 99, 120, 33)
@@ -186,13 +186,3 @@ def test_the_average_of_distributions_and_its_entropies() -> None:
     torch.testing.assert_close(average.exp(), torch.tensor([[0.5, 0.25, 0.25]]))
     assert float(expected) == pytest.approx(math.log(2))
     assert float(total) == pytest.approx(1.5 * math.log(2))
-
-
-def test_memory_that_runs_out_is_told_from_other_errors() -> None:
-    assert out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
-    assert not out_of_memory(RuntimeError("shape mismatch"))
-
-
-def test_a_token_that_the_model_does_not_have_is_refused(engine: TokenEngine) -> None:
-    with pytest.raises(IVONError, match="prompt: token 99999 is new to the base model"):
-        engine.check((5, 99999))

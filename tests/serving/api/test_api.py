@@ -10,10 +10,12 @@ from typing import Any
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from served import ask, completion, connect, official, until
 from slow_engine import SlowEngine
 
 from axolotl_ivon.serving.api.app import Guard
+from axolotl_ivon.serving.api.monitoring import Metrics
 from axolotl_ivon.serving.local.engine import GenerationRequest, TokenEngine
 
 MESSAGES: Any = [{"role": "user", "content": "red dog"}]
@@ -28,38 +30,19 @@ Serve = Callable[..., Any]
 @pytest.mark.parametrize("n", [1, 3])
 def test_streaming_a_chat_equals_not_streaming(client: openai.OpenAI, model: str, n: int) -> None:
     asked: Any = {"model": model, "messages": MESSAGES, "n": n, "max_tokens": 12, "seed": 7, "stop": ["q", "zz"]}
-    whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
-    texts, reasons, tokens = [""] * n, [None] * n, [[] for _ in range(n)]  # type: ignore[var-annotated]
-    chunks = list(client.chat.completions.create(**asked, logprobs=True, top_logprobs=2, stream=True))
-    for chunk in chunks:
-        for choice in chunk.choices:
-            texts[choice.index] += choice.delta.content or ""
-            reasons[choice.index] = choice.finish_reason or reasons[choice.index]  # type: ignore[call-overload]
-            tokens[choice.index] += (choice.logprobs.content or []) if choice.logprobs else []
-    assert texts == [choice.message.content for choice in whole.choices]
-    assert reasons == [choice.finish_reason for choice in whole.choices]
-    assert tokens == [choice.logprobs.content for choice in whole.choices if choice.logprobs]
-    assert chunks[-1].model_extra["ivon"] == whole.model_extra["ivon"]  # type: ignore[index]
-    assert whole.model_extra["ivon"]["members"] == (3 if model == "tiny" else 1)  # type: ignore[index]
-
-
-def test_streaming_completions_equals_not_streaming(client: openai.OpenAI) -> None:
-    asked: Any = {"model": "tiny", "prompt": ["red", "blue dog"], "n": 2, "max_tokens": 6, "seed": 1, "logprobs": 2}
-    whole = client.completions.create(**asked)
-    texts: list[str] = [""] * 4
-    offsets: list[list[int]] = [[] for _ in range(4)]
-    for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
-        for choice in chunk.choices:
-            texts[choice.index] += choice.text
-            offsets[choice.index] += choice.logprobs.text_offset or [] if choice.logprobs else []
-        last = chunk
-    assert texts == [choice.text for choice in whole.choices]
-    assert len(set(texts)) == 4
-    assert offsets == [choice.logprobs.text_offset for choice in whole.choices if choice.logprobs]
-    assert last.usage == whole.usage
-    assert whole.usage
-    assert whole.usage.completion_tokens >= 4
-    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    asked |= {"logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    for choice in whole.choices:
+        parts = [part for chunk in chunks for part in chunk.choices if part.index == choice.index]
+        assert "".join(part.delta.content or "" for part in parts) == choice.message.content
+        assert parts[-1].finish_reason == choice.finish_reason
+        assert choice.logprobs
+        tokens = [token for part in parts if part.logprobs for token in part.logprobs.content or []]
+        assert tokens == choice.logprobs.content
+    ivon: Any = whole.model_extra
+    assert chunks[-1].model_extra["ivon"] == ivon["ivon"]  # type: ignore[index]
+    assert ivon["ivon"]["members"] == (3 if model == "tiny" else 1)
 
 
 def test_the_answer_is_the_engines(client: openai.OpenAI, engine: TokenEngine, tokenizer: Any) -> None:
@@ -105,11 +88,9 @@ def test_concurrent_clients_get_what_each_gets_alone(client: openai.OpenAI) -> N
     ("asked", "kind", "param"),
     [
         ({"model": "other"}, openai.NotFoundError, "model"),
-        ({"model": "../tiny"}, openai.NotFoundError, "model"),
         ({"max_tokens": 9999}, openai.BadRequestError, "max_tokens"),
         ({"messages": [{"role": "user", "content": "red " * 700}]}, openai.BadRequestError, "messages"),
         ({"n": 99}, openai.BadRequestError, "n"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
     ],
 )
 def test_a_mistake_is_told_in_openais_shape(client: openai.OpenAI, asked: Any, kind: Any, param: str) -> None:
@@ -163,7 +144,8 @@ def test_a_key_is_asked_for_where_there_is_one(serve: Serve) -> None:
             for given in (None, "Bearer no", "Basic s", "Bearer "):
                 headers = {} if given is None else {"Authorization": given}
                 status, answered, document = ask(url, f"/v1/{path}".replace("/v1/..", ""), body, **headers)
-                assert (status, document["error"]["code"]) == (401, "invalid_api_key")
+                assert status == 401
+                assert document["error"].items() >= {"code": "invalid_api_key", "type": "authentication_error"}.items()
                 assert answered["www-authenticate"] == "Bearer"
         assert ask(url, "/health")[0] == ask(url, "/")[0] == 200
     with serve(guard=Guard(api_key="secret")) as url:
@@ -224,7 +206,7 @@ def test_a_full_queue_refuses(serve: Serve, slow: SlowEngine) -> None:
         with pytest.raises(openai.RateLimitError, match="1 requests are waiting already") as raised:
             client.completions.create(**SLOW, max_tokens=3)
         assert raised.value.response.headers["retry-after"] == "1"
-        assert raised.value.code == "queue_full"
+        assert (raised.value.code, raised.value.type) == ("queue_full", "rate_limit_error")
         slow.go.release(6)
         assert first.result().choices[0].text == second.result().choices[0].text == "xxx"
 
@@ -296,3 +278,30 @@ def test_metrics_count(serve: Serve) -> None:
     assert lines['ivon_tokens_total{kind="generated"}'] == "5.0"
     assert lines["ivon_confidence_count"] == lines["ivon_first_token_seconds_count"] == "1.0"
     assert lines["ivon_running"] == "0.0"
+
+
+def test_prometheus_reads_them() -> None:
+    watched = {"waiting": 2.0}
+    metrics = Metrics(lambda: watched)
+    other = Metrics(dict)  # each server has its own
+    metrics.request("/v1/models", 200, 0.5)
+    metrics.tokens(3, 4)
+    metrics.first_token(0.1)
+    metrics.answer({"confidence": 0.95, "mutual_information": 0.02, "abstain": True})
+    metrics.answer({"confidence": None, "mutual_information": None})
+    watched["waiting"] = 5.0
+    found = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(metrics.text().decode())
+        for sample in family.samples
+    }
+    assert found["ivon_waiting",] == 5
+    assert found["ivon_requests_total", "/v1/models", "200"] == 1
+    assert found["ivon_tokens_total", "generated"] == 4
+    assert found["ivon_tokens_total", "prompt"] == 3
+    for name in ("ivon_confidence_count", "ivon_abstained_total", "ivon_first_token_seconds_count"):
+        assert found[name,] == 1
+    assert found["ivon_confidence_sum",] == pytest.approx(0.95)
+    assert found["ivon_mutual_information_bucket", "0.03"] == 1
+    assert found["ivon_mutual_information_bucket", "0.01"] == 0
+    assert b"/v1/models" not in other.text()
