@@ -25,10 +25,10 @@ from ._options import (
 from ._tables import decimal, file_names, is_wide, percent, print_table
 
 if TYPE_CHECKING:
-    from axolotl_ivon.decisions.sweep import Sweep
     from axolotl_ivon.decisions.weights import WeightsSweep
     from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
     from axolotl_ivon.models.session import Loading
+    from axolotl_ivon.records.recommendation import GridPoint, Recommendation
 
 
 def _grid_option(name: str, default: str, text: str) -> Callable[[Command], Command]:
@@ -115,16 +115,16 @@ def command(
             "seed": sampling.seed,
             "adapter_tau": evaluation.posterior.tau,  # which the grid's came on top of
         }
-        recommendation = result.record(facts)
+        recommendation = result.recommendation.model_copy(update=facts)
         written = save_sweep(recommendation, result.reliability, folder, progress)
     if not output.as_json:
-        _print(result)
+        _print(recommendation, result.recommended)
     values = recommendation.dump()
     recommended = {name: values[name] for name in ("tau", "ratio", "temperature", "objective")}
     document = {"recommended": recommended, "files": [str(path) for path in written], **values}
     promise = [result.abstention.describe(share=0.5)] if result.abstention else []
     then = ["ivon-post", "eval", adapter, "--data", "TEST.jsonl", "--recommended", written[0]]
-    output.finish(document, result.verdict.text, _recommended(result), *promise, *written, then=then)
+    output.finish(document, values["verdict"]["text"], _recommended(recommendation), *promise, *written, then=then)
 
 
 def _sweep_weights(
@@ -194,35 +194,37 @@ def _print_weights(result: WeightsSweep) -> None:
     print_table([*columns, ""], lines, f"on the half of each file that chooses (by {result.objective}; Pareto front)")
 
 
-def _print(result: Sweep) -> None:
+def _print(result: Recommendation, recommended: GridPoint) -> None:
     """Print the grid with the metrics on both halves, side by side."""
     columns = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL": ("nll", decimal)}
     if is_wide(100):
         columns["Brier"] = ("brier", decimal)
     heads = ["τ", "ratio", *(["T"] if result.scaled else [])]
     lines: list[list[str]] = []
-    points = result.points + result.scaled
+    points = result.grid + result.scaled
     for before, point in zip([None, *points], points, strict=False):
         if before and (before.ratio != point.ratio or before.temperature == 1 != point.temperature):
             lines.append([""] * (2 * len(columns) + len(heads) + 1))
         lines.append([f"{point.tau:g}", f"{point.ratio:g}", f"{point.temperature:.3g}"][: len(heads)])
         for values in (point.chosen_on, point.reported_on):
             lines[-1] += [write(values.value(metric)) for metric, write in columns.values()]
-        marks = {"front": point.front, "best": point is result.best, "recommended": point is result.recommended}
+        marks = {"front": point.front, "best": point is result.best, "recommended": point is recommended}
         lines[-1].append(" ".join(mark for mark, set_ in marks.items() if set_))
-    chooses, reports = result.examples
+    assert result.examples
     title = (
-        f"left: on the {chooses} examples that choose (best {result.objective}; Pareto front); "
-        f"right: on {reports} others"
+        f"left: on the {result.examples.chosen_on} examples that choose (best {result.objective}; Pareto front); "
+        f"right: on {result.examples.reported_on} others"
     )
     print_table([*heads, *columns, *columns, ""], lines, title)
 
 
-def _recommended(result: Sweep) -> str:
+def _recommended(result: Recommendation) -> str:
     """Return what the recommended point gave on the examples that it was not chosen on."""
-    values, error = result.recommended.reported_on, result.error
+    values = result.reported_on
+    assert values
+    error = values.se
     return (
-        f"recommended: {result.recommended.describe()}; on the other examples: "
+        f"recommended: {result.point.describe()}; on the other examples: "
         f"accuracy {percent(values.accuracy, error.accuracy)} %, ECE {percent(values.ece, error.ece)} %, "
         f"NLL {decimal(values.nll, error.nll)}"
     )

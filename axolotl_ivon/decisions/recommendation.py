@@ -38,27 +38,18 @@ def read_decision(path: str | Path) -> Decision:
 
 
 def read_recommended(path: str | Path, header: Mapping[str, str] | None = None) -> tuple[float, float]:
-    """Return (τ, pruning ratio) from a recommended.json: see `tau_and_ratio`.
-
-    Raises:
-        IVONError: the file cannot be read, is no recommendation, or belongs to another adapter.
-    """
-    recommendation = Recommendation.load(path, "recommended")
-    return tau_and_ratio(recommendation, header, f"{param_ref('recommended')} {path}")
-
-
-def tau_and_ratio(recommendation: Recommendation, header: Mapping[str, str] | None, named: str) -> tuple[float, float]:
     """Return the (τ, pruning ratio) that make of an adapter the posterior that was evaluated.
 
     The adapter must be that of the sweep, or made of it by `temper` and `prune`, whose τ is not applied twice.
 
     Args:
+        path: of a recommended.json.
         header: of the adapter's ivon_sigma.safetensors; None for the values as they are.
-        named: what a message calls the recommendation.
 
     Raises:
-        IVONError: it belongs to another adapter.
+        IVONError: the file cannot be read, is no recommendation, or belongs to another adapter.
     """
+    recommendation, named = Recommendation.load(path, "recommended"), f"{param_ref('recommended')} {path}"
     tau, ratio = recommendation.tau, recommendation.ratio
     if header is None:
         return tau, ratio

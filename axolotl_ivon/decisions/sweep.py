@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,54 +59,18 @@ class Sweep:
     """The outcome of a sweep.
 
     Attributes:
-        points: the grid, ratio by ratio, τ ascending.
-        scaled: the mean, and the best of the grid, each at its own softmax temperature; empty without probabilities.
-        best: what is best by `objective` on the part of the data that chooses.
-        recommended: `best`, or what is kept in its place because it is not better beyond noise.
-        verdict: why.
-        examples: how many examples choose, and how many report.
-        error: bootstrap standard errors of the recommended point's metrics on the part that reports.
+        recommendation: what recommended.json says of it; the facts of the run, such as the adapter, are left out.
+        recommended: the point of its grid, or at a softmax temperature: the best by the objective on the part of the
+            data that chooses, or what is kept in its place because it is not better beyond noise.
         reliability: scores on the part that reports, by name: of the mean and the posterior as they are, where the
             grid has them, and of the recommended point.
         abstention: the threshold that was found for a risk.
     """
 
-    points: list[GridPoint]
-    scaled: list[GridPoint]
-    best: GridPoint
+    recommendation: Recommendation
     recommended: GridPoint
-    objective: str
-    verdict: SweepVerdict
-    examples: tuple[int, int]
-    error: Metrics
     reliability: dict[str, Scores]
     abstention: Abstention | None = None
-
-    @property
-    def mean(self) -> GridPoint:
-        """The mean, unpruned: what the others are compared with."""
-        return next(p for p in self.points if (p.tau, p.ratio) == (math.inf, 0))
-
-    def record(self, facts: Mapping[str, Any]) -> Recommendation:
-        """Return what recommended.json says of it, with `facts` about the run: further fields of `Recommendation`."""
-        point = self.recommended
-        return Recommendation(
-            tau=point.tau,
-            ratio=point.ratio,
-            temperature=point.temperature,
-            objective=self.objective,
-            score="probability",
-            **(self.abstention.document() if self.abstention else {}),
-            **facts,
-            examples=Sizes(chosen_on=self.examples[0], reported_on=self.examples[1]),
-            chosen_on=point.chosen_on,
-            reported_on=Reported.model_validate({**point.reported_on.dump(), "se": self.error}),
-            mean_reported_on=self.mean.reported_on,
-            verdict=self.verdict,
-            best=self.best,
-            grid=self.points,
-            scaled=self.scaled,
-        )
 
 
 def check_grid(taus: Sequence[float], ratios: Sequence[float]) -> list[Variant]:
@@ -180,19 +144,25 @@ def sweep(
     scores = evaluation.run(variants, sampling, reporter)
     choice = _Choice(variants, scores, evaluation.items, objective, choose, report)
     leader, recommended, verdict = choice.recommend()
-    errors: dict[str, Any] = standard_errors(recommended.reported)
-    return Sweep(
-        points=[candidate.point for candidate in choice.grid],
-        scaled=[candidate.point for candidate in choice.scaled],
-        best=leader.point,
-        recommended=recommended.point,
+    abstention = None if risk is None else _find_threshold(recommended.scores, test, risk, confidence)
+    point = recommended.point
+    recommendation = Recommendation(
+        tau=point.tau,
+        ratio=point.ratio,
+        temperature=point.temperature,
         objective=objective,
+        score="probability",
+        **(abstention.document() if abstention else {}),
+        examples=Sizes(chosen_on=len(choose), reported_on=len(report)),
+        chosen_on=point.chosen_on,
+        reported_on=Reported.model_validate({**point.reported_on.dump(), "se": standard_errors(recommended.reported)}),
+        mean_reported_on=choice.mean.point.reported_on,
         verdict=verdict,
-        examples=(len(choose), len(report)),
-        error=Metrics(**errors),
-        reliability=choice.reliability(recommended),
-        abstention=None if risk is None else _find_threshold(recommended.scores, test, risk, confidence),
+        best=leader.point,
+        grid=[candidate.point for candidate in choice.grid],
+        scaled=[candidate.point for candidate in choice.scaled],
     )
+    return Sweep(recommendation, point, choice.reliability(recommended), abstention)
 
 
 def _find_threshold(scores: Scores, test: Tensor, risk: float, confidence: float) -> Abstention:

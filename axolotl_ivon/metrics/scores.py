@@ -86,11 +86,8 @@ class Scores:
 
     def where(self, chosen: Tensor) -> Scores:
         """Return the scores at `chosen`: places, or a mask (n,)."""
-        columns: dict[str, Any] = {}
-        for field in fields(self):
-            column = getattr(self, field.name)
-            columns[field.name] = None if column is None else column[chosen]
-        return Scores(**columns)
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Scores(**{name: None if column is None else column[chosen] for name, column in columns.items()})
 
     def of_groups(self, groups: Tensor) -> Scores:
         """Return the scores of the examples numbered in `groups` only."""

@@ -24,6 +24,7 @@ from axolotl_ivon.evaluation.variants import Variant
 from axolotl_ivon.metrics.scores import Scores, metrics
 from axolotl_ivon.metrics.verdict import SIGNS
 from axolotl_ivon.records.evaluation import Metrics
+from axolotl_ivon.records.recommendation import GridPoint, Sizes
 
 TAUS, RATIOS = (0.3, 1.0, math.inf), (0.0, 0.4)
 
@@ -43,24 +44,28 @@ def test_the_best_is_least_or_greatest_and_nll_decides_between_equals(objective:
 
 
 def test_the_choice_is_made_on_one_half_and_reported_on_the_other(swept: Evaluation, result: Sweep) -> None:
-    assert [(p.tau, p.ratio) for p in result.points] == [(tau, ratio) for ratio in RATIOS for tau in TAUS]
-    assert result.best == min(result.points + result.scaled, key=lambda p: p.chosen_on.nll)
-    assert result.examples == (15, 16)
+    assert [(p.tau, p.ratio) for p in result.recommendation.grid] == [(tau, ratio) for ratio in RATIOS for tau in TAUS]
+    assert result.recommendation.best == min(
+        result.recommendation.grid + result.recommendation.scaled, key=lambda p: p.chosen_on.nll
+    )
+    assert result.recommendation.examples == Sizes(chosen_on=15, reported_on=16)
     scores = swept.run(check_grid(TAUS, RATIOS), Sampling(seed=4, samples=2))
     shuffled = torch.randperm(31, generator=torch.Generator().manual_seed(4))
-    for p, score in zip(result.points, scores, strict=True):
+    for p, score in zip(result.recommendation.grid, scores, strict=True):
         assert p.chosen_on.dump() == metrics(score.of_groups(shuffled[:15]))
         assert p.reported_on.dump() == metrics(score.of_groups(shuffled[15:]))
-    costs = [(-p.chosen_on.accuracy, p.chosen_on.ece) for p in result.points]  # type: ignore[operator]
-    assert [p.front for p in result.points] == pareto_front(costs)
-    assert result.error.dump().keys() == result.points[0].reported_on.dump().keys()
+    costs = [(-p.chosen_on.accuracy, p.chosen_on.ece) for p in result.recommendation.grid]  # type: ignore[operator]
+    assert [p.front for p in result.recommendation.grid] == pareto_front(costs)
+    assert result.recommendation.reported_on.se.dump().keys() == result.recommendation.grid[0].reported_on.dump().keys()
 
 
 @pytest.mark.parametrize("objective", SIGNS)
 def test_every_objective_is_followed(swept: Evaluation, objective: str) -> None:
     found = sweep(swept, check_grid(TAUS, RATIOS), objective, sampling=Sampling(seed=4, samples=2))
-    values = [p.chosen_on.value(objective) for p in found.points + found.scaled]
-    assert found.best.chosen_on.value(objective) == (max(values) if objective == "accuracy" else min(values))
+    values = [p.chosen_on.value(objective) for p in found.recommendation.grid + found.recommendation.scaled]
+    assert found.recommendation.best.chosen_on.value(objective) == (
+        max(values) if objective == "accuracy" else min(values)
+    )
 
 
 class Synthetic:
@@ -97,18 +102,26 @@ def swept_over(logits: dict[tuple[float, float], torch.Tensor], target: torch.Te
     return sweep(Synthetic(logits, target), rows, **more)  # type: ignore[arg-type]
 
 
+def mean(found: Sweep) -> GridPoint:
+    return next(p for p in found.recommendation.grid if (p.tau, p.ratio) == (math.inf, 0))
+
+
 def test_what_is_better_beyond_noise_is_recommended() -> None:
     logit, target = questions(600)
     # The mean knows nothing about half of the questions; no temperature gives that back.
     blind = logit * (torch.arange(600) % 2)
     found = swept_over({**dict.fromkeys(GRID, blind), (1.0, 0.0): logit}, target)
-    assert found.recommended is found.best
-    assert (found.recommended.tau, found.verdict.outcome, found.verdict.edges) == (1.0, "better", [])
-    assert "better than the mean" in found.verdict.text
+    assert found.recommended is found.recommendation.best
+    assert (found.recommended.tau, found.recommendation.verdict.outcome, found.recommendation.verdict.edges) == (
+        1.0,
+        "better",
+        [],
+    )
+    assert "better than the mean" in found.recommendation.verdict.text
     shuffled = torch.randperm(600, generator=torch.Generator().manual_seed(0))[300:]
     nll = [torch.nn.functional.softplus(torch.where(target == 1, -one, one))[shuffled] for one in (logit, blind)]
     paired = nll[0] - nll[1]
-    told = found.verdict.differences["nll"]
+    told = found.recommendation.verdict.differences["nll"]
     assert told.difference == pytest.approx(paired.mean().item(), abs=0.02)
     assert told.standard_error == pytest.approx(paired.std().item() / 300**0.5, rel=0.15)
 
@@ -118,22 +131,25 @@ def test_noise_keeps_the_mean_and_says_how_many_examples_would_tell() -> None:
     noise = 0.3 * torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     heard = Heard()
     found = swept_over({**dict.fromkeys(GRID, logit), (2.0, 0.0): logit + noise}, target, reporter=heard)
-    assert found.recommended is found.mean
-    assert found.verdict.outcome in ("within noise", "the mean")
+    assert found.recommended is mean(found)
+    assert found.recommendation.verdict.outcome in ("within noise", "the mean")
     assert heard.notes == []
     # One that is right more often where it chooses, by chance, and not where it reports.
     shuffled = torch.randperm(400, generator=torch.Generator().manual_seed(0))
     lucky = logit.clone()
     lucky[shuffled[:200]] += 0.1 * (2.0 * target - 1)[shuffled[:200]]
     found = swept_over({**dict.fromkeys(GRID, logit), (0.5, 0.0): lucky + noise}, target)
-    assert (found.best.tau, found.recommended) == (0.5, found.mean)
-    assert found.verdict.edges == ["τ 0.5"]
-    assert "at the edge of the grid (τ 0.5): try values beyond" in found.verdict.text
-    assert "within noise: keep the default, the mean" in found.verdict.text
-    versus = found.verdict.differences["nll"]
+    assert (found.recommendation.best.tau, found.recommended) == (0.5, mean(found))
+    assert found.recommendation.verdict.edges == ["τ 0.5"]
+    assert "at the edge of the grid (τ 0.5): try values beyond" in found.recommendation.verdict.text
+    assert "within noise: keep the default, the mean" in found.recommendation.verdict.text
+    versus = found.recommendation.verdict.differences["nll"]
     needed = 400 * (2 * versus.standard_error / versus.difference) ** 2  # type: ignore[operator]
-    assert found.verdict.examples_needed == pytest.approx(needed, rel=0.1)
-    assert f"about {found.verdict.examples_needed:,} examples would tell" in found.verdict.text
+    assert found.recommendation.verdict.examples_needed == pytest.approx(needed, rel=0.1)
+    assert (
+        f"about {found.recommendation.verdict.examples_needed:,} examples would tell"
+        in found.recommendation.verdict.text
+    )
 
 
 def test_a_softmax_temperature_wins_over_draws_that_do_no_more() -> None:
@@ -142,18 +158,22 @@ def test_a_softmax_temperature_wins_over_draws_that_do_no_more() -> None:
     found = swept_over({**dict.fromkeys(GRID, 3 * logit), (1.0, 0.0): logit}, target)
     assert (found.recommended.tau, found.recommended.ratio) == (math.inf, 0.0)
     assert found.recommended.temperature == pytest.approx(3, rel=0.25)
-    assert found.verdict.outcome == "better"
-    assert found.recommended == found.scaled[0]
-    for point in found.scaled:
-        assert point.chosen_on.nll <= found.mean.chosen_on.nll
-        assert point.chosen_on.accuracy == found.mean.chosen_on.accuracy
+    assert found.recommendation.verdict.outcome == "better"
+    assert found.recommended == found.recommendation.scaled[0]
+    for point in found.recommendation.scaled:
+        assert point.chosen_on.nll <= mean(found).chosen_on.nll
+        assert point.chosen_on.accuracy == mean(found).chosen_on.accuracy
 
 
 def test_few_examples_recommend_nothing() -> None:
     logit, target = questions(40)
     heard = Heard()
     found = swept_over({**dict.fromkeys(GRID, -logit), (1.0, 0.0): logit}, target, reporter=heard)
-    assert (found.best.tau, found.recommended, found.verdict.outcome) == (1.0, found.mean, "too few examples")
+    assert (found.recommendation.best.tau, found.recommended, found.recommendation.verdict.outcome) == (
+        1.0,
+        mean(found),
+        "too few examples",
+    )
     assert heard.notes == ["20 examples choose and 20 report: few differences are more than noise; 100 each are better"]
 
 
@@ -161,7 +181,7 @@ def test_the_threshold_is_of_examples_that_chose_nothing() -> None:
     logit, target = questions(2000)
     logits = {**dict.fromkeys(GRID, 2 * logit), (1.0, 0.0): 0.9 * logit}
     found = swept_over(logits, target, risk=0.1, confidence=0.95)
-    assert found.examples == (500, 500)
+    assert found.recommendation.examples == Sizes(chosen_on=500, reported_on=500)
     shuffled = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
     scale = {math.inf: 2.0, 1.0: 0.9}[found.recommended.tau] / found.recommended.temperature
     confidence = (scale * logit).abs().sigmoid()
