@@ -86,8 +86,10 @@ class Scores:
 
     def where(self, chosen: Tensor) -> Scores:
         """Return the scores at `chosen`: places, or a mask (n,)."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Scores(**{name: None if column is None else column[chosen] for name, column in columns.items()})
+        columns: dict[str, Any] = {}
+        for name, column in vars(self).items():
+            columns[name] = None if column is None else column[chosen]
+        return Scores(**columns)
 
     def of_groups(self, groups: Tensor) -> Scores:
         """Return the scores of the examples numbered in `groups` only."""

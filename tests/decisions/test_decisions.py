@@ -44,11 +44,10 @@ def test_the_best_is_least_or_greatest_and_nll_decides_between_equals(objective:
 
 
 def test_the_choice_is_made_on_one_half_and_reported_on_the_other(swept: Evaluation, result: Sweep) -> None:
-    assert [(p.tau, p.ratio) for p in result.recommendation.grid] == [(tau, ratio) for ratio in RATIOS for tau in TAUS]
-    assert result.recommendation.best == min(
-        result.recommendation.grid + result.recommendation.scaled, key=lambda p: p.chosen_on.nll
-    )
-    assert result.recommendation.examples == Sizes(chosen_on=15, reported_on=16)
+    found = result.recommendation
+    assert [(p.tau, p.ratio) for p in found.grid] == [(tau, ratio) for ratio in RATIOS for tau in TAUS]
+    assert found.best == min(found.grid + found.scaled, key=lambda p: p.chosen_on.nll)
+    assert found.examples == Sizes(chosen_on=15, reported_on=16)
     scores = swept.run(check_grid(TAUS, RATIOS), Sampling(seed=4, samples=2))
     shuffled = torch.randperm(31, generator=torch.Generator().manual_seed(4))
     for p, score in zip(result.recommendation.grid, scores, strict=True):
@@ -61,11 +60,9 @@ def test_the_choice_is_made_on_one_half_and_reported_on_the_other(swept: Evaluat
 
 @pytest.mark.parametrize("objective", SIGNS)
 def test_every_objective_is_followed(swept: Evaluation, objective: str) -> None:
-    found = sweep(swept, check_grid(TAUS, RATIOS), objective, sampling=Sampling(seed=4, samples=2))
-    values = [p.chosen_on.value(objective) for p in found.recommendation.grid + found.recommendation.scaled]
-    assert found.recommendation.best.chosen_on.value(objective) == (
-        max(values) if objective == "accuracy" else min(values)
-    )
+    found = sweep(swept, check_grid(TAUS, RATIOS), objective, Sampling(seed=4, samples=2)).recommendation
+    values = [p.chosen_on.value(objective) for p in found.grid + found.scaled]
+    assert found.best.chosen_on.value(objective) == (max(values) if objective == "accuracy" else min(values))
 
 
 class Synthetic:
@@ -112,16 +109,13 @@ def test_what_is_better_beyond_noise_is_recommended() -> None:
     blind = logit * (torch.arange(600) % 2)
     found = swept_over({**dict.fromkeys(GRID, blind), (1.0, 0.0): logit}, target)
     assert found.recommended is found.recommendation.best
-    assert (found.recommended.tau, found.recommendation.verdict.outcome, found.recommendation.verdict.edges) == (
-        1.0,
-        "better",
-        [],
-    )
-    assert "better than the mean" in found.recommendation.verdict.text
+    verdict = found.recommendation.verdict
+    assert (found.recommended.tau, verdict.outcome, verdict.edges) == (1.0, "better", [])
+    assert "better than the mean" in verdict.text
     shuffled = torch.randperm(600, generator=torch.Generator().manual_seed(0))[300:]
     nll = [torch.nn.functional.softplus(torch.where(target == 1, -one, one))[shuffled] for one in (logit, blind)]
     paired = nll[0] - nll[1]
-    told = found.recommendation.verdict.differences["nll"]
+    told = verdict.differences["nll"]
     assert told.difference == pytest.approx(paired.mean().item(), abs=0.02)
     assert told.standard_error == pytest.approx(paired.std().item() / 300**0.5, rel=0.15)
 
@@ -140,16 +134,14 @@ def test_noise_keeps_the_mean_and_says_how_many_examples_would_tell() -> None:
     lucky[shuffled[:200]] += 0.1 * (2.0 * target - 1)[shuffled[:200]]
     found = swept_over({**dict.fromkeys(GRID, logit), (0.5, 0.0): lucky + noise}, target)
     assert (found.recommendation.best.tau, found.recommended) == (0.5, mean(found))
-    assert found.recommendation.verdict.edges == ["τ 0.5"]
-    assert "at the edge of the grid (τ 0.5): try values beyond" in found.recommendation.verdict.text
-    assert "within noise: keep the default, the mean" in found.recommendation.verdict.text
-    versus = found.recommendation.verdict.differences["nll"]
+    verdict = found.recommendation.verdict
+    assert verdict.edges == ["τ 0.5"]
+    assert "at the edge of the grid (τ 0.5): try values beyond" in verdict.text
+    assert "within noise: keep the default, the mean" in verdict.text
+    versus = verdict.differences["nll"]
     needed = 400 * (2 * versus.standard_error / versus.difference) ** 2  # type: ignore[operator]
-    assert found.recommendation.verdict.examples_needed == pytest.approx(needed, rel=0.1)
-    assert (
-        f"about {found.recommendation.verdict.examples_needed:,} examples would tell"
-        in found.recommendation.verdict.text
-    )
+    assert verdict.examples_needed == pytest.approx(needed, rel=0.1)
+    assert f"about {verdict.examples_needed:,} examples would tell" in verdict.text
 
 
 def test_a_softmax_temperature_wins_over_draws_that_do_no_more() -> None:
@@ -169,11 +161,8 @@ def test_few_examples_recommend_nothing() -> None:
     logit, target = questions(40)
     heard = Heard()
     found = swept_over({**dict.fromkeys(GRID, -logit), (1.0, 0.0): logit}, target, reporter=heard)
-    assert (found.recommendation.best.tau, found.recommended, found.recommendation.verdict.outcome) == (
-        1.0,
-        mean(found),
-        "too few examples",
-    )
+    assert (found.recommendation.best.tau, found.recommended) == (1.0, mean(found))
+    assert found.recommendation.verdict.outcome == "too few examples"
     assert heard.notes == ["20 examples choose and 20 report: few differences are more than noise; 100 each are better"]
 
 
