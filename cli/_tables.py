@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -47,6 +47,16 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     console.print(table, highlight=False, markup=False)
 
 
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Print names and values in two columns, and an empty line."""
+    from axolotl_ivon.errors import printable
+
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        click.echo(f"{printable(name):<{width}}  {printable(value)}")
+    click.echo()
+
+
 def number(value: float | None) -> str:
     """Return a measured number with three significant digits."""
     return "–" if value is None else f"{value:.3g}"
@@ -68,10 +78,3 @@ def decimal(value: float | None, error: float | None = None, signed: bool = Fals
 def is_wide(columns: int) -> bool:
     """Say whether a table that is so wide may be printed: to a file or pipe, or a terminal with room for it."""
     return not results().isatty() or shutil.get_terminal_size().columns >= columns
-
-
-def file_names(paths: Sequence[str]) -> dict[str, str]:
-    """Return a short name for each path: the file's, unless two share it."""
-    short = {path: path.rsplit("/", 1)[-1] for path in paths}
-    names = list(short.values())
-    return {path: name if names.count(name) == 1 else path for path, name in short.items()}

@@ -9,7 +9,7 @@ import click
 
 from ._options import Sectioned, Terminal, limit_option, model_options, terminal_options
 from ._progress import silence_libraries
-from ._tables import emit
+from ._tables import emit, print_facts
 
 if TYPE_CHECKING:
     from axolotl_ivon.models.session import Loading
@@ -73,11 +73,12 @@ def _print(facts: dict[str, Any]) -> None:
     from axolotl_ivon.errors import printable
 
     shown = {key: value for key, value in facts.items() if key not in ("findings", "unknown", "data")}
-    width = max(map(len, shown))
-    for name, value in shown.items():
-        text = "unknown" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-        click.echo(f"{name:<{width}}  {printable(text)}")
-    click.echo()
+    print_facts(
+        {
+            name: "unknown" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+            for name, value in shown.items()
+        }
+    )
     for finding in facts["findings"]:
         click.echo(printable(f"{'✓' if finding['good'] else '!'} {finding['text']}"))
     for why in facts.get("unknown", ()):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from axolotl_ivon.storage.format import file_names
+
 from ._options import (
     OutputOptions,
     PosteriorOptions,
@@ -18,7 +20,7 @@ from ._options import (
     point_options,
 )
 from ._stdout import results
-from ._tables import decimal, emit, file_names, is_wide, percent, print_table
+from ._tables import decimal, emit, is_wide, percent, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling

@@ -67,29 +67,14 @@ class Prior(click.ParamType):
     help="Prior, as `ivon_prior` in training: empirical, or its precision over λ.",
 )
 @click.option(
-    "--prior-strength",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Factor on the prior's precision (κ).",
+    "--prior-strength", type=float, default=1.0, show_default=True, help="Factor on the prior's precision (κ)."
 )
 @click.option("--tolerance", type=float, help="Nats by which tfb may raise the NLL.  [default: 0.01]")
 @limit_option
 @seed_option("Seed of draws, labels and order.")
 @model_options
 @output_options("ADAPTER-fitted, beside ADAPTER")
-@as_one(
-    "settings",
-    dict,
-    "method",
-    "empirical",
-    "ess",
-    "validation",
-    "prior",
-    "prior_strength",
-    "tolerance",
-    "seed",
-)
+@as_one("settings", dict, "method", "empirical", "ess", "validation", "prior", "prior_strength", "tolerance", "seed")
 def command(
     adapter: str, data: Sequence[str], settings: dict[str, Any], loading: Loading, output: OutputOptions, **options: Any
 ) -> None:
@@ -110,22 +95,13 @@ def command(
     from axolotl_ivon.fitting.fit import fit, save, summary
     from axolotl_ivon.fitting.problem import Settings
 
-    if settings["method"] == "tfb":
-        settings["anchor"] = settings.pop("validation")
     Settings(**settings)
     path = output.target([adapter], "fitted")
     state = path.with_name(f".{path.name}.fit")
     with output.progress() as progress:
-        posterior = fit(
-            adapter,
-            data,
-            **settings,
-            **options,
-            loading=loading,
-            refit=True,  # what is written is a copy
-            state=state,
-            reporter=progress,
-        )
+        # What is written is a copy, so any σ may be replaced.
+        options |= {"loading": loading, "refit": True, "state": state, "reporter": progress}
+        posterior = fit(adapter, data, **settings, **options)
         save(posterior, path, output.overwrite, progress, state)
     facts = summary(posterior)
     header = {name: as_number(value) for name, value in posterior.metadata.items()}

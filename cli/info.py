@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ._options import Sectioned, Terminal, adapter_argument, terminal_options
-from ._tables import as_number, emit, number, print_table
+from ._tables import as_number, emit, number, print_facts, print_table
 
 
 @click.command("info", cls=Sectioned)
@@ -30,7 +30,14 @@ def command(adapter: str, ratio: float, terminal: Terminal) -> None:
         emit(facts)
         return
     _print_modules(facts)
-    _print_facts(facts)
+    own = {
+        "adapter": facts["adapter"],
+        "base model": str(facts["base_model"]),
+        "type": f"{facts['peft_type']}, r {facts['r']}, alpha {facts['lora_alpha']}",
+        "tensors": f"{facts['tensors']:,} ({', '.join(facts['dtypes'])})",
+        "weights": f"{facts['weights']:,}",
+    }
+    print_facts(own | facts["header"])
     if facts["posterior"]:
         _print_quantiles(facts)
         _print_histogram(facts["snr_histogram"])
@@ -50,23 +57,6 @@ def _print_modules(facts: dict[str, Any]) -> None:
         for line, row in zip(rows, facts["modules"], strict=True):
             line += [number(row["sigma_median"]), number(row["snr_median"]), f"{row['pruned']:.1%}"]
     print_table(columns, rows)
-
-
-def _print_facts(facts: dict[str, Any]) -> None:
-    from axolotl_ivon.errors import printable
-
-    rows = [
-        ["adapter", facts["adapter"]],
-        ["base model", str(facts["base_model"])],
-        ["type", f"{facts['peft_type']}, r {facts['r']}, alpha {facts['lora_alpha']}"],
-        ["tensors", f"{facts['tensors']:,} ({', '.join(facts['dtypes'])})"],
-        ["weights", f"{facts['weights']:,}"],
-    ]
-    rows += [[name, value] for name, value in facts["header"].items()]
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        click.echo(f"{printable(name):<{width}}  {printable(value)}")
-    click.echo()
 
 
 def _print_quantiles(facts: dict[str, Any]) -> None:

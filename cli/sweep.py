@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from axolotl_ivon.storage.format import file_names
+
 from ._options import (
     Command,
     Numbers,
@@ -22,7 +24,7 @@ from ._options import (
     output_as_one,
     risk_options,
 )
-from ._tables import decimal, file_names, is_wide, percent, print_table
+from ._tables import decimal, is_wide, percent, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.decisions.weights import WeightsSweep

@@ -102,6 +102,18 @@ def tiny_adapter(make_adapter: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_adapter(make_adapter: Callable[..., Path]) -> Path:
+    """Another one over the same base model."""
+    return make_adapter(seed=1)
+
+
+@pytest.fixture(scope="session")
+def plain_adapter(make_adapter: Callable[..., Path]) -> Path:
+    """An adapter without σ."""
+    return make_adapter(sigma=False)
+
+
+@pytest.fixture(scope="session")
 def pipeline(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`pipeline.Pipeline`: what eval, sweep, influence, generate and card make of `tiny_adapter`, for all to read."""
     from pipeline import Pipeline

@@ -109,9 +109,8 @@ class _Data(NamedTuple):
 
 def _held_out(settings: Settings, training: _Data) -> _Data | None:
     """Read the data on which predictions are evaluated, where the settings ask for some."""
-    for name in ("validation", "anchor"):
-        if path := getattr(settings, name):
-            return _Data.read([path], settings.limit, name)
+    if settings.validation:
+        return _Data.read([settings.validation], settings.limit, "validation")
     return training if settings.method == "tfb" else None
 
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 METHODS = ("fisher", "ivon", "tfb")  # each a module of this room; the first is the default
 _BY_METHOD = {
-    **dict.fromkeys(("fisher", "ivon"), ("empirical", "ess", "prior", "prior_strength", "validation")),
-    "tfb": ("anchor", "tolerance"),
+    **dict.fromkeys(("fisher", "ivon"), ("empirical", "ess", "prior", "prior_strength")),
+    "tfb": ("tolerance",),
 }
 
 
@@ -45,13 +45,12 @@ class Settings:
         ess: effective sample size λ; by default that of `ivon_preset: auto` for as many examples.
         prior, prior_strength: as in `IVONLoRA`.
         validation: a file; of λ from 1/64 to 64 times the default, take the one whose averaged draws have the lowest
-            NLL there.
-        anchor: a file, by default the training data, on which tfb finds the width.
+            NLL there. tfb finds the width there, by default on the training data.
         tolerance: the NLL of averaged draws there may be this many nats above that of the mean.
         samples: draws that are averaged.
         seed: of all that is random.
         limit: use only the first examples of each file.
-        task, choices: how validation or anchor data are predicted, as for `ivon-post eval`.
+        task, choices: how validation data are predicted, as for `ivon-post eval`.
         batch_size: examples in a batch; None: as many as fit.
 
     Raises:
@@ -64,7 +63,6 @@ class Settings:
     prior: Literal["empirical"] | float = "empirical"
     prior_strength: float = 1.0
     validation: str | None = None
-    anchor: str | None = None
     tolerance: float | None = None
     samples: int = 10
     seed: int = 0
@@ -133,7 +131,7 @@ class FitProblem:
         session: the adapter over its base model in memory; the model can be differentiated.
         parameters: the parameters that get a σ, by name.
         items: the training examples, tokenised.
-        held_out: the validation or anchor data, where the settings ask for some.
+        held_out: the data on which predictions are evaluated, where the settings ask for some.
         state: the file of an interrupted fit.
         header: facts of the header that all methods share.
     """

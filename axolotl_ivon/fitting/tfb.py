@@ -104,9 +104,9 @@ def widest(cost: Callable[[float], float], start: float, most: int) -> tuple[flo
 
 
 def fit(problem: FitProblem) -> FittedSigma:
-    """Return the widest σ whose averaged draws have an NLL on the anchor data within the tolerance of the mean's."""
-    settings, reporter, anchor = problem.settings, problem.reporter, problem.held_out
-    assert anchor is not None
+    """Return the widest σ whose averaged draws have an NLL on the held-out data within the tolerance of the mean's."""
+    settings, reporter, held_out = problem.settings, problem.reporter, problem.held_out
+    assert held_out is not None
     tolerance = TOLERANCE if settings.tolerance is None else settings.tolerance
     shape = noise_shape(problem.session.model, problem.parameters)
     start = first_width(shape, {name: problem.parameters[name].detach() for name in shape})
@@ -118,7 +118,7 @@ def fit(problem: FitProblem) -> FittedSigma:
     unit = problem.posterior(FittedSigma(shape))
     kept = problem.state.read()
     known: dict[str, float] = dict(kept.values["nll"]) if kept else {}
-    stage = Stage(reporter, "finding the width", (1 + (MOST - 1) * settings.samples) * len(anchor.items))
+    stage = Stage(reporter, "finding the width", (1 + (MOST - 1) * settings.samples) * len(held_out.items))
 
     def nll(width: float) -> float:
         if (name := repr(width)) not in known:
@@ -143,7 +143,7 @@ def fit(problem: FitProblem) -> FittedSigma:
     header = {
         "tfb_sigma_q": repr(width),
         "tfb_tolerance": str(tolerance),
-        "tfb_anchor": anchor.names,
+        "tfb_anchor": held_out.names,
         "tfb_nll_mean": f"{mean:.6g}",
         "tfb_nll": f"{known[repr(width)]:.6g}",
         "tfb_evaluations": str(len(known)),

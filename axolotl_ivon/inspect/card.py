@@ -40,7 +40,6 @@ COLUMNS: dict[str, tuple[str, int, int]] = {
     "cov_at_5risk": ("coverage at 5 % risk, %", 100, 1),
 }
 _TASKS = {"choice": "multiple-choice", "classify": "text-classification", "generate": "text-generation"}
-_TASKS = {"choice": "multiple-choice", "classify": "text-classification", "generate": "text-generation"}
 
 
 def add_results(
@@ -122,29 +121,35 @@ def measured(value: float | None, error: float | None, factor: int, digits: int)
     return f"{factor * value:.{digits}f}" + (f" ± {factor * error:.{digits}f}" if error is not None else "")
 
 
-def _table(evaluation: EvaluationRecord) -> list[str]:
+def metrics_table(evaluation: EvaluationRecord) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Return the headings of what was measured; and for every row its share of answers, and its figures with errors."""
     columns = {
         metric: column
         for metric, column in COLUMNS.items()
         if any(row.value(metric) is not None for row in evaluation.rows)
         and (metric != "perplexity" or evaluation.task == "generate")
     }
+    lines = []
+    for row in evaluation.rows:
+        coverage = f" ({100 * row.coverage:.1f} %)" if row.coverage is not None else ""
+        figures = {metric: (row.value(metric), row.se.value(metric)) for metric in columns}
+        lines.append((coverage, [measured(*figures[metric], *column[1:]) for metric, column in columns.items()]))
+    return [heading for heading, *_ in columns.values()], lines
+
+
+def _table(evaluation: EvaluationRecord) -> list[str]:
+    heads, cells = metrics_table(evaluation)
     lines = [
         f"`{MEASURED_BY}`, {escape(evaluation.task)}, {evaluation.samples} draws at τ {evaluation.tau}, pruning ratio "
         f"{evaluation.prune_ratio}, seed {evaluation.seed}; ± is a bootstrap standard error.",
         "",
-        "| data | |" + "".join(f" {heading} |" for heading, _, _ in columns.values()),
-        "|---|---|" + "---:|" * len(columns),
+        "| data | |" + "".join(f" {heading} |" for heading in heads),
+        "|---|---|" + "---:|" * len(heads),
     ]
     before = None
-    for row in evaluation.rows:
+    for row, (coverage, figures) in zip(evaluation.rows, cells, strict=True):
         data = f"{escape(PurePath(row.data).name)} ({row.examples})"
-        cells = [
-            measured(row.value(metric), row.se.value(metric), factor, digits)
-            for metric, (_, factor, digits) in columns.items()
-        ]
-        name = escape(row.name) + (f" ({100 * row.coverage:.1f} %)" if row.coverage is not None else "")
-        lines.append(f"| {data if data != before else ''} | {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {data if data != before else ''} | {escape(row.name)}{coverage} | {' | '.join(figures)} |")
         before = data
     return lines
 

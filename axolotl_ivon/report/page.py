@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import printable
-from ..inspect.card import COLUMNS, measured
+from ..inspect.card import measured, metrics_table
 from ..inspect.info import describe
 from ..plots.heat_map import heat_map
 from ..plots.histograms import histograms
@@ -28,6 +28,7 @@ from ..records.evaluation import EvaluationRecord, ExampleRecord
 from ..records.influence import SCORES, InfluenceRecord
 from ..records.recommendation import Recommendation
 from ..storage.atomic import new_file
+from ..storage.format import file_names
 from .findings import Findings
 
 _SHOWN = 5  # examples of each kind
@@ -63,7 +64,7 @@ def page(adapter: str, findings: Findings) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["svg"] = lambda figure: Markup(to_svg(figure))
     template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    names = _short_names([*findings.files, *(evaluation.ood_files if evaluation else ())])
+    names = file_names([*findings.files, *(evaluation.ood_files if evaluation else ())])
     return template.render(
         title=PurePath(str(adapter)).name or str(adapter),
         facts=_facts(summary),
@@ -82,12 +83,6 @@ def page(adapter: str, findings: Findings) -> str:
         examples=_examples(findings),
         version=summary["header"].get("library_version", ""),
     )
-
-
-def _short_names(paths: Sequence[str]) -> dict[str, str]:
-    """Return a name without its folder for every file, unless two share it."""
-    short = {path: PurePath(path).name for path in paths}
-    return {path: name if list(short.values()).count(name) == 1 else path for path, name in short.items()}
 
 
 def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -117,24 +112,12 @@ def _setup(evaluation: EvaluationRecord) -> str:
 
 
 def _table(evaluation: EvaluationRecord, names: Mapping[str, str]) -> dict[str, Any]:
-    columns = {
-        metric: column
-        for metric, column in COLUMNS.items()
-        if any(row.value(metric) is not None for row in evaluation.rows)
-        and (metric != "perplexity" or evaluation.task == "generate")
-    }
+    heads, cells = metrics_table(evaluation)
     lines = [
-        {
-            "data": f"{names[row.data]} ({row.examples})",
-            "name": row.name + (f" ({100 * row.coverage:.1f} %)" if row.coverage is not None else ""),
-            "cells": [
-                measured(row.value(metric), row.se.value(metric), factor, digits)
-                for metric, (_, factor, digits) in columns.items()
-            ],
-        }
-        for row in evaluation.rows
+        {"data": f"{names[row.data]} ({row.examples})", "name": f"{row.name}{coverage}", "cells": figures}
+        for row, (coverage, figures) in zip(evaluation.rows, cells, strict=True)
     ]
-    return {"heads": [heading for heading, _, _ in columns.values()], "lines": lines}
+    return {"heads": heads, "lines": lines}
 
 
 def _ood_table(evaluation: EvaluationRecord, names: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import IVONError, one_line, param_ref
@@ -203,6 +203,13 @@ def regular_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise IVONError(f"{path} is not a regular file")
     return status.st_size
+
+
+def file_names(paths: Sequence[str]) -> dict[str, str]:
+    """Return a short name for each path: the file's, unless two share it."""
+    short = {path: PurePath(path).name for path in paths}
+    names = list(short.values())
+    return {path: name if names.count(name) == 1 else path for path, name in short.items()}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -32,11 +32,6 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.fixture(scope="module")
-def other(make_adapter: Callable[..., Path]) -> Path:
-    return make_adapter(seed=1)
-
-
 def recommendation(folder: Path, **values: object) -> Path:
     path = folder / "recommended.json"
     path.write_text(json.dumps({"tau": 3.0, "ratio": 0.4, **values}))
@@ -71,10 +66,8 @@ def test_info_as_json_has_numbers(tiny_adapter: Path, ivon_post: Cli) -> None:
     assert header["prior"] == "empirical"
 
 
-def test_info_of_what_is_no_posterior(
-    tiny_adapter: Path, make_adapter: Callable[..., Path], tmp_path: Path, ivon_post: Cli
-) -> None:
-    text = ivon_post("info", make_adapter(sigma=False))
+def test_info_of_what_is_no_posterior(tiny_adapter: Path, plain_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
+    text = ivon_post("info", plain_adapter)
     assert "`info` and `merge` work on this adapter" in text
     assert "model.layers.1.self_attn.v_proj" in text
     ivon_post("sample", tiny_adapter, "-n", 2, "-o", tmp_path / "e")
@@ -114,11 +107,11 @@ def test_check_of_a_yaml(tmp_path: Path, ivon_post: Cli) -> None:
     assert "no posterior is trained" in ivon_post.error("check", config)
 
 
-def test_diff(tiny_adapter: Path, other: Path, ivon_post: Cli) -> None:
-    lines = words_of(ivon_post("diff", tiny_adapter, other))
+def test_diff(tiny_adapter: Path, other_adapter: Path, ivon_post: Cli) -> None:
+    lines = words_of(ivon_post("diff", tiny_adapter, other_adapter))
     modules = [f"model.layers.{i}.self_attn.{n}_proj" for i in "01" for n in "qv"]
     assert [line[0] for line in lines] == ["module", *modules, "all"]
-    document = ivon_post.json("diff", tiny_adapter, other)
+    document = ivon_post.json("diff", tiny_adapter, other_adapter)
     assert document["weights"] == 896
     assert float(lines[-1][2]) == pytest.approx(document["kl_ab"], rel=5e-3)
     assert document["kl_ab"] == pytest.approx(sum(row["kl_ab"] for row in document["modules"]))
@@ -226,14 +219,13 @@ def test_the_size_of_a_large_ensemble_is_told(
     assert ivon_post.run("sample", tiny_adapter, "-n", 2, "-o", f"{out}2", "-q").stderr == ""
 
 
-def test_merge_of_an_adapter_without_sigma(make_adapter: Callable[..., Path], out: Path, ivon_post: Cli) -> None:
+def test_merge_of_an_adapter_without_sigma(plain_adapter: Path, out: Path, ivon_post: Cli) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = make_adapter(sigma=False)
-    assert ivon_post("merge", folder, "-o", out, "--dtype", "bfloat16") == f"{out}\n"
+    assert ivon_post("merge", plain_adapter, "-o", out, "--dtype", "bfloat16") == f"{out}\n"
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
     for option in ("--ratio", "--sample-seed"):
-        assert "it is no posterior" in ivon_post.error("merge", folder, "-o", f"{out}2", option, 0)
+        assert "it is no posterior" in ivon_post.error("merge", plain_adapter, "-o", f"{out}2", option, 0)
 
 
 def test_merge_of_draws_and_pruned_means(tiny_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
@@ -256,12 +248,12 @@ def test_merge_of_draws_and_pruned_means(tiny_adapter: Path, tmp_path: Path, ivo
     assert not any(torch.equal(weights[a], weights[b]) for i, a in enumerate(names) for b in names[:i])
 
 
-def test_combine(tiny_adapter: Path, other: Path, out: Path, ivon_post: Cli) -> None:
-    both = [Posterior.from_pretrained(tiny_adapter), Posterior.from_pretrained(other)]
-    assert ivon_post("combine", tiny_adapter, other, "-o", out) == f"{out}\n"
+def test_combine(tiny_adapter: Path, other_adapter: Path, out: Path, ivon_post: Cli) -> None:
+    both = [Posterior.from_pretrained(tiny_adapter), Posterior.from_pretrained(other_adapter)]
+    assert ivon_post("combine", tiny_adapter, other_adapter, "-o", out) == f"{out}\n"
     assert same(Posterior.from_pretrained(out), Posterior.combine(both))
     words = ("--method", "linear", "--weights", "0.2,0.8", "--overwrite", "-o", out)
-    assert ivon_post.json("combine", tiny_adapter, other, *words)["method"] == "linear"
+    assert ivon_post.json("combine", tiny_adapter, other_adapter, *words)["method"] == "linear"
     assert same(Posterior.from_pretrained(out), Posterior.combine(both, "linear", [0.2, 0.8]))
 
 

@@ -1,4 +1,4 @@
-"""`ivon-post card` as a user calls it."""
+"""`ivon-post card` as a user calls it; `test_refusals.py` has what it refuses."""
 
 from __future__ import annotations
 
@@ -26,17 +26,3 @@ def test_what_eval_and_sweep_print_goes_into_the_card(
     before = (folder / "README.md").read_bytes()
     assert ivon_post.json(*call) == {"files": printed.split()}
     assert (folder / "README.md").read_bytes() == before
-
-
-def test_results_of_another_adapter_are_refused(
-    tiny_adapter: Path, copied: Callable[..., Path], tmp_path: Path, ivon_post: Cli
-) -> None:
-    folder = copied(tiny_adapter)
-    (tmp_path / "eval.json").write_text(
-        '{"rows": [{"name": "mean", "data": "x", "examples": 1}], "mean_sha256": "0", "adapter": "other"}'
-    )
-    line = ivon_post.error("card", folder, "--results", tmp_path / "eval.json")
-    assert "--results" in line
-    assert "another adapter, other" in line
-    line = ivon_post.error("card", tmp_path / "none", "--results", tmp_path / "eval.json")
-    assert "no such folder here" in line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -108,23 +107,20 @@ def test_axolotl_runs_it(tiny_adapter: Path, tmp_path: Path):
     assert (tmp_path / "out" / "adapter_config.json").is_file()
 
 
-def test_axolotl_merges_what_was_written(tiny_adapter: Path, tiny_llama: Path, tmp_path: Path, ivon_post: Callable):
+def test_axolotl_merges_what_was_written(
+    tiny_adapter: Path, tiny_llama: Path, tmp_path: Path, make_config: Callable, ivon_post: Callable
+):
     from peft import PeftModel
+    from runs import axolotl
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     ivon_post("sample", tiny_adapter, "-n", 1, "--ratio", 0.3, "-o", tmp_path / "ensemble")
-    member = tmp_path / "ensemble" / "sample-0000"
-    (tmp_path / "merge.yaml").write_text(
-        f"base_model: {tiny_llama}\nadapter: lora\nlora_r: 4\nlora_alpha: 8\nlora_target_modules: [q_proj, v_proj]\n"
-        f"datasets: [{{path: {tmp_path}/none.jsonl, type: chat_template}}]\noutput_dir: {tmp_path}/out\n"
-        "sequence_len: 128\nmicro_batch_size: 1\ngradient_accumulation_steps: 1\nlearning_rate: 0.01\nbf16: false\n"
-    )
-    script = f"from axolotl.cli.main import cli; cli(['merge-lora', 'merge.yaml', '--lora-model-dir', {str(member)!r}])"
-    environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "ACCELERATE_USE_CPU": "1"}
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    member, config = tmp_path / "ensemble" / "sample-0000", make_config("merge")
+    done = axolotl("merge-lora", config, "--lora-model-dir", member, cwd=config.parent)
+    assert done.returncode == 0, done.stderr
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), member).merge_and_unload()
-    merged = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    merged = load_file(config.parent / "merge" / "merged" / "model.safetensors")
     assert set(merged) == set(expected.state_dict())
     for key, value in merged.items():
         torch.testing.assert_close(value.float(), expected.state_dict()[key].to(value.dtype).float())

@@ -20,11 +20,6 @@ MakeAdapter = Callable[..., Path]
 MEAN_FILE = "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def plain(make_adapter: MakeAdapter) -> Path:
-    return make_adapter(sigma=False)
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write_chats(tmp_path / "train.jsonl", count=24)
@@ -38,17 +33,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("method", ["ivon", "fisher", "tfb"])
 def test_what_it_writes_is_a_posterior_for_every_command(
-    plain: Path, data: Path, tmp_path: Path, ivon_post: Cli, method: str
+    plain_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli, method: str
 ) -> None:
     out = tmp_path / "out"
-    result = ivon_post.run("fit", plain, "--data", data, "--method", method, "-o", out)
+    result = ivon_post.run("fit", plain_adapter, "--data", data, "--method", method, "-o", out)
     assert result.exit_code == 0, result.output
     line, written = result.stdout.splitlines()
     weights = 512 if method == "tfb" else 896
     assert line.startswith(f"σ of {weights} weights by {method}: median ")
     assert written == str(out)
     assert result.stderr.splitlines()[-1] == f"next: ivon-post eval {out} --data TEST.jsonl"
-    assert (out / MEAN_FILE).read_bytes() == (plain / MEAN_FILE).read_bytes()
+    assert (out / MEAN_FILE).read_bytes() == (plain_adapter / MEAN_FILE).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train.jsonl"]
     assert ivon_post.json("info", out)["header"]["fit_method"] == method
     assert ivon_post.json("check", out)["findings"]
@@ -59,29 +54,24 @@ def test_what_it_writes_is_a_posterior_for_every_command(
     assert [row["name"] for row in rows] == ["mean", "posterior"]
 
 
-def test_fitted_posteriors_combine_and_diff(plain: Path, data: Path, tmp_path: Path, ivon_post: Cli) -> None:
-    for name in ("fisher", "ivon"):
-        ivon_post("fit", plain, "-d", data, "--method", name, "-o", tmp_path / name)
-    ivon_post("combine", tmp_path / "fisher", tmp_path / "ivon", "-o", tmp_path / "both")
-    facts = ivon_post.json("diff", tmp_path / "fisher", tmp_path / "ivon")
-    assert facts
+def test_fitted_posteriors_combine_and_diff_and_json_holds_numbers(
+    plain_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli
+) -> None:
+    fisher, other = tmp_path / "fisher", tmp_path / "ivon"
+    document = ivon_post.json("fit", plain_adapter, "-d", data, "--method", "fisher", "--ess", 1000, "-o", fisher)
+    assert (document["output"], document["weights"]) == (str(fisher), 896)
+    assert (document["header"]["ess"], document["header"]["train_size"]) == (1000, 24)
+    assert document["header"]["mean_sha256"] == Posterior.from_pretrained(fisher).metadata["mean_sha256"]
+    ivon_post("fit", plain_adapter, "-d", data, "--method", "ivon", "-o", other)
+    ivon_post("combine", fisher, other, "-o", tmp_path / "both")
+    assert ivon_post.json("diff", fisher, other)
     assert Posterior.from_pretrained(tmp_path / "both").metadata["fit_data"] == "train.jsonl"
 
 
-def test_json_holds_numbers(plain: Path, data: Path, tmp_path: Path, ivon_post: Cli) -> None:
-    document = ivon_post.json("fit", plain, "-d", data, "--method", "fisher", "--ess", 1000, "-o", tmp_path / "out")
-    assert document["output"] == str(tmp_path / "out")
-    assert document["weights"] == 896
-    assert document["header"]["ess"] == 1000
-    assert document["header"]["train_size"] == 24
-    q = Posterior.from_pretrained(tmp_path / "out")
-    assert document["header"]["mean_sha256"] == q.metadata["mean_sha256"]
-
-
 def test_it_writes_beside_the_adapter_and_shows_how_it_goes(
-    plain: Path, data: Path, copied: Callable[[Path], Path], ivon_post: Cli
+    plain_adapter: Path, data: Path, copied: Callable[[Path], Path], ivon_post: Cli
 ) -> None:
-    folder = copied(plain)
+    folder = copied(plain_adapter)
     result = ivon_post.run("fit", folder, "-d", data, "--method", "ivon")
     assert result.stdout.splitlines()[-1] == str(folder.parent / "adapter-fitted")
     assert "steps: σ changed by " in result.stderr
@@ -92,13 +82,13 @@ def test_it_writes_beside_the_adapter_and_shows_how_it_goes(
 
 
 def test_an_interrupted_process_goes_on(
-    plain: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ivon_post: Cli
+    plain_adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ivon_post: Cli
 ) -> None:
     """Ctrl-C in the middle leaves nothing but the hidden file, from which the same command goes on."""
     script = (
         "import ivon_post; from axolotl_ivon.fitting import ivon; ivon.MOST, ivon.SETTLED = 32, 0; ivon_post.main()"
     )
-    words = ["fit", str(plain), "-d", str(data), "--method", "ivon", "--limit", "8"]
+    words = ["fit", str(plain_adapter), "-d", str(data), "--method", "ivon", "--limit", "8"]
     process = subprocess.Popen(
         [sys.executable, "-c", script, *words, "-o", "out"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )

@@ -40,10 +40,6 @@ def test_every_parameter_is_an_option_of_some_command(name: str) -> None:
     assert any(_option(command, name) != name for command in COMMANDS)
 
 
-def told(command: str, message: str) -> str:
-    return IVONError(message).describe(lambda name: _option(cli.get_command(CONTEXT, command), name))
-
-
 @pytest.mark.parametrize(
     ("command", "name", "shown"),
     [
@@ -64,7 +60,9 @@ def told(command: str, message: str) -> str:
     ],
 )
 def test_how_a_parameter_is_shown(command: str, name: str, shown: str) -> None:
-    assert told(command, f"{param_ref(name)} x: wrong") == f"{shown} x: wrong"
+    error = IVONError(f"{param_ref(name)} x: wrong")
+    told = error.describe(lambda parameter: _option(cli.get_command(CONTEXT, command), parameter))
+    assert told == f"{shown} x: wrong"
 
 
 OPTIONS = [(command, param) for command in COMMANDS for param in command.params if isinstance(param, click.Option)]

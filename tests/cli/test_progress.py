@@ -20,19 +20,6 @@ def report(progress: Progress, pause: float = 0.0) -> None:
         time.sleep(pause)
 
 
-class Clock:
-    """What `time.monotonic` says in `_progress`."""
-
-    now = 0.0
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(_progress.time, "monotonic", lambda: clock.now)
-    return clock
-
-
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Console, "is_terminal", True)
@@ -77,11 +64,16 @@ def test_nothing_if_quiet(terminal: None, capsys: pytest.CaptureFixture[str]) ->
     ],
 )
 def test_lines_now_and_then_elsewhere(
-    advances: list[tuple[float, int, int]], lines: list[str], clock: Clock, capsys: pytest.CaptureFixture[str]
+    advances: list[tuple[float, int, int]],
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    now = 0.0
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: now)
     with Progress(quiet=False) as progress:
         for seconds, count, total in advances:
-            clock.now += seconds
+            now += seconds
             progress.advance("pruning", count, total)
     assert capsys.readouterr().err.splitlines() == [f"pruning: {line}" for line in lines]
 

@@ -42,13 +42,8 @@ def process(*words: object, **environment: str) -> Iterator[tuple[subprocess.Pop
         server.communicate()
 
 
-@pytest.fixture(scope="module")
-def adapter(make_adapter: Any) -> Path:
-    return make_adapter()  # type: ignore[no-any-return]
-
-
-def test_it_serves_until_it_is_told_to_end_and_finishes_what_runs(adapter: Path) -> None:
-    with process(adapter, "-n", 2, "--name", "ours") as (server, document), ThreadPoolExecutor(1) as pool:
+def test_it_serves_until_it_is_told_to_end_and_finishes_what_runs(tiny_adapter: Path) -> None:
+    with process(tiny_adapter, "-n", 2, "--name", "ours") as (server, document), ThreadPoolExecutor(1) as pool:
         assert document["models"] == ["ours", "ours:mean", "ours:member-0000", "ours:member-0001"]
         ours = official(document["url"])
         stream = ours.completions.create(model="ours", prompt="x", max_tokens=300, seed=1, stream=True)
@@ -64,8 +59,8 @@ def test_it_serves_until_it_is_told_to_end_and_finishes_what_runs(adapter: Path)
             ours.models.list()
 
 
-def test_the_key_may_come_from_the_environment(adapter: Path) -> None:
-    with process(adapter, "-n", 1, "--host", "0.0.0.0", IVON_API_KEY="sesame") as (server, document):
+def test_the_key_may_come_from_the_environment(tiny_adapter: Path) -> None:
+    with process(tiny_adapter, "-n", 1, "--host", "0.0.0.0", IVON_API_KEY="sesame") as (server, document):
         with pytest.raises(openai.AuthenticationError):
             official(document["url"]).models.list()
         assert official(document["url"], "sesame").models.list().data
@@ -77,11 +72,11 @@ def test_the_key_may_come_from_the_environment(adapter: Path) -> None:
         assert "Traceback" not in err
 
 
-def test_it_serves_in_front_of_itself(adapter: Path, tmp_path: Path, ivon_post: Any, tiny_llama: Path) -> None:
+def test_it_serves_in_front_of_itself(tiny_adapter: Path, tmp_path: Path, ivon_post: Any, tiny_llama: Path) -> None:
     """What is served behind it is the project's own fake of vLLM, with two members."""
     from openai_server import Server, serving
 
-    ivon_post("sample", adapter, "-n", 2, "-o", tmp_path / "ensemble")
+    ivon_post("sample", tiny_adapter, "-n", 2, "-o", tmp_path / "ensemble")
     members = ["sample-0000", "sample-0001"]
     with serving(Server(tmp_path / "ensemble", tiny_llama, members)) as behind:
         words = [tmp_path / "ensemble", "--endpoint", behind.url, "--candidates", 2]
@@ -95,8 +90,10 @@ def test_it_serves_in_front_of_itself(adapter: Path, tmp_path: Path, ivon_post: 
                 assert server.wait(30) == 0
 
 
-def test_without_a_server_there_is_no_command(monkeypatch: pytest.MonkeyPatch, ivon_post: Any, adapter: Path) -> None:
+def test_without_a_server_there_is_no_command(
+    monkeypatch: pytest.MonkeyPatch, ivon_post: Any, tiny_adapter: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    told = ivon_post.error("serve", adapter)
+    told = ivon_post.error("serve", tiny_adapter)
     assert "the server needs the package starlette: pip install 'axolotl-ivon[serve]'" in told

@@ -6,18 +6,13 @@ import json
 
 import pytest
 
-from ivon_post._tables import decimal, emit, file_names, number, percent, print_table
+from ivon_post._tables import decimal, emit, number, percent, print_table
 
 
 def test_numbers() -> None:
     assert [number(None), number(0.0123456)] == ["–", "0.0123"]
     assert [percent(None), percent(0.8512), percent(0.5, 0.01), percent(0.0)] == ["–", "85.1", "50.0 ± 1.0", "0.0"]
     assert [decimal(None), decimal(0.5), decimal(0.5, 0.25)] == ["–", "0.500", "0.500 ± 0.250"]
-
-
-def test_files_have_short_names_unless_two_share_one() -> None:
-    assert file_names(["a/x", "b/y"]) == {"a/x": "x", "b/y": "y"}
-    assert file_names(["a/x", "b/x"]) == {"a/x": "a/x", "b/x": "b/x"}
 
 
 def test_a_table_has_every_character(capsys: pytest.CaptureFixture[str]) -> None:

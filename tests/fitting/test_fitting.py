@@ -346,7 +346,6 @@ def test_it_halves_batches_when_the_memory_runs_out(plain: Path, chats: Path, mo
         ({"prior_strength": -1}, "prior_strength -1: give a number > 0"),
         ({"samples": 0}, "samples 0: give a number of draws"),
         ({"tolerance": 0.1}, "tolerance 0.1: it is for method tfb"),
-        ({"anchor": "x"}, "anchor x: it is for method tfb"),
         ({"method": "tfb", "tolerance": 0}, "tolerance 0: give nats > 0"),
         ({"method": "tfb", "ess": 10}, "ess 10: the width of method tfb is found by tolerance alone; leave it out"),
         ({"method": "tfb", "empirical": True}, "empirical: the width of method tfb"),

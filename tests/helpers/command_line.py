@@ -1,9 +1,26 @@
-"""`ivon-post` in the process of the tests."""
+"""`ivon-post` in the process of the tests, and the commands that work on adapter folders alone."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from pathlib import Path
 from typing import Any
+
+# With words in place of the folders.
+WRITING: dict[str, tuple[object, ...]] = {
+    "prune": ("prune", "ADAPTER", "-o", "OUT"),
+    "temper": ("temper", "ADAPTER", "--tau", 2, "-o", "OUT"),
+    "sample": ("sample", "ADAPTER", "-n", 2, "-o", "OUT"),
+    "combine": ("combine", "ADAPTER", "OTHER", "-o", "OUT"),
+    "merge": ("merge", "ADAPTER", "-o", "OUT"),
+}
+READING: dict[str, tuple[object, ...]] = {
+    "info": ("info", "ADAPTER", "--json"),
+    "check": ("check", "ADAPTER"),
+    "diff": ("diff", "ADAPTER", "OTHER"),
+}
 
 
 class Cli:
@@ -35,3 +52,20 @@ class Cli:
         from ivon_post import cli
 
         return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def fill(words: tuple[object, ...], adapter: Path | str, other: Path | str = "", out: Path | str = "") -> list[str]:
+    """Return the words of a command with the folders in place."""
+    places = {"ADAPTER": adapter, "OTHER": other, "OUT": out}
+    return [str(places.get(word, word)) if isinstance(word, str) else str(word) for word in words]
+
+
+def snapshot(folder: Path) -> dict[str, object]:
+    """Return what is below a folder: content, or what a link names, or what kind of thing it is."""
+
+    def content(path: Path) -> object:
+        if path.is_symlink():
+            return os.readlink(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else path.lstat().st_mode
+
+    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*"))}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -67,16 +68,21 @@ def build_llama(folder: str | Path, seed: int = 0, **config: int) -> Path:
     return folder
 
 
-def build_classifier(base: str | Path, folder: str | Path, seed: int = 0, **config: Any) -> Path:
+def build_classifier(base: str | Path, folder: str | Path, seed: int = 0, sigma: float = 0, **config: Any) -> Path:
     """Write a random adapter on the queries with a classification head, by default of three labels, and the tokenizer.
 
-    `config` is of the base model.
+    `sigma` is that of every weight, 0 for none; `config` is of the base model.
     """
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(base, **{"num_labels": 3, **config})
     lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(model, lora).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    if sigma:
+        from axolotl_ivon.posterior.adapter import save_sigma
+
+        mean = load_file(Path(folder) / "adapter_model.safetensors")
+        save_sigma(folder, {key: torch.full_like(value, sigma) for key, value in mean.items()}, {})
     return Path(folder)
 
 

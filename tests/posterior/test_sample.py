@@ -43,14 +43,6 @@ def test_members_are_the_draws_and_peft_loads_them(tiny_adapter: Path, tiny_llam
         assert all(torch.equal(loaded[key], draw[key]) for key in draw)
 
 
-def test_a_member_does_not_depend_on_how_many_there_are(tiny_adapter: Path, tmp_path: Path):
-    q = Posterior.from_pretrained(tiny_adapter)
-    sample(q, tmp_path / "two", EnsemblePlan(2))
-    sample(q, tmp_path / "five", EnsemblePlan(5))
-    for name in ("sample-0000", "sample-0001"):
-        assert (tmp_path / "two" / name / MEAN_FILE).read_bytes() == (tmp_path / "five" / name / MEAN_FILE).read_bytes()
-
-
 @pytest.mark.parametrize("processors", [1, 2])
 def test_a_member_does_not_depend_on_the_threads(tiny_adapter: Path, tmp_path: Path, processors: int):
     script = (

@@ -29,6 +29,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,6 +150,9 @@ class Notes(TrainerCallback):
         )
 
     on_step_end = on_train_begin
+
+
+BENCH: Bench  # of all processes
 
 
 class Wrong(Exception):
@@ -312,48 +316,23 @@ class Bench:
         return found
 
 
-def work(bench: Bench, moments: list[Moment], tell: Any) -> None:
-    """Check moments one after the other, and tell of each what was wrong, if anything."""
-    for i, moment in enumerate(moments):
-        place = bench.folder / f"run-{os.getpid()}-{i}"
-        try:
-            bench.check(moment, place)
-            wrong = ""
-        except Wrong as error:
-            wrong = str(error)
-        except Exception:
-            wrong = traceback.format_exc()
-        tell(moment, wrong)
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def interrupt(count: int, seed: int, jobs: int, folder: Path) -> list[tuple[Moment, str]]:
-    """Check `count` moments in `jobs` processes, and return each with what was wrong."""
-    bench = Bench(folder)
-    print(f"places per part: {dict(sorted(bench.counts.items()))}", flush=True)
-    moments = list(bench.moments(count, seed))
-    results = folder / "results"
-    workers = []
-    for job in range(jobs):
-        worker = os.fork()
-        if not worker:
-            with contextlib.suppress(BaseException), results.open("a") as file:
-
-                def tell(moment: Moment, wrong: str, file: Any = file) -> None:
-                    file.write(json.dumps([moment, wrong]) + "\n")
-                    file.flush()
-                    print(*moment, wrong or "ok", flush=True)
-
-                work(bench, moments[job::jobs], tell)
-            os._exit(0)
-        workers.append(worker)
-    for worker in workers:
-        os.waitpid(worker, 0)
-    lines = results.read_text().splitlines() if results.exists() else []
-    return [(Moment(*moment), wrong) for moment, wrong in map(json.loads, lines)]
+def verdict(number: int, moment: Moment) -> tuple[Moment, str]:
+    """Check a moment, in a process of the pool, and return it with what was wrong, if anything."""
+    place = BENCH.folder / f"run-{number}"
+    try:
+        BENCH.check(moment, place)
+        wrong = ""
+    except Wrong as error:
+        wrong = str(error)
+    except Exception:
+        wrong = traceback.format_exc()
+    shutil.rmtree(place, ignore_errors=True)
+    print(*moment, wrong or "ok", flush=True)
+    return moment, wrong
 
 
 def main() -> None:
+    global BENCH
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--moments", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -362,14 +341,16 @@ def main() -> None:
     # tqdm's own lock is one for all forks, and a run that is killed while it holds it would stop all that come after.
     tqdm.set_lock(threading.RLock())
     with tempfile.TemporaryDirectory() as folder:
-        results = interrupt(options.moments, options.seed, options.jobs, Path(folder))
+        BENCH = Bench(Path(folder))
+        print(f"places per part: {dict(sorted(BENCH.counts.items()))}", flush=True)
+        with get_context("fork").Pool(options.jobs) as pool:
+            results = pool.starmap(verdict, enumerate(BENCH.moments(options.moments, options.seed)), chunksize=1)
     bad = [result for result in results if result[1]]
     print(f"{len(results)} moments, seed {options.seed}: {len(bad)} wrong")
     for name in SIGNALS:
         each = [f"{part} {sum(m.part == part and m.signal == name for m, _ in results)}" for part in PARTS]
         print(f"  {name:8} {', '.join(each)}")
-    if bad or len(results) != options.moments:
-        sys.exit(1)
+    sys.exit(bool(bad))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ With IVON_LONG=1 there are 24,000 of them, a few hundred without.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -19,13 +18,13 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from commands import READING, WRITING, fill
+from command_line import READING, WRITING, fill, snapshot
 from safetensors.numpy import load_file, save_file
 
 from axolotl_ivon.posterior import tensors as posterior_tensors
@@ -253,85 +252,63 @@ def damage(folder: Path, rng: random.Random) -> None:
 # --- commands and what must hold after them -----------------------------------------------------------------------
 
 
-def check_temper(folder: Path, out: Path, stdout: str) -> None:
-    before, after = load_file(folder / SIGMA), load_file(out / SIGMA)
-    assert before.keys() == after.keys()
-    for key in before:
-        assert np.array_equal(after[key], (before[key] / np.sqrt(np.float32(4))).astype(np.float32))
-    Posterior.from_pretrained(out)
-
-
-def check_prune(folder: Path, out: Path, stdout: str) -> None:
-    q = Posterior.from_pretrained(out)
-    facts = json.loads(stdout)
-    assert facts["pruned"] == sum(q.pruned().values())
-    assert facts["weights"] == q.mean.weights
-
-
-def check_sample(folder: Path, out: Path, stdout: str) -> None:
-    assert sorted(path.name for path in out.iterdir()) == [ENSEMBLE, "sample-0000", "sample-0001"]
-    specs = TensorFile(folder / MEAN).entries
-    for name in json.loads((out / ENSEMBLE).read_text())["members"]:
-        saved = TensorFile(out / name / MEAN).entries
-        assert {key: entry.shape for key, entry in saved.items()} == {key: entry.shape for key, entry in specs.items()}
-
-
-def check_info(folder: Path, out: Path, stdout: str) -> None:
-    facts = json.loads(stdout)
-    sizes = (math.prod(entry.shape) for entry in TensorFile(folder / MEAN).entries.values())
-    assert facts["weights"] == sum(sizes)
-
-
-def check_check(folder: Path, out: Path, stdout: str) -> None:
-    facts = json.loads(stdout)
-    assert all("\n" not in one["text"] for one in facts["findings"])
-    assert facts["log_sigma_spread"] is None or facts["log_sigma_spread"] >= 0
-
-
-def nothing(folder: Path, out: Path, stdout: str) -> None:
-    pass
-
-
-COMMANDS: tuple[tuple[tuple[str, ...], Callable[[Path, Path, str], None]], ...] = (
-    (("info", "ADAPTER", "--json"), check_info),
-    (("info", "ADAPTER"), nothing),
-    (("check", "ADAPTER", "--json"), check_check),
-    (("check", "ADAPTER"), nothing),
-    (("prune", "ADAPTER", "-o", "OUT", "--ratio", "0.3", "--json"), check_prune),
-    (("prune", "ADAPTER", "-o", "OUT", "--criterion", "random"), nothing),
-    (("temper", "ADAPTER", "-o", "OUT", "--tau", "4"), check_temper),
-    (("sample", "ADAPTER", "-o", "OUT", "-n", "2"), check_sample),
-    (("sample", "ADAPTER", "-o", "OUT", "-n", "1", "--recommended", f"ADAPTER/{RECOMMENDED}"), nothing),
-    (("combine", "ADAPTER", "GOOD", "-o", "OUT"), nothing),
-    (("combine", "GOOD", "ADAPTER", "-o", "OUT", "--method", "linear"), nothing),
-    (("combine", "ADAPTER", "GOOD", "-o", "OUT", "--method", "cat"), nothing),
-    (("diff", "ADAPTER", "GOOD", "--json"), nothing),
-    (("diff", "GOOD", "ADAPTER"), nothing),
+COMMANDS = (
+    "info ADAPTER --json",
+    "info ADAPTER",
+    "check ADAPTER --json",
+    "check ADAPTER",
+    "prune ADAPTER -o OUT --ratio 0.3 --json",
+    "prune ADAPTER -o OUT --criterion random",
+    "temper ADAPTER -o OUT --tau 4",
+    "sample ADAPTER -o OUT -n 2",
+    f"sample ADAPTER -o OUT -n 1 --recommended ADAPTER/{RECOMMENDED}",
+    "combine ADAPTER GOOD -o OUT",
+    "combine GOOD ADAPTER -o OUT --method linear",
+    "combine ADAPTER GOOD -o OUT --method cat",
+    "diff ADAPTER GOOD --json",
+    "diff GOOD ADAPTER",
 )
-MERGE = (("merge", "ADAPTER", "-o", "OUT"), nothing)
 
 
-def snapshot(folder: Path) -> dict[str, object]:
-    """What is below a folder: content, or what a link names, or what kind of thing it is."""
-
-    def content(path: Path) -> object:
-        if path.is_symlink():
-            return os.readlink(path)
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else path.lstat().st_mode
-
-    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*"))}
+def check_result(command: str, folder: Path, out: Path, stdout: str) -> None:
+    """Check what a command made of the adapter in `folder`."""
+    facts = json.loads(stdout) if command.endswith("--json") else {}
+    specs = {key: entry.shape for key, entry in TensorFile(folder / MEAN).entries.items()}
+    match command.split()[0]:
+        case "temper":
+            before, after = load_file(folder / SIGMA), load_file(out / SIGMA)
+            assert before.keys() == after.keys()
+            for key in before:
+                assert np.array_equal(after[key], (before[key] / np.sqrt(np.float32(4))).astype(np.float32))
+            Posterior.from_pretrained(out)
+        case "prune":
+            q = Posterior.from_pretrained(out)
+            if facts:
+                assert (facts["pruned"], facts["weights"]) == (sum(q.pruned().values()), q.mean.weights)
+        case "sample":
+            members = [path.name for path in sorted(out.iterdir()) if path.name != ENSEMBLE]
+            assert json.loads((out / ENSEMBLE).read_text())["members"] == members
+            assert members == [f"sample-{i:04d}" for i in range(2 if "-n 2" in command else 1)]
+            for name in members:
+                assert {k: entry.shape for k, entry in TensorFile(out / name / MEAN).entries.items()} == specs
+        case "info" if facts:
+            assert facts["weights"] == sum(map(math.prod, specs.values()))
+        case "check" if facts:
+            assert all("\n" not in one["text"] for one in facts["findings"])
+            assert facts["log_sigma_spread"] is None or facts["log_sigma_spread"] >= 0
 
 
 class TooLong(BaseException):
     """Nobody catches it."""
 
 
+def too_long(*_: object) -> None:
+    raise TooLong
+
+
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    def alarm(*_: object) -> None:
-        raise TooLong
-
-    before = signal.signal(signal.SIGALRM, alarm)
+    before = signal.signal(signal.SIGALRM, too_long)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -340,51 +317,41 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-class Serial:
+class Serial(contextlib.AbstractContextManager["Serial"]):
     """A pool of threads without threads, which take longer to start than a case takes."""
+
+    map = staticmethod(map)
 
     def __init__(self, threads: int) -> None:
         pass
 
-    def __enter__(self) -> Serial:
-        return self
-
     def __exit__(self, *_: object) -> None:
         pass
 
-    def shutdown(self) -> None:
-        pass
-
-    map = staticmethod(map)
+    shutdown = __exit__
 
 
 @pytest.fixture
 def template(tiny_adapter: Path, tmp_path: Path) -> Iterator[Path]:
     """A folder with what a case starts from: an adapter that is an ensemble too, a good adapter, things outside."""
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
-        yield fill_template(Path(folder) / "template", tiny_adapter)
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as place:
+        folder = Path(place) / "template"
+        files = (CONFIG, MEAN, SIGMA, "README.md", "tokenizer.json", "tokenizer_config.json")
+        for name, chosen in {"adapter": files, "good": files, "adapter/sample-0000": (CONFIG, MEAN)}.items():
+            (folder / name).mkdir(parents=True)
+            for file in chosen:
+                shutil.copy(tiny_adapter / file, folder / name / file)
+        ensemble = {"source": "x", "seed": 0, "tau": 1.0, "pruned_ratio": 0.0}
+        ensemble |= {"members": ["sample-0000", "/etc", "../outside"]}
+        (folder / "adapter" / ENSEMBLE).write_text(json.dumps(ensemble))
+        (folder / "adapter" / RECOMMENDED).write_text('{"tau": 2.0, "ratio": 0.1, "seed": 0}')
+        (folder / "outside").mkdir()
+        (folder / "outside" / "canary").write_text("precious")
+        yield folder
 
 
-def fill_template(folder: Path, tiny_adapter: Path) -> Path:
-    for name in ("adapter", "good"):
-        (folder / name).mkdir(parents=True)
-        for file in (CONFIG, MEAN, SIGMA, "README.md", "tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(tiny_adapter / file, folder / name / file)
-    adapter = folder / "adapter"
-    (adapter / RECOMMENDED).write_text('{"tau": 2.0, "ratio": 0.1, "seed": 0}')
-    (adapter / "sample-0000").mkdir()
-    for file in (CONFIG, MEAN):
-        shutil.copy(adapter / file, adapter / "sample-0000" / file)
-    (adapter / ENSEMBLE).write_text(
-        '{"source": "x", "seed": 0, "tau": 1.0, "pruned_ratio": 0.0, "members": ["sample-0000", "/etc", "../outside"]}'
-    )
-    (folder / "outside").mkdir()
-    (folder / "outside" / "canary").write_text("precious")
-    return folder
-
-
-def one_case(number: int, template: Path, place: Path, ivon_post: Any, commands: tuple[Any, ...]) -> int:
+def one_case(number: int, template: Path, place: Path, ivon_post: Any, commands: Sequence[str]) -> int:
     """Run a case, and return how many bytes its files have."""
     rng = random.Random(number)
     if place.exists():
@@ -392,10 +359,10 @@ def one_case(number: int, template: Path, place: Path, ivon_post: Any, commands:
     shutil.copytree(template, place)
     adapter, out = place / "adapter", place / "out"
     damage(adapter, rng)
-    words, check = rng.choice(commands)
+    command = rng.choice(commands)
     target = adapter / "sample-0000" if rng.random() < 0.05 else adapter
     names = {"ADAPTER": target, "GOOD": place / "good", "OUT": out}
-    arguments = [names.get(word, word.replace("ADAPTER/", f"{adapter}/")) for word in words]
+    arguments = [names.get(word, word.replace("ADAPTER/", f"{adapter}/")) for word in command.split()]
     before = snapshot(place)
     with at_most(SECONDS):
         result = ivon_post.run(*arguments)
@@ -413,8 +380,8 @@ def one_case(number: int, template: Path, place: Path, ivon_post: Any, commands:
         assert result.stderr[:-1].isprintable(), said
         assert len(result.stderr) < 20_000, said
     else:
-        assert out.exists() == ("OUT" in words), said
-        check(target, out, result.stdout)
+        assert out.exists() == ("OUT" in command), said
+        check_result(command, target, out, result.stdout)
     return sum(path.lstat().st_size for path in adapter.rglob("*"))
 
 
@@ -423,7 +390,7 @@ def peak() -> int:
 
 
 def run_cases(
-    count: int, seed: int, template: Path, ivon_post: Any, commands: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+    count: int, seed: int, template: Path, ivon_post: Any, commands: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic, "_sync", lambda path: None)  # nobody pulls the plug here
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
@@ -434,9 +401,11 @@ def run_cases(
     if only := os.environ.get("IVON_FUZZ_CASE"):
         one_case(int(only), template, place, ivon_post, commands)
         return
-    largest = max(one_case(seed + i, template, place, ivon_post, commands) for i in range(count // 10))
-    before = peak()
-    largest = max(one_case(seed + i, template, place, ivon_post, commands) for i in range(count // 10, count))
+    before = largest = 0
+    for i in range(count):
+        largest = max(largest, one_case(seed + i, template, place, ivon_post, commands))
+        if i == count // 10:
+            before = peak()
     assert peak() - before <= 2 * largest + 64 * MIB
 
 
@@ -449,7 +418,7 @@ def test_damaged_files_give_a_right_result_or_one_line(
 
 def test_merging_damaged_adapters(template: Path, ivon_post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT, transformers and tokenizers read the files here."""
-    run_cases(MERGES, 10**6, template, ivon_post, (MERGE,), monkeypatch)
+    run_cases(MERGES, 10**6, template, ivon_post, ["merge ADAPTER -o OUT"], monkeypatch)
 
 
 def huge_adapter(folder: Path, tiny_adapter: Path) -> int:
@@ -534,12 +503,7 @@ def test_no_command_asks_the_network_unless_for_a_hub_id(tiny_adapter: Path, cop
     folder = copied(tiny_adapter)
     Posterior.from_pretrained(folder).prune(0.1).save_pretrained(folder.parent / "other")
     commands = [fill(words, "adapter", "other", f"{name}-out") for name, words in (READING | WRITING).items()]
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, json.dumps(commands)],
-        cwd=folder.parent,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    script = [sys.executable, "-c", OFFLINE, json.dumps(commands)]
+    done = subprocess.run(script, cwd=folder.parent, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1].startswith("asked: ")

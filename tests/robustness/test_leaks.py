@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import READING, WRITING, fill
+from command_line import READING, WRITING, fill
 
 from axolotl_ivon import IVONLoRA
 
@@ -53,17 +54,15 @@ def test_sampling_and_stepping() -> None:
     assert resident() - before < 4 * MIB
 
 
-OPERATE = """
-import gc, json, os, sys, threading
+OPERATE = f"""
+import gc, json, os, shutil, sys, threading
 from click.testing import CliRunner
 from ivon_post import cli
 from pathlib import Path
-import shutil
 
-def resident():
-    gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
+{inspect.getsource(resident)}
+"""
+OPERATE += """
 def state():
     gc.collect()  # CliRunner keeps an error, and what its frames held, in a cycle
     return len(os.listdir("/proc/self/fd")), threading.active_count()
@@ -85,16 +84,14 @@ print(resident() - memory)
 
 
 @linux
-def test_operations_of_ivon_post(tiny_adapter: Path, make_adapter: Any, copied: Any) -> None:
+def test_operations_of_ivon_post(tiny_adapter: Path, other_adapter: Path, copied: Any) -> None:
     folder = copied(tiny_adapter).parent
     shutil.copytree(tiny_adapter, folder / "damaged")
-    shutil.copytree(make_adapter(seed=1), folder / "other")
+    shutil.copytree(other_adapter, folder / "other")
     (folder / "damaged" / "ivon_sigma.safetensors").write_bytes(b"")
     commands = [*READING.values(), *(words for name, words in WRITING.items() if name != "merge")]
-    filled = [fill(words, "adapter", "other", "out") for words in commands] + [
-        ["info", "adapter"],
-        ["prune", "damaged"],
-    ]
+    filled = [fill(words, "adapter", "other", "out") for words in commands]
+    filled += [["info", "adapter"], ["prune", "damaged"]]
     command = [sys.executable, "-c", OPERATE, str(OPERATIONS), json.dumps(filled)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.storage.format import find_base_model, moved_config, read_json, resolve
+from axolotl_ivon.storage.format import file_names, find_base_model, moved_config, read_json, resolve
 
 # Never write these again: add another folder when the format changes.
 VERSION_1 = Path(__file__).parent / "format-1"
@@ -198,3 +198,8 @@ def test_a_folder_that_is_no_adapter_says_what_is_inside(files: list[str], messa
         (tmp_path / name).touch()
     with pytest.raises(IVONError, match=f"has no adapter_config.json; .*{message.format(tmp_path)}"):
         read_json(tmp_path / "adapter_config.json")
+
+
+def test_files_have_short_names_unless_two_share_one() -> None:
+    assert file_names(["a/x", "b/y"]) == {"a/x": "x", "b/y": "y"}
+    assert file_names(["a/x", "b/x"]) == {"a/x": "a/x", "b/x": "b/x"}

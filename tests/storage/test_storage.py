@@ -54,35 +54,7 @@ def test_rounding_is_that_of_torch(values: list[float], dtype: str):
     assert torch.equal(torch.from_numpy(rounded.astype(np.float32)), expected.float())
 
 
-def test_bfloat16_of_a_million_bit_patterns():
-    """Every exponent, halves that are ties (they round to even) and that are not, subnormals and infinities."""
-    upper = np.arange(2**16, dtype=np.uint32) << 16
-    values = np.concatenate([upper | lower for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(np.float32)
-    values = values[~np.isnan(values)]
-    expected = torch.from_numpy(values).bfloat16().view(torch.int16)
-    assert torch.equal(torch.from_numpy(values.astype(NUMPY["BF16"]).view(np.int16)), expected)
-    wide = values[np.isfinite(values)].astype(np.float64)
-    wide = np.concatenate([wide, np.nextafter(wide, 0), np.nextafter(wide, np.inf)])
-    expected = torch.from_numpy(wide).bfloat16().view(torch.int16)
-    assert torch.equal(torch.from_numpy(wide.astype(NUMPY["BF16"]).view(np.int16)), expected)
-
-
 # --- files --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", NUMPY)
-def test_what_is_written_is_read(dtype: str, tmp_path: Path):
-    """In any order, from a writer that sorts by width."""
-    values = {"a": np.arange(6).reshape(2, 3).astype(NUMPY[dtype]), "b": np.zeros((0, 4), np.float64)}
-    specs = {"a": (dtype, (2, 3)), "b": ("F64", (0, 4))}
-    with TensorWriter(tmp_path / "x", specs, {"fact": "λ"}) as writer:
-        for key in ("b", "a"):
-            writer.write(key, values[key].reshape(-1).view(np.uint8).data)
-    file = TensorFile(tmp_path / "x")
-    assert (file.entries, file.metadata) == (specs, {"fact": "λ"})
-    for key, value in values.items():
-        assert file.array(key).dtype == value.dtype
-        assert np.array_equal(file.array(key), value)
 
 
 def test_a_tensor_that_was_forgotten_is_noticed(tmp_path: Path):
