@@ -63,33 +63,13 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> 
         **lora: object,
     ) -> Path:
         import torch
-        from peft import LoraConfig, get_peft_model
-        from safetensors.torch import load_file
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from axolotl_ivon.posterior.adapter import save_sigma
+        from tiny import build_lora, put_sigma
 
         torch.manual_seed(seed)
-        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
-        settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-        model = get_peft_model(base, LoraConfig(**{**settings, **lora}))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter) * 0.05)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(getattr(torch, dtype))
-        folder = tmp_path_factory.mktemp("adapter") / "adapter"
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+        settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": True, **lora}
+        folder = build_lora(tiny_llama, tmp_path_factory.mktemp("adapter") / "adapter", dtype, noise=0.05, **settings)
         if sigma:
-            mean = load_file(folder / "adapter_model.safetensors")
-            save_sigma(
-                folder,
-                {key: torch.rand(value.shape) * 0.05 + 0.01 for key, value in mean.items()},
-                {**FACTS, **(facts or {})},
-            )
+            put_sigma(folder, lambda value: torch.rand(value.shape) * 0.05 + 0.01, {**FACTS, **(facts or {})})
         return folder
 
     return make

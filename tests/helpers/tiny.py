@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -79,20 +81,31 @@ def build_classifier(base: str | Path, folder: str | Path, seed: int = 0, sigma:
     get_peft_model(model, lora).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     if sigma:
-        from axolotl_ivon.posterior.adapter import save_sigma
-
-        mean = load_file(Path(folder) / "adapter_model.safetensors")
-        save_sigma(folder, {key: torch.full_like(value, sigma) for key, value in mean.items()}, {})
+        put_sigma(folder, lambda value: torch.full_like(value, sigma))
     return Path(folder)
 
 
-def build_lora(base: str | Path, folder: str | Path, **lora: Any) -> Path:
-    """Write a random LoRA adapter over a model, and the tokenizer."""
+def build_lora(base: str | Path, folder: str | Path, dtype: str = "float32", noise: float = 0, **lora: Any) -> Path:
+    """Write a random LoRA adapter over a model, with normal `noise` on its weights, and the tokenizer."""
     settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
-    model = AutoModelForCausalLM.from_pretrained(base)
-    get_peft_model(model, LoraConfig(**{**settings, **lora})).save_pretrained(folder)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**{**settings, **lora}))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += noise * torch.randn_like(parameter)
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return Path(folder)
+
+
+def put_sigma(
+    folder: str | Path, of: Callable[[torch.Tensor], torch.Tensor], facts: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Write σ beside an adapter: `of` gets the mean of each tensor."""
+    from axolotl_ivon.posterior.adapter import save_sigma
+
+    mean = load_file(Path(folder) / "adapter_model.safetensors")
+    save_sigma(folder, {key: of(value) for key, value in mean.items()}, facts)
 
 
 def chat(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
