@@ -14,6 +14,7 @@ import pytest
 from command_line import WRITING, fill, snapshot
 
 from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.storage import atomic
 from axolotl_ivon.storage.atomic import new_folder, updated_adapter
 
 MEAN, SIGMA = "adapter_model.safetensors", "ivon_sigma.safetensors"
@@ -114,17 +115,14 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], No
             return change
 
         with monkeypatch.context() as patch:
-            for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
-                patch.setattr(os, name, counted(getattr(os, name)))
-            patch.setattr("axolotl_ivon.storage.atomic._exchange", counted(axolotl_exchange))
-            patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+            changes = [(os, name) for name in ("rename", "replace", "unlink", "rmdir", "mkdir")]
+            for owner, name in [*changes, (atomic, "_exchange"), (shutil, "rmtree")]:
+                patch.setattr(owner, name, counted(getattr(owner, name)))
             try:
                 work()
             except Killed:
                 return True
         return left[0] < 0
-
-    from axolotl_ivon.storage.atomic import _exchange as axolotl_exchange
 
     return run
 
@@ -217,25 +215,16 @@ def test_two_processes_with_one_target(overwrite: bool, tiny_adapter: Path, tmp_
     if overwrite:
         shutil.copytree(tiny_adapter, tmp_path / "out")
     words = ["-o", str(tmp_path / "out"), *(["--overwrite"] if overwrite else [])]
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER, "temper", str(tiny_adapter), "--tau", tau, *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for tau in ("2", "3")
-    ]
+    command = [sys.executable, "-c", WRITER, "temper", str(tiny_adapter), *words, "--tau"]
+    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    writers = [subprocess.Popen([*command, tau], text=True, **pipes) for tau in ("2", "3")]
     for writer in writers:
         assert writer.stderr is not None
         assert writer.stderr.readline() == "ready\n"
     results = [(writer.communicate("go\n", timeout=60), writer.returncode) for writer in writers]
     assert results[0][1] == 0
     tau = Posterior.from_pretrained(tmp_path / "out").metadata["tau"]
-    if overwrite:
-        assert (results[1][1], tau) == (0, "3.0")
-    else:
-        assert (results[1][1], tau) == (1, "2.0")
+    assert (results[1][1], tau) == ((0, "3.0") if overwrite else (1, "2.0"))
+    if not overwrite:
         assert results[1][0][1] == f"Error: {tmp_path / 'out'} cannot be written (Directory not empty)\n"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
