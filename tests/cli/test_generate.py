@@ -84,7 +84,7 @@ def test_a_line_says_how_sure_its_outputs_are_and_abstains_below_the_threshold(
 
 
 def test_pruning_temperature_and_mean_reach_the_engine(
-    ivon_post: Cli, pipeline: Pipeline, make_adapter: Callable[..., Path], tmp_path: Path
+    ivon_post: Cli, pipeline: Pipeline, plain_adapter: Path, tmp_path: Path
 ) -> None:
     def texts(name: str, *options: object, adapter: Path = pipeline.adapter) -> list[list[str]]:
         ivon_post("generate", adapter, "-p", pipeline.chats, *SMALL, "-o", tmp_path / name, *options)
@@ -92,7 +92,7 @@ def test_pruning_temperature_and_mean_reach_the_engine(
 
     mean = texts("mean", "--mean")
     assert mean == texts("cold", "--tau", "inf", "--per-model", 4)
-    assert mean == texts("plain", "--mean", adapter=make_adapter(sigma=False))
+    assert mean == texts("plain", "--mean", adapter=plain_adapter)
     recommended = tmp_path / "recommended.json"
     recommended.write_text('{"tau": 0.5, "ratio": 0.3}')
     pruned = texts("pruned", "--tau", 0.5, "--ratio", 0.3)
