@@ -63,13 +63,13 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> 
         **lora: object,
     ) -> Path:
         import torch
-        from tiny import build_lora, put_sigma
+        from tiny import build_lora, with_sigma
 
         torch.manual_seed(seed)
         settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": True, **lora}
         folder = build_lora(tiny_llama, tmp_path_factory.mktemp("adapter") / "adapter", dtype, noise=0.05, **settings)
         if sigma:
-            put_sigma(folder, lambda value: torch.rand(value.shape) * 0.05 + 0.01, {**FACTS, **(facts or {})})
+            with_sigma(folder, lambda mean: torch.rand(mean.shape) * 0.05 + 0.01, {**FACTS, **(facts or {})})
         return folder
 
     return make

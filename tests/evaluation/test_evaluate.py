@@ -13,8 +13,7 @@ import torch
 from evaluations import DRAWS, ROWS, close
 from heard import Heard
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
-from tiny import build_classifier, build_llama, build_lora, write_chats
+from tiny import build_classifier, build_llama, build_lora, with_sigma, write_chats
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -34,7 +33,6 @@ from axolotl_ivon.metrics.calibration import TEMPERATURES
 from axolotl_ivon.metrics.scores import Scores, metrics
 from axolotl_ivon.models.draws import AdapterSlots
 from axolotl_ivon.models.session import Loading, load_tokenizer
-from axolotl_ivon.posterior.adapter import save_sigma
 from axolotl_ivon.reporter import Reporter
 
 MakeAdapter = Callable[..., Path]
@@ -317,12 +315,6 @@ def test_an_adapter_without_sigma_has_a_base_and_a_mean(make_adapter: MakeAdapte
     assert len(evaluation.run(two)) == 2
     with pytest.raises(IVONError, match="evaluate it with rows base,mean"):
         Evaluation(folder, EvaluationData([chats]), list(paper_variants().values()))
-
-
-def with_sigma(folder: Path) -> Path:
-    mean = load_file(folder / "adapter_model.safetensors")
-    save_sigma(folder, {key: torch.full_like(value, 0.02) for key, value in mean.items()}, {})
-    return folder
 
 
 @pytest.mark.parametrize(

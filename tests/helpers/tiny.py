@@ -70,18 +70,16 @@ def build_llama(folder: str | Path, seed: int = 0, **config: int) -> Path:
     return folder
 
 
-def build_classifier(base: str | Path, folder: str | Path, seed: int = 0, sigma: float = 0, **config: Any) -> Path:
+def build_classifier(base: str | Path, folder: str | Path, seed: int = 0, **config: Any) -> Path:
     """Write a random adapter on the queries with a classification head, by default of three labels, and the tokenizer.
 
-    `sigma` is that of every weight, 0 for none; `config` is of the base model.
+    `config` is of the base model.
     """
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(base, **{"num_labels": 3, **config})
     lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(model, lora).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    if sigma:
-        put_sigma(folder, lambda value: torch.full_like(value, sigma))
     return Path(folder)
 
 
@@ -98,14 +96,17 @@ def build_lora(base: str | Path, folder: str | Path, dtype: str = "float32", noi
     return Path(folder)
 
 
-def put_sigma(
-    folder: str | Path, of: Callable[[torch.Tensor], torch.Tensor], facts: Mapping[str, str] = MappingProxyType({})
-) -> None:
-    """Write σ beside an adapter: `of` gets the mean of each tensor."""
+def with_sigma(
+    folder: Path,
+    sigma: Callable[[torch.Tensor], torch.Tensor] = lambda mean: torch.full_like(mean, 0.02),
+    facts: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Write σ, a function of each tensor of the mean, beside an adapter, and return its folder."""
     from axolotl_ivon.posterior.adapter import save_sigma
 
-    mean = load_file(Path(folder) / "adapter_model.safetensors")
-    save_sigma(folder, {key: of(value) for key, value in mean.items()}, facts)
+    mean = load_file(folder / "adapter_model.safetensors")
+    save_sigma(folder, {key: sigma(value) for key, value in mean.items()}, facts)
+    return folder
 
 
 def chat(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
