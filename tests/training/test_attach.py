@@ -16,9 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, effective_sample_size
 
-STATED = {"lr": 0.03, "ess": 5000 * math.sqrt(24), "betas": (0.9, 0.9995), "h0": 0.05, "clip": 0.005}
-PAPER = {**STATED, "prior": "empirical", "hessian": "reparameterized", "prior_strength": 1, "h0_steps": None}
-
 
 def test_trains_and_saves_sigma_beside_every_adapter(attached: Any, tmp_path: Path) -> None:
     trainer = attached({"preset": "paper", "gamma": 100.0, "clip": 0.1})
@@ -183,7 +180,9 @@ def test_few_examples_are_held_less_hot_in_a_long_run(length: dict[str, Any], at
 def test_the_paper_is_exact(attached: Any) -> None:
     trainer = attached({"preset": "paper"})
     trainer.create_optimizer_and_scheduler(6)
-    assert trainer.optimizer.param_groups[0].items() >= PAPER.items()
+    stated = {"lr": 0.03, "ess": 5000 * math.sqrt(24), "betas": (0.9, 0.9995), "h0": 0.05, "clip": 0.005}
+    stated |= {"prior": "empirical", "hessian": "reparameterized", "prior_strength": 1, "h0_steps": None}
+    assert trainer.optimizer.param_groups[0].items() >= stated.items()
 
 
 @pytest.mark.parametrize(("given", "alpha"), [(2e-4, 0.02), (9.9e-4, 0.099), (1e-3, 1e-3), (0.1, 0.1)])

@@ -142,36 +142,23 @@ BAD = math.nan
 
 
 @pytest.mark.parametrize(
-    ("at_draw", "now", "decision"),
+    ("at_draw", "now", "decision", "report"),
     [
-        ([1.0, 3.0], [4.0, 12.0], (1, 2)),  # the norm is the root of the sum
-        ([0.0, 0.0], [0.0, 0.0], (1, 1)),
-        ([1e-38, 0.0], [1e38, 0.0], (1, MAX_STEP)),
+        ([1.0, 3.0, 0.0], [4.0, 12.0, 0.0], (1, 2), (4, 0, 1)),  # the norm is the root of the sum
+        ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0], (1, 1), (4, 0, 1)),
+        ([1e-38, 0.0, 0.0], [1e38, 0.0, 0.0], (1, MAX_STEP), (4, 0, 1)),
+        ([1.0, BAD, BAD], [BAD, BAD, BAD], None, (5, 4, 5)),  # the smallest number of those that were bad at the draw
+        ([1.0, 1.0, 1.0], [BAD, 1.0, 1.0], None, (5, 4, 9)),
+        ([1.0, math.inf, 1.0], [BAD, BAD, BAD], None, (5, 4, 3)),  # of no tensor alone
+        ([1.0, 3e38, 3e38], [1.0, 1.0, 1.0], None, (5, 4, 3)),
     ],
 )
-def test_a_finite_gradient_is_taken_with_the_ratio_of_its_norms(
-    at_draw: list[float], now: list[float], decision: tuple[float, float]
+def test_a_finite_gradient_is_taken_with_the_ratio_of_its_norms_and_another_is_counted_and_named(
+    at_draw: list[float], now: list[float], decision: tuple[float, float] | None, report: tuple[int, int, int]
 ) -> None:
-    found, report = plain.judge(torch.tensor(at_draw), torch.tensor(now), torch.tensor([0, 1]), (4, 3, 1))
-    assert found == pytest.approx(decision)
-    assert report == (4, 0, 1)
-
-
-@pytest.mark.parametrize(
-    ("at_draw", "now", "tensor"),
-    [
-        ([1.0, BAD, BAD], [BAD, BAD, BAD], 5),  # the smallest number of those that were bad at the draw
-        ([1.0, 1.0, 1.0], [BAD, 1.0, 1.0], 9),
-        ([1.0, math.inf, 1.0], [BAD, BAD, BAD], 3),  # of no tensor alone
-        ([1.0, 3e38, 3e38], [1.0, 1.0, 1.0], 3),
-    ],
-)
-def test_a_gradient_that_is_not_finite_is_counted_and_named(
-    at_draw: list[float], now: list[float], tensor: int
-) -> None:
-    found, report = plain.judge(torch.tensor(at_draw), torch.tensor(now), torch.tensor([9, 7, 5]), (4, 3, 1))
-    assert not found[0]
-    assert report == (5, 4, tensor)
+    found, told = plain.judge(torch.tensor(at_draw), torch.tensor(now), torch.tensor([9, 7, 5]), (4, 3, 1))
+    assert told == report
+    assert found == pytest.approx(decision) if decision else not found[0]
 
 
 def test_a_small_adapter_is_not_worth_compiling_for(name_of: NameOf) -> None:

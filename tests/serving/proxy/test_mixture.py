@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from axolotl_ivon.decisions.recommendation import Decision
 from axolotl_ivon.generation.utilities import AnswerExtractor, exact
-from axolotl_ivon.serving.proxy.mixture import Candidate, Scores, by_risk, by_score, coarse_entropies, unique
+from axolotl_ivon.serving.proxy.mixture import Candidate, Scores, by_risk, by_score, coarse_entropies
 
 
 def candidate(text: str, member: int, logprob: float = -1.0, **more: object) -> Candidate:
@@ -41,11 +41,6 @@ def test_fewer_answers_than_asked_for_come_again() -> None:
     answers = AnswerExtractor()
     assert [c.text for c in by_risk(own, 3, exact(answers), answers, Decision())] == ["a", "a", "a"]
     assert [c.text for c in by_score(own[:1], [[Scores((-1.0,))]], 2)] == ["a", "a"]
-
-
-def test_equal_tokens_are_scored_once() -> None:
-    own = [candidate("a", 0, ids=(1, 2)), candidate("a", 1, ids=(1, 2)), candidate("a", 2, ids=(3,))]
-    assert unique(own) == [own[0], own[2]]
 
 
 def test_the_largest_average_probability_is_chosen() -> None:
