@@ -76,12 +76,7 @@ class Selection:
 @output_as_one
 @as_one("selection", Selection, "by", "keep", "scores", "limit")
 def command(
-    adapter: str,
-    data: str,
-    on: str | None,
-    selection: Selection,
-    output: OutputOptions,
-    loading: Loading,
+    adapter: str, data: str, on: str | None, selection: Selection, output: OutputOptions, loading: Loading
 ) -> None:
     """Score how each training row shaped the adapter.
 

@@ -111,6 +111,26 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
     return copy
 
 
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A function after whose call the memory runs out in backward passes over more examples than it was given."""
+    from torch import OutOfMemoryError
+
+    from axolotl_ivon.models import gradients
+
+    label_logits = gradients.label_logits
+
+    def limit(most: int) -> None:
+        def limited(model: Any, items: Any) -> Any:
+            if len(items) > most:
+                raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return label_logits(model, items)
+
+        monkeypatch.setattr(gradients, "label_logits", limited)
+
+    return limit
+
+
 @pytest.fixture(scope="module")
 def make_config(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Any:
     """A `runs.Configs` in a folder of this module, with a small data set in it."""

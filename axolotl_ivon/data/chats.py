@@ -35,6 +35,11 @@ class Example:
     source: str
     plain: bool = False
 
+    @property
+    def line(self) -> int:
+        """The number of its line in the file, from 1."""
+        return int(self.source.rsplit(":", 1)[1])
+
 
 def read_examples(path: str | Path, limit: int | None = None, name: str = "data") -> list[Example]:
     """Read the questions and reference answers of a JSONL file of chats, at most the first `limit`.
@@ -46,6 +51,20 @@ def read_examples(path: str | Path, limit: int | None = None, name: str = "data"
             conversation, no assistant message, or nothing before it.
     """
     return [_example(record, source) for source, record in itertools.islice(read_lines(path, name), limit)]
+
+
+def read_files(paths: Iterable[str | Path], limit: int | None, name: str) -> dict[str, list[Example]]:
+    """Read several files as `read_examples` does, by the name of the file.
+
+    Raises:
+        IVONError: as `read_examples`, or a file is given twice.
+    """
+    files: dict[str, list[Example]] = {}
+    for path in paths:
+        if Path(path) in map(Path, files):
+            raise IVONError(f"{param_ref(name)} {path} is given twice; give each file once")
+        files[str(path)] = read_examples(path, limit, name)
+    return files
 
 
 def _example(record: dict[str, Any], source: str) -> Example:

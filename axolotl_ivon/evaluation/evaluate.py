@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..data.chats import Example, choose_task, read_examples
+from ..data.chats import Example, choose_task, read_examples, read_files
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..models.session import Loading, Session, has_head
@@ -297,14 +297,11 @@ class Evaluation:
 
     def _read(self, data: EvaluationData, name: str, paths: Sequence[str | Path]) -> dict[str, range]:
         """Read files to the end of `examples`, and return where each one's are."""
-        files: dict[str, range] = {}
-        for path in paths:
-            if str(path) in files:
-                raise IVONError(f"{param_ref(name)} {path} is given twice; give each file once")
-            examples = read_examples(path, data.limit, name)
-            files[str(path)] = range(len(self.examples), len(self.examples) + len(examples))
+        places: dict[str, range] = {}
+        for path, examples in read_files(paths, data.limit, name).items():
+            places[path] = range(len(self.examples), len(self.examples) + len(examples))
             self.examples += examples
-        return files
+        return places
 
     def _check_other(self, path: str, name: str, examples: Sequence[Example]) -> None:
         """Raise IVONError if `examples` are the questions of a data file."""

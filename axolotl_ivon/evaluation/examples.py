@@ -26,7 +26,7 @@ def describe(evaluation: Evaluation, variants: Sequence[Variant], scores: Sequen
             }
             yield ExampleRecord(
                 data=path,
-                line=int(example.source.rsplit(":", 1)[1]),
+                line=example.line,
                 question=example.messages[-1]["content"],
                 answer=example.answer,
                 rows=rows,

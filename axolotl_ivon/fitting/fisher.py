@@ -21,7 +21,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,52 +69,32 @@ class Squares(NamedTuple):
         return {name: value / self.losses for name, value in self.total.items()}
 
 
-class Squarer(Generic[_T]):
-    """Adds up the squared gradients of examples, of fewer at once when the memory runs out.
+def squarer(
+    gradients: ExampleGradients[_T], count: Callable[[_T], int], reporter: Reporter = SILENT
+) -> Callable[[Sequence[_T]], Squares]:
+    """Return a function that adds up the squared gradients of examples, of fewer at once when the memory runs out.
 
     Args:
         gradients: of the examples' losses.
         count: number of losses that an example's is the sum of.
         reporter: notified when fewer examples run at once.
     """
+    halving = Halving(reporter=reporter)
 
-    def __init__(
-        self, gradients: ExampleGradients[_T], count: Callable[[_T], int], reporter: Reporter = SILENT
-    ) -> None:
-        self._gradients, self._count, self._halving = gradients, count, Halving(reporter=reporter)
-
-    def __call__(self, examples: Sequence[_T]) -> Squares:
-        """Return what the examples add to the sums.
-
-        Raises:
-            IVONError: a single example does not fit the memory.
-        """
-        sums = Squares({}, 0)
-        for _, more in self._halving.over(examples, self._square):
-            sums = sums.add(more)
-        return sums
-
-    def _square(self, examples: Sequence[_T]) -> Squares:
+    def square_part(examples: Sequence[_T]) -> Squares:
         total: dict[str, Tensor] = {}
 
         def consume(name: str, first: int, some: Tensor) -> None:
             square = some.square_().sum(0)
-            if name in total:
-                total[name] += square
-            else:
-                total[name] = square
+            total[name] = total[name].add_(square) if name in total else square
 
-        self._gradients(examples, consume)
-        return Squares(total, sum(map(self._count, examples)))
+        gradients(examples, consume)
+        return Squares(total, sum(map(count, examples)))
 
+    def square(examples: Sequence[_T]) -> Squares:
+        return functools.reduce(Squares.add, (more for _, more in halving.over(examples, square_part)))
 
-def fisher(
-    square: Callable[[Sequence[_T]], Squares], batches: Iterable[Sequence[_T]], sums: Squares
-) -> Iterator[Squares]:
-    """Continue from `sums` and yield the sums over all batches so far, after every batch."""
-    for batch in batches:
-        sums = sums.add(square(batch))
-        yield sums
+    return square
 
 
 @contextlib.contextmanager
@@ -130,7 +110,7 @@ def squaring(
         if len(items) > 1:  # before labels are seeded, so that the trial takes none of them
             by_length = sorted(items, key=lambda item: len(item.ids))
             gradients.try_on([by_length[0], by_length[len(by_length) // 2]])
-        yield Squarer(gradients, lambda item: len(item.positions), problem.reporter), generator
+        yield squarer(gradients, lambda item: len(item.positions), problem.reporter), generator
 
 
 def numbered(
@@ -164,9 +144,9 @@ def _one_pass(problem: FitProblem) -> dict[str, Tensor]:
         return Snapshot(sums.total, {"losses": sums.losses, "batches": done})
 
     with squaring(problem) as (square, generator), problem.state.kept(snapshot):
-        for now in fisher(square, numbered(batches, done, generator, settings.seed), sums):
-            done, sums = done + 1, now
-            advance(len(batches[done - 1]))
+        for batch in numbered(batches, done, generator, settings.seed):
+            done, sums = done + 1, sums.add(square(batch))
+            advance(len(batch))
             problem.state.keep(snapshot)
     if settings.validation:
         problem.state.write(snapshot())

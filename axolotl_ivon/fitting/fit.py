@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from ..data.chats import Example, choose_task, read_examples
+from ..data.chats import Example, choose_task, read_files
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..models.session import Loading, Session, has_head
@@ -95,11 +95,8 @@ class _Data(NamedTuple):
     @classmethod
     def read(cls, paths: Sequence[str | Path], limit: int | None, name: str) -> _Data:
         """Read the first `limit` examples of each file; `name` is the parameter that gave the paths."""
-        files = [Path(path) for path in paths]
-        for path in files:
-            if files.count(path) > 1:
-                raise IVONError(f"{param_ref(name)} {path} is given twice; give each file once")
-        return cls(files, [example for path in files for example in read_examples(path, limit, name)])
+        files = read_files(paths, limit, name)
+        return cls(list(map(Path, files)), [example for examples in files.values() for example in examples])
 
     @property
     def digest(self) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -70,10 +70,8 @@ class Averages:
         tensors = {f"average/{name}": value for name, value in self.average.items()}
         for step, precision in self.earlier.items():
             tensors |= {f"{step}/{name}": value for name, value in precision.items()}
-        return Snapshot(tensors, self._values())
-
-    def _values(self) -> dict[str, Any]:
-        return {"step": self.step, "losses": self.losses, "change": self.change, "deltas": dict(self.deltas)}
+        values = {"step": self.step, "losses": self.losses, "change": self.change, "deltas": dict(self.deltas)}
+        return Snapshot(tensors, values)
 
     @classmethod
     def restored(cls, kept: Snapshot, device: torch.device) -> Averages:

@@ -139,7 +139,7 @@ def influence(
     posterior = Posterior.from_pretrained(adapter)
     if not any(posterior.sigma.raw(key).any() for key in posterior.sigma):
         raise IVONError(f"{adapter}: every σ is 0, so no weight would move; give the posterior before it was tempered")
-    weights = _Weights.of(posterior, adapter, len(examples), limit is None, reporter)
+    ess, size = _weights(posterior, adapter, len(examples), limit is None, reporter)
     session = Session.open(posterior, loading, reporter)
     items = session.encode_for_training(examples + others)
     trained, judged = items[: len(examples)], items[len(examples) :]
@@ -158,14 +158,14 @@ def influence(
         direction = passes.mean_gradient(judged, reporter.begin(f"gradient on {Path(on).name}", len(judged)))
     tokens = sum(len(item.positions) for item in scored) / len(scored)
     advance = reporter.begin("influence", len(scored))
-    scores = passes.scores(scored, direction, weights.ess / weights.size / tokens, advance)
+    scores = passes.scores(scored, direction, ess / size / tokens, advance)
     rows = [
         _record(index, example, scores.get(id(item), {}))
         for index, (example, item) in enumerate(zip(examples, trained, strict=True))
     ]
     summary = {
-        "ess": weights.ess / posterior.tau,
-        "train_size": weights.size,
+        "ess": ess / posterior.tau,
+        "train_size": size,
         "tau": posterior.tau,
         "base_model": session.base_model,
         "mean_sha256": posterior.metadata.get("mean_sha256"),
@@ -178,44 +178,37 @@ def _record(index: int, example: Example, scores: Mapping[str, float | None]) ->
     return InfluenceRecord(
         index=index,
         **{name: finite.get(name) for name in SCORES},  # type: ignore[arg-type]
-        line=line_of(example),
+        line=example.line,
         question=example.messages[-1]["content"],
         answer=example.answer,
     )
 
 
-def line_of(example: Example) -> int:
-    """Return the number of the line of an example in its file, from 1."""
-    return int(example.source.rsplit(":", 1)[1])
+def _weights(
+    posterior: Posterior, adapter: str | Path, rows: int, every_row: bool, reporter: Reporter
+) -> tuple[float, int]:
+    """Return what the data weigh in a posterior before it was tempered, from the header of σ: λ, and N.
 
-
-class _Weights(NamedTuple):
-    """What the data weigh in a posterior before it was tempered: λ, and N, the number of examples."""
-
-    ess: float
-    size: int
-
-    @classmethod
-    def of(cls, posterior: Posterior, adapter: str | Path, rows: int, every_row: bool, reporter: Reporter) -> _Weights:
-        """Return them from the header of σ; N of a header without it is the number of rows."""
-        ess, size = math.nan, 0
-        with contextlib.suppress(KeyError, ValueError):
-            ess = float(posterior.metadata["ess"])
-        if not (math.isfinite(ess) and ess > 0):
-            raise IVONError(
-                f"{adapter}: {SIGMA_FILE} has no effective sample size (ess), by which an example weighs; train with "
-                "IVON, or fit with method ivon or fisher"
-            )
-        with contextlib.suppress(KeyError, ValueError):
-            size = int(posterior.metadata["train_size"])
-        if size < 1:
-            reporter.notify(f"the adapter does not say how many examples it was trained on: taken to be these {rows}")
-            return cls(ess * posterior.tau, rows)
-        if every_row and size != rows:
-            reporter.notify(
-                f"the adapter was trained on {size} examples, and these are {rows}: give the data of its training"
-            )
-        return cls(ess * posterior.tau, size)
+    N, the number of examples, is that of the rows where the header does not say it.
+    """
+    ess, size = math.nan, 0
+    with contextlib.suppress(KeyError, ValueError):
+        ess = float(posterior.metadata["ess"])
+    if not (math.isfinite(ess) and ess > 0):
+        raise IVONError(
+            f"{adapter}: {SIGMA_FILE} has no effective sample size (ess), by which an example weighs; train with "
+            "IVON, or fit with method ivon or fisher"
+        )
+    with contextlib.suppress(KeyError, ValueError):
+        size = int(posterior.metadata["train_size"])
+    if size < 1:
+        reporter.notify(f"the adapter does not say how many examples it was trained on: taken to be these {rows}")
+        size = rows
+    elif every_row and size != rows:
+        reporter.notify(
+            f"the adapter was trained on {size} examples, and these are {rows}: give the data of its training"
+        )
+    return ess * posterior.tau, size
 
 
 class _Passes:

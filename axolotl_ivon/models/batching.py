@@ -75,6 +75,13 @@ class Batches:
         return len(batch) * longest <= self._tokens and labels * self._classes <= GRADIENT_LOGITS
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Return whether an exception means that the memory ran out."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return should_reduce_batch_size(error)
+
+
 class Halving:
     """Run work on as many examples at once as fit the memory: half as many each time that it runs out.
 
@@ -128,14 +135,14 @@ class Halving:
         Raises:
             IVONError: the memory runs out at n = 1.
         """
-        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+        from accelerate.utils.memory import clear_device_cache
 
         size = most = min(most, max(1, self._limit // cost))
         while True:
             try:
                 result = run(size)
             except RuntimeError as error:
-                if not should_reduce_batch_size(error):
+                if not out_of_memory(error):
                     raise
             else:
                 if size < most:

@@ -45,13 +45,12 @@ def merge(
 
     base = check_merge(adapter, loading, max_shard_size)
     with new_folder(Path(folder), overwrite, [adapter.folder, *filter(Path.is_dir, [Path(base)])]) as new:
-        reporter.advance("loading the base model", 0, 1)
+        reporter.begin("loading the base model")
         from .draws import AdapterSlots
 
         dtype = _own_dtype(base) if loading.dtype == "auto" else loading.dtype
         model = load_model(adapter.folder, Loading(base, device="cpu", dtype=dtype), classify=has_head(adapter))
-        reporter.advance("loading the base model", 1, 1)
-        reporter.advance("merging", 0, 1)
+        reporter.begin("merging")
         slots = AdapterSlots(model)
         slots.check(tensors)
         slots.write(tensors)
@@ -59,8 +58,7 @@ def merge(
             merged = model.merge_and_unload(safe_merge=True)
         except (RuntimeError, ValueError) as error:  # NaN in a merged weight, or a kind of layer that cannot be merged
             raise IVONError(f"{adapter.folder} cannot be merged ({one_line(error)})") from error
-        reporter.advance("merging", 1, 1)
-        reporter.advance("writing", 0, 1)
+        reporter.begin("writing")
         try:
             merged.save_pretrained(new, max_shard_size=max_shard_size)
         except SafetensorError as error:  # its writer does not raise OSError when the disk is full
@@ -70,7 +68,6 @@ def merge(
         else:
             with contextlib.suppress(IVONError):  # a model without a tokenizer is a model
                 load_tokenizer(adapter.folder, base).save_pretrained(new)
-        reporter.advance("writing", 1, 1)
 
 
 def check_merge(adapter: Adapter, loading: Loading = Loading(), max_shard_size: str = "5GB") -> str:

@@ -10,7 +10,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -50,14 +50,6 @@ class Loading:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
             raise IVONError(f"{param_ref('dtype')} {self.dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
-
-    def of(self, config: Mapping[str, Any], folder: Path) -> Loading:
-        """Return these values with the base model of an adapter, which is looked for: `storage.format.find_base_model`.
-
-        Raises:
-            IVONError: no base model is named, or there is none of that name.
-        """
-        return replace(self, base_model=find_base_model(config, folder, self.base_model))
 
 
 class AdapterLike(Protocol):
@@ -115,10 +107,8 @@ class Session:
         Raises:
             IVONError: as `load_model` and `load_tokenizer`, or the base model does not fit the adapter.
         """
-        folder = _folder_of(adapter)
-        loading = loading.of(adapter.config, folder)
         reporter.begin("loading the base model")
-        return cls(load_model(folder, loading, classify=has_head(adapter)), adapter)
+        return cls(load_model(_folder_of(adapter), loading, classify=has_head(adapter)), adapter)
 
     @property
     def device(self) -> torch.device:

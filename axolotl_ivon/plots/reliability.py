@@ -107,15 +107,9 @@ def _draw_accuracy(axes: Axes, bins: Bins, color: str) -> None:
     around = np.stack([telling.accuracy - telling.low, telling.high - telling.accuracy])
     point: dict[str, Any] = {"fmt": "o", "markersize": 5, "color": color, "label": "accuracy, 95 % interval"}
     axes.errorbar(telling.confidence, telling.accuracy, around, ecolor=INK, elinewidth=1, capsize=2, **point)
-    hollow: dict[str, Any] = {
-        "color": GREY,
-        "markersize": 4,
-        "markerfacecolor": "none",
-        "clip_on": False,
-        "label": f"fewer than {FEWEST}",
-    }
+    hollow: dict[str, Any] = {"color": GREY, "markersize": 4, "markerfacecolor": "none", "clip_on": False}
     if len(few.counts):
-        axes.plot(few.confidence, few.accuracy, "o", **hollow)
+        axes.plot(few.confidence, few.accuracy, "o", label=f"fewer than {FEWEST}", **hollow)
     axes.plot([0, 1], [0, 1], "--", color=INK, linewidth=0.8)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
 

@@ -42,15 +42,8 @@ def risk_coverage(
         label = f"promised: {100 * promised:g} %"
         axes.axhline(100 * promised, color=GREEN, linewidth=1, linestyle="--", label=label)
     if answered is not None:
-        star: dict[str, Any] = {
-            "marker": "*",
-            "s": 170,
-            "color": GREEN,
-            "edgecolor": INK,
-            "linewidth": 0.6,
-            "zorder": 5,
-        }
-        axes.scatter(100 * answered[0], 100 * answered[1], label="at the threshold", **star)
+        star: dict[str, Any] = {"marker": "*", "s": 170, "edgecolor": INK, "linewidth": 0.6, "zorder": 5}
+        axes.scatter(100 * answered[0], 100 * answered[1], color=GREEN, label="at the threshold", **star)
     axes.set(xlim=(0, 100), xlabel="coverage: answered (%)", ylabel="risk: wrong of those (%)")
     axes.set_ylim(0, max(1.0, 108 * top))
     axes.grid()

@@ -121,19 +121,13 @@ def _table(evaluation: EvaluationRecord, names: Mapping[str, str]) -> dict[str, 
 
 
 def _ood_table(evaluation: EvaluationRecord, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    return [
-        {
-            "data": names[result.data],
-            "name": result.name,
-            "score": result.score.replace("_", " "),
-            "cells": [
-                measured(result.auroc, result.se.auroc, 1, 3),
-                measured(result.aupr, result.se.aupr, 1, 3),
-                measured(result.fpr95, result.se.fpr95, 100, 1),
-            ],
-        }
-        for result in evaluation.ood
-    ]
+    lines = []
+    for result in evaluation.ood:
+        columns = (("auroc", 1, 3), ("aupr", 1, 3), ("fpr95", 100, 1))
+        cells = [measured(getattr(result, name), getattr(result.se, name), *scale) for name, *scale in columns]
+        score = result.score.replace("_", " ")
+        lines.append({"data": names[result.data], "name": result.name, "score": score, "cells": cells})
+    return lines
 
 
 def _variants(findings: Findings, data: str) -> list[str]:
@@ -192,8 +186,8 @@ def _selective(findings: Findings, names: Mapping[str, str]) -> list[dict[str, A
             if kept.any():
                 answered = float(kept.mean()), float(1 - correct[kept].mean())
                 text = (
-                    f"From confidence {threshold:.3f} on, {main} answers {100 * answered[0]:.1f} % of these examples, "
-                    f"and {100 * answered[1]:.1f} % of those are wrong."
+                    f"At a confidence of {threshold:.3f} or more {main} answers {100 * answered[0]:.1f} % of these "
+                    f"examples, and {100 * answered[1]:.1f} % of those are wrong."
                 )
             curves.setdefault(main, (confidence, correct))
         picture = risk_coverage(names[data], curves, risk if threshold is not None else None, answered)
@@ -229,6 +223,7 @@ def _sweep(sweep: Recommendation) -> dict[str, Any] | None:
 
 
 def _recommended(sweep: Recommendation) -> list[str]:
+    """Return what a sweep recommends, and how much better it is."""
     where = ", ".join(PurePath(path).name for path in sweep.data) or "validation data"
     scaled = f", the output at temperature {sweep.temperature:.3f}" if sweep.temperature != 1 else ""
     text = f"Recommended by sweep, on {where}: τ {sweep.tau}, pruning ratio {sweep.ratio}{scaled}."
@@ -241,8 +236,8 @@ def _promise(sweep: Recommendation) -> str:
         for value, digits in ((sweep.risk, 1), (sweep.confidence, 0), (sweep.coverage, 1))
     )
     return (
-        f"Promised by sweep: answer from confidence {sweep.threshold:.3f} on, and at most {risk}\u00a0% of the answers "
-        f"are wrong, with {confidence}\u00a0% confidence, for data like that it was found on, of which it answered "
+        f"Promised by sweep: answer at a confidence of {sweep.threshold:.3f} or more, and at most {risk}\u00a0% of the "
+        f"answers are wrong, with {confidence}\u00a0% confidence, for data like the sweep's, of which it answered "
         f"{coverage}\u00a0%."
     )
 

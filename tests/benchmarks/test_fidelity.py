@@ -24,48 +24,15 @@ from axolotl_ivon.fitting import ivon
 from axolotl_ivon.settings.presets import PRESETS
 from benchmarks.fidelity import data as fidelity_data
 from benchmarks.fidelity import methods, rows
+from benchmarks.fidelity import page as pages
 from benchmarks.fidelity import run as fidelity
 from benchmarks.fidelity.__main__ import PAGES
 from benchmarks.fidelity.blocks import BlockIVON, Correlated
 from benchmarks.fidelity.causal import Causal
 from benchmarks.fidelity.configs import HUB, as_chat, write_configs
-from benchmarks.fidelity.data import (
-    Encoder,
-    Example,
-    Task,
-    _choices,
-    _pairs,
-    _written,
-    collate,
-    labels_of,
-    predict,
-    training_batches,
-)
-from benchmarks.fidelity.methods import (
-    TRAINERS,
-    BlobLinear,
-    Predictions,
-    as_posterior,
-    fit_temperature,
-    kl_weight,
-    learning_rate,
-    schedule,
-)
-from benchmarks.fidelity.page import (
-    PLACE,
-    ablations,
-    beyond,
-    fill,
-    knobs,
-    learning_curves,
-    peers,
-    promises,
-    shape,
-    summary,
-    training,
-)
+from benchmarks.fidelity.data import Encoder, Example, Task, collate, labels_of, predict, training_batches
+from benchmarks.fidelity.methods import TRAINERS, BlobLinear, Predictions, as_posterior, fit_temperature, kl_weight
 from benchmarks.fidelity.report import Results, cell, main_table, report, verdict_table
-from benchmarks.fidelity.rows import posterior_scaled, rank_correlations, temperature_scaling
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -172,7 +139,7 @@ def test_of_an_answer_every_token_is_a_class(tmp_path: Path) -> None:
 
     words = ["Negative", "Positive", "review:", "so", "good", "a", "film", "dull"]
     rows = [("so good a film", 1), ("a dull film", 0), ("film", 1), ("so so so so so so", 0)]
-    texts, tokens = _written(Words(), rows, 6)
+    texts, tokens = fidelity_data._written(Words(), rows, 6)
     assert tokens == (4, 5, 6, 7, 8)
     assert texts[0] == Example([2, 3, 4, 5, 6], 1, answer=(0, 1, 2, 3))  # all but the last word, and what follows each
     assert len(texts) == 3
@@ -211,8 +178,8 @@ def test_questions_become_pairs_of_the_answer_and_another_choice(tmp_path: Path)
         for question, choices, answer in rows:
             messages = [{"content": prompt.format(question, choices)}, {"content": answer}]
             file.write(json.dumps({"messages": messages}) + "\n")
-    assert _choices(path) == [(rows[0][0], 0), ("Is it so?", 1)]
-    pairs = _pairs(path)
+    assert fidelity_data._choices(path) == [(rows[0][0], 0), ("Is it so?", 1)]
+    pairs = fidelity_data._pairs(path)
     assert {text for text, label in pairs if label} == {"Dig. A. hole: Plant Trees", "Is it so?: Yes"}
     wrong = {"Dig. A. hole": {"Fly to A.B.", "Swim"}, "Is it so?": {"No", "Well"}}
     found = [text.split(": ") for text, label in pairs if not label]
@@ -256,21 +223,14 @@ def test_blob_kl_is_that_of_torch_distributions() -> None:
 def test_blob_flipout_has_the_moments_of_a_draw_of_the_weights() -> None:
     torch.manual_seed(2)
     layer = BlobLinear(nn.Linear(4, 2, bias=False), 0.9, torch.Generator().manual_seed(0)).train()
-    x = torch.randn(1, 1, 4)
+    x = torch.randn(1, 1, 4).expand(1, 2, 4)  # two tokens, whose noise is independent
     with torch.no_grad():
         noise = torch.stack([layer(x) for _ in range(20000)]) - F.linear(x, layer.weight)
         variance = F.linear(x.square(), layer.g.square().square())
-    torch.testing.assert_close(noise.mean(0), torch.zeros(1, 1, 2), atol=4 * variance.max().sqrt().item() / 141, rtol=0)
+    torch.testing.assert_close(noise.mean(0), torch.zeros(1, 2, 2), atol=4 * variance.max().sqrt().item() / 141, rtol=0)
     torch.testing.assert_close(noise.var(0), variance, atol=0, rtol=0.06)
+    assert abs(torch.corrcoef(noise[:, 0, :, 0].T)[0, 1]) < 0.06
     torch.testing.assert_close(layer.eval()(x), F.linear(x, layer.weight))
-
-
-def test_blob_flipout_gives_tokens_of_a_batch_independent_noise() -> None:
-    layer = BlobLinear(nn.Linear(4, 2, bias=False), 0.9, torch.Generator().manual_seed(0)).train()
-    x = torch.ones(1, 2, 4)
-    with torch.no_grad():
-        noise = torch.stack([layer(x) for _ in range(5000)])[:, 0, :, 0]
-    assert abs(torch.corrcoef(noise.T)[0, 1]) < 0.06
 
 
 @pytest.mark.parametrize("cycle", [1, 3, 10])
@@ -296,8 +256,8 @@ def test_temperature_scaling_undoes_a_known_temperature() -> None:
 def test_scaling_the_average_of_equal_draws_is_scaling_the_weights_themselves(bert: Path) -> None:
     model = encoder(bert).eval()
     q, data = as_posterior(model.trained()), task(validation=examples(40))
-    ours, facts = posterior_scaled(model, q, data, examples(9), 3)
-    expected, facts_of_weights = temperature_scaling(model, q, data, examples(9), 0)
+    ours, facts = rows.posterior_scaled(model, q, data, examples(9), 3)
+    expected, facts_of_weights = rows.temperature_scaling(model, q, data, examples(9), 0)
     assert facts["temperature"] == pytest.approx(facts_of_weights["temperature"], rel=1e-3)
     torch.testing.assert_close(ours.probabilities, expected.probabilities, atol=1e-4, rtol=0)
 
@@ -310,9 +270,9 @@ def test_averaged_predictions_and_their_entropy() -> None:
 
 
 def test_learning_rate_from_travel_is_what_the_schedule_adds_up_to() -> None:
-    rate = learning_rate({"travel": 0.2}, 400, clip=0.01)
+    rate = methods.learning_rate({"travel": 0.2}, 400, clip=0.01)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
-    scheduler, travelled = schedule(optimizer, 400), 0.0
+    scheduler, travelled = methods.schedule(optimizer, 400), 0.0
     for _ in range(400):
         travelled += 0.01 * optimizer.param_groups[0]["lr"]
         optimizer.step()
@@ -328,10 +288,7 @@ def test_every_method_trains_and_its_posterior_has_the_encoders_names(bert: Path
     sigma = dict(run.posterior.sigma)
     assert set(run.posterior.mean) == set(sigma) == names
     uncertain = {name for name, value in sigma.items() if (value > 0).all()}
-    assert uncertain == {
-        "adamw": set(),
-        "blob": {name for name in names if "lora_A" in name},
-    }.get(method, names)
+    assert uncertain == {"adamw": set(), "blob": {name for name in names if "lora_A" in name}}.get(method, names)
     fresh = encoder(bert).trained()
     assert any(not torch.equal(value, fresh[name]) for name, value in dict(run.posterior.mean).items())
     assert run.state_bytes >= 8 * sum(value.numel() for value in fresh.values())
@@ -342,11 +299,13 @@ def test_rank_correlations_are_over_all_weights_and_within_tensors() -> None:
     low, high = torch.linspace(1, 2, 50), torch.linspace(10, 20, 50)
     one = as_posterior(mean, {"a": low, "b": high})
     other = as_posterior(mean, {"a": high.square(), "b": low.flip(0)})
-    assert rank_correlations(one, one) == pytest.approx({"rank_correlation": 1, "rank_correlation_within_tensors": 1})
-    found = rank_correlations(one, other)
+    assert rows.rank_correlations(one, one) == pytest.approx(
+        {"rank_correlation": 1, "rank_correlation_within_tensors": 1}
+    )
+    found = rows.rank_correlations(one, other)
     assert found["rank_correlation_within_tensors"] == pytest.approx(0)
     assert found["rank_correlation"] < -0.4
-    assert rank_correlations(one, as_posterior(mean)) == {}
+    assert rows.rank_correlations(one, as_posterior(mean)) == {}
 
 
 @pytest.mark.parametrize("row", ["fit=ivon", "fit=fisher,validated", "fit=tfb,scaled"])
@@ -404,7 +363,10 @@ def test_the_last_means_are_averaged(bert: Path, monkeypatch: pytest.MonkeyPatch
     assert any(not torch.equal(before[name], last[name]) for name in last)
 
 
-def test_antithetic_micro_batches_see_a_draw_and_its_mirror_image(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_micro_batches_see_one_draw_or_also_its_mirror_image(
+    bert: Path, antithetic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(methods, "Curve", Recorded)
     model = encoder(bert, dropout=0.0)
     before = {name: value.detach().clone() for name, value in model.trained().items()}
@@ -414,13 +376,15 @@ def test_antithetic_micro_batches_see_a_draw_and_its_mirror_image(bert: Path, mo
         seen.append({name: value.detach().clone() for name, value in model.trained().items()})
 
     model.register_forward_pre_hook(record)
-    settings = {**SETTINGS, "steps": 2, "accumulate": 2, "one_draw": True, "antithetic": True}
+    settings = {**SETTINGS, "steps": 2, "accumulate": 2, "one_draw": True, "antithetic": antithetic}
     methods.train_ivon_auto(model, task(), settings)
     assert len(seen) == 4
     for mean, (one, other) in zip([before, Recorded.last.after[0]], [seen[:2], seen[2:]], strict=True):
         for name, value in mean.items():
-            torch.testing.assert_close((one[name] + other[name]) / 2, value, rtol=0, atol=1e-6)
-            assert not torch.equal(one[name], other[name])
+            torch.testing.assert_close(
+                other[name], 2 * value - one[name] if antithetic else one[name], rtol=0, atol=2e-6
+            )
+            assert not torch.equal(one[name], value)
 
 
 def of_rank(rank: int) -> dict[str, nn.Parameter]:
@@ -504,24 +468,12 @@ def test_the_losses_of_a_step_are_the_tokens_of_its_answers(
             return super().step(closure)
 
     monkeypatch.setattr(methods, "IVONLoRA", Spied)
-    texts = [
-        Example([2, 3, 4, 5], 1, answer=(0, 1, 2)),
-        Example([2, 3], 1, answer=(0,)),
-        Example([2, 4], 0, answer=(1, 2)),
-    ]
+    given = (([2, 3, 4, 5], 1, (0, 1, 2)), ([2, 3], 1, (0,)), ([2, 4], 0, (1, 2)))
+    texts = [Example(ids, label, answer=answer) for ids, label, answer in given]
     settings = {**SETTINGS, "steps": 2, "batch": 3, "accumulate": accumulate}
     del settings["lr"]
     methods.train_ivon_auto(causal(tmp_path, [4, 5, 6]), task(train=texts), settings)
     assert sizes == [6, 6]
-
-
-def test_one_draw_a_step_is_shared_by_its_micro_batches(bert: Path) -> None:
-    torch.manual_seed(0)
-    apart = methods.train_ivon_lora(encoder(bert), task(), {**SETTINGS, "accumulate": 2})
-    torch.manual_seed(0)
-    shared = methods.train_ivon_lora(encoder(bert), task(), {**SETTINGS, "accumulate": 2, "one_draw": True})
-    different = [not torch.equal(shared.posterior.mean[name], value) for name, value in apart.posterior.mean.items()]
-    assert any(different)
 
 
 # -------------------------------------------------------------------- plan, resumption, tables
@@ -577,10 +529,11 @@ def test_plan_chooses_on_validation_data_and_then_runs_all_seeds() -> None:
     finish(grid, records, {0.1: 0.6, 0.2: 0.5, 5: 0.4, 50: 0.7})
     seeds = next(stages)
     # 0.2 has the lowest NLL; 0.1 is asked for.
-    adamw = {(s["lr"], s["seed"]) for s in (json.loads(job.settings) for job in seeds if job.method == "adamw")}
-    assert adamw == {(0.2, 0), (0.2, 1), (0.1, 0), (0.1, 1)}
-    ours = {(s["gamma"], s["seed"]) for s in (json.loads(job.settings) for job in seeds if job.method == "ivon-lora")}
-    assert ours == {(5, 0), (5, 1)}
+    settings = [(job.method, json.loads(job.settings)) for job in seeds]
+    chosen = {(method, s["lr"] if method == "adamw" else s["gamma"], s["seed"]) for method, s in settings}
+    assert chosen == {
+        (method, x, seed) for method, x in (("adamw", 0.2), ("adamw", 0.1), ("ivon-lora", 5)) for seed in (0, 1)
+    }
     ensembles = [json.loads(job.settings)["seed"] for job in seeds if ("ensemble", "test") in job.rows]
     assert set(ensembles) == {1}
     finish(seeds, records, {0.1: 0.6, 0.2: 0.5, 5: 0.4, 50: 0.7})
@@ -609,10 +562,8 @@ def test_results_are_whole_or_as_they_were(tmp_path: Path, monkeypatch: pytest.M
 def test_settings_that_decide_the_outcome_change_the_run() -> None:
     one = fidelity.settings_of(suite(), "movie", "adamw", 0, lr=0.1)
     assert fidelity.run_key(one) == fidelity.run_key(fidelity.settings_of(suite(), "movie", "adamw", 0, lr=0.1))
-    other_steps = {**suite(), "steps": 5}
-    more_draws = {**suite(), "draws": 20}
-    assert fidelity.settings_of(other_steps, "movie", "adamw", 0, lr=0.1) != one
-    assert fidelity.settings_of(more_draws, "movie", "adamw", 0, lr=0.1) == one
+    assert fidelity.settings_of({**suite(), "steps": 5}, "movie", "adamw", 0, lr=0.1) != one
+    assert fidelity.settings_of({**suite(), "draws": 20}, "movie", "adamw", 0, lr=0.1) == one
 
 
 def test_tables_hold_means_and_standard_errors(tmp_path: Path) -> None:
@@ -668,27 +619,27 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     made, records = causal_records()
     results = Results(made, records)
     # 0.8 and 0.81 against 1 and 1.01 at the chosen rate, 1.5 and 1.51 over both: ratios of 1.61/2.01 and 1.61/3.01.
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in promises(results).splitlines()[2:]]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in pages.promises(results).splitlines()[2:]]
     found = {(line[0].rpartition("AdamW")[2].split(",")[0], line[1]): line[3:] for line in lines}
     assert found[" at 2e-4 and 5e-4", "NLL of the draws"] == ["0.53", "yes"]
     assert found[" at 2e-4 and 5e-4", "ECE of the draws"] == ["0.53", "no"]
     assert found["", "NLL of the draws"] == ["0.80", "yes"]
     assert found["", "accuracy of the mean"] == ["+0.0 ± 0.0 points", "yes"]
-    assert "+0.100 ± 0.000" in shape(results)
-    assert "| AdamW, rate by validation | 50.0 ± 0.0 | 25.1 ± 0.1 | 1.005 ± 0.005 |" in summary(results)
+    assert "+0.100 ± 0.000" in pages.shape(results)
+    assert "| AdamW, rate by validation | 50.0 ± 0.0 | 25.1 ± 0.1 | 1.005 ± 0.005 |" in pages.summary(results)
     # One task, no other domains: 1 and 1.01 at the chosen rate, 0.8 and 0.81 of the draws, 0.2 apart in both seeds.
-    [line] = beyond(results).splitlines()[2:]
+    [line] = pages.beyond(results).splitlines()[2:]
     assert line.startswith("| movie | 1.005 → 0.805 (-0.200 ± 0.000) | 25.1 → 20.1 (-5.0 ± 0.0) |")
-    [line] = peers(results).splitlines()[2:]  # an ensemble at the chosen rate, beside draws of 0.805
+    [line] = pages.peers(results).splitlines()[2:]  # an ensemble at the chosen rate, beside draws of 0.805
     assert line.endswith("| movie | 50.0 (50.0 ± 0.0) | 25.2 (20.1 ± 0.1) | 1.010 (0.805 ± 0.005) | no |")
     # 4 steps of 4 are one epoch of 16; of twice the steps there are no results, and no line.
     longer = Results({**made, "steps": 8}, records)
-    [line] = training(results, longer).splitlines()[2:]
+    [line] = pages.training(results, longer).splitlines()[2:]
     shares = "1.005 → 0.805 (0.80) | 25.1 → 20.1 (0.80) | +0.0 | 1.505 → 0.805 (0.53) | 37.6 → 20.1 (0.53) | +0.0"
     assert line == f"| movie | 4 (1 epochs) | 2 | {shares} |"
     page = "a\n<!-- table: s summary -->\nold\n<!-- end of table -->\nb"
-    assert fill(page, {"s": made}, records) == page.replace("old", summary(results))
-    assert len(learning_curves(results).axes) == 3
+    assert pages.fill(page, {"s": made}, records) == page.replace("old", pages.summary(results))
+    assert len(pages.learning_curves(results).axes) == 3
 
 
 def test_ablations_are_held_against_the_same_seeds_of_the_method_as_it_is() -> None:
@@ -705,7 +656,7 @@ def test_ablations_are_held_against_the_same_seeds_of_the_method_as_it_is() -> N
             facts = {"ivon_ess": 12345.0}
             records += [record(job, row, "test", facts, nll=nll, accuracy=0.6, ece=0.1) for row, _ in job.rows]
     # The method has NLL 0.8 and 0.81, ECE 20 and 20.25 %, accuracy 50 %.
-    memory, ess = ablations(Results(made, records)).splitlines()[2:]
+    memory, ess = pages.ablations(Results(made, records)).splitlines()[2:]
     assert memory == (
         "| memory of the precision, as a share of the run: 0.05 | movie | 2 | 60.0 (+10.0 ± 0.0) | "
         "0.800 (-0.005 ± 0.095) | 10.0 (-10.1 ± 0.1) | 0.800 (-0.005 ± 0.095) |"
@@ -717,8 +668,8 @@ def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
     records = fidelity.read_results(BENCHMARKS / "fidelity/results.jsonl.gz")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        assert PLACE.search(text)
-        assert fill(text, SUITES, records) == text, "python -m benchmarks.fidelity write"
+        assert pages.PLACE.search(text)
+        assert pages.fill(text, SUITES, records) == text, "python -m benchmarks.fidelity write"
 
 
 def test_a_run_is_trained_once_and_evaluated_row_by_row(bert: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -769,7 +720,7 @@ def test_lambda_and_pruning_are_drawn_from_their_ablations() -> None:
         for row, data in job.rows:
             nll = {"mean": 0.5, "posterior": 0.4}.get(row, 0.7 if "magnitude" in row else 0.6)
             records.append(record(job, row, data, {"ivon_ess": ess}, nll=nll, accuracy=0.5))
-    left, right = knobs(Results(made, records)).axes
+    left, right = pages.knobs(Results(made, records)).axes
     mean, draws = (line.get_xydata().tolist() for line in left.lines)
     assert mean == [[50, 0.5], [100, 0.5], [500, 0.5]]
     assert draws == [[50, 0.4], [100, 0.4], [500, 0.4]]
@@ -808,11 +759,9 @@ def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
     programs.mkdir()
     for program in ("axolotl", "ivon-post", "python"):
         # lm-evaluation-harness writes into a folder under what it is given.
-        harness = (
-            '[[ "$*" != *--output_path* ]] || { mkdir -p "${@: -1}/model"; echo {} > "${@: -1}/model/results_1.json"; }'
-        )
-        said = f'#!/bin/bash\necho "{program} $*" | tee -a {tmp_path / "log"}\n{harness}\n'
-        (programs / program).write_text(said)
+        written_by = 'mkdir -p "${@: -1}/model"; echo {} > "${@: -1}/model/results_1.json"'
+        said = f'echo "{program} $*" | tee -a {tmp_path / "log"}\n[[ "$*" != *--output_path* ]] || {{ {written_by}; }}'
+        (programs / program).write_text(f"#!/bin/bash\n{said}\n")
         (programs / program).chmod(0o755)
     for _ in range(2):
         subprocess.run(["bash", str(tmp_path / "out/run.sh")], check=True, env={"PATH": f"{programs}:/usr/bin:/bin"})
@@ -825,17 +774,11 @@ def test_configs_of_the_other_suites(name: str, tmp_path: Path) -> None:
 def test_the_papers_data_sets_become_lettered_questions() -> None:
     rows = {
         "winogrande_s": {"sentence": "A _ B", "option1": "x", "option2": "y", "answer": "2"},
-        "arc_easy": {
-            "question": "Q?",
-            "choices": {"text": ["p", "q", "r"], "label": ["1", "2", "3"]},
-            "answerKey": "3",
-        },
+        "arc_easy": {"question": "Q?", "choices": {"text": [*"pqr"], "label": [*"123"]}, "answerKey": "3"},
         "openbookqa": {"question_stem": "S", "choices": {"text": ["p", "q"], "label": ["A", "B"]}, "answerKey": "A"},
         "boolq": {"question": "is it", "passage": "P.", "answer": True},
     }
     answers = {name: as_chat(HUB[name][3](row))["messages"][1]["content"] for name, row in rows.items()}
     assert answers == {"winogrande_s": "B", "arc_easy": "C", "openbookqa": "A", "boolq": "B"}
     prompt = as_chat(HUB["arc_easy"][3](rows["arc_easy"]))["messages"][0]["content"]
-    assert prompt == (
-        "Select one of the choices that answers the following question: Q? Choices: A. p B. q C. r Answer:"
-    )
+    assert prompt == "Select one of the choices that answers the following question: Q? Choices: A. p B. q C. r Answer:"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,17 @@ def test_a_reference_answer_is_scored_to_the_end_of_its_turn(tokenizer: AutoToke
     assert [item.ids[position + 1] for position in item.positions[:-1]] == item.targets[:-1]
 
 
-def test_tokenizing_refuses_in_one_line(tokenizer: AutoTokenizer) -> None:
+def test_tokenizing_refuses_in_one_line(tokenizer: Any) -> None:
     with pytest.raises(IVONError, match=r"f:1: \d+ tokens, but the model takes 5"):
         encode(tokenizer, [example("A")], "generate", max_length=5)
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(IVONError, match="f:1: the chat template refuses the messages"):
-        encode(tokenizer, [example("A")], "generate")
-    tokenizer.chat_template = None
-    with pytest.raises(IVONError, match="no chat template"):
-        encode(tokenizer, [example("A")], "generate")
+    for template, message in (
+        ("{{ raise_exception('no system') }}", r"f:1: the chat template refuses the messages \(no system\)"),
+        (None, "has no chat template"),
+    ):
+        tokenizer.chat_template = template
+        for tokenize in (functools.partial(encode, task="generate"), encode_turns):
+            with pytest.raises(IVONError, match=message):
+                tokenize(tokenizer, [example("A")])
 
 
 def test_tokens_that_the_model_lacks_are_named() -> None:
@@ -168,12 +171,3 @@ def test_turns_without_offsets(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     [found] = encode_turns(tokenizer, [Example(TALK, "green moon", "f:1")])
     assert found == expected
-
-
-def test_turns_need_a_template_that_takes_them(tokenizer: Any) -> None:
-    tokenizer.chat_template = "{{ raise_exception('no system') }}"
-    with pytest.raises(IVONError, match=r"f:1: the chat template refuses the messages \(no system\)"):
-        encode_turns(tokenizer, [example("A")])
-    tokenizer.chat_template = None
-    with pytest.raises(IVONError, match="has no chat template"):
-        encode_turns(tokenizer, [example("A")])

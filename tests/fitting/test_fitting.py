@@ -25,7 +25,6 @@ from axolotl_ivon.fitting.fit import fit, save
 from axolotl_ivon.fitting.precision import FACTORS, Prior
 from axolotl_ivon.fitting.problem import FitProblem, FittedSigma, Settings
 from axolotl_ivon.fitting.state import Snapshot, State
-from axolotl_ivon.models import gradients
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters
 from axolotl_ivon.models.session import Loading, load_model
 from axolotl_ivon.settings.presets import PRESETS
@@ -34,9 +33,9 @@ MakeAdapter = Callable[..., Path]
 MEAN_FILE = "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chats(tmp_path_factory.mktemp("chats") / "train.jsonl", count=24)
+@pytest.fixture
+def chats(pipeline: Any) -> Path:
+    return pipeline.chats
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def test_the_mean_stays_and_sigma_is_beside_it(plain: Path, chats: Path, tmp_pat
     assert equal(read, q)
     header = read.metadata
     assert header["fit_method"] == method
-    assert header["fit_data"] == "train.jsonl"
+    assert header["fit_data"] == "chats.jsonl"
     assert header["fit_data_sha256"] == hashlib.sha256(chats.read_bytes()).hexdigest()
     assert header["train_size"] == "24"
     if method != "tfb":
@@ -103,9 +102,13 @@ def test_fisher_is_the_information_of_the_chats_answers(plain: Path, chats: Path
         for key, gradient in zip(total, torch.autograd.grad(loss, list(parameters.values())), strict=True):
             total[key] += gradient.double().square()
         count += 2
+    informed = fit(plain, chats, method="fisher", empirical=True, ess=400.0, prior_strength=0.5)
+    prior = Prior(400.0, "empirical", 0.5)
     for key, value in total.items():
-        expected = (500 * (value / count + 0.02)).rsqrt()
-        torch.testing.assert_close(q.sigma[key].double(), expected, rtol=1e-3, atol=1e-6)
+        h = value / count
+        torch.testing.assert_close(q.sigma[key].double(), (500 * (h + 0.02)).rsqrt(), rtol=1e-3, atol=1e-6)
+        expected = (400 * (h + prior.delta(h, q.mean[key]))).rsqrt()
+        torch.testing.assert_close(informed.sigma[key].double(), expected, rtol=1e-2, atol=0)
     assert q.metadata["fit_labels"] == "data"
     assert q.metadata["ess"] == "500"
 
@@ -319,16 +322,12 @@ def test_long_conversations_are_cut_and_those_without_an_answer_left_out(
         fit(plain, data, method="fisher")
 
 
-def test_it_halves_batches_when_the_memory_runs_out(plain: Path, chats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, heard = gradients.label_logits, Heard()
-
-    def label_logits(model: Any, items: Any) -> Any:
-        if len(items) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return own(model, items)
-
+def test_it_halves_batches_when_the_memory_runs_out(
+    plain: Path, chats: Path, small_memory: Callable[[int], None]
+) -> None:
+    heard = Heard()
     expected = fit(plain, chats, method="fisher", empirical=True)
-    monkeypatch.setattr(gradients, "label_logits", label_logits)
+    small_memory(2)
     found = fit(plain, chats, method="fisher", empirical=True, reporter=heard)
     for key, value in expected.sigma.items():
         torch.testing.assert_close(found.sigma[key], value, rtol=1e-3, atol=1e-6)
@@ -359,12 +358,6 @@ def test_settings_that_mean_nothing(options: dict[str, Any], message: str) -> No
     assert message in str(caught.value)
 
 
-def test_a_base_model_that_does_not_fit(plain: Path, chats: Path, tmp_path: Path) -> None:
-    base = build_llama(tmp_path / "other", hidden_size=64)
-    with pytest.raises(IVONError, match="does not fit the adapter"):
-        fit(plain, chats, loading=Loading(base_model=str(base)))
-
-
 def test_tfb_needs_lora(plain: Path, chats: Path, copied: Callable[[Path], Path]) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -376,26 +369,10 @@ def test_tfb_needs_lora(plain: Path, chats: Path, copied: Callable[[Path], Path]
     assert fit(folder, chats, method="fisher").sample(0)
 
 
-def test_prior_of_the_driver_is_the_equation_s(plain: Path, chats: Path) -> None:
-    q = fit(plain, chats, method="fisher", empirical=True, ess=400.0, prior_strength=0.5)
-    wide = fit(plain, chats, method="fisher", empirical=True, ess=400.0, prior=1e-9, prior_strength=1.0)
-    for key, value in q.sigma.items():
-        h = wide.sigma[key].double().square().reciprocal() / 400 - 1e-9
-        assert (h > -1e-6).all()
-        h = h.clamp_min(0)
-        prior = Prior(400.0, "empirical", 0.5)
-        torch.testing.assert_close(value.double(), (400 * (h + prior.delta(h, q.mean[key]))).rsqrt(), rtol=1e-2, atol=0)
-
-
 def test_the_loss_is_over_what_axolotl_trains_on(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversation of two rounds counts all of its answers' tokens."""
-    talk = {
-        "messages": [
-            {"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["red", "A", "sun", "B"], strict=True)
-        ]
-    }
     data = tmp_path / "talk.jsonl"
-    data.write_text(json.dumps(talk) + "\n")
+    data.write_text(json.dumps({"messages": chat("red", "A")["messages"] + chat("sun", "B")["messages"]}) + "\n")
     given: list[FitProblem] = []
     monkeypatch.setattr(fisher, "fit", lambda problem: given.append(problem) or FittedSigma({}))
     assert not any(value.any() for value in fit(plain, data).sigma.values())
@@ -447,14 +424,11 @@ def test_it_is_written_now_and_then_and_on_an_interrupt(tmp_path: Path, monkeypa
         pass
 
 
-def test_without_a_path_nothing_is_kept() -> None:
+def test_a_place_that_cannot_be_written_is_told_and_without_a_path_nothing_is_kept(tmp_path: Path) -> None:
     kept = State(None, "mine")
     kept.write(SNAPSHOT)
     kept.keep(lambda: pytest.fail("there is no file"))
     assert kept.read() is None
-
-
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(IVONError, match="cannot be written"):
         State(tmp_path / "no" / "x", "mine").write(SNAPSHOT)
     with pytest.raises(KeyError), State(tmp_path / "no" / "x", "mine").kept(lambda: SNAPSHOT):

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.encode import EncodedExample
-from axolotl_ivon.models.batching import GRADIENT_LOGITS, Batches, Halving, gradient_tokens, prediction_tokens
+from axolotl_ivon.models.batching import (
+    GRADIENT_LOGITS,
+    Batches,
+    Halving,
+    gradient_tokens,
+    out_of_memory,
+    prediction_tokens,
+)
 
 
 def items(lengths: list[int]) -> list[EncodedExample]:
@@ -95,3 +102,4 @@ def test_one_that_does_not_fit_and_other_errors_are_raised() -> None:
         list(Halving().over([1, 2], lambda part: Memory(0)(0, len(part))))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         list(Halving()(5, broken, ""))
+    assert out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))

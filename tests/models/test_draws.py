@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny import write_chats
+from tiny import build_classifier
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior, draws, predict
@@ -21,16 +22,6 @@ from axolotl_ivon.models.session import load_model
 MakeAdapter = Callable[..., Path]
 ROWS = list(paper_variants(tau=0.5, ratio=0.3).values())
 WIDE = ["q_proj", "v_proj", "down_proj"]
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", count=24)
-
-
-@pytest.fixture(scope="module")
-def adapter(make_adapter: MakeAdapter) -> Path:
-    return make_adapter()
 
 
 @pytest.mark.parametrize(
@@ -62,9 +53,9 @@ def test_slots_are_what_peft_saves_and_loads(make_adapter: MakeAdapter, tiny_lla
     assert not torch.allclose(before, expected(text).logits)
 
 
-def test_loading_refuses_tensors_of_another_adapter(adapter: Path) -> None:
-    model = load_model(adapter)
-    tensors = load_file(adapter / "adapter_model.safetensors")
+def test_loading_refuses_tensors_of_another_adapter(tiny_adapter: Path) -> None:
+    model = load_model(tiny_adapter)
+    tensors = load_file(tiny_adapter / "adapter_model.safetensors")
     key = min(tensors)
     bad = [
         ({k: v for k, v in tensors.items() if k != key}, f"the adapter has no {key}"),
@@ -92,23 +83,23 @@ def test_stacked_draws_equal_one_at_a_time(make_adapter: MakeAdapter, lora: dict
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
-def test_stacking_refuses_more_than_plain_lora(make_adapter: MakeAdapter, chats: Path, lora: dict) -> None:
-    evaluation = Evaluation(make_adapter(**lora), EvaluationData([chats]))
+def test_stacking_refuses_more_than_plain_lora(make_adapter: MakeAdapter, pipeline: Any, lora: dict) -> None:
+    evaluation = Evaluation(make_adapter(**lora), EvaluationData([pipeline.chats]))
     evaluation.run(ROWS, Sampling(samples=2))
     with pytest.raises(IVONError, match=r"draws_per_pass 2: .* use draws_per_pass 1"):
         evaluation.run(ROWS, Sampling(samples=2, draws_per_pass=2))
 
 
-def test_draws_are_sample_s_and_the_model_is_left_as_it_was(adapter: Path, tiny_llama: Path) -> None:
-    q = Posterior.from_pretrained(adapter)
-    model = load_model(adapter)
+def test_draws_are_sample_s_and_the_model_is_left_as_it_was(tiny_adapter: Path, tiny_llama: Path) -> None:
+    q = Posterior.from_pretrained(tiny_adapter)
+    model = load_model(tiny_adapter)
     before = {name: param.clone() for name, param in model.named_parameters()}
     text = torch.arange(3, 40)[None]
     with draws(q, model, 3, seed=5) as members:
         for k in members:
             draw = q.sample(seed=5, member=k)
             assert all(value.equal(draw[key]) for key, value in get_peft_model_state_dict(model).items())
-            other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval()
+            other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tiny_adapter).eval()
             set_peft_model_state_dict(other, draw)
             torch.testing.assert_close(model(text).logits, other(text).logits)
     assert k == 2
@@ -122,9 +113,9 @@ def test_draws_are_sample_s_and_the_model_is_left_as_it_was(adapter: Path, tiny_
         assert all(value.equal(q.mean[key]) for key, value in get_peft_model_state_dict(model).items())
 
 
-def test_predict_is_the_average_and_the_mutual_information(adapter: Path) -> None:
-    q = Posterior.from_pretrained(adapter)
-    model = load_model(adapter).train()
+def test_predict_is_the_average_and_the_mutual_information(tiny_adapter: Path) -> None:
+    q = Posterior.from_pretrained(tiny_adapter)
+    model = load_model(tiny_adapter).train()
     modes = [module.training for module in model.modules()]
     batch = {"input_ids": torch.arange(3, 43).view(2, 20), "labels": torch.zeros(2, 20).long()}
     found = predict(q, model, batch, n=4, seed=2)
@@ -141,29 +132,23 @@ def test_predict_is_the_average_and_the_mutual_information(adapter: Path) -> Non
     torch.testing.assert_close(found.disagreement.double(), expected, rtol=1e-2, atol=1e-5)
     assert found.disagreement.max() > 1e-3
     assert [module.training for module in model.modules()] == modes
-    assert any(param.requires_grad for param in load_model(adapter).parameters()) == any(
-        param.requires_grad for param in model.parameters()
-    )
+    assert not any(param.requires_grad for param in model.parameters())
     point = predict(q.temper(float("inf")), model, batch, n=3)
     assert point.disagreement.max() < 1e-5
 
 
-def test_a_model_that_does_not_fit_and_no_draws_are_one_line(adapter: Path, make_adapter: MakeAdapter) -> None:
-    q = Posterior.from_pretrained(adapter)
+def test_a_model_that_does_not_fit_and_no_draws_are_one_line(tiny_adapter: Path, make_adapter: MakeAdapter) -> None:
+    q = Posterior.from_pretrained(tiny_adapter)
     model = load_model(make_adapter(target_modules=["q_proj"]))
     with pytest.raises(IVONError, match="does not fit the adapter"), draws(q, model):
         pass
     with pytest.raises(IVONError, match="n 0 is not a number of draws"):
-        predict(q, load_model(adapter), {"input_ids": torch.ones(1, 3).long()}, n=0)
+        predict(q, load_model(tiny_adapter), {"input_ids": torch.ones(1, 3).long()}, n=0)
 
 
-def test_a_classifier_s_prediction_has_its_classes(make_adapter: MakeAdapter, tiny_llama: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForSequenceClassification
-
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
-    base.config.pad_token_id = 0
-    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+def test_a_classifier_s_prediction_has_its_classes(tiny_llama: Path, tmp_path: Path) -> None:
+    model = load_model(build_classifier(tiny_llama, tmp_path / "adapter"), classify=True)
+    model.config.pad_token_id = 0
     mean = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
     q = Posterior(mean, {key: torch.full_like(value, 0.1) for key, value in mean.items()}, {}, {})
     found = predict(q, model, {"input_ids": torch.arange(3, 23).view(2, 10)}, n=2)

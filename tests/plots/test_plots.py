@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import xml.etree.ElementTree
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from heard import Heard
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.container import ErrorbarContainer
@@ -34,7 +34,6 @@ from axolotl_ivon.plots.scaling import scaling
 from axolotl_ivon.plots.style import BLUE, INK, house_style, new_figure, save_figures, to_svg
 from axolotl_ivon.plots.sweep import save_sweep, trade_off, weights_front
 from axolotl_ivon.records.recommendation import Recommendation
-from axolotl_ivon.reporter import Reporter
 
 HOSTILE = '<script>"&amp; $\\frac$ 猫'
 
@@ -58,21 +57,11 @@ def texts(figure: Figure | str) -> list[str]:
     return ["".join(each.itertext()) for each in root.iter() if each.tag.endswith(("text", "title"))]
 
 
-class Notes(Reporter):
-    """Keeps what it is notified of."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def notify(self, message: str) -> None:
-        self.messages.append(message)
-
-
 # -------------------------------------------------------------------- files and pages
 
 
 def test_figures_become_files(tmp_path: Path) -> None:
-    reporter = Notes()
+    reporter = Heard()
     figures = {"a.b": Figure(), "c": "nothing to see"}
     png, svg = save_figures(figures, tmp_path, reporter)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [png.name, svg.name] == ["a.b.png", "a.b.svg"]
@@ -81,7 +70,7 @@ def test_figures_become_files(tmp_path: Path) -> None:
     # An earlier run's picture would be taken for this one's.
     assert save_figures({"a.b": "no more"}, tmp_path, reporter) == []
     assert not list(tmp_path.iterdir())
-    assert reporter.messages == ["nothing to see", "no more"]
+    assert reporter.notes == ["nothing to see", "no more"]
     (tmp_path / "file").touch()
     with pytest.raises(IVONError, match="cannot be written"):
         save_figures({"x": Figure()}, tmp_path / "file")
@@ -176,11 +165,11 @@ def saved(tmp_path: Path) -> Callable[..., tuple[list[str], list[str]]]:
     """A function that saves a sweep, and returns the names of the files and what was notified."""
 
     def save(sweep: Recommendation, count: int) -> tuple[list[str], list[str]]:
-        reporter = Notes()
+        reporter = Heard()
         scores = {"mean": made(count, 3), "posterior": made(count), "recommended": made(count, 0.8)}
         files = save_sweep(sweep, scores, tmp_path / "a" / "out", reporter)
         assert {*files} == {*(tmp_path / "a" / "out").iterdir()}
-        return [path.name for path in files], reporter.messages
+        return [path.name for path in files], reporter.notes
 
     return save
 
@@ -233,16 +222,11 @@ def test_the_front_of_two_files_is_marked() -> None:
 
 
 def test_the_scaling_curve_has_every_point() -> None:
-    values = {"mean": (0.5, 0.6), "posterior": (0.55, 0.7)}
-    curves = {
-        label: [
-            CurvePoint(n=n, accuracy=accuracy, se=0.1, utility=0) for n, accuracy in zip((8, 16), each, strict=True)
-        ]
-        for label, each in values.items()
-    }
-    axes = scaling(curves).axes[0]
+    values = {"mean": {8: 0.5, 16: 0.6}, "posterior": {8: 0.55, 16: 0.7}}
+    points = {label: [CurvePoint(n, share, 0.1, 0) for n, share in curve.items()] for label, curve in values.items()}
+    axes = scaling(points).axes[0]
     drawn = {c.get_label(): c.lines[0].get_ydata().tolist() for c in axes.containers}
-    assert drawn == {label: pytest.approx([100 * point.accuracy for point in curve]) for label, curve in curves.items()}
+    assert drawn == {label: pytest.approx([100 * share for share in curve.values()]) for label, curve in values.items()}
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["8", "16"]
     for container in axes.containers:
         assert container.lines[0].get_xdata() == pytest.approx([8, 16], rel=0.02)
@@ -283,7 +267,6 @@ def test_rows_that_stand_out_are_marked() -> None:
 
 def test_both_ends_of_a_histogram_are_in_it() -> None:
     constant = histograms("entropy", np.ones(4), {"x": np.ones(3), "y": np.ones(2)})
-    assert math.isclose(
-        max(patch.get_height() for patch in constant.axes[0].patches if hasattr(patch, "get_height")), 100
-    )
+    heights = [patch.get_height() for patch in constant.axes[0].patches if hasattr(patch, "get_height")]
+    assert max(heights) == pytest.approx(100)
     assert too_few({"x": (np.ones(9), np.ones(9))}).startswith("no reliability diagram")

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ...data.encode import check_tokens
 from ...errors import IVONError
@@ -150,14 +149,6 @@ class TokenEngine:
             named = tuple((self._name_of(other), max(value, LEAST_LOGPROB)) for other, value in others)
             logprob, confidence = max(logprob, LEAST_LOGPROB), max(confidence, LEAST_LOGPROB)
             yield Token(id, self._name_of(id), "", logprob, named, confidence, entropies[0], max(entropies[1], 0.0))
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Return whether an exception means that the memory ran out, and if so free the caches."""
-    if not should_reduce_batch_size(error):
-        return False
-    clear_device_cache(garbage_collection=True)
-    return True
 
 
 def mixture(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

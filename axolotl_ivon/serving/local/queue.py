@@ -10,11 +10,14 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Seque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
+
 from ...errors import IVONError
+from ...models.batching import out_of_memory
 from ..api.answers import AnswerDelta
 from ..api.backend import AnswerStream, Backend, Limits, queue_full
 from ..api.protocol import ApiError, ChatRequest, Request
-from .engine import GenerationRequest, TokenEngine, out_of_memory
+from .engine import GenerationRequest, TokenEngine
 
 _COMPLETION_TOKENS = 16  # of a completion whose request names no maximum, as OpenAI has it
 
@@ -125,6 +128,7 @@ class Local(Backend):
         except Exception as error:
             # Whatever it is, it concerns this request alone; the next one begins anew.
             if out_of_memory(error):
+                clear_device_cache(garbage_collection=True)
                 message = "out of memory; ask for a shorter prompt, a smaller n or fewer tokens"
                 raise ApiError(503, message) from error
             raise

@@ -1,4 +1,4 @@
-"""The influence of training rows against leaving them out, and against autograd."""
+"""The influence of training rows against leaving them out and against autograd, and the rows ranked by it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.data.encode import encode_turns
 from axolotl_ivon.influence.attribution import influence, log_odds_variance, products
-from axolotl_ivon.influence.ranking import flagged, suspicious
-from axolotl_ivon.models import gradients
+from axolotl_ivon.influence.ranking import check_same, flagged, save_without, suspicious
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
 from axolotl_ivon.models.session import load_model, load_tokenizer
 from axolotl_ivon.posterior.adapter import save_sigma
-from axolotl_ivon.records.influence import SCORES
+from axolotl_ivon.records.influence import SCORES, InfluenceRecord
 
 MakeAdapter = Callable[..., Path]
 
@@ -172,11 +171,8 @@ def test_the_scores_are_those_of_one_gradient_a_row(tiny_adapter: Path, chats: P
         assert row.leverage == pytest.approx(own / (1 - math.exp(-loss)) ** 2, rel=1e-3)
         assert row.sensitivity == pytest.approx(weight * own / count, rel=1e-3)
         assert row.on == pytest.approx(weight * along, rel=1e-3, abs=1e-6)
-    assert (found.rows[9].line, found.rows[9].question, found.rows[9].answer) == (
-        10,
-        "red",
-        "moon rain dog cat",
-    )
+    last = found.rows[9]
+    assert (last.line, last.question, last.answer) == (10, "red", "moon rain dog cat")
     heard.notes.clear()
     assert influence(tiny_adapter, chats, limit=2, reporter=heard).rows[1].line == 2
     assert heard.notes == []
@@ -222,24 +218,15 @@ def test_temperature_changes_the_leverage_alone_and_pruned_weights_do_not_move(
 
 
 def test_fewer_examples_at_once_when_the_memory_runs_out(
-    tiny_adapter: Path, chats: Path, others: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_adapter: Path, chats: Path, others: Path, small_memory: Callable[[int], None]
 ) -> None:
-    expected = influence(tiny_adapter, chats, others).rows
-    sizes, heard, plain = [], Heard(), gradients.label_logits
-
-    def label_logits(model, some):
-        sizes.append(len(some))
-        if len(some) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return plain(model, some)
-
-    monkeypatch.setattr(gradients, "label_logits", label_logits)
+    expected, heard = influence(tiny_adapter, chats, others).rows, Heard()
+    small_memory(3)
     rows = influence(tiny_adapter, chats, others, reporter=heard).rows
     for name in SCORES:
         values = [row.score(name) for row in expected]
         assert [row.score(name) for row in rows] == pytest.approx(values, rel=1e-4, abs=1e-7)
     assert any("out of memory with 5 examples in a batch; going on with 2" in line for line in heard.notes)
-    assert max(sizes[-5:]) <= 3
 
 
 def test_a_row_whose_answer_does_not_fit_has_no_scores(tiny_adapter: Path, tmp_path: Path) -> None:
@@ -292,3 +279,29 @@ def test_a_posterior_without_what_it_takes_is_refused(
         influence(tmp_path / "mean", chats)
     with pytest.raises(IVONError, match=r"no ivon_sigma.safetensors"):
         influence(make_adapter(sigma=False), chats)
+
+
+def test_the_most_suspicious_rows_are_left_out(tmp_path: Path) -> None:
+    data = write_chats(tmp_path / "data.jsonl", count=4)
+    lines = data.read_bytes().splitlines()
+    data.write_bytes(b"\r\n".join([lines[0], b"", *lines[1:]]))  # an empty line, Windows' ends, and none at the end
+    texts = [[turn["content"] for turn in json.loads(line)["messages"]] for line in lines]
+    scores = [(0.1, 0.5), (3.0, 0.1), (None, None), (2.0, -2.0)]
+    rows = [
+        InfluenceRecord(
+            index=i, loss=loss, leverage=1.0, sensitivity=loss, on=on, line=i + 1 + (i > 0), question=q, answer=a
+        )
+        for i, ((loss, on), (q, a)) in enumerate(zip(scores, texts, strict=True))
+    ]
+    check_same(rows, "scores.jsonl", data)
+    assert suspicious(rows, "loss") == [1, 3, 0]
+    assert suspicious(rows, "on") == [3, 1, 0]
+    assert flagged(rows, "on", 0.5) == [3, 1]
+    assert flagged(rows, "loss", 0.01) == [1, 3, 0]
+    save_without(tmp_path / "clean.jsonl", data, {rows[i].line or 0 for i in flagged(rows, "on", 0.75)})
+    assert (tmp_path / "clean.jsonl").read_bytes() == b"\r\n".join([lines[0], b"", *lines[1:3]]) + b"\r\n"
+    other = rows[1].model_copy(update={"answer": "?"})
+    with pytest.raises(IVONError, match=r"scores.jsonl: row 1 has another answer, so they are of other data than data"):
+        check_same([rows[0], other, *rows[2:]], "scores.jsonl", data)
+    with pytest.raises(IVONError, match=r"3 rows, not 4, so they are of other data"):
+        check_same(rows[:3], "scores.jsonl", data)
