@@ -31,7 +31,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_ivon.data.encode import EncodedExample
-from axolotl_ivon.fitting.fisher import Squarer, Squares, fisher, residual_loss
+from axolotl_ivon.fitting.fisher import Squares, residual_loss, squarer
 from axolotl_ivon.fitting.fit import fit
 from axolotl_ivon.models.batching import Batches
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
@@ -77,9 +77,8 @@ def fisher_pass(model: Any, batches: list[list[EncodedExample]]) -> Squares:
     loss = residual_loss(torch.Generator(model.device).manual_seed(0))
     losses = functools.partial(example_losses, model, loss=loss)
     with ExampleGradients(model, adapter_parameters(model), losses) as gradients:
-        square = Squarer(gradients, lambda item: len(item.positions))
-        *_, last = fisher(square, batches, Squares({}, 0))
-    return last
+        square = squarer(gradients, lambda item: len(item.positions))
+        return functools.reduce(Squares.add, map(square, batches))
 
 
 def peak(run: Callable[[], object], device: torch.device) -> float:

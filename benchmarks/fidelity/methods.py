@@ -6,6 +6,7 @@ learning rate warming up over 5 % of the steps and then falling linearly to 0. O
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from axolotl_ivon import IVONLoRA, Posterior, effective_sample_size
 from axolotl_ivon.fitting import tfb
-from axolotl_ivon.fitting.fisher import Squarer, Squares, fisher, residuals
+from axolotl_ivon.fitting.fisher import Squares, residuals, squarer
 from axolotl_ivon.fitting.ivon import Averages, iterate
 from axolotl_ivon.fitting.precision import FACTORS, Prior
 from axolotl_ivon.fitting.tfb import TOLERANCE
@@ -509,10 +510,11 @@ def fit_sigma(
         return {name: prior.sigma(h, prior.delta(h, mean[name])) for name, h in information.items()}
 
     with ExampleGradients(model, parameters, losses) as gradients:
-        square: Squarer[Example] = Squarer(gradients, lambda example: 1)
+        square = squarer(gradients, lambda example: 1)
         for stage in range(1 + validated):
             if method == "fisher":
-                *_, sums = fisher(square, itertools.islice(batches(), math.ceil(len(examples) / 8)), Squares({}, 0))
+                once = itertools.islice(batches(), math.ceil(len(examples) / 8))
+                sums = functools.reduce(Squares.add, map(square, once))
                 information = sums.information()
             else:
                 *_, progress = iterate(parameters, square, batches(), prior, start, Averages(), seed)
