@@ -10,7 +10,7 @@ import torch
 from ..data.encode import Prompt
 from ..errors import IVONError, param_ref
 from ..models.batching import Halving
-from ..models.draws import evaluating, stacked
+from ..models.draws import Stack, evaluating
 from ..models.forward import CachedForward, end_tokens
 from ..models.session import Session
 from ..posterior.posterior import Posterior
@@ -29,8 +29,8 @@ class TransformersEngine:
     """Generates with a model in memory; see `plan.Engine`.
 
     A batch holds sequences of several members, prompts and outputs: the base layers see them as one, each LoRA layer
-    multiplies every member's rows by that member's own A and B (`models.stacked`). A prompt runs once for each member,
-    its key-value cache is then repeated for the outputs, and sequences that have ended leave the batch.
+    multiplies every member's rows by that member's own A and B (`models.draws.Stack`). A prompt runs once for each
+    member, its key-value cache is then repeated for the outputs, and sequences that have ended leave the batch.
     transformers' `generate` lets none leave: half the tokens per second where outputs end at different lengths.
 
     Args:
@@ -66,7 +66,7 @@ class TransformersEngine:
     def _can_stack(self) -> bool:
         mean = dict(self._posterior.mean)
         try:
-            with stacked(self._model, [mean, mean]):
+            with Stack(self._model, [mean, mean]).running():
                 return True
         except IVONError:  # DoRA, saved modules, …: one member at a time
             return False

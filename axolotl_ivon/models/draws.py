@@ -2,7 +2,7 @@
 
 A draw costs one copy of the adapter, not a reload. `AdapterSlots.loaded` puts a set of tensors into the model and
 puts back what was there, `draws` one draw after the other, and `predict` averages what the model gives at each.
-`stacked` runs several draws in one batch over the shared base weights.
+`Stack` runs several draws in one batch over the shared base weights.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class AdapterSlots:
             self.write(before)
 
     def drawn(self, draws: Sequence[Mapping[str, Tensor]]) -> AbstractContextManager[None]:
-        """Run one draw, which may be of any kind, or several in one batch as `stacked` does, inside the block."""
-        return self.loaded(draws[0]) if len(draws) == 1 else stacked(self._model, draws)
+        """Run one draw, of any kind, or several in one batch as `Stack` does, inside the block."""
+        return self.loaded(draws[0]) if len(draws) == 1 else Stack(self._model, draws).running()
 
 
 @contextlib.contextmanager
@@ -191,15 +191,6 @@ class Stack:
             for module, a, b in self._layers:
                 stack.enter_context(_replaced_forward(module, _stacked_forward(module, a[which], b[which])))
             yield
-
-
-def stacked(model: PeftModel, draws: Sequence[Mapping[str, Tensor]]) -> AbstractContextManager[None]:
-    """Run k draws at once inside the block, as `Stack.running` does, and hold them no longer.
-
-    Raises:
-        IVONError: as `Stack` does.
-    """
-    return Stack(model, draws).running()
 
 
 def _stacked_forward(module: Any, a: Tensor, b: Tensor) -> Any:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from axolotl_ivon import IVONError, Posterior, draws, predict
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
 from axolotl_ivon.evaluation.variants import paper_variants
-from axolotl_ivon.models.draws import AdapterSlots, stacked
+from axolotl_ivon.models.draws import AdapterSlots, Stack
 from axolotl_ivon.models.session import load_model
 
 MakeAdapter = Callable[..., Path]
@@ -75,7 +75,7 @@ def test_stacked_draws_equal_one_at_a_time(make_adapter: MakeAdapter, lora: dict
     model, posterior = load_model(folder), Posterior.from_pretrained(folder)
     draws = [posterior.sample(1, member) for member in range(3)]
     text = torch.randint(3, 200, (4, 9), generator=torch.Generator().manual_seed(0))
-    with stacked(model, draws), torch.no_grad():
+    with Stack(model, draws).running(), torch.no_grad():
         together = model(text.repeat(3, 1)).logits
     for draw, part in zip(draws, together.view(3, 4, 9, -1), strict=True):
         with AdapterSlots(model).loaded(draw), torch.no_grad():
