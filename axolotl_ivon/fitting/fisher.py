@@ -130,7 +130,7 @@ def fit(problem: FitProblem) -> FittedSigma:
 
 
 def _one_pass(problem: FitProblem) -> dict[str, Tensor]:
-    """Return h by parameter; an interrupted pass goes on after the batches that are done."""
+    """Return h by parameter; an interrupted pass continues after the batches that are done."""
     settings, device = problem.settings, problem.session.device
     batches = Batches(problem.items, settings.batch_size, device.type, problem.session.classes).once()
     done, sums = 0, Squares({}, 0)

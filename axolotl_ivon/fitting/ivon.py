@@ -1,4 +1,4 @@
-"""IVON's updates of the precision with the mean held: the variational σ around an adapter that is there.
+"""IVON's updates of the precision with the mean held: the variational σ around an existing adapter.
 
 Each step draws θ = m + σ·ε and takes the Fisher information of a batch there (`fisher`), whose running average is h:
 
@@ -213,7 +213,7 @@ def _settle(
         problem.state.write(snapshot())
     if not progress.settled:
         reporter.notify(
-            f"σ has not settled after {MOST:,} steps: it still changes by {progress.change or 0:.1%}; a larger "
-            f"{param_ref('batch_size')} would do"
+            f"σ has not settled after {MOST:,} steps: it still changes by {progress.change or 0:.1%}; "
+            f"{param_ref('method')} fisher needs no steps"
         )
     return progress

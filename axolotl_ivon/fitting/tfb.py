@@ -41,7 +41,7 @@ _NEGLIGIBLE = 1e-6  # of the longest column of B: a shorter one has no noise, si
 def noise_shape(model: PeftModel, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Return σ at σ_q = 1 for the matrices A of LoRA layers, float32, by the names that `parameters` give them.
 
-    A column of B that is 0, or next to it, gives its row of A no noise: it would not show.
+    Where a column of B is 0, or nearly 0, its row of A has no noise: it would change nothing.
     """
     names = {parameter: name for name, parameter in parameters.items()}
     shape = {}
@@ -85,9 +85,9 @@ def first_width(shape: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> flo
 def widest(cost: Callable[[float], float], start: float, most: int) -> tuple[float, list[tuple[float, float]]]:
     """Return the largest width whose `cost` is at most 0, by bisection of its logarithm, and all that was tried.
 
-    The cost is taken to rise with the width, from below 0. From `start` on it widens, or narrows, by factors of four
-    until it is on both sides of 0, but not beyond `FARTHEST` times it. Where all that was tried costs too much, or too
-    little, the width is 0, or the largest.
+    The cost is assumed to rise with the width, from below 0. Starting with `start`, the width changes by factors of
+    four until there are costs on both sides of 0; it does not exceed `FARTHEST` times `start`. The result is 0 where
+    every width costs too much, and the largest width where none does.
     """
     tried: list[tuple[float, float]] = []
     low, high, width = 0.0, float("inf"), start

@@ -118,15 +118,15 @@ class Halving:
             yield start, start + size, result
             start += size
 
-    def over(
-        self, items: Sequence[_S], run: Callable[[Sequence[_S]], _T], hopeless: str = f"example; {MORE_MEMORY}"
-    ) -> Iterator[tuple[Sequence[_S], _T]]:
+    def over(self, items: Sequence[_S], run: Callable[[Sequence[_S]], _T]) -> Iterator[tuple[Sequence[_S], _T]]:
         """Yield (part, `run(part)`) for neighbouring parts of `items`, as large as fit.
 
         Raises:
             IVONError: the memory runs out with a single one.
         """
-        for start, stop, result in self(len(items), lambda start, stop: run(items[start:stop]), hopeless):
+        for start, stop, result in self(
+            len(items), lambda start, stop: run(items[start:stop]), f"example; {MORE_MEMORY}"
+        ):
             yield items[start:stop], result
 
     def at_most(self, most: int, run: Callable[[int], _T], hopeless: str, cost: int = 1) -> tuple[_T, int]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from pathlib import Path
 
-from ..errors import IVONError, one_line, param_ref
+from ..errors import IVONError, one_line
 from ..posterior.adapter import Adapter
 from ..posterior.posterior import Posterior
 from ..posterior.tensors import Tensors
@@ -17,6 +16,8 @@ from ..storage.format import TOKENIZER_FILES, copy_companions, find_base_model
 from . import DTYPES
 from .session import Loading, has_head, load_model, load_tokenizer
 
+_SHARD = "5GB"  # the most that one file holds
+
 
 def merge(
     adapter: Adapter,
@@ -24,7 +25,6 @@ def merge(
     folder: str | os.PathLike[str],
     loading: Loading = Loading(),
     *,
-    max_shard_size: str = "5GB",
     overwrite: bool = False,
     reporter: Reporter = SILENT,
 ) -> None:
@@ -43,7 +43,7 @@ def merge(
     """
     from safetensors import SafetensorError
 
-    base = check_merge(adapter, loading, max_shard_size)
+    base = check_merge(adapter, loading)
     with new_folder(Path(folder), overwrite, [adapter.folder, *filter(Path.is_dir, [Path(base)])]) as new:
         reporter.begin("loading the base model")
         from .draws import AdapterSlots
@@ -60,7 +60,7 @@ def merge(
             raise IVONError(f"{adapter.folder} cannot be merged ({one_line(error)})") from error
         reporter.begin("writing")
         try:
-            merged.save_pretrained(new, max_shard_size=max_shard_size)
+            merged.save_pretrained(new, max_shard_size=_SHARD)
         except SafetensorError as error:  # its writer does not raise OSError when the disk is full
             raise IVONError(f"{folder} cannot be written ({one_line(error)})") from error
         if (adapter.folder / "tokenizer_config.json").exists():
@@ -70,17 +70,12 @@ def merge(
                 load_tokenizer(adapter.folder, base).save_pretrained(new)
 
 
-def check_merge(adapter: Adapter, loading: Loading = Loading(), max_shard_size: str = "5GB") -> str:
+def check_merge(adapter: Adapter, loading: Loading = Loading()) -> str:
     """Return the base model that `merge` loads; its arguments are checked without torch, before anything is loaded.
 
     Raises:
-        IVONError: an unknown kind of model, a size that is none, or a base model that is not there.
+        IVONError: an unknown kind of model, or a base model that is not there.
     """
-    size = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]B)\s*", max_shard_size, re.IGNORECASE)
-    if not size or not float(size[1]):
-        raise IVONError(
-            f"{param_ref('max_shard_size')} {max_shard_size!r} is no size; give a number with KB, MB, GB or TB, as 5GB"
-        )
     kind = adapter.config.get("task_type") or "CAUSAL_LM"
     if kind not in ("CAUSAL_LM", "SEQ_CLS"):
         raise IVONError(f"{adapter.folder} has task_type {kind}; merge knows CAUSAL_LM and SEQ_CLS")

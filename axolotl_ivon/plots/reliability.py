@@ -35,18 +35,18 @@ class Bins(NamedTuple):
     middle: np.ndarray
 
     @classmethod
-    def of(cls, confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> Bins:
+    def of(cls, confidence: np.ndarray, right: np.ndarray) -> Bins:
         """Sort predictions into bins by `confidence` (n,); `right` (n,) is 1 or 0, or a share between."""
-        place = np.clip(np.searchsorted(np.linspace(0, 1, bins + 1), confidence, "right") - 1, 0, bins - 1)
-        count = np.bincount(place, minlength=bins)
+        place = np.clip(np.searchsorted(np.linspace(0, 1, BINS + 1), confidence, "right") - 1, 0, BINS - 1)
+        count = np.bincount(place, minlength=BINS)
         filled = np.flatnonzero(count)
         count = count[filled]
-        sure, accuracy = (np.bincount(place, values, bins)[filled] / count for values in (confidence, right))
+        sure, accuracy = (np.bincount(place, values, BINS)[filled] / count for values in (confidence, right))
         z2 = 1.96**2 / count
         middle = (accuracy + z2 / 2) / (1 + z2)
         half = np.sqrt(z2 * (accuracy * (1 - accuracy) + z2 / 4)) / (1 + z2)
         low, high = np.clip(middle - half, 0, accuracy), np.clip(middle + half, accuracy, 1)
-        return cls(count, sure, accuracy, low, high, (filled + 0.5) / bins)
+        return cls(count, sure, accuracy, low, high, (filled + 0.5) / BINS)
 
     @property
     def calibration_error(self) -> float:

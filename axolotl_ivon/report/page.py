@@ -137,13 +137,14 @@ def _variants(findings: Findings, data: str) -> list[str]:
     return [name for name in names if "pruned" not in name] or names
 
 
+def _curves(findings: Findings, data: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {name: _predictions(findings, data, name) for name in _variants(findings, data)}
+
+
 def _reliability(findings: Findings, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    sections = []
-    for data in findings.files:
-        values = {name: _predictions(findings, data, name) for name in _variants(findings, data)}
-        if values:
-            sections.append({"data": names[data], "pictures": [reliability({name: values[name]}) for name in values]})
-    return sections
+    curves = {data: _curves(findings, data) for data in findings.files}
+    pictures = {data: [reliability({name: values}) for name, values in each.items()] for data, each in curves.items()}
+    return [{"data": names[data], "pictures": each} for data, each in pictures.items() if each]
 
 
 def _predictions(findings: Findings, data: str, variant: str) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +175,7 @@ def _selective(findings: Findings, names: Mapping[str, str]) -> list[dict[str, A
     sections = []
     threshold, risk = findings.threshold, findings.sweep.risk if findings.sweep else None
     for data in findings.files:
-        curves = {name: _predictions(findings, data, name) for name in _variants(findings, data)}
+        curves = _curves(findings, data)
         if not curves:
             continue
         assert findings.evaluation is not None

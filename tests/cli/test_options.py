@@ -23,7 +23,7 @@ COMMANDS = [command for name in cli.list_commands(CONTEXT) if (command := cli.ge
 PACKAGES = ("data", "evaluation", "generation", "models")
 MOST_OPTIONS = 190
 GREEK, PARENTHESES = re.compile("[α-ωΑ-Ω]"), re.compile(r"\([^()]*\)")
-LIBRARY = {"draws_per_pass", "max_shard_size"}
+LIBRARY = {"draws_per_pass"}
 
 
 def named() -> Iterator[str]:

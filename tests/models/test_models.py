@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import Example, read_examples
 from axolotl_ivon.models.forward import cache_name, forward_parameters
-from axolotl_ivon.models.merge import check_merge, choose_weights, merge
+from axolotl_ivon.models.merge import choose_weights, merge
 from axolotl_ivon.models.session import Loading, Session, load_model, load_tokenizer, pick_device
 from axolotl_ivon.posterior.adapter import Adapter
 
@@ -153,13 +153,16 @@ def test_pruned_means_and_draws_are_merged_as_given(tiny_adapter: Path, tiny_lla
         torch.testing.assert_close(logits(merged), peft_logits(tiny_llama, tmp_path / name), rtol=1e-4, atol=1e-5)
 
 
-def test_dtype_shards_and_another_base(tiny_adapter: Path, tiny_llama: Path, tmp_path: Path):
+def test_dtype_shards_and_another_base(
+    tiny_adapter: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("axolotl_ivon.models.merge._SHARD", "20KB")
     other = AutoModelForCausalLM.from_pretrained(tiny_llama)
     torch.nn.init.normal_(other.lm_head.weight)
     other.bfloat16().save_pretrained(tmp_path / "other")
     adapter = Adapter(tiny_adapter)
     other_base = str(tmp_path / "other")
-    merge(adapter, adapter.mean, tmp_path / "out", Loading(other_base, dtype="float16"), max_shard_size="20KB")
+    merge(adapter, adapter.mean, tmp_path / "out", Loading(other_base, dtype="float16"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert merged.dtype == torch.float16
     assert torch.equal(merged.lm_head.weight, other.lm_head.weight.half())
@@ -172,12 +175,6 @@ def test_dtype_shards_and_another_base(tiny_adapter: Path, tiny_llama: Path, tmp
     name = "tokenizer.json"  # copied without being read, as a damaged one can keep its reader busy for minutes
     assert (tmp_path / "own" / name).read_bytes() == (tiny_adapter / name).read_bytes()
     assert not (tmp_path / "own" / "README.md").exists(), "the adapter's card is not the model's"
-
-
-@pytest.mark.parametrize("size", ["lots", "0GB"])
-def test_a_shard_size_that_is_none_is_refused(size: str, tiny_adapter: Path):
-    with pytest.raises(IVONError, match=f"max_shard_size '{size}' is no size"):
-        check_merge(Adapter(tiny_adapter), max_shard_size=size)
 
 
 def test_a_classifier_keeps_its_head(tiny_llama: Path, tmp_path: Path):
