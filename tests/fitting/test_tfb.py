@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,11 +32,8 @@ def paper_covariance(b: Tensor) -> Tensor:
 def random_b(seed: int, rank: int = 4, outputs: int = 9) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     scales = torch.logspace(-1, 1, rank)[torch.randperm(rank, generator=draw)]
-    return (
-        torch.randn(outputs, rank, generator=draw)
-        @ torch.linalg.qr(torch.randn(rank, rank, generator=draw))[0]
-        * scales
-    )
+    rotation = torch.linalg.qr(torch.randn(rank, rank, generator=draw))[0]
+    return torch.randn(outputs, rank, generator=draw) @ rotation * scales
 
 
 @given(st.integers(0, 10**6))
@@ -95,16 +94,9 @@ def test_experts_have_their_own_columns() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.einsum("ti,eio->teo", x, self.weight)
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.experts = Experts()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.experts(x)
-
     torch.manual_seed(0)
-    model = get_peft_model(Model(), LoraConfig(r=2, target_parameters=["experts.weight"], init_lora_weights=False))
+    model: Any = nn.Sequential(OrderedDict(experts=Experts()))
+    model = get_peft_model(model, LoraConfig(r=2, target_parameters=["experts.weight"], init_lora_weights=False))
     parameters = {name: p for name, p in model.named_parameters() if "lora_" in name}
     shape = noise_shape(model, parameters)
     [(name, values)] = shape.items()
