@@ -10,7 +10,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -107,8 +107,10 @@ class Session:
         Raises:
             IVONError: as `load_model` and `load_tokenizer`, or the base model does not fit the adapter.
         """
+        folder = _folder_of(adapter)
+        loading = replace(loading, base_model=find_base_model(adapter.config, folder, loading.base_model))
         reporter.begin("loading the base model")
-        return cls(load_model(_folder_of(adapter), loading, classify=has_head(adapter)), adapter)
+        return cls(load_model(folder, loading, classify=has_head(adapter)), adapter)
 
     @property
     def device(self) -> torch.device:

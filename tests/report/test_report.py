@@ -78,11 +78,11 @@ def test_values_are_those_of_the_lines(known: Findings) -> None:
 
 
 def test_it_measures_what_eval_measures(tiny_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
-    data, other = write_chats(tmp_path / "a.jsonl", 12), write_chats(tmp_path / "b.jsonl", 8, seed=1)
+    data = write_chats(tmp_path / "a.jsonl", 12)
     header = Posterior.from_pretrained(tiny_adapter).metadata
     sweep = {"tau": 2.0, "ratio": 0.2, "temperature": 1.5, "threshold": 0.51, "mean_sha256": header["mean_sha256"]}
     (tmp_path / "recommended.json").write_text(json.dumps(sweep))
-    common = ["--data", data, "--ood", other, "-q"]
+    common = ["--data", data, "-q"]
     chosen = ["--recommended", tmp_path / "recommended.json"]
     evaluated = ivon_post("eval", tiny_adapter, *common, *chosen, "-o", tmp_path / "lines.jsonl", "--json")
     (tmp_path / "eval.json").write_text(evaluated)
