@@ -220,7 +220,7 @@ class _Choice:
     ) -> None:
         self._objective, self._choose, self._report, self._count = objective, choose, report, len(items)
         grid = [self._candidate(variant, score) for variant, score in zip(variants, scores, strict=True)]
-        front = pareto_front([_trade_off(candidate.point.chosen_on) for candidate in grid])
+        front = pareto_front([(-(on.accuracy or 0.0), on.ece or 0.0) for on in (c.point.chosen_on for c in grid)])
         points = [each.point.model_copy(update={"front": mark}) for each, mark in zip(grid, front, strict=True)]
         self.grid = [replace(candidate, point=point) for candidate, point in zip(grid, points, strict=True)]
         self.mean = next(candidate for candidate in self.grid if candidate.is_mean)
@@ -316,10 +316,6 @@ class _Choice:
         named |= {"posterior": posterior} if posterior else {}
         named[f"recommended ({recommended.point.describe()})"] = recommended
         return {name: candidate.reported for name, candidate in named.items()}
-
-
-def _trade_off(value: Metrics) -> tuple[float, float]:
-    return -(value.accuracy or 0.0), value.ece or 0.0
 
 
 def _metrics(scores: Scores) -> Metrics:

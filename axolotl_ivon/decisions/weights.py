@@ -109,6 +109,9 @@ def sweep_weights(
     Raises:
         IVONError: as `Posterior.combine` and `evaluate` do, or a file has fewer than 4 examples.
     """
+    from ..metrics.bootstrap import compare
+    from ..metrics.scores import metrics
+
     halves = _halves(evaluation, sampling.seed)
     variant = Variant("product", tau=1.0 if sampling.samples else math.inf)
     sampling = replace(sampling, samples=max(1, sampling.samples))
@@ -119,7 +122,9 @@ def sweep_weights(
     for weights in candidates:
         product = Posterior.combine(posteriors, weights=weights)
         [kept[weights]] = evaluation.run([variant], sampling, stage, product)
-        chosen_on, reported_on = (_by_file(kept[weights], halves, part) for part in (0, 1))
+        chosen_on, reported_on = (
+            {path: metrics(kept[weights].of_groups(half[part])) for path, half in halves.items()} for part in (0, 1)
+        )
         points.append(WeightsPoint(weights, chosen_on, reported_on))
     costs = [[SIGNS[objective] * values[objective] for values in point.chosen_on.values()] for point in points]
     points = [replace(point, front=mark) for point, mark in zip(points, pareto_front(costs), strict=True)]
@@ -128,7 +133,10 @@ def sweep_weights(
     if best is equal:
         text = f"equal weights are best by {objective}"
         return WeightsSweep(points, best, equal, objective, "equal", 0.0, 0.0, text)
-    difference, error = _versus(kept[best.weights], kept[equal.weights], halves, objective)
+    one, other = kept[best.weights], kept[equal.weights]
+    paired = [compare(one.of_groups(report), other.of_groups(report))[objective] for _, report in halves.values()]
+    difference = sum(each.difference for each in paired) / len(paired)
+    error = math.hypot(*(each.standard_error or 0.0 for each in paired)) / len(paired)
     outcome = judge(difference, error, min(len(report) for _, report in halves.values()), SIGNS[objective])
     kept_equal = "" if outcome == "better" else ": keep equal weights"
     figures = f"{difference:+.3f} ± {error:.3f}".replace("-", "−")
@@ -152,23 +160,6 @@ def _halves(evaluation: Evaluation, seed: int) -> dict[str, tuple[Tensor, Tensor
         order = torch.tensor(numbers)[torch.randperm(len(numbers), generator=generator)]
         halves[path] = order[: len(order) // 2], order[len(order) // 2 :]
     return halves
-
-
-def _by_file(scores: Scores, halves: dict[str, tuple[Tensor, Tensor]], part: int) -> dict[str, dict[str, Any]]:
-    from ..metrics.scores import metrics
-
-    return {path: metrics(scores.of_groups(half[part])) for path, half in halves.items()}
-
-
-def _versus(
-    scores: Scores, equal: Scores, halves: dict[str, tuple[Tensor, Tensor]], objective: str
-) -> tuple[float, float]:
-    """Return the difference of the average objective on the parts that report, and its standard error."""
-    from ..metrics.bootstrap import compare
-
-    paired = [compare(scores.of_groups(report), equal.of_groups(report))[objective] for _, report in halves.values()]
-    error = math.hypot(*(each.standard_error or 0.0 for each in paired)) / len(paired)
-    return sum(each.difference for each in paired) / len(paired), error
 
 
 def save(
