@@ -59,7 +59,7 @@ COMMANDS = {
     ],
     "mbr": ["ivon-post mbr mean.jsonl posterior.jsonl --answer-regex choice -o chosen", "ls chosen"],
     "report": [
-        "ivon-post report out --data test.jsonl --recommended out-sweep/recommended.json",
+        "ivon-post report out --data test.jsonl --sweep out-sweep/recommended.json",
         "ls out-report.html",
     ],
     "influence": [

@@ -47,6 +47,22 @@ def test_every_command_has_its_transcript_and_its_options() -> None:
         assert f"`ivon-post {name} " in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_every_option_on_a_page_is_one_of_its_command() -> None:
+    from click import Context
+
+    from ivon_post import cli
+
+    context = Context(cli)
+    pages = [*PAGES, ROOT / "docs" / "transcripts.py", *(ROOT / "example_configs").rglob("*.md")]
+    for page in pages:
+        for name, words in re.findall(r"ivon-post ([a-z]+)([^`|\n\"]*)", page.read_text(encoding="utf-8")):
+            if (command := cli.get_command(context, name)) is None:
+                continue  # a word after the program's name
+            known = {"--help", *(option for parameter in command.params for option in parameter.opts)}
+            unknown = set(re.findall(r"(?<= )--[a-z-]+", words)) - known
+            assert not unknown, f"{page.name}: ivon-post {name} {unknown}"
+
+
 def test_the_readme_has_one_title_and_the_sections_that_axolotl_knows() -> None:
     prose = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
     assert re.findall(r"^# (.+)$", prose, re.M) == ["axolotl-ivon"]
