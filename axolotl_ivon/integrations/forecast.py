@@ -117,9 +117,9 @@ def _prior_finding(prior: str, strength: float) -> Finding:
         raise IVONError(error.describe(yaml_key)) from error
     header = Adapter(prior).metadata
     seen = header.get("train_size") or "an unknown number of"
-    text = f"goes on from {prior}: its {seen} examples count {strength:g} time{'' if strength == 1 else 's'} each"
+    text = f"continues {prior}: its {seen} examples count {strength:g} time{'' if strength == 1 else 's'} each"
     if before := len(links(header)):
-        text += f", and so does what it goes on from ({before} more)"
+        text += f", and so do those of the {before} adapters before it"
     return Finding("prior", True, text)
 
 

@@ -88,12 +88,12 @@ SETTINGS = (
         "ξ, the bound on the preconditioned gradient of each weight: a step moves it by at most `learning_rate`·ξ"
     ),
     Setting("beta1", Average, 0.9, 0.9).means("β1, the running average of the gradient"),
-    Setting("beta2", Average, 0.9995, None, "by the steps").means(
+    Setting("beta2", Average, 0.9995, None, "by the number of steps").means(
         "β2, the running average of the posterior precision: `auto` remembers a fifth of the run"
     ),
     Setting("prior", Prior, "empirical", "empirical").means(
         "the prior: `empirical` fits the variance of each tensor; a number δ is IVON's fixed prior, which acts as "
-        "weight decay; a folder or Hub id of an earlier adapter with σ: training goes on from it and does not forget"
+        "weight decay; a folder or Hub id of an earlier adapter with σ: training continues it and does not forget"
     ),
     Setting("prior_strength", Positive, 1.0, 0.1, "0.1, with an earlier adapter 300", **_LATER).means(
         "κ, a factor on the prior's precision: at 0.1 the prior is √10 as wide as the one that fits the tensor best, "

@@ -201,7 +201,7 @@ def test_an_earlier_adapter_is_told_of_and_must_be_there(tmp_path: Path, make_ad
     assert (found["prior"], found["prior_strength"], found["h0"]) == (str(monday), 0.5, None)
     assert not any(why.startswith("h0") for why in found["unknown"])
     [told] = [one for one in found["findings"] if one["about"] == "prior"]
-    assert told["text"] == f"goes on from {monday}: its 100 examples count 0.5 times each"
+    assert told["text"] == f"continues {monday}: its 100 examples count 0.5 times each"
     path.write_text(yaml.safe_dump({**base, "ivon_prior": str(tmp_path / "sunday")}))
     with pytest.raises(
         IVONError, match=r"^ivon_prior: '.*sunday' is refused, it must be 'empirical', a number, or the folder"
