@@ -45,12 +45,12 @@ def merge(
 
     base = check_merge(adapter, loading)
     with new_folder(Path(folder), overwrite, [adapter.folder, *filter(Path.is_dir, [Path(base)])]) as new:
-        reporter.begin("loading the base model")
+        reporter.advance("loading the base model", 0, 0)
         from .draws import AdapterSlots
 
         dtype = _own_dtype(base) if loading.dtype == "auto" else loading.dtype
         model = load_model(adapter.folder, Loading(base, device="cpu", dtype=dtype), classify=has_head(adapter))
-        reporter.begin("merging")
+        reporter.advance("merging", 0, 0)
         slots = AdapterSlots(model)
         slots.check(tensors)
         slots.write(tensors)
@@ -58,7 +58,7 @@ def merge(
             merged = model.merge_and_unload(safe_merge=True)
         except (RuntimeError, ValueError) as error:  # NaN in a merged weight, or a kind of layer that cannot be merged
             raise IVONError(f"{adapter.folder} cannot be merged ({one_line(error)})") from error
-        reporter.begin("writing")
+        reporter.advance("writing", 0, 0)
         try:
             merged.save_pretrained(new, max_shard_size=_SHARD)
         except SafetensorError as error:  # its writer does not raise OSError when the disk is full
