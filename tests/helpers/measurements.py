@@ -52,7 +52,7 @@ def recommendation(error: float = 0.03, **changes: Any) -> Recommendation:
 def findings() -> Findings:
     """An evaluation with its examples and a sweep that promised a threshold."""
     draw = random.Random(0)
-    data = {"/home/me/test.jsonl": 40, f"{HOSTILE}.jsonl": 12, "other.jsonl": 25}
+    data = {"/some/where/test.jsonl": 40, f"{HOSTILE}.jsonl": 12, "other.jsonl": 25}
     lines = [example(draw, name, i + 1) for name, count in data.items() for i in range(count)]
     lines[3]["question"] = lines[3]["answer"] = HOSTILE
     for row in lines[3]["rows"].values():

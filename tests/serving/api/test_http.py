@@ -57,12 +57,12 @@ def test_a_head_that_does_not_come_is_not_waited_for(impatient: str, before: byt
         slow.sendall(drip)
         slow.settimeout(0.1)
         with contextlib.suppress(ConnectionError):  # until it is closed
-            while time.monotonic() < begun + 25:  # a byte now and then does not help
+            while time.monotonic() < begun + 10:  # a byte now and then does not help
                 with contextlib.suppress(TimeoutError):
                     slow.sendall(b"a")
                     if slow.recv(1000) == b"":
                         break
-        assert 0.2 < time.monotonic() - begun < 25
+        assert 0.3 < time.monotonic() - begun < 5
 
 
 def test_a_connection_is_used_again(impatient: str) -> None:
