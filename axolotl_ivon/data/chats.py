@@ -18,9 +18,6 @@ from ..errors import IVONError, param_ref
 from ..storage.format import read_lines
 
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
-MAX_CHOICES = 26
-_MAX_CHOICE_LENGTH = 40
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -44,21 +41,15 @@ class Example:
 def read_examples(path: str | Path, limit: int | None = None, name: str = "data") -> list[Example]:
     """Read the questions and reference answers of a JSONL file of chats, at most the first `limit`.
 
-    `name` is the parameter that gave the path, for messages.
-
     Raises:
-        IVONError: the file cannot be read or holds no line; a line (named by its number) is not JSON, has no
-            conversation, no assistant message, or nothing before it.
+        IVONError: the file, which the parameter `name` gave, cannot be read or holds no line; a line is not JSON, or
+            has no conversation, no assistant message, or nothing before it.
     """
     return [_example(record, source) for source, record in itertools.islice(read_lines(path, name), limit)]
 
 
 def read_files(paths: Iterable[str | Path], limit: int | None, name: str) -> dict[str, list[Example]]:
-    """Read several files as `read_examples` does, by the name of the file.
-
-    Raises:
-        IVONError: as `read_examples`, or a file is given twice.
-    """
+    """Read several files as `read_examples` does, by the name of the file; raise IVONError if one is given twice."""
     files: dict[str, list[Example]] = {}
     for path in paths:
         if Path(path) in map(Path, files):
@@ -80,29 +71,21 @@ def _example(record: dict[str, Any], source: str) -> Example:
 
 
 def chat_messages(record: dict[str, Any], source: str) -> list[dict[str, str]]:
-    """Return the chat of one line of a file, as `role` and `content`; `source` is its place, for messages.
-
-    Raises:
-        IVONError: the line holds no chat.
-    """
+    """Return the chat of one line of a file, as `role` and `content`; raise IVONError if `source` holds none."""
     wanted = '{"messages": [{"role": …, "content": …}, …]}'
+    turns: Any = record.get("messages", record.get("conversations"))
     if "messages" not in record and {"text", "label"} <= record.keys():
-        turns: Any = [
-            {"role": "user", "content": record["text"]},
-            {"role": "assistant", "content": str(record["label"])},
-        ]
-    else:
-        turns = record.get("messages", record.get("conversations"))
+        pairs = {"user": record["text"], "assistant": str(record["label"])}
+        turns = [{"role": role, "content": content} for role, content in pairs.items()]
     if not isinstance(turns, list):
         raise IVONError(f"{source}: no list `messages`; each line must be {wanted}")
     messages = []
     for position, turn in enumerate(turns):
-        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        turn = turn if isinstance(turn, dict) else {}
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
-            raise IVONError(
-                f"{source}: message {position} has no text `role` and `content`; each line must be {wanted}"
-            )
+            text = f"message {position} has no text `role` and `content`"
+            raise IVONError(f"{source}: {text}; each line must be {wanted}")
         messages.append({"role": _ROLES.get(role, role), "content": content})
     return messages
 
@@ -114,8 +97,8 @@ def detect_task(examples: Sequence[Example]) -> str:
     a single character or they repeat (on average every answer occurs at least twice).
     """
     answers = {example.answer for example in examples}
-    few = len(answers) <= MAX_CHOICES
-    short = all(len(answer) <= _MAX_CHOICE_LENGTH and "\n" not in answer for answer in answers)
+    few = len(answers) <= 26
+    short = all(len(answer) <= 40 and "\n" not in answer for answer in answers)
     repeated = 2 * len(answers) <= len(examples) or all(len(answer.strip()) == 1 for answer in answers)
     return "choice" if few and short and repeated else "generate"
 
@@ -126,10 +109,7 @@ def choose_task(
     """Return how examples are predicted, "choice", "generate" or "classify", and the strings to choose from.
 
     By default the task is "classify" where the adapter has a classification head, "choice" where `choices` are given,
-    else as `detect_task` finds.
-
-    Raises:
-        IVONError: a task that the adapter was not trained for, or as `find_choices`.
+    else as `detect_task` finds. A task that the adapter was not trained for is refused.
     """
     if task is None:
         task = "classify" if has_head else "choice" if choices else detect_task(examples)
@@ -139,22 +119,18 @@ def choose_task(
     return task, find_choices(examples, choices) if task == "choice" else ()
 
 
-def find_choices(examples: Iterable[Example], given: Sequence[str] | None = None) -> tuple[str, ...]:
+def find_choices(examples: Sequence[Example], given: Sequence[str] | None = None) -> tuple[str, ...]:
     """Return the strings to choose from: `given`, or the different answers of the data, sorted.
 
     Raises:
         IVONError: fewer than two choices, a choice given twice, or an answer that is none of them.
     """
-    examples = list(examples)
-    if given is None:
-        choices = tuple(sorted({example.answer for example in examples}))
-        if len(choices) < 2:
-            raise IVONError(
-                f"{param_ref('task')} choice: every answer in the data is {choices[0]!r}; name the others with "
-                f"{param_ref('choices')} A,B"
-            )
-        return choices
-    choices = tuple(given)
+    choices = tuple(sorted({example.answer for example in examples}) if given is None else given)
+    if given is None and len(choices) < 2:
+        raise IVONError(
+            f"{param_ref('task')} choice: every answer in the data is {choices[0]!r}; name the others with "
+            f"{param_ref('choices')} A,B"
+        )
     named = f"{param_ref('choices')} {','.join(choices)}"
     if len(choices) < 2 or len(set(choices)) < len(choices) or "" in choices:
         raise IVONError(f"{named}: give at least two different, non-empty strings")
@@ -183,12 +159,11 @@ def read_chats(path: str | Path, limit: int | None = None) -> list[Chat]:
     chats: list[Chat] = []
     for source, record in itertools.islice(read_lines(path, "prompts"), limit):
         messages = chat_messages(record, source)
-        reference = None
-        if messages and messages[-1]["role"] == "assistant":
-            reference = messages.pop()["content"] or None
+        answered = messages and messages[-1]["role"] == "assistant"
+        reference = messages.pop()["content"] or None if answered else None
         if not any(message["role"] == "user" for message in messages):
             raise IVONError(f"{source}: no user turn; add the question as a message with role user")
-        if any(_HALF.search(message["content"]) for message in messages):
+        if any(re.search("[\ud800-\udfff]", message["content"]) for message in messages):
             raise IVONError(f"{source}: holds half a surrogate pair (\\ud800 to \\udfff), which is no text; remove it")
         chats.append(Chat(tuple(messages), reference, source))
     return chats

@@ -58,7 +58,6 @@ def encode(
 
 
 _SENTINELS = ("[[turn]]", "zzturnzz")  # contents that share no first and no last character with one another
-_NEAR = 3  # tokens after a turn among which its end is looked for
 
 
 def encode_turns(
@@ -69,9 +68,6 @@ def encode_turns(
     Of a turn that is its content, and the end-of-sequence token that follows within three tokens
     (`type: chat_template` with `roles_to_train: [assistant]` and `train_on_eos: turn`). Of a longer conversation the
     first `max_length` tokens are taken, so an item may have no positions.
-
-    Raises:
-        IVONError: no chat template, or one that refuses a conversation.
     """
     _check_template(tokenizer)
     return [_encode_turns(tokenizer, example, max_length) for example in examples]
@@ -101,7 +97,7 @@ def _encode_turns(tokenizer: PreTrainedTokenizerBase, example: Example, max_leng
         else:
             first, last = (common_length([ids, part]) for part in _tokens(tokenizer, [text[:start], text[:end]]))
         labels.update(range(first, last))
-        near = ids[last : last + _NEAR + 1]
+        near = ids[last : last + 4]  # three tokens on
         if tokenizer.eos_token_id in near:
             labels.add(last + near.index(tokenizer.eos_token_id))
     whole = len(ids) if max_length is None else max_length + 1
@@ -142,8 +138,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[str, 
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # The template writes the special tokens itself.
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template writes the special tokens itself
 
 
 def common_length(sequences: Sequence[Sequence[Any]]) -> int:
@@ -217,11 +212,7 @@ class Prompt(NamedTuple):
 
 
 def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[Prompt]:
-    """Put chats through the chat template: what it writes before an answer in training is the prompt.
-
-    Raises:
-        IVONError: no chat template, or one that refuses a chat.
-    """
+    """Put chats through the chat template: what it writes before an answer in training is the prompt."""
     # `encode` finds where an answer begins; any answer serves.
     items = encode(tokenizer, [Example(chat.messages, "0", chat.source) for chat in chats], "generate")
     prompts = []

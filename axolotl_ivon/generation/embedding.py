@@ -15,12 +15,9 @@ Embedding = Callable[[Sequence[str]], np.ndarray]
 
 
 def load_embedding(model: str | Path) -> Embedding:
-    """Return a model of sentence-transformers (extra `mbr`) as a function of texts; it runs no code of its own.
+    """Return a model of sentence-transformers (a folder or Hub id) as a function of texts; no code of its own is run.
 
     The function returns float32 embeddings, shape (n, size), each of length 1.
-
-    Args:
-        model: folder or Hub id.
 
     Raises:
         IVONError: sentence-transformers is not installed, or cannot load the model.

@@ -59,14 +59,13 @@ class EndpointEngine:
 
     def _client(self, retries: int) -> AsyncOpenAI:
         """Return a client, which is used in one event loop and closed there."""
-        client: AsyncOpenAI = self._openai.AsyncOpenAI(
+        return self._openai.AsyncOpenAI(  # type: ignore[no-any-return]
             base_url=base_url(self._url),
             # The client insists on a key; a server without one, as vLLM is by default, ignores it.
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             timeout=self._openai.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_TIMEOUT), pool=None),
             max_retries=retries,
         )
-        return client
 
     async def _check(self) -> None:
         """Raise IVONError unless the server is there and serves every member."""
@@ -82,12 +81,11 @@ class EndpointEngine:
             ) from None
         except _MALFORMED:
             raise self._malformed("models") from None
-        for name in self._members:
-            if name not in served:
-                raise IVONError(
-                    f"{self._named} does not serve {name}, but {', '.join(served[:8]) or 'nothing'}"
-                    f"{', …' if len(served) > 8 else ''}; start it with serve.sh of the ensemble"
-                )
+        if lacking := [name for name in self._members if name not in served]:
+            raise IVONError(
+                f"{self._named} does not serve {lacking[0]}, but {', '.join(served[:8]) or 'nothing'}"
+                f"{', …' if len(served) > 8 else ''}; start it with serve.sh of the ensemble"
+            )
 
     def outputs(self, prompts: Sequence[Prompt], start: int = 0) -> Iterator[list[Output]]:
         """Yield the outputs for each of `prompts[start:]`; see `Engine`.
@@ -95,10 +93,8 @@ class EndpointEngine:
         Raises:
             IVONError: the server refuses a request, keeps failing, or answers something else than completions.
         """
-        loop = asyncio.new_event_loop()
+        loop, client, gate = asyncio.new_event_loop(), self._client(_RETRIES), asyncio.Semaphore(self._concurrency)
         waiting: deque[list[asyncio.Task[list[Output]]]] = deque()
-        client = self._client(_RETRIES)
-        gate = asyncio.Semaphore(self._concurrency)
         todo = deque(prompts[start:])
         try:
             while todo or waiting:
@@ -173,11 +169,10 @@ def _output(choice: Any, member: int) -> Output:
 
 def _explain(error: OpenAIError) -> str:
     """Return in words what the server answers, or why there is no answer."""
-    status = getattr(error, "status_code", None)
+    status, body = getattr(error, "status_code", None), getattr(error, "body", None)
     if status is None:
         cause = error.__cause__ or error
         return one_line(cause) or type(cause).__name__
-    body: Any = getattr(error, "body", None)
     message = body.get("message", body) if isinstance(body, dict) else body
     text = " ".join(str(message or "nothing").split())[:_LONGEST_MESSAGE]
     return f"{error.request.url.path} answers {status}: {text}"  # type: ignore[attr-defined]

@@ -33,32 +33,27 @@ class Ensemble:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / ENSEMBLE_FILE).is_file():
-            raise IVONError(f"{folder} is no ensemble; give the folder that `ivon-post sample --serve vllm` wrote")
         path = self.folder / ENSEMBLE_FILE
+        if not path.is_file():
+            raise IVONError(f"{folder} is no ensemble; give the folder that `ivon-post sample --serve vllm` wrote")
         self.source = EnsembleRecord.parse(read_json(path), str(path)).dump()
         self._members: list[str] = self.source.pop("members")
         self.draws = [name for name in self._members if name != "mean"]
         self.has_mean = "mean" in self._members
         first = self.folder / self._members[0]
         self._config = read_json(first / CONFIG_FILE)
-        name = str(self._config.get("base_model_name_or_path") or "")
-        if not name:
+        if not (name := str(self._config.get("base_model_name_or_path") or "")):
             raise IVONError(f"{first / CONFIG_FILE} names no base model")
         self.base_model = str(base_model_folder(name, first) or name)
         self.tokenizer_folder = str(self.source.get("source", ""))
 
     def members(self, plan: Plan) -> list[str]:
-        """Return the names of the members that `plan` needs.
-
-        Raises:
-            IVONError: the ensemble has fewer, or no mean.
-        """
+        """Return the names of the members that `plan` needs; raise IVONError if the ensemble has fewer, or no mean."""
+        if plan.mean and not self.has_mean:
+            raise IVONError(
+                f"{param_ref('mean')}: {self.folder} has no mean; draw it with `ivon-post sample --include-mean`"
+            )
         if plan.mean:
-            if not self.has_mean:
-                raise IVONError(
-                    f"{param_ref('mean')}: {self.folder} has no mean; draw it with `ivon-post sample --include-mean`"
-                )
             return ["mean"]
         if (count := len(self.draws)) < plan.members:
             n = param_ref("n")
@@ -69,11 +64,7 @@ class Ensemble:
         return self.draws[: plan.members]
 
     def serve_command(self) -> str:
-        """Return the command line that serves every member with vLLM, under its name; paths are absolute.
-
-        Raises:
-            IVONError: vLLM cannot serve such adapters.
-        """
+        """Return the command line that serves every member with vLLM, under its name; paths are absolute."""
         modules = [f"{name}={(self.folder / name).resolve()}" for name in self._members]
         words = ["vllm", "serve", self.base_model, "--enable-lora"]
         words += ["--max-lora-rank", str(served_rank(self._config)), "--max-loras", str(len(modules))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -22,27 +23,19 @@ _NOTHING = object()  # no JSON, or no such field
 class Field:
     """One field of a chosen answer.
 
-    Attributes:
-        value: of the field in the chosen output; None if it lacks the field.
-        present: whether the chosen output has the field.
-        confidence: the share of the outputs with the same value, or, where the chosen output lacks the field, of those
-            whose JSON lacks it too; 0 if the chosen output is no JSON.
-        missing, unparsable: the share of the outputs whose JSON lacks the field, and of those that are no JSON.
+    The confidence is the share of the outputs with the same value, or, where the chosen output lacks the field, of
+    those whose JSON lacks it too; 0 if the chosen output is no JSON.
     """
 
-    value: Any
-    present: bool
+    value: Any  # of the field in the chosen output; None if it lacks the field
+    present: bool  # whether the chosen output has the field
     confidence: float
-    missing: float
-    unparsable: float
+    missing: float  # the share of the outputs whose JSON lacks the field
+    unparsable: float  # the share of the outputs that are no JSON
 
 
 def check_fields(given: str) -> tuple[str, ...]:
-    """Return the fields of `a,b.c`: names, or the path to a nested one with dots between.
-
-    Raises:
-        IVONError: a name is empty, or given twice.
-    """
+    """Return the fields of `a,b.c`: different names, or the path to a nested one with dots between."""
     fields = tuple(part.strip() for part in given.split(","))
     if not all(part for field in fields for part in field.split(".")) or len(set(fields)) < len(fields):
         raise IVONError(f"{param_ref('fields')} {given}: give different names with commas between, a,b.c say")
@@ -50,18 +43,13 @@ def check_fields(given: str) -> tuple[str, ...]:
 
 
 def parse_json(text: str) -> Any:
-    """Return the object or list in a text: all of it, a fenced block, or from the first brace to the last.
-
-    `_NOTHING` if there is none.
-    """
+    """Return the object or list in a text: all of it, a fenced block, or from the first brace to the last."""
     fenced = _FENCE.search(text)
     for candidate in (text, fenced[1] if fenced else "", text[text.find("{") : text.rfind("}") + 1]):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(candidate)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, (dict, list)):
-            return value
+            if isinstance(value, (dict, list)):
+                return value
     return _NOTHING
 
 

@@ -27,22 +27,14 @@ from .utilities import AnswerExtractor
 
 @dataclass(frozen=True)
 class Source:
-    """Where outputs come from, before a model is loaded or a server asked.
+    """Where outputs come from, before a model is loaded or a server asked."""
 
-    Attributes:
-        plan: what is generated for every prompt.
-        folder: of the adapter or ensemble; nothing is written into it.
-        tokenizer_folder, base_model: where the tokenizer is; the second if the first has none.
-        settings: what the outputs depend on, apart from the plan and the prompts.
-        start: load the model, or ask the server for its models.
-    """
-
-    plan: Plan
-    folder: Path
+    plan: Plan  # what is generated for every prompt
+    folder: Path  # of the adapter or ensemble; nothing is written into it
     tokenizer_folder: Path
-    base_model: str
-    settings: dict[str, Any]
-    start: Callable[[Reporter], Engine]
+    base_model: str  # has the tokenizer if that folder has none
+    settings: dict[str, Any]  # what the outputs depend on, apart from the plan and the prompts
+    start: Callable[[Reporter], Engine]  # loads the model, or asks the server for its models
 
 
 def loaded_draws(
@@ -53,12 +45,7 @@ def loaded_draws(
     loading: Loading = Loading(),
     batch_size: int | None = None,
 ) -> Source:
-    """Return draws from the posterior of an adapter, which is to be loaded here.
-
-    Args:
-        adapter: folder or Hub id.
-        tau, prune_ratio: of the posterior that is drawn from.
-        batch_size: as `TransformersEngine` has it.
+    """Return draws from the posterior of an adapter (a folder or Hub id), which is to be loaded here.
 
     Raises:
         IVONError: the adapter cannot be read, has no σ where the plan draws, or names no base model.
@@ -90,9 +77,7 @@ def loaded_draws(
 def served_draws(folder: str, plan: Plan, endpoint: str, base_model: str | None = None) -> Source:
     """Return the members of an ensemble's folder, which an OpenAI-compatible server serves.
 
-    Args:
-        endpoint: the server's address.
-        base_model: has the tokenizer if the adapter that was drawn from is gone; by default the ensemble's.
+    `base_model` (by default the ensemble's) has the tokenizer if the adapter that was drawn from is gone.
 
     Raises:
         IVONError: the folder is no ensemble, or has too few members for the plan.
@@ -113,17 +98,11 @@ def served_draws(folder: str, plan: Plan, endpoint: str, base_model: str | None 
 
 @dataclass(frozen=True)
 class AnswerRule:
-    """How the answer in an output is found, and how sure the outputs of a prompt must be of it.
-
-    Attributes:
-        answers: finds the answer in an output.
-        threshold: abstain where fewer outputs than this share have the most frequent answer; None: never.
-        temperature: of these shares (`uncertainty.measure`).
-    """
+    """How the answer in an output is found, and how sure the outputs of a prompt must be of it."""
 
     answers: AnswerExtractor = field(default_factory=AnswerExtractor)
-    threshold: float | None = None
-    temperature: float = 1.0
+    threshold: float | None = None  # abstain where fewer outputs than this share have the most frequent answer
+    temperature: float = 1.0  # of these shares (`uncertainty.measure`)
 
     def judge(self, outputs: Sequence[Output]) -> dict[str, Any]:
         """Return how sure the outputs of a prompt are of their most frequent answer (`uncertainty.Uncertainty`).
@@ -132,7 +111,7 @@ class AnswerRule:
         """
         members, clusters = [o.member for o in outputs], by_answer([self.answers(o.text) for o in outputs])
         chosen = choose(cluster_shares(clusters), [-math.inf if o.logprob is None else o.logprob for o in outputs])
-        judged = asdict(measure(clusters, members, chosen, temperature=self.temperature))
+        judged = asdict(measure(clusters, members, chosen, self.temperature))
         if self.threshold is not None:
             judged["abstain"] = is_below(judged["confidence"], self.threshold)
         return judged
@@ -140,20 +119,13 @@ class AnswerRule:
 
 @dataclass(frozen=True)
 class Generated:
-    """The counts of a run.
+    """The counts of a run."""
 
-    Attributes:
-        prompts: prompts that the file has outputs for.
-        resumed: those whose outputs an earlier run had made.
-        tokens, seconds: of the others, without the loading.
-        abstained: prompts that should not be answered.
-    """
-
-    prompts: int
-    resumed: int
-    tokens: int = 0
-    seconds: float = 0.0
-    abstained: int = 0
+    prompts: int  # that the file has outputs for
+    resumed: int  # whose outputs an earlier run had made
+    tokens: int = 0  # of the others
+    seconds: float = 0.0  # for these, without the loading
+    abstained: int = 0  # prompts that should not be answered
 
     @property
     def tokens_per_second(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -18,9 +19,7 @@ from ..reporter import SILENT, Reporter
 from .plan import Output, Plan, random_bits
 
 _T = TypeVar("_T")
-# Sequences that are decoded at once by default; halved when the memory runs out.
-_ROWS = {"cpu": 64}
-_ROWS_ELSEWHERE = 256
+_ROWS_ON_CPU, _ROWS = 64, 256  # sequences that are decoded at once by default
 _KEPT = 4 * 2**30  # bytes of draws that are kept between batches; more are drawn again each time
 _SHRINK = 0.75  # finished sequences leave the batch when it gets that much smaller
 
@@ -36,8 +35,7 @@ class TransformersEngine:
     Args:
         session: of the posterior's adapter.
         posterior: pruned and tempered as wished; member k is its `sample(plan.seed, k)`, as in `ivon-post sample`.
-        batch_size: sequences that are decoded at once, or None to choose; halved when the memory runs out, of which
-            `reporter` is notified.
+        batch_size: sequences that are decoded at once; halved when the memory runs out, which `reporter` is told.
     """
 
     def __init__(
@@ -53,23 +51,19 @@ class TransformersEngine:
         self._session, self._posterior, self._plan = session, posterior, plan
         self._model, self._tokenizer, self._slots = model, session.tokenizer, session.slots
         self._halving = Halving("sequences", reporter)
-        self._rows = batch_size or _ROWS.get(model.device.type, _ROWS_ELSEWHERE)
+        self._rows = batch_size or (_ROWS_ON_CPU if model.device.type == "cpu" else _ROWS)
         self._draws: dict[int, Mapping[str, torch.Tensor]] = {}
         size = sum(tensor.numel() * tensor.element_size() for tensor in self._slots.places.values())
         self._kept = _KEPT // max(size, 1)
-        self._stackable = self._can_stack()
+        try:
+            with Stack(model, [dict(posterior.mean)] * 2).running():
+                self._stackable = True
+        except IVONError:  # DoRA, saved modules, …: one member at a time
+            self._stackable = False
         self._forward = CachedForward(model)
         self._ends = end_tokens(model, session.tokenizer)
         # Only the newest token can complete a stop string, and none is longer, in tokens, than in bytes.
         self._tail = max((len(text.encode()) for text in plan.stop), default=0) + 4
-
-    def _can_stack(self) -> bool:
-        mean = dict(self._posterior.mean)
-        try:
-            with Stack(self._model, [mean, mean]).running():
-                return True
-        except IVONError:  # DoRA, saved modules, …: one member at a time
-            return False
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise IVONError if a prompt does not fit the model."""
@@ -92,18 +86,15 @@ class TransformersEngine:
         group = max(1, self._rows // (self._plan.members * self._plan.distinct))
         # Batches begin where those of an uninterrupted run do: rounding may depend on who is in a batch.
         for begin in range(start - start % group, len(prompts), group):
-            yield from self._generate(prompts[begin : begin + group])[max(0, start - begin) :]
+            batch = prompts[begin : begin + group]
+            hopeless = (
+                f"sequence of {max(len(prompt.ids) for prompt in batch)} tokens and {param_ref('max_tokens')} "
+                f"{self._plan.max_tokens}; use {param_ref('load_in')} 8bit or 4bit, or a machine with more memory"
+            )
+            outputs, _ = self._halving.at_most(self._rows, functools.partial(self._generate, batch), hopeless)
+            yield from outputs[max(0, start - begin) :]
 
-    def _generate(self, prompts: Sequence[Prompt]) -> list[list[Output]]:
-        """Return the prompts' outputs, made with fewer sequences in a batch when the memory runs out."""
-        hopeless = (
-            f"sequence of {max(len(prompt.ids) for prompt in prompts)} tokens and {param_ref('max_tokens')} "
-            f"{self._plan.max_tokens}; use {param_ref('load_in')} 8bit or 4bit, or a machine with more memory"
-        )
-        outputs, _ = self._halving.at_most(self._rows, lambda rows: self._generate_in(rows, prompts), hopeless)
-        return outputs
-
-    def _generate_in(self, rows: int, prompts: Sequence[Prompt]) -> list[list[Output]]:
+    def _generate(self, prompts: Sequence[Prompt], rows: int) -> list[list[Output]]:
         """Return the prompts' outputs, made in batches of at most `rows` sequences."""
         plan = self._plan
         outputs = min(plan.distinct, rows)
@@ -197,7 +188,6 @@ def next_tokens(logits: torch.Tensor, uniform: torch.Tensor, temperature: float,
     Args:
         logits: or log-probabilities, shape (rows, vocabulary).
         uniform: in [0, 1), shape (rows,).
-        temperature, top_p: as `Plan` has them.
     """
     if not temperature:
         return logits.argmax(-1)

@@ -66,33 +66,18 @@ def sizes(n: int) -> list[int]:
 
 @dataclass(frozen=True)
 class MBRSettings:
-    """How outputs are compared.
+    """How outputs are compared."""
 
-    Attributes:
-        utility: how good an output is if another is right.
-        answers: finds the answer in an output, which is right if it equals the reference's.
-        clusters: gives answers of one meaning one number, for the uncertainty.
-        fields: of JSON answers, whose confidence is wanted too (`fields.check_fields`).
-        temperature: of the confidence (`uncertainty.measure`).
-    """
-
-    utility: Utility
-    answers: AnswerExtractor
-    clusters: Callable[[Sequence[str | None]], Sequence[int]] = by_answer
-    fields: Sequence[str] = ()
-    temperature: float = 1.0
+    utility: Utility  # how good an output is if another is right
+    answers: AnswerExtractor  # finds the answer in an output, which is right if it equals the reference's
+    clusters: Callable[[Sequence[str | None]], Sequence[int]] = by_answer  # answers of one meaning share a number
+    fields: Sequence[str] = ()  # of JSON answers, whose confidence is wanted too (`fields.check_fields`)
+    temperature: float = 1.0  # of the confidence (`uncertainty.measure`)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The output that was chosen for one prompt, its expected utility, and how sure the outputs are of it.
-
-    Attributes:
-        disagreement: 1 − the mean utility between outputs of different members.
-        uncertainty: confidence and entropies (`uncertainty.measure`).
-        abstain: whether not to answer; None without a threshold.
-        fields: how sure the outputs are of the fields of its JSON.
-    """
+    """The output that was chosen for one prompt, its expected utility, and how sure the outputs are of it."""
 
     prompt: str
     reference: str | None
@@ -101,10 +86,10 @@ class Choice:
     answer: str | None
     member: int
     expected_utility: float
-    disagreement: float
+    disagreement: float  # 1 − the mean utility between outputs of different members
     uncertainty: Uncertainty
-    abstain: bool | None = None
-    fields: dict[str, Field] = field(default_factory=dict)
+    abstain: bool | None = None  # whether not to answer; None without a threshold
+    fields: dict[str, Field] = field(default_factory=dict)  # how sure the outputs are of the fields of its JSON
 
     def record(self) -> dict[str, Any]:
         """Return the line of JSONL: without nesting, and without what was not asked for."""
@@ -126,25 +111,15 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class MBRResult:
-    """The choices for one file of n-best lists, and how good they are where there are references.
+    """The choices for one file of n-best lists, and how good they are: that is empty or None without references."""
 
-    Attributes:
-        choices: with all n outputs, one for each prompt.
-        fields: means of each field's numbers (`fields.summarize`).
-        curve: with the first 8, 16, … and with all n outputs; empty without references.
-        single: the accuracy of one output taken at random.
-        auroc: of the disagreement, for a wrong choice; None if all or none are wrong.
-        right: 1 where a choice is right, else 0; empty without references.
-        uncertainty: how well each measure tells the wrong choices (`uncertainty.judge`); empty without references.
-    """
-
-    choices: list[Choice]
-    fields: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    curve: list[CurvePoint] = field(default_factory=list)
-    single: float | None = None
-    auroc: float | None = None
-    right: list[float] = field(default_factory=list)
-    uncertainty: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    choices: list[Choice]  # with all n outputs, one for each prompt
+    fields: dict[str, dict[str, float | None]] = field(default_factory=dict)  # `fields.summarize`
+    curve: list[CurvePoint] = field(default_factory=list)  # with the first 8, 16, … and with all n outputs
+    single: float | None = None  # the accuracy of one output taken at random
+    auroc: float | None = None  # of the disagreement, for a wrong choice; None if all or none are wrong
+    right: list[float] = field(default_factory=list)  # 1 where a choice is right, else 0
+    uncertainty: dict[str, dict[str, float | None]] = field(default_factory=dict)  # `uncertainty.judge`
 
     def abstaining(self, threshold: float) -> MBRResult:
         """Return this with the choices marked that are less sure than `threshold`: those are not answered."""
@@ -195,7 +170,21 @@ def mbr(nbests: Sequence[NBest], settings: MBRSettings, reporter: Reporter = SIL
         utilities = utility_matrix(nbest.texts, settings.utility)
         expected = [utilities[:n, :n].mean(1) for n in numbers]
         chosen = [choose(values, nbest.logprobs) for values in expected]
-        choices.append(_choice(nbest, chosen[-1], float(expected[-1][chosen[-1]]), utilities, settings))
+        best, answers = chosen[-1], [settings.answers(text) for text in nbest.texts]
+        choices.append(
+            Choice(
+                nbest.prompt,
+                nbest.reference,
+                best,
+                nbest.texts[best],
+                answers[best],
+                nbest.members[best],
+                float(expected[-1][best]),
+                disagreement(utilities, nbest.members),
+                measure(settings.clusters(answers), nbest.members, best, settings.temperature),
+                fields=compare(nbest.texts, best, settings.fields),
+            )
+        )
         if nbest.reference is not None:
             hits = exact(settings.answers)(nbest.texts, [nbest.reference] * len(nbest.texts))
             right.append(hits[chosen])
@@ -220,23 +209,6 @@ def mbr(nbests: Sequence[NBest], settings: MBRSettings, reporter: Reporter = SIL
     )
 
 
-def _choice(nbest: NBest, chosen: int, expected: float, utilities: np.ndarray, settings: MBRSettings) -> Choice:
-    answers = [settings.answers(text) for text in nbest.texts]
-    clusters = settings.clusters(answers)
-    return Choice(
-        nbest.prompt,
-        nbest.reference,
-        chosen,
-        nbest.texts[chosen],
-        answers[chosen],
-        nbest.members[chosen],
-        expected,
-        disagreement(utilities, nbest.members),
-        measure(clusters, nbest.members, chosen, settings.temperature),
-        fields=compare(nbest.texts, chosen, settings.fields),
-    )
-
-
 def check_output(folder: Path, overwrite: bool = False) -> None:
     """Raise IVONError if `folder` is not empty, or no folder: to be called before the long work."""
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
@@ -247,11 +219,7 @@ def check_output(folder: Path, overwrite: bool = False) -> None:
 
 
 def save_choices(results: Mapping[str, MBRResult], folder: Path) -> list[Path]:
-    """Write the choices of each file as LABEL.jsonl into `folder`, and return the paths.
-
-    Raises:
-        IVONError: a file cannot be written.
-    """
+    """Write the choices of each file as LABEL.jsonl into `folder`, and return the paths."""
     output_folder(folder)
     paths = [folder / f"{label}.jsonl" for label in results]
     for path, result in zip(paths, results.values(), strict=True):
@@ -264,8 +232,7 @@ def save_choices(results: Mapping[str, MBRResult], folder: Path) -> list[Path]:
 def label_files(files: Sequence[str]) -> dict[str, str]:
     """Return path by label, for `path` and `label=path`; without a label the file's name is it.
 
-    Raises:
-        IVONError: two files have one label.
+    Raises IVONError if two files have one label.
     """
     paths: dict[str, str] = {}
     for given in files:

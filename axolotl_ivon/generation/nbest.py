@@ -59,11 +59,7 @@ class NBestFile:
                 raise IVONError(f"{path} was made with {name} {before.get(name)!r}, not {value!r}; {_FIX}")
 
     def resume(self, prompts: Sequence[Prompt]) -> int:
-        """Return how many of the prompts the file has outputs for.
-
-        Raises:
-            IVONError: the file cannot be read, or was made from other prompts.
-        """
+        """Return how many of the prompts the file has outputs for; raise IVONError if it was made from others."""
         try:
             content = self.path.read_bytes() if self._resumed else b""
         except OSError as error:
@@ -83,11 +79,7 @@ class NBestFile:
         return self.done
 
     def append(self, prompt: Prompt, outputs: Sequence[Output], judged: Mapping[str, Any] | None = None) -> None:
-        """Write one prompt's line to the disk, with further fields: how its outputs were `judged`.
-
-        Raises:
-            IVONError: it cannot be written.
-        """
+        """Write one prompt's line to the disk, with further fields: how its outputs were `judged`."""
         record = {
             "prompt": prompt.text,
             "reference": prompt.reference,
@@ -95,8 +87,7 @@ class NBestFile:
             "outputs": [{"text": o.text, "member": o.member, "logprob": o.logprob} for o in outputs],
         }
         try:
-            if self._file is None:
-                self._file = self._open()
+            self._file = self._file or self._open()
             # Half a surrogate pair, which a server may send, becomes its own JSON escape.
             line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
             self._file.write(line + b"\n")
@@ -117,19 +108,12 @@ class NBestFile:
         return self.path.open("xb")
 
     def close(self) -> None:
-        """Close the file."""
         if self._file is not None:
             self._file.close()
 
 
 def read_source(path: str | Path) -> dict[str, Any] | None:
-    """Return what the outputs of a file were drawn from: `tau`, `ratio`, and where it is known `mean_sha256`.
-
-    None where FILE.settings.json is missing.
-
-    Raises:
-        IVONError: FILE.settings.json is something else.
-    """
+    """Return what the outputs of a file were drawn from (`NBestSettings.source`); None without FILE.settings.json."""
     settings = settings_path(path)
     return NBestSettings.load(settings, "files").source if settings.is_file() else None
 
@@ -150,14 +134,11 @@ def read_nbest(path: str | Path) -> list[NBest]:
     """Read n-best lists, which need as many outputs on each line.
 
     An unknown log-probability, which is -inf, loses every tie.
-
-    Raises:
-        IVONError: the file cannot be read, has no lines, or a line that is not such a list.
     """
     nbests: list[NBest] = []
     for source, record in NBestRecord.load_lines(path, "files"):
-        texts, members, logprobs = zip(*((o.text, o.member, o.logprob) for o in record.outputs), strict=True)
-        logprobs = tuple(-math.inf if logprob is None else logprob for logprob in logprobs)
+        outputs = [(o.text, o.member, -math.inf if o.logprob is None else o.logprob) for o in record.outputs]
+        texts, members, logprobs = zip(*outputs, strict=True)
         nbests.append(NBest(record.prompt, record.reference, texts, members, logprobs, source))
         if len(texts) != len(nbests[0].texts):
             raise IVONError(f"{source}: {len(texts)} outputs, but {len(nbests[0].texts)} on the first line")

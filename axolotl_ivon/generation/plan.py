@@ -22,12 +22,6 @@ from ..noise import generator
 class Plan:
     """What is generated for every prompt: `n` outputs, `per_model` from each draw, or all from the mean.
 
-    Attributes:
-        temperature: of the tokens; at 0 the most probable token is taken, so all outputs of a member are the same.
-        top_p: tokens are drawn from the smallest set that has this probability.
-        max_tokens: maximum tokens per output, the one that ends it included.
-        stop: an output ends before the first of these strings.
-
     Raises:
         IVONError: a value out of range, or `n` is not a multiple of `per_model` (which the mean ignores).
     """
@@ -35,10 +29,10 @@ class Plan:
     n: int = 32
     per_model: int = 8
     mean: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 256
-    stop: tuple[str, ...] = ()
+    temperature: float = 1.0  # at 0 the most probable token is taken, so all outputs of a member are the same
+    top_p: float = 1.0  # tokens are drawn from the smallest set that has this probability
+    max_tokens: int = 256  # per output, the one that ends it included
+    stop: tuple[str, ...] = ()  # an output ends before the first of these strings
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,18 +76,14 @@ class Plan:
 class Output(NamedTuple):
     """One generated text.
 
-    Attributes:
-        member: the number of the draw; 0 for the mean.
-        logprob: the sum, in nats, of the log-probabilities of all generated tokens, the one that ended the output
-            included, under that member: at temperature 1 and without top-p, whatever they were drawn with. None if the
-            server does not return it.
-        tokens: the number of generated tokens.
+    Its log-probability is the sum, in nats, over all generated tokens, the one that ended the output included, under
+    its member: at temperature 1 and without top-p, whatever they were drawn with. None if a server does not return it.
     """
 
     text: str
-    member: int
+    member: int  # the number of the draw; 0 for the mean
     logprob: float | None
-    tokens: int
+    tokens: int  # the number of generated tokens
 
 
 class Engine(Protocol):
@@ -101,7 +91,6 @@ class Engine(Protocol):
 
     def outputs(self, prompts: Sequence[Prompt], start: int = 0) -> Iterator[list[Output]]:
         """Yield the plan's n outputs, member by member, for each of `prompts[start:]`, in their order."""
-        ...
 
 
 def random_bits(plan: Plan, prompt: Prompt, member: int, *more: object) -> Any:

@@ -90,8 +90,7 @@ def judge(
     A figure without a value is None: the AUROC without a wrong choice, say.
 
     Args:
-        uncertainties: of each prompt.
-        wrong: 1 where its choice is wrong, else 0, shape [prompts].
+        wrong: 1 where the choice for a prompt is wrong, else 0, shape [prompts].
         quality: of each choice, more is better, shape [prompts].
     """
     judged = {}

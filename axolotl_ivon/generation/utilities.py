@@ -22,16 +22,10 @@ ANSWERS = {
 
 
 class AnswerExtractor:
-    """Finds the answer in a text.
+    """Finds the answer in a text. Numbers that are equal are the same answer: `1,200`, `1200.0` and `1200`.
 
-    Numbers that are equal are the same answer: `1,200`, `1200.0` and `1200`.
-
-    Args:
-        pattern: a preset of `ANSWERS`, or a regular expression; None: the whole text is the answer, without the white
-            space around it.
-
-    Raises:
-        IVONError: the pattern is no regular expression.
+    The pattern is a preset of `ANSWERS` or a regular expression. Without one the whole text is the answer, without the
+    white space around it.
     """
 
     def __init__(self, pattern: str | None = None) -> None:
@@ -55,8 +49,7 @@ class AnswerExtractor:
     def unmatched(self, nbests: Sequence[NBest]) -> tuple[int, int, str]:
         """Return how many outputs have no answer, of how many, and the first that has none.
 
-        Raises:
-            IVONError: no output has one, or a reference has none.
+        Raises IVONError if no output has one, or a reference has none.
         """
         missing = [text for nbest in nbests for text in nbest.texts if self(text) is None]
         total = sum(len(nbest.texts) for nbest in nbests)
@@ -103,11 +96,7 @@ def _pairwise(score: Callable[[str, str], float]) -> Utility:
 def exact(answers: AnswerExtractor) -> Utility:
     """Return the utility that is 1 where both texts have one answer, and the same."""
     answer = functools.cache(answers)
-
-    def equal(hypothesis: str, reference: str) -> bool:
-        return answer(hypothesis) is not None and answer(hypothesis) == answer(reference)
-
-    return _pairwise(equal)
+    return _pairwise(lambda text, reference: answer(text) is not None and answer(text) == answer(reference))
 
 
 def _sacrebleu(utility: str, **options: Any) -> Utility:

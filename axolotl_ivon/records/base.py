@@ -30,11 +30,9 @@ class Record(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path, name: str, header: Mapping[str, str] | None = None) -> Self:
-        """Read a record from a JSON file.
+        """Read a record from a JSON file; `name` is the parameter that gave the path.
 
-        Args:
-            name: the parameter that gave the path.
-            header: of an adapter's ivon_sigma.safetensors; the record must be of this adapter (`mean_sha256`).
+        With the header of an ivon_sigma.safetensors the record must be of this adapter (`mean_sha256`).
 
         Raises:
             IVONError: the file cannot be read, a field is missing or wrong, or the record is another adapter's.
@@ -45,32 +43,22 @@ class Record(BaseModel):
         except IVONError as error:
             raise IVONError(f"{param_ref(name)} cannot be read: {error}; {cls._fix()}") from None
         record = cls.parse(values, named)
-        if header is not None:
-            sha, adapter = values.get("mean_sha256"), values.get("adapter")
-            anew = f"write it anew with `{cls.written_by}`"
-            if sha is None:
-                raise IVONError(f"{named} does not say of which adapter it is (mean_sha256); {anew}")
-            if sha != header.get("mean_sha256"):
-                raise IVONError(f"{named} is of another adapter, {adapter} (mean_sha256 differs); {anew}")
+        sha, anew = values.get("mean_sha256"), f"write it anew with `{cls.written_by}`"
+        if header is not None and sha is None:
+            raise IVONError(f"{named} does not say of which adapter it is (mean_sha256); {anew}")
+        if header is not None and sha != header.get("mean_sha256"):
+            raise IVONError(f"{named} is of another adapter, {values.get('adapter')} (mean_sha256 differs); {anew}")
         return record
 
     @classmethod
     def load_lines(cls, path: str | Path, name: str) -> Iterator[tuple[str, Self]]:
-        """Yield (`FILE:LINE`, record) for every line of a JSONL file; `name` is the parameter that gave the path.
-
-        Raises:
-            IVONError: the file cannot be read, or a line is no such record.
-        """
+        """Yield (`FILE:LINE`, record) for every line of a JSONL file; `name` is the parameter that gave the path."""
         for source, values in read_lines(path, name):
             yield source, cls.parse(values, source)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], source: str) -> Self:
-        """Check `values`; a message calls them `source`.
-
-        Raises:
-            IVONError: a field is missing or wrong; the message names the first.
-        """
+        """Check `values`; raise IVONError with the first field that is missing or wrong, after `source`."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -85,28 +73,20 @@ class Record(BaseModel):
         return self.model_dump(by_alias=True, exclude_unset=True)
 
     def save(self, path: Path) -> None:
-        """Write the record to a JSON file, whole or not at all.
-
-        Raises:
-            IVONError: the file cannot be written.
-        """
+        """Write the record to a JSON file, whole or not at all."""
         with new_file(path) as temporary:
             temporary.write_text(json.dumps(self.dump(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def save_lines(path: Path, records: Iterable[Record]) -> None:
-    """Write records to a JSONL file, whole or not at all.
-
-    Raises:
-        IVONError: the file cannot be written.
-    """
+    """Write records to a JSONL file, whole or not at all."""
     with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record.dump(), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _first(error: ValidationError) -> str:
-    """Say in words what is wrong with the first field of which something is."""
+    """Return in words what is wrong with the first wrong field."""
     first = error.errors()[0]
     *outer, last = first["loc"] or ("it",)
     if first["type"] == "missing":

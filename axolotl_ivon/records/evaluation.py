@@ -9,8 +9,6 @@ from typing_extensions import Self
 
 from .base import Record, Tau
 
-EVAL = "ivon-post eval --json"
-
 
 class Metrics(Record):
     """The metrics of `metrics.scores.metrics`, or their standard errors; None where one has no value."""
@@ -33,8 +31,7 @@ class Metrics(Record):
 
     def value(self, metric: str) -> float | None:
         """Return the metric of this name."""
-        value: float | None = getattr(self, metric, None)
-        return value
+        return getattr(self, metric, None)  # type: ignore[no-any-return]
 
 
 class Difference(Record):
@@ -116,7 +113,7 @@ class Calibration(Record):
 class EvaluationRecord(Record):
     """What `ivon-post eval --json` prints."""
 
-    written_by: ClassVar[str] = EVAL
+    written_by: ClassVar[str] = "ivon-post eval --json"
 
     rows: list[VariantResult] = Field(min_length=1)
     ood: list[OodResult] = []

@@ -12,40 +12,26 @@ SCORES = ("loss", "leverage", "sensitivity", "on")
 
 
 class InfluenceRecord(Record):
-    """The scores of one row. They are all None for a row whose answer does not fit the model.
-
-    Attributes:
-        index: the place of the row, from 0.
-        loss: mean over the tokens of the answer, at the mean, in nats.
-        leverage: the variance under σ of the log-odds of the answer.
-        sensitivity: by how much the loss would rise if the row were left out.
-        on: the same for the loss on other data, below 0 where the row hurts; None without such data.
-        line: its line in the file, from 1.
-    """
+    """The scores of one row. They are all None for a row whose answer does not fit the model."""
 
     written_by: ClassVar[str] = "ivon-post influence"
 
-    index: int
-    loss: float | None
-    leverage: float | None
-    sensitivity: float | None
-    on: float | None
-    line: int | None = None
+    index: int  # the place of the row, from 0
+    loss: float | None  # mean over the tokens of the answer, at the mean, in nats
+    leverage: float | None  # the variance under σ of the log-odds of the answer
+    sensitivity: float | None  # by how much the loss would rise if the row were left out
+    on: float | None  # the same for the loss on other data, below 0 where the row hurts; None without such data
+    line: int | None = None  # its line in the file, from 1
     question: str | None = None
     answer: str | None = None
 
     def score(self, name: str) -> float | None:
         """Return the score of this name, one of `SCORES`."""
-        value: float | None = getattr(self, name)
-        return value
+        return getattr(self, name)  # type: ignore[no-any-return]
 
 
 def load(path: str | Path, name: str) -> list[InfluenceRecord]:
-    """Read all rows of a file, in order; `name` is the parameter that gave the path.
-
-    Raises:
-        IVONError: the file cannot be read, or is no such file.
-    """
+    """Read all rows of a file, in order; `name` is the parameter that gave the path."""
     rows: list[InfluenceRecord] = []
     for source, row in InfluenceRecord.load_lines(path, name):
         if row.index != len(rows):

@@ -51,21 +51,13 @@ class GridPoint(Record):
 
 
 class SweepVerdict(Record):
-    """Whether the best point is better than the mean, on the examples that report.
+    """Whether the best point is better than the mean, on the examples that report."""
 
-    Attributes:
-        differences: best − mean by metric, paired; empty if the mean is the best.
-        outcome: "better", "worse", "within noise", "too few examples", or "the mean" where that was the best.
-        edges: the coordinates of the best point at the edge of the grid, where better ones may lie beyond.
-        examples_needed: about how many examples in all would show the difference; None unless it is within noise.
-        text: all of it in a line.
-    """
-
-    differences: dict[str, Difference] = {}
-    outcome: str
-    edges: list[str] = []
-    examples_needed: int | None = None
-    text: str
+    differences: dict[str, Difference] = {}  # best − mean by metric, paired; empty if the mean is the best
+    outcome: str  # "better", "worse", "within noise", "too few examples", or "the mean" where that was the best
+    edges: list[str] = []  # coordinates of the best point at the edge of the grid, where better ones may lie beyond
+    examples_needed: int | None = None  # in all, to show the difference; None unless it is within noise
+    text: str  # all of it in a line
 
 
 class Recommendation(Record):

@@ -26,15 +26,9 @@ KEY_VARIABLE = "IVON_API_KEY"
 
 @dataclass(frozen=True)
 class Drawing:
-    """The draws that answer from memory.
+    """The draws that answer from memory, which are those of `ivon-post sample` with the same seed."""
 
-    Attributes:
-        adapter: folder or Hub id.
-        samples, seed: the number of draws, those of `ivon-post sample` with this seed.
-        tau, prune_ratio: of the posterior that they are drawn from.
-    """
-
-    adapter: str
+    adapter: str  # folder or Hub id
     samples: int = 8
     seed: int = 0
     tau: float = 1.0
@@ -61,11 +55,7 @@ def check_packages() -> None:
 
 
 def served_name(name: str | None, folder: str) -> str:
-    """Return the name of a model: `name`, or that of its folder.
-
-    Raises:
-        IVONError: no model can have that name.
-    """
+    """Return the name of a model, by default that of its folder; raise IVONError if no model can have it."""
     name = name if name is not None else Path(folder).resolve().name
     if not name or ":" in name or not name.isprintable():
         raise IVONError(f"{param_ref('name')} {name!r}: a model's name is not empty and has no ':' in it")
@@ -81,11 +71,7 @@ def local_backend(
     name: str | None = None,
     reporter: Reporter = SILENT,
 ) -> Backend:
-    """Return the backend that answers from draws of a posterior, with the base model in memory.
-
-    Args:
-        decision: the softmax temperature of the confidence, and the threshold below which to abstain.
-        name: of the average; the adapter's own by default.
+    """Return the backend that answers from draws of a posterior, with the base model in memory, under `name`.
 
     Raises:
         IVONError: the adapter cannot be read, or the base model cannot be loaded or does not fit it.
@@ -127,13 +113,11 @@ def proxy_backend(
     name: str | None = None,
     samples: int | None = None,
 ) -> Backend:
-    """Return the backend that answers from servers that serve the members of an ensemble.
+    """Return the backend that answers, under `name`, from servers that serve the members of an ensemble.
 
     Args:
         folder: the ensemble that `ivon-post sample --serve vllm` wrote.
         endpoints: the servers' addresses; each serves every member.
-        decision: as `local_backend` has it.
-        name: of the answer of all members; the ensemble's own by default.
         samples: the first draws only; None: all.
 
     Raises:

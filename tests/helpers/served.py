@@ -15,7 +15,7 @@ import openai
 
 from axolotl_ivon.serving.api.app import Guard, make_app
 from axolotl_ivon.serving.api.backend import Backend
-from axolotl_ivon.serving.api.http import bind, make_server
+from axolotl_ivon.serving.api.http import Server, bind
 
 PATIENCE = 120.0  # seconds until a test fails; a loaded machine may take long
 
@@ -24,7 +24,7 @@ PATIENCE = 120.0  # seconds until a test fails; a loaded machine may take long
 def serving(begin: Callable[[], Backend], guard: Guard | None = None) -> Iterator[str]:
     """Serve inside the block, and give the address; leaving waits for what runs."""
     ready = threading.Event()
-    server = make_server(make_app(begin(), guard or Guard()), ready.set)
+    server = Server(make_app(begin(), guard or Guard()), ready.set)
     with bind("127.0.0.1", 0) as bound:
         thread = threading.Thread(target=server.run, args=[[bound]])
         thread.start()

@@ -21,23 +21,14 @@ LEAST_LOGPROB = -9999.0  # OpenAI's interface writes this for a probability of 0
 
 
 class Token(NamedTuple):
-    """One token of an answer.
-
-    Attributes:
-        id: its number; name: its text by itself.
-        text: what it adds to the answer; empty if it only begins a character.
-        logprob: in nats, under the average, before the request's temperature and top-p.
-        top: (name, logprob) of the likeliest tokens, as many as the request asks for.
-        confidence: its log-probability at the softmax temperature of `recommended.json`.
-        expected_entropy, mutual_information: in nats; see the module.
-    """
+    """One token of an answer; its entropies are in nats."""
 
     id: int
-    name: str
-    text: str
-    logprob: float
-    top: tuple[tuple[str, float], ...]
-    confidence: float
+    name: str  # its text by itself
+    text: str  # what it adds to the answer; empty if it only begins a character
+    logprob: float  # in nats, under the average, before the request's temperature and top-p
+    top: tuple[tuple[str, float], ...]  # (name, logprob) of the likeliest tokens, as many as the request asks for
+    confidence: float  # its log-probability at the softmax temperature of `recommended.json`
     expected_entropy: float
     mutual_information: float
 
@@ -52,18 +43,14 @@ class Token(NamedTuple):
 
 
 class AnswerDelta(NamedTuple):
-    """The next part of the answer `number`: text, its tokens, and in the last part the reason why it ends.
-
-    `finish` is "stop" (a token or string ended it) or "length", `ivon` the certainty of the answer. `generated` counts
-    the tokens that the part took, hidden ones included.
-    """
+    """The next part of the answer `number`."""
 
     number: int
     text: str
     tokens: tuple[Token, ...] = ()
-    finish: str | None = None
-    ivon: dict[str, Any] | None = None
-    generated: int = 0
+    finish: str | None = None  # why the answer ends, in its last part: "stop" (a token or string ended it) or "length"
+    ivon: dict[str, Any] | None = None  # how certain the answer is, in its last part
+    generated: int = 0  # the tokens that the part took, hidden ones included
 
 
 def certainty(

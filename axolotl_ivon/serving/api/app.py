@@ -43,18 +43,13 @@ _POLICY = (
 class Guard:
     """Who may ask, and how large and slow a request may be.
 
-    Attributes:
-        api_key: what a request must show as `Authorization: Bearer …`. None: no key is needed, but a request must name
-            this machine as its host, which a foreign page in a browser here cannot do.
-        max_body: bytes of a request.
-        body_timeout: seconds until they must have arrived.
-        timeout: seconds for a whole request, the reading of the response included.
+    Without a key a request must name this machine as its host, which a foreign page in a browser here cannot do.
     """
 
-    api_key: str | None = None
-    max_body: int = 1_000_000
-    body_timeout: float = 30.0
-    timeout: float = 660.0
+    api_key: str | None = None  # what a request must show as `Authorization: Bearer …`
+    max_body: int = 1_000_000  # bytes of a request
+    body_timeout: float = 30.0  # seconds until they must have arrived
+    timeout: float = 660.0  # seconds for a whole request, the reading of the response included
 
     def check(self, request: HTTPRequest) -> None:
         """Raise ApiError if the request may not be made."""
@@ -185,7 +180,7 @@ def _error(error: ApiError) -> Response:
 
 
 class _Boundary:
-    """Counts and times requests, ends those that take too long, and keeps the errors inside."""
+    """Counts and times requests, ends those that take too long, and keeps errors inside."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, timeout: float, paths: set[str]) -> None:
         self._app, self._metrics, self._timeout, self._paths = app, metrics, timeout, paths
@@ -247,7 +242,7 @@ class _Completion(Response):
         async for delta in self._answers.deltas:
             if first:
                 first = False
-                self._metrics.first_token(time.monotonic() - self._begun)
+                self._metrics.first_token.observe(time.monotonic() - self._begun)
             self._generated += delta.generated
             if delta.ivon:
                 self._metrics.answer(delta.ivon)

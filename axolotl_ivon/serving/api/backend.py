@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .answers import AnswerDelta
 from .protocol import ApiError, Request
@@ -12,17 +12,11 @@ from .protocol import ApiError, Request
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests may take.
+    """What requests may take."""
 
-    Attributes:
-        max_queue: requests that may wait; further ones are refused with status 429.
-        max_tokens: of an answer, and of a chat whose request names no maximum.
-        timeout: seconds for the answers to a request, waiting included.
-    """
-
-    max_queue: int = 32
-    max_tokens: int = 2048
-    timeout: float = 600.0
+    max_queue: int = 32  # requests that may wait; further ones are refused with status 429
+    max_tokens: int = 2048  # of an answer, and of a chat whose request names no maximum
+    timeout: float = 600.0  # seconds for the answers to a request, waiting included
 
     def check(self, request: Request) -> None:
         """Raise ApiError if a request asks for more tokens than an answer may have."""
@@ -38,19 +32,12 @@ def queue_full(requests: str) -> ApiError:
 
 @dataclass
 class AnswerStream:
-    """The answers to one request, as they come.
+    """The answers to one request, as they come."""
 
-    Attributes:
-        prompt_tokens: of all prompts.
-        choices: the number of answers.
-        deltas: the parts of all answers, in any order; closing it ends the work.
-        generated: the tokens of all answers, known after the last part; None: the sum of the parts' numbers.
-    """
-
-    prompt_tokens: int
-    choices: int
-    deltas: AsyncGenerator[AnswerDelta, None]
-    generated: int | None = None
+    prompt_tokens: int  # of all prompts
+    choices: int  # the number of answers
+    deltas: AsyncGenerator[AnswerDelta, None] = field(init=False)  # of all answers, in any order; closing ends the work
+    generated: int | None = None  # tokens of all answers, known after the last part; None: the sum over the parts
 
 
 class Backend(ABC):

@@ -79,9 +79,14 @@ class HeaderTimeoutProtocol(H11Protocol):
             self._timer = None
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
-        super().__init__(config)
+class Server(uvicorn.Server):
+    """The server of an application; `ready` is called when it answers."""
+
+    def __init__(self, app: ASGIApp, ready: Callable[[], None]) -> None:
+        options: dict[str, Any] = {"http": HeaderTimeoutProtocol, "ws": "none", "lifespan": "on", "log_config": None}
+        options |= {"timeout_keep_alive": _IDLE, "limit_concurrency": _MAX_CONNECTIONS}
+        options |= dict.fromkeys(("access_log", "server_header", "date_header", "proxy_headers"), False)
+        super().__init__(uvicorn.Config(app, **options))
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -89,25 +94,7 @@ class _Server(uvicorn.Server):
         self._ready()
 
 
-def make_server(app: ASGIApp, ready: Callable[[], None]) -> uvicorn.Server:
-    """Return the server of an application; `ready` is called when it answers."""
-    config = uvicorn.Config(
-        app,
-        http=HeaderTimeoutProtocol,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=_IDLE,
-        limit_concurrency=_MAX_CONNECTIONS,
-    )
-    return _Server(config, ready)
-
-
 def run(app: ASGIApp, bound: socket.socket, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT, then answer the requests that are there; a second SIGINT ends at once."""
     with contextlib.suppress(KeyboardInterrupt, SystemExit):  # it raises the signal again after it has ended well
-        make_server(app, ready).run([bound])
+        Server(app, ready).run([bound])

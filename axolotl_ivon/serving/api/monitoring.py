@@ -9,28 +9,23 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_TIMES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
 _SHARES = tuple(k / 10 for k in range(1, 11))
 _NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
 
 
 class Metrics:
-    """Counters of one server, in a registry of its own.
-
-    Args:
-        gauges: returns the current values to monitor, by name.
-    """
+    """Counters of one server, in a registry of its own; `gauges` returns the current values to monitor, by name."""
 
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self, gauges: Callable[[], Mapping[str, float]]) -> None:
-        self._registry = CollectorRegistry()
-        self._gauges = gauges
+        self._registry, self._gauges = CollectorRegistry(), gauges
         own: Any = {"registry": self._registry}
         self._requests = Counter("ivon_requests", "Requests answered, by path and status.", ["path", "status"], **own)
         self._tokens = Counter("ivon_tokens", "Tokens, of prompts and generated.", ["kind"], **own)
-        self._seconds = Histogram("ivon_request_seconds", "From request to end.", ["path"], buckets=_SECONDS, **own)
-        self._first = Histogram("ivon_first_token_seconds", "From request to first token.", buckets=_SECONDS, **own)
+        self._seconds = Histogram("ivon_request_seconds", "From request to end.", ["path"], buckets=_TIMES, **own)
+        self.first_token = Histogram("ivon_first_token_seconds", "From request to first token.", buckets=_TIMES, **own)
         self._confidence = Histogram("ivon_confidence", "Of answers.", buckets=_SHARES, **own)
         self._disagreement = Histogram("ivon_mutual_information", "Of answers, in nats.", buckets=_NATS, **own)
         self._abstained = Counter("ivon_abstained", "Answers below the threshold.", **own)
@@ -47,10 +42,6 @@ class Metrics:
         """Note a request that has ended."""
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
-
-    def first_token(self, seconds: float) -> None:
-        """Note how long a first token took."""
-        self._first.observe(seconds)
 
     def tokens(self, prompt: int, generated: int) -> None:
         """Note tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -38,20 +39,13 @@ _Model = TypeVar("_Model", bound="Request")
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """A request that is refused, or that failed.
+    """A request that is refused, or that failed."""
 
-    Attributes:
-        status: HTTP's.
-        param: the field of the request that is wrong.
-        code: a word for programs.
-        headers: of the response.
-    """
-
-    status: int
+    status: int  # HTTP's
     message: str
-    param: str | None = None
-    code: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
+    param: str | None = None  # the field of the request that is wrong
+    code: str | None = None  # a word for programs
+    headers: Mapping[str, str] = field(default_factory=dict)  # of the response
 
     def __str__(self) -> str:
         return self.message
@@ -64,22 +58,15 @@ class ApiError(Exception):
 
 
 class StreamOptions(BaseModel):
-    """Options of a stream."""
-
     include_usage: bool = False
 
 
 class Request(BaseModel, ABC):
-    """The fields of both kinds of request. A field that is null counts as absent; unknown fields are ignored.
-
-    Attributes:
-        path: where such a request is posted, below /v1/.
-        prompt_field: the name of the field that holds the prompt.
-    """
+    """The fields of both kinds of request. A field that is null counts as absent; unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
-    path: ClassVar[str]
-    prompt_field: ClassVar[str]
+    path: ClassVar[str]  # where such a request is posted, below /v1/
+    prompt_field: ClassVar[str]  # the name of the field that holds the prompt
 
     model: str
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
@@ -113,8 +100,6 @@ class Request(BaseModel, ABC):
 
 
 class TextPart(BaseModel):
-    """A part of a message, which is text."""
-
     type: Literal["text"]
     text: str
 
@@ -205,16 +190,11 @@ def read_request(kind: type[_Model], body: object) -> _Model:
 
 
 class Writer:
-    """Writes the response to one request, in OpenAI's shape with the further field `ivon`.
-
-    Args:
-        choices: the number of answers.
-    """
+    """Writes the response to one request of `choices` answers, in OpenAI's shape with the further field `ivon`."""
 
     def __init__(self, request: Request, choices: int) -> None:
-        self._chat = isinstance(request, ChatRequest)
-        self._choices, self._with_tokens = choices, request.top is not None
-        self._with_usage = request.stream_options.include_usage
+        self._chat, self._choices = isinstance(request, ChatRequest), choices
+        self._with_tokens, self._with_usage = request.top is not None, request.stream_options.include_usage
         self._head = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -284,41 +264,33 @@ class Writer:
         return {**self._head, "object": kind, "choices": choices, **usage, **more}
 
     def _choice(self, delta: AnswerDelta, content: Mapping[str, Any]) -> dict[str, Any]:
-        logprobs = None
-        if self._with_tokens and (delta.tokens or not delta.text):
-            logprobs = self._chat_tokens(delta) if self._chat else self._completion_tokens(delta)
+        logprobs = self._logprobs(delta) if self._with_tokens and (delta.tokens or not delta.text) else None
         choice = {"index": delta.number, **content, "logprobs": logprobs, "finish_reason": delta.finish}
         # The response has `ivon` of a single answer; each of several has its own.
         return choice | {"ivon": delta.ivon} if delta.ivon and self._choices > 1 else choice
 
-    def _chat_tokens(self, delta: AnswerDelta) -> dict[str, Any]:
+    def _logprobs(self, delta: AnswerDelta) -> dict[str, Any]:
         def entry(name: str, logprob: float) -> dict[str, Any]:
             # A token that is part of a character has no text, and so no bytes.
             return {"token": name, "logprob": logprob, "bytes": None if "�" in name else list(name.encode())}
 
-        content = [
-            {**entry(token.name, token.logprob), "top_logprobs": [entry(*likely) for likely in token.top]}
-            for token in delta.tokens
-        ]
-        return {"content": content, "refusal": None}
-
-    def _completion_tokens(self, delta: AnswerDelta) -> dict[str, Any]:
-        offsets = []
-        for token in delta.tokens:
-            offsets.append(self._offsets[delta.number])
-            self._offsets[delta.number] += len(token.text)
+        if self._chat:
+            content = [
+                {**entry(token.name, token.logprob), "top_logprobs": [entry(*likely) for likely in token.top]}
+                for token in delta.tokens
+            ]
+            return {"content": content, "refusal": None}
+        starts = [*itertools.accumulate((len(t.text) for t in delta.tokens), initial=self._offsets[delta.number])]
+        self._offsets[delta.number] = starts.pop()
         return {
             "tokens": [token.name for token in delta.tokens],
             "token_logprobs": [token.logprob for token in delta.tokens],
             "top_logprobs": [{**dict(token.top), token.name: token.logprob} for token in delta.tokens],
-            "text_offset": offsets,
+            "text_offset": starts,
         }
 
 
 def usage(prompt_tokens: int, generated: int) -> dict[str, int]:
     """Return the field `usage` of a response."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": generated,
-        "total_tokens": prompt_tokens + generated,
-    }
+    total = prompt_tokens + generated
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": generated, "total_tokens": total}

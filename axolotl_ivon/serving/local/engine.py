@@ -10,7 +10,6 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,40 +32,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A prompt, and how to generate its answers.
+    """A prompt, and how to generate its answers."""
 
-    Attributes:
-        model: the served name, one of the engine's.
-        ids: the prompt's tokens.
-        n: the number of answers.
-        max_tokens: of each, the token that ends it included.
-        top: the number of likeliest tokens to return at each place; None: no tokens are returned.
-        seed: of the answers.
-    """
-
-    model: str
-    ids: tuple[int, ...]
-    n: int = 1
-    max_tokens: int = 16
+    model: str  # the served name, one of the engine's
+    ids: tuple[int, ...]  # the prompt's tokens
+    n: int = 1  # the number of answers
+    max_tokens: int = 16  # of each, the token that ends it included
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
-    top: int | None = None
-    seed: int = 0
+    top: int | None = None  # the number of likeliest tokens to return at each place; None: no tokens are returned
+    seed: int = 0  # of the answers
 
 
 class TokenEngine:
-    """Draws of a posterior over one base model; see the module.
+    """Draws of a posterior over one base model; not for several threads at once.
 
-    Not for several threads at once. `NAME` is the average of all members, `NAME:mean` the mean alone and
-    `NAME:member-0000` the first member alone, as `ivon-post sample` draws it with the same seed.
+    `NAME` is the average of all members, `NAME:mean` the mean alone and `NAME:member-0000` the first member alone, as
+    `ivon-post sample` draws it with the same seed.
 
     Args:
-        session: the base model with the posterior's adapter.
-        posterior: pruned and tempered as wished.
-        name: of the average.
-        samples, seed: the number of members, and the seed of `Posterior.sample`.
+        session: the base model with the adapter of `posterior`, which is pruned and tempered as wished.
         decision: the softmax temperature of the confidence, and the threshold below which to abstain.
+        samples, seed: the number of members, and the seed of `Posterior.sample`.
 
     Attributes:
         models: the served names, and the slice of (mean, *members) that each is the average of.
@@ -93,19 +81,12 @@ class TokenEngine:
         self._decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._name_of = functools.lru_cache(maxsize=1 << 16)(lambda id: str(tokenizer.decode([id])))
 
-    def _running(self, part: slice) -> AbstractContextManager[None]:
-        return self._stack.running(part) if self._stack else self._slots.loaded(self._draws[part.start])
-
     def check(self, ids: tuple[int, ...]) -> None:
         """Raise IVONError if a token of a prompt is none of the model's."""
         check_tokens(ids, self._embeddings, "prompt")
 
     def deltas(self, request: GenerationRequest) -> Generator[list[AnswerDelta], None, None]:
         """Yield, for every step, the newest part of each answer that goes on; the last part says why it ends."""
-        with evaluating(self._model):
-            yield from self._deltas(request)
-
-    def _deltas(self, request: GenerationRequest) -> Iterator[list[AnswerDelta]]:
         which = self.models[request.model]
         members = which.stop - which.start
         decoder = _Decoder(self, which)
@@ -113,25 +94,24 @@ class TokenEngine:
         certainty = functools.partial(certainty_of, members=members, threshold=self._decision.threshold)
         answers = [_Answer(index, GrowingText(self._decode, request.stop), certainty) for index in range(request.n)]
         alive = list(range(request.n))
-        logits = decoder.begin(request.ids).expand(members, request.n, -1)
-        for step in range(request.max_tokens):
-            mixed = mixture(logits)
-            # 23 bits, so that a float32 below 1 stays below it in a product.
-            drawn = [int(bits[index].random_raw()) >> 41 for index in alive]
-            uniform = torch.tensor(drawn, dtype=torch.float32, device=self._model.device) / 2**23
-            chosen = next_tokens(mixed[0], uniform, request.temperature, request.top_p)
-            deltas, rows = [], []
-            for row, token in enumerate(self._tokens(*mixed, chosen, request.top)):
-                delta = answers[alive[row]].step(token, token.id in self._ends, step + 1 == request.max_tokens)
-                deltas.append(delta)
-                if not delta.finish:
-                    rows.append(row)
-            yield deltas
-            if not rows:
-                return
-            parents = [0] * len(rows) if not step else rows if len(rows) < len(alive) else None
-            alive = [alive[row] for row in rows]
-            logits = decoder.next(chosen[rows], parents)
+        with evaluating(self._model):
+            logits = decoder.begin(request.ids).expand(members, request.n, -1)
+            for step in range(request.max_tokens):
+                mixed = mixture(logits)
+                # 23 bits, so that a float32 below 1 stays below it in a product.
+                drawn = [int(bits[index].random_raw()) >> 41 for index in alive]
+                uniform = torch.tensor(drawn, dtype=torch.float32, device=self._model.device) / 2**23
+                chosen = next_tokens(mixed[0], uniform, request.temperature, request.top_p)
+                last = step + 1 == request.max_tokens
+                tokens = zip(alive, self._tokens(*mixed, chosen, request.top), strict=True)
+                deltas = [answers[number].step(token, token.id in self._ends, last) for number, token in tokens]
+                yield deltas
+                rows = [row for row, delta in enumerate(deltas) if not delta.finish]
+                if not rows:
+                    return
+                parents = [0] * len(rows) if not step else rows if len(rows) < len(alive) else None
+                alive = [alive[row] for row in rows]
+                logits = decoder.next(chosen[rows], parents)
 
     def _tokens(
         self, average: torch.Tensor, expected: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor, top: int | None
@@ -175,20 +155,18 @@ class _Answer:
 
     def step(self, token: Token, ends: bool, last: bool) -> AnswerDelta:
         """Return the part of the answer that the newest token completes."""
-        text = ""
-        tokens: tuple[Token, ...] = ()
+        text, tokens = "", tuple[Token, ...]()
         if not ends:
             token = token._replace(text=self._text.add(token.id))
             text, tokens = self._text.release(token)
-        finish = "stop" if ends or self._text.stopped else "length" if last else None
-        if not finish:
-            self._shown += tokens
-            return AnswerDelta(self._index, text, tokens, generated=1)
-        rest, others = self._text.rest()
-        self._shown += tokens + others
-        # The certainty of an answer without tokens is that of the token that ended it.
-        ivon = self._certainty(self._shown or [token])
-        return AnswerDelta(self._index, text + rest, tokens + others, finish, ivon, generated=1)
+        finish, ivon = "stop" if ends or self._text.stopped else "length" if last else None, None
+        if finish:
+            rest, others = self._text.rest()
+            text, tokens = text + rest, tokens + others
+        self._shown += tokens
+        if finish:  # the certainty of an answer without tokens is that of the token that ended it
+            ivon = self._certainty(self._shown or [token])
+        return AnswerDelta(self._index, text, tokens, finish, ivon, generated=1)
 
 
 class _Decoder:
@@ -197,8 +175,7 @@ class _Decoder:
     def __init__(self, engine: TokenEngine, which: slice) -> None:
         self._engine = engine
         # All members run in one pass, or each in its own if they cannot be stacked.
-        single = [slice(k, k + 1) for k in range(which.start, which.stop)]
-        self._passes = [which] if engine._stack else single
+        self._passes = [which] if engine._stack else [slice(k, k + 1) for k in range(which.start, which.stop)]
         self._caches: list[Any] = [None] * len(self._passes)
         self._answers, self._length = 1, 0
 
@@ -222,12 +199,12 @@ class _Decoder:
 
     def _run(self, ids: torch.Tensor) -> torch.Tensor:
         self._length += ids.shape[1]
-        passes = []
+        engine, passes = self._engine, []
         for number, part in enumerate(self._passes):
             members = part.stop - part.start
             mask = ids.new_ones(members * self._answers, self._length)
-            with self._engine._running(part):
-                logits, cache = self._engine._forward(ids.repeat(members, 1), mask, self._caches[number])
-            self._caches[number] = cache
+            stack, slots, draws = engine._stack, engine._slots, engine._draws
+            with stack.running(part) if stack else slots.loaded(draws[part.start]):
+                logits, self._caches[number] = engine._forward(ids.repeat(members, 1), mask, self._caches[number])
             passes.append(logits.view(members, self._answers, -1))
         return torch.cat(passes)

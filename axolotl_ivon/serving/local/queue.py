@@ -25,9 +25,8 @@ _COMPLETION_TOKENS = 16  # of a completion whose request names no maximum, as Op
 class Local(Backend):
     """Answers from an engine in memory.
 
-    Args:
-        encode: returns the tokens of a prompt: a text, token ids or the messages of a chat. It is called from one
-            thread at a time, but never from the engine's.
+    `encode` returns the tokens of a prompt: a text, token ids or the messages of a chat. It is called from one thread
+    at a time, but never from the engine's.
     """
 
     def __init__(self, engine: TokenEngine, encode: Callable[[Any], Sequence[int]], limits: Limits) -> None:
@@ -52,8 +51,9 @@ class Local(Backend):
         async with self._encoding:
             prompts = await asyncio.to_thread(self._encoded, request)
         parts = [self._part(request, number, ids) for number, ids in enumerate(prompts)]
-        deltas = self._in_time(self._deltas(parts))
-        return AnswerStream(sum(map(len, prompts)), len(parts) * request.n, deltas)
+        answers = AnswerStream(sum(map(len, prompts)), len(parts) * request.n)
+        answers.deltas = self._in_time(self._deltas(parts))
+        return answers
 
     def _check_queue(self) -> None:
         if self._waiting >= self._limits.max_queue and self._turn.locked():

@@ -15,13 +15,9 @@ class GrowingText:
 
     What may begin such a string is held back until it is known, and so is half a character. A token is released
     together with the end of its text.
-
-    Args:
-        decode: returns the text of tokens, without special ones.
-        stop: the strings.
     """
 
-    decode: Callable[[Sequence[int]], Any]
+    decode: Callable[[Sequence[int]], Any]  # returns the text of tokens, without special ones
     stop: tuple[str, ...] = ()
     ids: list[int] = field(default_factory=list)
     stopped: bool = False

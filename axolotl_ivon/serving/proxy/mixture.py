@@ -29,24 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One answer of one member.
-
-    Attributes:
-        logprob: of all its tokens, in nats, under that member.
-        generated: the number of tokens that it took.
-        ids: its tokens, the one that ended it included; None if the server does not return them.
-        ended: whether the last of them is a token that ends answers, rather than text.
-        names: the text of each token by itself, as far as it is known.
-    """
+    """One answer of one member."""
 
     text: str
     member: int
-    logprob: float
+    logprob: float  # of all its tokens, in nats, under that member
     finish: str
-    generated: int
-    ids: tuple[int, ...] | None = None
-    ended: bool = False
-    names: tuple[str, ...] = ()
+    generated: int  # the number of tokens that it took
+    ids: tuple[int, ...] | None = None  # its tokens, the one that ended it included; None if they are not returned
+    ended: bool = False  # whether the last of them is a token that ends answers, rather than text
+    names: tuple[str, ...] = ()  # the text of each token by itself, as far as it is known
 
     def answer(self, number: int, ivon: dict[str, Any], tokens: tuple[Token, ...] = ()) -> AnswerDelta:
         """Return this candidate as the answer `number`."""
@@ -62,18 +54,9 @@ class Scores:
 
 
 def by_risk(
-    candidates: Sequence[Candidate],
-    n: int,
-    utility: Utility,
-    answers: AnswerExtractor,
-    decision: Decision,
+    candidates: Sequence[Candidate], n: int, utility: Utility, answers: AnswerExtractor, decision: Decision
 ) -> list[AnswerDelta]:
-    """Return the n candidates of the largest expected utility, the best first; each text once, if there are enough.
-
-    Args:
-        utility, answers: as for `ivon-post mbr`.
-        decision: the softmax temperature of the confidence, and the threshold below which to abstain.
-    """
+    """Return the n candidates of the largest expected utility, the best first; each text once, if there are enough."""
     texts, members = [c.text for c in candidates], [c.member for c in candidates]
     expected = utility_matrix(texts, utility).mean(1)
     clusters = by_answer([answers(text) for text in texts])
@@ -85,10 +68,9 @@ def by_risk(
         left = [i for i in left if i != chosen[-1]]
     deltas = []
     for number, index in enumerate(chosen):
-        sure = measure(clusters, members, index, temperature=decision.temperature)
-        entropies = sure.expected_entropy, sure.mutual_information
-        ivon = certainty(sure.confidence, *entropies, len(set(members)), decision.threshold)
-        deltas.append(candidates[index].answer(number, ivon))
+        sure = measure(clusters, members, index, decision.temperature)
+        measures = sure.confidence, sure.expected_entropy, sure.mutual_information
+        deltas.append(candidates[index].answer(number, certainty(*measures, len(set(members)), decision.threshold)))
     return deltas
 
 
@@ -102,8 +84,7 @@ def by_score(
 ) -> list[AnswerDelta]:
     """Return the n candidates of the largest average probability, the best first; the first again if there are fewer.
 
-    Args:
-        scores: of each candidate, those of each member.
+    `scores` are, of each candidate, those of each member.
     """
     totals = [_average([math.fsum(score.logprobs) for score in members]) for members in scores]
     order = sorted(range(len(candidates)), key=lambda i: -totals[i])[:n]
@@ -132,8 +113,7 @@ def by_score(
 def coarse_entropies(likeliest: Sequence[Mapping[str, float]]) -> tuple[float, float]:
     """Return expected entropy and mutual information, in nats, of the tokens that all members return, the rest as one.
 
-    Args:
-        likeliest: of each member, log-probabilities by token.
+    `likeliest` are, of each member, log-probabilities by token.
     """
     common = sorted(set.intersection(*map(set, likeliest)))
     shares = np.exp([[logprobs[token] for token in common] for logprobs in likeliest]).reshape(len(likeliest), -1)

@@ -32,19 +32,12 @@ TOP = 20  # likeliest tokens to ask for, the most that vLLM gives unless told ot
 
 @dataclass(frozen=True)
 class Combining:
-    """How the members are asked, and how one of their answers is chosen.
+    """How the members are asked, and how one of their answers is chosen."""
 
-    Attributes:
-        combine: "rescore" (`mixture.by_score`), or the utility of minimum Bayes risk decoding (`mixture.by_risk`).
-        answer_regex: of that utility (`generation.utilities`).
-        candidates: the number of answers of each member.
-        concurrency: requests at a time to each server.
-    """
-
-    combine: str = "exact"
-    answer_regex: str | None = None
-    candidates: int = 4
-    concurrency: int = 256
+    combine: str = "exact"  # "rescore" (`mixture.by_score`), or the utility of `mixture.by_risk`
+    answer_regex: str | None = None  # of that utility (`generation.utilities`)
+    candidates: int = 4  # the number of answers of each member
+    concurrency: int = 256  # requests at a time to each server
 
     def choose(self, decision: Decision) -> Choose | None:
         """Return the function that chooses n of the candidates of all members; None: by their scores.
@@ -102,7 +95,7 @@ class Proxy(Backend):
             raise queue_full(f"{self._running} requests are running")
         self._limits.check(request)
         prompts = request.prompts
-        answers = AnswerStream(0, len(prompts) * request.n, _none())
+        answers = AnswerStream(0, len(prompts) * request.n)
         answers.deltas = self._deltas(request, prompts, answers)
         return answers
 
@@ -114,7 +107,12 @@ class Proxy(Backend):
         self._running += 1
         try:
             for number, prompt in enumerate(prompts):
-                body = _body(request, prompt, 1 if member is None else TOP)
+                top = 1 if member is None else TOP
+                body = {"temperature": request.temperature, "top_p": request.top_p, request.prompt_field: prompt}
+                chat = isinstance(request, ChatRequest)
+                body |= {"logprobs": True, "top_logprobs": top} if chat else {"logprobs": top}
+                optional = {"max_tokens": request.max_tokens, "stop": request.stop}
+                body |= {name: value for name, value in optional.items() if value}
                 if member is None:
                     deltas = self._mixture(request, body, seed + number, answers)
                 else:
@@ -125,8 +123,6 @@ class Proxy(Backend):
                         yield delta._replace(number=number * request.n + delta.number)
         finally:
             self._running -= 1
-
-    # --- one member --------------------------------------------------------------------------------------------
 
     async def _member(
         self, request: Request, body: dict[str, Any], answers: AnswerStream
@@ -156,8 +152,6 @@ class Proxy(Backend):
             async for event in events:
                 yield event
 
-    # --- all members -------------------------------------------------------------------------------------------
-
     async def _mixture(
         self, request: Request, body: dict[str, Any], seed: int, answers: AnswerStream
     ) -> AsyncGenerator[AnswerDelta, None]:
@@ -165,18 +159,14 @@ class Proxy(Backend):
         body["n"] = self._candidates if request.temperature else 1
         if not self._choose:
             body["return_token_ids"] = True
-        seeds = [generator("serve", seed, number).bit_generator.random_raw() for number in range(len(self._draws))]
-        bodies = [
-            {**body, "model": member, "seed": int(own >> 33)} for member, own in zip(self._draws, seeds, strict=True)
-        ]
-        responses = await _together([self._pool.post(request.path, own) for own in bodies])
+        posts = []
+        for number, member in enumerate(self._draws):
+            own = int(generator("serve", seed, number).bit_generator.random_raw() >> 33)
+            posts.append(self._pool.post(request.path, {**body, "model": member, "seed": own}))
+        responses = await _together(posts)
         with malformed_as_502():
             answers.prompt_tokens += int(responses[0]["usage"]["prompt_tokens"])
-            candidates = [
-                candidate
-                for number, response in enumerate(responses)
-                for candidate in read_candidates(response, number)
-            ]
+            candidates = [own for number, told in enumerate(responses) for own in read_candidates(told, number)]
             prompt = None if self._choose else read_prompt_ids(responses[0])
         if self._choose:
             # Comparing texts may take a while.
@@ -224,19 +214,9 @@ class _MemberStream:
         self._tokens += tokens
         finish, ivon = choice.get("finish_reason"), None
         if finish is not None:
-            ivon = certainty(None, None, 0.0, 1)
-            if self._tokens:
-                ivon = certainty_of(self._tokens, 1, self._threshold)
+            known = certainty_of(self._tokens, 1, self._threshold) if self._tokens else None
+            ivon = known or certainty(None, None, 0.0, 1)
         return AnswerDelta(int(choice["index"]), read_text(choice), tuple(tokens), finish, ivon, len(tokens))
-
-
-def _body(request: Request, prompt: Any, top: int) -> dict[str, Any]:
-    """Return what every server is asked, without the model and the number of answers."""
-    body = {"temperature": request.temperature, "top_p": request.top_p, request.prompt_field: prompt}
-    body |= {"logprobs": True, "top_logprobs": top} if isinstance(request, ChatRequest) else {"logprobs": top}
-    if request.max_tokens is not None:
-        body["max_tokens"] = request.max_tokens
-    return body | ({"stop": request.stop} if request.stop else {})
 
 
 async def _together(requests: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
@@ -246,8 +226,3 @@ async def _together(requests: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
         return list(await asyncio.gather(*tasks))
     finally:
         await cancel_all(tasks)
-
-
-async def _none() -> AsyncGenerator[AnswerDelta, None]:
-    return
-    yield  # makes it a generator

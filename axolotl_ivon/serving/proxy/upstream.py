@@ -35,28 +35,16 @@ class _Failed(Exception):
 
 @dataclass
 class Upstream:
-    """One server.
-
-    Attributes:
-        url: the address, /v1 included.
-        gate: limits the requests that it works on.
-        running: requests that it works on, or that wait for it.
-        well: whether it is asked.
-    """
-
-    url: str
-    gate: asyncio.Semaphore
-    running: int = 0
-    well: bool = True
+    url: str  # /v1 included
+    gate: asyncio.Semaphore  # limits the requests that it works on
+    running: int = 0  # requests that it works on, or that wait for it
+    well: bool = True  # whether it is asked
 
 
 class UpstreamPool:
-    """Several servers that answer the same requests.
+    """Several servers that answer the same requests, each at most `concurrency` at a time.
 
-    Args:
-        urls: their addresses, with or without /v1.
-        concurrency: requests at a time to each.
-        timeout: seconds without a byte after which a server has failed.
+    A server from which no byte comes for `timeout` seconds has failed.
     """
 
     def __init__(self, urls: Sequence[str], concurrency: int = 256, timeout: float = 600.0) -> None:
@@ -77,11 +65,7 @@ class UpstreamPool:
             await self._session.close()
 
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Return the JSON that a server answers with.
-
-        Raises:
-            ApiError: no server answers, or one refuses the request.
-        """
+        """Return the JSON that a server answers with; raise ApiError if none answers, or one refuses the request."""
 
         async def ask(upstream: Upstream) -> Any:
             async with self._response(upstream, path, body) as response:
@@ -124,8 +108,10 @@ class UpstreamPool:
         upstream.running += 1
         try:
             async with upstream.gate, self._client().post(f"{upstream.url}/{path}", json=body) as response:
+                if response.status in (500, 502, 503, 504):
+                    raise _Failed
                 if response.status != 200:
-                    _refuse(response.status, await response.read())
+                    raise _refusal(response.status, await response.read())
                 yield response
         finally:
             upstream.running -= 1
@@ -178,19 +164,16 @@ class UpstreamPool:
                     upstream.well = response.status == 200
 
 
-def _refuse(status: int, data: bytes) -> None:
-    """Raise `_Failed` if another server may do better, else ApiError."""
-    if status in (500, 502, 503, 504):
-        raise _Failed
+def _refusal(status: int, data: bytes) -> ApiError:
+    """Return the error of a request that no other server would answer either."""
     if status == 429:
-        raise ApiError(429, "the servers behind this one are busy; try again later", headers={"Retry-After": "1"})
-    message = ""
+        return ApiError(429, "the servers behind this one are busy; try again later", headers={"Retry-After": "1"})
     with contextlib.suppress(ValueError, KeyError, TypeError):
         document = json.loads(data)
-        message = str(document.get("error", document)["message"])
-    if status in (400, 422) and message:
-        raise ApiError(400, " ".join(message.split())[:500])
-    raise ApiError(502, f"the server behind this one refuses the request (status {status})")
+        message = " ".join(str(document.get("error", document)["message"]).split())
+        if status in (400, 422) and message:
+            return ApiError(400, message[:500])
+    return ApiError(502, f"the server behind this one refuses the request (status {status})")
 
 
 def broken_off() -> ApiError:

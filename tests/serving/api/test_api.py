@@ -286,7 +286,7 @@ def test_prometheus_reads_them() -> None:
     other = Metrics(dict)  # each server has its own
     metrics.request("/v1/models", 200, 0.5)
     metrics.tokens(3, 4)
-    metrics.first_token(0.1)
+    metrics.first_token.observe(0.1)
     metrics.answer({"confidence": 0.95, "mutual_information": 0.02, "abstain": True})
     metrics.answer({"confidence": None, "mutual_information": None})
     watched["waiting"] = 5.0
