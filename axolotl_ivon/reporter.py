@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 
@@ -15,10 +14,7 @@ class Reporter:
     def begin(self, doing: str, total: int = 0) -> Callable[[int], None]:
         """Report that something begins, and return a function to report how many more of `total` are done."""
         self.advance(doing, 0, total)
-        return functools.partial(self._advanced, doing, total)
-
-    def _advanced(self, doing: str, total: int, count: int) -> None:
-        self.advance(doing, count, total)
+        return lambda count: self.advance(doing, count, total)
 
     def describe(self, doing: str, text: str) -> None:
         """Show `text` in place of `doing`, a figure that changes meanwhile."""

@@ -19,24 +19,9 @@ from . import _stdout
 
 # The modules of the subcommands, in the order in which `--help` shows them.
 _MODULES = (
-    "info",
-    "check",
-    "fit",
-    "prune",
-    "temper",
-    "sample",
-    "merge",
-    "combine",
-    "diff",
-    "eval",
-    "sweep",
-    "influence",
-    "generate",
-    "mbr",
-    "serve",
-    "report",
-    "card",
-)
+    "info", "check", "fit", "prune", "temper", "sample", "merge", "combine", "diff",
+    "eval", "sweep", "influence", "generate", "mbr", "serve", "report", "card",
+)  # fmt: skip
 
 
 class _Mistyped(click.ClickException):

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -57,17 +56,12 @@ class Sectioned(click.Command):
                     formatter.write_dl(records)
 
 
-class Numbers(click.ParamType):
-    """Numbers with commas between."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Return the numbers in `value`."""
-        try:
-            return tuple(float(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a number, or numbers with commas between", param, ctx)
+def numbers(value: str) -> tuple[float, ...]:
+    """Return the numbers that a text has with commas between."""
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a number, or numbers with commas between") from error
 
 
 class Renamed(click.Option):
@@ -95,10 +89,6 @@ class Terminal:
     def progress(self) -> Progress:
         """Return the progress on stderr, a context manager."""
         return Progress(self.quiet)
-
-    def reserved(self) -> AbstractContextManager[None]:
-        """Return the context that a command runs in: with --json only the document reaches stdout."""
-        return only_results() if self.as_json else contextlib.nullcontext()
 
     def finish(self, document: dict[str, Any], *lines: object, then: Sequence[object] = ()) -> None:
         """Print the result, as JSON with --json and as lines without, and suggest the command to run `then`."""
@@ -211,7 +201,9 @@ def as_one(name: str, make: Callable[..., Any], *parameters: str) -> Callable[[C
         @functools.wraps(command)
         def changed(**given: Any) -> Any:
             value = make(**{parameter: given.pop(parameter) for parameter in parameters})
-            with value.reserved() if isinstance(value, Terminal) else contextlib.nullcontext():
+            # With --json only the document reaches stdout.
+            reserved = isinstance(value, Terminal) and value.as_json
+            with only_results() if reserved else contextlib.nullcontext():
                 return command(**{name: value}, **given)
 
         return changed  # type: ignore[return-value]
@@ -219,16 +211,14 @@ def as_one(name: str, make: Callable[..., Any], *parameters: str) -> Callable[[C
     return change
 
 
+option = functools.partial(click.option, show_default=True)  # for an option whose default is to be shown
 _QUANTIZED = ("8bit", "4bit")
 adapter_argument = click.argument("adapter", metavar="ADAPTER")
 json_and_quiet = add_all(
     click.option("--json", "as_json", is_flag=True, help="Print only one JSON document on stdout."),
     click.option("--quiet", "-q", is_flag=True, help="Print no progress on stderr."),
 )
-# They turn the options into the commands' arguments `terminal` and `output`.
-terminal_as_one = as_one("terminal", Terminal, "as_json", "quiet")
-output_as_one = as_one("output", OutputOptions, "output", "overwrite", "as_json", "quiet")
-terminal_options = add_all(json_and_quiet, terminal_as_one)
+terminal_options = add_all(json_and_quiet, as_one("terminal", Terminal, "as_json", "quiet"))
 base_model_option = click.option(
     "--base-model", metavar="MODEL", help="Folder or Hub id of the base model.  [default: from the adapter's config]"
 )
@@ -236,20 +226,16 @@ base_model_option = click.option(
 
 def choice_option(name: str, values: Sequence[str], text: str) -> Callable[[Command], Command]:
     """Add an option that takes one of `values`, the first by default."""
-    return click.option(name, type=click.Choice(values), default=values[0], show_default=True, help=text)
+    return option(name, type=click.Choice(values), default=values[0], help=text)
 
 
 def _loading(base_model: str | None, load_in: Sequence[str], device: str) -> Loading:
-    """Return how the base model is loaded."""
+    """Return how the base model is loaded; of several precisions of a kind the last counts."""
     from axolotl_ivon.models.session import Loading
 
-    quantized, dtype = None, "auto"
-    for value in load_in:
-        if value in _QUANTIZED:
-            quantized = value
-        else:
-            dtype = value
-    return Loading(base_model, quantized, device, dtype)
+    quantized = [value for value in load_in if value in _QUANTIZED]
+    dtypes = [value for value in load_in if value not in _QUANTIZED]
+    return Loading(base_model, [None, *quantized][-1], device, ["auto", *dtypes][-1])
 
 
 # They become the command's argument `loading`.
@@ -265,29 +251,29 @@ model_options = add_all(
         help=f"Precision of the base model: {', '.join([*_QUANTIZED, *DTYPES])}; the first two quantize it "
         "(bitsandbytes).  [default: float32 on a CPU, elsewhere the checkpoint's dtype]",
     ),
-    click.option("--device", default="auto", show_default=True, help="Device to run on: auto, cpu, cuda, cuda:1, mps."),
+    option("--device", default="auto", help="Device to run on: auto, cpu, cuda, cuda:1, mps."),
     as_one("loading", _loading, "base_model", "load_in", "device"),
 )
 
 
 def output_options(
-    default: str,
+    default: str | None,
     text: str = "Where to write.",
     overwrite: str = "Replace the target if it exists.",
     metavar: str = "DIR",
 ) -> Callable[[Command], Command]:
     """Add --output, whose help names the `default`, --overwrite, --json and --quiet, as the argument `output`."""
     return add_all(
-        click.option("--output", "-o", metavar=metavar, help=f"{text}  [default: {default}]"),
+        click.option("--output", "-o", metavar=metavar, help=f"{text}  [default: {default}]" if default else text),
         click.option("--overwrite", is_flag=True, help=overwrite),
         json_and_quiet,
-        output_as_one,
+        as_one("output", OutputOptions, "output", "overwrite", "as_json", "quiet"),
     )
 
 
 def seed_option(text: str) -> Callable[[Command], Command]:
     """Add --seed."""
-    return click.option("--seed", type=int, default=0, show_default=True, help=text)
+    return option("--seed", type=int, default=0, help=text)
 
 
 def recommended_option(what: str) -> Callable[[Command], Command]:
@@ -297,7 +283,10 @@ def recommended_option(what: str) -> Callable[[Command], Command]:
     )
 
 
-def point_options(tau: str, ratio: str) -> Callable[[Command], Command]:
+def point_options(
+    tau: str = "Temperature of the posterior; see `temper`.  [default: 1]",
+    ratio: str = "Share of weights to prune first; see `prune`.  [default: 0]",
+) -> Callable[[Command], Command]:
     """Add --tau and --ratio with these texts, and --recommended, as the argument `point`."""
     return add_all(
         click.option("--tau", type=float, help=tau),
@@ -315,13 +304,7 @@ def risk_options(where: str) -> Callable[[Command], Command]:
             type=float,
             help=f"Find the confidence below which to abstain so that at most this share of answers is wrong: {where}.",
         ),
-        click.option(
-            "--confidence",
-            type=float,
-            default=0.9,
-            show_default=True,
-            help="Confidence level of the promise that --risk gives.",
-        ),
+        option("--confidence", type=float, default=0.9, help="Confidence level of the promise that --risk gives."),
     )
 
 
@@ -355,9 +338,7 @@ choices_option = click.option(
     help="Answers to choose from, with commas between.  [default: the answers in the data]",
 )
 limit_option = click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT examples of each file.")
-samples_option = click.option(
-    "--samples", "-n", type=click.IntRange(min=1), default=10, show_default=True, help="Number of draws to average."
-)
+samples_option = option("--samples", "-n", type=click.IntRange(min=1), default=10, help="Number of draws to average.")
 
 
 def evaluation_data(data: Sequence[str], **values: Any) -> EvaluationData:
@@ -383,7 +364,5 @@ data_options = add_all(
     samples_option,
     seed_option("Seed of the draws, the same as for `sample --seed`."),
     model_options,
-    json_and_quiet,
     as_one("sampling", _sampling, "samples", "seed"),
 )
-evaluation_options = add_all(adapter_argument, data_options)

@@ -101,10 +101,6 @@ class Progress(Reporter):
         if doing in self._tasks:
             self._bars.update(self._tasks[doing], description=text)
 
-    def seconds(self, doing: str) -> float:
-        """Return for how long something has been going on."""
-        return time.monotonic() - self._begun[doing]
-
     def notify(self, message: str) -> None:
         """Tell the user something that is not progress."""
         self.say(message, style="yellow")

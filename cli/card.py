@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from ._options import Sectioned, Terminal, adapter_argument, terminal_options
+from . import _options as options
 
 
-@click.command("card", cls=Sectioned)
-@adapter_argument
+@click.command("card", cls=options.Sectioned)
+@options.adapter_argument
 @click.option("--results", metavar="FILE", help="Results to add: what `ivon-post eval --json` printed for ADAPTER.")
 @click.option("--recommended", metavar="FILE", help="Recommendation to add: recommended.json of `ivon-post sweep`.")
 @click.option(
@@ -20,9 +20,9 @@ from ._options import Sectioned, Terminal, adapter_argument, terminal_options
     metavar="OWNER/NAME[/TASK]",
     help="Benchmark on the Hub that a data file of --results is. Repeatable, in the files' order.  [default: its name]",
 )
-@terminal_options
+@options.terminal_options
 def command(
-    adapter: str, results: str | None, recommended: str | None, datasets: tuple[str, ...], terminal: Terminal
+    adapter: str, results: str | None, recommended: str | None, datasets: tuple[str, ...], terminal: options.Terminal
 ) -> None:
     """Add measured results to the model card.
 

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from ._options import Sectioned, Terminal, limit_option, model_options, terminal_options
-from ._progress import silence_libraries
+from . import _options as options
 from ._tables import emit, print_facts
 
 if TYPE_CHECKING:
     from axolotl_ivon.models.session import Loading
 
 
-@click.command("check", cls=Sectioned)
+@click.command("check", cls=options.Sectioned)
 @click.argument("target", metavar="ADAPTER|YAML")
 @click.option("--data", "-d", multiple=True, metavar="FILE", help="Chat JSONL on which draws and mean are compared.")
-@limit_option
-@click.option(
-    "--processes", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that run the YAML."
-)
-@model_options
-@terminal_options
+@options.limit_option
+@options.option("--processes", type=click.IntRange(min=1), default=1, help="Processes that run the YAML.")
+@options.model_options
+@options.terminal_options
 def command(
-    target: str,
-    data: Sequence[str],
-    limit: int | None,
-    processes: int,
-    terminal: Terminal,
-    loading: Loading,
+    target: str, data: Sequence[str], limit: int | None, processes: int, loading: Loading, terminal: options.Terminal
 ) -> None:
     """Diagnose a run, or forecast one from its YAML.
 
@@ -55,7 +47,6 @@ def command(
             facts = diagnose(target, progress)
             if data:
                 progress.begin("loading the base model")
-                silence_libraries()
                 from axolotl_ivon.evaluation.against_mean import draws_against_mean
                 from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
 
@@ -64,21 +55,14 @@ def command(
                 facts["findings"] += [row["finding"] for row in facts["data"]]
     if terminal.as_json:
         emit(facts)
-    else:
-        _print(facts)
-
-
-def _print(facts: dict[str, Any]) -> None:
-    """Print the figures, then what they mean, a line each: ✓ where nothing need be done, ! where something may."""
+        return
     from axolotl_ivon.errors import printable
 
-    shown = {key: value for key, value in facts.items() if key not in ("findings", "unknown", "data")}
-    print_facts(
-        {
-            name: "unknown" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-            for name, value in shown.items()
-        }
-    )
+    figures = {name: value for name, value in facts.items() if name not in ("findings", "unknown", "data")}
+    for name, value in figures.items():
+        figures[name] = "unknown" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    print_facts(figures)
+    # ✓ where nothing need be done, ! where something may.
     for finding in facts["findings"]:
         click.echo(printable(f"{'✓' if finding['good'] else '!'} {finding['text']}"))
     for why in facts.get("unknown", ()):

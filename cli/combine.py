@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from ._options import Numbers, OutputOptions, Sectioned, choice_option, output_options
+from . import _options as options
 
 
-@click.command("combine", cls=Sectioned)
+@click.command("combine", cls=options.Sectioned)
 @click.argument("adapters", metavar="ADAPTER…", nargs=-1, required=True)
-@choice_option(
+@options.choice_option(
     "--method",
     ["precision", "linear", "cat"],
     "How to combine. precision: the product of the Gaussians. linear: the weighted mean of the factors. cat: the exact "
@@ -17,12 +17,14 @@ from ._options import Numbers, OutputOptions, Sectioned, choice_option, output_o
 )
 @click.option(
     "--weights",
-    type=Numbers(),
+    type=options.numbers,
     metavar="W,W,…",
     help="A weight for each ADAPTER: the power of its Gaussian, or its weight in a sum.  [default: 1, or 1/n in a sum]",
 )
-@output_options("ADAPTER-combined, beside the first ADAPTER")
-def command(adapters: tuple[str, ...], method: str, weights: tuple[float, ...] | None, output: OutputOptions) -> None:
+@options.output_options("ADAPTER-combined, beside the first ADAPTER")
+def command(
+    adapters: tuple[str, ...], method: str, weights: tuple[float, ...] | None, output: options.OutputOptions
+) -> None:
     """Combine several posteriors into one.
 
     The ADAPTERs share one base model. With precision, means are weighted by 1/σ² and precisions add up. What ADAPTERs

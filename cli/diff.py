@@ -6,15 +6,15 @@ from typing import Any
 
 import click
 
-from ._options import Sectioned, Terminal, terminal_options
+from . import _options as options
 from ._tables import emit, number, print_table
 
 
-@click.command("diff", cls=Sectioned)
+@click.command("diff", cls=options.Sectioned)
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
-@terminal_options
-def command(first: str, second: str, terminal: Terminal) -> None:
+@options.terminal_options
+def command(first: str, second: str, terminal: options.Terminal) -> None:
     """Compare two posteriors, module by module.
 
     \b

@@ -9,23 +9,14 @@ import click
 
 from axolotl_ivon.storage.format import file_names
 
-from ._options import (
-    OutputOptions,
-    PosteriorOptions,
-    Sectioned,
-    as_one,
-    evaluation_data,
-    evaluation_options,
-    output_as_one,
-    point_options,
-)
+from . import _options as options
 from ._stdout import results
 from ._tables import decimal, emit, is_wide, percent, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
     from axolotl_ivon.models.session import Loading
-    from axolotl_ivon.records.evaluation import EvaluationRecord, OodResult, VariantResult, VerdictResult
+    from axolotl_ivon.records.evaluation import EvaluationRecord, OodResult, VariantResult
 
 _ROWS = "base,mean,mean-pruned,posterior,posterior-pruned"
 # Heading -> (metric, how it is written, whether its standard error is shown).
@@ -54,8 +45,9 @@ _SELECTIVE = {
 _DIFFERENCES = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL": ("nll", decimal)}
 
 
-@click.command("eval", cls=Sectioned)
-@evaluation_options
+@click.command("eval", cls=options.Sectioned)
+@options.adapter_argument
+@options.data_options
 @click.option(
     "--ood",
     multiple=True,
@@ -67,22 +59,20 @@ _DIFFERENCES = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL"
     metavar="FILE",
     help="Validation data on which a softmax temperature is fitted: adds mean+temperature and posterior+temperature.",
 )
-@point_options(
+@options.point_options(
     "Temperature of the posterior; inf is the mean.  [default: 1]",
     "Share of weights that the pruned variants lack.  [default: 0.1]",
 )
-@click.option("--rows", default=_ROWS, show_default=True, help="Variants to evaluate, with commas between.")
-@click.option("--output", "-o", metavar="FILE", help="JSONL for the prediction of every variant on every example.")
-@click.option("--overwrite", is_flag=True, help="Replace the target if it exists.")
-@output_as_one
-@as_one("files", evaluation_data, "data", "ood", "calibrate", "task", "choices", "limit")
+@options.option("--rows", default=_ROWS, help="Variants to evaluate, with commas between.")
+@options.output_options(None, "JSONL for the prediction of every variant on every example.", metavar="FILE")
+@options.as_one("files", options.evaluation_data, "data", "ood", "calibrate", "task", "choices", "limit")
 def command(
     adapter: str,
     files: EvaluationData,
     sampling: Sampling,
-    point: PosteriorOptions,
+    point: options.PosteriorOptions,
     rows: str,
-    output: OutputOptions,
+    output: options.OutputOptions,
     loading: Loading,
 ) -> None:
     """Measure accuracy, calibration and uncertainty.
@@ -128,10 +118,6 @@ def command(
         emit(record.dump())
         return
     _print(record)
-    if record.ood:
-        _print_ood(record.ood)
-    _print_verdicts(record.verdicts)
-    _print_answered(record.rows)
     if written:
         click.echo(written, file=results())
     given = ["--recommended", point.recommended] if point.recommended else []
@@ -141,19 +127,8 @@ def command(
         output.suggest("ivon-post", "sweep", adapter, "--data", "VALIDATION.jsonl")
 
 
-def _print_answered(rows: list[VariantResult]) -> None:
-    """Print what share is answered, and how many of the answers are right."""
-    names = file_names([row.data for row in rows])
-    for row in rows:
-        if row.coverage is not None:
-            text = f"{names[row.data]}: {percent(row.coverage)} % answered, from confidence {row.threshold:.4g} on"
-            if row.accuracy is not None:
-                text += f", {percent(row.accuracy, row.se.accuracy)} % of them right"
-            click.echo(text)
-
-
 def _print(record: EvaluationRecord) -> None:
-    """Print tables with a row for every file and variant; standard errors and all columns where there is room."""
+    """Print tables and what they mean; standard errors and all columns where there is room."""
     wide = is_wide(140)
     heads = [head for head in (_COLUMNS if wide else _NARROW) if record.task == "generate" or head != "PPL"]
     choices = f" between {', '.join(record.choices)}" if record.choices else ""
@@ -165,6 +140,18 @@ def _print(record: EvaluationRecord) -> None:
         click.echo(f"fitted on {record.calibration.data}: {fitted}\n")
     _print_metrics(record.rows, _SELECTIVE, "if only the most confident are answered", wide)
     _print_differences(record.rows, wide)
+    if record.ood:
+        _print_ood(record.ood, wide)
+    names = file_names([verdict.data for verdict in record.verdicts])
+    for verdict in record.verdicts:
+        click.echo(f"{names[verdict.data]}: {verdict.text}" if len(names) > 1 else verdict.text)
+    names = file_names([row.data for row in record.rows])
+    for row in record.rows:
+        if row.coverage is not None:
+            text = f"{names[row.data]}: {percent(row.coverage)} % answered, from confidence {row.threshold:.4g} on"
+            if row.accuracy is not None:
+                text += f", {percent(row.accuracy, row.se.accuracy)} % of them right"
+            click.echo(text)
 
 
 def _print_metrics(rows: list[VariantResult], columns: dict[str, Any], title: str, wide: bool) -> None:
@@ -179,8 +166,7 @@ def _print_metrics(rows: list[VariantResult], columns: dict[str, Any], title: st
 
 def _print_differences(rows: list[VariantResult], wide: bool) -> None:
     """Print every variant's differences to the mean, and where there is room to the base model."""
-    shown = [than for than in ("mean", "base") if any(row.versus(than) for row in rows)]
-    shown = shown if wide else shown[:1]
+    shown = [than for than in ("mean", "base") if any(row.versus(than) for row in rows)][: 2 if wide else 1]
     if not shown:
         return
 
@@ -210,9 +196,8 @@ def _by_file(rows: list[VariantResult], cells: Callable[[VariantResult], list[st
     return lines
 
 
-def _print_ood(ood: list[OodResult]) -> None:
+def _print_ood(ood: list[OodResult], wide: bool) -> None:
     """Print how well each score of each variant tells each file from the data."""
-    wide = is_wide(140)
     names = file_names([result.data for result in ood])
     kinds = list(dict.fromkeys(result.score for result in ood))
     lines: list[list[str]] = []
@@ -229,10 +214,3 @@ def _print_ood(ood: list[OodResult]) -> None:
     heads = [short.get(kind, kind) for kind in kinds]
     title = "AUROC of the uncertainty, for not being of the data" + ("; right: FPR95 %" if wide else "")
     print_table(["", *heads, *(heads if wide else [])], lines, title)
-
-
-def _print_verdicts(verdicts: list[VerdictResult]) -> None:
-    """Print what the differences mean, each line with its file where there are several."""
-    names = file_names([verdict.data for verdict in verdicts])
-    for verdict in verdicts:
-        click.echo(f"{names[verdict.data]}: {verdict.text}" if len(names) > 1 else verdict.text)

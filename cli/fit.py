@@ -7,41 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import (
-    OutputOptions,
-    Sectioned,
-    adapter_argument,
-    as_one,
-    choice_option,
-    data_option,
-    limit_option,
-    model_options,
-    output_options,
-    seed_option,
-)
+from . import _options as options
 from ._tables import as_number, number
 
 if TYPE_CHECKING:
     from axolotl_ivon.models.session import Loading
 
 
-class Prior(click.ParamType):
-    """`empirical`, or a number."""
-
-    name = "empirical|number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | float:
-        """Return the number, or `empirical`."""
-        try:
-            return value if value == "empirical" else float(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither empirical nor a number", param, ctx)
+def _prior(value: str) -> str | float:
+    try:
+        return value if value == "empirical" else float(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is neither empirical nor a number") from error
 
 
-@click.command("fit", cls=Sectioned)
-@adapter_argument
-@data_option
-@choice_option(
+@click.command("fit", cls=options.Sectioned)
+@options.adapter_argument
+@options.data_option
+@options.choice_option(
     "--method",
     ["fisher", "ivon", "tfb"],
     "How the width is found. fisher: the diagonal Laplace approximation, in one pass at the mean. ivon: variational, "
@@ -59,24 +42,29 @@ class Prior(click.ParamType):
     help="Data on which the effective sample size (fisher, ivon) or the width (tfb) is chosen by the NLL of averaged "
     "draws.  [default: for tfb, --data]",
 )
-@click.option(
+@options.option(
     "--prior",
-    type=Prior(),
+    type=_prior,
+    metavar="EMPIRICAL|NUMBER",
     default="empirical",
-    show_default=True,
     help="Prior, as `ivon_prior` in training: empirical, or its precision over λ.",
 )
-@click.option(
-    "--prior-strength", type=float, default=1.0, show_default=True, help="Factor on the prior's precision (κ)."
-)
+@options.option("--prior-strength", type=float, default=1.0, help="Factor on the prior's precision (κ).")
 @click.option("--tolerance", type=float, help="Nats by which tfb may raise the NLL.  [default: 0.01]")
-@limit_option
-@seed_option("Seed of draws, labels and order.")
-@model_options
-@output_options("ADAPTER-fitted, beside ADAPTER")
-@as_one("settings", dict, "method", "empirical", "ess", "validation", "prior", "prior_strength", "tolerance", "seed")
+@options.limit_option
+@options.seed_option("Seed of draws, labels and order.")
+@options.model_options
+@options.output_options("ADAPTER-fitted, beside ADAPTER")
+@options.as_one(
+    "settings", dict, "method", "empirical", "ess", "validation", "prior", "prior_strength", "tolerance", "seed"
+)
 def command(
-    adapter: str, data: Sequence[str], settings: dict[str, Any], loading: Loading, output: OutputOptions, **options: Any
+    adapter: str,
+    data: Sequence[str],
+    settings: dict[str, Any],
+    limit: int | None,
+    loading: Loading,
+    output: options.OutputOptions,
 ) -> None:
     """Fit a posterior (σ) around an existing adapter.
 
@@ -100,8 +88,8 @@ def command(
     state = path.with_name(f".{path.name}.fit")
     with output.progress() as progress:
         # What is written is a copy, so any σ may be replaced.
-        options |= {"loading": loading, "refit": True, "state": state, "reporter": progress}
-        posterior = fit(adapter, data, **settings, **options)
+        how: dict[str, Any] = {"limit": limit, "loading": loading, "refit": True, "state": state, "reporter": progress}
+        posterior = fit(adapter, data, **settings, **how)
         save(posterior, path, output.overwrite, progress, state)
     facts = summary(posterior)
     header = {name: as_number(value) for name, value in posterior.metadata.items()}

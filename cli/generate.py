@@ -7,28 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import (
-    OutputOptions,
-    PosteriorOptions,
-    Sectioned,
-    adapter_argument,
-    answer_option,
-    as_one,
-    decision,
-    limit_option,
-    model_options,
-    output_options,
-    point_options,
-    seed_option,
-)
+from . import _options as options
 from ._tables import percent
 
 if TYPE_CHECKING:
     from axolotl_ivon.models.session import Loading
 
 
-@click.command("generate", cls=Sectioned)
-@adapter_argument
+@click.command("generate", cls=options.Sectioned)
+@options.adapter_argument
 @click.option(
     "--prompts",
     "-p",
@@ -36,47 +23,39 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Chat JSONL. If a conversation ends with an answer, that is the reference.",
 )
-@click.option("-n", "n", type=int, default=32, show_default=True, help="Number of outputs for each prompt.")
-@click.option("--per-model", type=int, default=8, show_default=True, help="Number of outputs from each draw.")
+@options.option("-n", "n", type=int, default=32, help="Number of outputs for each prompt.")
+@options.option("--per-model", type=int, default=8, help="Number of outputs from each draw.")
 @click.option("--mean", is_flag=True, help="Generate all outputs from the mean, not from draws.")
-@point_options(
-    "Temperature of the posterior; see `temper`.  [default: 1]",
-    "Share of weights to prune first; see `prune`.  [default: 0]",
+@options.point_options()
+@options.option("--temperature", type=float, default=1.0, help="Temperature of the tokens; 0 is greedy.")
+@options.option(
+    "--top-p", type=float, default=1.0, help="Draw from the likeliest tokens that have this probability together."
 )
-@click.option(
-    "--temperature", type=float, default=1.0, show_default=True, help="Temperature of the tokens; 0 is greedy."
-)
-@click.option(
-    "--top-p",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Draw from the likeliest tokens that have this probability together.",
-)
-@click.option("--max-tokens", type=int, default=256, show_default=True, help="Maximum tokens per output.")
+@options.option("--max-tokens", type=int, default=256, help="Maximum tokens per output.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End an output before TEXT. Repeatable.")
-@answer_option
-@seed_option("Seed of the draws, as for `sample --seed`, and of the outputs.")
-@limit_option
+@options.answer_option
+@options.seed_option("Seed of the draws, as for `sample --seed`, and of the outputs.")
+@options.limit_option
 @click.option(
     "--endpoint",
     metavar="URL",
     help="URL of an OpenAI-compatible server that serves the members of the ensemble ADAPTER.",
 )
-@model_options
-@output_options(
+@options.model_options
+@options.output_options(
     "ADAPTER-nbest.jsonl", "JSONL to write, or to continue.", "Start again instead of continuing.", metavar="FILE"
 )
-@as_one("planned", dict, "n", "per_model", "mean", "temperature", "top_p", "max_tokens", "stop", "seed")
+@options.as_one("planned", dict, "n", "per_model", "mean", "temperature", "top_p", "max_tokens", "stop", "seed")
 def command(
     adapter: str,
     prompts: str,
     planned: dict[str, Any],
-    point: PosteriorOptions,
-    loading: Loading,
+    point: options.PosteriorOptions,
+    answer_regex: str | None,
+    limit: int | None,
     endpoint: str | None,
-    output: OutputOptions,
-    **options: Any,
+    loading: Loading,
+    output: options.OutputOptions,
 ) -> None:
     """Generate many outputs per prompt, from draws.
 
@@ -109,13 +88,13 @@ def command(
     plan = Plan(**planned)
     if plan.mean and point.tau is not None:
         raise IVONError(f"--tau {point.tau}: --mean has no temperature; leave one of them out")
-    if endpoint and point != PosteriorOptions(None):
+    if endpoint and point != options.PosteriorOptions(None):
         raise IVONError("--endpoint: the members are drawn already; give --tau and --ratio to `ivon-post sample`")
     tau, ratio = point.settings(adapter)
-    decided = decision(point.recommended)
-    rule = AnswerRule(AnswerExtractor(options["answer_regex"]), decided.threshold, decided.temperature)
+    decided = options.decision(point.recommended)
+    rule = AnswerRule(AnswerExtractor(answer_regex), decided.threshold, decided.temperature)
     with output.progress() as progress:
-        chats = read_chats(prompts, options["limit"])
+        chats = read_chats(prompts, limit)
         if endpoint:
             source = served_draws(adapter, plan, endpoint, loading.base_model)
         else:

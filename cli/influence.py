@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import (
-    OutputOptions,
-    Sectioned,
-    adapter_argument,
-    as_one,
-    json_and_quiet,
-    limit_option,
-    model_options,
-    output_as_one,
-)
+from . import _options as options
 from ._stdout import results
 from ._tables import emit, number, print_table
 
@@ -31,52 +21,28 @@ _LONGEST = 60  # characters of a row's text
 _SCORES = ("loss", "leverage", "sensitivity", "on")
 
 
-@dataclass(frozen=True)
-class Selection:
-    """How rows are ranked, and which of them stay: what --by, --keep, --scores and --limit say."""
-
-    by: str
-    keep: float | None
-    scores: str | None
-    limit: int | None
-
-    def check(self, on: str | None, output: str | None) -> None:
-        """Raise IVONError if options do not go together."""
-        from axolotl_ivon.errors import IVONError
-        from axolotl_ivon.influence.ranking import check_keep
-
-        if self.keep is not None:
-            check_keep(self.keep)
-            if self.limit is not None:
-                raise IVONError(f"--keep {self.keep:g} needs the scores of every row; leave --limit out")
-            if output is None:
-                raise IVONError(f"--keep {self.keep:g} writes the rows that stay; name a file for them with --output")
-        elif self.scores:
-            raise IVONError(f"--scores {self.scores} are used only with --keep, the share of rows that stay; give both")
-        if self.scores and on:
-            raise IVONError(f"--on {on}: --scores has the effect on it, or has not; leave one of them out")
-
-
-@click.command("influence", cls=Sectioned)
-@adapter_argument
+@click.command("influence", cls=options.Sectioned)
+@options.adapter_argument
 @click.option("--data", "-d", required=True, metavar="FILE", help="Training data of ADAPTER: chat JSONL.")
 @click.option("--on", metavar="FILE", help="Other data: adds the effect of each row on the loss there.")
-@click.option(
-    "--by", type=click.Choice(_SCORES), default="sensitivity", show_default=True, help="Score that ranks the rows."
-)
+@options.option("--by", type=click.Choice(_SCORES), default="sensitivity", help="Score that ranks the rows.")
 @click.option("--keep", type=float, metavar="SHARE", help="Write --data without the most suspicious rows to --output.")
 @click.option("--scores", metavar="FILE", help="Scores that an earlier run wrote with --output, instead of new ones.")
-@limit_option
-@model_options
-@click.option(
-    "--output", "-o", metavar="FILE", help="JSONL for the scores of every row, or with --keep for the rows that stay."
+@options.limit_option
+@options.model_options
+@options.output_options(
+    None, "JSONL for the scores of every row, or with --keep for the rows that stay.", metavar="FILE"
 )
-@click.option("--overwrite", is_flag=True, help="Replace the target if it exists.")
-@json_and_quiet
-@output_as_one
-@as_one("selection", Selection, "by", "keep", "scores", "limit")
 def command(
-    adapter: str, data: str, on: str | None, selection: Selection, output: OutputOptions, loading: Loading
+    adapter: str,
+    data: str,
+    on: str | None,
+    by: str,
+    keep: float | None,
+    scores: str | None,
+    limit: int | None,
+    loading: Loading,
+    output: options.OutputOptions,
 ) -> None:
     """Score how each training row shaped the adapter.
 
@@ -104,8 +70,16 @@ def command(
     from axolotl_ivon.records.influence import load
     from axolotl_ivon.storage.atomic import check_file
 
-    selection.check(on, output.output)
-    by, keep, scores = selection.by, selection.keep, selection.scores
+    if keep is not None:
+        ranking.check_keep(keep)
+        if limit is not None:
+            raise IVONError(f"--keep {keep:g} needs the scores of every row; leave --limit out")
+        if output.output is None:
+            raise IVONError(f"--keep {keep:g} writes the rows that stay; name a file for them with --output")
+    elif scores:
+        raise IVONError(f"--scores {scores} are used only with --keep, the share of rows that stay; give both")
+    if scores and on:
+        raise IVONError(f"--on {on}: --scores has the effect on it, or has not; leave one of them out")
     rows = load(scores, "scores") if scores else None
     with_on = any(row.on is not None for row in rows) if rows else on is not None
     ranking.check_by(by, with_on)
@@ -118,7 +92,7 @@ def command(
     summary: dict[str, Any] = {}
     if rows is None:
         with output.progress() as progress:
-            result = compute(adapter, data, on, limit=selection.limit, loading=loading, reporter=progress)
+            result = compute(adapter, data, on, limit=limit, loading=loading, reporter=progress)
         rows, summary = result.rows, result.summary
     else:
         ranking.check_same(rows, str(scores), data)

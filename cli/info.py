@@ -6,15 +6,15 @@ from typing import Any
 
 import click
 
-from ._options import Sectioned, Terminal, adapter_argument, terminal_options
+from . import _options as options
 from ._tables import as_number, emit, number, print_facts, print_table
 
 
-@click.command("info", cls=Sectioned)
-@adapter_argument
-@click.option("--ratio", type=float, default=0.1, show_default=True, help="Pruning ratio whose effect is shown.")
-@terminal_options
-def command(adapter: str, ratio: float, terminal: Terminal) -> None:
+@click.command("info", cls=options.Sectioned)
+@options.adapter_argument
+@options.option("--ratio", type=float, default=0.1, help="Pruning ratio whose effect is shown.")
+@options.terminal_options
+def command(adapter: str, ratio: float, terminal: options.Terminal) -> None:
     """Show what is in an adapter.
 
     ADAPTER is a PEFT folder, a checkpoint or a Hub id. Prints for every module and for the whole adapter the median
@@ -29,7 +29,13 @@ def command(adapter: str, ratio: float, terminal: Terminal) -> None:
         facts["header"] = {name: as_number(value) for name, value in facts["header"].items()}
         emit(facts)
         return
-    _print_modules(facts)
+    columns = ["module", "weights"]
+    lines = [[row["module"], f"{row['weights']:,}"] for row in facts["modules"]]
+    if facts["posterior"]:
+        columns += ["median σ", "median |m|/σ", f"pruned at {facts['prune_ratio']:g}"]
+        for line, row in zip(lines, facts["modules"], strict=True):
+            line += [number(row["sigma_median"]), number(row["snr_median"]), f"{row['pruned']:.1%}"]
+    print_table(columns, lines)
     own = {
         "adapter": facts["adapter"],
         "base model": str(facts["base_model"]),
@@ -39,7 +45,12 @@ def command(adapter: str, ratio: float, terminal: Terminal) -> None:
     }
     print_facts(own | facts["header"])
     if facts["posterior"]:
-        _print_quantiles(facts)
+        names = {"0": "min", "0.5": "median", "1": "max"}
+        columns = [names.get(quantile, f"{float(quantile):.0%}") for quantile in facts["sigma"]]
+        rows = {"σ": facts["sigma"], "|m|/σ": facts["snr"]}
+        print_table(["", *columns], [[name, *map(number, values.values())] for name, values in rows.items()])
+        by = f"{facts['prune_ratio']:g} by {facts['prune_criterion']}"
+        click.echo(f"{facts['would_prune']:,} weights are 0 after pruning {by}\n")
         _print_histogram(facts["snr_histogram"])
         terminal.suggest("ivon-post", "eval", adapter, "--data", "FILE.jsonl")
     else:
@@ -49,36 +60,15 @@ def command(adapter: str, ratio: float, terminal: Terminal) -> None:
         terminal.suggest("ivon-post", "merge", adapter)
 
 
-def _print_modules(facts: dict[str, Any]) -> None:
-    columns = ["module", "weights"]
-    rows = [[row["module"], f"{row['weights']:,}"] for row in facts["modules"]]
-    if facts["posterior"]:
-        columns += ["median σ", "median |m|/σ", f"pruned at {facts['prune_ratio']:g}"]
-        for line, row in zip(rows, facts["modules"], strict=True):
-            line += [number(row["sigma_median"]), number(row["snr_median"]), f"{row['pruned']:.1%}"]
-    print_table(columns, rows)
-
-
-def _print_quantiles(facts: dict[str, Any]) -> None:
-    names = {"0": "min", "0.5": "median", "1": "max"}
-    columns = [names.get(q, f"{float(q):.0%}") for q in facts["sigma"]]
-    rows = {"σ": facts["sigma"], "|m|/σ": facts["snr"]}
-    print_table(["", *columns], [[name, *map(number, values.values())] for name, values in rows.items()])
-    click.echo(
-        f"{facts['would_prune']:,} weights are 0 after pruning {facts['prune_ratio']:g} by {facts['prune_criterion']}\n"
-    )
-
-
 def _print_histogram(histogram: dict[str, list[Any]]) -> None:
     """Draw the counts between powers of ten as bars."""
-    edges, counts = histogram["log10_edges"], histogram["counts"]
-    labels = ["", *(f"{10**edge:.3g}" for edge in edges)]
+    counts = histogram["counts"]
+    labels = ["0", *(f"{10**edge:.3g}" for edge in histogram["log10_edges"])]
     filled = [i for i, count in enumerate(counts) if count]
     if not filled:
         return
-    most, total = max(counts), sum(counts)
     click.echo("|m|/σ from")
     for i in range(filled[0], filled[-1] + 1):
-        eighths = round(counts[i] / most * 40 * 8)
+        eighths = round(counts[i] / max(counts) * 40 * 8)
         bar = "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
-        click.echo(f"{labels[i] or '0':>10} {bar:<40} {counts[i] / total:6.1%}")
+        click.echo(f"{labels[i]:>10} {bar:<40} {counts[i] / sum(counts):6.1%}")

@@ -10,23 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import OutputOptions, Sectioned, answer_option, as_one, choice_option, output_options, risk_options
+from . import _options as options
 from ._progress import Progress
 from ._tables import decimal, percent, print_table
 
 if TYPE_CHECKING:
-    from axolotl_ivon.decisions.abstention import Abstention
     from axolotl_ivon.generation.mbr import MBRResult, MBRSettings
 
 
-@click.command("mbr", cls=Sectioned)
+@click.command("mbr", cls=options.Sectioned)
 @click.argument("files", metavar="[LABEL=]FILE...", nargs=-1, required=True)
-@choice_option(
+@options.choice_option(
     "--utility",
     ["exact", "bleu", "chrf", "rouge", "bertscore"],
     "How well two outputs agree. exact: their answers are equal, which makes a majority vote.",
 )
-@answer_option
+@options.answer_option
 @click.option(
     "--embedding-model",
     metavar="MODEL",
@@ -35,16 +34,16 @@ if TYPE_CHECKING:
 )
 @click.option("--fields", metavar="A,B.C", help="Fields of JSON answers that get a confidence of their own.")
 @click.option("--recommended", metavar="FILE", help="Abstain below the threshold of a recommended.json.")
-@risk_options("half of the prompts certify it, the others propose it, and all need references")
-@output_options("FILE-mbr")
-@as_one("comparison", dict, "utility", "answer_regex", "embedding_model", "fields")
+@options.risk_options("half of the prompts certify it, the others propose it, and all need references")
+@options.output_options("FILE-mbr")
+@options.as_one("comparison", dict, "utility", "answer_regex", "embedding_model", "fields")
 def command(
     files: tuple[str, ...],
     comparison: dict[str, Any],
     recommended: str | None,
     risk: float | None,
     confidence: float,
-    output: OutputOptions,
+    output: options.OutputOptions,
 ) -> None:
     """Choose one output per prompt by minimum Bayes risk.
 
@@ -65,6 +64,10 @@ def command(
       ivon-post mbr validation.jsonl -a gsm8k --risk 0.05 -o chosen
       ivon-post mbr test.jsonl -a gsm8k --recommended chosen/recommended.json
     """
+    import numpy as np
+
+    from axolotl_ivon.decisions.abstention import certify
+    from axolotl_ivon.errors import IVONError
     from axolotl_ivon.generation.fields import check_outputs
     from axolotl_ivon.generation.mbr import check_output, label_files, mbr, save_choices
     from axolotl_ivon.generation.nbest import read_nbest, read_source
@@ -93,7 +96,11 @@ def command(
         results = {label: mbr(nbests, settings, progress) for label, nbests in lists.items()}
         if risk is not None:
             [(label, result)] = results.items()
-            promise = _promise(result, paths[label], risk, confidence)
+            if not result.right:
+                fix = "has prompts without a reference, and so nothing tells which choices are wrong"
+                raise IVONError(f"--risk: {paths[label]} {fix}")
+            confidences = np.array([choice.uncertainty.confidence for choice in result.choices])
+            promise = certify(confidences, np.array(result.right), risk, confidence)
             threshold = promise.threshold
         if threshold is not None:
             results = {label: result.abstaining(threshold) for label, result in results.items()}
@@ -181,19 +188,6 @@ def _recommended(path: str, sources: Mapping[str, dict[str, Any] | None], progre
     return recommendation.threshold, recommendation.temperature
 
 
-def _promise(result: MBRResult, path: str, risk: float, confidence: float) -> Abstention:
-    """Return the threshold that promises the risk."""
-    import numpy as np
-
-    from axolotl_ivon.decisions.abstention import certify
-    from axolotl_ivon.errors import IVONError
-
-    if not result.right:
-        raise IVONError(f"--risk: {path} has prompts without a reference, and so nothing tells which choices are wrong")
-    confidences = np.array([choice.uncertainty.confidence for choice in result.choices])
-    return certify(confidences, np.array(result.right), risk, confidence)
-
-
 def _print_accuracy(results: dict[str, MBRResult], utility: str) -> None:
     """Print a row for each file: accuracy of one output, of the choice among n, and the AUROC of disagreement."""
     numbers = sorted({point.n for result in results.values() for point in result.curve})
@@ -214,16 +208,10 @@ def _print_accuracy(results: dict[str, MBRResult], utility: str) -> None:
     print_table(heads, lines)
 
 
-_MEASURES = {
-    "confidence": "confidence",
-    "semantic_entropy": "semantic entropy",
-    "expected_entropy": " within draws (expected)",
-    "mutual_information": " between draws (mutual)",
-}
-
-
 def _print_uncertainty(results: dict[str, MBRResult]) -> None:
     """Print how well each measure tells the wrong choices, what is answered, and the fields, where there are any."""
+    names = {"confidence": "confidence", "semantic_entropy": "semantic entropy"}
+    names |= {"expected_entropy": " within draws (expected)", "mutual_information": " between draws (mutual)"}
     measures: list[list[str]] = []
     fields: list[list[str]] = []
     for label, result in results.items():
@@ -232,9 +220,8 @@ def _print_uncertainty(results: dict[str, MBRResult]) -> None:
         if result.fields:
             fields.append([label])
         for name, figures in result.uncertainty.items():
-            measures.append(
-                [f" {_MEASURES[name]}", *(decimal(figures[key]) for key in ("mean", "auroc", "aurc", "prr"))]
-            )
+            values = [decimal(figures[key]) for key in ("mean", "auroc", "aurc", "prr")]
+            measures.append([f" {names[name]}", *values])
         for path, figures in result.fields.items():
             shares = [percent(figures[key]) for key in ("confidence", "missing", "unparsable", "accuracy")]
             fields.append([f" {path}", *shares, decimal(figures["auroc"])])

@@ -6,36 +6,25 @@ import click
 
 from axolotl_ivon.models import DTYPES
 
-from ._options import (
-    OutputOptions,
-    PosteriorOptions,
-    Sectioned,
-    adapter_argument,
-    base_model_option,
-    output_options,
-    point_options,
-)
+from . import _options as options
 
 
-@click.command("merge", cls=Sectioned)
-@adapter_argument
+@click.command("merge", cls=options.Sectioned)
+@options.adapter_argument
 @click.option(
     "--sample-seed", type=int, metavar="K", help="Merge a draw instead of the mean: member 0 of `sample --seed K`."
 )
-@point_options(
-    "Temperature of that draw; see `temper`.  [default: 1]",
-    "Share of weights to prune first; see `prune`.  [default: 0]",
-)
-@base_model_option
+@options.point_options(tau="Temperature of that draw; see `temper`.  [default: 1]")
+@options.base_model_option
 @click.option("--dtype", type=click.Choice(DTYPES), help="Dtype of the merged model.  [default: the base model's]")
-@output_options("ADAPTER-merged, beside ADAPTER")
+@options.output_options("ADAPTER-merged, beside ADAPTER")
 def command(
     adapter: str,
     sample_seed: int | None,
-    point: PosteriorOptions,
-    output: OutputOptions,
+    point: options.PosteriorOptions,
     base_model: str | None,
     dtype: str | None,
+    output: options.OutputOptions,
 ) -> None:
     """Merge an adapter into its base model.
 

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ._options import (
-    OutputOptions,
-    PosteriorOptions,
-    Sectioned,
-    adapter_argument,
-    choice_option,
-    output_options,
-    recommended_option,
-)
+from . import _options as options
 
 
 def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -21,29 +13,28 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     return [name for name in criteria() if name.startswith(incomplete)]
 
 
-@click.command("prune", cls=Sectioned)
-@adapter_argument
+@click.command("prune", cls=options.Sectioned)
+@options.adapter_argument
 @click.option("--ratio", type=float, help="Share of all weights that are 0 afterwards.  [default: 0.1]")
-@click.option(
+@options.option(
     "--criterion",
     default="snr",
-    show_default=True,
     shell_complete=_complete,
     help="Which weights go first: the smallest |m|/σ (snr), the largest σ (sigma), the smallest |m| (magnitude), "
     "random ones (random), or those of a plugin's criterion.",
 )
-@choice_option(
+@options.choice_option(
     "--scope", ["adapter", "tensor"], "Rank the weights of the whole adapter, or prune the same share of every tensor."
 )
-@recommended_option("the ratio")
-@output_options("ADAPTER-pruned-RATIO, beside ADAPTER")
+@options.recommended_option("the ratio")
+@options.output_options("ADAPTER-pruned-RATIO, beside ADAPTER")
 def command(
     adapter: str,
     ratio: float | None,
     criterion: str,
     scope: str,
     recommended: str | None,
-    output: OutputOptions,
+    output: options.OutputOptions,
 ) -> None:
     """Set the least certain weights to 0.
 
@@ -53,7 +44,7 @@ def command(
     from axolotl_ivon.posterior.posterior import Posterior
     from axolotl_ivon.posterior.prune import Pruning
 
-    _, share = PosteriorOptions(recommended, ratio=ratio).settings(adapter, default_ratio=0.1)
+    _, share = options.PosteriorOptions(recommended, ratio=ratio).settings(adapter, default_ratio=0.1)
     Pruning(share, criterion, scope)  # refuses what is unknown or out of range, before anything is read
     path = output.target([adapter], f"pruned-{share:g}")
     with output.progress() as progress:

@@ -7,31 +7,25 @@ from pathlib import Path
 
 import click
 
-from ._options import OutputOptions, PosteriorOptions, Renamed, Sectioned, adapter_argument, output_options
+from . import _options as options
 
 
-@click.command("report", cls=Sectioned)
-@adapter_argument
+@click.command("report", cls=options.Sectioned)
+@options.adapter_argument
 @click.option(
-    "--eval",
-    cls=Renamed,
-    formerly=["--results"],
-    metavar="FILE",
+    "--eval", cls=options.Renamed, formerly=["--results"], metavar="FILE",
     help="Evaluation that `ivon-post eval --json` printed.",
-)
+)  # fmt: skip
 @click.option(
     "--examples", metavar="FILE", help="Examples that the same `eval` wrote with -o.  [default: what --eval names]"
 )
 @click.option(
-    "--sweep",
-    cls=Renamed,
-    formerly=["--recommended"],
-    metavar="FILE",
+    "--sweep", cls=options.Renamed, formerly=["--recommended"], metavar="FILE",
     help="Recommendation of `ivon-post sweep`: recommended.json.",
-)
+)  # fmt: skip
 @click.option("--influence", metavar="FILE", help="Scores that `ivon-post influence` wrote with -o.")
 @click.option("--data", "-d", multiple=True, metavar="FILE", help="Data to evaluate on, without --eval. Repeatable.")
-@output_options("ADAPTER-report.html", overwrite="Replace that file.", metavar="FILE")
+@options.output_options("ADAPTER-report.html", overwrite="Replace that file.", metavar="FILE")
 def command(
     adapter: str,
     eval: str | None,
@@ -39,7 +33,7 @@ def command(
     sweep: str | None,
     influence: str | None,
     data: tuple[str, ...],
-    output: OutputOptions,
+    output: options.OutputOptions,
 ) -> None:
     """Write one HTML page about an adapter.
 
@@ -62,8 +56,8 @@ def command(
     from axolotl_ivon.evaluation.variants import VariantChoice
     from axolotl_ivon.posterior.posterior import Posterior
     from axolotl_ivon.report.findings import Findings
-    from axolotl_ivon.report.page import page, save
-    from axolotl_ivon.storage.atomic import check_file
+    from axolotl_ivon.report.page import page
+    from axolotl_ivon.storage.atomic import check_file, new_file
 
     if eval and data:
         raise IVONError("--eval is evaluated already; leave --data out")
@@ -73,11 +67,12 @@ def command(
         files = (Path(file) if file else None for file in (eval, examples, sweep, influence))
         findings = Findings.read(Posterior.from_pretrained(adapter, progress).metadata, *files)
         if data:
-            tau, ratio = PosteriorOptions(sweep).settings(adapter)
+            tau, ratio = options.PosteriorOptions(sweep).settings(adapter)
             names = ["base", "mean", "posterior", *(["mean-pruned", "posterior-pruned"] if ratio else [])]
             choice = VariantChoice(names, tau, ratio, findings.sweep)
             evaluated = run(adapter, EvaluationData(data), choice, reporter=progress)
             findings = replace(findings, evaluation=evaluated.record, examples=list(evaluated.examples()))
         progress.begin("drawing")
-        save(path, page(adapter, findings))
+        with new_file(path) as temporary:
+            temporary.write_text(page(adapter, findings), encoding="utf-8")
     output.finish({"output": str(path)}, path, then=["ivon-post", "card", adapter])

@@ -3,46 +3,34 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import click
 
-from ._options import (
-    OutputOptions,
-    PosteriorOptions,
-    Sectioned,
-    adapter_argument,
-    output_options,
-    point_options,
-    seed_option,
-)
+from . import _options as options
 
 _LARGE = 10**9  # bytes; a larger ensemble is announced before it is written
 
 
-@click.command("sample", cls=Sectioned)
-@adapter_argument
-@click.option("-n", "members", type=int, default=8, show_default=True, help="Number of adapters to draw.")
-@seed_option("Seed of the draws. Member k depends only on the seed and k, on every machine.")
-@point_options(
-    "Temperature of the posterior; see `temper`.  [default: 1]",
-    "Share of weights to prune first; see `prune`.  [default: 0]",
-)
+@click.command("sample", cls=options.Sectioned)
+@options.adapter_argument
+@options.option("-n", "members", type=int, default=8, help="Number of adapters to draw.")
+@options.seed_option("Seed of the draws. Member k depends only on the seed and k, on every machine.")
+@options.point_options()
 @click.option("--include-mean", is_flag=True, help="Make the mean the first member.")
 @click.option(
     "--serve",
     type=click.Choice(["vllm"]),
     help="Also write serve.sh, which serves every member, and print its command.",
 )
-@output_options("ADAPTER-samples-N, beside ADAPTER")
+@options.output_options("ADAPTER-samples-N, beside ADAPTER")
 def command(
     adapter: str,
     members: int,
     seed: int,
-    point: PosteriorOptions,
+    point: options.PosteriorOptions,
+    include_mean: bool,
     serve: str | None,
-    output: OutputOptions,
-    **options: Any,
+    output: options.OutputOptions,
 ) -> None:
     """Draw an ensemble of adapters from a posterior.
 
@@ -59,7 +47,7 @@ def command(
     from axolotl_ivon.posterior.sample import EnsemblePlan, sample
     from axolotl_ivon.storage.atomic import in_bytes
 
-    plan = EnsemblePlan(members, seed, **options)
+    plan = EnsemblePlan(members, seed, include_mean=include_mean)
     tau, ratio = point.settings(adapter)
     path = output.target([adapter], f"samples-{members}")
     with output.progress() as progress:

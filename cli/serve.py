@@ -7,20 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._options import (
-    PosteriorOptions,
-    Sectioned,
-    Terminal,
-    adapter_argument,
-    add_all,
-    answer_option,
-    as_one,
-    choice_option,
-    decision,
-    model_options,
-    point_options,
-    terminal_options,
-)
+from . import _options as options
 
 if TYPE_CHECKING:
     from axolotl_ivon.models.session import Loading
@@ -31,28 +18,23 @@ _SECTIONS = {
     "Server": {"host", "port", "name", "max_tokens"},
     "In front of vLLM": {"endpoints", "combine", "answer_regex"},
 }
-_server_options = add_all(
-    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key."),
-    click.option(
-        "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0: any free one."
-    ),
+_server_options = options.add_all(
+    options.option("--host", default="127.0.0.1", help="Address to listen on; others need a key."),
+    options.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port; 0: any free one."),
     click.option("--name", help="Name of the model that answers.  [default: the name of ADAPTER]"),
-    click.option("--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Tokens per answer."),
+    options.option("--max-tokens", type=click.IntRange(1), default=2048, help="Tokens per answer."),
     click.option("--max-queue", type=click.IntRange(0), hidden=True),
     click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, hidden=True),
 )
-_local_options = add_all(
+_local_options = options.add_all(
     click.option(
         "--samples", "-n", type=click.IntRange(1, 9999), help="Number of draws to average.  [default: 8, or all served]"
     ),
     click.option("--seed", type=int, help="Seed of the draws, as for `sample --seed`.  [default: 0]"),
-    point_options(
-        "Temperature of the posterior; see `temper`.  [default: 1]",
-        "Share of weights to prune first; see `prune`.  [default: 0]",
-    ),
-    model_options,
+    options.point_options(),
+    options.model_options,
 )
-_proxy_options = add_all(
+_proxy_options = options.add_all(
     click.option(
         "--endpoint",
         "endpoints",
@@ -60,35 +42,35 @@ _proxy_options = add_all(
         metavar="URL",
         help="Ask the OpenAI-compatible server URL, which serves the members of the ensemble ADAPTER; repeatable.",
     ),
-    choice_option(
+    options.choice_option(
         "--combine",
         ["exact", "bleu", "chrf", "rouge", "bertscore", "rescore"],
         "With --endpoint: the answer that others agree with most, by a utility of `mbr`; or the one of the largest "
         "average probability (rescore).",
     ),
-    answer_option,
+    options.answer_option,
     click.option("--candidates", type=click.IntRange(1, 64), default=4, hidden=True),
     click.option("--concurrency", type=click.IntRange(1), default=256, hidden=True),
 )
 
 
-@click.command("serve", cls=Sectioned, sections=_SECTIONS)
-@adapter_argument
+@click.command("serve", cls=options.Sectioned, sections=_SECTIONS)
+@options.adapter_argument
 @_server_options
 @_local_options
 @_proxy_options
-@terminal_options
-@as_one("server", dict, "host", "port", "name", "max_tokens", "max_queue", "timeout")
-@as_one("draws", dict, "samples", "seed")
-@as_one("proxied", dict, "endpoints", "combine", "answer_regex", "candidates", "concurrency")
+@options.terminal_options
+@options.as_one("server", dict, "host", "port", "name", "max_tokens", "max_queue", "timeout")
+@options.as_one("draws", dict, "samples", "seed")
+@options.as_one("proxied", dict, "endpoints", "combine", "answer_regex", "candidates", "concurrency")
 def command(
     adapter: str,
     server: dict[str, Any],
     draws: dict[str, Any],
-    point: PosteriorOptions,
+    point: options.PosteriorOptions,
     loading: Loading,
     proxied: dict[str, Any],
-    terminal: Terminal,
+    terminal: options.Terminal,
 ) -> None:
     """Serve an adapter through an OpenAI-compatible API.
 
@@ -111,7 +93,7 @@ def command(
 
     host, api_key = server["host"], os.environ.get(KEY_VARIABLE)
     check_key(host, api_key)
-    decided, endpoints = decision(point.recommended), proxied.pop("endpoints")
+    decided, endpoints = options.decision(point.recommended), proxied.pop("endpoints")
     max_queue = server["max_queue"]
     if max_queue is None:
         max_queue = 256 if endpoints else 32

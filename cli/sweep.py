@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +11,7 @@ from click.core import ParameterSource
 
 from axolotl_ivon.storage.format import file_names
 
-from ._options import (
-    Command,
-    Numbers,
-    OutputOptions,
-    Sectioned,
-    as_one,
-    choice_option,
-    data_options,
-    evaluation_data,
-    output_as_one,
-    risk_options,
-)
+from . import _options as options
 from ._tables import decimal, is_wide, percent, print_table
 
 if TYPE_CHECKING:
@@ -33,27 +21,26 @@ if TYPE_CHECKING:
     from axolotl_ivon.records.recommendation import GridPoint, Recommendation
 
 
-def _grid_option(name: str, default: str, text: str) -> Callable[[Command], Command]:
-    kind, plural = Numbers(), f"{name}s"
-    return click.option(f"--{name}", plural, type=kind, multiple=True, default=[default], show_default=True, help=text)
+_grid: dict[str, Any] = {"type": options.numbers, "multiple": True}
 
 
-@click.command("sweep", cls=Sectioned)
+@click.command("sweep", cls=options.Sectioned)
 @click.argument("adapters", metavar="ADAPTER…", nargs=-1, required=True)
 @click.option(
     "--combine", is_flag=True, help="Sweep the weights of several ADAPTERs in their product (`combine --weights`)."
 )
-@data_options
-@_grid_option("tau", "0.25,0.5,1,2,4,inf", "Temperatures to try, with commas between; inf is the mean.")
-@_grid_option("ratio", "0,0.1,0.3", "Pruning ratios to try, with commas between.")
-@choice_option("--objective", ["nll", "ece", "accuracy", "brier"], "Metric by which a point is chosen.")
-@risk_options("half of the data certifies it, a quarter chooses and a quarter reports")
-@click.option("--output", "-o", metavar="DIR", help="Where to write.  [default: ADAPTER-sweep, or ADAPTER-weights]")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier sweep in the target.")
-@output_as_one
-@as_one("files", evaluation_data, "data", "task", "choices", "limit")
-@as_one("grid", dict, "taus", "ratios")
-@as_one("aim", dict, "objective", "risk", "confidence")
+@options.data_options
+@options.option(
+    "--tau", "taus", **_grid, default=["0.25,0.5,1,2,4,inf"],
+    help="Temperatures to try, with commas between; inf is the mean.",
+)  # fmt: skip
+@options.option("--ratio", "ratios", **_grid, default=["0,0.1,0.3"], help="Pruning ratios to try, with commas between.")
+@options.choice_option("--objective", ["nll", "ece", "accuracy", "brier"], "Metric by which a point is chosen.")
+@options.risk_options("half of the data certifies it, a quarter chooses and a quarter reports")
+@options.output_options("ADAPTER-sweep, or ADAPTER-weights", overwrite="Replace an earlier sweep in the target.")
+@options.as_one("files", options.evaluation_data, "data", "task", "choices", "limit")
+@options.as_one("grid", dict, "taus", "ratios")
+@options.as_one("aim", dict, "objective", "risk", "confidence")
 def command(
     adapters: tuple[str, ...],
     combine: bool,
@@ -61,7 +48,7 @@ def command(
     grid: dict[str, tuple[tuple[float, ...], ...]],
     aim: dict[str, Any],
     sampling: Sampling,
-    output: OutputOptions,
+    output: options.OutputOptions,
     loading: Loading,
 ) -> None:
     """Choose temperature and pruning ratio on data.
@@ -134,7 +121,7 @@ def _sweep_weights(
     files: EvaluationData,
     objective: str,
     sampling: Sampling,
-    output: OutputOptions,
+    output: options.OutputOptions,
     loading: Loading,
 ) -> None:
     """Sweep over the weights of a product."""

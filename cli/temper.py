@@ -6,15 +6,15 @@ import math
 
 import click
 
-from ._options import OutputOptions, PosteriorOptions, Sectioned, adapter_argument, output_options, recommended_option
+from . import _options as options
 
 
-@click.command("temper", cls=Sectioned)
-@adapter_argument
+@click.command("temper", cls=options.Sectioned)
+@options.adapter_argument
 @click.option("--tau", type=float, help="Temperature above 0; inf gives the mean.  [required, unless --recommended]")
-@recommended_option("the temperature")
-@output_options("ADAPTER-tau-TAU, beside ADAPTER")
-def command(adapter: str, tau: float | None, recommended: str | None, output: OutputOptions) -> None:
+@options.recommended_option("the temperature")
+@options.output_options("ADAPTER-tau-TAU, beside ADAPTER")
+def command(adapter: str, tau: float | None, recommended: str | None, output: options.OutputOptions) -> None:
     """Make a posterior narrower or wider.
 
     Divides σ of ADAPTER by √τ: at τ = 1 the posterior is as it is, above 1 it is narrower, at inf it is the mean alone.
@@ -28,7 +28,7 @@ def command(adapter: str, tau: float | None, recommended: str | None, output: Ou
 
     if tau is None and recommended is None:
         raise IVONError("there is no temperature; give --tau, or --recommended")
-    value, _ = PosteriorOptions(recommended, tau).settings(adapter)
+    value, _ = options.PosteriorOptions(recommended, tau).settings(adapter)
     path = output.target([adapter], f"tau-{value:g}")
     with output.progress() as progress:
         source = Posterior.from_pretrained(adapter, progress)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest
 
 from axolotl_ivon.noise import generator, normals, quantiles, random_bits, training_noise
 
@@ -41,11 +42,8 @@ def test_moments_are_those_of_the_normal_distribution(draw: Draw):
 
 @both
 def test_distribution_is_normal_by_kolmogorov_and_smirnov(draw: Draw):
-    x = np.sort(draw(100_000, "test", 1)).astype(np.float64)
-    expected = np.array([NormalDist().cdf(value) for value in x])
-    steps = np.arange(1, x.size + 1) / x.size
-    distance = max(np.abs(steps - expected).max(), np.abs(steps - 1 / x.size - expected).max())
-    assert distance < 1.95 / math.sqrt(x.size)  # the quantile of the statistic at 0.999
+    x = draw(100_000, "test", 1).astype(np.float64)
+    assert kstest(x, "norm").statistic < 1.95 / math.sqrt(x.size)  # the quantile of the statistic at 0.999
 
 
 @both
@@ -67,18 +65,10 @@ def test_neighbours_are_independent(draw: Draw):
 
 def test_values_never_change():
     # Ensembles that people drew must come out the same in every later version, on every machine.
-    expected = [
-        1.1056036949157715,
-        1.0806097984313965,
-        -1.6353144645690918,
-        0.3650926947593689,
-        1.8910185098648071,
-        0.22205126285552979,
-    ]
+    expected = [1.1056036949157715, 1.0806097984313965, -1.6353144645690918]
+    expected += [0.3650926947593689, 1.8910185098648071, 0.22205126285552979]
     np.testing.assert_array_equal(normals(6, "draw", 0, 0, "a"), np.array(expected, np.float32))
-
-
-def test_a_shorter_stream_is_the_beginning_of_a_longer_one():
+    # A shorter stream is the beginning of a longer one.
     np.testing.assert_array_equal(normals(100_001, "a")[:40_003], normals(40_003, "a"))
 
 

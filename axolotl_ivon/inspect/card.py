@@ -62,8 +62,14 @@ def add_results(
     Raises:
         IVONError: a file cannot be read, is no such file, or is another adapter's.
     """
-    header, config = _posterior(folder)
-    text = with_posterior(read_card(folder), header, config)
+    if not folder.is_dir():
+        raise IVONError(f"{folder}: no such folder here; a card is edited in a folder (`hf download` fetches one)")
+    adapter = Adapter(folder)
+    if adapter.sigma is None:
+        raise IVONError(f"{folder} has no {SIGMA_FILE}, so its card has no posterior to describe")
+    adapter.check_pair()
+    header = adapter.metadata
+    text = with_posterior(read_card(folder), header, adapter.config)
     lines: list[str] = []
     entries, eval_results = None, {}
     if results is not None:
@@ -90,17 +96,6 @@ def add_results(
     return files
 
 
-def _posterior(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the header of σ and the configuration of the adapter in `folder`, whose two files belong together."""
-    if not folder.is_dir():
-        raise IVONError(f"{folder}: no such folder here; a card is edited in a folder (`hf download` fetches one)")
-    adapter = Adapter(folder)
-    if adapter.sigma is None:
-        raise IVONError(f"{folder} has no {SIGMA_FILE}, so its card has no posterior to describe")
-    adapter.check_pair()
-    return adapter.metadata, adapter.config
-
-
 def _dataset_ids(files: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
     """Return the Hub's data set of each file, or the file's name."""
     named = param_ref("datasets")
@@ -119,6 +114,12 @@ def measured(value: float | None, error: float | None, factor: int, digits: int)
     if value is None:
         return "–"
     return f"{factor * value:.{digits}f}" + (f" ± {factor * error:.{digits}f}" if error is not None else "")
+
+
+def promised(recommendation: Recommendation) -> tuple[str, str, str]:
+    """Return risk, confidence and coverage of a threshold, in percent."""
+    risk, coverage = (measured(value, None, 100, 1) for value in (recommendation.risk, recommendation.coverage))
+    return risk, measured(recommendation.confidence, None, 100, 0), coverage
 
 
 def metrics_table(evaluation: EvaluationRecord) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -172,10 +173,7 @@ def _recommendation(found: Recommendation) -> list[str]:
         + (f" Why: {escape(found.verdict.text)}." if found.verdict and found.verdict.text else "")
     ]
     if found.threshold is not None and found.score == "probability":
-        risk, confidence, coverage = (
-            measured(value, None, 100, digits)
-            for value, digits in ((found.risk, 1), (found.confidence, 0), (found.coverage, 1))
-        )
+        risk, confidence, coverage = promised(found)
         lines += [
             "",
             f"Answer where the confidence is at least {found.threshold:.3f}, and hand over otherwise: then at most "

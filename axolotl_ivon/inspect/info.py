@@ -51,16 +51,13 @@ def describe(
         "header": dict(sorted(adapter.metadata.items())),
     }
     if adapter.sigma is None:
-        return summary | {
-            "modules": [
-                {"module": name, "weights": sum(map(adapter.mean.size, keys))}
-                for name, keys in modules(adapter.mean).items()
-            ]
-        }
+        sizes = {name: sum(map(adapter.mean.size, keys)) for name, keys in modules(adapter.mean).items()}
+        return summary | {"modules": [{"module": name, "weights": size} for name, size in sizes.items()]}
     posterior = Posterior.from_pretrained(path_or_hub_id, reporter)
     noisy, sigma, snr = 0, np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
     rows = []
-    pruned = posterior.prune(ratio, criterion, reporter=reporter).pruned() if _has_noise(posterior) else {}
+    has_noise = any(posterior.sigma.each(lambda key: bool(posterior.sigma.raw(key).any())).values())
+    pruned = posterior.prune(ratio, criterion, reporter=reporter).pruned() if has_noise else {}
     for name, keys in modules(posterior.mean).items():
         s = np.concatenate([posterior.sigma.raw(key).reshape(-1) for key in keys])
         m = np.concatenate([posterior.mean.float32(key).reshape(-1) for key in keys])
@@ -92,10 +89,6 @@ def describe(
         "would_prune": sum(pruned.values()),
         "modules": rows,
     }
-
-
-def _has_noise(posterior: Posterior) -> bool:
-    return any(posterior.sigma.each(lambda key: bool(posterior.sigma.raw(key).any())).values())
 
 
 def _median(values: np.ndarray) -> float | None:

@@ -78,13 +78,19 @@ class IVONLoRAPlugin(BasePlugin):
             ConfigError: naming the key, its value and the fix.
         """
         if cfg.get("optimizer") != OPTIMIZER:
-            _warn_of_keys_without_effect(cfg)
+            if keys := [str(key) for key in cfg if str(key).startswith("ivon_") and cfg[key] is not None]:
+                used = f"optimizer: {cfg['optimizer']}" if cfg.get("optimizer") else "the default optimizer"
+                LOG.warning("%s: no effect with %s, only with optimizer: %s", ", ".join(keys), used, OPTIMIZER)
             return
-        _show_the_log()
+        # Log at axolotl's level; by default it only passes warnings.
+        ours = logging.getLogger(__name__.partition(".")[0])
+        if ours.level == logging.NOTSET:
+            ours.setLevel(logging.getLogger("axolotl").getEffectiveLevel())
         with _refused_by_key():
             given = check_values(cfg)
             _check_setting(cfg)
-            _check_prior(cfg, prior_folder(given.get("ivon_prior")))
+            if folder := prior_folder(given.get("ivon_prior")):
+                _check_prior(cfg, folder)
         preset = PRESETS[{**DEFAULTS, **given}["ivon_preset"]]
         if preset.travel is not None and not cfg.get("learning_rate"):
             cfg["learning_rate"] = 0.0
@@ -132,24 +138,8 @@ class IVONLoRAPlugin(BasePlugin):
             log_verdict(self._verdict)
 
 
-def _show_the_log() -> None:
-    """Log at axolotl's level; by default it only passes warnings."""
-    ours = logging.getLogger(__name__.partition(".")[0])
-    if ours.level == logging.NOTSET:
-        ours.setLevel(logging.getLogger("axolotl").getEffectiveLevel())
-
-
-def _warn_of_keys_without_effect(cfg: Mapping[str, Any]) -> None:
-    keys = [str(key) for key in cfg if str(key).startswith("ivon_") and cfg[key] is not None]
-    if keys:
-        optimizer = f"optimizer: {cfg['optimizer']}" if cfg.get("optimizer") else "the default optimizer"
-        LOG.warning("%s: no effect with %s, only with optimizer: %s", ", ".join(keys), optimizer, OPTIMIZER)
-
-
-def _check_prior(cfg: Mapping[str, Any], folder: str | None) -> None:
+def _check_prior(cfg: Mapping[str, Any], folder: str) -> None:
     """Refuse an earlier adapter that does not fit the YAML, before a model is loaded."""
-    if folder is None:
-        return
     from ..posterior.chain import check_prior
 
     named = f"ivon_prior: {folder}"
@@ -184,9 +174,9 @@ def _check_setting(cfg: Mapping[str, Any]) -> None:
             f"weight_decay: {cfg['weight_decay']} has no effect with optimizer: {OPTIMIZER}; the prior takes its "
             "place: remove it, or set ivon_prior to a number"
         )
-    if (cfg.get("streaming") or cfg.get("pretraining_dataset")) and cfg.get("ivon_lambda") is None:
-        key = "streaming" if cfg.get("streaming") else "pretraining_dataset"
-        raise IVONError(f"{key}: streamed data has no length for λ; set ivon_lambda, 1e7 say")
+    for key in ("streaming", "pretraining_dataset"):
+        if cfg.get(key) and cfg.get("ivon_lambda") is None:
+            raise IVONError(f"{key}: streamed data has no length for λ; set ivon_lambda, 1e7 say")
     if cfg.get("ivon_eval_samples") and not (cfg.get("val_set_size") or cfg.get("test_datasets")):
         raise IVONError(
             f"ivon_eval_samples: {cfg['ivon_eval_samples']} has no effect without evaluation data; set val_set_size or "

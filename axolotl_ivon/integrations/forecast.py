@@ -63,11 +63,15 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
                 unknown.append(str(why))
             return None
 
+    micro, accumulated = _batch(cfg)
+    batch = micro * accumulated * processes
     size = known(lambda: _train_size(cfg))
-    steps = known(lambda: _steps(cfg, size, processes))
+    steps = known(lambda: _steps(cfg, size, micro * processes, accumulated))
     ess = preset.fixed_ess
     if ess is None and size:
-        ess = preset.ess(size, 0, _epochs(cfg, size, processes))
+        # Packed batches count as if they were not.
+        most = int(_number(cfg, "max_steps", 0))
+        ess = preset.ess(size, 0, most * batch / size if most else _number(cfg, "num_epochs", 1))
         if preset.gamma is None:
             unknown.append(
                 f"λ: it is larger from {preset.usual_weights:,.0f} LoRA weights on, in proportion to their number"
@@ -86,8 +90,16 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     if preset.travel is not None and not rate:
         lr = preset.travel / (step_bound * share * steps) if share and steps else None
     travel = lr * share * steps * step_bound if lr is not None and share is not None and steps else None
-    travels = None if travel is None else travel_finding(travel, lr or 0.0, by_hand=preset.travel is None)
-    findings = _findings(cfg, steps, beta2, travels)
+    findings = []
+    if PLUGIN not in (cfg.get("plugins") or []) and _needs_plugin_line():
+        text = f"plugins has no {PLUGIN}: axolotl before 0.21 will say that {OPTIMIZER} is not a valid OptimizerNames"
+        findings.append(Finding("plugins", False, text))
+    if travel is not None:
+        findings.append(travel_finding(travel, lr or 0.0, by_hand=preset.travel is None))
+    if steps is not None and beta2 is not None:
+        learns = not remembers_too_long(beta2, steps)
+        text = f"β2 = {beta2:g} remembers {1 / (1 - beta2):,.0f} steps and the run has {steps:,}"
+        findings.append(Finding("sigma", learns, text if learns else f"{text}: σ will stay near where it begins"))
     if prior:
         findings.append(_prior_finding(prior, strength))
     return {
@@ -95,7 +107,7 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
         "preset": given["ivon_preset"],
         "train_size": size,
         "steps": steps,
-        "batch": _batch(cfg, processes),
+        "batch": batch,
         "ess": ess,
         "h0": h0,
         "prior": given["ivon_prior"],
@@ -121,21 +133,6 @@ def _prior_finding(prior: str, strength: float) -> Finding:
     if before := len(links(header)):
         text += f", and so do those of the {before} adapters before it"
     return Finding("prior", True, text)
-
-
-def _findings(cfg: Mapping[str, Any], steps: int | None, beta2: float | None, travels: Finding | None) -> list[Finding]:
-    findings = []
-    if PLUGIN not in (cfg.get("plugins") or []) and _needs_plugin_line():
-        text = f"plugins has no {PLUGIN}: axolotl before 0.21 will say that {OPTIMIZER} is not a valid OptimizerNames"
-        findings.append(Finding("plugins", False, text))
-    if travels is not None:
-        findings.append(travels)
-    if steps is not None and beta2 is not None:
-        memory = 1 / (1 - beta2)
-        learns = not remembers_too_long(beta2, steps)
-        text = f"β2 = {beta2:g} remembers {memory:,.0f} steps and the run has {steps:,}"
-        findings.append(Finding("sigma", learns, text if learns else f"{text}: σ will stay near where it begins"))
-    return findings
 
 
 def _needs_plugin_line() -> bool:
@@ -173,11 +170,11 @@ def _number(cfg: Mapping[str, Any], key: str, default: float) -> float:
     return number
 
 
-def _batch(cfg: Mapping[str, Any], processes: int) -> int:
-    """Return how many examples a step sees."""
+def _batch(cfg: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many examples a micro-batch has, and how many micro-batches a step of a process."""
     micro = int(_number(cfg, "micro_batch_size", 1)) or 1
     accumulated = int(_number(cfg, "gradient_accumulation_steps", _number(cfg, "batch_size", micro) // micro)) or 1
-    return micro * accumulated * processes
+    return micro, accumulated
 
 
 def _train_size(cfg: Mapping[str, Any]) -> int:
@@ -190,7 +187,16 @@ def _train_size(cfg: Mapping[str, Any]) -> int:
             raise _Unknown(f"N: of {keys.get('path')} only a part is used")
         files = keys.get("data_files") or keys.get("path")
         whole = sum(_examples(Path(str(file))) for file in (files if isinstance(files, list) else [files]))
-        size += _examples_of(str(keys.get("split") or "train"), whole)
+        split = str(keys.get("split") or "train")
+        try:
+            if split != "train":
+                from datasets import ReadInstruction
+
+                parts = ReadInstruction.from_spec(split).to_absolute({"train": whole})
+                whole = sum(max(0, part.to - part.from_) for part in parts)
+        except (ImportError, ValueError, AssertionError) as error:
+            raise _Unknown(f"N: the split {split} is not followed here ({one_line(error)})") from error
+        size += whole
     held_out = _number(cfg, "val_set_size", 0)
     # As in scikit-learn, which `datasets` follows.
     return size - (int(held_out) if held_out >= 1 else math.ceil(held_out * size))
@@ -210,20 +216,8 @@ def _examples(path: Path) -> int:
         raise _Unknown(f"N: {path} cannot be read ({one_line(error)})") from error
 
 
-def _examples_of(split: str, whole: int) -> int:
-    """Return how many of a file's examples a split as `datasets` writes it has, such as train[:96]."""
-    if split == "train":
-        return whole
-    try:
-        from datasets import ReadInstruction
-
-        parts = ReadInstruction.from_spec(split).to_absolute({"train": whole})
-    except (ImportError, ValueError, AssertionError) as error:
-        raise _Unknown(f"N: the split {split} is not followed here ({one_line(error)})") from error
-    return sum(max(0, part.to - part.from_) for part in parts)
-
-
-def _steps(cfg: Mapping[str, Any], size: int | None, processes: int) -> int:
+def _steps(cfg: Mapping[str, Any], size: int | None, together: int, accumulated: int) -> int:
+    """Return the number of steps, as the Trainer counts them; `together` examples are in a micro-batch of all."""
     most = int(_number(cfg, "max_steps", 0))
     if most:
         return most
@@ -231,17 +225,8 @@ def _steps(cfg: Mapping[str, Any], size: int | None, processes: int) -> int:
         raise _Unknown("steps: how many examples are packed together")
     if size is None:
         raise _Unknown("steps: they follow from N")
-    micro = (int(_number(cfg, "micro_batch_size", 1)) or 1) * processes
-    accumulated = max(1, _batch(cfg, processes) // micro)
-    # As the Trainer counts them.
-    in_epoch = math.ceil(math.ceil(size / micro) / accumulated)
+    in_epoch = math.ceil(math.ceil(size / together) / accumulated)
     return math.ceil(_number(cfg, "num_epochs", 1) * in_epoch)
-
-
-def _epochs(cfg: Mapping[str, Any], size: int, processes: int) -> float:
-    """Return how often a run passes over its examples; packed batches count as if they were not."""
-    steps = int(_number(cfg, "max_steps", 0))
-    return steps * _batch(cfg, processes) / size if steps else _number(cfg, "num_epochs", 1)
 
 
 def _mean_rate(cfg: Mapping[str, Any], steps: int | None) -> float:
@@ -251,8 +236,7 @@ def _mean_rate(cfg: Mapping[str, Any], steps: int | None) -> float:
     name = str(cfg.get("lr_scheduler") or "cosine")
     if name == "constant":
         return 1.0
-    options = ("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_scheduler_kwargs")
-    plain = not any(cfg.get(key) for key in options)
+    plain = not any(map(cfg.get, ("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_scheduler_kwargs")))
     if name not in _SCHEDULES or not plain:
         raise _Unknown(f"travel: the schedule {name}{'' if plain else ' with its options'} is not followed here")
     if cfg.get("warmup_steps") is not None:

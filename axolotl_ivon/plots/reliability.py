@@ -92,7 +92,11 @@ def reliability(named: Mapping[str, Predictions], counts: bool = False, examples
             size += f" tokens of {examples:,} answers"
         column[0].set_title(f"{variant}\nECE {100 * bins.calibration_error:.1f} %, {size}")
         if counts:
-            _draw_counts(column[1], bins)
+            bars = column[1].bar(bins.middle, bins.counts, 0.94 / BINS, color=GREY)
+            labels = [str(count) if count < 1000 else f"{count / 1000:.1f}k" for count in bins.counts]
+            column[1].bar_label(bars, labels, padding=1, fontsize=6, in_layout=False)
+            column[1].margins(y=0.25)
+            column[1].yaxis.set_major_locator(MaxNLocator(3, integer=True))
         column[-1].set_xlabel("confidence")
     for row, label in zip(panels, ("accuracy", "predictions"), strict=False):
         row[0].set_ylabel(label)
@@ -112,11 +116,3 @@ def _draw_accuracy(axes: Axes, bins: Bins, color: str) -> None:
         axes.plot(few.confidence, few.accuracy, "o", label=f"fewer than {FEWEST}", **hollow)
     axes.plot([0, 1], [0, 1], "--", color=INK, linewidth=0.8)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
-
-
-def _draw_counts(axes: Axes, bins: Bins) -> None:
-    bars = axes.bar(bins.middle, bins.counts, 0.94 / BINS, color=GREY)
-    labels = [str(count) if count < 1000 else f"{count / 1000:.1f}k" for count in bins.counts]
-    axes.bar_label(bars, labels, padding=1, fontsize=6, in_layout=False)
-    axes.margins(y=0.25)
-    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))

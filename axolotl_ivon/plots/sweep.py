@@ -35,7 +35,9 @@ def trade_off(sweep: Recommendation) -> Figure | str:
     Returns:
         The figure, or in one line why there is nothing to be seen.
     """
-    points, errors = [point for point in sweep.grid if _has_place(point)], _errors(sweep)
+    points = [point for point in sweep.grid if _has_place(point)]
+    se = (sweep.reported_on.se.ece, sweep.reported_on.se.accuracy) if sweep.reported_on else (0, 0)
+    errors = [100 * (error or 0) for error in se]
     if not points or not _has_place(sweep):
         return "no picture of the trade-off: the sweep has no grid with accuracy and ECE"
     spread = [max(values) - min(values) for values in _places(points)]
@@ -111,12 +113,6 @@ def _place(point: GridPoint | Recommendation) -> tuple[float, float]:
 def _places(points: Sequence[GridPoint | Recommendation]) -> tuple[list[float], list[float]]:
     x, y = zip(*map(_place, points), strict=True) if points else ((), ())
     return list(x), list(y)
-
-
-def _errors(sweep: Recommendation) -> list[float]:
-    if sweep.reported_on is None:
-        return [0.0, 0.0]
-    return [100 * (error or 0) for error in (sweep.reported_on.se.ece, sweep.reported_on.se.accuracy)]
 
 
 def _text(value: float) -> str:

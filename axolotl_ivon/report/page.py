@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from ..errors import printable
-from ..inspect.card import measured, metrics_table
+from ..inspect.card import measured, metrics_table, promised
 from ..inspect.info import describe
 from ..plots.heat_map import heat_map
 from ..plots.histograms import histograms
@@ -27,7 +27,6 @@ from ..posterior.card import HEADER_LABELS, header_value
 from ..records.evaluation import EvaluationRecord, ExampleRecord
 from ..records.influence import SCORES, InfluenceRecord
 from ..records.recommendation import Recommendation
-from ..storage.atomic import new_file
 from ..storage.format import file_names
 from .findings import Findings
 
@@ -41,16 +40,6 @@ _MANY = 12  # choices that are not listed any more
 _WIDE = 5.8  # inches: a picture that takes more than a column
 
 
-def save(path: Path, text: str) -> None:
-    """Write the page, whole or not at all.
-
-    Raises:
-        IVONError: the file cannot be written.
-    """
-    with new_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def page(adapter: str, findings: Findings) -> str:
     """Return the report on an adapter as HTML.
 
@@ -60,23 +49,24 @@ def page(adapter: str, findings: Findings) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    summary, evaluation, sweep = describe(adapter), findings.evaluation, findings.sweep
+    summary, sweep = describe(adapter), findings.sweep
+    evaluation = findings.evaluation or EvaluationRecord.model_construct(rows=[])
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["svg"] = lambda figure: Markup(to_svg(figure))
     template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    names = file_names([*findings.files, *(evaluation.ood_files if evaluation else ())])
+    names = file_names([*findings.files, *evaluation.ood_files])
     return template.render(
         title=PurePath(str(adapter)).name or str(adapter),
         facts=_facts(summary),
-        task=_setup(evaluation) if evaluation else "",
-        verdicts=[verdict.text for verdict in evaluation.verdicts] if evaluation else [],
-        table=_table(evaluation, names) if evaluation else {"lines": []},
-        ood_table=_ood_table(evaluation, names) if evaluation else [],
+        task=_setup(evaluation),
+        verdicts=[verdict.text for verdict in evaluation.verdicts],
+        table=_table(evaluation, names),
+        ood_table=_ood_table(evaluation, names),
         promise=_promise(sweep) if sweep and findings.threshold is not None else "",
         recommended=_recommended(sweep) if sweep else [],
         reliability=_reliability(findings, names),
         selective=_selective(findings, names),
-        ood=_ood(findings, names) if evaluation else [],
+        ood=_ood(findings, names),
         sweep=_sweep(sweep) if sweep else None,
         maps=_maps(summary),
         influence=_influence(findings.influence),
@@ -92,9 +82,8 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("adapter", f"{summary['peft_type']}, r {summary['r']}, alpha {summary['lora_alpha']}"),
         ("weights", f"{summary['weights']:,} in {len(summary['modules'])} modules"),
     ]
-    facts += [
-        (label, printable(header_value(header[name]))) for name, label in HEADER_LABELS.items() if header.get(name)
-    ]
+    known = {name: label for name, label in HEADER_LABELS.items() if header.get(name)}
+    facts += [(label, printable(header_value(header[name]))) for name, label in known.items()]
     for name, label in (("sigma", "σ, median"), ("snr", "signal-to-noise ratio |m|/σ, median")):
         if summary.get(name):
             facts.append((label, f"{summary[name]['0.5']:.3g}"))
@@ -137,6 +126,10 @@ def _variants(findings: Findings, data: str) -> list[str]:
     return [name for name in names if "pruned" not in name] or names
 
 
+def _predictions(findings: Findings, data: str, variant: str) -> tuple[np.ndarray, np.ndarray]:
+    return findings.values(data, variant, "confidence"), findings.values(data, variant, "correct")
+
+
 def _curves(findings: Findings, data: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: _predictions(findings, data, name) for name in _variants(findings, data)}
 
@@ -145,10 +138,6 @@ def _reliability(findings: Findings, names: Mapping[str, str]) -> list[dict[str,
     curves = {data: _curves(findings, data) for data in findings.files}
     pictures = {data: [reliability({name: values}) for name, values in each.items()] for data, each in curves.items()}
     return [{"data": names[data], "pictures": each} for data, each in pictures.items() if each]
-
-
-def _predictions(findings: Findings, data: str, variant: str) -> tuple[np.ndarray, np.ndarray]:
-    return findings.values(data, variant, "confidence"), findings.values(data, variant, "correct")
 
 
 def main_variant(findings: Findings, names: Sequence[str]) -> str | None:
@@ -232,10 +221,7 @@ def _recommended(sweep: Recommendation) -> list[str]:
 
 
 def _promise(sweep: Recommendation) -> str:
-    risk, confidence, coverage = (
-        measured(value, None, 100, digits)
-        for value, digits in ((sweep.risk, 1), (sweep.confidence, 0), (sweep.coverage, 1))
-    )
+    risk, confidence, coverage = promised(sweep)
     return (
         f"Promised by sweep: answer at a confidence of {sweep.threshold:.3f} or more, and at most {risk}\u00a0% of the "
         f"answers are wrong, with {confidence}\u00a0% confidence, for data like the sweep's, of which it answered "
@@ -289,10 +275,7 @@ def _examples(findings: Findings) -> dict[str, Any] | None:
     lines.sort(key=lambda line: line.rows[main].confidence, reverse=True)
     wrong = [line for line in lines if line.rows[main].right is False]
     kinds = {"Surest": lines[:_SHOWN], "Sure, and wrong": wrong[:_SHOWN], "Least sure": lines[::-1][:_SHOWN]}
-    return {
-        "row": main,
-        "kinds": {kind: [_example(line, main) for line in chosen] for kind, chosen in kinds.items()},
-    }
+    return {"row": main, "kinds": {kind: [_example(line, main) for line in part] for kind, part in kinds.items()}}
 
 
 def _example(line: ExampleRecord, main: str) -> dict[str, Any]:

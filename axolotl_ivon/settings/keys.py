@@ -17,11 +17,10 @@ DEFAULTS = {s.key: s.auto for s in SETTINGS if s.auto == s.paper and s.auto is n
 _KEYS = {s.name: s.key for s in SETTINGS} | {"betas": "ivon_beta1 and ivon_beta2"}
 
 
-def _field(text: str) -> Any:
-    return Field(default=None, json_schema_extra={"description": f"IVON-LoRA: {text}"})
-
-
-_fields: dict[str, Any] = {s.key: (s.type | None, _field(f"{s.help}. Default: {s.default}.")) for s in SETTINGS}
+_fields: dict[str, Any] = {}
+for _setting in SETTINGS:
+    _text = {"description": f"IVON-LoRA: {_setting.help}. Default: {_setting.default}."}
+    _fields[_setting.key] = (_setting.type | None, Field(default=None, json_schema_extra=_text))
 IVONArgs = create_model("IVONArgs", __module__=__name__, **_fields)
 IVONArgs.__doc__ = f"The `ivon_*` keys, read when `optimizer: {OPTIMIZER}` is set (IVON-LoRA, arXiv 2506.14280)."
 

@@ -38,9 +38,6 @@ def recommendation(folder: Path, **values: object) -> Path:
     return path
 
 
-# --- info, check, diff --------------------------------------------------------------------------------------------
-
-
 def test_info_shows_modules_header_and_histogram(tiny_adapter: Path, ivon_post: Cli) -> None:
     text = ivon_post("info", tiny_adapter, "--ratio", 0.5)
     lines = words_of(text)
@@ -76,22 +73,16 @@ def test_info_of_what_is_no_posterior(tiny_adapter: Path, plain_adapter: Path, t
     assert line.endswith(f"an ensemble of 2 adapters: give one of them, {members}")
 
 
-def test_check_of_an_adapter(tiny_adapter: Path, ivon_post: Cli) -> None:
-    text = ivon_post("check", tiny_adapter)
-    assert "✓ the weights moved" in text
-    assert "log_sigma_spread" in text
-    findings = ivon_post.json("check", tiny_adapter)["findings"]
-    assert [finding["about"] for finding in findings] == ["weights", "sigma", "draws"]
-    assert all(f"! {finding['text']}" in text for finding in findings if not finding["good"])
-
-
-def test_check_with_data(tiny_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
+def test_check_of_an_adapter(tiny_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
     data = write_chats(tmp_path / "validation.jsonl", 12)
-    document = ivon_post.json("check", tiny_adapter, "--data", data, "--limit", 10, "-q")
-    (row,) = document["data"]
+    words = ["check", tiny_adapter, "--data", data, "--limit", 10, "-q"]
+    document, text = ivon_post.json(*words), ivon_post(*words)
+    [row] = document["data"]
     assert (row["data"], row["examples"]) == (str(data), 10)
     assert document["findings"][-1] == row["finding"]
-    assert row["finding"]["text"] in ivon_post("check", tiny_adapter, "--data", data, "--limit", 10, "-q")
+    assert [finding["about"] for finding in document["findings"][:-1]] == ["weights", "sigma", "draws"]
+    assert all(f"{'✓' if found['good'] else '!'} {found['text']}" in text for found in document["findings"])
+    assert "log_sigma_spread" in text
 
 
 def test_check_of_a_yaml(tmp_path: Path, ivon_post: Cli) -> None:
@@ -117,9 +108,6 @@ def test_diff(tiny_adapter: Path, other_adapter: Path, ivon_post: Cli) -> None:
     assert document["kl_ab"] == pytest.approx(sum(row["kl_ab"] for row in document["modules"]))
 
 
-# --- prune and temper ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", [{}, {"criterion": "magnitude"}, {"criterion": "random"}, {"scope": "tensor"}])
 def test_prune(options: dict[str, str], tiny_adapter: Path, out: Path, ivon_post: Cli) -> None:
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
@@ -140,15 +128,19 @@ def test_prune_as_json_with_its_default_and_a_recommendation(
     assert ivon_post.json(*words, "--ratio", 0.2)["ratio"] == 0.2
 
 
-def test_a_prune_that_changes_nothing_or_everything_says_so(tiny_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
-    def told(source: Path, ratio: float, name: str) -> str:
-        return str(ivon_post.run("prune", source, "--ratio", ratio, "-o", tmp_path / name).stderr)
+def test_what_changes_nothing_or_everything_says_so(tiny_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
+    def told(command: str, source: Path, option: str, value: float, name: str) -> str:
+        return str(ivon_post.run(command, source, option, value, "-o", tmp_path / name).stderr)
 
-    assert "ratio 0 prunes nothing: " in told(tiny_adapter, 0, "a")
-    assert "prunes" not in told(tiny_adapter, 0.1, "b")
-    assert "ratio 0.1 prunes nothing; 0.1 of the weights were pruned before: " in told(tmp_path / "b", 0.1, "c")
+    assert "ratio 0 prunes nothing: " in told("prune", tiny_adapter, "--ratio", 0, "a")
+    assert "prunes" not in told("prune", tiny_adapter, "--ratio", 0.1, "b")
+    before = "ratio 0.1 prunes nothing; 0.1 of the weights were pruned before: "
+    assert before in told("prune", tmp_path / "b", "--ratio", 0.1, "c")
     assert same(Posterior.from_pretrained(tmp_path / "b"), Posterior.from_pretrained(tmp_path / "c"))
-    assert "ratio 1 prunes every weight" in told(tiny_adapter, 1, "d")
+    assert "ratio 1 prunes every weight" in told("prune", tiny_adapter, "--ratio", 1, "d")
+    assert "changes nothing" in told("temper", tiny_adapter, "--tau", 1, "one")
+    assert "changes nothing" not in told("temper", tiny_adapter, "--tau", math.inf, "inf")
+    assert "changes nothing" in told("temper", tmp_path / "inf", "--tau", 2, "more")
 
 
 def test_temper(tiny_adapter: Path, out: Path, tmp_path: Path, ivon_post: Cli) -> None:
@@ -158,15 +150,8 @@ def test_temper(tiny_adapter: Path, out: Path, tmp_path: Path, ivon_post: Cli) -
     ivon_post("temper", tiny_adapter, "--tau", "inf", "-o", tmp_path / "mean")
     q = Posterior.from_pretrained(tmp_path / "mean")
     assert q.tau == math.inf
+    assert ivon_post.json("temper", tmp_path / "mean", "--tau", 2, "-o", tmp_path / "still")["tau"] == "inf"
     assert not any(sigma.any() for sigma in q.sigma.values())
-
-
-def test_a_temperature_that_changes_nothing_says_so(tiny_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
-    told = {}
-    for name, source, tau in (("one", tiny_adapter, 1), ("inf", tiny_adapter, "inf"), ("more", tmp_path / "inf", 2)):
-        told[name] = "changes nothing" in ivon_post.run("temper", source, "--tau", tau, "-o", tmp_path / name).stderr
-    assert told == {"one": True, "inf": False, "more": True}
-    assert ivon_post.json("temper", tmp_path / "inf", "--tau", 2, "-o", tmp_path / "x")["tau"] == "inf"
 
 
 @pytest.mark.parametrize("order", ["prune temper", "temper prune", "prune temper prune temper"])
@@ -183,9 +168,6 @@ def test_a_recommendation_gives_the_same_posterior_in_any_order(
     assert (q.tau, q.pruned_ratio) == (3, 0.4)
 
 
-# --- sample, merge and combine ------------------------------------------------------------------------------------
-
-
 def test_sample(tiny_adapter: Path, out: Path, ivon_post: Cli) -> None:
     words = ("-n", 2, "--seed", 7, "--tau", 2, "--ratio", 0.3, "--include-mean", "-o", out)
     assert ivon_post("sample", tiny_adapter, *words).splitlines() == ["3 adapters, seed 7", str(out)]
@@ -199,24 +181,22 @@ def test_sample(tiny_adapter: Path, out: Path, ivon_post: Cli) -> None:
         assert all(torch.equal(saved[key], expected[key]) for key in expected)
 
 
-def test_sample_takes_a_recommendation(tiny_adapter: Path, out: Path, tmp_path: Path, ivon_post: Cli) -> None:
-    ivon_post("sample", tiny_adapter, "-n", 1, "-o", out, "--recommended", recommendation(tmp_path, tau="inf"))
-    ensemble = json.loads((out / "ensemble.json").read_text())
-    assert (ensemble["tau"], ensemble["pruned_ratio"]) == ("inf", 0.4)
-    assert ivon_post.json("sample", tiny_adapter, "-n", 1, "-o", out, "--overwrite")["members"] == ["sample-0000"]
-
-
-def test_the_size_of_a_large_ensemble_is_told(
-    tiny_adapter: Path, out: Path, ivon_post: Cli, monkeypatch: pytest.MonkeyPatch
+def test_sample_takes_a_recommendation_and_tells_the_size_of_a_large_ensemble(
+    tiny_adapter: Path, out: Path, tmp_path: Path, ivon_post: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert " take " not in ivon_post.run("sample", tiny_adapter, "-n", 2, "-o", f"{out}1").stderr
+    words = ["sample", tiny_adapter, "-n", 2, "-o", out, "--overwrite"]
+    assert " take " not in ivon_post.run(*words).stderr
+    assert ivon_post.json(*words)["members"] == ["sample-0000", "sample-0001"]
     monkeypatch.setattr("ivon_post.sample._LARGE", 7000)
-    assert ivon_post.run("sample", tiny_adapter, "-n", 2, "--tau", "inf", "-o", out).stderr.splitlines() == [
+    words += ["--recommended", recommendation(tmp_path, tau="inf")]
+    assert ivon_post.run(*words).stderr.splitlines() == [
         f"2 adapters take 7.17 kB in {out}",
         "τ is inf: every draw is the mean",
         f"next: ivon-post info {out}/sample-0000",
     ]
-    assert ivon_post.run("sample", tiny_adapter, "-n", 2, "-o", f"{out}2", "-q").stderr == ""
+    ensemble = json.loads((out / "ensemble.json").read_text())
+    assert (ensemble["tau"], ensemble["pruned_ratio"]) == ("inf", 0.4)
+    assert ivon_post.run(*words, "-q").stderr == ""
 
 
 def test_merge_of_an_adapter_without_sigma(plain_adapter: Path, out: Path, ivon_post: Cli) -> None:

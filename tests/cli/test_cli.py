@@ -1,12 +1,11 @@
-"""`ivon-post` itself: start-up, help, and what every command does the same way."""
+"""`ivon-post` itself: start-up, help, tables, and what every command does the same way."""
 
 from __future__ import annotations
 
-import re
+import json
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import click
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from ivon_post import cli
+from ivon_post._tables import decimal, emit, number, percent, print_table
 
 
 def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -41,23 +41,18 @@ def test_every_command_has_help(name: str, ivon_post: Callable):
     assert "--quiet" in text
 
 
-def test_help_of_temper_says_how_the_papers_differ(ivon_post: Callable):
-    text = " ".join(ivon_post("temper", "--help").split())
-    assert "2506.14280" in text
-    assert "2411.04421" in text
-    assert "its τ is 1/τ here" in text
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_scripts_are_there(shell: str):
-    done = run(env={"_IVON_POST_COMPLETE": f"{shell}_source", "PATH": "/usr/bin:/bin"})
-    assert "ivon-post" in done.stdout or "ivon_post" in done.stdout
-
-
-def test_completion_of_criteria():
-    words = {"COMP_WORDS": "ivon-post prune --criterion m", "COMP_CWORD": "3"}
-    done = run(env={"_IVON_POST_COMPLETE": "bash_complete", "PATH": "/usr/bin:/bin", **words})
-    assert done.stdout.split() == ["plain,magnitude"]
+@pytest.mark.parametrize(
+    ("kind", "words", "expected"),
+    [
+        *[(f"{shell}_source", "", "ivon_post") for shell in ("bash", "zsh", "fish")],
+        ("bash_complete", "ivon-post prune --criterion m", "plain,magnitude\n"),
+    ],
+)
+def test_completion(kind: str, words: str, expected: str):
+    environment = {"_IVON_POST_COMPLETE": kind, "COMP_WORDS": words, "COMP_CWORD": "3", "PATH": "/usr/bin:/bin"}
+    printed = run(env=environment).stdout
+    assert expected in printed
+    assert printed.count("plain,") <= 1
 
 
 def test_a_process_fails_with_one_line_and_status_1(tmp_path: Path):
@@ -97,16 +92,6 @@ def test_a_hub_id_writes_here(tiny_adapter: Path, tmp_path: Path, monkeypatch: p
     assert (tmp_path / "mine-samples-1" / "sample-0000").is_dir()
 
 
-def test_axolotl_runs_it(tiny_adapter: Path, tmp_path: Path):
-    [entry] = [entry for entry in entry_points(group="axolotl.cli_commands") if entry.name == "ivon-post"]
-    assert entry.load() is cli
-    script = [sys.executable, "-c", "from axolotl.cli.main import cli; cli()", "ivon-post"]
-    words = [*script, "prune", str(tiny_adapter), "-o", str(tmp_path / "out")]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert re.search(r"^90 of 896 weights are 0", done.stdout, re.MULTILINE)
-    assert (tmp_path / "out" / "adapter_config.json").is_file()
-
-
 def test_axolotl_merges_what_was_written(
     tiny_adapter: Path, tiny_llama: Path, tmp_path: Path, make_config: Callable, ivon_post: Callable
 ):
@@ -124,3 +109,22 @@ def test_axolotl_merges_what_was_written(
     assert set(merged) == set(expected.state_dict())
     for key, value in merged.items():
         torch.testing.assert_close(value.float(), expected.state_dict()[key].to(value.dtype).float())
+
+
+def test_numbers_as_they_are_printed() -> None:
+    assert [number(None), number(0.0123456)] == ["–", "0.0123"]
+    assert [percent(None), percent(0.8512), percent(0.5, 0.01), percent(0.0)] == ["–", "85.1", "50.0 ± 1.0", "0.0"]
+    assert [decimal(None), decimal(0.5), decimal(0.5, 0.25)] == ["–", "0.500", "0.500 ± 0.250"]
+
+
+def test_a_table_has_every_character(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(["module", "n"], [["x" * 200, "1"], ["[/bold]", "22"]])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["module", "n"], ["x" * 200, "1"], ["[/bold]", "22"]]
+
+
+def test_a_document_has_only_what_json_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    emit({"a": [1.5, None]})
+    assert json.loads(capsys.readouterr().out) == {"a": [1.5, None]}
+    with pytest.raises(ValueError, match="JSON"):
+        emit({"a": float("inf")})

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +12,8 @@ from tiny import write_chats
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.fitting import ivon
+from ivon_post._progress import Progress
 
-MakeAdapter = Callable[..., Path]
 MEAN_FILE = "adapter_model.safetensors"
 
 
@@ -81,28 +78,24 @@ def test_it_writes_beside_the_adapter_and_shows_how_it_goes(
     ivon_post("fit", folder.parent / "adapter-fitted", "-d", data, "-o", folder.parent / "again")
 
 
-def test_an_interrupted_process_goes_on(
+def test_an_interrupted_fit_goes_on(
     plain_adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ivon_post: Cli
 ) -> None:
     """Ctrl-C in the middle leaves nothing but the hidden file, from which the same command goes on."""
-    script = (
-        "import ivon_post; from axolotl_ivon.fitting import ivon; ivon.MOST, ivon.SETTLED = 32, 0; ivon_post.main()"
-    )
-    words = ["fit", str(plain_adapter), "-d", str(data), "--method", "ivon", "--limit", "8"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *words, "-o", "out"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    assert any("steps: σ changed" in line for line in process.stderr)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.fit", "train.jsonl"]
+
+    def interrupt(progress: Progress, text: str) -> None:
+        if "steps: σ changed" in text:
+            raise KeyboardInterrupt
+
     monkeypatch.setattr(ivon, "MOST", 32)
     monkeypatch.setattr(ivon, "SETTLED", 0)
-    monkeypatch.chdir(tmp_path)
-    ivon_post(*words, "-o", "out")
-    ivon_post(*words, "-o", "whole")
+    words = ["fit", plain_adapter, "-d", data, "--method", "ivon", "--limit", 8]
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "say", interrupt)
+        assert ivon_post.run(*words, "-o", tmp_path / "out").exit_code == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.fit", "train.jsonl"]
+    ivon_post(*words, "-o", tmp_path / "out")
+    ivon_post(*words, "-o", tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train.jsonl", "whole"]
     out, whole = (Posterior.from_pretrained(tmp_path / name) for name in ("out", "whole"))
     assert out.metadata["fit_steps"] == whole.metadata["fit_steps"] == "32"

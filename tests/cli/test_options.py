@@ -15,7 +15,7 @@ import axolotl_ivon
 from axolotl_ivon.errors import IVONError, param_ref
 from axolotl_ivon.models.session import Loading
 from ivon_post import _option, cli
-from ivon_post._options import Numbers, Sectioned, model_options
+from ivon_post._options import Sectioned, model_options, numbers
 
 CONTEXT = click.Context(cli)
 COMMANDS = [command for name in cli.list_commands(CONTEXT) if (command := cli.get_command(CONTEXT, name))]
@@ -121,9 +121,9 @@ def test_one_option_for_the_precision_of_the_base_model(words: list[str], expect
 
 
 def test_numbers() -> None:
-    assert Numbers().convert("0.5,1,inf", None, None) == (0.5, 1.0, float("inf"))
+    assert numbers("0.5,1,inf") == (0.5, 1.0, float("inf"))
     with pytest.raises(click.BadParameter, match="'1,,2' is"):
-        Numbers().convert("1,,2", None, None)
+        numbers("1,,2")
 
 
 def test_a_former_name_works_and_is_not_shown(ivon_post: Cli, tiny_adapter: Path, tmp_path: Path) -> None:

@@ -39,9 +39,6 @@ def read(path: Path) -> list[dict[str, str]]:
     return [{turn["role"]: turn["content"] for turn in json.loads(line)["messages"]} for line in lines]
 
 
-# -------------------------------------------------------------------- demo.yaml
-
-
 def make_tar(path_or_file: Any, files: dict[str, bytes]) -> None:
     target = {"fileobj": path_or_file} if isinstance(path_or_file, io.BytesIO) else {"name": path_or_file}
     with tarfile.open(mode="w:gz", **target) as archive:
@@ -165,9 +162,6 @@ def test_the_data_is_fetched_once_and_written_anew(
     assert len(read(tmp_path / "data" / "train.jsonl")) == 12
 
 
-# -------------------------------------------------------------------- continual-1.yaml and -2
-
-
 def test_the_tweets_are_drawn_from_the_package_and_are_where_the_yaml_looks(
     demo: Any, program: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,9 +180,6 @@ def test_the_tweets_are_drawn_from_the_package_and_are_where_the_yaml_looks(
     # The second goes on from the first and differs in nothing else.
     assert second.pop("ivon_prior") == first["output_dir"]
     assert {key for key in first if first[key] != second[key]} == {"datasets", "output_dir"}
-
-
-# -------------------------------------------------------------------- arithmetic.yaml
 
 
 def test_every_step_is_right_the_last_is_the_answer_and_no_question_occurs_twice(

@@ -15,8 +15,6 @@ from axolotl_ivon.inspect.diagnosis import diagnose
 from axolotl_ivon.inspect.diff import distance
 from axolotl_ivon.inspect.info import QUANTILES, describe
 
-# --- info ---------------------------------------------------------------------------------------------------------
-
 
 def test_numbers_are_those_of_all_weights(tiny_adapter: Path):
     summary = describe(tiny_adapter, ratio=0.3)
@@ -53,7 +51,7 @@ def test_modules_hold_their_own_weights(tiny_adapter: Path):
         assert row["pruned"] == pytest.approx(float(off.double().mean()))
 
 
-def test_only_weights_with_noise_are_in_the_statistics(tiny_adapter: Path, tmp_path: Path):
+def test_only_weights_with_noise_are_in_the_statistics(tiny_adapter: Path, plain_adapter: Path, tmp_path: Path):
     q = Posterior.from_pretrained(tiny_adapter)
     q.prune(0.5).save_pretrained(tmp_path / "pruned")
     summary = describe(tmp_path / "pruned")
@@ -63,15 +61,9 @@ def test_only_weights_with_noise_are_in_the_statistics(tiny_adapter: Path, tmp_p
     summary = describe(tmp_path / "point")
     assert (summary["weights_with_sigma"], summary["sigma"], summary["would_prune"]) == (0, {}, 0)
     assert {row["sigma_median"] for row in summary["modules"]} == {None}
-
-
-def test_without_sigma_the_adapter_is_described(plain_adapter: Path):
     summary = describe(plain_adapter)
     assert summary["posterior"] is False
     assert summary["weights"] == sum(row["weights"] for row in summary["modules"])
-
-
-# --- diagnosis ----------------------------------------------------------------------------------------------------
 
 
 def test_the_figures_of_an_adapter(tiny_adapter: Path) -> None:
@@ -114,8 +106,6 @@ def test_pruned_weights_take_no_part_and_a_point_has_no_draws(tiny_adapter: Path
     q.temper(1e-4).save_pretrained(tmp_path / "wide")
     assert "may destroy it" in diagnose(tmp_path / "wide")["findings"][-1]["text"]
 
-
-# --- diff ---------------------------------------------------------------------------------------------------------
 
 PREFIX = "base_model.model.model.layers."
 

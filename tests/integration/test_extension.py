@@ -79,10 +79,3 @@ def test_its_command_runs_and_is_in_the_help(installed: dict[str, str], tiny_ada
     listed = run(installed, "--help")
     assert "Count the weights of ADAPTER." in listed
     assert listed.index("info ") < listed.index("sweep ")
-
-
-def test_without_the_package_there_is_neither(tiny_adapter: Path, ivon_post):
-    assert "unknown; choose one of snr, sigma, magnitude, random" in ivon_post.error(
-        "prune", tiny_adapter, "--criterion", "last-rows"
-    )
-    assert ivon_post.run("count", tiny_adapter).exit_code == 2

@@ -178,32 +178,23 @@ def test_a_wrong_yaml_is_one_line(text: str, message: str, tmp_path: Path, monke
     assert "\n" not in str(error.value)
 
 
-def test_no_file_and_a_json_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_no_file_and_a_json_array(written: Any) -> None:
     with pytest.raises(IVONError, match="no such file"):
         forecast("a.yaml")
     Path("d.json").write_text(json.dumps([{}, {}, {}]))
-    Path("a.yaml").write_text(yaml.safe_dump({**BASE, "datasets": [{"path": "d.json"}]}))
-    assert forecast("a.yaml")["train_size"] == 3
-    named = {"path": "json", "data_files": ["d.json", "d.json"]}
-    Path("a.yaml").write_text(yaml.safe_dump({**BASE, "datasets": [named, {"path": "d.json"}]}))
-    assert forecast("a.yaml")["train_size"] == 9
+    array = {"path": "d.json"}
+    assert written(datasets=[array])["train_size"] == 3
+    assert written(datasets=[{"path": "json", "data_files": ["d.json", "d.json"]}, array])["train_size"] == 9
     Path("d.json").write_text("[1")
-    assert "cannot be read" in forecast("a.yaml")["unknown"][0]
+    assert "cannot be read" in written(datasets=[array])["unknown"][0]
 
 
-def test_an_earlier_adapter_is_told_of_and_must_be_there(tmp_path: Path, make_adapter: Any) -> None:
+def test_an_earlier_adapter_is_told_of_and_must_be_there(written: Any, tmp_path: Path, make_adapter: Any) -> None:
     monday = make_adapter()
-    path = tmp_path / "train.yaml"
-    base = {"optimizer": "ivon_lora", "adapter": "lora", "learning_rate": 2e-4, "max_steps": 100}
-    path.write_text(yaml.safe_dump({**base, "ivon_prior": str(monday), "ivon_prior_strength": 0.5}))
-    found = forecast(path)
+    found = written(learning_rate=2e-4, max_steps=100, ivon_prior=str(monday), ivon_prior_strength=0.5)
     assert (found["prior"], found["prior_strength"], found["h0"]) == (str(monday), 0.5, None)
     assert not any(why.startswith("h0") for why in found["unknown"])
     [told] = [one for one in found["findings"] if one["about"] == "prior"]
     assert told["text"] == f"continues {monday}: its 100 examples count 0.5 times each"
-    path.write_text(yaml.safe_dump({**base, "ivon_prior": str(tmp_path / "sunday")}))
-    with pytest.raises(
-        IVONError, match=r"^ivon_prior: '.*sunday' is refused, it must be 'empirical', a number, or the folder"
-    ):
-        forecast(path)
+    with pytest.raises(IVONError, match=r"^ivon_prior: '.*sunday' is refused, it must be 'empirical', a number, or th"):
+        written(ivon_prior=str(tmp_path / "sunday"))

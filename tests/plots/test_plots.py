@@ -57,9 +57,6 @@ def texts(figure: Figure | str) -> list[str]:
     return ["".join(each.itertext()) for each in root.iter() if each.tag.endswith(("text", "title"))]
 
 
-# -------------------------------------------------------------------- files and pages
-
-
 def test_figures_become_files(tmp_path: Path) -> None:
     reporter = Heard()
     figures = {"a.b": Figure(), "c": "nothing to see"}
@@ -109,9 +106,6 @@ def test_names_are_words_and_not_markup() -> None:
         assert "<script" not in to_svg(figure)
 
 
-# -------------------------------------------------------------------- reliability and abstention
-
-
 @given(st.integers(1, 200), st.floats(0, 1))
 def test_intervals_are_wilsons(count: int, share: float) -> None:
     right = np.arange(count) < round(share * count)
@@ -155,9 +149,6 @@ def test_variants_of_one_order_share_a_curve() -> None:
     assert any("mean" in text and "+temperature" not in text for text in words)
     assert any("promised: 20 %" in text for text in words)
     assert sum("mean" in text for text in words) == 2
-
-
-# -------------------------------------------------------------------- sweeps
 
 
 @pytest.fixture
@@ -230,9 +221,6 @@ def test_the_scaling_curve_has_every_point() -> None:
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["8", "16"]
     for container in axes.containers:
         assert container.lines[0].get_xdata() == pytest.approx([8, 16], rel=0.02)
-
-
-# -------------------------------------------------------------------- weights and training rows
 
 
 @pytest.mark.parametrize(
