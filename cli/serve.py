@@ -11,54 +11,43 @@ from . import _options as options
 
 if TYPE_CHECKING:
     from axolotl_ivon.models.session import Loading
-    from axolotl_ivon.reporter import Reporter
-    from axolotl_ivon.serving.api.backend import Backend
 
 _SECTIONS = {
     "Server": {"host", "port", "name", "max_tokens"},
     "In front of vLLM": {"endpoints", "combine", "answer_regex"},
 }
-_server_options = options.add_all(
-    options.option("--host", default="127.0.0.1", help="Address to listen on; others need a key."),
-    options.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port; 0: any free one."),
-    click.option("--name", help="Name of the model that answers.  [default: the name of ADAPTER]"),
-    options.option("--max-tokens", type=click.IntRange(1), default=2048, help="Tokens per answer."),
-    click.option("--max-queue", type=click.IntRange(0), hidden=True),
-    click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, hidden=True),
-)
-_local_options = options.add_all(
-    click.option(
-        "--samples", "-n", type=click.IntRange(1, 9999), help="Number of draws to average.  [default: 8, or all served]"
-    ),
-    click.option("--seed", type=int, help="Seed of the draws, as for `sample --seed`.  [default: 0]"),
-    options.point_options(),
-    options.model_options,
-)
-_proxy_options = options.add_all(
-    click.option(
-        "--endpoint",
-        "endpoints",
-        multiple=True,
-        metavar="URL",
-        help="Ask the OpenAI-compatible server URL, which serves the members of the ensemble ADAPTER; repeatable.",
-    ),
-    options.choice_option(
-        "--combine",
-        ["exact", "bleu", "chrf", "rouge", "bertscore", "rescore"],
-        "With --endpoint: the answer that others agree with most, by a utility of `mbr`; or the one of the largest "
-        "average probability (rescore).",
-    ),
-    options.answer_option,
-    click.option("--candidates", type=click.IntRange(1, 64), default=4, hidden=True),
-    click.option("--concurrency", type=click.IntRange(1), default=256, hidden=True),
-)
 
 
 @click.command("serve", cls=options.Sectioned, sections=_SECTIONS)
 @options.adapter_argument
-@_server_options
-@_local_options
-@_proxy_options
+@options.option("--host", default="127.0.0.1", help="Address to listen on; others need a key.")
+@options.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port; 0: any free one.")
+@click.option("--name", help="Name of the model that answers.  [default: the name of ADAPTER]")
+@options.option("--max-tokens", type=click.IntRange(1), default=2048, help="Tokens per answer.")
+@click.option("--max-queue", type=click.IntRange(0), hidden=True)
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, hidden=True)
+@click.option(
+    "--samples", "-n", type=click.IntRange(1, 9999), help="Number of draws to average.  [default: 8, or all served]"
+)
+@click.option("--seed", type=int, help="Seed of the draws, as for `sample --seed`.  [default: 0]")
+@options.point_options()
+@options.model_options
+@click.option(
+    "--endpoint",
+    "endpoints",
+    multiple=True,
+    metavar="URL",
+    help="Ask the OpenAI-compatible server URL, which serves the members of the ensemble ADAPTER; repeatable.",
+)
+@options.choice_option(
+    "--combine",
+    ["exact", "bleu", "chrf", "rouge", "bertscore", "rescore"],
+    "With --endpoint: the answer that others agree with most, by a utility of `mbr`; or the one of the largest "
+    "average probability (rescore).",
+)
+@options.answer_option
+@click.option("--candidates", type=click.IntRange(1, 64), default=4, hidden=True)
+@click.option("--concurrency", type=click.IntRange(1), default=256, hidden=True)
 @options.terminal_options
 @options.as_one("server", dict, "host", "port", "name", "max_tokens", "max_queue", "timeout")
 @options.as_one("draws", dict, "samples", "seed")
@@ -85,39 +74,33 @@ def command(
         -d '{"model": "adapter", "messages": [{"role": "user", "content": "Is a whale a fish?"}]}'
       ivon-post serve ensemble/ --endpoint http://10.0.0.5:8000 --endpoint http://10.0.0.6:8000 --port 9000
     """
+    from axolotl_ivon.errors import IVONError
     from axolotl_ivon.serving.start import KEY_VARIABLE, check_key, check_packages
 
     check_packages()
     from axolotl_ivon.serving.api.backend import Limits
     from axolotl_ivon.serving.api.http import bind, run
+    from axolotl_ivon.serving.start import Drawing, local_backend, proxy_backend
 
     host, api_key = server["host"], os.environ.get(KEY_VARIABLE)
     check_key(host, api_key)
     decided, endpoints = options.decision(point.recommended), proxied.pop("endpoints")
-    max_queue = server["max_queue"]
-    if max_queue is None:
-        max_queue = 256 if endpoints else 32
+    max_queue = (256 if endpoints else 32) if server["max_queue"] is None else server["max_queue"]
     limits = Limits(max_queue, server["max_tokens"], server["timeout"])
-
-    def local(reporter: Reporter) -> Backend:
-        from axolotl_ivon.serving.start import Drawing, local_backend
-
-        drawing = Drawing(adapter, draws["samples"] or 8, draws["seed"] or 0, *point.settings(adapter))
-        return local_backend(drawing, decided, limits, loading, name=server["name"], reporter=reporter)
-
-    def proxy() -> Backend:
-        from axolotl_ivon.errors import IVONError
-        from axolotl_ivon.serving.proxy.proxy import Combining
-        from axolotl_ivon.serving.start import proxy_backend
-
-        if (draws["seed"], point.tau, point.ratio) != (None, None, None):
-            raise IVONError("--endpoint: the members are drawn already; give --tau, --ratio and --seed to `sample`")
-        names = {"name": server["name"], "samples": draws["samples"]}
-        return proxy_backend(adapter, endpoints, decided, limits, Combining(**proxied), **names)
 
     with bind(host, server["port"]) as bound:
         with terminal.progress() as progress:
-            backend = proxy() if endpoints else local(progress)
+            if not endpoints:
+                drawing = Drawing(adapter, draws["samples"] or 8, draws["seed"] or 0, *point.settings(adapter))
+                backend = local_backend(drawing, decided, limits, loading, name=server["name"], reporter=progress)
+            elif (draws["seed"], point.tau, point.ratio) != (None, None, None):
+                fix = "give --tau, --ratio and --seed to `sample`"
+                raise IVONError(f"--endpoint: the members are drawn already; {fix}")
+            else:
+                from axolotl_ivon.serving.proxy.proxy import Combining
+
+                names = {"name": server["name"], "samples": draws["samples"]}
+                backend = proxy_backend(adapter, endpoints, decided, limits, Combining(**proxied), **names)
             score = "agreement" if endpoints and proxied["combine"] != "rescore" else "probability"
             if decided.threshold is not None and decided.score != score:
                 progress.notify(

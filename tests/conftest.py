@@ -21,17 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
 
-FACTS = {
-    "ess": "1000.0",
-    "gamma": "100.0",
-    "train_size": "100",
-    "h0": "0.05",
-    "beta1": "0.9",
-    "beta2": "0.9995",
-    "clip": "0.005",
-    "prior": "empirical",
-    "steps": "10",
-}
+FACTS = {"ess": "1000.0", "gamma": "100.0", "train_size": "100", "h0": "0.05", "beta1": "0.9", "beta2": "0.9995"}
+FACTS |= {"clip": "0.005", "prior": "empirical", "steps": "10"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,14 +27,11 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     assert 'class="math' in how
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
-def test_a_line_of_a_page_has_at_most_120_characters(page: Path) -> None:
-    assert not [line for line in page.read_text(encoding="utf-8").splitlines() if len(line) > 120]
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_relative_link_exists(page: Path) -> None:
-    for target in LINK.findall(page.read_text(encoding="utf-8")):
+def test_every_relative_link_exists_and_a_line_has_at_most_120_characters(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert page.name in ("CONTRIBUTING.md", "CHANGELOG.md") or max(map(len, text.splitlines())) <= 120
+    for target in LINK.findall(text):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 

@@ -81,12 +81,9 @@ def test_a_message_is_one_line_that_a_terminal_does_not_obey(text: str, more: in
     assert len(line) < 2100
 
 
-def test_a_long_line_keeps_both_ends() -> None:
+def test_a_long_line_keeps_both_ends_and_several_are_one() -> None:
     line = str(IVONError("begin" + "x" * 100_000 + "end"))
     assert len(line) < 2100
     assert line.startswith("begin")
     assert line.endswith("end")
-
-
-def test_one_line_of_several() -> None:
     assert one_line(ValueError("a\n  b\tc")) == "a b c"

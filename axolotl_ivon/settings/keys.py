@@ -19,7 +19,7 @@ _KEYS = {s.name: s.key for s in SETTINGS} | {"betas": "ivon_beta1 and ivon_beta2
 
 _fields: dict[str, Any] = {}
 for _setting in SETTINGS:
-    _text = {"description": f"IVON-LoRA: {_setting.help}. Default: {_setting.default}."}
+    _text: Any = {"description": f"IVON-LoRA: {_setting.help}. Default: {_setting.default}."}
     _fields[_setting.key] = (_setting.type | None, Field(default=None, json_schema_extra=_text))
 IVONArgs = create_model("IVONArgs", __module__=__name__, **_fields)
 IVONArgs.__doc__ = f"The `ivon_*` keys, read when `optimizer: {OPTIMIZER}` is set (IVON-LoRA, arXiv 2506.14280)."

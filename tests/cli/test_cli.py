@@ -55,13 +55,10 @@ def test_completion(kind: str, words: str, expected: str):
     assert printed.count("plain,") <= 1
 
 
-def test_a_process_fails_with_one_line_and_status_1(tmp_path: Path):
+def test_a_process_writes_beside_the_input_or_fails_with_one_line(tiny_adapter: Path, copied: Callable, tmp_path: Path):
     done = run("prune", tmp_path / "missing")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"Error: {tmp_path / 'missing'}: no such folder\n"
-
-
-def test_a_process_writes_beside_the_input(tiny_adapter: Path, copied: Callable):
     folder = copied(tiny_adapter)
     done = run("prune", folder.name, "--ratio", "0.25", cwd=folder.parent, check=True)
     assert done.stdout.splitlines() == ["224 of 896 weights are 0 (25.00%), by snr", "adapter-pruned-0.25"]

@@ -47,13 +47,10 @@ def run(program: str, words: Sequence[object], folder: Path) -> subprocess.Compl
     return subprocess.run([*script, *map(str, words)], cwd=folder, capture_output=True, text=True, check=True)
 
 
-def test_json_and_nothing_else(tiny_adapter: Path, tmp_path: Path) -> None:
+def test_results_and_nothing_else(tiny_adapter: Path, tmp_path: Path) -> None:
     done = run(NOISY + MAIN, ["info", tiny_adapter, "--json"], tmp_path)
     assert json.loads(done.stdout)["weights"] == Posterior.from_pretrained(tiny_adapter).mean.weights
     assert {kind: done.stderr.count(f"noise of {kind}\n") for kind in KINDS} == dict.fromkeys(KINDS, 2)
-
-
-def test_lines_and_nothing_else(tiny_adapter: Path, tmp_path: Path) -> None:
     done = run(NOISY + MAIN, ["temper", tiny_adapter, "--tau", 2, "-o", "out"], tmp_path)
     assert done.stdout.splitlines() == ["τ is 2", "out"]
     assert "noise of C" in done.stderr

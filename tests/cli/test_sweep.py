@@ -93,15 +93,6 @@ def test_a_risk_gives_a_threshold_that_eval_keeps_to(tiny_adapter: Path, tmp_pat
     assert f"chats.jsonl: {100 * answered['coverage']:.1f} % answered, from confidence 0.55 on" in table
 
 
-def test_no_promise_says_how_many_examples_would_do(
-    tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli
-) -> None:
-    text = ivon_post("sweep", tiny_adapter, "--data", chats, *SMALL, "--risk", 0.01, "-o", tmp_path / "o")
-    [line] = [line for line in text.splitlines() if line.startswith("no threshold can promise")]
-    assert "at most 1 % wrong, with 90 % confidence, from 10 examples: about 460 would" in line
-    assert json.loads((tmp_path / "o" / "recommended.json").read_text())["threshold"] is None
-
-
 def test_the_weights_of_a_product(make_adapter: Callable[..., Path], tmp_path: Path, ivon_post: Cli) -> None:
     adapters = [make_adapter(seed=seed) for seed in (1, 2)]
     data = [write_chats(tmp_path / f"{name}.jsonl", 12, seed) for seed, name in enumerate("ab")]

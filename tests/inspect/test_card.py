@@ -137,13 +137,10 @@ def test_results_go_with_their_posterior(
     assert not list((folder / ".eval_results").iterdir())
 
 
-def test_an_adapter_without_a_card_gets_one(folder: Path) -> None:
+def test_an_adapter_without_a_card_gets_one_and_names_are_not_obeyed(folder: Path, write: Callable[..., Path]) -> None:
     (folder / "README.md").unlink()
     add_results(folder)
     assert set(load(folder).data.tags) == set(TAGS)
-
-
-def test_names_are_shown_and_not_obeyed(folder: Path, write: Callable[..., Path]) -> None:
     bad = "<script>|`x`\n# head.jsonl"
     add_results(folder, write(rows=[{**row, "data": bad} for row in result_rows()], task=bad))
     lines = (folder / "README.md").read_text().splitlines()

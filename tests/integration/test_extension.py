@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from axolotl_ivon import Posterior
@@ -50,32 +49,24 @@ def register_commands(cli):
 '''
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment in which the package is installed."""
-    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+def test_its_criterion_prunes_and_its_command_runs_and_is_in_the_help(tiny_adapter: Path, tmp_path: Path):
+    source, site, out = tmp_path / "source", tmp_path / "site", tmp_path / "out"
+    source.mkdir()
     (source / "pyproject.toml").write_text(PYPROJECT)
     (source / "ivon_example.py").write_text(MODULE)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*pip, "--target", str(site), str(source)], check=True)
-    return {**os.environ, "PYTHONPATH": str(site)}
 
+    def run(*arguments: object) -> str:
+        script = [sys.executable, "-c", "import ivon_post; ivon_post.main()", *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        return subprocess.run(script, env=environment, check=True, capture_output=True, text=True).stdout
 
-def run(environment: dict[str, str], *arguments: object) -> str:
-    script = [sys.executable, "-c", "import ivon_post; ivon_post.main()", *map(str, arguments)]
-    return subprocess.run(script, env=environment, check=True, capture_output=True, text=True).stdout
-
-
-def test_its_criterion_prunes(installed: dict[str, str], tiny_adapter: Path, tmp_path: Path):
-    words = ("--criterion", "last-rows", "--ratio", 0.25, "--scope", "tensor", "-o", tmp_path / "out")
-    run(installed, "prune", tiny_adapter, *words)
-    for tensor in Posterior.from_pretrained(tmp_path / "out").mean.values():
+    run("prune", tiny_adapter, "--criterion", "last-rows", "--ratio", 0.25, "--scope", "tensor", "-o", out)
+    for tensor in Posterior.from_pretrained(out).mean.values():
         rows = len(tensor) // 4
         assert torch.equal(tensor == 0, (torch.arange(len(tensor)) >= len(tensor) - rows)[:, None].expand_as(tensor))
-
-
-def test_its_command_runs_and_is_in_the_help(installed: dict[str, str], tiny_adapter: Path):
-    assert run(installed, "count", tiny_adapter) == "896\n"
-    listed = run(installed, "--help")
+    assert run("count", tiny_adapter) == "896\n"
+    listed = run("--help")
     assert "Count the weights of ADAPTER." in listed
     assert listed.index("info ") < listed.index("sweep ")

@@ -16,14 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import Cli
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tiny import build_lora, with_sigma
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.generation.endpoint import EndpointEngine
 from axolotl_ivon.generation.plan import Plan
-from axolotl_ivon.posterior.adapter import save_sigma
 
 PYTHON = os.environ.get("IVON_VLLM_PYTHON", "")
 BASE = Path(__file__).resolve().parents[2] / ".demo" / "SmolLM2-135M-Instruct"
@@ -43,16 +40,8 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random adapter over SmolLM2 that changes its answers, with a σ that makes the draws differ."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vllm") / "adapter"
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), lora)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
-    model.save_pretrained(folder)
-    mean = load_file(folder / "adapter_model.safetensors")
-    save_sigma(folder, {key: torch.full_like(value, 0.01) for key, value in mean.items()}, {})
-    return folder
+    build_lora(BASE, folder, noise=0.02, r=8, lora_alpha=16, init_lora_weights=True)
+    return with_sigma(folder, lambda mean: torch.full_like(mean, 0.01))
 
 
 @pytest.fixture(scope="module")

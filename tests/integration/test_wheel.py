@@ -26,19 +26,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def wheel(built: Path) -> Path:
-    [path] = built.glob("*.whl")
-    return path
-
-
 def test_the_package_index_would_take_both(built: Path) -> None:
     twine = [sys.executable, "-m", "twine", "--no-color", "check", "--strict", *map(str, built.iterdir())]
     checked = subprocess.run(twine, capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stdout.count("PASSED")) == (0, 2), checked.stdout
 
 
-def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_the_packages_and_nothing_else(built: Path) -> None:
+    [wheel] = built.glob("*.whl")
     library = ROOT / "axolotl_ivon"
     expected = {
         str(path.relative_to(ROOT)) for kind in ("py", "typed", "jinja", "html") for path in library.rglob(f"*.{kind}")
@@ -62,7 +57,8 @@ for name in ("axolotl", "trl", "datasets", "deepspeed", "bitsandbytes", "vllm", 
 """
 
 
-def test_the_wheel_works_alone_and_without_axolotl(wheel: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+def test_the_wheel_works_alone_and_without_axolotl(built: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    [wheel] = built.glob("*.whl")
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
     subprocess.run([*pip, str(wheel)], check=True)

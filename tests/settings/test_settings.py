@@ -18,12 +18,9 @@ from axolotl_ivon.settings.presets import PRESETS, resolved
 from axolotl_ivon.settings.table import PAPER, SETTINGS, header_of
 
 
-def test_the_paper_s_values() -> None:
+def test_every_signature_has_the_parameters_and_defaults_of_the_table() -> None:
     assert [PAPER[name] for name in ("gamma", "h0", "clip", "beta1", "beta2")] == [5000.0, 5e-2, 5e-3, 0.9, 0.9995]
     assert [PAPER[name] for name in ("prior", "prior_strength", "hessian")] == ["empirical", 1.0, "reparameterized"]
-
-
-def test_every_signature_has_the_parameters_and_defaults_of_the_table() -> None:
     unset = {s.name: s.auto if s.auto == s.paper else None for s in SETTINGS}  # None: the preset's
     unset["betas"] = unset.pop("beta1"), unset.pop("beta2")
     defaults = {name: parameter.default for name, parameter in inspect.signature(attach).parameters.items()}
@@ -36,16 +33,13 @@ def test_every_signature_has_the_parameters_and_defaults_of_the_table() -> None:
     assert effective_sample_size(4) == 2 * PAPER["gamma"]
 
 
-def test_the_keys_are_those_of_the_table_and_name_their_defaults() -> None:
+def test_the_keys_are_those_of_the_table_name_their_defaults_and_become_parameters_of_attach() -> None:
     properties = IVONArgs.model_json_schema()["properties"]
     assert list(properties) == [s.key for s in SETTINGS]
     for setting in SETTINGS:
         assert f"{setting.help}. Default: {setting.default}." in properties[setting.key]["description"]
     assert all(f"Default: {default}." in str(properties) for default in ("`auto`", "unset; 5000 by `paper`", "false"))
     assert DEFAULTS.keys() < properties.keys()
-
-
-def test_keys_become_parameters_of_attach() -> None:
     assert attach_parameters({}) == {"betas": (0.9, None)}
     given = {"ivon_lambda": 3.0, "ivon_beta1": 0.5, "ivon_beta2": 0.7, "ivon_clip": None, "learning_rate": 1.0}
     assert attach_parameters(given) == {"ess": 3.0, "betas": (0.5, 0.7)}
