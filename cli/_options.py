@@ -115,11 +115,7 @@ class OutputOptions(Terminal):
     overwrite: bool
 
     def target(self, adapters: Sequence[str], what: str) -> Path:
-        """Return the folder to write: the named one, else one beside the first input (for a Hub id, in this folder).
-
-        Raises:
-            IVONError: it may not be written. Called before the work, so that a mistake shows at once.
-        """
+        """Return the folder to write, as `path` does, if it may be written: a mistake shows before the work."""
         from axolotl_ivon.storage.atomic import check_target
 
         path = self.path(adapters[0], what)
@@ -127,11 +123,7 @@ class OutputOptions(Terminal):
         return path
 
     def path(self, adapter: str, what: str) -> Path:
-        """Return the path that the user named, else one beside `adapter` (for a Hub id, in this folder).
-
-        Raises:
-            IVONError: it is not a name, or lies in the adapter, which is never modified.
-        """
+        """Return the path that the user named, else one beside `adapter` (for a Hub id, in this folder)."""
         from axolotl_ivon.errors import IVONError
         from axolotl_ivon.storage.atomic import check_outside
 
@@ -156,11 +148,7 @@ class PosteriorOptions:
     ratio: float | None = None
 
     def settings(self, adapter: str, default_ratio: float = 0.0) -> tuple[float, float]:
-        """Return the temperature and the pruning ratio: the options', else the recommendation's, else the defaults.
-
-        Raises:
-            IVONError: a value is out of range, or the recommendation cannot be read or is for another adapter.
-        """
+        """Return the temperature and the pruning ratio: the options', else the recommendation's, else the defaults."""
         from axolotl_ivon.posterior.adapter import Adapter
         from axolotl_ivon.posterior.posterior import check_tau
         from axolotl_ivon.posterior.prune import Pruning

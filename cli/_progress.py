@@ -112,10 +112,7 @@ class Progress(Reporter):
 
 
 def silence_libraries() -> None:
-    """Keep the loading bars and notices of transformers and its kin off the terminal; their errors still come.
-
-    They need not be imported yet. What the user's environment asks for stands.
-    """
+    """Keep bars and notices of transformers and its kin, imported or not, off the terminal unless the user asks."""
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets its own level when it is imported

@@ -39,15 +39,6 @@ def named_options(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, option
 
 
-def test_the_check_finds_options(tmp_path: Path) -> None:
-    (tmp_path / "x.py").write_text(
-        '"""Docs of --this."""\n'
-        'def f():\n    """And --that."""\n    raise E(f"{x}: --bad {x}; say `ivon-post sample -n 3 --include-mean`")\n'
-        'LINE = "# --- section ---"\nother = "--worse"\n'
-    )
-    assert sorted(named_options(tmp_path / "x.py")) == [(4, "--bad"), (6, "--worse")]
-
-
 def test_the_library_names_no_option() -> None:
     paths = sorted(ROOT.rglob("*.py"))
     assert len(paths) > 50

@@ -9,7 +9,6 @@ import pytest
 
 from axolotl_ivon import hookimpl, hookspecs
 from axolotl_ivon.plugins import SHIPPED, plugin_manager
-from axolotl_ivon.reporter import Reporter
 
 FIRST_RESULT = dict.fromkeys(("create_optimizer", "sampling_context"), True)
 EVERY_RESULT = dict.fromkeys(("log_metrics", "posterior_saved", "pruning_criteria", "register_commands"), False)
@@ -57,16 +56,6 @@ def test_one_manager_with_what_ships_and_a_run_and_prune_need() -> None:
     for name in ("create_optimizer", "sampling_context", "log_metrics", "pruning_criteria"):
         assert getattr(manager.hook, name).get_hookimpls(), name
     assert {"snr", "sigma", "magnitude", "random"} <= set().union(*manager.hook.pruning_criteria())
-
-
-def test_a_reporter_hears_what_begins_and_advances() -> None:
-    class Heard(Reporter):
-        def advance(self, doing: str, count: int, total: int) -> None:
-            heard.append((doing, count, total))
-
-    heard: list[tuple[str, int, int]] = []
-    Heard().begin("reading", 3)(2)
-    assert heard == [("reading", 0, 3), ("reading", 2, 3)]
 
 
 def test_import_paths_that_users_have() -> None:

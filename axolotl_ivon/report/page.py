@@ -37,7 +37,6 @@ _SCORES = {"confidence": "confidence", "entropy": "entropy (nats)", "mutual_info
 _OOD_SCORE = {"confidence": "max_probability"}
 _TASKS = {"classify": "a classification head", "generate": "the reference answer, token by token"}
 _MANY = 12  # choices that are not listed any more
-_WIDE = 5.8  # inches: a picture that takes more than a column
 
 
 def page(adapter: str, findings: Findings) -> str:
@@ -62,13 +61,20 @@ def page(adapter: str, findings: Findings) -> str:
         verdicts=[verdict.text for verdict in evaluation.verdicts],
         table=_table(evaluation, names),
         ood_table=_ood_table(evaluation, names),
-        promise=_promise(sweep) if sweep and findings.threshold is not None else "",
-        recommended=_recommended(sweep) if sweep else [],
-        reliability=_reliability(findings, names),
+        recommended=_recommended(sweep, findings.threshold is not None) if sweep else [],
+        reliability={
+            names[data]: [reliability({name: values}) for name, values in each.items()]
+            for data in findings.files
+            if (each := _curves(findings, data))
+        },
         selective=_selective(findings, names),
         ood=_ood(findings, names),
-        sweep=_sweep(sweep) if sweep else None,
-        maps=_maps(summary),
+        trade_off=trade_off(sweep) if sweep and sweep.grid else None,
+        maps=[
+            heat_map(title, {row["module"]: row[name] for row in summary["modules"]})
+            for name, title in (("sigma_median", "median σ"), ("snr_median", "median |m|/σ"))
+            if summary["posterior"]
+        ],
         influence=_influence(findings.influence),
         examples=_examples(findings),
         version=summary["header"].get("library_version", ""),
@@ -132,12 +138,6 @@ def _predictions(findings: Findings, data: str, variant: str) -> tuple[np.ndarra
 
 def _curves(findings: Findings, data: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: _predictions(findings, data, name) for name in _variants(findings, data)}
-
-
-def _reliability(findings: Findings, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    curves = {data: _curves(findings, data) for data in findings.files}
-    pictures = {data: [reliability({name: values}) for name, values in each.items()] for data, each in curves.items()}
-    return [{"data": names[data], "pictures": each} for data, each in pictures.items() if each]
 
 
 def main_variant(findings: Findings, names: Sequence[str]) -> str | None:
@@ -205,38 +205,20 @@ def _ood(findings: Findings, names: Mapping[str, str]) -> list[Any]:
     return pictures
 
 
-def _sweep(sweep: Recommendation) -> dict[str, Any] | None:
-    if not sweep.grid:
-        return None
-    picture = trade_off(sweep)
-    return {"picture": None, "text": picture} if isinstance(picture, str) else {"picture": picture, "text": ""}
-
-
-def _recommended(sweep: Recommendation) -> list[str]:
-    """Return what a sweep recommends, and how much better it is."""
+def _recommended(sweep: Recommendation, promises: bool) -> list[str]:
+    """Return what a sweep recommends, how much better it is, and what its threshold promises."""
     where = ", ".join(PurePath(path).name for path in sweep.data) or "validation data"
     scaled = f", the output at temperature {sweep.temperature:.3f}" if sweep.temperature != 1 else ""
-    text = f"Recommended by sweep, on {where}: τ {sweep.tau}, pruning ratio {sweep.ratio}{scaled}."
-    return [text, *([sweep.verdict.text] if sweep.verdict else [])]
-
-
-def _promise(sweep: Recommendation) -> str:
-    risk, confidence, coverage = promised(sweep)
-    return (
-        f"Promised by sweep: answer at a confidence of {sweep.threshold:.3f} or more, and at most {risk}\u00a0% of the "
-        f"answers are wrong, with {confidence}\u00a0% confidence, for data like the sweep's, of which it answered "
-        f"{coverage}\u00a0%."
-    )
-
-
-def _maps(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if not summary["posterior"]:
-        return []
-    pictures = [
-        heat_map(title, {row["module"]: row[name] for row in summary["modules"]})
-        for name, title in (("sigma_median", "median σ"), ("snr_median", "median |m|/σ"))
-    ]
-    return [{"picture": picture, "wide": picture.get_figwidth() > _WIDE} for picture in pictures]
+    lines = [f"Recommended by sweep, on {where}: τ {sweep.tau}, pruning ratio {sweep.ratio}{scaled}."]
+    lines += [sweep.verdict.text] if sweep.verdict else []
+    if promises:
+        risk, confidence, coverage = promised(sweep)
+        lines.append(
+            f"Promised by sweep: answer at a confidence of {sweep.threshold:.3f} or more, and at most {risk}\u00a0% of "
+            f"the answers are wrong, with {confidence}\u00a0% confidence, for data like the sweep's, of which it "
+            f"answered {coverage}\u00a0%."
+        )
+    return lines
 
 
 def _influence(rows: Sequence[InfluenceRecord]) -> dict[str, Any] | None:

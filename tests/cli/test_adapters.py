@@ -38,7 +38,7 @@ def recommendation(folder: Path, **values: object) -> Path:
     return path
 
 
-def test_info_shows_modules_header_and_histogram(tiny_adapter: Path, ivon_post: Cli) -> None:
+def test_info_shows_modules_header_and_histogram_and_has_numbers_as_json(tiny_adapter: Path, ivon_post: Cli) -> None:
     text = ivon_post("info", tiny_adapter, "--ratio", 0.5)
     lines = words_of(text)
     assert lines[0][:2] == ["module", "weights"]
@@ -49,9 +49,6 @@ def test_info_shows_modules_header_and_histogram(tiny_adapter: Path, ivon_post: 
     assert "█" in text
     shares = [float(line.split()[-1].rstrip("%")) for line in text.split("|m|/σ from\n")[1].splitlines()]
     assert sum(shares) == pytest.approx(100, abs=1)
-
-
-def test_info_as_json_has_numbers(tiny_adapter: Path, ivon_post: Cli) -> None:
     document = ivon_post.json("info", tiny_adapter)
     assert (document["weights"], document["would_prune"], len(document["modules"])) == (896, 90, 4)
     header = document["header"]

@@ -8,11 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import click
 import pytest
 import torch
 
-from ivon_post import cli
 from ivon_post._tables import decimal, emit, number, percent, print_table
 
 
@@ -31,14 +29,6 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-
-
-@pytest.mark.parametrize("name", cli.list_commands(click.Context(cli)))
-def test_every_command_has_help(name: str, ivon_post: Callable):
-    text = ivon_post(name, "--help")
-    assert "Usage:" in text
-    assert "--json" in text
-    assert "--quiet" in text
 
 
 @pytest.mark.parametrize(
