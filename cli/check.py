@@ -47,8 +47,8 @@ def command(
             facts = diagnose(target, progress)
             if data:
                 progress.begin("loading the base model")
-                from axolotl_ivon.evaluation.against_mean import draws_against_mean
                 from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
+                from axolotl_ivon.evaluation.run import draws_against_mean
 
                 files = EvaluationData(data, limit=limit)
                 facts["data"] = draws_against_mean(target, files, Sampling(), loading, progress)

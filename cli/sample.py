@@ -56,9 +56,7 @@ def command(
             from axolotl_ivon.generation.ensemble import Ensemble, served_rank
 
             served_rank(posterior.config)  # refused before anything is drawn
-        if ratio:
-            posterior = posterior.prune(ratio, reporter=progress)
-        posterior = posterior.temper(tau)
+        posterior = posterior.prune(ratio, reporter=progress).temper(tau)
         if (size := plan.size(posterior)) >= _LARGE:
             progress.notify(f"{members:,} adapters take {in_bytes(size)} in {path}")
         names = sample(posterior, path, plan, adapter, output.overwrite, progress)

@@ -47,11 +47,7 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> 
     """
 
     def make(
-        dtype: str = "float32",
-        seed: int = 0,
-        sigma: bool = True,
-        facts: dict[str, str] | None = None,
-        **lora: object,
+        dtype: str = "float32", seed: int = 0, sigma: bool = True, facts: dict[str, str] | None = None, **lora: object
     ) -> Path:
         import torch
         from tiny import build_lora, with_sigma

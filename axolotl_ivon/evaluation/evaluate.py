@@ -133,7 +133,7 @@ def _passes(
 
     The next pass's draws are made in a thread while the model is busy with this one's.
     """
-    pruned = {v.ratio: posterior.prune(v.ratio) if v.ratio else posterior for v in sources if not v.base}
+    pruned = {source.ratio: posterior.prune(source.ratio) for source in sources if not source.base}
 
     def draws(source: Variant, members: range) -> list[Mapping[str, Tensor]]:
         if source.base:
@@ -282,13 +282,24 @@ class Evaluation:
         others = [(path, "ood", [self.examples[i] for i in where]) for path, where in self.ood_files.items()]
         others += [(str(data.calibrate), "calibrate", held_out)] if held_out else []
         for path, name, examples in others:
-            self._check_other(path, name, examples)
+            questions = {repr(example.messages) for example in examples}
+            for file, where in self.files.items():
+                if questions == {repr(self.examples[i].messages) for i in where}:
+                    raise IVONError(
+                        f"{param_ref(name)} {path}: it has the same questions as {param_ref('data')} {file}; "
+                        "give a file with others"
+                    )
         mean_only = bool(variants) and not any(variant.needs_sigma for variant in variants)
         self.posterior = open_posterior(adapter, mean_only=mean_only)
         own = self.examples[: sum(map(len, self.files.values()))]
         self.task, self.choices = choose_task(own, has_head(self.posterior), data.task, data.choices)
         for path, name, examples in others:
-            self._check_answers(path, name, examples)
+            strange = next((e for e in examples if self.choices and e.answer not in self.choices), None)
+            if strange:
+                raise IVONError(
+                    f"{param_ref(name)} {path}: the answer {strange.answer!r} ({strange.source}) is not among the "
+                    f"choices {','.join(self.choices)} of {param_ref('data')}; give a file with the same choices"
+                )
         self.session = Session.open(self.posterior, loading, reporter)
         self.model, self.base_model = self.session.model, self.session.base_model
         self.choices = self.choices or self.session.labels
@@ -302,25 +313,6 @@ class Evaluation:
             places[path] = range(len(self.examples), len(self.examples) + len(examples))
             self.examples += examples
         return places
-
-    def _check_other(self, path: str, name: str, examples: Sequence[Example]) -> None:
-        """Raise IVONError if `examples` are the questions of a data file."""
-        questions = {repr(example.messages) for example in examples}
-        for data, where in self.files.items():
-            if questions == {repr(self.examples[i].messages) for i in where}:
-                raise IVONError(
-                    f"{param_ref(name)} {path}: it has the same questions as {param_ref('data')} {data}; "
-                    "give a file with others"
-                )
-
-    def _check_answers(self, path: str, name: str, examples: Sequence[Example]) -> None:
-        """Raise IVONError if one of `examples` has an answer that is no choice."""
-        strange = next((e for e in examples if self.choices and e.answer not in self.choices), None)
-        if strange:
-            raise IVONError(
-                f"{param_ref(name)} {path}: the answer {strange.answer!r} ({strange.source}) is not among the "
-                f"choices {','.join(self.choices)} of {param_ref('data')}; give a file with the same choices"
-            )
 
     def run(
         self,
@@ -365,13 +357,3 @@ class Evaluation:
                 )
             fitted.append(replace(variant, name=f"{variant.name}+temperature", temperature=temperature))
         return fitted
-
-    def meaningful(self, variants: Sequence[Variant], reporter: Reporter = SILENT) -> list[Variant]:
-        """Return `variants` without the base model where its classification head is untrained.
-
-        The trained head is then among the adapter's saved modules, and the base model's own is random.
-        """
-        if self.task != "classify" or not self.posterior.config.get("modules_to_save"):
-            return list(variants)
-        reporter.notify("no row for the base model: its classification head is not trained")
-        return [variant for variant in variants if not variant.base]

@@ -5,7 +5,7 @@ An example of many tokens has the mean over them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +40,10 @@ def detect(
     usual = sum(map(len, evaluation.files.values()))
     for path, numbers in evaluation.ood_files.items():
         positive = np.repeat([0.0, 1.0], [usual, len(numbers)])
-        weights = np.concatenate(list(_resamples(usual, len(numbers))), axis=1)
+        generator = np.random.default_rng(0)
+        # How often every example is drawn, shape (resamples, examples).
+        resamples = [generator.multinomial(n, np.full(n, 1 / n), _RESAMPLES) for n in (usual, len(numbers))]
+        weights = np.concatenate(resamples, axis=1).astype(float)
         for variant, score in zip(variants, scores, strict=True):
             for name, of in SCORES.items():
                 if name not in _OF_ONE_PASS and (variant.passes(samples) == 1 or variant.temperature != 1):
@@ -51,10 +54,3 @@ def detect(
                 errors = {key: float(drawn.std(ddof=1)) for key, drawn in detection(values, positive, weights).items()}
                 results.append(OodResult(name=variant.name, data=path, score=name, **figures, se=OodErrors(**errors)))
     return results
-
-
-def _resamples(*counts: int) -> Iterator[np.ndarray]:
-    """Yield for each of two sets how often every example is drawn, shape (resamples, count)."""
-    generator = np.random.default_rng(0)
-    for count in counts:
-        yield generator.multinomial(count, np.full(count, 1 / count), _RESAMPLES).astype(float)

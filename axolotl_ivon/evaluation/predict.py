@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.encode import EncodedExample, common_length
 from ..errors import param_ref
-from ..models.batching import PREDICTION_LOGITS, Halving, prediction_tokens
+from ..models.batching import PREDICTION_LOGITS, Halving, batch_tokens
 from ..models.forward import cache_name, forward_parameters
 from ..reporter import Reporter
 
@@ -112,7 +112,7 @@ class Predictor:
     def batches(self, items: Sequence[EncodedExample], skip: int, copies: int) -> list[Batch]:
         """Cut items (sorted by length) into batches; `copies` draws at once share the budget of tokens."""
         pad = getattr(self.model.config, "pad_token_id", None) or 0
-        tokens = prediction_tokens(self.device.type)
+        tokens = batch_tokens(self.device.type)
         if self.task == "generate":
             tokens = min(tokens, PREDICTION_LOGITS // self.classes(items))
         batches: list[Batch] = []

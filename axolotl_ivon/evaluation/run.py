@@ -5,22 +5,27 @@ Importing this module imports no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..metrics.verdict import REFERENCES
+from ..metrics.verdict import REFERENCES, judge
 from ..models.session import Loading
 from ..records.base import save_lines
-from ..records.evaluation import Calibration, EvaluationRecord, ExampleRecord, VariantResult
+from ..records.evaluation import Calibration, EvaluationRecord, ExampleRecord, Prediction, VariantResult
 from ..reporter import SILENT, Reporter
 from .evaluate import Evaluation, EvaluationData, Sampling
 from .variants import Variant, VariantChoice, calibrated_variants
 from .verdicts import verdicts
 
 if TYPE_CHECKING:
+    from ..data.encode import EncodedExample
     from ..metrics.scores import Scores
+
+# What is to be done about draws that are better or worse than the mean.
+_ADVICE = {"better": "", "worse": "; narrow them by a larger τ"}
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,6 @@ class Evaluated:
 
     def examples(self) -> Iterator[ExampleRecord]:
         """Yield what every variant predicts for every example."""
-        from .examples import describe
-
         return describe(self.evaluation, self.variants, self.scores)
 
 
@@ -61,7 +64,10 @@ def run(
     to_calibrate = calibrated_variants(variants) if data.calibrate is not None else []
     evaluation = Evaluation(adapter, data, variants, loading, reporter)
     variants = [_without_threshold(v, choice, evaluation.task, reporter) for v in variants]
-    variants = evaluation.meaningful(variants, reporter)
+    if evaluation.task == "classify" and evaluation.posterior.config.get("modules_to_save"):
+        # The trained head is among the adapter's saved modules, and the base model's own is random.
+        reporter.notify("no row for the base model: its classification head is not trained")
+        variants = [variant for variant in variants if not variant.base]
     calibration = None
     if to_calibrate:
         fitted = evaluation.temperatures(to_calibrate, sampling, reporter)
@@ -71,12 +77,11 @@ def run(
             data=str(data.calibrate), examples=len(evaluation.held_out), temperatures=temperatures
         )
     scores = evaluation.run(variants, sampling, reporter)
-    from .examples import describe
-    from .ood import detect
-
     if output is not None:
         save_lines(Path(output), describe(evaluation, variants, scores))
     reporter.begin("bootstrap")
+    from .ood import detect
+
     rows = summarize(evaluation, variants, scores, sampling.samples)
     record = EvaluationRecord(
         rows=rows,
@@ -170,3 +175,81 @@ def _answered(variant: Variant, threshold: float, path: str, scores: Scores, sam
         se=standard_errors(part) if count else empty,  # type: ignore[arg-type]  # pydantic makes it `Metrics`
         **(metrics(part) if count else empty),
     )
+
+
+def describe(evaluation: Evaluation, variants: Sequence[Variant], scores: Sequence[Scores]) -> Iterator[ExampleRecord]:
+    """Yield for every example, of the data and then out of the distribution, what each variant predicts."""
+    columns = {variant.name: _columns(score) for variant, score in zip(variants, scores, strict=True)}
+    for path, numbers in [*evaluation.files.items(), *evaluation.ood_files.items()]:
+        for number in numbers:
+            example, item = evaluation.examples[number], evaluation.items[number]
+            rows = {
+                name: _prediction(evaluation.choices, item, {name: column[number] for name, column in of.items()})
+                for name, of in columns.items()
+            }
+            question = example.messages[-1]["content"]
+            yield ExampleRecord(data=path, line=example.line, question=question, answer=example.answer, rows=rows)
+
+
+def _columns(scores: Scores) -> dict[str, list[Any]]:
+    """Return each figure by example, the mean over its predictions, and the probabilities where they are kept."""
+    figures = {
+        "correct": scores.correct,
+        "confidence": scores.confidence,
+        "nll": scores.nll,
+        "entropy": scores.entropy,
+        "mutual_information": scores.entropy - scores.expected_entropy,
+    }
+    columns: dict[str, list[Any]] = {name: scores.mean_of_groups(values).tolist() for name, values in figures.items()}
+    if scores.probabilities is not None:
+        columns["probabilities"] = scores.probabilities[scores.group.argsort()].tolist()
+    return columns
+
+
+def _prediction(choices: Sequence[str], item: EncodedExample, values: dict[str, Any]) -> Prediction:
+    share, kept = values.pop("correct"), values.pop("probabilities", None)
+    values = {name: None if math.isnan(value) else value for name, value in values.items()}
+    if kept is None or not choices:
+        return Prediction(tokens=len(item.targets), accuracy=share, **values)
+    probabilities = dict(zip(choices, kept, strict=True))
+    best = max(probabilities, key=probabilities.__getitem__)
+    return Prediction(probabilities=probabilities, prediction=best, right=bool(share), **values)
+
+
+def draws_against_mean(
+    adapter: str | Path,
+    data: EvaluationData,
+    sampling: Sampling = Sampling(),
+    loading: Loading = Loading(),
+    reporter: Reporter = SILENT,
+) -> list[dict[str, Any]]:
+    """Return for each file how the NLL of the draws differs from that of the mean.
+
+    Returns:
+        Dicts of `data`, `examples`, `difference` (draws − mean), its standard error `se` (None of one example), and
+        `finding`, as in `inspect.diagnosis.diagnose`.
+
+    Raises:
+        IVONError: as `Evaluation` and `evaluate` do.
+    """
+    variants = VariantChoice(["mean", "posterior"]).variants()
+    evaluation = Evaluation(adapter, data, variants, loading, reporter)
+    import torch
+
+    mean, draws = evaluation.run(variants, sampling, reporter)
+    files = [(path, torch.tensor(numbers)) for path, numbers in evaluation.files.items()]
+    return [_against_mean(path, draws.of_groups(numbers), mean.of_groups(numbers)) for path, numbers in files]
+
+
+def _against_mean(data: str, draws: Scores, mean: Scores) -> dict[str, Any]:
+    differences = draws.mean_of_groups(draws.nll) - mean.mean_of_groups(mean.nll)
+    count, difference = len(differences), differences.mean().item()
+    error = differences.std().item() / math.sqrt(count) if count > 1 else None
+    outcome = judge(difference, error, count)
+    figures = f"NLL {difference:+.3g}{'' if error is None else f' ± {error:.2g}'} on {count:,} examples of {data}"
+    if outcome in _ADVICE:
+        text = f"the draws are {outcome} than the mean: {figures}{_ADVICE[outcome]}"
+    else:
+        text = f"draws and mean cannot be told apart: {figures}; use more data, or the mean"
+    finding = {"about": "draws", "good": outcome == "better", "text": text}
+    return {"data": data, "examples": count, "difference": difference, "se": error, "finding": finding}

@@ -28,7 +28,10 @@ def _verdict(row: VariantResult, than: str) -> VerdictResult:
     difference, error = versus["nll"].difference, versus["nll"].standard_error or 0.0
     verdict = judge(difference, error, row.examples)
     needed = examples_needed(row.examples, difference, error) if verdict == "within noise" else None
-    (what, are), against, numbers = _subject(row), _REFERENCES[than], figures(versus)
+    what, are, against, numbers = "the mean", "is", _REFERENCES[than], figures(versus)
+    if row.name != "mean":
+        what, are = ("one draw", "is") if row.samples == 1 else (f"{row.samples} draws", "are")
+        what += " at a fitted temperature" if "temperature" in row.name else ""
     if verdict == "the same":
         text = f"{what} and {against} predict the same"
     elif verdict == "too few examples":
@@ -44,12 +47,3 @@ def _verdict(row: VariantResult, than: str) -> VerdictResult:
         data=row.data, name=row.name, than=than, metric="nll", difference=difference, standard_error=error,
         verdict=verdict, examples_needed=needed, text=text,
     )  # fmt: skip
-
-
-def _subject(row: VariantResult) -> tuple[str, str]:
-    """Return what the variant is in words, and its verb."""
-    if row.name == "mean":
-        return "the mean", "is"
-    single = row.samples == 1
-    scaled = " at a fitted temperature" if "temperature" in row.name else ""
-    return f"{'one draw' if single else f'{row.samples} draws'}{scaled}", "is" if single else "are"

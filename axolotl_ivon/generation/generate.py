@@ -52,7 +52,7 @@ def loaded_draws(
     """
     mean_only = plan.mean and not prune_ratio
     posterior = open_posterior(adapter, mean_only=True) if mean_only else Posterior.from_pretrained(adapter)
-    posterior = (posterior.prune(prune_ratio) if prune_ratio else posterior).temper(tau)
+    posterior = posterior.prune(prune_ratio).temper(tau)
     assert posterior.folder is not None, "it was read from a folder"
     base_model = find_base_model(posterior.config, posterior.folder, loading.base_model)
 

@@ -72,7 +72,7 @@ class IVONPosterior(HFLM):
         loading = {field.name: options.pop(field.name) for field in fields(Loading) if field.name in options}
         posterior = open_posterior(adapter, mean_only=not variant.needs_sigma)
         session = Session.open(posterior, Loading(**loading, device=device))
-        pruned = posterior.prune(variant.ratio) if variant.ratio else posterior
+        pruned = posterior.prune(variant.ratio)
         self._slots = session.slots
         self._slots.write(pruned.mean)
         self._posterior, self._seed = pruned.temper(variant.tau), int(seed)

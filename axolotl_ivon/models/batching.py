@@ -23,14 +23,9 @@ _WINDOW = 64  # examples that are sorted by length, so that few tokens are paddi
 MORE_MEMORY = f"use {param_ref('load_in')} 8bit or 4bit, shorter data, or a machine with more memory"
 
 
-def prediction_tokens(device: str) -> int:
-    """Return how many tokens a batch without gradients holds by default, on a device of this type ("cpu", "cuda")."""
-    return _TOKENS_ON_CPU if device == "cpu" else _PREDICTION_TOKENS
-
-
-def gradient_tokens(device: str) -> int:
-    """Return how many tokens a batch with gradients holds by default, on a device of this type."""
-    return _TOKENS_ON_CPU if device == "cpu" else _GRADIENT_TOKENS
+def batch_tokens(device: str, gradients: bool = False) -> int:
+    """Return how many tokens a batch holds by default, on a device of this type ("cpu", "cuda")."""
+    return _TOKENS_ON_CPU if device == "cpu" else _GRADIENT_TOKENS if gradients else _PREDICTION_TOKENS
 
 
 class Batches:
@@ -38,7 +33,7 @@ class Batches:
 
     def __init__(self, items: Sequence[EncodedExample], batch_size: int | None, device: str, classes: int) -> None:
         self._items, self._size, self._classes = items, batch_size, classes
-        self._tokens = gradient_tokens(device)
+        self._tokens = batch_tokens(device, gradients=True)
 
     def once(self) -> list[list[EncodedExample]]:
         """Return every example once, by length."""
@@ -59,11 +54,11 @@ class Batches:
 
     def _cut(self, order: Sequence[int]) -> Iterator[list[EncodedExample]]:
         batch: list[EncodedExample] = []
-        for item in (self._items[i] for i in order):
-            if batch and not self._fits([*batch, item]):
+        for index in order:
+            if batch and not self._fits([*batch, self._items[index]]):
                 yield batch
                 batch = []
-            batch.append(item)
+            batch.append(self._items[index])
         if batch:
             yield batch
 
@@ -99,11 +94,7 @@ class Halving:
     def __call__(
         self, count: int, run: Callable[[int, int], _T], hopeless: str, cost: int = 1
     ) -> Iterator[tuple[int, int, _T]]:
-        """Yield (start, stop, `run(start, stop)`) until all `count` are done.
-
-        Args:
-            hopeless: end of the message when not even one fits: "prompt of 300 tokens; use …".
-            cost: what one of them takes of the memory, in a unit that all calls share (tokens, say).
+        """Yield (start, stop, `run(start, stop)`) until all `count` are done; `hopeless` and `cost` as in `at_most`.
 
         Raises:
             IVONError: the memory runs out with a single one.
@@ -131,6 +122,10 @@ class Halving:
 
     def at_most(self, most: int, run: Callable[[int], _T], hopeless: str, cost: int = 1) -> tuple[_T, int]:
         """Return (`run(n)`, n) for n = `most`, or for the largest half, quarter, … of it that fits.
+
+        Args:
+            hopeless: end of the message when not even one fits: "prompt of 300 tokens; use …".
+            cost: what one of them takes of the memory, in a unit that all calls share (tokens, say).
 
         Raises:
             IVONError: the memory runs out at n = 1.

@@ -189,21 +189,19 @@ class Stack:
         """
         with contextlib.ExitStack() as stack:
             for module, a, b in self._layers:
-                stack.enter_context(_replaced_forward(module, _stacked_forward(module, a[which], b[which])))
+                stack.enter_context(_stacked(module, a[which], b[which]))
             yield
 
 
-def _stacked_forward(module: Any, a: Tensor, b: Tensor) -> Any:
+@contextlib.contextmanager
+def _stacked(module: Any, a: Tensor, b: Tensor) -> Iterator[None]:
+    """Replace the forward pass of a LoRA layer by one of all draws, whose A and B are stacked, inside the block."""
+
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = module.base_layer(x, *args, **kwargs)
         rows = x.to(a.dtype).reshape(len(a), -1, x.shape[-1])
         return result + (rows @ a @ b).reshape(result.shape).to(result.dtype)
 
-    return forward
-
-
-@contextlib.contextmanager
-def _replaced_forward(module: Any, forward: Any) -> Iterator[None]:
     hooked = module.__dict__.get("forward")  # accelerate's hooks put one on the instance
     module.forward = forward
     try:

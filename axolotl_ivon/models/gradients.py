@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,22 +37,13 @@ Consume = Callable[[str, int, Tensor], None]
 _Rule = Callable[[Tensor, slice], Tensor]
 
 
-class LabelLogits(NamedTuple):
-    """Logits of the model at the scored positions of examples, in their order.
+def label_logits(model: PeftModel, items: Sequence[EncodedExample]) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the model, as it is and with gradients where they are on, over `items` as one batch padded on the right.
 
-    Attributes:
-        logits: float32 [m, classes]: of all tokens, of the candidates, or of the labels.
-        targets: the class that is right, [m].
-        row: the number of the example, [m].
+    Returns:
+        Of the m scored positions of the examples, in their order: float32 logits [m, classes] (of all tokens, of the
+        candidates, or of the labels), the class that is right [m], and the number of the example [m].
     """
-
-    logits: Tensor
-    targets: Tensor
-    row: Tensor
-
-
-def label_logits(model: PeftModel, items: Sequence[EncodedExample]) -> LabelLogits:
-    """Run the model, as it is and with gradients where they are on, over `items` as one batch padded on the right."""
     takes, device = forward_parameters(model), model.device
     pad = getattr(model.config, "pad_token_id", None) or 0
     ids = pad_sequence([torch.tensor(item.ids) for item in items], batch_first=True, padding_value=pad)
@@ -75,7 +66,7 @@ def label_logits(model: PeftModel, items: Sequence[EncodedExample]) -> LabelLogi
     if items[0].candidates is not None:
         candidates = torch.tensor([item.candidates for item in items], device=device)
         logits = logits.gather(1, candidates[row])
-    return LabelLogits(logits.float(), targets, row)
+    return logits.float(), targets, row
 
 
 # From logits [m, classes] and the classes that are right [m], what is differentiated at each position, [m].
@@ -104,9 +95,9 @@ def example_losses(
 
     Those are the label tokens of a chat, or the one label of a classifier.
     """
-    labels = label_logits(model, items)
-    losses = loss(labels.logits, labels.targets)
-    return losses.new_zeros(len(items)).index_add(0, labels.row, losses)
+    logits, targets, row = label_logits(model, items)
+    losses = loss(logits, targets)
+    return losses.new_zeros(len(items)).index_add(0, row, losses)
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
@@ -178,7 +169,10 @@ class ExampleGradients(Generic[_T]):
             parameter.grad = None
             self._hooks.append(parameter.register_post_accumulate_grad_hook(lambda p: self._finish(p)))
         for module in self._model.modules():
-            if any(p in self._names for p in [*module.parameters(recurse=False), *_lora_embedding(module)]):
+            # A and B of LoRA on an embedding lie in dictionaries below the module.
+            tables = [getattr(module, f"lora_embedding_{letter}", {}) for letter in "AB"]
+            own = [*module.parameters(recurse=False), *(p for table in tables for p in table.values())]
+            if any(parameter in self._names for parameter in own):
                 self._hooks.append(module.register_forward_hook(self._on_forward, with_kwargs=True))
         return self
 
@@ -201,7 +195,12 @@ class ExampleGradients(Generic[_T]):
         if len(examples) > 1 and not self._tried:
             self.try_on(examples)
         if len(examples) > 1 and not self.one_at_a_time:
-            return self._backward(examples, lambda parameter: self._hand_over(parameter, consume))
+
+            def hand_over(parameter: nn.Parameter) -> None:
+                for first, gradients in self._gradients(parameter):
+                    consume(self._names[parameter], first, gradients)
+
+            return self._backward(examples, hand_over)
 
         def alone(first: int) -> Callable[[nn.Parameter], None]:
             def finish(parameter: nn.Parameter) -> None:
@@ -235,10 +234,6 @@ class ExampleGradients(Generic[_T]):
             for parameter in self._names:
                 parameter.grad = None
         return losses.detach()
-
-    def _hand_over(self, parameter: nn.Parameter, consume: Consume) -> None:
-        for first, gradients in self._gradients(parameter):
-            consume(self._names[parameter], first, gradients)
 
     def _gradients(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
         size = max(1, _MOST // parameter.numel())
@@ -279,28 +274,22 @@ class ExampleGradients(Generic[_T]):
             self._uses.clear()  # of this pass
 
         def compare(parameter: nn.Parameter) -> None:
-            if not self._agrees(parameter, expected[parameter]):
-                wrong.append(self._names[parameter])
+            if parameter in self._uses:
+                mine, second = torch.cat([some for _, some in self._gradients(parameter)]), expected[parameter]
+                assert parameter.grad is not None
+                pairs = [
+                    (mine.sum(0), parameter.grad),
+                    (mine[1], torch.zeros_like(mine[1]) if second is None else second),
+                ]
+                if all((one - other).norm() <= _DISAGREES * other.float().norm() for one, other in pairs):
+                    return
+            wrong.append(self._names[parameter])
 
         self._backward([examples[0], examples[-1]], compare, differentiate)
         self._tried = True  # unless the memory ran out
         if wrong:
             self.one_at_a_time = True
             self._reporter.notify(f"one example at a time: {min(wrong)} is used in a way that needs it")
-
-    def _agrees(self, parameter: nn.Parameter, second: Tensor | None) -> bool:
-        if parameter not in self._uses:
-            return False
-        mine = torch.cat([gradients for _, gradients in self._gradients(parameter)])
-        assert parameter.grad is not None
-        pairs = [(mine.sum(0), parameter.grad), (mine[1], torch.zeros_like(mine[1]) if second is None else second)]
-        return all((one - other).norm() <= _DISAGREES * other.float().norm() for one, other in pairs)
-
-
-def _lora_embedding(module: nn.Module) -> list[nn.Parameter]:
-    """Return A and B of LoRA on an embedding, which lie in dictionaries below the module."""
-    tables = (getattr(module, f"lora_embedding_{letter}", None) for letter in "AB")
-    return [parameter for table in tables if table is not None for parameter in table.values()]
 
 
 def _rules(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> dict[Any, _Rule]:

@@ -89,9 +89,9 @@ def choose_weights(
     tau: float = 1.0,
     reporter: Reporter = SILENT,
 ) -> Tensors:
-    """Return what `merge` may be given: the mean, or member 0 of the draws with a seed, pruned first if asked.
+    """Return what `merge` may be given: the mean, or member 0 of the draws with a seed at τ, pruned first if asked.
 
-    The unpruned mean needs no σ, and is checked alone; τ is that of the draw.
+    The unpruned mean needs no σ, and is checked alone.
 
     Raises:
         IVONError: the adapter is damaged, has no σ and needs one, or the ratio is outside [0, 1].
@@ -100,8 +100,7 @@ def choose_weights(
         adapter.digests(reporter)
         return adapter.mean
     posterior = Posterior.from_pretrained(adapter.folder, reporter)
-    if ratio is not None:
-        posterior = posterior.prune(ratio, reporter=reporter)
+    posterior = posterior.prune(ratio or 0, reporter=reporter)
     return posterior.mean if sample_seed is None else posterior.temper(tau).draw(sample_seed)
 
 

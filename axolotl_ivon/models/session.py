@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..data.chats import Example
 from ..data.encode import EncodedExample, check_tokens, encode, encode_turns
@@ -24,8 +24,11 @@ from . import DTYPES
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from ..posterior.adapter import Adapter
+    from ..posterior.posterior import Posterior
 
 
 @dataclass(frozen=True)
@@ -52,24 +55,14 @@ class Loading:
             raise IVONError(f"{param_ref('dtype')} {self.dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
 
 
-class AdapterLike(Protocol):
-    """What a session is opened for: an `Adapter`, or a `Posterior` that was read from a folder."""
-
-    @property
-    def folder(self) -> Path | None: ...
-
-    @property
-    def config(self) -> Mapping[str, Any]: ...
-
-    @property
-    def mean(self) -> Mapping[str, torch.Tensor]: ...
-
-
 class Session:
     """An adapter over its base model in memory, with the tokenizer: loaded once, used by all that follows.
 
+    `adapter` is an `Adapter`, or a `Posterior` that was read from a folder.
+
     Attributes:
         model: the adapter over its base model, in evaluation mode.
+        device: the device of the base model.
         tokenizer: the one that training saved beside the adapter, else the base model's.
         slots: the adapter's tensors inside the model (`draws.AdapterSlots`); they fit the adapter.
         base_model: the name of the base model.
@@ -82,15 +75,16 @@ class Session:
         IVONError: the model does not fit the adapter, or there is no tokenizer.
     """
 
-    def __init__(self, model: PeftModel, adapter: AdapterLike) -> None:
+    def __init__(self, model: PeftModel, adapter: Adapter | Posterior) -> None:
         from .draws import AdapterSlots
 
-        self.model = model
+        assert adapter.folder is not None
+        self.model, self.device = model, model.device
         self.slots = AdapterSlots(model)
         self.slots.check(adapter.mean)
         config: Any = model.get_base_model().config
         self.base_model = str(config._name_or_path)
-        self.tokenizer = load_tokenizer(_folder_of(adapter), self.base_model)
+        self.tokenizer = load_tokenizer(adapter.folder, self.base_model)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self.classify = has_head(adapter)
         self._label2id = dict(config.label2id) if self.classify else {}
@@ -101,21 +95,17 @@ class Session:
             config.pad_token_id = end if pad is None else pad
 
     @classmethod
-    def open(cls, adapter: AdapterLike, loading: Loading = Loading(), reporter: Reporter = SILENT) -> Session:
+    def open(cls, adapter: Adapter | Posterior, loading: Loading = Loading(), reporter: Reporter = SILENT) -> Session:
         """Load the base model of an adapter, and the adapter over it.
 
         Raises:
             IVONError: as `load_model` and `load_tokenizer`, or the base model does not fit the adapter.
         """
-        folder = _folder_of(adapter)
-        loading = replace(loading, base_model=find_base_model(adapter.config, folder, loading.base_model))
+        assert adapter.folder is not None, "it was read from a folder"
+        base_model = find_base_model(adapter.config, adapter.folder, loading.base_model)
         reporter.begin("loading the base model")
-        return cls(load_model(folder, loading, classify=has_head(adapter)), adapter)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the base model."""
-        return self.model.device
+        loading = replace(loading, base_model=base_model)
+        return cls(load_model(adapter.folder, loading, classify=has_head(adapter)), adapter)
 
     def encode(self, examples: Sequence[Example], task: str, choices: Sequence[str] = ()) -> list[EncodedExample]:
         """Tokenise examples for a task ("choice", "generate" or "classify"), as `data.encode.encode` does.
@@ -148,12 +138,7 @@ class Session:
         check_tokens(ids, self.model.get_input_embeddings().weight.shape[0], source)
 
 
-def _folder_of(adapter: AdapterLike) -> Path:
-    assert adapter.folder is not None, "it was read from a folder"
-    return adapter.folder
-
-
-def has_head(adapter: AdapterLike) -> bool:
+def has_head(adapter: Adapter | Posterior) -> bool:
     """Say whether an adapter has a sequence-classification head."""
     return bool(adapter.config.get("task_type") == "SEQ_CLS")
 
@@ -190,7 +175,12 @@ def load_model(adapter: str | Path, loading: Loading = Loading(), *, classify: b
         config = PeftConfig.from_pretrained(str(adapter))
     except Exception as error:  # a wrong value in the configuration can make PEFT raise anything
         raise IVONError(f"{adapter}: PEFT cannot read adapter_config.json ({_reason(error)})") from None
-    _check_ranks(Path(adapter), config)
+    shapes = {key: entry.shape for key, entry in TensorFile(Path(adapter) / MEAN_FILE).entries.items()}
+    # PEFT would fill the memory before it compares a rank that no tensor of the adapter has.
+    longest = max((size for shape in shapes.values() for size in shape), default=0)
+    for rank in (getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()):
+        if not isinstance(rank, int) or rank > longest:
+            raise IVONError(f"{adapter}: adapter_config.json has rank {rank!r}; no tensor in {MEAN_FILE} has")
     place, dtype = pick_device(loading.device), loading.dtype
     # Without trust_remote_code=False transformers asks on the terminal whether to run a model's own code.
     options: dict[str, Any] = {"device_map": {"": place}, "trust_remote_code": False}
@@ -204,13 +194,18 @@ def load_model(adapter: str | Path, loading: Loading = Loading(), *, classify: b
     auto = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
     try:
         if classify:
-            options["num_labels"] = _head_size(Path(adapter), name)
+            options["num_labels"] = _head_size(shapes, name)
         base = auto.from_pretrained(name, **options)
     except Exception as error:  # as many kinds as there are models
         raise IVONError(
             f"the base model {name} cannot be loaded ({_reason(error)}); name another with {param_ref('base_model')}"
         ) from None
-    _resize_embeddings(base, Path(adapter))
+    # Training may have given the base model more tokens: where the adapter has the embeddings, as many as there.
+    embeddings: Any = base.get_input_embeddings()
+    embedding = next((key for key, module in base.named_modules() if module is embeddings), None)
+    tokens, *_ = shapes.get(f"base_model.model.{embedding}.weight", embeddings.weight.shape)
+    if tokens != embeddings.weight.shape[0]:
+        base.resize_token_embeddings(tokens, mean_resizing=False)
     try:
         with warnings.catch_warnings():
             # PEFT only warns of keys that it misses; `AdapterSlots.check`, which callers run, refuses them.
@@ -238,14 +233,6 @@ def _import_bitsandbytes() -> None:
         sys.modules.update(kernels)
 
 
-def _check_ranks(adapter: Path, config: PeftConfig) -> None:
-    """Refuse a rank that no tensor of the adapter has: PEFT would fill the memory before it compares them."""
-    longest = max((size for shape in _shapes(adapter).values() for size in shape), default=0)
-    for rank in (getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()):
-        if not isinstance(rank, int) or rank > longest:
-            raise IVONError(f"{adapter}: adapter_config.json has rank {rank!r}; no tensor in {MEAN_FILE} has")
-
-
 def load_tokenizer(folder: str | Path, base_model: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that training saved in the adapter's `folder`, else that of the base model.
 
@@ -263,31 +250,17 @@ def load_tokenizer(folder: str | Path, base_model: str) -> PreTrainedTokenizerBa
         ) from None
 
 
-def _head_size(adapter: Path, base_model: str) -> int:
+def _head_size(shapes: Mapping[str, tuple[int, ...]], base_model: str) -> int:
     """Return how many labels the classification head has: as the adapter saved it, else as the base does."""
     from transformers import AutoConfig
 
     # A head may have hidden layers (classifier.dense) before the one that gives the labels: the narrowest.
     widths = [
         shape[0]
-        for key, shape in _shapes(adapter).items()
+        for key, shape in shapes.items()
         if key.endswith(".weight") and "lora_" not in key and {"score", "classifier"} & {*key.split(".")}
     ]
     return min(widths) if widths else AutoConfig.from_pretrained(base_model, trust_remote_code=False).num_labels
-
-
-def _resize_embeddings(base: PreTrainedModel, adapter: Path) -> None:
-    """Give the base model as many tokens as training gave it, where the adapter has the embeddings."""
-    embeddings: Any = base.get_input_embeddings()
-    name = next((name for name, module in base.named_modules() if module is embeddings), None)
-    shape = _shapes(adapter).get(f"base_model.model.{name}.weight")
-    if shape and shape[0] != embeddings.weight.shape[0]:
-        base.resize_token_embeddings(shape[0], mean_resizing=False)
-
-
-def _shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of an adapter."""
-    return {key: entry.shape for key, entry in TensorFile(adapter / MEAN_FILE).entries.items()}
 
 
 def _reason(error: BaseException) -> str:

@@ -115,17 +115,13 @@ class Adapter:
         return digests
 
 
-def module_of(key: str) -> str:
-    """Return the module that a tensor of an adapter belongs to: its name without PEFT's prefix and endings."""
-    name = re.sub(r"^base_model\.model\.", "", key)
-    return re.sub(r"\.(lora_[A-Za-z_]+|modules_to_save|base_layer)\b.*$|\.(weight|bias)$", "", name)
-
-
 def modules(tensors: Tensors) -> dict[str, list[str]]:
     """Return the names of each module's tensors, modules in their natural order (layer 2 before layer 10)."""
     names: dict[str, list[str]] = {}
     for key in sorted(tensors):
-        names.setdefault(module_of(key), []).append(key)
+        module = key.removeprefix("base_model.model.")
+        module = re.sub(r"\.(lora_[A-Za-z_]+|modules_to_save|base_layer)\b.*$|\.(weight|bias)$", "", module)
+        names.setdefault(module, []).append(key)
     return dict(sorted(names.items(), key=lambda item: natural_order(item[0])))
 
 

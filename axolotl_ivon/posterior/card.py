@@ -89,19 +89,18 @@ def header_value(value: str) -> str:
 
 
 def section(header: Mapping[str, str], config: Mapping[str, Any]) -> str:
-    """Return the card's section on a posterior.
-
-    Args:
-        header: of ivon_sigma.safetensors.
-        config: adapter_config.json.
-    """
+    """Return the card's section on a posterior: `header` is of ivon_sigma.safetensors, `config` adapter_config.json."""
+    if "fit_method" in header:
+        origin = "whose σ axolotl-ivon fitted after training, around the trained weights"
+    else:
+        origin = "trained with IVON-LoRA ([arXiv 2506.14280](https://arxiv.org/abs/2506.14280)) by axolotl-ivon"
     rows = [("base model", PurePath(str(config.get("base_model_name_or_path"))).name)]
     rows += [(label, header_value(header[name])) for name, label in HEADER_LABELS.items() if header.get(name)]
     lines = [
         "<!-- ivon: begin; `ivon-post card` replaces what lies between these marks -->",
         "## Posterior",
         "",
-        f"This adapter is a Gaussian posterior over its weights, {_origin(header)}. Beside the mean, "
+        f"This adapter is a Gaussian posterior over its weights, {origin}. Beside the mean, "
         f"`{SIGMA_FILE}` holds the standard deviation σ of every weight, in float32 under the same names.",
         "",
         "| | |",
@@ -116,12 +115,6 @@ def section(header: Mapping[str, str], config: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _origin(header: Mapping[str, str]) -> str:
-    if "fit_method" in header:
-        return "whose σ axolotl-ivon fitted after training, around the trained weights"
-    return "trained with IVON-LoRA ([arXiv 2506.14280](https://arxiv.org/abs/2506.14280)) by axolotl-ivon"
 
 
 def _limits(header: Mapping[str, str]) -> list[str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import IVONError, param_ref
 from .adapter import UNPRUNED, Adapter, mean_sha256, modules
-from .tensors import Tensors
+
+if TYPE_CHECKING:
+    from .posterior import Posterior
 
 # Keys of the header, beside `prior` (where it was read from) and `prior_strength` (κ).
 PRIOR_SHA256, CHAIN, CHAIN_SIZE = "prior_sha256", "prior_chain", "chain_train_size"
@@ -20,28 +21,6 @@ PRIOR_KEYS = ("prior", PRIOR_SHA256, "prior_strength", CHAIN, CHAIN_SIZE)
 MEANING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
 # The plugin's YAML keys of some of them.
 _KEYS = {"r": "lora_r", "use_rslora": "peft_use_rslora", "use_dora": "peft_use_dora"}
-
-
-class PosteriorLike(Protocol):
-    """What a `Posterior` is to those whom it asks, so that they need not know it."""
-
-    @property
-    def mean(self) -> Tensors: ...
-
-    @property
-    def sigma(self) -> Tensors: ...
-
-    @property
-    def metadata(self) -> dict[str, str]: ...
-
-    @property
-    def config(self) -> dict[str, Any]: ...
-
-    @property
-    def folder(self) -> Path | None: ...
-
-    @property
-    def tau(self) -> float: ...
 
 
 class Link(NamedTuple):
@@ -64,16 +43,13 @@ class Link(NamedTuple):
 def links(header: Mapping[str, str]) -> list[Link]:
     """Return the chain before the posterior with this header, the nearest first."""
     try:
-        return [Link(str(x[0]), float(x[1]), None if x[2] is None else int(x[2]), str(x[3])) for x in _parsed(header)]
+        chain = json.loads(header.get(CHAIN, "[]"))
+        return [Link(str(x[0]), float(x[1]), None if x[2] is None else int(x[2]), str(x[3])) for x in chain]
     except (ValueError, TypeError, IndexError, KeyError) as error:
         raise IVONError(f"{CHAIN} of a header cannot be read ({header.get(CHAIN)!r:.200})") from error
 
 
-def _parsed(header: Mapping[str, str]) -> list[Any]:
-    return json.loads(header[CHAIN]) if CHAIN in header else []
-
-
-def prior_header(prior: PosteriorLike, strength: float, train_size: str | None) -> dict[str, str]:
+def prior_header(prior: Posterior, strength: float, train_size: str | None) -> dict[str, str]:
     """Return the header keys by which a run records the posterior that is its prior.
 
     `train_size` is N of the run itself. `chain_train_size`, N of all data since the first posterior, is there if every

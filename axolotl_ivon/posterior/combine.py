@@ -8,17 +8,20 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import IVONError, param_ref
 from ..storage.dtypes import NUMPY
 from .adapter import UNPRUNED, different_shapes
-from .chain import CHAIN_SIZE, MEANING, PRIOR_KEYS, Factor, PosteriorLike, factors, links
+from .chain import CHAIN_SIZE, MEANING, PRIOR_KEYS, Factor, factors, links
 from .tensors import Spec, Tensors
+
+if TYPE_CHECKING:
+    from .posterior import Posterior
 
 METHODS = ("precision", "linear", "cat")
 _BLOCK = 2**15
@@ -32,12 +35,7 @@ _NOT_LOW_RANK = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_in
 _FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight$")
 
 
-def combine(
-    posteriors: Sequence[PosteriorLike],
-    method: str = "precision",
-    weights: Sequence[float] | None = None,
-    priors: Sequence[PosteriorLike] = (),
-) -> Parts:
+def combine(posteriors: Sequence[Posterior], method: str, share: Sequence[float], priors: Sequence[Posterior]) -> Parts:
     """Return the parts of one posterior made of several over the same base model; `Posterior.combine` wraps it.
 
     "precision": the product of the Gaussians. Precisions 1/σ² are added, means are weighted by them. What several of
@@ -55,14 +53,13 @@ def combine(
     PEFT's `add_weighted_adapter(combination_type="cat")` makes it: factors are concatenated, ranks add up.
 
     Args:
-        priors: the posteriors that several of `posteriors` go on from and that are not among them (`chain.shared`), at
-            the temperature of these.
+        share: what `shares` returns.
+        priors: with "precision", the posteriors that several of `posteriors` go on from and that are not among them
+            (`chain.shared`), at the temperature of these.
 
     Raises:
-        IVONError: fewer than two posteriors, other base models or temperatures, an unknown method, weights that do
-            not fit, or adapters that the method cannot combine.
+        IVONError: other base models or temperatures, or adapters that the method cannot combine.
     """
-    share = shares(len(posteriors), method, weights)
     bases = [str(q.config.get("base_model_name_or_path")) for q in posteriors]
     if len({PurePath(base).name for base in bases}) > 1:
         raise IVONError(f"the adapters have different base models ({', '.join(dict.fromkeys(bases))})")
@@ -73,7 +70,7 @@ def combine(
         )
     if method == "cat":
         return _concatenated(posteriors, share)
-    return _elementwise(posteriors, method, share, priors if method == "precision" else ())
+    return _elementwise(posteriors, method, share, priors)
 
 
 def shares(count: int, method: str = "precision", weights: Sequence[float] | None = None) -> list[float]:
@@ -97,7 +94,7 @@ def shares(count: int, method: str = "precision", weights: Sequence[float] | Non
     return share
 
 
-def _header(posteriors: Sequence[PosteriorLike], method: str, share: Sequence[float] = ()) -> dict[str, str]:
+def _header(posteriors: Sequence[Posterior], method: str, share: Sequence[float] = ()) -> dict[str, str]:
     """Return the header of the result: what all agree on; with "precision", λ and N add up."""
     first = posteriors[0].metadata
     header = {key: value for key, value in first.items() if all(q.metadata.get(key) == value for q in posteriors)}
@@ -125,7 +122,7 @@ def _header(posteriors: Sequence[PosteriorLike], method: str, share: Sequence[fl
 
 
 def _elementwise(
-    posteriors: Sequence[PosteriorLike], method: str, share: Sequence[float], priors: Sequence[PosteriorLike]
+    posteriors: Sequence[Posterior], method: str, share: Sequence[float], priors: Sequence[Posterior]
 ) -> Parts:
     first = posteriors[0]
     fix = "method cat combines adapters of different ranks and targets"
@@ -148,7 +145,9 @@ def _elementwise(
         if method == "linear":
             values = _blockwise(lambda *m: _sum(w * x for w, x in zip(share, m, strict=True)), means)
         else:
-            _check_no_contradiction(key, means, sigmas)
+            for i, j in itertools.combinations(range(len(means)), 2):
+                if ((sigmas[i] == 0) & (sigmas[j] == 0) & (means[i] != means[j])).any():
+                    raise IVONError(f"σ is 0 in two posteriors at different means of {key}; combine with method linear")
             n = len(means)
             values = _blockwise(lambda *both: _product_mean(product, both[:n], both[n:], fixed), [*means, *sigmas])
         return values.astype(NUMPY[first.mean.specs[key][0]], copy=False)
@@ -224,13 +223,7 @@ def _product_mean(
     return mean
 
 
-def _check_no_contradiction(key: str, means: Sequence[np.ndarray], sigmas: Sequence[np.ndarray]) -> None:
-    for i, j in itertools.combinations(range(len(means)), 2):
-        if ((sigmas[i] == 0) & (sigmas[j] == 0) & (means[i] != means[j])).any():
-            raise IVONError(f"σ is 0 in two posteriors at different means of {key}; combine with method linear")
-
-
-def _shared_prior(posteriors: Sequence[PosteriorLike]) -> float:
+def _shared_prior(posteriors: Sequence[Posterior]) -> float:
     """Return the precision λ·δ·τ of a prior that all posteriors share, or 0."""
     try:
         shared = {float(q.metadata["ess"]) * float(q.metadata["prior"]) * q.tau for q in posteriors}
@@ -239,7 +232,7 @@ def _shared_prior(posteriors: Sequence[PosteriorLike]) -> float:
     return shared.pop() if len(shared) == 1 else 0.0
 
 
-def _concatenated(posteriors: Sequence[PosteriorLike], share: Sequence[float]) -> Parts:
+def _concatenated(posteriors: Sequence[Posterior], share: Sequence[float]) -> Parts:
     owners: dict[str, list[int]] = {}  # which posteriors have a factor
     for i, q in enumerate(posteriors):
         for name in _NOT_LOW_RANK:
@@ -269,7 +262,7 @@ def _concatenated(posteriors: Sequence[PosteriorLike], share: Sequence[float]) -
         shape[axis] = sum(each[axis] for each in shapes)
         specs[key] = (posteriors[found[0]].mean.specs[key][0], tuple(shape))
 
-    def joined(key: str, values_of: Callable[[PosteriorLike], np.ndarray]) -> np.ndarray:
+    def joined(key: str, values_of: Callable[[Posterior], np.ndarray]) -> np.ndarray:
         pieces = []
         for i in owners[key]:
             values = values_of(posteriors[i])
@@ -285,7 +278,14 @@ def _concatenated(posteriors: Sequence[PosteriorLike], share: Sequence[float]) -
         return np.abs(joined(key, lambda q: q.sigma.raw(key)))  # a weight may be negative
 
     sigma_specs = {key: ("F32", shape) for key, (_, shape) in specs.items()}
-    config = _concatenated_config(posteriors, specs)
+    # The scaling is 1 everywhere: alpha is the rank.
+    ranks = {match[1]: specs[key][1][0] for key in specs if (match := _FACTOR.match(key)) and match[2] == "A"}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {module: rank for module, rank in ranks.items() if rank != usual}
+    config = posteriors[0].config | {"r": usual, "lora_alpha": usual, "use_rslora": False}
+    config |= {"rank_pattern": others, "alpha_pattern": others}
+    if any(q.config.get(name) != config.get(name) for q in posteriors for name in _TARGETS):
+        config |= dict.fromkeys(_TARGETS) | {"target_modules": sorted(ranks)}
     return Tensors(specs, mean), Tensors(sigma_specs, sigma), _header(posteriors, "cat"), config
 
 
@@ -294,7 +294,7 @@ def _axis(key: str) -> int:
     return 0 if key.endswith(".lora_A.weight") else 1
 
 
-def _scaling(q: PosteriorLike, key: str) -> float:
+def _scaling(q: Posterior, key: str) -> float:
     """Return what PEFT multiplies B·A of this module with: alpha/r, or alpha/√r (rsLoRA)."""
     match = _FACTOR.match(key)
     assert match
@@ -308,16 +308,3 @@ def _scaling(q: PosteriorLike, key: str) -> float:
         return float(alpha / (math.sqrt(rank) if q.config.get("use_rslora") else rank))
     except (TypeError, AttributeError, ZeroDivisionError, re.error) as error:
         raise IVONError(f"adapter_config.json: lora_alpha or alpha_pattern cannot be read ({error})") from error
-
-
-def _concatenated_config(posteriors: Sequence[PosteriorLike], specs: Mapping[str, Spec]) -> dict[str, Any]:
-    """Return the configuration of the concatenated adapter: scaling 1 everywhere, alpha equal to the rank."""
-    config = dict(posteriors[0].config)
-    ranks = {match[1]: specs[key][1][0] for key in specs if (match := _FACTOR.match(key)) and match[2] == "A"}
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    others = {module: rank for module, rank in ranks.items() if rank != usual}
-    config |= {"r": usual, "lora_alpha": usual, "use_rslora": False}
-    config |= {"rank_pattern": others, "alpha_pattern": others}
-    if any(q.config.get(name) != config.get(name) for q in posteriors for name in _TARGETS):
-        config |= dict.fromkeys(_TARGETS) | {"target_modules": sorted(ranks)}
-    return config

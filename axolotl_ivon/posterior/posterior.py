@@ -157,14 +157,9 @@ class Posterior:
         return self.mean.each(count)
 
     def prune(
-        self,
-        ratio: float,
-        criterion: str = "snr",
-        scope: str = "adapter",
-        seed: int = 0,
-        reporter: Reporter = SILENT,
+        self, ratio: float, criterion: str = "snr", scope: str = "adapter", seed: int = 0, reporter: Reporter = SILENT
     ) -> Posterior:
-        """Return the posterior with mean and σ of the `ratio` least important weights set to 0.
+        """Return the posterior with mean and σ of the `ratio` least important weights set to 0; itself at ratio 0.
 
         `criterion` is "snr" (|m|/σ, smallest first; arXiv 2506.14280), "sigma" (largest σ first), "magnitude",
         "random" (drawn with `seed`), or one that an extension adds. `scope` is "adapter" (ranked over all
@@ -175,7 +170,10 @@ class Posterior:
         Raises:
             IVONError: a ratio outside [0, 1], an unknown criterion or scope, or σ that is 0 everywhere.
         """
-        masks = pruning_masks(self.mean, self.sigma, Pruning(ratio, criterion, scope, seed), self.aliases, reporter)
+        pruning = Pruning(ratio, criterion, scope, seed)
+        if not ratio:
+            return self
+        masks = pruning_masks(self.mean, self.sigma, pruning, self.aliases, reporter)
 
         def zero(key: str, raw: np.ndarray) -> np.ndarray:
             if key not in masks:
@@ -273,14 +271,11 @@ class Posterior:
             with contextlib.suppress(IVONError):  # a damaged card goes along as it is
                 keep_true(new, header, self.config, changed=known != self.metadata.get("mean_sha256"))
 
-    def _same_sigma(self, other: Posterior) -> bool:
-        return all(np.array_equal(self.sigma.raw(key), other.sigma.raw(key)) for key in self.sigma)
-
     @classmethod
     def _prior_of(cls, posteriors: Sequence[Posterior], sha256: str) -> Posterior:
         """Read the posterior of this fingerprint, which some of `posteriors` go on from, and temper it as they are."""
         children = [q for q in posteriors if any(link.sha256 == sha256 for link in links(q.metadata))]
-        [name, *_] = (link.name for link in links(children[0].metadata) if link.sha256 == sha256)
+        name = next(link.name for link in links(children[0].metadata) if link.sha256 == sha256)
         try:
             found = cls.from_pretrained(name)
         except IVONError:
@@ -295,24 +290,25 @@ class Posterior:
 
     @classmethod
     def combine(
-        cls,
-        posteriors: Sequence[Posterior],
-        method: str = "precision",
-        weights: Sequence[float] | None = None,
+        cls, posteriors: Sequence[Posterior], method: str = "precision", weights: Sequence[float] | None = None
     ) -> Posterior:
         """Return one posterior made of several over the same base model; see `posterior.combine.combine`.
 
         A posterior that several of them go on from is read from where they had it, unless it is among them.
 
         Raises:
-            IVONError: as `combine` does; one of them, as it was read from a folder, is given twice: its data would
-                count twice; or the posterior that several of them go on from is not where it was.
+            IVONError: as `shares` and `combine` do; one of them, as it was read from a folder, is given twice: its
+                data would count twice; or the posterior that several of them go on from is not where it was.
         """
-        shares(len(posteriors), method, weights)
+        share = shares(len(posteriors), method, weights)
         priors = [cls._prior_of(posteriors, sha256) for sha256 in shared([q.metadata for q in posteriors])]
-        parts = combine(posteriors, method, weights, priors if method == "precision" else ())
+        parts = combine(posteriors, method, share, priors if method == "precision" else ())
         for one, other in itertools.combinations(posteriors, 2):
-            if one._fingerprint and one._fingerprint == other._fingerprint and one._same_sigma(other):
+            if (
+                one._fingerprint
+                and one._fingerprint == other._fingerprint
+                and all(np.array_equal(one.sigma.raw(key), other.sigma.raw(key)) for key in one.sigma)
+            ):
                 raise IVONError(
                     f"{one.folder} and {other.folder} hold the same posterior, whose data would count twice; "
                     "give each posterior once"

@@ -45,12 +45,7 @@ def at_random(name: str, mean: np.ndarray, sigma: np.ndarray, random: np.random.
     return random.random(mean.shape, np.float32)
 
 
-CRITERIA: dict[str, Criterion] = {
-    "snr": snr,
-    "sigma": largest_sigma,
-    "magnitude": magnitude,
-    "random": at_random,
-}
+CRITERIA: dict[str, Criterion] = {"snr": snr, "sigma": largest_sigma, "magnitude": magnitude, "random": at_random}
 
 
 # The score of a weight depends on its own mean and σ alone: some weights can be scored without the others.
@@ -98,10 +93,7 @@ def pruning_masks(
 ) -> dict[str, tuple[np.ndarray, int]]:
     """Return, per tensor, the weights to prune as packed bits (np.packbits), and how many are 0 afterwards.
 
-    round(ratio · weights) weights are marked, over the whole adapter or in every tensor. Weights whose mean and σ are 0
-    already are pruned, and counted first. Equal scores are broken by the tensor's name, then the place in it. A tensor
-    that was saved with the adapter but not trained (σ is 0 all over, the mean is not) takes no part and is not counted.
-    `aliases` names the tensor whose random numbers another one uses.
+    Which those are, `Posterior.prune` says. `aliases` names the tensor whose random numbers another one uses.
 
     Raises:
         IVONError: scores are NaN or of another shape, or σ is 0 everywhere.
@@ -134,7 +126,7 @@ def pruning_masks(
 
     taking = mean.each(takes_part, "reading", reporter)
     keys = sorted(key for key in taking if taking[key])
-    if pruning.ratio > 0 and not keys:
+    if not keys and pruning.ratio > 0:
         raise IVONError("σ is 0 everywhere, so no weight is less certain than another; prune before tau inf")
     total = sum(map(mean.size, keys))
 

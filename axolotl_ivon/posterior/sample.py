@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import IVONError, param_ref
 from ..records.ensemble import EnsembleRecord
-from ..reporter import SILENT, Reporter
+from ..reporter import SILENT, Reporter, Stage
 from ..storage.atomic import check_space, in_bytes, new_folder
 from ..storage.dtypes import CHOICES, SAFETENSORS
 from ..storage.format import CONFIG_FILE, ENSEMBLE_FILE, MEAN_FILE, moved_config, write_json
@@ -64,16 +64,6 @@ class EnsemblePlan:
         return self.adapters * self.adapter(posterior, "sample-0").bytes
 
 
-class _Ensemble(Reporter):
-    """Reports the files of all adapters as one piece of work."""
-
-    def __init__(self, reporter: Reporter, doing: str, total: int) -> None:
-        self._reporter, self._doing, self._total = reporter, doing, total
-
-    def advance(self, doing: str, count: int, total: int) -> None:
-        self._reporter.advance(self._doing, count, self._total)
-
-
 def sample(
     posterior: Posterior,
     folder: str | os.PathLike[str],
@@ -93,14 +83,14 @@ def sample(
     source = source or str(posterior.folder)
     size, what = plan.size(posterior), f"{plan.adapters:,} adapter{'s' if plan.adapters > 1 else ''}"
     check_space(Path(folder), size, what)
-    reports = _Ensemble(reporter, f"drawing {what}, {in_bytes(size)}", plan.adapters * posterior.mean.weights)
+    stage = Stage(reporter, f"drawing {what}, {in_bytes(size)}", plan.adapters * posterior.mean.weights)
     names = plan.names
     config = moved_config(posterior.config, posterior.folder, Path(folder) / names[0])
     with new_folder(Path(folder), overwrite, posterior.inputs) as new:
         for name in names:
             (new / name).mkdir()
             write_json(new / name / CONFIG_FILE, config)
-            write_tensors(new / name / MEAN_FILE, plan.adapter(posterior, name), {"format": "pt"}, reports)
+            write_tensors(new / name / MEAN_FILE, plan.adapter(posterior, name), {"format": "pt"}, stage)
         EnsembleRecord(
             source=os.path.abspath(source) if Path(source).is_dir() else source,
             seed=plan.seed,

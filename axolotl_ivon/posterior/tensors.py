@@ -154,11 +154,7 @@ def fingerprint(tensors: Tensors, digests: Mapping[str, str]) -> str:
 
 
 def write_tensors(
-    path: Path,
-    tensors: Tensors,
-    metadata: Mapping[str, str],
-    reporter: Reporter = SILENT,
-    hashed: bool = False,
+    path: Path, tensors: Tensors, metadata: Mapping[str, str], reporter: Reporter = SILENT, hashed: bool = False
 ) -> dict[str, str]:
     """Write a safetensors file, a tensor at a time, and return every tensor's `sha256` if `hashed`."""
     with TensorWriter(path, tensors.specs, metadata) as writer:

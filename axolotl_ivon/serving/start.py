@@ -80,7 +80,7 @@ def local_backend(
 
     name = served_name(name, drawing.adapter)
     posterior = Posterior.from_pretrained(drawing.adapter)
-    posterior = (posterior.prune(drawing.prune_ratio) if drawing.prune_ratio else posterior).temper(drawing.tau)
+    posterior = posterior.prune(drawing.prune_ratio).temper(drawing.tau)
     session = Session.open(posterior, loading, reporter)
     from .local.engine import TokenEngine
     from .local.queue import Local

@@ -15,9 +15,8 @@ from heard import Heard
 from tiny import write_chats
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.evaluation.against_mean import _compare, draws_against_mean
 from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
-from axolotl_ivon.evaluation.run import run
+from axolotl_ivon.evaluation.run import _against_mean, draws_against_mean, run
 from axolotl_ivon.evaluation.variants import VariantChoice, paper_variants
 from axolotl_ivon.evaluation.verdicts import verdicts
 from axolotl_ivon.metrics.bootstrap import compare, standard_errors
@@ -172,12 +171,12 @@ def test_draws_against_the_mean_are_paired(shift: float, word: str) -> None:
     generator = np.random.default_rng(0)
     hard = 1 + generator.exponential(3.0, 40)
     draws = hard + shift + generator.normal(0, 0.05, 40)
-    found = _compare("test.jsonl", with_nll(draws), with_nll(hard))
+    found = _against_mean("test.jsonl", with_nll(draws), with_nll(hard))
     apart = [a - b for a, b in zip(draws, hard, strict=True)]
     assert found["difference"] == pytest.approx(statistics.mean(apart))
     assert found["se"] == pytest.approx(statistics.stdev(apart) / math.sqrt(40))
     assert word in found["finding"]["text"]
     assert found["finding"]["good"] == (word == "better")
-    alone = _compare("x", with_nll(hard[:1]), with_nll(draws[:1]))
+    alone = _against_mean("x", with_nll(hard[:1]), with_nll(draws[:1]))
     assert alone["se"] is None
     assert "cannot be told apart" in alone["finding"]["text"]

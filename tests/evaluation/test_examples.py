@@ -12,7 +12,7 @@ from tiny import write_chats
 
 from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
-from axolotl_ivon.evaluation.examples import describe
+from axolotl_ivon.evaluation.run import describe
 from axolotl_ivon.evaluation.variants import Variant
 from axolotl_ivon.metrics.scores import Scores
 from axolotl_ivon.records.base import save_lines

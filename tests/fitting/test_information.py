@@ -85,7 +85,7 @@ def test_sampled_labels_have_the_fisher_information_as_their_mean(make_adapter: 
     texts = items(3)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    logits = label_logits(model, texts).logits
+    logits, _, _ = label_logits(model, texts)
     exact = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     every = torch.eye(logits.shape[1])
     for row in logits:

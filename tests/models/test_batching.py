@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.encode import EncodedExample
-from axolotl_ivon.models.batching import (
-    GRADIENT_LOGITS,
-    Batches,
-    Halving,
-    gradient_tokens,
-    out_of_memory,
-    prediction_tokens,
-)
+from axolotl_ivon.models.batching import GRADIENT_LOGITS, Batches, Halving, batch_tokens, out_of_memory
 
 
 def items(lengths: list[int]) -> list[EncodedExample]:
@@ -57,7 +50,8 @@ def test_the_order_depends_on_the_seed_and_the_epoch() -> None:
 def test_logits_are_limited() -> None:
     batches = Batches(items([10] * 8), None, "cuda", GRADIENT_LOGITS // 20)
     assert [len(batch) for batch in batches.once()] == [2, 2, 2, 2]
-    assert prediction_tokens("cuda") > gradient_tokens("cuda") > gradient_tokens("cpu") == prediction_tokens("cpu")
+    assert batch_tokens("cuda") > batch_tokens("cuda", gradients=True) > batch_tokens("cpu")
+    assert batch_tokens("cpu", gradients=True) == batch_tokens("cpu")
 
 
 class Memory:

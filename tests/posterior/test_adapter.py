@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.posterior.adapter import Adapter, mean_sha256, module_of, modules, save_sigma
+from axolotl_ivon.posterior.adapter import Adapter, mean_sha256, modules, save_sigma
 from axolotl_ivon.posterior.tensors import Tensors
 from axolotl_ivon.storage.format import MEAN_FILE, SIGMA_FILE
 
@@ -168,7 +168,7 @@ def test_an_adapter_without_sigma_is_one(plain_adapter: Path):
     ],
 )
 def test_module_names(key: str, module: str):
-    assert module_of(key) == module
+    assert modules(Tensors.of({key: torch.zeros(1)})) == {module: [key]}
 
 
 def test_modules_come_in_their_natural_order():
