@@ -30,9 +30,6 @@ def exact_cdf(most: int, trials: int, probability: Fraction) -> Fraction:
     return sum(terms, Fraction(0))
 
 
-# --- the binomial bound -----------------------------------------------------------------------------------------
-
-
 @settings(max_examples=30)
 @given(st.integers(0, 80), st.sampled_from([0.01, 0.05, 0.2]), st.sampled_from([0.8, 0.9, 0.95]))
 def test_as_many_errors_are_allowed_as_the_exact_sum_and_the_bound_say(
@@ -52,9 +49,6 @@ def test_the_bound_solves_its_equation() -> None:
         bound = Fraction(upper_bound(errors, answered, 0.9))
         assert float(exact_cdf(errors, answered, bound)) == pytest.approx(0.1, abs=1e-9)
     assert upper_bound(10, 10, 0.9) == upper_bound(0, 0, 0.9) == 1
-
-
-# --- the promise ------------------------------------------------------------------------------------------------
 
 
 def empirical(scores: np.ndarray, correct: np.ndarray) -> Callable[[float], float]:
@@ -115,20 +109,12 @@ def test_much_is_answered_where_much_can_be() -> None:
     assert found.document()["certified_on"]["bound"] <= 0.1
 
 
-def test_all_is_answered_where_nothing_is_wrong() -> None:
-    found = find_threshold(np.full(60, 0.9), np.ones(60), np.full(60, 0.9), np.ones(60), risk=0.05)
-    assert (found.threshold, found.coverage) == (0.0, 1.0)
-
-
 def test_ties_and_few_values_are_answered_together() -> None:
     # Shares of eight votes: a threshold never parts equal confidences.
     votes = np.repeat([1.0, 0.875, 0.5], 200)
     correct = np.concatenate([np.ones(200), np.tile([1.0] * 49 + [0.0], 4), np.tile([1.0, 0.0], 100)])
     found = find_threshold(votes, correct, votes, correct, risk=0.05)
     assert (found.threshold, found.answered, found.errors) == (0.875, 400, 4)
-
-
-# --- no promise -------------------------------------------------------------------------------------------------
 
 
 def test_what_is_needed_is_told_and_is_enough() -> None:
@@ -155,10 +141,9 @@ def test_from_very_few_the_least_number_is_told() -> None:
         certify(np.full(3, 0.9), np.ones(3), 0.05, 0.9)
 
 
-def test_halves_share_nothing() -> None:
-    # Half of the examples say that all is well, and are no part of the test: it counts each example at most once.
+def test_halves_share_nothing_and_all_is_answered_where_nothing_is_wrong() -> None:
     found = certify(np.full(101, 0.9), np.ones(101), 0.05, 0.9)
-    assert (found.examples, found.answered, found.threshold) == (51, 51, 0.0)
+    assert (found.examples, found.answered, found.threshold, found.coverage) == (51, 51, 0.0, 1.0)
 
 
 def test_no_number_is_enough_where_the_surest_are_wrong_too_often() -> None:

@@ -38,9 +38,6 @@ from axolotl_ivon.reporter import Reporter
 MakeAdapter = Callable[..., Path]
 
 
-# --- predictions ------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def each_draw(evaluation: Evaluation, posterior: Posterior | None, draws: int) -> Tensor:
     """Probabilities (draws, predictions, classes), by PEFT's own loading, without padding, caches or batches."""
@@ -264,9 +261,6 @@ def test_files_are_scored_apart(adapter: Path, tmp_path: Path) -> None:
         close([part], Evaluation(adapter, EvaluationData([path], choices=["A", "B"], limit=10)).run([Variant("mean")]))
 
 
-# --- what must not happen ---------------------------------------------------------------------------------------
-
-
 def fingerprint(model: nn.Module) -> dict[str, bytes]:
     return {name: tensor.detach().numpy().tobytes() for name, tensor in model.state_dict().items()}
 
@@ -302,9 +296,6 @@ def test_an_interrupted_evaluation_leaves_the_model_too(evaluation: Evaluation) 
             evaluation.run([Variant("", tau=1)], Sampling(samples=2, draws_per_pass=at_once), Interrupting())
     assert fingerprint(evaluation.model) == before
     assert torch.is_grad_enabled()
-
-
-# --- loading ----------------------------------------------------------------------------------------------------
 
 
 def test_an_adapter_without_sigma_has_a_base_and_a_mean(make_adapter: MakeAdapter, chats: Path) -> None:
@@ -378,15 +369,6 @@ def test_tokens_that_training_added(tmp_path: Path, tiny_llama: Path, chats: Pat
         Evaluation(tmp_path / "adapter-False", data, mean)
 
 
-@pytest.mark.parametrize(("tau", "ratio"), [(0.0, 0.0), (-1.0, 0.0), (math.nan, 0.0), (1.0, -0.1), (1.0, 1.1)])
-def test_rows_refuse_what_no_posterior_takes(tau: float, ratio: float) -> None:
-    with pytest.raises(IVONError, match="tau" if ratio == 0 else "ratio"):
-        Variant("x", tau=tau, ratio=ratio)
-
-
-# --- classification ---------------------------------------------------------------------------------------------
-
-
 def test_a_classification_head(tmp_path: Path, tiny_llama: Path) -> None:
     folder = with_sigma(build_classifier(tiny_llama, tmp_path / "head"))
     path = tmp_path / "data.jsonl"
@@ -406,9 +388,6 @@ def test_a_classification_head(tmp_path: Path, tiny_llama: Path) -> None:
         p = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits.softmax(-1)[0]
         place = mean.group.tolist().index(index)
         assert mean.nll[place].item() == pytest.approx(-p[index % 3].log().item(), rel=1e-4)
-
-
-# --- a closed form ----------------------------------------------------------------------------------------------
 
 
 class Linear(nn.Module):

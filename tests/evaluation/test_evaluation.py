@@ -87,9 +87,9 @@ def test_variants_are_chosen_by_name() -> None:
     assert VariantChoice(["posterior", "base"], 2.0, 0.3).variants() == [known["base"], known["posterior"]]
     with pytest.raises(IVONError, match="rows x,mean: 'x' is unknown; choose from base,mean"):
         VariantChoice(["x", "mean"]).variants()
-
-
-# Verdicts
+    for bad, name in (((0.0, 0.0), "tau"), ((1.0, 1.1), "ratio")):
+        with pytest.raises(IVONError, match=name):
+            VariantChoice(["posterior-pruned"], *bad).variants()
 
 
 def result(name: str, nll: float, error: float, than: str = "mean", **more: Any) -> VariantResult:
@@ -146,9 +146,6 @@ def test_verdicts_come_file_by_file_and_only_where_both_rows_are() -> None:
     assert verdicts([VariantResult(name="posterior", data="a", examples=5, samples=3)]) == []
 
 
-# Draws against the mean
-
-
 @pytest.mark.parametrize("task", ["choice", "generate"])
 def test_the_difference_is_that_of_the_table(task: str, tiny_adapter: Path, tmp_path: Path) -> None:
     data = EvaluationData([write_chats(tmp_path / f"{seed}.jsonl", 9, seed) for seed in (1, 2)], task=task, limit=8)
@@ -167,7 +164,6 @@ def with_nll(nll: np.ndarray) -> Scores:
 
 @pytest.mark.parametrize(("shift", "word"), [(-0.1, "better"), (0.1, "worse"), (0.0, "cannot be told apart")])
 def test_draws_against_the_mean_are_paired(shift: float, word: str) -> None:
-    """Each example is as hard for both, which the spread over examples would hide."""
     generator = np.random.default_rng(0)
     hard = 1 + generator.exponential(3.0, 40)
     draws = hard + shift + generator.normal(0, 0.05, 40)

@@ -62,14 +62,3 @@ def test_out_of_memory_halves_the_batch(
     monkeypatch.setattr(evaluation.model, "forward", lambda **_: small(input_ids=torch.zeros(99, 1)))
     with pytest.raises(IVONError, match="out of memory with a single prompt"):
         evaluation.run(ROWS, Sampling(samples=3))
-
-
-def test_other_errors_of_the_model_are_not_taken_for_memory(
-    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(**_: Tensor) -> None:
-        raise RuntimeError("shape mismatch")
-
-    monkeypatch.setattr(evaluation.model, "forward", broken)
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        evaluation.run(ROWS)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from texts import items
+from tiny import random_examples
 from torch import Tensor, nn
 
 from axolotl_ivon.fitting.fisher import Squares, residual_loss, residuals, squarer
@@ -82,7 +82,7 @@ def test_sampled_labels_have_the_fisher_information_as_their_mean(make_adapter: 
     """Per loss, of texts with several labels: the variance of ∇ log p over the classes, added up over labels."""
     model = load_model(make_adapter(target_modules=["v_proj"]))
     parameters = adapter_parameters(model)
-    texts = items(3)
+    texts = random_examples(3)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     logits, _, _ = label_logits(model, texts)

@@ -92,11 +92,6 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def screenshot(self, path: Path) -> None:
-        """Write the whole page as a PNG."""
-        found = self._call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(found["data"]))
-
     def pdf(self, path: Path) -> None:
         """Write the page as it is printed."""
         path.write_bytes(base64.b64decode(self._call("Page.printToPDF")["data"]))

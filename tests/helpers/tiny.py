@@ -22,6 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from axolotl_ivon.data.encode import EncodedExample
+from axolotl_ivon.posterior.adapter import save_sigma
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -102,11 +105,20 @@ def with_sigma(
     facts: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write σ, a function of each tensor of the mean, beside an adapter, and return its folder."""
-    from axolotl_ivon.posterior.adapter import save_sigma
-
     mean = load_file(folder / "adapter_model.safetensors")
     save_sigma(folder, {key: sigma(value) for key, value in mean.items()}, facts)
     return folder
+
+
+def random_examples(count: int = 5, seed: int = 0) -> list[EncodedExample]:
+    """Return texts of random tokens, of different lengths, some of which are labels."""
+    draw = torch.Generator().manual_seed(seed)
+    items = []
+    for number in range(count):
+        ids = torch.randint(3, 200, (6 + 3 * number,), generator=draw).tolist()
+        positions = list(range(2 + number, len(ids) - 1, 1 + number % 2))
+        items.append(EncodedExample(ids, positions, [ids[position + 1] for position in positions]))
+    return items
 
 
 def chat(question: str, answer: str) -> dict[str, list[dict[str, str]]]:

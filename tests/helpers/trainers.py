@@ -12,14 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
-
 IVON_METRICS = {f"ivon_{name}" for name in ("sigma_mean", "snr_mean", "log_sigma_spread", "clipped_share", "kl", "ess")}
-
-
-def tiny_dataset(count: int = 24) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(3, 300, (count, 12), generator=generator).tolist()
-    return Dataset.from_list([{"input_ids": row, "labels": row, "attention_mask": [1] * 12} for row in rows])
 
 
 def make_trainer(
@@ -45,14 +38,10 @@ def make_trainer(
         "seed": 5,
         **args,
     }
-    dataset = tiny_dataset()
-    return trainer_class(
-        model,
-        TrainingArguments(str(output), **settings),
-        train_dataset=dataset,
-        eval_dataset=dataset,
-        callbacks=callbacks,
-    )
+    rows = torch.randint(3, 300, (24, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    data = Dataset.from_list([{"input_ids": row, "labels": row, "attention_mask": [1] * 12} for row in rows])
+    training = TrainingArguments(str(output), **settings)
+    return trainer_class(model, training, train_dataset=data, eval_dataset=data, callbacks=callbacks)
 
 
 def lora_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from heard import Heard
-from texts import items
-from tiny import build_llama, build_lora
+from tiny import build_llama, build_lora, random_examples
 from torch import Tensor, nn
 
 from axolotl_ivon.data.encode import EncodedExample
@@ -71,7 +70,7 @@ def test_they_are_those_of_a_loop(make_adapter: MakeAdapter, lora: dict[str, Any
     model = load_model(make_adapter(**lora))
     parameters = adapter_parameters(model)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    examples, losses = items(), functools.partial(example_losses, model)
+    examples, losses = random_examples(), functools.partial(example_losses, model)
     heard = Heard()
     with ExampleGradients(model, parameters, losses, heard) as gradients:
         values, found = gather(gradients, examples)
@@ -95,7 +94,7 @@ def test_a_quantized_base_is_no_matter(tmp_path: Path, load_in: str) -> None:
     build_lora(base, tmp_path / "adapter", target_modules="all-linear")
     model = load_model(tmp_path / "adapter", Loading(load_in=load_in))
     losses = functools.partial(example_losses, model)
-    examples = items(3)
+    examples = random_examples(3)
     make_differentiable(model)
     with torch.no_grad():
         losses(examples)  # which would pack nf4 weights
@@ -126,10 +125,10 @@ def test_a_large_parameter_comes_in_parts(make_adapter: MakeAdapter, monkeypatch
     monkeypatch.setattr("axolotl_ivon.models.gradients._MOST", 2 * 4 * 32)
     sizes: set[int] = set()
     with ExampleGradients(model, parameters, losses) as gradients:
-        gradients(items(), lambda name, first, some: sizes.add(len(some)))
-        _, found = gather(gradients, items())
+        gradients(random_examples(), lambda name, first, some: sizes.add(len(some)))
+        _, found = gather(gradients, random_examples())
     assert sizes == {1, 2, 4}
-    for name, value in loop(model, parameters, losses)(items()).items():
+    for name, value in loop(model, parameters, losses)(random_examples()).items():
         torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-5)
 
 
@@ -168,7 +167,7 @@ def test_what_the_hooks_do_not_know_is_noticed(swapped: bool, hidden: bool, leng
 
 def test_losses_are_summed_over_the_labels_and_candidates_are_all_there_is(make_adapter: MakeAdapter) -> None:
     model = load_model(make_adapter())
-    examples = items(3)
+    examples = random_examples(3)
     texts = [torch.tensor([item.ids]) for item in examples]
     expected = [
         F.cross_entropy(model(text).logits[0, item.positions], torch.tensor(item.targets), reduction="sum")
@@ -205,7 +204,7 @@ def test_an_error_leaves_the_model_as_it_was(make_adapter: MakeAdapter) -> None:
         pytest.raises(KeyError),
         ExampleGradients(model, parameters, functools.partial(example_losses, model)) as gradients,
     ):
-        gradients(items(), consume)
+        gradients(random_examples(), consume)
     assert not any(parameter.requires_grad for parameter in parameters.values())
     assert all(parameter.grad is None for parameter in parameters.values())
     assert not any(module._forward_hooks for module in model.modules())

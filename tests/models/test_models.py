@@ -115,8 +115,6 @@ def test_the_cache_is_called_as_the_signature_says() -> None:
     assert name(lambda input_ids: None) == "past_key_values"
 
 
-# Merging
-
 TOKENS = torch.arange(3, 19)[None]
 
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.posterior.card import TAGS, section, update_card, with_posterior
-from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 
 HEADER = {"ess": "27386.1", "gamma": "5000.0", "train_size": "30", "beta2": "0.9995", "steps": "6", "tau": "1.0"}
 CONFIG = {"base_model_name_or_path": "someone/base"}
@@ -103,11 +102,6 @@ def test_what_is_made_of_an_adapter_has_a_card_that_is_true(
     assert ("the rest of this card is that of the first" in card.text) == ("combined" in made.metadata)
     update_card(tmp_path / "out")
     assert load(tmp_path / "out").text == card.text
-
-
-def test_draws_have_no_card(folder: Path, tmp_path: Path) -> None:
-    for member in sample(Posterior.from_pretrained(folder), tmp_path / "ensemble", EnsemblePlan(2)):
-        assert not (tmp_path / "ensemble" / member / "README.md").exists()
 
 
 @pytest.mark.parametrize("text", [None, "---\nlanguage: [en\n---\n<!-- ivon: begin -->\n<!-- ivon: end -->\n"])

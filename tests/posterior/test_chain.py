@@ -48,14 +48,6 @@ def test_factors_are_what_each_knows_beside_its_prior() -> None:
     assert factors([D, E, B], [1, 1])[2] == Factor(2, 1.0, None, 0.0)
     both = factors([C, D, E, A, header("B", ("A", 0.5))], [1, 1, 1])
     assert both[3:] == [Factor(3, 0.5, None, 0), Factor(4, 1.0, 3, 0.5)]
-    assert factors(
-        [
-            header("E", ("B", 0.1), ("A", 0.5)),
-            header("F", ("B", 0.2), ("A", 0.5)),
-            header("G", ("A", 0.01)),
-            header("B", ("A", 0.5)),
-            A,
-        ],
-        [1, 1, 1],
-    )[4].weight == pytest.approx(0.2 * 0.5)
+    stronger, weaker = header("F", ("B", 0.2), ("A", 0.5)), header("G", ("A", 0.01))
+    assert factors([E, stronger, weaker, B, A], [1, 1, 1])[4].weight == pytest.approx(0.2 * 0.5)
     assert factors([{}, {}], [1, 1]) == [Factor(0, 1, None, 0), Factor(1, 1, None, 0)]

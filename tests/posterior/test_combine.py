@@ -22,9 +22,6 @@ def posterior(seed: int = 0, shape: tuple[int, ...] = (5, 4), **facts: str) -> P
     return Posterior(mean, sigma, facts, {"base_model_name_or_path": "base", "lora_alpha": 8, "r": shape[0]})
 
 
-# --- precision --------------------------------------------------------------------------------------------------
-
-
 def test_a_shared_prior_is_counted_once():
     """y = w·x + noise: the posteriors of two halves of the data combine into that of all of it, to rounding."""
     torch.manual_seed(0)
@@ -65,9 +62,6 @@ def test_where_sigma_is_zero_that_mean_stands():
     assert Posterior.combine([pruned, pruned]).pruned() == pruned.pruned()
     with pytest.raises(IVONError, match=r"two posteriors at different means of x\.lora_A\.weight"):
         dict(Posterior.combine([a.temper(math.inf), b.temper(math.inf)]).mean)
-
-
-# --- precision, in a chain and with weights ---------------------------------------------------------------------
 
 
 def product(sites: list[dict[str, tuple[torch.Tensor, torch.Tensor]]]) -> Posterior:
@@ -192,9 +186,6 @@ def test_a_prior_that_is_gone_is_asked_for(tmp_path: Path) -> None:
     assert_equal(Posterior.combine(held), chain.product(dict.fromkeys("ABC", 1.0)))
 
 
-# --- linear -----------------------------------------------------------------------------------------------------
-
-
 def test_linear_is_the_distribution_of_the_weighted_sum():
     qs, weights = [posterior(0), posterior(1)], [0.3, -0.7]
     both = Posterior.combine(qs, "linear", weights)
@@ -210,9 +201,6 @@ def test_linear_is_the_distribution_of_the_weighted_sum():
     halves = Posterior.combine(qs, "linear")
     for key in halves.mean:
         torch.testing.assert_close(halves.mean[key], (qs[0].mean[key] + qs[1].mean[key]) / 2)
-
-
-# --- cat --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -255,9 +243,6 @@ def test_cat_scales_sigma_as_it_scales_the_mean():
         torch.testing.assert_close(both.mean["x.lora_A.weight"][rows], factor * q.mean["x.lora_A.weight"])
         torch.testing.assert_close(both.sigma["x.lora_A.weight"][rows], abs(factor) * q.sigma["x.lora_A.weight"])
         assert torch.equal(both.sigma["x.lora_B.weight"][:, rows], q.sigma["x.lora_B.weight"])
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["precision", "linear"])

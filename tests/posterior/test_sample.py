@@ -27,14 +27,10 @@ def test_members_are_the_draws_and_peft_loads_them(tiny_adapter: Path, tiny_llam
     q = Posterior.from_pretrained(tiny_adapter).prune(0.3).temper(2)
     names = sample(q, tmp_path / "out", EnsemblePlan(3, seed=5), "here")
     assert names == ["sample-0000", "sample-0001", "sample-0002"]
-    assert json.loads((tmp_path / "out" / "ensemble.json").read_text()) == {
-        "source": "here",
-        "seed": 5,
-        "tau": 2.0,
-        "pruned_ratio": 0.3,
-        "members": names,
-    }
+    document = json.loads((tmp_path / "out" / "ensemble.json").read_text())
+    assert document == {"source": "here", "seed": 5, "tau": 2.0, "pruned_ratio": 0.3, "members": names}
     for k, name in enumerate(names):
+        assert {path.name for path in (tmp_path / "out" / name).iterdir()} == {MEAN_FILE, "adapter_config.json"}
         draw = q.sample(5, k)
         saved = load_file(tmp_path / "out" / name / MEAN_FILE)
         assert all(torch.equal(saved[key], draw[key]) for key in draw)
