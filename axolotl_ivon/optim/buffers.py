@@ -99,8 +99,6 @@ class Buffers:
         """Return the values of one tensor, in its shape."""
         return flat[self.offsets[i] : self.offsets[i + 1]].view(self.params[i].shape)
 
-    # ---------------------------------------------------------------- chunks
-
     def layout(self, chosen: list[int]) -> Layout:
         """Return the chunks that make up some tensors."""
         key = (self.limit, *chosen)
@@ -109,13 +107,12 @@ class Buffers:
                 self._layouts.clear()
             chunks = self._lay_out(chosen)
             owners = [i for chunk in chunks for i, _ in chunk.parts]
+            there = torch.zeros(len(self.params)).index_fill_(0, torch.tensor(chosen).long(), 1)
             self._layouts[key] = Layout(
                 chunks,
                 counts=[len(chunk.parts) for chunk in chunks],
                 owners=to_device(torch.tensor(owners, dtype=torch.int64), self.device),
-                there=to_device(
-                    torch.zeros(len(self.params)).index_fill_(0, torch.tensor(chosen).long(), 1), self.device
-                ),
+                there=to_device(there, self.device),
                 complete=len(chosen) == len(self.params),
                 whole=owners == list(range(len(self.params))),
             )
@@ -161,15 +158,13 @@ class Buffers:
         sums = torch.zeros(len(self.params), device=self.device)
         return sums.index_add_(0, layout.owners, torch.cat([*parts])) if parts else sums
 
-    # ---------------------------------------------------------------- a draw
-
-    def draw(self, seed: str, ess: float) -> None:
+    def draw(self, number: int | str) -> None:
         """Put θ = m + σ·ε, ε ~ N(0, I), into the parameters, and keep the moments that δ needs.
 
-        Each part has a seed of its own, made from the draw's `seed`. So a resumed run needs two integers of the state
-        alone, and any thread may draw any part.
+        Each part has a seed of its own, made from the group's seed and the draw's `number`. So a resumed run needs
+        these two alone, and any thread may draw any part.
         """
-        bits = random_bits(seed)
+        bits, ess = random_bits(f"{self.group['seed']}/{number}"), float(self.group["ess"])
 
         def draw(chunk: Chunk) -> Tensor:
             noise = self.kernels.noise(chunk, splitmix64(bits, chunk.streams[:, :1], chunk.streams[:, 1:]))
@@ -182,8 +177,6 @@ class Buffers:
     def restore_mean(self) -> None:
         """Put m back into the parameters."""
         in_parallel(lambda chunk: torch._foreach_copy_(chunk.thetas, chunk.means), self.layout(self.drawn).chunks)
-
-    # ---------------------------------------------------------------- gradients
 
     def set_gradients_aside(self) -> None:
         """Set the gradients of earlier draws aside, since ĥ needs that of a draw alone."""
@@ -237,8 +230,6 @@ class Buffers:
         """Return Σĝ² by tensor: NaN where ĝ is not finite."""
         layout = self.with_gradient()
         return self._by_tensor(layout, in_parallel(self.kernels.squares, layout.chunks))
-
-    # ---------------------------------------------------------------- the step
 
     def update(self, terms: Terms, decision: StepDecision, constants: Constants) -> None:
         """Apply one step to every tensor that has a gradient; `terms` are by tensor."""

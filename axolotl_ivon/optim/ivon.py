@@ -132,21 +132,9 @@ class IVONLoRA(Optimizer):
         rescale_lr: bool = False,
         seed: int = 0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "ess": ess,
-            "betas": betas,
-            "h0": h0,
-            "clip": clip,
-            "prior": prior,
-            "prior_strength": prior_strength,
-            "hessian": hessian,
-            "batch_size": batch_size,
-            "h0_steps": h0_steps,
-            "rescale_lr": rescale_lr,
-            "seed": seed,
-            "draws": 0,
-        }
+        defaults: dict[str, Any] = {"lr": lr, "ess": ess, "betas": betas, "h0": h0, "clip": clip, "prior": prior}
+        defaults |= {"prior_strength": prior_strength, "hessian": hessian, "batch_size": batch_size}
+        defaults |= {"h0_steps": h0_steps, "rescale_lr": rescale_lr, "seed": seed, "draws": 0}
         _check_hyperparameters(defaults)
         kernels.wanted()  # complains of a name that means nothing
         self._buffers: list[Buffers] | None = None
@@ -183,8 +171,7 @@ class IVONLoRA(Optimizer):
     def _start_at_prior(self, group: dict[str, Any], prior: GaussianPrior) -> None:
         """Put m₀ and 1/σ₀² of a new group into the state, and m₀ into its parameters."""
         tensors = []
-        for i, param in enumerate(group["params"]):
-            name = group["param_names"][i] if "param_names" in group else f"tensor {i}"
+        for name, param in zip(_names(group), group["params"], strict=True):
             given = prior.get(name, prior.get(param))
             if given is None:
                 raise ValueError(f"prior has no mean and σ of {name}")
@@ -201,8 +188,6 @@ class IVONLoRA(Optimizer):
         for param, (mean, precision) in zip(group["params"], tensors, strict=True):
             param.copy_(mean)
             self.state[param] = dict(zip(Buffers.PRIOR, (mean, precision), strict=True))
-
-    # ---------------------------------------------------------------- sampling
 
     @contextmanager
     def sampled_params(self) -> Iterator[None]:
@@ -225,7 +210,7 @@ class IVONLoRA(Optimizer):
             for buffers in all_buffers:
                 buffers.set_gradients_aside()
                 draws = buffers.group["draws"]
-                self._draw(buffers, f"{draws} of process {self.process}" if self.process else draws)
+                buffers.draw(f"{draws} of process {self.process}" if self.process else draws)
             yield
             first = all(buffers.h_hat is None for buffers in all_buffers)
             squares = self._here([buffers.collect() for buffers in all_buffers])  # of ĝ, and beside it ĥ
@@ -254,23 +239,17 @@ class IVONLoRA(Optimizer):
         self._drawn = True
         try:
             for buffers in all_buffers:
-                self._draw(buffers, f"evaluation {number}")
+                buffers.draw(f"evaluation {number}")
             yield
         finally:
             for buffers in all_buffers:
                 buffers.restore_mean()
             self._drawn = False
 
-    def _draw(self, buffers: Buffers, number: int | str) -> None:
-        """Put θ = m + σ·ε into the parameters of one buffer."""
-        buffers.draw(f"{buffers.group['seed']}/{number}", float(buffers.group["ess"]))
-
     @property
     def sampling(self) -> bool:
         """Whether the parameters hold a draw at this moment, and not the mean."""
         return self._drawn
-
-    # ---------------------------------------------------------------- the step
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -359,14 +338,15 @@ class IVONLoRA(Optimizer):
         """Drop the gradients, and the Hessian estimates that were taken with them."""
         super().zero_grad(set_to_none)
         for buffers in self._buffers or ():
-            buffers.h_hat = None
-            buffers.earlier = None
+            buffers.h_hat = buffers.earlier = None
 
     @property
     def skipped(self) -> Skipped:
         """The steps that were skipped because their gradient was not finite, and where it was not."""
         total, in_a_row, number = map(int, self._report)
-        return Skipped(total, in_a_row, self._name(number) if total else None)
+        # Beyond the last: the gradient of each is finite, and only their norm is not.
+        names = [*chain.from_iterable(map(_names, self.param_groups)), "all tensors together"]
+        return Skipped(total, in_a_row, names[number] if total else None)
 
     @property
     def skipped_steps(self) -> int:
@@ -377,7 +357,7 @@ class IVONLoRA(Optimizer):
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def _squares(self) -> Tensor:
-        """Return Σĝ² of every tensor, in the order of the buffers, on the device that decides."""
+        """Return Σĝ² by tensor, in the order of the buffers."""
         return self._here([buffers.squares() for buffers in self._get_buffers()])
 
     def _here(self, values: list[Tensor]) -> Tensor:
@@ -386,23 +366,13 @@ class IVONLoRA(Optimizer):
             return values[0]
         return torch.cat([value.to(self._home, non_blocking=self._home.type != "cpu") for value in values])
 
-    def _name(self, number: int) -> str:
-        for group in self.param_groups:
-            if number < len(group["params"]):
-                return group["param_names"][number] if "param_names" in group else f"tensor {number}"
-            number -= len(group["params"])
-        return "all tensors together"  # that of each is finite, and only their norm is not
-
-    # ---------------------------------------------------------------- the posterior
-
     def mean(self, param: Tensor) -> Tensor:
         """Return m of a parameter: float32, the parameter's shape, also while a draw is in the parameter."""
         return self._state_of(param)["mean"].clone()
 
     def sigma(self, param: Tensor) -> Tensor:
         """Return σ = 1/√(λ·p) of a parameter: float32, the parameter's shape, finite and positive."""
-        group = self._group_of(param)
-        return _sigma(self._state_of(param)["precision"], group["ess"])
+        return self._state_of(param)["precision"].mul(self._group_of(param)["ess"]).rsqrt_()
 
     def sigma_for_next_prior(self, param: Tensor) -> Tensor:
         """Return the σ that is saved of a parameter: float32, the parameter's shape, finite and positive.
@@ -416,7 +386,7 @@ class IVONLoRA(Optimizer):
             return self.sigma(param)
         once = state["prior_precision"] / group["ess"]
         known = (state["precision"] - group["prior_strength"] * once).clamp_(min=0)
-        return _sigma(known + once, group["ess"])
+        return (known + once).mul_(group["ess"]).rsqrt_()
 
     def prior_precision(self, param: Tensor) -> float | Tensor:
         """Return the prior precision s = λ·δ of the parameter's tensor (arXiv 2506.14280, Eq. 2).
@@ -443,8 +413,6 @@ class IVONLoRA(Optimizer):
         `ivon_ess`: λ.
         """
         return summarize(self._get_buffers()) | {"ivon_ess": float(self.param_groups[0]["ess"])}
-
-    # ---------------------------------------------------------------- state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned, as in `torch.optim`, with the state in float32.
@@ -510,18 +478,16 @@ class IVONLoRA(Optimizer):
         return self._buffers
 
 
-def _sigma(precision: Tensor, ess: float) -> Tensor:
-    return precision.mul(ess).rsqrt_()
+def _names(group: dict[str, Any]) -> list[str]:
+    return group.get("param_names") or [f"tensor {i}" for i in range(len(group["params"]))]
 
 
 def _delta(group: dict[str, Any], mean: Tensor, precision: Tensor) -> float:
     """Return δ of one tensor: the fixed one, or κ/(λ·mean(m² + σ²)), the KL-optimal one at κ = 1."""
     if group["prior"] != "empirical":
         return float(group["prior"] * group["prior_strength"])
-    # The paper's Eq. 2 is s = λ·δ; δ is what enters the update.
-    return (
-        group["prior_strength"] * mean.numel() / float(group["ess"] * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)
-    )
+    moments = float(group["ess"] * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)  # λ·Σ(m² + σ²)
+    return group["prior_strength"] * mean.numel() / moments
 
 
 def _start(group: dict[str, Any], mean: Tensor, prior_precision: Tensor | None) -> Tensor:

@@ -88,7 +88,7 @@ class Chunk:
 
     @cached_property
     def momenta(self) -> list[Tensor]:
-        """g by part, in the shapes that the parameters have."""
+        """g likewise."""
         return self.shaped(self.momentum)
 
     def shaped(self, flat: Tensor) -> list[Tensor]:

@@ -73,12 +73,8 @@ def _draw(m, p, noise, thetas, sizes, ess, inverse_root_ess, moments):
     start = 0
     for part in range(len(sizes)):
         size = sizes[part]
-        m_, p_, noise_, theta_ = (
-            _at(m + start, size),
-            _at(p + start, size),
-            _at(noise + start, size),
-            _at(thetas[part], size),
-        )
+        m_, p_ = _at(m + start, size), _at(p + start, size)
+        noise_, theta_ = _at(noise + start, size), _at(thetas[part], size)
         squares, variances = _ZERO, _ZERO
         for i in range(size):
             root = _ONE / np.sqrt(p_[i])
@@ -106,12 +102,8 @@ def _collect(m, h_hat, thetas, gradients, sizes, add, squared, sums):
     start = 0
     for part in range(len(sizes)):
         size = sizes[part]
-        m_, h_, theta_, gradient_ = (
-            _at(m + start, size),
-            _at(h_hat + start, size),
-            _at(thetas[part], size),
-            _at(gradients[part], size),
-        )
+        m_, h_ = _at(m + start, size), _at(h_hat + start, size)
+        theta_, gradient_ = _at(thetas[part], size), _at(gradients[part], size)
         for i in range(size):
             h_i = (gradient_[i] if squared else theta_[i] - m_[i]) * gradient_[i]
             h_[i] = h_[i] + h_i if add else h_i

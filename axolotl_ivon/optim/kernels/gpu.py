@@ -41,7 +41,7 @@ def _at(addresses, part, places, TYPE: tl.constexpr):
 
 @triton.jit
 def _draw(
-    programs, parts, thetas, noise, mean, precision, partial, ess, scale, TYPE: tl.constexpr, BLOCK: tl.constexpr
+    programs, parts, thetas, noise, mean, precision, ess, scale, partial, TYPE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """θ = m + σ·ε with σ = scale/√p, and λ·Σ(m² + σ²) of every program."""
     part, places, flat, inside = _place(programs, parts, BLOCK)
@@ -198,24 +198,21 @@ noise = plain.noise
 
 def draw(chunk: Chunk, noise: Tensor, ess: float) -> Tensor:
     """Draw θ = m + σ·ε; see `Kernels.draw`."""
-    partial = _partial(chunk)
-    _launch(_draw, chunk, _thetas(chunk), noise, chunk.mean, chunk.precision, partial, float(ess), ess**-0.5)
-    return _by_part(chunk, partial)
+    flats = noise, chunk.mean, chunk.precision
+    return _launch_summed(_draw, chunk, _table(chunk, "thetas", chunk.thetas), *flats, float(ess), ess**-0.5)
 
 
 def collect(chunk: Chunk, h_hat: Tensor, *, add: bool, squared: bool = False) -> Tensor:
     """Collect ĥ/(λ·p) = ĝ·(θ−m), or ĥ/B = ĝ²; see `Kernels.collect`."""
-    partial, gradients = _partial(chunk), _gradients(chunk)
-    tables = _thetas(chunk), _table(chunk, "gradients", gradients)
-    _launch(_collect, chunk, *tables, chunk.mean, h_hat, partial, ADD=add, SQUARED=squared)
-    return _by_part(chunk, partial)
+    gradients = _gradients(chunk)
+    tables = _table(chunk, "thetas", chunk.thetas), _table(chunk, "gradients", gradients)
+    return _launch_summed(_collect, chunk, *tables, chunk.mean, h_hat, ADD=add, SQUARED=squared)
 
 
 def squares(chunk: Chunk) -> Tensor:
     """Return Σĝ² by part; see `Kernels.squares`."""
-    partial, gradients = _partial(chunk), _gradients(chunk)
-    _launch(_squares, chunk, _table(chunk, "gradients", gradients), partial)
-    return _by_part(chunk, partial)
+    gradients = _gradients(chunk)
+    return _launch_summed(_squares, chunk, _table(chunk, "gradients", gradients))
 
 
 def judge(
@@ -238,8 +235,7 @@ def update(chunk: Chunk, h_hat: Tensor, terms: Terms, decision: StepDecision, c:
     _launch(
         _update,
         chunk,
-        _thetas(chunk),
-        _table(chunk, "gradients", gradients),
+        *(_table(chunk, "thetas", chunk.thetas), _table(chunk, "gradients", gradients)),
         *(chunk.mean, chunk.momentum, chunk.precision, h_hat, *terms, decision, *prior),
         *(1 - c.beta1, c.ess if c.batch is None else c.batch, c.bound),
         *(MAX_STEP, PRECISION_FLOOR, PRECISION_CEILING),
@@ -256,16 +252,15 @@ def _launch(kernel: Any, chunk: Chunk, *arguments: Any, **constants: Any) -> Non
         kernel[(len(programs),)](programs, parts, *arguments, TYPE=dtype, BLOCK=_BLOCK, **constants)
 
 
-def _by_part(chunk: Chunk, partial: Tensor) -> Tensor:
-    _, parts = _tables(chunk)
+def _launch_summed(kernel: Any, chunk: Chunk, *arguments: Any, **constants: Any) -> Tensor:
+    """Launch a kernel whose programs put a number each into `partial`, its last argument; return the sums by part."""
+    programs, parts = _tables(chunk)
+    partial = torch.empty(len(programs), device=chunk.mean.device)
+    _launch(kernel, chunk, *arguments, partial, **constants)
     sums = torch.empty(len(parts), device=partial.device)
     with torch.cuda.device_of(partial):
         _sum[(len(parts),)](parts, partial, sums, BLOCK=_BLOCK)
     return sums
-
-
-def _partial(chunk: Chunk) -> Tensor:
-    return torch.empty(len(_tables(chunk)[0]), device=chunk.mean.device)
 
 
 def _tables(chunk: Chunk) -> tuple[Tensor, Tensor]:
@@ -287,10 +282,6 @@ def _table(chunk: Chunk, name: str, tensors: list[Tensor]) -> Tensor:
     if chunk.tables.get(name, ([], None))[0] != addresses:
         chunk.tables[name] = (addresses, to_device(addresses, chunk.mean.device))
     return chunk.tables[name][1]
-
-
-def _thetas(chunk: Chunk) -> Tensor:
-    return _table(chunk, "thetas", chunk.thetas)
 
 
 def _gradients(chunk: Chunk) -> list[Tensor]:
