@@ -124,13 +124,10 @@ def numbered(
 
 
 def fit(problem: FitProblem) -> FittedSigma:
-    """Return σ by the information at the mean, with validation data at the λ that they choose."""
-    information = _one_pass(problem)
-    return fitted(problem, information, choose_ess(problem, information, first_prior(problem)))
+    """Return σ by the information at the mean, with validation data at the λ that they choose.
 
-
-def _one_pass(problem: FitProblem) -> dict[str, Tensor]:
-    """Return h by parameter; an interrupted pass continues after the batches that are done."""
+    An interrupted pass continues after the batches that are done.
+    """
     settings, device = problem.settings, problem.session.device
     batches = Batches(problem.items, settings.batch_size, device.type, problem.session.classes).once()
     done, sums = 0, Squares({}, 0)
@@ -150,4 +147,5 @@ def _one_pass(problem: FitProblem) -> dict[str, Tensor]:
             problem.state.keep(snapshot)
     if settings.validation:
         problem.state.write(snapshot())
-    return sums.information()
+    information = sums.information()
+    return fitted(problem, information, choose_ess(problem, information, first_prior(problem)))

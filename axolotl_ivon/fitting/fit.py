@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -58,23 +59,26 @@ def fit(
             the base model, there are no data, or the memory is too small.
     """
     chosen = Settings(**settings)
-    training = _Data.read([data] if isinstance(data, (str, Path)) else data, chosen.limit, "data")
-    held_out = _held_out(chosen, training)
+    training = read_files([data] if isinstance(data, (str, Path)) else data, chosen.limit, "data")
+    held_out = training if chosen.method == "tfb" else {}
+    if chosen.validation:
+        held_out = read_files([chosen.validation], chosen.limit, "validation")
+    judged_examples = list(chain.from_iterable(held_out.values()))
     mean = _open(adapter, refit)
     task, choices = "generate", tuple[str, ...]()
     if held_out:
-        task, choices = choose_task(held_out.examples, has_head(mean), chosen.task, chosen.choices)
+        task, choices = choose_task(judged_examples, has_head(mean), chosen.task, chosen.choices)
     session = Session.open(mean, loading, reporter)
     from ..models.gradients import adapter_parameters, make_differentiable
     from .state import State
 
     make_differentiable(session.model)
-    judged = HeldOut(held_out.files, task, session.encode(held_out.examples, task, choices)) if held_out else None
-    items = _with_answers(session, training, reporter)
+    judged = HeldOut(list(held_out), task, session.encode(judged_examples, task, choices)) if held_out else None
+    items = _with_answers(session, list(chain.from_iterable(training.values())), reporter)
     header = {
         "fit_method": chosen.method,
-        "fit_data": ", ".join(path.name for path in training.files),
-        "fit_data_sha256": training.digest,
+        "fit_data": ", ".join(Path(path).name for path in training),
+        "fit_data_sha256": hashlib.sha256(b"".join(Path(path).read_bytes() for path in training)).hexdigest(),
         "fit_seed": str(chosen.seed),
         "train_size": str(len(items)),
         "mean_sha256": fingerprint(mean.mean, mean.digests()),
@@ -84,31 +88,6 @@ def fit(
     problem = FitProblem(mean, session, parameters, chosen, items, judged, kept, header, reporter)
     method = cast(Method, import_module(f".{chosen.method}", __package__))
     return problem.posterior(method.fit(problem))
-
-
-class _Data(NamedTuple):
-    """Files of chats, and the examples in them."""
-
-    files: list[Path]
-    examples: list[Example]
-
-    @classmethod
-    def read(cls, paths: Sequence[str | Path], limit: int | None, name: str) -> _Data:
-        """Read the first `limit` examples of each file; `name` is the parameter that gave the paths."""
-        files = read_files(paths, limit, name)
-        return cls(list(map(Path, files)), [example for examples in files.values() for example in examples])
-
-    @property
-    def digest(self) -> str:
-        """The SHA-256 of the files, one after another."""
-        return hashlib.sha256(b"".join(path.read_bytes() for path in self.files)).hexdigest()
-
-
-def _held_out(settings: Settings, training: _Data) -> _Data | None:
-    """Read the data on which predictions are evaluated, where the settings ask for some."""
-    if settings.validation:
-        return _Data.read([settings.validation], settings.limit, "validation")
-    return training if settings.method == "tfb" else None
 
 
 def _open(adapter: str | Path, refit: bool) -> Adapter:
@@ -124,9 +103,9 @@ def _open(adapter: str | Path, refit: bool) -> Adapter:
     return opened
 
 
-def _with_answers(session: Session, training: _Data, reporter: Reporter) -> list[EncodedExample]:
+def _with_answers(session: Session, examples: Sequence[Example], reporter: Reporter) -> list[EncodedExample]:
     """Tokenise the training examples, and leave out those whose answer the model does not reach."""
-    encoded = session.encode_for_training(training.examples)
+    encoded = session.encode_for_training(examples)
     items = [item for item in encoded if item.positions]
     if len(items) < len(encoded):
         lost = f"{len(encoded) - len(items)} of {len(encoded)} examples"
@@ -161,11 +140,7 @@ def _digest(items: Sequence[EncodedExample]) -> str:
 
 
 def save(
-    posterior: Posterior,
-    folder: Path,
-    overwrite: bool = False,
-    reporter: Reporter = SILENT,
-    state: Path | None = None,
+    posterior: Posterior, folder: Path, overwrite: bool = False, reporter: Reporter = SILENT, state: Path | None = None
 ) -> None:
     """Write a fitted posterior, whole or not at all, update its model card, and remove the `state` of its fit.
 

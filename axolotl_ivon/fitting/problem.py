@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -78,11 +77,9 @@ class Settings:
         for name in _BY_METHOD["fisher" if tfb else "tfb"]:
             value = getattr(self, name)
             if value != getattr(type(self), name):
-                reason = (
-                    f"the width of {param_ref('method')} tfb is found by {param_ref('tolerance')} alone"
-                    if tfb
-                    else f"it is for {param_ref('method')} tfb"
-                )
+                reason = f"it is for {param_ref('method')} tfb"
+                if tfb:
+                    reason = f"the width of {param_ref('method')} tfb is found by {param_ref('tolerance')} alone"
                 shown = "" if value is True else f" {value}"
                 raise IVONError(f"{param_ref(name)}{shown}: {reason}; leave it out")
         if self.ess is not None and self.validation is not None:
@@ -98,9 +95,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least and value > 0):
                 raise IVONError(f"{param_ref(name)} {value:g}: {fix}")
-        if self.prior != "empirical" and not (
-            isinstance(self.prior, (int, float)) and math.isfinite(self.prior) and self.prior > 0
-        ):
+        fixed = isinstance(self.prior, (int, float)) and math.isfinite(self.prior) and self.prior > 0
+        if self.prior != "empirical" and not fixed:
             raise IVONError(f"{param_ref('prior')} {self.prior!r}: give empirical, or a number > 0")
 
     def identity(self) -> dict[str, Any]:
@@ -112,14 +108,9 @@ class Settings:
 class HeldOut(NamedTuple):
     """Data on which the predictions of a candidate for σ are evaluated: files, task, tokenised examples."""
 
-    files: Sequence[Path]
+    paths: Sequence[str]
     task: str
     items: Sequence[EncodedExample]
-
-    @property
-    def names(self) -> str:
-        """The names of the files."""
-        return ", ".join(path.name for path in self.files)
 
 
 @dataclass(frozen=True)
@@ -166,16 +157,15 @@ class FitProblem:
                 pruned = (old.raw(key) == 0) & (adapter.mean.float32(key) == 0)
                 value[torch.from_numpy(np.ascontiguousarray(pruned))] = 0
         kept = {name: before[name] for name in ("pruned_ratio", UNPRUNED, "moved", "travel") if name in before}
-        fingerprint = self.header["mean_sha256"]
         return Posterior(
             adapter.mean,
             values,
-            {"tau": "1.0", "pruned_ratio": "0.0", **kept, **self.header, **fitted.header, "mean_sha256": fingerprint},
+            {"tau": "1.0", "pruned_ratio": "0.0", **kept, **self.header, **fitted.header},
             adapter.config,
             folder=adapter.folder,
             mean_metadata=adapter.mean_metadata,
             aliases=aliases,
-            known_fingerprint=fingerprint,
+            known_fingerprint=self.header["mean_sha256"],
         )
 
     def nll(self, posterior: Posterior, tau: float, reporter: Reporter) -> float:
@@ -184,10 +174,9 @@ class FitProblem:
         The draws are the same for every posterior. The reporter hears how many examples are done.
         """
         assert self.held_out is not None
-        settings = self.settings
-        sampling = Sampling(settings.samples, settings.seed, settings.batch_size)
-        variants, held_out = [Variant("posterior", tau=tau)], self.held_out
-        [scores] = evaluate(self.session.model, posterior, held_out.items, variants, held_out.task, sampling, reporter)
+        variants, (_, task, items) = [Variant("posterior", tau=tau)], self.held_out
+        sampling = Sampling(self.settings.samples, self.settings.seed, self.settings.batch_size)
+        [scores] = evaluate(self.session.model, posterior, items, variants, task, sampling, reporter)
         value = float(scores.nll.mean())
         return value if math.isfinite(value) else math.inf
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,7 +144,7 @@ def fit(problem: FitProblem) -> FittedSigma:
     header = {
         "tfb_sigma_q": repr(width),
         "tfb_tolerance": str(tolerance),
-        "tfb_anchor": held_out.names,
+        "tfb_anchor": ", ".join(Path(path).name for path in held_out.paths),
         "tfb_nll_mean": f"{mean:.6g}",
         "tfb_nll": f"{known[repr(width)]:.6g}",
         "tfb_evaluations": str(len(known)),

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from ..data.chats import Example, read_examples
+from ..data.chats import read_examples
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..models.session import Loading, Session
@@ -159,10 +159,12 @@ def influence(
     tokens = sum(len(item.positions) for item in scored) / len(scored)
     advance = reporter.begin("influence", len(scored))
     scores = passes.scores(scored, direction, ess / size / tokens, advance)
-    rows = [
-        _record(index, example, scores.get(id(item), {}))
-        for index, (example, item) in enumerate(zip(examples, trained, strict=True))
-    ]
+    rows = []
+    for index, (example, item) in enumerate(zip(examples, trained, strict=True)):
+        values: dict[str, Any] = scores.get(id(item), dict.fromkeys(SCORES))
+        finite = {name: None if x is None or not math.isfinite(x) else x for name, x in values.items()}
+        question = example.messages[-1]["content"]
+        rows.append(InfluenceRecord(index=index, **finite, line=example.line, question=question, answer=example.answer))
     summary = {
         "ess": ess / posterior.tau,
         "train_size": size,
@@ -171,17 +173,6 @@ def influence(
         "mean_sha256": posterior.metadata.get("mean_sha256"),
     }
     return Influences(rows, summary)
-
-
-def _record(index: int, example: Example, scores: Mapping[str, float | None]) -> InfluenceRecord:
-    finite = {name: value for name, value in scores.items() if value is not None and math.isfinite(value)}
-    return InfluenceRecord(
-        index=index,
-        **{name: finite.get(name) for name in SCORES},  # type: ignore[arg-type]
-        line=example.line,
-        question=example.messages[-1]["content"],
-        answer=example.answer,
-    )
 
 
 def _weights(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -88,7 +86,7 @@ def attach(
     shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in params.items()}
     settings_for_run = partial(chosen.for_run, train_size or 0, shapes)
     earlier = prior if isinstance(prior, Posterior) else None
-    with _errors_by_parameter():
+    try:
         settings: dict[str, Any] = {
             "lr": trainer.args.learning_rate,
             **settings_for_run(1, 0.0),
@@ -102,6 +100,10 @@ def attach(
         }
         # This optimizer is made for its checks alone: a wrong value shows here, and not when training begins.
         IVONLoRA([nn.Parameter(torch.zeros(1))], **settings)
+    except ValueError as error:
+        name, must, rest = str(error).partition(" must ")
+        name = {"n": "train_size", "lr": "learning_rate"}.get(name, name)
+        raise IVONError(f"{param_ref(name)}{must}{rest}" if must else str(error)) from error
     header = {
         "preset": preset,
         "gamma": "" if ess is not None else str(chosen.gamma or ""),
@@ -113,7 +115,14 @@ def attach(
                 raise IVONError(f"{param_ref(name)}: {value} does not go with a posterior as prior; remove it")
         settings["prior"] = gaussian_prior(model, shapes, earlier)
         header |= prior_header(earlier, settings["prior_strength"], header["train_size"])
-    _check_evaluation(trainer, eval_samples, draws)
+    if eval_samples < 0:
+        raise IVONError(
+            f"{param_ref('eval_samples')}: {eval_samples} is negative; give the number of draws, or 0 for none"
+        )
+    if draws not in ("shared", "per_rank"):
+        raise IVONError(f"{param_ref('draws')}: {draws!r} is neither 'shared' nor 'per_rank'")
+    if eval_samples and trainer.eval_dataset is None:
+        LOG.warning("eval_samples %d has no effect in training: the Trainer has no eval_dataset", eval_samples)
     _check_arguments(trainer, chosen, preset)
     travel = None if settings["lr"] else chosen.travel
     if (alpha := chosen.alpha(settings["lr"], rescale_lr)) != settings["lr"]:
@@ -131,17 +140,6 @@ def attach(
     trainer.add_callback(run)
 
 
-@contextmanager
-def _errors_by_parameter() -> Iterator[None]:
-    """Raise what the optimizer refuses as an IVONError that names the parameter of `attach`."""
-    try:
-        yield
-    except ValueError as error:
-        name, must, rest = str(error).partition(" must ")
-        name = {"n": "train_size", "lr": "learning_rate"}.get(name, name)
-        raise IVONError(f"{param_ref(name)}{must}{rest}" if must else str(error)) from error
-
-
 def _put_mixin_first(trainer: Trainer) -> None:
     """Let the Trainer's class be the mixin on top of its own class, by the same name."""
     own = type(trainer)
@@ -156,17 +154,16 @@ def _put_mixin_first(trainer: Trainer) -> None:
 def _adapter_of(trainer: Trainer) -> PeftModel:
     """Return the PEFT model of a Trainer that is not attached to yet."""
     if not isinstance(trainer, Trainer):
+        kind = type(trainer).__name__
         raise IVONError(
-            f"attach() takes a transformers or TRL Trainer, not a {type(trainer).__name__}: make a Trainer, then "
-            "attach(trainer)"
+            f"attach() takes a transformers or TRL Trainer, not a {kind}: make a Trainer, then attach(trainer)"
         )
     if isinstance(trainer, PosteriorTrainerMixin):
         raise IVONError("attach() was called on this Trainer already; make a new Trainer for other settings")
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
-        raise IVONError(
-            f"the model is a {type(model).__name__} without a LoRA adapter: wrap it with peft.get_peft_model"
-        )
+        kind = type(model).__name__
+        raise IVONError(f"the model is a {kind} without a LoRA adapter: wrap it with peft.get_peft_model")
     return model
 
 
@@ -180,7 +177,7 @@ def _train_size(trainer: Trainer) -> int:
 
 
 def _check_that_all_is_saved(model: PeftModel, names: list[str]) -> None:
-    """Refuse to train what no adapter file holds, since its σ would be lost with its mean."""
+    """Refuse to train what no adapter file holds: its σ would be lost with its mean."""
     if not names:
         raise IVONError("the model has no trainable parameter: the adapter is frozen (is_trainable=False?)")
     kept = keys_in_file(model, names)
@@ -190,17 +187,6 @@ def _check_that_all_is_saved(model: PeftModel, names: list[str]) -> None:
                 f"{name} is trained but is not part of the adapter: freeze it, or add its module to "
                 "lora_target_modules or lora_modules_to_save"
             )
-
-
-def _check_evaluation(trainer: Trainer, eval_samples: int, draws: str) -> None:
-    if eval_samples < 0:
-        raise IVONError(
-            f"{param_ref('eval_samples')}: {eval_samples} is negative; give the number of draws, or 0 for none"
-        )
-    if draws not in ("shared", "per_rank"):
-        raise IVONError(f"{param_ref('draws')}: {draws!r} is neither 'shared' nor 'per_rank'")
-    if eval_samples and trainer.eval_dataset is None:
-        LOG.warning("eval_samples %d has no effect in training: the Trainer has no eval_dataset", eval_samples)
 
 
 def _check_arguments(trainer: Trainer, chosen: Preset, preset: str) -> None:

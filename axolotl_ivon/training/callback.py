@@ -114,30 +114,22 @@ class PosteriorTraining(TrainerCallback):
         """Log the settings of the run in one line, and where they are from."""
         if not self.trainer.is_world_process_zero():
             return
-        s, alpha = self.settings, self.trainer.args.learning_rate
+        s, rate = self.settings, f"{self.trainer.args.learning_rate:.3g}"
         if "learning_rate" in self.header:
-            rate = f"{alpha:.3g}, as a learning_rate of {self.header['learning_rate']} is the most that a step may move"
+            rate += f", as a learning_rate of {self.header['learning_rate']} is the most that a step may move"
         elif self.travel is not None:
-            rate = f"{alpha:.3g}, with which a weight can travel {self.travel:g} in these {steps} steps"
-        else:
-            rate = f"{alpha:.3g}"
-        size = self.header["train_size"]
+            rate += f", with which a weight can travel {self.travel:g} in these {steps} steps"
+        size = f" for {self.header['train_size']} examples" if self.header["train_size"] else ""
+        start = f"from the posterior {self.header['prior']}" if "prior" in self.header else f"h0 {s['h0']:.2g}"
         LOG.info(
-            "preset %s: λ %.3g%s, %s, β2 %.5g, ξ %g, Hessian by %s, prior strength %g, α %s",
-            self.header["preset"],
-            s["ess"],
-            f" for {size} examples" if size else "",
-            f"from the posterior {self.header['prior']}" if "prior" in self.header else f"h0 {s['h0']:.2g}",
-            s["betas"][1],
-            s["clip"],
-            s["hessian"].replace("_", " "),
-            s["prior_strength"],
-            rate,
+            "%s",
+            f"preset {self.header['preset']}: λ {s['ess']:.3g}{size}, {start}, β2 {s['betas'][1]:.5g}, "
+            f"ξ {s['clip']:g}, Hessian by {s['hessian'].replace('_', ' ')}, prior strength {s['prior_strength']:g}, "
+            f"α {rate}",
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.best_folder = None
-        self.begun = True
+        self.best_folder, self.begun = None, True
         if not state.is_world_process_zero:
             return
         lr = args.learning_rate
@@ -176,17 +168,14 @@ class PosteriorTraining(TrainerCallback):
         if isinstance(labels, Tensor):
             self.losses += int(((labels[..., 1:] if labels.dim() > 1 else labels) != -100).sum())
         else:
-            self.losses += next(
-                (len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 1
-            )
+            sizes = (len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
+            self.losses += next(sizes, 1)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.losses:
-            count = sum_over_processes(self.losses, next(iter(self.params.values())).device) / (
-                args.world_size if self.per_rank else 1
-            )
+            count = sum_over_processes(self.losses, next(iter(self.params.values())).device)
             for group in self.optimizer.param_groups:
-                group["batch_size"] = max(1.0, count)
+                group["batch_size"] = max(1.0, count / (args.world_size if self.per_rank else 1))
             self.losses = 0
         if self.per_rank:
             agree_on_gradients(list(self.params.values()))
@@ -194,11 +183,9 @@ class PosteriorTraining(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Whoever asks a device waits for it, so it is asked only when the Trainer waits anyway.
-        if control.should_log or all(param.device.type == "cpu" for param in self.params.values()):
-            self._report_skipped_steps(state.global_step)
-
-    def _report_skipped_steps(self, step: int) -> None:
-        before, skipped = self.skipped, getattr(self.optimizer, "skipped", None)
+        if not control.should_log and any(param.device.type != "cpu" for param in self.params.values()):
+            return
+        step, before, skipped = state.global_step, self.skipped, getattr(self.optimizer, "skipped", None)
         if skipped is None or skipped == before:
             return
         self.skipped = skipped
@@ -218,8 +205,17 @@ class PosteriorTraining(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
             self.best_folder = state.best_model_checkpoint
-        if state.is_world_process_zero:
-            self._judge(state.global_step, str(args.output_dir))
+        if not state.is_world_process_zero:
+            return
+        movement = self.movement(state.global_step)
+        spread = self.optimizer.summary().get("ivon_log_sigma_spread") if hasattr(self.optimizer, "summary") else None
+        betas = self.settings["betas"]
+        for finding in findings(movement.get("moved"), movement["travel"], spread, state.global_step, betas[1]):
+            warns = finding.about == "weights" and not finding.good
+            self.verdict.append((logging.WARNING if warns else logging.INFO, finding.text))
+        self.verdict.append((logging.INFO, f"next: `ivon-post check {args.output_dir}`"))
+        if self.logs_verdict:
+            log_verdict(self.verdict)
 
     def movement(self, step: int) -> dict[str, float]:
         """Return how far a weight could have moved by then, `travel`, and how far one of a B matrix has, `moved`."""
@@ -229,18 +225,6 @@ class PosteriorTraining(TrainerCallback):
             moved += size * float((_some(self.optimizer.mean(self.params[name])) - was).abs().mean())
             count += size
         return {**movement, "moved": moved / count} if count else movement
-
-    def _judge(self, step: int, folder: str) -> None:
-        movement = self.movement(step)
-        moved, allowed = movement.get("moved"), movement["travel"]
-        summary: dict[str, float] = self.optimizer.summary() if hasattr(self.optimizer, "summary") else {}
-        spread = summary.get("ivon_log_sigma_spread")
-        for finding in findings(moved, allowed, spread, step, self.settings["betas"][1]):
-            warns = finding.about == "weights" and not finding.good
-            self.verdict.append((logging.WARNING if warns else logging.INFO, finding.text))
-        self.verdict.append((logging.INFO, f"next: `ivon-post check {folder}`"))
-        if self.logs_verdict:
-            log_verdict(self.verdict)
 
 
 def log_verdict(verdict: list[tuple[int, str]]) -> None:

@@ -21,9 +21,7 @@ def keys_in_file(model: PeftModel, names: Iterable[str]) -> dict[str, str]:
     state = {name: marks.get(name, torch.full((), -1.0)) for name, _ in model.named_parameters()}
     keys: dict[str, str] = {}
     for adapter in model.peft_config:
-        kept = get_peft_model_state_dict(
-            model, state_dict=dict(state), adapter_name=adapter, save_embedding_layers=False
-        )
+        kept = get_peft_model_state_dict(model, dict(state), adapter_name=adapter, save_embedding_layers=False)
         keys |= {names[int(mark)]: key for key, mark in kept.items() if int(mark) >= 0}
     return keys
 
@@ -55,7 +53,8 @@ def gaussian_prior(
     keys = keys_in_file(model, shapes)
     trained, held = set(keys.values()), {key for key in prior.mean if prior.sigma.raw(key).any()}
     if trained != held:
-        own, other = kinds(prior.mean), ", ".join(sorted({_kind(name) for name in shapes}))
+        modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in shapes}
+        own, other = kinds(prior.mean), ", ".join(sorted(modules))
         both = f"{named} is on {own} and this adapter on {other}"
         if own == other:
             both = f"{named} and this adapter differ in {min(trained ^ held)}"
@@ -69,7 +68,3 @@ def gaussian_prior(
             raise IVONError(f"{named} has weights with σ = 0 in {key}, which would never move; give it unpruned")
         tensors[name] = (mean, sigma)
     return tensors
-
-
-def _kind(name: str) -> str:
-    return name.partition(".lora_")[0].rpartition(".")[2]

@@ -13,7 +13,7 @@ from ..errors import IVONError, param_ref
 
 
 def is_sharded(trainer: Trainer) -> bool:
-    """Whether DeepSpeed or FSDP takes the model over."""
+    """Return whether DeepSpeed or FSDP takes the model over."""
     return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
 
 

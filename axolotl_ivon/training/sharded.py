@@ -59,8 +59,8 @@ class ReplicatedAdapter(TrainerCallback):
             self.params[name] = nn.Parameter(_copy_from_first_process(param, device))
             del owner._parameters[attribute]
             owner.__dict__[attribute] = self.params[name]
-        dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
-        anchor = torch.zeros(1, dtype=dtypes[0] if dtypes else torch.float32, device=device)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        anchor = torch.zeros(1, dtype=dtype, device=device)
         model.register_parameter(ANCHOR, nn.Parameter(anchor))
         self.engine_wants_gradient = trainer.is_deepspeed_enabled and (
             trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config["zero_optimization"]["stage"] < 3
@@ -136,13 +136,11 @@ class ReplicatedAdapter(TrainerCallback):
                 f"{path} is missing or damaged: a run under DeepSpeed or FSDP resumes from a checkpoint of such a run"
             ) from error
         if {key: header.get(key) for key in _STATE_FORMAT} != _STATE_FORMAT:
-            raise IVONError(
-                f"{path} has format {header.get('format')} {header.get('format_version')}, not ivon-state 1"
-            )
+            format, version = header.get("format"), header.get("format_version")
+            raise IVONError(f"{path} has format {format} {version}, not ivon-state 1")
         state: dict[int, dict[str, Tensor]] = {}
         for index, name in enumerate(self.params):
-            prefix = f"{name}/"
-            state[index] = {key.removeprefix(prefix): loaded[key] for key in loaded if key.startswith(prefix)}
+            state[index] = {key[len(name) + 1 :]: loaded[key] for key in loaded if key.startswith(f"{name}/")}
             if not state[index]:
                 raise IVONError(f"{path} has no state of {name}: the adapter was another one")
         current = self.optimizer.state_dict()
@@ -157,7 +155,7 @@ class ReplicatedAdapter(TrainerCallback):
 
 
 def _copy_from_first_process(param: nn.Parameter, device: torch.device) -> Tensor:
-    """Return a complete copy of a weight, as the first process has it."""
+    """Return a whole copy of a weight, as the first process has it."""
     if hasattr(param, "ds_id"):  # ZeRO-3 has partitioned it already
         from deepspeed.zero import GatheredParameters
 

@@ -37,8 +37,6 @@ class PosteriorTrainerMixin(Trainer):
     posterior_training: PosteriorTraining
     checkpoints_folder: str | None = None
 
-    # The optimizer and its learning rate
-
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Make the optimizer that the hook chooses; the only override that does not call the Trainer's own."""
         run = self.posterior_training
@@ -77,8 +75,6 @@ class PosteriorTrainerMixin(Trainer):
         run.log_settings(num_training_steps)
         return schedule(lr, optimizer)
 
-    # A step
-
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Run one forward and backward pass at a draw."""
         run = self.posterior_training
@@ -99,8 +95,6 @@ class PosteriorTrainerMixin(Trainer):
         loss, *rest = result if isinstance(result, tuple) else (result,)
         loss = loss + 0 * adapter.anchor.sum()
         return (loss, *rest) if rest else loss
-
-    # Logs and evaluations
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the metrics of the hooks to a log of the training loss."""
@@ -129,8 +123,6 @@ class PosteriorTrainerMixin(Trainer):
             loss = posterior_loss(self, run.optimizer, dataloader, run.eval_samples)
             output.metrics[f"{metric_key_prefix}_loss_posterior"] = loss  # type: ignore[index]
         return output
-
-    # Saving and resuming
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save the adapter's own file too where the model is saved as a sharded state dict, which leaves it out."""
