@@ -90,10 +90,7 @@ class TensorWriter:
     """
 
     def __init__(
-        self,
-        path: Path,
-        specs: Mapping[str, tuple[str, tuple[int, ...]]],
-        metadata: Mapping[str, str],
+        self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
     ) -> None:
         header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
         offset = 0

@@ -247,11 +247,7 @@ def test_data_without_labels_is_refused(attached: Any) -> None:
 
 
 @settings(deadline=None)  # torch's first step imports for a second
-@given(
-    shape=st.lists(st.floats(0.01, 1), min_size=1, max_size=30),
-    travel=st.floats(1e-3, 10),
-    clip=st.floats(1e-4, 1),
-)
+@given(shape=st.lists(st.floats(0.01, 1), min_size=1, max_size=30), travel=st.floats(1e-3, 10), clip=st.floats(1e-4, 1))
 def test_the_rates_of_a_run_add_up_to_the_travel(shape: list[float], travel: float, clip: float) -> None:
     def schedule(lr: float, optimizer: Any) -> LambdaLR:
         return LambdaLR(optimizer, lambda step: shape[min(step, len(shape) - 1)])

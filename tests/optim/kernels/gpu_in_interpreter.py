@@ -63,10 +63,7 @@ def test_does_what_the_plain_operations_do_with_scaled_clipped_missing_and_infin
         monkeypatch.setenv(kernels.VARIABLE, name)
         pair, other = lora_pair(), nn.Parameter(torch.linspace(-1, 1, 70).view(7, 10))
         frozen = nn.Parameter(torch.ones(50), requires_grad=False)
-        groups = [
-            {"params": [*pair.items(), ("C", frozen)]},
-            {"params": [("other", other)], "prior": 0.25, "lr": 1e-2},
-        ]
+        groups = [{"params": [*pair.items(), ("C", frozen)]}, {"params": [("other", other)], "prior": 0.25, "lr": 1e-2}]
         opt = IVONLoRA(groups, **SETTINGS)
         assert [buffers.kernels.__name__.rsplit(".")[-1] for buffers in opt._get_buffers()] == [name, name]
         told = []
