@@ -76,9 +76,6 @@ SETTINGS = {
 }  # fmt: skip
 
 
-# -------------------------------------------------------------------- the model and the data
-
-
 def test_encoder_equals_the_model_that_it_shortens(bert: Path) -> None:
     model = encoder(bert).eval()
     for name, value in model.trained().items():
@@ -87,6 +84,7 @@ def test_encoder_equals_the_model_that_it_shortens(bert: Path) -> None:
     batch = collate(examples(5))
     expected = model.peft(input_ids=batch["input_ids"], attention_mask=(batch["input_ids"] != 0).long()).logits
     torch.testing.assert_close(model(batch), expected)
+    torch.testing.assert_close(predict(model, examples(5), size=2), expected.double(), atol=1e-6, rtol=1e-5)
     assert {name.split(".layer.")[1][0] for name in model.trained() if "lora_B" in name} == {"1", "2"}
     frozen = model.freeze(examples(5), size=2)
     torch.testing.assert_close(model(collate(frozen)), expected)
@@ -153,12 +151,6 @@ def test_of_an_answer_every_token_is_a_class(tmp_path: Path) -> None:
     torch.testing.assert_close(predict(model, model.freeze(texts), size=2), expected.double())
 
 
-def test_predictions_are_in_the_order_of_the_examples(bert: Path) -> None:
-    model, texts = encoder(bert).eval(), examples(11)
-    expected = torch.cat([model(collate([text])) for text in texts]).double()
-    torch.testing.assert_close(predict(model, texts, size=4), expected, atol=1e-6, rtol=1e-5)
-
-
 def test_training_batches_hold_every_example_once_an_epoch() -> None:
     texts = examples(10)
     batches = training_batches(texts, 4, seed=3)
@@ -207,9 +199,6 @@ def test_a_snippet_may_be_asked_for_its_source_or_its_strength(monkeypatch: pyte
     assert all(names[label] == text.split()[0] for text, label in sources)
     assert [sum(label == i for _, label in sources) for i in range(4)] == [40] * 4
     assert sources != sorted(sources, key=lambda row: row[1])
-
-
-# -------------------------------------------------------------------- the methods
 
 
 def test_blob_kl_is_that_of_torch_distributions() -> None:
@@ -476,9 +465,6 @@ def test_the_losses_of_a_step_are_the_tokens_of_its_answers(
     assert sizes == [6, 6]
 
 
-# -------------------------------------------------------------------- plan, resumption, tables
-
-
 def suite() -> dict[str, Any]:
     return yaml.safe_load("""
 steps: 4
@@ -735,9 +721,6 @@ def test_what_is_said_of_the_preset_is_measured_with_it(name: str) -> None:
     measured = {key: value for key, value in suite["methods"]["ivon-auto"].items() if key in PRESETS["auto"]._fields}
     assert not measured
     assert suite["methods"]["ivon-auto"]["grid"] == {"travel": [PRESETS["auto"].travel]}
-
-
-# -------------------------------------------------------------------- the suites that axolotl trains
 
 
 @pytest.mark.parametrize("name", ["causal-axolotl", "paper", "paper-8b", "paper-70b", "code", "multilingual"])

@@ -382,9 +382,6 @@ def test_the_loss_is_over_what_axolotl_trains_on(plain: Path, tmp_path: Path, mo
         assert set(file.keys()) == given[0].session.slots.places.keys()
 
 
-# The hidden file of an interrupted fit
-
-
 SNAPSHOT = Snapshot({"a": torch.arange(3.0), "b/c": torch.ones(2, 2).T}, {"step": 3, "nll": {"0.5": 0.25}})
 
 

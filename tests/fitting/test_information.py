@@ -59,9 +59,6 @@ class Toy:
         return squarer(gradients, lambda example: 1)
 
 
-# The Fisher information
-
-
 def test_sigma_is_that_of_the_diagonal_laplace_approximation() -> None:
     toy, count = Toy(), 200
     batches = [toy.examples[i : i + 7] for i in range(0, count, 7)]
@@ -114,9 +111,6 @@ def test_random_residuals_have_the_covariance_of_a_drawn_label_s() -> None:
     # Where the model is sure, a drawn label is nearly always the likeliest; these are all of one size.
     sure = residuals(torch.tensor([[0.0, 9.0]]).expand(1000, -1), torch.Generator().manual_seed(0)).square()
     assert float(sure.std() / sure.mean()) < 0.1
-
-
-# IVON's updates
 
 
 def batches(toy: Toy, size: int) -> Iterator[list[int]]:
@@ -224,9 +218,6 @@ def test_checkpoints_are_powers_of_the_root_of_2() -> None:
     found = [step for step in range(1, 1025) if is_checkpoint(step)]
     assert found == sorted({round(2 ** (k / 2)) for k in range(21)})
     assert all(is_checkpoint(step) and is_checkpoint(2 * step) for step in (16, 32, 64))
-
-
-# The prior
 
 
 @settings(max_examples=60, deadline=None)

@@ -17,8 +17,6 @@ from axolotl_ivon import IVONError
 from axolotl_ivon.storage.dtypes import CHOICES, FLOATS, NUMPY, SAFETENSORS
 from axolotl_ivon.storage.tensorfile import TensorFile, TensorWriter
 
-# --- dtypes -------------------------------------------------------------------------------------------------------
-
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
@@ -52,9 +50,6 @@ def test_rounding_is_that_of_torch(values: list[float], dtype: str):
         rounded = array.astype(NUMPY[dtype])
     assert torch.equal(in_torch(rounded), expected)
     assert torch.equal(torch.from_numpy(rounded.astype(np.float32)), expected.float())
-
-
-# --- files --------------------------------------------------------------------------------------------------------
 
 
 def test_a_tensor_that_was_forgotten_is_noticed(tmp_path: Path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from trainers import LORA, Rates, lora_weights
+from trainers import IVON_METRICS, LORA, Rates, lora_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, effective_sample_size
@@ -23,6 +23,10 @@ def test_trains_and_saves_sigma_beside_every_adapter(attached: Any, tmp_path: Pa
     trainer.train()
     after = lora_weights(trainer.model)
     assert all((after[name] - before[name]).abs().max() > 1e-4 for name in after)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [{key for key in entry if key.startswith("ivon_")} for entry in entries] == [IVON_METRICS] * 3
+    assert all(entry["ivon_sigma_mean"] > 0 for entry in entries)
+    assert entries[-1]["ivon_ess"] == pytest.approx(effective_sample_size(24, 100.0))
     trainer.model.save_pretrained(tmp_path / "final")
     trainer.save_model(str(tmp_path / "by-trainer"))
 
