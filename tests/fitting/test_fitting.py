@@ -38,11 +38,6 @@ def chats(pipeline: Any) -> Path:
     return pipeline.chats
 
 
-@pytest.fixture(scope="module")
-def plain(make_adapter: MakeAdapter) -> Path:
-    return make_adapter(sigma=False)
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ivon, "FEWEST", 8)
@@ -55,11 +50,11 @@ def equal(one: Posterior, other: Posterior) -> bool:
 
 
 @pytest.mark.parametrize("method", ["ivon", "fisher", "tfb"])
-def test_the_mean_stays_and_sigma_is_beside_it(plain: Path, chats: Path, tmp_path: Path, method: str) -> None:
+def test_the_mean_stays_and_sigma_is_beside_it(plain_adapter: Path, chats: Path, tmp_path: Path, method: str) -> None:
     heard = Heard()
-    q = axolotl_ivon.fit(plain, chats, method=method, samples=2, reporter=heard)
+    q = axolotl_ivon.fit(plain_adapter, chats, method=method, samples=2, reporter=heard)
     q.save_pretrained(tmp_path / "out")
-    files = [(folder / MEAN_FILE).read_bytes() for folder in (plain, tmp_path / "out")]
+    files = [(folder / MEAN_FILE).read_bytes() for folder in (plain_adapter, tmp_path / "out")]
     assert files[0] == files[1]
     read = Posterior.from_pretrained(tmp_path / "out")
     assert equal(read, q)
@@ -81,10 +76,10 @@ def test_the_mean_stays_and_sigma_is_beside_it(plain: Path, chats: Path, tmp_pat
     assert all(value.isfinite().all() for value in draw.values())
 
 
-def test_fisher_is_the_information_of_the_chats_answers(plain: Path, chats: Path) -> None:
-    q = fit(plain, chats, method="fisher", empirical=True, prior=0.01, prior_strength=2, ess=500)
-    model = load_model(plain)
-    tokenizer = AutoTokenizer.from_pretrained(plain)
+def test_fisher_is_the_information_of_the_chats_answers(plain_adapter: Path, chats: Path) -> None:
+    q = fit(plain_adapter, chats, method="fisher", empirical=True, prior=0.01, prior_strength=2, ess=500)
+    model = load_model(plain_adapter)
+    tokenizer = AutoTokenizer.from_pretrained(plain_adapter)
     parameters = adapter_parameters(model)
     total = {key: torch.zeros(value.shape, dtype=torch.float64) for key, value in parameters.items()}
     count = 0
@@ -102,7 +97,7 @@ def test_fisher_is_the_information_of_the_chats_answers(plain: Path, chats: Path
         for key, gradient in zip(total, torch.autograd.grad(loss, list(parameters.values())), strict=True):
             total[key] += gradient.double().square()
         count += 2
-    informed = fit(plain, chats, method="fisher", empirical=True, ess=400.0, prior_strength=0.5)
+    informed = fit(plain_adapter, chats, method="fisher", empirical=True, ess=400.0, prior_strength=0.5)
     prior = Prior(400.0, "empirical", 0.5)
     for key, value in total.items():
         h = value / count
@@ -114,27 +109,25 @@ def test_fisher_is_the_information_of_the_chats_answers(plain: Path, chats: Path
 
 
 @pytest.mark.parametrize("method", ["fisher", "ivon"])
-def test_validation_chooses_lambda(plain: Path, chats: Path, tmp_path: Path, method: str) -> None:
+def test_validation_chooses_lambda(plain_adapter: Path, chats: Path, tmp_path: Path, method: str) -> None:
     validation = write_chats(tmp_path / "validation.jsonl", count=20, seed=7)
     heard = Heard()
-    q = fit(plain, chats, method=method, validation=str(validation), samples=3, seed=2, reporter=heard)
+    q = fit(plain_adapter, chats, method=method, validation=str(validation), samples=3, seed=2, reporter=heard)
     base = PRESETS["auto"].ess(24, 896)
     factor = float(q.metadata["ess"]) / base
     assert factor in FACTORS
     assert q.metadata["fit_validation"] == "validation.jsonl"
     assert any("NLL on" in line and line.endswith(f"λ = {factor * base:.3g}") for line in heard.lines)
     if method == "fisher":
-        evaluation = Evaluation(plain, EvaluationData([validation]), [Variant("mean")])
         losses = {}
         for one in FACTORS:
-            each = fit(plain, chats, method=method, ess=one * base, seed=2)
+            each = fit(plain_adapter, chats, method=method, ess=one * base, seed=2)
             each.save_pretrained(tmp_path / str(one))
             held = Evaluation(tmp_path / str(one), EvaluationData([validation]), [Variant("posterior", tau=1.0)])
             [scores] = held.run([Variant("posterior", tau=1.0)], Sampling(samples=3, seed=2))
             losses[one] = float(scores.nll.mean())
         assert factor == min(losses, key=lambda one: losses[one])
         assert len(set(losses.values())) > 1
-        assert evaluation.task == "choice"
 
 
 @pytest.fixture(scope="module")
@@ -232,12 +225,12 @@ def test_a_classifier(tiny_llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["ivon", "fisher", "tfb"])
 def test_an_interrupted_fit_goes_on_and_ends_where_the_other_does(
-    plain: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    plain_adapter: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     options: dict[str, Any] = {"method": method, "samples": 2, "batch_size": 3}
     if method != "tfb":
         options["validation"] = str(chats)
-    whole = fit(plain, chats, **options)
+    whole = fit(plain_adapter, chats, **options)
     hidden = tmp_path / ".out.fit"
     calls, limit = 0, 4
     target, name = (problem, "evaluate") if method == "tfb" else (ExampleGradients, "__call__")
@@ -252,26 +245,26 @@ def test_an_interrupted_fit_goes_on_and_ends_where_the_other_does(
 
     monkeypatch.setattr(target, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fit(plain, chats, state=hidden, **options)
+        fit(plain_adapter, chats, state=hidden, **options)
     assert hidden.is_file()
     monkeypatch.setattr(state, "_EVERY", 0.0)
     total, calls, limit = calls, 0, 10**9
-    found = fit(plain, chats, state=hidden, **options)
+    found = fit(plain_adapter, chats, state=hidden, **options)
     assert equal(found, whole)
     assert found.metadata == whole.metadata
     save(found, tmp_path / "out", state=hidden)
     assert not hidden.exists()
     resumed, calls = calls, 0
-    fit(plain, chats, state=hidden, **options)
+    fit(plain_adapter, chats, state=hidden, **options)
     assert resumed + total - 1 == calls
 
 
-def test_a_state_of_another_fit_is_not_taken(plain: Path, chats: Path, tmp_path: Path) -> None:
+def test_a_state_of_another_fit_is_not_taken(plain_adapter: Path, chats: Path, tmp_path: Path) -> None:
     hidden = tmp_path / ".out.fit"
     hidden.write_bytes(b"nothing")
-    found = fit(plain, chats, method="fisher", state=hidden, seed=1)
-    assert equal(found, fit(plain, chats, method="fisher", seed=1))
-    assert not equal(found, fit(plain, chats, method="fisher", seed=2))
+    found = fit(plain_adapter, chats, method="fisher", state=hidden, seed=1)
+    assert equal(found, fit(plain_adapter, chats, method="fisher", seed=1))
+    assert not equal(found, fit(plain_adapter, chats, method="fisher", seed=2))
 
 
 def test_refitting_keeps_what_was_pruned(tiny_adapter: Path, chats: Path, tmp_path: Path) -> None:
@@ -307,28 +300,28 @@ def test_shared_weights_get_one_sigma_and_one_draw(tmp_path: Path, chats: Path) 
 
 
 def test_long_conversations_are_cut_and_those_without_an_answer_left_out(
-    plain: Path, chats: Path, tmp_path: Path
+    plain_adapter: Path, chats: Path, tmp_path: Path
 ) -> None:
     lines = chats.read_text().splitlines()[:6]
     long = chat("red " * 2000, "A")
     data = tmp_path / "long.jsonl"
     data.write_text("\n".join([*lines, json.dumps(long)]) + "\n")
     heard = Heard()
-    q = fit(plain, data, method="fisher", reporter=heard)
+    q = fit(plain_adapter, data, method="fisher", reporter=heard)
     assert q.metadata["train_size"] == "6"
     assert heard.notes == ["1 of 7 examples have no answer within 512 tokens and are left out"]
     data.write_text(json.dumps(long) + "\n")
     with pytest.raises(IVONError, match="1 of 1 examples have no answer within 512 tokens; give shorter"):
-        fit(plain, data, method="fisher")
+        fit(plain_adapter, data, method="fisher")
 
 
 def test_it_halves_batches_when_the_memory_runs_out(
-    plain: Path, chats: Path, small_memory: Callable[[int], None]
+    plain_adapter: Path, chats: Path, small_memory: Callable[[int], None]
 ) -> None:
     heard = Heard()
-    expected = fit(plain, chats, method="fisher", empirical=True)
+    expected = fit(plain_adapter, chats, method="fisher", empirical=True)
     small_memory(2)
-    found = fit(plain, chats, method="fisher", empirical=True, reporter=heard)
+    found = fit(plain_adapter, chats, method="fisher", empirical=True, reporter=heard)
     for key, value in expected.sigma.items():
         torch.testing.assert_close(found.sigma[key], value, rtol=1e-3, atol=1e-6)
     assert any("going on with" in line for line in heard.notes)
@@ -358,10 +351,10 @@ def test_settings_that_mean_nothing(options: dict[str, Any], message: str) -> No
     assert message in str(caught.value)
 
 
-def test_tfb_needs_lora(plain: Path, chats: Path, copied: Callable[[Path], Path]) -> None:
+def test_tfb_needs_lora(plain_adapter: Path, chats: Path, copied: Callable[[Path], Path]) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder = copied(plain)
+    folder = copied(plain_adapter)
     tensors = load_file(folder / MEAN_FILE)
     save_file({key: torch.zeros_like(value) for key, value in tensors.items()}, folder / MEAN_FILE, {"format": "pt"})
     with pytest.raises(IVONError, match="has no LoRA matrices with weights other than 0"):
@@ -369,16 +362,18 @@ def test_tfb_needs_lora(plain: Path, chats: Path, copied: Callable[[Path], Path]
     assert fit(folder, chats, method="fisher").sample(0)
 
 
-def test_the_loss_is_over_what_axolotl_trains_on(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_is_over_what_axolotl_trains_on(
+    plain_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A conversation of two rounds counts all of its answers' tokens."""
     data = tmp_path / "talk.jsonl"
     data.write_text(json.dumps({"messages": chat("red", "A")["messages"] + chat("sun", "B")["messages"]}) + "\n")
     given: list[FitProblem] = []
     monkeypatch.setattr(fisher, "fit", lambda problem: given.append(problem) or FittedSigma({}))
-    assert not any(value.any() for value in fit(plain, data).sigma.values())
+    assert not any(value.any() for value in fit(plain_adapter, data).sigma.values())
     [item] = given[0].items
     assert given[0].session.tokenizer.decode(item.targets) == "A<|im_end|>B<|im_end|>"
-    with safe_open(plain / MEAN_FILE, "pt") as file:
+    with safe_open(plain_adapter / MEAN_FILE, "pt") as file:
         assert set(file.keys()) == given[0].session.slots.places.keys()
 
 
