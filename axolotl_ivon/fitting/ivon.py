@@ -39,22 +39,14 @@ FEWEST, MOST = 32, 4096  # steps
 
 @dataclass(frozen=True)
 class Averages:
-    """Where the iteration is: all that is needed to continue it.
+    """Where the iteration is: all that is needed to continue it."""
 
-    Attributes:
-        step: t, steps so far.
-        average: running averages of the squares and of the number of losses of a step, with weights that grow with t.
-        earlier: p at the last two checkpoints, by number of the step.
-        change: root mean square of the change of log σ since half as many steps; None at the start.
-        deltas: δ by parameter, of the last checkpoint.
-    """
-
-    step: int = 0
-    average: dict[str, Tensor] = field(default_factory=dict)
-    losses: float = 0.0
-    earlier: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    change: float | None = None
-    deltas: Mapping[str, float] = field(default_factory=dict)
+    step: int = 0  # t, steps so far
+    average: dict[str, Tensor] = field(default_factory=dict)  # of the squares, with weights that grow with t
+    losses: float = 0.0  # likewise, the number of losses of a step
+    earlier: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # p at the last two checkpoints, by t
+    change: float | None = None  # root mean square of the change of log σ since half as many steps; None at the start
+    deltas: Mapping[str, float] = field(default_factory=dict)  # δ by parameter, of the last checkpoint
 
     @property
     def settled(self) -> bool:

@@ -24,17 +24,11 @@ FACTORS = tuple(4.0**k for k in range(-3, 4))
 
 
 class Prior(NamedTuple):
-    """λ and the prior, as `IVONLoRA` has them.
+    """λ and the prior, as `IVONLoRA` has them."""
 
-    Attributes:
-        ess: effective sample size λ.
-        kind: "empirical", or δ of a fixed prior.
-        strength: κ, a factor on δ.
-    """
-
-    ess: float
-    kind: Literal["empirical"] | float = "empirical"
-    strength: float = 1.0
+    ess: float  # effective sample size λ
+    kind: Literal["empirical"] | float = "empirical"  # or δ of a fixed prior
+    strength: float = 1.0  # κ, a factor on δ
 
     def delta(self, information: Tensor, mean: Tensor) -> float:
         """Return δ of one tensor, from h and m of the same shape.

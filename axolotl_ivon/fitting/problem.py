@@ -115,26 +115,16 @@ class HeldOut(NamedTuple):
 
 @dataclass(frozen=True)
 class FitProblem:
-    """What a method is given.
+    """What a method is given."""
 
-    Attributes:
-        adapter: whose mean stays.
-        session: the adapter over its base model in memory; the model can be differentiated.
-        parameters: the parameters that get a σ, by name.
-        items: the training examples, tokenised.
-        held_out: the data on which predictions are evaluated, where the settings ask for some.
-        state: the file of an interrupted fit.
-        header: facts of the header that all methods share.
-    """
-
-    adapter: Adapter
-    session: Session
-    parameters: Mapping[str, nn.Parameter]
+    adapter: Adapter  # whose mean stays
+    session: Session  # the adapter over its base model in memory; the model can be differentiated
+    parameters: Mapping[str, nn.Parameter]  # those that get a σ, by name
     settings: Settings
-    items: Sequence[EncodedExample]
-    held_out: HeldOut | None
-    state: State
-    header: Mapping[str, str]
+    items: Sequence[EncodedExample]  # the training examples
+    held_out: HeldOut | None  # where the settings ask for evaluation
+    state: State  # the file of an interrupted fit
+    header: Mapping[str, str]  # what all methods write into it
     reporter: Reporter
 
     def posterior(self, fitted: FittedSigma) -> Posterior:

@@ -40,17 +40,11 @@ _T = TypeVar("_T")
 
 
 class Products(NamedTuple):
-    """What examples' gradients g of their losses leave behind, each float64 [k].
-
-    Attributes:
-        losses: the examples' losses.
-        own: Σ σ²·g².
-        along: Σ σ²·g·(a direction), or None without one.
-    """
+    """What examples' gradients g of their losses leave behind, each float64 [k]."""
 
     losses: Tensor
-    own: Tensor
-    along: Tensor | None
+    own: Tensor  # Σ σ²·g²
+    along: Tensor | None  # Σ σ²·g·(a direction), if there is one
 
 
 def products(

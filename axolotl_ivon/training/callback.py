@@ -33,52 +33,31 @@ _REMEMBERED = 4096
 
 @dataclass(eq=False, repr=False)
 class PosteriorTraining(TrainerCallback):
-    """What the Trainer's overrides, its model and its events share.
-
-    Attributes:
-        model: the PEFT model, without what a Trainer wraps around it.
-        params: the trained weights, by their names in the model.
-        settings: what the optimizer is made with.
-        header: entries of the header of σ that are no settings of the optimizer.
-        eval_samples: draws that every evaluation averages over.
-        per_rank: whether each process has draws of its own.
-        travel: how far a weight can get in the run, where the learning rate is chosen for that.
-        settings_for_run: returns the settings that depend on the length of the run, from its steps and epochs.
-        optimizer: None until the Trainer makes it.
-        adapter: the trained weights in each process, under DeepSpeed and FSDP2.
-        begun: whether training has begun. Before that, the optimizer may lack the state that it resumes from.
-        best_folder: the checkpoint whose weights the Trainer has loaded at the end.
-        skipped: the skipped steps that the log has reported.
-        losses: the number of losses, in this process, whose mean the gradient since the last step is of.
-        start: some weights of every B matrix when training began; a resumed run takes them to be 0. It is set on the
-            first process alone, as is `rates`, the learning rates of all steps.
-        from_zero: whether they were 0. The header says how far they moved only then: a resumed run must write the same
-            header, and has nothing but that of its checkpoint to know where it began.
-        resumed: the header of the checkpoint that a run resumes from.
-        verdict: how the run went, as a level of the log and a text each; logged at its end if `logs_verdict`.
-    """
+    """What the Trainer's overrides, its model and its events share."""
 
     trainer: Trainer
-    model: PeftModel
-    params: dict[str, nn.Parameter]
-    settings: dict[str, Any]
-    header: Mapping[str, str]
-    eval_samples: int
-    per_rank: bool
-    travel: float | None
-    settings_for_run: Callable[[int, float], dict[str, Any]]
-    optimizer: Any = None
-    adapter: ReplicatedAdapter | None = None
-    begun: bool = False
-    best_folder: str | None = None
-    skipped: Skipped = NONE_SKIPPED
-    losses: int = 0
-    start: dict[str, Tensor] = field(default_factory=dict)
-    rates: list[float] = field(default_factory=list)
+    model: PeftModel  # without what a Trainer wraps around it
+    params: dict[str, nn.Parameter]  # the trained weights, by their names in the model
+    settings: dict[str, Any]  # of the optimizer
+    header: Mapping[str, str]  # entries of the header of σ that are no settings of the optimizer
+    eval_samples: int  # draws that every evaluation averages over
+    per_rank: bool  # whether each process has draws of its own
+    travel: float | None  # how far a weight can get in the run, where the learning rate is chosen for that
+    settings_for_run: Callable[[int, float], dict[str, Any]]  # of that many steps and epochs
+    optimizer: Any = None  # until the Trainer makes it
+    adapter: ReplicatedAdapter | None = None  # the trained weights in each process, under DeepSpeed and FSDP2
+    begun: bool = False  # before training begins, the optimizer may lack the state that it resumes from
+    best_folder: str | None = None  # the checkpoint whose weights the Trainer has loaded at the end
+    skipped: Skipped = NONE_SKIPPED  # the skipped steps that the log has reported
+    losses: int = 0  # those, in this process, whose mean the gradient since the last step is of
+    rates: list[float] = field(default_factory=list)  # of all steps, on the first process alone, as is `start`
+    start: dict[str, Tensor] = field(default_factory=dict)  # some weights of every B matrix; a resumed run has 0
+    # Whether `start` was 0. Only then the header says how far weights moved: a resumed run must write the same header,
+    # and has nothing but that of its checkpoint to know where it began.
     from_zero: bool = False
-    resumed: Mapping[str, str] = field(default_factory=dict)
-    verdict: list[tuple[int, str]] = field(default_factory=list)
-    logs_verdict: bool = True
+    resumed: Mapping[str, str] = field(default_factory=dict)  # the header of the checkpoint that a run resumes from
+    verdict: list[tuple[int, str]] = field(default_factory=list)  # how the run went: levels of the log, and texts
+    logs_verdict: bool = True  # at the end of training
 
     @property
     def step_bound(self) -> float:

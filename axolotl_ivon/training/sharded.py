@@ -34,24 +34,16 @@ _STATE_FORMAT = {"format": "ivon-state", "format_version": "1"}
 class ReplicatedAdapter(TrainerCallback):
     """The trained weights of a model that is about to be sharded, and what keeps them alike in all processes.
 
-    Args:
-        trainer: the Trainer; its accelerator has not prepared the model yet.
-        model: the model.
-        params: the trained parameters, by their names in the model. They are taken out of it: `self.params` has the
-            same names and tensors that are complete, on the Trainer's device, and equal to those of the first process.
-
-    Attributes:
-        prepared: whether the engine has taken the model over.
-        gradient_norm: of the last step; the Trainer's own is that of the anchor.
-        engine_wants_gradient: ZeRO 1 and 2 fail on a step in which nothing that they own has a gradient.
+    `params`, by their names in the model, are taken out of it: `self.params` has the same names and tensors that are
+    complete, on the Trainer's device, and equal to those of the first process.
     """
 
     def __init__(self, trainer: Trainer, model: PeftModel, params: Mapping[str, nn.Parameter]) -> None:
-        self.trainer: Any = trainer
+        self.trainer: Any = trainer  # whose accelerator has not prepared the model yet
         self.model: Any = model
-        self.prepared = False
+        self.prepared = False  # whether the engine has taken the model over
         self.optimizer: Any = None
-        self.gradient_norm: Tensor | None = None
+        self.gradient_norm: Tensor | None = None  # of the last step; the Trainer's own is that of the anchor
         self.params: dict[str, nn.Parameter] = {}
         device = trainer.accelerator.device
         for name, param in params.items():
@@ -62,6 +54,7 @@ class ReplicatedAdapter(TrainerCallback):
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         anchor = torch.zeros(1, dtype=dtype, device=device)
         model.register_parameter(ANCHOR, nn.Parameter(anchor))
+        # ZeRO 1 and 2 fail on a step in which nothing that they own has a gradient.
         self.engine_wants_gradient = trainer.is_deepspeed_enabled and (
             trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config["zero_optimization"]["stage"] < 3
         )

@@ -27,15 +27,10 @@ from .sharded import STATE_FILE, ReplicatedAdapter
 
 
 class PosteriorTrainerMixin(Trainer):
-    """Overrides of a transformers Trainer.
+    """Overrides of a transformers Trainer."""
 
-    Attributes:
-        posterior_training: what the overrides, the model and the Trainer's events share.
-        checkpoints_folder: where a checkpoint goes while it is written, in place of the run's folder.
-    """
-
-    posterior_training: PosteriorTraining
-    checkpoints_folder: str | None = None
+    posterior_training: PosteriorTraining  # what the overrides, the model and the Trainer's events share
+    checkpoints_folder: str | None = None  # where a checkpoint goes while it is written, in place of the run's folder
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Make the optimizer that the hook chooses; the only override that does not call the Trainer's own."""
