@@ -74,10 +74,7 @@ def squarer(
 ) -> Callable[[Sequence[_T]], Squares]:
     """Return a function that adds up the squared gradients of examples, of fewer at once when the memory runs out.
 
-    Args:
-        gradients: of the examples' losses.
-        count: number of losses that an example's is the sum of.
-        reporter: notified when fewer examples run at once.
+    `count` gives the number of losses that an example's loss is the sum of.
     """
     halving = Halving(reporter=reporter)
 

@@ -95,11 +95,7 @@ def iterate(
     """Continue from `progress` and yield it after every step, until σ has settled.
 
     The parameters hold the mean whenever it yields, and afterwards, whatever happens. Draw t depends on the seed, t
-    and the parameter's name alone.
-
-    Args:
-        batches: the examples of step after step, without end.
-        start: h of the first draw, by parameter or of all weights.
+    and the parameter's name alone. `start` is h of the first draw, by parameter or of all weights.
     """
     means = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
@@ -136,10 +132,9 @@ def iterate(
 def _averaged(progress: Averages, squares: Squares, means: Mapping[str, Tensor]) -> Averages:
     """Return the averages with those of one more step."""
     share = 2 / (progress.step + 2)
-    zero = torch.zeros(())
     average = {}
     for name, mean in means.items():
-        new = squares.total.get(name, zero.to(mean.device).expand_as(mean))
+        new = squares.total[name] if name in squares.total else torch.zeros_like(mean, dtype=torch.float32)
         average[name] = torch.lerp(progress.average[name], new, share) if progress.step else new.clone()
     losses = progress.losses + share * (squares.losses - progress.losses)
     return replace(progress, step=progress.step + 1, average=average, losses=losses)

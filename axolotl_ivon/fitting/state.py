@@ -27,18 +27,13 @@ class Snapshot(NamedTuple):
 
 
 class State:
-    """The file of a fit, or none at all where `path` is None.
-
-    Args:
-        path: where it is.
-        key: what identifies the fit; the file of another is not read, and replaced.
-    """
+    """The file of the fit that `key` identifies, or none where `path` is None; that of another fit is replaced."""
 
     def __init__(self, path: Path | None, key: str) -> None:
         self._path, self._key, self._written = path, key, time.monotonic()
 
     def read(self) -> Snapshot | None:
-        """Return what was kept of this fit, or None; a damaged file is as none."""
+        """Return what was kept of this fit; None without a file, or with a damaged one."""
         if self._path is None or not self._path.is_file():
             return None
         try:

@@ -55,9 +55,7 @@ def products(
 ) -> Products:
     """Run one backward pass over `examples`, and meet each one's gradient with σ² and with σ²·`direction`.
 
-    Args:
-        variance: σ² by parameter, float32 of its shape; what is not in it does not move.
-        direction: a gradient by parameter, likewise.
+    Both are by parameter, float32 of its shape; what is not in `variance` does not move.
     """
     import torch
 

@@ -39,16 +39,6 @@ class Buffers:
     m, g and p are one flat float32 buffer each, in which every tensor has its place; `optimizer.state` holds views of
     them. They are worked on in chunks: on a CPU small ones, in several threads; elsewhere as few as the kernels can.
     Values by tensor are float32 [tensors] on the same device.
-
-    Attributes:
-        mean, momentum, precision: m, g and p.
-        flats: these, and m₀ and 1/σ₀² where every weight has a prior of its own, by their names in the state.
-        steps: t by tensor.
-        drawn: the numbers of the tensors that were drawn last.
-        moments: λ·Σ(m² + σ²) by tensor, of the last draw.
-        h_hat: ĥ in units of λ·p, which stays what it is until the step: Σ ĝ·(θ−m) over the draws since the last one,
-            float32 [weights], or None. With squared gradients it is Σ ĝ², which is ĥ in units of B.
-        earlier: .grad of the draws before this one, set aside during this draw, or None.
     """
 
     FLATS = ("mean", "momentum", "precision")
@@ -68,13 +58,17 @@ class Buffers:
         self.device = params[0].device
         self.limit = float(_PART) if self.device.type == "cpu" else math.inf
         self.offsets = [0, *accumulate(param.numel() for param in params)]
+        # m, g and p, and m₀ and 1/σ₀² where every weight has a prior of its own, by their names in the state.
         self.flats = {name: torch.zeros(self.offsets[-1], device=self.device) for name in self.names(group)}
         self.mean, self.momentum, self.precision = (self.flats[name] for name in self.FLATS)
+        # By tensor: t, and λ·Σ(m² + σ²) of the last draw.
         self.steps, self.moments = torch.zeros(2, len(params), device=self.device)
         self.numels = to_device([float(param.numel()) for param in params], self.device)
-        self.drawn: list[int] = []
+        self.drawn: list[int] = []  # the numbers of the tensors that were drawn last
+        # ĥ in units of λ·p, which stays what it is until the step: Σ ĝ·(θ−m) over the draws since the last one,
+        # float32 [weights]. With squared gradients it is Σ ĝ², which is ĥ in units of B.
         self.h_hat: Tensor | None = None
-        self.earlier: list[Tensor | None] | None = None
+        self.earlier: list[Tensor | None] | None = None  # .grad of the draws before this one, during it
         self._layouts: dict[tuple[float, ...], Layout] = {}
 
         for i, param in enumerate(params):

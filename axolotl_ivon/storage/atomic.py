@@ -103,9 +103,8 @@ def check_space(target: Path, size: int, what: str) -> None:
     with _write_errors(target):
         total, _, free = shutil.disk_usage(place)
     if total and size > free:  # /proc and its like have no size
-        raise IVONError(
-            f"{target} cannot be written ({what} take {in_bytes(size)}, and {in_bytes(free)} of space are free)"
-        )
+        room = f"{what} take {in_bytes(size)}, and {in_bytes(free)} of space are free"
+        raise IVONError(f"{target} cannot be written ({room})")
 
 
 def in_bytes(size: float) -> str:
@@ -187,17 +186,12 @@ def updated_adapter(folder: Path) -> Iterator[Path]:
 
 
 def output_folder(folder: Path) -> None:
-    """Make a folder for several outputs, if it is not there.
-
-    Raises:
-        IVONError: it cannot be made.
-    """
+    """Make a folder for several outputs if it is not there, or raise IVONError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise IVONError(
-            f"{folder} cannot be written ({error.strerror}); choose another {param_ref('output')}"
-        ) from None
+        fix = f"choose another {param_ref('output')}"
+        raise IVONError(f"{folder} cannot be written ({error.strerror}); {fix}") from None
 
 
 def _temporary_path(target: Path) -> Path:

@@ -36,12 +36,8 @@ class Entry(NamedTuple):
 class TensorFile:
     """A safetensors file that stays open, whose tensors are read on demand, from any thread.
 
-    The open file keeps giving the same tensors after another one was renamed over its path.
-
-    Attributes:
-        path: where it was when it was opened.
-        metadata: the metadata in its header, all strings.
-        entries: dtype and shape of every tensor.
+    The open file keeps giving the same tensors after another one was renamed over its path. Of its header, `metadata`
+    are strings by name, and `entries` dtype and shape by tensor.
 
     Raises:
         IVONError: the file is missing, truncated, not safetensors, or has dtypes that no adapter has.

@@ -29,12 +29,7 @@ def keys_in_file(model: PeftModel, names: Iterable[str]) -> dict[str, str]:
 def gaussian_prior(
     model: PeftModel, shapes: Mapping[str, torch.Size], prior: Posterior
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (m₀, σ₀) of every trained parameter, float32, by its name in the model.
-
-    Args:
-        model: the model whose adapter is to be trained.
-        shapes: of the trained parameters, by name.
-        prior: the posterior that they start from.
+    """Return (m₀, σ₀) of every trained parameter, float32, by its name in the model; `shapes` are theirs.
 
     Raises:
         IVONError: it is of another base model, has another rank, scaling or other targets, or no width; the message

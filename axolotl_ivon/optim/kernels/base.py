@@ -42,14 +42,7 @@ class Terms(NamedTuple):
 class Chunk:
     """Weights that are worked on at once: some tensors, or some rows of large ones, called its parts.
 
-    Attributes:
-        place: where they lie in the flat buffers, from the first to the last.
-        mean, momentum, precision: m, g and p there, float32 [place].
-        prior: m₀ and 1/σ₀² there, float32 [place] each, where every weight has a prior of its own, else None.
-        starts, sizes: where the parts begin in `place`, and how many weights each has. They follow one another without
-            a gap, unless the kernels' `GAPS` allows some.
-        streams: the seed that makes the noise of a part its own, uint64 [parts, 2].
-        tables: what kernels keep about the chunk between calls.
+    The parts follow one another in `place` without a gap, unless the kernels' `GAPS` allows some.
     """
 
     def __init__(
@@ -60,15 +53,19 @@ class Chunk:
         flats: Sequence[Tensor],
         streams: np.ndarray,
     ) -> None:
-        """`parts` are numbers of tensors, each with its rows if not all; `flats` are all of m, g, p (, m₀, 1/σ₀²)."""
+        """`parts` are numbers of tensors, each with its rows if not all; `flats` are all of m, g, p (, m₀, 1/σ₀²).
+
+        `streams` holds the seed that makes the noise of a part its own, uint64 [parts, 2].
+        """
         self.params, self.parts, self.streams = params, parts, streams
         self.shapes = [theta.shape for theta in self.thetas]
         self.sizes = [shape.numel() for shape in self.shapes]
-        self.place = slice(starts[0], starts[-1] + self.sizes[-1])
-        self.starts = [start - starts[0] for start in starts]
+        self.place = slice(starts[0], starts[-1] + self.sizes[-1])  # in the flat buffers
+        self.starts = [start - starts[0] for start in starts]  # in `place`
+        # m, g and p there, float32 [place], and m₀ and 1/σ₀² likewise where every weight has a prior of its own.
         self.mean, self.momentum, self.precision, *prior = (flat[self.place] for flat in flats)
         self.prior: tuple[Tensor, Tensor] | None = (prior[0], prior[1]) if prior else None
-        self.tables: dict[str, Any] = {}
+        self.tables: dict[str, Any] = {}  # what kernels keep about the chunk between calls
 
     @property
     def thetas(self) -> list[Tensor]:
