@@ -118,16 +118,12 @@ def test_causal_equals_transformers_and_the_kept_trunk_changes_nothing(tmp_path:
     torch.testing.assert_close(model(batch), expected)
     kept = collate(model.freeze(texts, size=2))
     torch.testing.assert_close(model(kept), expected)
-    gradients = []
-    for inputs in (batch, kept):
-        model.zero_grad()
-        F.cross_entropy(model(inputs), inputs["labels"]).backward()
-        gradients.append({name: value.grad.clone() for name, value in model.trained().items()})
-    model.zero_grad()
-    F.cross_entropy(expected, batch["labels"]).backward()
-    for name, value in model.trained().items():
-        torch.testing.assert_close(gradients[0][name], value.grad)
-        torch.testing.assert_close(gradients[1][name], value.grad)
+    of_batch, of_kept, of_whole = (
+        torch.autograd.grad(F.cross_entropy(logits, batch["labels"]), list(model.trained().values()))
+        for logits in (model(batch), model(kept), expected)
+    )
+    torch.testing.assert_close(of_batch, of_whole)
+    torch.testing.assert_close(of_kept, of_whole)
 
 
 def test_of_an_answer_every_token_is_a_class(tmp_path: Path) -> None:
@@ -144,9 +140,8 @@ def test_of_an_answer_every_token_is_a_class(tmp_path: Path) -> None:
     assert labels_of(texts).tolist() == [0, 1, 2, 3, 2, 4, 3, 3]
 
     model = causal(tmp_path, tokens)
-    expected = torch.cat(
-        [model.peft(input_ids=torch.tensor([t.ids])).logits[0, -len(t.answer) :][:, list(tokens)] for t in texts]
-    )
+    logits = [model.peft(input_ids=torch.tensor([text.ids])).logits[0, -len(text.answer) :] for text in texts]
+    expected = torch.cat(logits)[:, list(tokens)]
     torch.testing.assert_close(model(collate(texts)), expected)
     torch.testing.assert_close(predict(model, model.freeze(texts), size=2), expected.double())
 
@@ -324,8 +319,7 @@ def test_ivon_lora_with_a_fixed_prior_moves_as_ivon_opt_does(bert: Path) -> None
     for method in ("ivon-lora", "ivon-opt"):
         torch.manual_seed(0)
         means.append(dict(TRAINERS[method](encoder(bert, dropout=0.0), task(), settings).posterior.mean))
-    for name, value in means[0].items():
-        torch.testing.assert_close(value, means[1][name], atol=2e-6, rtol=1e-3)
+    torch.testing.assert_close(*means, atol=2e-6, rtol=1e-3)
 
 
 class Recorded:
@@ -370,9 +364,8 @@ def test_micro_batches_see_one_draw_or_also_its_mirror_image(
     assert len(seen) == 4
     for mean, (one, other) in zip([before, Recorded.last.after[0]], [seen[:2], seen[2:]], strict=True):
         for name, value in mean.items():
-            torch.testing.assert_close(
-                other[name], 2 * value - one[name] if antithetic else one[name], rtol=0, atol=2e-6
-            )
+            expected = 2 * value - one[name] if antithetic else one[name]
+            torch.testing.assert_close(other[name], expected, rtol=0, atol=2e-6)
             assert not torch.equal(one[name], value)
 
 
@@ -403,9 +396,7 @@ def test_blocks_of_rank_one_are_ivon_lora() -> None:
         mean = {key: q.mean[key] if q else optimizer.mean(value) for key, value in parameters.items()}
         sigma = {key: q.sigma[key] if q else optimizer.sigma(value) for key, value in parameters.items()}
         found.append((mean, sigma))
-    for key in ("A", "B"):
-        torch.testing.assert_close(found[0][0][key], found[1][0][key])
-        torch.testing.assert_close(found[0][1][key], found[1][1][key])
+    torch.testing.assert_close(*found)
 
 
 def test_draws_of_blocks_have_the_covariance_of_the_information() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -346,9 +347,8 @@ def test_it_halves_batches_when_the_memory_runs_out(
     ids=str,
 )
 def test_settings_that_mean_nothing(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(IVONError) as caught:
+    with pytest.raises(IVONError, match=f"^{re.escape(message)}"):
         Settings(**options)
-    assert message in str(caught.value)
 
 
 def test_tfb_needs_lora(plain_adapter: Path, chats: Path, copied: Callable[[Path], Path]) -> None:
@@ -393,12 +393,9 @@ def test_what_was_written_is_read_by_the_same_fit_alone(tmp_path: Path) -> None:
     State(path, "other").write(Snapshot({}, {}))
     assert State(path, "mine").read() is None
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\x08\0\0\0\0\0\0\0{}      "])
-def test_a_damaged_file_is_as_none(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "x").write_bytes(content)
-    assert State(tmp_path / "x", "mine").read() is None
+    for damaged in (b"", b"{", b"\x08\0\0\0\0\0\0\0{}      "):
+        path.write_bytes(damaged)
+        assert State(path, "mine").read() is None
 
 
 def test_it_is_written_now_and_then_and_on_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

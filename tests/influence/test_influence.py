@@ -287,12 +287,10 @@ def test_the_most_suspicious_rows_are_left_out(tmp_path: Path) -> None:
     data.write_bytes(b"\r\n".join([lines[0], b"", *lines[1:]]))  # an empty line, Windows' ends, and none at the end
     texts = [[turn["content"] for turn in json.loads(line)["messages"]] for line in lines]
     scores = [(0.1, 0.5), (3.0, 0.1), (None, None), (2.0, -2.0)]
-    rows = [
-        InfluenceRecord(
-            index=i, loss=loss, leverage=1.0, sensitivity=loss, on=on, line=i + 1 + (i > 0), question=q, answer=a
-        )
-        for i, ((loss, on), (q, a)) in enumerate(zip(scores, texts, strict=True))
-    ]
+    rows = []
+    for i, ((loss, on), (question, answer)) in enumerate(zip(scores, texts, strict=True)):
+        place: dict[str, Any] = {"index": i, "line": i + 1 + (i > 0), "question": question, "answer": answer}
+        rows.append(InfluenceRecord(**place, loss=loss, leverage=1.0, sensitivity=loss, on=on))
     check_same(rows, "scores.jsonl", data)
     assert suspicious(rows, "loss") == [1, 3, 0]
     assert suspicious(rows, "on") == [3, 1, 0]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from trainers import lora_weights, make_trainer
 
 from axolotl_ivon import IVONError, Posterior, attach
@@ -75,10 +74,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does_and_needs_the_same_
     trained({"prior": q}, "a")
     trained({"prior": q}, "b", checkpoint)
     for name in ("adapter_model.safetensors", "ivon_sigma.safetensors"):
-        left, right = (load_file(tmp_path / run / "checkpoint-6" / name) for run in ("a", "b"))
-        assert all(torch.equal(left[key], right[key]) for key in left)
-    headers = [Posterior.from_pretrained(tmp_path / run / "checkpoint-6").metadata for run in ("a", "b")]
-    assert headers[0] == headers[1]
+        left, right = ((tmp_path / run / "checkpoint-6" / name).read_bytes() for run in ("a", "b"))
+        assert left == right
     with pytest.raises(IVONError, match=r"^prior: .*checkpoint-3 started from .* and this run from none; resume with"):
         trained(None, "c", checkpoint)
 
@@ -97,10 +94,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does_and_needs_the_same_
 def test_another_rank_scaling_or_other_targets_are_refused_saying_which(
     lora: dict[str, Any], words: str, monday: Path, attached: Any
 ) -> None:
-    with pytest.raises(IVONError, match=words) as caught:
+    with pytest.raises(IVONError, match=rf"^prior: {monday}.*{words}[^\n]*$") as caught:
         attached({"prior": Posterior.from_pretrained(monday)}, lora=lora)
-    assert str(caught.value).startswith(f"prior: {monday}")
-    assert "\n" not in str(caught.value)
     assert caught.value.parameter == "prior"
 
 

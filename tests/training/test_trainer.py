@@ -10,7 +10,6 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
 from torch.optim.lr_scheduler import OneCycleLR
 from trainers import Rates, Spy, lora_weights
 from transformers import Trainer
@@ -66,13 +65,13 @@ def test_resuming_from_a_checkpoint_continues_the_same_run(trained: Any, tmp_pat
     trained(folder="a", **run)
     trained(folder="b", resume=tmp_path / "a" / "checkpoint-3", **run)
     for name in ("adapter_model.safetensors", "ivon_sigma.safetensors"):
-        left, right = (load_file(tmp_path / run / "checkpoint-6" / name) for run in ("a", "b"))
-        assert all(torch.equal(left[key], right[key]) for key in left)
+        left, right = ((tmp_path / run / "checkpoint-6" / name).read_bytes() for run in ("a", "b"))
+        assert left == right
 
 
 def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(trained: Any, tmp_path: Path) -> None:
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
-    best["greater_is_better"] = True  # so that it is not the last
+    # The greatest, so that it is not the last.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     steps = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
     trainer = trained({"preset": "paper", "clip": 1.0}, **best, **steps)
     best = Path(trainer.state.best_model_checkpoint)
@@ -113,18 +112,15 @@ def test_without_a_rate_a_weight_travels_as_far_in_any_schedule(
 def test_a_run_with_a_preset_resumes_at_the_same_rates(
     trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ends, chosen = [], []
+    ends = []
     for resume in (None, tmp_path / "checkpoint-3"):
         spy = Rates()
         trainer = trained(resume=resume, callbacks=[spy], learning_rate=0.0)
-        ends.append((spy.rates[-3:], lora_weights(trainer.model)))
-        chosen.append(trainer.args.learning_rate)
-    assert ends[0][0] == ends[1][0]
-    assert chosen[0] == chosen[1]
-    assert all(torch.equal(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
+        ends.append((spy.rates[-3:], trainer.args.learning_rate, lora_weights(trainer.model)))
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
     assert "the checkpoint's learning_rate" not in caplog.text
     trained(resume=tmp_path / "checkpoint-3", max_steps=12, learning_rate=0.0)
-    assert f"the checkpoint's learning_rate {chosen[0]:.3g}, not at" in caplog.text
+    assert f"the checkpoint's learning_rate {ends[0][1]:.3g}, not at" in caplog.text
 
 
 def test_a_second_run_of_another_length_has_a_rate_of_its_own(trained: Any) -> None:
@@ -180,11 +176,9 @@ def test_a_trainer_stays_what_it_was_and_its_own_methods_still_run_under_ours(
     trained: Any, made: Any, tmp_path: Path
 ) -> None:
     trainer = trained({"eval_samples": 2}, trainer_class=Own, eval_strategy="steps", eval_steps=3)
-    kind = type(trainer)
-    assert issubclass(kind, Own)
-    assert all(
-        getattr(kind, name) == getattr(Own, name) for name in ("__name__", "__qualname__", "__module__", "__doc__")
-    )
+    assert isinstance(trainer, Own)
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        assert getattr(type(trainer), name) == getattr(Own, name)
     assert type(made(trainer_class=Own)) is Own, "only the Trainer that was given has changed"
     assert vars(trainer)["calls"] == {*METHODS, "create_scheduler", "log"}
     entries = trainer.state.log_history

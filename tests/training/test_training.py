@@ -69,8 +69,7 @@ def test_a_run_that_diverges_says_so_once_and_keeps_the_last_good_state(
     assert TENSOR in error
     assert "those of step 3:" in error
     posterior = Posterior.from_pretrained(tmp_path / "final")
-    for name, mean in spy.means[2].items():
-        assert torch.equal(posterior.mean[name.replace(".default", "")], mean)
+    assert all(torch.equal(posterior.mean[name.replace(".default", "")], mean) for name, mean in spy.means[2].items())
     assert all(sigma.isfinite().all() and (sigma > 0).all() for sigma in posterior.sigma.values())
 
 
@@ -100,8 +99,8 @@ def test_the_last_words_say_how_far_the_weights_moved_and_the_header_keeps_it(
     before = lora_weights(trainer.model)
     with caplog.at_level(logging.INFO, "axolotl_ivon"):
         trainer.train()
-    after = {name: weight for name, weight in lora_weights(trainer.model).items() if "lora_B" in name}
-    apart = [(weight - before[name]).abs().flatten() for name, weight in after.items()]
+    after = lora_weights(trainer.model)
+    apart = [(after[name] - before[name]).abs().flatten() for name in after if "lora_B" in name]
     moved, allowed = float(torch.cat(apart).mean()), 3e-2 * 0.01 * (1 + 0.75 + 0.5 + 0.25)
     last = header(tmp_path / "checkpoint-4")
     assert float(last["moved"]) == pytest.approx(moved, rel=1e-3)
@@ -379,9 +378,7 @@ def test_where_the_anchor_steps_the_adapter_does(replicated: Any, made: Any) -> 
 def test_the_state_comes_back_from_its_file(replicated: Any, tmp_path: Path) -> None:
     one, other, path = replicated(0), replicated(1), tmp_path / STATE_FILE
     one.save_state(path)
-    first = next(iter(one.params))
-    kept = {f"{first}/{name}" for name in one.optimizer.state[one.params[first]]}
-    assert {key for key in load_file(path) if key.startswith(first)} == kept
+    assert set(load_file(path)) == {f"{name}/{key}" for name, p in one.params.items() for key in one.optimizer.state[p]}
     other.load_state(path)
     for name, param in one.params.items():
         assert torch.equal(param, other.params[name])
@@ -393,14 +390,12 @@ def test_a_state_that_is_not_this_adapter_s_is_one_line(replicated: Any, tmp_pat
     adapter, path = replicated(), tmp_path / STATE_FILE
 
     def refused(words: str) -> None:
-        with pytest.raises(IVONError, match=words) as caught:
+        with pytest.raises(IVONError, match=rf"^{path}.* {words}[^\n]*$"):
             adapter.load_state(path)
-        assert "\n" not in str(caught.value)
-        assert str(path) in str(caught.value)
 
-    refused("missing or damaged")
+    refused("is missing or damaged")
     path.write_bytes(b"{}")
-    refused("missing or damaged")
+    refused("is missing or damaged")
     adapter.save_state(path)
     tensors: dict[str, Any] = load_file(path)
     metadata = {"format": "ivon-state", "format_version": "1", "draws": "1"}
