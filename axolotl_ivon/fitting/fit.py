@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -104,7 +105,7 @@ def _open(adapter: str | Path, refit: bool) -> Adapter:
 
 
 def _with_answers(session: Session, examples: Sequence[Example], reporter: Reporter) -> list[EncodedExample]:
-    """Tokenise the training examples, and leave out those whose answer the model does not reach."""
+    """Tokenise examples, and leave out those whose answer the model does not reach."""
     encoded = session.encode_for_training(examples)
     items = [item for item in encoded if item.positions]
     if len(items) < len(encoded):
@@ -120,9 +121,10 @@ def _key(
     mean: str, settings: Settings, session: Session, items: Sequence[EncodedExample], held_out: HeldOut | None
 ) -> str:
     """Return what identifies a fit, so that the state of another is not taken."""
+    reading = ("limit", "task", "choices", "batch_size")  # is in the examples and batches
     identity = {
         "mean": mean,
-        "settings": settings.identity(),
+        "settings": {name: value for name, value in asdict(settings).items() if name not in reading},
         "items": _digest(items),
         "held_out": _digest(held_out.items if held_out else []),
         "model": session.base_model,

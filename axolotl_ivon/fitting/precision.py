@@ -110,9 +110,8 @@ def choose_ess(problem: FitProblem, information: Mapping[str, Tensor], prior: Pr
     table = ", ".join(f"{ess:.3g}: {loss:.3f}" for ess, loss in zip(ladder, losses, strict=True))
     reporter.say(f"NLL on {settings.validation} by λ: {table}; λ = {ladder[best]:.3g}")
     if best in (0, len(ladder) - 1):
-        reporter.notify(
-            f"λ = {ladder[best]:.3g} is at the edge of what was tried; see what `ivon-post sweep` says of τ"
-        )
+        edge = f"λ = {ladder[best]:.3g} is at the edge of what was tried"
+        reporter.notify(f"{edge}; see what `ivon-post sweep` says of τ")
     return prior._replace(ess=ladder[best])
 
 

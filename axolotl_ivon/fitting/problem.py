@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -98,11 +98,6 @@ class Settings:
         fixed = isinstance(self.prior, (int, float)) and math.isfinite(self.prior) and self.prior > 0
         if self.prior != "empirical" and not fixed:
             raise IVONError(f"{param_ref('prior')} {self.prior!r}: give empirical, or a number > 0")
-
-    def identity(self) -> dict[str, Any]:
-        """Return what a fit depends on besides its tokenised examples and batches."""
-        reading = ("limit", "task", "choices", "batch_size")
-        return {name: value for name, value in asdict(self).items() if name not in reading}
 
 
 class HeldOut(NamedTuple):

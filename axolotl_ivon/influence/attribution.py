@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from ..data.chats import read_examples
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
+from ..models.batching import Batches, Halving
 from ..models.session import Loading, Session
 from ..posterior.posterior import Posterior
 from ..records.influence import SCORES, InfluenceRecord
@@ -157,13 +158,8 @@ def influence(
         finite = {name: None if x is None or not math.isfinite(x) else x for name, x in values.items()}
         question = example.messages[-1]["content"]
         rows.append(InfluenceRecord(index=index, **finite, line=example.line, question=question, answer=example.answer))
-    summary = {
-        "ess": ess / posterior.tau,
-        "train_size": size,
-        "tau": posterior.tau,
-        "base_model": session.base_model,
-        "mean_sha256": posterior.metadata.get("mean_sha256"),
-    }
+    summary = {"ess": ess / posterior.tau, "train_size": size, "tau": posterior.tau}
+    summary |= {"base_model": session.base_model, "mean_sha256": posterior.metadata.get("mean_sha256")}
     return Influences(rows, summary)
 
 
@@ -198,7 +194,6 @@ class _Passes:
     """Backward passes over a loaded model, of fewer examples at once when the memory runs out."""
 
     def __init__(self, session: Session, posterior: Posterior, batch_size: int | None, reporter: Reporter) -> None:
-        from ..models.batching import Halving
         from ..models.gradients import adapter_parameters, exact_negative_log_likelihood, example_losses
 
         self._session, self._size, self._reporter = session, batch_size, reporter
@@ -207,10 +202,8 @@ class _Passes:
         self._variance: dict[str, Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         for name, parameter in adapter_parameters(session.model).items():
-            sigma = posterior.sigma[name]
-            if sigma.any():  # else it was not trained
-                self._variance[name] = sigma.to(session.device).square()
-                self._parameters[name] = parameter
+            if (sigma := posterior.sigma[name]).any():  # else it was not trained
+                self._variance[name], self._parameters[name] = sigma.to(session.device).square(), parameter
 
     def mean_gradient(self, items: Sequence[EncodedExample], advance: Callable[[int], None]) -> dict[str, Tensor]:
         """Return the gradient of the loss on `items`, the mean over all their tokens, by parameter."""
@@ -265,8 +258,6 @@ class _Passes:
     def _in_parts(
         self, items: Sequence[EncodedExample], run: Callable[[Sequence[EncodedExample]], _T]
     ) -> Iterator[tuple[Sequence[EncodedExample], _T]]:
-        from ..models.batching import Batches
-
         session = self._session
         for batch in Batches(items, self._size, session.device.type, session.classes).once():
             yield from self._halving.over(batch, run)

@@ -61,10 +61,9 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(str(source), allow_patterns=[CONFIG_FILE, MEAN_FILE, SIGMA_FILE, *COMPANIONS])
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG_FILE, MEAN_FILE, SIGMA_FILE, *COMPANIONS]))
     except Exception as error:  # the client raises a dozen kinds, requests' and httpx' among them
         raise IVONError(f"{source}: no such folder here, and not found on the Hub ({type(error).__name__})") from error
-    return Path(found)
 
 
 def find_base_model(config: Mapping[str, Any], adapter: Path, base_model: str | None = None) -> str:
@@ -224,10 +223,8 @@ def copy_companions(source: Path, target: Path, names: Iterable[str] = COMPANION
     be the adapter's.
     """
     here = source.resolve()
-    for name in names:
-        path = source / name
+    for path in (source / name for name in names):
         # A file of size 0 is left out: in /proc it can be endless.
         if path.is_file() and path.stat().st_size:
-            found = path.resolve()
-            if here in found.parents or here.parent.parent / "blobs" in found.parents:
-                shutil.copyfile(path, target / name)
+            if {here, here.parent.parent / "blobs"} & set(path.resolve().parents):
+                shutil.copyfile(path, target / path.name)

@@ -78,9 +78,7 @@ def _remove_oldest(run: str, limit: int | None, best: str | None) -> None:
     kept = {paths[-1], Path(best)} if best else {paths[-1]}
     spare = [path for path in paths if path not in kept]
     for path in spare[: len(paths) - max(limit, len(kept))] if limit else []:
-        hidden = path.with_name(_HIDDEN.format(path.name))
-        path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        shutil.rmtree(path.rename(path.with_name(_HIDDEN.format(path.name))), ignore_errors=True)
 
 
 def save_with_sigma(

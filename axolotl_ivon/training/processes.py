@@ -52,15 +52,10 @@ def agree_on_gradients(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check_sharding(trainer: Trainer) -> None:
-    """Refuse settings of several processes that would train something else than the user asked for.
-
-    Raises:
-        IVONError: naming the setting and the way out.
-    """
+    """Raise an IVONError for settings of several processes that would train something else than the user asked for."""
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     for name, key in (("tp_size", "tensor_parallel_size"), ("cp_size", "context_parallel_size")):
-        size = getattr(parallelism, name, 1) or 1
-        if size > 1:
+        if (size := getattr(parallelism, name, 1) or 1) > 1:
             raise IVONError(f"{key}: {size} splits the adapter or a sequence over processes, which IVON cannot do yet")
     if not is_sharded(trainer):
         return
