@@ -223,8 +223,8 @@ def copy_companions(source: Path, target: Path, names: Iterable[str] = COMPANION
     be the adapter's.
     """
     here = source.resolve()
+    allowed = {here, here.parent.parent / "blobs"}
     for path in (source / name for name in names):
         # A file of size 0 is left out: in /proc it can be endless.
-        if path.is_file() and path.stat().st_size:
-            if {here, here.parent.parent / "blobs"} & set(path.resolve().parents):
-                shutil.copyfile(path, target / path.name)
+        if path.is_file() and path.stat().st_size and allowed & set(path.resolve().parents):
+            shutil.copyfile(path, target / path.name)
