@@ -13,7 +13,7 @@ from dataclasses import asdict
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from ..posterior.posterior import Posterior
 from ..posterior.tensors import fingerprint
 from ..reporter import SILENT, Reporter
 from ..storage.format import SIGMA_FILE
-from .problem import FitProblem, HeldOut, Method, Settings
+from .problem import FitProblem, HeldOut, Settings
 
 
 def fit(
@@ -87,7 +87,7 @@ def fit(
     kept = State(state, _key(header["mean_sha256"], chosen, session, items, judged))
     parameters = adapter_parameters(session.model)
     problem = FitProblem(mean, session, parameters, chosen, items, judged, kept, header, reporter)
-    method = cast(Method, import_module(f".{chosen.method}", __package__))
+    method = import_module(f".{chosen.method}", __package__)
     return problem.posterior(method.fit(problem))
 
 

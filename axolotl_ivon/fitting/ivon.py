@@ -35,6 +35,7 @@ from .state import Snapshot
 _T = TypeVar("_T")
 SETTLED = 0.1  # root mean square of the change of log σ since half as many steps
 FEWEST, MOST = 32, 4096  # steps
+CHECKPOINTS = {round(2 ** (k / 2)) for k in range(25)}  # after which σ is compared: 1, 2, 3, 4, 6, 8, 11, 16, … MOST
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,6 @@ class Averages:
         return cls(values["step"], average, values["losses"], earlier, values["change"], values["deltas"])
 
 
-def is_checkpoint(step: int) -> bool:
-    """Say whether σ is compared after this step: 1, 2, 3, 4, 6, 8, 11, 16, …, powers of √2."""
-    return any(round(2 ** (k / 2)) == step for k in range(2 * step.bit_length()))
-
-
 def iterate(
     parameters: Mapping[str, nn.Parameter],
     square: Callable[[Sequence[_T]], Squares],
@@ -122,7 +118,7 @@ def iterate(
                 for name, mean in means.items():
                     parameters[name].copy_(mean)
         progress = _averaged(progress, squares, means)
-        if is_checkpoint(step):
+        if step in CHECKPOINTS:
             priors = progress.deltas or deltas()
             precision = {name: prior.precision(information(name), delta) for name, delta in priors.items()}
             progress = replace(_compared(progress, precision), deltas=priors)
@@ -156,19 +152,18 @@ def fit(problem: FitProblem) -> FittedSigma:
     prior = first_prior(problem)
     fan_ins = [value.shape[-1] for name, value in problem.parameters.items() if ".lora_A." in name]
     start: Mapping[str, Tensor] | float = PRESETS["auto"].first_h0(prior.ess, fan_ins)
-    progress, stage = Averages(), 0
+    progress, first = Averages(), 0
     if kept := problem.state.read():
-        progress, stage = Averages.restored(kept, problem.session.device), kept.values["stage"]
+        progress, first = Averages.restored(kept, problem.session.device), kept.values["stage"]
         prior = prior._replace(ess=kept.values["ess"])
     steps, stages = 0, 2 if problem.settings.validation else 1
-    while True:
+    for stage in range(first, stages):
         progress = _settle(problem, progress, prior, start, stage)
         steps += progress.step
         information = complete(problem, progress.information())
-        stage += 1
-        if stage >= stages:
-            return fitted(problem, information, prior, steps)
-        prior, start, progress = choose_ess(problem, information, prior), information, Averages()
+        if stage + 1 < stages:
+            prior, start, progress = choose_ess(problem, information, prior), information, Averages()
+    return fitted(problem, information, prior, steps)
 
 
 def _settle(

@@ -1,4 +1,6 @@
-"""The problem that a method solves: settings, an adapter in memory with its data; and the signature of a method.
+"""The problem that a method solves: settings, and an adapter in memory with its data.
+
+A method is a module of this room, which states its formula and its paper, with `fit(problem) -> FittedSigma`.
 
 Importing this module imports no torch: a wrong setting is refused at once.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -167,15 +169,7 @@ class FitProblem:
 
 
 class FittedSigma(NamedTuple):
-    """The result of a method: σ by parameter, float32, and its facts for the header."""
+    """The result of a method: σ by parameter, float32 (0 of one that is left out), and its facts for the header."""
 
     sigma: Mapping[str, Tensor]
     header: Mapping[str, str] = {}
-
-
-class Method(Protocol):
-    """A module of this room, which states its formula and its paper."""
-
-    def fit(self, problem: FitProblem) -> FittedSigma:
-        """Return σ of every parameter; one that is left out gets 0."""
-        ...

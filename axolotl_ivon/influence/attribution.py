@@ -158,7 +158,7 @@ def influence(
         finite = {name: None if x is None or not math.isfinite(x) else x for name, x in values.items()}
         question = example.messages[-1]["content"]
         rows.append(InfluenceRecord(index=index, **finite, line=example.line, question=question, answer=example.answer))
-    summary = {"ess": ess / posterior.tau, "train_size": size, "tau": posterior.tau}
+    summary: dict[str, Any] = {"ess": ess / posterior.tau, "train_size": size, "tau": posterior.tau}
     summary |= {"base_model": session.base_model, "mean_sha256": posterior.metadata.get("mean_sha256")}
     return Influences(rows, summary)
 

@@ -18,7 +18,7 @@ from tiny import random_examples
 from torch import Tensor, nn
 
 from axolotl_ivon.fitting.fisher import Squares, residual_loss, residuals, squarer
-from axolotl_ivon.fitting.ivon import FEWEST, SETTLED, Averages, is_checkpoint, iterate
+from axolotl_ivon.fitting.ivon import FEWEST, SETTLED, Averages, iterate
 from axolotl_ivon.fitting.precision import Prior
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses, label_logits
 from axolotl_ivon.models.session import load_model
@@ -149,8 +149,7 @@ def test_batches_are_averaged_until_the_error_is_small() -> None:
     sigma = prior.sigma(progress.information()["w"], prior.delta(progress.information()["w"], toy.model.weight))
     error = (sigma.double() * (50 * (toy.hessian + 0.3)).sqrt()).log()
     assert progress.step > FEWEST
-    assert progress.change is not None
-    assert progress.change <= SETTLED
+    assert (progress.change or math.inf) <= SETTLED
     assert float(error.square().mean().sqrt()) < 1.5 * SETTLED
 
 
@@ -212,12 +211,6 @@ def test_the_mean_is_back_whatever_happens() -> None:
         next(iterate(toy.parameters, square, batches(toy, 9), Prior(50.0), 0.1, Averages()))  # type: ignore[arg-type]
     assert not seen[0].equal(mean)
     assert toy.model.weight.equal(mean)
-
-
-def test_checkpoints_are_powers_of_the_root_of_2() -> None:
-    found = [step for step in range(1, 1025) if is_checkpoint(step)]
-    assert found == sorted({round(2 ** (k / 2)) for k in range(21)})
-    assert all(is_checkpoint(step) and is_checkpoint(2 * step) for step in (16, 32, 64))
 
 
 @settings(max_examples=60, deadline=None)
