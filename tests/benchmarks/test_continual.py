@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from texts import two_classes
 
 from benchmarks import continual
 from benchmarks.fidelity.causal import Causal
-from benchmarks.fidelity.data import Example, Task
+from benchmarks.fidelity.data import Task
 
 
 @pytest.fixture
 def module(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The program, on the tiny Llama and two made-up tasks: is token 7, or token 8, in the text?"""
 
-    def examples(count: int, token: int, seed: int) -> list[Example]:
-        rng = random.Random(seed)
-        made = []
-        for i in range(count):
-            ids = [rng.randrange(10, 50) for _ in range(rng.randrange(3, 8))]
-            if i % 2:
-                ids[rng.randrange(len(ids))] = token
-            made.append(Example(ids, i % 2))
-        return made
-
     def load(suite: str, bigbench: Any, folder: Path, seed: int) -> tuple[list[Task], list[torch.Tensor], Causal]:
         tasks = [
-            Task(*(examples(count, token, count + token) for count in (24, 10, 12)), {}, 2, (60 + token, 70 + token))
+            Task(*(two_classes(count, count + token, token) for count in (24, 10, 12)), {}, 2, (60 + token, 70 + token))
             for token in (7, 8)
         ]
         model = Causal(tiny_llama, tasks[0].choices, seed, 2, ["q_proj", "v_proj"], 0.0, 1, torch.float32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from texts import two_classes as examples
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -52,18 +52,6 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def encoder(folder: Path, seed: int = 0, dropout: float = 0.1) -> Any:
     return Encoder(folder, 2, seed, 2, ["query", "value"], dropout, 2)
-
-
-def examples(count: int, seed: int = 0) -> list[Any]:
-    """Texts whose class is whether token 7 is in them."""
-    rng = random.Random(seed)
-    made = []
-    for i in range(count):
-        ids = [1, *(rng.randrange(10, 50) for _ in range(rng.randrange(3, 9)))]
-        if i % 2:
-            ids[rng.randrange(1, len(ids))] = 7
-        made.append(Example(ids, i % 2))
-    return made
 
 
 def task(**sets: Any) -> Any:

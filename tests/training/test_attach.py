@@ -79,32 +79,17 @@ def test_a_trainer_that_cannot_be_attached_to_is_refused(made: Any, tiny_llama: 
         assert ("eval_samples 4 has no effect in training" in caplog.text) is without
 
 
-@pytest.mark.parametrize(
-    ("settings", "parameter"),
-    [
-        ({"gamma": 0.0}, "gamma"),
-        ({"ess": math.nan}, "ess"),
-        ({"h0": -1.0}, "h0"),
-        ({"clip": 0.0}, "clip"),
-        ({"betas": (1.0, 0.5)}, "betas"),
-        ({"prior": -1.0}, "prior"),
-        ({"train_size": 0}, "train_size"),
-        ({"eval_samples": -1}, "eval_samples"),
-        ({"draws": "both"}, "draws"),
-        ({"rescale_lr": "yes"}, "rescale_lr"),
-        ({"preset": "tiny"}, "preset"),
-        ({"clip": math.inf}, "clip"),  # without a learning rate
-        ({"prior_strength": 0.0}, "prior_strength"),
-        ({"hessian": "exact"}, "hessian"),
-        ({"h0_steps": 0.0}, "h0_steps"),
-    ],
-)
-def test_a_wrong_value_is_refused_by_its_parameter_and_leaves_nothing(
-    settings: dict[str, Any], parameter: str, made: Any
-) -> None:
+WRONG: dict[str, Any] = {"gamma": 0.0, "ess": math.nan, "h0": -1.0, "clip": 0.0, "betas": (1.0, 0.5), "prior": -1.0}
+WRONG |= {"train_size": 0, "eval_samples": -1, "draws": "both", "rescale_lr": "yes", "preset": "tiny"}
+WRONG |= {"prior_strength": 0.0, "hessian": "exact", "h0_steps": 0.0}
+
+
+# An infinite clip is wrong without a learning rate.
+@pytest.mark.parametrize(("parameter", "value"), [*WRONG.items(), ("clip", math.inf)])
+def test_a_wrong_value_is_refused_by_its_parameter_and_leaves_nothing(parameter: str, value: Any, made: Any) -> None:
     trainer = made(learning_rate=0.0)
     with pytest.raises(IVONError) as caught:
-        attach(trainer, **settings)
+        attach(trainer, **{parameter: value})
     assert caught.value.parameter == parameter
     attach(trainer)
     assert sum("PosteriorTraining" in type(one).__name__ for one in trainer.callback_handler.callbacks) == 1
