@@ -29,54 +29,35 @@ if TYPE_CHECKING:
     from .state import State
 
 METHODS = ("fisher", "ivon", "tfb")  # each a module of this room; the first is the default
-_BY_METHOD = {
-    **dict.fromkeys(("fisher", "ivon"), ("empirical", "ess", "prior", "prior_strength")),
-    "tfb": ("tolerance",),
-}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is fitted, and how.
+    """What is fitted, and how; an IVONError where a value is out of range, or does not go with the method."""
 
-    Attributes:
-        method: "fisher", the Fisher information at the mean in one pass (`fitting.fisher`); "ivon", IVON's updates of
-            the precision at draws (`fitting.ivon`); "tfb", the widest noise on A within a tolerance (`fitting.tfb`).
-        empirical: take the labels of the data, not labels drawn from the model.
-        ess: effective sample size λ; by default that of `ivon_preset: auto` for as many examples.
-        prior, prior_strength: as in `IVONLoRA`.
-        validation: a file; of λ from 1/64 to 64 times the default, take the one whose averaged draws have the lowest
-            NLL there. tfb finds the width there, by default on the training data.
-        tolerance: the NLL of averaged draws there may be this many nats above that of the mean.
-        samples: draws that are averaged.
-        seed: of all that is random.
-        limit: use only the first examples of each file.
-        task, choices: how validation data are predicted, as for `ivon-post eval`.
-        batch_size: examples in a batch; None: as many as fit.
-
-    Raises:
-        IVONError: a value is out of range, or does not go with the method.
-    """
-
+    # "fisher": the Fisher information at the mean in one pass; "ivon": IVON's updates of the precision at draws;
+    # "tfb": the widest noise on A within a tolerance. Each is a module beside this one.
     method: Literal["fisher", "ivon", "tfb"] = "fisher"
-    empirical: bool = False
-    ess: float | None = None
-    prior: Literal["empirical"] | float = "empirical"
+    empirical: bool = False  # take the labels of the data, not labels drawn from the model
+    ess: float | None = None  # λ; None for that of `ivon_preset: auto` for as many examples
+    prior: Literal["empirical"] | float = "empirical"  # as in `IVONLoRA`, as is its strength
     prior_strength: float = 1.0
+    # A file; of λ from 1/64 to 64 times the default, take the one whose averaged draws have the lowest NLL there. tfb
+    # finds the width there, by default on the training data.
     validation: str | None = None
-    tolerance: float | None = None
-    samples: int = 10
-    seed: int = 0
-    limit: int | None = None
-    task: str | None = None
+    tolerance: float | None = None  # the NLL of averaged draws there may be this many nats above that of the mean
+    samples: int = 10  # draws that are averaged
+    seed: int = 0  # of all that is random
+    limit: int | None = None  # use only the first examples of each file
+    task: str | None = None  # how validation data are predicted, as for `ivon-post eval`; so are its choices
     choices: Sequence[str] | None = None
-    batch_size: int | None = None
+    batch_size: int | None = None  # examples in a batch; None: as many as fit
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise IVONError(f"{param_ref('method')} {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
         tfb = self.method == "tfb"
-        for name in _BY_METHOD["fisher" if tfb else "tfb"]:
+        for name in ("empirical", "ess", "prior", "prior_strength") if tfb else ("tolerance",):  # of other methods
             value = getattr(self, name)
             if value != getattr(type(self), name):
                 reason = f"it is for {param_ref('method')} tfb"
