@@ -122,8 +122,7 @@ def choose_task(
 def find_choices(examples: Sequence[Example], given: Sequence[str] | None = None) -> tuple[str, ...]:
     """Return the strings to choose from: `given`, or the different answers of the data, sorted.
 
-    Raises:
-        IVONError: fewer than two choices, a choice given twice, or an answer that is none of them.
+    Fewer than two, one given twice, or an answer that is none of them is an IVONError.
     """
     choices = tuple(sorted({example.answer for example in examples}) if given is None else given)
     if given is None and len(choices) < 2:
@@ -151,10 +150,8 @@ class Chat(NamedTuple):
 def read_chats(path: str | Path, limit: int | None = None) -> list[Chat]:
     """Read the prompts of a JSONL file of chats, as axolotl trains on; at most the first `limit`.
 
-    An assistant message at the end is the reference answer; a chat may also end with the question.
-
-    Raises:
-        IVONError: the file cannot be read or has no lines, or a line holds no chat with a user turn.
+    An assistant message at the end is the reference answer; a chat may also end with the question. A file without
+    lines, or a line without a user turn, is an IVONError.
     """
     chats: list[Chat] = []
     for source, record in itertools.islice(read_lines(path, "prompts"), limit):

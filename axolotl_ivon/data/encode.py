@@ -193,15 +193,6 @@ def _encode_label(
     return EncodedExample(ids, [len(ids) - 1], [label])
 
 
-def check_tokens(ids: Sequence[int], embeddings: int, source: str) -> None:
-    """Raise IVONError if one of `ids` is beyond the `embeddings` that the model has: training added it, unsaved."""
-    if max(ids) >= embeddings:
-        raise IVONError(
-            f"{source}: token {max(ids)} is new to the base model, which has {embeddings}, and not in the adapter; "
-            "train with lora_modules_to_save: [embed_tokens, lm_head]"
-        )
-
-
 class Prompt(NamedTuple):
     """A chat as the model reads it: text and token ids after the chat template."""
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _RETRIES = 5
 _CONNECT_TIMEOUT = 10.0  # seconds
-_LONGEST_MESSAGE = 300  # characters of a server's error
 _MALFORMED = (ValueError, TypeError, AttributeError, RecursionError)  # what another answer than OpenAI's leads to
 
 
@@ -68,7 +67,6 @@ class EndpointEngine:
         )
 
     async def _check(self) -> None:
-        """Raise IVONError unless the server is there and serves every member."""
         try:
             async with self._client(retries=0) as client:
                 served = [str(model.id) for model in (await client.models.list()).data]
@@ -88,11 +86,7 @@ class EndpointEngine:
             )
 
     def outputs(self, prompts: Sequence[Prompt], start: int = 0) -> Iterator[list[Output]]:
-        """Yield the outputs for each of `prompts[start:]`; see `Engine`.
-
-        Raises:
-            IVONError: the server refuses a request, keeps failing, or answers something else than completions.
-        """
+        """Yield the outputs for each of `prompts[start:]`; see `Engine`."""
         loop, client, gate = asyncio.new_event_loop(), self._client(_RETRIES), asyncio.Semaphore(self._concurrency)
         waiting: deque[list[asyncio.Task[list[Output]]]] = deque()
         todo = deque(prompts[start:])
@@ -174,5 +168,5 @@ def _explain(error: OpenAIError) -> str:
         cause = error.__cause__ or error
         return one_line(cause) or type(cause).__name__
     message = body.get("message", body) if isinstance(body, dict) else body
-    text = " ".join(str(message or "nothing").split())[:_LONGEST_MESSAGE]
+    text = " ".join(str(message or "nothing").split())[:300]
     return f"{error.request.url.path} answers {status}: {text}"  # type: ignore[attr-defined]

@@ -18,34 +18,23 @@ _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class Ensemble:
-    """An ensemble's folder, as `ivon-post sample` writes it.
-
-    Attributes:
-        source: ensemble.json without the members: source, seed, tau, pruned_ratio.
-        draws: the names of the members that are draws.
-        has_mean: whether the mean is a member too.
-        base_model: the base model: the absolute path of its folder, or a Hub id.
-        tokenizer_folder: the folder of the adapter that it was drawn from, which may be gone.
-
-    Raises:
-        IVONError: the folder is no ensemble, or names no base model.
-    """
+    """An ensemble's folder, as `ivon-post sample` writes it; another, or one without a base model, is an IVONError."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         path = self.folder / ENSEMBLE_FILE
         if not path.is_file():
             raise IVONError(f"{folder} is no ensemble; give the folder that `ivon-post sample --serve vllm` wrote")
-        self.source = EnsembleRecord.parse(read_json(path), str(path)).dump()
+        self.source = EnsembleRecord.parse(read_json(path), str(path)).dump()  # ensemble.json without the members
         self._members: list[str] = self.source.pop("members")
-        self.draws = [name for name in self._members if name != "mean"]
+        self.draws = [name for name in self._members if name != "mean"]  # the names of those that are draws
         self.has_mean = "mean" in self._members
         first = self.folder / self._members[0]
         self._config = read_json(first / CONFIG_FILE)
         if not (name := str(self._config.get("base_model_name_or_path") or "")):
             raise IVONError(f"{first / CONFIG_FILE} names no base model")
-        self.base_model = str(base_model_folder(name, first) or name)
-        self.tokenizer_folder = str(self.source.get("source", ""))
+        self.base_model = str(base_model_folder(name, first) or name)  # an absolute path, or a Hub id
+        self.tokenizer_folder = str(self.source.get("source", ""))  # of the adapter drawn from, which may be gone
 
     def members(self, plan: Plan) -> list[str]:
         """Return the names of the members that `plan` needs; raise IVONError if the ensemble has fewer, or no mean."""
@@ -84,8 +73,7 @@ class Ensemble:
 def served_rank(config: dict[str, Any]) -> int:
     """Return the --max-lora-rank with which vLLM serves adapters of this adapter_config.json.
 
-    Raises:
-        IVONError: vLLM cannot serve such adapters, or no base model is named.
+    Raises IVONError if vLLM cannot serve them, or no base model is named.
     """
     vllm = f"{param_ref('serve')} vllm: vLLM serves"
     if not config.get("base_model_name_or_path"):

@@ -67,14 +67,10 @@ def _field(value: Any, path: str) -> Any:
 def _canonical(value: Any) -> str:
     """Return a text that equal JSON shares: 1 and 1.0 are equal in any order of keys; True and 1 are not."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [plain(inner) for inner in value]
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+    def number(text: str) -> float:
+        return int(value) if (value := float(text)).is_integer() else value
 
-    return json.dumps(plain(value), sort_keys=True)
+    return json.dumps(json.loads(json.dumps(value), parse_float=number), sort_keys=True)
 
 
 def compare(texts: Sequence[str], chosen: int, fields: Sequence[str]) -> dict[str, Field]:

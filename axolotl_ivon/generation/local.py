@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -55,34 +56,28 @@ class TransformersEngine:
         self._draws: dict[int, Mapping[str, torch.Tensor]] = {}
         size = sum(tensor.numel() * tensor.element_size() for tensor in self._slots.places.values())
         self._kept = _KEPT // max(size, 1)
-        try:
-            with Stack(model, [dict(posterior.mean)] * 2).running():
-                self._stackable = True
-        except IVONError:  # DoRA, saved modules, …: one member at a time
-            self._stackable = False
+        self._stackable = False  # DoRA, saved modules, …: one member at a time
+        with contextlib.suppress(IVONError), Stack(model, [dict(posterior.mean)] * 2).running():
+            self._stackable = True
         self._forward = CachedForward(model)
         self._ends = end_tokens(model, session.tokenizer)
         # Only the newest token can complete a stop string, and none is longer, in tokens, than in bytes.
         self._tail = max((len(text.encode()) for text in plan.stop), default=0) + 4
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise IVONError if a prompt does not fit the model."""
+    def outputs(self, prompts: Sequence[Prompt], start: int = 0) -> Iterator[list[Output]]:
+        """Yield the outputs for each of `prompts[start:]`; see `Engine`.
+
+        Raises:
+            IVONError: a prompt does not fit the model, or the memory runs out with a single sequence.
+        """
         longest = self._session.max_length
-        for prompt in prompts:
+        for prompt in prompts[start:]:
             if longest is not None and len(prompt.ids) + self._plan.max_tokens > longest:
                 raise IVONError(
                     f"{prompt.source}: {len(prompt.ids)} tokens and {param_ref('max_tokens')} {self._plan.max_tokens}, "
                     f"but the model takes {longest}; shorten or remove it, or lower {param_ref('max_tokens')}"
                 )
             self._session.check_tokens(prompt.ids, prompt.source)
-
-    def outputs(self, prompts: Sequence[Prompt], start: int = 0) -> Iterator[list[Output]]:
-        """Yield the outputs for each of `prompts[start:]`; see `Engine`.
-
-        Raises:
-            IVONError: as `check` does, or the memory runs out with a single sequence.
-        """
-        self.check(prompts[start:])
         group = max(1, self._rows // (self._plan.members * self._plan.distinct))
         # Batches begin where those of an uninterrupted run do: rounding may depend on who is in a batch.
         for begin in range(start - start % group, len(prompts), group):
@@ -133,7 +128,12 @@ class TransformersEngine:
         drawn = [random_bits(plan, prompts[i], m, j).random_raw(plan.max_tokens) >> 41 for m, i, j in keys]
         # 23 bits, so that a float32 below 1 stays below it in a product.
         uniform = torch.tensor([values.tolist() for values in drawn], dtype=torch.float32, device=device) / 2**23
-        logits, cache, mask = self._prefill([prompts[i].ids for i in part], len(members))
+        # Prompts, padded on the left, run once for each member.
+        ids, pad = [prompts[i].ids for i in part] * len(members), next(iter(self._ends), 0)
+        width = max(map(len, ids))
+        padded = torch.tensor([[pad] * (width - len(own)) + own for own in ids], device=device)
+        mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in ids], device=device)
+        logits, cache = self._forward(padded, mask, None)
         rows = torch.arange(len(mask), device=device).repeat_interleave(len(numbers))
         cache.reorder_cache(rows)
         logits, mask = logits[rows], mask[rows]
@@ -162,20 +162,10 @@ class TransformersEngine:
         for key, sequence, logprob in zip(keys, sequences, logprobs, strict=True):
             yield key, Output(self._decoded_text(sequence), key[0], round(logprob, 6), len(sequence))
 
-    def _prefill(self, ids: Sequence[list[int]], copies: int) -> tuple[torch.Tensor, Any, torch.Tensor]:
-        """Run prompts, padded on the left, once for each member; return last logits, cache and mask."""
-        width = max(map(len, ids))
-        pad = next(iter(self._ends), 0)
-        padded = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in ids], device=self._model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in ids], device=self._model.device)
-        padded, mask = padded.repeat(copies, 1), mask.repeat(copies, 1)
-        return *self._forward(padded, mask, None), mask
-
     def _has_stopped(self, sequence: list[int]) -> bool:
-        if not self._plan.stop:
-            return False
-        end = self._tokenizer.decode(sequence[-self._tail :], skip_special_tokens=True)
-        return any(text in end for text in self._plan.stop)
+        stop = self._plan.stop
+        end = self._tokenizer.decode(sequence[-self._tail :], skip_special_tokens=True) if stop else ""
+        return any(text in end for text in stop)
 
     def _decoded_text(self, sequence: list[int]) -> str:
         text = str(self._tokenizer.decode(sequence, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -29,8 +29,6 @@ from .nbest import NBest
 from .uncertainty import Uncertainty, by_answer, is_below, judge, measure, or_none
 from .utilities import AnswerExtractor, Utility, exact
 
-_SMALLEST_N = 8  # of a curve
-
 
 def utility_matrix(texts: Sequence[str], utility: Utility) -> np.ndarray:
     """Return u(texts[i], texts[j]) at [i, j], float64; equal texts are compared once."""
@@ -60,7 +58,7 @@ def disagreement(utilities: np.ndarray, members: Sequence[int]) -> float:
 
 def sizes(n: int) -> list[int]:
     """Return the numbers of outputs that a curve has: 8, 16, … up to n, which is the last."""
-    doubled = [_SMALLEST_N << k for k in range(n.bit_length())]
+    doubled = [8 << k for k in range(n.bit_length())]
     return [*(size for size in doubled if size < n), n]
 
 

@@ -24,19 +24,13 @@ class NBestFile:
     """The n-best lists of one run: JSONL, and beside it FILE.settings.json with what they were made with.
 
     A line is a `records.nbest.NBestRecord`. Each is on the disk before the next begins; half a line at the end, which
-    an interrupt may leave, is dropped.
+    an interrupt may leave, is dropped. `done` prompts have outputs (0 before `resume`), `abstained` of them say
+    `"abstain": true`.
 
     Args:
-        settings: what the outputs depend on; a file is resumed with the same settings only.
+        settings: what the outputs depend on; a file that was made with others is refused.
         overwrite: start the file anew.
         inputs: folders into which no file is written.
-
-    Attributes:
-        done: how many prompts the file has outputs for; 0 before `resume`.
-        abstained: how many of them say `"abstain": true`.
-
-    Raises:
-        IVONError: the file is there and was made with other settings, or cannot be written.
     """
 
     def __init__(

@@ -39,21 +39,16 @@ class Plan:
         for name in ("n", "per_model", "max_tokens"):
             if getattr(self, name) < 1:
                 raise IVONError(f"{param_ref(name)} {getattr(self, name)}: must be at least 1")
-        n, per_model = param_ref("n"), param_ref("per_model")
-        if not self.mean and self.n % self.per_model:
-            below = self.n - self.n % self.per_model or self.per_model
-            raise IVONError(
-                f"{n} {self.n} is not a multiple of {per_model} {self.per_model}; "
-                f"say {n} {below}, or another {per_model}"
-            )
+        n, per_model, rest = param_ref("n"), param_ref("per_model"), self.n % self.per_model
+        if rest and not self.mean:
+            fix = f"say {n} {self.n - rest or self.per_model}, or another {per_model}"
+            raise IVONError(f"{n} {self.n} is not a multiple of {per_model} {self.per_model}; {fix}")
         if not 0 <= self.temperature < float("inf"):
-            raise IVONError(
-                f"{param_ref('temperature')} {self.temperature}: must be at least 0; 0 is greedy, 1 the model itself"
-            )
+            given = f"{param_ref('temperature')} {self.temperature}"
+            raise IVONError(f"{given}: must be at least 0; 0 is greedy, 1 the model itself")
         if not 0 < self.top_p <= 1:
-            raise IVONError(
-                f"{param_ref('top_p')} {self.top_p}: must be above 0 and at most 1; 1 draws from all tokens"
-            )
+            given = f"{param_ref('top_p')} {self.top_p}"
+            raise IVONError(f"{given}: must be above 0 and at most 1; 1 draws from all tokens")
         if "" in self.stop:
             raise IVONError(f"{param_ref('stop')} '': an empty string would stop every output at once; leave it out")
 

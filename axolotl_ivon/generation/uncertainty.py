@@ -83,9 +83,9 @@ def or_none(value: float | np.ndarray) -> float | None:
 
 
 def judge(
-    uncertainties: Sequence[Uncertainty], wrong: np.ndarray, quality: np.ndarray | None = None
+    uncertainties: Sequence[Uncertainty], wrong: np.ndarray, quality: np.ndarray
 ) -> dict[str, dict[str, float | None]]:
-    """Return how well each measure tells the wrong choices: `mean`, `auroc`, `aurc`, and with a quality `prr`.
+    """Return how well each measure tells the wrong choices: `mean`, `auroc`, `aurc` and `prr`.
 
     A figure without a value is None: the AUROC without a wrong choice, say.
 
@@ -101,7 +101,6 @@ def judge(
             "mean": float(sign * score.mean()),
             "auroc": or_none(auroc(score, wrong)),
             "aurc": or_none(RiskCoverage(-score, wrong).aurc()),
+            "prr": or_none(prr(-score, quality)),
         }
-        if quality is not None:
-            judged[name]["prr"] = or_none(prr(-score, quality))
     return judged

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.chats import Example
-from ..data.encode import EncodedExample, check_tokens, encode, encode_turns
+from ..data.encode import EncodedExample, encode, encode_turns
 from ..errors import IVONError, param_ref
 from ..reporter import SILENT, Reporter
 from ..storage.format import CONFIG_FILE, MEAN_FILE, find_base_model, read_json
@@ -135,7 +135,12 @@ class Session:
 
     def check_tokens(self, ids: Sequence[int], source: str) -> None:
         """Raise IVONError if one of `ids` is new to the model; `source` says where they come from."""
-        check_tokens(ids, self.model.get_input_embeddings().weight.shape[0], source)
+        embeddings = self.model.get_input_embeddings().weight.shape[0]
+        if max(ids) >= embeddings:
+            raise IVONError(
+                f"{source}: token {max(ids)} is new to the base model, which has {embeddings}, and not in the adapter; "
+                "train with lora_modules_to_save: [embed_tokens, lm_head]"
+            )
 
 
 def has_head(adapter: Adapter | Posterior) -> bool:

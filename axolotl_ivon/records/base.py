@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 from typing_extensions import Self
 
 from ..errors import IVONError, param_ref
@@ -113,7 +113,6 @@ Tau = Annotated[
     Field(gt=0, allow_inf_nan=True),
     BeforeValidator(_from_json),
     PlainSerializer(lambda tau: "inf" if math.isinf(tau) else tau),
-    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "inf"}]}),
 ]
 """A temperature of a posterior: a number above 0, or "inf" for the mean."""
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .api.backend import Backend, Limits
     from .proxy.proxy import Combining
 
-_PACKAGES = ("starlette", "uvicorn", "prometheus_client", "aiohttp")
 _START_TIMEOUT = 10.0  # seconds for a server to list its models
 KEY_VARIABLE = "IVON_API_KEY"
 
@@ -49,7 +48,7 @@ def check_key(host: str, api_key: str | None) -> None:
 
 def check_packages() -> None:
     """Raise IVONError if a package that the server needs is not installed."""
-    for name in _PACKAGES:
+    for name in ("starlette", "uvicorn", "prometheus_client", "aiohttp"):
         if importlib.util.find_spec(name) is None:
             raise IVONError(f"the server needs the package {name}: pip install 'axolotl-ivon[serve]'")
 
@@ -71,11 +70,7 @@ def local_backend(
     name: str | None = None,
     reporter: Reporter = SILENT,
 ) -> Backend:
-    """Return the backend that answers from draws of a posterior, with the base model in memory, under `name`.
-
-    Raises:
-        IVONError: the adapter cannot be read, or the base model cannot be loaded or does not fit it.
-    """
+    """Return the backend that answers from draws of a posterior, with the base model in memory, under `name`."""
     from ..posterior.posterior import Posterior
 
     name = served_name(name, drawing.adapter)
@@ -120,8 +115,7 @@ def proxy_backend(
         endpoints: the servers' addresses; each serves every member.
         samples: the first draws only; None: all.
 
-    Raises:
-        IVONError: the folder is no ensemble, or a server does not answer or lacks a member.
+    Raises IVONError if the folder is no ensemble, or a server does not answer or lacks a member.
     """
     from ..generation.endpoint import EndpointEngine
     from ..generation.ensemble import Ensemble

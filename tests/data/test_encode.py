@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.chats import Example, read_chats
-from axolotl_ivon.data.encode import EncodedExample, check_tokens, encode, encode_turns, render
+from axolotl_ivon.data.encode import encode, encode_turns, render
 
 
 def example(answer: str, question: str = "red sun") -> Example:
@@ -86,12 +86,6 @@ def test_tokenizing_refuses_in_one_line(tokenizer: Any) -> None:
                 tokenize(tokenizer, [example("A")])
 
 
-def test_tokens_that_the_model_lacks_are_named() -> None:
-    check_tokens([0, 6], 7, "f:1")
-    with pytest.raises(IVONError, match="f:1: token 7 is new to the base model, which has 7"):
-        check_tokens([7, 0], 7, "f:1")
-
-
 def test_prompts_are_what_the_template_puts_before_an_answer(tmp_path: Path, tiny_llama: Path) -> None:
     turns = [
         {"role": "system", "content": "be good"},
@@ -111,13 +105,6 @@ def test_prompts_are_what_the_template_puts_before_an_answer(tmp_path: Path, tin
     assert "moon" not in closed.text
 
 
-def labels(item: EncodedExample) -> list[int]:
-    found = [-100] * (len(item.ids) + 1)
-    for position, target in zip(item.positions, item.targets, strict=True):
-        found[position + 1] = target
-    return found
-
-
 TALK = (
     {"role": "system", "content": "red"},
     {"role": "user", "content": "blue sun"},
@@ -132,9 +119,7 @@ FAR = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} x y z u v{{ eo
 
 @pytest.mark.parametrize("template", [None, PLAIN, FAR], ids=["chatml", "no end", "far end"])
 @pytest.mark.parametrize("messages", [TALK[1:2], TALK[:2], TALK], ids=len)
-def test_turns_are_labelled_as_axolotl_does(
-    tokenizer: Any, template: str | None, messages: tuple[dict[str, str], ...]
-) -> None:
+def test_labels_are_axolotls(tokenizer: Any, template: str | None, messages: tuple[dict[str, str], ...]) -> None:
     strategies = pytest.importorskip("axolotl.prompt_strategies.chat_template")
     if template:
         tokenizer.chat_template = template
@@ -149,10 +134,12 @@ def test_turns_are_labelled_as_axolotl_does(
     whole = [*messages, {"role": "assistant", "content": "green moon"}]
     expected = strategy.tokenize_prompt({"messages": whole})
     [item] = encode_turns(tokenizer, [Example(messages, "green moon", "f:1")])
-    found = labels(item)
+    labels = [-100] * (len(item.ids) + 1)
+    for position, target in zip(item.positions, item.targets, strict=True):
+        labels[position + 1] = target
     assert item.ids == expected["input_ids"][: len(item.ids)]
-    assert found == expected["labels"][: len(found)]
-    assert set(expected["labels"][len(found) :]) <= {-100}
+    assert labels == expected["labels"][: len(labels)]
+    assert set(expected["labels"][len(labels) :]) <= {-100}
     assert len(item.positions) > sum(turn["role"] == "assistant" for turn in messages)
 
 

@@ -68,9 +68,6 @@ def engine(server: Server, plan: Plan, **options: Any) -> EndpointEngine:
     return EndpointEngine(server.url, MEMBERS[1 : 1 + plan.members], plan, **options)
 
 
-# --- the folder --------------------------------------------------------------------------------------------------
-
-
 def test_an_ensemble_with_too_few_members(tiny_adapter: Path, tmp_path: Path) -> None:
     sample(Posterior.from_pretrained(tiny_adapter), tmp_path / "e", EnsemblePlan(3))
     with pytest.raises(IVONError, match="--include-mean"):
@@ -79,9 +76,7 @@ def test_an_ensemble_with_too_few_members(tiny_adapter: Path, tmp_path: Path) ->
         Ensemble(tmp_path / "e").members(Plan())
 
 
-def test_sample_writes_the_command_that_serves(
-    ivon_post: Cli, tiny_adapter: Path, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_sample_writes_serve_sh(ivon_post: Cli, tiny_adapter: Path, tiny_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "en semble"
     options = ["-n", 2, "--include-mean", "--serve", "vllm", "-o", folder]
     found = ivon_post.json("sample", tiny_adapter, *options)
@@ -105,9 +100,7 @@ def test_sample_writes_the_command_that_serves(
     assert lines.splitlines() == ["3 adapters, seed 0", str(folder), found["serve"], str(folder / "serve.sh")]
 
 
-def test_what_vllm_does_not_serve_is_refused_before_anything_is_drawn(
-    ivon_post: Cli, make_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_what_vllm_does_not_serve_is_refused(ivon_post: Cli, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
     adapter = make_adapter(use_dora=True)
     assert "no adapters with use_dora" in ivon_post.error("sample", adapter, "--serve", "vllm", "-o", tmp_path / "e")
     assert not list(tmp_path.iterdir())
@@ -126,9 +119,6 @@ def test_the_rank_is_one_that_vllm_takes() -> None:
     ):
         with pytest.raises(IVONError, match=message):
             served_rank({**base, "r": 8, **wrong})
-
-
-# --- the engine -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("plan", [GREEDY, replace(GREEDY, mean=True)], ids=["draws", "mean"])
@@ -186,9 +176,7 @@ def test_lasting_failures_end_the_run(server: Server, prompts: list[Prompt], cap
     assert len(server.requests) < 30  # the others were called off
 
 
-def test_requests_left_over_are_cancelled(
-    server: Server, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_left_are_cancelled(server: Server, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
     cancelled: list[tuple[Prompt, int]] = []
 
     async def ask(self: EndpointEngine, client: Any, gate: Any, prompt: Prompt, member: int) -> list[Output]:
@@ -235,9 +223,7 @@ def test_a_strange_answer_is_told(server: Server, prompts: list[Prompt], spoil: 
         list(engine(server, SAMPLED).outputs(prompts))
 
 
-def test_a_server_that_wants_a_key_and_tells_no_logprobs_will_do(
-    server: Server, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_key_sent_and_logprobs_optional(server: Server, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "abc")
     server.spoil = lambda answer: {"choices": [{"text": choice["text"]} for choice in answer["choices"]]}
     [found] = engine(server, SAMPLED).outputs(prompts[:1])
@@ -268,12 +254,7 @@ def test_a_missing_package_is_named(server: Server, monkeypatch: pytest.MonkeyPa
         engine(server, SAMPLED)
 
 
-# --- the command ------------------------------------------------------------------------------------------------
-
-
-def test_generate_asks_the_server(
-    server: Server, ensemble: Path, pipeline: Pipeline, tmp_path: Path, ivon_post: Cli
-) -> None:
+def test_generate_asks_it(server: Server, ensemble: Path, pipeline: Pipeline, tmp_path: Path, ivon_post: Cli) -> None:
     options = ["-p", pipeline.chats, "--limit", 4, "-n", 6, "--per-model", 2, "--max-tokens", 8]
     command = ["generate", ensemble, *options, "--endpoint", server.url]
     document = ivon_post.json(*command, "-o", tmp_path / "out.jsonl")

@@ -13,23 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sacrebleu
 import torch
 from absl import logging as absl_logging
 from hypothesis import example, given
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModel, AutoTokenizer
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.generation.embedding import by_meaning, load_embedding
-from axolotl_ivon.generation.fields import (
-    Field,
-    check_fields,
-    check_outputs,
-    compare,
-    is_right,
-    parse_json,
-    summarize,
-)
+from axolotl_ivon.generation.fields import Field, check_fields, check_outputs, compare, is_right, parse_json, summarize
 from axolotl_ivon.generation.mbr import (
     MBRResult,
     MBRSettings,
@@ -41,13 +35,7 @@ from axolotl_ivon.generation.mbr import (
     utility_matrix,
 )
 from axolotl_ivon.generation.nbest import NBest
-from axolotl_ivon.generation.uncertainty import (
-    Uncertainty,
-    by_answer,
-    cluster_shares,
-    judge,
-    measure,
-)
+from axolotl_ivon.generation.uncertainty import Uncertainty, by_answer, cluster_shares, judge, measure
 from axolotl_ivon.generation.utilities import UTILITIES, AnswerExtractor, exact
 
 # rouge-score brings absl, whose handler closes the stderr that pytest captures when axolotl, in a later test of this
@@ -56,20 +44,14 @@ absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 def nbest(texts: list[str], reference: str | None = None, per_model: int = 1, **more: Any) -> NBest:
-    values = {
-        "members": tuple(i // per_model for i in range(len(texts))),
-        "logprobs": tuple(-1.0 - i for i in range(len(texts))),
-        **more,
-    }
+    members, logprobs = zip(*((i // per_model, -1.0 - i) for i in range(len(texts))), strict=True)
+    values = {"members": members, "logprobs": logprobs, **more}
     return NBest("?", reference, tuple(texts), source="f.jsonl:1", **values)
 
 
 def decode(*nbests: NBest, pattern: str | None = None, **settings: Any) -> MBRResult:
     answers = AnswerExtractor(pattern)
     return mbr(nbests, MBRSettings(exact(answers), answers, **settings))
-
-
-# --- choosing ---------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.tuples(st.sampled_from("ABC-"), st.integers(-3, 0)), min_size=1, max_size=12))
@@ -89,9 +71,6 @@ def test_disagreement_is_between_members() -> None:
     assert disagreement(utilities, [0, 1, 0, 1]) == pytest.approx(0.5)
     assert disagreement(utilities, [0, 0, 0, 0]) == pytest.approx(1 - 4 / 12)
     assert disagreement(utilities[:1, :1], [0]) == 0
-
-
-# --- decoding ---------------------------------------------------------------------------------------------------
 
 
 def test_the_curve_takes_the_first_outputs() -> None:
@@ -121,25 +100,20 @@ def test_labels(tmp_path: Path) -> None:
     assert label_files([str(odd)]) == {"a=b": str(odd)}
 
 
-# --- utilities --------------------------------------------------------------------------------------------------
-
 SENTENCES = ["the dog ran fast", "the dog was fast", "a cat", "a cat", "the dog ran to the cat and back"]
 
 
-def by_package(name: str, hypothesis: str, reference: str) -> float:
-    if name == "rouge":
-        from rouge_score.rouge_scorer import RougeScorer
-
-        return RougeScorer(["rougeL"], use_stemmer=True).score(reference, hypothesis)["rougeL"].fmeasure
-    import sacrebleu
-
-    return getattr(sacrebleu, f"sentence_{name}")(hypothesis, [reference]).score / 100
+BY_PACKAGE = {
+    "bleu": lambda text, right: sacrebleu.sentence_bleu(text, [right]).score / 100,
+    "chrf": lambda text, right: sacrebleu.sentence_chrf(text, [right]).score / 100,
+    "rouge": lambda text, right: RougeScorer(["rougeL"], use_stemmer=True).score(right, text)["rougeL"].fmeasure,
+}
 
 
-@pytest.mark.parametrize("name", ["bleu", "chrf", "rouge"])
+@pytest.mark.parametrize("name", BY_PACKAGE)
 def test_utilities_are_those_of_their_packages(name: str) -> None:
     matrix = utility_matrix(SENTENCES, UTILITIES[name](AnswerExtractor()))
-    expected = [[by_package(name, a, b) for b in SENTENCES] for a in SENTENCES]
+    expected = [[BY_PACKAGE[name](a, b) for b in SENTENCES] for a in SENTENCES]
     np.testing.assert_allclose(matrix, expected, atol=1e-12)
     assert matrix.min() >= 0
     assert matrix.max() == pytest.approx(1)
@@ -150,7 +124,7 @@ def test_equal_texts_are_compared_once() -> None:
 
     def utility(hypotheses: Any, references: Any) -> np.ndarray:
         asked.extend(zip(hypotheses, references, strict=True))
-        return np.array([ord(h) - ord(r) for h, r in zip(hypotheses, references, strict=True)], float)
+        return np.array([ord(h) - ord(r) for h, r in asked], float)
 
     matrix = utility_matrix(list("abab"), utility)
     assert len(asked) == len(set(asked)) == 4
@@ -158,15 +132,12 @@ def test_equal_texts_are_compared_once() -> None:
 
 
 def test_bertscore_asks_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Scorer:
-        def __init__(self, lang: str) -> None:
-            assert lang == "en"
+    def score(hypotheses: list[str], references: list[str]) -> tuple[torch.Tensor, ...]:
+        f = [float(len(h) == len(r)) for h, r in zip(hypotheses, references, strict=True)]
+        return torch.zeros(len(f)), torch.ones(len(f)), torch.tensor(f)
 
-        def score(self, hypotheses: list[str], references: list[str]) -> tuple[torch.Tensor, ...]:
-            f = [float(len(h) == len(r)) for h, r in zip(hypotheses, references, strict=True)]
-            return torch.zeros(len(f)), torch.ones(len(f)), torch.tensor(f)
-
-    monkeypatch.setitem(sys.modules, "bert_score", SimpleNamespace(BERTScorer=Scorer))
+    scorers = {"en": SimpleNamespace(score=score)}
+    monkeypatch.setitem(sys.modules, "bert_score", SimpleNamespace(BERTScorer=lambda lang: scorers[lang]))
     matrix = utility_matrix(["a", "b", "cc"], UTILITIES["bertscore"](AnswerExtractor()))
     assert matrix.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
 
@@ -179,9 +150,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, utility: st
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(IVONError, match=f"utility {utility} needs .*pip install {package}"):
         UTILITIES[utility](AnswerExtractor())
-
-
-# --- answers ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -223,9 +191,6 @@ def test_a_wrong_or_useless_regex_is_told() -> None:
     assert answers.unmatched([nbest(["#### 7", "x" * 99], "#### 7")]) == (1, 2, repr("x" * 30 + " … " + "x" * 29))
 
 
-# --- uncertainty ------------------------------------------------------------------------------------------------------
-
-
 def entropy(values: Sequence[object]) -> float:
     return -sum(n / len(values) * math.log(n / len(values)) for n in Counter(values).values())
 
@@ -262,21 +227,12 @@ def test_measures_are_judged_by_what_they_order() -> None:
     assert judged["confidence"] == pytest.approx({"mean": 19 / 30, "auroc": 1, "aurc": 1 / 12, "prr": 1})
     assert judged["semantic_entropy"]["auroc"] == 1
     assert judged["expected_entropy"]["auroc"] == 0  # the wrong one is the surest
-    judged = judge(measured, np.zeros(3))
-    assert judged["confidence"] == {"mean": pytest.approx(19 / 30), "auroc": None, "aurc": 0}
+    judged = judge(measured, np.zeros(3), np.ones(3))
+    assert judged["confidence"] == {"mean": pytest.approx(19 / 30), "auroc": None, "aurc": 0, "prr": None}
 
 
-# --- meanings ---------------------------------------------------------------------------------------------------------
-
-TEXTS = [
-    "Paris is the capital of France.",
-    "The capital of France is Paris.",
-    "The answer is Lyon",
-    "42",
-    "",
-    "x " * 400,
-    "half a pair \ud800",
-]
+TEXTS = ["Paris is the capital of France.", "The capital of France is Paris.", "The answer is Lyon"]
+TEXTS += ["42", "", "x " * 400, "half a pair \ud800"]
 
 
 @pytest.fixture(scope="module")
@@ -352,8 +308,6 @@ def test_what_is_no_model_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(IVONError, match=r"pip install 'axolotl-ivon\[mbr\]'"):
         load_embedding("all-MiniLM-L6-v2")
 
-
-# --- fields of JSON ---------------------------------------------------------------------------------------------------
 
 JSON_TEXTS = (
     '{"name": "Ada", "born": {"year": 1815}, "tags": ["x", "y"]}',

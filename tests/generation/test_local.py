@@ -103,17 +103,13 @@ def test_greedy_equals_peft_when_sequences_end_at_all_lengths(scene: Scene, many
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_cache_may_have_either_name(
-    scene: Scene, many_ends: list[int], name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_caches_of_either_name(scene: Scene, many_ends: list[int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = scene.outputs(SAMPLED)
     rename_cache(scene.model, name, monkeypatch)
     same(scene.outputs(SAMPLED), expected)
 
 
-def test_an_adapter_that_cannot_be_stacked_goes_one_member_at_a_time(
-    make_adapter: Callable[..., Path], tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_dora_goes_one_member_at_a_time(make_adapter: Callable[..., Path], tiny_llama: Path, tmp_path: Path) -> None:
     dora = Scene(make_adapter(use_dora=True), tiny_llama, tmp_path)
     checked_greedy(dora, [dora.tokenizer.eos_token_id])
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +53,9 @@ def test_a_record_comes_back_as_it_was(record: type[Record], tmp_path: Path) -> 
     assert record.load(path, "results") == loaded
     save_lines(path, [loaded, loaded])
     assert [line for _, line in record.load_lines(path, "file")] == [loaded, loaded]
-    assert record.model_json_schema()["properties"].keys() == {
-        field.alias or name for name, field in record.model_fields.items()
-    }
 
 
 def test_files_of_0_2_0_load() -> None:
-    """They have no differences, verdicts, fingerprint or softmax temperature, and perhaps no mean in the grid."""
     old = EvaluationRecord.parse({"rows": [ROW], "task": "choice", "tau": 1.0}, "here")
     assert (old.ood, old.verdicts, old.rows[0].versus("mean"), old.rows[0].temperature) == ([], [], {}, 1)
     facts = {"tau": 2.0, "ratio": 0.1, "mean_reported_on": None, "grid": [POINT]}
@@ -93,11 +88,9 @@ def test_files_of_0_2_0_load() -> None:
     ],
 )
 def test_the_first_wrong_field_is_named(record: type[Record], change: dict[str, Any], message: str) -> None:
-    with pytest.raises(IVONError) as caught:
+    whole = rf"^FILE:7: .*{re.escape(message)}.*; give what `{record.written_by}` writes$"
+    with pytest.raises(IVONError, match=whole):
         record.parse({**WHOLE[record], **change}, "FILE:7")
-    assert str(caught.value).startswith("FILE:7: ")
-    assert message in str(caught.value)
-    assert str(caught.value).endswith(f"; give what `{record.written_by}` writes")
 
 
 @pytest.mark.parametrize(
@@ -161,9 +154,3 @@ def test_outputs_know_what_they_were_drawn_from() -> None:
     assert NBestSettings(adapter="a", tau=2.0, prune_ratio=0.1).source == {"tau": 2.0, "ratio": 0.1, "mean_sha256": "a"}
     served = NBestSettings.parse({"engine": "endpoint", "ensemble": {"tau": 3.0, "pruned_ratio": 0.2}}, "here")
     assert served.source == {"tau": 3.0, "ratio": 0.2, "mean_sha256": None}
-
-
-def test_records_need_no_torch() -> None:
-    modules = "evaluation, influence, nbest, recommendation"
-    code = f"import sys; from axolotl_ivon.records import {modules}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -68,11 +68,7 @@ class Guard:
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def body(self, request: HTTPRequest) -> object:
-        """Return the JSON of a request's body.
-
-        Raises:
-            ApiError: the body is not JSON, too large or too slow.
-        """
+        """Return the JSON of a request's body; raise ApiError if it is not JSON, too large or too slow."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # a browser sends it to its own origin only, unless that is allowed
             raise ApiError(415, "send JSON, with Content-Type: application/json")
@@ -144,8 +140,8 @@ def make_app(backend: Backend, guard: Guard) -> ASGIApp:
         headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=headers)
 
-    async def refused(http: HTTPRequest, error: ApiError) -> Response:
-        return _error(error)
+    async def failed(http: HTTPRequest, error: Exception) -> Response:
+        return _error(error if isinstance(error, ApiError) else _FAILED)  # `_Boundary` logs what is no ApiError
 
     async def no_route(http: HTTPRequest, error: HTTPException) -> Response:
         message = f"{http.method} {http.url.path[:100]}: {error.detail}"
@@ -153,9 +149,6 @@ def make_app(backend: Backend, guard: Guard) -> ASGIApp:
 
     async def gone(http: HTTPRequest, error: ClientDisconnect) -> Response:
         return Response(status_code=_CLIENT_GONE)  # nobody reads it
-
-    async def failed(http: HTTPRequest, error: Exception) -> Response:
-        return _error(_FAILED)  # `_Boundary` logs the error
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -170,7 +163,7 @@ def make_app(backend: Backend, guard: Guard) -> ASGIApp:
         Route("/metrics", prometheus),
         Route("/", page),
     ]
-    handlers: Any = {ApiError: refused, HTTPException: no_route, ClientDisconnect: gone, Exception: failed}
+    handlers: Any = {ApiError: failed, HTTPException: no_route, ClientDisconnect: gone, Exception: failed}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     return _Boundary(app, metrics, guard.timeout, {route.path for route in routes})
 

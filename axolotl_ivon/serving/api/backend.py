@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from .answers import AnswerDelta
 from .protocol import ApiError, Request
 
+Deltas = AsyncGenerator[AnswerDelta, None]
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -36,7 +38,7 @@ class AnswerStream:
 
     prompt_tokens: int  # of all prompts
     choices: int  # the number of answers
-    deltas: AsyncGenerator[AnswerDelta, None] = field(init=False)  # of all answers, in any order; closing ends the work
+    deltas: Deltas = field(init=False)  # of all answers, in any order; closing ends the work
     generated: int | None = None  # tokens of all answers, known after the last part; None: the sum over the parts
 
 
@@ -50,11 +52,7 @@ class Backend(ABC):
 
     @abstractmethod
     async def answer(self, request: Request) -> AnswerStream:
-        """Begin to answer a request whose model is one of `models`.
-
-        Raises:
-            ApiError: the request is refused; the deltas may raise it too.
-        """
+        """Begin to answer a request for one of `models`; this and the deltas raise ApiError if it is refused."""
 
     @abstractmethod
     def gauges(self) -> Mapping[str, float]:

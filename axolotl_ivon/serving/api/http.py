@@ -30,11 +30,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket; nobody can connect before the server listens on it.
-
-    Raises:
-        IVONError: the address is taken, or not one of this machine's.
-    """
+    """Return a bound socket; nobody can connect before the server listens. A taken address is an IVONError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -166,11 +166,7 @@ class CompletionRequest(Request):
 
 
 def read_request(kind: type[_Model], body: object) -> _Model:
-    """Return the request in a JSON body.
-
-    Raises:
-        ApiError: the body is no such request.
-    """
+    """Return the request in a JSON body; raise ApiError if it is none."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body is not a JSON object")
     for name, neutral in _NEUTRAL.items():

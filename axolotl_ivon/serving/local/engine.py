@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...data.encode import check_tokens
 from ...errors import IVONError
 from ...generation.local import next_tokens
 from ...models.draws import Stack, evaluating
@@ -57,6 +56,7 @@ class TokenEngine:
         samples, seed: the number of members, and the seed of `Posterior.sample`.
 
     Attributes:
+        check: raises IVONError if a token of a prompt is none of the model's.
         models: the served names, and the slice of (mean, *members) that each is the average of.
         max_length: the most tokens of a prompt and its answer together; None: the model has no limit.
     """
@@ -74,16 +74,12 @@ class TokenEngine:
             self._draws = []  # the stack has them
         self.models = {name: slice(1, 1 + samples), f"{name}:mean": slice(0, 1)}
         self.models |= {f"{name}:member-{k:04d}": slice(k + 1, k + 2) for k in range(samples)}
-        self._embeddings: int = self._model.get_input_embeddings().weight.shape[0]
+        self.check = functools.partial(session.check_tokens, source="prompt")
         self._forward = CachedForward(self._model)
         tokenizer = session.tokenizer
         self._ends = end_tokens(self._model, tokenizer)
         self._decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._name_of = functools.lru_cache(maxsize=1 << 16)(lambda id: str(tokenizer.decode([id])))
-
-    def check(self, ids: tuple[int, ...]) -> None:
-        """Raise IVONError if a token of a prompt is none of the model's."""
-        check_tokens(ids, self._embeddings, "prompt")
 
     def deltas(self, request: GenerationRequest) -> Generator[list[AnswerDelta], None, None]:
         """Yield, for every step, the newest part of each answer that goes on; the last part says why it ends."""
@@ -95,7 +91,8 @@ class TokenEngine:
         answers = [_Answer(index, GrowingText(self._decode, request.stop), certainty) for index in range(request.n)]
         alive = list(range(request.n))
         with evaluating(self._model):
-            logits = decoder.begin(request.ids).expand(members, request.n, -1)
+            prompt = torch.tensor([request.ids], device=self._model.device)
+            logits = decoder.run(prompt).expand(members, request.n, -1)
             for step in range(request.max_tokens):
                 mixed = mixture(logits)
                 # 23 bits, so that a float32 below 1 stays below it in a product.
@@ -111,7 +108,7 @@ class TokenEngine:
                     return
                 parents = [0] * len(rows) if not step else rows if len(rows) < len(alive) else None
                 alive = [alive[row] for row in rows]
-                logits = decoder.next(chosen[rows], parents)
+                logits = decoder.run(chosen[rows, None], parents)
 
     def _tokens(
         self, average: torch.Tensor, expected: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor, top: int | None
@@ -179,25 +176,16 @@ class _Decoder:
         self._caches: list[Any] = [None] * len(self._passes)
         self._answers, self._length = 1, 0
 
-    def begin(self, ids: tuple[int, ...]) -> torch.Tensor:
-        """Return the logits after the prompt, of one answer."""
-        return self._run(torch.tensor([ids], device=self._engine._model.device))
+    def run(self, ids: torch.Tensor, parents: list[int] | None = None) -> torch.Tensor:
+        """Return the logits after the prompt, shape (1, tokens), or one more token of every answer, shape (answers, 1).
 
-    def next(self, tokens: torch.Tensor, parents: list[int] | None) -> torch.Tensor:
-        """Return the logits after one more token of every answer.
-
-        Args:
-            tokens: shape (answers,).
-            parents: the row, in the pass before, that each answer continues; None: all continue their own.
+        `parents` are the rows, in the pass before, that the answers continue; None: all continue their own.
         """
         if parents is not None:
             for part, cache in zip(self._passes, self._caches, strict=True):
                 rows = [k * self._answers + row for k in range(part.stop - part.start) for row in parents]
-                cache.reorder_cache(torch.tensor(rows, device=tokens.device))
+                cache.reorder_cache(torch.tensor(rows, device=ids.device))
             self._answers = len(parents)
-        return self._run(tokens[:, None])
-
-    def _run(self, ids: torch.Tensor) -> torch.Tensor:
         self._length += ids.shape[1]
         engine, passes = self._engine, []
         for number, part in enumerate(self._passes):

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,12 +14,9 @@ from accelerate.utils.memory import clear_device_cache
 
 from ...errors import IVONError
 from ...models.batching import out_of_memory
-from ..api.answers import AnswerDelta
-from ..api.backend import AnswerStream, Backend, Limits, queue_full
+from ..api.backend import AnswerStream, Backend, Deltas, Limits, queue_full
 from ..api.protocol import ApiError, ChatRequest, Request
 from .engine import GenerationRequest, TokenEngine
-
-_COMPLETION_TOKENS = 16  # of a completion whose request names no maximum, as OpenAI has it
 
 
 class Local(Backend):
@@ -74,7 +71,7 @@ class Local(Backend):
         """Return what the engine is asked for one prompt; raise ApiError if the answer would be too long."""
         max_tokens, max_length = self._limits.max_tokens, self._engine.max_length
         room = max_tokens if max_length is None else max_length - len(ids)
-        default = min(max_tokens, room) if isinstance(request, ChatRequest) else _COMPLETION_TOKENS
+        default = min(max_tokens, room) if isinstance(request, ChatRequest) else 16  # as OpenAI has it
         wanted = max(request.max_tokens or default, 1)
         if room < wanted:
             message = (
@@ -93,7 +90,7 @@ class Local(Backend):
             seed=secrets.randbits(63) if request.seed is None else request.seed + number,
         )
 
-    async def _in_time(self, deltas: AsyncGenerator[AnswerDelta, None]) -> AsyncGenerator[AnswerDelta, None]:
+    async def _in_time(self, deltas: Deltas) -> Deltas:
         """Yield `deltas` as long as the request has time."""
         deadline = time.monotonic() + self._limits.timeout
         async with contextlib.aclosing(deltas):
@@ -106,7 +103,7 @@ class Local(Backend):
                     message = f"the answer took longer than {self._limits.timeout:g} s"
                     raise ApiError(504, message, code="timeout") from None
 
-    async def _deltas(self, parts: Sequence[GenerationRequest]) -> AsyncGenerator[AnswerDelta, None]:
+    async def _deltas(self, parts: Sequence[GenerationRequest]) -> Deltas:
         self._check_queue()  # others may have come while the prompts were encoded
         self._waiting += 1
         try:

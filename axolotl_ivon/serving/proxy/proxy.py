@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ...generation.utilities import UTILITIES, AnswerExtractor
 from ...noise import generator
 from ..api.answers import AnswerDelta, Token, certainty, certainty_of
-from ..api.backend import AnswerStream, Backend, Limits, queue_full
+from ..api.backend import AnswerStream, Backend, Deltas, Limits, queue_full
 from ..api.protocol import ApiError, ChatRequest, Request
 from .mixture import Candidate, Scores, by_risk, by_score, unique
 from .responses import read_candidates, read_prompt_ids, read_scores, read_text, read_tokens
@@ -40,11 +40,7 @@ class Combining:
     concurrency: int = 256  # requests at a time to each server
 
     def choose(self, decision: Decision) -> Choose | None:
-        """Return the function that chooses n of the candidates of all members; None: by their scores.
-
-        Raises:
-            IVONError: the answer_regex is no regular expression, or the utility's package is not installed.
-        """
+        """Return the function that chooses n of the candidates of all members; None: by their scores."""
         if self.combine == "rescore":
             return None
         answers = AnswerExtractor(self.answer_regex)
@@ -53,10 +49,9 @@ class Combining:
 
 
 class Proxy(Backend):
-    """Answers from the servers of a pool.
+    """Answers from the servers of a pool; `name` is that of the answer of all members.
 
     Args:
-        name: of the answer of all members.
         members: the names of the members there: "mean" for the mean, the others are draws.
         decision: the softmax temperature of the agreement, and the threshold of the confidence.
     """
@@ -94,19 +89,16 @@ class Proxy(Backend):
         if self._running >= self._limits.max_queue:
             raise queue_full(f"{self._running} requests are running")
         self._limits.check(request)
-        prompts = request.prompts
-        answers = AnswerStream(0, len(prompts) * request.n)
-        answers.deltas = self._deltas(request, prompts, answers)
+        answers = AnswerStream(0, len(request.prompts) * request.n)
+        answers.deltas = self._deltas(request, answers)
         return answers
 
-    async def _deltas(
-        self, request: Request, prompts: Sequence[Any], answers: AnswerStream
-    ) -> AsyncGenerator[AnswerDelta, None]:
+    async def _deltas(self, request: Request, answers: AnswerStream) -> Deltas:
         seed = secrets.randbits(31) if request.seed is None else request.seed
         member = self._served[request.model]
         self._running += 1
         try:
-            for number, prompt in enumerate(prompts):
+            for number, prompt in enumerate(request.prompts):
                 top = 1 if member is None else TOP
                 body = {"temperature": request.temperature, "top_p": request.top_p, request.prompt_field: prompt}
                 chat = isinstance(request, ChatRequest)
@@ -124,18 +116,26 @@ class Proxy(Backend):
         finally:
             self._running -= 1
 
-    async def _member(
-        self, request: Request, body: dict[str, Any], answers: AnswerStream
-    ) -> AsyncGenerator[AnswerDelta, None]:
-        streams = [_MemberStream(request.top or 0, self._threshold) for _ in range(request.n)]
+    async def _member(self, request: Request, body: dict[str, Any], answers: AnswerStream) -> Deltas:
+        answered: list[list[Token]] = [[] for _ in range(request.n)]
         unfinished = request.n
+
+        def read_delta(choice: Mapping[str, Any]) -> AnswerDelta:
+            index, tokens = int(choice["index"]), read_tokens(choice.get("logprobs"), request.top or 0)
+            answered[index] += tokens
+            finish, ivon = choice.get("finish_reason"), None
+            if finish is not None:
+                known = certainty_of(answered[index], 1, self._threshold) if answered[index] else None
+                ivon = known or certainty(None, None, 0.0, 1)
+            return AnswerDelta(index, read_text(choice), tuple(tokens), finish, ivon, len(tokens))
+
         async with contextlib.aclosing(self._events(request, body)) as events:
             async for event in events:
                 with malformed_as_502():
                     if not request.stream or (event.get("usage") and not event["choices"]):
                         answers.prompt_tokens += int(event["usage"]["prompt_tokens"])
                         answers.generated = (answers.generated or 0) + int(event["usage"]["completion_tokens"])
-                    deltas = [streams[int(choice["index"])].delta(choice) for choice in event["choices"]]
+                    deltas = [read_delta(choice) for choice in event["choices"]]
                     unfinished -= sum(delta.finish is not None for delta in deltas)
                 for delta in deltas:
                     yield delta
@@ -152,9 +152,7 @@ class Proxy(Backend):
             async for event in events:
                 yield event
 
-    async def _mixture(
-        self, request: Request, body: dict[str, Any], seed: int, answers: AnswerStream
-    ) -> AsyncGenerator[AnswerDelta, None]:
+    async def _mixture(self, request: Request, body: dict[str, Any], seed: int, answers: AnswerStream) -> Deltas:
         """Yield the chosen answers, whole."""
         body["n"] = self._candidates if request.temperature else 1
         if not self._choose:
@@ -199,24 +197,6 @@ class Proxy(Backend):
         response = await self._pool.post("completions", body)
         with malformed_as_502():
             return read_scores(response, slice(len(prompt), len(prompt) + len(ids)))
-
-
-class _MemberStream:
-    """One answer of one member, as it comes."""
-
-    def __init__(self, top: int, threshold: float | None) -> None:
-        self._top, self._threshold = top, threshold
-        self._tokens: list[Token] = []
-
-    def delta(self, choice: Mapping[str, Any]) -> AnswerDelta:
-        """Return the part of the answer in a choice of a response, or of an event."""
-        tokens = read_tokens(choice.get("logprobs"), self._top)
-        self._tokens += tokens
-        finish, ivon = choice.get("finish_reason"), None
-        if finish is not None:
-            known = certainty_of(self._tokens, 1, self._threshold) if self._tokens else None
-            ivon = known or certainty(None, None, 0.0, 1)
-        return AnswerDelta(int(choice["index"]), read_text(choice), tuple(tokens), finish, ivon, len(tokens))
 
 
 async def _together(requests: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:

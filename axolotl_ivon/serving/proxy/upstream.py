@@ -76,11 +76,7 @@ class UpstreamPool:
         return await self._on_any_upstream(ask)
 
     async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the events of a stream; once it has begun, no other server can continue it.
-
-        Raises:
-            ApiError: as `post` does, or the stream breaks off.
-        """
+        """Yield the events of a stream, as `post` does; once it has begun, no other server can continue it."""
         async with contextlib.AsyncExitStack() as stack:
 
             async def ask(upstream: Upstream) -> tuple[aiohttp.ClientResponse, Upstream]:
