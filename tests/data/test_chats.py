@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.chats import Example, choose_task, detect_task, find_choices, read_chats, read_examples
-from axolotl_ivon.storage.format import read_lines
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXT})
@@ -36,8 +36,7 @@ def refuses(read: Callable[[Path], object], folder: Path, lines: list[object] | 
     assert "\n" not in str(caught.value)
 
 
-def chat(answer: str) -> dict[str, object]:
-    return tiny.chat("which?", answer)
+chat = functools.partial(tiny.chat, "which?")
 
 
 def examples(*answers: str) -> list[Example]:
@@ -102,20 +101,12 @@ def test_bad_data_are_named(tmp_path: Path, lines: list[object] | bytes | None, 
         ([{"messages": [{"role": "system", "content": "A"}]}], ":1: no user turn"),
         ([{"messages": []}], ":1: no user turn"),
         ([{"messages": [{"role": "user", "content": "\ud800"}]}], ":1: holds half a surrogate pair"),
-        ([{"text": 1}], ":1: no list `messages`"),
-        ([], "the file is empty"),
         (None, "prompts .*data.jsonl: cannot be read"),
     ],
     ids=str,
 )
 def test_bad_prompts_are_named(tmp_path: Path, lines: list[object] | None, message: str) -> None:
     refuses(read_chats, tmp_path, lines, message)
-
-
-def test_any_line_file_is_read_alike(tmp_path: Path) -> None:
-    with pytest.raises(IVONError, match="cannot be read") as caught:
-        list(read_lines(tmp_path, "given"))
-    assert caught.value.parameter == "given"
 
 
 @pytest.mark.parametrize(
@@ -140,11 +131,6 @@ def test_the_task_follows_from_the_answers(answers: list[str], task: str) -> Non
             choose_task(examples(*answers), has_head, wrong)
 
 
-def test_choices_are_found_or_given() -> None:
-    assert find_choices(examples("no", "yes", "no")) == ("no", "yes")
-    assert find_choices(examples("no", "yes"), ["yes", "no", "maybe"]) == ("yes", "no", "maybe")
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -156,5 +142,7 @@ def test_choices_are_found_or_given() -> None:
     ],
 )
 def test_choices_that_leave_nothing_to_choose(given: list[str] | None, message: str) -> None:
+    assert find_choices(examples("no", "yes", "no")) == ("no", "yes")
+    assert find_choices(examples("no", "yes"), ["yes", "no", "maybe"]) == ("yes", "no", "maybe")
     with pytest.raises(IVONError, match=message):
         find_choices(examples("A", "A"), given)

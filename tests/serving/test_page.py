@@ -24,7 +24,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def wait(browser: Browser, condition: str) -> Any:
-    """Wait until a JavaScript expression is true."""
     return until(lambda: browser.run(condition), 30)
 
 

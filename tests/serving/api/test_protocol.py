@@ -90,9 +90,7 @@ def test_a_streamed_chat_adds_up_to_the_whole(n: int, include_usage: bool) -> No
     writer = Writer(request, n)
     chunks = [chunk for delta in deltas for chunk in writer.chunks(delta)] + list(writer.end(used))
 
-    def expected(index: int) -> dict[str, Any]:
-        return {**IVON, "members": index, "tokens": [TOKEN.certainty()]}
-
+    ivon = [{**IVON, "members": index, "tokens": [TOKEN.certainty()]} for index in range(n)]
     read, parsed = ChatCompletion.model_validate(whole), [ChatCompletionChunk.model_validate(c) for c in chunks]
     for choice in read.choices:
         own = [c.choices[0] for c in parsed if c.choices and c.choices[0].index == choice.index]
@@ -103,17 +101,14 @@ def test_a_streamed_chat_adds_up_to_the_whole(n: int, include_usage: bool) -> No
         assert choice.logprobs.content
         assert [t for c in own if c.logprobs for t in c.logprobs.content or []] == choice.logprobs.content
         assert [(t.token, t.bytes) for t in choice.logprobs.content[0].top_logprobs] == [("é", [195, 169]), ("�", None)]
-        assert n == 1 or own[-1].model_extra == choice.model_extra == {"ivon": expected(choice.index)}
+        assert n == 1 or own[-1].model_extra == choice.model_extra == {"ivon": ivon[choice.index]}
     assert len({c.id for c in parsed}) == 1
-    assert whole["ivon"] == chunks[-1]["ivon"] == expected(0)
+    assert whole["ivon"] == chunks[-1]["ivon"] == ivon[0]
     assert all("ivon" not in chunk for chunk in chunks[:-1])
     assert chunks[1]["choices"][0]["ivon"]["tokens"][0]["token"] == "é"  # tokens as they come
     assert (chunks[-1]["choices"] == []) == include_usage
-    if include_usage:
-        assert chunks[-1]["usage"] == used
-        assert all(chunk["usage"] is None for chunk in chunks[:-1])
-    else:
-        assert all("usage" not in chunk for chunk in chunks)
+    usages = [chunk["usage"] for chunk in chunks if "usage" in chunk]
+    assert usages == ([None] * (len(chunks) - 1) + [used] if include_usage else [])
 
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
@@ -150,12 +145,10 @@ def test_a_completion_tells_tokens_in_its_own_way() -> None:
 
 
 def test_the_field_ivon_is_that_of_the_tokens() -> None:
-    tokens = [
-        Token(0, "a", "a", math.log(0.5), (), math.log(0.9), 0.2, 0.1),
-        Token(1, "b", "b", -1, (), math.log(0.4), 0.4, 0.3),
-    ]
+    first = Token(0, "a", "a", math.log(0.5), (), math.log(0.9), 0.2, 0.1)
+    tokens = [first, Token(1, "b", "b", -1, (), math.log(0.4), 0.4, 0.3)]
     expected = {"confidence": math.sqrt(0.36), "expected_entropy": 0.3, "mutual_information": 0.2, "members": 8}
     assert certainty_of(tokens, 8) == pytest.approx(expected)
     assert [certainty_of(tokens, 8, t)["abstain"] for t in (0.59, 0.6, 0.61)] == [False, False, True]
     entropies = {"expected_entropy": 0.2, "mutual_information": 0.1}
-    assert tokens[0].certainty() == {"token": "a", "probability": pytest.approx(0.5), **entropies}
+    assert first.certainty() == {"token": "a", "probability": pytest.approx(0.5), **entropies}

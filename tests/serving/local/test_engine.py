@@ -83,15 +83,8 @@ def test_a_member_and_the_mean_answer_by_themselves(engine: TokenEngine, tiny_ad
             ids.append(token.id)
 
 
-@pytest.fixture
-def many_ends(engine: TokenEngine, monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """A fifth of all tokens end an answer, so that answers end at all lengths."""
-    ends = set(range(2, 400, 5))
-    monkeypatch.setattr(engine, "_ends", ends)
-    return ends
-
-
-def test_answers_leave_the_batch_when_they_end(engine: TokenEngine, many_ends: set[int]) -> None:
+def test_answers_leave_the_batch_when_they_end(engine: TokenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_ends", set(range(2, 400, 5)))  # so that they end at all lengths
     asked = {"temperature": 1.0, "seed": 3, "max_tokens": 12}
     texts, last = run(engine, n=8, **asked)
     lengths = {len(delta.tokens) for delta in last}
@@ -106,9 +99,7 @@ def test_answers_leave_the_batch_when_they_end(engine: TokenEngine, many_ends: s
     assert run(engine, n=1, **{**asked, "seed": 4})[0] != texts[:1]
 
 
-def test_the_end_is_not_shown_and_an_empty_answer_is_as_sure_as_it(
-    engine: TokenEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_end_is_hidden_but_makes_empty_answers_sure(engine: TokenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     first, *more = tokens(engine)
     end = next(number for number, token in enumerate(more, 1) if token.id != first.id)
     monkeypatch.setattr(engine, "_ends", {more[end - 1].id})
@@ -133,7 +124,6 @@ def test_a_stop_string_ends_an_answer(engine: TokenEngine) -> None:
 
 
 def test_tokens_are_drawn_from_the_average(engine: TokenEngine) -> None:
-    """The cumulated probability of the token that is drawn holds the number that it was drawn with."""
     [greedy] = tokens(engine, max_tokens=1, top=400)
     by_name: dict[str, float] = {}
     for name, logprob in greedy.top:
@@ -154,9 +144,7 @@ def test_tokens_are_drawn_from_the_average(engine: TokenEngine) -> None:
     assert abs(chi - len(often)) < 5 * math.sqrt(2 * len(often))
 
 
-def test_the_temperature_of_the_output_is_of_the_confidence_alone(
-    make_engine: MakeEngine, engine: TokenEngine, tiny_adapter: Path
-) -> None:
+def test_the_temperature_is_of_the_confidence(make_engine: MakeEngine, engine: TokenEngine, tiny_adapter: Path) -> None:
     scaled = make_engine(tiny_adapter, Decision(0.25, 0.5))
     [plain], [sharp] = tokens(engine, max_tokens=1, top=400), tokens(scaled, max_tokens=1, top=400)
     assert (sharp.id, sharp.logprob) == (plain.id, pytest.approx(plain.logprob, abs=1e-4))
