@@ -59,11 +59,9 @@ ORDERS = "IVON_INTERRUPT"
 
 
 class Moment(NamedTuple):
-    """A signal at the `place`-th place that a part of the run comes by."""
-
     signal: str
-    part: str
-    place: int
+    part: str  # of the run
+    place: int  # the signal comes at the n-th place of this part
 
 
 class Places:
@@ -86,7 +84,6 @@ class Places:
         return self.trace if any(name in frame.f_code.co_filename for name in LINE_BY_LINE) else None
 
     def around(self, owner: Any, name: str, part: str) -> None:
-        """Let `owner.name` be a part of the run."""
         function = getattr(owner, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -106,10 +103,10 @@ class Interrupts(BasePlugin):
     """The axolotl plugin of a run: sends the signal, or counts places and notes the mean and σ after every step."""
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        orders = json.loads(os.environ.get(ORDERS, "{}"))
-        if not orders.keys() & {"count", "place"}:
+        self.orders = json.loads(os.environ.get(ORDERS, "{}"))
+        if not self.orders.keys() & {"count", "place"}:
             return
-        self.places = Places(orders)
+        self.places = Places(self.orders)
         self.notes = Notes(trainer)  # in every run, so that all come by the same places
         trainer.add_callback(self.notes)
         for owner, name, part in (
@@ -124,11 +121,10 @@ class Interrupts(BasePlugin):
             self.places.around(owner, name, part)
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        orders = json.loads(os.environ.get(ORDERS, "{}"))
-        if "modules" in orders:
-            Path(orders["modules"]).write_text("\n".join(sys.modules))
-        if "count" in orders:
-            torch.save((dict(self.places.counts), self.notes.steps), orders["count"])
+        if "modules" in self.orders:
+            Path(self.orders["modules"]).write_text("\n".join(sys.modules))
+        if "count" in self.orders:
+            torch.save((dict(self.places.counts), self.notes.steps), self.orders["count"])
 
 
 class Notes(TrainerCallback):
@@ -140,28 +136,14 @@ class Notes(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
-        named = self.trainer.model.named_parameters()
-        self.steps.append(
-            {
-                name.replace(".default", ""): (param.detach().clone(), optimizer.sigma(param))
-                for name, param in named
-                if param.requires_grad
-            }
-        )
+        trained = [(name, param) for name, param in self.trainer.model.named_parameters() if param.requires_grad]
+        values = {name: (param.detach().clone(), optimizer.sigma(param)) for name, param in trained}
+        self.steps.append({name.replace(".default", ""): pair for name, pair in values.items()})
 
     on_step_end = on_train_begin
 
 
 BENCH: Bench  # of all processes
-
-
-class Wrong(Exception):
-    """What must not be."""
-
-
-def demand(holds: bool, what: str) -> None:
-    if not holds:
-        raise Wrong(what)
 
 
 class Bench:
@@ -178,7 +160,7 @@ class Bench:
         # axolotl does not seed a new adapter, so all runs begin with one that a short run has made.
         self.load(max_steps=1, save_steps=1, eval_steps=1)
         status, log = self.run(folder / "start", {"modules": "modules"})
-        demand(status == 0, f"the first run failed\n{log}")
+        assert status == 0, f"the first run failed\n{log}"
         # What a run imports, the next ones find imported; nor does their garbage collector look at it.
         for name in (folder / "start" / "modules").read_text().split():
             with contextlib.suppress(Exception):
@@ -188,27 +170,23 @@ class Bench:
         gc.freeze()
         self.reference = folder / "reference"
         status, log = self.run(self.reference, {"count": str(folder / "steps.pt")})
-        demand(status == 0, f"the uninterrupted run failed\n{log}")
+        assert status == 0, f"the uninterrupted run failed\n{log}"
         self.counts, self.steps = torch.load(folder / "steps.pt")
-        demand(len(self.steps) == 5 and set(self.counts) == set(PARTS), f"{len(self.steps)} steps, {self.counts}")
+        assert (len(self.steps), set(self.counts)) == (5, set(PARTS)), f"{len(self.steps)} steps, {self.counts}"
 
     def load(self, **changes: Any) -> None:
         """Load configuration and data, as `axolotl train` does."""
+        steps = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1, "eval_steps": 3, "logging_steps": 1}
         settings = {
             "plugins": ["axolotl_ivon.IVONLoRAPlugin", "interrupts.Interrupts"],
             "dataset_prepared_path": str(self.folder / "prepared"),
             "output_dir": "out",
             "auto_resume_from_checkpoints": True,
             "val_set_size": 0.2,
-            "max_steps": 4,
             "ivon_clip": 0.1,
             "ivon_eval_samples": 2,
-            "save_steps": 2,
-            "save_total_limit": 1,
-            "eval_steps": 3,
-            "logging_steps": 1,
         }
-        path = self.configs("run", **{**settings, **changes})
+        path = self.configs("run", **{**settings, **steps, **changes})
         here = Path.cwd()
         os.chdir(self.folder)
         try:
@@ -257,25 +235,22 @@ class Bench:
             yield Moment(name, part, rng.randint(1, int(0.97 * self.counts[part])))
 
     def check(self, moment: Moment, place: Path) -> None:
-        """Interrupt a run, look at what is on the disk, resume it, and look again.
-
-        Raises:
-            Wrong: something is not as it must be.
-        """
+        """Interrupt a run, look at what is on the disk, resume it, and look again."""
         status, log = self.run(place, moment._asdict())
         expected = 0 if moment.signal == "SIGINT" else -signal.Signals[moment.signal]
-        demand(status == expected, f"it ended with {status}\n{log}")
+        assert status == expected, f"it ended with {status}\n{log}"
         self.check_adapters(place / "out", moment)
         status, log = self.run(place, {})
-        demand(status == 0, f"resuming failed with {status}\n{log}")
+        assert status == 0, f"resuming failed with {status}\n{log}"
         for name in (CONFIG, MEAN, SIGMA):
             same = (place / "out" / name).read_bytes() == (self.reference / "out" / name).read_bytes()
-            demand(same, f"after resuming, {name} is not that of the uninterrupted run")
+            assert same, f"after resuming, {name} is not that of the uninterrupted run"
         files = {str(path.relative_to(place)) for path in place.rglob("*")}
         wanted = {str(path.relative_to(self.reference)) for path in self.reference.rglob("*")}
         # Killed after the last checkpoint was there and before the one that it replaces was gone, a run leaves both.
         extra = {name for name in files - wanted if not name.startswith("out/checkpoint-2")}
-        demand(not extra and wanted <= files, f"after resuming, files differ: {sorted(extra | (wanted - files))}")
+        differing = extra | (wanted - files)
+        assert not differing, f"after resuming, files differ: {sorted(differing)}"
         self.check_adapters(place / "out", moment)
 
     def check_adapters(self, out: Path, moment: Moment) -> None:
@@ -287,43 +262,39 @@ class Bench:
             json.loads((folder / CONFIG).read_text())
             if not (folder / SIGMA).exists():
                 # A signal before training began: axolotl's handler saves what it has loaded.
-                demand(moment[:2] == ("SIGINT", "loop"), f"{name} has no σ")
+                assert moment[:2] == ("SIGINT", "loop"), f"{name} has no σ"
                 means, sigmas = load_file(path), None
             else:
                 posterior = Posterior.from_pretrained(folder)
                 means, sigmas = dict(posterior.mean), dict(posterior.sigma)
             steps = [self.steps_of(means, sigmas, key) for key in self.steps[0]]
-            demand(all(steps), f"{name} holds a mean or σ that no step of the run had")
+            assert all(steps), f"{name} holds a mean or σ that no step of the run had"
             if folder.name.startswith("checkpoint-"):
                 number = int(folder.name.rpartition("-")[2])
-                demand(all(number in each for each in steps), f"{name} is not of its step")
+                assert all(number in each for each in steps), f"{name} is not of its step"
                 kept = {each.name for each in (self.reference / "out" / "checkpoint-4").iterdir()}
-                demand({each.name for each in folder.iterdir()} == kept, f"{name} is not complete")
+                assert {each.name for each in folder.iterdir()} == kept, f"{name} is not complete"
                 state = json.loads((folder / "trainer_state.json").read_text())
-                demand(state["global_step"] == number, f"{name}: trainer_state.json is of another step")
+                assert state["global_step"] == number, f"{name}: trainer_state.json is of another step"
                 torch.load(folder / "optimizer.pt", weights_only=True)
             elif moment.part != "step":
-                demand(bool(set.intersection(*steps)), f"{name} mixes steps: {steps}")
+                assert bool(set.intersection(*steps)), f"{name} mixes steps: {steps}"
 
     def steps_of(self, means: Any, sigmas: Any, key: str) -> set[int]:
         """Return the steps after which a tensor had this mean and, or one step on, this σ."""
-        found = set()
-        for t, step in enumerate(self.steps):
-            if torch.equal(means[key], step[key][0]):
-                after = self.steps[t : t + 2]
-                if sigmas is None or any(torch.equal(sigmas[key], each[key][1]) for each in after):
-                    found.add(t)
-        return found
+        found = {t for t, step in enumerate(self.steps) if torch.equal(means[key], step[key][0])}
+        if sigmas is None:
+            return found
+        same = {t for t, step in enumerate(self.steps) if torch.equal(sigmas[key], step[key][1])}
+        return {t for t in found if same & {t, t + 1}}
 
 
 def verdict(number: int, moment: Moment) -> tuple[Moment, str]:
-    """Check a moment, in a process of the pool, and return it with what was wrong, if anything."""
+    """Check a moment, in a process of the pool, and return it with what was wrong."""
     place = BENCH.folder / f"run-{number}"
     try:
         BENCH.check(moment, place)
         wrong = ""
-    except Wrong as error:
-        wrong = str(error)
     except Exception:
         wrong = traceback.format_exc()
     shutil.rmtree(place, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -23,21 +24,19 @@ MEAN, SIGMA = "adapter_model.safetensors", "ivon_sigma.safetensors"
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """A function that mounts a small file system; only root may."""
-    mounted: list[Path] = []
+    place = tmp_path / "mount"
 
     def make(options: str) -> Path:
-        place = tmp_path / f"mount-{len(mounted)}"
         place.mkdir()
         done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
         if done.returncode:
             pytest.skip("mounting a tmpfs takes a right that this process has not")
-        mounted.append(place)
         return place
 
     if shutil.which("mount") is None:
         pytest.skip("there is no mount here")
     yield make
-    for place in mounted:
+    if place.is_mount():
         subprocess.run(["umount", str(place)], check=True)
 
 
@@ -66,7 +65,6 @@ def test_a_disk_that_cannot_be_written_stays_as_it_was(
 def test_what_is_there_is_overwritten_only_if_asked_and_never_an_input(
     command: str, tiny_adapter: Path, other_adapter: Path, copied: Callable[..., Path], ivon_post: Any, tmp_path: Path
 ) -> None:
-    """`tests/storage/test_atomic.py` has whatever else is refused."""
     adapter, there = copied(tiny_adapter), copied(tiny_adapter, "there")
     before = snapshot(tmp_path)
     assert "with --overwrite" in ivon_post.error(*fill(WRITING[command], adapter, other_adapter, there))
@@ -91,9 +89,6 @@ def test_saving_from_training_on_a_full_disk_leaves_the_old_pair(
     assert snapshot(disk) == before
 
 
-# --- killed at any moment -----------------------------------------------------------------------------------------
-
-
 class Killed(BaseException):
     """The process is gone: not even `finally` runs."""
 
@@ -103,12 +98,13 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], No
     """A function that runs something, kills it before the n-th change of the disk's names, and says whether it did."""
 
     def run(n: int, work: Callable[[], None]) -> bool:
-        left = [n]
+        left = n
 
         def counted(function: Any) -> Any:
             def change(*args: Any, **kwargs: Any) -> Any:
-                left[0] -= 1
-                if left[0] < 0:  # and everything that `finally` would do is not done either
+                nonlocal left
+                left -= 1
+                if left < 0:  # and everything that `finally` would do is not done either
                     raise Killed
                 return function(*args, **kwargs)
 
@@ -118,11 +114,9 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], No
             changes = [(os, name) for name in ("rename", "replace", "unlink", "rmdir", "mkdir")]
             for owner, name in [*changes, (atomic, "_exchange"), (shutil, "rmtree")]:
                 patch.setattr(owner, name, counted(getattr(owner, name)))
-            try:
+            with contextlib.suppress(Killed):
                 work()
-            except Killed:
-                return True
-        return left[0] < 0
+        return left < 0
 
     return run
 
@@ -164,9 +158,7 @@ def test_whoever_reads_after_a_kill_finds_a_mean_with_its_own_sigma(
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["at-once", "in-two-renames"])
-def test_overwriting_a_folder_that_is_killed(
-    exchange: bool, killed_at: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overwriting_is_killed(exchange: bool, killed_at: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:  # as on a system without renameat2
         monkeypatch.setattr("ctypes.CDLL", lambda name: object())
     seen = []
@@ -191,8 +183,6 @@ def test_overwriting_a_folder_that_is_killed(
     assert seen == sorted(seen, reverse=True)
     assert [path.name for path in target.parent.iterdir()] == ["target"]
 
-
-# --- two processes ------------------------------------------------------------------------------------------------
 
 WRITER = """
 import sys, time
