@@ -104,17 +104,9 @@ def command(
         if done.resumed < done.prompts:
             progress.say(f"{done.tokens} tokens in {done.seconds:.1f} s: {speed:.0f} tokens/s")
     coverage = None if rule.threshold is None else 1 - done.abstained / done.prompts
-    document = {
-        "output": path,
-        "prompts": done.prompts,
-        "resumed": done.resumed,
-        "members": plan.members,
-        **asdict(plan),
-        "tokens": done.tokens,
-        "seconds": round(done.seconds, 3),
-        "tokens_per_second": round(speed, 1),
-        "coverage": coverage,
-    }
+    document = {"output": path, "prompts": done.prompts, "resumed": done.resumed, "members": plan.members}
+    document |= {**asdict(plan), "tokens": done.tokens, "seconds": round(done.seconds, 3)}
+    document |= {"tokens_per_second": round(speed, 1), "coverage": coverage}
     resumed = f" ({done.resumed} were there)" if done.resumed else ""
     members = "the mean" if plan.mean else f"{plan.members} draws"
     line = f"{done.prompts} prompts{resumed}, {plan.n} outputs each from {members}, seed {plan.seed}"

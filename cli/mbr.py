@@ -109,12 +109,9 @@ def command(
         from axolotl_ivon.plots.style import save_figures
         from axolotl_ivon.records.recommendation import RECOMMENDED_FILE, Recommendation
 
-        compared = {
-            "utility": comparison["utility"],
-            "answer_regex": comparison["answer_regex"],
-            "level": "sequence",
-            "clusters": "embedding" if comparison["embedding_model"] else "exact",
-        }
+        clusters = "embedding" if comparison["embedding_model"] else "exact"
+        compared = {name: comparison[name] for name in ("utility", "answer_regex")}
+        compared |= {"level": "sequence", "clusters": clusters}
         files_written = save_choices(results, folder)
         if curves := {label: result.curve for label, result in results.items() if result.curve}:
             files_written += save_figures({"accuracy": scaling(curves)}, folder)

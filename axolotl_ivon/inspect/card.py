@@ -43,10 +43,7 @@ _TASKS = {"choice": "multiple-choice", "classify": "text-classification", "gener
 
 
 def add_results(
-    folder: Path,
-    results: Path | None = None,
-    recommended: Path | None = None,
-    datasets: Sequence[str] = (),
+    folder: Path, results: Path | None = None, recommended: Path | None = None, datasets: Sequence[str] = ()
 ) -> list[Path]:
     """Write what was measured into the card of an adapter's folder, and into `.eval_results`.
 

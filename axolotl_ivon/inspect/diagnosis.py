@@ -58,7 +58,10 @@ def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT
         cost = f"{count / (2 * ess * q.tau):.2g}"
         found.append(Finding("draws", True, f"a draw raises the loss of an example by at most about {cost} nats"))
     elif noise:
-        found.append(_width(noise))
+        text = f"the draws disturb the model by D = {noise:.2g}, where 20 to 80 is usual"
+        text += ": they hardly differ from the mean; a smaller λ or τ widens them" if noise < NARROW else ""
+        text += ": they may destroy it; a larger λ or τ narrows them" if noise > WIDE else ""
+        found.append(Finding("draws", NARROW <= noise <= WIDE, text))
     return {
         "adapter": str(path_or_hub_id),
         "moved": moved,
@@ -80,15 +83,6 @@ def _deviation(values: np.ndarray) -> float:
     values -= np.float32(values.mean(dtype=np.float64))
     offset = float(values.mean(dtype=np.float64))  # what rounding the mean has left
     return math.sqrt(max(float(np.square(values, out=values).mean(dtype=np.float64)) - offset**2, 0.0))
-
-
-def _width(noise: float) -> Finding:
-    disturb = f"the draws disturb the model by D = {noise:.2g}, where 20 to 80 is usual"
-    if noise < NARROW:
-        return Finding("draws", False, f"{disturb}: they hardly differ from the mean; a smaller λ or τ widens them")
-    if noise > WIDE:
-        return Finding("draws", False, f"{disturb}: they may destroy it; a larger λ or τ narrows them")
-    return Finding("draws", True, disturb)
 
 
 def _number(header: Mapping[str, str], name: str) -> float | None:

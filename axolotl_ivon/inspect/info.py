@@ -23,10 +23,7 @@ _EDGES = tuple(round(x / 2, 1) for x in range(-6, 7))
 
 
 def describe(
-    path_or_hub_id: str | os.PathLike[str],
-    ratio: float = 0.1,
-    criterion: str = "snr",
-    reporter: Reporter = SILENT,
+    path_or_hub_id: str | os.PathLike[str], ratio: float = 0.1, criterion: str = "snr", reporter: Reporter = SILENT
 ) -> dict[str, Any]:
     """Describe an adapter folder; return plain numbers, strings, lists and dicts.
 

@@ -115,9 +115,7 @@ def test_prune(options: dict[str, str], tiny_adapter: Path, out: Path, ivon_post
     assert text.startswith(f"{sum(q.pruned().values())} of 896 weights are 0")
 
 
-def test_prune_as_json_with_its_default_and_a_recommendation(
-    tiny_adapter: Path, out: Path, tmp_path: Path, ivon_post: Cli
-) -> None:
+def test_prune_by_default_and_as_recommended(tiny_adapter: Path, out: Path, tmp_path: Path, ivon_post: Cli) -> None:
     expected = {"output": str(out), "ratio": 0.1, "criterion": "snr", "scope": "adapter", "pruned": 90, "weights": 896}
     assert ivon_post.json("prune", tiny_adapter, "-o", out) == expected
     words = ["prune", tiny_adapter, "-o", out, "--overwrite", "--recommended", recommendation(tmp_path)]
@@ -152,9 +150,7 @@ def test_temper(tiny_adapter: Path, out: Path, tmp_path: Path, ivon_post: Cli) -
 
 
 @pytest.mark.parametrize("order", ["prune temper", "temper prune", "prune temper prune temper"])
-def test_a_recommendation_gives_the_same_posterior_in_any_order(
-    order: str, tiny_adapter: Path, tmp_path: Path, ivon_post: Cli
-) -> None:
+def test_recommended_steps_go_in_any_order(order: str, tiny_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
     file = recommendation(tmp_path, mean_sha256=Posterior.from_pretrained(tiny_adapter).metadata["mean_sha256"])
     source = tiny_adapter
     for step, command in enumerate(order.split()):
@@ -234,9 +230,7 @@ def test_combine(tiny_adapter: Path, other_adapter: Path, out: Path, ivon_post: 
     assert same(Posterior.from_pretrained(out), Posterior.combine(both, "linear", [0.2, 0.8]))
 
 
-def test_combine_by_concatenation_is_an_adapter_again(
-    tiny_adapter: Path, make_adapter: Callable[..., Path], out: Path, ivon_post: Cli
-) -> None:
+def test_combine_by_cat(tiny_adapter: Path, make_adapter: Callable[..., Path], out: Path, ivon_post: Cli) -> None:
     ivon_post("combine", tiny_adapter, make_adapter(r=8, seed=1), "--method", "cat", "-o", out)
     document = ivon_post.json("info", out)
     assert (document["r"], document["weights"], document["header"]["combined"]) == (12, 3 * 896, "cat of 2")

@@ -59,9 +59,7 @@ def test_the_table_has_every_row_and_progress_is_on_stderr(tiny_adapter: Path, c
     assert "evaluating" not in result.stdout
 
 
-def test_other_data_temperatures_and_a_line_for_every_example(
-    tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli
-) -> None:
+def test_other_data_temperatures_and_examples(tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli) -> None:
     other, valid = write_chats(tmp_path / "other.jsonl", 7, seed=3), write_chats(tmp_path / "valid.jsonl", 20, seed=4)
     out = tmp_path / "examples.jsonl"
     words = ["eval", tiny_adapter, "--data", chats, "--samples", 2, "--rows", "mean,posterior", "-q"]
@@ -99,9 +97,7 @@ def test_rows_tasks_and_a_limit(tiny_adapter: Path, chats: Path, ivon_post: Cli)
     assert " PPL " not in ivon_post(*words, "--rows", "mean", "--task", "choice")
 
 
-def test_a_recommendation_stands_for_tau_and_ratio(
-    tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli
-) -> None:
+def test_recommended_stands_for_tau_and_ratio(tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli) -> None:
     path = tmp_path / "recommended.json"
     path.write_text('{"tau": 0.5, "ratio": 0.3}')
     words = ["eval", tiny_adapter, "--data", chats, "--samples", 2]

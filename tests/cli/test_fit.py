@@ -29,9 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", ["ivon", "fisher", "tfb"])
-def test_what_it_writes_is_a_posterior_for_every_command(
-    plain_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli, method: str
-) -> None:
+def test_every_command_reads_it(plain_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli, method: str) -> None:
     out = tmp_path / "out"
     result = ivon_post.run("fit", plain_adapter, "--data", data, "--method", method, "-o", out)
     assert result.exit_code == 0, result.output
@@ -51,9 +49,7 @@ def test_what_it_writes_is_a_posterior_for_every_command(
     assert [row["name"] for row in rows] == ["mean", "posterior"]
 
 
-def test_fitted_posteriors_combine_and_diff_and_json_holds_numbers(
-    plain_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli
-) -> None:
+def test_json_and_combined_posteriors(plain_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli) -> None:
     fisher, other = tmp_path / "fisher", tmp_path / "ivon"
     document = ivon_post.json("fit", plain_adapter, "-d", data, "--method", "fisher", "--ess", 1000, "-o", fisher)
     assert (document["output"], document["weights"]) == (str(fisher), 896)
@@ -65,9 +61,7 @@ def test_fitted_posteriors_combine_and_diff_and_json_holds_numbers(
     assert Posterior.from_pretrained(tmp_path / "both").metadata["fit_data"] == "train.jsonl"
 
 
-def test_it_writes_beside_the_adapter_and_shows_how_it_goes(
-    plain_adapter: Path, data: Path, copied: Callable[[Path], Path], ivon_post: Cli
-) -> None:
+def test_defaults_and_progress(plain_adapter: Path, data: Path, copied: Callable[[Path], Path], ivon_post: Cli) -> None:
     folder = copied(plain_adapter)
     result = ivon_post.run("fit", folder, "-d", data, "--method", "ivon")
     assert result.stdout.splitlines()[-1] == str(folder.parent / "adapter-fitted")

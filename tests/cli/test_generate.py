@@ -23,9 +23,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_an_interrupted_run_goes_on_and_ends_as_a_whole_one(
-    ivon_post: Cli, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_resumed(ivon_post: Cli, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out.jsonl"
     command = ["generate", pipeline.adapter, "-p", pipeline.chats, *SMALL, "-o", path]
     shutil.copy(f"{pipeline.outputs}.settings.json", f"{path}.settings.json")
@@ -47,9 +45,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_a_whole_one(
     assert {key: document[key] for key in expected} == expected
 
 
-def test_a_line_says_how_sure_its_outputs_are_and_abstains_below_the_threshold(
-    ivon_post: Cli, pipeline: Pipeline, tmp_path: Path
-) -> None:
+def test_a_line_has_a_confidence_and_may_abstain(ivon_post: Cli, pipeline: Pipeline, tmp_path: Path) -> None:
     recommended, path = tmp_path / "recommended.json", tmp_path / "out.jsonl"
     recommended.write_text(json.dumps({"tau": 0.5, "ratio": 0.3, "threshold": 0.3, "temperature": 1.5}))
     command = ["generate", pipeline.adapter, "-p", pipeline.chats, *SMALL, "-a", "[a-z]", "-o", path]
@@ -73,9 +69,7 @@ def test_a_line_says_how_sure_its_outputs_are_and_abstains_below_the_threshold(
     assert "made with abstain [0.3, 1.5], not None" in refusal
 
 
-def test_pruning_temperature_and_mean_reach_the_engine(
-    ivon_post: Cli, pipeline: Pipeline, plain_adapter: Path, tmp_path: Path
-) -> None:
+def test_the_engine_gets_ratio_and_tau(ivon_post: Cli, pipeline: Pipeline, plain_adapter: Path, tmp_path: Path) -> None:
     def texts(name: str, *options: object, adapter: Path = pipeline.adapter) -> list[list[str]]:
         ivon_post("generate", adapter, "-p", pipeline.chats, *SMALL, "-o", tmp_path / name, *options)
         return [[output["text"] for output in line["outputs"]] for line in read(tmp_path / name)]

@@ -34,9 +34,7 @@ def test_bars_on_a_terminal(terminal: None, capsys: pytest.CaptureFixture[str]) 
     assert not shown.out
 
 
-def test_no_bars_for_what_is_quick(
-    terminal: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quick_has_no_bars(terminal: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(_progress, "_BARS_AFTER", 60.0)
     begun = time.monotonic()
     report(Progress(quiet=False))

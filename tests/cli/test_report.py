@@ -10,9 +10,7 @@ from huggingface_hub import ModelCard
 from pipeline import Pipeline
 
 
-def test_a_report_is_made_of_what_eval_and_sweep_wrote(
-    pipeline: Pipeline, copied: Callable[..., Path], tmp_path: Path, ivon_post: Cli
-) -> None:
+def test_eval_and_sweep_report(pipeline: Pipeline, copied: Callable[..., Path], tmp_path: Path, ivon_post: Cli) -> None:
     folder, page = copied(pipeline.adapter), tmp_path / "adapter-report.html"
     given = ["--eval", pipeline.evaluation, "--sweep", pipeline.recommended, "-q"]
     assert ivon_post("report", folder, *given) == f"{page}\n"
@@ -27,9 +25,7 @@ def test_a_report_is_made_of_what_eval_and_sweep_wrote(
     assert "Nothing was evaluated" in page.read_text()
 
 
-def test_what_eval_and_sweep_print_goes_into_the_card(
-    pipeline: Pipeline, copied: Callable[..., Path], ivon_post: Cli
-) -> None:
+def test_eval_and_sweep_go_into_the_card(pipeline: Pipeline, copied: Callable[..., Path], ivon_post: Cli) -> None:
     folder, measured = copied(pipeline.adapter), pipeline.read("evaluation")["rows"]
     call = ["card", folder, "--results", pipeline.evaluation, "--recommended", pipeline.recommended]
     printed = ivon_post(*call)

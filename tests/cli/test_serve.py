@@ -90,9 +90,7 @@ def test_it_serves_in_front_of_itself(tiny_adapter: Path, tmp_path: Path, ivon_p
                 assert server.wait(30) == 0
 
 
-def test_without_a_server_there_is_no_command(
-    monkeypatch: pytest.MonkeyPatch, ivon_post: Any, tiny_adapter: Path
-) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, ivon_post: Any, tiny_adapter: Path) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     told = ivon_post.error("serve", tiny_adapter)

@@ -52,9 +52,7 @@ def test_a_sweep_writes_what_eval_takes(tiny_adapter: Path, chats: Path, tmp_pat
     assert json.loads((out / "recommended.json").read_text())["objective"] == "brier"
 
 
-def test_json_and_nothing_else_beside_the_adapter(
-    tiny_adapter: Path, chats: Path, copied: Callable[..., Path], ivon_post: Cli
-) -> None:
+def test_json_and_default_target(tiny_adapter: Path, chats: Path, copied: Callable[..., Path], ivon_post: Cli) -> None:
     folder = copied(tiny_adapter)
     result = ivon_post.run("sweep", f"{folder}/", "--data", chats, *SMALL, "--json", "-q")
     found = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

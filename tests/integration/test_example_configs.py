@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "example_configs"
 CONFIGS = {path.stem: path for path in FOLDER.rglob("*.yaml")}
-NAMES = sorted(CONFIGS)
+NAMES = ["arithmetic", "commonsense", "continual-1", "continual-2", "demo", "glue", "gsm8k"]
 GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
 
 # The settings of arXiv 2506.14280.
@@ -51,12 +51,9 @@ def validate(raw: dict[str, Any]) -> Any:
     return validate_config(config, capabilities=GPU, env_capabilities=version)
 
 
-def test_every_setting_of_the_table_has_a_config() -> None:
-    assert {"demo", "arithmetic", "continual-1", "continual-2", *TABLE} == set(NAMES)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_axolotl_accepts_the_config_and_keeps_every_key(name: str, make_adapter: Any) -> None:
+    assert sorted(CONFIGS) == NAMES
     raw = load(name)
     if "ivon_prior" in raw:  # which must be there
         raw["ivon_prior"] = str(make_adapter(r=8, lora_alpha=16))
@@ -107,9 +104,7 @@ SUM = "2 + 3 = <<2+3=5>>5\n#### 5"
         ),
     ],
 )
-def test_the_prompt_holds_the_fields_and_only_the_answer_is_trained_on(
-    name: str, row: dict[str, Any], prompt: str, answer: str, tiny_llama: Path
-) -> None:
+def test_only_the_answer_is_trained(name: str, row: dict[str, Any], prompt: str, answer: str, tiny_llama: Path) -> None:
     from axolotl.prompt_strategies import load as load_strategy
     from axolotl.utils.dict import DictDefault
     from transformers import AutoTokenizer

@@ -149,9 +149,7 @@ def test_ivon_post_is_a_command_of_axolotl(straight_run: Path) -> None:
         {"learning_rate": 5e-4, "lr_scheduler": "constant", "gradient_accumulation_steps": 1, "micro_batch_size": 4},
     ],
 )
-def test_a_yaml_for_adamw_learns_with_the_optimizer_line_alone_changed(
-    changes: dict[str, Any], make_config: Any, forks: Forks
-) -> None:
+def test_a_yaml_for_adamw_learns_as_it_is(changes: dict[str, Any], make_config: Any, forks: Forks) -> None:
     """At no less than half of AdamW's pace, on a random model of which the draws cost a good part."""
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     unset = dict.fromkeys([f"ivon_{name}" for name in ("gamma", "lambda", "h0", "clip", "beta2")])

@@ -82,9 +82,7 @@ def served(adapter: Path) -> Iterator[tuple[Path, str]]:
 
 
 @pytest.mark.parametrize("which", [(), ("--mean",)], ids=["draws", "mean"])
-def test_greedy_answers_are_those_of_transformers(
-    served: tuple[Path, str], adapter: Path, tmp_path: Path, which: tuple[str, ...]
-) -> None:
+def test_greedy_is_the_same(served: tuple[Path, str], adapter: Path, tmp_path: Path, which: tuple[str, ...]) -> None:
     folder, url = served
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps({"messages": [{"role": "user", "content": q}]}) + "\n" for q in QUESTIONS))

@@ -64,9 +64,7 @@ def test_what_would_be_ignored_or_is_out_of_range_is_refused(changes: dict[str, 
     IVONLoRAPlugin().register({**BASE, **changes, "optimizer": "adamw_torch"})
 
 
-def test_an_earlier_adapter_that_does_not_go_with_the_yaml_is_refused_before_anything_is_loaded(
-    make_adapter: Any, copied: Any, tmp_path: Path
-) -> None:
+def test_an_earlier_adapter_unlike_the_yaml_is_refused(make_adapter: Any, copied: Any, tmp_path: Path) -> None:
     monday, other, plain = make_adapter(seed=1), make_adapter(seed=2), make_adapter(sigma=False)
     given = {**BASE, "ivon_prior": str(monday)}
     for changes, words in (
@@ -90,9 +88,7 @@ def test_an_earlier_adapter_that_does_not_go_with_the_yaml_is_refused_before_any
     IVONLoRAPlugin().register({**given, "lora_r": 8, "lora_model_dir": str(monday)})
 
 
-def test_what_attach_refuses_of_an_earlier_adapter_is_told_by_its_key(
-    make_adapter: Any, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_an_earlier_adapter_that_attach_refuses_has_a_key(make_adapter: Any, tiny_llama: Path, tmp_path: Path) -> None:
     cfg = DictDefault({**BASE, "learning_rate": 1e-3, "ivon_prior": str(make_adapter(target_modules=["q_proj"]))})
     with pytest.raises(ConfigError, match=r"^ivon_prior: .* is on q_proj and this adapter on q_proj, v_proj; set lora"):
         IVONLoRAPlugin().post_trainer_create(cfg, make_trainer(tiny_llama, tmp_path))
@@ -138,9 +134,7 @@ def test_keys_with_another_optimizer_are_named(caplog: pytest.LogCaptureFixture)
         ({"ivon_lambda": None}, "give ivon_lambda"),
     ],
 )
-def test_what_attach_refuses_is_told_by_its_key(
-    changes: dict[str, Any], message: str, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_what_attach_refuses_has_a_key(changes: dict[str, Any], message: str, tiny_llama: Path, tmp_path: Path) -> None:
     cfg = DictDefault({**BASE, "learning_rate": 1e-2, "ivon_lambda": 1e4, **changes})
     trainer = make_trainer(tiny_llama, tmp_path, learning_rate=cfg.learning_rate)
     if cfg.ivon_lambda is None:

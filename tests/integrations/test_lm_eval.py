@@ -29,11 +29,6 @@ QUESTIONS = [("red sun", ["cold", "warm dog"], 1), ("moon rain", ["good", "bad c
 
 
 @pytest.fixture(scope="module")
-def adapter(make_adapter: Callable[..., Path]) -> Path:
-    return make_adapter()
-
-
-@pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     lines = [json.dumps({"q": q, "choices": choices, "label": label}) for q, choices, label in QUESTIONS]
@@ -54,10 +49,10 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 @pytest.fixture(scope="module")
-def by_hand(adapter: Path) -> ByHand:
+def by_hand(tiny_adapter: Path) -> ByHand:
     """A function of draws, context and continuation: the log of the mean likelihood over the draws."""
-    model = load_model(adapter)
-    tokenizer = load_tokenizer(adapter, model.get_base_model().config._name_or_path)
+    model = load_model(tiny_adapter)
+    tokenizer = load_tokenizer(tiny_adapter, model.get_base_model().config._name_or_path)
 
     @torch.no_grad()
     def log_mean(draws: list[Draw], context: str, continuation: str) -> float:
@@ -81,11 +76,11 @@ def make(adapter: Path, **options: Any) -> IVONPosterior:
     return IVONPosterior(str(adapter), batch_size=2, **options)
 
 
-def test_likelihoods_are_averaged_over_draws_and_then_cached(adapter: Path, by_hand: ByHand) -> None:
-    model = make(adapter, samples=3, tau="0.5", ratio=0.2, seed=7)
+def test_likelihoods_are_averaged_over_draws_and_then_cached(tiny_adapter: Path, by_hand: ByHand) -> None:
+    model = make(tiny_adapter, samples=3, tau="0.5", ratio=0.2, seed=7)
     cached: list[tuple[str, object, object]] = []
     model.cache_hook = SimpleNamespace(add_partial=lambda *entry: cached.append(entry))
-    q = Posterior.from_pretrained(adapter).prune(0.2).temper(0.5)
+    q = Posterior.from_pretrained(tiny_adapter).prune(0.2).temper(0.5)
     draws = [q.sample(7, member) for member in range(3)]
     asked = [("red sun is", " warm dog"), ("moon", " cold")]
     answers = model.loglikelihood([request(*pair) for pair in asked], disable_tqdm=True)
@@ -98,18 +93,18 @@ def test_likelihoods_are_averaged_over_draws_and_then_cached(adapter: Path, by_h
     assert values[1] > sum(each) / 3
 
 
-def test_infinite_tau_is_the_mean(adapter: Path, by_hand: ByHand) -> None:
-    model = make(adapter, samples=5, tau="inf")
-    mean = dict(Posterior.from_pretrained(adapter).mean)
+def test_infinite_tau_is_the_mean(tiny_adapter: Path, by_hand: ByHand) -> None:
+    model = make(tiny_adapter, samples=5, tau="inf")
+    mean = dict(Posterior.from_pretrained(tiny_adapter).mean)
     [(value, _)] = model.loglikelihood([request("moon", " cold")], disable_tqdm=True)
     assert value == pytest.approx(by_hand([mean], "moon", " cold"), rel=1e-5)
 
 
-def test_documents_are_averaged_whole(adapter: Path) -> None:
-    model = make(adapter, samples=3, tau=0.3, max_length=8)
+def test_documents_are_averaged_whole(tiny_adapter: Path) -> None:
+    model = make(tiny_adapter, samples=3, tau=0.3, max_length=8)
     text = "red sun moon rain dog cat bird warm cold fast slow good bad yes no one two three"
     [found] = model.loglikelihood_rolling([request(text)], disable_tqdm=True)
-    q = Posterior.from_pretrained(adapter).temper(0.3)
+    q = Posterior.from_pretrained(tiny_adapter).temper(0.3)
     each = []
     for member in range(3):
         with model._slots.loaded(q.sample(0, member)):
@@ -118,13 +113,11 @@ def test_documents_are_averaged_whole(adapter: Path) -> None:
     assert found == pytest.approx(torch.tensor(each, dtype=torch.float64).logsumexp(0).item() - math.log(3))
 
 
-def test_a_task_through_the_api_and_the_command_line(
-    adapter: Path, by_hand: ByHand, task: Path, tmp_path: Path
-) -> None:
-    asked = {"model": "ivon-posterior", "model_args": f"adapter={adapter},samples=3,tau=0.5"}
+def test_a_task_by_api_and_command_line(tiny_adapter: Path, by_hand: ByHand, task: Path, tmp_path: Path) -> None:
+    asked = {"model": "ivon-posterior", "model_args": f"adapter={tiny_adapter},samples=3,tau=0.5"}
     manager = TaskManager(include_path=str(task), include_defaults=False)
     found = lm_eval.simple_evaluate(**asked, tasks=["tiny"], task_manager=manager, batch_size=4, bootstrap_iters=0)
-    q = Posterior.from_pretrained(adapter).temper(0.5)
+    q = Posterior.from_pretrained(tiny_adapter).temper(0.5)
     draws = [q.sample(0, member) for member in range(3)]
     right, disagreement = 0, 0.0
     for question, choices, label in QUESTIONS:
@@ -148,14 +141,14 @@ def test_a_task_through_the_api_and_the_command_line(
     assert results["config"]["mutual_information"] == told
 
 
-def test_only_choices_with_their_questions_have_disagreement(adapter: Path) -> None:
+def test_only_choices_with_their_questions_have_disagreement(tiny_adapter: Path) -> None:
     def asked(task: str, doc: int, *pairs: tuple[str, str]) -> list[Instance]:
         return [Instance("loglikelihood", {}, pair, idx, (task, doc, 1)) for idx, pair in enumerate(pairs)]
 
     a, b = ("moon", " cold"), ("moon", " good")
     priors = ("", " cold"), ("", " good")
     requests = [*asked("choices", 0, a, b), *asked("with-priors", 0, a, b, *priors), *asked("one", 0, a)]
-    model = make(adapter, samples=3, tau=0.5)
+    model = make(tiny_adapter, samples=3, tau=0.5)
     assert model.get_model_info()["mutual_information"] == {}
     model.loglikelihood(requests, disable_tqdm=True)
     model.loglikelihood(requests, disable_tqdm=True)  # again is not twice as many
@@ -163,27 +156,27 @@ def test_only_choices_with_their_questions_have_disagreement(adapter: Path) -> N
     assert told.keys() == {"choices", "with-priors"}
     assert told["choices"] == told["with-priors"]
     assert told["choices"]["documents"] == 1
-    mean = make(adapter, tau="inf")
+    mean = make(tiny_adapter, tau="inf")
     mean.loglikelihood(requests, disable_tqdm=True)
     assert mean.get_model_info()["mutual_information"] == {}
 
 
-def test_text_is_generated_from_the_mean(adapter: Path) -> None:
-    model = make(adapter, samples=2, ratio=0.2)
+def test_text_is_generated_from_the_mean(tiny_adapter: Path) -> None:
+    model = make(tiny_adapter, samples=2, ratio=0.2)
     [text] = model.generate_until([request("red sun", {"max_gen_toks": 5, "until": ["\n"]})], disable_tqdm=True)
-    pruned = dict(Posterior.from_pretrained(adapter).prune(0.2).mean)
-    base = load_model(adapter)
-    tokenizer = load_tokenizer(adapter, base.get_base_model().config._name_or_path)
+    pruned = dict(Posterior.from_pretrained(tiny_adapter).prune(0.2).mean)
+    base = load_model(tiny_adapter)
+    tokenizer = load_tokenizer(tiny_adapter, base.get_base_model().config._name_or_path)
     ids = tokenizer("red sun", return_tensors="pt")["input_ids"]
     with AdapterSlots(base).loaded(pruned):
         expected = base.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
     assert text == tokenizer.decode(expected, skip_special_tokens=True).split("\n")[0]
 
 
-def test_bad_settings_are_told(adapter: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+def test_bad_settings_are_told(tiny_adapter: Path, plain_adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(IVONError, match="tau"):
-        make(adapter, tau=0)
+        make(tiny_adapter, tau=0)
     with pytest.raises(IVONError, match="has no ivon_sigma"):
-        make(make_adapter(sigma=False))
+        make(plain_adapter)
     with pytest.raises(IVONError, match="recommended cannot be read"):
-        make(adapter, recommended=str(tmp_path / "nothing.json"))
+        make(tiny_adapter, recommended=str(tmp_path / "nothing.json"))

@@ -248,12 +248,10 @@ def test_a_heat_map_has_a_cell_for_every_module() -> None:
         assert texts(heat_map("σ", few))
 
 
-def test_rows_that_stand_out_are_marked() -> None:
+def test_rows_that_stand_out_are_marked_and_a_histogram_has_both_ends() -> None:
     every, marked = memory_map(np.array([1.0, 2.0, 3.0]), np.ones(3), np.array([False, True, True])).axes[0].collections
     assert (every.get_offsets()[:, 0].tolist(), marked.get_offsets()[:, 0].tolist()) == ([1.0], [2.0, 3.0])
 
-
-def test_both_ends_of_a_histogram_are_in_it() -> None:
     constant = histograms("entropy", np.ones(4), {"x": np.ones(3), "y": np.ones(2)})
     heights = [patch.get_height() for patch in constant.axes[0].patches if hasattr(patch, "get_height")]
     assert max(heights) == pytest.approx(100)

@@ -43,6 +43,10 @@ def test_the_keys_are_those_of_the_table_name_their_defaults_and_become_paramete
     assert attach_parameters({}) == {"betas": (0.9, None)}
     given = {"ivon_lambda": 3.0, "ivon_beta1": 0.5, "ivon_beta2": 0.7, "ivon_clip": None, "learning_rate": 1.0}
     assert attach_parameters(given) == {"ess": 3.0, "betas": (0.5, 0.7)}
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "train.md").read_text(encoding="utf-8")
+    assert "{{ settings }}" in page
+    assert "| `ivon_" not in page.partition("Values for three settings")[0]
 
 
 def test_values_that_are_given_take_the_place_of_a_preset_s() -> None:
@@ -60,28 +64,21 @@ def test_the_header_has_later_settings_where_they_are_not_the_paper_s() -> None:
     assert header.keys().isdisjoint({"prior_strength", "eval_samples", "draws"})
 
 
-def test_the_page_takes_its_table_from_here() -> None:
-    docs = Path(__file__).parents[2] / "docs"
-    page = (docs / "train.md").read_text(encoding="utf-8")
-    assert "{{ settings }}" in page
-    assert "| `ivon_" not in page.partition("Values for three settings")[0]
-
-
 def test_settings_need_no_torch() -> None:
     code = "import axolotl_ivon.settings.keys, axolotl_ivon.settings.presets, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_effective_sample_size() -> None:
+def test_lambda_h0_and_memory_are_the_paper_s_or_by_rules() -> None:
+    paper, auto = PRESETS["paper"], PRESETS["auto"]
     assert effective_sample_size(10_000) == pytest.approx(500_000)
     assert effective_sample_size(4, gamma=1.0) == pytest.approx(2.0)
     for bad in ({"n": 0}, {"n": 5, "gamma": 0.0}, {"n": 5, "gamma": float("inf")}):
         with pytest.raises(ValueError, match="positive"):
             effective_sample_size(**bad)
-
-
-def test_lambda_and_h0_are_the_paper_s_or_from_what_the_draws_may_cost() -> None:
-    paper, auto = PRESETS["paper"], PRESETS["auto"]
+    assert 1 / (1 - auto.second_beta(5000)) == pytest.approx(1000)
+    assert auto.second_beta(1) == auto.second_beta(50) == 0.9
+    assert paper.second_beta(7) == 0.9995
     assert paper.ess(900, 10**6) == effective_sample_size(900, 5000.0)
     assert paper.first_h0(1e5, [4096] * 1000) == 0.05
     assert auto.ess(256, 92_160) == 256_000
@@ -109,10 +106,3 @@ def test_few_examples_count_as_more_in_a_short_run(size: int, weights: int, epoc
     if size >= 250 or epochs <= 10:
         assert ess == auto.ess(size, weights)
     assert PRESETS["paper"].ess(size, weights, epochs) == PRESETS["paper"].ess(size, weights)
-
-
-def test_the_memory_is_a_fifth_of_the_run() -> None:
-    auto = PRESETS["auto"]
-    assert 1 / (1 - auto.second_beta(5000)) == pytest.approx(1000)
-    assert auto.second_beta(1) == auto.second_beta(50) == 0.9
-    assert PRESETS["paper"].second_beta(7) == 0.9995
