@@ -21,8 +21,9 @@ from ._tables import emit
 
 if TYPE_CHECKING:
     from axolotl_ivon.decisions.recommendation import Decision
-    from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
-    from axolotl_ivon.models.session import Loading
+    from axolotl_ivon.evaluation.evaluate import EvaluationData as EvaluationData
+    from axolotl_ivon.evaluation.evaluate import Sampling as Sampling
+    from axolotl_ivon.models.session import Loading as Loading
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import click
 
 from . import _options as options
 from ._tables import emit, print_facts
-
-if TYPE_CHECKING:
-    from axolotl_ivon.models.session import Loading
 
 
 @click.command("check", cls=options.Sectioned)
@@ -22,7 +18,12 @@ if TYPE_CHECKING:
 @options.model_options
 @options.terminal_options
 def command(
-    target: str, data: Sequence[str], limit: int | None, processes: int, loading: Loading, terminal: options.Terminal
+    target: str,
+    data: Sequence[str],
+    limit: int | None,
+    processes: int,
+    loading: options.Loading,
+    terminal: options.Terminal,
 ) -> None:
     """Diagnose a run, or forecast one from its YAML.
 

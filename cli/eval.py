@@ -14,8 +14,6 @@ from ._stdout import results
 from ._tables import decimal, emit, is_wide, percent, print_table
 
 if TYPE_CHECKING:
-    from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
-    from axolotl_ivon.models.session import Loading
     from axolotl_ivon.records.evaluation import EvaluationRecord, OodResult, VariantResult
 
 _ROWS = "base,mean,mean-pruned,posterior,posterior-pruned"
@@ -68,12 +66,12 @@ _DIFFERENCES = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL"
 @options.as_one("files", options.evaluation_data, "data", "ood", "calibrate", "task", "choices", "limit")
 def command(
     adapter: str,
-    files: EvaluationData,
-    sampling: Sampling,
+    files: options.EvaluationData,
+    sampling: options.Sampling,
     point: options.PosteriorOptions,
     rows: str,
     output: options.OutputOptions,
-    loading: Loading,
+    loading: options.Loading,
 ) -> None:
     """Measure accuracy, calibration and uncertainty.
 

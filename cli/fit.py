@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from . import _options as options
 from ._tables import as_number, number
-
-if TYPE_CHECKING:
-    from axolotl_ivon.models.session import Loading
 
 
 def _prior(value: str) -> str | float:
@@ -63,7 +60,7 @@ def command(
     data: Sequence[str],
     settings: dict[str, Any],
     limit: int | None,
-    loading: Loading,
+    loading: options.Loading,
     output: options.OutputOptions,
 ) -> None:
     """Fit a posterior (σ) around an existing adapter.

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from . import _options as options
 from ._tables import percent
-
-if TYPE_CHECKING:
-    from axolotl_ivon.models.session import Loading
 
 
 @click.command("generate", cls=options.Sectioned)
@@ -54,7 +51,7 @@ def command(
     answer_regex: str | None,
     limit: int | None,
     endpoint: str | None,
-    loading: Loading,
+    loading: options.Loading,
     output: options.OutputOptions,
 ) -> None:
     """Generate many outputs per prompt, from draws.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from ._stdout import results
 from ._tables import emit, number, print_table
 
 if TYPE_CHECKING:
-    from axolotl_ivon.models.session import Loading
     from axolotl_ivon.records.influence import InfluenceRecord
 
 _SHOWN = 20
@@ -41,7 +39,7 @@ def command(
     keep: float | None,
     scores: str | None,
     limit: int | None,
-    loading: Loading,
+    loading: options.Loading,
     output: options.OutputOptions,
 ) -> None:
     """Score how each training row shaped the adapter.
@@ -107,7 +105,10 @@ def command(
         document |= {"keep": keep, "left_out": gone, "most_suspicious": order[:_SHOWN]}
         emit({**document, "rows": [row.dump() for row in rows]})
         return
-    _print([rows[i] for i in order[:_SHOWN]], len(rows), by, with_on)
+    shown = [name for name in _SCORES if with_on or name != "on"]
+    lines = [[f"{rows[i].line:>5}  {_text(rows[i])}", *map(number, map(rows[i].score, shown))] for i in order[:_SHOWN]]
+    title = f"the {len(lines)} most suspicious of {len(rows)} rows, by {by}"
+    print_table([" line  answer ← question", *shown], lines, title)
     if written and keep is not None:
         click.echo(f"{len(rows) - len(gone)} rows stay, {len(gone)} are left out, by {by}")
     if written:
@@ -115,15 +116,6 @@ def command(
     if keep is None:
         again = [*(["--scores", written] if written else ["--on", on] if by == "on" else []), "--by", by]
         output.suggest("ivon-post", "influence", adapter, "--data", data, *again, "--keep", 0.9, "-o", "clean.jsonl")
-
-
-def _print(rows: Sequence[InfluenceRecord], count: int, by: str, with_on: bool) -> None:
-    """Print a table of the most suspicious rows."""
-    shown = [name for name in _SCORES if with_on or name != "on"]
-    lines = [[f"{row.line:>5}  {_text(row)}", *(number(row.score(name)) for name in shown)] for row in rows]
-    print_table(
-        [" line  answer ← question", *shown], lines, f"the {len(rows)} most suspicious of {count} rows, by {by}"
-    )
 
 
 def _text(row: InfluenceRecord) -> str:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from . import _options as options
-
-if TYPE_CHECKING:
-    from axolotl_ivon.models.session import Loading
 
 _SECTIONS = {
     "Server": {"host", "port", "name", "max_tokens"},
@@ -57,7 +54,7 @@ def command(
     server: dict[str, Any],
     draws: dict[str, Any],
     point: options.PosteriorOptions,
-    loading: Loading,
+    loading: options.Loading,
     proxied: dict[str, Any],
     terminal: options.Terminal,
 ) -> None:

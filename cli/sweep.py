@@ -16,8 +16,6 @@ from ._tables import decimal, is_wide, percent, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.decisions.weights import WeightsSweep
-    from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
-    from axolotl_ivon.models.session import Loading
     from axolotl_ivon.records.recommendation import GridPoint, Recommendation
 
 
@@ -44,12 +42,12 @@ _grid: dict[str, Any] = {"type": options.numbers, "multiple": True}
 def command(
     adapters: tuple[str, ...],
     combine: bool,
-    files: EvaluationData,
+    files: options.EvaluationData,
     grid: dict[str, tuple[tuple[float, ...], ...]],
     aim: dict[str, Any],
-    sampling: Sampling,
+    sampling: options.Sampling,
     output: options.OutputOptions,
-    loading: Loading,
+    loading: options.Loading,
 ) -> None:
     """Choose temperature and pruning ratio on data.
 
@@ -118,11 +116,11 @@ def command(
 
 def _sweep_weights(
     adapters: tuple[str, ...],
-    files: EvaluationData,
+    files: options.EvaluationData,
     objective: str,
-    sampling: Sampling,
+    sampling: options.Sampling,
     output: options.OutputOptions,
-    loading: Loading,
+    loading: options.Loading,
 ) -> None:
     """Sweep over the weights of a product."""
     from axolotl_ivon.decisions.weights import check_files, save, sweep_weights
