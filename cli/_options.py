@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from axolotl_ivon.errors import IVONError, printable
 from axolotl_ivon.models import DTYPES
 
 from ._progress import Progress
@@ -102,8 +103,6 @@ class Terminal:
 
     def suggest(self, *words: object) -> None:
         """Suggest the next command on stderr, unless a program reads the result."""
-        from axolotl_ivon.errors import printable
-
         if words and not (self.as_json or self.quiet):
             click.echo(f"next: {printable(shlex.join(map(str, words)))}", err=True)
 
@@ -125,7 +124,6 @@ class OutputOptions(Terminal):
 
     def path(self, adapter: str, what: str) -> Path:
         """Return the path that the user named, else one beside `adapter` (for a Hub id, in this folder)."""
-        from axolotl_ivon.errors import IVONError
         from axolotl_ivon.storage.atomic import check_outside
 
         if self.output in ("", "-"):

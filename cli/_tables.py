@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from axolotl_ivon.errors import printable
+
 from ._stdout import results
 
 
@@ -33,8 +35,6 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     from rich.console import Console
     from rich.table import Table
 
-    from axolotl_ivon.errors import printable
-
     console = Console(file=results())
     # Somebody who pipes wants every character; a terminal may wrap.
     if not console.is_terminal:
@@ -49,8 +49,6 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 def print_facts(facts: Mapping[str, str]) -> None:
     """Print names and values in two columns, and an empty line."""
-    from axolotl_ivon.errors import printable
-
     width = max(map(len, facts))
     for name, value in facts.items():
         click.echo(f"{printable(name):<{width}}  {printable(value)}")

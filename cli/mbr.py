@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from axolotl_ivon.errors import IVONError
+
 from . import _options as options
 from ._progress import Progress
 from ._tables import decimal, percent, print_table
@@ -67,7 +69,6 @@ def command(
     import numpy as np
 
     from axolotl_ivon.decisions.abstention import certify
-    from axolotl_ivon.errors import IVONError
     from axolotl_ivon.generation.fields import check_outputs
     from axolotl_ivon.generation.mbr import check_output, label_files, mbr, save_choices
     from axolotl_ivon.generation.nbest import read_nbest, read_source
@@ -151,7 +152,6 @@ def _check_risk(
 ) -> None:
     """Raise IVONError unless a threshold for the risk can be found."""
     from axolotl_ivon.decisions.abstention import check_risk
-    from axolotl_ivon.errors import IVONError
 
     check_risk(risk, confidence)
     if recommended is not None:
@@ -165,7 +165,6 @@ def _check_risk(
 
 def _recommended(path: str, sources: Mapping[str, dict[str, Any] | None], progress: Progress) -> tuple[float, float]:
     """Return threshold and softmax temperature of a recommendation, which must be for the adapter of the outputs."""
-    from axolotl_ivon.errors import IVONError
     from axolotl_ivon.records.recommendation import Recommendation
 
     recommendation = Recommendation.load(path, "recommended")

@@ -65,15 +65,12 @@ def test_every_option_on_a_page_is_one_of_its_command() -> None:
             assert not unknown, f"{page.name}: ivon-post {name} {unknown}"
 
 
-def test_the_readme_has_one_title_and_the_sections_that_axolotl_knows() -> None:
+def test_the_readme_has_the_sections_that_axolotl_knows_and_versions_agree() -> None:
     prose = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
     assert re.findall(r"^# (.+)$", prose, re.M) == ["axolotl-ivon"]
     sections = ["Requirements", "Installation", "Usage", "Options", "Limitations", "Citation"]
     assert re.findall(r"^## (.+)$", prose, re.M) == sections
     assert {"make demo", "make test"} <= set(re.findall(r"^    (make \w+)", prose, re.M))
-
-
-def test_files_that_name_the_version_agree() -> None:
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]  # type: ignore[index]
     assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]) == version
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

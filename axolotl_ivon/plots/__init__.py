@@ -1,1 +1,1 @@
-"""Pictures, one file a picture. They take arrays and records, and give a matplotlib figure in one house style."""
+"""Pictures. They take arrays and records, and give a matplotlib figure in one house style."""

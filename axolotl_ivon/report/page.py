@@ -16,11 +16,8 @@ import numpy as np
 from ..errors import printable
 from ..inspect.card import measured, metrics_table, promised
 from ..inspect.info import describe
-from ..plots.heat_map import heat_map
-from ..plots.histograms import histograms
-from ..plots.memory_map import memory_map
+from ..plots.page import heat_map, histograms, memory_map, risk_coverage
 from ..plots.reliability import reliability
-from ..plots.risk_coverage import risk_coverage
 from ..plots.style import to_svg
 from ..plots.sweep import trade_off
 from ..posterior.card import HEADER_LABELS, header_value

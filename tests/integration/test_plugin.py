@@ -40,7 +40,7 @@ def straight_run(make_config: Any) -> Path:
     return config.with_suffix("")
 
 
-def test_one_yaml_line_gives_a_posterior_beside_the_adapter(straight_run: Path, tiny_llama: Path) -> None:
+def test_one_yaml_line_gives_a_posterior_and_a_log_of_it(straight_run: Path, tiny_llama: Path) -> None:
     for folder in (straight_run, straight_run / "checkpoint-3", straight_run / "checkpoint-6"):
         posterior = Posterior.from_pretrained(folder)
         assert set(posterior.mean) == set(posterior.sigma)
@@ -57,6 +57,11 @@ def test_one_yaml_line_gives_a_posterior_beside_the_adapter(straight_run: Path, 
     weights = model.state_dict()
     for key, tensor in load_file(straight_run / "adapter_model.safetensors").items():
         assert torch.equal(weights[key.replace(".weight", ".default.weight")], tensor)
+    state = json.loads((straight_run / "checkpoint-6" / "trainer_state.json").read_text())
+    entries = [entry for entry in state["log_history"] if "loss" in entry]
+    assert entries[-1]["learning_rate"] == pytest.approx(PEAK * (1 + math.cos(math.pi * 3 / 4)) / 2)
+    for entry in entries:
+        assert {key for key in entry if "ivon" in key} == IVON_METRICS
 
 
 def test_the_card_is_axolotls_and_tells_of_the_posterior(straight_run: Path) -> None:
@@ -68,14 +73,6 @@ def test_the_card_is_axolotls_and_tells_of_the_posterior(straight_run: Path) -> 
         assert f"| training examples N | {ROWS} |" in card.text
     assert "See axolotl config" in ModelCard.load(straight_run / "README.md").text
     assert "| steps | 3 |" in ModelCard.load(straight_run / "checkpoint-3" / "README.md").text
-
-
-def test_the_log_of_a_real_run_shows_the_posterior(straight_run: Path) -> None:
-    state = json.loads((straight_run / "checkpoint-6" / "trainer_state.json").read_text())
-    entries = [entry for entry in state["log_history"] if "loss" in entry]
-    assert entries[-1]["learning_rate"] == pytest.approx(PEAK * (1 + math.cos(math.pi * 3 / 4)) / 2)
-    for entry in entries:
-        assert {key for key in entry if "ivon" in key} == IVON_METRICS
 
 
 def test_sigint_in_mid_step_saves_the_mean_and_its_sigma(make_config: Any, forks: Forks) -> None:

@@ -91,9 +91,6 @@ def test_likelihoods_are_averaged_over_draws_and_then_cached(tiny_adapter: Path,
     each = [by_hand([draw], "moon", " cold") for draw in draws]
     assert min(each) < values[1] < max(each)
     assert values[1] > sum(each) / 3
-
-
-def test_infinite_tau_is_the_mean(tiny_adapter: Path, by_hand: ByHand) -> None:
     model = make(tiny_adapter, samples=5, tau="inf")
     mean = dict(Posterior.from_pretrained(tiny_adapter).mean)
     [(value, _)] = model.loglikelihood([request("moon", " cold")], disable_tqdm=True)

@@ -25,11 +25,8 @@ from axolotl_ivon import IVONError
 from axolotl_ivon.decisions.weights import WeightsPoint
 from axolotl_ivon.generation.mbr import CurvePoint
 from axolotl_ivon.metrics.scores import Scores, metrics
-from axolotl_ivon.plots.heat_map import heat_map, split_module
-from axolotl_ivon.plots.histograms import histograms
-from axolotl_ivon.plots.memory_map import memory_map
+from axolotl_ivon.plots.page import heat_map, histograms, memory_map, risk_coverage, split_module
 from axolotl_ivon.plots.reliability import Bins, reliability, too_few
-from axolotl_ivon.plots.risk_coverage import risk_coverage
 from axolotl_ivon.plots.scaling import scaling
 from axolotl_ivon.plots.style import BLUE, INK, house_style, new_figure, save_figures, to_svg
 from axolotl_ivon.plots.sweep import save_sweep, trade_off, weights_front

@@ -37,6 +37,14 @@ def test_examples_lie_where_eval_wrote_them_or_beside_it(known: Findings, writte
     assert Findings.read(HEADER, tmp_path / "eval.json").examples == ()
     assert len(Findings.read(HEADER, tmp_path / "eval.json", moved).examples) == len(known.examples)
     assert Findings.read(HEADER) == Findings()
+    lines = [line for line in known.examples if line.data == "other.jsonl"]
+    expected = [float(line.rows["mean"].right or 0) for line in lines]
+    assert known.values("other.jsonl", "mean", "correct").tolist() == expected
+    assert np.isnan(known.values("other.jsonl", "posterior+temperature", "mutual_information")).all()
+    assert len(known.values("other.jsonl", "nobody", "correct")) == 0
+    assert known.threshold == 0.6
+    agreement = known.sweep.model_copy(update={"score": "agreement"}) if known.sweep else None
+    assert Findings(sweep=agreement).threshold is None
 
 
 def test_documents_of_something_else_are_refused(known: Findings, written: Any, tmp_path: Path) -> None:
@@ -64,17 +72,6 @@ def test_documents_of_something_else_are_refused(known: Findings, written: Any, 
             Findings.read(HEADER, path)
     part = {**rows[0], "name": "recommended, answered", "coverage": 0.5, "accuracy": 1.0}
     assert Findings.read(HEADER, written(rows=[*rows, part])).examples, "a part of a row has no examples of its own"
-
-
-def test_values_are_those_of_the_lines(known: Findings) -> None:
-    lines = [line for line in known.examples if line.data == "other.jsonl"]
-    expected = [float(line.rows["mean"].right or 0) for line in lines]
-    assert known.values("other.jsonl", "mean", "correct").tolist() == expected
-    assert np.isnan(known.values("other.jsonl", "posterior+temperature", "mutual_information")).all()
-    assert len(known.values("other.jsonl", "nobody", "correct")) == 0
-    assert known.threshold == 0.6
-    agreement = known.sweep.model_copy(update={"score": "agreement"}) if known.sweep else None
-    assert Findings(sweep=agreement).threshold is None
 
 
 def test_it_measures_what_eval_measures(tiny_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
