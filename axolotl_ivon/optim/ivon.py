@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..settings.presets import effective_sample_size as effective_sample_size
 from ..settings.table import ADDED_LATER
 from . import kernels
 from .buffers import Buffers
@@ -303,13 +302,11 @@ class IVONLoRA(Optimizer):
         buffers.steps += buffers.with_gradient().there * decision[0]
         debias = (buffers.steps * math.log(max(beta1, 1e-30))).expm1_().neg_()  # 1 − β1^t, for a small 1 − β1 as well
         # δ is from the m and σ of the last draw, which are those before the step.
-        fixed, kl_optimal = group["prior"] != "empirical", buffers.numels / buffers.moments
+        fixed, deltas = group["prior"] != "empirical", buffers.numels / buffers.moments  # the KL-optimal ones
         if fixed:
-            deltas = torch.full_like(kl_optimal, 1 / ess if group["prior"] == _GAUSSIAN else group["prior"])
-        else:
-            deltas = kl_optimal
+            deltas = torch.full_like(deltas, 1 / ess if group["prior"] == _GAUSSIAN else group["prior"])
         deltas = deltas * group["prior_strength"]
-        memories = torch.full_like(kl_optimal, 1 - beta2)
+        memories = torch.full_like(deltas, 1 - beta2)
         if group["h0_steps"] is not None:
             memories = torch.maximum(memories, 1 / (buffers.steps + group["h0_steps"]))
         lr = min(group["lr"], MAX_STEP)
@@ -317,7 +314,7 @@ class IVONLoRA(Optimizer):
         if group["rescale_lr"]:
             rates = (deltas + group["h0"]).clamp_(max=MAX_STEP / max(lr * bound, 1.0)).mul_(lr)
         else:
-            rates = torch.full_like(kl_optimal, lr)
+            rates = torch.full_like(deltas, lr)
         batch = float(group["batch_size"]) if group["hessian"] == "squared_gradients" else None
         buffers.update(Terms(deltas, debias, rates, memories), decision, Constants(ess, beta1, bound, fixed, batch))
 

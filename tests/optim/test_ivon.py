@@ -350,8 +350,7 @@ def test_a_parameter_without_gradient_in_one_micro_batch_keeps_what_the_other_ga
             (pair["B"].sum() + (0 * pair["A"].sum() if reach_twice else 0)).backward()
         optimizer.step()
         results.append((pair["A"].detach(), optimizer.sigma(pair["A"]), optimizer.sigma(pair["B"])))
-    for left, right in zip(*results, strict=True):
-        assert torch.equal(left, right)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_dropping_the_gradients_drops_their_hessian_estimates() -> None:
@@ -388,8 +387,7 @@ def test_a_loss_scaler_changes_nothing_and_an_overflow_skips() -> None:
             scaler.update()
             optimizer.zero_grad()
         results.append((pair["A"].detach(), optimizer.sigma(pair["A"]), optimizer.sigma(pair["B"])))
-    for plain, with_scaler in zip(*results, strict=True):
-        torch.testing.assert_close(with_scaler, plain, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-9)
 
 
 def test_closure_runs_at_a_draw() -> None:
@@ -508,7 +506,7 @@ def test_a_constant_loss_and_zero_gradients_move_nothing_but_sigma() -> None:
     for _ in range(50):
         with step_of(optimizer):
             (0 * sum(param.sum() for param in pair.values()) + 3).backward()
-    assert torch.equal(pair["A"].detach(), lora_pair()["A"].detach())
+    assert torch.equal(pair["A"], lora_pair()["A"])
     assert (optimizer.sigma(pair["A"]) > before["A"]).all(), "a loss that says nothing leaves the prior, which is wider"
     torch.testing.assert_close(optimizer.sigma(pair["B"]), before["B"], rtol=1e-5, atol=0)  # at 0 it is the prior
 
