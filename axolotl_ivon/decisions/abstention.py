@@ -159,15 +159,17 @@ def find_threshold(
     if result.threshold is not None:
         return result
     # All that is known of the error rates, for an advice: no test depends on it.
-    needs = []
-    for answered, errors in _counts(
-        np.concatenate([scores, guide_scores]), np.concatenate([correct, guide_correct]), grid
-    ):
+    all_scores, all_correct = np.concatenate([scores, guide_scores]), np.concatenate([correct, guide_correct])
+    quantile, needs = NormalDist().inv_cdf, []
+    for answered, errors in _counts(all_scores, all_correct, grid):
         rate = (errors + 0.5) / (answered + 1)
         if rate < risk:
-            wanted = max(least_answers(risk, confidence), _answers_for(rate, risk, confidence))
-            needs.append(math.ceil(wanted * (len(scores) + len(guide_scores)) / answered))
-    if len(scores) + len(guide_scores) < 1 / risk:  # nobody knows any rate
+            # About how many answers it takes to reject `risk` where the error rate is `rate`, mostly.
+            spread = quantile(confidence) * math.sqrt(risk * (1 - risk))
+            spread += quantile(_POWER) * math.sqrt(rate * (1 - rate))
+            wanted = max(least_answers(risk, confidence), (max(spread, 0.0) / (risk - rate)) ** 2)
+            needs.append(math.ceil(wanted * len(all_scores) / answered))
+    if len(all_scores) < 1 / risk:  # nobody knows any rate
         needs.append(least_answers(risk, confidence))
     return replace(result, needed=min(needs, default=None))
 
@@ -184,13 +186,6 @@ def certify(scores: np.ndarray, correct: np.ndarray, risk: float, confidence: fl
     order = np.random.default_rng(seed).permutation(len(scores))
     guide, test = order[: len(order) // 2], order[len(order) // 2 :]
     return find_threshold(scores[test], correct[test], scores[guide], correct[guide], risk=risk, confidence=confidence)
-
-
-def _answers_for(rate: float, risk: float, confidence: float) -> float:
-    """Return about how many answers it takes to reject `risk` where the error rate is `rate`, mostly (`_POWER`)."""
-    quantile = NormalDist().inv_cdf
-    spread = quantile(confidence) * math.sqrt(risk * (1 - risk)) + quantile(_POWER) * math.sqrt(rate * (1 - rate))
-    return (max(spread, 0.0) / (risk - rate)) ** 2
 
 
 def _counts(scores: np.ndarray, correct: np.ndarray, grid: np.ndarray) -> list[tuple[int, int]]:

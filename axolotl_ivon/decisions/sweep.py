@@ -133,6 +133,8 @@ def sweep(
                 f"{param_ref('risk')} {risk:g}: the task generate scores tokens, and a promise is about answers; "
                 "generate them, and use `ivon-post mbr --risk`"
             )
+    import torch
+
     from ..metrics.bootstrap import standard_errors
 
     choose, report, test = _split(len(evaluation.items), sampling.seed, risk is not None)
@@ -144,7 +146,12 @@ def sweep(
     scores = evaluation.run(variants, sampling, reporter)
     choice = _Choice(variants, scores, evaluation.items, objective, choose, report)
     leader, recommended, verdict = choice.recommend()
-    abstention = None if risk is None else _find_threshold(recommended.scores, test, risk, confidence)
+    abstention = None
+    if risk is not None:
+        held = recommended.scores
+        tested = torch.isin(held.group, test)
+        parts = [column[part].numpy() for part in (tested, ~tested) for column in (held.confidence, held.correct)]
+        abstention = find_threshold(*parts, risk=risk, confidence=confidence)
     point = recommended.point
     recommendation = Recommendation(
         tau=point.tau,
@@ -163,15 +170,6 @@ def sweep(
         scaled=[candidate.point for candidate in choice.scaled],
     )
     return Sweep(recommendation, point, choice.reliability(recommended), abstention)
-
-
-def _find_threshold(scores: Scores, test: Tensor, risk: float, confidence: float) -> Abstention:
-    """Return `find_threshold` on the examples numbered in `test`, with all others for its guide."""
-    import torch
-
-    of_test = torch.isin(scores.group, test)
-    columns = [column[where].numpy() for where in (of_test, ~of_test) for column in (scores.confidence, scores.correct)]
-    return find_threshold(*columns, risk=risk, confidence=confidence)
 
 
 def _split(count: int, seed: int, certify: bool) -> Sequence[Tensor]:

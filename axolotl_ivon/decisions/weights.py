@@ -109,10 +109,18 @@ def sweep_weights(
     Raises:
         IVONError: as `Posterior.combine` and `evaluate` do, or a file has fewer than 4 examples.
     """
+    import torch
+
     from ..metrics.bootstrap import compare
     from ..metrics.scores import metrics
 
-    halves = _halves(evaluation, sampling.seed)
+    generator = torch.Generator().manual_seed(sampling.seed)
+    halves: dict[str, tuple[Tensor, Tensor]] = {}  # by file, the numbers of the examples that choose, that report
+    for path, numbers in evaluation.files.items():
+        if len(numbers) < 4:
+            raise IVONError(f"{param_ref('data')} {path}: {len(numbers)} examples cannot be split in two; give 200")
+        order = torch.tensor(numbers)[torch.randperm(len(numbers), generator=generator)]
+        halves[path] = order[: len(order) // 2], order[len(order) // 2 :]
     variant = Variant("product", tau=1.0 if sampling.samples else math.inf)
     sampling = replace(sampling, samples=max(1, sampling.samples))
     candidates = grid(len(posteriors))
@@ -146,20 +154,6 @@ def sweep_weights(
     )
     chosen = best if outcome == "better" else equal
     return WeightsSweep(points, best, chosen, objective, outcome, difference, error, text)
-
-
-def _halves(evaluation: Evaluation, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return for each file the numbers of the examples that choose, and of those that report."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    halves: dict[str, tuple[Tensor, Tensor]] = {}
-    for path, numbers in evaluation.files.items():
-        if len(numbers) < 4:
-            raise IVONError(f"{param_ref('data')} {path}: {len(numbers)} examples cannot be split in two; give 200")
-        order = torch.tensor(numbers)[torch.randperm(len(numbers), generator=generator)]
-        halves[path] = order[: len(order) // 2], order[len(order) // 2 :]
-    return halves
 
 
 def save(

@@ -154,8 +154,10 @@ class Predictor:
         if self.task == "classify":
             logits = self.model(**inputs).logits.view(copies, len(batch), -1)
             return logits.double().softmax(-1)
-        if cache is not None:
-            inputs[cache_name(self._takes)] = _repeated(cache, len(batch))
+        if cache is not None:  # a new one, in which every row stands once for each of the batch
+            pairs = [(layer.keys, layer.values) for layer in cache.layers]
+            rows = [(k.repeat_interleave(len(batch), 0), v.repeat_interleave(len(batch), 0)) for k, v in pairs]
+            inputs[cache_name(self._takes)] = type(cache)(ddp_cache_data=rows)
         if "logits_to_keep" in self._takes:  # the head runs on the scored positions only
             inputs["logits_to_keep"] = columns
         else:
@@ -178,14 +180,3 @@ class Predictor:
         if type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers):
             return cache
         return None
-
-
-def _repeated(cache: Any, times: int) -> Any:
-    """Return a new cache in which every row of `cache` stands `times` times; the given one is not changed."""
-    from transformers.cache_utils import DynamicCache
-
-    return DynamicCache(
-        ddp_cache_data=[
-            (layer.keys.repeat_interleave(times, 0), layer.values.repeat_interleave(times, 0)) for layer in cache.layers
-        ]
-    )

@@ -46,9 +46,15 @@ def merge(
     base = check_merge(adapter, loading)
     with new_folder(Path(folder), overwrite, [adapter.folder, *filter(Path.is_dir, [Path(base)])]) as new:
         reporter.advance("loading the base model", 0, 0)
+        from transformers import AutoConfig
+
         from .draws import AdapterSlots
 
-        dtype = _own_dtype(base) if loading.dtype == "auto" else loading.dtype
+        dtype = loading.dtype
+        if dtype == "auto":  # the one that the base model was saved in, if a merged model can have it
+            with contextlib.suppress(Exception):  # load_model raises with the reason
+                own = str(AutoConfig.from_pretrained(base, trust_remote_code=False).dtype).removeprefix("torch.")
+                dtype = own if own in DTYPES else dtype
         model = load_model(adapter.folder, Loading(base, device="cpu", dtype=dtype), classify=has_head(adapter))
         reporter.advance("merging", 0, 0)
         slots = AdapterSlots(model)
@@ -102,14 +108,3 @@ def choose_weights(
     posterior = Posterior.from_pretrained(adapter.folder, reporter)
     posterior = posterior.prune(ratio or 0, reporter=reporter)
     return posterior.mean if sample_seed is None else posterior.temper(tau).draw(sample_seed)
-
-
-def _own_dtype(base: str) -> str:
-    """Return the dtype that the base model was saved in, where it is one of those that a merged model can have."""
-    from transformers import AutoConfig
-
-    try:
-        dtype = str(AutoConfig.from_pretrained(base, trust_remote_code=False).dtype).removeprefix("torch.")
-    except Exception:  # load_model raises with the reason
-        return "auto"
-    return dtype if dtype in DTYPES else "auto"

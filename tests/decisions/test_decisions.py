@@ -13,13 +13,14 @@ import torch
 from heard import Heard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import write_chats
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.encode import EncodedExample
 from axolotl_ivon.decisions.abstention import find_threshold
 from axolotl_ivon.decisions.recommendation import Decision, read_decision, read_recommended
 from axolotl_ivon.decisions.sweep import Sweep, check_grid, pareto_front, rank, sweep
-from axolotl_ivon.evaluation.evaluate import Evaluation, Sampling
+from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
 from axolotl_ivon.evaluation.variants import Variant
 from axolotl_ivon.metrics.scores import Scores, metrics
 from axolotl_ivon.metrics.verdict import SIGNS
@@ -27,6 +28,17 @@ from axolotl_ivon.records.evaluation import Metrics
 from axolotl_ivon.records.recommendation import GridPoint, Sizes
 
 TAUS, RATIOS = (0.3, 1.0, math.inf), (0.0, 0.4)
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    data = write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", count=31)
+    return Evaluation(tiny_adapter, EvaluationData([data]))
+
+
+@pytest.fixture(scope="module")
+def result(swept: Evaluation) -> Sweep:
+    return sweep(swept, check_grid(TAUS, RATIOS), "nll", sampling=Sampling(seed=4, samples=2))
 
 
 @given(st.integers(1, 3).flatmap(lambda n: st.lists(st.tuples(*[st.integers(0, 4)] * n), min_size=1, max_size=8)))

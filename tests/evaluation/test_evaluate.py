@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from evaluations import DRAWS, ROWS, close
+from caches import NAMES, rename_cache
 from heard import Heard
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from tiny import build_classifier, build_llama, build_lora, with_sigma, write_chats
@@ -25,17 +28,45 @@ from transformers import (
 )
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.data.encode import EncodedExample
+from axolotl_ivon.data.chats import read_examples
+from axolotl_ivon.data.encode import EncodedExample, common_length
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling, evaluate
-from axolotl_ivon.evaluation.run import run
+from axolotl_ivon.evaluation.run import describe, run
 from axolotl_ivon.evaluation.variants import Variant, calibrated_variants, count_passes, paper_variants
 from axolotl_ivon.metrics.calibration import TEMPERATURES
 from axolotl_ivon.metrics.scores import Scores, metrics
 from axolotl_ivon.models.draws import AdapterSlots
 from axolotl_ivon.models.session import Loading, load_tokenizer
+from axolotl_ivon.records.base import save_lines
 from axolotl_ivon.reporter import Reporter
 
 MakeAdapter = Callable[..., Path]
+DRAWS = Sampling(samples=3, seed=5)
+ROWS = list(paper_variants(tau=0.5, ratio=0.3).values())
+
+
+def close(one: list[Scores], other: list[Scores], tolerance: float = 1e-5) -> None:
+    for a, b in zip(one, other, strict=True):
+        first, second = a.group.argsort(stable=True), b.group.argsort(stable=True)
+        for name in ("confidence", "nll", "brier", "entropy", "expected_entropy"):
+            torch.testing.assert_close(
+                getattr(a, name)[first], getattr(b, name)[second], rtol=tolerance, atol=tolerance
+            )
+
+
+@pytest.fixture(scope="module")
+def chats(pipeline: Any) -> Path:
+    return pipeline.chats
+
+
+@pytest.fixture(scope="module", params=["choice", "generate"])
+def evaluation(request: pytest.FixtureRequest, tiny_adapter: Path, chats: Path) -> Evaluation:
+    return Evaluation(tiny_adapter, EvaluationData([chats], task=request.param))
+
+
+@pytest.fixture(scope="module")
+def scores(evaluation: Evaluation) -> list[Scores]:
+    return evaluation.run(ROWS, DRAWS)
 
 
 @torch.no_grad()
@@ -126,16 +157,16 @@ def test_a_temperature_takes_no_pass_of_its_own(evaluation: Evaluation) -> None:
     assert metrics(cold)["mutual_information"] is None  # that is of draws, and nobody scaled a draw
 
 
-def test_temperatures_are_fitted_on_the_other_file(adapter: Path, tmp_path: Path, chats: Path) -> None:
+def test_temperatures_are_fitted_on_the_other_file(tiny_adapter: Path, tmp_path: Path, chats: Path) -> None:
     valid = write_chats(tmp_path / "valid.jsonl", 30, seed=8)
     for task in ("choice", "generate"):
-        evaluation = Evaluation(adapter, EvaluationData([chats], task=task, calibrate=valid))
+        evaluation = Evaluation(tiny_adapter, EvaluationData([chats], task=task, calibrate=valid))
         assert len(evaluation.items) == 24
         assert len(evaluation.held_out) == 30
         plain = calibrated_variants(list(paper_variants(tau=0.5).values()))
         fitted = evaluation.temperatures(plain, Sampling(samples=2, seed=5))
         assert [row.name for row in fitted] == ["mean+temperature", "posterior+temperature"]
-        alone = Evaluation(adapter, EvaluationData([valid], task=task))
+        alone = Evaluation(tiny_adapter, EvaluationData([valid], task=task))
 
         def nll(row: Variant, factor: float, alone: Evaluation = alone) -> float:
             [score] = alone.run([replace(row, temperature=row.temperature * factor)], Sampling(samples=2, seed=5))
@@ -149,23 +180,23 @@ def test_temperatures_are_fitted_on_the_other_file(adapter: Path, tmp_path: Path
 
 
 def test_temperatures_are_fitted_on_what_fits_the_memory(
-    adapter: Path, tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_adapter: Path, tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     valid = write_chats(tmp_path / "valid.jsonl", 30, seed=8)
-    evaluation = Evaluation(adapter, EvaluationData([chats], calibrate=valid))
+    evaluation = Evaluation(tiny_adapter, EvaluationData([chats], calibrate=valid))
     monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._AVERAGES", 2 * 11)
     heard = Heard()
     [few] = evaluation.temperatures([Variant("mean")], reporter=heard)
     assert "first 11 examples" in heard.notes[0]
     first = tmp_path / "first.jsonl"
     first.write_text("".join(valid.read_text().splitlines(keepends=True)[:11]))
-    [same] = Evaluation(adapter, EvaluationData([chats], calibrate=first)).temperatures([Variant("mean")])
+    [same] = Evaluation(tiny_adapter, EvaluationData([chats], calibrate=first)).temperatures([Variant("mean")])
     assert few.temperature == pytest.approx(same.temperature, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ood", "calibrate"])
 def test_other_files_are_other_data_with_the_same_choices(
-    adapter: Path, tmp_path: Path, chats: Path, name: str
+    tiny_adapter: Path, tmp_path: Path, chats: Path, name: str
 ) -> None:
     copy, strange = tmp_path / "copy.jsonl", tmp_path / "strange.jsonl"
     copy.write_text("\n".join(reversed(chats.read_text().splitlines())))
@@ -177,13 +208,13 @@ def test_other_files_are_other_data_with_the_same_choices(
         (tmp_path / "nowhere.jsonl", "there is no such file"),
     ):
         with pytest.raises(IVONError, match=f"{name} .*{message}"):
-            Evaluation(adapter, EvaluationData([chats], **{name: [path] if name == "ood" else path}))
+            Evaluation(tiny_adapter, EvaluationData([chats], **{name: [path] if name == "ood" else path}))
 
 
-def test_the_likelihood_of_answers_is_the_models_own_loss(adapter: Path, chats: Path, tiny_llama: Path) -> None:
-    evaluation = Evaluation(adapter, EvaluationData([chats], task="generate"))
+def test_the_likelihood_of_answers_is_the_models_own_loss(tiny_adapter: Path, chats: Path, tiny_llama: Path) -> None:
+    evaluation = Evaluation(tiny_adapter, EvaluationData([chats], task="generate"))
     [score] = evaluation.run([Variant("mean")])
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tiny_adapter).eval()
     losses, tokens = 0.0, 0
     for item in evaluation.items:
         ids = torch.tensor([[*item.ids, item.targets[-1]]])
@@ -205,7 +236,12 @@ def test_averages_that_do_not_fit_are_made_in_chunks(
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_tokenizers_padding_side_does_not_matter(
-    adapter: Path, chats: Path, scores: list[Scores], evaluation: Evaluation, side: str, monkeypatch: pytest.MonkeyPatch
+    tiny_adapter: Path,
+    chats: Path,
+    scores: list[Scores],
+    evaluation: Evaluation,
+    side: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def padded(*args: object) -> object:
         tokenizer = load_tokenizer(*args)
@@ -213,7 +249,7 @@ def test_the_tokenizers_padding_side_does_not_matter(
         return tokenizer
 
     monkeypatch.setattr("axolotl_ivon.models.session.load_tokenizer", padded)
-    other = Evaluation(adapter, EvaluationData([chats], task=evaluation.task))
+    other = Evaluation(tiny_adapter, EvaluationData([chats], task=evaluation.task))
     close(other.run(ROWS, DRAWS), scores)
 
 
@@ -251,23 +287,26 @@ def test_rows_share_draws_and_take_no_extra_pass(evaluation: Evaluation, monkeyp
     assert len(calls) <= 14 * (24 // 6 + 1)  # the batches, and the common prefix
 
 
-def test_files_are_scored_apart(adapter: Path, tmp_path: Path) -> None:
+def test_files_are_scored_apart(tiny_adapter: Path, tmp_path: Path) -> None:
     paths = [write_chats(tmp_path / f"{seed}.jsonl", 9 + seed, seed=seed) for seed in (1, 2)]
-    both = Evaluation(adapter, EvaluationData(paths, choices=["A", "B"], limit=10))
+    both = Evaluation(tiny_adapter, EvaluationData(paths, choices=["A", "B"], limit=10))
     [score] = both.run([Variant("mean")])
     assert list(both.files.items()) == [(str(paths[0]), range(10)), (str(paths[1]), range(10, 20))]
     for path, numbers in both.files.items():
         part = score.of_groups(torch.tensor(numbers))
-        close([part], Evaluation(adapter, EvaluationData([path], choices=["A", "B"], limit=10)).run([Variant("mean")]))
+        close(
+            [part],
+            Evaluation(tiny_adapter, EvaluationData([path], choices=["A", "B"], limit=10)).run([Variant("mean")]),
+        )
 
 
 def fingerprint(model: nn.Module) -> dict[str, bytes]:
     return {name: tensor.detach().numpy().tobytes() for name, tensor in model.state_dict().items()}
 
 
-def test_model_and_files_are_left_as_they_were(adapter: Path, chats: Path) -> None:
-    files = {path: path.read_bytes() for path in adapter.iterdir()}
-    evaluation = Evaluation(adapter, EvaluationData([chats]))
+def test_model_and_files_are_left_as_they_were(tiny_adapter: Path, chats: Path) -> None:
+    files = {path: path.read_bytes() for path in tiny_adapter.iterdir()}
+    evaluation = Evaluation(tiny_adapter, EvaluationData([chats]))
     model = evaluation.model
     model.train()
     model.get_submodule("base_model.model.lm_head").eval()
@@ -280,7 +319,7 @@ def test_model_and_files_are_left_as_they_were(adapter: Path, chats: Path) -> No
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == gradients
     assert {name for name, module in model.named_modules() if "forward" in module.__dict__} == forwards
-    assert {path: path.read_bytes() for path in adapter.iterdir()} == files
+    assert {path: path.read_bytes() for path in tiny_adapter.iterdir()} == files
 
 
 def test_an_interrupted_evaluation_leaves_the_model_too(evaluation: Evaluation) -> None:
@@ -434,3 +473,101 @@ def test_many_draws_of_a_linear_gaussian_model_give_the_closed_form() -> None:
     wrong = torch.sigmoid(mu[:, None] + sd[:, None] * tau * z) @ density
     assert ((torch.sigmoid(mu) - expected).abs() > 4 * spread).any()
     assert ((wrong - expected).abs() > 4 * spread).any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 1}, {"batch_size": 5}, {"draws_per_pass": 2}, {"draws_per_pass": 3, "batch_size": 7}],
+    ids=str,
+)
+def test_batches_and_stacked_draws_change_nothing(
+    evaluation: Evaluation, scores: list[Scores], options: dict[str, int]
+) -> None:
+    close(evaluation.run(ROWS, Sampling(samples=3, seed=5, **options)), scores)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_common_prefix_runs_once_and_the_cache_may_have_either_name(
+    evaluation: Evaluation, scores: list[Scores], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = rename_cache(evaluation.model, name, monkeypatch)
+    monkeypatch.setattr("axolotl_ivon.evaluation.predict._MIN_PREFIX", 2)
+    close(evaluation.run(ROWS, DRAWS), scores)
+    # The prefix ran by itself, and what followed it without it.
+    prefix = common_length([item.ids for item in evaluation.items])
+    assert lengths.count(prefix) > 1
+    assert max(lengths) == max(len(item.ids) for item in evaluation.items) - prefix
+    monkeypatch.setattr("axolotl_ivon.evaluation.predict._MIN_PREFIX", 10**6)
+    close(evaluation.run(ROWS, DRAWS), scores)
+    assert max(lengths) == max(len(item.ids) for item in evaluation.items)
+
+
+def test_out_of_memory_halves_the_batch(
+    evaluation: Evaluation, scores: list[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    forward = evaluation.model.forward
+
+    def small(**inputs: Tensor) -> object:
+        if len(inputs["input_ids"]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        sizes.append(len(inputs["input_ids"]))
+        return forward(**inputs)
+
+    monkeypatch.setattr(evaluation.model, "forward", small)
+    heard = Heard()
+    close(evaluation.run(ROWS, DRAWS, heard), scores)
+    assert heard.notes[0].startswith("out of memory with 24 prompts in a batch; going on with 12")
+    assert len(heard.notes) <= 4  # what was learned is remembered in the later batches and passes
+    monkeypatch.setattr(evaluation.model, "forward", lambda **_: small(input_ids=torch.zeros(99, 1)))
+    with pytest.raises(IVONError, match="out of memory with a single prompt"):
+        evaluation.run(ROWS, Sampling(samples=3))
+
+
+def test_every_line_says_what_the_scores_say(
+    evaluation: Evaluation, scores: list[Scores], chats: Path, tmp_path: Path
+) -> None:
+    save_lines(tmp_path / "out.jsonl", describe(evaluation, ROWS, scores))
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    examples = read_examples(chats)
+    assert [(line["data"], line["line"]) for line in lines] == [(str(chats), n) for n in range(1, 25)]
+    for number, (line, example, item) in enumerate(zip(lines, examples, evaluation.items, strict=True)):
+        assert (line["question"], line["answer"]) == (example.messages[-1]["content"], example.answer)
+        assert list(line["rows"]) == [row.name for row in ROWS]
+        for score, found in zip(scores, line["rows"].values(), strict=True):
+            own = score.group == number
+            for name, values in (
+                ("confidence", score.confidence),
+                ("nll", score.nll),
+                ("entropy", score.entropy),
+                ("mutual_information", score.entropy - score.expected_entropy),
+            ):
+                assert found[name] == pytest.approx(values[own].mean().item(), abs=1e-12)
+            share = score.correct[own].mean().item()
+            if evaluation.task == "generate":
+                assert (found["tokens"], found["accuracy"]) == (len(item.targets), pytest.approx(share))
+                continue
+            assert sum(found["probabilities"].values()) == pytest.approx(1)
+            assert found["probabilities"][found["prediction"]] == found["confidence"]
+            assert found["right"] == (found["prediction"] == example.answer) == bool(share)
+
+
+def test_other_data_is_described_too_and_what_is_unknown_is_null(
+    tiny_adapter: Path, chats: Path, tmp_path: Path
+) -> None:
+    other = write_chats(tmp_path / "other.jsonl", 5, seed=4)
+    evaluation = Evaluation(tiny_adapter, EvaluationData([chats], ood=[other]))
+    rows = [Variant("posterior+temperature", tau=0.5, temperature=2.0)]
+    lines = list(describe(evaluation, rows, evaluation.run(rows, Sampling(samples=2))))
+    assert Counter(line.data for line in lines) == {str(chats): 24, str(other): 5}
+    assert all(line.rows["posterior+temperature"].mutual_information is None for line in lines)
+
+
+def test_a_failure_leaves_the_old_file(evaluation: Evaluation, scores: list[Scores], tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="zip"):
+        save_lines(path, describe(evaluation, ROWS[:-1], scores))
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1

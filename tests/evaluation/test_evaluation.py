@@ -27,13 +27,18 @@ from axolotl_ivon.records.recommendation import Recommendation
 THREE = Sampling(samples=3)
 
 
-def test_the_record_says_what_the_scores_say(adapter: Path, chats: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def chats(pipeline: Any) -> Path:
+    return pipeline.chats
+
+
+def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tmp_path: Path) -> None:
     names = ["valid", "other", "second"]
     valid, other, second = (write_chats(tmp_path / f"{name}.jsonl", 9, n) for n, name in enumerate(names, 3))
     advice = Recommendation(tau=0.5, ratio=0.3, temperature=2.0, threshold=0.5)
     choice = VariantChoice(["base", "mean", "posterior"], 0.5, 0.3, advice)
     data, written = EvaluationData([chats, second], [other], valid), tmp_path / "examples.jsonl"
-    evaluated = run(adapter, data, choice, THREE, output=str(written))
+    evaluated = run(tiny_adapter, data, choice, THREE, output=str(written))
     record, scores = evaluated.record, dict(zip([v.name for v in evaluated.variants], evaluated.scores, strict=True))
     assert list(scores) == ["base", "mean", "posterior", "recommended", "mean+temperature", "posterior+temperature"]
     assert [row.name for row in record.rows] == 2 * [*scores, "recommended, answered"]
@@ -64,20 +69,20 @@ def test_the_record_says_what_the_scores_say(adapter: Path, chats: Path, tmp_pat
     assert type(record).parse(json.loads(json.dumps(record.dump(), allow_nan=False)), "here") == record
 
 
-def test_nothing_answered_has_no_metrics(adapter: Path, chats: Path) -> None:
+def test_nothing_answered_has_no_metrics(tiny_adapter: Path, chats: Path) -> None:
     advice = Recommendation(tau=1.0, ratio=0.0, threshold=1.0)
-    rows = run(adapter, EvaluationData([chats]), VariantChoice(["mean"], recommendation=advice), THREE).record.rows
+    rows = run(tiny_adapter, EvaluationData([chats]), VariantChoice(["mean"], recommendation=advice), THREE).record.rows
     assert [row.name for row in rows] == ["mean", "recommended", "recommended, answered"]
     assert (rows[2].examples, rows[2].coverage, rows[2].error_bound) == (0, 0, 1)
     assert {rows[2].value(metric) for metric in ("accuracy", "nll", "aurc")} == {None}
 
 
 @pytest.mark.parametrize(("task", "score"), [("generate", "probability"), ("choice", "agreement")])
-def test_a_threshold_of_something_else_is_left_out(adapter: Path, chats: Path, task: str, score: str) -> None:
+def test_a_threshold_of_something_else_is_left_out(tiny_adapter: Path, chats: Path, task: str, score: str) -> None:
     heard = Heard()
     advice = Recommendation(tau=1.0, ratio=0.0, threshold=0.5, score=score)
     choice = VariantChoice(["mean"], recommendation=advice)
-    rows = run(adapter, EvaluationData([chats], task=task), choice, THREE, reporter=heard).record.rows
+    rows = run(tiny_adapter, EvaluationData([chats], task=task), choice, THREE, reporter=heard).record.rows
     assert [row.name for row in rows] == ["mean", "recommended"]
     assert "use it with `ivon-post mbr`" in heard.notes[0]
 

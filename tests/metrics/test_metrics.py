@@ -6,14 +6,18 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
+from axolotl_ivon.metrics.auroc import auroc, detection
 from axolotl_ivon.metrics.bootstrap import standard_errors
+from axolotl_ivon.metrics.calibration import TEMPERATURES, fit_temperature, rescale
 from axolotl_ivon.metrics.scores import Scores, entropy, metrics, weighted_metrics
 
 
@@ -141,3 +145,63 @@ def test_what_has_no_value_is_none_and_nothing_is_infinite() -> None:
     assert metrics(found)["entropy"] > 0
     surprised = metrics(Scores.of(p[1:], torch.tensor([1])))
     assert all(value is None or math.isfinite(value) for value in surprised.values())
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans(), st.integers(0, 3)), min_size=1, max_size=30))
+def test_figures_are_those_of_others_and_weights_count_as_repetitions(values: list[tuple[int, bool, int]]) -> None:
+    score, positive, times = (np.array(column) for column in zip(*values, strict=True))
+    score = score / 9
+    weights = np.stack([times, np.ones(len(times))])
+    both = auroc(score, positive, weights)
+    repeated = score.repeat(times), positive.repeat(times)
+    for found, (one, right) in zip(both, [repeated, (score, positive)], strict=True):
+        if len({*right.tolist()}) < 2:
+            assert np.isnan(found)
+            continue
+        assert found == pytest.approx(roc_auc_score(right, one))
+        assert found == pytest.approx(float(binary_auroc(torch.from_numpy(one), torch.from_numpy(right).long())))
+        told = detection(one, right)
+        assert told["auroc"].shape == ()
+        assert told["auroc"] == pytest.approx(found)
+        assert told["aupr"] == pytest.approx(average_precision_score(right, one))
+        misses, hits, _ = roc_curve(right, one, drop_intermediate=False)
+        assert told["fpr95"] == pytest.approx(misses[hits >= 0.95][0])
+    if not np.isnan(both).any():
+        for name, pair in detection(score, positive, weights).items():
+            assert pair == pytest.approx([detection(*repeated)[name], detection(score, positive)[name]])
+
+
+def test_equal_bets_have_a_closed_form() -> None:
+    # All bet 0.9 on one side and 7 of 10 are right: the best bet is 0.7, and log-odds are divided by T.
+    p = torch.tensor([[0.9, 0.1]] * 10, dtype=torch.float64)
+    target = torch.tensor([0] * 7 + [1] * 3)
+    temperature = fit_temperature(p, target)
+    assert temperature == pytest.approx(math.log(9) / math.log(7 / 3))
+    torch.testing.assert_close(rescale(p, temperature)[0], torch.tensor([0.7, 0.3], dtype=torch.float64))
+
+
+@given(st.integers(0, 10_000), st.floats(0.2, 5))
+def test_no_temperature_on_a_grid_is_better(seed: int, sharpness: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(40, 4, generator=generator, dtype=torch.float64)
+    target = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+    p = (logits * sharpness).softmax(1)
+
+    def nll(temperature: float) -> float:
+        return torch.nn.functional.cross_entropy(logits * sharpness / temperature, target).item()
+
+    found = fit_temperature(p, target)
+    assert nll(found) <= min(nll(t) for t in torch.logspace(-2, 2, 101).tolist()) + 1e-9
+    expected = (logits * sharpness / found).softmax(1)
+    torch.testing.assert_close(rescale(p, found), expected)
+    # The float32 distributions of the task "generate" have the same minimum.
+    assert nll(fit_temperature(p.float(), target)) == pytest.approx(nll(found), abs=1e-6)
+
+
+def test_what_has_no_minimum_is_at_a_limit() -> None:
+    p = torch.tensor([[0.8, 0.2], [0.3, 0.7]], dtype=torch.float64)
+    assert fit_temperature(p, torch.tensor([0, 1])) == TEMPERATURES[0]  # all right: the surer the better
+    assert fit_temperature(p, torch.tensor([1, 0])) == TEMPERATURES[1]  # all wrong
+    impossible = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    assert 1 < fit_temperature(impossible, torch.tensor([0, 1])) <= TEMPERATURES[1]
+    torch.testing.assert_close(rescale(impossible, 1), impossible)
