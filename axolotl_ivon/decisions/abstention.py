@@ -14,8 +14,7 @@ other examples, the guide, which may show their labels: the grid is quantiles of
 begins where the guide expects a rejection most (split fixed-sequence testing in the paper).
 
 What is not promised: anything about data of another kind, about one class or group of inputs, or about one answer.
-
-Importing this module imports no torch.
+Imports no torch.
 """
 
 from __future__ import annotations

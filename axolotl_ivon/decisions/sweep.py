@@ -9,9 +9,7 @@ NLL on the half that chooses (`metrics.calibration`). Draws must be better than 
 that is recommended.
 
 With a risk, `abstention` finds the threshold from which on to answer. It needs examples that had no part in the choice:
-half of all; the other half is halved again.
-
-Importing this module imports no torch.
+half of all; the other half is halved again. Imports no torch.
 """
 
 from __future__ import annotations

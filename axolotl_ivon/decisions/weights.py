@@ -3,9 +3,7 @@
 Variational Model Merging (arXiv 2412.08147) previews the front of a multitask model by merging posteriors at many
 weights, which costs no training. Every weight is evaluated on every file. The choice is made on one half of each file
 and reported on the other; equal weights, the plain product of the Gaussians, are kept unless it is better than they
-are beyond noise.
-
-Importing this module imports no torch.
+are beyond noise. Imports no torch.
 """
 
 from __future__ import annotations
@@ -166,7 +164,6 @@ def save(
     """
     product = Posterior.combine(posteriors, weights=result.chosen.weights)
     check_space(folder, product.mean.bytes + product.sigma.bytes, "mean and σ")
-    inputs = [folder for q in posteriors for folder in q.inputs]
     document = {
         "weights": list(result.chosen.weights),
         "method": "precision",
@@ -176,7 +173,7 @@ def save(
         "best": asdict(result.best),
         "points": [asdict(point) for point in result.points],
     }
-    with new_folder(folder, overwrite, inputs) as new:
+    with new_folder(folder, overwrite, product.inputs) as new:
         product.save_pretrained(new, overwrite=True)
         write_json(new / WEIGHTS_FILE, document)
     return folder / WEIGHTS_FILE

@@ -2,9 +2,7 @@
 
 The posterior predictive p(y|x) = E_q[p(y|x, θ)] is the average of the probabilities of S draws. Each draw is written
 into the loaded model in place and runs once over the data. All variants share the draws (common random numbers), so
-variants that differ in temperature or pruning differ in nothing else.
-
-Importing this module imports no torch: a mistake of the user shows at once.
+variants that differ in temperature or pruning differ in nothing else. Imports no torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""One evaluation from end to end: what `ivon-post eval` prints, and what a report shows.
-
-Importing this module imports no torch.
-"""
+"""One evaluation from end to end: what `ivon-post eval` prints, and what a report shows. Imports no torch."""
 
 from __future__ import annotations
 

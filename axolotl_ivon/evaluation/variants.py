@@ -1,7 +1,4 @@
-"""The ways to predict that an evaluation compares: base model, mean and posterior, pruned or at a temperature.
-
-Importing this module imports no torch.
-"""
+"""The ways to predict that an evaluation compares: base model, mean, posterior, and more. Imports no torch."""
 
 from __future__ import annotations
 

@@ -14,14 +14,14 @@ from .verdict import Paired
 _CELLS = 1_000_000  # resamples × predictions that are held at a time: more would leave the cache
 
 
-def bootstrap(scores: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, Tensor]:
+def bootstrap(scores: Scores, resamples: int = 1000) -> dict[str, Tensor]:
     """Return every metric under resampling, shape (resamples,) (Efron and Tibshirani 1993, algorithm 6.1).
 
-    Examples are drawn with replacement; the same `seed` draws the same examples, so rows of one table are paired: the
-    values of two rows may be subtracted.
+    Examples are drawn with replacement, the same ones each time, so rows of one table are paired: the values of two
+    rows may be subtracted.
     """
     groups, group = torch.unique(scores.group, return_inverse=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     step = max(1, _CELLS // max(len(group), len(groups)))
     parts: list[dict[str, Tensor]] = []
     for start in range(0, resamples, step):
@@ -46,10 +46,7 @@ def differences(
     resamples: Mapping[str, Tensor],
     other_resamples: Mapping[str, Tensor],
 ) -> dict[str, Paired]:
-    """Return, for every metric that both have, the difference of `values` to `other` and its standard error.
-
-    `resamples` and `other_resamples` are what `bootstrap` gives for the two, with the same seed.
-    """
+    """Return, for every metric that both have, the difference of `values` to `other` and its error by `bootstrap`."""
     return {
         name: Paired(value - against, standard_error(resamples[name] - other_resamples[name]))
         for name, value in values.items()
@@ -62,6 +59,6 @@ def compare(scores: Scores, other: Scores) -> dict[str, Paired]:
     return differences(metrics(scores), metrics(other), bootstrap(scores), bootstrap(other))
 
 
-def standard_errors(scores: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, float | None]:
+def standard_errors(scores: Scores, resamples: int = 1000) -> dict[str, float | None]:
     """Return the bootstrap standard error of every metric; None where it has none."""
-    return {name: standard_error(values) for name, values in bootstrap(scores, resamples, seed).items()}
+    return {name: standard_error(values) for name, values in bootstrap(scores, resamples).items()}

@@ -1,8 +1,4 @@
-"""Accuracy, calibration and uncertainty of predictions.
-
-All metrics are functions of a few numbers per prediction (`Scores`), so a posterior average over a vocabulary need not
-be kept whole.
-"""
+"""Accuracy, calibration and uncertainty of predictions: functions of a few numbers for each, its `Scores`."""
 
 from __future__ import annotations
 
@@ -16,8 +12,7 @@ from torch import Tensor
 from .auroc import auroc
 from .selective import RiskCoverage, adaptive_calibration_error
 
-# Name -> number of bins of equal width. Ten is the first that the tables show, fifteen is torchmetrics'
-# default.
+# Name -> number of bins of equal width. Ten is the first that the tables show, fifteen is torchmetrics' default.
 ECE_BINS = {"ece": 10, "ece15": 15}
 RISK, COVERAGE = 0.05, 0.8  # of cov_at_5risk and risk_at_80cov
 

@@ -5,7 +5,7 @@ loss among those: with losses of 0 and 1, the error rate. The definitions are th
 CovAt5Risk, RiskAt80Cov, AdaptiveCalibrationError) and lm-polygraph (PRR), which leave the order of equal confidences to
 their sort; here it is random, and every total is its expectation.
 
-Everything takes `weights`, how often each prediction counts, for a thousand resamples of a bootstrap at once.
+`weights` say how often each prediction counts, for a thousand resamples of a bootstrap at once.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def upper_bound(errors: int, answered: int, confidence: float) -> float:
     return 1.0 if errors >= answered else float(bdtri(errors, answered, 1 - confidence))
 
 
-def prr(confidence: np.ndarray, quality: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+def prr(confidence: np.ndarray, quality: np.ndarray) -> np.ndarray:
     """Return the prediction rejection ratio (Malinin and Gales 2021, arXiv 2002.07650; lm-polygraph).
 
     How much of the gain in mean quality, when the least confident are rejected one by one, is realized: 1 if the
@@ -127,14 +127,13 @@ def prr(confidence: np.ndarray, quality: np.ndarray, weights: np.ndarray | None 
     Args:
         confidence: of each output, shape (n,).
         quality: any measure of it, higher is better, shape (n,).
-        weights: how often each counts, whole numbers of shape (…, n); once by default.
 
     Returns:
-        float64 of shape (…,); NaN where all qualities are equal.
+        float64 of shape (); NaN where all qualities are equal.
     """
     quality = np.asarray(quality, float)
-    curve = RiskCoverage(confidence, quality, weights)
-    best = RiskCoverage(quality, quality, weights).area()
+    curve = RiskCoverage(confidence, quality)
+    best = RiskCoverage(quality, quality).area()
     chance = curve.loss(curve.total[..., None])[..., 0]  # the mean, at each of `total` places
     gain = np.where(np.isclose(best, chance), np.nan, best - chance)
     return (curve.area() - chance) / gain

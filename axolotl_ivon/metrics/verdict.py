@@ -2,8 +2,7 @@
 
 Two standard errors side by side hide the answer: both predictions are wrong about the same examples. The bootstrap
 draws the same examples for both, and the spread of the difference counts (Efron and Tibshirani 1993, chapter 8).
-
-Importing this module imports no torch.
+Imports no torch.
 """
 
 from __future__ import annotations

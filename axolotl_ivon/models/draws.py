@@ -1,9 +1,4 @@
-"""Draws from a posterior in a loaded PEFT model.
-
-A draw costs one copy of the adapter, not a reload. `AdapterSlots.loaded` puts a set of tensors into the model and
-puts back what was there, `draws` one draw after the other, and `predict` averages what the model gives at each.
-`Stack` runs several draws in one batch over the shared base weights.
-"""
+"""Draws from a posterior in a loaded PEFT model: one after the other, in one batch, or averaged."""
 
 from __future__ import annotations
 

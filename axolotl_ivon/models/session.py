@@ -1,7 +1,4 @@
-"""A base model, an adapter over it, and its tokenizer, loaded once from folders or the Hub.
-
-Importing this module imports no torch, so that a wrong input is refused before the slower steps.
-"""
+"""A base model, an adapter over it, and its tokenizer, loaded once from folders or the Hub. Imports no torch."""
 
 from __future__ import annotations
 

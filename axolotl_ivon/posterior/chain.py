@@ -132,13 +132,12 @@ def _whole(text: str | None) -> int | None:
         return None
 
 
-def check_prior(name: str, config: Mapping[str, Any], adapter: Adapter | None = None) -> None:
+def check_prior(name: str, config: Mapping[str, Any]) -> None:
     """Check a prior before any model is loaded.
 
     Args:
         name: the folder or Hub id of the posterior.
         config: the keys of adapter_config.json that are known of the adapter to be trained; only these are compared.
-        adapter: the posterior's adapter, if it was read already.
 
     Raises:
         IVONError: there is no such adapter, it has no σ, it was pruned, its τ is infinite, or it has another rank,
@@ -146,7 +145,7 @@ def check_prior(name: str, config: Mapping[str, Any], adapter: Adapter | None = 
     """
     named = f"{param_ref('prior')}: {name}"
     try:
-        held = adapter or Adapter(name)
+        held = Adapter(name)
     except IVONError as error:
         raise IVONError(
             f"{param_ref('prior')}: {name!r} is refused, it must be 'empirical', a number, or the folder or Hub id of "

@@ -1,9 +1,4 @@
-"""The posterior over an adapter's weights, q = N(mean, diag(σ²)): reading, writing, changing.
-
-A `Posterior` reads its tensors from the files when they are asked for. `prune`, `temper` and `combine`
-return posteriors that compute theirs in the same way, so an adapter of any size needs the memory of a few
-tensors.
-"""
+"""The posterior over an adapter's weights, q = N(mean, diag(σ²)): reading, writing, changing."""
 
 from __future__ import annotations
 
@@ -42,18 +37,17 @@ class Posterior:
 
     Attributes:
         mean: the adapter's tensors under PEFT's own names, in their own dtypes.
-        sigma: the standard deviations, float32, same names and shapes; 0 where a weight was pruned or not
-            trained.
+        sigma: the standard deviations, float32, same names and shapes; 0 where a weight was pruned or not trained.
         metadata: the header of ivon_sigma.safetensors, all strings.
         config: adapter_config.json.
-        folder: where it was read from, or None; the model card and the tokenizer there go along when the
-            posterior is saved.
+        folder: where it was read from, or None; the card and the tokenizer there go along when it is saved.
         inputs: every folder that it was made from; none is ever overwritten.
         mean_metadata: the header of adapter_model.safetensors.
         aliases: name -> first name of tensors that were saved twice because the model shares them.
 
-    `mean` and `sigma` load a tensor each time it is asked for; `dict(q.mean)` holds them all. Nothing
-    modifies a posterior: `prune` and `temper` return new ones, and so does `dataclasses.replace`.
+    `mean` and `sigma` read or compute a tensor each time it is asked for, so an adapter of any size needs the memory of
+    a few; `dict(q.mean)` holds them all. Nothing modifies a posterior: `prune`, `temper` and `dataclasses.replace`
+    return new ones.
     """
 
     mean: Tensors

@@ -1,7 +1,4 @@
-"""Which weights to prune: scores, and the exact choice of the lowest among hundreds of millions.
-
-Scores are computed one tensor at a time. Only those near the threshold are held.
-"""
+"""Which weights to prune: scores, and the exact choice of the lowest among hundreds of millions."""
 
 from __future__ import annotations
 
