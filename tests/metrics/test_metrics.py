@@ -1,4 +1,4 @@
-"""Metrics against loops that follow their definitions, and the bootstrap against known standard errors."""
+"""Metrics, detection and temperature scaling against their definitions and other libraries; the bootstrap."""
 
 from __future__ import annotations
 

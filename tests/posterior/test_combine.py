@@ -1,4 +1,4 @@
-"""Combining is held against exact Bayesian updating, against distributions of sums, and against PEFT."""
+"""Combining against exact Bayesian updating, distributions of sums and PEFT; what headers tell of a chain."""
 
 from __future__ import annotations
 
