@@ -6,18 +6,12 @@ from axolotl_ivon.reporter import Reporter
 
 
 class Heard(Reporter):
-    """What long work has told of itself.
-
-    Attributes:
-        notes: what the user should know.
-        lines: results on the way.
-        counts: (count, total) of what was done, by what was going on.
-    """
+    """What long work has told of itself."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.lines: list[str] = []
-        self.counts: dict[str, list[tuple[int, int]]] = {}
+        self.counts: dict[str, list[tuple[int, int]]] = {}  # (count, total) of what was done, by what was going on
 
     def advance(self, doing: str, count: int, total: int) -> None:
         self.counts.setdefault(doing, []).append((count, total))
