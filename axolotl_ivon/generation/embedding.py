@@ -17,10 +17,8 @@ Embedding = Callable[[Sequence[str]], np.ndarray]
 def load_embedding(model: str | Path) -> Embedding:
     """Return a model of sentence-transformers (a folder or Hub id) as a function of texts; no code of its own is run.
 
-    The function returns float32 embeddings, shape (n, size), each of length 1.
-
-    Raises:
-        IVONError: sentence-transformers is not installed, or cannot load the model.
+    The function returns float32 embeddings, shape (n, size), each of length 1. A model that sentence-transformers
+    cannot load is an IVONError.
     """
     named = param_ref("embedding_model")
     package = import_optional("sentence_transformers", named, "sentence-transformers", "'axolotl-ivon[mbr]'")

@@ -43,8 +43,7 @@ class EndpointEngine:
         members: the names under which the plan's members are served.
         timeout: seconds that a request may take.
 
-    Raises:
-        IVONError: `openai` is not installed, no server answers, or it does not serve every member.
+    Raises IVONError if `openai` is not installed, no server answers, or it does not serve every member.
     """
 
     def __init__(

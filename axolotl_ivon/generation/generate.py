@@ -47,8 +47,7 @@ def loaded_draws(
 ) -> Source:
     """Return draws from the posterior of an adapter (a folder or Hub id), which is to be loaded here.
 
-    Raises:
-        IVONError: the adapter cannot be read, has no σ where the plan draws, or names no base model.
+    An adapter that cannot be read, has no σ where the plan draws, or names no base model is an IVONError.
     """
     mean_only = plan.mean and not prune_ratio
     posterior = open_posterior(adapter, mean_only=True) if mean_only else Posterior.from_pretrained(adapter)
@@ -77,10 +76,8 @@ def loaded_draws(
 def served_draws(folder: str, plan: Plan, endpoint: str, base_model: str | None = None) -> Source:
     """Return the members of an ensemble's folder, which an OpenAI-compatible server serves.
 
-    `base_model` (by default the ensemble's) has the tokenizer if the adapter that was drawn from is gone.
-
-    Raises:
-        IVONError: the folder is no ensemble, or has too few members for the plan.
+    `base_model` (by default the ensemble's) has the tokenizer if the adapter that was drawn from is gone. A folder that
+    is no ensemble, or has too few members for the plan, is an IVONError.
     """
     ensemble = Ensemble(folder)
     members = ensemble.members(plan)

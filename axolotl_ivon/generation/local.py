@@ -65,11 +65,7 @@ class TransformersEngine:
         self._tail = max((len(text.encode()) for text in plan.stop), default=0) + 4
 
     def outputs(self, prompts: Sequence[Prompt], start: int = 0) -> Iterator[list[Output]]:
-        """Yield the outputs for each of `prompts[start:]`; see `Engine`.
-
-        Raises:
-            IVONError: a prompt does not fit the model, or the memory runs out with a single sequence.
-        """
+        """Yield the outputs for each of `prompts[start:]`; raise IVONError if one does not fit the model or memory."""
         longest = self._session.max_length
         for prompt in prompts[start:]:
             if longest is not None and len(prompt.ids) + self._plan.max_tokens > longest:

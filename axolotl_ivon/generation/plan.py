@@ -22,8 +22,7 @@ from ..noise import generator
 class Plan:
     """What is generated for every prompt: `n` outputs, `per_model` from each draw, or all from the mean.
 
-    Raises:
-        IVONError: a value out of range, or `n` is not a multiple of `per_model` (which the mean ignores).
+    A value out of range, or an `n` that is no multiple of `per_model` (which the mean ignores), is an IVONError.
     """
 
     n: int = 32

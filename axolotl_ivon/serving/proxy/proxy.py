@@ -39,14 +39,6 @@ class Combining:
     candidates: int = 4  # the number of answers of each member
     concurrency: int = 256  # requests at a time to each server
 
-    def choose(self, decision: Decision) -> Choose | None:
-        """Return the function that chooses n of the candidates of all members; None: by their scores."""
-        if self.combine == "rescore":
-            return None
-        answers = AnswerExtractor(self.answer_regex)
-        utility = UTILITIES[self.combine](answers)
-        return functools.partial(by_risk, utility=utility, answers=answers, decision=decision)
-
 
 class Proxy(Backend):
     """Answers from the servers of a pool; `name` is that of the answer of all members.
@@ -66,8 +58,12 @@ class Proxy(Backend):
         limits: Limits,
     ) -> None:
         self._pool, self._limits = pool, limits
-        self._candidates, self._choose = combining.candidates, combining.choose(decision)
-        self._threshold = decision.threshold
+        self._candidates, self._threshold = combining.candidates, decision.threshold
+        self._choose: Choose | None = None  # chooses n of the candidates of all members; None: by their scores
+        if combining.combine != "rescore":
+            answers = AnswerExtractor(combining.answer_regex)
+            utility = UTILITIES[combining.combine](answers)
+            self._choose = functools.partial(by_risk, utility=utility, answers=answers, decision=decision)
         self._draws = [member for member in members if member != "mean"]
         self._served: dict[str, str | None] = {name: None}
         if "mean" in members:
