@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import platform
 import statistics
@@ -25,7 +26,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import ivon
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -55,7 +55,7 @@ SHAPES: dict[str, tuple[str, Shapes]] = {
 
 MAKERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "IVONLoRA": lambda p: IVONLoRA(p, lr=1e-2, ess=1e6),
-    "ivon-opt": lambda p: ivon.IVON(p, lr=1e-2, ess=1e6),
+    "ivon-opt": lambda p: importlib.import_module("ivon").IVON(p, lr=1e-2, ess=1e6),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-4),
     "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-4, foreach=True),
     "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True),
@@ -176,7 +176,7 @@ def compare(name: str, arguments: argparse.Namespace, dtype: torch.dtype) -> dic
     for each in arguments.optimizers:
         try:
             contenders[each] = Contender(each, shapes, gradients)
-        except RuntimeError as error:
+        except (ImportError, RuntimeError) as error:
             print(f"{each}: left out, {error}", file=sys.stderr)
     rows: dict[str, dict[str, Any]] = {}
     for each, contender in contenders.items():

@@ -92,7 +92,13 @@ def convert_model(gguf: Path, folder: Path) -> None:
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.model_max_length = 8192
     tokenizer.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    converted = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # Newer transformers takes what came from a GGUF for quantized, and does not save it: a plain model gets its weights.
+    config = type(converted.config).from_dict(
+        {key: value for key, value in converted.config.to_dict().items() if key != "quantization_config"}
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(converted.state_dict())
     model.save_pretrained(folder)
 
 

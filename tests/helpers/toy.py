@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,9 @@ from torch import nn
 
 from axolotl_ivon import IVONLoRA
 from axolotl_ivon.optim.kernels.base import Chunk
+
+# `benchmarks/gpu.py` names a GPU here. Random numbers are made on a CPU, so that they are the same ones.
+DEVICE = torch.device(os.environ.get("IVON_TEST_DEVICE", "cpu"))
 
 # Options of the optimizer and of the reference by the same names.
 ADDED = ("rescale_lr", "prior_strength", "hessian", "batch_size", "h0_steps")
@@ -25,7 +29,7 @@ SQUARED = {"hessian": "squared_gradients", "batch_size": 8, "prior_strength": 0.
 def lora_pair(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(4, 24, generator=generator) / 5
-    return {"A": nn.Parameter(a.to(dtype)), "B": nn.Parameter(torch.zeros(16, 4, dtype=dtype))}
+    return {name: nn.Parameter(x.to(DEVICE, dtype)) for name, x in (("A", a), ("B", torch.zeros(16, 4)))}
 
 
 def gaussian_prior(seed: int = 3) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -38,14 +42,14 @@ def gaussian_prior(seed: int = 3) -> dict[str, tuple[torch.Tensor, torch.Tensor]
 
 
 def lora_loss(pair: dict[str, nn.Parameter], batch: torch.Tensor) -> torch.Tensor:
-    target = torch.linspace(-1, 1, 16 * 24).view(16, 24).sin()
+    target = torch.linspace(-1, 1, 16 * 24, device=DEVICE).view(16, 24).sin()
     out = batch @ pair["A"].float().T @ pair["B"].float().T
     return (out - batch @ target.T).square().mean()
 
 
 def batches(count: int, seed: int = 1) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(8, 24, generator=generator) for _ in range(count)]
+    return [torch.randn(8, 24, generator=generator).to(DEVICE) for _ in range(count)]
 
 
 @contextmanager
@@ -65,7 +69,7 @@ def train(optimizer: IVONLoRA, pair: dict[str, nn.Parameter], data: list[torch.T
 
 
 def relative(value: torch.Tensor, expected: np.ndarray) -> float:
-    return float(np.abs(value.double().numpy() - expected).max() / np.abs(expected).max())
+    return float(np.abs(value.double().cpu().numpy() - expected).max() / np.abs(expected).max())
 
 
 def run_beside_reference(
@@ -79,12 +83,12 @@ def run_beside_reference(
     prior = hyper.get("prior", "empirical")
     references = {
         name: ReferenceIVON(
-            param.detach().double().numpy(),
+            param.detach().double().cpu().numpy(),
             hyper["ess"],
             *hyper["betas"],
             hyper["h0"],
             hyper["clip"],
-            tuple(x.double().numpy() for x in prior[name]) if isinstance(prior, dict) else prior,
+            tuple(x.double().cpu().numpy() for x in prior[name]) if isinstance(prior, dict) else prior,
             **{name: hyper[name] for name in ADDED if name in hyper},
         )
         for name, param in pair.items()
@@ -101,8 +105,8 @@ def run_beside_reference(
                 loss = lora_loss(pair, batch) / micro_batches
                 loss.backward()
                 for name, param in pair.items():
-                    thetas[name].append(param.detach().double().numpy().copy())
-                    gradients[name].append(param.grad.double().numpy().copy())
+                    thetas[name].append(param.detach().double().cpu().numpy().copy())
+                    gradients[name].append(param.grad.double().cpu().numpy().copy())
         optimizer.step()
         optimizer.zero_grad()
         for name, reference in references.items():
@@ -113,7 +117,7 @@ def run_beside_reference(
 def chunk_of(sizes: list[int], dtype: torch.dtype = torch.float32) -> Chunk:
     """Return flat tensors of these sizes as a chunk for kernels, with some state."""
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
+    params = [nn.Parameter(torch.randn(size, generator=generator).to(DEVICE, dtype)) for size in sizes]
     mean = torch.cat([param.detach() for param in params]).float()
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     streams = np.arange(2 * len(sizes), dtype=np.uint64).reshape(-1, 2)

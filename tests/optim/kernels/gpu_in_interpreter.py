@@ -1,4 +1,7 @@
-"""The fused kernels in Triton's interpreter, on a CPU: run by test_gpu.py, which sets TRITON_INTERPRET."""
+"""The fused kernels: on a CPU in Triton's interpreter (`test_kernels.py` sets TRITON_INTERPRET), or on a GPU.
+
+`benchmarks/gpu.py` runs them on a GPU, which IVON_TEST_DEVICE names.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy import SETTINGS, SQUARED, batches, gaussian_prior, lora_loss, lora_pair, relative, run_beside_reference
+from toy import DEVICE, SETTINGS, SQUARED, batches, gaussian_prior, lora_loss, lora_pair, relative, run_beside_reference
 
 from axolotl_ivon import IVONLoRA
 from axolotl_ivon.errors import IVONError
@@ -24,7 +27,7 @@ def _use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        kernels._tried("gpu", torch.device("cpu"), dtype)  # in programs of the usual size, which takes less time
+        kernels._tried("gpu", DEVICE, dtype)  # in programs of the usual size, which takes less time
     monkeypatch.setattr(gpu, "_BLOCK", 32)  # so that a tensor is worked on by several
 
 
@@ -61,9 +64,12 @@ def test_does_what_the_plain_operations_do_with_scaled_clipped_missing_and_infin
     results = []
     for name in ("plain", "gpu"):
         monkeypatch.setenv(kernels.VARIABLE, name)
-        pair, other = lora_pair(), nn.Parameter(torch.linspace(-1, 1, 70).view(7, 10))
-        frozen = nn.Parameter(torch.ones(50), requires_grad=False)
-        groups = [{"params": [*pair.items(), ("C", frozen)]}, {"params": [("other", other)], "prior": 0.25, "lr": 1e-2}]
+        pair, other = lora_pair(), nn.Parameter(torch.linspace(-1, 1, 70, device=DEVICE).view(7, 10))
+        frozen = nn.Parameter(torch.ones(50, device=DEVICE), requires_grad=False)
+        groups = [
+            {"params": [*pair.items(), ("C", frozen)]},
+            {"params": [("other", other)], "prior": 0.25, "lr": 1e-2},
+        ]
         opt = IVONLoRA(groups, **SETTINGS)
         assert [buffers.kernels.__name__.rsplit(".")[-1] for buffers in opt._get_buffers()] == [name, name]
         told = []
@@ -91,12 +97,15 @@ def test_does_what_the_plain_operations_do_with_scaled_clipped_missing_and_infin
 
 
 def test_what_is_asked_before_the_kernels_are_used() -> None:
-    assert kernels.choose([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 5))]) is gpu
-    assert kernels.choose([nn.Parameter(torch.ones(3).bfloat16())]) is gpu
+    assert (
+        kernels.choose([nn.Parameter(torch.ones(3, device=DEVICE)), nn.Parameter(torch.ones(2, 5, device=DEVICE))])
+        is gpu
+    )
+    assert kernels.choose([nn.Parameter(torch.ones(3, device=DEVICE).bfloat16())]) is gpu
     with pytest.raises(IVONError, match="a parameter is not contiguous"):
-        kernels.choose([nn.Parameter(torch.ones(4, 3).T)])
+        kernels.choose([nn.Parameter(torch.ones(4, 3, device=DEVICE).T)])
     with pytest.raises(IVONError, match="float64"):
-        kernels.choose([nn.Parameter(torch.ones(3).double())])
+        kernels.choose([nn.Parameter(torch.ones(3, device=DEVICE).double())])
 
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -104,14 +113,17 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(gpu, "_BLOCK", 2048)
     monkeypatch.setattr(kernels, "_tried", kernels._tried.__wrapped__)
     monkeypatch.setattr(kernels, "_warn", kernels._warn.__wrapped__)
-    params = [nn.Parameter(torch.ones(3))]
-    with pytest.raises(IVONError, match=r"IVON_KERNELS=gpu cannot be used .* cpu: Tensor-likes are not close"):
+    params = [nn.Parameter(torch.ones(3, device=DEVICE))]
+    with pytest.raises(IVONError, match=r"IVON_KERNELS=gpu cannot be used .* (cpu|cuda:0): Tensor-likes are not close"):
         kernels.choose(params)
     assert not caplog.records
     monkeypatch.delenv(kernels.VARIABLE)
-    monkeypatch.setattr(kernels, "_BY_DEVICE", {"cpu": "gpu"})  # as on a GPU, without being asked
+    monkeypatch.setattr(kernels, "_BY_DEVICE", {DEVICE.type: "gpu"})  # as on a GPU, without being asked
     assert kernels.choose(params) is kernels.plain
-    assert "the gpu kernels are not used for torch.float32 parameters on cpu, which costs time only" in caplog.text
+    assert (
+        f"the gpu kernels are not used for torch.float32 parameters on {params[0].device}, which costs time only"
+        in caplog.text
+    )
     monkeypatch.setattr(gpu, "PRECISION_FLOOR", kernels.base.PRECISION_FLOOR)
     assert kernels.choose(params) is gpu
 
@@ -125,7 +137,7 @@ def test_a_step_that_the_device_refuses_writes_nothing() -> None:
         lora_loss(pair, batches(1)[0]).backward()
     before = [value.clone() for value in (buffers.mean, buffers.momentum, buffers.precision, buffers.steps)]
     with torch.no_grad():
-        opt._update(buffers, torch.tensor([0.0, 1.0]))
+        opt._update(buffers, torch.tensor([0.0, 1.0], device=DEVICE))
     after = (buffers.mean, buffers.momentum, buffers.precision, buffers.steps)
     assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
     assert torch.equal(pair["A"].detach(), opt.mean(pair["A"]))
@@ -135,7 +147,12 @@ def test_a_step_that_the_device_refuses_writes_nothing() -> None:
 @pytest.mark.parametrize("now", [[16.0, 64.0], [math.nan, math.nan], [math.inf, 1.0], [3e38, 3e38], [1e-30, 3e38]])
 def test_the_device_judges_as_the_plain_kernels_do(at_draw: list[float], now: list[float]) -> None:
     report = (3, 2, 1)
-    given = (torch.tensor(at_draw), torch.tensor(now), torch.tensor([1, 0]), report)
+    given = (
+        torch.tensor(at_draw, device=DEVICE),
+        torch.tensor(now, device=DEVICE),
+        torch.tensor([1, 0], device=DEVICE),
+        report,
+    )
     (taken, scale), told = kernels.plain.judge(*given)
     decision, told_on_device = gpu.judge(*given)
     assert list(map(int, told_on_device)) == list(told)
@@ -156,7 +173,7 @@ def test_the_number_of_launches_does_not_depend_on_the_number_of_tensors(monkeyp
         monkeypatch.setattr(gpu, name, Counted())
     counts = []
     for tensors in (1, 40):
-        params = [nn.Parameter(torch.ones(3, 2)) for _ in range(tensors)]
+        params = [nn.Parameter(torch.ones(3, 2, device=DEVICE)) for _ in range(tensors)]
         opt = IVONLoRA(params, **SETTINGS)
         opt._get_buffers()
         launches.clear()
