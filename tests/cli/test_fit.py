@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,6 @@ from tiny import write_chats
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.fitting import ivon
-from ivon_post._progress import Progress
 
 MEAN_FILE = "adapter_model.safetensors"
 
@@ -72,24 +74,28 @@ def test_defaults_and_progress(plain_adapter: Path, data: Path, copied: Callable
     ivon_post("fit", folder.parent / "adapter-fitted", "-d", data, "-o", folder.parent / "again")
 
 
-def test_an_interrupted_fit_goes_on(
+def test_an_interrupted_process_goes_on(
     plain_adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ivon_post: Cli
 ) -> None:
     """Ctrl-C in the middle leaves nothing but the hidden file, from which the same command goes on."""
-
-    def interrupt(progress: Progress, text: str) -> None:
-        if "steps: σ changed" in text:
-            raise KeyboardInterrupt
-
+    script = (
+        "import ivon_post; from axolotl_ivon.fitting import ivon; ivon.MOST, ivon.SETTLED = 32, 0; ivon_post.main()"
+    )
+    words = ["fit", str(plain_adapter), "-d", str(data), "--method", "ivon", "--limit", "8"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *words, "-o", "out"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert any("steps: σ changed" in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.fit", "train.jsonl"]
     monkeypatch.setattr(ivon, "MOST", 32)
     monkeypatch.setattr(ivon, "SETTLED", 0)
-    words = ["fit", plain_adapter, "-d", data, "--method", "ivon", "--limit", 8]
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "say", interrupt)
-        assert ivon_post.run(*words, "-o", tmp_path / "out").exit_code == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.fit", "train.jsonl"]
-    ivon_post(*words, "-o", tmp_path / "out")
-    ivon_post(*words, "-o", tmp_path / "whole")
+    monkeypatch.chdir(tmp_path)
+    ivon_post(*words, "-o", "out")
+    ivon_post(*words, "-o", "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train.jsonl", "whole"]
     out, whole = (Posterior.from_pretrained(tmp_path / name) for name in ("out", "whole"))
     assert out.metadata["fit_steps"] == whole.metadata["fit_steps"] == "32"
