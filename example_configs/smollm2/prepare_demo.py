@@ -93,7 +93,7 @@ def convert_model(gguf: Path, folder: Path) -> None:
     tokenizer.model_max_length = 8192
     tokenizer.save_pretrained(folder)
     converted = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # Newer transformers takes what came from a GGUF for quantized, and does not save it: a plain model gets its weights.
+    # Newer transformers takes what came from a GGUF for quantized and refuses to save it, so a plain model does.
     config = type(converted.config).from_dict(
         {key: value for key, value in converted.config.to_dict().items() if key != "quantization_config"}
     )
