@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import click
 
 from axolotl_ivon.models import DTYPES
@@ -29,7 +31,9 @@ def command(
     """Merge an adapter into its base model.
 
     Merges the mean of ADAPTER, or one draw, and writes a model that transformers loads, with its tokenizer. An adapter
-    without σ has a mean, too. ADAPTER is a folder or a Hub id and is not modified.
+    without σ has a mean, too. ADAPTER is a folder or a Hub id and is not modified. If --recommended recommends the mean
+    with a softmax temperature T, the merged model's logits are divided by T: its probabilities are calibrated in every
+    runtime.
     """
     from axolotl_ivon.errors import IVONError
     from axolotl_ivon.models.merge import check_merge, choose_weights, merge
@@ -41,10 +45,16 @@ def command(
     path = output.target([adapter], "merged")
     tau, ratio = point.settings(adapter)
     pruned = ratio if ratio or point.ratio is not None else None
+    temperature = options.decision(point.recommended).temperature if sample_seed is None else 1.0
     loading = Loading(base_model, dtype=dtype or "auto")
     with output.progress() as progress:
         held = Adapter(adapter)
         check_merge(held, loading)
+        if temperature != 1 and math.isfinite(tau):
+            progress.say(f"the softmax temperature {temperature:.3g} is for draws at τ {tau:g}: the mean gets none")
+            temperature = 1.0
         tensors = choose_weights(held, pruned, sample_seed, tau, progress)
-        merge(held, tensors, path, loading, overwrite=output.overwrite, reporter=progress)
-    output.finish({"output": str(path)}, path, then=["vllm", "serve", path])
+        merge(held, tensors, path, loading, temperature=temperature, overwrite=output.overwrite, reporter=progress)
+        if temperature != 1:
+            progress.say(f"the logits are divided by the softmax temperature {temperature:.3g}")
+    output.finish({"output": str(path), "temperature": temperature}, path, then=["vllm", "serve", path])

@@ -25,6 +25,7 @@ def merge(
     folder: str | os.PathLike[str],
     loading: Loading = Loading(),
     *,
+    temperature: float = 1.0,
     overwrite: bool = False,
     reporter: Reporter = SILENT,
 ) -> None:
@@ -36,10 +37,12 @@ def merge(
     Args:
         loading: `base_model`, and the `dtype` of the merged model, by default that of the base model. Merging is done
             on the CPU.
+        temperature: softmax temperature T that the merged model's logits are divided by; see
+            `models.temperature.build_in_temperature`.
 
     Raises:
-        IVONError: a base model that cannot be loaded or does not fit, weights that are NaN after merging, or a folder
-            that exists or cannot be written.
+        IVONError: a base model that cannot be loaded or does not fit, one that T cannot be built into, weights that are
+            NaN after merging, or a folder that exists or cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -64,6 +67,10 @@ def merge(
             merged = model.merge_and_unload(safe_merge=True)
         except (RuntimeError, ValueError) as error:  # NaN in a merged weight, or a kind of layer that cannot be merged
             raise IVONError(f"{adapter.folder} cannot be merged ({one_line(error)})") from error
+        if temperature != 1:
+            from .temperature import build_in_temperature
+
+            build_in_temperature(merged, temperature)
         reporter.advance("writing", 0, 0)
         try:
             merged.save_pretrained(new, max_shard_size=_SHARD)

@@ -33,6 +33,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def recommendation(folder: Path, **values: object) -> Path:
+    folder.mkdir(exist_ok=True)
     path = folder / "recommended.json"
     path.write_text(json.dumps({"tau": 3.0, "ratio": 0.4, **values}))
     return path
@@ -219,6 +220,23 @@ def test_merge_of_draws_and_pruned_means(tiny_adapter: Path, tmp_path: Path, ivo
     assert torch.equal(weights["tempered"], weights.pop("recommended"))
     names = list(weights)
     assert not any(torch.equal(weights[a], weights[b]) for i, a in enumerate(names) for b in names[:i])
+
+
+def test_merge_builds_in_the_softmax_temperature_of_a_recommended_mean(
+    tiny_adapter: Path, tmp_path: Path, ivon_post: Cli
+) -> None:
+    mean, draws = (recommendation(tmp_path / str(tau), tau=tau, temperature=1.5) for tau in ("inf", 4.0))
+    ivon_post("merge", tiny_adapter, "-o", tmp_path / "plain")
+    document = ivon_post.json("merge", tiny_adapter, "-o", tmp_path / "calibrated", "--recommended", mean)
+    assert document["temperature"] == 1.5
+    told = ivon_post.run("merge", tiny_adapter, "-o", tmp_path / "draws", "--recommended", draws)
+    assert "temperature 1.5 is for draws at τ 4" in told.stderr
+    heads = {
+        name: load_file(tmp_path / name / "model.safetensors")["lm_head.weight"]
+        for name in ("plain", "calibrated", "draws")
+    }
+    torch.testing.assert_close(heads["calibrated"] * 1.5, heads["plain"])
+    assert torch.equal(heads["draws"], heads["plain"])
 
 
 def test_combine(
