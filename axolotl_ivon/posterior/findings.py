@@ -35,9 +35,11 @@ def remembers_too_long(beta2: float, steps: int) -> bool:
 
 
 def travel_finding(travel: float, lr: float, by_hand: bool) -> Finding:
-    """Return whether weights can travel far enough, Σ α_t·ξ; a short travel is a fault only of a rate set `by_hand`."""
+    """Return whether weights can travel far enough, Σ α_t·ξ; of a rate set `by_hand` more is asked."""
     text, short = f"no weight can travel farther than {travel:.3g}", by_hand and travel < SHORT_REACH
-    if short:
+    if travel < HARDLY_MOVED and not by_hand:
+        text, short = f"{text}, so next to nothing can be learned: train longer, or raise learning_rate", True
+    elif short:
         text += f", and below {SHORT_REACH} a run may learn little: train longer, or raise learning_rate"
         text += f" (with {lr * PAPER_REACH / travel:.2g} it is {PAPER_REACH}, as in the paper)" if travel else ""
     return Finding("weights", not short, text)

@@ -11,8 +11,8 @@ import numpy as np
 from ..errors import IVONError, param_ref
 from .table import PAPER, SETTINGS
 
-# A learning rate below this is one for AdamW: the most that a step may move a weight, and not IVON's α.
-ADAM_LIKE_LR = 1e-3
+# A learning rate above this is an α and none for AdamW: no step of an AdamW run moves a weight of an adapter so far.
+MAX_LEARNING_RATE = 0.01
 # A weight can travel at most Σ α_t·ξ in a run. The paper's commonsense runs allow 0.13; a run that allowed 0.04
 # learned nothing.
 SHORT_REACH, PAPER_REACH = 0.08, 0.13
@@ -57,7 +57,7 @@ class Preset(NamedTuple):
         beta1, beta2: of the running averages; None for a β2 with a memory of `memory`·steps.
         memory: see `beta2`.
         travel: Σ α_t·ξ, the farthest that a weight can get in a run; the learning rate is chosen for it where none is
-            given. None: a learning rate that is given is taken as it is.
+            given, and one that is given is the most that a step may move a weight. None: a learning rate is α.
         prior_strength, hessian, h0_steps: as in `IVONLoRA`.
         posterior_strength: κ where the prior is a posterior. 1 is Bayes' rule. A diagonal posterior does not know what
             weights do together, and holds a task too weakly by two orders of magnitude.
@@ -110,10 +110,29 @@ class Preset(NamedTuple):
             return self.beta2
         return 1 - min(0.1, 1 / max(1.0, self.memory * steps))
 
-    def alpha(self, learning_rate: float, rescale_lr: bool) -> float:
-        """Return α for a learning rate, which may be one for AdamW: then a step may move a weight by at most that."""
-        reads = self.travel is not None and not rescale_lr and math.isfinite(self.clip)
-        return learning_rate / self.clip if reads and 0 < learning_rate < ADAM_LIKE_LR else learning_rate
+    def alpha(self, learning_rate: float, rescale_lr: bool = False) -> float:
+        """Return α for a learning rate: itself, or with `travel` learning_rate/ξ, so that a step moves a weight by
+        the learning rate at most; 0 for 0.
+
+        Raises:
+            IVONError: with `travel`, the rate is above 0.01, or a step has no bound.
+        """
+        if self.travel is None:
+            return learning_rate
+        paper = f"or set {param_ref('preset')} to paper, where learning_rate is α"
+        if not math.isfinite(self.clip):
+            raise IVONError(f"{param_ref('clip')}: {self.clip} bounds no step; give a number, {paper}")
+        if rescale_lr and learning_rate:
+            raise IVONError(
+                f"{param_ref('rescale_lr')}: true leaves a step no bound that learning_rate could be; remove one of "
+                f"them, {paper}"
+            )
+        if learning_rate > MAX_LEARNING_RATE:
+            raise IVONError(
+                f"{param_ref('learning_rate')}: {learning_rate:g} is too far for a step, which may move a weight by "
+                f"learning_rate; give one for AdamW, such as 2e-4, {paper}"
+            )
+        return learning_rate / self.clip
 
     def for_run(self, size: int, shapes: Mapping[str, Sequence[int]], steps: int, epochs: float) -> dict[str, Any]:
         """Return λ, h0 and the betas of a run with N = `size`, for weights of these shapes by their names."""

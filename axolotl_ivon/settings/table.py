@@ -73,8 +73,9 @@ Hessian = Literal["reparameterized", "squared_gradients"]
 
 SETTINGS = (
     Setting("preset", Literal["auto", "paper"], "auto", "auto").means(
-        "the values of unset keys. `auto` fits them to N, the number of steps and the LoRA weights, and reads a "
-        "`learning_rate` below 1e-3 as the most that a step may move a weight; `paper`: the paper's for commonsense"
+        "the values of unset keys. `auto` fits them to N, the number of steps and the LoRA weights, and takes "
+        "`learning_rate` as the most that a step may move a weight; `paper`: the paper's for commonsense, and "
+        "`learning_rate` is α"
     ),
     Setting("gamma", Positive, 5000.0, None).means(
         "γ of the effective sample size λ = γ·√N, N being the number of training examples. Smaller: a wider "
@@ -85,7 +86,7 @@ SETTINGS = (
     ),
     Setting("h0", Positive, 5e-2, None, "by λ").means("the initial Hessian; smaller means wider draws at the start"),
     Setting("clip", Positive, 5e-3, 1e-2).means(
-        "ξ, the bound on the preconditioned gradient of each weight: a step moves it by at most `learning_rate`·ξ"
+        "ξ, the bound on the preconditioned gradient of each weight: a step moves it by at most α·ξ"
     ),
     Setting("beta1", Average, 0.9, 0.9).means("β1, the running average of the gradient"),
     Setting("beta2", Average, 0.9995, None, "by the number of steps").means(
@@ -107,8 +108,8 @@ SETTINGS = (
         "the number of steps that `ivon_h0` counts as; unset, it fades as β2^t"
     ),
     Setting("rescale_lr", bool, False, False, **_LATER).means(
-        "whether the learning rate of a tensor is (h0 + δ)·`learning_rate`, the optional line of IVON's Algorithm 1: "
-        "`learning_rate` is then 1/`ivon_h0` times as large"
+        "whether the learning rate of a tensor is (h0 + δ)·α, the optional line of IVON's Algorithm 1: "
+        "α is then 1/`ivon_h0` times as large. With `auto` only where no `learning_rate` is set"
     ),
     Setting("eval_samples", Annotated[int, Field(ge=0)], 0, 0, header="").means(
         "the number of draws whose averaged prediction every evaluation scores too: `eval_loss_posterior` beside "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import math
 from functools import partial
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from .checkpoints import remove_unfinished
 from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean, show_the_mean
 from .prior import gaussian_prior, keys_in_file
 from .processes import check_sharding
+from .rates import scaled_options
 from .trainer import PosteriorTrainerMixin
 
 LOG = logging.getLogger(__name__)
@@ -49,14 +50,16 @@ def attach(
 
     Call it once, between creating the Trainer and `trainer.train()`. The learning rate, its schedule and the seed
     are the Trainer's own; one made for AdamW is right with the preset "auto". `max_grad_norm` is set to 0 if it has
-    transformers' default of 1, since a clipped gradient biases the Hessian estimate.
+    transformers' default of 1, since a clipped gradient biases the Hessian estimate. The Trainer gets a copy of its
+    arguments for this.
 
     Args:
         trainer: any transformers or TRL Trainer whose model is a PeftModel.
         preset: the values of settings that are not given. "auto" fits them to N, the number of steps and the LoRA
-            weights, by the rules of `settings.presets.Preset`. A Trainer's learning rate below 1e-3 is then the most
-            that a step may move a weight, α = learning_rate/ξ, as it nearly is for AdamW. At 0, the preset chooses the
-            α at which a weight can travel 0.125 in the run. "paper": γ = 5000 and the defaults of `IVONLoRA`.
+            weights, by the rules of `settings.presets.Preset`. The Trainer's learning rate is then the most that a
+            step may move a weight, α = learning_rate/ξ, as it nearly is for AdamW; rates among `lr_scheduler_kwargs`
+            (min_lr, lr_end) likewise. At 0, the preset chooses the α at which a weight can travel 0.125 in the run.
+            "paper": γ = 5000 and the defaults of `IVONLoRA`; the learning rate is α.
         gamma: γ of the effective sample size λ = γ·√N.
         ess: λ itself, instead of γ and N.
         h0, clip, betas, hessian, h0_steps, rescale_lr: as in `IVONLoRA`; None for the preset's.
@@ -123,11 +126,17 @@ def attach(
         raise IVONError(f"{param_ref('draws')}: {draws!r} is neither 'shared' nor 'per_rank'")
     if eval_samples and trainer.eval_dataset is None:
         LOG.warning("eval_samples %d has no effect in training: the Trainer has no eval_dataset", eval_samples)
+    given_rate, settings["lr"] = settings["lr"], chosen.alpha(settings["lr"], rescale_lr)
+    trainer.args = copy.copy(trainer.args)  # whoever made them may make another Trainer with them
     _check_arguments(trainer, chosen, preset)
-    travel = None if settings["lr"] else chosen.travel
-    if (alpha := chosen.alpha(settings["lr"], rescale_lr)) != settings["lr"]:
-        header["learning_rate"] = f"{settings['lr']:g}"
-        settings["lr"] = trainer.args.learning_rate = alpha
+    travel = None if given_rate else chosen.travel
+    if chosen.travel is not None:
+        options = trainer.args.lr_scheduler_kwargs
+        if isinstance(options, dict):
+            trainer.args.lr_scheduler_kwargs = scaled_options(options, 1 / chosen.clip)
+        if given_rate:
+            header["learning_rate"] = f"{given_rate:g}"
+            trainer.args.learning_rate = settings["lr"]
     per_rank = draws == "per_rank" and trainer.args.world_size > 1
     run = PosteriorTraining(trainer, model, params, settings, header, eval_samples, per_rank, travel, settings_for_run)
     # All is checked: from here on the Trainer and its model change.
@@ -205,11 +214,6 @@ def _check_arguments(trainer: Trainer, chosen: Preset, preset: str) -> None:
             raise IVONError(f"{chooses}: remove the scheduler from the DeepSpeed config")
         if trainer.lr_scheduler is not None:
             raise IVONError(f"{chooses}: give the Trainer no scheduler of your own")
-        if not math.isfinite(chosen.clip):
-            raise IVONError(
-                f"{param_ref('clip')}: {chosen.clip} has no learning rate that bounds the travel of preset {preset}; "
-                "give a number"
-            )
     if args.max_grad_norm == 1.0:  # transformers' default
         args.max_grad_norm = 0.0
     check_sharding(trainer)

@@ -17,9 +17,7 @@ from ..errors import IVONError, param_ref
 from ..optim.ivon import Skipped
 from ..posterior.chain import PRIOR_SHA256
 from ..posterior.findings import begins_at_zero, findings, travel_finding
-from ..settings.presets import ADAM_LIKE_LR
 from .processes import agree_on_gradients, average, sum_over_processes
-from .rates import rates
 from .sharded import ReplicatedAdapter
 
 LOG = logging.getLogger(__name__)
@@ -27,6 +25,8 @@ LOG = logging.getLogger(__name__)
 # So many skipped steps in a row are no accident of one batch, nor of a loss scaler that finds its scale.
 DIVERGED = 10
 NONE_SKIPPED = Skipped(0, 0, None)
+# An α below this is a learning rate for AdamW.
+_ADAM_LIKE = 1e-3
 # Weights of each tensor that are remembered, to measure how far they moved.
 _REMEMBERED = 4096
 
@@ -50,8 +50,9 @@ class PosteriorTraining(TrainerCallback):
     best_folder: str | None = None  # the checkpoint whose weights the Trainer has loaded at the end
     skipped: Skipped = NONE_SKIPPED  # the skipped steps that the log has reported
     losses: int = 0  # those, in this process, whose mean the gradient since the last step is of
-    rates: list[float] = field(default_factory=list)  # of all steps, on the first process alone, as is `start`
-    start: dict[str, Tensor] = field(default_factory=dict)  # some weights of every B matrix; a resumed run has 0
+    rates: list[float] = field(default_factory=list)  # of all steps: as they are planned, and then as they were
+    # Some weights of every B matrix, on the first process alone; a resumed run has 0.
+    start: dict[str, Tensor] = field(default_factory=dict)
     # Whether `start` was 0. Only then the header says how far weights moved: a resumed run must write the same header,
     # and has nothing but that of its checkpoint to know where it began.
     from_zero: bool = False
@@ -116,6 +117,7 @@ class PosteriorTraining(TrainerCallback):
         # Only schedules with lr_lambdas have their peak in base_lrs; one_cycle, say, has its first rate there.
         if hasattr(scheduler, "lr_lambdas") and not math.isclose(lr, scheduler.base_lrs[0]):
             asked, lr = lr, scheduler.base_lrs[0]
+            self.rates = [rate * lr / asked for rate in self.rates] if asked else []
             LOG.warning("the run resumes at the checkpoint's learning_rate %.3g, not at %.3g", lr, asked)
         if args.max_grad_norm:
             LOG.warning(
@@ -124,7 +126,7 @@ class PosteriorTraining(TrainerCallback):
                 args.max_grad_norm,
             )
         by_hand = self.header["preset"] == "paper"  # and so is how far a weight can get
-        if lr < ADAM_LIKE_LR and by_hand:
+        if lr < _ADAM_LIKE and by_hand:
             LOG.warning(
                 "learning_rate %g looks like one for Adam: IVON's step is a natural-gradient step bounded by "
                 "clip, and 1e-2 to 1e-1 is the usual range",
@@ -134,7 +136,7 @@ class PosteriorTraining(TrainerCallback):
         self.start = {name: _some(p) * fresh for name, p in self.params.items() if begins_at_zero(name)}
         zero = bool(self.start) and not any(values.any() for values in self.start.values())
         self.from_zero = zero if fresh else "moved" in self.resumed
-        self.rates = rates(scheduler, lr, state.max_steps)
+        self.rates = self.rates or [lr] * state.max_steps  # an engine of its own may make the schedule
         finding = travel_finding(sum(self.rates) * self.step_bound, lr, by_hand)
         if not finding.good:
             LOG.warning("%s", finding.text)
@@ -151,6 +153,8 @@ class PosteriorTraining(TrainerCallback):
             self.losses += next(sizes, 1)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step < len(self.rates):  # a plateau is not known before
+            self.rates[state.global_step] = float(self.optimizer.param_groups[0]["lr"])
         if self.losses:
             count = sum_over_processes(self.losses, next(iter(self.params.values())).device)
             for group in self.optimizer.param_groups:

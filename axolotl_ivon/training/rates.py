@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.optim import SGD
 
+# Options of a schedule that are rates, and not shares of its peak.
+_ABSOLUTE = ("min_lr", "lr_end", "eps")
 
-def rates(scheduler: Any, lr: float, steps: int) -> list[float]:
-    """Return the learning rate of every step, or its bound where the scheduler is no function of the step."""
-    lambdas = getattr(scheduler, "lr_lambdas", None)
-    if not lambdas:
-        return [lr] * steps
-    return [lr * lambdas[0](step) for step in range(steps)]
+
+def scaled_options(options: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """Return the options of a schedule (`lr_scheduler_kwargs`) with every rate among them times `factor`."""
+
+    def scaled(value: Any) -> Any:
+        return [scaled(one) for one in value] if isinstance(value, list | tuple) else float(value) * factor
+
+    return {name: scaled(x) if name in _ABSOLUTE and x is not None else x for name, x in options.items()}
+
+
+def rates(scheduler: Any, steps: int) -> list[float]:
+    """Return the learning rate of every step of a schedule that has not begun.
+
+    A copy is stepped. A schedule that asks for more than the step is taken to stay where it is.
+    """
+    optimizer = _untrained(1.0)
+    (group,) = optimizer.param_groups
+    optimizer.param_groups = [
+        {**group, **other, "params": group["params"]} for other in scheduler.optimizer.param_groups
+    ]
+    return _stepped(copy.deepcopy(scheduler, {id(scheduler.optimizer): optimizer}), optimizer, steps)
 
 
 def rate_for(travel: float, clip: float, steps: int, schedule: Callable[[float, SGD], Any]) -> float:
     """Return the peak learning rate at which a weight can travel Σ α_t·ξ = `travel` under a schedule.
 
-    `schedule(lr, optimizer)` makes a scheduler of this peak; it is called with optimizers that train nothing. A
-    scheduler that asks for more than the step is taken to stay at the peak.
+    `schedule(lr, optimizer)` makes a scheduler of this peak; it is called with optimizers that train nothing.
     """
 
     def total(lr: float) -> float:
-        optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-        scheduler, sum_of_rates = schedule(lr, optimizer), 0.0
-        for _ in range(steps):
-            sum_of_rates += optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            try:
-                scheduler.step()
-            except TypeError:  # it wants the loss
-                return lr * steps
-        return sum_of_rates
+        optimizer = _untrained(lr)
+        return sum(_stepped(schedule(lr, optimizer), optimizer, steps))
 
     before, lr = 0.0, 1.0
     for _ in range(20):  # one round is enough, except for schedules with an absolute floor
@@ -43,3 +53,22 @@ def rate_for(travel: float, clip: float, steps: int, schedule: Callable[[float, 
             break
         before, lr = lr, lr * travel / clip / (total(lr) or 1.0)
     return lr
+
+
+def _untrained(lr: float) -> SGD:
+    return SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+def _stepped(scheduler: Any, optimizer: SGD, steps: int) -> list[float]:
+    """Return the rates of the optimizer while its scheduler is stepped."""
+    found = [float(optimizer.param_groups[0]["lr"])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch takes a copied optimizer for one whose step was overridden
+        while len(found) < steps:
+            optimizer.step()
+            try:
+                scheduler.step()
+            except TypeError:  # it wants the loss
+                return found + found[-1:] * (steps - len(found))
+            found.append(float(optimizer.param_groups[0]["lr"]))
+    return found

@@ -22,7 +22,7 @@ from .checkpoints import update_card_in, whole_checkpoint
 from .patches import keep_engine_off_the_adapter
 from .posterior_loss import posterior_loss
 from .processes import agree_on_gradients, average, is_sharded
-from .rates import rate_for
+from .rates import rate_for, rates
 from .sharded import STATE_FILE, ReplicatedAdapter
 
 
@@ -56,7 +56,9 @@ class PosteriorTrainerMixin(Trainer):
         run.fit_to(num_training_steps)
         if run.travel is None:
             run.log_settings(num_training_steps)
-            return create_scheduler(num_training_steps, *([optimizer] if optimizer else ()))
+            scheduler = create_scheduler(num_training_steps, *([optimizer] if optimizer else ()))
+            run.rates = rates(scheduler, num_training_steps)
+            return scheduler
 
         def schedule(lr: float, probe: Any) -> Any:
             self.args.learning_rate, self.lr_scheduler = lr, None
@@ -68,7 +70,9 @@ class PosteriorTrainerMixin(Trainer):
             group["lr"] = group["initial_lr"] = lr
         getattr(chosen, "defaults", {})["lr"] = lr  # where some schedules look
         run.log_settings(num_training_steps)
-        return schedule(lr, optimizer)
+        scheduler = schedule(lr, optimizer)
+        run.rates = rates(scheduler, num_training_steps)
+        return scheduler
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Run one forward and backward pass at a draw."""

@@ -156,7 +156,7 @@ class Configs:
             "gradient_accumulation_steps": 2,
             "max_steps": 6,
             "num_epochs": 4,
-            "learning_rate": 0.03,
+            "learning_rate": 3e-3,
             "optimizer": "ivon_lora",
             "lr_scheduler": "linear",
             "warmup_steps": 0,

@@ -28,7 +28,7 @@ def make_trainer(
     settings = {
         "per_device_train_batch_size": 4,
         "max_steps": 6,
-        "learning_rate": 3e-2,
+        "learning_rate": 3e-4,
         "logging_steps": 2,
         "save_strategy": "steps",
         "save_steps": 3,

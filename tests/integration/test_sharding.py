@@ -190,7 +190,7 @@ def test_draws_of_their_own_in_every_process(several: SeveralProcesses, alone: P
 
     Their learning rate is rescaled too, which needs whole tensors.
     """
-    settings = {"ivon_draws": "per_rank", "ivon_rescale_lr": True, "learning_rate": 0.5}
+    settings = {"ivon_draws": "per_rank", "ivon_preset": "paper", "ivon_rescale_lr": True, "learning_rate": 0.5}
     runs = []
     for mode in ("ddp", "zero3"):
         run = several.train(several.config(f"{mode}-own", mode, 2, **settings), mode, 2)

@@ -129,7 +129,8 @@ def test_keys_with_another_optimizer_are_named(caplog: pytest.LogCaptureFixture)
     [
         ({"ivon_beta2": 1.5}, r"ivon_beta1 and ivon_beta2 must be two numbers in \[0, 1\)"),
         ({"ivon_lambda": math.nan}, "ivon_lambda must be"),
-        ({"learning_rate": 0.0, "ivon_clip": math.inf}, "ivon_clip: inf has no learning rate"),
+        ({"learning_rate": 0.0, "ivon_clip": math.inf}, "ivon_clip: inf bounds no step"),
+        ({"learning_rate": 0.03}, "learning_rate: 0.03 is too far for a step, .* or set ivon_preset to paper"),
         ({"learning_rate": -1.0}, "learning_rate must be"),
         ({"ivon_lambda": None}, "give ivon_lambda"),
     ],

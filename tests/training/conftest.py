@@ -22,11 +22,13 @@ def made(tiny_llama: Path, tmp_path: Path) -> Make:
 
 @pytest.fixture
 def attached(made: Make) -> Make:
-    """A function that makes a Trainer and attaches to it with some settings."""
+    """A function that makes a Trainer and attaches to it with some settings, by default at α = 0.03."""
 
     def make(settings: dict[str, Any] | None = None, folder: str = "", **args: Any) -> Any:
-        trainer = made(folder, **args)
-        attach(trainer, **(settings or {}))
+        settings = settings or {}
+        rate = 0.03 if settings.get("preset") == "paper" else 0.03 * settings.get("clip", 0.01)
+        trainer = made(folder, **{"learning_rate": rate, **args})
+        attach(trainer, **settings)
         return trainer
 
     return make

@@ -110,7 +110,7 @@ def test_a_second_attach_is_refused_and_changes_nothing(attached: Any, tmp_path:
 def test_trl_s_trainers(kind: str, tiny_llama: Path, tmp_path: Path) -> None:
     import trl
 
-    args = {"per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 3e-2, "save_strategy": "no"}
+    args = {"per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 3e-4, "save_strategy": "no"}
     args |= {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True}
     row = {"SFT": {"text": "red dog good"}, "DPO": {"prompt": "red", "chosen": " dog", "rejected": " cat"}}[kind]
     tokenizer = {"processing_class": AutoTokenizer.from_pretrained(tiny_llama)} if kind == "SFT" else {}
@@ -174,21 +174,49 @@ def test_the_paper_is_exact(attached: Any) -> None:
     assert trainer.optimizer.param_groups[0].items() >= stated.items()
 
 
-@pytest.mark.parametrize(("given", "alpha"), [(2e-4, 0.02), (9.9e-4, 0.099), (1e-3, 1e-3), (0.1, 0.1)])
-def test_a_rate_below_1e_3_is_the_most_that_a_step_moves_a_weight(
-    given: float, alpha: float, attached: Any, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("clip", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("given", [2e-4, 9.9e-4, 1e-3, 2e-3, 0.01])
+def test_the_learning_rate_is_the_most_that_a_step_moves_a_weight(
+    given: float, clip: float, attached: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     spy = Rates()
     with caplog.at_level(logging.INFO, "axolotl_ivon"):
-        trainer = attached(learning_rate=given, callbacks=[spy], max_steps=2, lr_scheduler_type="constant")
+        trainer = attached(
+            {"clip": clip}, learning_rate=given, callbacks=[spy], max_steps=2, lr_scheduler_type="constant"
+        )
         before = lora_weights(trainer.model)
         trainer.train()
-    assert spy.rates == [pytest.approx(alpha)] * 2
+    assert spy.rates == [pytest.approx(given / clip)] * 2
     moved = max(float((p - before[name]).abs().max()) for name, p in lora_weights(trainer.model).items())
-    assert moved <= 2 * alpha * 0.01 * (1 + 1e-3)
+    assert moved <= 2 * given * (1 + 1e-3)
+    assert moved >= given or clip > 0.01  # where nearly every step is cut at the bound
     (line,) = (record.message for record in caplog.records if record.message.startswith("preset auto: λ "))
-    assert ("is the most that a step may move" in line) is (given < 1e-3)
-    assert not [r for r in caplog.records if r.levelname == "WARNING" and "learning_rate" in r.message]
+    assert "is the most that a step may move" in line
+    assert ("next to nothing can be learned" in caplog.text) is (2 * given < 1e-3)
+
+
+def test_by_auto_what_leaves_a_step_without_that_bound_is_refused(made: Any) -> None:
+    paper = "or set preset to paper, where learning_rate is α$"
+    for settings, rate, words in (
+        ({}, 0.03, f"^learning_rate: 0.03 is too far for a step.*, such as 2e-4, {paper}"),
+        ({"rescale_lr": True}, 2e-4, f"^rescale_lr: true leaves a step no bound.*{paper}"),
+        ({"clip": math.inf}, 2e-4, f"^clip: inf bounds no step.*{paper}"),
+    ):
+        with pytest.raises(IVONError, match=words):
+            attach(made(learning_rate=rate), **settings)
+        attach(trainer := made(learning_rate=rate), preset="paper", **settings)
+        assert trainer.args.learning_rate == rate
+
+
+def test_arguments_can_be_used_for_a_second_trainer(made: Any) -> None:
+    first = made(learning_rate=2e-4, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-5})
+    second, args = made(), first.args
+    second.args = args
+    for trainer in (first, second):
+        attach(trainer)
+        assert trainer.args.learning_rate == pytest.approx(0.02)
+        assert trainer.args.lr_scheduler_kwargs == {"min_lr": pytest.approx(1e-3)}
+    assert (args.learning_rate, args.lr_scheduler_kwargs, args.max_grad_norm) == (2e-4, {"min_lr": 1e-5}, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def test_the_trainer_does_what_a_plain_loop_does(made: Any, accumulation: int) -
     """The loop that the README shows, on the same batches, ends where the Trainer ends, bit for bit."""
     spy, plain = Spy(), {"lora": {"lora_dropout": 0.0}}
     batches = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2, "max_steps": 4}
-    trainer = made(callbacks=[spy], save_strategy="no", lr_scheduler_type="constant", **batches, **plain)
+    schedule = {"learning_rate": 3e-2, "lr_scheduler_type": "constant"}
+    trainer = made(callbacks=[spy], save_strategy="no", **schedule, **batches, **plain)
     seen: list[tuple[Any, Any]] = []
     compute_loss = trainer.compute_loss
 
@@ -92,7 +93,7 @@ def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(traine
         {"lr_scheduler_type": "cosine", "warmup_steps": 2},
         {"lr_scheduler_type": "linear", "max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2},
         {"lr_scheduler_type": "polynomial", "learning_rate": 0.0},
-        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.5}, "learning_rate": 0.0},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.005}, "learning_rate": 0.0},
         {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 1},
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 100},
     ],

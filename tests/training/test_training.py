@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
-from trainers import Spy, lora_weights
+from trainers import Rates, Spy, lora_weights
 from transformers import TrainerCallback
 
 from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, hookimpl
@@ -37,7 +37,7 @@ def header(folder: Path) -> dict[str, str]:
 def train_with_bad_gradients(attached: Any, bad: set[int], **args: Any) -> Spy:
     """Train with a gradient that is not finite, in `TENSOR` and the one after it, at steps `bad`."""
     spy = Spy()
-    trainer = attached(callbacks=[spy], learning_rate=1e-1, **args)
+    trainer = attached(callbacks=[spy], learning_rate=1e-3, **args)
     names = dict(trainer.model.named_parameters())
     for name in (TENSOR, TENSOR.replace("lora_A", "lora_B")):
         names[name].register_hook(lambda g: g * (math.nan if trainer.state.global_step + 1 in bad else 1.0))
@@ -87,7 +87,7 @@ def test_warnings_say_why(trained: Any, caplog: pytest.LogCaptureFixture) -> Non
     assert f"with {2e-4 * 0.13 / reach:.2g} it is 0.13" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        trained({"clip": 1.0}, max_steps=4, learning_rate=0.1)
+        trained({"clip": 1.0}, max_steps=4, learning_rate=0.01)
     assert "axolotl_ivon" not in caplog.text
 
 
@@ -249,11 +249,68 @@ def test_the_rates_of_a_run_add_up_to_the_travel(shape: list[float], travel: flo
 
 def test_a_schedule_that_wants_the_loss_is_taken_to_stay_at_its_peak() -> None:
     class Plateau:
+        def __init__(self, optimizer: Any) -> None:
+            self.optimizer = optimizer
+
         def step(self, loss: float) -> None:
             raise AssertionError
 
-    assert rate_for(0.15, 0.01, 10, lambda lr, optimizer: Plateau()) == pytest.approx(1.5)
-    assert rates(Plateau(), 0.1, 3) == [0.1] * 3
+    assert rate_for(0.15, 0.01, 10, lambda lr, optimizer: Plateau(optimizer)) == pytest.approx(1.5)
+    assert rates(Plateau(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)), 3) == [0.1] * 3
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        ("linear", {}),
+        ("cosine_with_min_lr", {"min_lr": 1e-4}),
+        ("polynomial", {"lr_end": 1e-4, "power": 2.0}),
+        ("reduce_lr_on_plateau", {"min_lr": 1e-4, "factor": 0.1, "patience": 0, "threshold": 10.0}),
+        ("rex", {}),
+        ("one_cycle", {}),
+        ("jagged", {}),
+    ],
+)
+def test_the_travel_is_the_sum_of_the_rates_and_these_end_where_adamw_s_do(
+    schedule: str, options: dict[str, float], made: Any, tmp_path: Path
+) -> None:
+    """Every rate of the run, the optional ends of a schedule included, is 1/ξ times what AdamW's would be."""
+    from axolotl.utils.schedulers import JaggedLRRestartScheduler, RexLR
+    from torch.optim.lr_scheduler import OneCycleLR
+
+    def of_axolotl(trainer: Any, steps: int, optimizer: Any) -> Any:
+        peak = trainer.args.learning_rate
+        if schedule == "rex":
+            return RexLR(optimizer, peak, 0, total_steps=steps, num_warmup_steps=2)
+        if schedule == "one_cycle":
+            return OneCycleLR(optimizer, max_lr=peak, total_steps=steps)
+        return JaggedLRRestartScheduler(optimizer, LambdaLR(optimizer, lambda step: 1 - step / steps), 4, 2)
+
+    kind = {} if schedule in ("rex", "one_cycle", "jagged") else {"lr_scheduler_type": schedule}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2} if "plateau" in schedule else {}
+    seen = []
+    for ivon in (False, True):
+        spy = Rates()
+        trainer = made(
+            callbacks=[spy], learning_rate=1e-3, lr_scheduler_kwargs=options, max_steps=12, **kind, **evaluation
+        )
+        if not kind:
+
+            def create(num_training_steps: int, optimizer: Any = None, trainer: Any = trainer) -> Any:
+                trainer.lr_scheduler = of_axolotl(trainer, num_training_steps, optimizer or trainer.optimizer)
+                return trainer.lr_scheduler
+
+            trainer.create_scheduler = create
+        if ivon:
+            attach(trainer)
+        trainer.train()
+        seen.append(spy.rates)
+    adamw, ours = seen
+    assert [rate * 0.01 for rate in ours] == pytest.approx(adamw, rel=1e-4)
+    assert trainer.posterior_training.movement(12)["travel"] == pytest.approx(sum(ours) * 0.01)
+    for step in (3, 12):
+        travel = float(header(tmp_path / f"checkpoint-{step}")["travel"])
+        assert travel == pytest.approx(sum(ours[:step]) * 0.01, rel=1e-3)
 
 
 def fake_trainer(
