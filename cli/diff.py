@@ -24,6 +24,7 @@ def command(first: str, second: str, terminal: options.Terminal) -> None:
     one-sided         share of weights with σ > 0 in one only, as after pruning; KL leaves them out
     """
     from axolotl_ivon.inspect.diff import distance
+    from axolotl_ivon.posterior.combine import same_data
     from axolotl_ivon.posterior.posterior import Posterior
 
     with terminal.progress() as progress:
@@ -36,7 +37,7 @@ def command(first: str, second: str, terminal: options.Terminal) -> None:
         ["module", "weights", "KL(A‖B)", "KL(B‖A)", "cosine", "apart", "one-sided"],
         [*map(_row, facts["modules"]), _row({**facts, "module": "all"})],
     )
-    other = a.tau == b.tau and facts["cosine"] != 1
+    other = a.tau == b.tau and not same_data(a, b)
     terminal.suggest("ivon-post", *(["combine", first, second] if other else ["info", first]))
 
 

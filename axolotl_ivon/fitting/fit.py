@@ -21,7 +21,7 @@ from ..data.chats import Example, choose_task, read_files
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..models.session import Loading, Session, has_head
-from ..posterior.adapter import Adapter
+from ..posterior.adapter import RUN_IDS, Adapter
 from ..posterior.card import CARD_FILE, update_card
 from ..posterior.posterior import Posterior
 from ..posterior.tensors import fingerprint
@@ -84,6 +84,8 @@ def fit(
         "train_size": str(len(items)),
         "mean_sha256": fingerprint(mean.mean, mean.digests()),
     }
+    data_of_mean = header["mean_sha256"] + header["fit_data_sha256"]  # whatever the method
+    header[RUN_IDS] = hashlib.sha256(data_of_mean.encode()).hexdigest()[:16]
     kept = State(state, _key(header["mean_sha256"], chosen, session, items, judged))
     parameters = adapter_parameters(session.model)
     problem = FitProblem(mean, session, parameters, chosen, items, judged, kept, header, reporter)

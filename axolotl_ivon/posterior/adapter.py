@@ -32,7 +32,8 @@ from .tensors import Tensors, as_float32, fingerprint, sha256, write_tensors
 if TYPE_CHECKING:
     import torch
 
-UNPRUNED = "unpruned_sha256"  # in the header: `mean_sha256` before pruning
+# In the header: `mean_sha256` before pruning; the runs (of training, of a fit) that a posterior is from, by their ids.
+UNPRUNED, RUN_IDS = "unpruned_sha256", "run_ids"
 
 
 def mean_sha256(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -66,6 +66,11 @@ def prior_header(prior: Posterior, strength: float, train_size: str | None) -> d
     return header | ({CHAIN_SIZE: str(sum(known))} if len(known) == len(sizes) else {})
 
 
+def identity(header: Mapping[str, str]) -> str | None:
+    """Return the fingerprint by which links name a posterior: of its mean, before pruning if it was pruned."""
+    return header.get(UNPRUNED) or header.get("mean_sha256")
+
+
 class Factor(NamedTuple):
     """A factor of a product of posteriors: one of them, without its prior if that is in the product too.
 
@@ -87,9 +92,9 @@ def shared(headers: Sequence[Mapping[str, str]]) -> list[str]:
 
     Of a common chain it is the last link, which contains those before it.
     """
-    given, after = {header.get("mean_sha256") for header in headers}, dict[str, set[str]]()
+    given, after = {identity(header) for header in headers}, dict[str, set[str]]()
     for header in headers:
-        before = str(header.get("mean_sha256"))
+        before = str(identity(header))
         for link in links(header):
             if link.sha256 in given:
                 break
@@ -106,7 +111,7 @@ def factors(headers: Sequence[Mapping[str, str]], weights: Sequence[float]) -> l
             the largest strength that it has had.
         weights: the power of each posterior that is combined.
     """
-    places = {str(header.get("mean_sha256")): i for i, header in reversed([*enumerate(headers)])}
+    places = {str(identity(header)): i for i, header in reversed([*enumerate(headers)])}
     product = []
     for i, header in enumerate(headers):
         factor, strength = Factor(i, weights[i] if i < len(weights) else 0.0, None, 0.0), 1.0

@@ -16,8 +16,8 @@ import numpy as np
 
 from ..errors import IVONError, param_ref
 from ..storage.dtypes import NUMPY
-from .adapter import UNPRUNED, different_shapes
-from .chain import CHAIN_SIZE, MEANING, PRIOR_KEYS, Factor, factors, links
+from .adapter import RUN_IDS, UNPRUNED, different_shapes
+from .chain import CHAIN_SIZE, MEANING, PRIOR_KEYS, Factor, factors, identity, links
 from .tensors import Spec, Tensors
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ Parts = tuple[Tensors, Tensors, dict[str, str], dict[str, Any]]  # mean, σ, hea
 
 # What selects the modules that have an adapter.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# What pruning, tempering and writing anew change in a header.
+_CHANGING = ("tau", "pruned_ratio", "mean_sha256", UNPRUNED, RUN_IDS, "library_version")
 # What a sum of low-rank updates cannot express.
 _NOT_LOW_RANK = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters")
 _FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight$")
@@ -94,12 +96,44 @@ def shares(count: int, method: str = "precision", weights: Sequence[float] | Non
     return share
 
 
+def check_data(posteriors: Sequence[Posterior]) -> None:
+    """Raise IVONError if two posteriors, as they were read from folders, hold the same data."""
+    for one, other in itertools.combinations(posteriors, 2):
+        if same_data(one, other):
+            raise IVONError(
+                f"{one.folder} and {other.folder} hold the same data, which would count twice: they are of one run "
+                "(a copy, pruned, tempered, or an earlier checkpoint); give one of them"
+            )
+
+
+def same_data(one: Posterior, other: Posterior) -> bool:
+    """Return whether two posteriors share a run of training or of `fit`, whatever was pruned or tempered since.
+
+    Where a header has no ids of runs, as before version 0.3, they share it if the headers agree in all that neither
+    pruning nor tempering changes, and the means in all weights that neither has pruned.
+    """
+    headers = [q.metadata for q in (one, other)]
+    runs = [set(header.get(RUN_IDS, "").split()) for header in headers]
+    if all(runs):
+        return bool(runs[0] & runs[1])
+    if not all("mean_sha256" in header for header in headers):  # made in memory
+        return False
+    facts = [{name: value for name, value in header.items() if name not in _CHANGING} for header in headers]
+    scalings = [[q.config.get(name) for name in MEANING] for q in (one, other)]
+    if facts[0] != facts[1] or scalings[0] != scalings[1] or any(different_shapes(one.mean, other.mean)):
+        return False
+    pairs = ((one.mean.float32(key), other.mean.float32(key)) for key in one.mean)
+    return all(((a == b) | (a == 0) | (b == 0)).all() for a, b in pairs)
+
+
 def _header(posteriors: Sequence[Posterior], method: str, share: Sequence[float] = ()) -> dict[str, str]:
     """Return the header of the result: what all agree on; with "precision", λ and N add up."""
     first = posteriors[0].metadata
     header = {key: value for key, value in first.items() if all(q.metadata.get(key) == value for q in posteriors)}
-    for name in ("mean_sha256", UNPRUNED):
+    for name in ("mean_sha256", UNPRUNED, RUN_IDS):
         header.pop(name, None)
+    if all(RUN_IDS in q.metadata for q in posteriors):
+        header[RUN_IDS] = " ".join(q.metadata[RUN_IDS] for q in posteriors)
     chained = any(links(q.metadata) for q in posteriors)
     for name in (CHAIN_SIZE,) if method == "precision" else PRIOR_KEYS if chained else ():
         header.pop(name, None)
@@ -111,7 +145,7 @@ def _header(posteriors: Sequence[Posterior], method: str, share: Sequence[float]
             size = sum(int(q.metadata["train_size"]) for q in posteriors)
             header["train_size"] = str(size)
             if chained:
-                given = {q.metadata.get("mean_sha256") for q in posteriors}
+                given = {identity(q.metadata) for q in posteriors}
                 before = {link.sha256: link.train_size for q in posteriors for link in links(q.metadata)}
                 header[CHAIN_SIZE] = str(size + sum(int(before[sha] or "") for sha in before.keys() - given))
         except (KeyError, ValueError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from ..storage.format import CONFIG_FILE, MEAN_FILE, SIGMA_FILE, copy_companions
 from .adapter import UNPRUNED, Adapter, check_sigma, modules, write_sigma
 from .card import keep_true
 from .chain import links, shared
-from .combine import combine, shares
+from .combine import check_data, combine, shares
 from .prune import Pruning, pruning_masks
 from .tensors import Tensors, fingerprint, write_tensors
 
@@ -291,22 +290,13 @@ class Posterior:
         A posterior that several of them go on from is read from where they had it, unless it is among them.
 
         Raises:
-            IVONError: as `shares` and `combine` do; one of them, as it was read from a folder, is given twice: its
-                data would count twice; or the posterior that several of them go on from is not where it was.
+            IVONError: as `shares` and `combine` do; two of them, as they were read from folders, hold the same data,
+                which would count twice; or the posterior that several of them go on from is not where it was.
         """
         share = shares(len(posteriors), method, weights)
+        check_data(posteriors)
         priors = [cls._prior_of(posteriors, sha256) for sha256 in shared([q.metadata for q in posteriors])]
         parts = combine(posteriors, method, share, priors if method == "precision" else ())
-        for one, other in itertools.combinations(posteriors, 2):
-            if (
-                one._fingerprint
-                and one._fingerprint == other._fingerprint
-                and all(np.array_equal(one.sigma.raw(key), other.sigma.raw(key)) for key in one.sigma)
-            ):
-                raise IVONError(
-                    f"{one.folder} and {other.folder} hold the same posterior, whose data would count twice; "
-                    "give each posterior once"
-                )
         inputs = [folder for q in posteriors for folder in q.inputs]
         return cls(*parts, folder=posteriors[0].folder, inputs=inputs)
 

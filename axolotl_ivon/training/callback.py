@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import IVONError, param_ref
 from ..optim.ivon import Skipped
+from ..posterior.adapter import RUN_IDS
 from ..posterior.chain import PRIOR_SHA256
 from ..posterior.findings import begins_at_zero, findings, travel_finding
 from .processes import agree_on_gradients, average, sum_over_processes
@@ -89,6 +92,19 @@ class PosteriorTraining(TrainerCallback):
                 "begin a new run in another folder"
             )
         self.resumed = header
+        self.header = {**self.header, **{name: header[name] for name in (RUN_IDS,) if name in header}}
+
+    def identify(self, loss: Tensor) -> None:
+        """Take an id for the run: a digest of its numbers and of its first loss, so only its repetition has the same.
+
+        By it `combine` knows all that is made of the run. A resumed run has that of its checkpoint.
+        """
+        if RUN_IDS in self.header or self.resumed or not self.trainer.is_world_process_zero():
+            return
+        values = {**self.trainer.args.to_dict(), **self.settings, "loss": float(loss.detach())}
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        identity = json.dumps([numbers, self.header.get("train_size")], sort_keys=True)
+        self.header = {**self.header, RUN_IDS: hashlib.sha256(identity.encode()).hexdigest()[:16]}
 
     def log_settings(self, steps: int) -> None:
         """Log the settings of the run in one line, and where they are from."""

@@ -82,6 +82,7 @@ class PosteriorTrainerMixin(Trainer):
         averaged_later = run.per_rank and isinstance(model, DistributedDataParallel)
         with context, model.no_sync() if averaged_later else nullcontext():  # type: ignore[operator]
             loss = super().training_step(model, *args, **kwargs)
+            run.identify(loss)
             if run.adapter is not None and not run.per_rank:
                 average(agree_on_gradients(list(run.params.values())))
             return loss

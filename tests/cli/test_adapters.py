@@ -96,6 +96,15 @@ def test_check_of_a_yaml(tmp_path: Path, ivon_post: Cli) -> None:
     assert "no posterior is trained" in ivon_post.error("check", config)
 
 
+def test_diff_suggests_what_combine_takes(tiny_adapter: Path, other_adapter: Path, out: Path, ivon_post: Cli) -> None:
+    ivon_post("prune", tiny_adapter, "-o", out)
+    suggested = [ivon_post.run("diff", tiny_adapter, other).stderr.splitlines()[-1] for other in (other_adapter, out)]
+    assert suggested == [
+        f"next: ivon-post combine {tiny_adapter} {other_adapter}",
+        f"next: ivon-post info {tiny_adapter}",
+    ]
+
+
 def test_diff(tiny_adapter: Path, other_adapter: Path, ivon_post: Cli) -> None:
     lines = words_of(ivon_post("diff", tiny_adapter, other_adapter))
     modules = [f"model.layers.{i}.self_attn.{n}_proj" for i in "01" for n in "qv"]

@@ -57,10 +57,14 @@ def test_json_and_combined_posteriors(plain_adapter: Path, data: Path, tmp_path:
     assert (document["output"], document["weights"]) == (str(fisher), 896)
     assert (document["header"]["ess"], document["header"]["train_size"]) == (1000, 24)
     assert document["header"]["mean_sha256"] == Posterior.from_pretrained(fisher).metadata["mean_sha256"]
-    ivon_post("fit", plain_adapter, "-d", data, "--method", "ivon", "-o", other)
+    (tmp_path / "more").mkdir()
+    more = write_chats(tmp_path / "more" / data.name, 24, seed=7)
+    ivon_post("fit", plain_adapter, "-d", more, "--method", "ivon", "-o", other)
     ivon_post("combine", fisher, other, "-o", tmp_path / "both")
     assert ivon_post.json("diff", fisher, other)
     assert Posterior.from_pretrained(tmp_path / "both").metadata["fit_data"] == "train.jsonl"
+    ivon_post("fit", plain_adapter, "-d", data, "--method", "ivon", "-o", tmp_path / "again")
+    assert "hold the same data" in ivon_post.error("combine", fisher, tmp_path / "again", "-o", tmp_path / "none")
 
 
 def test_defaults_and_progress(plain_adapter: Path, data: Path, copied: Callable[[Path], Path], ivon_post: Cli) -> None:

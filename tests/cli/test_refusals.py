@@ -106,7 +106,7 @@ CASES = {
     "temper adapter --tau nan": "--tau nan is not > 0",
     "sample adapter -n 0": "0 members make no ensemble",
     "combine adapter": "1 posterior cannot be combined",
-    "combine adapter adapter": "adapter and adapter hold the same posterior",
+    "combine adapter adapter": "adapter and adapter hold the same data",
     "diff adapter nowhere": "nowhere: no such folder",
     "info .": "it holds 3 adapters: give one of them, adapter, moved, plain",
     "eval adapter -d bad.jsonl": "bad.jsonl:1: no assistant message",

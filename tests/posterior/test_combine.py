@@ -172,6 +172,16 @@ def test_a_fixed_prior_counts_once_under_weights() -> None:
         torch.testing.assert_close(q.sigma[key].double(), expected.rsqrt(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_pruned_prior_is_still_the_prior(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    a, b = (chain.posteriors[name] for name in "AB")
+    pruned, whole = Posterior.combine([a.prune(0.3), b]), chain.combined("AB")
+    for key in whole.sigma:
+        kept = pruned.sigma[key] > 0
+        torch.testing.assert_close(pruned.sigma[key][kept], whole.sigma[key][kept])
+    assert pruned.metadata["chain_train_size"] == "200"
+
+
 def test_a_chain_that_is_tempered_is_that_chain_tempered(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
     assert_equal(Posterior.combine([chain.posteriors[x].temper(0.5) for x in "BC"]), chain.combined("BC").temper(0.5))
@@ -264,7 +274,7 @@ def test_adapters_of_different_kinds(method: str, other: dict, message: str, mak
 
 @pytest.mark.parametrize("kind", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
 def test_cat_is_refused_where_it_is_not_exact(kind: dict, make_adapter: Callable):
-    qs = [Posterior.from_pretrained(make_adapter(**kind))] * 2
+    qs = [Posterior.from_pretrained(make_adapter(seed=seed, **kind)) for seed in (0, 1)]
     with pytest.raises(IVONError, match=min(kind)):
         Posterior.combine(qs, "cat")
 
@@ -309,16 +319,41 @@ def test_a_configuration_that_makes_no_sense(damage: dict):
         dict(Posterior.combine([broken, broken], "cat").mean)
 
 
-def test_the_same_posterior_twice_is_refused(tiny_adapter: Path, copied: Callable):
-    q = Posterior.from_pretrained(tiny_adapter)
-    for twin in (q, Posterior.from_pretrained(copied(tiny_adapter))):
-        for method in ("precision", "linear", "cat"):
-            with pytest.raises(IVONError, match="hold the same posterior, whose data would count twice"):
-                Posterior.combine([q, twin], method)
-    # Another σ at the same mean is another posterior: of other data, say.
-    wider = q.temper(0.5)
-    wider.metadata["tau"] = "1.0"
-    assert Posterior.combine([q, wider]).mean.keys() == q.mean.keys()
+@pytest.mark.parametrize("ids", [{}, {"run_ids": "a"}], ids=["old header", "id of the run"])
+@pytest.mark.parametrize(
+    "twin",
+    [
+        lambda q: q,
+        lambda q: q.prune(0.3),
+        lambda q: q.prune(0.3).temper(2),
+        lambda q: q.temper(3).temper(1 / 3),
+        lambda q: q.prune(0.6, "magnitude"),
+    ],
+    ids=["copy", "pruned", "pruned and tempered", "tempered back", "pruned by magnitude"],
+)
+def test_two_of_one_run_are_refused(
+    twin: Callable, ids: dict[str, str], make_adapter: Callable, other_adapter: Path, tmp_path: Path
+) -> None:
+    q = Posterior.from_pretrained(make_adapter(facts=ids))
+    twin(q).save_pretrained(tmp_path / "twin")
+    first, copy = q.prune(0.1), Posterior.from_pretrained(tmp_path / "twin")
+    for method in ("precision", "linear", "cat"):
+        with pytest.raises(IVONError, match="twin hold the same data, which would count twice: they are of one run"):
+            Posterior.combine([first, Posterior.from_pretrained(other_adapter), copy], method)
+
+
+def test_runs_are_told_apart_and_stay_in_a_combination(make_adapter: Callable, tmp_path: Path) -> None:
+    a, b, c = (Posterior.from_pretrained(make_adapter(seed=seed, facts={"run_ids": str(seed)})) for seed in range(3))
+    Posterior.combine([a, b]).save_pretrained(tmp_path / "ab")
+    ab = Posterior.from_pretrained(tmp_path / "ab")
+    assert Posterior.combine([ab, c]).metadata["run_ids"] == "0 1 2"
+    with pytest.raises(IVONError, match="hold the same data"):
+        Posterior.combine([ab, b])
+    # Another fit around the same mean is of other data.
+    for name, value in (("run_ids", "9"), ("fit_data_sha256", "9")):
+        plain = {key: text for key, text in a.metadata.items() if key != "run_ids"} if name != "run_ids" else a.metadata
+        other, one = (Posterior(a.mean, a.sigma, header, a.config) for header in ({**plain, name: value}, plain))
+        assert Posterior.combine([one, other]).mean.keys() == a.mean.keys()
 
 
 def header(name: str, *before: tuple[str, float]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from trainers import Rates, Spy, lora_weights
 from transformers import Trainer
 
-from axolotl_ivon import IVONLoRA, Posterior, attach, effective_sample_size
+from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, effective_sample_size
 from axolotl_ivon.training.checkpoints import update_card_in
 
 
@@ -68,6 +68,14 @@ def test_resuming_from_a_checkpoint_continues_the_same_run(trained: Any, tmp_pat
     for name in ("adapter_model.safetensors", "ivon_sigma.safetensors"):
         left, right = ((tmp_path / run / "checkpoint-6" / name).read_bytes() for run in ("a", "b"))
         assert left == right
+    paths = {"a": "checkpoint-3", "b": "checkpoint-6"}
+    trained(folder="c", **run, seed=1)
+    first, last, other = (
+        Posterior.from_pretrained(tmp_path / k / v) for k, v in {**paths, "c": "checkpoint-6"}.items()
+    )
+    with pytest.raises(IVONError, match=r"checkpoint-3 and .*checkpoint-6 hold the same data"):
+        Posterior.combine([first, last])
+    assert Posterior.combine([last, other]).metadata["train_size"] == "48"
 
 
 def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(trained: Any, tmp_path: Path) -> None:
