@@ -20,7 +20,7 @@ _LARGE = 10**9  # bytes; a larger ensemble is announced before it is written
 @click.option(
     "--serve",
     type=click.Choice(["vllm"]),
-    help="Also write serve.sh, which serves every member, and print its command.",
+    help="Also write serve.sh, which serves every member, and print its command. Modules get one rank and scaling.",
 )
 @options.output_options("ADAPTER-samples-N, beside ADAPTER")
 def command(
@@ -47,7 +47,7 @@ def command(
     from axolotl_ivon.posterior.sample import EnsemblePlan, sample
     from axolotl_ivon.storage.atomic import in_bytes
 
-    plan = EnsemblePlan(members, seed, include_mean=include_mean)
+    plan = EnsemblePlan(members, seed, include_mean=include_mean, one_scaling=bool(serve))
     tau, ratio = point.settings(adapter)
     path = output.target([adapter], f"samples-{members}")
     with output.progress() as progress:
@@ -55,7 +55,7 @@ def command(
         if serve:
             from axolotl_ivon.generation.ensemble import Ensemble, served_rank
 
-            served_rank(posterior.config)  # refused before anything is drawn
+            served_rank(plan.config(posterior), posterior.mean)  # refused before anything is drawn
         posterior = posterior.prune(ratio, reporter=progress).temper(tau)
         if (size := plan.size(posterior)) >= _LARGE:
             progress.notify(f"{members:,} adapters take {in_bytes(size)} in {path}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,15 @@ from .plan import Plan
 SERVE_FILE = "serve.sh"
 # The values of --max-lora-rank that vLLM takes.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# What vLLM refuses to load, or leaves out and so answers as another model: the keys of adapter_config.json,
+_UNSERVED = (
+    *("use_dora", "modules_to_save", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters"),
+    *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config"),
+)
+# initializations by which PEFT changes the base model, where vLLM serves it as it was,
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# and all tensors but these.
+_SERVED_TENSOR = re.compile(r"\.lora_(A|B)\.weight$|\.lora_embedding_(A|B)$|\.base_layer\.weight$")
 
 
 class Ensemble:
@@ -70,20 +81,25 @@ class Ensemble:
         return path
 
 
-def served_rank(config: dict[str, Any]) -> int:
-    """Return the --max-lora-rank with which vLLM serves adapters of this adapter_config.json.
+def served_rank(config: dict[str, Any], tensors: Iterable[str] = ()) -> int:
+    """Return the --max-lora-rank with which vLLM serves adapters of this adapter_config.json, and of these tensors.
 
-    Raises IVONError if vLLM cannot serve them, or no base model is named.
+    Raises IVONError if vLLM cannot serve them as PEFT does, or no base model is named.
     """
     vllm = f"{param_ref('serve')} vllm: vLLM serves"
     if not config.get("base_model_name_or_path"):
         raise IVONError(f"{param_ref('serve')} vllm: adapter_config.json names no base model; write its name there")
-    for key in ("use_dora", "modules_to_save", "lora_bias"):
-        if config.get(key):
-            raise IVONError(f"{vllm} no adapters with {key}; `ivon-post merge` gives whole models")
+    unserved = [key for key in _UNSERVED if config.get(key)]
     if config.get("bias", "none") != "none":
-        raise IVONError(f"{vllm} no adapters with bias {config['bias']!r}")
-    rank = max([config.get("r", 0), *(config.get("rank_pattern") or {}).values()])
+        unserved.append(f"bias {config['bias']!r}")
+    if str(init := config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
+        unserved.append(f"init_lora_weights {init!r}, which changes the base model")
+    unserved += [f"the tensor {key}" for key in tensors if not _SERVED_TENSOR.search(key)]
+    if unserved:
+        raise IVONError(f"{vllm} no adapters with {unserved[0]}; `ivon-post merge` gives whole models")
+    if patterns := [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]:
+        raise IVONError(f"{vllm} one rank and scaling, and leaves out {patterns[0]}; draw with `--serve vllm`")
+    rank = config.get("r", 0)
     if rank <= _RANKS[-1]:
         return next(size for size in _RANKS if rank <= size)
     raise IVONError(f"{vllm} adapters up to rank {_RANKS[-1]}; this one has {rank}")

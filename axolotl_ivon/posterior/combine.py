@@ -301,7 +301,7 @@ def _concatenated(posteriors: Sequence[Posterior], share: Sequence[float]) -> Pa
         for i in owners[key]:
             values = values_of(posteriors[i])
             if _axis(key) == 0:  # the factor A alone takes the scaling of B·A
-                values = values * np.float32(share[i] * _scaling(posteriors[i], key))
+                values = values * np.float32(share[i] * scaling(posteriors[i], key))
             pieces.append(values)
         return np.concatenate(pieces, axis=_axis(key))
 
@@ -328,11 +328,11 @@ def _axis(key: str) -> int:
     return 0 if key.endswith(".lora_A.weight") else 1
 
 
-def _scaling(q: Posterior, key: str) -> float:
-    """Return what PEFT multiplies B·A of this module with: alpha/r, or alpha/√r (rsLoRA)."""
+def scaling(q: Posterior, key: str) -> float:
+    """Return what PEFT multiplies B·A of the module of a factor with: alpha/r, or alpha/√r (rsLoRA)."""
     match = _FACTOR.match(key)
     assert match
-    rank = q.mean.specs[key][1][0]
+    rank = q.mean.specs[key][1][_axis(key)]
     try:
         alpha = q.config.get("lora_alpha", 8)
         for pattern, value in (q.config.get("alpha_pattern") or {}).items():

@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import Cli
 from openai_server import Server, serving
+from peft import PeftModel
 from pipeline import Pipeline
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_chats
@@ -110,15 +114,45 @@ def test_the_rank_is_one_that_vllm_takes() -> None:
     base = {"base_model_name_or_path": "x"}
     ranks = [served_rank({**base, "r": r}) for r in (1, 2, 8, 9, 64, 65, 512)]
     assert ranks == [1, 8, 8, 16, 64, 128, 512]
-    assert served_rank({**base, "r": 8, "rank_pattern": {"q_proj": 40}}) == 64
     for wrong, message in (
         ({"r": 513}, "up to rank 512; this one has 513"),
         ({"bias": "all"}, "bias 'all'"),
         ({"modules_to_save": ["lm_head"]}, "serves no adapters with modules_to_save"),
+        ({"layer_replication": [[0, 2]]}, "serves no adapters with layer_replication"),
+        ({"trainable_token_indices": [1]}, "serves no adapters with trainable_token_indices"),
+        ({"target_parameters": ["experts.down_proj"]}, "serves no adapters with target_parameters"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the base model; `ivon-post merge`"),
+        ({"init_lora_weights": "olora"}, "'olora', which changes the base model"),
+        ({"alpha_pattern": {"q_proj": 4}}, "leaves out alpha_pattern; draw with `--serve vllm`"),
         ({"base_model_name_or_path": None}, "names no base model"),
     ):
         with pytest.raises(IVONError, match=message):
             served_rank({**base, "r": 8, **wrong})
+    with pytest.raises(IVONError, match=r"the tensor model\.embed_tokens\.weight"):  # of a resized vocabulary
+        served_rank({**base, "r": 8}, ["x.lora_A.weight", "model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_vllm_scales_by_one_number_is_the_update_that_peft_makes(
+    rslora: bool, ivon_post: Cli, make_adapter: Callable[..., Path], tiny_llama: Path, tmp_path: Path
+) -> None:
+    patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 6, "v_proj": 2}, "alpha_pattern": {"v_proj": 3}}
+    adapter, folder = make_adapter(use_rslora=rslora, **patterns), tmp_path / "e"
+    ivon_post("sample", adapter, "-n", 1, "--include-mean", "--serve", "vllm", "-o", folder)
+    ivon_post("sample", adapter, "-n", 1, "--include-mean", "-o", tmp_path / "as peft")
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
+    for name in ("mean", "sample-0000"):
+        config = json.loads((folder / name / "adapter_config.json").read_text())
+        tensors = load_file(folder / name / "adapter_model.safetensors")
+        # As vLLM computes it: one scaling of the configuration, whatever the module.
+        assert not any(config[key] for key in ("rank_pattern", "alpha_pattern", "use_rslora"))
+        for parent in (folder, tmp_path / "as peft"):
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), parent / name)
+            merged = model.merge_and_unload().state_dict()
+            for key in (key for key in tensors if "lora_A" in key):
+                delta = config["lora_alpha"] / config["r"] * tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
+                own = key.removeprefix("base_model.model.").replace("lora_A.", "")
+                torch.testing.assert_close(merged[own] - base[own], delta, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("plan", [GREEDY, replace(GREEDY, mean=True)], ids=["draws", "mean"])
