@@ -19,7 +19,17 @@ from torch.optim import Optimizer
 from ..settings.table import ADDED_LATER
 from . import kernels
 from .buffers import Buffers
-from .kernels.base import MAX_STEP, PRECISION_CEILING, PRECISION_FLOOR, Constants, StepDecision, Terms, to_device
+from .kernels.base import (
+    ESS_CEILING,
+    ESS_FLOOR,
+    MAX_STEP,
+    PRECISION_CEILING,
+    PRECISION_FLOOR,
+    Constants,
+    StepDecision,
+    Terms,
+    to_device,
+)
 from .summary import summarize
 
 # Options that the groups of earlier versions do not have.
@@ -501,7 +511,7 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
     inf, hessians = math.inf, ("reparameterized", "squared_gradients")
     checks = {
         "lr": (0 <= group["lr"] < inf, "finite and not negative"),
-        "ess": (1e-8 <= group["ess"] <= 1e12, "between 1e-8 and 1e12"),
+        "ess": (ESS_FLOOR <= group["ess"] <= ESS_CEILING, f"between {ESS_FLOOR:g} and {ESS_CEILING:g}"),
         "betas": (len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
         "h0": (0 < group["h0"] < inf, "positive and finite"),
         "clip": (group["clip"] > 0, "positive"),

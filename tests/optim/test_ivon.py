@@ -30,6 +30,7 @@ from toy import (
 )
 
 from axolotl_ivon import IVONLoRA, effective_sample_size
+from axolotl_ivon.optim.kernels.base import ESS_CEILING, ESS_FLOOR, PRECISION_CEILING, PRECISION_FLOOR
 
 pytestmark = pytest.mark.usefixtures("both_kernels")
 
@@ -61,6 +62,39 @@ def test_follows_the_reference(dtype: torch.dtype, whole: bool, micro_batches: i
         expected = SETTINGS["ess"] * references[name].delta()
         np.testing.assert_allclose(optimizer.prior_precision(param), expected, rtol=1e-4)
         assert (mean - start).abs().max() > 1e-3, "nothing moved, so nothing was compared"
+
+
+@pytest.mark.parametrize("prior", [EMPIRICAL, {"prior": 1e-12}, OWN])
+def test_follows_the_reference_at_the_lambda_of_many_examples_and_weights(prior: dict[str, object]) -> None:
+    """At 1e15, of a million rows and 1e11 weights; h0 is by `auto` as much smaller as λ is larger.
+
+    Only `auto` gets there: IVON's own estimate of the Hessian is as noisy as 1/σ.
+    """
+    pair = lora_pair()
+    optimizer, references = run_beside_reference(pair, 100, **{**prior, **SQUARED, "ess": 1e15, "h0": 1e-12})
+    for name, param in pair.items():
+        assert relative(optimizer.mean(param), references[name].m) < 1e-4
+        np.testing.assert_allclose(optimizer.sigma(param).cpu(), references[name].sigma(), rtol=1e-3)
+        np.testing.assert_allclose(optimizer.prior_precision(param), 1e15 * references[name].delta(), rtol=1e-3)
+    assert all(map(math.isfinite, optimizer.summary().values()))
+
+
+def test_sigma_its_square_and_its_inverse_are_normal_at_every_bound() -> None:
+    tiny = torch.finfo(torch.float32).tiny
+    for ess in (ESS_FLOOR, ESS_CEILING):
+        param = nn.Parameter(torch.ones(2))
+        optimizer = IVONLoRA([param], ess=ess)
+        optimizer.sigma(param)
+        optimizer.state[param]["precision"].copy_(torch.tensor([PRECISION_FLOOR, PRECISION_CEILING]))
+        sigma = optimizer.sigma(param)
+        for values in (sigma, sigma.square(), sigma.square().reciprocal()):
+            assert (values >= tiny).all()
+            assert values.isfinite().all()
+        np.testing.assert_allclose(sigma.double().pow(-2), [ess * PRECISION_FLOOR, ess * PRECISION_CEILING], rtol=1e-5)
+        with optimizer.sampled_params():
+            param.grad = torch.zeros(2)
+        optimizer.step()
+        assert optimizer.mean(param).isfinite().all()
 
 
 def test_a_posterior_as_prior_goes_on_from_its_mean_and_sigma_at_any_lambda() -> None:
@@ -205,7 +239,7 @@ floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 @given(
     gradients=st.lists(st.lists(floats, min_size=6, max_size=6), min_size=1, max_size=12),
     start=st.lists(st.floats(-1e3, 1e3, width=32), min_size=6, max_size=6),
-    ess=st.sampled_from([1.0, 5e3, 1e7]),
+    ess=st.sampled_from([1.0, 5e3, 1e7, 1e18]),
     prior=st.sampled_from(["empirical", 0.0, 1e-3, 1e-6j, 1e6j]),
     micro_batches=st.sampled_from([1, 3]),
 )
@@ -425,7 +459,7 @@ def test_misuse_is_refused() -> None:
         optimizer.sigma(torch.ones(3))
 
 
-BAD = {"lr": (-1.0, math.nan), "ess": (0.0, math.inf), "betas": ((0.9, 1.0), (-0.1, 0.9)), "h0": (0.0, math.nan)}
+BAD = {"lr": (-1.0, math.nan), "ess": (0.0, 1e19, math.inf), "betas": ((0.9, 1.0), (-0.1, 0.9)), "h0": (0.0, math.nan)}
 BAD |= {"clip": (0.0, math.nan), "rescale_lr": (1,), "prior": ("flat", -1e-3), "seed": (-1, 0.5)}
 
 

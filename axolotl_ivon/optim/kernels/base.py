@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Bounds on p that keep σ = 1/√(λ·p) finite and positive in float32 for every accepted λ. The update
-# keeps p positive; the floor is there for rounding, the ceiling for gradients whose square overflows.
-PRECISION_FLOOR, PRECISION_CEILING = 1e-12, 1e24
+# Bounds on λ and p, from those of normal float32 numbers, 1.2e-38 to 3.4e38. λ·p = 1/σ² lies between 1e-36 and 1e37, so
+# it, σ² and σ are normal, and the sum of 1/p over 2^31 weights, of which δ is made, is finite. p is in proportion to
+# 1/λ where no data speak, and the floor is far below that at every λ. The update keeps p positive: the floor is there
+# for rounding, the ceiling for gradients whose square overflows.
+ESS_FLOOR, ESS_CEILING = 1e-8, 1e18
+PRECISION_FLOOR, PRECISION_CEILING = 1e-28, 1e19
 # A step that is longer overflows sooner or later, whatever lr and clip allow.
 MAX_STEP = 1e18
 # Whether a step is taken (1 or 0), and by what ĝ was scaled since its draws; a device's own is float32 [2].
