@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,10 +23,21 @@ PLUGINS = [] if version("axolotl") >= "0.21" else ["axolotl_ivon.IVONLoRAPlugin"
 ROWS = 30
 
 
+@functools.cache
+def extensions() -> Path:
+    """Return where DeepSpeed compiles its extension for the runs of this process."""
+    folder = Path(tempfile.mkdtemp(prefix="torch-extensions-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def environment(**changes: str) -> dict[str, str]:
     """The environment of a run on the CPU, with tests' own plugins importable; an empty value removes a variable."""
+    for lock in extensions().rglob("lock"):  # of a run that was killed while it compiled: all others would wait for it
+        lock.unlink()
     values = {
         **os.environ,
+        "TORCH_EXTENSIONS_DIR": str(extensions()),
         "AXOLOTL_DO_NOT_TRACK": "1",
         "ACCELERATE_USE_CPU": "1",
         "HF_HUB_OFFLINE": "1",
