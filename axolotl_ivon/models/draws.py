@@ -152,7 +152,7 @@ class Stack:
 
     Raises:
         IVONError: the adapter is more than plain LoRA on linear layers (DoRA, embeddings, saved modules,
-            biases).
+            biases, experts).
     """
 
     def __init__(self, model: PeftModel, draws: Sequence[Mapping[str, Tensor]]) -> None:
@@ -163,7 +163,9 @@ class Stack:
         used: set[str] = set()
         for name, module in model.named_modules():
             keys = [f"{name}.lora_A.weight", f"{name}.lora_B.weight"]
-            if isinstance(module, LoraLayer) and keys[0] in draws[0] and adapter_name not in module.lora_variant:
+            plain = isinstance(module, LoraLayer) and adapter_name not in module.lora_variant
+            # A layer that adapts a tensor of a module (`target_parameters`: fused experts) has no product to stack.
+            if plain and keys[0] in draws[0] and not hasattr(module, "parameter_name"):
                 weight: Any = module.lora_A[adapter_name].weight
                 a, b = (torch.stack([draw[key] for draw in draws]).to(weight) for key in keys)
                 if a.dim() == 3:  # LoRA on a convolution has more

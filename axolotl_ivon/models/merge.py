@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 from ..errors import IVONError, one_line
 from ..posterior.adapter import Adapter
@@ -63,6 +64,8 @@ def merge(
         slots = AdapterSlots(model)
         slots.check(tensors)
         slots.write(tensors)
+        if adapter.config.get("layer_replication"):
+            _own_weights(model.get_base_model())
         try:
             merged = model.merge_and_unload(safe_merge=True)
         except (RuntimeError, ValueError) as error:  # NaN in a merged weight, or a kind of layer that cannot be merged
@@ -81,6 +84,19 @@ def merge(
         else:
             with contextlib.suppress(IVONError):  # a model without a tokenizer is a model
                 load_tokenizer(adapter.folder, base).save_pretrained(new)
+
+
+def _own_weights(model: Any) -> None:
+    """Give every layer weights of its own: PEFT's replicated layers share those that an update is added to."""
+    from torch import nn
+
+    seen = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    tied = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in seen and id(module) not in tied:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            seen.add(id(parameter))
 
 
 def check_merge(adapter: Adapter, loading: Loading = Loading()) -> str:

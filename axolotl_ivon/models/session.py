@@ -205,7 +205,9 @@ def load_model(adapter: str | Path, loading: Loading = Loading(), *, classify: b
     # Training may have given the base model more tokens: where the adapter has the embeddings, as many as there.
     embeddings: Any = base.get_input_embeddings()
     embedding = next((key for key, module in base.named_modules() if module is embeddings), None)
-    tokens, *_ = shapes.get(f"base_model.model.{embedding}.weight", embeddings.weight.shape)
+    kinds = ("", "base_layer.", "token_adapter.base_layer.")  # saved, with LoRA on them, with trainable tokens
+    saved = (shapes.get(f"base_model.model.{embedding}.{kind}weight") for kind in kinds)
+    tokens, *_ = next(filter(None, saved), embeddings.weight.shape)
     if tokens != embeddings.weight.shape[0]:
         base.resize_token_embeddings(tokens, mean_resizing=False)
     try:

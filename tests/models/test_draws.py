@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny import build_classifier
-from transformers import AutoModelForCausalLM
+from tiny import build_classifier, build_lora, with_sigma
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from axolotl_ivon import IVONError, Posterior, draws, predict
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
@@ -88,6 +88,18 @@ def test_stacking_refuses_more_than_plain_lora(make_adapter: MakeAdapter, pipeli
     evaluation.run(ROWS, Sampling(samples=2))
     with pytest.raises(IVONError, match=r"draws_per_pass 2: .* use draws_per_pass 1"):
         evaluation.run(ROWS, Sampling(samples=2, draws_per_pass=2))
+
+
+def test_lora_on_fused_experts_is_not_stacked(tiny_llama: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 350}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path / "moe")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "moe")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    folder = with_sigma(build_lora(tmp_path / "moe", tmp_path / "adapter", target_parameters=experts))
+    model, q = load_model(folder), Posterior.from_pretrained(folder)
+    with pytest.raises(IVONError, match=r"draws_per_pass 2: .*\.experts\..* use draws_per_pass 1"):
+        Stack(model, [q.sample(0, k) for k in range(2)])
 
 
 def test_draws_are_sample_s_and_the_model_is_left_as_it_was(tiny_adapter: Path, tiny_llama: Path) -> None:

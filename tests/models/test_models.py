@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from heard import Heard
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import build_classifier, build_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -128,7 +128,17 @@ def peft_logits(base: Path, folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}, {"sigma": False}]
+    "kind",
+    [
+        {},
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [4, 5]},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"sigma": False},
+    ],
+    ids=str,
 )
 def test_the_merged_mean(kind: dict, make_adapter: MakeAdapter, tiny_llama: Path, tmp_path: Path):
     folder = make_adapter(**kind)
@@ -139,6 +149,22 @@ def test_the_merged_mean(kind: dict, make_adapter: MakeAdapter, tiny_llama: Path
     torch.testing.assert_close(logits(merged), peft_logits(tiny_llama, folder), rtol=1e-4, atol=1e-5)
     assert not list((tmp_path / "out").glob("adapter*"))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+@pytest.mark.parametrize("kind", [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [350, 352]}])
+def test_a_vocabulary_that_training_extended(kind: dict, tiny_llama: Path, tmp_path: Path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    base.resize_token_embeddings(353, mean_resizing=False)
+    model = get_peft_model(base, LoraConfig(**{"target_modules": ["q_proj"], "init_lora_weights": False, **kind}))
+    model.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
+    adapter = Adapter(tmp_path / "adapter")
+    merge(adapter, adapter.mean, tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = torch.tensor([[3, 352, 7, 350]])
+    with torch.no_grad():  # the output layer's new rows are saved with trainable tokens alone
+        found, expected = (each.eval()(tokens).logits[..., :350] for each in (merged, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_pruned_means_and_draws_are_merged_as_given(tiny_adapter: Path, tiny_llama: Path, tmp_path: Path):
