@@ -1,16 +1,14 @@
-"""Chat data for evaluation: the JSONL that axolotl trains on, one conversation a line.
+"""Chat data: the JSONL that axolotl trains on, one conversation a line; `chat_messages` has the shapes of a line.
 
-A line holds `{"messages": [{"role": …, "content": …}, …]}`; `conversations` with `from`/`value` (the older
-ShareGPT spelling) is read as well, and `{"text": …, "label": …}` as a one-turn chat. The question is everything
-before the last assistant message; that message is the reference answer.
+The question is everything before the last assistant message; that message is the reference answer.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,24 +16,51 @@ from ..errors import IVONError, param_ref
 from ..storage.format import read_lines
 
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+_SAID = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")  # beside the text of a message
+Message = Mapping[str, Any]  # `role`, `content` (a text, where there is one), and whatever else a chat template reads
 
 
 @dataclass(frozen=True)
 class Example:
     """One question with its reference answer; `source` is `FILE:LINE`, for messages to the user.
 
-    `plain` marks a `text`/`label` line, which a classifier reads without a chat template.
+    Attributes:
+        messages: what comes before the answer.
+        answer: the text of the answer; empty if it has other fields alone, as a call of a tool.
+        plain: whether it is a `text`/`label` line, which a classifier reads without a chat template.
+        more: the other fields of the answer's message (`tool_calls`, `reasoning_content`, …).
+        after: messages that follow the answer, which is the last of the assistant.
+        tools: the tools that the chat template describes to the model.
     """
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Message, ...]
     answer: str
     source: str
     plain: bool = False
+    more: Message = field(default_factory=dict)
+    after: tuple[Message, ...] = ()
+    tools: Sequence[Any] | None = None
 
     @property
     def line(self) -> int:
         """The number of its line in the file, from 1."""
         return int(self.source.rsplit(":", 1)[1])
+
+    @property
+    def question(self) -> str:
+        """The text of the last message before the answer."""
+        return str(self.messages[-1].get("content", ""))
+
+    @property
+    def turns(self) -> list[Message]:
+        """The whole conversation."""
+        content = {} if self.more and not self.answer else {"content": self.answer}
+        return [*self.messages, {"role": "assistant", **content, **self.more}, *self.after]
+
+    @property
+    def says_more(self) -> bool:
+        """Whether the answer is more than its text: reasoning, or calls of tools."""
+        return any(self.more.get(name) for name in _SAID)
 
 
 def read_examples(path: str | Path, limit: int | None = None, name: str = "data") -> list[Example]:
@@ -45,7 +70,19 @@ def read_examples(path: str | Path, limit: int | None = None, name: str = "data"
         IVONError: the file, which the parameter `name` gave, cannot be read or holds no line; a line is not JSON, or
             has no conversation, no assistant message, or nothing before it.
     """
-    return [_example(record, source) for source, record in itertools.islice(read_lines(path, name), limit)]
+    return [_example(record, source) for source, record in _read(path, limit, name)]
+
+
+def _read(path: str | Path, limit: int | None, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield `FILE:LINE` and the object of each line; raise IVONError for one whose texts are no Unicode."""
+    for source, record in itertools.islice(read_lines(path, name), limit):
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise IVONError(
+                f"{source}: holds half a surrogate pair (\\ud800 to \\udfff), which is no text; remove it"
+            ) from None
+        yield source, record
 
 
 def read_files(paths: Iterable[str | Path], limit: int | None, name: str) -> dict[str, list[Example]]:
@@ -59,35 +96,105 @@ def read_files(paths: Iterable[str | Path], limit: int | None, name: str) -> dic
 
 
 def _example(record: dict[str, Any], source: str) -> Example:
-    messages = chat_messages(record, source)
+    messages, tools = chat_messages(record, source), chat_tools(record, source)
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if last is None:
         raise IVONError(f"{source}: no assistant message; the last one is the reference answer, add it")
     if last == 0:
         raise IVONError(f"{source}: nothing comes before the assistant message; add the question")
-    if not messages[last]["content"]:
+    reply = {key: value for key, value in messages[last].items() if key != "role"}
+    answer, after = reply.pop("content", "") or "", tuple(messages[last + 1 :])
+    if not answer and "content" in messages[last]:
+        reply["content"] = ""  # which is something else to a template than no content
+    example = Example(tuple(messages[:last]), answer, source, "text" in record, reply, after, tools)
+    if not answer and not example.says_more:
         raise IVONError(f"{source}: the assistant message is empty; it is the reference answer, fill it in")
-    return Example(tuple(messages[:last]), messages[last]["content"], source, plain="text" in record)
+    return example
 
 
-def chat_messages(record: dict[str, Any], source: str) -> list[dict[str, str]]:
-    """Return the chat of one line of a file, as `role` and `content`; raise IVONError if `source` holds none."""
-    wanted = '{"messages": [{"role": …, "content": …}, …]}'
+_SHAPE = '{"messages": [{"role": …, "content": …}, …]}'
+
+
+def chat_messages(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
+    """Return the messages of one line of a file as axolotl gives them to the chat template, all their fields included.
+
+    The line has `messages`, `conversations` (ShareGPT, with `from` and `value`), `text` and `label`, or `instruction`,
+    `input` and `output` (Alpaca); `system` is put before messages that do not begin with one.
+
+    Raises:
+        IVONError: `source` holds no chat, or a field of a message that cannot be rendered; it names the field.
+    """
     turns: Any = record.get("messages", record.get("conversations"))
-    if "messages" not in record and {"text", "label"} <= record.keys():
-        pairs = {"user": record["text"], "assistant": str(record["label"])}
-        turns = [{"role": role, "content": content} for role, content in pairs.items()]
+    if turns is None and {"text", "label"} <= record.keys():
+        turns = [_turn("user", record["text"]), _turn("assistant", str(record["label"]))]
+    elif turns is None and {"instruction", "output"} <= record.keys():
+        asked = [record["instruction"], record.get("input") or ""]
+        text = "\n".join(filter(None, asked)) if all(isinstance(part, str) for part in asked) else None
+        turns = [_turn("user", text), _turn("assistant", record["output"])]
     if not isinstance(turns, list):
-        raise IVONError(f"{source}: no list `messages`; each line must be {wanted}")
-    messages = []
-    for position, turn in enumerate(turns):
-        turn = turn if isinstance(turn, dict) else {}
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            text = f"message {position} has no text `role` and `content`"
-            raise IVONError(f"{source}: {text}; each line must be {wanted}")
-        messages.append({"role": _ROLES.get(role, role), "content": content})
+        raise IVONError(f"{source}: no list `messages`; each line must be {_SHAPE}")
+    messages = [_message(turn, f"{source}: message {position}") for position, turn in enumerate(turns)]
+    system = record.get("system")
+    if isinstance(system, str) and system and messages and messages[0]["role"] != "system":
+        messages.insert(0, _turn("system", system))
     return messages
+
+
+def _turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _message(turn: Any, named: str) -> dict[str, Any]:
+    """Return a message without its empty fields; `named` says which it is."""
+    given: dict[str, Any] = _without_nulls(turn) if isinstance(turn, dict) else {}
+    role, content = (given.pop(name, given.pop(old, None)) for name, old in (("role", "from"), ("content", "value")))
+    for old in ("from", "value"):
+        given.pop(old, None)
+    if isinstance(content, list):
+        texts = [p.get("text") if isinstance(p, dict) and p.keys() <= {"type", "text"} else None for p in content]
+        if not all(isinstance(text, str) for text in texts):
+            raise IVONError(f"{named} has a part of `content` that is no text; give texts alone")
+        content = "".join(map(str, texts))
+    if not isinstance(role, str) or (
+        not isinstance(content, str) if content is not None else not given.keys() & {*_SAID}
+    ):
+        raise IVONError(f"{named} has no text `role` and `content`; each line must be {_SHAPE}")
+    for call in given.get("tool_calls", ()):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise IVONError(f"{named} has a `tool_calls` without `function`; give name and arguments there")
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = _parsed(function["arguments"], f"{named}: `arguments` of `tool_calls`")
+    text = {} if content is None else {"content": content}
+    return {"role": _ROLES.get(role, role), **text, **given}
+
+
+def chat_tools(record: dict[str, Any], source: str) -> list[Any] | None:
+    """Return the `tools` of one line of a file as axolotl gives them to the chat template: JSON in texts is parsed."""
+    tools = _without_nulls(record.get("tools"))
+    if isinstance(tools, str):
+        tools = _parsed(tools, f"{source}: `tools`")
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise IVONError(f"{source}: `tools` is no list; give a list of functions")
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("parameters"), str):
+            function["parameters"] = _parsed(function["parameters"], f"{source}: `parameters` of `tools`")
+    return tools
+
+
+def _parsed(text: str, named: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise IVONError(f"{named} is not JSON ({error})") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return JSON without the fields that are null, as axolotl drops them."""
+    return json.loads(json.dumps(value), object_hook=lambda held: {k: v for k, v in held.items() if v is not None})
 
 
 def detect_task(examples: Sequence[Example]) -> str:
@@ -97,6 +204,8 @@ def detect_task(examples: Sequence[Example]) -> str:
     a single character or they repeat (on average every answer occurs at least twice).
     """
     answers = {example.answer for example in examples}
+    if any(example.says_more for example in examples):
+        return "generate"
     few = len(answers) <= 26
     short = all(len(answer) <= 40 and "\n" not in answer for answer in answers)
     repeated = 2 * len(answers) <= len(examples) or all(len(answer.strip()) == 1 for answer in answers)
@@ -142,9 +251,10 @@ def find_choices(examples: Sequence[Example], given: Sequence[str] | None = None
 class Chat(NamedTuple):
     """One line of a prompts file: the messages, the reference answer if there is one, and `FILE:LINE`."""
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Message, ...]
     reference: str | None
     source: str
+    tools: Sequence[Any] | None = None
 
 
 def read_chats(path: str | Path, limit: int | None = None) -> list[Chat]:
@@ -154,13 +264,11 @@ def read_chats(path: str | Path, limit: int | None = None) -> list[Chat]:
     lines, or a line without a user turn, is an IVONError.
     """
     chats: list[Chat] = []
-    for source, record in itertools.islice(read_lines(path, "prompts"), limit):
+    for source, record in _read(path, limit, "prompts"):
         messages = chat_messages(record, source)
         answered = messages and messages[-1]["role"] == "assistant"
-        reference = messages.pop()["content"] or None if answered else None
+        reference = messages.pop().get("content") or None if answered else None
         if not any(message["role"] == "user" for message in messages):
             raise IVONError(f"{source}: no user turn; add the question as a message with role user")
-        if any(re.search("[\ud800-\udfff]", message["content"]) for message in messages):
-            raise IVONError(f"{source}: holds half a surrogate pair (\\ud800 to \\udfff), which is no text; remove it")
-        chats.append(Chat(tuple(messages), reference, source))
+        chats.append(Chat(tuple(messages), reference, source, chat_tools(record, source)))
     return chats

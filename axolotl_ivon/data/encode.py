@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import bisect
-import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import IVONError, param_ref
-from .chats import Chat, Example
+from ..errors import IVONError, one_line, param_ref
+from .chats import Chat, Example, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +30,32 @@ class EncodedExample:
     candidates: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a model reads chats, beyond the template of its tokenizer.
+
+    Attributes:
+        kwargs: arguments of the template (`enable_thinking`, say).
+        generation_prompt: what training wrote last before the turns that it trained, as the header of σ has it.
+        chosen: whether the user chose `kwargs`: an answer then begins with the template's own generation prompt.
+    """
+
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    generation_prompt: str | None = None
+    chosen: bool = False
+
+    @classmethod
+    def of(cls, header: Mapping[str, str], kwargs: Mapping[str, Any] | None = None) -> ChatFormat:
+        """Return the format that training has put into the header of σ; the user's `kwargs` are added to its own."""
+        trained: dict[str, Any] = {}
+        with contextlib.suppress(ValueError):
+            trained = dict(json.loads(header.get("chat_template_kwargs") or "{}"))
+        return cls({**trained, **(kwargs or {})}, header.get("generation_prompt"), chosen=kwargs is not None)
+
+
+_AS_IS = ChatFormat()
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
@@ -37,23 +64,37 @@ def encode(
     choices: Sequence[str] = (),
     label2id: Mapping[str, int] | None = None,
     max_length: int | None = None,
+    chat_format: ChatFormat = _AS_IS,
 ) -> list[EncodedExample]:
     """Tokenise examples for a task ("choice" needs `choices`, "classify" `label2id`).
 
+    Answers and choices are scored as the chat template writes them into the whole conversation, which is how they are
+    trained: trimmed, say, or without their reasoning.
+
     Raises:
-        IVONError: no chat template, or one that refuses a conversation; two choices that start with the same
-            token; an unknown label; an example longer than `max_length` tokens (classify truncates instead).
+        IVONError: no chat template, or one that refuses a conversation or leaves nothing of an answer; two choices
+            that start with the same token; an unknown label; an example longer than `max_length` tokens (classify
+            truncates instead).
     """
     if task == "classify":
-        return [_encode_label(tokenizer, example, label2id or {}, max_length) for example in examples]
+        return [_encode_label(tokenizer, example, label2id or {}, max_length, chat_format) for example in examples]
     _check_template(tokenizer)
-    make = _encode_choice if task == "choice" else _encode_reference
-    items = [make(tokenizer, example, choices) for example in examples]
-    for item, example in zip(items, examples, strict=True):
+    items = []
+    for example in examples:
+        if task == "choice":
+            item = _encode_choice(tokenizer, example, choices, chat_format)
+        else:
+            item = _encode_turns(tokenizer, example, [len(example.messages)], None, chat_format)
+        if not item.positions:
+            raise IVONError(
+                f"{example.source}: the chat template leaves nothing of the answer {example.answer[:40]!r}; reword or "
+                "remove it"
+            )
         if max_length is not None and len(item.ids) > max_length:
             raise IVONError(
                 f"{example.source}: {len(item.ids)} tokens, but the model takes {max_length}; shorten or remove it"
             )
+        items.append(item)
     return items
 
 
@@ -61,41 +102,43 @@ _SENTINELS = ("[[turn]]", "zzturnzz")  # contents that share no first and no las
 
 
 def encode_turns(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length: int | None = None,
+    chat_format: ChatFormat = _AS_IS,
 ) -> list[EncodedExample]:
     """Tokenise whole conversations; what is scored is what axolotl trains on by default, all assistant turns.
 
-    Of a turn that is its content, and the end-of-sequence token that follows within three tokens
-    (`type: chat_template` with `roles_to_train: [assistant]` and `train_on_eos: turn`). Of a longer conversation the
-    first `max_length` tokens are taken, so an item may have no positions.
+    Of a turn that is what the chat template makes of it, tool calls and reasoning included, and the end-of-sequence
+    token that follows within three tokens (`type: chat_template` with `roles_to_train: [assistant]` and
+    `train_on_eos: turn`). Of a longer conversation the first `max_length` tokens are taken, so an item may have no
+    positions.
     """
     _check_template(tokenizer)
-    return [_encode_turns(tokenizer, example, max_length) for example in examples]
+    items = []
+    for example in examples:
+        trained = [number for number, turn in enumerate(example.turns) if turn["role"] == "assistant"]
+        items.append(_encode_turns(tokenizer, example, trained, max_length, chat_format))
+    return items
 
 
-def _encode_turns(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int | None) -> EncodedExample:
-    turns = [*example.messages, {"role": "assistant", "content": example.answer}]
-    text = _chat_text(tokenizer, turns, example.source)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-    ids, labels = encoded["input_ids"], set[int]()
-    for number, turn in enumerate(turns):
-        if turn["role"] != "assistant":
+def _encode_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    numbers: Sequence[int],
+    max_length: int | None,
+    chat_format: ChatFormat,
+) -> EncodedExample:
+    """Tokenise a conversation; what is scored are the turns with these numbers."""
+    turns = example.turns
+    text = _chat_text(tokenizer, turns, example, chat_format)
+    encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    ids, labels = encoded["input_ids"][0], set[int]()
+    for number in numbers:
+        others = _sentinel_texts(tokenizer, turns, number, example, chat_format)
+        first, last = _token_span(tokenizer, encoded, 0, text, others)
+        if first >= last:
             continue
-        spans = []
-        for content in _SENTINELS:
-            changed = [*turns[:number], {**turn, "content": content}, *turns[number + 1 :]]
-            other = _chat_text(tokenizer, changed, example.source)
-            start = common_length([text, other])
-            rest = min(len(text), len(other)) - start
-            spans.append((start, len(text) - common_length([text[::-1][:rest], other[::-1][:rest]])))
-        start, end = min(start for start, _ in spans), max(end for _, end in spans)
-        if start >= end:
-            continue
-        if tokenizer.is_fast:
-            starts, ends = zip(*encoded["offset_mapping"], strict=True)
-            first, last = bisect.bisect_right(ends, start), bisect.bisect_left(starts, end)
-        else:
-            first, last = (common_length([ids, part]) for part in _tokens(tokenizer, [text[:start], text[:end]]))
         labels.update(range(first, last))
         near = ids[last : last + 4]  # three tokens on
         if tokenizer.eos_token_id in near:
@@ -106,6 +149,43 @@ def _encode_turns(tokenizer: PreTrainedTokenizerBase, example: Example, max_leng
     return EncodedExample(ids[: positions[-1] + 1] if positions else ids[:1], positions, targets)
 
 
+def _sentinel_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Message],
+    number: int,
+    example: Example,
+    chat_format: ChatFormat,
+) -> list[str]:
+    """Return the conversation with each sentinel in place of all that one turn says."""
+    changed = ({"role": turns[number]["role"], "content": content} for content in _SENTINELS)
+    return [
+        _chat_text(tokenizer, [*turns[:number], turn, *turns[number + 1 :]], example, chat_format) for turn in changed
+    ]
+
+
+def _token_span(
+    tokenizer: PreTrainedTokenizerBase, encoded: Any, row: int, text: str, others: Sequence[str]
+) -> tuple[int, int]:
+    """Return the first token, and the one after the last, of what differs between `text` and all of `others`.
+
+    `text` was tokenised as `encoded["input_ids"][row]`; an empty span is (0, 0).
+    """
+    spans = []
+    for other in others:
+        start = common_length([text, other])
+        rest = min(len(text), len(other)) - start
+        spans.append((start, len(text) - common_length([text[::-1][:rest], other[::-1][:rest]])))
+    start, end = min(start for start, _ in spans), max(end for _, end in spans)
+    if start >= end:
+        return 0, 0
+    if tokenizer.is_fast:
+        starts, ends = zip(*encoded["offset_mapping"][row], strict=True)
+        return bisect.bisect_right(ends, start), bisect.bisect_left(starts, end)
+    ids = encoded["input_ids"][row]
+    first, last = (common_length([ids, part]) for part in _tokens(tokenizer, [text[:start], text[:end]]))
+    return first, last
+
+
 def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise IVONError(
@@ -114,27 +194,21 @@ def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], source: str) -> str:
+def _chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    of: Example | Chat,
+    chat_format: ChatFormat,
+    **options: Any,
+) -> str:
+    """Return what the chat template makes of messages, with the tools of the example or prompt that they are `of`."""
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
-    except TemplateError as error:
-        raise IVONError(f"{source}: the chat template refuses the messages ({error})") from None
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[str, str]:
-    """Return what the chat template puts before and after the answer.
-
-    Two answers are rendered: what both share before they differ is written before any answer in training. For most
-    templates it is what `add_generation_prompt` gives; others write more there (an empty `<think>` block, say).
-    """
-    zero, one = (
-        _chat_text(tokenizer, [*example.messages, {"role": "assistant", "content": content}], example.source)
-        for content in "01"
-    )
-    start = common_length([zero, one])
-    return zero[:start], zero[start + 1 :]
+        options = {"tools": of.tools, "tokenize": False, **options, **chat_format.kwargs}
+        return str(tokenizer.apply_chat_template(list(messages), **options))  # type: ignore[arg-type]
+    except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:  # the template may do anything
+        raise IVONError(f"{of.source}: the chat template refuses the messages ({one_line(error)})") from None
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -143,38 +217,62 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 
 def common_length(sequences: Sequence[Sequence[Any]]) -> int:
     """Return how many leading elements all sequences share."""
-    columns = zip(*sequences, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    first, *others = sequences
+    least, most = 0, min(map(len, sequences))
+    while least < most:  # comparing slices is far faster than comparing elements
+        middle = (least + most + 1) // 2
+        if all(other[least:middle] == first[least:middle] for other in others):
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
-def _encode_choice(tokenizer: PreTrainedTokenizerBase, example: Example, choices: Sequence[str]) -> EncodedExample:
-    before, _ = _render(tokenizer, example)
-    prompt, *answers = _tokens(tokenizer, [before, *(before + choice for choice in choices)])
-    # The last token of the prompt may merge with the answer: what is fed ends before the first difference.
-    start = min(common_length([prompt, answer]) for answer in answers)
+def _encode_choice(
+    tokenizer: PreTrainedTokenizerBase, example: Example, choices: Sequence[str], chat_format: ChatFormat
+) -> EncodedExample:
+    if example.says_more:
+        raise IVONError(
+            f"{example.source}: the answer is no choice alone (it has {', '.join(example.more)}); use "
+            f"{param_ref('task')} generate"
+        )
+    turns, number = example.turns, len(example.messages)
+    others = _sentinel_texts(tokenizer, turns, number, example, chat_format)
+    texts = [
+        _chat_text(
+            tokenizer, [*turns[:number], {**turns[number], "content": choice}, *example.after], example, chat_format
+        )
+        for choice in choices
+    ]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    spans = [_token_span(tokenizer, encoded, row, text, others) for row, text in enumerate(texts)]
+    for choice, (begin, end) in zip(choices, spans, strict=True):
+        if begin >= end:
+            raise IVONError(
+                f"{param_ref('choices')}: the chat template leaves nothing of {choice!r}; reword it, or use "
+                f"{param_ref('task')} generate"
+            )
+    # The last token of the prompt may merge with a choice: what is fed ends before the first difference.
+    start = min(begin for begin, _ in spans)
     first: dict[int, str] = {}
-    for choice, answer in zip(choices, answers, strict=True):
-        token = answer[start]
+    for choice, ids in zip(choices, encoded["input_ids"], strict=True):
+        token = ids[start]
         if token in first:
             raise IVONError(
                 f"{param_ref('choices')}: {first[token]!r} and {choice!r} start with the same token "
                 f"({tokenizer.decode([token])!r}); reword them, or use {param_ref('task')} generate"
             )
         first[token] = choice
-    return EncodedExample(prompt[:start], [start - 1], [choices.index(example.answer)], tuple(first))
-
-
-def _encode_reference(tokenizer: PreTrainedTokenizerBase, example: Example, _: Sequence[str]) -> EncodedExample:
-    before, after = _render(tokenizer, example)
-    # The token that ends the turn is part of what axolotl trains on.
-    end = next((token for token in tokenizer.all_special_tokens if token and after.startswith(token)), "")
-    prompt, full = _tokens(tokenizer, [before, before + example.answer + end])
-    start = common_length([prompt, full])
-    return EncodedExample(full[:-1], list(range(start - 1, len(full) - 1)), full[start:])
+    ids = encoded["input_ids"][0][:start]
+    return EncodedExample(ids, [start - 1], [choices.index(example.answer)], tuple(first))
 
 
 def _encode_label(
-    tokenizer: PreTrainedTokenizerBase, example: Example, label2id: Mapping[str, int], max_length: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    label2id: Mapping[str, int],
+    max_length: int | None,
+    chat_format: ChatFormat,
 ) -> EncodedExample:
     label = label2id.get(example.answer)
     if label is None and example.answer.isdecimal() and int(example.answer) < len(label2id):
@@ -185,10 +283,10 @@ def _encode_label(
             f"({', '.join(label2id)}) nor an index below {len(label2id)}"
         )
     if tokenizer.chat_template and not example.plain:
-        text = str(tokenizer.apply_chat_template(list(example.messages), tokenize=False))
+        text = _chat_text(tokenizer, example.messages, example, chat_format)
         ids = _tokens(tokenizer, [text])[0][:max_length]
     else:
-        text = "\n".join(message["content"] for message in example.messages)
+        text = "\n".join(message.get("content", "") for message in example.messages)
         ids = tokenizer(text, truncation=max_length is not None, max_length=max_length)["input_ids"]
     return EncodedExample(ids, [len(ids) - 1], [label])
 
@@ -202,15 +300,56 @@ class Prompt(NamedTuple):
     source: str
 
 
-def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[Prompt]:
-    """Put chats through the chat template: what it writes before an answer in training is the prompt."""
-    # `encode` finds where an answer begins; any answer serves.
-    items = encode(tokenizer, [Example(chat.messages, "0", chat.source) for chat in chats], "generate")
+# Answers that have no first token in common; then, for models that reason, such as have reasoning before them.
+_ANSWERS = ({"content": "0"}, {"content": "1"})
+_REASONED = ({"content": "<think>\n0\n</think>\n\n1"}, {"reasoning_content": "0", "thinking": "0", "content": "1"})
+
+
+def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], chat_format: ChatFormat = _AS_IS) -> list[Prompt]:
+    """Put chats through the chat template: what training wrote before an answer is the prompt.
+
+    Where the header of σ does not say what that was, it is what the template writes before an answer without reasoning.
+    With template arguments that the user chose, it is the template's own generation prompt.
+    """
+    _check_template(tokenizer)
     prompts = []
-    for chat, item in zip(chats, items, strict=True):
-        ids = item.ids[: item.positions[0] + 1]
+    for chat in chats:
+        ids = _chosen_prompt(tokenizer, chat, chat_format) or _trained_prompt(tokenizer, chat, chat_format)
         if not ids:
             raise IVONError(f"{chat.source}: the chat template makes nothing of it; use the template of training")
         text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         prompts.append(Prompt(text, ids, chat.reference, chat.source))
     return prompts
+
+
+def _chosen_prompt(tokenizer: PreTrainedTokenizerBase, chat: Chat, chat_format: ChatFormat) -> list[int] | None:
+    """Return the prompt with the template's own generation prompt, if the user chose that and it has one."""
+    if not chat_format.chosen:
+        return None
+    bare, begun = (
+        _chat_text(tokenizer, chat.messages, chat, chat_format, add_generation_prompt=begin) for begin in (False, True)
+    )
+    return None if begun == bare else _tokens(tokenizer, [begun])[0]
+
+
+def _trained_prompt(tokenizer: PreTrainedTokenizerBase, chat: Chat, chat_format: ChatFormat) -> list[int]:
+    def shared(answers: Iterable[Mapping[str, str]]) -> list[int]:
+        texts = []
+        for answer in answers:
+            try:
+                turns = [*chat.messages, {"role": "assistant", **answer}]
+                texts.append(_chat_text(tokenizer, turns, chat, chat_format))
+            except IVONError:
+                if answer in _ANSWERS:
+                    raise
+        tokens = _tokens(tokenizer, texts)
+        return tokens[0][: common_length(tokens)]
+
+    if trained := chat_format.generation_prompt:
+        ids = shared([*_ANSWERS, *_REASONED])
+        text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        length = next((n for n in range(min(len(text), len(trained)), 0, -1) if text[-n:] in trained), 0)
+        if length and text[-length:].strip():  # else the template is not that of training
+            rest = trained[trained.rindex(text[-length:]) + length :]
+            return ids + (_tokens(tokenizer, [rest])[0] if rest else [])
+    return shared(_ANSWERS)

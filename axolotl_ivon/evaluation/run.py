@@ -184,7 +184,7 @@ def describe(evaluation: Evaluation, variants: Sequence[Variant], scores: Sequen
                 name: _prediction(evaluation.choices, item, {name: column[number] for name, column in of.items()})
                 for name, of in columns.items()
             }
-            question = example.messages[-1]["content"]
+            question = example.question
             yield ExampleRecord(data=path, line=example.line, question=question, answer=example.answer, rows=rows)
 
 

@@ -156,7 +156,7 @@ def influence(
     for index, (example, item) in enumerate(zip(examples, trained, strict=True)):
         values: dict[str, Any] = scores.get(id(item), dict.fromkeys(SCORES))
         finite = {name: None if x is None or not math.isfinite(x) else x for name, x in values.items()}
-        question = example.messages[-1]["content"]
+        question = example.question
         rows.append(InfluenceRecord(index=index, **finite, line=example.line, question=question, answer=example.answer))
     summary: dict[str, Any] = {"ess": ess / posterior.tau, "train_size": size, "tau": posterior.tau}
     summary |= {"base_model": session.base_model, "mean_sha256": posterior.metadata.get("mean_sha256")}

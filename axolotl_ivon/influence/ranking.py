@@ -40,7 +40,7 @@ def check_same(rows: Sequence[InfluenceRecord], scores: str | Path, data: str | 
     examples = read_examples(data)
     differs = f"{len(rows)} rows, not {len(examples)}" if len(rows) != len(examples) else ""
     for row, example in zip(rows, examples, strict=False):
-        texts = {"question": example.messages[-1]["content"], "answer": example.answer}
+        texts = {"question": example.question, "answer": example.answer}
         other = next((name for name, text in texts.items() if getattr(row, name) not in (None, text)), None)
         if other and not differs:
             differs = f"row {row.index} has another {other}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.chats import Example
-from ..data.encode import EncodedExample, encode, encode_turns
+from ..data.encode import ChatFormat, EncodedExample, encode, encode_turns
 from ..errors import IVONError, param_ref
 from ..reporter import SILENT, Reporter
 from ..storage.format import CONFIG_FILE, MEAN_FILE, find_base_model, read_json
@@ -37,6 +37,7 @@ class Loading:
         load_in: "8bit" or "4bit" (nf4) quantizes the base model with bitsandbytes.
         device: "auto" for the machine's accelerator if it has one, else the CPU; or a name that torch knows.
         dtype: of the base model, one of DTYPES; "auto" is float32 on a CPU and what the checkpoint has elsewhere.
+        chat_template_kwargs: arguments of the chat template, over those of training; None for training's alone.
 
     Raises:
         IVONError: an unknown dtype.
@@ -46,6 +47,7 @@ class Loading:
     load_in: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
@@ -61,6 +63,7 @@ class Session:
         model: the adapter over its base model, in evaluation mode.
         device: the device of the base model.
         tokenizer: the one that training saved beside the adapter, else the base model's.
+        chat_format: how training read chats, or as the user wants them.
         slots: the adapter's tensors inside the model (`draws.AdapterSlots`); they fit the adapter.
         base_model: the name of the base model.
         classify: whether the adapter has a sequence-classification head.
@@ -72,7 +75,12 @@ class Session:
         IVONError: the model does not fit the adapter, or there is no tokenizer.
     """
 
-    def __init__(self, model: PeftModel, adapter: Adapter | Posterior) -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        adapter: Adapter | Posterior,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         from .draws import AdapterSlots
 
         assert adapter.folder is not None
@@ -82,6 +90,7 @@ class Session:
         config: Any = model.get_base_model().config
         self.base_model = str(config._name_or_path)
         self.tokenizer = load_tokenizer(adapter.folder, self.base_model)
+        self.chat_format = ChatFormat.of(adapter.metadata, chat_template_kwargs)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self.classify = has_head(adapter)
         self._label2id = dict(config.label2id) if self.classify else {}
@@ -102,7 +111,8 @@ class Session:
         base_model = find_base_model(adapter.config, adapter.folder, loading.base_model)
         reporter.begin("loading the base model")
         loading = replace(loading, base_model=base_model)
-        return cls(load_model(adapter.folder, loading, classify=has_head(adapter)), adapter)
+        model = load_model(adapter.folder, loading, classify=has_head(adapter))
+        return cls(model, adapter, loading.chat_template_kwargs)
 
     def encode(self, examples: Sequence[Example], task: str, choices: Sequence[str] = ()) -> list[EncodedExample]:
         """Tokenise examples for a task ("choice", "generate" or "classify"), as `data.encode.encode` does.
@@ -111,7 +121,13 @@ class Session:
             IVONError: as `data.encode.encode`, or a token is new to the model.
         """
         items = encode(
-            self.tokenizer, examples, task, choices=choices, label2id=self._label2id, max_length=self.max_length
+            self.tokenizer,
+            examples,
+            task,
+            choices=choices,
+            label2id=self._label2id,
+            max_length=self.max_length,
+            chat_format=self.chat_format,
         )
         return self._checked(items, examples)
 
@@ -123,7 +139,7 @@ class Session:
         """
         if self.classify:
             return self.encode(examples, "classify")
-        return self._checked(encode_turns(self.tokenizer, examples, self.max_length), examples)
+        return self._checked(encode_turns(self.tokenizer, examples, self.max_length, self.chat_format), examples)
 
     def _checked(self, items: list[EncodedExample], examples: Sequence[Example]) -> list[EncodedExample]:
         for item, example in zip(items, examples, strict=True):

@@ -140,7 +140,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: str | Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (`FILE:LINE`, object) for every line of a JSONL file (UTF-8; empty lines are skipped).
+    """Yield (`FILE:LINE`, object) for every line of a JSONL file (UTF-8, with or without a byte-order mark).
+
+    Empty lines are skipped.
 
     `name` is the parameter that gave the path, for messages.
 
@@ -150,7 +152,7 @@ def read_lines(path: str | Path, name: str) -> Iterator[tuple[str, dict[str, Any
     held = f"{param_ref(name)} {path}"
     empty = True
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue

@@ -56,12 +56,56 @@ def test_everything_before_the_last_assistant_message_is_asked(
     assert example.source == f"{path}:1"
 
 
-def test_the_older_spelling_and_text_label_lines_are_chats_too(tmp_path: Path) -> None:
-    old = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
-    path = write(tmp_path, old, "", {"text": "fine", "label": 1})
-    first, second = read_examples(path)
-    assert first == Example(({"role": "user", "content": "hi"},), "yo", f"{path}:1")
-    assert second == Example(({"role": "user", "content": "fine"},), "1", f"{path}:3", plain=True)
+SHAPES: dict[str, tuple[dict, list[tuple[str, str]]]] = {
+    "messages": ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+                 [("user", "hi"), ("assistant", "yo")]),
+    "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
+                            {"role": "assistant", "content": "yo"}]}, [("user", "hi"), ("assistant", "yo")]),
+    "system": ({"system": "be good", **chat("yo")}, [("system", "be good"), ("user", "which?"), ("assistant", "yo")]),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+                 [("user", "hi"), ("assistant", "yo")]),
+    "text, label": ({"text": "fine", "label": 1}, [("user", "fine"), ("assistant", "1")]),
+    "alpaca": ({"instruction": "add", "input": "1 2", "output": "3"}, [("user", "add\n1 2"), ("assistant", "3")]),
+    "alpaca without input": ({"instruction": "add", "input": "", "output": "3"}, [("user", "add"), ("assistant", "3")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_of_a_line_is_a_chat(tmp_path: Path, shape: str) -> None:
+    record, turns = SHAPES[shape]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n" + json.dumps(record) + "\n", encoding="utf-8-sig")  # as Windows saves it
+    [example], [prompt] = read_examples(path), read_chats(path)
+    assert [(turn["role"], turn["content"]) for turn in example.turns] == turns
+    assert (example.source, example.plain) == (f"{path}:2", "text" in record)
+    assert (prompt.messages, prompt.reference) == (example.messages, example.answer)
+
+
+def test_all_fields_of_a_message_are_kept_as_axolotl_gives_them_to_the_template(tmp_path: Path) -> None:
+    function = {"name": "f", "arguments": '{"x": 1}'}
+    parameters = {"type": "object"}
+    turns = [
+        {"role": "user", "content": "hi", "name": "bob", "weight": None},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": function}]},
+        {"role": "tool", "content": "7", "tool_call_id": "1"},
+        {"role": "assistant", "content": "seven", "reasoning_content": "it said 7"},
+        {"role": "user", "content": "thanks"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": json.dumps(parameters)}}]
+    path = write(tmp_path, {"messages": turns, "tools": json.dumps(tools)}, {"messages": turns[:2], "tools": None})
+    whole, called = read_examples(path)
+    assert whole.turns == [
+        {"role": "user", "content": "hi", "name": "bob"},
+        {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"x": 1}}}]},
+        *turns[2:],
+    ]
+    assert (
+        whole.tools
+        == read_chats(path)[0].tools
+        == [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    )
+    assert (called.answer, called.tools, called.turns) == ("", None, whole.turns[:2])
+    assert detect_task([whole] * 4) == "generate"
 
 
 def test_limit_reads_no_further(tmp_path: Path) -> None:
@@ -80,11 +124,20 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
         ([chat("A"), "", "[1]"], r":3: not a JSON object"),
         ([{"prompt": "x"}], ":1: no list `messages`"),
         ([{"messages": "x"}], ":1: no list `messages`"),
-        ([{"messages": [{"role": "user", "content": ["x"]}]}], "message 0 has no text"),
+        ([{"messages": [{"role": "user", "content": ["x"]}]}], "message 0 has a part of `content` that is no text"),
         ([{"messages": ["x"]}], "message 0 has no text"),
         ([{"messages": [{"role": "user", "content": "x"}]}], ":1: no assistant message"),
         ([{"messages": [{"role": "assistant", "content": "x"}]}], "nothing comes before"),
         ([chat("")], "the assistant message is empty"),
+        ([chat("A"), chat("A \ud83d")], ":2: holds half a surrogate pair"),
+        ([{**chat("A"), "tools": "oops"}], ":1: `tools` is not JSON"),
+        ([{**chat("A"), "tools": {"name": "f"}}], ":1: `tools` is no list"),
+        ([{"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}], "message 0 .* without `function`"),
+        ([{"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]}], "is not JSON"),
+        (
+            [{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}],
+            "part of `content` .* no text",
+        ),
         (None, r"there is no such file"),
         (b'{"text": "caf\xe9"}\n', "not UTF-8"),
     ],
@@ -100,7 +153,7 @@ def test_bad_data_are_named(tmp_path: Path, lines: list[object] | bytes | None, 
         ([{"messages": [{"role": "assistant", "content": "A"}]}], ":1: no user turn"),
         ([{"messages": [{"role": "system", "content": "A"}]}], ":1: no user turn"),
         ([{"messages": []}], ":1: no user turn"),
-        ([{"messages": [{"role": "user", "content": "\ud800"}]}], ":1: holds half a surrogate pair"),
+        ([chat("\ud83d")], ":1: holds half a surrogate pair"),
         (None, "prompts .*data.jsonl: cannot be read"),
     ],
     ids=str,

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.data.chats import Example, read_chats
-from axolotl_ivon.data.encode import encode, encode_turns, render
+from axolotl_ivon.data.chats import Example, read_chats, read_examples
+from axolotl_ivon.data.encode import EncodedExample, encode, encode_turns, render
 
 
-def example(answer: str, question: str = "red sun") -> Example:
+def example_of(answer: str, question: str = "red sun") -> Example:
     return Example(({"role": "user", "content": question},), answer, "f:1")
 
 
@@ -25,7 +29,7 @@ def tokenizer(tiny_llama: Path) -> AutoTokenizer:
 
 
 def test_a_choice_is_the_token_after_the_generation_prompt(tokenizer: AutoTokenizer) -> None:
-    [item] = encode(tokenizer, [example("B")], "choice", choices=("A", "B"))
+    [item] = encode(tokenizer, [example_of("B")], "choice", choices=("A", "B"))
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "red sun"}], add_generation_prompt=True, return_dict=False
     )
@@ -42,7 +46,7 @@ def test_a_choice_is_the_token_after_the_generation_prompt(tokenizer: AutoTokeni
 
 def test_a_choice_may_merge_with_the_end_of_the_prompt(tokenizer: AutoTokenizer) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
-    [item] = encode(tokenizer, [example("blue")], "choice", choices=("blue", "green"))
+    [item] = encode(tokenizer, [example_of("blue")], "choice", choices=("blue", "green"))
     space = tokenizer("x ")["input_ids"][-1]
     texts = [tokenizer.decode([*item.ids, token]) for token in item.candidates]
     # " blue" is one token, so the prompt that is fed stops before the space.
@@ -56,26 +60,26 @@ def test_what_the_template_writes_before_an_answer_belongs_to_the_prompt(tokeniz
         "{% if m['role'] == 'assistant' %}<t></t>\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    [item] = encode(tokenizer, [example("A")], "choice", choices=("A", "B"))
+    [item] = encode(tokenizer, [example_of("A")], "choice", choices=("A", "B"))
     assert tokenizer.decode(item.ids).endswith("<|im_start|>assistant\n<t></t>\n")
 
 
 def test_choices_that_start_alike_are_refused(tokenizer: AutoTokenizer) -> None:
     with pytest.raises(IVONError, match=r"'Ax' and 'Ay' start with the same token \('A'\)"):
-        encode(tokenizer, [example("B")], "choice", choices=("B", "Ax", "Ay"))
+        encode(tokenizer, [example_of("B")], "choice", choices=("B", "Ax", "Ay"))
     with pytest.raises(IVONError, match="start with the same token"):
-        encode(tokenizer, [example("Ax")], "choice", choices=("Ax", "Ay"))
+        encode(tokenizer, [example_of("Ax")], "choice", choices=("Ax", "Ay"))
 
 
 def test_a_reference_answer_is_scored_to_the_end_of_its_turn(tokenizer: AutoTokenizer) -> None:
-    [item] = encode(tokenizer, [example("blue moon")], "generate")
+    [item] = encode(tokenizer, [example_of("blue moon")], "generate")
     assert tokenizer.decode(item.targets) == "blue moon<|im_end|>"
     assert [item.ids[position + 1] for position in item.positions[:-1]] == item.targets[:-1]
 
 
 def test_tokenizing_refuses_in_one_line(tokenizer: Any) -> None:
     with pytest.raises(IVONError, match=r"f:1: \d+ tokens, but the model takes 5"):
-        encode(tokenizer, [example("A")], "generate", max_length=5)
+        encode(tokenizer, [example_of("A")], "generate", max_length=5)
     for template, message in (
         ("{{ raise_exception('no system') }}", r"f:1: the chat template refuses the messages \(no system\)"),
         (None, "has no chat template"),
@@ -83,7 +87,7 @@ def test_tokenizing_refuses_in_one_line(tokenizer: Any) -> None:
         tokenizer.chat_template = template
         for tokenize in (functools.partial(encode, task="generate"), encode_turns):
             with pytest.raises(IVONError, match=message):
-                tokenize(tokenizer, [example("A")])
+                tokenize(tokenizer, [example_of("A")])
 
 
 def test_prompts_are_what_the_template_puts_before_an_answer(tmp_path: Path, tiny_llama: Path) -> None:
@@ -120,27 +124,88 @@ FAR = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} x y z u v{{ eo
 @pytest.mark.parametrize("template", [None, PLAIN, FAR], ids=["chatml", "no end", "far end"])
 @pytest.mark.parametrize("messages", [TALK[1:2], TALK[:2], TALK], ids=len)
 def test_labels_are_axolotls(tokenizer: Any, template: str | None, messages: tuple[dict[str, str], ...]) -> None:
-    strategies = pytest.importorskip("axolotl.prompt_strategies.chat_template")
     if template:
         tokenizer.chat_template = template
-    prompter = strategies.ChatTemplatePrompter(
-        tokenizer,
-        chat_template=tokenizer.chat_template,
-        message_property_mappings={"role": "role", "content": "content"},
-    )
+    [item] = encode_turns(tokenizer, [Example(messages, "green moon", "f:1")])
+    assert item == axolotls(tokenizer, {"messages": [*messages, {"role": "assistant", "content": "green moon"}]})
+    assert len(item.positions) > sum(turn["role"] == "assistant" for turn in messages)
+
+
+def axolotls(tokenizer: Any, record: dict[str, Any]) -> EncodedExample:
+    """What axolotl trains on in a line of a `type: chat_template` data set, by axolotl itself."""
+    strategies = pytest.importorskip("axolotl.prompt_strategies.chat_template")
+    prompter = strategies.ChatTemplatePrompter(tokenizer, chat_template=tokenizer.chat_template)
     strategy = strategies.ChatTemplateStrategy(
         prompter, tokenizer, train_on_inputs=False, sequence_len=512, roles_to_train=["assistant"], train_on_eos="turn"
     )
-    whole = [*messages, {"role": "assistant", "content": "green moon"}]
-    expected = strategy.tokenize_prompt({"messages": whole})
-    [item] = encode_turns(tokenizer, [Example(messages, "green moon", "f:1")])
-    labels = [-100] * (len(item.ids) + 1)
-    for position, target in zip(item.positions, item.targets, strict=True):
-        labels[position + 1] = target
-    assert item.ids == expected["input_ids"][: len(item.ids)]
-    assert labels == expected["labels"][: len(labels)]
-    assert set(expected["labels"][len(labels) :]) <= {-100}
-    assert len(item.positions) > sum(turn["role"] == "assistant" for turn in messages)
+    row = strategy.tokenize_prompt(copy.deepcopy(record))
+    labels = [place for place, label in enumerate(row["labels"]) if label != -100]
+    assert [row["labels"][place] for place in labels] == [row["input_ids"][place] for place in labels]
+    ids = row["input_ids"][: labels[-1] if labels else 1]
+    return EncodedExample(ids, [place - 1 for place in labels], [row["input_ids"][place] for place in labels])
+
+
+_AXOLOTL = find_spec("axolotl")
+_FOLDERS = _AXOLOTL.submodule_search_locations if _AXOLOTL else None
+TEMPLATES = sorted(
+    path.stem for folder in _FOLDERS or () for path in Path(folder).glob("utils/chat_templates/*/*.jinja")
+)
+ANSWERS = ["A", " A", "A  ", "  two words\n", "\n\nA\n", "<think>\nsince\n</think>\n\nA", "<think></think>A"]
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
+    }
+]
+# axolotl finds the fields that a template reads by the name of its loop's variable, and gives these none.
+WITHOUT_TOOLS = {"exaone4", "gemma4", "gemma4_unified"}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_is_scored_is_what_axolotl_trains_on(tokenizer: Any, tmp_path: Path, name: str) -> None:
+    from axolotl.utils.chat_templates import get_chat_template
+
+    tokenizer.chat_template = get_chat_template(name)
+    records: list[dict[str, Any]] = [tiny.chat("red sun", answer) for answer in ANSWERS]
+    asked = {"role": "user", "content": "red sun"}
+    records.append({"messages": [asked, {"role": "assistant", "content": "A", "reasoning_content": "since"}]})
+    if name not in WITHOUT_TOOLS:
+        records.append(
+            {"tools": TOOLS, "messages": [asked, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}
+        )
+        results = [
+            {"role": "tool", "name": "f", "tool_call_id": "abcdefghi", "content": "7"},
+            {"role": "assistant", "content": " 7"},
+        ]
+        records.append({**records[-1], "messages": [*records[-1]["messages"], *results]})
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    examples = read_examples(path)
+    for example, record in zip(examples, records, strict=True):
+        try:
+            expected = axolotls(tokenizer, record)
+        except (TemplateError, TypeError):  # a template without tools, say
+            with pytest.raises(IVONError, match=rf"{example.source}: the chat template refuses the messages \("):
+                encode_turns(tokenizer, [example])
+            continue
+        assert encode_turns(tokenizer, [example]) == [expected]
+        if not expected.positions:
+            with pytest.raises(IVONError, match="leaves nothing of the answer"):
+                encode(tokenizer, [example], "generate")
+        elif len(record["messages"]) == 2:
+            assert encode(tokenizer, [example], "generate") == [expected]
+    for blank in ("", "  "):
+        assert encode_turns(tokenizer, [Example((asked,), blank, "f:1")]) == [
+            axolotls(tokenizer, tiny.chat("red sun", blank))
+        ]
+    # A choice is scored where its first token is trained, among the tokens that the others would have there.
+    items = encode(tokenizer, [example_of(choice) for choice in (" A", " B")], "choice", choices=(" A", " B"))
+    for item, choice in zip(items, (" A", " B"), strict=True):
+        trained = axolotls(tokenizer, tiny.chat("red sun", choice))
+        assert item.positions == trained.positions[:1]
+        assert item.candidates[item.targets[0]] == trained.targets[0]
+        assert item.ids == trained.ids[: len(item.ids)]
 
 
 def test_a_long_conversation_is_cut(tokenizer: Any) -> None:

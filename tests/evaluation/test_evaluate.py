@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from caches import NAMES, rename_cache
 from heard import Heard
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from tiny import build_classifier, build_llama, build_lora, with_sigma, write_chats
+from tiny import build_classifier, build_llama, build_lora, chat, with_sigma, write_chats
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -62,6 +63,37 @@ def chats(pipeline: Any) -> Path:
 @pytest.fixture(scope="module", params=["choice", "generate"])
 def evaluation(request: pytest.FixtureRequest, tiny_adapter: Path, chats: Path) -> Evaluation:
     return Evaluation(tiny_adapter, EvaluationData([chats], task=request.param))
+
+
+TRIMMING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'].split('</think>')[-1] | trim }}<|im_end|>\n{% endfor %}"
+)
+
+
+def test_the_nll_of_an_answer_is_the_loss_that_axolotl_trains(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    strategies = pytest.importorskip("axolotl.prompt_strategies.chat_template")
+    adapter, data = Path(shutil.copytree(make_adapter(), tmp_path / "adapter")), tmp_path / "data.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.chat_template = TRIMMING
+    tokenizer.save_pretrained(adapter)
+    records = [
+        chat("red sun", answer) for answer in (" A", "blue moon \n", "\n\none two", "<think>\nno\n</think>\n\nB")
+    ]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    evaluation = Evaluation(adapter, EvaluationData([data], task="generate"))
+    prompter = strategies.ChatTemplatePrompter(tokenizer, TRIMMING)
+    own = strategies.ChatTemplateStrategy(
+        prompter, tokenizer, False, 512, roles_to_train=["assistant"], train_on_eos="turn"
+    )
+    [mean] = evaluation.run([Variant("mean")])
+    nll = mean.mean_of_groups(mean.nll)
+    for record, value in zip(records, nll.tolist(), strict=True):
+        row = own.tokenize_prompt(record)
+        with torch.no_grad():
+            model = evaluation.model(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]))
+        assert value == pytest.approx(model.loss.item(), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
