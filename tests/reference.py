@@ -35,9 +35,8 @@ class ReferenceIVON:
         self.m = np.asarray(self.m, dtype=np.float64)
         self.g = np.zeros_like(self.m)
         self.p = np.full_like(self.m, self.h0)
-        if isinstance(self.prior, tuple):  # yesterday's posterior is where today begins
-            self.m, sigma = (np.asarray(x, dtype=np.float64) for x in self.prior)
-            self.p = max(1, self.prior_strength) / (self.lam * sigma**2)
+        if isinstance(self.prior, tuple):  # yesterday's σ is where today begins
+            self.p = max(1, self.prior_strength) / (self.lam * np.asarray(self.prior[1], dtype=np.float64) ** 2)
         else:
             self.p = self.h0 + self.delta()
 

@@ -53,7 +53,7 @@ class Buffers:
         state: dict[Tensor, Any],
         start: Callable[[dict[str, Any], Tensor, Tensor | None], Tensor],
     ) -> None:
-        """Take over the existing state; without one m is the parameter (or m₀) and p is `start(group, m, 1/σ₀²)`."""
+        """Take over the existing state; without one m is the parameter and p is `start(group, m, 1/σ₀²)`."""
         self.group, self.params, self.kernels, self.key = group, params, kernels, key
         self.device = params[0].device
         self.limit = float(_PART) if self.device.type == "cpu" else math.inf
@@ -80,7 +80,9 @@ class Buffers:
             if "step" in saved:
                 step.copy_(saved["step"])
             elif param.numel():
+                # A parameter that is m₀, rounded to its dtype, starts at all digits of m₀.
                 views["mean"].copy_(views.get("prior_mean", param))
+                self._adopt(i)
                 views["precision"].copy_(start(group, views["mean"], views.get("prior_precision")))
             state[param] = {**views, "step": step}
 
@@ -167,6 +169,16 @@ class Buffers:
         self.drawn = [i for i, param in enumerate(self.params) if param.requires_grad and param.numel()]
         layout = self.layout(self.drawn)
         self.moments = self._by_tensor(layout, in_parallel(draw, layout.chunks))
+
+    def adopt_parameters(self) -> None:
+        """Let m be what the parameters hold."""
+        for i in range(len(self.params)):
+            self._adopt(i)
+
+    def _adopt(self, i: int) -> None:
+        """Let m of a tensor be its parameter, except for weights whose m, rounded to the parameter's dtype, that is."""
+        mean, param = self.view(self.mean, i), self.params[i].detach()
+        mean.copy_(torch.where(mean.to(param.dtype) == param, mean, param.float()))
 
     def restore_mean(self) -> None:
         """Put m back into the parameters."""

@@ -72,8 +72,8 @@ class IVONLoRA(Optimizer):
     in the update of m.
 
     The prior may be an earlier posterior N(m₀, σ₀²), to learn new data without forgetting the old: then δ = κ/(λ·σ₀²)
-    for every weight, the term on the mean is δ·(m − m₀), and it starts from m = m₀ and p = 1/(λ·σ₀²), where the earlier
-    run left off (for κ > 1 from the prior, p = δ).
+    for every weight, the term on the mean is δ·(m − m₀), and it starts from p = 1/(λ·σ₀²) (for κ > 1 from the prior,
+    p = δ). m starts from the parameters here too: load the earlier adapter first to go on where its run left off.
 
     ĥ of one draw has a standard deviation of |ĝ|/σ, far above the Hessian itself: hundreds of steps do not separate
     the weights of a tensor. With `hessian="squared_gradients"` ĥ = B·ĝ² instead, which has the Fisher information
@@ -94,6 +94,9 @@ class IVONLoRA(Optimizer):
     Do not clip the gradients before `step()`: the Hessian estimate needs them as they are, and `clip` bounds
     the step instead.
 
+    From the first draw on the mean is in the state. `load_state_dict` puts it into the parameters; after other weights
+    were loaded into them without a state, call `adopt_parameters()`.
+
     Args:
         params: what `torch.optim` takes: parameters, named parameters, or groups; a group may have its own
             value of anything below but `seed`. They may lie on several devices and be float32, bfloat16 or
@@ -106,8 +109,8 @@ class IVONLoRA(Optimizer):
         prior: "empirical" for the KL-optimal prior of each tensor (arXiv 2506.14280, Eq. 2); a number δ for IVON's
             fixed prior, which then acts as its weight decay; or a mapping from the names of the parameters (or the
             parameters) to (m₀, σ₀), tensors of their shapes with σ₀ > 0, for N(m₀, σ₀²/κ). It has an entry for every
-            parameter of the group, which is set to m₀; others are ignored. h0 is not used then, and of the state
-            m₀ and 1/σ₀² are two more float32 tensors for each parameter.
+            parameter of the group; others are ignored. h0 is not used then, and of the state m₀ and 1/σ₀² are two
+            more float32 tensors for each parameter.
         prior_strength: κ, a factor on δ. Below 1 the prior is κ^(−½) as wide, and σ shows more of the data.
         hessian: "reparameterized" for IVON's ĥ, or "squared_gradients" for ĥ = B·ĝ².
         batch_size: B, the number of losses whose mean a step's gradient is of (tokens of a language model, examples of
@@ -173,12 +176,12 @@ class IVONLoRA(Optimizer):
             if not param.is_floating_point():
                 raise ValueError(f"IVONLoRA optimizes floating-point parameters, got {param.dtype}")
         if isinstance(group["prior"], Mapping):
-            self._start_at_prior(group, group["prior"])
+            self._keep_prior(group, group["prior"])
         self._buffers = None
 
     @torch.no_grad()
-    def _start_at_prior(self, group: dict[str, Any], prior: GaussianPrior) -> None:
-        """Put m₀ and 1/σ₀² of a new group into the state, and m₀ into its parameters."""
+    def _keep_prior(self, group: dict[str, Any], prior: GaussianPrior) -> None:
+        """Put m₀ and 1/σ₀² of a new group into the state."""
         tensors = []
         for name, param in zip(_names(group), group["params"], strict=True):
             given = prior.get(name, prior.get(param))
@@ -195,7 +198,6 @@ class IVONLoRA(Optimizer):
             tensors.append((mean, precision))
         group["prior"] = _GAUSSIAN
         for param, (mean, precision) in zip(group["params"], tensors, strict=True):
-            param.copy_(mean)
             self.state[param] = dict(zip(Buffers.PRIOR, (mean, precision), strict=True))
 
     @contextmanager
@@ -424,6 +426,8 @@ class IVONLoRA(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned, as in `torch.optim`, with the state in float32.
 
+        Where the state has a mean, the parameters are set to it: the next draw is around that, whatever they held.
+
         Raises:
             ValueError: if the groups or shapes differ from those of this optimizer.
         """
@@ -445,7 +449,27 @@ class IVONLoRA(Optimizer):
             self.state[param] = {
                 name: torch.as_tensor(value).to(param.device, torch.float32, copy=True) for name, value in saved.items()
             }
+            if "mean" in self.state[param]:
+                with torch.no_grad():
+                    param.copy_(self.state[param]["mean"])
         self._buffers = None
+
+    @torch.no_grad()
+    def adopt_parameters(self, sigma: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Let the mean be what the parameters hold, after somebody has put other weights into them.
+
+        Args:
+            sigma: the σ that was saved with these weights (`sigma_for_next_prior`), by the parameters, in their shapes;
+                it stays where none is given. The momentum stays as well.
+        """
+        for buffers in self._get_buffers():
+            buffers.adopt_parameters()
+        for param, value in (sigma or {}).items():
+            group, state = self._group_of(param), self.state[param]
+            precision = (value.to(param.device).double().square() * group["ess"]).reciprocal()
+            if group["prior"] == _GAUSSIAN and group["prior_strength"] > 1:
+                precision += state["prior_precision"] * ((group["prior_strength"] - 1) / group["ess"])
+            state["precision"].copy_(precision.clamp_(PRECISION_FLOOR, PRECISION_CEILING))
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         for group in self.param_groups:

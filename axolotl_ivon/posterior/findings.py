@@ -87,5 +87,5 @@ def findings(
 
 
 def begins_at_zero(name: str) -> bool:
-    """Return whether a weight is of a B matrix, which PEFT starts at 0 by default."""
-    return ".lora_B" in name or ".lora_embedding_B" in name
+    """Return whether a weight is of a matrix that PEFT starts at 0 by default: B, and of an embedding A."""
+    return ".lora_B" in name or ".lora_embedding_A" in name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -20,9 +21,10 @@ from ..settings.presets import Preset, resolved
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import remove_unfinished
 from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean, show_the_mean
-from .prior import gaussian_prior, keys_in_file
+from .prior import gaussian_prior, start_at
 from .processes import check_sharding
 from .rates import scaled_options
+from .saved import names_of, trained_adapters, weights_in_file
 from .trainer import PosteriorTrainerMixin
 
 LOG = logging.getLogger(__name__)
@@ -64,9 +66,10 @@ def attach(
         ess: λ itself, instead of γ and N.
         h0, clip, betas, hessian, h0_steps, rescale_lr: as in `IVONLoRA`; None for the preset's.
         prior: "empirical" or a number, as in `IVONLoRA`; or the `Posterior` of an earlier run, to continue from it
-            without forgetting. Training then starts from its mean and σ, with N(m₀, σ₀²/κ) as the prior. N and λ
-            are those of the new data alone: the earlier data count κ times. It must be over the same base model, with
-            the same rank, scaling and targets.
+            without forgetting. `attach` puts its mean into a new adapter, and training starts from there and its σ,
+            with N(m₀, σ₀²/κ) as the prior; an adapter that was trained already keeps its weights, as a resumed run
+            does. N and λ are those of the new data alone: the earlier data count κ times. It must be over the same
+            base model, with the same rank, scaling and targets.
         prior_strength: κ; None for the preset's: 0.1, with a `Posterior` 300; 1 by "paper".
         train_size: N, the number of training examples; the length of the Trainer's dataset by default (give it where
             that dataset is packed or streamed).
@@ -80,7 +83,8 @@ def attach(
     """
     model = _adapter_of(trainer)
     params = trained_parameters(model)
-    _check_that_all_is_saved(model, list(params))
+    names = names_of(model, params)
+    _check_that_all_is_saved(model, names)
     given = {"gamma": gamma, "ess": ess, "h0": h0, "clip": clip, "beta1": betas[0], "beta2": betas[1]}
     chosen = resolved(preset, {**given, "prior_strength": prior_strength, "hessian": hessian, "h0_steps": h0_steps})
     if ess is None and train_size is None:
@@ -116,7 +120,7 @@ def attach(
         for name, value in (("h0", h0), ("rescale_lr", rescale_lr or None)):
             if value is not None:
                 raise IVONError(f"{param_ref(name)}: {value} does not go with a posterior as prior; remove it")
-        settings["prior"] = gaussian_prior(model, shapes, earlier)
+        settings["prior"] = gaussian_prior(model, names, shapes, earlier)
         header |= prior_header(earlier, settings["prior_strength"], header["train_size"])
     if eval_samples < 0:
         raise IVONError(
@@ -138,8 +142,23 @@ def attach(
             header["learning_rate"] = f"{given_rate:g}"
             trainer.args.learning_rate = settings["lr"]
     per_rank = draws == "per_rank" and trainer.args.world_size > 1
-    run = PosteriorTraining(trainer, model, params, settings, header, eval_samples, per_rank, travel, settings_for_run)
+    run = PosteriorTraining(
+        trainer=trainer,
+        model=model,
+        params=params,
+        names=names,
+        adapters=trained_adapters(model, names),
+        settings=settings,
+        header=header,
+        eval_samples=eval_samples,
+        per_rank=per_rank,
+        travel=travel,
+        settings_for_run=settings_for_run,
+    )
     # All is checked: from here on the Trainer and its model change.
+    if earlier:
+        # Here and not when the optimizer is made: the weights of a checkpoint are loaded before that.
+        start_at(settings["prior"], model, params)
     remove_unfinished(trainer)
     average_in_every_backward_pass(trainer)
     save_sigma_beside_the_mean(run)
@@ -185,12 +204,12 @@ def _train_size(trainer: Trainer) -> int:
         ) from error
 
 
-def _check_that_all_is_saved(model: PeftModel, names: list[str]) -> None:
+def _check_that_all_is_saved(model: PeftModel, names: Mapping[str, str]) -> None:
     """Refuse to train what no adapter file holds: its σ would be lost with its mean."""
     if not names:
         raise IVONError("the model has no trainable parameter: the adapter is frozen (is_trainable=False?)")
-    kept = keys_in_file(model, names)
-    for name in names:
+    kept = {weight for adapter in model.peft_config for weight in weights_in_file(model, adapter, names).values()}
+    for name in names.values():
         if name not in kept:
             raise IVONError(
                 f"{name} is trained but is not part of the adapter: freeze it, or add its module to "

@@ -41,6 +41,8 @@ class PosteriorTraining(TrainerCallback):
     trainer: Trainer
     model: PeftModel  # without what a Trainer wraps around it
     params: dict[str, nn.Parameter]  # the trained weights, by their names in the model
+    names: dict[str, str]  # all names of theirs, and the one in `params`: see `saved.names_of`
+    adapters: list[str]  # those with trained weights
     settings: dict[str, Any]  # of the optimizer
     header: Mapping[str, str]  # entries of the header of σ that are no settings of the optimizer
     eval_samples: int  # draws that every evaluation averages over

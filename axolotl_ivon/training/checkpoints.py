@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
 from transformers import Trainer
 
 from ..errors import IVONError
@@ -29,6 +28,7 @@ from ..storage.atomic import put_in_place, updated_adapter
 from ..storage.format import MEAN_FILE, SIGMA_FILE
 from ..storage.tensorfile import TensorFile
 from .callback import PosteriorTraining
+from .saved import adapter_folder, weights_in_file
 
 LOG = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def save_with_sigma(
     run: PosteriorTraining, save_pretrained: Callable[..., None], folder: Path, *args: Any, **kwargs: Any
 ) -> None:
     """Save the model's adapters by PEFT's `save_pretrained`, each with its σ, so that both appear at once."""
-    if not run.begun and (folder / SIGMA_FILE).is_file():
+    if not run.begun and any((adapter_folder(folder, adapter) / SIGMA_FILE).is_file() for adapter in run.adapters):
         LOG.warning("%s holds a posterior and this run has not begun to train: left as it is", folder)
         return
     saved = []
@@ -93,16 +93,34 @@ def save_with_sigma(
         if (folder / CARD_FILE).is_file():
             shutil.copyfile(folder / CARD_FILE, new / CARD_FILE)  # PEFT extends a card that is there
         save_pretrained(new, *args, **kwargs)
-        for adapter in run.model.peft_config if run.begun else ():
-            name = "" if adapter == "default" else adapter
-            if (new / name / MEAN_FILE).is_file():
-                _save_sigma(run, new / name, adapter)
-                update_card_in(new / name)
-                saved.append(folder / name)
+        for adapter in run.adapters if run.begun else ():
+            place = adapter_folder(new, adapter)
+            if (place / MEAN_FILE).is_file():
+                _save_sigma(run, place, adapter)
+                update_card_in(place)
+                saved.append(adapter_folder(folder, adapter))
     for each in saved:
         with suppress(IVONError):
             remove_old_results(each)
         plugin_manager().hook.posterior_saved(folder=str(each))
+
+
+def adopt_checkpoint(run: PosteriorTraining, checkpoint: Path) -> bool:
+    """Let the optimizer's posterior be the one saved in a checkpoint, whose weights the Trainer has loaded.
+
+    Returns:
+        Whether σ is there; else it stays as it is.
+    """
+    sigma: dict[torch.Tensor, torch.Tensor] = {}
+    for adapter in run.adapters:
+        folder = adapter_folder(checkpoint, adapter)
+        if (folder / SIGMA_FILE).is_file():
+            saved = Posterior.from_pretrained(folder).sigma
+            weights = weights_in_file(run.model, adapter, run.names)
+            sigma |= {run.params[weight]: saved[key] for key, weight in weights.items()}
+    if hasattr(run.optimizer, "adopt_parameters"):
+        run.optimizer.adopt_parameters(sigma)
+    return bool(sigma)
 
 
 def update_card_in(folder: Path) -> None:
@@ -117,13 +135,12 @@ def update_card_in(folder: Path) -> None:
 def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
     if run.best_folder is not None:
         # The weights are those of an earlier checkpoint now, and so is their σ.
-        best = Posterior.from_pretrained(run.best_folder)
+        best = Posterior.from_pretrained(adapter_folder(Path(run.best_folder), adapter))
         save_sigma(folder, best.sigma, best.metadata)
         return
-    states = {name: torch.zeros(()).expand(p.shape) for name, p in run.model.named_parameters()}
     sigma_of = getattr(run.optimizer, "sigma_for_next_prior", run.optimizer.sigma)
-    states |= {name: sigma_of(param).cpu() for name, param in run.params.items()}
-    sigma = get_peft_model_state_dict(run.model, state_dict=states, adapter_name=adapter, save_embedding_layers=False)
+    weights = weights_in_file(run.model, adapter, run.names)
+    sigma = {key: sigma_of(run.params[weight]).cpu() for key, weight in weights.items()}
     # What is in the file without having been trained (a resized embedding, say) has σ = 0.
     saved = TensorFile(folder / MEAN_FILE).entries
     zeros = {key: torch.zeros(()).expand(entry.shape) for key, entry in saved.items()}

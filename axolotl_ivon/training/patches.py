@@ -58,16 +58,16 @@ def show_the_mean(run: PosteriorTraining) -> None:
     """Let `state_dict()` of the model have the mean while a draw is in the parameters, and where they are taken out."""
 
     def put_mean(
-        attribute: str, name: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+        attribute: str, weight: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
     ) -> None:
-        key, param, optimizer = prefix + attribute, run.params[name], run.optimizer
+        key, param, optimizer = prefix + attribute, run.params[weight], run.optimizer
         taken_out = run.adapter is not None and run.adapter.prepared
         if taken_out or (optimizer is not None and optimizer.sampling and key in state_dict):
             state_dict[key] = optimizer.mean(param).to(param.dtype)
 
-    for name in run.params:
+    for name, weight in run.names.items():
         owner, _, attribute = name.rpartition(".")
-        run.model.get_submodule(owner).register_state_dict_post_hook(functools.partial(put_mean, attribute, name))
+        run.model.get_submodule(owner).register_state_dict_post_hook(functools.partial(put_mean, attribute, weight))
 
 
 def keep_engine_off_the_adapter(trainer: Trainer, adapter: ReplicatedAdapter) -> None:

@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import PurePath
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
 from ..errors import IVONError, param_ref
 from ..posterior.chain import check_prior, check_width, kinds
+from ..posterior.findings import begins_at_zero
 from ..posterior.posterior import Posterior
+from .saved import trained_adapters, weights_in_file
+from .sharded import gathered
 
-
-def keys_in_file(model: PeftModel, names: Iterable[str]) -> dict[str, str]:
-    """Return which tensor of an adapter's file each of these parameters is; those that are in none are left out."""
-    names = list(names)
-    marks = {name: torch.full((), float(i)) for i, name in enumerate(names)}
-    state = {name: marks.get(name, torch.full((), -1.0)) for name, _ in model.named_parameters()}
-    keys: dict[str, str] = {}
-    for adapter in model.peft_config:
-        kept = get_peft_model_state_dict(model, dict(state), adapter_name=adapter, save_embedding_layers=False)
-        keys |= {names[int(mark)]: key for key, mark in kept.items() if int(mark) >= 0}
-    return keys
+LOG = logging.getLogger(__name__)
 
 
 def gaussian_prior(
-    model: PeftModel, shapes: Mapping[str, torch.Size], prior: Posterior
+    model: PeftModel, names: Mapping[str, str], shapes: Mapping[str, torch.Size], prior: Posterior
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (m₀, σ₀) of every trained parameter, float32, by its name in the model; `shapes` are theirs.
+    """Return (m₀, σ₀) of every trained parameter, float32, by its name in the model.
+
+    Args:
+        names: those of `saved.names_of`.
+        shapes: the parameters', by their names.
 
     Raises:
         IVONError: it is of another base model, has another rank, scaling or other targets, or no width; the message
             says which.
     """
     named = f"{param_ref('prior')}: {prior.folder or 'the posterior'}"
-    [config, *others] = (config.to_dict() for config in model.peft_config.values())
+    [adapter, *others] = trained_adapters(model, names)
     if others:
-        raise IVONError(f"{named} is for one adapter, and the model has {len(others) + 1}: load one")
+        raise IVONError(f"{named} is for one adapter, and {len(others) + 1} of the model are trained: train one")
+    config = model.peft_config[adapter].to_dict()
     bases = [PurePath(str(x.get("base_model_name_or_path"))).name for x in (prior.config, config)]
     if bases[0] != bases[1] and "None" not in bases:
         raise IVONError(f"{named} is over {bases[0]} and this adapter over {bases[1]}; give a posterior over that")
     if prior.folder is not None:
         check_prior(str(prior.folder), config)
     check_width(named, prior.metadata)
-    keys = keys_in_file(model, shapes)
-    trained, held = set(keys.values()), {key for key in prior.mean if prior.sigma.raw(key).any()}
+    keys = weights_in_file(model, adapter, names)
+    trained, held = set(keys), {key for key in prior.mean if prior.sigma.raw(key).any()}
     if trained != held:
         modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in shapes}
         own, other = kinds(prior.mean), ", ".join(sorted(modules))
@@ -55,7 +54,7 @@ def gaussian_prior(
             both = f"{named} and this adapter differ in {min(trained ^ held)}"
         raise IVONError(f"{both}; set lora_target_modules and the layers as they were")
     tensors = {}
-    for name, key in keys.items():
+    for key, name in keys.items():
         mean, sigma = torch.from_numpy(prior.mean.float32(key)), torch.from_numpy(prior.sigma.raw(key))
         if mean.shape != shapes[name]:
             raise IVONError(f"{named} has shape {list(mean.shape)} in {key} and this adapter {list(shapes[name])}")
@@ -63,3 +62,20 @@ def gaussian_prior(
             raise IVONError(f"{named} has weights with σ = 0 in {key}, which would never move; give it unpruned")
         tensors[name] = (mean, sigma)
     return tensors
+
+
+@torch.no_grad()
+def start_at(prior: Mapping[str, tuple[Tensor, Tensor]], model: PeftModel, params: Mapping[str, nn.Parameter]) -> None:
+    """Put the prior's means into the weights of a new adapter; one that was trained keeps its own."""
+    zero = all(
+        getattr(config, "init_lora_weights", True) in (True, "gaussian", "eva") for config in model.peft_config.values()
+    )
+    with gathered(list(params.values()), written=True):
+        # Under FSDP2 the first process alone has weights at this time.
+        means = {name: prior[name][0].to(p.device, p.dtype) for name, p in params.items() if not p.is_meta}
+        trained = zero and any(begins_at_zero(name) and bool(params[name].any()) for name in means)
+        if trained and not all(torch.equal(params[name], mean) for name, mean in means.items()):
+            LOG.info("the adapter in the model was trained already: training goes on from its weights, not the prior's")
+            return
+        for name, mean in means.items():
+            params[name].copy_(mean)

@@ -9,7 +9,8 @@ an anchor, one parameter that nothing reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import IVONError
 from ..storage.atomic import new_file
+from .saved import names_of
 
 ANCHOR = "ivon_anchor"
 STATE_FILE = "ivon_state.safetensors"
@@ -45,12 +47,14 @@ class ReplicatedAdapter(TrainerCallback):
         self.optimizer: Any = None
         self.gradient_norm: Tensor | None = None  # of the last step; the Trainer's own is that of the anchor
         self.params: dict[str, nn.Parameter] = {}
+        self.names = names_of(model, params)
         device = trainer.accelerator.device
         for name, param in params.items():
-            owner, attribute = self._owner(name)
             self.params[name] = nn.Parameter(_copy_from_first_process(param, device))
+        for name, weight in self.names.items():
+            owner, attribute = self._owner(name)
             del owner._parameters[attribute]
-            owner.__dict__[attribute] = self.params[name]
+            owner.__dict__[attribute] = self.params[weight]
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         anchor = torch.zeros(1, dtype=dtype, device=device)
         model.register_parameter(ANCHOR, nn.Parameter(anchor))
@@ -88,14 +92,15 @@ class ReplicatedAdapter(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the weights back where whoever saves the model looks for them; ZeRO-3 knows no weights but its own."""
         if not self.trainer.is_deepspeed_enabled:
-            for name, param in self.params.items():
+            for name, weight in self.names.items():
                 owner, attribute = self._owner(name)
                 owner.__dict__.pop(attribute, None)
-                owner._parameters[attribute] = param
+                owner._parameters[attribute] = self.params[weight]
 
     def add_mean(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state dict that an engine has gathered, with the mean of the adapter's weights."""
-        return {**state_dict, **{name: self.optimizer.mean(p).to(p.dtype) for name, p in self.params.items()}}
+        means = {weight: self.optimizer.mean(p).to(p.dtype) for weight, p in self.params.items()}
+        return {**state_dict, **{name: means[weight] for name, weight in self.names.items()}}
 
     def save_state(self, path: Path) -> None:
         """Write the optimizer's state, float32, by the names of the weights.
@@ -142,22 +147,28 @@ class ReplicatedAdapter(TrainerCallback):
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         except (ValueError, KeyError) as error:
             raise IVONError(f"{path} does not fit the adapter: {error}") from error
-        with torch.no_grad():
-            for param in self.params.values():
-                param.copy_(self.optimizer.mean(param))
+
+
+@contextmanager
+def gathered(params: Sequence[nn.Parameter], written: bool = False) -> Iterator[None]:
+    """Let weights that ZeRO-3 has partitioned be whole inside; what the first process has `written` stays."""
+    partitioned = [param for param in params if hasattr(param, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(partitioned, modifier_rank=0 if written else None):
+        yield
 
 
 def _copy_from_first_process(param: nn.Parameter, device: torch.device) -> Tensor:
     """Return a whole copy of a weight, as the first process has it."""
-    if hasattr(param, "ds_id"):  # ZeRO-3 has partitioned it already
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters([param]):
-            value = param.detach().to(device, copy=True)
-    elif param.is_meta:
+    if param.is_meta:
         value = torch.zeros(param.shape, dtype=param.dtype, device=device)
     else:
-        value = param.detach().to(device, copy=True)
+        with gathered([param]):
+            value = param.detach().to(device, copy=True)
     if dist.is_initialized():
         dist.broadcast(value, src=0)
     return value

@@ -6,6 +6,7 @@ user's subclass included. What is changed on other objects than the Trainer is i
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from ..plugins import plugin_manager
 from ..storage.format import SIGMA_FILE
 from ..storage.tensorfile import TensorFile
 from .callback import PosteriorTraining, trained_parameters
-from .checkpoints import update_card_in, whole_checkpoint
+from .checkpoints import adopt_checkpoint, update_card_in, whole_checkpoint
 from .patches import keep_engine_off_the_adapter
 from .posterior_loss import posterior_loss
 from .processes import agree_on_gradients, average, is_sharded
 from .rates import rate_for, rates
+from .saved import adapter_folder, names_of
 from .sharded import STATE_FILE, ReplicatedAdapter
+
+LOG = logging.getLogger(__name__)
 
 
 class PosteriorTrainerMixin(Trainer):
@@ -37,6 +41,7 @@ class PosteriorTrainerMixin(Trainer):
         run = self.posterior_training
         if self.optimizer is None:
             run.params = trained_parameters(run.model)
+            run.names = names_of(run.model, run.params)
             if is_sharded(self):
                 run.adapter = ReplicatedAdapter(self, run.model, run.params)
                 run.params = run.adapter.params
@@ -155,10 +160,19 @@ class PosteriorTrainerMixin(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / SIGMA_FILE).is_file():
-            self.posterior_training.resume_from(TensorFile(Path(checkpoint) / SIGMA_FILE).metadata, checkpoint)
-        if self.posterior_training.adapter is not None and checkpoint is not None:
-            self.posterior_training.adapter.load_state(Path(checkpoint) / STATE_FILE)
+        run = self.posterior_training
+        if checkpoint is None:
+            return
+        for adapter in run.adapters:
+            if (path := adapter_folder(Path(checkpoint), adapter) / SIGMA_FILE).is_file():
+                run.resume_from(TensorFile(path).metadata, checkpoint)
+        if run.adapter is None:
+            if not any(Path(checkpoint).glob("optimizer*")):  # save_only_model
+                sigma = "and σ" if adopt_checkpoint(run, Path(checkpoint)) else "with a new σ"
+                if self.is_world_process_zero():
+                    LOG.info("%s has no optimizer state: training goes on from its mean %s", checkpoint, sigma)
+        else:
+            run.adapter.load_state(Path(checkpoint) / STATE_FILE)
             # DeepSpeed saves the learning rate with the optimizer's state, which it was kept from loading.
             optimizer, scheduler = self.optimizer, self.lr_scheduler
             for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):  # type: ignore[union-attr]
@@ -171,11 +185,13 @@ class PosteriorTrainerMixin(Trainer):
             super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        adapter, best = self.posterior_training.adapter, self.state.best_model_checkpoint
-        if adapter is None:
-            super()._load_best_model()
-        elif best is not None:
-            adapter.load_state(Path(best) / STATE_FILE)
+        """Load the posterior of the best checkpoint: an evaluation draws around its mean, and leaves that."""
+        run, best = self.posterior_training, Path(str(self.state.best_model_checkpoint))
+        if run.adapter is not None:
+            run.adapter.load_state(best / STATE_FILE)
+            return
+        super()._load_best_model()
+        adopt_checkpoint(run, best)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train no further than the last step: a Trainer that resumes there would take one more before it looks."""

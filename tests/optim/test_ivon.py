@@ -53,7 +53,6 @@ def test_follows_the_reference(dtype: torch.dtype, whole: bool, micro_batches: i
     # What a draw in bfloat16 is rounded by is large beside a small σ₀.
     near = 1e-5 if dtype == torch.float32 or changes == EMPIRICAL else 2e-4
     for name, param in pair.items():
-        start = changes["prior"][name][0] if changes["prior"] is OWN["prior"] else lora_pair(dtype=dtype)[name]
         mean = optimizer.mean(param)
         assert mean.dtype == torch.float32
         assert relative(mean, references[name].m) < near
@@ -61,7 +60,7 @@ def test_follows_the_reference(dtype: torch.dtype, whole: bool, micro_batches: i
         assert relative(optimizer.sigma(param), references[name].sigma()) < near
         expected = SETTINGS["ess"] * references[name].delta()
         np.testing.assert_allclose(optimizer.prior_precision(param), expected, rtol=1e-4)
-        assert (mean - start).abs().max() > 1e-3, "nothing moved, so nothing was compared"
+        assert (mean - lora_pair(dtype=dtype)[name]).abs().max() > 1e-3, "nothing moved, so nothing was compared"
 
 
 @pytest.mark.parametrize("prior", [EMPIRICAL, {"prior": 1e-12}, OWN])
@@ -97,12 +96,13 @@ def test_sigma_its_square_and_its_inverse_are_normal_at_every_bound() -> None:
         assert optimizer.mean(param).isfinite().all()
 
 
-def test_a_posterior_as_prior_goes_on_from_its_mean_and_sigma_at_any_lambda() -> None:
+def test_with_a_posterior_as_prior_it_begins_at_its_sigma_at_any_lambda_and_at_the_parameters() -> None:
     for ess, strength in ((1e3, 1.0), (1e7, 0.2), (1e5, 100.0)):
         pair, prior = lora_pair(), gaussian_prior()
         optimizer = IVONLoRA(pair.items(), **{**SETTINGS, "ess": ess}, prior=prior, prior_strength=strength)
         for name, param in pair.items():
-            assert torch.equal(param.detach(), prior[name][0])
+            assert torch.equal(param, lora_pair()[name])
+            assert torch.equal(optimizer.mean(param), param)
             # Stronger than it was, the prior is narrower, and so is where it begins; what is saved stays.
             expected = prior[name][1] / max(1.0, strength) ** 0.5
             torch.testing.assert_close(optimizer.sigma(param), expected, rtol=1e-5, atol=0)
@@ -183,7 +183,7 @@ def test_groups_have_their_own_rate_and_prior_and_one_that_is_added_later_needs_
     groups = [{"params": [("A", pair["A"])], "prior": prior, "lr": 0.0}, {"params": [("B", pair["B"])], "prior": 0.25}]
     optimizer = IVONLoRA(groups, **SETTINGS)
     train(optimizer, pair, batches(1))
-    assert torch.equal(pair["A"], prior["A"][0])
+    assert torch.equal(pair["A"], lora_pair()["A"])
     assert pair["B"].abs().max() > 0
     assert optimizer.prior_precision(pair["B"]) == pytest.approx(0.25 * SETTINGS["ess"])
     assert set(optimizer.state[pair["A"]]) - set(optimizer.state[pair["B"]]) == {"prior_mean", "prior_precision"}
@@ -324,16 +324,35 @@ def test_a_resumed_run_continues_bit_for_bit(dtype: torch.dtype, options: dict, 
     optimizer, file = IVONLoRA(straight.items(), **{**SETTINGS, **options}), io.BytesIO()
     train(optimizer, straight, data[:10])
     torch.save(optimizer.state_dict(), file)
-    resumed = {name: nn.Parameter(param.detach().clone()) for name, param in straight.items()}
+    resumed, trained = lora_pair(9, dtype), {name: param.detach().clone() for name, param in straight.items()}
     train(optimizer, straight, data[10:])
     other = IVONLoRA(resumed.items(), **again)
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=True))
+    assert all(torch.equal(resumed[name], mean) for name, mean in trained.items()), "whatever they held"
     train(other, resumed, data[10:])
     for name in straight:
         assert torch.equal(straight[name], resumed[name])
         assert torch.equal(optimizer.sigma(straight[name]), other.sigma(resumed[name]))
         assert torch.equal(optimizer.mean(straight[name]), other.mean(resumed[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_put_into_the_parameters_can_be_adopted(dtype: torch.dtype) -> None:
+    pair, data = lora_pair(dtype=dtype), batches(3)
+    optimizer = IVONLoRA(pair.items(), **SETTINGS)
+    train(optimizer, pair, data)
+    mean, sigma = optimizer.mean(pair["A"]), optimizer.sigma(pair["A"])
+    other = lora_pair(9, dtype)
+    with torch.no_grad():
+        pair["B"].copy_(other["A"].T[:16])
+    optimizer.adopt_parameters()
+    assert torch.equal(optimizer.mean(pair["A"]), mean), "what nobody changed keeps all its digits"
+    assert torch.equal(optimizer.mean(pair["B"]), other["A"].T[:16].float())
+    with optimizer.sampled_params():
+        pass
+    assert torch.equal(pair["B"], other["A"].T[:16])
+    assert torch.equal(optimizer.sigma(pair["A"]), sigma)
 
 
 def test_loading_a_state_of_another_shape_is_refused() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from trainers import lora_weights, make_trainer
+from transformers import TrainerCallback
 
 from axolotl_ivon import IVONError, Posterior, attach
 from axolotl_ivon.posterior.chain import links
@@ -78,6 +80,66 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does_and_needs_the_same_
         assert left == right
     with pytest.raises(IVONError, match=r"^prior: .*checkpoint-3 started from .* and this run from none; resume with"):
         trained(None, "c", checkpoint)
+
+
+class SavesBeforeItsFirstStep(TrainerCallback):
+    """As a handler of Ctrl-C does."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if not (folder := Path(args.output_dir) / "begun").exists():
+            model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("only_model", [False, True])
+def test_the_weights_of_a_checkpoint_go_before_the_prior_from_the_first_moment_on(
+    only_model: bool, monday: Path, trained: Any, made: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weak = {"prior": Posterior.from_pretrained(monday), "prior_strength": 0.01}
+    run: dict[str, Any] = {"settings": weak, "save_only_model": only_model}
+    trained(**run, folder="first")
+    spies: dict[str, Any] = {"callbacks": [SavesBeforeItsFirstStep()], "eval_on_start": True}
+    with caplog.at_level(logging.INFO, "axolotl_ivon"):
+        again = trained(**run, **spies, folder="again", resume=tmp_path / "first" / "checkpoint-3")
+    assert ("has no optimizer state: training goes on from its mean and σ" in caplog.text) is only_model
+    begun, saved = (Posterior.from_pretrained(tmp_path / name) for name in ("again/begun", "first/checkpoint-3"))
+    for key in saved.mean:
+        assert torch.equal(begun.mean[key], saved.mean[key])
+        torch.testing.assert_close(begun.sigma[key], saved.sigma[key], rtol=2e-6 * only_model, atol=0)
+    plain = made()
+    plain.model.load_adapter(str(tmp_path / "first" / "checkpoint-3"), "default")
+    evaluated = next(entry["eval_loss"] for entry in again.state.log_history if "eval_loss" in entry)
+    assert evaluated == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("only_model", [False, True])
+def test_a_run_that_has_ended_and_is_started_once_more_stays_where_it_ended(
+    only_model: bool, monday: Path, trained: Any, tmp_path: Path
+) -> None:
+    """As axolotl's auto_resume_from_checkpoints does after a killed job."""
+    weak = {"prior": Posterior.from_pretrained(monday), "prior_strength": 0.01}
+    run: dict[str, Any] = {"settings": weak, "save_only_model": only_model}
+    for resume in (None, tmp_path / "checkpoint-6"):
+        trained(**run, resume=resume).save_model(str(tmp_path / ("again" if resume else "ended")))
+    ended, again = (Posterior.from_pretrained(tmp_path / name) for name in ("ended", "again"))
+    for key in ended.mean:
+        assert torch.equal(ended.mean[key], again.mean[key])
+        torch.testing.assert_close(ended.sigma[key], again.sigma[key], rtol=2e-6 * only_model, atol=0)
+
+
+def test_an_adapter_that_was_trained_already_goes_on_from_its_weights(
+    monday: Path, made: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, q = made(), Posterior.from_pretrained(monday)
+    for param in trainer.model.parameters():
+        param.data.add_(0.01 * param.requires_grad)
+    before = lora_weights(trainer.model)
+    with caplog.at_level(logging.INFO, "axolotl_ivon"):
+        attach(trainer, prior=q)
+    assert "was trained already: training goes on from its weights" in caplog.text
+    trainer.create_optimizer()
+    for name, param in trainer.posterior_training.params.items():
+        assert torch.equal(trainer.optimizer.mean(param), before[name])
+        torch.testing.assert_close(trainer.optimizer.sigma(param), q.sigma[name.replace(".default", "")] / 300**0.5)
 
 
 @pytest.mark.parametrize(

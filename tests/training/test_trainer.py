@@ -82,10 +82,13 @@ def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(traine
     # The greatest, so that it is not the last.
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     steps = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
-    trainer = trained({"preset": "paper", "clip": 1.0}, **best, **steps)
+    trainer = trained({"preset": "paper", "clip": 1.0, "eval_samples": 2}, **best, **steps)
+    trainer.evaluate()  # at draws, after which the mean must be the best one's again
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name != "checkpoint-6"
     trainer.save_model(str(tmp_path / "final"))
+    logged = [entry["eval_loss_posterior"] for entry in trainer.state.log_history if "eval_loss_posterior" in entry]
+    assert logged[-1] == pytest.approx(logged[int(best.name[-1]) // 2 - 1], rel=1e-5)
     final, checkpoint = Posterior.from_pretrained(tmp_path / "final"), Posterior.from_pretrained(best)
     assert final.metadata["steps"] == checkpoint.metadata["steps"] != "6"
     for key in final.mean:
