@@ -54,7 +54,7 @@ class PosteriorTraining(TrainerCallback):
     begun: bool = False  # before training begins, the optimizer may lack the state that it resumes from
     best_folder: str | None = None  # the checkpoint whose weights the Trainer has loaded at the end
     skipped: Skipped = NONE_SKIPPED  # the skipped steps that the log has reported
-    losses: int = 0  # those, in this process, whose mean the gradient since the last step is of
+    losses: int = 0  # those, in this process, whose mean the gradient since the step began is of
     rates: list[float] = field(default_factory=list)  # of all steps: as they are planned, and then as they were
     # Some weights of every B matrix, on the first process alone; a resumed run has 0.
     start: dict[str, Tensor] = field(default_factory=dict)
@@ -170,6 +170,9 @@ class PosteriorTraining(TrainerCallback):
             sizes = (len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
             self.losses += next(sizes, 1)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.losses = 0  # a step that ran out of memory may have left some
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step < len(self.rates):  # a plateau is not known before
             self.rates[state.global_step] = float(self.optimizer.param_groups[0]["lr"])
@@ -177,7 +180,6 @@ class PosteriorTraining(TrainerCallback):
             count = sum_over_processes(self.losses, next(iter(self.params.values())).device)
             for group in self.optimizer.param_groups:
                 group["batch_size"] = max(1.0, count / (args.world_size if self.per_rank else 1))
-            self.losses = 0
         if self.per_rank:
             agree_on_gradients(list(self.params.values()))
             self.optimizer.synchronize(average)

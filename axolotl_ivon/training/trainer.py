@@ -124,7 +124,8 @@ class PosteriorTrainerMixin(Trainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         run = self.posterior_training
-        if run.eval_samples and run.optimizer is not None:
+        unlabelled = description == "Prediction" and f"{metric_key_prefix}_loss" not in output.metrics  # type: ignore[operator]
+        if run.eval_samples and run.optimizer is not None and not unlabelled:
             loss = posterior_loss(self, run.optimizer, dataloader, run.eval_samples)
             output.metrics[f"{metric_key_prefix}_loss_posterior"] = loss  # type: ignore[index]
         return output

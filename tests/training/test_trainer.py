@@ -248,6 +248,28 @@ def test_a_shallow_copy_makes_schedules_too(attached: Any) -> None:
     assert sum(schedule.base_lrs[0] * (1 - step / 6) for step in range(6)) * 0.01 == pytest.approx(0.125)
 
 
+def test_after_running_out_of_memory_only_the_losses_of_the_new_batches_count(made: Any) -> None:
+    """The second of two micro-batches fails; then batches are of 14, and all 24 examples a step."""
+    spy, passes = Spy(), []
+    trainer = made(
+        auto_find_batch_size=True, per_device_train_batch_size=16, gradient_accumulation_steps=2, max_steps=2
+    )
+    compute_loss = trainer.compute_loss
+
+    def failing(model: Any, *args: Any, **kwargs: Any) -> Any:
+        passes.append(1)
+        if len(passes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return compute_loss(model, *args, **kwargs)
+
+    trainer.compute_loss, sizes = failing, []
+    spy.on_step_end = lambda *_, optimizer, **__: sizes.append(optimizer.param_groups[0]["batch_size"])
+    trainer.add_callback(spy)
+    attach(trainer)
+    trainer.train()
+    assert (len(passes), sizes) == (6, [24 * 11] * 2)
+
+
 def test_squared_gradients_are_scaled_by_the_number_of_losses_of_the_step(made: Any) -> None:
     """Two micro-batches of four texts of twelve tokens, of which eleven are predicted, and half of those masked."""
     for masked, expected in ((0, 2 * 4 * 11), (6, 2 * 4 * 6)):

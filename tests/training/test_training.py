@@ -234,8 +234,13 @@ def test_data_without_labels_is_refused(attached: Any) -> None:
             trainer.eval_dataset = trainer.eval_dataset.remove_columns("labels")
 
     trainer = attached({"eval_samples": 2}, callbacks=[WithoutLabels()], eval_strategy="steps", eval_steps=2)
+    labelled = trainer.eval_dataset
     with pytest.raises(IVONError, match="`labels`"):
         trainer.train()
+    predicted = trainer.predict(trainer.eval_dataset)  # which asks for no score
+    assert predicted.predictions.shape[:2] == (24, 12)
+    assert "test_loss_posterior" not in predicted.metrics
+    assert "test_loss_posterior" in trainer.predict(labelled).metrics
 
 
 @settings(deadline=None)  # torch's first step imports for a second
