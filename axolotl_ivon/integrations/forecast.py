@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import yaml
 
 from ..errors import IVONError, one_line
 from ..posterior.adapter import Adapter
-from ..posterior.chain import check_prior, links
+from ..posterior.chain import links
 from ..posterior.findings import Finding, remembers_too_long, travel_finding
-from ..settings.keys import DEFAULTS, check_values, prior_folder, yaml_key
-from ..settings.presets import resolved
-from ..settings.table import OPTIMIZER, PLUGIN, SETTINGS
+from ..settings.keys import prior_folder, yaml_key
+from ..settings.presets import PRESETS
+from ..settings.table import OPTIMIZER, PLUGIN
 from ..storage.format import regular_size
+from .checks import check_config, number
 
 _YAML_LIMIT = 16 * 2**20
 # Multiples of the peak after warmup, by the share of the steps after it that were done.
@@ -51,8 +52,10 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     cfg = _read(Path(path))
     if cfg.get("optimizer") != OPTIMIZER:
         raise IVONError(f"{path}: optimizer is {cfg.get('optimizer')}, so no posterior is trained; set {OPTIMIZER}")
-    given = {**DEFAULTS, **check_values(cfg)}
-    preset = resolved(given["ivon_preset"], {s.name: given.get(s.key) for s in SETTINGS})
+    try:
+        given, preset = check_config(cfg)
+    except IVONError as error:
+        raise IVONError(error.describe(yaml_key)) from error
     unknown: list[str] = []
 
     def known(find: Callable[[], Any]) -> Any:
@@ -67,27 +70,24 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     batch = micro * accumulated * processes
     size = known(lambda: _train_size(cfg))
     steps = known(lambda: _steps(cfg, size, micro * processes, accumulated))
-    ess = preset.fixed_ess
-    if ess is None and size:
-        # Packed batches count as if they were not.
-        most = int(_number(cfg, "max_steps", 0))
-        ess = preset.ess(size, 0, most * batch / size if most else _number(cfg, "num_epochs", 1))
-        if preset.gamma is None:
-            unknown.append(
-                f"λ: it is larger from {preset.usual_weights:,.0f} LoRA weights on, in proportion to their number"
-            )
     prior = prior_folder(given["ivon_prior"])
     strength = preset.posterior_strength if prior else preset.prior_strength
-    h0 = None if prior else preset.h0
-    if h0 is None and not prior:
-        unknown.append("h0: it follows from λ and the layers of the model")
+    ess, h0 = preset.fixed_ess, None if prior else preset.h0
+    if size and preset.gamma is not None:
+        ess = preset.ess(size, 0)
+    if size and (ess is None or (h0 is None and not prior)):
+        # Packed batches count as if they were not.
+        by_epochs = _most_steps(cfg) is None and cfg.get("max_steps") is not None
+        epochs = number(cfg, "num_epochs", 1) if by_epochs or not steps else steps * batch / size
+        if shapes := known(lambda: _trained_shapes(cfg, prior, preset.ess(size, 0, epochs))):
+            run = preset.for_run(size, shapes, steps or 1, epochs)
+            ess, h0 = run["ess"], None if prior else run["h0"]
     beta2 = preset.second_beta(steps) if steps else preset.beta2
-    share = known(lambda: _mean_rate(cfg, steps))
+    share = known(lambda: _mean_rate(cfg, steps, size, batch))
     rescaled = given["ivon_rescale_lr"]
     step_bound = preset.clip * (h0 or math.nan if rescaled else 1.0)
-    rate = _number(cfg, "learning_rate", 0.0)
-    lr: float | None = preset.alpha(rate, rescaled)
-    if preset.travel is not None and not rate:
+    lr: float | None = preset.alpha(number(cfg, "learning_rate"), rescaled)
+    if preset.travel is not None and not lr:
         lr = preset.travel / (step_bound * share * steps) if share and steps else None
     travel = lr * share * steps * step_bound if lr is not None and share is not None and steps else None
     findings = []
@@ -97,9 +97,14 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     if travel is not None:
         findings.append(travel_finding(travel, lr or 0.0, by_hand=preset.travel is None))
     if steps is not None and beta2 is not None:
-        learns = not remembers_too_long(beta2, steps)
-        text = f"β2 = {beta2:g} remembers {1 / (1 - beta2):,.0f} steps and the run has {steps:,}"
-        findings.append(Finding("sigma", learns, text if learns else f"{text}: σ will stay near where it begins"))
+        text, learns = f"β2 = {beta2:g} remembers {1 / (1 - beta2):,.0f} steps and the run has {steps:,}", True
+        if remembers_too_long(beta2, steps):
+            # Then the running average has the weights of the steps since the start, which counts as some of them.
+            if learns := preset.h0_steps is not None and steps > preset.h0_steps:
+                text += f", but where σ begins counts as {preset.h0_steps:g} steps alone"
+            else:
+                text += ": σ will stay near where it begins"
+        findings.append(Finding("sigma", learns, text))
     if prior:
         findings.append(_prior_finding(prior, strength))
     return {
@@ -123,13 +128,16 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
 
 def _prior_finding(prior: str, strength: float) -> Finding:
     """Return which adapter is the prior, and how much its examples count."""
-    try:
-        check_prior(prior, {})
-    except IVONError as error:
-        raise IVONError(error.describe(yaml_key)) from error
-    header = Adapter(prior).metadata
+    adapter, auto = Adapter(prior), PRESETS["auto"]
+    header = adapter.metadata
     seen = header.get("train_size") or "an unknown number of"
-    text = f"continues {prior}: its {seen} examples count {strength:g} time{'' if strength == 1 else 's'} each"
+    text = f"continues {prior}: its {seen} examples count"
+    if header.get("preset") == "auto" and not header.get("gamma"):
+        # λ is at least that of some hundred examples.
+        per_example = auto.per_example * max(1.0, adapter.mean.weights / auto.usual_weights)
+        as_many = round(float(header["ess"]) / per_example)
+        text += f" as {as_many}," if header.get("train_size", "").isdigit() and as_many > int(seen) else ""
+    text += f" {strength:g} time{'' if strength == 1 else 's'} each"
     if before := len(links(header)):
         text += f", and so do those of the {before} adapters before it"
     return Finding("prior", True, text)
@@ -158,22 +166,10 @@ def _read(path: Path) -> dict[str, Any]:
     return cfg
 
 
-def _number(cfg: Mapping[str, Any], key: str, default: float) -> float:
-    """Return a number of the YAML, which reads 1e-2 as a string."""
-    value = cfg.get(key)
-    try:
-        number = default if value is None else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise IVONError(f"{key}: {value!r} is not a number from 0 on")
-    return number
-
-
 def _batch(cfg: Mapping[str, Any]) -> tuple[int, int]:
     """Return how many examples a micro-batch has, and how many micro-batches a step of a process."""
-    micro = int(_number(cfg, "micro_batch_size", 1)) or 1
-    accumulated = int(_number(cfg, "gradient_accumulation_steps", _number(cfg, "batch_size", micro) // micro)) or 1
+    micro = int(number(cfg, "micro_batch_size", 1)) or 1
+    accumulated = int(number(cfg, "gradient_accumulation_steps", number(cfg, "batch_size", micro) // micro)) or 1
     return micro, accumulated
 
 
@@ -197,7 +193,7 @@ def _train_size(cfg: Mapping[str, Any]) -> int:
         except (ImportError, ValueError, AssertionError) as error:
             raise _Unknown(f"N: the split {split} is not followed here ({one_line(error)})") from error
         size += whole
-    held_out = _number(cfg, "val_set_size", 0)
+    held_out = number(cfg, "val_set_size", 0)
     # As in scikit-learn, which `datasets` follows.
     return size - (int(held_out) if held_out >= 1 else math.ceil(held_out * size))
 
@@ -218,18 +214,67 @@ def _examples(path: Path) -> int:
 
 def _steps(cfg: Mapping[str, Any], size: int | None, together: int, accumulated: int) -> int:
     """Return the number of steps, as the Trainer counts them; `together` examples are in a micro-batch of all."""
-    most = int(_number(cfg, "max_steps", 0))
-    if most:
+    if most := _most_steps(cfg):
         return most
     if cfg.get("sample_packing"):
         raise _Unknown("steps: how many examples are packed together")
     if size is None:
         raise _Unknown("steps: they follow from N")
-    in_epoch = math.ceil(math.ceil(size / together) / accumulated)
-    return math.ceil(_number(cfg, "num_epochs", 1) * in_epoch)
+    epochs = number(cfg, "num_epochs", 1)
+    if cfg.get("max_steps") is None:  # axolotl counts, and gives the Trainer max_steps
+        return math.ceil(size * epochs / (together * accumulated))
+    return math.ceil(epochs * math.ceil(math.ceil(size / together) / accumulated))
 
 
-def _mean_rate(cfg: Mapping[str, Any], steps: int | None) -> float:
+def _most_steps(cfg: Mapping[str, Any]) -> int | None:
+    """Return `max_steps`, or None for none, which -1 stands for as well."""
+    return int(number({**cfg, "max_steps": None} if cfg.get("max_steps") == -1 else cfg, "max_steps")) or None
+
+
+def _trained_shapes(cfg: Mapping[str, Any], prior: str | None, least: float) -> dict[str, Sequence[int]]:
+    """Return the shapes of the weights to be trained, from the prior, or the `config.json` of a local base model.
+
+    `least` is λ with few weights.
+    """
+    if adapter := prior or cfg.get("lora_model_dir"):
+        return {key: shape for key, (_, shape) in Adapter(str(adapter)).mean.specs.items()}
+    base = Path(str(cfg.get("base_model_config") or cfg.get("base_model")))
+    grows = f"λ and h0: λ is {least:,.0f} up to 100,000 LoRA weights and in proportion to them from there on"
+    if not (base / "config.json").is_file():
+        raise _Unknown(f"{grows}; {base} is no folder here, so they cannot be counted")
+    try:
+        return _lora_shapes(base, cfg)
+    except Exception as error:  # whatever a model of this kind needs
+        raise _Unknown(f"{grows}, which cannot be counted ({one_line(error)})") from error
+
+
+def _lora_shapes(base: Path, cfg: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """Return the shapes of the adapter that axolotl would make, from a model without memory."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    targets = cfg.get("lora_target_modules") or []
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+        if cfg.get("lora_target_linear"):
+            linear = {n.rpartition(".")[2]: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+            output = model.get_output_embeddings()
+            named = [name for name, module in linear.items() if module is not output]
+            targets = [*([targets] if isinstance(targets, str) else targets), *named]
+        lora = LoraConfig(
+            r=int(number(cfg, "lora_r", 8)),
+            target_modules=targets,
+            rank_pattern=cfg.get("lora_rank_pattern") or {},
+            layers_to_transform=cfg.get("peft_layers_to_transform"),
+            modules_to_save=cfg.get("lora_modules_to_save") or None,
+            task_type="CAUSAL_LM",
+        )
+        named_parameters = get_peft_model(model, lora).named_parameters()
+    return {name: tuple(param.shape) for name, param in named_parameters if param.requires_grad}
+
+
+def _mean_rate(cfg: Mapping[str, Any], steps: int | None, size: int | None, batch: int) -> float:
     """Return the mean of the learning rates as a multiple of the peak."""
     if not steps:
         raise _Unknown("travel: it follows from the steps")
@@ -239,12 +284,15 @@ def _mean_rate(cfg: Mapping[str, Any], steps: int | None) -> float:
     plain = not any(map(cfg.get, ("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_scheduler_kwargs")))
     if name not in _SCHEDULES or not plain:
         raise _Unknown(f"travel: the schedule {name}{'' if plain else ' with its options'} is not followed here")
+    # axolotl takes the share of the steps that all epochs have, if these are fewer; and of -1.
+    whole = math.ceil(size * number(cfg, "num_epochs", 1) / batch) if size else steps
+    whole = -1 if cfg.get("max_steps") == -1 else min(steps, whole)
     if cfg.get("warmup_steps") is not None:
-        warmup = int(_number(cfg, "warmup_steps", 0))
+        warmup = int(number(cfg, "warmup_steps"))
     elif cfg.get("warmup_ratio") is not None:
-        warmup = int(_number(cfg, "warmup_ratio", 0) * steps)
+        warmup = max(int(number(cfg, "warmup_ratio") * whole), 0)
     else:
-        warmup = min(int(0.03 * steps), 100)
+        warmup = min(int(0.03 * whole), 100)
     warmup = 2 if warmup == 1 else warmup  # all as axolotl has it
     rates = [step / warmup for step in range(min(warmup, steps))]
     rates += [_SCHEDULES[name]((step - warmup) / (steps - warmup)) for step in range(warmup, steps)]

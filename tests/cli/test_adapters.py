@@ -86,7 +86,12 @@ def test_check_of_an_adapter(tiny_adapter: Path, tmp_path: Path, ivon_post: Cli)
 def test_check_of_a_yaml(tmp_path: Path, ivon_post: Cli) -> None:
     write_chats(tmp_path / "chats.jsonl", 30)
     config = tmp_path / "train.yaml"
-    keys = {"optimizer": "ivon_lora", "learning_rate": 0.1, "datasets": [{"path": str(tmp_path / "chats.jsonl")}]}
+    keys = {
+        "optimizer": "ivon_lora",
+        "adapter": "lora",
+        "learning_rate": 0.1,
+        "datasets": [{"path": str(tmp_path / "chats.jsonl")}],
+    }
     config.write_text(yaml.safe_dump({**keys, "num_epochs": 2, "ivon_preset": "paper"}))
     text = ivon_post("check", config)
     assert "! no weight can travel farther than" in text

@@ -5,30 +5,43 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from axolotl.core.builders.base import TrainerBuilderBase
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.config import AxolotlInputConfig
+from axolotl.utils.trainer import calculate_total_num_steps
 from datasets import Dataset, load_dataset
 from torch.utils.data import DataLoader
+from trainers import make_trainer
 from transformers import get_scheduler
 
-from axolotl_ivon import IVONError
+from axolotl_ivon import IVONError, IVONLoRAPlugin, Posterior, attach
+from axolotl_ivon.integrations import checks
 from axolotl_ivon.integrations import forecast as module
+from axolotl_ivon.integrations.axolotl import ConfigError
+from axolotl_ivon.integrations.checks import LORA_KEYS
 from axolotl_ivon.integrations.forecast import forecast
+from axolotl_ivon.settings.keys import attach_parameters, check_values, prior_folder
 
-BASE = {"optimizer": "ivon_lora", "adapter": "lora", "learning_rate": "3e-2", "plugins": [module.PLUGIN]}
+BASE = {"optimizer": "ivon_lora", "adapter": "lora", "learning_rate": "3e-4", "plugins": [module.PLUGIN]}
+BASE |= {"lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
+PAPER = {"ivon_preset": "paper", "learning_rate": 3e-2}
+EXAMPLES = sorted((Path(__file__).parents[2] / "example_configs").glob("*/*.yaml"))
 
 
 @pytest.fixture
-def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> Any:
     """A function that writes a YAML over a data set of 50 examples in this folder, and forecasts it."""
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").write_text("{}\n\n" * 50)
 
     def write(processes: int = 1, **changes: Any) -> dict[str, Any]:
-        cfg = {**BASE, "datasets": [{"path": "data.jsonl"}], **changes}
+        cfg = {**BASE, "base_model": str(tiny_llama), "datasets": [{"path": "data.jsonl"}], **changes}
         Path("train.yaml").write_text(yaml.safe_dump({key: value for key, value in cfg.items() if value is not None}))
         return forecast("train.yaml", processes)
 
@@ -40,7 +53,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     ("warmup", "steps"), [({}, 2), ({"warmup_steps": 7}, 7), ({"warmup_ratio": 0.2}, 12), ({"warmup_steps": 0}, 0)]
 )
 def test_travel_is_that_of_transformers(written: Any, schedule: str, warmup: dict[str, float], steps: int) -> None:
-    found = written(max_steps=60, lr_scheduler=schedule, ivon_clip=0.02, **warmup)
+    found = written(max_steps=60, num_epochs=3, lr_scheduler=schedule, ivon_clip=0.02, **PAPER, **warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-2)
     scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=steps, num_training_steps=60)
     total = 0.0
@@ -50,10 +63,11 @@ def test_travel_is_that_of_transformers(written: Any, schedule: str, warmup: dic
         scheduler.step()
     assert found["travel"] == pytest.approx(total)
     assert (found["steps"], found["learning_rate"]) == (60, 3e-2)
-    small = written(max_steps=60, lr_scheduler=schedule, learning_rate=None, **warmup)
+    small = written(max_steps=60, num_epochs=3, lr_scheduler=schedule, learning_rate=None, **warmup)
     assert small["travel"] == pytest.approx(0.125)
     assert small["learning_rate"] * total / 3e-2 / 0.02 * 0.01 == pytest.approx(0.125)
-    rescaled = written(max_steps=60, lr_scheduler=schedule, ivon_clip=0.02, ivon_rescale_lr=True, ivon_h0=0.1, **warmup)
+    rescaled = {"ivon_clip": 0.02, "ivon_rescale_lr": True, "ivon_h0": 0.1, **PAPER, **warmup}
+    rescaled = written(max_steps=60, num_epochs=3, lr_scheduler=schedule, **rescaled)
     assert rescaled["travel"] == pytest.approx(total * 0.1)
 
 
@@ -72,7 +86,9 @@ def test_lambda_of_few_examples_follows_the_epochs(written: Any, length: dict[st
 
 @pytest.mark.parametrize("held_out", [0, 7, 0.1, 0.33])
 @pytest.mark.parametrize("batch", [(1, 1, 1), (4, 3, 1), (2, 2, 3)])
-def test_n_and_steps_are_those_of_a_loader(written: Any, held_out: float, batch: tuple[int, int, int]) -> None:
+def test_n_and_steps_are_those_of_axolotl_and_of_a_loader(
+    written: Any, held_out: float, batch: tuple[int, int, int]
+) -> None:
     micro, accumulated, processes = batch
     keys = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulated, "num_epochs": 2.5}
     found = written(processes, val_set_size=held_out, **keys)
@@ -81,22 +97,117 @@ def test_n_and_steps_are_those_of_a_loader(written: Any, held_out: float, batch:
     assert found["train_size"] == size
     loader = DataLoader(range(size), batch_size=micro * processes)
     in_epoch = sum(1 for i, _ in enumerate(loader) if i % accumulated == 0)
-    assert found["steps"] == math.ceil(2.5 * in_epoch)
+    assert written(processes, val_set_size=held_out, max_steps=-1, **keys)["steps"] == math.ceil(2.5 * in_epoch)
+    tokens = Dataset.from_list([{"input_ids": [1], "labels": [1]}] * size)
+    cfg = DictDefault({**keys, "batch_size": micro * accumulated * processes})
+    assert found["steps"] == calculate_total_num_steps(cfg, tokens)
     assert written(processes, val_set_size=held_out, ivon_preset="paper")["ess"] == pytest.approx(5000 * size**0.5)
     assert found["batch"] == micro * accumulated * processes
 
 
 def test_lambda_and_the_rate_by_every_key(written: Any) -> None:
-    """A rate made for AdamW is the most that a step may move a weight."""
+    """The rate is by `auto` the most that a step may move a weight."""
     assert written(ivon_lambda="1e7")["ess"] == 1e7
     assert written(ivon_gamma=10)["ess"] == pytest.approx(10 * math.sqrt(50))
     auto = written()
-    assert (auto["ess"], auto["h0"], auto["clip"]) == (250_000, None, 0.01)
-    assert "larger from 100,000 LoRA weights on" in " ".join(auto["unknown"])
+    assert (auto["ess"], auto["clip"], auto["unknown"]) == (250_000, 0.01, [])
+    away = written(base_model="someone/model")
+    assert (away["ess"], away["h0"]) == (None, None)
+    assert away["unknown"] == [
+        "λ and h0: λ is 250,000 up to 100,000 LoRA weights and in proportion to them from there on; "
+        "someone/model is no folder here, so they cannot be counted"
+    ]
     assert written(learning_rate=2e-4)["learning_rate"] == pytest.approx(0.02)
     assert written(learning_rate=2e-4, ivon_clip=0.1)["learning_rate"] == pytest.approx(0.002)
     assert written(learning_rate=2e-4, ivon_preset="paper")["learning_rate"] == 2e-4
-    assert written(learning_rate=1e-3)["learning_rate"] == 1e-3
+    assert written(learning_rate=2e-3)["learning_rate"] == pytest.approx(0.2)
+    with pytest.raises(IVONError, match=r"^learning_rate: 0.03 is too far for a step.* set ivon_preset to paper"):
+        written(learning_rate=0.03)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_decay": 0.01}, "weight_decay: 0.01 has no effect"),
+        ({"weight_decay": "none"}, "weight_decay: 'none' is not a number"),
+        ({"loraplus_lr_ratio": 16}, "loraplus_lr_ratio: 16 has no effect"),
+        ({"adam_beta2": 0.99}, "adam_beta2: 0.99 has no effect"),
+        ({"adapter": None}, "adapter: None does not go with"),
+        ({"rl": "grpo"}, "rl: grpo is not supported"),
+        ({"streaming": True}, "streaming: streamed data has no length"),
+        ({"lora_rank": 8}, "lora_rank is not a key of axolotl.*did you mean lora_r"),
+        ({"lora_target_module": ["q_proj"]}, "lora_target_module is .*did you mean lora_target_modules"),
+    ],
+)
+def test_what_training_refuses_is_refused_before(written: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(IVONError, match=f"^{message}"):
+        written(**changes)
+    cfg = {**BASE, **changes}
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        IVONLoRAPlugin().register({key: value for key, value in cfg.items() if value is not None})
+
+
+def test_the_tables_of_keys_are_axolotl_s() -> None:
+    fields = AxolotlInputConfig.model_fields
+    assert {key for key in fields if key.startswith("lora_")} <= set(LORA_KEYS)
+    without = {key: fields[key].default for key in checks._WITHOUT_EFFECT if key in fields and fields[key].default}
+    assert without == checks.AXOLOTL_DEFAULTS
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_forecast_is_what_the_run_takes(
+    path: Path, tiny_llama: Path, make_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a tiny model and 100 examples; the Trainer has what axolotl gives it."""
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text("{}\n" * 100)
+    cfg = yaml.safe_load(path.read_text(encoding="utf-8"))
+    cfg |= {"base_model": str(tiny_llama), "datasets": [{"path": "data.jsonl"}], "output_dir": "out"}
+    lora = {"r": cfg["lora_r"], "lora_alpha": cfg["lora_alpha"], "target_modules": cfg.get("lora_target_modules")}
+    if cfg.get("lora_target_linear"):
+        lora["target_modules"] = "all-linear"
+    if cfg.get("peft_layers_to_transform"):
+        lora["layers_to_transform"] = cfg["peft_layers_to_transform"] = [1]
+    if "ivon_prior" in cfg:
+        cfg["ivon_prior"] = str(make_adapter(**lora))
+    Path("train.yaml").write_text(yaml.safe_dump(cfg))
+    found = forecast("train.yaml")
+    rows = (
+        100
+        if not cfg.get("val_set_size")
+        else len(Dataset.from_list([{"x": 1}] * 100).train_test_split(test_size=cfg["val_set_size"])["train"])
+    )
+    settings, seen = {}, SimpleNamespace(cfg=DictDefault(cfg))
+    cfg["batch_size"] = cfg["micro_batch_size"] * cfg.get("gradient_accumulation_steps", 1)
+    total = math.ceil(rows * cfg.get("num_epochs", 1) / cfg["batch_size"])
+    steps = cfg.get("max_steps") or total
+    TrainerBuilderBase._configure_warmup_and_logging(seen, min(total, steps), settings)
+    settings.pop("warmup_ratio", None)
+    settings["logging_steps"] = 1
+    trainer = make_trainer(
+        tiny_llama,
+        tmp_path,
+        {"lora_dropout": 0.0, **lora},
+        learning_rate=float(cfg.get("learning_rate") or 0),
+        lr_scheduler_type=cfg.get("lr_scheduler", "cosine"),
+        per_device_train_batch_size=cfg["micro_batch_size"],
+        gradient_accumulation_steps=cfg.get("gradient_accumulation_steps", 1),
+        **settings,
+        max_steps=steps,
+    )
+    given = attach_parameters(check_values(cfg))
+    if prior_folder(cfg.get("ivon_prior")):
+        given["prior"] = Posterior.from_pretrained(cfg["ivon_prior"])
+    attach(trainer, **given, train_size=rows)
+    trainer.create_optimizer_and_scheduler(steps)
+    run = trainer.posterior_training
+    assert (found["train_size"], found["steps"], found["batch"]) == (rows, steps, cfg["batch_size"])
+    taken = {"ess": run.settings["ess"], "h0": None if "prior" in run.header else run.settings["h0"]}
+    taken |= {"clip": run.settings["clip"], "beta2": run.settings["betas"][1]}
+    taken |= {"prior_strength": run.settings["prior_strength"], "learning_rate": trainer.args.learning_rate}
+    taken |= {"travel": sum(run.rates) * run.step_bound}
+    for name, value in taken.items():
+        assert found[name] == (value if value is None else pytest.approx(value, rel=1e-5)), name
 
 
 @pytest.mark.parametrize("split", ["train[:30]", "train[10%:33%]", "train[-7:]", "train[:4]+train[40:]", "train[:99]"])
@@ -121,7 +232,7 @@ def test_a_part_of_a_file_has_as_many_examples_as_datasets_reads(written: Any, s
     ],
 )
 def test_what_is_not_known_is_said(written: Any, changes: dict[str, Any], unknown: list[str]) -> None:
-    found = written(ivon_preset="paper", **changes)
+    found = written(**PAPER, **changes)
     assert len(found["unknown"]) == len(unknown)
     for why, words in zip(found["unknown"], unknown, strict=True):
         assert words in why
@@ -132,7 +243,12 @@ def test_what_will_come_of_it(written: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert not short["weights"]["good"]
     assert "raise learning_rate (with 0.1" in short["weights"]["text"]
     assert "remembers 2,000 steps and the run has 500" in short["sigma"]["text"]
-    good = written(learning_rate=0.1, max_steps=1000, ivon_beta2=0.99)["findings"]
+    none = {one["about"]: one for one in written(learning_rate=2e-6, max_steps=500, ivon_beta2=0.9995)["findings"]}
+    assert not none["weights"]["good"]
+    assert "next to nothing can be learned" in none["weights"]["text"]
+    assert none["sigma"]["good"]
+    assert "but where σ begins counts as 10 steps alone" in none["sigma"]["text"]
+    good = written(learning_rate=1e-3, max_steps=1000, ivon_beta2=0.99)["findings"]
     assert [(one["about"], one["good"]) for one in good] == [("weights", True), ("sigma", True)]
     for version, expected in (("0.19.0", True), ("0.20.1", True), ("0.21.0", False)):
         monkeypatch.setattr(module, "version", lambda name, version=version: version)
@@ -156,9 +272,9 @@ def test_what_the_preset_chooses_is_not_complained_of(written: Any, steps: int, 
         ("", "does not hold the keys"),
         ("a: [", "not valid YAML"),
         ("optimizer: ivon_lora\nivon_h0: -1", "ivon_h0: -1 is refused"),
-        ("optimizer: ivon_lora\nlearning_rate: fast", "learning_rate: 'fast' is not a number"),
-        ("optimizer: ivon_lora\nmax_steps: -2", "max_steps: -2 is not a number from 0 on"),
-        ("optimizer: ivon_lora\nval_set_size: [1]", r"val_set_size: \[1\] is not a number"),
+        ("optimizer: ivon_lora\nadapter: lora\nlearning_rate: fast", "learning_rate: 'fast' is not a number"),
+        ("optimizer: ivon_lora\nadapter: lora\nmax_steps: -2", "max_steps: -2 is not a number from 0 on"),
+        ("optimizer: ivon_lora\nadapter: lora\nval_set_size: [1]", r"val_set_size: \[1\] is not a number"),
         ("x: !!python/object/apply:os.system [ls]", "not valid YAML"),
     ],
 )
@@ -191,5 +307,10 @@ def test_an_earlier_adapter_is_told_of_and_must_be_there(written: Any, tmp_path:
     assert not any(why.startswith("h0") for why in found["unknown"])
     [told] = [one for one in found["findings"] if one["about"] == "prior"]
     assert told["text"] == f"continues {monday}: its 100 examples count 0.5 times each"
+    few = make_adapter(facts={"preset": "auto", "gamma": "", "ess": "250000.0", "train_size": "96"})
+    [told] = [one for one in written(ivon_prior=str(few))["findings"] if one["about"] == "prior"]
+    assert told["text"] == f"continues {few}: its 96 examples count as 250, 300 times each"
+    with pytest.raises(IVONError, match=r"has r 4 and this adapter 8; set lora_r: 4$"):
+        written(ivon_prior=str(monday), lora_r=8)
     with pytest.raises(IVONError, match=r"^ivon_prior: '.*sunday' is refused, it must be 'empirical', a number, or th"):
         written(ivon_prior=str(tmp_path / "sunday"))

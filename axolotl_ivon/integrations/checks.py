@@ -1,0 +1,133 @@
+"""What is refused in an axolotl YAML with `optimizer: ivon_lora`, by training and by the forecast alike."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ..errors import IVONError
+from ..posterior.chain import check_prior
+from ..settings.keys import DEFAULTS, check_values, prior_folder
+from ..settings.presets import Preset, resolved
+from ..settings.table import OPTIMIZER, SETTINGS
+
+# Keys that need another optimizer, or act on what IVON does not have; and the way out of each.
+_WITHOUT_EFFECT = {
+    "loraplus_lr_ratio": "remove it: IVON's step is bounded for every weight by ivon_clip",
+    "loraplus_lr_embedding": "remove it: IVON's step is bounded for every weight by ivon_clip",
+    "lr_groups": "remove it: all weights share learning_rate",
+    "embedding_lr": "remove it: all weights share learning_rate",
+    "embedding_lr_scale": "remove it: all weights share learning_rate",
+    "relora": "remove it: merging while training discards the posterior",
+    "lisa_n_layers": "remove it: LISA trains base layers, not an adapter",
+    "optim_args": "set the ivon_* keys instead",
+    "optim_target_modules": "remove it: GaLore and its like replace the optimizer",
+    "adam_beta1": "use ivon_beta1",
+    "adam_beta2": "use ivon_beta2",
+    "adam_epsilon": "remove it: IVON has no epsilon",
+    "unfrozen_parameters": "remove it: only adapter weights are trained",
+}
+# Those of them that axolotl sets itself: Ray's workers get the YAML with all the defaults filled in.
+AXOLOTL_DEFAULTS = {"loraplus_lr_embedding": 1e-6}
+# axolotl's keys of an adapter, of which it passes over one that it does not know.
+# fmt: off
+LORA_KEYS = (
+    "lora_alpha", "lora_alpha_pattern", "lora_dropout", "lora_embedding_kernel", "lora_exclude_modules",
+    "lora_fan_in_fan_out", "lora_mlp_kernel", "lora_model_dir", "lora_modules_to_save", "lora_o_kernel", "lora_on_cpu",
+    "lora_qkv_kernel", "lora_r", "lora_rank_pattern", "lora_target_linear", "lora_target_modules",
+    "lora_target_parameters",
+)
+# fmt: on
+# Trainers whose rollouts would come from a draw, not the mean.
+_ONLINE_RL = ("grpo", "gdpo", "ebft", "rloo", "ppo")
+
+
+def number(cfg: Mapping[str, Any], key: str, default: float = 0.0) -> float:
+    """Return a number of the YAML, which reads 1e-2 as a string.
+
+    Raises:
+        IVONError: it is no number, negative or not finite.
+    """
+    value = cfg.get(key)
+    try:
+        result = default if value is None else float(value)
+    except (TypeError, ValueError):
+        result = math.nan
+    if not (math.isfinite(result) and result >= 0):
+        raise IVONError(f"{key}: {value!r} is not a number from 0 on")
+    return result
+
+
+def check_config(cfg: Mapping[str, Any], axolotl_keys: Collection[str] = ()) -> tuple[dict[str, Any], Preset]:
+    """Return the values of all `ivon_*` keys that are set or have one default, and the preset with them in it.
+
+    Args:
+        cfg: the YAML, as it was written.
+        axolotl_keys: further keys that the installed axolotl knows.
+
+    Raises:
+        IVONError: naming the key, its value and the fix.
+    """
+    given = {**DEFAULTS, **check_values(cfg)}
+    _check_other_keys(cfg, {*LORA_KEYS, *axolotl_keys})
+    preset = resolved(given["ivon_preset"], {s.name: given.get(s.key) for s in SETTINGS})
+    preset.alpha(number(cfg, "learning_rate"), given["ivon_rescale_lr"])
+    if folder := prior_folder(given["ivon_prior"]):
+        _check_prior(cfg, folder)
+    return given, preset
+
+
+def _check_prior(cfg: Mapping[str, Any], folder: str) -> None:
+    """Refuse an earlier adapter that does not fit the YAML, before a model is loaded."""
+    named = f"ivon_prior: {folder}"
+    begin = cfg.get("lora_model_dir")
+    if begin and str(begin) != folder and os.path.realpath(str(begin)) != os.path.realpath(folder):
+        raise IVONError(f"{named} is not lora_model_dir: {begin}; name the same adapter in both, or ivon_prior alone")
+    if cfg.get("output_dir") and os.path.realpath(str(cfg["output_dir"])) == os.path.realpath(folder):
+        raise IVONError(f"{named} is output_dir as well, and would be overwritten; choose another output_dir")
+    if cfg.get("ivon_h0") is not None:
+        raise IVONError(f"ivon_h0: {cfg['ivon_h0']} has no effect with {named}, whose σ it begins with; remove it")
+    if cfg.get("ivon_rescale_lr"):
+        raise IVONError(f"ivon_rescale_lr: true does not go with {named}; remove it")
+    # With lora_model_dir the adapter is the one that is saved there, whatever the YAML says.
+    keys = {} if begin else {"r": "lora_r", "lora_alpha": "lora_alpha"}
+    check_prior(folder, {name: int(number(cfg, key)) for name, key in keys.items() if cfg.get(key) is not None})
+
+
+def _check_other_keys(cfg: Mapping[str, Any], known: Collection[str]) -> None:
+    if cfg.get("adapter") not in ("lora", "qlora"):
+        raise IVONError(
+            f"adapter: {cfg.get('adapter')} does not go with optimizer: {OPTIMIZER}; set adapter: lora or qlora"
+        )
+    for key, way_out in _WITHOUT_EFFECT.items():
+        if cfg.get(key) and cfg[key] != AXOLOTL_DEFAULTS.get(key):
+            raise IVONError(f"{key}: {cfg[key]} has no effect with optimizer: {OPTIMIZER}; {way_out}")
+    for key in cfg:
+        if str(key).startswith("lora_") and cfg[key] is not None and key not in known:
+            nearest = difflib.get_close_matches(str(key), LORA_KEYS, n=1, cutoff=0.75)
+            if nearest:
+                raise IVONError(f"{key} is not a key of axolotl, which would pass over it; did you mean {nearest[0]}?")
+    if number(cfg, "weight_decay"):
+        raise IVONError(
+            f"weight_decay: {cfg['weight_decay']} has no effect with optimizer: {OPTIMIZER}; the prior takes its "
+            "place: remove it, or set ivon_prior to a number"
+        )
+    for key in ("streaming", "pretraining_dataset"):
+        if cfg.get(key) and cfg.get("ivon_lambda") is None:
+            raise IVONError(f"{key}: streamed data has no length for λ; set ivon_lambda, 1e7 say")
+    if cfg.get("ivon_eval_samples") and not (cfg.get("val_set_size") or cfg.get("test_datasets")):
+        raise IVONError(
+            f"ivon_eval_samples: {cfg['ivon_eval_samples']} has no effect without evaluation data; set val_set_size or "
+            "test_datasets, or remove it"
+        )
+    for key in ("rl", "reward_model", "process_reward_model"):
+        if cfg.get("ivon_eval_samples") and cfg.get(key):
+            raise IVONError(f"ivon_eval_samples averages the predictions of a causal LM; remove it with {key}")
+    if cfg.get("rl") in _ONLINE_RL:
+        raise IVONError(
+            f"rl: {cfg['rl']} is not supported with optimizer: {OPTIMIZER}, its rollouts would come from a draw; "
+            "use another optimizer"
+        )
