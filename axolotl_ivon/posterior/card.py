@@ -1,7 +1,8 @@
 """The model card of an adapter: what README.md says of its posterior, kept true when the posterior changes.
 
 What is written here lies between marks (Markdown comments), and only that is ever replaced; the rest of the card is
-PEFT's, the Trainer's and the user's. The metadata at the top gets three tags; `inspect.card` adds what was measured.
+PEFT's, the Trainer's and the user's, but for three statements of the Trainer that IVON-LoRA makes wrong. The metadata
+at the top gets three tags; `inspect.card` adds what was measured.
 It is edited as plain YAML: `huggingface_hub.ModelCard` drops empty fields and all models of `model-index` but one, and
 takes longer to import than saving a posterior does.
 """
@@ -31,6 +32,9 @@ _LARGEST = 2**22  # characters; a card that is larger is left alone
 _FRONT = re.compile(r"\A(\s*---[\r\n]+)([\s\S]*?)([\r\n]+---(?:\r\n|\n|\Z))")
 _SECTION = re.compile(r"<!-- ivon: begin[^>]*-->[\s\S]*?<!-- ivon: end -->\n?")
 _RESULTS = re.compile(r"<!-- ivon results: begin ([^>]*)-->[\s\S]*?<!-- ivon results: end -->\n?")
+# Lines of the card that transformers' Trainer writes.
+_TRAINER_RATE = re.compile(r"^(- learning_rate: )([\d.e+-]+)$", re.M)
+_TRAINER_OPTIMIZER = re.compile(r"^(- optimizer: )Use (?:.* the args are:\n)?.*$", re.M)
 # Field of the header -> what the card calls it.
 HEADER_LABELS = {
     "ess": "effective sample size λ",
@@ -55,23 +59,24 @@ _USE = """\
 `adapter_model.safetensors` holds the mean, and loads as any PEFT adapter:
 
 ```python
-from peft import AutoPeftModelForCausalLM
+from peft import {auto}
 
-model = AutoPeftModelForCausalLM.from_pretrained("ADAPTER")  # this folder, or its Hub id
+model = {auto}.from_pretrained(".")  # in this folder; elsewhere its path or Hub id
 ```
 
-With `pip install axolotl-ivon`, draws from the posterior, whose disagreement is what the model does not know:
+With axolotl-ivon, draws from the posterior, whose disagreement is what the model does not know:
 
 ```python
 from axolotl_ivon import Posterior
 
-posterior = Posterior.from_pretrained("ADAPTER")
+posterior = Posterior.from_pretrained(".")
 weights = posterior.sample(seed=0)  # one draw, under PEFT's names
 ```
 
-- `ivon-post eval ADAPTER --data test.jsonl` says what averaging draws changes on your data.
-- `ivon-post sample -n 8 ADAPTER --serve vllm -o ensemble/` writes eight complete PEFT adapters and serve.sh.
+- `ivon-post eval . --data test.jsonl` says what averaging draws changes on your data.
+- `ivon-post sample . -n 8 --serve vllm -o ../ensemble` writes eight complete PEFT adapters and serve.sh.
 """
+_AUTO = {"SEQ_CLS": "AutoPeftModelForSequenceClassification"}
 
 
 def escape(value: object) -> str:
@@ -107,7 +112,7 @@ def section(header: Mapping[str, str], config: Mapping[str, Any]) -> str:
         "|---|---|",
         *(f"| {label} | {escape(value)} |" for label, value in rows),
         "",
-        _USE,
+        _USE.format(auto=_AUTO.get(str(config.get("task_type")), "AutoPeftModelForCausalLM")),
         "### Limits",
         "",
         *(f"- {limit}" for limit in _limits(header)),
@@ -153,7 +158,24 @@ def with_posterior(text: str, header: Mapping[str, str], config: Mapping[str, An
     results = _RESULTS.search(text)
     if results and results[1].strip() != _identity(header):
         text = _edit_metadata(_RESULTS.sub("", text), lambda data: _put_results(data, []))
-    return _edit_metadata(_put_marked(text, _SECTION, section(header, config)), _add_tags)
+    return _edit_metadata(_put_marked(_corrected(text, header, config), _SECTION, section(header, config)), _add_tags)
+
+
+def _corrected(text: str, header: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """Return the Trainer's card with the base model, optimizer and learning rate that the run had.
+
+    The Trainer knows no base model in a folder, no optimizer but its own, and α alone of the learning rate.
+    """
+    base = PurePath(str(config.get("base_model_name_or_path"))).name
+    text = text.replace("This model was trained from scratch on ", f"This model is a fine-tuned version of {base} on ")
+    if "preset" not in header or "fit_method" in header:
+        return text
+    given = header.get("learning_rate") or ("" if header["preset"] == "paper" else "not set")
+    text = _TRAINER_RATE.sub(
+        lambda line: f"{line[1]}{given} (IVON's α: {header_value(line[2])})" if given else line[0], text
+    )
+    settings = ", ".join(f"{name} {header[name]}" for name in ("beta1", "beta2", "clip", "h0") if name in header)
+    return _TRAINER_OPTIMIZER.sub(lambda line: f"{line[1]}IVON-LoRA (axolotl-ivon) with {settings}", text)
 
 
 def with_results(

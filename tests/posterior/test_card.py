@@ -19,6 +19,10 @@ HEADER = {"ess": "27386.1", "gamma": "5000.0", "train_size": "30", "beta2": "0.9
 CONFIG = {"base_model_name_or_path": "someone/base"}
 
 
+def another(q: Posterior) -> Posterior:
+    return Posterior({key: value + 1 for key, value in q.mean.items()}, q.sigma, q.metadata, q.config)
+
+
 def load(folder: Path) -> Any:
     return ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
 
@@ -82,7 +86,7 @@ def test_any_text_is_kept_around_the_section(text: str, front: str) -> None:
         (lambda q: q, "| share of weights pruned | 0 |", True),
         (lambda q: q.temper(4), "temperature τ, by which σ is divided as √τ | 4 |", True),
         (lambda q: q.prune(0.25), "| share of weights pruned | 0.25 |", False),
-        (lambda q: Posterior.combine([q, q.prune(0.25)]), "| effective sample size λ | 2,000 |", False),
+        (lambda q: Posterior.combine([q, another(q)]), "| effective sample size λ | 2,000 |", False),
     ],
     ids=["same", "tempered", "pruned", "combined"],
 )

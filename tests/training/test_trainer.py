@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,10 @@ def test_the_trainer_s_card_describes_the_posterior(trained: Any, tmp_path: Path
     assert set(card.data.tags) >= {"ivon", "bayesian", "uncertainty"}
     assert "| steps | 2 |" in card.text
     assert "## Training procedure" in card.text
+    assert "- optimizer: IVON-LoRA (axolotl-ivon) with beta1 0.9, beta2 0." in card.text
+    assert "This model is a fine-tuned version of tiny-llama on" in card.text
+    assert "- learning_rate: 0.0003 (IVON's α: 0.03)" in card.text
+    assert not re.search("ADAM|adamw|from scratch|ADAPTER", card.text.replace(str(tmp_path), ""))
     (tmp_path / "README.md").write_bytes((tmp_path / "README.md").read_bytes().replace(b"tags:", b"tags: [", 1))
     update_card_in(tmp_path)
     assert "the model card does not describe the posterior" in caplog.text
