@@ -52,9 +52,9 @@ def command(
       sensitivity  how much the loss of the row would rise if the row had been left out
       on           how much the loss on --on would rise if the row had been left out; below 0 the row hurts
 
-    Prints the twenty most suspicious rows: those with the highest score, or with the lowest for `on`. Wrong labels have
-    a high loss and a high sensitivity. The scores are first-order estimates: trust their order, not their size.
-    ADAPTER is a folder or a Hub id and is not modified.
+    Prints the rows that stand out from the others, at most twenty: those with the highest score, or with the lowest
+    for `on`. Wrong labels have a high loss and a high sensitivity. The scores are first-order estimates: trust their
+    order, not their size. ADAPTER is a folder or a Hub id and is not modified.
 
     \b
       ivon-post influence adapter/ --data train.jsonl -o influence.jsonl
@@ -99,23 +99,28 @@ def command(
         ranking.save_without(written, data, {rows[i].line or 0 for i in gone})
     elif written:
         save_lines(written, rows)
-    order = ranking.suspicious(rows, by)
+    order, out = ranking.suspicious(rows, by), ranking.standing_out(rows, by)
     if output.as_json:
         document = {"adapter": adapter, "data": data, "on": on, "by": by, **summary, "output": output.output}
-        document |= {"keep": keep, "left_out": gone, "most_suspicious": order[:_SHOWN]}
+        document |= {"keep": keep, "left_out": gone, "most_suspicious": order[:_SHOWN], "stand_out": out}
         emit({**document, "rows": [row.dump() for row in rows]})
         return
     shown = [name for name in _SCORES if with_on or name != "on"]
-    lines = [[f"{rows[i].line:>5}  {_text(rows[i])}", *map(number, map(rows[i].score, shown))] for i in order[:_SHOWN]]
-    title = f"the {len(lines)} most suspicious of {len(rows)} rows, by {by}"
-    print_table([" line  answer ← question", *shown], lines, title)
+    lines = [[f"{rows[i].line:>5}  {_text(rows[i])}", *map(number, map(rows[i].score, shown))] for i in out[:_SHOWN]]
+    title = f"{len(out)} of {len(rows)} rows stand{'s' * (len(out) == 1)} out by {by}"
+    if out:
+        more = f"; the {len(lines)} most suspicious" if len(out) > len(lines) else ""
+        print_table([" line  answer ← question", *shown], lines, title + more)
+    else:
+        click.echo(f"no row stands out by {by}, of {len(rows)}: nothing to leave out")
     if written and keep is not None:
         click.echo(f"{len(rows) - len(gone)} rows stay, {len(gone)} are left out, by {by}")
     if written:
         click.echo(written, file=results())
-    if keep is None:
+    if keep is None and out:
+        stay = round(1 - len(out) / len(rows), 6)
         again = [*(["--scores", written] if written else ["--on", on] if by == "on" else []), "--by", by]
-        output.suggest("ivon-post", "influence", adapter, "--data", data, *again, "--keep", 0.9, "-o", "clean.jsonl")
+        output.suggest("ivon-post", "influence", adapter, "--data", data, *again, "--keep", stay, "-o", "clean.jsonl")
 
 
 def _text(row: InfluenceRecord) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..data.chats import read_examples
 from ..errors import IVONError, param_ref
+from ..metrics.outliers import outliers
 from ..records.influence import InfluenceRecord
 from ..storage.atomic import new_file
 
@@ -16,6 +17,16 @@ def suspicious(rows: Sequence[InfluenceRecord], by: str) -> list[int]:
     sign = 1 if by == "on" else -1
     scores = {number: score for number, row in enumerate(rows) if (score := row.score(by)) is not None}
     return sorted(scores, key=lambda number: sign * scores[number])
+
+
+def standing_out(rows: Sequence[InfluenceRecord], by: str) -> list[int]:
+    """Return the numbers of the rows whose score stands out from the others', the most suspicious first.
+
+    That is what `metrics.outliers` finds: by `on` only rows below 0, which hurt.
+    """
+    order, sign = suspicious(rows, by), -1 if by == "on" else 1
+    marked = outliers([sign * float(rows[i].score(by) or 0.0) for i in order])
+    return [i for i, out in zip(order, marked, strict=True) if out]
 
 
 def flagged(rows: Sequence[InfluenceRecord], by: str, keep: float) -> list[int]:

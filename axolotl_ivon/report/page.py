@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import printable
 from ..inspect.card import measured, metrics_table, promised
 from ..inspect.info import describe
+from ..metrics.outliers import outliers
 from ..plots.page import heat_map, histograms, memory_map, risk_coverage
 from ..plots.reliability import reliability
 from ..plots.style import to_svg
@@ -219,13 +220,14 @@ def _recommended(sweep: Recommendation, promises: bool) -> list[str]:
 
 
 def _influence(rows: Sequence[InfluenceRecord]) -> dict[str, Any] | None:
-    """Return the training rows with the highest sensitivity, and where they lie among all."""
+    """Return the training rows whose sensitivity stands out, and where they lie among all."""
     order = sorted((row for row in rows if row.sensitivity is not None), key=lambda row: -(row.sensitivity or 0))
     if not order:
         return None
     scores = [name for name in SCORES if any(row.score(name) is not None for row in rows)]
     leverage, loss = (np.array([row.score(name) or 0 for row in order]) for name in ("leverage", "loss"))
-    marked, positive = np.arange(len(order)) < _STANDING_OUT, (leverage > 0) & (loss > 0)
+    marked, positive = outliers([row.sensitivity or 0 for row in order]), (leverage > 0) & (loss > 0)
+    marked &= np.arange(len(order)) < _STANDING_OUT
     picture = memory_map(leverage[positive], loss[positive], marked[positive]) if positive.any() else None
     lines = [
         {
@@ -234,7 +236,7 @@ def _influence(rows: Sequence[InfluenceRecord]) -> dict[str, Any] | None:
             "question": _cut(row.question or ""),
             "cells": ["–" if (value := row.score(name)) is None else f"{value:.3g}" for name in scores],
         }
-        for row in order[:_STANDING_OUT]
+        for row in order[: marked.sum()]
     ]
     return {"count": len(rows), "picture": picture, "heads": scores, "lines": lines}
 

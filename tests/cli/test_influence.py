@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Cli
-from tiny import write_chats
+from tiny import chat, write_chats
 
 KEYS = ["index", "loss", "leverage", "sensitivity", "on", "line", "question", "answer"]
 
@@ -22,20 +22,10 @@ def test_scores_then_clean_data_then_a_report(tiny_adapter: Path, data: Path, tm
     write_chats(validation, count=6, seed=1)
     result = ivon_post.run("influence", tiny_adapter, "-d", data, "--on", validation, "-o", out)
     assert result.exit_code == 0, result.output
-    title, head, *lines, written = result.stdout.splitlines()
-    assert title.strip() == "the 20 most suspicious of 25 rows, by sensitivity"
-    assert head.split() == ["line", "answer", "←", "question", "loss", "leverage", "sensitivity", "on"]
-    assert len(lines) == 20
-    assert written == str(out)
-    again = f"--scores {out} --by sensitivity --keep 0.9 -o clean.jsonl"
-    assert result.stderr.splitlines()[-1] == f"next: ivon-post influence {tiny_adapter} --data {data} {again}"
+    assert result.stdout.splitlines() == ["no row stands out by sensitivity, of 25: nothing to leave out", str(out)]
+    assert "--keep" not in result.stderr, "clean data stay whole"
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [list(row) for row in rows] == [KEYS] * 25
-    order = sorted(range(25), key=lambda i: -rows[i]["sensitivity"])
-    assert [int(line.split()[0]) for line in lines] == [i + 1 for i in order[:20]]
-    assert all(
-        f"{rows[i]['answer']} ← {rows[i]['question']}"[:40] in line for i, line in zip(order, lines, strict=False)
-    )
     texts = data.read_text().splitlines(keepends=True)
     for by, key in (("sensitivity", lambda i: -rows[i]["sensitivity"]), ("on", lambda i: rows[i]["on"])):
         words = ["--scores", out, "--by", by, "--keep", 0.9, "-o", clean, "--overwrite"]
@@ -45,6 +35,33 @@ def test_scores_then_clean_data_then_a_report(tiny_adapter: Path, data: Path, tm
         assert said.splitlines()[-2:] == [f"22 rows stay, 3 are left out, by {by}", str(clean)]
     ivon_post("report", tiny_adapter, "--influence", out, "-o", tmp_path / "report.html")
     assert "Which training rows stand out?" in (tmp_path / "report.html").read_text()
+
+
+def test_rows_that_stand_out_are_shown_and_proposed(
+    tiny_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three answers that the model has never seen among 25 that it knows."""
+    lines = data.read_text().splitlines()
+    for i in (3, 11, 20):
+        lines[i] = json.dumps(chat(f"question {i}", "three cold moons"))
+    data.write_text("\n".join(lines))
+    out = tmp_path / "influence.jsonl"
+    ivon_post("influence", tiny_adapter, "-d", data, "-o", out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["sensitivity"] = (5.0 if i in (3, 11, 20) else 0.1) + i / 1000
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["influence", tiny_adapter, "-d", data, "--scores", out, "--keep", 0.88, "-o", tmp_path / "clean"]
+    title, head, *lines, stay, _ = ivon_post(*words).splitlines()
+    assert title.strip() == "3 of 25 rows stand out by sensitivity"
+    assert head.split() == ["line", "answer", "←", "question", "loss", "leverage", "sensitivity"]
+    assert [line.split()[0] for line in lines] == ["21", "12", "4"]
+    assert all("three cold moons ← question" in line for line in lines)
+    assert stay == "22 rows stay, 3 are left out, by sensitivity"
+    monkeypatch.setattr("axolotl_ivon.influence.ranking.standing_out", lambda rows, by: [20, 11, 3])
+    result = ivon_post.run("influence", tiny_adapter, "-d", data, "-o", out, "--overwrite")
+    again = f"--scores {out} --by sensitivity --keep 0.88 -o clean.jsonl"
+    assert result.stderr.splitlines()[-1] == f"next: ivon-post influence {tiny_adapter} --data {data} {again}"
 
 
 def test_all_at_once_and_for_machines(tiny_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli) -> None:

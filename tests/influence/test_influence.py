@@ -23,7 +23,7 @@ from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.data.encode import encode_turns
 from axolotl_ivon.influence.attribution import influence, log_odds_variance, products
-from axolotl_ivon.influence.ranking import check_same, flagged, save_without, suspicious
+from axolotl_ivon.influence.ranking import check_same, flagged, save_without, standing_out, suspicious
 from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters, example_losses
 from axolotl_ivon.models.session import load_model, load_tokenizer
 from axolotl_ivon.posterior.adapter import save_sigma
@@ -279,6 +279,27 @@ def test_a_posterior_without_what_it_takes_is_refused(
         influence(tmp_path / "mean", chats)
     with pytest.raises(IVONError, match=r"no ivon_sigma.safetensors"):
         influence(make_adapter(sigma=False), chats)
+
+
+def test_rows_stand_out_from_the_others_and_none_of_clean_data() -> None:
+    """Losses of learned rows are skewed: of an exponential distribution, say."""
+
+    def rows(scores: Any) -> list[InfluenceRecord]:
+        place = enumerate(float(score) for score in scores)
+        return [InfluenceRecord(index=i, loss=x, leverage=1.0, sensitivity=x, on=-x) for i, x in place]
+
+    counts = []
+    for seed in range(20):
+        clean = np.random.default_rng(seed).exponential(0.1, 200)
+        wrong = np.random.default_rng(seed + 100).uniform(2, 4, 20)
+        counts.append(len(standing_out(rows(clean), "sensitivity")))
+        both = rows([*clean, *wrong])
+        for by in ("loss", "on"):
+            assert set(range(200, 220)) <= set(standing_out(both, by))
+    assert sum(counts) <= 3, "of 4,000"
+    assert standing_out(rows([0.1] * 8 + [9]), "loss") == [], "too few"
+    assert standing_out(rows([-0.1] * 12 + [-0.05]), "loss") == [], "a row that helps is not suspicious"
+    assert standing_out(rows([0.1] * 12 + [9]), "loss") == [12]
 
 
 def test_the_most_suspicious_rows_are_left_out(tmp_path: Path) -> None:

@@ -180,13 +180,13 @@ def test_the_recommended_variant_is_the_one_to_trust(recommended: dict, names: l
 
 
 def test_training_rows_that_stand_out(tiny_adapter: Path, known: Findings) -> None:
-    """The twenty with the highest sensitivity, in order; what they hold is text."""
+    """Those by their sensitivity, in order, twenty at most, or that there is none; what they hold is text."""
     rows = [
-        {"index": i, "loss": 0.1 * i, "leverage": 2.0, "sensitivity": i / 7, "on": None, "line": i + 1,
-         "question": f"question {i}", "answer": HOSTILE if i == 29 else "A"}
-        for i in range(30)
+        {"index": i, "loss": 0.1 * i, "leverage": 2.0, "sensitivity": (i >= 80) * 500 + i / 7, "on": None,
+         "line": i + 1, "question": f"question {i}", "answer": HOSTILE if i == 109 else "A"}
+        for i in range(110)
     ]  # fmt: skip
-    rows[28]["sensitivity"] = None
+    rows[108]["sensitivity"] = None
     plain = page(str(tiny_adapter), known)
     records = [InfluenceRecord.parse(row, "made up") for row in rows]
     text = page(str(tiny_adapter), replace(known, influence=records))
@@ -194,11 +194,14 @@ def test_training_rows_that_stand_out(tiny_adapter: Path, known: Findings) -> No
     assert "<script" not in text
     section = text[text.index("Which training rows") : text.index("<h2>Examples")]
     lines = re.findall(r"<tr><td>(\d+)</td>", section)
-    assert lines == [str(i) for i in (30, *range(28, 9, -1))]
+    assert lines == [str(i) for i in (110, *range(108, 89, -1))]
     assert "of the training rows against their leverage" in section
     assert "mathdefault" not in section
     assert "<th>on</th>" not in section
-    assert "<td>4.14</td>" in section  # 29/7
+    assert "<td>516</td>" in section  # 500 + 109/7
     assert "<th>on</th>" in page(
-        str(tiny_adapter), replace(known, influence=[records[3].model_copy(update={"on": -0.5})])
+        str(tiny_adapter), replace(known, influence=[*records[:109], records[109].model_copy(update={"on": -0.5})])
     )
+    none = page(str(tiny_adapter), replace(known, influence=records[:80]))
+    assert "None of 80 by its sensitivity" in none
+    assert "<th>sensitivity</th>" not in none
