@@ -105,6 +105,13 @@ def save_with_sigma(
         plugin_manager().hook.posterior_saved(folder=str(each))
 
 
+def load_adapters(run: PosteriorTraining, checkpoint: Path) -> None:
+    """Load the trained adapters' weights from wherever PEFT has saved them."""
+    model: Any = run.model
+    for adapter in run.adapters:
+        model.load_adapter(str(adapter_folder(checkpoint, adapter)), adapter, is_trainable=True)
+
+
 def adopt_checkpoint(run: PosteriorTraining, checkpoint: Path) -> bool:
     """Let the optimizer's posterior be the one saved in a checkpoint, whose weights the Trainer has loaded.
 

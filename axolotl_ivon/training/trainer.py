@@ -19,7 +19,7 @@ from ..plugins import plugin_manager
 from ..storage.format import SIGMA_FILE
 from ..storage.tensorfile import TensorFile
 from .callback import PosteriorTraining, trained_parameters
-from .checkpoints import adopt_checkpoint, update_card_in, whole_checkpoint
+from .checkpoints import adopt_checkpoint, load_adapters, update_card_in, whole_checkpoint
 from .patches import keep_engine_off_the_adapter
 from .posterior_loss import posterior_loss
 from .processes import agree_on_gradients, average, is_sharded
@@ -179,11 +179,14 @@ class PosteriorTrainerMixin(Trainer):
             for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):  # type: ignore[union-attr]
                 group["lr"] = lr
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         # The base model is frozen, and a replicated adapter's weights come with its state; torch 2.14 fails on weights
         # in a checkpoint of FSDP2 that the model, from which they are taken, does not have.
-        if self.posterior_training.adapter is None:
-            super()._load_from_checkpoint(*args, **kwargs)
+        run = self.posterior_training
+        if run.adapter is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+            if len(run.model.peft_config) > 1:  # of several adapters the Trainer leaves out the one called default
+                load_adapters(run, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """Load the posterior of the best checkpoint: an evaluation draws around its mean, and leaves that."""
@@ -191,7 +194,10 @@ class PosteriorTrainerMixin(Trainer):
         if run.adapter is not None:
             run.adapter.load_state(best / STATE_FILE)
             return
-        super()._load_best_model()
+        if run.adapters == ["default"]:
+            super()._load_best_model()
+        else:  # the Trainer finds none by another name
+            load_adapters(run, best)
         adopt_checkpoint(run, best)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

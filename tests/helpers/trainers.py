@@ -21,10 +21,12 @@ def make_trainer(
     lora: dict[str, Any] | None = None,
     callbacks: list[Any] | None = None,
     trainer_class: type[Trainer] = Trainer,
+    adapter: str = "default",
     **args: Any,
 ) -> Trainer:
     torch.manual_seed(1)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**{**LORA, **(lora or {})}))
+    config = LoraConfig(**{**LORA, **(lora or {})})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config, adapter)
     settings = {
         "per_device_train_batch_size": 4,
         "max_steps": 6,

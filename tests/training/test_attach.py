@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from trainers import IVON_METRICS, LORA, Rates, lora_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -57,6 +57,11 @@ def test_a_trainer_that_cannot_be_attached_to_is_refused(made: Any, tiny_llama: 
     trainer.model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with pytest.raises(IVONError, match="without a LoRA adapter"):
         attach(trainer)
+    for kind, config in (("PROMPT", PromptTuningConfig), ("PREFIX", PrefixTuningConfig)):
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        trainer.model = get_peft_model(base, config(task_type="CAUSAL_LM", num_virtual_tokens=2))
+        with pytest.raises(IVONError, match=rf"^the adapter is of type {kind}_TUNING, .*: train a LoRA adapter$"):
+            attach(trainer)
     streamed = made()
     streamed.train_dataset = iter(())
     with pytest.raises(IVONError, match="no length"):
@@ -104,6 +109,18 @@ def test_a_second_attach_is_refused_and_changes_nothing(attached: Any, tmp_path:
     assert trainer.callback_handler.callbacks == callbacks
     trainer.train()
     assert Posterior.from_pretrained(tmp_path / "checkpoint-6").metadata["gamma"] == "10.0"
+
+
+def test_what_vera_shares_between_its_layers_is_saved_and_not_trained(
+    made: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    trainer, vera = made(), VeraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    trainer.model = trainer.model_wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), vera)
+    attach(trainer)
+    trainer.train()
+    posterior = Posterior.from_pretrained(tmp_path / "checkpoint-6")
+    shared = {"base_model.vera_A", "base_model.vera_B"}
+    assert {key for key, sigma in posterior.sigma.items() if not (sigma > 0).all()} == shared < set(posterior.mean)
 
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])

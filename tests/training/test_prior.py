@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
 from trainers import lora_weights, make_trainer
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from axolotl_ivon import IVONError, Posterior, attach
 from axolotl_ivon.posterior.chain import links
@@ -124,6 +127,35 @@ def test_a_run_that_has_ended_and_is_started_once_more_stays_where_it_ended(
     for key in ended.mean:
         assert torch.equal(ended.mean[key], again.mean[key])
         torch.testing.assert_close(ended.sigma[key], again.sigma[key], rtol=2e-6 * only_model, atol=0)
+
+
+def test_dpo_from_an_adapter_holds_it_as_the_prior_and_saves_no_sigma_of_the_reference(
+    monday: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """TRL copies the adapter that it is given to a frozen one of the name `ref`."""
+    import trl
+
+    args = {"per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, "report_to": []}
+    q, ends = Posterior.from_pretrained(monday), []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), monday, is_trainable=True)
+        trainer = trl.DPOTrainer(
+            model,
+            args=trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False, disable_tqdm=True, **args),
+            train_dataset=Dataset.from_list([{"prompt": "red", "chosen": " dog", "rejected": " cat"}] * 8),
+        )
+        attach(trainer, prior=q)
+        trainer.train(resume_from_checkpoint=resume)
+        ends.append(lora_weights(trainer.model))
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+    posterior, reference = Posterior.from_pretrained(tmp_path / "checkpoint-4"), tmp_path / "checkpoint-4" / "ref"
+    assert posterior.metadata["prior_sha256"] == q.metadata["mean_sha256"]
+    assert all((sigma > 0).all() for sigma in posterior.sigma.values())
+    assert any(not torch.equal(posterior.mean[key], q.mean[key]) for key in q.mean)
+    assert not (reference / "ivon_sigma.safetensors").exists()
+    assert all(
+        torch.equal(mean, q.mean[key]) for key, mean in load_file(reference / "adapter_model.safetensors").items()
+    )
 
 
 def test_an_adapter_that_was_trained_already_goes_on_from_its_weights(

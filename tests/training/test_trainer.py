@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from trainers import Rates, Spy, lora_weights
 from transformers import Trainer
 
-from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, effective_sample_size
+from axolotl_ivon import IVONLoRA, Posterior, attach, effective_sample_size
 from axolotl_ivon.training.checkpoints import update_card_in
 
 
@@ -61,36 +61,35 @@ def test_evaluation_during_training_sees_the_mean(trained: Any, made: Any) -> No
         assert plain.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-5)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_resuming_from_a_checkpoint_continues_the_same_run(trained: Any, tmp_path: Path, accumulation: int) -> None:
-    run = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2}
+@pytest.mark.parametrize(("accumulation", "adapter"), [(1, "default"), (2, "default"), (2, "mine")])
+def test_resuming_from_a_checkpoint_continues_the_same_run(
+    trained: Any, tmp_path: Path, accumulation: int, adapter: str
+) -> None:
+    run = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2, "adapter": adapter}
     trained(folder="a", **run)
     trained(folder="b", resume=tmp_path / "a" / "checkpoint-3", **run)
     for name in ("adapter_model.safetensors", "ivon_sigma.safetensors"):
-        left, right = ((tmp_path / run / "checkpoint-6" / name).read_bytes() for run in ("a", "b"))
+        folders = [tmp_path / run / "checkpoint-6" / ("" if adapter == "default" else adapter) for run in ("a", "b")]
+        left, right = ((folder / name).read_bytes() for folder in folders)
         assert left == right
-    paths = {"a": "checkpoint-3", "b": "checkpoint-6"}
-    trained(folder="c", **run, seed=1)
-    first, last, other = (
-        Posterior.from_pretrained(tmp_path / k / v) for k, v in {**paths, "c": "checkpoint-6"}.items()
-    )
-    with pytest.raises(IVONError, match=r"checkpoint-3 and .*checkpoint-6 hold the same data"):
-        Posterior.combine([first, last])
-    assert Posterior.combine([last, other]).metadata["train_size"] == "48"
 
 
-def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(trained: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", ["default", "mine"])
+def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(
+    adapter: str, trained: Any, tmp_path: Path
+) -> None:
     # The greatest, so that it is not the last.
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     steps = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
-    trainer = trained({"preset": "paper", "clip": 1.0, "eval_samples": 2}, **best, **steps)
+    trainer = trained({"preset": "paper", "clip": 1.0, "eval_samples": 2}, adapter=adapter, **best, **steps)
     trainer.evaluate()  # at draws, after which the mean must be the best one's again
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name != "checkpoint-6"
     trainer.save_model(str(tmp_path / "final"))
     logged = [entry["eval_loss_posterior"] for entry in trainer.state.log_history if "eval_loss_posterior" in entry]
     assert logged[-1] == pytest.approx(logged[int(best.name[-1]) // 2 - 1], rel=1e-5)
-    final, checkpoint = Posterior.from_pretrained(tmp_path / "final"), Posterior.from_pretrained(best)
+    name = "" if adapter == "default" else adapter
+    final, checkpoint = (Posterior.from_pretrained(folder / name) for folder in (tmp_path / "final", best))
     assert final.metadata["steps"] == checkpoint.metadata["steps"] != "6"
     for key in final.mean:
         assert torch.equal(final.mean[key], checkpoint.mean[key])

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny import build_llama
 from torch.optim.lr_scheduler import LambdaLR
-from trainers import Rates, Spy, lora_weights
+from trainers import Rates, Spy, lora_weights, make_trainer
 from transformers import TrainerCallback
 
 from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, hookimpl
@@ -199,6 +200,36 @@ def test_whoever_reads_the_model_at_a_draw_reads_the_mean_which_an_exception_lea
     with pytest.raises(MemoryError):
         trainer.train()
     assert all(torch.equal(spy.means[-1][name], p) for name, p in lora_weights(trainer.model).items())
+
+
+def test_a_weight_that_modules_share_is_one_weight_under_both_names(tmp_path: Path) -> None:
+    base = build_llama(tmp_path / "tied", tie_word_embeddings=True)
+    lora = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True, "lora_dropout": 0.0}
+    trainer, checked = make_trainer(base, tmp_path, lora=lora, max_steps=2, save_steps=2), []
+    compute_loss = trainer.compute_loss
+    names = [f"base_model.model.{m}.modules_to_save.default.weight" for m in ("model.embed_tokens", "lm_head")]
+
+    def reading(model: Any, *args: Any, **kwargs: Any) -> Any:
+        drawn, state = model.get_parameter(names[0]), model.state_dict()
+        mean = trainer.posterior_training.optimizer.mean(drawn)
+        checked.append(not torch.equal(drawn, mean) and all(torch.equal(state[name], mean) for name in names))
+        return compute_loss(model, *args, **kwargs)
+
+    trainer.compute_loss = reading
+    attach(trainer)
+    trainer.train()
+    assert checked == [True, True]
+    posterior = Posterior.from_pretrained(tmp_path / "checkpoint-2")
+    keys = [name.replace(".modules_to_save.default", "") for name in names]
+    for tensors in (posterior.mean, posterior.sigma):
+        assert torch.equal(tensors[keys[0]], tensors[keys[1]])
+        assert tensors[keys[0]].abs().max() > 0
+
+    model, inputs = make_trainer(base, tmp_path, lora=lora).model.eval(), torch.arange(3, 9)[None]
+    logits = model(inputs).logits
+    ReplicatedAdapter(trainer, model, trained_parameters(model))
+    assert list(trained_parameters(model)) == [ANCHOR]
+    assert torch.equal(model(inputs).logits, logits)
 
 
 def test_it_is_the_likelihood_of_the_averaged_prediction(trained: Any) -> None:
