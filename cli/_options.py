@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,7 +34,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _SECTIONS = {
     "Posterior": {"tau", "taus", "ratio", "ratios", "recommended", "samples", "members", "seed", "sample_seed"},
     "Data": {"data", "prompts", "task", "choices", "limit", "ood", "calibrate", "on", "validation"},
-    "Model": {"base_model", "load_in", "device"},
+    "Model": {"base_model", "load_in", "device", "chat_template_kwargs"},
     "Output": {"output", "overwrite", "as_json", "quiet", "--help"},
 }
 
@@ -241,6 +242,31 @@ model_options = add_all(
     option("--device", default="auto", help="Device to run on: auto, cpu, cuda, cuda:1, mps."),
     as_one("loading", _loading, "base_model", "load_in", "device"),
 )
+
+
+def _json_object(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    """Return the JSON object that an option has; None without it."""
+    if value is None:
+        return None
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(given := json.loads(value), dict):
+            return given
+    raise click.BadParameter(f"{value!r} is not a JSON object; say '{{\"enable_thinking\": false}}'")
+
+
+def chat_template_option(command: Command) -> Command:
+    """Add --chat-template-kwargs to a command with `model_options`, as a part of its argument `loading`."""
+
+    @functools.wraps(command)
+    def changed(**given: Any) -> Any:
+        kwargs = given.pop("chat_template_kwargs")
+        return command(**{**given, "loading": replace(given["loading"], chat_template_kwargs=kwargs)})
+
+    text = (
+        "Arguments of the chat template; answers then begin with its own generation prompt.  [default: as in training]"
+    )
+    option = click.option("--chat-template-kwargs", metavar="JSON", callback=_json_object, help=text)
+    return option(changed)  # type: ignore[return-value]
 
 
 def output_options(

@@ -46,6 +46,7 @@ _DIFFERENCES = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL"
 @click.command("eval", cls=options.Sectioned)
 @options.adapter_argument
 @options.data_options
+@options.chat_template_option
 @click.option(
     "--ood",
     multiple=True,

@@ -39,6 +39,7 @@ from ._tables import percent
     help="URL of an OpenAI-compatible server that serves the members of the ensemble ADAPTER.",
 )
 @options.model_options
+@options.chat_template_option
 @options.output_options(
     "ADAPTER-nbest.jsonl", "JSONL to write, or to continue.", "Start again instead of continuing.", metavar="FILE"
 )
@@ -93,7 +94,7 @@ def command(
     with output.progress() as progress:
         chats = read_chats(prompts, limit)
         if endpoint:
-            source = served_draws(adapter, plan, endpoint, loading.base_model)
+            source = served_draws(adapter, plan, endpoint, loading.base_model, loading.chat_template_kwargs)
         else:
             source = loaded_draws(adapter, plan, tau, ratio, loading)
         done = generate(source, chats, path, rule, overwrite=output.overwrite, reporter=progress)

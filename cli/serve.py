@@ -29,6 +29,7 @@ _SECTIONS = {
 @click.option("--seed", type=int, help="Seed of the draws, as for `sample --seed`.  [default: 0]")
 @options.point_options()
 @options.model_options
+@options.chat_template_option
 @click.option(
     "--endpoint",
     "endpoints",
@@ -93,6 +94,9 @@ def command(
             elif (draws["seed"], point.tau, point.ratio) != (None, None, None):
                 fix = "give --tau, --ratio and --seed to `sample`"
                 raise IVONError(f"--endpoint: the members are drawn already; {fix}")
+            elif loading.chat_template_kwargs is not None:
+                fix = "send chat_template_kwargs with each request, or start vLLM with --default-chat-template-kwargs"
+                raise IVONError(f"--endpoint: the servers render chats; {fix} in place of --chat-template-kwargs")
             else:
                 from axolotl_ivon.serving.proxy.proxy import Combining
 

@@ -30,6 +30,16 @@ class EncodedExample:
     candidates: tuple[int, ...] | None = None
 
 
+# What `apply_chat_template` takes for itself.
+# fmt: off
+_NOT_THE_TEMPLATES = {
+    "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+}
+# fmt: on
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How a model reads chats, beyond the template of its tokenizer.
@@ -46,7 +56,13 @@ class ChatFormat:
 
     @classmethod
     def of(cls, header: Mapping[str, str], kwargs: Mapping[str, Any] | None = None) -> ChatFormat:
-        """Return the format that training has put into the header of σ; the user's `kwargs` are added to its own."""
+        """Return the format that training has put into the header of σ; the user's `kwargs` are added to its own.
+
+        Raises:
+            IVONError: one of `kwargs` would not reach the template.
+        """
+        if wrong := [name for name in kwargs or () if name in _NOT_THE_TEMPLATES]:
+            raise IVONError(f"{param_ref('chat_template_kwargs')}: {wrong[0]} is no argument of a template; remove it")
         trained: dict[str, Any] = {}
         with contextlib.suppress(ValueError):
             trained = dict(json.loads(header.get("chat_template_kwargs") or "{}"))
@@ -332,6 +348,12 @@ def _chosen_prompt(tokenizer: PreTrainedTokenizerBase, chat: Chat, chat_format: 
     return None if begun == bare else _tokens(tokenizer, [begun])[0]
 
 
+def _overlap(text: str, trained: str) -> int:
+    """Return how much of the end of `text` is in `trained`; 0 if that is nothing but blanks."""
+    length = next((n for n in range(min(len(text), len(trained)), 0, -1) if text[-n:] in trained), 0)
+    return length if length and text[-length:].strip() else 0
+
+
 def _trained_prompt(tokenizer: PreTrainedTokenizerBase, chat: Chat, chat_format: ChatFormat) -> list[int]:
     def shared(answers: Iterable[Mapping[str, str]]) -> list[int]:
         texts = []
@@ -345,11 +367,15 @@ def _trained_prompt(tokenizer: PreTrainedTokenizerBase, chat: Chat, chat_format:
         tokens = _tokens(tokenizer, texts)
         return tokens[0][: common_length(tokens)]
 
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
     if trained := chat_format.generation_prompt:
         ids = shared([*_ANSWERS, *_REASONED])
-        text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-        length = next((n for n in range(min(len(text), len(trained)), 0, -1) if text[-n:] in trained), 0)
-        if length and text[-length:].strip():  # else the template is not that of training
-            rest = trained[trained.rindex(text[-length:]) + length :]
-            return ids + (_tokens(tokenizer, [rest])[0] if rest else [])
+        # The last token, a blank say, may have merged with the answers of training.
+        length, kept = max((_overlap(decode(ids[:kept]), trained), kept) for kept in (len(ids) - 1, len(ids)))
+        if length:  # else the template is not that of training
+            end = decode(ids[:kept])[-length:]
+            rest = trained[trained.rindex(end) + length :]
+            return ids[:kept] + (_tokens(tokenizer, [rest])[0] if rest else [])
     return shared(_ANSWERS)

@@ -71,6 +71,7 @@ def fit(
         task, choices = choose_task(judged_examples, has_head(mean), chosen.task, chosen.choices)
     session = Session.open(mean, loading, reporter)
     from ..models.gradients import adapter_parameters, make_differentiable
+    from ..training.beginning import generation_prompt
     from .state import State
 
     make_differentiable(session.model)
@@ -86,6 +87,9 @@ def fit(
     }
     data_of_mean = header["mean_sha256"] + header["fit_data_sha256"]  # whatever the method
     header[RUN_IDS] = hashlib.sha256(data_of_mean.encode()).hexdigest()[:16]
+    rows = ((item.ids, [position + 1 for position in item.positions]) for item in items)
+    if not session.classify and (begins := generation_prompt(session.tokenizer, rows)):
+        header["generation_prompt"] = begins
     kept = State(state, _key(header["mean_sha256"], chosen, session, items, judged))
     parameters = adapter_parameters(session.model)
     problem = FitProblem(mean, session, parameters, chosen, items, judged, kept, header, reporter)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..data.chats import Chat
-from ..data.encode import render
+from ..data.encode import ChatFormat, render
 from ..models.session import Loading, Session, load_tokenizer
 from ..posterior.adapter import mean_sha256
 from ..posterior.posterior import Posterior, open_posterior
@@ -35,6 +35,7 @@ class Source:
     base_model: str  # has the tokenizer if that folder has none
     settings: dict[str, Any]  # what the outputs depend on, apart from the plan and the prompts
     start: Callable[[Reporter], Engine]  # loads the model, or asks the server for its models
+    chat_format: ChatFormat  # how prompts are rendered
 
 
 def loaded_draws(
@@ -70,10 +71,17 @@ def loaded_draws(
         "tau": "inf" if plan.mean or math.isinf(posterior.tau) else posterior.tau,
         "prune_ratio": prune_ratio,
     }
-    return Source(plan, posterior.folder, posterior.folder, base_model, settings, start)
+    chat_format = ChatFormat.of(posterior.metadata, loading.chat_template_kwargs)
+    return Source(plan, posterior.folder, posterior.folder, base_model, settings, start, chat_format)
 
 
-def served_draws(folder: str, plan: Plan, endpoint: str, base_model: str | None = None) -> Source:
+def served_draws(
+    folder: str,
+    plan: Plan,
+    endpoint: str,
+    base_model: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Source:
     """Return the members of an ensemble's folder, which an OpenAI-compatible server serves.
 
     `base_model` (by default the ensemble's) has the tokenizer if the adapter that was drawn from is gone. A folder that
@@ -90,7 +98,9 @@ def served_draws(folder: str, plan: Plan, endpoint: str, base_model: str | None 
 
     settings = {"engine": "endpoint", "ensemble": ensemble.source}
     tokenizer_folder = Path(ensemble.tokenizer_folder)
-    return Source(plan, ensemble.folder, tokenizer_folder, base_model or ensemble.base_model, settings, start)
+    chat_format = ChatFormat.of(ensemble.source, chat_template_kwargs)
+    base_model = base_model or ensemble.base_model
+    return Source(plan, ensemble.folder, tokenizer_folder, base_model, settings, start, chat_format)
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,7 @@ def generate(
     settings = {**source.settings, "answer_regex": rule.answers.pattern, "abstain": abstain, **asdict(source.plan)}
     file = NBestFile(output, settings, overwrite, [source.folder])
     reporter.begin("loading the tokenizer")  # and torch with it
-    prompts = render(load_tokenizer(source.tokenizer_folder, source.base_model), chats)
+    prompts = render(load_tokenizer(source.tokenizer_folder, source.base_model), chats, source.chat_format)
     resumed, tokens = file.resume(prompts), 0
     if resumed == len(prompts):
         return Generated(resumed, resumed, abstained=file.abstained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -97,6 +98,8 @@ class IVONLoRAPlugin(BasePlugin):
             attach(trainer, **settings)
             run: PosteriorTraining = trainer.posterior_training  # type: ignore[attr-defined]
             # To keep the run itself would keep the model.
+            if cfg.chat_template_kwargs:
+                run.header = {**run.header, "chat_template_kwargs": json.dumps(cfg.chat_template_kwargs)}
             run.logs_verdict, self._verdict, self._post_trains = False, run.verdict, 0
             trainer.args.max_grad_norm = cfg.max_grad_norm or 0.0
             check_sharding(trainer)

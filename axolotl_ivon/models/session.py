@@ -40,7 +40,7 @@ class Loading:
         chat_template_kwargs: arguments of the chat template, over those of training; None for training's alone.
 
     Raises:
-        IVONError: an unknown dtype.
+        IVONError: an unknown dtype, or arguments that are none of a chat template.
     """
 
     base_model: str | None = None
@@ -52,6 +52,7 @@ class Loading:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
             raise IVONError(f"{param_ref('dtype')} {self.dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
+        ChatFormat.of({}, self.chat_template_kwargs)
 
 
 class Session:

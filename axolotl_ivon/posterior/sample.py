@@ -93,6 +93,9 @@ class EnsemblePlan:
         return self.adapters * self.adapter(posterior, "sample-0").bytes
 
 
+_OF_CHATS = ("generation_prompt", "chat_template_kwargs")  # in the header of σ, which members do not have
+
+
 def sample(
     posterior: Posterior,
     folder: str | os.PathLike[str],
@@ -122,6 +125,7 @@ def sample(
             write_tensors(new / name / MEAN_FILE, plan.adapter(posterior, name), {"format": "pt"}, stage)
         EnsembleRecord(
             source=os.path.abspath(source) if Path(source).is_dir() else source,
+            **{name: posterior.metadata[name] for name in _OF_CHATS if name in posterior.metadata},
             seed=plan.seed,
             tau=posterior.tau,
             pruned_ratio=posterior.pruned_ratio,

@@ -22,6 +22,8 @@ class EnsembleSource(Record):
     seed: int = 0
     tau: Tau = 1.0
     pruned_ratio: Share = 0.0
+    generation_prompt: str = ""  # what training wrote before its answers; empty where that is unknown
+    chat_template_kwargs: str = ""  # arguments of the chat template in training, as JSON
 
 
 class EnsembleRecord(EnsembleSource):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from ..models.session import Loading, Session
 from ..reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
+    from ..data.encode import ChatFormat
     from ..decisions.recommendation import Decision
     from .api.backend import Backend, Limits
     from .proxy.proxy import Combining
@@ -83,19 +84,31 @@ def local_backend(
     reporter.begin(f"drawing {drawing.samples} members")
     engine = TokenEngine(session, posterior, decision, name=name, samples=drawing.samples, seed=drawing.seed)
     # Prompts are encoded while another thread decodes, and a tokenizer is not for two threads.
-    return Local(engine, partial(encode, copy.deepcopy(session.tokenizer)), limits)
+    tokenize = partial(encode, copy.deepcopy(session.tokenizer), chat_format=session.chat_format)
+    return Local(engine, tokenize, limits)
 
 
-def encode(tokenizer: Any, prompt: Any) -> Sequence[int]:
-    """Return the tokens of a prompt: a text, token ids or the messages of a chat."""
-    from ..data.chats import Chat
-    from ..data.encode import render
+def encode(
+    tokenizer: Any,
+    prompt: Any,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    chat_format: ChatFormat | None = None,
+) -> Sequence[int]:
+    """Return the tokens of a prompt: a text, token ids or the messages of a chat, with the request's own arguments."""
+    from ..data.chats import Chat, chat_messages
+    from ..data.encode import ChatFormat, render
 
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]  # type: ignore[no-any-return]
     if isinstance(prompt[0], int):
         return prompt  # type: ignore[no-any-return]
-    return render(tokenizer, [Chat(tuple(prompt), None, "messages")])[0].ids
+    chat_format = chat_format or ChatFormat()
+    if chat_template_kwargs is not None:
+        chosen = ChatFormat.of({}, chat_template_kwargs)
+        chat_format = replace(chosen, kwargs={**chat_format.kwargs, **chosen.kwargs})
+    messages = chat_messages({"messages": prompt}, "messages")
+    return render(tokenizer, [Chat(tuple(messages), None, "messages")], chat_format)[0].ids
 
 
 def proxy_backend(

@@ -15,7 +15,7 @@ import axolotl_ivon
 from axolotl_ivon.errors import IVONError, param_ref
 from axolotl_ivon.models.session import Loading
 from ivon_post import _option, cli
-from ivon_post._options import Sectioned, model_options, numbers
+from ivon_post._options import Sectioned, chat_template_option, model_options, numbers
 
 CONTEXT = click.Context(cli)
 COMMANDS = [command for name in cli.list_commands(CONTEXT) if (command := cli.get_command(CONTEXT, name))]
@@ -114,6 +114,17 @@ def test_one_option_for_the_precision_of_the_base_model(words: list[str], expect
     assert [(loading.load_in, loading.dtype) for loading in found] == [expected]
 
 
+def test_arguments_of_the_chat_template_are_json() -> None:
+    found: list[Loading] = []
+    command = click.command(cls=Sectioned)(model_options(chat_template_option(lambda loading: found.append(loading))))
+    for text in ('{"enable_thinking": false}', "{}"):
+        command(["--chat-template-kwargs", text], standalone_mode=False)
+    assert [loading.chat_template_kwargs for loading in found] == [{"enable_thinking": False}, {}]
+    for text in ("enable_thinking=false", "[1]", "[" * 99999):
+        with pytest.raises(click.BadParameter, match="is not a JSON object; say"):
+            command(["--chat-template-kwargs", text], standalone_mode=False)
+
+
 def test_numbers() -> None:
     assert numbers("0.5,1,inf") == (0.5, 1.0, float("inf"))
     with pytest.raises(click.BadParameter, match="'1,,2' is"):
@@ -131,7 +142,7 @@ def test_a_former_name_works_and_is_not_shown(ivon_post: Cli, tiny_adapter: Path
         drawn[option] = (tmp_path / option / "sample-0000" / "adapter_model.safetensors").read_bytes()
     assert drawn["--ratio"] == drawn["--prune-ratio"]
     assert not [name for _, option in OPTIONS for name in option.opts if "prune" in name]
-    assert len(OPTIONS) <= 190
+    assert len(OPTIONS) <= 193
 
 
 def test_the_next_command_is_told_to_people_alone(ivon_post: Cli, tiny_adapter: Path, tmp_path: Path) -> None:

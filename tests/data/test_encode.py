@@ -7,16 +7,19 @@ import functools
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
+from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.data.chats import Example, read_chats, read_examples
-from axolotl_ivon.data.encode import EncodedExample, encode, encode_turns, render
+from axolotl_ivon.data.chats import Chat, Example, read_chats, read_examples
+from axolotl_ivon.data.encode import ChatFormat, EncodedExample, encode, encode_turns, render
+from axolotl_ivon.training.beginning import generation_prompt, trained_generation_prompt
 
 
 def example_of(answer: str, question: str = "red sun") -> Example:
@@ -206,6 +209,55 @@ def test_what_is_scored_is_what_axolotl_trains_on(tokenizer: Any, tmp_path: Path
         assert item.positions == trained.positions[:1]
         assert item.candidates[item.targets[0]] == trained.targets[0]
         assert item.ids == trained.ids[: len(item.ids)]
+
+
+@pytest.mark.parametrize("reason", ["", "<think>\n{}\n</think>\n\n"], ids=["plain", "reasoning"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_generation_begins_where_training_did(tokenizer: Any, name: str, reason: str) -> None:
+    from axolotl.utils.chat_templates import get_chat_template
+
+    tokenizer.chat_template = get_chat_template(name)
+    texts = [("red sun?", "dog"), ("blue moon?", "cat"), ("warm rain?", "two birds"), ("slow", "one")]
+    told = [example_of(reason.format(f"{answer} since") + answer, question) for question, answer in texts]
+    *trained, new = encode_turns(tokenizer, told)
+    rows = [(item.ids, [position + 1 for position in item.positions]) for item in trained]
+    begins = generation_prompt(tokenizer, rows)
+    assert begins
+    [prompt] = render(tokenizer, [Chat(told[-1].messages, None, "f:1")], ChatFormat.of({"generation_prompt": begins}))
+    assert prompt.ids == new.ids[: new.positions[0] + 1]
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+
+
+def test_arguments_of_the_template_that_the_user_chose_come_first(tokenizer: Any) -> None:
+    tokenizer.chat_template = THINKING
+    header = {"generation_prompt": "<|im_end|>\n<|im_start|>assistant\n<t>", "chat_template_kwargs": '{"x": 1}'}
+    chat = Chat(({"role": "user", "content": "sun"},), None, "f:1")
+    for kwargs, end in ((None, "assistant\n<t>"), ({}, "assistant\n"), ({"enable_thinking": False}, "<think></think>")):
+        [prompt] = render(tokenizer, [chat], ChatFormat.of(header, kwargs))
+        assert prompt.text.endswith(end)
+    assert ChatFormat.of(header, {"y": 2}).kwargs == {"x": 1, "y": 2}
+    with pytest.raises(IVONError, match="chat_template_kwargs: tokenize is no argument of a template"):
+        ChatFormat.of(header, {"tokenize": True})
+
+
+def test_a_trainers_rows_say_how_answers_begin(tokenizer: Any) -> None:
+    def begins(prompts: list[str], marks: str = "labels", answer: str = "dog<|im_end|>") -> str | None:
+        rows = [(tokenizer(prompt)["input_ids"], tokenizer(answer)["input_ids"]) for prompt in prompts]
+        marked = [[-100] * len(p) + a if marks == "labels" else [0] * len(p) + [1] * len(a) for p, a in rows]
+        data = Dataset.from_list([{"input_ids": p + a, marks: m} for (p, a), m in zip(rows, marked, strict=True)])
+        return trained_generation_prompt(SimpleNamespace(processing_class=tokenizer, train_dataset=data))
+
+    assert begins(["sun a<t>", "moon a<t>"]) == begins(["sun a<t>", "moon a<t>"], "completion_mask") == " a<t>"
+    assert begins(["sun a<t>", "moon a<t>", "dog a<t>", "rain a</t>"]) == " a<t>"  # as most do
+    assert begins(["a<t>", "b</u"]) is None
+    assert begins(["a<t>"], "other") is None
+    assert trained_generation_prompt(SimpleNamespace(train_dataset=None)) is None
 
 
 def test_a_long_conversation_is_cut(tokenizer: Any) -> None:

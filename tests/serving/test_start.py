@@ -10,11 +10,12 @@ import pytest
 from heard import Heard
 
 from axolotl_ivon import IVONError
+from axolotl_ivon.data.encode import ChatFormat
 from axolotl_ivon.decisions.recommendation import Decision
-from axolotl_ivon.models.session import Loading
+from axolotl_ivon.models.session import Loading, load_tokenizer
 from axolotl_ivon.serving.api.backend import Limits
 from axolotl_ivon.serving.api.protocol import ChatRequest, CompletionRequest, read_request
-from axolotl_ivon.serving.start import Drawing, check_key, local_backend, served_name
+from axolotl_ivon.serving.start import Drawing, check_key, encode, local_backend, served_name
 
 
 def test_only_this_machine_is_served_without_a_key() -> None:
@@ -32,6 +33,25 @@ def test_a_name_is_one_word_without_a_colon(name: str) -> None:
     with pytest.raises(IVONError, match="name"):
         served_name(name, "adapter")
     assert served_name("my-adapter v2", "adapter") == "my-adapter v2"
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}{{ m.name }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% if enable_thinking %}<t>{% endif %}{% endif %}"
+)
+
+
+def test_a_chat_is_rendered_as_in_training_or_as_the_request_wants(tiny_adapter: Path) -> None:
+    tokenizer = load_tokenizer(tiny_adapter, "")
+    tokenizer.chat_template = TEMPLATE
+    body = {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "sun"}], "name": "bob"}]}
+    trained = ChatFormat(generation_prompt="\nassistant: <t></t>")
+    for kwargs, end in (
+        (None, "assistant: <t></t>"), ({}, "assistant: "), ({"enable_thinking": True}, "assistant: <t>")
+    ):  # fmt: skip
+        request = read_request(ChatRequest, {**body, "chat_template_kwargs": kwargs})
+        ids = encode(tokenizer, request.prompts[0], request.chat_template_kwargs, chat_format=trained)
+        assert tokenizer.decode(ids) == f"userbob: sun\n{end}"
 
 
 def test_an_adapter_answers_under_its_own_name(tiny_adapter: Path) -> None:

@@ -105,15 +105,21 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """One message of a chat."""
+    """One message of a chat; fields beside these (`tool_calls`, `name`, …) go to the chat template as they are."""
 
+    model_config = ConfigDict(extra="allow")
     role: str
     content: str | list[TextPart] | None = None
 
-    def plain(self) -> dict[str, str]:
-        """Return role and text."""
+    def plain(self) -> dict[str, Any]:
+        """Return the message with its content as one text, and without fields that are null."""
         parts = self.content or ""
-        return {"role": self.role, "content": parts if isinstance(parts, str) else "".join(part.text for part in parts)}
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        return {
+            "role": self.role,
+            "content": text,
+            **{k: v for k, v in (self.model_extra or {}).items() if v is not None},
+        }
 
 
 class ChatRequest(Request):
@@ -125,6 +131,7 @@ class ChatRequest(Request):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    chat_template_kwargs: dict[str, Any] | None = None  # as vLLM has it
 
     @model_validator(mode="after")
     def _newer_name(self) -> ChatRequest:
@@ -139,7 +146,7 @@ class ChatRequest(Request):
         return self.top_logprobs if self.logprobs else None
 
     @property
-    def prompts(self) -> list[list[dict[str, str]]]:
+    def prompts(self) -> list[list[dict[str, Any]]]:
         return [[message.plain() for message in self.messages]]
 
 

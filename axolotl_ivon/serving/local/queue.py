@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 
@@ -22,11 +21,11 @@ from .engine import GenerationRequest, TokenEngine
 class Local(Backend):
     """Answers from an engine in memory.
 
-    `encode` returns the tokens of a prompt: a text, token ids or the messages of a chat. It is called from one thread
-    at a time, but never from the engine's.
+    `encode` returns the tokens of a prompt: a text, token ids or the messages of a chat, after which it gets the
+    request's arguments of the chat template. It is called from one thread at a time, but never from the engine's.
     """
 
-    def __init__(self, engine: TokenEngine, encode: Callable[[Any], Sequence[int]], limits: Limits) -> None:
+    def __init__(self, engine: TokenEngine, encode: Callable[..., Sequence[int]], limits: Limits) -> None:
         self._engine, self._encode, self._limits = engine, encode, limits
         self._encoding, self._turn = asyncio.Lock(), asyncio.Lock()
         self._waiting = 0
@@ -58,7 +57,8 @@ class Local(Backend):
 
     def _encoded(self, request: Request) -> list[tuple[int, ...]]:
         try:
-            prompts = [tuple(self._encode(prompt)) for prompt in request.prompts]
+            own = [request.chat_template_kwargs] if isinstance(request, ChatRequest) else []
+            prompts = [tuple(self._encode(prompt, *own)) for prompt in request.prompts]
             for ids in prompts:
                 if not ids:
                     raise IVONError("the prompt is empty")

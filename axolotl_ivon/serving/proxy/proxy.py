@@ -99,6 +99,8 @@ class Proxy(Backend):
                 body = {"temperature": request.temperature, "top_p": request.top_p, request.prompt_field: prompt}
                 chat = isinstance(request, ChatRequest)
                 body |= {"logprobs": True, "top_logprobs": top} if chat else {"logprobs": top}
+                if isinstance(request, ChatRequest) and request.chat_template_kwargs is not None:
+                    body["chat_template_kwargs"] = request.chat_template_kwargs
                 optional = {"max_tokens": request.max_tokens, "stop": request.stop}
                 body |= {name: value for name, value in optional.items() if value}
                 if member is None:

@@ -85,6 +85,8 @@ def test_concurrent_clients_get_what_each_gets_alone(client: openai.OpenAI) -> N
         ({"max_tokens": 9999}, openai.BadRequestError, "max_tokens"),
         ({"messages": [{"role": "user", "content": "red " * 700}]}, openai.BadRequestError, "messages"),
         ({"n": 99}, openai.BadRequestError, "n"),
+        ({"extra_body": {"chat_template_kwargs": {"tokenize": True}}}, openai.BadRequestError, "messages"),
+        ({"extra_body": {"chat_template_kwargs": 3}}, openai.BadRequestError, "chat_template_kwargs"),
     ],
 )
 def test_a_mistake_is_told_in_openais_shape(client: openai.OpenAI, asked: Any, kind: Any, param: str) -> None:
