@@ -154,13 +154,13 @@ class Buffers:
         sums = torch.zeros(len(self.params), device=self.device)
         return sums.index_add_(0, layout.owners, torch.cat([*parts])) if parts else sums
 
-    def draw(self, number: int | str) -> None:
-        """Put θ = m + σ·ε, ε ~ N(0, I), into the parameters, and keep the moments that δ needs.
+    def draw(self, number: int | str, tau: float = 1.0) -> None:
+        """Put θ = m + σ/√τ·ε, ε ~ N(0, I), into the parameters, and keep the moments that δ needs.
 
         Each part has a seed of its own, made from the group's seed and the draw's `number`. So a resumed run needs
         these two alone, and any thread may draw any part.
         """
-        bits, ess = random_bits(f"{self.group['seed']}/{number}"), float(self.group["ess"])
+        bits, ess = random_bits(f"{self.group['seed']}/{number}"), float(self.group["ess"]) * tau
 
         def draw(chunk: Chunk) -> Tensor:
             noise = self.kernels.noise(chunk, splitmix64(bits, chunk.streams[:, :1], chunk.streams[:, 1:]))

@@ -236,8 +236,8 @@ class IVONLoRA(Optimizer):
             self._drawn = False
 
     @contextmanager
-    def evaluation_draw(self, number: int) -> Iterator[None]:
-        """Put a draw θ ~ q into the parameters to evaluate it, and the mean back afterwards.
+    def evaluation_draw(self, number: int, tau: float = 1.0) -> Iterator[None]:
+        """Put a draw θ ~ N(m, σ²/τ) into the parameters to evaluate it, and the mean back afterwards.
 
         Neither the gradients nor the draws of training are touched; the same number always gives the same noise.
 
@@ -250,7 +250,7 @@ class IVONLoRA(Optimizer):
         self._drawn = True
         try:
             for buffers in all_buffers:
-                buffers.draw(f"evaluation {number}")
+                buffers.draw(f"evaluation {number}", tau)
             yield
         finally:
             for buffers in all_buffers:

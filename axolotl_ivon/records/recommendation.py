@@ -60,6 +60,13 @@ class SweepVerdict(Record):
     text: str  # all of it in a line
 
 
+class DrawsPoint(Record):
+    """The best temperatures of draws, for who asks for draws where the mean is recommended."""
+
+    tau: Tau
+    temperature: float = 1.0
+
+
 class Recommendation(Record):
     """How to predict with an adapter: τ and pruning ratio, and from which confidence on to answer.
 
@@ -95,6 +102,7 @@ class Recommendation(Record):
     best: GridPoint | None = None
     grid: list[GridPoint] = []
     scaled: list[GridPoint] = []
+    draws: DrawsPoint | None = None
 
     @property
     def point(self) -> GridPoint:

@@ -115,6 +115,10 @@ SETTINGS = (
         "the number of draws whose averaged prediction every evaluation scores too: `eval_loss_posterior` beside "
         "`eval_loss`, which is the mean's"
     ),
+    Setting("calibrate", bool, True, True, header="").means(
+        "whether the end of training finds out on the evaluation data what to predict with (the mean or draws, and the "
+        "softmax temperature), and writes `recommended.json` beside the adapter"
+    ),
     Setting("draws", Literal["shared", "per_rank"], "shared", "shared", header="").means(
         "`shared`: one draw for all processes, so that a run does not depend on their number; `per_rank`: one for "
         "each, with ĝ and ĥ averaged, for less variance"

@@ -8,20 +8,23 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ..errors import IVONError, param_ref
+from ..errors import IVONError, one_line, param_ref
 from ..optim.ivon import Skipped
 from ..posterior.adapter import RUN_IDS
 from ..posterior.chain import PRIOR_SHA256
 from ..posterior.findings import begins_at_zero, findings, travel_finding
 from .processes import agree_on_gradients, average, sum_over_processes
 from .sharded import ReplicatedAdapter
+
+if TYPE_CHECKING:
+    from ..records.recommendation import Recommendation
 
 LOG = logging.getLogger(__name__)
 
@@ -64,6 +67,15 @@ class PosteriorTraining(TrainerCallback):
     resumed: Mapping[str, str] = field(default_factory=dict)  # the header of the checkpoint that a run resumes from
     verdict: list[tuple[int, str]] = field(default_factory=list)  # how the run went: levels of the log, and texts
     logs_verdict: bool = True  # at the end of training
+    calibrates: bool = True  # whether the end of training finds out what to predict with
+    recommendation: Recommendation | None = None  # what it found, on the first process
+
+    @property
+    def draws_as_saved(self) -> bool:
+        """Whether the optimizer draws from the posterior that is saved."""
+        # The Trainer loads the best weights into the model alone; an earlier posterior counts once in what is saved.
+        of_another_step = self.best_folder is not None and self.adapter is None
+        return hasattr(self.optimizer, "evaluation_draw") and not of_another_step and PRIOR_SHA256 not in self.header
 
     @property
     def step_bound(self) -> float:
@@ -127,7 +139,7 @@ class PosteriorTraining(TrainerCallback):
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.best_folder, self.begun = None, True
+        self.best_folder, self.begun, self.recommendation = None, True, None
         if not state.is_world_process_zero:
             return
         lr = args.learning_rate
@@ -208,6 +220,7 @@ class PosteriorTraining(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
             self.best_folder = state.best_model_checkpoint
+        calibrated = self._calibrate(state.global_step * self.trainer.get_total_train_batch_size(args))
         if not state.is_world_process_zero:
             return
         movement = self.movement(state.global_step)
@@ -217,8 +230,22 @@ class PosteriorTraining(TrainerCallback):
             warns = finding.about == "weights" and not finding.good
             self.verdict.append((logging.WARNING if warns else logging.INFO, finding.text))
         self.verdict.append((logging.INFO, f"next: `ivon-post check {args.output_dir}`"))
+        self.verdict += [(logging.INFO, calibrated)] if calibrated else []
         if self.logs_verdict:
             log_verdict(self.verdict)
+
+    def _calibrate(self, seen: int) -> str:
+        """Find out what to predict with; whatever fails there, the trained adapter is still to be saved."""
+        from .calibration import calibrate
+
+        if not self.calibrates:
+            return ""
+        try:
+            self.recommendation, text = calibrate(self, seen)
+        except Exception as error:
+            LOG.debug("calibration failed", exc_info=True)
+            text = f"not calibrated: {one_line(error) or type(error).__name__}"
+        return text
 
     def movement(self, step: int) -> dict[str, float]:
         """Return how far a weight could have moved by then, `travel`, and how far one of a B matrix has, `moved`."""

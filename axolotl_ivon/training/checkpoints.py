@@ -23,6 +23,7 @@ from ..plugins import plugin_manager
 from ..posterior.adapter import save_sigma
 from ..posterior.card import CARD_FILE, remove_old_results, update_card
 from ..posterior.posterior import Posterior
+from ..records.recommendation import RECOMMENDED_FILE
 from ..settings.table import header_of
 from ..storage.atomic import put_in_place, updated_adapter
 from ..storage.format import MEAN_FILE, SIGMA_FILE
@@ -97,9 +98,15 @@ def save_with_sigma(
             place = adapter_folder(new, adapter)
             if (place / MEAN_FILE).is_file():
                 _save_sigma(run, place, adapter)
-                update_card_in(place)
                 saved.append(adapter_folder(folder, adapter))
+                if run.recommendation is not None:
+                    sha = TensorFile(place / SIGMA_FILE).metadata["mean_sha256"]
+                    about = {"adapter": saved[-1].name, "mean_sha256": sha}
+                    run.recommendation.model_copy(update=about).save(place / RECOMMENDED_FILE)
+                update_card_in(place)
     for each in saved:
+        if run.recommendation is None:  # one that is there is of another adapter
+            (each / RECOMMENDED_FILE).unlink(missing_ok=True)
         with suppress(IVONError):
             remove_old_results(each)
         plugin_manager().hook.posterior_saved(folder=str(each))

@@ -1,0 +1,273 @@
+"""What to predict with when training has ended: the mean or draws, and a softmax temperature, from evaluation data.
+
+The evaluation examples are split in two. One half chooses T for the mean, and τ and T for draws, by their NLL; the
+other half reports. The rules are those of `ivon-post sweep`: the mean stays as it is unless its T is better beyond
+noise, and draws are recommended only if they are better than that beyond noise. What is found is written as
+`recommended.json` beside the adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+
+from ..metrics.scores import Scores, metrics
+from ..metrics.verdict import FEWEST, Paired, judge
+from ..records.evaluation import Difference, Metrics
+from ..records.recommendation import DrawsPoint, Recommendation, Reported, Sizes, SweepVerdict
+
+if TYPE_CHECKING:
+    from .callback import PosteriorTraining
+
+MOST = 256  # examples
+# Of the work of training, in passes over examples: one forward and, for LoRA, about as much backward.
+SHARE = 0.1 * 2
+DRAWS = 8
+TAUS = (4.0, 1.0, 16.0)  # of draws, as many as the share allows, in this order
+# An NLL is flat near its minimum, so these are close enough. From 0.35 to 4; 1 is among them.
+TEMPERATURES = tuple(round(2 ** (k / 6), 4) for k in range(-9, 13))
+_LABELS = 128  # of one example, evenly spread over it
+_CHUNK = 1024  # labels whose distributions over the vocabulary are worked on at a time
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The mean (τ = ∞), or draws at τ."""
+
+    tau: float
+
+    @property
+    def draws(self) -> int:
+        return DRAWS if math.isfinite(self.tau) else 1
+
+
+@dataclass(frozen=True)
+class _Column:
+    """What one way predicts for the labels of one example at every temperature: tensors of shape (labels, T)."""
+
+    nll: Tensor
+    confidence: Tensor
+    correct: Tensor  # (labels,)
+
+
+class NotCalibrated(Exception):
+    """Why nothing was measured, in words."""
+
+
+def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None, str]:
+    """Return what to predict with, and a line about it, on the first process; every process must call it.
+
+    The model holds its mean before and afterwards. The same data give the same recommendation.
+
+    Args:
+        run: a run that has ended.
+        seen: the training examples that the run has taken gradients of, by which the share of work is measured.
+    """
+    try:
+        dataset = _evaluation_data(run, seen)
+        ways = [_Way(math.inf)]
+        if run.draws_as_saved:
+            affordable = int((SHARE * seen / len(dataset) - 1) / DRAWS)
+            ways += [_Way(tau) for tau in TAUS[:affordable]]
+        columns = gather_object(list(_measure(run, dataset, ways)))
+    except NotCalibrated as why:
+        return None, f"not calibrated: {why}"
+    return _choose(ways, columns, run.trainer.args.seed)
+
+
+def _evaluation_data(run: PosteriorTraining, seen: int) -> Any:
+    """Return the examples to calibrate on, at most `MOST`, and as many as one pass in the share of work allows."""
+    dataset: Any = run.trainer.eval_dataset
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()), None)
+    if dataset is None:
+        raise NotCalibrated("there are no evaluation data; set val_set_size or test_datasets (or an eval_dataset)")
+    if not hasattr(dataset, "__len__"):
+        raise NotCalibrated("the evaluation data are streamed")
+    count = min(MOST, len(dataset), int(SHARE * seen))
+    if len(dataset) < 2 * FEWEST:
+        raise NotCalibrated(f"{len(dataset)} evaluation examples tell little; {2 * FEWEST} are needed")
+    if count < 2 * FEWEST:
+        raise NotCalibrated("a tenth of this short run's time is too little; use `ivon-post sweep`")
+    generator = torch.Generator().manual_seed(run.trainer.args.seed)
+    places = sorted(torch.randperm(len(dataset), generator=generator)[:count].tolist())
+    return dataset.select(places) if hasattr(dataset, "select") else Subset(dataset, places)
+
+
+def _measure(run: PosteriorTraining, dataset: Any, ways: Sequence[_Way]) -> Iterator[list[_Column]]:
+    """Yield, for every example of this process, what each way predicts for its labels."""
+    trainer: Any = run.trainer
+    loader = trainer.get_eval_dataloader(dataset)
+    passes = sum(way.draws for way in ways)
+    shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
+    was_training = trainer.model.training
+    trainer.model.eval()
+    try:
+        # A DataLoader takes a random number at every pass, and training may go on afterwards.
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for batch in tqdm(loader, desc=f"calibrating, {passes} passes", disable=not shown):
+                inputs = trainer._prepare_inputs(batch)
+                labels = inputs.pop("labels", None)
+                if labels is None:
+                    raise NotCalibrated("the evaluation data have no labels to predict")
+                places, target, group = _places(labels)
+                by_way = [_columns(trainer, run, way, inputs, labels, places, target) for way in ways]
+                for example in group.unique().tolist():
+                    here = group == example
+                    yield [_Column(c.nll[here], c.confidence[here], c.correct[here]) for c in by_way]
+    finally:
+        trainer.model.train(was_training)
+
+
+def _places(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which logits are scored, as flat places, their targets, and the example of each."""
+    if labels.dim() == 1:  # a classifier
+        places = torch.arange(len(labels), device=labels.device)
+        return places, labels, places.cpu()
+    chosen, rows = [], []
+    for row, of_row in enumerate(labels[:, 1:]):
+        there = (of_row != -100).nonzero().squeeze(1)
+        if len(there) > _LABELS:
+            there = there[torch.linspace(0, len(there) - 1, _LABELS, device=there.device).long()]
+        chosen.append(row * labels.shape[1] + there)
+        rows += [row] * len(there)
+    places = torch.cat(chosen)
+    return places, labels.flatten()[places + 1], torch.tensor(rows, dtype=torch.long)
+
+
+def _columns(
+    trainer: Any,
+    run: PosteriorTraining,
+    way: _Way,
+    inputs: dict[str, Any],
+    labels: Tensor,
+    places: Tensor,
+    target: Tensor,
+) -> _Column:
+    """Return what a way predicts for the labels of a batch: one forward pass, or the average of its draws'."""
+    averaged: Any = None
+    logits: Any = None
+    for number in range(way.draws):
+        at: AbstractContextManager[None] = nullcontext()
+        if math.isfinite(way.tau):
+            at = run.optimizer.evaluation_draw(number, way.tau)
+        with at, trainer.compute_loss_context_manager():
+            logits = getattr(trainer.model(**inputs), "logits", None)
+        if logits is None or logits.shape[: labels.dim()] != labels.shape:
+            raise NotCalibrated("the model gives no logits for the labels of the evaluation data")
+        logits = logits.reshape(-1, logits.shape[-1])[places].float()
+        if way.draws > 1:
+            probabilities = logits.softmax(-1)
+            averaged = probabilities if averaged is None else averaged.add_(probabilities)
+    logs = logits if averaged is None else averaged.div_(way.draws).clamp_min_(1e-38).log_()
+    parts = [_at_temperatures(*part) for part in zip(logs.split(_CHUNK), target.split(_CHUNK), strict=True)]
+    nll, confidence, correct = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+    return _Column(nll, confidence, correct)
+
+
+def _at_temperatures(logs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return NLL and confidence (n, T) of p ∝ exp(logs/T) for each temperature, and whether the guess is right (n,)."""
+    largest, guess = logs.max(-1)
+    right = logs.gather(1, target[:, None]).squeeze(1)
+    columns = []
+    for temperature in TEMPERATURES:
+        total = (logs / temperature).logsumexp(-1)
+        columns.append((total - right / temperature, (largest / temperature - total).exp()))
+    nll, confidence = (torch.stack(values, 1).double() for values in zip(*columns, strict=True))
+    return nll, confidence, guess == target
+
+
+def _choose(ways: Sequence[_Way], columns: list[list[_Column]], seed: int) -> tuple[Recommendation, str]:
+    """Return the recommendation from what every way (inner list) predicts for every example, and a line about it."""
+    order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed)).tolist()
+    choose, report = order[: len(order) // 2], order[len(order) // 2 :]
+
+    # A candidate is the number of a way and that of a temperature.
+    def nll(way: int) -> Tensor:
+        return torch.cat([columns[i][way].nll for i in choose]).mean(0)
+
+    def versus(one: tuple[int, int], other: tuple[int, int]) -> Paired:
+        gaps = [columns[i][one[0]].nll[:, one[1]] - columns[i][other[0]].nll[:, other[1]] for i in report]
+        return _mean_of_groups(gaps)
+
+    def outcome(one: tuple[int, int], other: tuple[int, int]) -> str:
+        return judge(*versus(one, other), len(report))
+
+    plain, scaled = (0, TEMPERATURES.index(1.0)), (0, int(nll(0).argmin()))
+    recommended = base = scaled if outcome(scaled, plain) == "better" else plain
+    draws, of_draws = None, "not tried"
+    if len(ways) > 1:
+        draws = min(((way, int(nll(way).argmin())) for way in range(1, len(ways))), key=lambda at: nll(at[0])[at[1]])
+        of_draws = outcome(draws, base)
+        recommended = draws if of_draws == "better" else base
+
+    def measured(at: tuple[int, int], examples: Sequence[int]) -> dict[str, Any]:
+        return _metrics([columns[i][at[0]] for i in examples], at[1])
+
+    def named(at: tuple[int, int]) -> str:
+        tau, temperature = ways[at[0]].tau, TEMPERATURES[at[1]]
+        name = f"draws at τ {tau:g}" if math.isfinite(tau) else "the mean"
+        return name if temperature == 1 else f"{name} with T {temperature:.3g}"
+
+    text = f"calibrated on {len(columns)} evaluation examples: {named(recommended)}"
+    if recommended != plain:
+        before, after = (measured(at, report)["nll"] for at in (plain, recommended))
+        text += f" (NLL {before:.3g} → {after:.3g})"
+    elif scaled != plain:
+        text += f" as it is, since {named(scaled)} is not better beyond noise"
+    if draws and recommended != draws:
+        text += f"; {named(draws)} are {'worse' if of_draws == 'worse' else 'level'}"
+    gain = versus(recommended, plain)
+    verdict = SweepVerdict(
+        differences={} if recommended == plain else {"nll": Difference(**gain._asdict())},
+        outcome="the mean" if recommended == plain else "better",
+        text=text,
+    )
+    recommendation = Recommendation(
+        tau=ways[recommended[0]].tau,
+        ratio=0.0,
+        temperature=TEMPERATURES[recommended[1]],
+        objective="nll",
+        score="probability",
+        data=["the evaluation data of training"],
+        samples=DRAWS,
+        seed=seed,
+        examples=Sizes(chosen_on=len(choose), reported_on=len(report)),
+        chosen_on=Metrics(**measured(recommended, choose)),
+        reported_on=Reported(**measured(recommended, report)),
+        mean_reported_on=Metrics(**measured(plain, report)),
+        verdict=verdict,
+        draws=DrawsPoint(tau=ways[draws[0]].tau, temperature=TEMPERATURES[draws[1]]) if draws else None,
+    )
+    return recommendation, text
+
+
+def _mean_of_groups(values: Sequence[Tensor]) -> Paired:
+    """Return the mean over all values, and its standard error where those of a group depend on one another.
+
+    It is the error of a ratio of two sums over groups (Cochran 1977, Sampling Techniques, section 6.3).
+    """
+    sums = torch.stack([group.sum() for group in values])
+    counts = torch.tensor([float(len(group)) for group in values], dtype=torch.float64)
+    mean = sums.sum() / counts.sum()
+    spread = (sums - mean * counts).square().sum() * len(values) / (len(values) - 1)
+    return Paired(float(mean), float(spread.sqrt() / counts.sum()))
+
+
+def _metrics(columns: Sequence[_Column], temperature: int) -> dict[str, Any]:
+    """Return accuracy, ECE and NLL at a temperature."""
+    nll, confidence = (torch.cat([getattr(c, name)[:, temperature] for c in columns]) for name in ("nll", "confidence"))
+    correct = torch.cat([column.correct for column in columns]).double()
+    unknown = torch.full_like(nll, math.nan)
+    group = torch.arange(len(nll))
+    values = metrics(Scores(confidence, correct, nll, unknown, unknown, unknown, unknown, group))
+    return {name: values[name] or 0.0 for name in ("accuracy", "ece", "nll")}

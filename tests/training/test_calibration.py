@@ -1,0 +1,177 @@
+"""What a run recommends at its end: held against the saved adapter, scored anew by PEFT, and against what must win."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from trainers import lora_weights
+from transformers import AutoModelForCausalLM
+
+from axolotl_ivon import Posterior
+from axolotl_ivon.metrics.bootstrap import compare
+from axolotl_ivon.metrics.scores import Scores
+from axolotl_ivon.records.recommendation import Recommendation
+from axolotl_ivon.training.calibration import DRAWS, TEMPERATURES, _choose, _Column, _mean_of_groups, _Way
+
+ROWS = torch.randint(3, 40, (120, 9), generator=torch.Generator().manual_seed(2))
+ROWS[:, 5:] = 7  # what the model is sure of too early
+DATA = Dataset.from_list([{"input_ids": row, "labels": [-100] * 4 + row[4:]} for row in ROWS.tolist()])
+RUN = {"max_steps": 60, "per_device_train_batch_size": 8, "save_strategy": "no", "learning_rate": 2e-4}
+PASSES = 1 + 3 * DRAWS  # what a run must have seen for all of them: 120·25/0.2
+
+
+def train(attached: Any, folder: str = "", settings: Any = None, rows: int = 120, **changes: Any) -> Any:
+    trainer = attached({"gamma": 30.0, **(settings or {})}, folder, **{**RUN, **changes})
+    trainer.eval_dataset = DATA.select(range(rows))
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+@torch.no_grad()
+def nll_of(model: Any, rows: list[int], temperature: float) -> float:
+    ids = ROWS[rows]
+    logs = (model(input_ids=ids).logits[:, 3:-1].float() / temperature).log_softmax(-1)
+    return -float(logs.gather(-1, ids[:, 4:, None]).mean())
+
+
+def test_it_is_what_the_saved_adapter_does(attached: Any, tiny_llama: Path, tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level(logging.INFO)
+    trainer = train(attached)
+    recommendation = Recommendation.load(tmp_path / "recommended.json", "recommended")
+    posterior = Posterior.from_pretrained(tmp_path)
+    assert recommendation.mean_sha256 == posterior.metadata["mean_sha256"]
+    assert recommendation.draws is None, "480 examples are too few for draws to be tried"
+    assert f"calibrated on {96} evaluation examples: the mean" in caplog.text
+    # The examples and the halves are drawn by the run's seed.
+    places = sorted(torch.randperm(120, generator=torch.Generator().manual_seed(5))[:96].tolist())
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(5)).tolist()
+    choose, report = ([places[i] for i in half] for half in (order[:48], order[48:]))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path).eval()
+    by_temperature = [nll_of(model, choose, t) for t in TEMPERATURES]
+    best = TEMPERATURES[by_temperature.index(min(by_temperature))]
+    assert recommendation.temperature in (1.0, best)
+    assert recommendation.mean_reported_on.nll == pytest.approx(nll_of(model, report, 1.0), rel=1e-4)
+    reported = nll_of(model, report, recommendation.temperature)
+    assert recommendation.reported_on.nll == pytest.approx(reported, rel=1e-4)
+    # Nothing of it changes what was trained.
+    without = train(attached, "without", {"calibrate": False})
+    assert not (tmp_path / "without/recommended.json").exists()
+    for name, weights in lora_weights(without.model).items():
+        assert torch.equal(weights, lora_weights(trainer.model)[name])
+
+
+def test_draws_are_tried_in_a_longer_run_and_are_those_of_the_posterior(attached: Any, tmp_path: Path) -> None:
+    trainer = attached({"gamma": 30.0}, **{**RUN, "max_steps": 1})
+    trainer.eval_dataset = DATA.select(range(60))
+    trainer.train()
+    run = trainer.posterior_training
+    ways = []
+
+    def draw(number: int, tau: float = 1.0, own: Any = run.optimizer.evaluation_draw) -> Any:
+        ways.append((number, tau))
+        return own(number, tau)
+
+    run.optimizer.evaluation_draw = draw
+    before = lora_weights(trainer.model)
+    assert run._calibrate(60 * PASSES * 5).startswith("calibrated on 60")
+    assert {tau for _, tau in ways} == {1.0, 4.0, 16.0}
+    assert {number for number, _ in ways} == set(range(DRAWS))
+    assert run.recommendation.draws is not None
+    assert all(torch.equal(before[name], weights) for name, weights in lora_weights(trainer.model).items())
+    param = next(iter(run.params.values()))
+    with run.optimizer.evaluation_draw(0, 1.0):
+        wide = param.detach() - before[next(iter(run.params))]
+    with run.optimizer.evaluation_draw(0, 4.0):
+        narrow = param.detach() - before[next(iter(run.params))]
+    torch.testing.assert_close(narrow * 2, wide, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "line"),
+    [
+        (30, {}, "30 evaluation examples tell little; 60 are needed"),
+        (120, {"max_steps": 3}, "a tenth of this short run's time is too little"),
+        (None, {}, "set val_set_size or test_datasets"),
+    ],
+)
+def test_why_a_run_is_not_calibrated(
+    attached: Any, tmp_path: Path, caplog: Any, rows: int | None, changes: Any, line: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "recommended.json").write_text("{}")  # of an earlier adapter in this folder
+    trainer = attached(**{**RUN, "max_steps": 40, **changes})
+    trainer.eval_dataset = None if rows is None else DATA.select(range(rows))
+    trainer.train()
+    trainer.save_model()
+    assert caplog.messages[-1].startswith("not calibrated: ")
+    assert line in caplog.messages[-1]
+    assert not (tmp_path / "recommended.json").exists()
+    assert Posterior.from_pretrained(tmp_path).sigma
+
+
+def test_what_fails_there_costs_nothing_that_was_trained(attached: Any, tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level(logging.INFO)
+    trainer = attached(**RUN)
+    trainer.eval_dataset = DATA
+    trainer.get_eval_dataloader = lambda *_: 1 / 0
+    trainer.train()
+    trainer.save_model()
+    assert "not calibrated: division by zero" in caplog.text
+    assert Posterior.from_pretrained(tmp_path).sigma
+    assert not (tmp_path / "recommended.json").exists()
+
+
+def columns(logits: torch.Tensor, target: torch.Tensor) -> list[_Column]:
+    """What a way that gives these logits (examples, labels, classes) predicts."""
+    scaled = [(logits.double() / t).log_softmax(-1) for t in TEMPERATURES]
+    nll = torch.stack([-logs.gather(-1, target[..., None]).squeeze(-1) for logs in scaled], -1)
+    confidence = torch.stack([logs.exp().amax(-1) for logs in scaled], -1)
+    return [_Column(*each) for each in zip(nll, confidence, logits.argmax(-1) == target, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("sharpness", "draws", "tau", "temperature"),
+    [
+        (1.0, 1.0, math.inf, 1.0),  # calibrated, and draws that are the same
+        (3.0, 3.0, math.inf, pytest.approx(3.0, rel=0.2)),  # too sure by a factor of three
+        (3.0, 0.0, math.inf, pytest.approx(3.0, rel=0.2)),  # draws that know nothing
+        (0.2, None, 4.0, 1.0),  # draws that know what the mean does not
+    ],
+)
+def test_what_is_recommended(sharpness: float, draws: float | None, tau: float, temperature: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = 2 * torch.randn(200, 3, 8, generator=generator)
+    target = torch.distributions.Categorical(logits=truth).sample()
+    mean = columns(truth * sharpness, target)
+    if draws is None:
+        other = columns(truth, target)
+        mean = columns(torch.randn(200, 3, 8, generator=generator) * sharpness, target)
+    else:
+        other = columns(truth * draws, target)
+    ways = [_Way(math.inf), _Way(4.0)]
+    recommendation, line = _choose(ways, [list(pair) for pair in zip(mean, other, strict=True)], seed=1)
+    assert (recommendation.tau, recommendation.temperature) == (tau, temperature), line
+    assert recommendation.draws.tau == 4.0
+    assert json.loads(json.dumps(recommendation.dump()))["tau"] == ("inf" if math.isinf(tau) else tau)
+
+
+def test_the_error_of_a_mean_over_dependent_labels_is_the_bootstrap_s() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 9, (80,), generator=generator).tolist()
+    groups = [torch.randn(1, generator=generator) + 0.3 * torch.randn(k, generator=generator).double() for k in sizes]
+    values, number = torch.cat(groups), torch.repeat_interleave(torch.arange(80), torch.tensor(sizes))
+    zeros = torch.zeros_like(values)
+    one, other = (Scores(zeros, zeros, nll, zeros, zeros, zeros, zeros, number) for nll in (values, zeros))
+    difference, error = _mean_of_groups(groups)
+    expected = compare(one, other)["nll"]
+    assert difference == pytest.approx(expected.difference)
+    assert error == pytest.approx(expected.standard_error, rel=0.1)
