@@ -9,9 +9,12 @@ noise, and draws are recommended only if they are better than that beyond noise.
 from __future__ import annotations
 
 import math
+import operator
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +26,7 @@ from tqdm.auto import tqdm
 from ..metrics.scores import Scores, metrics
 from ..metrics.verdict import FEWEST, Paired, judge
 from ..records.evaluation import Difference, Metrics
-from ..records.recommendation import DrawsPoint, Recommendation, Reported, Sizes, SweepVerdict
+from ..records.recommendation import RECOMMENDED_FILE, DrawsPoint, Recommendation, Reported, Sizes, SweepVerdict
 
 if TYPE_CHECKING:
     from .callback import PosteriorTraining
@@ -78,10 +81,17 @@ def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None,
         if run.draws_as_saved:
             affordable = int((SHARE * seen / len(dataset) - 1) / DRAWS)
             ways += [_Way(tau) for tau in TAUS[:affordable]]
-        columns = gather_object(list(_measure(run, dataset, ways)))
+        # In an order of their contents, so that the halves do not depend on the number of processes.
+        columns = [
+            columns
+            for _, columns in sorted(gather_object(list(_measure(run, dataset, ways))), key=operator.itemgetter(0))
+        ]
     except NotCalibrated as why:
         return None, f"not calibrated: {why}"
-    return _choose(ways, columns, run.trainer.args.seed)
+    recommendation, text = _choose(ways, columns, run.trainer.args.seed)
+    if recommendation.verdict and recommendation.verdict.differences:
+        text += f"; predict with --recommended {Path(str(run.trainer.args.output_dir)) / RECOMMENDED_FILE}"
+    return recommendation, text
 
 
 def _evaluation_data(run: PosteriorTraining, seen: int) -> Any:
@@ -103,8 +113,8 @@ def _evaluation_data(run: PosteriorTraining, seen: int) -> Any:
     return dataset.select(places) if hasattr(dataset, "select") else Subset(dataset, places)
 
 
-def _measure(run: PosteriorTraining, dataset: Any, ways: Sequence[_Way]) -> Iterator[list[_Column]]:
-    """Yield, for every example of this process, what each way predicts for its labels."""
+def _measure(run: PosteriorTraining, dataset: Any, ways: Sequence[_Way]) -> Iterator[tuple[int, list[_Column]]]:
+    """Yield a hash of every example of this process, and what each way predicts for its labels."""
     trainer: Any = run.trainer
     loader = trainer.get_eval_dataloader(dataset)
     passes = sum(way.draws for way in ways)
@@ -121,9 +131,12 @@ def _measure(run: PosteriorTraining, dataset: Any, ways: Sequence[_Way]) -> Iter
                     raise NotCalibrated("the evaluation data have no labels to predict")
                 places, target, group = _places(labels)
                 by_way = [_columns(trainer, run, way, inputs, labels, places, target) for way in ways]
+                ids, attended = inputs["input_ids"].cpu(), inputs.get("attention_mask")
                 for example in group.unique().tolist():
                     here = group == example
-                    yield [_Column(c.nll[here], c.confidence[here], c.correct[here]) for c in by_way]
+                    own = ids[example] if attended is None else ids[example][attended[example].cpu().bool()]
+                    columns = [_Column(c.nll[here], c.confidence[here], c.correct[here]) for c in by_way]
+                    yield zlib.crc32(own.numpy().tobytes()), columns
     finally:
         trainer.model.train(was_training)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from runs import Configs, Forks, launched, trained
 from safetensors.torch import load_file
 from trainers import IVON_METRICS
@@ -122,6 +123,24 @@ def assert_same(folder: Path, other: Path) -> None:
         torch.testing.assert_close(left.mean[key], right.mean[key], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(left.sigma[key], right.sigma[key], rtol=1e-4, atol=0)
     assert left.metadata["steps"] == right.metadata["steps"]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero3", "fsdp2-full"])
+def test_two_processes_calibrate_as_one_does(several: SeveralProcesses, mode: str) -> None:
+    found = []
+    for name, processes in (("one", 1), ("two", 2)):
+        how = "ddp" if processes == 1 else mode
+        config = several.config(f"calibrated-{mode}-{name}", how, processes, val_set_size=8, save_steps=None)
+        document = yaml.safe_load(config.read_text())
+        document["plugins"].append("axolotl_helpers.CalibratesOnFew")
+        config.write_text(yaml.safe_dump(document))
+        output = several.train(config, how, processes if processes > 1 else 0)
+        found.append(json.loads((output / "recommended.json").read_text()))
+        assert found[-1]["mean_sha256"] == Posterior.from_pretrained(output).metadata["mean_sha256"]
+    one, two = found
+    assert two["draws"] == one["draws"]
+    assert two["chosen_on"]["nll"] == pytest.approx(one["chosen_on"]["nll"], rel=1e-3)
+    assert two["mean_reported_on"]["nll"] == pytest.approx(one["mean_reported_on"]["nll"], rel=1e-3)
 
 
 def test_a_preset_chooses_the_same_learning_rate_in_two_processes(several: SeveralProcesses) -> None:
