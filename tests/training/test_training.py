@@ -106,11 +106,12 @@ def test_the_last_words_say_how_far_the_weights_moved_and_the_header_keeps_it(
     last = header(tmp_path / "checkpoint-4")
     assert float(last["moved"]) == pytest.approx(moved, rel=1e-3)
     assert float(last["travel"]) == pytest.approx(allowed, rel=1e-4)
-    (weights_level, weights), (sigma_level, sigma), (_, following) = messages(caplog)[-3:]
+    (weights_level, weights), (sigma_level, sigma), (_, following), (_, calibrated) = messages(caplog)[-4:]
     assert (weights_level, sigma_level) == (logging.WARNING, logging.INFO)
     assert f"hardly moved: by {moved:.1g} on average, {moved / allowed:.0%} of the {allowed:.3g}" in weights
     assert "σ was not learned" in sigma
     assert f"ivon-post check {tmp_path}" in following
+    assert calibrated.startswith("not calibrated: 24 evaluation examples")
     # Half a run allows what its first steps allow, and a resumed one what an uninterrupted one does.
     assert float(header(tmp_path / "checkpoint-2")["travel"]) == pytest.approx(3e-2 * 0.01 * 1.75, rel=1e-4)
     trained(**run, resume=tmp_path / "checkpoint-2")
