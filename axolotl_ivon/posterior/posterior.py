@@ -110,8 +110,9 @@ class Posterior:
         adapter = Adapter(path_or_hub_id)
         if adapter.sigma is None:
             raise IVONError(
-                f"{path_or_hub_id} has no {SIGMA_FILE}, so it is no posterior: it can be looked at and merged; "
-                "`ivon-post fit` gives it one, as training with `optimizer: ivon_lora` does"
+                f"{path_or_hub_id} has no {SIGMA_FILE}, so it is no posterior: `info`, `merge`, `eval --rows "
+                "base,mean` and `generate --mean` take it; `ivon-post fit` gives it one, as training with "
+                "`optimizer: ivon_lora` does"
             )
         digests = adapter.check_pair(reporter)
         check_sigma(adapter.folder / SIGMA_FILE, adapter.sigma, reporter)
@@ -318,8 +319,8 @@ def open_posterior(adapter: str | Path, mean_only: bool = False) -> Posterior:
         return Posterior.from_pretrained(adapter)
     if not mean_only:
         raise IVONError(
-            f"{adapter} has no {SIGMA_FILE}, so there are no draws and no pruning; evaluate it with "
-            f"{param_ref('rows')} base,mean, or give it a σ with `ivon-post fit`"
+            f"{adapter} has no {SIGMA_FILE}, so there are no draws and no pruning; evaluate its mean with "
+            "`ivon-post eval --rows base,mean`, or give it a σ with `ivon-post fit`"
         )
     specs = {key: ("F32", shape) for key, (_, shape) in held.mean.specs.items()}
     zeros = Tensors(specs, lambda key: np.zeros(specs[key][1], np.float32))

@@ -63,7 +63,7 @@ def test_info_shows_modules_header_and_histogram_and_has_numbers_as_json(tiny_ad
 
 def test_info_of_what_is_no_posterior(tiny_adapter: Path, plain_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
     text = ivon_post("info", plain_adapter)
-    assert "`info` and `merge` work on this adapter" in text
+    assert "`eval --rows base,mean` and `generate --mean` work on this adapter" in text
     assert "model.layers.1.self_attn.v_proj" in text
     ivon_post("sample", tiny_adapter, "-n", 2, "-o", tmp_path / "e")
     members = f"{tmp_path}/e/sample-0000, {tmp_path}/e/sample-0001"
