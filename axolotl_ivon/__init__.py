@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .posterior.posterior import Posterior
     from .settings.presets import effective_sample_size
     from .training.attach import attach
+    from .training.loop import save_posterior
 
 __all__ = [
     "IVONError",
@@ -51,6 +52,7 @@ __all__ = [
     "fit",
     "hookimpl",
     "predict",
+    "save_posterior",
 ]
 
 _HOME = {
@@ -61,6 +63,7 @@ _HOME = {
     "draws": "models.draws",
     "fit": "fitting.fit",
     "predict": "models.draws",
+    "save_posterior": "training.loop",
     "IVONLoRAPlugin": "integrations.axolotl",
 }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from axolotl.integrations.base import BasePlugin
 
 from ..errors import IVONError
-from ..settings.keys import attach_parameters, prior_folder, yaml_key
+from ..settings.keys import attach_parameters, yaml_key
 from ..settings.table import OPTIMIZER
 from .checks import check_config
 
@@ -87,14 +87,11 @@ class IVONLoRAPlugin(BasePlugin):
         """Put the optimizer, the sampling and the saving of σ into the training loop."""
         if cfg.optimizer != OPTIMIZER:
             return
-        from ..posterior.posterior import Posterior
         from ..training.attach import attach
         from ..training.processes import check_sharding
 
         settings = attach_parameters(cfg)
         with _refused_by_key():
-            if (folder := prior_folder(cfg.ivon_prior)) is not None:
-                settings["prior"] = Posterior.from_pretrained(folder)
             attach(trainer, **settings)
             run: PosteriorTraining = trainer.posterior_training  # type: ignore[attr-defined]
             # To keep the run itself would keep the model.

@@ -91,6 +91,10 @@ class IVONLoRA(Optimizer):
         optimizer.step()
         optimizer.zero_grad()
 
+    That is a loop of your own; `save_posterior(model, optimizer, "out/")` then saves the adapter with its σ. In a
+    transformers or TRL Trainer call `attach(trainer)` instead. The defaults here are the paper's for commonsense;
+    `attach` and the YAML choose by their preset `auto`.
+
     Do not clip the gradients before `step()`: the Hessian estimate needs them as they are, and `clip` bounds
     the step instead.
 
@@ -294,7 +298,8 @@ class IVONLoRA(Optimizer):
         if not any(buffers.h_hat is not None for buffers in all_buffers):
             raise RuntimeError(
                 "step() found gradients that were not taken at a draw; "
-                "run the forward and backward pass inside `with optimizer.sampled_params():`"
+                "run the forward and backward pass inside `with optimizer.sampled_params():`, "
+                "or, in a Trainer, call attach(trainer) and give it no optimizers="
             )
         decision, self._report = self._judge(self._at_draw, self._squares(), self._numbers, self._report)
         for buffers in all_buffers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+import os
 from functools import partial
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from ..errors import IVONError, param_ref
 from ..optim.ivon import IVONLoRA
-from ..posterior.chain import prior_header
+from ..posterior.chain import check_prior, prior_header
 from ..posterior.posterior import Posterior
 from ..settings.presets import Preset, resolved
 from .beginning import trained_generation_prompt
@@ -25,7 +25,7 @@ from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean,
 from .prior import gaussian_prior, start_at
 from .processes import check_sharding
 from .rates import scaled_options
-from .saved import names_of, trained_adapters, weights_in_file
+from .saved import check_that_all_is_saved, names_of, trained_adapters
 from .trainer import PosteriorTrainerMixin
 
 LOG = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def attach(
     h0: float | None = None,
     clip: float | None = None,
     betas: tuple[float, float | None] = (0.9, None),
-    prior: Literal["empirical"] | float | Posterior = "empirical",
+    prior: Literal["empirical"] | float | Posterior | str | os.PathLike[str] = "empirical",
     prior_strength: float | None = None,
     hessian: Literal["reparameterized", "squared_gradients"] | None = None,
     h0_steps: float | None = None,
@@ -53,7 +53,8 @@ def attach(
     """Make a Trainer train with IVON-LoRA, and save σ beside every adapter that it or its model saves.
 
     Call it once, between creating the Trainer and `trainer.train()`. The learning rate, its schedule and the seed
-    are the Trainer's own; one made for AdamW is right with the preset "auto". `max_grad_norm` is set to 0 if it has
+    are the Trainer's own; one made for AdamW is right with the preset "auto", which is the default here and of the
+    plugin; `IVONLoRA` alone has the paper's values as its defaults. `max_grad_norm` is set to 0 if it has
     transformers' default of 1, since a clipped gradient biases the Hessian estimate. The Trainer gets a copy of its
     arguments for this.
 
@@ -67,11 +68,11 @@ def attach(
         gamma: γ of the effective sample size λ = γ·√N.
         ess: λ itself, instead of γ and N.
         h0, clip, betas, hessian, h0_steps, rescale_lr: as in `IVONLoRA`; None for the preset's.
-        prior: "empirical" or a number, as in `IVONLoRA`; or the `Posterior` of an earlier run, to continue from it
-            without forgetting. `attach` puts its mean into a new adapter, and training starts from there and its σ,
-            with N(m₀, σ₀²/κ) as the prior; an adapter that was trained already keeps its weights, as a resumed run
-            does. N and λ are those of the new data alone: the earlier data count κ times. It must be over the same
-            base model, with the same rank, scaling and targets.
+        prior: "empirical" or a number, as in `IVONLoRA`; or the posterior of an earlier run (a `Posterior`, or its
+            folder or Hub id), to continue from it without forgetting. `attach` puts its mean into a new adapter, and
+            training starts from there and its σ, with N(m₀, σ₀²/κ) as the prior; an adapter that was trained already
+            keeps its weights, as a resumed run does. N and λ are those of the new data alone: the earlier data count
+            κ times. It must be over the same base model, with the same rank, scaling and targets.
         prior_strength: κ; None for the preset's: 0.1, with a `Posterior` 300; 1 by "paper".
         train_size: N, the number of training examples; the length of the Trainer's dataset by default (give it where
             that dataset is packed or streamed).
@@ -89,7 +90,7 @@ def attach(
     model = _adapter_of(trainer)
     params = trained_parameters(model)
     names = names_of(model, params)
-    _check_that_all_is_saved(model, names)
+    check_that_all_is_saved(model, names)
     given = {"gamma": gamma, "ess": ess, "h0": h0, "clip": clip, "beta1": betas[0], "beta2": betas[1]}
     chosen = resolved(preset, {**given, "prior_strength": prior_strength, "hessian": hessian, "h0_steps": h0_steps})
     if ess is None and train_size is None:
@@ -97,7 +98,7 @@ def attach(
     # ZeRO-3 leaves an empty tensor where it has partitioned one.
     shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in params.items()}
     settings_for_run = partial(chosen.for_run, train_size or 0, shapes)
-    earlier = prior if isinstance(prior, Posterior) else None
+    earlier = _earlier(prior)
     try:
         settings: dict[str, Any] = {
             "lr": trainer.args.learning_rate,
@@ -176,6 +177,16 @@ def attach(
     trainer.add_callback(run)
 
 
+def _earlier(prior: Any) -> Posterior | None:
+    """Return the posterior that is the prior, read from its folder if need be; None for a prior of another kind."""
+    if isinstance(prior, Posterior):
+        return prior
+    if not isinstance(prior, str | os.PathLike) or prior == "empirical":
+        return None
+    check_prior(str(prior), {})
+    return Posterior.from_pretrained(prior)
+
+
 def _put_mixin_first(trainer: Trainer) -> None:
     """Let the Trainer's class be the mixin on top of its own class, by the same name."""
     own = type(trainer)
@@ -210,19 +221,6 @@ def _train_size(trainer: Trainer) -> int:
         raise IVONError(
             f"the training data has no length, so λ is unknown: give {param_ref('ess')} (or train_size, in Python)"
         ) from error
-
-
-def _check_that_all_is_saved(model: PeftModel, names: Mapping[str, str]) -> None:
-    """Refuse to train what no adapter file holds: its σ would be lost with its mean."""
-    if not names:
-        raise IVONError("the model has no trainable parameter: the adapter is frozen (is_trainable=False?)")
-    kept = {weight for adapter in model.peft_config for weight in weights_in_file(model, adapter, names).values()}
-    for name in names.values():
-        if name not in kept:
-            raise IVONError(
-                f"{name} is trained but is not part of the adapter: freeze it, or add its module to "
-                "lora_target_modules or lora_modules_to_save"
-            )
 
 
 def _check_arguments(trainer: Trainer, chosen: Preset, preset: str) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import Trainer
 
 from ..errors import IVONError
@@ -152,17 +153,38 @@ def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
         best = Posterior.from_pretrained(adapter_folder(Path(run.best_folder), adapter))
         save_sigma(folder, best.sigma, best.metadata)
         return
-    sigma_of = getattr(run.optimizer, "sigma_for_next_prior", run.optimizer.sigma)
-    weights = weights_in_file(run.model, adapter, run.names)
-    sigma = {key: sigma_of(run.params[weight]).cpu() for key, weight in weights.items()}
+    steps = run.trainer.state.global_step
+    movement = run.movement(steps) if run.rates else {}
+    moved = {name: f"{value:.6g}" for name, value in movement.items() if name != "moved" or run.from_zero}
+    header = {**run.header, **moved}
+    save_optimizer_s_sigma(run.model, run.names, run.params, run.optimizer, folder, adapter, header, steps)
+
+
+def save_optimizer_s_sigma(
+    model: PeftModel,
+    names: Mapping[str, str],
+    params: Mapping[str, torch.Tensor],
+    optimizer: Any,
+    folder: Path,
+    adapter: str,
+    header: Mapping[str, str],
+    steps: int,
+) -> None:
+    """Write σ of an adapter's weights beside their mean in `folder`.
+
+    Args:
+        names: those of `saved.names_of`.
+        params: the trained weights, by their names in the model.
+        header: entries of the header that are no settings of the optimizer.
+        steps: of the run.
+    """
+    sigma_of = getattr(optimizer, "sigma_for_next_prior", optimizer.sigma)
+    sigma = {key: sigma_of(params[weight]).cpu() for key, weight in weights_in_file(model, adapter, names).items()}
     # What is in the file without having been trained (a resized embedding, say) has σ = 0.
     saved = TensorFile(folder / MEAN_FILE).entries
     zeros = {key: torch.zeros(()).expand(entry.shape) for key, entry in saved.items()}
-    group, steps = run.optimizer.param_groups[0], run.trainer.state.global_step
+    group = optimizer.param_groups[0]
     beta1, beta2 = group["betas"]
-    values = {"prior": group["prior"], **run.header, **{name: group[name] for name in group if name != "prior"}}
-    header = {**run.header, **header_of({**values, "beta1": beta1, "beta2": beta2}), "steps": str(steps)}
-    if run.rates:
-        movement = run.movement(steps)
-        header |= {name: f"{value:.6g}" for name, value in movement.items() if name != "moved" or run.from_zero}
+    values = {"prior": group["prior"], **header, **{name: group[name] for name in group if name != "prior"}}
+    header = {**header, **header_of({**values, "beta1": beta1, "beta2": beta2}), "steps": str(steps)}
     save_sigma(folder, {key: sigma.get(key, zero).contiguous() for key, zero in zeros.items()}, header)

@@ -52,3 +52,16 @@ def trained_adapters(model: PeftModel, names: Mapping[str, str]) -> list[str]:
 def adapter_folder(folder: Path, adapter: str) -> Path:
     """Return where PEFT saves an adapter in the folder of its model."""
     return folder if adapter == "default" else folder / adapter
+
+
+def check_that_all_is_saved(model: PeftModel, names: Mapping[str, str]) -> None:
+    """Refuse to train what no adapter file holds: its σ would be lost with its mean."""
+    if not names:
+        raise IVONError("the model has no trainable parameter: the adapter is frozen (is_trainable=False?)")
+    kept = {weight for adapter in model.peft_config for weight in weights_in_file(model, adapter, names).values()}
+    for name in names.values():
+        if name not in kept:
+            raise IVONError(
+                f"{name} is trained but is not part of the adapter: freeze it, or add its module to "
+                "lora_target_modules or lora_modules_to_save"
+            )

@@ -63,6 +63,16 @@ def test_training_starts_at_the_posterior_and_its_header_tells_the_chain(
     assert json.loads(header["prior_chain"])[1][3] == str(monday)
 
 
+def test_the_prior_may_be_given_by_its_folder(monday: Path, attached: Any, tmp_path: Path) -> None:
+    by_value = attached({"prior": Posterior.from_pretrained(monday)}).posterior_training
+    for folder in (monday, str(monday)):
+        run = attached({"prior": folder}).posterior_training
+        torch.testing.assert_close(run.settings["prior"], by_value.settings["prior"], rtol=0, atol=0)
+        assert run.header == by_value.header
+    with pytest.raises(IVONError, match=r"^prior: 'sunday' is refused, it must be 'empirical', a number, or the"):
+        attached({"prior": "sunday"})
+
+
 def test_a_strong_prior_holds_the_weights_and_a_weak_one_lets_them_go(monday: Path, trained: Any) -> None:
     q, moved = Posterior.from_pretrained(monday), []
     for strength in (1e-3, 1e6):

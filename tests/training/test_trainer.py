@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from trainers import Rates, Spy, lora_weights
 from transformers import Trainer
 
-from axolotl_ivon import IVONLoRA, Posterior, attach, effective_sample_size
+from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, effective_sample_size, save_posterior
 from axolotl_ivon.training.checkpoints import update_card_in
 
 
@@ -48,6 +48,42 @@ def test_the_trainer_does_what_a_plain_loop_does(made: Any, accumulation: int) -
         optimizer.zero_grad()
         for name, param in named:
             assert torch.equal(param, spy.means[step][name]), (step, name)
+
+
+def test_a_loop_without_a_trainer_saves_its_posterior(made: Any, tiny_adapter: Path, tmp_path: Path) -> None:
+    trainer = made(lora={"lora_dropout": 0.0})
+    model, batch = trainer.model.train(), trainer.data_collator([trainer.train_dataset[0]])
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    earlier = Posterior.from_pretrained(tiny_adapter)
+    own = {name: (p.detach().clone(), torch.full_like(p, 0.1)) for name, p in named}
+    for given, folder in (({}, "out"), ({"prior": own, "prior_strength": 2.0}, "again")):
+        optimizer = IVONLoRA(named, ess=1e4, **given)
+        for _ in range(3):
+            with optimizer.sampled_params():
+                model(**batch).loss.backward()
+                with pytest.raises(IVONError, match="at a draw; call it after the context"):
+                    save_posterior(model, optimizer, tmp_path / "draw")
+            optimizer.step()
+            optimizer.zero_grad()
+        prior = earlier if given else None
+        save_posterior(model, optimizer, tmp_path / folder, train_size=24, prior=prior)
+        posterior = Posterior.from_pretrained(tmp_path / folder)
+        for name, param in named:
+            key = name.replace(".default", "")
+            assert torch.equal(posterior.mean[key], param)
+            assert torch.equal(posterior.sigma[key], optimizer.sigma_for_next_prior(param))
+        assert posterior.metadata.items() >= {"steps": "3", "train_size": "24", "ess": "10000.0", "h0": "0.05"}.items()
+        assert posterior.metadata.get("prior_sha256") == (earlier.metadata["mean_sha256"] if given else None)
+    assert not (tmp_path / "draw").exists()
+    with pytest.raises(IVONError, match="is trained and this optimizer does not have it"):
+        save_posterior(model, IVONLoRA(named[1:], ess=1e4), tmp_path / "part")
+
+
+def test_a_trainer_that_is_given_the_optimizer_says_what_to_call(made: Any) -> None:
+    trainer = made()
+    trainer.optimizer = IVONLoRA([p for p in trainer.model.parameters() if p.requires_grad], ess=1e4)
+    with pytest.raises(RuntimeError, match=r"in a Trainer, call attach\(trainer\) and give it no optimizers=$"):
+        trainer.train()
 
 
 def test_evaluation_during_training_sees_the_mean(trained: Any, made: Any) -> None:
