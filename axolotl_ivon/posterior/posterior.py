@@ -320,7 +320,7 @@ def open_posterior(adapter: str | Path, mean_only: bool = False) -> Posterior:
     if not mean_only:
         raise IVONError(
             f"{adapter} has no {SIGMA_FILE}, so there are no draws and no pruning; evaluate its mean with "
-            "`ivon-post eval --rows base,mean`, or give it a σ with `ivon-post fit`"
+            f"`ivon-post eval` and {param_ref('rows')} base,mean, or give it a σ with `ivon-post fit`"
         )
     specs = {key: ("F32", shape) for key, (_, shape) in held.mean.specs.items()}
     zeros = Tensors(specs, lambda key: np.zeros(specs[key][1], np.float32))

@@ -374,7 +374,7 @@ def test_an_adapter_without_sigma_has_a_base_and_a_mean(make_adapter: MakeAdapte
     two = [paper_variants()["base"], paper_variants()["mean"]]
     evaluation = Evaluation(folder, EvaluationData([chats]), two)
     assert len(evaluation.run(two)) == 2
-    with pytest.raises(IVONError, match="evaluate its mean with `ivon-post eval --rows base,mean`"):
+    with pytest.raises(IVONError, match="evaluate its mean with `ivon-post eval` and rows base,mean"):
         Evaluation(folder, EvaluationData([chats]), list(paper_variants().values()))
 
 
