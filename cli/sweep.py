@@ -86,7 +86,7 @@ def command(
     if aim["risk"] is not None:
         check_risk(aim["risk"], aim["confidence"])
     with output.progress() as progress:
-        evaluation = Evaluation(adapter, files, variants, loading, progress)
+        evaluation = Evaluation(adapter, replace(files, risk=aim["risk"]), variants, loading, progress)
         result = sweep(evaluation, variants, sampling=sampling, **aim, reporter=progress)
         progress.begin("drawing")
         from axolotl_ivon.plots.sweep import save_sweep

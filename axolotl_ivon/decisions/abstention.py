@@ -157,19 +157,19 @@ def find_threshold(
         result = Abstention(risk, confidence, float(threshold), len(scores), answered, errors)
     if result.threshold is not None:
         return result
-    # All that is known of the error rates, for an advice: no test depends on it.
-    all_scores, all_correct = np.concatenate([scores, guide_scores]), np.concatenate([correct, guide_correct])
+    # An advice from the error rates of the test alone: those of the guide may be better, and would promise what failed.
     quantile, needs = NormalDist().inv_cdf, []
-    for answered, errors in _counts(all_scores, all_correct, grid):
+    for answered, errors in _counts(scores, correct, grid):
         rate = (errors + 0.5) / (answered + 1)
         if rate < risk:
             # About how many answers it takes to reject `risk` where the error rate is `rate`, mostly.
             spread = quantile(confidence) * math.sqrt(risk * (1 - risk))
             spread += quantile(_POWER) * math.sqrt(rate * (1 - rate))
             wanted = max(least_answers(risk, confidence), (max(spread, 0.0) / (risk - rate)) ** 2)
-            needs.append(math.ceil(wanted * len(all_scores) / answered))
-    if len(all_scores) < 1 / risk:  # nobody knows any rate
-        needs.append(least_answers(risk, confidence))
+            # So many as there are were not enough.
+            needs.append(max(math.ceil(wanted * len(scores) / answered), len(scores) + 1))
+    if len(scores) < 1 / risk:  # nobody knows any rate
+        needs.append(max(least_answers(risk, confidence), len(scores) + 1))
     return replace(result, needed=min(needs, default=None))
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError, param_ref
-from ..evaluation.evaluate import Evaluation, Sampling
+from ..evaluation.evaluate import Evaluation, Sampling, check_promise
 from ..evaluation.variants import Variant
 from ..metrics.verdict import SIGNS, Paired, examples_needed, figures, judge
 from ..records.evaluation import Difference, Metrics
@@ -126,11 +126,7 @@ def sweep(
     """
     if risk is not None:
         check_risk(risk, confidence)
-        if evaluation.task == "generate":
-            raise IVONError(
-                f"{param_ref('risk')} {risk:g}: the task generate scores tokens, and a promise is about answers; "
-                "generate them, and use `ivon-post mbr --risk`"
-            )
+        check_promise(risk, evaluation.task)
     import torch
 
     from ..metrics.bootstrap import standard_errors

@@ -234,6 +234,7 @@ class EvaluationData:
             what the answers look like (`detect_task`).
         choices: the strings to choose from; by default the answers in `files`.
         limit: take the first so many examples of each file.
+        risk: the share of wrong answers that is to be promised, or None: the task "generate" is then refused.
     """
 
     files: Sequence[str | Path]
@@ -242,6 +243,16 @@ class EvaluationData:
     task: str | None = None
     choices: Sequence[str] | None = None
     limit: int | None = None
+    risk: float | None = None
+
+
+def check_promise(risk: float, task: str) -> None:
+    """Raise an IVONError if the task has no answers of which a promise could be made."""
+    if task == "generate":
+        raise IVONError(
+            f"{param_ref('risk')} {risk:g}: the task generate scores tokens, and a promise is about answers; "
+            "generate them, and use `ivon-post mbr --risk`"
+        )
 
 
 class Evaluation:
@@ -291,6 +302,8 @@ class Evaluation:
         self.posterior = open_posterior(adapter, mean_only=mean_only)
         own = self.examples[: sum(map(len, self.files.values()))]
         self.task, self.choices = choose_task(own, has_head(self.posterior), data.task, data.choices)
+        if data.risk is not None:
+            check_promise(data.risk, self.task)
         for path, name, examples in others:
             strange = next((e for e in examples if self.choices and e.answer not in self.choices), None)
             if strange:

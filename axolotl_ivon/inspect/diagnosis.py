@@ -9,19 +9,22 @@ from typing import Any
 
 import numpy as np
 
+from ..posterior.chain import PRIOR_SHA256
 from ..posterior.findings import Finding, begins_at_zero, findings
 from ..posterior.posterior import Posterior
 from ..reporter import SILENT, Reporter
 
 # Σ σ²/var(A) over the matrices A: the paper's runs have 20 to 80.
 NARROW, WIDE = 5.0, 500.0
+# Nats that a draw may cost an example; the λ that `auto` takes allows 0.4.
+COSTLY = 1.0
 
 
 def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT) -> dict[str, Any]:
     """Diagnose the run that made an adapter; return plain numbers, strings, lists and dicts.
 
     `moved` and `allowed` are from the header: the average distance that a weight of a B matrix moved, and the largest
-    that the learning rate allowed, Σ α_t·ξ. Without them `moved` is the mean of |B|, which begins at 0.
+    that the learning rate allowed, Σ α_t·ξ. Without both `moved` is the mean of |B|, which begins at 0.
     `log_sigma_spread` is the standard deviation of log σ within a tensor, averaged over tensors by their weights.
     `noise` is D = Σ σ²/var(A) over the matrices A, at var(A) = 1/(3·inputs), PEFT's start. Each is None if unknown.
     `findings` are dicts of `about`, `good` and `text`.
@@ -46,17 +49,19 @@ def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT
                 mean_square = float(np.square(sigma / largest).mean(dtype=np.float64)) * float(largest) ** 2
                 noise += 3 * sigma.shape[-1] * mean_square
         reporter.advance("measuring", sigma.size, q.mean.weights)
-    if moved is None:
-        allowed = None
+    if moved is None and allowed is None:  # a run that began elsewhere, and could not know where, has `travel` alone
         moved = b_sum / b_count if b_count else None
     steps, beta2 = _number(q.metadata, "steps"), _number(q.metadata, "beta2")
-    found = findings(moved, allowed, spread / count if count else None, int(steps or 0), beta2)
+    log_spread, inherited = spread / count if count else None, PRIOR_SHA256 in q.metadata
+    found = findings(moved, allowed, log_spread, int(steps or 0), beta2, inherited=inherited)
     if not count:
         found.append(Finding("draws", False, "σ is 0 everywhere: there is only the mean, and no draws"))
     elif q.metadata.get("hessian") in ("squared_gradients", "fisher") and (ess := _number(q.metadata, "ess")):
         # Σ h·σ²/2, the expected rise of the loss, is at most this, as σ² = 1/(λ·p) and p ≥ h.
-        cost = f"{count / (2 * ess * q.tau):.2g}"
-        found.append(Finding("draws", True, f"a draw raises the loss of an example by at most about {cost} nats"))
+        cost = count / (2 * ess * q.tau)
+        text = f"a draw raises the loss of an example by at most about {cost:.2g} nats"
+        text += ", which may destroy what the model knows; a larger λ or τ narrows the draws" if cost > COSTLY else ""
+        found.append(Finding("draws", cost <= COSTLY, text))
     elif noise:
         text = f"the draws disturb the model by D = {noise:.2g}, where 20 to 80 is usual"
         text += ": they hardly differ from the mean; a smaller λ or τ widens them" if noise < NARROW else ""
@@ -66,7 +71,7 @@ def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT
         "adapter": str(path_or_hub_id),
         "moved": moved,
         "allowed": allowed,
-        "log_sigma_spread": spread / count if count else None,
+        "log_sigma_spread": log_spread,
         "noise": noise or None,
         "steps": steps and int(steps),
         "beta2": beta2,

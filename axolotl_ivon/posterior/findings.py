@@ -46,7 +46,13 @@ def travel_finding(travel: float, lr: float, by_hand: bool) -> Finding:
 
 
 def findings(
-    moved: float | None, allowed: float | None, spread: float | None, steps: int, beta2: float | None
+    moved: float | None,
+    allowed: float | None,
+    spread: float | None,
+    steps: int,
+    beta2: float | None,
+    *,
+    inherited: bool = False,
 ) -> list[Finding]:
     """Return findings about the weights and σ.
 
@@ -56,6 +62,7 @@ def findings(
         spread: the standard deviation of log σ within a tensor, averaged over weights; None without draws.
         steps: of the run; 0 if unknown.
         beta2: β2; None if unknown.
+        inherited: whether σ began as that of an earlier adapter, and its spread with it.
     """
     found = []
     if moved is not None:
@@ -74,6 +81,11 @@ def findings(
     if spread is None:
         return found
     differs = f"within a tensor it differs by {spread:.1%} from weight to weight"
+    if spread >= FROZEN and inherited:
+        found.append(
+            Finding("sigma", True, "σ began as the earlier adapter's; what this run learned is on top of that")
+        )
+        return found
     if spread >= FROZEN:
         learned = "σ was learned" if spread >= LEARNED else "σ has begun to be learned"
         found.append(Finding("sigma", True, f"{learned}: {differs}"))

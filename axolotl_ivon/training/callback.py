@@ -59,11 +59,11 @@ class PosteriorTraining(TrainerCallback):
     skipped: Skipped = NONE_SKIPPED  # the skipped steps that the log has reported
     losses: int = 0  # those, in this process, whose mean the gradient since the step began is of
     rates: list[float] = field(default_factory=list)  # of all steps: as they are planned, and then as they were
-    # Some weights of every B matrix, on the first process alone; a resumed run has 0.
+    # Some weights of every B matrix, on the first process alone; a resumed run has those of the prior, or 0.
     start: dict[str, Tensor] = field(default_factory=dict)
-    # Whether `start` was 0. Only then the header says how far weights moved: a resumed run must write the same header,
-    # and has nothing but that of its checkpoint to know where it began.
-    from_zero: bool = False
+    # Whether a resumed run would know `start` too, which must write the same header. Only then it says how far weights
+    # moved.
+    known_start: bool = False
     resumed: Mapping[str, str] = field(default_factory=dict)  # the header of the checkpoint that a run resumes from
     verdict: list[tuple[int, str]] = field(default_factory=list)  # how the run went: levels of the log, and texts
     logs_verdict: bool = True  # at the end of training
@@ -163,9 +163,13 @@ class PosteriorTraining(TrainerCallback):
                 lr,
             )
         fresh = not state.global_step
-        self.start = {name: _some(p) * fresh for name, p in self.params.items() if begins_at_zero(name)}
-        zero = bool(self.start) and not any(values.any() for values in self.start.values())
-        self.from_zero = zero if fresh else "moved" in self.resumed
+        factors = {name: p for name, p in self.params.items() if begins_at_zero(name)}
+        prior, now = self.settings["prior"], {name: _some(p) for name, p in factors.items()}
+        own = isinstance(prior, Mapping)
+        known = {name: _some(prior[name][0]) if own else torch.zeros_like(value) for name, value in now.items()}
+        at_known = all(torch.equal(now[name], known[name].to(p.dtype).float()) for name, p in factors.items())
+        self.known_start = bool(known) and at_known if fresh else "moved" in self.resumed
+        self.start = now if fresh and not self.known_start else known
         self.rates = self.rates or [lr] * state.max_steps  # an engine of its own may make the schedule
         finding = travel_finding(sum(self.rates) * self.step_bound, lr, by_hand)
         if not finding.good:
@@ -226,7 +230,10 @@ class PosteriorTraining(TrainerCallback):
         movement = self.movement(state.global_step)
         spread = self.optimizer.summary().get("ivon_log_sigma_spread") if hasattr(self.optimizer, "summary") else None
         betas = self.settings["betas"]
-        for finding in findings(movement.get("moved"), movement["travel"], spread, state.global_step, betas[1]):
+        inherited = PRIOR_SHA256 in self.header
+        for finding in findings(
+            movement.get("moved"), movement["travel"], spread, state.global_step, betas[1], inherited=inherited
+        ):
             warns = finding.about == "weights" and not finding.good
             self.verdict.append((logging.WARNING if warns else logging.INFO, finding.text))
         self.verdict.append((logging.INFO, f"next: `ivon-post check {args.output_dir}`"))

@@ -155,7 +155,7 @@ def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
         return
     steps = run.trainer.state.global_step
     movement = run.movement(steps) if run.rates else {}
-    moved = {name: f"{value:.6g}" for name, value in movement.items() if name != "moved" or run.from_zero}
+    moved = {name: f"{value:.6g}" for name, value in movement.items() if name != "moved" or run.known_start}
     header = {**run.header, **moved}
     save_optimizer_s_sigma(run.model, run.names, run.params, run.optimizer, folder, adapter, header, steps)
 

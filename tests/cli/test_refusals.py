@@ -113,6 +113,7 @@ CASES = {
     "eval adapter -d chats.jsonl --rows base --calibrate no.jsonl": "have one of them in --rows",
     "eval adapter -d chats.jsonl -o home": "is a folder",
     "sweep adapter -d chats.jsonl --ratio 0,1.5": "--ratio 1.5 is outside",
+    "sweep adapter -d chats.jsonl --risk 0.1 --task generate": "--risk 0.1: the task generate scores tokens",
     "sweep adapter -d chats.jsonl --risk 0": "--risk 0 is outside (0, 1); 0.05 is 5 %",
     "sweep adapter -d chats.jsonl --risk 0.1 --confidence 1": "--confidence 1 is outside (0, 1)",
     "sweep --combine adapter -d one.jsonl -d chats.jsonl": "1 posterior cannot be combined",
@@ -151,7 +152,6 @@ LATE = {
     "eval adapter -d chats.jsonl --base-model narrow": "does not fit the adapter",
     "sweep adapter -d chats.jsonl --limit 3 --choices A,B": "3 examples cannot be split",
     "sweep adapter -d chats.jsonl --limit 7 --choices A,B --risk 0.1": "7 examples cannot be split in a half and two",
-    "sweep adapter -d chats.jsonl --risk 0.1 --task generate": "--risk 0.1: the task generate scores tokens",
     "generate adapter -p chats.jsonl --max-tokens 512": "--max-tokens 512, but the model",
     "mbr nbest.jsonl --embedding-model no/such": "--embedding-model no/such: cannot be loaded",
 }

@@ -134,6 +134,15 @@ def test_what_is_needed_is_told_and_is_enough() -> None:
     assert np.mean([split(few.needed).threshold is not None for _ in range(40)]) > 0.6
 
 
+@given(st.integers(4, 60), st.integers(0, 20), st.integers(0, 99))
+def test_what_was_not_enough_is_not_said_to_be(count: int, wrong: int, seed: int) -> None:
+    """A guide that is right all over does not promise for the examples that were not."""
+    random = np.random.default_rng(seed)
+    scores, correct = random.uniform(0.5, 1, count), (np.arange(count) >= wrong).astype(float)
+    found = find_threshold(scores, correct, random.uniform(0.5, 1, count), np.ones(count), risk=0.05)
+    assert found.threshold is not None or found.needed is None or found.needed > count
+
+
 def test_from_very_few_the_least_number_is_told() -> None:
     few = find_threshold(np.full(3, 0.9), np.ones(3), np.full(3, 0.9), np.ones(3), risk=0.05)
     assert (few.threshold, few.needed) == (None, 45)

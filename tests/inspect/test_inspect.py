@@ -90,6 +90,23 @@ def test_the_figures_of_an_adapter_and_of_its_training(tiny_adapter: Path, make_
     assert "33% of the 0.0003" in found["findings"][0]["text"]
 
 
+def test_a_run_that_did_not_begin_at_zero_has_not_moved_from_there(make_adapter: Callable[..., Path]) -> None:
+    found = diagnose(make_adapter(facts={"travel": "0.0003"}))
+    assert (found["moved"], found["allowed"]) == (None, 3e-4)
+    assert [one["about"] for one in found["findings"]] == ["sigma", "draws"]
+
+
+@pytest.mark.parametrize(("ess", "good"), [(1e3, True), (1e2, False)])
+def test_draws_that_may_cost_more_than_a_nat_are_no_good_news(
+    ess: float, good: bool, make_adapter: Callable[..., Path]
+) -> None:
+    folder = make_adapter(facts={"hessian": "squared_gradients", "ess": str(ess)})
+    weights = Posterior.from_pretrained(folder).mean.weights
+    finding = diagnose(folder)["findings"][-1]
+    assert f"by at most about {weights / (2 * ess):.2g} nats" in finding["text"]
+    assert (finding["good"], "may destroy" in finding["text"]) == (good, not good)
+
+
 def test_pruned_weights_take_no_part_and_a_point_has_no_draws(tiny_adapter: Path, tmp_path: Path) -> None:
     q = Posterior.from_pretrained(tiny_adapter)
     q.prune(0.5).save_pretrained(tmp_path / "pruned")

@@ -7,8 +7,8 @@ import pytest
 from axolotl_ivon.posterior.findings import findings
 
 
-def said(*arguments: object) -> dict[str, tuple[bool, str]]:
-    return {one.about: (one.good, one.text) for one in findings(*arguments)}
+def said(*arguments: object, **options: bool) -> dict[str, tuple[bool, str]]:
+    return {one.about: (one.good, one.text) for one in findings(*arguments, **options)}
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,8 @@ def test_whether_sigma_was_learned(spread: float, steps: int, beta2: float, good
     assert ok is good
     assert all(word in text for word in words), text
     assert ("try β2" in text) == (steps == 160 and not good)
+    _, text = said(None, None, spread, steps, beta2, inherited=True)["sigma"]
+    assert ("σ began as the earlier adapter's" in text) is good
 
 
 @pytest.mark.parametrize("beta2", [None, 1.0, -3.0, 0.0])

@@ -16,6 +16,7 @@ from trainers import lora_weights, make_trainer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from axolotl_ivon import IVONError, Posterior, attach
+from axolotl_ivon.inspect.diagnosis import diagnose
 from axolotl_ivon.posterior.chain import links
 
 
@@ -28,6 +29,24 @@ def monday(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer.train()
     trainer.model.save_pretrained(folder)
     return folder
+
+
+def test_how_far_weights_moved_is_from_the_prior_also_in_a_resumed_run(
+    monday: Path, trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    q = Posterior.from_pretrained(monday)
+    run = {"settings": {"prior": q}, "learning_rate": 3e-3, "max_steps": 4, "save_steps": 2}
+    with caplog.at_level("INFO", "axolotl_ivon"):
+        trained(**run)
+    new = Posterior.from_pretrained(tmp_path / "checkpoint-4")
+    apart = torch.cat([(new.mean[key] - q.mean[key]).abs().flatten() for key in q.mean if "lora_B" in key])
+    assert float(new.metadata["moved"]) == pytest.approx(float(apart.mean()), rel=1e-3)
+    found = diagnose(tmp_path / "checkpoint-4")
+    assert found["moved"] == float(new.metadata["moved"])
+    said = [one["text"] for one in found["findings"] if one["about"] in ("weights", "sigma")]
+    assert set(said) <= set(caplog.messages)
+    trained(**run, resume=tmp_path / "checkpoint-2")
+    assert Posterior.from_pretrained(tmp_path / "checkpoint-4").metadata == new.metadata
 
 
 def test_training_starts_at_the_posterior_and_its_header_tells_the_chain(
