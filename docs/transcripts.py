@@ -63,9 +63,9 @@ COMMANDS = {
         "ls out-report.html",
     ],
     "influence": [
-        "ivon-post influence out --data train.jsonl --on validation.jsonl --by on -o influence.jsonl | head -n 12",
+        "ivon-post influence out --data train.jsonl --on validation.jsonl -o influence.jsonl",
         "head -n 1 influence.jsonl",
-        "ivon-post influence out --data train.jsonl --scores influence.jsonl --by on --keep 0.9 -o clean.jsonl "
+        "ivon-post influence out --data train.jsonl --scores influence.jsonl --keep 0.953125 -o clean.jsonl "
         "| tail -n 2",
         "wc -l train.jsonl clean.jsonl",
     ],
