@@ -16,7 +16,6 @@ from ._tables import decimal, emit, is_wide, percent, print_table
 if TYPE_CHECKING:
     from axolotl_ivon.records.evaluation import EvaluationRecord, OodResult, VariantResult
 
-_ROWS = "base,mean,mean-pruned,posterior,posterior-pruned"
 # Heading -> (metric, how it is written, whether its standard error is shown).
 _COLUMNS = {
     "acc %": ("accuracy", percent, True),
@@ -60,9 +59,13 @@ _DIFFERENCES = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL"
 )
 @options.point_options(
     "Temperature of the posterior; inf is the mean.  [default: 1]",
-    "Share of weights that the pruned variants lack.  [default: 0.1]",
+    "Share of weights that the pruned variants lack, which are then evaluated too.",
 )
-@options.option("--rows", default=_ROWS, help="Variants to evaluate, with commas between.")
+@click.option(
+    "--rows",
+    help="Variants to evaluate, with commas between: base, mean, mean-pruned, posterior, posterior-pruned.  "
+    "[default: base,mean,posterior; with a ratio all]",
+)
 @options.output_options(None, "JSONL for the prediction of every variant on every example.", metavar="FILE")
 @options.as_one("files", options.evaluation_data, "data", "ood", "calibrate", "task", "choices", "limit")
 def command(
@@ -70,7 +73,7 @@ def command(
     files: options.EvaluationData,
     sampling: options.Sampling,
     point: options.PosteriorOptions,
-    rows: str,
+    rows: str | None,
     output: options.OutputOptions,
     loading: options.Loading,
 ) -> None:
@@ -104,9 +107,10 @@ def command(
     from axolotl_ivon.records.recommendation import Recommendation
     from axolotl_ivon.storage.atomic import check_file
 
-    tau, ratio = point.settings(adapter, default_ratio=0.1)
+    names = [name.strip() for name in rows.split(",")] if rows is not None else []
+    tau, ratio = point.settings(adapter, default_ratio=0.1 if any("pruned" in name for name in names) else 0.0)
     advice = Recommendation.load(point.recommended, "recommended") if point.recommended else None
-    choice = VariantChoice([name.strip() for name in rows.split(",")], tau, ratio, advice)
+    choice = VariantChoice(names, tau, ratio, advice)
     written = output.path(adapter, "") if output.output is not None else None
     if written:
         check_file(written, output.overwrite)
@@ -131,9 +135,8 @@ def _print(record: EvaluationRecord) -> None:
     wide = is_wide(140)
     heads = [head for head in (_COLUMNS if wide else _NARROW) if record.task == "generate" or head != "PPL"]
     choices = f" between {', '.join(record.choices)}" if record.choices else ""
-    draws = f"{record.samples} draws at τ {record.dump()['tau']}, pruning ratio {record.prune_ratio:g}"
     quality = {head: _COLUMNS[head] for head in heads}
-    _print_metrics(record.rows, quality, f"{record.task}{choices}; {draws}", wide)
+    _print_metrics(record.rows, quality, f"{record.task}{choices}; {record.draws}", wide)
     if record.calibration:
         fitted = ", ".join(f"{name} {value:.3g}" for name, value in record.calibration.temperatures.items())
         click.echo(f"fitted on {record.calibration.data}: {fitted}\n")

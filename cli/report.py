@@ -68,8 +68,7 @@ def command(
         findings = Findings.read(Posterior.from_pretrained(adapter, progress).metadata, *files)
         if data:
             tau, ratio = options.PosteriorOptions(sweep).settings(adapter)
-            names = ["base", "mean", "posterior", *(["mean-pruned", "posterior-pruned"] if ratio else [])]
-            choice = VariantChoice(names, tau, ratio, findings.sweep)
+            choice = VariantChoice((), tau, ratio, findings.sweep)
             evaluated = run(adapter, EvaluationData(data), choice, reporter=progress)
             findings = replace(findings, evaluation=evaluated.record, examples=list(evaluated.examples()))
         progress.begin("drawing")

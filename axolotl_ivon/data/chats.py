@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,6 +211,23 @@ def detect_task(examples: Sequence[Example]) -> str:
     short = all(len(answer) <= 40 and "\n" not in answer for answer in answers)
     repeated = 2 * len(answers) <= len(examples) or all(len(answer.strip()) == 1 for answer in answers)
     return "choice" if few and short and repeated else "generate"
+
+
+def odd_choices(examples: Sequence[Example], choices: Sequence[str]) -> str:
+    """Return in a line which of the choices that the data have look like mistakes; empty if none does.
+
+    They differ in case or blanks alone, or occur once where another occurs at least five times.
+    """
+    counts = Counter(example.answer for example in examples)
+    alike: dict[str, list[str]] = {}
+    for choice in choices:
+        alike.setdefault(" ".join(choice.casefold().split()), []).append(choice)
+    said = [
+        " and ".join(map(repr, same)) + " differ in case or blanks alone" for same in alike.values() if len(same) > 1
+    ]
+    once = [repr(choice) for choice in choices if counts[choice] == 1 and max(counts.values()) >= 5]
+    said += [f"{', '.join(once)} {'occur' if len(once) > 1 else 'occurs'} once"] if once else []
+    return f"{'; '.join(said)}: each is a choice of its own; mend the data, or name the choices" if said else ""
 
 
 def choose_task(

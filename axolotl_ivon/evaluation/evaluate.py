@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..data.chats import Example, choose_task, read_examples, read_files
+from ..data.chats import Example, choose_task, odd_choices, read_examples, read_files
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..models.session import Loading, Session, has_head
@@ -304,6 +304,8 @@ class Evaluation:
         self.task, self.choices = choose_task(own, has_head(self.posterior), data.task, data.choices)
         if data.risk is not None:
             check_promise(data.risk, self.task)
+        if data.choices is None and (odd := odd_choices(own, self.choices)):
+            reporter.notify(odd)
         for path, name, examples in others:
             strange = next((e for e in examples if self.choices and e.answer not in self.choices), None)
             if strange:

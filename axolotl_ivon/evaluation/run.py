@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import IVONError, param_ref
 from ..metrics.verdict import REFERENCES, judge
 from ..models.session import Loading
 from ..records.base import save_lines
@@ -61,10 +62,11 @@ def run(
     to_calibrate = calibrated_variants(variants) if data.calibrate is not None else []
     evaluation = Evaluation(adapter, data, variants, loading, reporter)
     variants = [_without_threshold(v, choice, evaluation.task, reporter) for v in variants]
-    if evaluation.task == "classify" and evaluation.posterior.config.get("modules_to_save"):
-        # The trained head is among the adapter's saved modules, and the base model's own is random.
-        reporter.notify("no row for the base model: its classification head is not trained")
+    if any(variant.base for variant in variants) and (reason := _without_base(evaluation)):
         variants = [variant for variant in variants if not variant.base]
+        if not variants:
+            raise IVONError(f"{param_ref('rows')} base: {reason}; name other rows")
+        reporter.notify(f"no row for the base model: {reason}")
     calibration = None
     if to_calibrate:
         fitted = evaluation.temperatures(to_calibrate, sampling, reporter)
@@ -97,6 +99,24 @@ def run(
         output=output,
     )
     return Evaluated(record, evaluation, variants, scores)
+
+
+# Initializations of PEFT that write what is left of the base model's weights in their place, also on loading.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def _without_base(evaluation: Evaluation) -> str:
+    """Return why the model without its adapter is not the base model; empty if it is."""
+    config = evaluation.posterior.config
+    start = str(config.get("init_lora_weights")).lower()
+    if evaluation.task == "classify" and config.get("modules_to_save"):
+        # The trained head is among the adapter's saved modules, and the base model's own is random.
+        return "its classification head is not trained"
+    if start.startswith(_CHANGE_THE_BASE):
+        return f"init_lora_weights {start} has changed its weights"
+    if config.get("bias") not in (None, "none"):
+        return f"bias {config['bias']} has trained its biases"
+    return "layer_replication has repeated its layers" if config.get("layer_replication") else ""
 
 
 def _without_threshold(variant: Variant, choice: VariantChoice, task: str, reporter: Reporter) -> Variant:

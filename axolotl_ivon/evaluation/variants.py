@@ -66,11 +66,14 @@ def paper_variants(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Variant]:
 
 @dataclass(frozen=True)
 class VariantChoice:
-    """Which variants are evaluated: those of `paper_variants` that are named, and what a recommendation adds."""
+    """Which variants are evaluated: those of `paper_variants` that are named, and what a recommendation adds.
 
-    names: Sequence[str] = tuple(paper_variants())
+    By default they are base, mean and posterior, and with a ratio the pruned ones too.
+    """
+
+    names: Sequence[str] = ()
     tau: float = 1.0
-    ratio: float = 0.1
+    ratio: float = 0.0
     recommendation: Recommendation | None = None
 
     def variants(self) -> list[Variant]:
@@ -85,7 +88,8 @@ class VariantChoice:
                 raise IVONError(
                     f"{param_ref('rows')} {','.join(self.names)}: {name!r} is unknown; choose from {','.join(known)}"
                 )
-        variants = [variant for name, variant in known.items() if name in self.names]
+        names = self.names or [name for name, variant in known.items() if self.ratio or "pruned" not in name]
+        variants = [variant for name, variant in known.items() if name in names]
         if (advice := self.recommendation) and (advice.temperature != 1 or advice.threshold is not None):
             options = {"temperature": advice.temperature, "threshold": advice.threshold}
             variants.append(Variant("recommended", self.tau, self.ratio, **options))  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.chats import Example, choose_task, read_files
+from ..data.chats import Example, choose_task, odd_choices, read_files
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..models.session import Loading, Session, has_head
@@ -69,6 +69,8 @@ def fit(
     task, choices = "generate", tuple[str, ...]()
     if held_out:
         task, choices = choose_task(judged_examples, has_head(mean), chosen.task, chosen.choices)
+        if chosen.choices is None and (odd := odd_choices(judged_examples, choices)):
+            reporter.notify(odd)
     session = Session.open(mean, loading, reporter)
     from ..models.gradients import adapter_parameters, make_differentiable
     from ..training.beginning import generation_prompt

@@ -138,8 +138,8 @@ def metrics_table(evaluation: EvaluationRecord) -> tuple[list[str], list[tuple[s
 def _table(evaluation: EvaluationRecord) -> list[str]:
     heads, cells = metrics_table(evaluation)
     lines = [
-        f"`{MEASURED_BY}`, {escape(evaluation.task)}, {evaluation.samples} draws at τ {evaluation.tau}, pruning ratio "
-        f"{evaluation.prune_ratio}, seed {evaluation.seed}; ± is a bootstrap standard error.",
+        f"`{MEASURED_BY}`, {escape(evaluation.task)}, {evaluation.draws}, seed {evaluation.seed}; "
+        "± is a bootstrap standard error.",
         "",
         "| data | |" + "".join(f" {heading} |" for heading in heads),
         "|---|---|" + "---:|" * len(heads),

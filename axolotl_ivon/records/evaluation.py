@@ -131,6 +131,14 @@ class EvaluationRecord(Record):
     output: str | None = None  # the file of examples
 
     @property
+    def draws(self) -> str:
+        """How many draws at which temperature, and the pruning ratio where a row has it, in words."""
+        pruned = self.prune_ratio and any(
+            row.name.startswith(("recommended", "mean-", "posterior-")) for row in self.rows
+        )
+        return f"{self.samples} draws at τ {self.tau}" + (f", pruning ratio {self.prune_ratio:g}" if pruned else "")
+
+    @property
     def files(self) -> list[str]:
         """The data files, in the order of the rows."""
         return list(dict.fromkeys(row.data for row in self.rows))

@@ -98,10 +98,7 @@ def _setup(evaluation: EvaluationRecord) -> str:
     task, choices = evaluation.task, evaluation.choices
     between = f" between {', '.join(choices)}" if 0 < len(choices) <= _MANY else ""
     meaning = f": {_TASKS[task]}" if task in _TASKS else ""
-    return (
-        f"{task}{meaning}{between}; {evaluation.samples} draws at τ {evaluation.tau}, "
-        f"pruning ratio {evaluation.prune_ratio}, seed {evaluation.seed}"
-    )
+    return f"{task}{meaning}{between}; {evaluation.draws}, seed {evaluation.seed}"
 
 
 def _table(evaluation: EvaluationRecord, names: Mapping[str, str]) -> dict[str, Any]:

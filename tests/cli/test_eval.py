@@ -13,7 +13,8 @@ from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
 from axolotl_ivon.evaluation.run import run
 from axolotl_ivon.evaluation.variants import VariantChoice
 
-ROWS = ["base", "mean", "mean-pruned", "posterior", "posterior-pruned"]
+ROWS = ["base", "mean", "posterior"]
+ALL_ROWS = ["base", "mean", "mean-pruned", "posterior", "posterior-pruned"]
 METRICS = {"accuracy", "ece", "ece15", "nll", "brier", "auroc", "entropy", "expected_entropy", "mutual_information"}
 METRICS |= {"aurc", "augrc", "cov_at_5risk", "risk_at_80cov", "aece"}
 
@@ -34,7 +35,8 @@ def test_json_holds_what_the_library_finds(tiny_adapter: Path, chats: Path, tmp_
 
 
 def test_infinite_tau_prints_the_mean(tiny_adapter: Path, chats: Path, ivon_post: Cli) -> None:
-    result = ivon_post.run("eval", tiny_adapter, "--data", chats, "--tau", "inf", "--samples", 4, "--json", "--quiet")
+    words = ["--tau", "inf", "--ratio", 0.1, "--samples", 4, "--json", "--quiet"]
+    result = ivon_post.run("eval", tiny_adapter, "--data", chats, *words)
     found = json.loads(result.stdout)
     versus = {row["name"]: row.pop("versus_mean", None) for row in found["rows"]}
     rows = {row.pop("name"): row for row in found["rows"]}
@@ -47,14 +49,25 @@ def test_infinite_tau_prints_the_mean(tiny_adapter: Path, chats: Path, ivon_post
     assert result.stderr == ""
 
 
-def test_the_table_has_every_row_and_progress_is_on_stderr(tiny_adapter: Path, chats: Path, ivon_post: Cli) -> None:
-    result = ivon_post.run("eval", tiny_adapter, "--data", chats, "--samples", 2)
+@pytest.mark.parametrize(
+    ("words", "rows", "ratio"),
+    [
+        ([], ROWS, ""),
+        (["--ratio", 0.2], ALL_ROWS, ", pruning ratio 0.2"),
+        (["--rows", ",".join(ALL_ROWS)], ALL_ROWS, ", pruning ratio 0.1"),
+        (["--ratio", 0.2, "--rows", ",".join(ROWS)], ROWS, ""),
+    ],
+)
+def test_the_table_has_every_row_and_progress_is_on_stderr(
+    tiny_adapter: Path, chats: Path, ivon_post: Cli, words: list[object], rows: list[str], ratio: str
+) -> None:
+    result = ivon_post.run("eval", tiny_adapter, "--data", chats, "--samples", 2, *words)
     lines = result.stdout.splitlines()
-    for name in ROWS:  # in the tables of quality, of what is answered, and of differences
-        assert sum(line.split()[:1] == [name] for line in lines) == 3
+    for name in ALL_ROWS:  # in the tables of quality, of what is answered, and of differences
+        assert sum(line.split()[:1] == [name] for line in lines) == (3 if name in rows else 0)
     assert sum("chats.jsonl (12)" in line for line in lines) == 3
     assert lines[-1].startswith("12 examples are too few to tell 2 draws from the mean: NLL ")
-    assert "2 draws at τ 1.0, pruning ratio 0.1" in lines[0]
+    assert lines[0].rstrip().endswith(f"2 draws at τ 1.0{ratio}")
     assert "evaluating" in result.stderr
     assert "evaluating" not in result.stdout
 

@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.data.chats import Example, choose_task, detect_task, find_choices, read_chats, read_examples
+from axolotl_ivon.data.chats import (
+    Example,
+    choose_task,
+    detect_task,
+    find_choices,
+    odd_choices,
+    read_chats,
+    read_examples,
+)
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXT})
@@ -182,6 +190,21 @@ def test_the_task_follows_from_the_answers(answers: list[str], task: str) -> Non
     for has_head, wrong in ((False, "classify"), (True, task)):
         with pytest.raises(IVONError, match=f"task {wrong}: the adapter was trained with(out)? a classification head"):
             choose_task(examples(*answers), has_head, wrong)
+
+
+@pytest.mark.parametrize(
+    ("answers", "odd"),
+    [
+        (["A", "B"] * 3, ""),
+        (["A", "B", "C", "D", "E"], ""),
+        (["yes", "no", "Yes", "no", "yes "], "'Yes' and 'yes' and 'yes ' differ in case or blanks alone"),
+        (["A", "B"] * 5 + ["C"], "'C' occurs once"),
+        (["A", "B"] * 5 + ["a", "C"], "'A' and 'a' differ in case or blanks alone; 'C', 'a' occur once"),
+    ],
+)
+def test_choices_that_look_like_mistakes_are_named(answers: list[str], odd: str) -> None:
+    told = odd_choices(examples(*answers), find_choices(examples(*answers)))
+    assert told == (f"{odd}: each is a choice of its own; mend the data, or name the choices" if odd else "")
 
 
 @pytest.mark.parametrize(

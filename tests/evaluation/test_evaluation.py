@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from heard import Heard
-from tiny import write_chats
+from tiny import build_llama, build_lora, with_sigma, write_chats
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_ivon import IVONError
+from axolotl_ivon.data.encode import encode
 from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
 from axolotl_ivon.evaluation.run import _against_mean, draws_against_mean, run
 from axolotl_ivon.evaluation.variants import VariantChoice, paper_variants
@@ -85,6 +87,40 @@ def test_a_threshold_of_something_else_is_left_out(tiny_adapter: Path, chats: Pa
     rows = run(tiny_adapter, EvaluationData([chats], task=task), choice, THREE, reporter=heard).record.rows
     assert [row.name for row in rows] == ["mean", "recommended"]
     assert "use it with `ivon-post mbr`" in heard.notes[0]
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"}, {"use_dora": True},
+     {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "olora"},
+     {"bias": "all"}],
+    ids=str,
+)  # fmt: skip
+def test_the_row_of_the_base_model_is_the_base_models(tmp_path: Path, lora: Any) -> None:
+    torch.manual_seed(0)
+    base = build_llama(tmp_path / "base", attention_bias=bool(lora.get("bias")))
+    adapter, heard = with_sigma(build_lora(base, tmp_path / "adapter", noise=0.1, **lora)), Heard()
+    choice, data = VariantChoice(["base", "mean"]), EvaluationData([write_chats(tmp_path / "chats.jsonl", 8)])
+    evaluated = run(adapter, data, choice, THREE, reporter=heard)
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    nll = []
+    for item in encode(tokenizer, evaluated.evaluation.examples, "choice", choices=("A", "B")):
+        with torch.no_grad():
+            logits = model(torch.tensor([item.ids])).logits[0, -1, list(item.candidates or ())]
+        nll.append(-logits.log_softmax(-1)[item.targets[0]].item())
+    row = evaluated.record.find("base", str(tmp_path / "chats.jsonl"))
+    changed = bool(lora.get("bias")) or str(lora.get("init_lora_weights")).startswith(("pissa", "olora"))
+    assert (row is None) == changed
+    if row is not None:
+        assert row.nll == pytest.approx(statistics.mean(nll), rel=1e-4)
+        return
+    assert heard.notes[0].startswith("no row for the base model: ")
+    assert evaluated.record.rows[0].versus("base") == {}
+    with evaluated.evaluation.model.disable_adapter(), torch.no_grad():
+        ids = torch.tensor([evaluated.evaluation.items[0].ids])
+        assert not torch.allclose(evaluated.evaluation.model(ids).logits, model(ids).logits, atol=1e-4)
+    with pytest.raises(IVONError, match=r"rows base: .*; name other rows"):
+        run(adapter, data, VariantChoice(["base"]), THREE)
 
 
 def test_variants_are_chosen_by_name() -> None:

@@ -41,7 +41,7 @@ class Pipeline:
     @cached_property
     def evaluation(self) -> Path:
         """What `eval --json` prints, with examples out of the distribution and fitted temperatures."""
-        data = ("--data", self.chats, "--ood", self.other_chats, "--calibrate", self.other_chats)
+        data = ("--data", self.chats, "--ood", self.other_chats, "--calibrate", self.other_chats, "--ratio", 0.1)
         text = self._ivon_post("eval", self.adapter, *data, *_DRAWS, "-o", self.folder / "examples.jsonl", "--json")
         (self.folder / "eval.json").write_text(text)
         return self.folder / "eval.json"
