@@ -18,6 +18,7 @@ from trainers import IVON_METRICS
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import Posterior
+from axolotl_ivon.storage.format import MEAN_FILE, SIGMA_FILE
 
 # What the preset chooses for six steps of a cosine, the first two of which are its warmup.
 PEAK = 0.125 / 0.01 / (0 + 0.5 + sum((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)))
@@ -94,6 +95,18 @@ def test_sigint_in_mid_step_saves_the_mean_and_its_sigma(make_config: Any, forks
         assert torch.equal(saved.mean[key], checkpoint.mean[key])
         assert torch.equal(saved.sigma[key], checkpoint.sigma[key])
         assert not torch.equal(saved.mean[key], draw)
+
+
+def test_a_job_that_goes_on_from_a_posterior_and_is_started_once_more_stays_where_it_ended(
+    straight_run: Path, make_config: Any, forks: Forks
+) -> None:
+    config = make_config("again", ivon_prior=str(straight_run), auto_resume_from_checkpoints=True)
+    ends = []
+    for _ in range(2):
+        forks.train(config)
+        ends.append([(config.with_suffix("") / name).read_bytes() for name in (MEAN_FILE, SIGMA_FILE)])
+    assert ends[0] == ends[1]
+    assert ends[0][0] != (straight_run / MEAN_FILE).read_bytes()
 
 
 def test_another_optimizer_is_left_alone(straight_run: Path, make_config: Any) -> None:
