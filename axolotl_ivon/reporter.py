@@ -29,8 +29,9 @@ class Reporter:
 class Stage(Reporter):
     """Show all that is done inside of a stage as one thing with a total; what is said or notified passes through."""
 
-    def __init__(self, reporter: Reporter, doing: str, total: int) -> None:
-        self._reporter, self._count = reporter, reporter.begin(doing, total)
+    def __init__(self, reporter: Reporter, doing: str, total: int, announced: bool = True) -> None:
+        self._reporter = reporter
+        self._count = reporter.begin(doing, total) if announced else lambda n: reporter.advance(doing, n, total)
 
     def advance(self, doing: str, count: int, total: int) -> None:
         """Count for the stage."""

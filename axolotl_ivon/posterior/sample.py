@@ -115,7 +115,8 @@ def sample(
     source = source or str(posterior.folder)
     size, what = plan.size(posterior), f"{plan.adapters:,} adapter{'s' if plan.adapters > 1 else ''}"
     check_space(Path(folder), size, what)
-    stage = Stage(reporter, f"drawing {what}, {in_bytes(size)}", plan.adapters * posterior.mean.weights)
+    drawing, weights = f"drawing {what}, {in_bytes(size)}", plan.adapters * posterior.mean.weights
+    stage = Stage(reporter, drawing, weights, announced=False)
     names = plan.names
     config = moved_config(plan.config(posterior), posterior.folder, Path(folder) / names[0])
     with new_folder(Path(folder), overwrite, posterior.inputs) as new:
