@@ -73,9 +73,8 @@ class PosteriorTraining(TrainerCallback):
     @property
     def draws_as_saved(self) -> bool:
         """Whether the optimizer draws from the posterior that is saved."""
-        # The Trainer loads the best weights into the model alone; an earlier posterior counts once in what is saved.
-        of_another_step = self.best_folder is not None and self.adapter is None
-        return hasattr(self.optimizer, "evaluation_draw") and not of_another_step and PRIOR_SHA256 not in self.header
+        # An earlier posterior, which counts κ times in the optimizer, counts once in what is saved.
+        return hasattr(self.optimizer, "evaluation_draw") and PRIOR_SHA256 not in self.header
 
     @property
     def step_bound(self) -> float:

@@ -97,6 +97,28 @@ def test_draws_are_tried_in_a_longer_run_and_are_those_of_the_posterior(attached
     torch.testing.assert_close(narrow * 2, wide, rtol=1e-3, atol=1e-6)
 
 
+def test_the_best_checkpoint_is_calibrated_where_it_is_kept(attached: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    best = {"save_strategy": "steps", "save_steps": 20, "eval_strategy": "steps", "eval_steps": 20}
+    trainer = attached({"gamma": 30.0}, **{**RUN, **best, "load_best_model_at_end": True, "metric_for_best_model": "x"})
+    evaluate = trainer.evaluate
+    worse = iter(range(9))  # so that the first checkpoint is the best
+    trainer.evaluate = lambda *args, **kwargs: {**evaluate(*args, **kwargs), "eval_x": -next(worse)}
+    trainer.args.greater_is_better = True
+    trainer.eval_dataset = DATA
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    recommendation = Recommendation.load(tmp_path / "out/recommended.json", "recommended")
+    kept, first = (Posterior.from_pretrained(tmp_path / name) for name in ("out", "checkpoint-20"))
+    assert recommendation.mean_sha256 == kept.metadata["mean_sha256"] == first.metadata["mean_sha256"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "checkpoint-20")
+    everything = nll_of(model.eval(), list(range(120)), 1.0)
+    assert recommendation.mean_reported_on.nll == pytest.approx(everything, rel=0.05)
+    run = trainer.posterior_training
+    name, param = next(iter(run.params.items()))
+    with run.optimizer.evaluation_draw(0, 1e12):
+        torch.testing.assert_close(param, first.mean[name.replace(".default", "")], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("rows", "changes", "line"),
     [
