@@ -13,18 +13,14 @@ import torch
 import yaml
 from axolotl.core.builders.base import TrainerBuilderBase
 from axolotl.utils.dict import DictDefault
-from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.trainer import calculate_total_num_steps
 from datasets import Dataset, load_dataset
 from torch.utils.data import DataLoader
 from trainers import make_trainer
 from transformers import get_scheduler
 
-from axolotl_ivon import IVONError, IVONLoRAPlugin, Posterior, attach
-from axolotl_ivon.integrations import checks
+from axolotl_ivon import IVONError, Posterior, attach
 from axolotl_ivon.integrations import forecast as module
-from axolotl_ivon.integrations.axolotl import ConfigError
-from axolotl_ivon.integrations.checks import LORA_KEYS
 from axolotl_ivon.integrations.forecast import forecast
 from axolotl_ivon.settings.keys import attach_parameters, check_values, prior_folder
 
@@ -123,35 +119,6 @@ def test_lambda_and_the_rate_by_every_key(written: Any) -> None:
     assert written(learning_rate=2e-3)["learning_rate"] == pytest.approx(0.2)
     with pytest.raises(IVONError, match=r"^learning_rate: 0.03 is too far for a step.* set ivon_preset to paper"):
         written(learning_rate=0.03)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"weight_decay": 0.01}, "weight_decay: 0.01 has no effect"),
-        ({"weight_decay": "none"}, "weight_decay: 'none' is not a number"),
-        ({"loraplus_lr_ratio": 16}, "loraplus_lr_ratio: 16 has no effect"),
-        ({"adam_beta2": 0.99}, "adam_beta2: 0.99 has no effect"),
-        ({"adapter": None}, "adapter: None does not go with"),
-        ({"rl": "grpo"}, "rl: grpo is not supported"),
-        ({"streaming": True}, "streaming: streamed data has no length"),
-        ({"lora_rank": 8}, "lora_rank is not a key of axolotl.*did you mean lora_r"),
-        ({"lora_target_module": ["q_proj"]}, "lora_target_module is .*did you mean lora_target_modules"),
-    ],
-)
-def test_what_training_refuses_is_refused_before(written: Any, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(IVONError, match=f"^{message}"):
-        written(**changes)
-    cfg = {**BASE, **changes}
-    with pytest.raises(ConfigError, match=f"^{message}"):
-        IVONLoRAPlugin().register({key: value for key, value in cfg.items() if value is not None})
-
-
-def test_the_tables_of_keys_are_axolotl_s() -> None:
-    fields = AxolotlInputConfig.model_fields
-    assert {key for key in fields if key.startswith("lora_")} <= set(LORA_KEYS)
-    without = {key: fields[key].default for key in checks._WITHOUT_EFFECT if key in fields and fields[key].default}
-    assert without == checks.AXOLOTL_DEFAULTS
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -23,8 +23,9 @@ PARTS, GAPS = 4.0, False  # it is the noise alone that must stay in the cache
 
 _16, _32, _48, _BITS = np.uint64(16), np.uint64(32), np.uint64(48), np.uint64(0xFFFF)
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
-_FLOOR, _CEILING = np.float32(PRECISION_FLOOR), np.float32(PRECISION_CEILING)
-_MAX_STEP, _INFINITY, _NAN = np.float32(MAX_STEP), np.float32(np.inf), np.float32(np.nan)
+_INFINITY, _NAN = np.float32(np.inf), np.float32(np.nan)
+# Arguments of the kernel, not constants in it: what numba has cached does not notice that another file changes.
+_LIMITS = (MAX_STEP, PRECISION_FLOOR, PRECISION_CEILING)
 
 
 def _compiled(function: Any) -> Any:
@@ -124,7 +125,7 @@ def _update_where(own: bool) -> Any:
     def update(
         m, g, p, h_hat, thetas, gradients, sizes, deltas, debias, rates, memories, fixed, squared, numbers, prior
     ):
-        one_minus_beta1, per_h_hat, bound = numbers
+        one_minus_beta1, per_h_hat, bound, max_step, floor, ceiling = numbers
         half = _ZERO if squared else _HALF
         start = 0
         for part in range(len(sizes)):
@@ -143,10 +144,10 @@ def _update_where(own: bool) -> Any:
                 seen = (seen + delta_i) / p_[i] if squared else seen + delta_i / p_[i]
                 d = memory * (seen - _ONE)
                 d = d if d == d else _ZERO
-                d = d if d > -_MAX_STEP else -_MAX_STEP
+                d = d if d > -max_step else -max_step
                 p_i = p_[i] + p_[i] * (d + half * d * d)
-                p_i = p_i if p_i > _FLOOR else _FLOOR
-                p_i = p_i if p_i < _CEILING else _CEILING
+                p_i = p_i if p_i > floor else floor
+                p_i = p_i if p_i < ceiling else ceiling
                 direction = (g_i * inverse_debias + pull) / p_i
                 direction = direction if direction < bound else bound
                 direction = direction if direction > -bound else -bound
@@ -210,7 +211,7 @@ def update(chunk: Chunk, h_hat: Tensor, terms: Terms, decision: StepDecision, c:
         m, g, p = chunk.mean, chunk.momentum, chunk.precision
         flats, by_part = ([x.data_ptr() for x in xs] for xs in ((m, g, p, h_hat), terms))
         squared, scale = c.batch is not None, float(scale)
-        numbers = (1 - c.beta1, c.ess * scale if c.batch is None else c.batch * scale**2, c.bound)
+        numbers = (1 - c.beta1, c.ess * scale if c.batch is None else c.batch * scale**2, c.bound, *_LIMITS)
         sizes, kernel = np.array(chunk.sizes), _update_from_prior if chunk.prior else _update
         scalars = tuple(map(np.float32, numbers))
         prior = tuple(x.data_ptr() for x in chunk.prior or (m, m))
