@@ -190,7 +190,9 @@ class PosteriorTraining(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step < len(self.rates):  # a plateau is not known before
-            self.rates[state.global_step] = float(self.optimizer.param_groups[0]["lr"])
+            # The schedule's own; DeepSpeed's and FSDP2's reach the optimizer only in the step.
+            stepped: Any = self.trainer.optimizer
+            self.rates[state.global_step] = float(stepped.param_groups[0]["lr"])
         if self.losses:
             count = sum_over_processes(self.losses, next(iter(self.params.values())).device)
             for group in self.optimizer.param_groups:
