@@ -232,7 +232,7 @@ def draw(path: Path) -> Path:
         axes.barh(place, shares[-1], color=VERMILION if line[0] == "adamw" else BLUE, height=0.6)
         label = f"{shares[-1]:.0f} % wrong\n{wrong} of the {len(sure)} that it is sure of, of {len(told)}"
         axes.annotate(
-            label if sure else f"never, in {len(told)} answers",
+            label if sure else f"never so sure, in {len(told)} answers",
             (shares[-1], place), (6, 0), textcoords="offset points", va="center", fontsize=10,
         )  # fmt: skip
     axes.set_yticks(range(len(compared)), [LINES[line].replace(", ", ",\n") for line in compared], fontsize=11)

@@ -136,7 +136,7 @@ def test_the_picture_shows_shares_and_how_seldom_it_is_sure(demo: ModuleType, mo
     assert [text.get_text() for text in axes.texts] == [
         "10 % wrong\n20 of the 200 that it is sure of, of 300",
         "2 % wrong\n1 of the 60 that it is sure of, of 300",
-        "never, in 300 answers",
+        "never so sure, in 300 answers",
     ]
     figure.draw_without_rendering()
     assert all(text.get_window_extent().x1 <= figure.bbox.x1 for text in [*axes.texts, axes.title])
