@@ -24,7 +24,7 @@ def chat(messages: int = 1) -> ChatRequest:
     return read_request(ChatRequest, {"model": "slow", "messages": messages * [{"role": "user", "content": "?"}]})
 
 
-def encode(prompt: Any) -> list[int]:
+def encode(prompt: Any, chat_template_kwargs: Any = None) -> list[int]:
     return [7 if isinstance(part, dict) else 1 for part in prompt]
 
 
@@ -75,7 +75,7 @@ def test_a_chat_gets_the_room_that_there_is() -> None:
 
 
 def test_what_the_encoder_refuses_is_the_requests_fault() -> None:
-    def refuse(_: Any) -> list[int]:
+    def refuse(*_: Any) -> list[int]:
         raise IVONError("messages: the chat template refuses the messages (roles)")
 
     async def test(backend: Local) -> None:
