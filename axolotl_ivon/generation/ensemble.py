@@ -98,7 +98,9 @@ def served_rank(config: dict[str, Any], tensors: Iterable[str] = ()) -> int:
     if unserved:
         raise IVONError(f"{vllm} no adapters with {unserved[0]}; `ivon-post merge` gives whole models")
     if patterns := [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]:
-        raise IVONError(f"{vllm} one rank and scaling, and leaves out {patterns[0]}; draw with `--serve vllm`")
+        raise IVONError(
+            f"{vllm} one rank and scaling, and leaves out {patterns[0]}; draw with `ivon-post sample --serve vllm`"
+        )
     rank = config.get("r", 0)
     if rank <= _RANKS[-1]:
         return next(size for size in _RANKS if rank <= size)

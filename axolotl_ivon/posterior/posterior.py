@@ -110,9 +110,9 @@ class Posterior:
         adapter = Adapter(path_or_hub_id)
         if adapter.sigma is None:
             raise IVONError(
-                f"{path_or_hub_id} has no {SIGMA_FILE}, so it is no posterior: `info`, `merge`, `eval --rows "
-                "base,mean` and `generate --mean` take it; `ivon-post fit` gives it one, as training with "
-                "`optimizer: ivon_lora` does"
+                f"{path_or_hub_id} has no {SIGMA_FILE}, so it is no posterior: `ivon-post info`, `merge`, "
+                "`ivon-post eval --rows base,mean` and `ivon-post generate --mean` take it; `ivon-post fit` gives it "
+                "one, as training with `optimizer: ivon_lora` does"
             )
         digests = adapter.check_pair(reporter)
         check_sigma(adapter.folder / SIGMA_FILE, adapter.sigma, reporter)

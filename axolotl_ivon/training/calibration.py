@@ -90,7 +90,8 @@ def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None,
         return None, f"not calibrated: {why}"
     recommendation, text = _choose(ways, columns, run.trainer.args.seed)
     if recommendation.verdict and recommendation.verdict.differences:
-        text += f"; predict with --recommended {Path(str(run.trainer.args.output_dir)) / RECOMMENDED_FILE}"
+        path = Path(str(run.trainer.args.output_dir)) / RECOMMENDED_FILE
+        text += f"; {path} holds it, for eval, generate, serve and merge"
     return recommendation, text
 
 

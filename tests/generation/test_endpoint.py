@@ -123,7 +123,7 @@ def test_the_rank_is_one_that_vllm_takes() -> None:
         ({"target_parameters": ["experts.down_proj"]}, "serves no adapters with target_parameters"),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the base model; `ivon-post merge`"),
         ({"init_lora_weights": "olora"}, "'olora', which changes the base model"),
-        ({"alpha_pattern": {"q_proj": 4}}, "leaves out alpha_pattern; draw with `--serve vllm`"),
+        ({"alpha_pattern": {"q_proj": 4}}, "leaves out alpha_pattern; draw with `ivon-post sample --serve vllm`"),
         ({"base_model_name_or_path": None}, "names no base model"),
     ):
         with pytest.raises(IVONError, match=message):

@@ -63,8 +63,11 @@ def test_what_a_later_version_adds_is_kept(copied: Callable[..., Path], ivon_pos
     here = folder.parent
     ivon_post("prune", folder, "-o", here / "pruned")
     ivon_post("temper", here / "pruned", "--tau", 2, "-o", here / "tempered")
-    ivon_post("temper", folder, "--tau", 2, "-o", here / "whole")
-    ivon_post("combine", here / "tempered", here / "whole", "--method", "linear", "-o", here / "combined")
+    q = Posterior.from_pretrained(folder).temper(2)
+    Posterior({key: 1.1 * x for key, x in q.mean.items()}, q.sigma, q.metadata, q.config).save_pretrained(
+        here / "other"
+    )
+    ivon_post("combine", here / "tempered", here / "other", "--method", "linear", "-o", here / "combined")
     for name in ("pruned", "tempered", "combined"):
         q = Posterior.from_pretrained(here / name)
         assert q.metadata["new_fact"] == "kept"
