@@ -222,12 +222,12 @@ def odd_choices(examples: Sequence[Example], choices: Sequence[str]) -> str:
     alike: dict[str, list[str]] = {}
     for choice in choices:
         alike.setdefault(" ".join(choice.casefold().split()), []).append(choice)
-    said = [
+    warnings = [
         " and ".join(map(repr, same)) + " differ in case or blanks alone" for same in alike.values() if len(same) > 1
     ]
     once = [repr(choice) for choice in choices if counts[choice] == 1 and max(counts.values()) >= 5]
-    said += [f"{', '.join(once)} {'occur' if len(once) > 1 else 'occurs'} once"] if once else []
-    return f"{'; '.join(said)}: each is a choice of its own; mend the data, or name the choices" if said else ""
+    warnings += [f"{', '.join(once)} {'occur' if len(once) > 1 else 'occurs'} once"] if once else []
+    return f"{'; '.join(warnings)}: each is a choice of its own; mend the data, or name the choices" if warnings else ""
 
 
 def choose_task(

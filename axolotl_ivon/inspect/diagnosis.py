@@ -53,20 +53,20 @@ def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT
         moved = b_sum / b_count if b_count else None
     steps, beta2 = _number(q.metadata, "steps"), _number(q.metadata, "beta2")
     log_spread, inherited = spread / count if count else None, PRIOR_SHA256 in q.metadata
-    found = findings(moved, allowed, log_spread, int(steps or 0), beta2, inherited=inherited)
+    run_findings = findings(moved, allowed, log_spread, int(steps or 0), beta2, inherited=inherited)
     if not count:
-        found.append(Finding("draws", False, "σ is 0 everywhere: there is only the mean, and no draws"))
+        run_findings.append(Finding("draws", False, "σ is 0 everywhere: there is only the mean, and no draws"))
     elif q.metadata.get("hessian") in ("squared_gradients", "fisher") and (ess := _number(q.metadata, "ess")):
         # Σ h·σ²/2, the expected rise of the loss, is at most this, as σ² = 1/(λ·p) and p ≥ h.
         cost = count / (2 * ess * q.tau)
         text = f"a draw raises the loss of an example by at most about {cost:.2g} nats"
         text += ", which may destroy what the model knows; a larger λ or τ narrows the draws" if cost > COSTLY else ""
-        found.append(Finding("draws", cost <= COSTLY, text))
+        run_findings.append(Finding("draws", cost <= COSTLY, text))
     elif noise:
         text = f"the draws disturb the model by D = {noise:.2g}, where 20 to 80 is usual"
         text += ": they hardly differ from the mean; a smaller λ or τ widens them" if noise < NARROW else ""
         text += ": they may destroy it; a larger λ or τ narrows them" if noise > WIDE else ""
-        found.append(Finding("draws", NARROW <= noise <= WIDE, text))
+        run_findings.append(Finding("draws", NARROW <= noise <= WIDE, text))
     return {
         "adapter": str(path_or_hub_id),
         "moved": moved,
@@ -79,7 +79,7 @@ def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT
         "train_size": _number(q.metadata, "train_size"),
         "tau": "inf" if math.isinf(q.tau) else q.tau,
         "pruned_ratio": q.pruned_ratio,
-        "findings": [finding._asdict() for finding in found],
+        "findings": [finding._asdict() for finding in run_findings],
     }
 
 

@@ -61,14 +61,14 @@ def _untrained(lr: float) -> SGD:
 
 def _stepped(scheduler: Any, optimizer: SGD, steps: int) -> list[float]:
     """Return the rates of the optimizer while its scheduler is stepped."""
-    found = [float(optimizer.param_groups[0]["lr"])]
+    rates_so_far = [float(optimizer.param_groups[0]["lr"])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch takes a copied optimizer for one whose step was overridden
-        while len(found) < steps:
+        while len(rates_so_far) < steps:
             optimizer.step()
             try:
                 scheduler.step()
             except TypeError:  # it wants the loss
-                return found + found[-1:] * (steps - len(found))
-            found.append(float(optimizer.param_groups[0]["lr"]))
-    return found
+                return rates_so_far + rates_so_far[-1:] * (steps - len(rates_so_far))
+            rates_so_far.append(float(optimizer.param_groups[0]["lr"]))
+    return rates_so_far

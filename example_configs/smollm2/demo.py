@@ -178,8 +178,8 @@ def show_loss(lines: Iterable[str], log: Path) -> str:
             printed.append(line)
             file.write(line)
             file.flush()
-            if found := re.search(r"\{'loss': '?([\d.]+).*'epoch': '?([\d.]+)", line):
-                say(f"epoch {float(found[2]):4.1f}   loss {float(found[1]):.3f}")
+            if match := re.search(r"\{'loss': '?([\d.]+).*'epoch': '?([\d.]+)", line):
+                say(f"epoch {float(match[2]):4.1f}   loss {float(match[1]):.3f}")
     return "".join(printed)
 
 
@@ -210,8 +210,8 @@ def print_table(lines: dict[tuple[str, str], dict[str, Any]]) -> None:
 def answers(line: tuple[str, str]) -> list[tuple[float, bool]]:
     """Return (confidence, whether it is right) of every answer of one line of the table."""
     text = (DEMO / f"examples-{line[0]}.jsonl").read_text(encoding="utf-8")
-    found = [json.loads(example)["rows"][line[1]] for example in text.splitlines()]
-    return [(row["confidence"], row["right"]) for row in found]
+    rows = [json.loads(example)["rows"][line[1]] for example in text.splitlines()]
+    return [(row["confidence"], row["right"]) for row in rows]
 
 
 def draw(path: Path) -> Path:
@@ -225,14 +225,14 @@ def draw(path: Path) -> Path:
     axes = figure.subplots()
     shares = []
     for place, line in enumerate(compared):
-        told = answers(line)
-        sure = [right for confidence, right in told if confidence >= SURE]
+        answered = answers(line)
+        sure = [right for confidence, right in answered if confidence >= SURE]
         wrong = len(sure) - sum(sure)
         shares.append(100 * wrong / len(sure) if sure else 0.0)
         axes.barh(place, shares[-1], color=VERMILION if line[0] == "adamw" else BLUE, height=0.6)
-        label = f"{shares[-1]:.0f} % wrong\n{wrong} of the {len(sure)} that it is sure of, of {len(told)}"
+        label = f"{shares[-1]:.0f} % wrong\n{wrong} of the {len(sure)} that it is sure of, of {len(answered)}"
         axes.annotate(
-            label if sure else f"never so sure, in {len(told)} answers",
+            label if sure else f"never so sure, in {len(answered)} answers",
             (shares[-1], place), (6, 0), textcoords="offset points", va="center", fontsize=10,
         )  # fmt: skip
     axes.set_yticks(range(len(compared)), [LINES[line].replace(", ", ",\n") for line in compared], fontsize=11)

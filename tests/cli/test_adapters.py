@@ -243,8 +243,8 @@ def test_merge_builds_in_the_softmax_temperature_of_a_recommended_mean(
     ivon_post("merge", tiny_adapter, "-o", tmp_path / "plain")
     document = ivon_post.json("merge", tiny_adapter, "-o", tmp_path / "calibrated", "--recommended", mean)
     assert document["temperature"] == 1.5
-    told = ivon_post.run("merge", tiny_adapter, "-o", tmp_path / "draws", "--recommended", draws)
-    assert "temperature 1.5 is for draws at τ 4" in told.stderr
+    of_draws = ivon_post.run("merge", tiny_adapter, "-o", tmp_path / "draws", "--recommended", draws)
+    assert "temperature 1.5 is for draws at τ 4" in of_draws.stderr
     heads = {
         name: load_file(tmp_path / name / "model.safetensors")["lm_head.weight"]
         for name in ("plain", "calibrated", "draws")

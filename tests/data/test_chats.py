@@ -203,8 +203,8 @@ def test_the_task_follows_from_the_answers(answers: list[str], task: str) -> Non
     ],
 )
 def test_choices_that_look_like_mistakes_are_named(answers: list[str], odd: str) -> None:
-    told = odd_choices(examples(*answers), find_choices(examples(*answers)))
-    assert told == (f"{odd}: each is a choice of its own; mend the data, or name the choices" if odd else "")
+    warning = odd_choices(examples(*answers), find_choices(examples(*answers)))
+    assert warning == (f"{odd}: each is a choice of its own; mend the data, or name the choices" if odd else "")
 
 
 @pytest.mark.parametrize(

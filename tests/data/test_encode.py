@@ -218,12 +218,14 @@ def test_generation_begins_where_training_did(tokenizer: Any, name: str, reason:
 
     tokenizer.chat_template = get_chat_template(name)
     texts = [("red sun?", "dog"), ("blue moon?", "cat"), ("warm rain?", "two birds"), ("slow", "one")]
-    told = [example_of(reason.format(f"{answer} since") + answer, question) for question, answer in texts]
-    *trained, new = encode_turns(tokenizer, told)
+    conversations = [example_of(reason.format(f"{answer} since") + answer, question) for question, answer in texts]
+    *trained, new = encode_turns(tokenizer, conversations)
     rows = [(item.ids, [position + 1 for position in item.positions]) for item in trained]
     begins = generation_prompt(tokenizer, rows)
     assert begins
-    [prompt] = render(tokenizer, [Chat(told[-1].messages, None, "f:1")], ChatFormat.of({"generation_prompt": begins}))
+    [prompt] = render(
+        tokenizer, [Chat(conversations[-1].messages, None, "f:1")], ChatFormat.of({"generation_prompt": begins})
+    )
     assert prompt.ids == new.ids[: new.positions[0] + 1]
 
 
