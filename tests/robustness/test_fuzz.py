@@ -410,15 +410,19 @@ def test_memory_is_at_most_twice_what_is_read(command: str, tiny_adapter: Path, 
     folder = tmp_path / "adapter"  # of eight tensors of 4 MiB
     folder.mkdir()
     shutil.copy(tiny_adapter / CONFIG, folder / CONFIG)
-    rng = np.random.default_rng(0)
-    mean = {f"layers.{i}.lora_A.weight": rng.normal(size=(1024, 1024)).astype(np.float32) for i in range(8)}
-    save_file(mean, folder / MEAN, {"format": "pt"})
     header = split((tiny_adapter / SIGMA).read_bytes())[0]["__metadata__"]
-    save_file({key: np.abs(value) for key, value in mean.items()}, folder / SIGMA, header)
-    consistent(folder)
+
+    def fill_folder(folder: Path, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        mean = {f"layers.{i}.lora_A.weight": rng.normal(size=(1024, 1024)).astype(np.float32) for i in range(8)}
+        save_file(mean, folder / MEAN, {"format": "pt"})
+        save_file({key: np.abs(value) for key, value in mean.items()}, folder / SIGMA, header)
+        consistent(folder)
+
+    fill_folder(folder, seed=0)
     size = sum((folder / name).stat().st_size for name in (MEAN, SIGMA))
     if "OTHER" in ALL[command]:
-        Posterior.from_pretrained(folder).prune(0.01).save_pretrained(tmp_path / "other")
+        fill_folder(Path(shutil.copytree(folder, tmp_path / "other")), seed=1)
     script = [sys.executable, "-c", MEASURE, *fill(ALL[command], "adapter", "other", "out")]
     done = subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, text=True)
     assert int(done.stderr.splitlines()[-1]) <= 2 * size + 16 * MIB
@@ -462,9 +466,11 @@ except SystemExit as end: print("asked:", end.code)
 """
 
 
-def test_no_command_asks_the_network_unless_for_a_hub_id(tiny_adapter: Path, copied: Callable) -> None:
+def test_no_command_asks_the_network_unless_for_a_hub_id(
+    tiny_adapter: Path, other_adapter: Path, copied: Callable
+) -> None:
     folder = copied(tiny_adapter)
-    Posterior.from_pretrained(folder).prune(0.1).save_pretrained(folder.parent / "other")
+    copied(other_adapter, "other")
     commands = [fill(words, "adapter", "other", f"{name}-out") for name, words in (READING | WRITING).items()]
     script = [sys.executable, "-c", OFFLINE, json.dumps(commands)]
     done = subprocess.run(script, cwd=folder.parent, check=False, capture_output=True, text=True)
