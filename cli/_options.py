@@ -22,7 +22,7 @@ from ._stdout import only_results, results
 from ._tables import emit
 
 if TYPE_CHECKING:
-    from axolotl_ivon.decisions.recommendation import Decision
+    from axolotl_ivon.decisions.recommendation import DecisionRule
     from axolotl_ivon.evaluation.evaluate import EvaluationData as EvaluationData
     from axolotl_ivon.evaluation.evaluate import Sampling as Sampling
     from axolotl_ivon.models.session import Loading as Loading
@@ -164,11 +164,11 @@ class PosteriorOptions:
         return tau, ratio
 
 
-def decision(recommended: str | None) -> Decision:
+def decision_rule(recommended: str | None) -> DecisionRule:
     """Return the softmax temperature and the threshold to abstain below of a recommendation, or neither."""
-    from axolotl_ivon.decisions.recommendation import Decision, read_decision
+    from axolotl_ivon.decisions.recommendation import DecisionRule, read_rule
 
-    return read_decision(recommended) if recommended else Decision()
+    return read_rule(recommended) if recommended else DecisionRule()
 
 
 def add_all(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:

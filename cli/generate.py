@@ -89,7 +89,7 @@ def command(
     if endpoint and point != options.PosteriorOptions(None):
         raise IVONError("--endpoint: the members are drawn already; give --tau and --ratio to `ivon-post sample`")
     tau, ratio = point.settings(adapter)
-    decided = options.decision(point.recommended)
+    decided = options.decision_rule(point.recommended)
     rule = AnswerRule(AnswerExtractor(answer_regex), decided.threshold, decided.temperature)
     with output.progress() as progress:
         chats = read_chats(prompts, limit)

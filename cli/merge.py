@@ -45,7 +45,7 @@ def command(
     path = output.target([adapter], "merged")
     tau, ratio = point.settings(adapter)
     pruned = ratio if ratio or point.ratio is not None else None
-    temperature = options.decision(point.recommended).temperature if sample_seed is None else 1.0
+    temperature = options.decision_rule(point.recommended).temperature if sample_seed is None else 1.0
     loading = Loading(base_model, dtype=dtype or "auto")
     with output.progress() as progress:
         held = Adapter(adapter)

@@ -82,7 +82,7 @@ def command(
 
     host, api_key = server["host"], os.environ.get(KEY_VARIABLE)
     check_key(host, api_key)
-    decided, endpoints = options.decision(point.recommended), proxied.pop("endpoints")
+    decided, endpoints = options.decision_rule(point.recommended), proxied.pop("endpoints")
     max_queue = (256 if endpoints else 32) if server["max_queue"] is None else server["max_queue"]
     limits = Limits(max_queue, server["max_tokens"], server["timeout"])
 

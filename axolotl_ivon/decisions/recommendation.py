@@ -13,7 +13,7 @@ from ..records.recommendation import Recommendation
 
 
 @dataclass(frozen=True)
-class Decision:
+class DecisionRule:
     """What is made of an averaged prediction.
 
     Attributes:
@@ -27,14 +27,14 @@ class Decision:
     score: str = "probability"
 
 
-def read_decision(path: str | Path) -> Decision:
-    """Return the decision of a recommended.json.
+def read_rule(path: str | Path) -> DecisionRule:
+    """Return the rule of a recommended.json.
 
     Raises:
         IVONError: the file cannot be read, or is no recommendation.
     """
     recommendation = Recommendation.load(path, "recommended")
-    return Decision(recommendation.temperature, recommendation.threshold, recommendation.score)
+    return DecisionRule(recommendation.temperature, recommendation.threshold, recommendation.score)
 
 
 def read_recommended(path: str | Path, header: Mapping[str, str] | None = None) -> tuple[float, float]:

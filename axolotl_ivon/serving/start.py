@@ -16,7 +16,7 @@ from ..reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
     from ..data.encode import ChatFormat
-    from ..decisions.recommendation import Decision
+    from ..decisions.recommendation import DecisionRule
     from .api.backend import Backend, Limits
     from .proxy.proxy import Combining
 
@@ -64,7 +64,7 @@ def served_name(name: str | None, folder: str) -> str:
 
 def local_backend(
     drawing: Drawing,
-    decision: Decision,
+    rule: DecisionRule,
     limits: Limits,
     loading: Loading,
     *,
@@ -82,7 +82,7 @@ def local_backend(
     from .local.queue import Local
 
     reporter.begin(f"drawing {drawing.samples} members")
-    engine = TokenEngine(session, posterior, decision, name=name, samples=drawing.samples, seed=drawing.seed)
+    engine = TokenEngine(session, posterior, rule, name=name, samples=drawing.samples, seed=drawing.seed)
     # Prompts are encoded while another thread decodes, and a tokenizer is not for two threads.
     tokenize = partial(encode, copy.deepcopy(session.tokenizer), chat_format=session.chat_format)
     return Local(engine, tokenize, limits)
@@ -114,7 +114,7 @@ def encode(
 def proxy_backend(
     folder: str,
     endpoints: Sequence[str],
-    decision: Decision,
+    rule: DecisionRule,
     limits: Limits,
     combining: Combining,
     *,
@@ -141,7 +141,7 @@ def proxy_backend(
     draws = ensemble.draws if samples is None else ensemble.members(Plan(n=samples, per_model=1))
     members = ["mean", *draws] if ensemble.has_mean else draws
     pool = UpstreamPool(endpoints, combining.concurrency, limits.timeout)
-    proxy = Proxy(pool, name, members, combining, decision, limits)
+    proxy = Proxy(pool, name, members, combining, rule, limits)
     for url in endpoints:
         EndpointEngine(url, members, Plan(), timeout=_START_TIMEOUT)  # asks the server for its models
     return proxy

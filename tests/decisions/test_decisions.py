@@ -18,7 +18,7 @@ from tiny import write_chats
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.encode import EncodedExample
 from axolotl_ivon.decisions.abstention import find_threshold
-from axolotl_ivon.decisions.recommendation import Decision, read_decision, read_recommended
+from axolotl_ivon.decisions.recommendation import DecisionRule, read_recommended, read_rule
 from axolotl_ivon.decisions.sweep import Sweep, check_grid, pareto_front, rank, sweep
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
 from axolotl_ivon.evaluation.variants import Variant
@@ -198,9 +198,9 @@ def test_the_threshold_is_of_examples_that_chose_nothing() -> None:
 def test_what_a_recommendation_decides_is_read(tmp_path: Path) -> None:
     path = tmp_path / "recommended.json"
     path.write_text('{"tau": 1, "ratio": 0}')
-    assert read_decision(path) == Decision()
+    assert read_rule(path) == DecisionRule()
     path.write_text('{"tau": 1, "ratio": 0, "temperature": 2, "threshold": 0.5, "score": "agreement"}')
-    assert read_decision(path) == Decision(2.0, 0.5, "agreement")
+    assert read_rule(path) == DecisionRule(2.0, 0.5, "agreement")
 
 
 def test_grids_and_data_that_leave_nothing_to_choose() -> None:

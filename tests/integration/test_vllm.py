@@ -112,7 +112,7 @@ def test_the_server_in_front_of_it(served: tuple[Path, str], combine: str) -> No
     import openai
     from served import serving
 
-    from axolotl_ivon.decisions.recommendation import Decision
+    from axolotl_ivon.decisions.recommendation import DecisionRule
     from axolotl_ivon.serving.api.backend import Limits
     from axolotl_ivon.serving.proxy.proxy import Combining
     from axolotl_ivon.serving.start import proxy_backend
@@ -121,7 +121,7 @@ def test_the_server_in_front_of_it(served: tuple[Path, str], combine: str) -> No
     asked = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 12, "temperature": 0}
     theirs = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     combining = Combining(combine, candidates=2, concurrency=1)
-    with serving(lambda: proxy_backend(str(folder), [url], Decision(), Limits(), combining)) as here:
+    with serving(lambda: proxy_backend(str(folder), [url], DecisionRule(), Limits(), combining)) as here:
         ours = openai.OpenAI(base_url=f"{here}/v1", api_key="none", max_retries=0)
         outputs = []
         for member in range(3):

@@ -14,7 +14,7 @@ from served import official, serving
 from slow_engine import SlowEngine
 
 from axolotl_ivon import Posterior
-from axolotl_ivon.decisions.recommendation import Decision
+from axolotl_ivon.decisions.recommendation import DecisionRule
 from axolotl_ivon.models.session import Session, load_tokenizer
 from axolotl_ivon.serving.api.app import Guard
 from axolotl_ivon.serving.api.backend import Limits
@@ -29,9 +29,9 @@ Serve = Callable[..., contextlib.AbstractContextManager[str]]
 def make_engine() -> Callable[..., TokenEngine]:
     """A function that serves an adapter over the tiny model; the draws are wide, so that they differ."""
 
-    def make(adapter: Path, decision: Decision | None = None) -> TokenEngine:
+    def make(adapter: Path, rule: DecisionRule | None = None) -> TokenEngine:
         posterior = Posterior.from_pretrained(adapter).temper(0.002)
-        return TokenEngine(Session.open(posterior), posterior, decision or Decision(), name="tiny", samples=3)
+        return TokenEngine(Session.open(posterior), posterior, rule or DecisionRule(), name="tiny", samples=3)
 
     return make
 

@@ -11,7 +11,7 @@ from heard import Heard
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.encode import ChatFormat
-from axolotl_ivon.decisions.recommendation import Decision
+from axolotl_ivon.decisions.recommendation import DecisionRule
 from axolotl_ivon.models.session import Loading, load_tokenizer
 from axolotl_ivon.serving.api.backend import Limits
 from axolotl_ivon.serving.api.protocol import ChatRequest, CompletionRequest, read_request
@@ -58,8 +58,8 @@ def test_an_adapter_answers_under_its_own_name(tiny_adapter: Path) -> None:
     heard = Heard()
 
     async def run() -> tuple[list[str], list[Any]]:
-        drawing, decision = Drawing(f"{tiny_adapter}/", samples=2, prune_ratio=0.5), Decision(2.0, 0.5)
-        backend = local_backend(drawing, decision, Limits(), Loading(), reporter=heard)
+        drawing, rule = Drawing(f"{tiny_adapter}/", samples=2, prune_ratio=0.5), DecisionRule(2.0, 0.5)
+        backend = local_backend(drawing, rule, Limits(), Loading(), reporter=heard)
         models = list(backend.models)
         chat = {"model": models[0], "messages": [{"role": "user", "content": "red"}], "max_tokens": 3}
         text = {"model": models[1], "prompt": "red", "max_tokens": 3}

@@ -24,7 +24,7 @@ from ..api.answers import LEAST_LOGPROB, AnswerDelta, Token, certainty_of
 from .text import GrowingText
 
 if TYPE_CHECKING:
-    from ...decisions.recommendation import Decision
+    from ...decisions.recommendation import DecisionRule
     from ...models.session import Session
     from ...posterior.posterior import Posterior
 
@@ -52,7 +52,7 @@ class TokenEngine:
 
     Args:
         session: the base model with the adapter of `posterior`, which is pruned and tempered as wished.
-        decision: the softmax temperature of the confidence, and the threshold below which to abstain.
+        rule: the softmax temperature of the confidence, and the threshold below which to abstain.
         samples, seed: the number of members, and the seed of `Posterior.sample`.
 
     Attributes:
@@ -62,9 +62,9 @@ class TokenEngine:
     """
 
     def __init__(
-        self, session: Session, posterior: Posterior, decision: Decision, *, name: str, samples: int = 8, seed: int = 0
+        self, session: Session, posterior: Posterior, rule: DecisionRule, *, name: str, samples: int = 8, seed: int = 0
     ) -> None:
-        self._model, self._slots, self._decision = session.model, session.slots, decision
+        self._model, self._slots, self._rule = session.model, session.slots, rule
         self.max_length = session.max_length
         self._draws: list[Mapping[str, Any]] = [dict(posterior.mean)]
         self._draws += [posterior.sample(seed, member) for member in range(samples)]
@@ -87,7 +87,7 @@ class TokenEngine:
         members = which.stop - which.start
         decoder = _Decoder(self, which)
         bits = [generator("serve", request.seed, index).bit_generator for index in range(request.n)]
-        certainty = functools.partial(certainty_of, members=members, threshold=self._decision.threshold)
+        certainty = functools.partial(certainty_of, members=members, threshold=self._rule.threshold)
         answers = [_Answer(index, GrowingText(self._decode, request.stop), certainty) for index in range(request.n)]
         alive = list(range(request.n))
         with evaluating(self._model):
@@ -114,7 +114,7 @@ class TokenEngine:
         self, average: torch.Tensor, expected: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor, top: int | None
     ) -> Iterator[Token]:
         """Yield the chosen token of every row, which adds no text yet."""
-        temperature = self._decision.temperature
+        temperature = self._rule.temperature
         scaled = average if temperature == 1 else (average / temperature).log_softmax(-1)
         logprobs = (rows.gather(1, chosen[:, None])[:, 0] for rows in (average, scaled))
         numbers = torch.stack([*logprobs, expected, total - expected], 1).tolist()

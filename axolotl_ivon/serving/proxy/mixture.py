@@ -24,7 +24,7 @@ from ...generation.utilities import AnswerExtractor, Utility
 from ..api.answers import AnswerDelta, Token, certainty
 
 if TYPE_CHECKING:
-    from ...decisions.recommendation import Decision
+    from ...decisions.recommendation import DecisionRule
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Scores:
 
 
 def by_risk(
-    candidates: Sequence[Candidate], n: int, utility: Utility, answers: AnswerExtractor, decision: Decision
+    candidates: Sequence[Candidate], n: int, utility: Utility, answers: AnswerExtractor, rule: DecisionRule
 ) -> list[AnswerDelta]:
     """Return the n candidates of the largest expected utility, the best first; each text once, if there are enough."""
     texts, members = [c.text for c in candidates], [c.member for c in candidates]
@@ -68,9 +68,9 @@ def by_risk(
         left = [i for i in left if i != chosen[-1]]
     deltas = []
     for number, index in enumerate(chosen):
-        sure = measure(clusters, members, index, decision.temperature)
+        sure = measure(clusters, members, index, rule.temperature)
         measures = sure.confidence, sure.expected_entropy, sure.mutual_information
-        deltas.append(candidates[index].answer(number, certainty(*measures, len(set(members)), decision.threshold)))
+        deltas.append(candidates[index].answer(number, certainty(*measures, len(set(members)), rule.threshold)))
     return deltas
 
 

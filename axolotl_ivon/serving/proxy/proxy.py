@@ -24,7 +24,7 @@ from .responses import read_candidates, read_prompt_ids, read_scores, read_text,
 from .upstream import UpstreamPool, broken_off, cancel_all, malformed_as_502
 
 if TYPE_CHECKING:
-    from ...decisions.recommendation import Decision
+    from ...decisions.recommendation import DecisionRule
 
 Choose = Callable[[Sequence[Candidate], int], list[AnswerDelta]]
 TOP = 20  # likeliest tokens to ask for, the most that vLLM gives unless told otherwise
@@ -45,7 +45,7 @@ class Proxy(Backend):
 
     Args:
         members: the names of the members there: "mean" for the mean, the others are draws.
-        decision: the softmax temperature of the agreement, and the threshold of the confidence.
+        rule: the softmax temperature of the agreement, and the threshold of the confidence.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class Proxy(Backend):
         name: str,
         members: Sequence[str],
         combining: Combining,
-        decision: Decision,
+        rule: DecisionRule,
         limits: Limits,
     ) -> None:
         self._pool, self._limits = pool, limits
-        self._candidates, self._threshold = combining.candidates, decision.threshold
+        self._candidates, self._threshold = combining.candidates, rule.threshold
         self._choose: Choose | None = None  # chooses n of the candidates of all members; None: by their scores
         if combining.combine != "rescore":
             answers = AnswerExtractor(combining.answer_regex)
             utility = UTILITIES[combining.combine](answers)
-            self._choose = functools.partial(by_risk, utility=utility, answers=answers, decision=decision)
+            self._choose = functools.partial(by_risk, utility=utility, answers=answers, rule=rule)
         self._draws = [member for member in members if member != "mean"]
         self._served: dict[str, str | None] = {name: None}
         if "mean" in members:

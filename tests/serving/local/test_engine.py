@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from axolotl_ivon import Posterior
-from axolotl_ivon.decisions.recommendation import Decision
+from axolotl_ivon.decisions.recommendation import DecisionRule
 from axolotl_ivon.models.draws import AdapterSlots, predict
 from axolotl_ivon.models.session import load_model
 from axolotl_ivon.serving.api.answers import AnswerDelta
@@ -145,7 +145,7 @@ def test_tokens_are_drawn_from_the_average(engine: TokenEngine) -> None:
 
 
 def test_the_temperature_is_of_the_confidence(make_engine: MakeEngine, engine: TokenEngine, tiny_adapter: Path) -> None:
-    scaled = make_engine(tiny_adapter, Decision(0.25, 0.5))
+    scaled = make_engine(tiny_adapter, DecisionRule(0.25, 0.5))
     [plain], [sharp] = tokens(engine, max_tokens=1, top=400), tokens(scaled, max_tokens=1, top=400)
     assert (sharp.id, sharp.logprob) == (plain.id, pytest.approx(plain.logprob, abs=1e-4))
     everything = torch.tensor([logprob for _, logprob in plain.top])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl_ivon.decisions.recommendation import Decision
+from axolotl_ivon.decisions.recommendation import DecisionRule
 from axolotl_ivon.generation.utilities import AnswerExtractor, exact
 from axolotl_ivon.serving.proxy.mixture import Candidate, Scores, by_risk, by_score, coarse_entropies
 
@@ -22,7 +22,7 @@ def test_the_answer_that_most_agree_with_is_chosen() -> None:
     answers = AnswerExtractor(r"(\d+)")
     own = [candidate("so 7", 0), candidate("it is 7", 0, -0.5), candidate("8", 1), candidate("7!", 1)]
     own += [candidate("?", 2), candidate("7", 2)]
-    first, second = by_risk(own, 2, exact(answers), answers, Decision(threshold=0.7))
+    first, second = by_risk(own, 2, exact(answers), answers, DecisionRule(threshold=0.7))
     assert first.text == "it is 7"  # of equal ones the likeliest
     assert second.text == "so 7"
     assert first.ivon["confidence"] == pytest.approx(4 / 6)
@@ -33,13 +33,13 @@ def test_the_answer_that_most_agree_with_is_chosen() -> None:
     within = 2 / 3 * math.log(2)  # two of three members are of two minds
     assert first.ivon["expected_entropy"] == pytest.approx(within)
     assert first.ivon["mutual_information"] == pytest.approx(total - within)
-    assert "abstain" not in by_risk(own, 1, exact(answers), answers, Decision())[0].ivon
+    assert "abstain" not in by_risk(own, 1, exact(answers), answers, DecisionRule())[0].ivon
 
 
 def test_fewer_answers_than_asked_for_come_again() -> None:
     own = [candidate("a", 0), candidate("a", 1)]
     answers = AnswerExtractor()
-    assert [c.text for c in by_risk(own, 3, exact(answers), answers, Decision())] == ["a", "a", "a"]
+    assert [c.text for c in by_risk(own, 3, exact(answers), answers, DecisionRule())] == ["a", "a", "a"]
     assert [c.text for c in by_score(own[:1], [[Scores((-1.0,))]], 2)] == ["a", "a"]
 
 

@@ -19,7 +19,7 @@ from openai_server import serving as upstream_serving
 from served import ask, official, serving, until
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.decisions.recommendation import Decision
+from axolotl_ivon.decisions.recommendation import DecisionRule
 from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 from axolotl_ivon.serving.api.backend import Limits
 from axolotl_ivon.serving.proxy import upstream
@@ -61,12 +61,10 @@ def upstreams(loaded: list[Server], monkeypatch: pytest.MonkeyPatch) -> Iterator
 def begin(upstreams: list[Server]) -> Begin:
     """A function that serves the first servers, and chooses by minimum Bayes risk by default."""
 
-    def start(
-        count: int = 2, combine: str = "exact", concurrency: int = 256, max_queue: int = 100, **decision: Any
-    ) -> Any:
+    def start(count: int = 2, combine: str = "exact", concurrency: int = 256, max_queue: int = 100, **rule: Any) -> Any:
         def backend() -> Proxy:
             pool = UpstreamPool([server.url for server in upstreams[:count]], concurrency, timeout=999.0)
-            combining, decided = Combining(combine), Decision(**decision)
+            combining, decided = Combining(combine), DecisionRule(**rule)
             return Proxy(pool, "ours", ["mean", *MEMBERS], combining, decided, Limits(max_queue))
 
         return serving(backend)
@@ -320,19 +318,19 @@ def test_too_many_requests_are_refused(begin: Begin, upstreams: list[Server]) ->
 def test_the_ensemble_names_members(ensemble: Path, upstreams: list[Server], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "theirs")
     folder, urls = str(ensemble), [upstreams[0].url, f"{upstreams[1].url}/v1/"]
-    with serving(lambda: proxy_backend(folder, urls, Decision(), Limits(), Combining(candidates=2))) as url:
+    with serving(lambda: proxy_backend(folder, urls, DecisionRule(), Limits(), Combining(candidates=2))) as url:
         names = [model.id for model in official(url).models.list()]
         assert names == ["ensemble", "ensemble:mean", "ensemble:member-0000", "ensemble:member-0001"]
         official(url).completions.create(model="ensemble", prompt="red", max_tokens=1)
     assert {headers["Authorization"] for server in upstreams for headers in server.headers} == {"Bearer theirs"}
     assert [len(server.requests) for server in upstreams] == [1, 1]
-    one = proxy_backend(folder, urls, Decision(), Limits(), Combining("rescore"), samples=1, name="x")
+    one = proxy_backend(folder, urls, DecisionRule(), Limits(), Combining("rescore"), samples=1, name="x")
     assert list(one.models) == ["x", "x:mean", "x:member-0000"]
 
 
 def test_a_server_lacking_a_member(ensemble: Path, upstreams: list[Server], monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*urls: str, **options: Any) -> None:
-        proxy_backend(str(ensemble), urls, Decision(), Limits(), Combining(), **options)
+        proxy_backend(str(ensemble), urls, DecisionRule(), Limits(), Combining(), **options)
 
     monkeypatch.setattr(upstreams[1], "members", ["mean", "sample-0000"])
     with pytest.raises(IVONError, match=rf"endpoint {upstreams[1].url} does not serve sample-0001"):
