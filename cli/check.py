@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import click
 
+from axolotl_ivon.storage.format import file_names
+
 from . import _options as options
 from ._tables import emit, print_facts
 
@@ -49,11 +51,17 @@ def command(
             if data:
                 progress.begin("loading the base model")
                 from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
-                from axolotl_ivon.evaluation.run import draws_against_mean
+                from axolotl_ivon.evaluation.run import run
+                from axolotl_ivon.evaluation.variants import VariantChoice
 
-                files = EvaluationData(data, limit=limit)
-                facts["data"] = draws_against_mean(target, files, Sampling(), loading, progress)
-                facts["findings"] += [row["finding"] for row in facts["data"]]
+                files, choice = EvaluationData(data, limit=limit), VariantChoice(["mean", "posterior"])
+                record = run(target, files, choice, Sampling(), loading, progress).record
+                facts["data"] = [verdict.dump() for verdict in record.verdicts]
+                names = file_names([verdict.data for verdict in record.verdicts])
+                for verdict in record.verdicts:
+                    cure = "; a larger τ narrows them" if verdict.verdict == "worse" else ""
+                    text = f"{names[verdict.data]}: {verdict.text}{cure}"
+                    facts["findings"].append({"about": "draws", "good": verdict.verdict == "better", "text": text})
     if terminal.as_json:
         emit(facts)
         return

@@ -1,12 +1,10 @@
 """Choosing temperature and pruning ratio from data: a grid, its Pareto front, and a recommendation that is honest.
 
 The paper leaves both to the user (arXiv 2506.14280, figure 2 shows the trade-off). Here the choice is made on one half
-of the data and reported on the other, so what `recommended.json` promises was not fitted to. The default is the mean:
-one pass, and no choice. The best point is recommended if it is better than the mean on the other half, beyond noise.
+of the data and reported on the other, so what `recommended.json` promises was not fitted to.
 
 Beside τ goes the baseline that needs no draws, the softmax temperature T of the output. It is fitted to each point by
-NLL on the half that chooses (`metrics.calibration`). Draws must be better than the mean at its own T, beyond noise, or
-that is recommended.
+NLL on the half that chooses (`metrics.calibration`). `metrics.choice` has the rule.
 
 With a risk, `abstention` finds the threshold from which on to answer. It needs examples that had no part in the choice:
 half of all; the other half is halved again. Imports no torch.
@@ -14,6 +12,7 @@ half of all; the other half is halved again. Imports no torch.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -24,9 +23,18 @@ from typing import TYPE_CHECKING, Any
 from ..errors import IVONError, param_ref
 from ..evaluation.evaluate import Evaluation, Sampling, check_promise
 from ..evaluation.variants import Variant
+from ..metrics.choice import choose
 from ..metrics.verdict import SIGNS, Paired, examples_needed, figures, judge
 from ..records.evaluation import Difference, Metrics
-from ..records.recommendation import RECOMMENDED_FILE, GridPoint, Recommendation, Reported, Sizes, SweepVerdict
+from ..records.recommendation import (
+    RECOMMENDED_FILE,
+    DrawsPoint,
+    GridPoint,
+    Recommendation,
+    Reported,
+    Sizes,
+    SweepVerdict,
+)
 from ..reporter import SILENT, Reporter
 from .abstention import Abstention, check_risk, find_threshold
 
@@ -131,14 +139,14 @@ def sweep(
 
     from ..metrics.bootstrap import standard_errors
 
-    choose, report, test = _split(len(evaluation.items), sampling.seed, risk is not None)
+    choosing, report, test = _split(len(evaluation.items), sampling.seed, risk is not None)
     if len(report) < _TELLING:
         reporter.notify(
-            f"{len(choose)} examples choose and {len(report)} report: few differences are more than noise; "
+            f"{len(choosing)} examples choose and {len(report)} report: few differences are more than noise; "
             f"{_TELLING} each are better"
         )
     scores = evaluation.run(variants, sampling, reporter)
-    choice = _Choice(variants, scores, evaluation.items, objective, choose, report)
+    choice = _Choice(variants, scores, evaluation.items, objective, choosing, report)
     leader, recommended, verdict = choice.recommend()
     abstention = None
     if risk is not None:
@@ -154,7 +162,7 @@ def sweep(
         objective=objective,
         score="probability",
         **(abstention.document() if abstention else {}),
-        examples=Sizes(chosen_on=len(choose), reported_on=len(report)),
+        examples=Sizes(chosen_on=len(choosing), reported_on=len(report)),
         chosen_on=point.chosen_on,
         reported_on=Reported.model_validate({**point.reported_on.dump(), "se": standard_errors(recommended.reported)}),
         mean_reported_on=choice.mean.point.reported_on,
@@ -162,6 +170,7 @@ def sweep(
         best=leader.point,
         grid=[candidate.point for candidate in choice.grid],
         scaled=[candidate.point for candidate in choice.scaled],
+        draws=choice.draws(point.ratio),
     )
     return Sweep(recommendation, point, choice.reliability(recommended), abstention)
 
@@ -190,7 +199,11 @@ class _Candidate:
 
     @property
     def is_mean(self) -> bool:
-        return math.isinf(self.point.tau) and not self.point.ratio
+        return not self.is_average and not self.point.ratio
+
+    @property
+    def is_average(self) -> bool:
+        return math.isfinite(self.point.tau)
 
 
 class _Choice:
@@ -198,7 +211,8 @@ class _Choice:
 
     Attributes:
         grid: the points as they are.
-        scaled: the mean and the best of the grid at softmax temperatures that are fitted on the part that chooses.
+        scaled: the mean, the best draws and the best of the grid, each at the softmax temperature that is fitted to it
+            on the part that chooses.
     """
 
     def __init__(
@@ -207,31 +221,36 @@ class _Choice:
         scores: Sequence[Scores],
         items: Sequence[EncodedExample],
         objective: str,
-        choose: Tensor,
+        choosing: Tensor,
         report: Tensor,
     ) -> None:
-        self._objective, self._choose, self._report, self._count = objective, choose, report, len(items)
+        self._objective, self._choosing, self._report, self._count = objective, choosing, report, len(items)
         grid = [self._candidate(variant, score) for variant, score in zip(variants, scores, strict=True)]
         front = pareto_front([(-(on.accuracy or 0.0), on.ece or 0.0) for on in (c.point.chosen_on for c in grid)])
         points = [each.point.model_copy(update={"front": mark}) for each, mark in zip(grid, front, strict=True)]
         self.grid = [replace(candidate, point=point) for candidate, point in zip(grid, points, strict=True)]
         self.mean = next(candidate for candidate in self.grid if candidate.is_mean)
-        self.scaled = self._scale(items)
+        self._scaled = self._scale(items)
+        means, draws = ([c for c in self._scaled if getattr(c, kind)] for kind in ("is_mean", "is_average"))
+        self.scaled = list(dict.fromkeys(self._best(group) for group in (means, draws, self._scaled) if group))
 
     def _candidate(self, at: Variant | GridPoint, scores: Scores, temperature: float = 1.0) -> _Candidate:
         reported = scores.of_groups(self._report)
         point = GridPoint(
             tau=at.tau,
             ratio=at.ratio,
-            chosen_on=_metrics(scores.of_groups(self._choose)),
+            chosen_on=_metrics(scores.of_groups(self._choosing)),
             reported_on=_metrics(reported),
             front=False,
             temperature=temperature,
         )
         return _Candidate(point, scores, reported)
 
+    def _cost(self, candidate: _Candidate) -> tuple[float, float]:
+        return rank(candidate.point.chosen_on, self._objective)
+
     def _best(self, candidates: Sequence[_Candidate]) -> _Candidate:
-        return min(candidates, key=lambda candidate: rank(candidate.point.chosen_on, self._objective))
+        return min(candidates, key=self._cost)
 
     def _scale(self, items: Sequence[EncodedExample]) -> list[_Candidate]:
         import torch
@@ -242,54 +261,51 @@ class _Choice:
             return []
         group = self.mean.scores.group
         target = torch.tensor([items[number].targets[0] for number in group.tolist()])
-        mask = torch.isin(group, self._choose)
+        mask = torch.isin(group, self._choosing)
         scaled = []
         for candidate in self.grid:
             probabilities = candidate.scores.probabilities
             assert probabilities is not None
             temperature = fit_temperature(probabilities[mask], target[mask])
-            averaged = math.isfinite(candidate.point.tau)
-            scores = scores_at(temperature, probabilities, target, candidate.scores.group, averaged)
+            scores = scores_at(temperature, probabilities, target, candidate.scores.group, candidate.is_average)
             scaled.append(self._candidate(candidate.point, scores, temperature))
-        winner, baseline = self._best(scaled), scaled[self.grid.index(self.mean)]
-        return [baseline] if winner is baseline else [baseline, winner]
+        return scaled
 
     def recommend(self) -> tuple[_Candidate, _Candidate, SweepVerdict]:
         """Return the best candidate, the one that is recommended, and why."""
-        leader, mean = self._best([*self.grid, *self.scaled]), self.mean
+        mean, compared = self.mean, functools.cache(self._versus)
+        means, others = ([c for c in [*self.grid, *self.scaled] if c.is_mean is wanted] for wanted in (True, False))
+        choice = choose(mean, means, others, self._cost, lambda one, other: compared(one, other)[1])
+        leader, recommended = choice.best, choice.recommended
         edges = _edges(leader.point, [candidate.point for candidate in self.grid])
-        if leader is mean:
-            text = "the mean is best: keep the default, the mean"
-            verdict = SweepVerdict(differences={}, outcome="the mean", edges=edges, examples_needed=None, text=text)
-            return leader, mean, verdict
-        versus, outcome = self._versus(leader, mean)
-        recommended, needed = self._worth_its_passes(leader) if outcome == "better" else mean, None
-        meaning = f"{outcome} than the mean" if outcome in ("better", "worse") else outcome
-        if recommended is mean:
-            meaning += ": keep the default, the mean"
-        elif recommended is not leader:
-            meaning += (
-                ", but not than the mean at a softmax temperature, beyond noise: take that, "
-                f"{recommended.point.describe()}"
+        outcome, needed, versus = "the mean", None, dict[str, Paired]()
+        text = "the mean is best: keep the default, the mean"
+        if leader is not mean:
+            versus, outcome = compared(leader, mean)
+            meaning = f"{outcome} than the mean" if outcome in ("better", "worse") else outcome
+            if recommended is not leader:
+                own = f", but beyond noise not than {choice.scaled.point.describe()}" if outcome == "better" else ""
+                take = "keep the default, the mean" if recommended is mean else f"take {recommended.point.describe()}"
+                meaning += f"{own}: {take}"
+            if outcome == "within noise":
+                needed = examples_needed(self._count, *versus[self._objective])
+                meaning += f"; {f'about {needed:,}' if needed else 'no number of'} examples would tell"
+            at = f", at the edge of the grid ({', '.join(edges)}): try values beyond" if edges else ""
+            text = (
+                f"best by {self._objective}: {leader.point.describe()}{at}; on the other examples, against the mean: "
+                f"{figures(versus)}: {meaning}"
             )
-        if outcome == "within noise":
-            needed = examples_needed(self._count, *versus[self._objective])
-            meaning += f"; about {needed:,} examples would tell" if needed else "; no number of examples would tell"
-        at = f", at the edge of the grid ({', '.join(edges)}): try values beyond" if edges else ""
-        text = (
-            f"best by {self._objective}: {leader.point.describe()}{at}; on the other examples, against the mean: "
-            f"{figures(versus)}: {meaning}"
-        )
         paired = {metric: Difference(**each._asdict()) for metric, each in versus.items()}
         verdict = SweepVerdict(differences=paired, outcome=outcome, edges=edges, examples_needed=needed, text=text)
         return leader, recommended, verdict
 
-    def _worth_its_passes(self, candidate: _Candidate) -> _Candidate:
-        """Return the mean at its own temperature, if that is any good and `candidate` not better, else `candidate`."""
-        baseline = self.scaled[0] if self.scaled else self.mean
-        if candidate.is_mean or not self._is_better(baseline, self.mean) or self._is_better(candidate, baseline):
-            return candidate
-        return baseline
+    def draws(self, ratio: float) -> DrawsPoint | None:
+        """Return the best draws with this pruning ratio."""
+        draws = [c for c in [*self.grid, *self._scaled] if c.is_average and c.point.ratio == ratio]
+        if not draws:
+            return None
+        point = self._best(draws).point
+        return DrawsPoint(tau=point.tau, temperature=point.temperature)
 
     def _versus(self, candidate: _Candidate, other: _Candidate) -> tuple[dict[str, Paired], str]:
         """Return the paired differences of all metrics on the part that reports, and the outcome by the objective."""
@@ -297,9 +313,6 @@ class _Choice:
 
         versus = compare(candidate.reported, other.reported)
         return versus, judge(*versus[self._objective], len(self._report), SIGNS[self._objective])
-
-    def _is_better(self, candidate: _Candidate, other: _Candidate) -> bool:
-        return candidate is not other and self._versus(candidate, other)[1] == "better"
 
     def reliability(self, recommended: _Candidate) -> dict[str, Scores]:
         """Return the scores of mean, posterior and recommended candidate on the part that reports, by name."""

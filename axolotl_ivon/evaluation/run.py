@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError, param_ref
-from ..metrics.verdict import REFERENCES, judge
+from ..metrics.verdict import LABELS, REFERENCES, Paired, examples_needed, figures, judge
 from ..models.session import Loading
 from ..records.base import save_lines
-from ..records.evaluation import Calibration, EvaluationRecord, ExampleRecord, Prediction, VariantResult
+from ..records.evaluation import Calibration, EvaluationRecord, ExampleRecord, Prediction, VariantResult, VerdictResult
 from ..reporter import SILENT, Reporter
 from .evaluate import Evaluation, EvaluationData, Sampling
 from .variants import Variant, VariantChoice, calibrated_variants
-from .verdicts import verdicts
 
 if TYPE_CHECKING:
     from ..data.encode import EncodedExample
     from ..metrics.scores import Scores
 
-# What is to be done about draws that are better or worse than the mean.
-_ADVICE = {"better": "", "worse": "; narrow them by a larger τ"}
+
+# Each verdict: a variant, and what it is compared with.
+_QUESTIONS = (("mean", "base"), ("posterior", "mean"), ("posterior+temperature", "mean+temperature"))
+_REFERENCES = {"base": "the base model", "mean": "the mean", "mean+temperature": "the mean at its own"}
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,43 @@ def _answered(variant: Variant, threshold: float, path: str, scores: Scores, sam
     )
 
 
+def verdicts(rows: Sequence[VariantResult]) -> list[VerdictResult]:
+    """Return what the NLL says, file by file: mean against base model, draws against mean, each also calibrated."""
+    return [
+        _verdict(row, than)
+        for path in dict.fromkeys(row.data for row in rows)
+        for name, than in _QUESTIONS
+        for row in rows
+        if (row.data, row.name) == (path, name) and "nll" in row.versus(than)
+    ]
+
+
+def _verdict(row: VariantResult, than: str) -> VerdictResult:
+    versus = {metric: Paired(own.difference or 0.0, own.standard_error) for metric, own in row.versus(than).items()}
+    difference, error = versus["nll"].difference, versus["nll"].standard_error or 0.0
+    verdict = judge(difference, error, row.examples)
+    needed = examples_needed(row.examples, difference, error) if verdict == "within noise" else None
+    what, are, against, numbers = "the mean", "is", _REFERENCES[than], figures(versus)
+    if row.name != "mean":
+        what, are = ("one draw", "is") if row.samples == 1 else (f"{row.samples} draws", "are")
+        what += " at a fitted temperature" if "temperature" in row.name else ""
+    if verdict == "the same":
+        text = f"{what} and {against} predict the same"
+    elif verdict == "too few examples":
+        text = f"{row.examples} examples are too few to tell {what} from {against}: {numbers}"
+    elif verdict == "within noise":
+        enough = f"about {needed:,}" if needed and needed <= 10**6 else "more than a million"
+        others = [LABELS[m] for m in ("accuracy", "ece") if m in versus and versus[m].is_beyond_noise]
+        but = f" in NLL, but not in {' and '.join(others)}" if others else ""
+        text = f"{what} and {against} are within noise{but}: {numbers}; {enough} examples would tell"
+    else:
+        text = f"{what} {are} {verdict} than {against}: {numbers}"
+    return VerdictResult(
+        data=row.data, name=row.name, than=than, metric="nll", difference=difference, standard_error=error,
+        verdict=verdict, examples_needed=needed, text=text,
+    )  # fmt: skip
+
+
 def describe(evaluation: Evaluation, variants: Sequence[Variant], scores: Sequence[Scores]) -> Iterator[ExampleRecord]:
     """Yield for every example, of the data and then out of the distribution, what each variant predicts."""
     columns = {variant.name: _columns(score) for variant, score in zip(variants, scores, strict=True)}
@@ -231,42 +269,3 @@ def _prediction(choices: Sequence[str], item: EncodedExample, values: dict[str, 
     probabilities = dict(zip(choices, kept, strict=True))
     best = max(probabilities, key=probabilities.__getitem__)
     return Prediction(probabilities=probabilities, prediction=best, right=bool(share), **values)
-
-
-def draws_against_mean(
-    adapter: str | Path,
-    data: EvaluationData,
-    sampling: Sampling = Sampling(),
-    loading: Loading = Loading(),
-    reporter: Reporter = SILENT,
-) -> list[dict[str, Any]]:
-    """Return for each file how the NLL of the draws differs from that of the mean.
-
-    Returns:
-        Dicts of `data`, `examples`, `difference` (draws − mean), its standard error `se` (None of one example), and
-        `finding`, as in `inspect.diagnosis.diagnose`.
-
-    Raises:
-        IVONError: as `Evaluation` and `evaluate` do.
-    """
-    variants = VariantChoice(["mean", "posterior"]).variants()
-    evaluation = Evaluation(adapter, data, variants, loading, reporter)
-    import torch
-
-    mean, draws = evaluation.run(variants, sampling, reporter)
-    files = [(path, torch.tensor(numbers)) for path, numbers in evaluation.files.items()]
-    return [_against_mean(path, draws.of_groups(numbers), mean.of_groups(numbers)) for path, numbers in files]
-
-
-def _against_mean(data: str, draws: Scores, mean: Scores) -> dict[str, Any]:
-    differences = draws.mean_of_groups(draws.nll) - mean.mean_of_groups(mean.nll)
-    count, difference = len(differences), differences.mean().item()
-    error = differences.std().item() / math.sqrt(count) if count > 1 else None
-    outcome = judge(difference, error, count)
-    figures = f"NLL {difference:+.3g}{'' if error is None else f' ± {error:.2g}'} on {count:,} examples of {data}"
-    if outcome in _ADVICE:
-        text = f"the draws are {outcome} than the mean: {figures}{_ADVICE[outcome]}"
-    else:
-        text = f"draws and mean cannot be told apart: {figures}; use more data, or the mean"
-    finding = {"about": "draws", "good": outcome == "better", "text": text}
-    return {"data": data, "examples": count, "difference": difference, "se": error, "finding": finding}

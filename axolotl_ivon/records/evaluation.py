@@ -148,10 +148,6 @@ class EvaluationRecord(Record):
         """The files out of the distribution."""
         return list(dict.fromkeys(result.data for result in self.ood))
 
-    def find(self, name: str, data: str) -> VariantResult | None:
-        """Return the row of a variant on a file, or None."""
-        return next((row for row in self.rows if (row.name, row.data) == (name, data)), None)
-
 
 class Prediction(Record):
     """One variant's prediction of one example; with the task "generate", means over its tokens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -10,6 +11,14 @@ from .base import Record, Share, Tau
 from .evaluation import Difference, Metrics
 
 RECOMMENDED_FILE = "recommended.json"
+
+
+def describe(tau: float, ratio: float = 0.0, temperature: float = 1.0) -> str:
+    """Return what is predicted with, in words: "the mean with T 1.3", "draws at τ 4 with pruning ratio 0.1"."""
+    additions = [] if temperature == 1 else [f"T {temperature:.3g}"]
+    additions += [f"pruning ratio {ratio:g}"] if ratio else []
+    name = "the mean" if math.isinf(tau) else f"draws at τ {tau:g}"
+    return f"{name} with {' and '.join(additions)}" if additions else name
 
 
 class CertifiedOn(Record):
@@ -46,8 +55,7 @@ class GridPoint(Record):
 
     def describe(self) -> str:
         """Return the point in words."""
-        scaled = "" if self.temperature == 1 else f", temperature {self.temperature:.3g}"
-        return f"τ {self.tau:g}, ratio {self.ratio:g}{scaled}"
+        return describe(self.tau, self.ratio, self.temperature)
 
 
 class SweepVerdict(Record):

@@ -1,9 +1,8 @@
 """What to predict with when training has ended: the mean or draws, and a softmax temperature, from evaluation data.
 
 The evaluation examples are split in two. One half chooses T for the mean, and τ and T for draws, by their NLL; the
-other half reports. The rules are those of `ivon-post sweep`: the mean stays as it is unless its T is better beyond
-noise, and draws are recommended only if they are better than that beyond noise. What is found is written as
-`recommended.json` beside the adapter.
+other half reports. `metrics.choice` has the rule, which is that of `ivon-post sweep` too. The recommendation is
+written as `recommended.json` beside the adapter.
 """
 
 from __future__ import annotations
@@ -23,10 +22,19 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
+from ..metrics.choice import choose
 from ..metrics.scores import Scores, metrics
 from ..metrics.verdict import FEWEST, Paired, judge
 from ..records.evaluation import Difference, Metrics
-from ..records.recommendation import RECOMMENDED_FILE, DrawsPoint, Recommendation, Reported, Sizes, SweepVerdict
+from ..records.recommendation import (
+    RECOMMENDED_FILE,
+    DrawsPoint,
+    Recommendation,
+    Reported,
+    Sizes,
+    SweepVerdict,
+    describe,
+)
 
 if TYPE_CHECKING:
     from .callback import PosteriorTraining
@@ -203,11 +211,11 @@ def _at_temperatures(logs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tens
 def _choose(ways: Sequence[_Way], columns: list[list[_Column]], seed: int) -> tuple[Recommendation, str]:
     """Return the recommendation from what every way (inner list) predicts for every example, and a line about it."""
     order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed)).tolist()
-    choose, report = order[: len(order) // 2], order[len(order) // 2 :]
+    choosing, report = order[: len(order) // 2], order[len(order) // 2 :]
+    nll = [torch.cat([columns[i][way].nll for i in choosing]).mean(0).tolist() for way in range(len(ways))]
 
-    # A candidate is the number of a way and that of a temperature.
-    def nll(way: int) -> Tensor:
-        return torch.cat([columns[i][way].nll for i in choose]).mean(0)
+    def cost(at: tuple[int, int]) -> float:
+        return nll[at[0]][at[1]]
 
     def versus(one: tuple[int, int], other: tuple[int, int]) -> Paired:
         gaps = [columns[i][one[0]].nll[:, one[1]] - columns[i][other[0]].nll[:, other[1]] for i in report]
@@ -216,21 +224,18 @@ def _choose(ways: Sequence[_Way], columns: list[list[_Column]], seed: int) -> tu
     def outcome(one: tuple[int, int], other: tuple[int, int]) -> str:
         return judge(*versus(one, other), len(report))
 
-    plain, scaled = (0, TEMPERATURES.index(1.0)), (0, int(nll(0).argmin()))
-    recommended = base = scaled if outcome(scaled, plain) == "better" else plain
-    draws, of_draws = None, "not tried"
-    if len(ways) > 1:
-        draws = min(((way, int(nll(way).argmin())) for way in range(1, len(ways))), key=lambda at: nll(at[0])[at[1]])
-        of_draws = outcome(draws, base)
-        recommended = draws if of_draws == "better" else base
+    plain = (0, TEMPERATURES.index(1.0))
+    # By the number of the way and that of the temperature.
+    candidates = [(way, t) for way in range(len(ways)) for t in range(len(TEMPERATURES))]
+    others = candidates[len(TEMPERATURES) :]
+    choice = choose(plain, candidates[: len(TEMPERATURES)], others, cost, outcome)
+    recommended, scaled, draws = choice.recommended, choice.scaled, min(others, key=cost, default=None)
 
-    def measured(at: tuple[int, int], examples: Sequence[int]) -> dict[str, Any]:
-        return _metrics([columns[i][at[0]] for i in examples], at[1])
+    def measured(at: tuple[int, int], part: Sequence[int]) -> dict[str, Any]:
+        return _metrics([columns[i][at[0]] for i in part], at[1])
 
     def named(at: tuple[int, int]) -> str:
-        tau, temperature = ways[at[0]].tau, TEMPERATURES[at[1]]
-        name = f"draws at τ {tau:g}" if math.isfinite(tau) else "the mean"
-        return name if temperature == 1 else f"{name} with T {temperature:.3g}"
+        return describe(ways[at[0]].tau, temperature=TEMPERATURES[at[1]])
 
     text = f"calibrated on {len(columns)} evaluation examples: {named(recommended)}"
     if recommended != plain:
@@ -239,7 +244,7 @@ def _choose(ways: Sequence[_Way], columns: list[list[_Column]], seed: int) -> tu
     elif scaled != plain:
         text += f" as it is, since {named(scaled)} is not better beyond noise"
     if draws and recommended != draws:
-        text += f"; {named(draws)} are {'worse' if of_draws == 'worse' else 'level'}"
+        text += f"; {named(draws)} are {'worse' if outcome(draws, recommended) == 'worse' else 'level'}"
     gain = versus(recommended, plain)
     verdict = SweepVerdict(
         differences={} if recommended == plain else {"nll": Difference(**gain._asdict())},
@@ -255,8 +260,8 @@ def _choose(ways: Sequence[_Way], columns: list[list[_Column]], seed: int) -> tu
         data=["the evaluation data of training"],
         samples=DRAWS,
         seed=seed,
-        examples=Sizes(chosen_on=len(choose), reported_on=len(report)),
-        chosen_on=Metrics(**measured(recommended, choose)),
+        examples=Sizes(chosen_on=len(choosing), reported_on=len(report)),
+        chosen_on=Metrics(**measured(recommended, choosing)),
         reported_on=Reported(**measured(recommended, report)),
         mean_reported_on=Metrics(**measured(plain, report)),
         verdict=verdict,

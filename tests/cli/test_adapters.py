@@ -76,8 +76,8 @@ def test_check_of_an_adapter(tiny_adapter: Path, tmp_path: Path, ivon_post: Cli)
     words = ["check", tiny_adapter, "--data", data, "--limit", 10, "-q"]
     document, text = ivon_post.json(*words), ivon_post(*words)
     [row] = document["data"]
-    assert (row["data"], row["examples"]) == (str(data), 10)
-    assert document["findings"][-1] == row["finding"]
+    assert row == ivon_post.json("eval", *words[1:], "--rows", "mean,posterior")["verdicts"][0]
+    assert document["findings"][-1] == {"about": "draws", "good": False, "text": f"validation.jsonl: {row['text']}"}
     assert [finding["about"] for finding in document["findings"][:-1]] == ["weights", "sigma", "draws"]
     assert all(f"{'✓' if found['good'] else '!'} {found['text']}" in text for found in document["findings"])
     assert "log_sigma_spread" in text

@@ -25,7 +25,7 @@ from axolotl_ivon.evaluation.variants import Variant
 from axolotl_ivon.metrics.scores import Scores, metrics
 from axolotl_ivon.metrics.verdict import SIGNS
 from axolotl_ivon.records.evaluation import Metrics
-from axolotl_ivon.records.recommendation import GridPoint, Sizes
+from axolotl_ivon.records.recommendation import DrawsPoint, GridPoint, Sizes
 
 TAUS, RATIOS = (0.3, 1.0, math.inf), (0.0, 0.4)
 
@@ -124,6 +124,7 @@ def test_what_is_better_beyond_noise_is_recommended() -> None:
     verdict = found.recommendation.verdict
     assert (found.recommended.tau, verdict.outcome, verdict.edges) == (1.0, "better", [])
     assert "better than the mean" in verdict.text
+    assert found.recommendation.draws.tau == 1.0
     shuffled = torch.randperm(600, generator=torch.Generator().manual_seed(0))[300:]
     nll = [torch.nn.functional.softplus(torch.where(target == 1, -one, one))[shuffled] for one in (logit, blind)]
     paired = nll[0] - nll[1]
@@ -164,9 +165,26 @@ def test_a_softmax_temperature_wins_over_draws_that_do_no_more() -> None:
     assert found.recommended.temperature == pytest.approx(3, rel=0.25)
     assert found.recommendation.verdict.outcome == "better"
     assert found.recommended == found.recommendation.scaled[0]
+    draws = found.recommendation.scaled[1]
+    assert math.isfinite(draws.tau)
+    assert found.recommendation.draws == DrawsPoint(tau=draws.tau, temperature=draws.temperature)
     for point in found.recommendation.scaled:
         assert point.chosen_on.nll <= mean(found).chosen_on.nll
         assert point.chosen_on.accuracy == mean(found).chosen_on.accuracy
+
+
+def test_a_temperature_that_helps_is_kept_where_the_best_draws_are_noise() -> None:
+    logit, target = questions(800)
+    chose = torch.randperm(800, generator=torch.Generator().manual_seed(0))[:400]
+    lucky = logit.clone()  # right more often than it should be, where it is chosen
+    lucky[chose] += 0.3 * (2.0 * target - 1)[chose]
+    lucky += 0.3 * torch.randn(800, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = swept_over({**dict.fromkeys(GRID, 3 * logit), (1.0, 0.0): lucky}, target)
+    assert (found.recommendation.best.tau, found.recommended) == (1.0, found.recommendation.scaled[0])
+    name = found.recommended.describe()
+    assert found.recommendation.verdict.text.endswith(
+        f": better than the mean, but beyond noise not than {name}: take {name}"
+    )
 
 
 def test_few_examples_recommend_nothing() -> None:

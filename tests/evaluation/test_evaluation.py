@@ -1,14 +1,12 @@
-"""One evaluation from end to end: the record, its verdicts in words, and draws against the mean."""
+"""One evaluation from end to end: the record, and its verdicts in words."""
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from heard import Heard
@@ -18,11 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.encode import encode
 from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
-from axolotl_ivon.evaluation.run import _against_mean, draws_against_mean, run
+from axolotl_ivon.evaluation.run import run, verdicts
 from axolotl_ivon.evaluation.variants import VariantChoice, paper_variants
-from axolotl_ivon.evaluation.verdicts import verdicts
 from axolotl_ivon.metrics.bootstrap import compare, standard_errors
-from axolotl_ivon.metrics.scores import Scores, metrics
+from axolotl_ivon.metrics.scores import metrics
 from axolotl_ivon.records.evaluation import Difference, ExampleRecord, VariantResult
 from axolotl_ivon.records.recommendation import Recommendation
 
@@ -49,8 +46,7 @@ def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tm
     for path, numbers in evaluated.evaluation.files.items():
         parts = {name: score.of_groups(torch.tensor(numbers)) for name, score in scores.items()}
         for name, part in parts.items():
-            row = record.find(name, path)
-            assert row is not None
+            [row] = (row for row in record.rows if (row.name, row.data) == (name, path))
             assert (row.examples, row.samples) == (len(numbers), 1 if name.startswith(("base", "mean")) else 3)
             assert {metric: row.value(metric) for metric in metrics(part)} == metrics(part)
             assert {metric: row.se.value(metric) for metric in metrics(part)} == standard_errors(part)
@@ -58,8 +54,7 @@ def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tm
                 paired = compare(part, parts[than]) if than != name else {}
                 assert row.versus(than) == {metric: Difference(**each._asdict()) for metric, each in paired.items()}
         whole = parts["recommended"]
-        answered = record.find("recommended, answered", path)
-        assert answered is not None
+        [answered] = (row for row in record.rows if (row.name, row.data) == ("recommended, answered", path))
         part = whole.where(whole.confidence >= 0.5)
         assert (answered.examples, answered.coverage) == (len(part.group), len(part.group) / len(numbers))
         assert answered.accuracy == metrics(part)["accuracy"]
@@ -108,7 +103,7 @@ def test_the_row_of_the_base_model_is_the_base_models(tmp_path: Path, lora: Any)
         with torch.no_grad():
             logits = model(torch.tensor([item.ids])).logits[0, -1, list(item.candidates or ())]
         nll.append(-logits.log_softmax(-1)[item.targets[0]].item())
-    row = evaluated.record.find("base", str(tmp_path / "chats.jsonl"))
+    row = next((row for row in evaluated.record.rows if row.name == "base"), None)
     changed = bool(lora.get("bias")) or str(lora.get("init_lora_weights")).startswith(("pissa", "olora"))
     assert (row is None) == changed
     if row is not None:
@@ -185,35 +180,3 @@ def test_verdicts_come_file_by_file_and_only_where_both_rows_are() -> None:
         (path, *pair) for path in "ab" for pair in (("mean", "base"), ("posterior", "mean"))
     ]
     assert verdicts([VariantResult(name="posterior", data="a", examples=5, samples=3)]) == []
-
-
-@pytest.mark.parametrize("task", ["choice", "generate"])
-def test_the_difference_is_that_of_the_table(task: str, tiny_adapter: Path, tmp_path: Path) -> None:
-    data = EvaluationData([write_chats(tmp_path / f"{seed}.jsonl", 9, seed) for seed in (1, 2)], task=task, limit=8)
-    record = run(tiny_adapter, data, VariantChoice(["mean", "posterior"]), THREE).record
-    for path, found in zip(data.files, draws_against_mean(tiny_adapter, data, THREE), strict=True):
-        mean, draws = (record.find(name, str(path)).nll for name in ("mean", "posterior"))  # type: ignore[union-attr]
-        # Answers are equally long, so the mean over examples is that over tokens.
-        assert found["difference"] == pytest.approx(draws - mean, rel=1e-6)
-        assert (found["data"], found["examples"]) == (str(path), 8)
-        assert found["se"] > 0
-
-
-def with_nll(nll: np.ndarray) -> Scores:
-    return Scores.of(torch.from_numpy(np.stack([np.exp(-nll), -np.expm1(-nll)], 1)), torch.zeros(len(nll)).long())
-
-
-@pytest.mark.parametrize(("shift", "word"), [(-0.1, "better"), (0.1, "worse"), (0.0, "cannot be told apart")])
-def test_draws_against_the_mean_are_paired(shift: float, word: str) -> None:
-    generator = np.random.default_rng(0)
-    hard = 1 + generator.exponential(3.0, 40)
-    draws = hard + shift + generator.normal(0, 0.05, 40)
-    found = _against_mean("test.jsonl", with_nll(draws), with_nll(hard))
-    apart = [a - b for a, b in zip(draws, hard, strict=True)]
-    assert found["difference"] == pytest.approx(statistics.mean(apart))
-    assert found["se"] == pytest.approx(statistics.stdev(apart) / math.sqrt(40))
-    assert word in found["finding"]["text"]
-    assert found["finding"]["good"] == (word == "better")
-    alone = _against_mean("x", with_nll(hard[:1]), with_nll(draws[:1]))
-    assert alone["se"] is None
-    assert "cannot be told apart" in alone["finding"]["text"]

@@ -63,5 +63,5 @@ def test_differences_in_words() -> None:
 
 
 def test_a_verdict_needs_no_torch() -> None:
-    code = "import sys; from axolotl_ivon.evaluation.verdicts import verdicts; sys.exit('torch' in sys.modules)"
+    code = "import sys; from axolotl_ivon.evaluation.run import verdicts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -191,7 +191,7 @@ def test_where_nothing_is_to_be_seen_there_is_no_picture(saved: Any) -> None:
 
 def test_the_trade_off_shows_the_grid_and_the_choice() -> None:
     words = texts(trade_off(recommendation(0.01, tau="inf", objective="ece")))
-    assert any("recommended by ece: τ inf, ratio 0" in text for text in words)
+    assert any("recommended by ece: the mean" in text for text in words)
     assert {"τ 0.5", "τ 2", "τ ∞", "r 0.3"} <= set(words)
     assert "no grid" in str(trade_off(recommendation(grid=[])))
     assert "no grid" in str(trade_off(recommendation(chosen_on={"accuracy": 0.8})))
