@@ -39,7 +39,8 @@ def _option(command: click.Command | None, parameter: str) -> str:
             if isinstance(param, click.Option):
                 return max(param.opts, key=len)
             return re.findall(r"\w+", param.metavar or parameter.upper())[-1]  # FILE of [LABEL=]FILE...
-    return parameter
+    option = f"--{parameter.replace('_', '-')}"  # --no-recommended of --recommended
+    return option if any(option in param.secondary_opts for param in known.values()) else parameter
 
 
 class _Group(click.Group):

@@ -149,15 +149,15 @@ class PosteriorOptions:
 
     def settings(self, adapter: str, default_ratio: float = 0.0) -> tuple[float, float]:
         """Return the temperature and the pruning ratio: the options', else the recommendation's, else the defaults."""
-        from axolotl_ivon.posterior.adapter import Adapter
         from axolotl_ivon.posterior.posterior import check_tau
         from axolotl_ivon.posterior.prune import Pruning
 
         tau, ratio = 1.0, default_ratio
         if self.recommended:
-            from axolotl_ivon.decisions.recommendation import read_recommended
+            from axolotl_ivon.decisions.recommendation import recommended_for
 
-            tau, ratio = read_recommended(self.recommended, Adapter(adapter).metadata or None)
+            if taken := recommended_for(adapter, self.recommended):
+                tau, ratio = taken.tau, taken.ratio
         tau, ratio = tau if self.tau is None else self.tau, ratio if self.ratio is None else self.ratio
         check_tau(tau)
         Pruning(ratio)
@@ -166,9 +166,13 @@ class PosteriorOptions:
 
 def decision_rule(recommended: str | None) -> DecisionRule:
     """Return the softmax temperature and the threshold to abstain below of a recommendation, or neither."""
-    from axolotl_ivon.decisions.recommendation import DecisionRule, read_rule
+    from axolotl_ivon.decisions.recommendation import DecisionRule
+    from axolotl_ivon.records.recommendation import Recommendation
 
-    return read_rule(recommended) if recommended else DecisionRule()
+    if not recommended:
+        return DecisionRule()
+    record = Recommendation.load(recommended, "recommended")
+    return DecisionRule(record.temperature, record.threshold, record.score)
 
 
 def add_all(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import IVONError, param_ref
-from ..posterior.adapter import UNPRUNED
-from ..records.recommendation import Recommendation
+from ..posterior.adapter import UNPRUNED, Adapter
+from ..posterior.tensors import fingerprint
+from ..records.recommendation import DrawsPoint, Recommendation
+from ..storage.format import RECOMMENDED_FILE, read_json
 
 
 @dataclass(frozen=True)
@@ -27,45 +29,98 @@ class DecisionRule:
     score: str = "probability"
 
 
-def read_rule(path: str | Path) -> DecisionRule:
-    """Return the rule of a recommended.json.
+@dataclass(frozen=True)
+class Recommended:
+    """What a recommended.json means for one adapter, whose own τ is taken into account.
 
-    Raises:
-        IVONError: the file cannot be read, or is no recommendation.
+    Attributes:
+        path: the file.
+        tau, ratio: what to predict with, `posterior.prune(ratio).temper(tau)`; at τ = ∞ it is the mean, without draws.
+        rule: what is made of that prediction.
+        draws: τ, ratio and softmax temperature for who asks for draws; where draws are what to predict with, these.
+            None: nobody has tried draws, or the adapter is the mean alone.
     """
-    recommendation = Recommendation.load(path, "recommended")
-    return DecisionRule(recommendation.temperature, recommendation.threshold, recommendation.score)
+
+    path: Path
+    tau: float
+    ratio: float
+    rule: DecisionRule
+    draws: DrawsPoint | None
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the mean is what to predict with, pruned or not."""
+        return math.isinf(self.tau)
+
+    def describe(self) -> str:
+        """Return what to predict with in words: "the mean with T 1.31"."""
+        return DrawsPoint(tau=self.tau, ratio=self.ratio, temperature=self.rule.temperature).describe()
 
 
-def read_recommended(path: str | Path, header: Mapping[str, str] | None = None) -> tuple[float, float]:
-    """Return the (τ, pruning ratio) that make of an adapter the posterior that was evaluated.
+def recommended_for(
+    adapter: str | os.PathLike[str] | Adapter, path: str | os.PathLike[str] | None = None
+) -> Recommended | None:
+    """Return what to predict with for an adapter: what the recommended.json in its own folder says, None without one.
 
-    The adapter must be that of the sweep, or made of it by `temper` and `prune`, whose τ is not applied twice.
+    This is the one rule for all commands and for `predict`. Nothing but the folder is read; the Hub is asked only where
+    `adapter` is a Hub id. The adapter must be that of the recommendation, or made of it by `temper` and `prune`, whose
+    τ is not applied twice.
 
     Args:
-        path: of a recommended.json.
-        header: of the adapter's ivon_sigma.safetensors; None for the values as they are.
+        adapter: its folder, its Hub id, or the `Adapter` itself.
+        path: of another recommended.json, in place of the adapter's own.
 
     Raises:
-        IVONError: the file cannot be read, is no recommendation, or belongs to another adapter.
+        IVONError: the adapter or the file cannot be read, or the file belongs to another adapter. It is never ignored.
     """
-    recommendation, named = Recommendation.load(path, "recommended"), f"{param_ref('recommended')} {path}"
-    tau, ratio = recommendation.tau, recommendation.ratio
-    if header is None:
-        return tau, ratio
-    sha = recommendation.mean_sha256
-    if sha is not None and sha not in (header.get("mean_sha256"), header.get(UNPRUNED)):
-        raise IVONError(
-            f"{named} was chosen for another adapter (mean_sha256 differs); run `ivon-post sweep` on this one, "
-            f"or give {param_ref('tau')} and {param_ref('ratio')}"
-        )
-    own, pruned = float(header.get("tau", 1)), float(header.get("pruned_ratio", 0))
-    if sha is not None and sha == header.get(UNPRUNED) and pruned > ratio:
-        raise IVONError(
-            f"{named}: its ratio is {ratio:g}, and {pruned:g} of this adapter are pruned already; use the one that was "
-            "swept"
-        )
-    swept = tau * recommendation.adapter_tau
-    if math.isinf(own) and math.isfinite(swept):
+    held = adapter if isinstance(adapter, Adapter) else Adapter(adapter)
+    if path is not None:
+        named, fix = f"{param_ref('recommended')} {path}", f"give {param_ref('tau')} and {param_ref('ratio')}"
+        return _applied(Recommendation.load(path, "recommended"), Path(path), held, named, fix)
+    own = held.folder / RECOMMENDED_FILE
+    if not os.path.lexists(own):
+        return None
+    fix = f"remove {own}, or leave it out ({param_ref('no_recommended')})"
+    try:
+        record = Recommendation.parse(read_json(own), str(own))
+    except IVONError as error:
+        raise IVONError(f"{error}; or {fix}") from None
+    return _applied(record, own, held, str(own), fix)
+
+
+def _applied(record: Recommendation, path: Path, adapter: Adapter, named: str, fix: str) -> Recommended:
+    _check(record, adapter, named, fix)
+    own = float(adapter.metadata.get("tau", 1))
+
+    def on_top(tau: float) -> float:
+        """Return the τ that makes of this adapter's posterior that of the recommendation at `tau`."""
+        swept = tau * record.adapter_tau
+        return math.inf if math.isinf(swept) else swept / own
+
+    if math.isinf(own) and math.isfinite(swept := record.tau * record.adapter_tau):
         raise IVONError(f"{named}: its tau is {swept:g}, and this adapter is the mean alone; use the one swept")
-    return (math.inf if math.isinf(swept) else swept / own), ratio
+    draws = record.draws
+    if math.isfinite(record.tau):
+        draws = DrawsPoint(tau=record.tau, ratio=record.ratio, temperature=record.temperature)
+    if draws is not None:
+        draws = None if math.isinf(own) else draws.model_copy(update={"tau": on_top(draws.tau)})
+    rule = DecisionRule(record.temperature, record.threshold, record.score)
+    return Recommended(path, on_top(record.tau), record.ratio, rule, draws)
+
+
+def _check(record: Recommendation, adapter: Adapter, named: str, fix: str) -> None:
+    """Raise IVONError unless the recommendation is of this adapter; one without a hash is of any."""
+    sha = record.mean_sha256
+    if sha is None:
+        return
+    header = adapter.metadata or {"mean_sha256": fingerprint(adapter.mean, adapter.digests())}
+    if sha not in (header.get("mean_sha256"), header.get(UNPRUNED)):
+        raise IVONError(
+            f"{named} was chosen for another adapter (mean_sha256 differs); run `ivon-post sweep` on this one, or {fix}"
+        )
+    pruned = float(header.get("pruned_ratio", 0))
+    if sha == header.get(UNPRUNED) and pruned > record.ratio:
+        raise IVONError(
+            f"{named}: its ratio is {record.ratio:g}, and {pruned:g} of this adapter are pruned already; use the one "
+            "that was swept"
+        )

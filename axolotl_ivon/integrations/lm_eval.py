@@ -20,11 +20,10 @@ from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from ..decisions.recommendation import read_recommended
+from ..decisions.recommendation import recommended_for
 from ..evaluation.variants import Variant
 from ..metrics.scores import entropy
 from ..models.session import Loading, Session
-from ..posterior.adapter import Adapter
 from ..posterior.posterior import open_posterior
 
 _T = TypeVar("_T")
@@ -63,7 +62,9 @@ class IVONPosterior(HFLM):
         **options: Any,
     ) -> None:
         if recommended is not None:
-            tau, ratio = read_recommended(recommended, Adapter(adapter).metadata or None)
+            taken = recommended_for(adapter, recommended)
+            assert taken is not None
+            tau, ratio = taken.tau, taken.ratio
         variant = Variant("posterior", tau=float(tau), ratio=float(ratio))
         # The harness's command line says cuda:0 when it was told nothing, GPU or not.
         device = options.pop("device", None) or "auto"

@@ -1,4 +1,4 @@
-"""recommended.json, which `ivon-post sweep` and `ivon-post mbr --risk` write and most commands take."""
+"""recommended.json, which training, `ivon-post sweep` and `ivon-post mbr --risk` write and most commands take."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from ..storage.format import RECOMMENDED_FILE as RECOMMENDED_FILE
 from .base import Record, Share, Tau
 from .evaluation import Difference, Metrics
-
-RECOMMENDED_FILE = "recommended.json"
 
 
 def describe(tau: float, ratio: float = 0.0, temperature: float = 1.0) -> str:
@@ -73,6 +72,14 @@ class DrawsPoint(Record):
 
     tau: Tau
     temperature: float = 1.0
+    ratio: Share = 0.0
+
+    def describe(self) -> str:
+        """Return the point in words; at τ = ∞ it is the mean."""
+        name = f"draws at τ {self.tau:g}" if math.isfinite(self.tau) else "the mean"
+        pruned = f" with {self.ratio:.3g} of the weights pruned" if self.ratio else ""
+        scaled = f" {'and' if pruned else 'with'} T {self.temperature:.3g}" if self.temperature != 1 else ""
+        return name + pruned + scaled
 
 
 class Recommendation(Record):

@@ -20,6 +20,7 @@ SIGMA_FILE = "ivon_sigma.safetensors"
 MODEL_CONFIG_FILE = "config.json"  # of a whole model
 NEXT_SIGMA_FILE = ".ivon_sigma.safetensors.next"  # while the mean that it belongs to is being replaced
 ENSEMBLE_FILE = "ensemble.json"
+RECOMMENDED_FILE = "recommended.json"
 
 FORMAT = "ivon-lora"
 FORMAT_VERSION = "1"
@@ -61,7 +62,8 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG_FILE, MEAN_FILE, SIGMA_FILE, *COMPANIONS]))
+        files = [CONFIG_FILE, MEAN_FILE, SIGMA_FILE, RECOMMENDED_FILE, *COMPANIONS]
+        return Path(snapshot_download(str(source), allow_patterns=files))
     except Exception as error:  # the client raises a dozen kinds, requests' and httpx' among them
         raise IVONError(f"{source}: no such folder here, and not found on the Hub ({type(error).__name__})") from error
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from heard import Heard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import write_chats
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.encode import EncodedExample
 from axolotl_ivon.decisions.abstention import find_threshold
-from axolotl_ivon.decisions.recommendation import DecisionRule, read_recommended, read_rule
 from axolotl_ivon.decisions.sweep import Sweep, check_grid, pareto_front, rank, sweep
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
 from axolotl_ivon.evaluation.variants import Variant
@@ -213,14 +210,6 @@ def test_the_threshold_is_of_examples_that_chose_nothing() -> None:
     assert 0.3 < found.abstention.coverage < 1
 
 
-def test_what_a_recommendation_decides_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "recommended.json"
-    path.write_text('{"tau": 1, "ratio": 0}')
-    assert read_rule(path) == DecisionRule()
-    path.write_text('{"tau": 1, "ratio": 0, "temperature": 2, "threshold": 0.5, "score": "agreement"}')
-    assert read_rule(path) == DecisionRule(2.0, 0.5, "agreement")
-
-
 def test_grids_and_data_that_leave_nothing_to_choose() -> None:
     assert [(row.tau, row.ratio) for row in check_grid([1.0, 2.0], [0.1])] == [(math.inf, 0.0), (1.0, 0.1), (2.0, 0.1)]
     for taus, message in (([1.0, 1.0], "one point is nothing to choose"), ([0.0, 1.0], "tau")):
@@ -234,48 +223,3 @@ def test_grids_and_data_that_leave_nothing_to_choose() -> None:
         sweep(few, check_grid([1.0, 2.0], [0.0]))  # type: ignore[arg-type]
     with pytest.raises(IVONError, match=r"risk 0\.1: the task generate scores tokens"):
         sweep(few, check_grid([1.0, 2.0], [0.0]), risk=0.1)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def recommended(tmp_path: Path) -> Callable[..., Path]:
-    def write(**facts: object) -> Path:
-        path = tmp_path / "recommended.json"
-        path.write_text(json.dumps({"ratio": 0.2, "mean_sha256": "a", **facts}).replace("Infinity", '"inf"'))
-        return path
-
-    return write
-
-
-TAU = st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0, math.inf])
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(TAU, TAU, TAU)
-def test_an_adapter_ends_at_the_tau_that_was_evaluated(
-    recommended: Callable[..., Path], tau: float, swept: float, own: float
-) -> None:
-    """Whatever τ the adapter of the sweep had, and whatever it has been given since."""
-    path = recommended(tau=tau, adapter_tau=swept)
-    header = {"mean_sha256": "a", "tau": repr(own)}
-    if math.isinf(own) and math.isfinite(tau * swept):
-        with pytest.raises(IVONError, match="is the mean alone; use the one swept"):
-            read_recommended(path, header)
-        return
-    more, ratio = read_recommended(path, header)
-    assert ratio == 0.2
-    assert own * more == pytest.approx(tau * swept)
-    assert read_recommended(path) == (tau, 0.2)
-
-
-def test_a_recommendation_is_for_its_adapter_alone(recommended: Callable[..., Path]) -> None:
-    path = recommended(tau=2.0)
-    assert read_recommended(path, {"mean_sha256": "a", "tau": "2.0"}) == (1.0, 0.2)
-    pruned = {"mean_sha256": "b", "unpruned_sha256": "a", "pruned_ratio": "0.2"}
-    assert read_recommended(path, pruned) == (2.0, 0.2)
-    with pytest.raises(IVONError, match=r"its ratio is 0\.2, and 0\.3 of this adapter are pruned already"):
-        read_recommended(path, {**pruned, "pruned_ratio": "0.3"})
-    for header in ({"mean_sha256": "c"}, {}):
-        with pytest.raises(IVONError, match=r"was chosen for another adapter \(mean_sha256 differs\)"):
-            read_recommended(path, header)
-    path.write_text('{"tau": 2.0, "ratio": 0.2}')  # by hand, for any adapter
-    assert read_recommended(path, {"mean_sha256": "c"}) == (2.0, 0.2)

@@ -1,0 +1,110 @@
+"""What a recommended.json means for an adapter: its own file without being asked, another one by its path."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.decisions.recommendation import DecisionRule, recommended_for
+from axolotl_ivon.posterior.adapter import Adapter
+from axolotl_ivon.records.recommendation import DrawsPoint
+
+TAU = st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0, math.inf])
+INF = math.inf
+
+
+class Headed(Adapter):
+    """An adapter of which no more is read than this header."""
+
+    def __init__(self, folder: Path, **header: str) -> None:
+        self.folder, self.metadata = folder, {"mean_sha256": "a", **header}
+
+
+@pytest.fixture
+def recommended(tmp_path: Path) -> Callable[..., Path]:
+    def write(folder: Path = tmp_path, **values: object) -> Path:
+        path = folder / "recommended.json"
+        path.write_text(json.dumps({"ratio": 0.2, "mean_sha256": "a", **values}).replace("Infinity", '"inf"'))
+        return path
+
+    return write
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TAU, TAU, TAU, TAU)
+def test_an_adapter_ends_at_the_tau_that_was_evaluated(
+    recommended: Callable[..., Path], tau: float, best: float, swept: float, own: float
+) -> None:
+    """Whatever τ the adapter of the sweep had, and whatever it has been given since; the best τ for draws, too."""
+    path = recommended(tau=tau, adapter_tau=swept, draws={"tau": min(best, 3.0), "temperature": 2.0})
+    adapter = Headed(path.parent, tau=repr(own))
+    if math.isinf(own) and math.isfinite(tau * swept):
+        with pytest.raises(IVONError, match="is the mean alone; use the one swept"):
+            recommended_for(adapter, path)
+        return
+    taken = recommended_for(adapter, path)
+    assert taken
+    assert taken.ratio == 0.2
+    assert own * taken.tau == pytest.approx(tau * swept)
+    if math.isinf(own):
+        assert taken.draws is None
+    elif math.isinf(tau):
+        assert taken.draws
+        assert own * taken.draws.tau == pytest.approx(min(best, 3.0) * swept)
+        assert taken.draws.temperature == 2.0
+    else:  # draws are what to predict with
+        assert taken.draws == DrawsPoint(tau=taken.tau, ratio=0.2)
+
+
+def test_a_recommendation_is_for_its_adapter_alone(recommended: Callable[..., Path], tmp_path: Path) -> None:
+    path = recommended(tau=2.0)
+    for header, tau in (({"tau": "2.0"}, 1.0), ({"mean_sha256": "b", "unpruned_sha256": "a"}, 2.0)):
+        taken = recommended_for(Headed(tmp_path, **header), path)
+        assert taken
+        assert (taken.tau, taken.ratio) == (tau, 0.2)
+    with pytest.raises(IVONError, match=r"its ratio is 0\.2, and 0\.3 of this adapter are pruned already"):
+        recommended_for(Headed(tmp_path, mean_sha256="b", unpruned_sha256="a", pruned_ratio="0.3"), path)
+    with pytest.raises(IVONError, match=r"was chosen for another adapter \(mean_sha256 differs\)"):
+        recommended_for(Headed(tmp_path, mean_sha256="c"), path)
+    path.write_text('{"tau": 2.0, "ratio": 0.2}')  # by hand, for any adapter
+    assert recommended_for(Headed(tmp_path, mean_sha256="c"), path)
+
+
+def test_the_file_in_the_adapter_s_folder_is_taken_by_itself(recommended: Callable[..., Path], tmp_path: Path) -> None:
+    assert recommended_for(Headed(tmp_path)) is None
+    path = recommended(tau=INF, ratio=0, temperature=1.31, draws={"tau": 4.0}, threshold=0.5, score="agreement")
+    taken = recommended_for(Headed(tmp_path))
+    assert taken == recommended_for(Headed(tmp_path / "elsewhere"), path)
+    assert taken
+    assert (taken.is_mean, taken.describe()) == (True, "the mean with T 1.31")
+    assert taken.rule == DecisionRule(1.31, 0.5, "agreement")
+    assert taken.draws
+    assert taken.draws.describe() == "draws at τ 4"
+    fix = re.escape(f"run `ivon-post sweep` on this one, or remove {path}, or leave it out (no_recommended)")
+    with pytest.raises(IVONError, match=f"^{re.escape(str(path))} was chosen for another adapter .*; {fix}$"):
+        recommended_for(Headed(tmp_path, mean_sha256="c"))
+    for text, wrong in (("{", "is not valid JSON"), ('{"tau": 1}', "it has no `ratio`")):
+        path.write_text(text)
+        with pytest.raises(IVONError, match=f"{wrong}.*; or remove {re.escape(str(path))}, or leave it out"):
+            recommended_for(Headed(tmp_path))
+
+
+def test_a_mean_without_sigma_is_held_against_the_file(
+    recommended: Callable[..., Path], tiny_adapter: Path, tmp_path: Path
+) -> None:
+    """Its fingerprint is taken from its tensors."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((tiny_adapter / name).read_bytes())
+    recommended(tau=INF, mean_sha256=Posterior.from_pretrained(tiny_adapter).metadata["mean_sha256"])
+    assert recommended_for(tmp_path)
+    recommended(tau=INF)
+    with pytest.raises(IVONError, match="was chosen for another adapter"):
+        recommended_for(tmp_path)
