@@ -57,9 +57,7 @@ class Recommended:
         return DrawsPoint(tau=self.tau, ratio=self.ratio, temperature=self.rule.temperature).describe()
 
 
-def recommended_for(
-    adapter: str | os.PathLike[str] | Adapter, path: str | os.PathLike[str] | None = None
-) -> Recommended | None:
+def recommended_for(adapter: str | os.PathLike[str] | Adapter, path: str | Path | None = None) -> Recommended | None:
     """Return what to predict with for an adapter: what the recommended.json in its own folder says, None without one.
 
     This is the one rule for all commands and for `predict`. Nothing but the folder is read; the Hub is asked only where
