@@ -12,7 +12,11 @@ from . import _options as options
 @click.command("card", cls=options.Sectioned)
 @options.adapter_argument
 @click.option("--results", metavar="FILE", help="Results to add: what `ivon-post eval --json` printed for ADAPTER.")
-@click.option("--recommended", metavar="FILE", help="Recommendation to add: recommended.json of `ivon-post sweep`.")
+@click.option(
+    "--recommended",
+    metavar="FILE",
+    help="Recommendation to add.  [default: recommended.json in ADAPTER, if it is there]",
+)
 @click.option(
     "--dataset",
     "datasets",
@@ -27,9 +31,9 @@ def command(
     """Add measured results to the model card.
 
     The card is ADAPTER's README.md, where training has described the posterior. --results adds the table of `eval` with
-    its standard errors, the results in the metadata (model-index) and .eval_results/ivon-ROW.yaml. --recommended adds
-    the temperature, the pruning ratio and the threshold that `sweep` chose. What others wrote in the card stays, and
-    running the command again changes nothing.
+    its standard errors, the results in the metadata (model-index) and .eval_results/ivon-ROW.yaml. A recommendation adds
+    what to predict with, its threshold, and Python that applies it. What others wrote in the card stays, and running
+    the command again changes nothing.
 
     \b
       ivon-post eval adapter/ --data test.jsonl --json > eval.json

@@ -111,7 +111,9 @@ def command(
     document = {"recommended": recommended, "files": [str(path) for path in written], **values}
     promise = [result.abstention.describe(share=0.5)] if result.abstention else []
     then = ["ivon-post", "eval", adapter, "--data", "TEST.jsonl", "--recommended", written[0]]
-    output.finish(document, values["verdict"]["text"], _recommended(recommendation), *promise, *written, then=then)
+    output.finish(
+        document, values["verdict"]["text"], f"recommended: {recommendation.describe()}", *promise, *written, then=then
+    )
 
 
 def _sweep_weights(
@@ -203,15 +205,3 @@ def _print(result: Recommendation, recommended: GridPoint) -> None:
         f"right: on {result.examples.reported_on} others"
     )
     print_table([*heads, *columns, *columns, ""], lines, title)
-
-
-def _recommended(result: Recommendation) -> str:
-    """Return what the recommended point gave on the examples that it was not chosen on."""
-    values = result.reported_on
-    assert values
-    error = values.se
-    return (
-        f"recommended: {result.point.describe()}; on the other examples: "
-        f"accuracy {percent(values.accuracy, error.accuracy)} %, ECE {percent(values.ece, error.ece)} %, "
-        f"NLL {decimal(values.nll, error.nll)}"
-    )

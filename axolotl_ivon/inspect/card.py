@@ -19,12 +19,12 @@ from ..posterior.card import (
     RESULTS_FOLDER,
     escape,
     read_card,
+    read_recommendation,
     with_posterior,
     with_results,
     write_text,
 )
 from ..records.evaluation import EvaluationRecord, VariantResult
-from ..records.recommendation import Recommendation
 from ..storage.atomic import output_folder
 from ..storage.format import SIGMA_FILE
 
@@ -49,7 +49,7 @@ def add_results(
 
     Args:
         results: what `ivon-post eval` printed as JSON.
-        recommended: recommended.json of `ivon-post sweep`.
+        recommended: a recommended.json; by default the folder's own, if it has one.
         datasets: for the data files of `results`, in their order, `owner/name` or `owner/name/task` of the Hub's
             benchmark; without one, an entry has the file's name, and the Hub lists it in no leaderboard.
 
@@ -66,7 +66,7 @@ def add_results(
         raise IVONError(f"{folder} has no {SIGMA_FILE}, so its card has no posterior to describe")
     adapter.check_pair()
     header = adapter.metadata
-    text = with_posterior(read_card(folder), header, adapter.config)
+    text = with_posterior(read_card(folder), header, adapter.config, read_recommendation(folder, header, recommended))
     lines: list[str] = []
     entries, eval_results = None, {}
     if results is not None:
@@ -75,8 +75,6 @@ def add_results(
         lines += _table(evaluation)
         entries = _model_index(evaluation, ids)
         eval_results = _eval_results(evaluation, ids)
-    if recommended is not None:
-        lines += ["", *_recommendation(Recommendation.load(recommended, "recommended", header))]
     text = with_results(text, header, lines, entries, folder.resolve().name)
     if results is not None:
         output_folder(folder / RESULTS_FOLDER)
@@ -113,12 +111,6 @@ def measured(value: float | None, error: float | None, factor: int, digits: int)
     return f"{factor * value:.{digits}f}" + (f" ± {factor * error:.{digits}f}" if error is not None else "")
 
 
-def promised(recommendation: Recommendation) -> tuple[str, str, str]:
-    """Return risk, confidence and coverage of a threshold, in percent."""
-    risk, coverage = (measured(value, None, 100, 1) for value in (recommendation.risk, recommendation.coverage))
-    return risk, measured(recommendation.confidence, None, 100, 0), coverage
-
-
 def metrics_table(evaluation: EvaluationRecord) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Return the headings of what was measured; and for every row its share of answers, and its figures with errors."""
     columns = {
@@ -149,34 +141,6 @@ def _table(evaluation: EvaluationRecord) -> list[str]:
         data = f"{escape(PurePath(row.data).name)} ({row.examples})"
         lines.append(f"| {data if data != before else ''} | {escape(row.name)}{coverage} | {' | '.join(figures)} |")
         before = data
-    return lines
-
-
-def _recommendation(found: Recommendation) -> list[str]:
-    where = ", ".join(escape(PurePath(file).name) for file in found.data) or "validation data"
-    figures = [
-        f"{heading.removesuffix(', %')} {measured(value, found.reported_on.se.value(metric), factor, digits)}"
-        f"{' %' * heading.endswith('%')}"
-        for metric, (heading, factor, digits) in COLUMNS.items()
-        if metric in ("accuracy", "ece", "nll")
-        and found.reported_on
-        and (value := found.reported_on.value(metric)) is not None
-    ]
-    lines = [
-        f"Recommended by `ivon-post sweep`, by {escape(found.objective)} on {where}: "
-        f"τ {found.tau}, pruning ratio {found.ratio}"
-        + (f", the output at temperature {found.temperature:.3f}" if found.temperature != 1 else "")
-        + (f"; on examples that had no part in the choice {', '.join(figures)}." if figures else ".")
-        + (f" Why: {escape(found.verdict.text)}." if found.verdict and found.verdict.text else "")
-    ]
-    if found.threshold is not None and found.score == "probability":
-        risk, confidence, coverage = promised(found)
-        lines += [
-            "",
-            f"Answer where the confidence is at least {found.threshold:.3f}, and hand over otherwise: then at most "
-            f"{risk} % of the answers are wrong, promised with confidence {confidence} % for data like that; it "
-            f"answers {coverage} %.",
-        ]
     return lines
 
 

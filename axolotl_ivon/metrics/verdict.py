@@ -51,10 +51,13 @@ def judge(difference: float, error: float | None, examples: int, sign: int = 1) 
     return "better" if sign * difference < 0 else "worse"
 
 
-def figures(versus: Mapping[str, Paired]) -> str:
-    """Return differences and their standard errors by metric in words: "NLL −0.010 ± 0.004, accuracy +1.2 ± 0.9 %"."""
+def figures(versus: Mapping[str, Paired], sign: str = "+") -> str:
+    """Return differences and their standard errors by metric in words: "NLL −0.010 ± 0.004, accuracy +1.2 ± 0.9 %".
+
+    `sign` is that of the format: "" for values that are no differences.
+    """
     return ", ".join(
-        f"{LABELS[metric]} {scale * versus[metric].difference:+.{digits}f}".replace("-", "−")
+        f"{LABELS[metric]} {scale * versus[metric].difference:{sign}.{digits}f}".replace("-", "−")
         + ("" if (error := versus[metric].standard_error) is None else f" ± {scale * error:.{digits}f}")
         + unit
         for metric, (scale, digits, unit) in _SHOWN.items()

@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import IVONError, one_line, printable
+from ..records.recommendation import RECOMMENDED_FILE, Recommendation
 from ..storage.atomic import new_file
 from ..storage.format import CONFIG_FILE, SIGMA_FILE, read_json
 from ..storage.tensorfile import TensorFile
@@ -64,7 +66,7 @@ from peft import {auto}
 model = {auto}.from_pretrained(".")  # in this folder; elsewhere its path or Hub id
 ```
 
-With axolotl-ivon, draws from the posterior, whose disagreement is what the model does not know:
+{prediction}With axolotl-ivon, draws from the posterior, whose disagreement is what the model does not know:
 
 ```python
 from axolotl_ivon import Posterior
@@ -77,6 +79,28 @@ weights = posterior.sample(seed=0)  # one draw, under PEFT's names
 - `ivon-post sample . -n 8 --serve vllm -o ../ensemble` writes eight complete PEFT adapters and serve.sh.
 """
 _AUTO = {"SEQ_CLS": "AutoPeftModelForSequenceClassification"}
+_PREDICT = """\
+{sentences}
+
+```python
+import torch
+
+{code}
+```
+
+`eval`, `generate`, `serve` and `merge` of `ivon-post` take it from `{file}`.
+
+"""
+_AT_THE_MEAN = """\
+with torch.no_grad():  # inputs: what the tokenizer returns
+    probabilities = (model(**inputs).logits{divided}).softmax(-1)"""
+_BY_DRAWS = """\
+from axolotl_ivon import Posterior, draws
+
+posterior = Posterior.from_pretrained("."){changed}
+with torch.no_grad(), draws(posterior, model, n={samples}) as members:  # inputs: what the tokenizer returns
+    average = torch.stack([model(**inputs).logits.softmax(-1) for _ in members]).mean(0)
+probabilities = (average.log(){divided}).softmax(-1)"""
 
 
 def escape(value: object) -> str:
@@ -93,8 +117,41 @@ def header_value(value: str) -> str:
     return f"{number:,.6g}" if number >= 1000 else f"{number:g}"
 
 
-def section(header: Mapping[str, str], config: Mapping[str, Any]) -> str:
-    """Return the card's section on a posterior: `header` is of ivon_sigma.safetensors, `config` adapter_config.json."""
+def _prediction(recommended: Recommendation, header: Mapping[str, str]) -> str:
+    """Return what to predict with, and the code that does."""
+    tau, ratio, samples = recommended.tau, recommended.ratio, recommended.samples or 10
+    divided = "" if recommended.temperature == 1 else f" / {recommended.temperature:.4g}"
+    code = _AT_THE_MEAN.format(divided=divided)
+    if ratio or math.isfinite(tau):
+        changed = f".prune({ratio:g})" if ratio else ""
+        if math.isfinite(tau):  # the adapter may have been tempered since
+            changed += f".temper({tau * recommended.adapter_tau / float(header.get('tau') or 1):g})"
+        else:
+            changed, samples = f'{changed}.temper(float("inf"))', 1
+        code = _BY_DRAWS.format(changed=changed, samples=samples, divided=divided)
+    sentences = "\n\n".join(map(escape, recommended.sentences()))
+    return _PREDICT.format(sentences=sentences, code=code, file=RECOMMENDED_FILE)
+
+
+def read_recommendation(folder: Path, header: Mapping[str, str], path: Path | None = None) -> Recommendation | None:
+    """Return the recommendation in `path`, by default that in an adapter's own folder; None where there is none.
+
+    Raises:
+        IVONError: the file cannot be read, or is another adapter's.
+    """
+    if path is None and not (folder / RECOMMENDED_FILE).is_file():
+        return None
+    return Recommendation.load(path or folder / RECOMMENDED_FILE, "recommended", header)
+
+
+def section(header: Mapping[str, str], config: Mapping[str, Any], recommended: Recommendation | None = None) -> str:
+    """Return the card's section on a posterior.
+
+    Args:
+        header: of ivon_sigma.safetensors.
+        config: adapter_config.json.
+        recommended: what to predict with, where that was found out.
+    """
     if "fit_method" in header:
         origin = "whose σ axolotl-ivon fitted after training, around the trained weights"
     else:
@@ -112,7 +169,10 @@ def section(header: Mapping[str, str], config: Mapping[str, Any]) -> str:
         "|---|---|",
         *(f"| {label} | {escape(value)} |" for label, value in rows),
         "",
-        _USE.format(auto=_AUTO.get(str(config.get("task_type")), "AutoPeftModelForCausalLM")),
+        _USE.format(
+            auto=_AUTO.get(str(config.get("task_type")), "AutoPeftModelForCausalLM"),
+            prediction=_prediction(recommended, header) if recommended else "",
+        ),
         "### Limits",
         "",
         *(f"- {limit}" for limit in _limits(header)),
@@ -147,7 +207,9 @@ def _identity(header: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def with_posterior(text: str, header: Mapping[str, str], config: Mapping[str, Any]) -> str:
+def with_posterior(
+    text: str, header: Mapping[str, str], config: Mapping[str, Any], recommended: Recommendation | None = None
+) -> str:
     """Return the card `text` with the posterior's section and tags; results of another posterior go.
 
     Everything else stays as it is; a second time changes nothing.
@@ -158,7 +220,8 @@ def with_posterior(text: str, header: Mapping[str, str], config: Mapping[str, An
     results = _RESULTS.search(text)
     if results and results[1].strip() != _identity(header):
         text = _edit_metadata(_RESULTS.sub("", text), lambda data: _put_results(data, []))
-    return _edit_metadata(_put_marked(_corrected(text, header, config), _SECTION, section(header, config)), _add_tags)
+    new = section(header, config, recommended)
+    return _edit_metadata(_put_marked(_corrected(text, header, config), _SECTION, new), _add_tags)
 
 
 def _corrected(text: str, header: Mapping[str, str], config: Mapping[str, Any]) -> str:
@@ -296,7 +359,8 @@ def update_card(folder: Path) -> None:
     """
     if (folder / SIGMA_FILE).is_file():
         header, config = TensorFile(folder / SIGMA_FILE).metadata, read_json(folder / CONFIG_FILE)
-        write_text(folder / CARD_FILE, with_posterior(read_card(folder), header, config))
+        recommended = read_recommendation(folder, header)
+        write_text(folder / CARD_FILE, with_posterior(read_card(folder), header, config, recommended))
 
 
 def keep_true(folder: Path, header: Mapping[str, str], config: Mapping[str, Any], changed: bool) -> None:

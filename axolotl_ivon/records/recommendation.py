@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import PurePath
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from ..metrics.verdict import LABELS, Paired, figures
 from ..storage.format import RECOMMENDED_FILE as RECOMMENDED_FILE
 from .base import Record, Share, Tau
 from .evaluation import Difference, Metrics
@@ -119,10 +121,24 @@ class Recommendation(Record):
     scaled: list[GridPoint] = []
     draws: DrawsPoint | None = None
 
-    @property
-    def point(self) -> GridPoint:
-        """The recommended point."""
-        chosen_on, reported_on = self.chosen_on or Metrics(), self.reported_on or Reported()
-        return GridPoint(
-            tau=self.tau, ratio=self.ratio, chosen_on=chosen_on, reported_on=reported_on, temperature=self.temperature
-        )
+    def describe(self) -> str:
+        """Return what is recommended, and its metrics on examples that had no part in the choice, in words."""
+        reported, text = self.reported_on or Reported(), describe(self.tau, self.ratio, self.temperature)
+        known = {metric: value for metric in LABELS if (value := reported.value(metric)) is not None}
+        values = {metric: Paired(value, reported.se.value(metric)) for metric, value in known.items()}
+        return f"{text}; on examples that had no part in the choice: {figures(values, '')}" if values else text
+
+    def sentences(self) -> list[str]:
+        """Return what is recommended, why, and what the threshold for an answer's probability promises."""
+        where = ", ".join(PurePath(path).name for path in self.data) or "validation data"
+        by = f"by {self.objective} " if self.objective else ""
+        sentences = [f"Recommended, {by}on {where}: {self.describe()}."]
+        sentences += [f"Why: {self.verdict.text}."] if self.verdict and self.verdict.text else []
+        if self.threshold is not None and self.score == "probability":
+            risk, confidence, coverage = (100 * (each or 0) for each in (self.risk, self.confidence, self.coverage))
+            sentences.append(
+                f"Promise: answer where the confidence is at least {self.threshold:.3f}, and hand over otherwise; then "
+                f"at most {risk:.1f} % of the answers are wrong, with {confidence:.0f} % confidence, for data like "
+                f"that; {coverage:.1f} % of it is answered."
+            )
+        return sentences

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import printable
-from ..inspect.card import measured, metrics_table, promised
+from ..inspect.card import measured, metrics_table
 from ..inspect.info import describe
 from ..metrics.outliers import outliers
 from ..plots.page import heat_map, histograms, memory_map, risk_coverage
@@ -24,7 +24,6 @@ from ..plots.sweep import trade_off
 from ..posterior.card import HEADER_LABELS, header_value
 from ..records.evaluation import EvaluationRecord, ExampleRecord
 from ..records.influence import SCORES, InfluenceRecord
-from ..records.recommendation import Recommendation
 from ..storage.format import file_names
 from .findings import Findings
 
@@ -59,7 +58,7 @@ def page(adapter: str, findings: Findings) -> str:
         verdicts=[verdict.text for verdict in evaluation.verdicts],
         table=_table(evaluation, names),
         ood_table=_ood_table(evaluation, names),
-        recommended=_recommended(sweep, findings.threshold is not None) if sweep else [],
+        recommended=sweep.sentences() if sweep else [],
         reliability={
             names[data]: [reliability({name: values}) for name, values in each.items()]
             for data in findings.files
@@ -198,22 +197,6 @@ def _ood(findings: Findings, names: Mapping[str, str]) -> list[Any]:
         auroc = [measured(each.auroc, None, 1, 2) for each in evaluation.ood if (each.name, each.score) == key]
         pictures.append(histograms(label, usual, others, f"{main}: AUROC {', '.join(auroc)}" if auroc else main))
     return pictures
-
-
-def _recommended(sweep: Recommendation, promises: bool) -> list[str]:
-    """Return what a sweep recommends, how much better it is, and what its threshold promises."""
-    where = ", ".join(PurePath(path).name for path in sweep.data) or "validation data"
-    scaled = f", the output at temperature {sweep.temperature:.3f}" if sweep.temperature != 1 else ""
-    lines = [f"Recommended by sweep, on {where}: τ {sweep.tau}, pruning ratio {sweep.ratio}{scaled}."]
-    lines += [sweep.verdict.text] if sweep.verdict else []
-    if promises:
-        risk, confidence, coverage = promised(sweep)
-        lines.append(
-            f"Promised by sweep: answer at a confidence of {sweep.threshold:.3f} or more, and at most {risk}\u00a0% of "
-            f"the answers are wrong, with {confidence}\u00a0% confidence, for data like the sweep's, of which it "
-            f"answered {coverage}\u00a0%."
-        )
-    return lines
 
 
 def _influence(rows: Sequence[InfluenceRecord]) -> dict[str, Any] | None:

@@ -68,11 +68,11 @@ def test_results_are_there_with_their_errors(folder: Path, write: Callable[..., 
     for part in (
         "| test.jsonl (40) | base | 50.0 ± 1.2 | 5.0 ± 1.0 | 0.300 ± 0.020 | 0.200 ± 0.030 |",
         "|  | posterior | 90.0 ± 1.2 |",
-        "by nll on valid.jsonl: τ 2.0, pruning ratio 0.1, the output at temperature 1.250",
-        "accuracy 80.0 ± 3.0 %, ECE 4.0 %, NLL 0.500",
+        "by nll on valid.jsonl: draws at τ 2 with T 1.25 and pruning ratio 0.1; on",
+        "NLL 0.500, accuracy 80.0 ± 3.0 %, ECE 4.0 %",
         "at least 0.830",
-        "at most 5.0 % of the answers are wrong, promised with confidence 90 %",
-        "it answers 71.0 %",
+        "at most 5.0 % of the answers are wrong, with 90 % confidence",
+        "71.0 % of it is answered",
     ):
         assert part in text
     assert "/some/where" not in text, "a folder of this machine is nobody's business"
@@ -91,6 +91,20 @@ def test_results_are_there_with_their_errors(folder: Path, write: Callable[..., 
     assert entry.notes == "accuracy in %, posterior: average over 10 draws at τ 1.0"
     changed = {name for name, content in files(folder).items() if content != before.get(name)}
     assert changed == {"README.md", ".eval_results/ivon-mean.yaml", ".eval_results/ivon-posterior.yaml"}
+
+
+def test_the_recommendation_is_the_folder_s_own_or_the_one_that_is_given(
+    folder: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    swept = {"rows": None, "tau": "inf", "ratio": 0.0}
+    shutil.move(write("own.json", **swept, temperature=1.5), folder / "recommended.json")
+    add_results(folder)
+    assert "the mean with T 1.5" in load(folder).text
+    add_results(folder, recommended=write("recommended.json", **swept, temperature=1.25))
+    assert "the mean with T 1.25" in load(folder).text
+    assert "T 1.5" not in load(folder).text
+    Posterior.from_pretrained(folder).temper(2).save_pretrained(tmp_path / "tempered")
+    assert "the mean with T" not in load(tmp_path / "tempered").text
 
 
 def test_results_take_the_place_of_earlier_ones(folder: Path, write: Callable[..., Path]) -> None:

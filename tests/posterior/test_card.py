@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import EvalResult
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import set_peft_model_state_dict
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.posterior.card import TAGS, section, update_card, with_posterior
@@ -63,6 +67,42 @@ def test_a_card_keeps_what_others_wrote(folder: Path, tiny_adapter: Path) -> Non
     content, stamp = (folder / "README.md").read_bytes(), (folder / "README.md").stat().st_mtime_ns
     update_card(folder)
     assert ((folder / "README.md").read_bytes(), (folder / "README.md").stat().st_mtime_ns) == (content, stamp)
+
+
+@pytest.mark.parametrize(
+    ("advice", "words"),
+    [
+        ({"tau": "inf", "temperature": 1.3}, "Recommended, by nll on v.jsonl: the mean with T 1.3; on examples that"),
+        ({"tau": 2.0, "temperature": 0.8, "adapter_tau": 2.0, "samples": 3}, "draws at τ 2 with T 0.8"),
+        ({"tau": 1.0, "ratio": 0.5, "samples": 2}, "draws at τ 1 with pruning ratio 0.5"),
+        ({"tau": "inf", "ratio": 0.5}, "the mean with pruning ratio 0.5"),
+    ],
+)
+def test_the_code_for_what_is_recommended_does_it(
+    advice: dict[str, Any], words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    posterior = Posterior.from_pretrained(folder)
+    own = {"ratio": 0.0, "mean_sha256": posterior.metadata["mean_sha256"], "objective": "nll", "data": ["a/v.jsonl"]}
+    own |= {"reported_on": {"accuracy": 0.8, "nll": 0.5, "se": {"accuracy": 0.03}}}
+    (folder / "recommended.json").write_text(json.dumps({**own, **advice}))
+    update_card(folder)
+    text = load(folder).text
+    assert words in text
+    assert "had no part in the choice: NLL 0.500, accuracy 80.0 ± 3.0 %." in text
+
+    monkeypatch.chdir(folder)
+    here: dict[str, Any] = {"inputs": {"input_ids": torch.tensor([[3, 4, 5]])}}
+    load_it, predict, *_ = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    exec(load_it, here)
+    exec(predict, here)
+    ratio, samples = advice.get("ratio", 0.0), advice.get("samples", 1)
+    changed = posterior.prune(ratio).temper(float(advice["tau"]) * advice.get("adapter_tau", 1.0))
+    total = torch.zeros(())
+    for member in range(samples):
+        set_peft_model_state_dict(here["model"], changed.sample(0, member))
+        total = total + here["model"](**here["inputs"]).logits.softmax(-1)
+    expected = (total / samples).pow(1 / advice.get("temperature", 1.0))
+    torch.testing.assert_close(here["probabilities"], expected / expected.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
 
 
 @given(

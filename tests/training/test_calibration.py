@@ -52,6 +52,7 @@ def test_it_is_what_the_saved_adapter_does(attached: Any, tiny_llama: Path, tmp_
     assert recommendation.mean_sha256 == posterior.metadata["mean_sha256"]
     assert recommendation.draws is None, "480 examples are too few for draws to be tried"
     assert f"calibrated on {96} evaluation examples: the mean" in caplog.text
+    assert recommendation.sentences()[0] in (tmp_path / "README.md").read_text()
     # The examples and the halves are drawn by the run's seed.
     places = sorted(torch.randperm(120, generator=torch.Generator().manual_seed(5))[:96].tolist())
     places.sort(key=lambda i: zlib.crc32(ROWS[i].numpy().tobytes()))
