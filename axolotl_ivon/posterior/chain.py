@@ -137,40 +137,39 @@ def _whole(text: str | None) -> int | None:
         return None
 
 
-def check_prior(name: str, config: Mapping[str, Any]) -> None:
-    """Check a prior before any model is loaded.
+def check_prior(prior: str | Posterior, config: Mapping[str, Any]) -> None:
+    """Check a prior, before any model is loaded where it is in a folder.
 
     Args:
-        name: the folder or Hub id of the posterior.
+        prior: the folder or Hub id of the posterior, or the posterior itself.
         config: the keys of adapter_config.json that are known of the adapter to be trained; only these are compared.
 
     Raises:
-        IVONError: there is no such adapter, it has no σ, it was pruned, its τ is infinite, or it has another rank,
-            scaling or base model.
+        IVONError: there is no such adapter, it has no σ, it was pruned, its τ is infinite, or it has another rank or
+            scaling.
     """
-    named = f"{param_ref('prior')}: {name}"
-    try:
-        held = Adapter(name)
-    except IVONError as error:
-        raise IVONError(
-            f"{param_ref('prior')}: {name!r} is refused, it must be 'empirical', a number, or the folder or Hub id of "
-            f"an adapter with σ ({error})"
-        ) from error
+    held: Adapter | Posterior
+    if isinstance(prior, str):
+        try:
+            held, named = Adapter(prior), f"{param_ref('prior')}: {prior}"
+        except IVONError as error:
+            raise IVONError(
+                f"{param_ref('prior')}: {prior!r} is refused, it must be 'empirical', a number, or the folder or Hub "
+                f"id of an adapter with σ ({error})"
+            ) from error
+    else:
+        held, named = prior, f"{param_ref('prior')}: {prior.folder or 'the posterior'}"
     if held.sigma is None:
         raise IVONError(f"{named} has no σ, so it is no posterior: train it with ivon_lora, or use it without a prior")
-    check_width(named, held.metadata)
-    for key in MEANING:
-        own, other = held.config.get(key), config.get(key)
-        if key in config and (own or None) != (other or None):
-            raise IVONError(f"{named} has {key} {own} and this adapter {other}; set {_KEYS.get(key, key)}: {own}")
-
-
-def check_width(named: str, header: Mapping[str, str]) -> None:
-    """Raise an IVONError if σ is 0 where weights are to be trained."""
+    header = held.metadata
     if float(header.get("pruned_ratio", 0)) > 0 or UNPRUNED in header:
         raise IVONError(f"{named} is pruned, and what is 0 would stay 0: give the adapter as it was before")
     if float(header.get("tau", 1)) == float("inf"):
         raise IVONError(f"{named} has tau inf, so it has no width: give the adapter as it was before")
+    for key in MEANING:
+        own, other = held.config.get(key), config.get(key)
+        if held.config and key in config and (own or None) != (other or None):
+            raise IVONError(f"{named} has {key} {own} and this adapter {other}; set {_KEYS.get(key, key)}: {own}")
 
 
 def kinds(tensors: Any) -> str:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..errors import IVONError, param_ref
-from ..posterior.chain import check_prior, check_width, kinds
+from ..posterior.chain import check_prior, kinds
 from ..posterior.findings import begins_at_zero
 from ..posterior.posterior import Posterior
 from .saved import trained_adapters, weights_in_file
@@ -41,9 +41,7 @@ def gaussian_prior(
     bases = [PurePath(str(x.get("base_model_name_or_path"))).name for x in (prior.config, config)]
     if bases[0] != bases[1] and "None" not in bases:
         raise IVONError(f"{named} is over {bases[0]} and this adapter over {bases[1]}; give a posterior over that")
-    if prior.folder is not None:
-        check_prior(str(prior.folder), config)
-    check_width(named, prior.metadata)
+    check_prior(prior, config)
     keys = weights_in_file(model, adapter, names)
     trained, held = set(keys), {key for key in prior.mean if prior.sigma.raw(key).any()}
     if trained != held:

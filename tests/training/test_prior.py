@@ -233,6 +233,7 @@ def test_a_posterior_without_width_or_over_another_model_or_with_settings_of_its
         ({"prior": q.temper(float("inf"))}, "tau inf"),
         ({"prior": other}, "is over llama and this adapter over tiny-llama"),
         ({"prior": zero}, "differ in base_model"),
+        ({"prior": Posterior(q.mean, q.sigma, q.metadata, {**q.config, "lora_alpha": 9})}, "has lora_alpha 9 and this"),
         ({"h0": 0.1}, "^h0: 0.1 does not go with a posterior as prior"),
         ({"rescale_lr": True}, "^rescale_lr: True does not go with a posterior as prior"),
     ):
