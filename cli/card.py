@@ -31,9 +31,9 @@ def command(
     """Add measured results to the model card.
 
     The card is ADAPTER's README.md, where training has described the posterior. --results adds the table of `eval` with
-    its standard errors, the results in the metadata (model-index) and .eval_results/ivon-ROW.yaml. A recommendation adds
-    what to predict with, its threshold, and Python that applies it. What others wrote in the card stays, and running
-    the command again changes nothing.
+    its standard errors, the results in the metadata (model-index) and .eval_results/ivon-ROW.yaml. A recommendation
+    adds what to predict with, its threshold, and Python that applies it. What others wrote in the card stays, and
+    running the command again changes nothing.
 
     \b
       ivon-post eval adapter/ --data test.jsonl --json > eval.json
