@@ -345,7 +345,7 @@ data_option = click.option(
 task_option = click.option(
     "--task",
     type=click.Choice(["choice", "generate", "classify"]),
-    help="How answers are scored. choice: one of a few strings, by the next token. generate: per-token likelihood of "
+    help="How answers are scored. choice: one of a few strings, by its likelihood. generate: per-token likelihood of "
     "the reference answer. classify: a sequence-classification head.  [default: by the data]",
 )
 choices_option = click.option(

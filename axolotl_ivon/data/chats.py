@@ -249,7 +249,8 @@ def choose_task(
 def find_choices(examples: Sequence[Example], given: Sequence[str] | None = None) -> tuple[str, ...]:
     """Return the strings to choose from: `given`, or the different answers of the data, sorted.
 
-    Fewer than two, one given twice, or an answer that is none of them is an IVONError.
+    Fewer than two, one given twice (with other blanks around it, say), an empty one, or an answer that is none of them
+    is an IVONError.
     """
     choices = tuple(sorted({example.answer for example in examples}) if given is None else given)
     if given is None and len(choices) < 2:
@@ -258,7 +259,8 @@ def find_choices(examples: Sequence[Example], given: Sequence[str] | None = None
             f"{param_ref('choices')} A,B"
         )
     named = f"{param_ref('choices')} {','.join(choices)}"
-    if len(choices) < 2 or len(set(choices)) < len(choices) or "" in choices:
+    stripped = {choice.strip() if given else choice for choice in choices}
+    if len(choices) < 2 or len(stripped) < len(choices) or "" in stripped:
         raise IVONError(f"{named}: give at least two different, non-empty strings")
     for example in examples:
         if example.answer not in choices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,13 +22,13 @@ class EncodedExample:
     """One tokenised example: at `positions` of `ids` the next-token (or label) distribution is scored.
 
     `targets` holds a class for each position: the index of the choice, the label, or the next token's id.
-    `candidates` are the token ids of the choices, or None if the classes are all tokens, or labels.
+    `candidates` are the tokens of each choice after `ids`, or None if the classes are all tokens, or labels.
     """
 
     ids: list[int]
     positions: list[int]
     targets: list[int]
-    candidates: tuple[int, ...] | None = None
+    candidates: tuple[tuple[int, ...], ...] | None = None
 
 
 # What `apply_chat_template` takes for itself.
@@ -89,16 +90,17 @@ def encode(
 
     Raises:
         IVONError: no chat template, or one that refuses a conversation or leaves nothing of an answer; two choices
-            that start with the same token; an unknown label; an example longer than `max_length` tokens (classify
-            truncates instead).
+            of the same tokens; an unknown label; an example longer than `max_length` tokens (classify truncates
+            instead).
     """
     if task == "classify":
         return [_encode_label(tokenizer, example, label2id or {}, max_length, chat_format) for example in examples]
     _check_template(tokenizer)
     items = []
+    encode_choice = _ChoiceEncoder(tokenizer, choices, chat_format) if task == "choice" else None
     for example in examples:
-        if task == "choice":
-            item = _encode_choice(tokenizer, example, choices, chat_format)
+        if encode_choice:
+            item = encode_choice(example)
         else:
             item = _encode_turns(tokenizer, example, [len(example.messages)], None, chat_format)
         if not item.positions:
@@ -106,9 +108,10 @@ def encode(
                 f"{example.source}: the chat template leaves nothing of the answer {example.answer[:40]!r}; reword or "
                 "remove it"
             )
-        if max_length is not None and len(item.ids) > max_length:
+        longest = len(item.ids) + max((len(tokens) - 1 for tokens in item.candidates or ()), default=0)
+        if max_length is not None and longest > max_length:
             raise IVONError(
-                f"{example.source}: {len(item.ids)} tokens, but the model takes {max_length}; shorten or remove it"
+                f"{example.source}: {longest} tokens, but the model takes {max_length}; shorten or remove it"
             )
         items.append(item)
     return items
@@ -244,43 +247,71 @@ def common_length(sequences: Sequence[Sequence[Any]]) -> int:
     return least
 
 
-def _encode_choice(
-    tokenizer: PreTrainedTokenizerBase, example: Example, choices: Sequence[str], chat_format: ChatFormat
-) -> EncodedExample:
-    if example.says_more:
-        raise IVONError(
-            f"{example.source}: the answer is no choice alone (it has {', '.join(example.more)}); use "
-            f"{param_ref('task')} generate"
-        )
-    turns, number = example.turns, len(example.messages)
-    others = _sentinel_texts(tokenizer, turns, number, example, chat_format)
-    texts = [
-        _chat_text(
-            tokenizer, [*turns[:number], {**turns[number], "content": choice}, *example.after], example, chat_format
-        )
-        for choice in choices
-    ]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-    spans = [_token_span(tokenizer, encoded, row, text, others) for row, text in enumerate(texts)]
-    for choice, (begin, end) in zip(choices, spans, strict=True):
-        if begin >= end:
+_CONTEXT = 16  # tokens before an answer on which those of the answer may depend
+
+
+class _ChoiceEncoder:
+    """Tokenises examples whose answer is one of `choices`, each as the template writes it into the conversation.
+
+    The tokens of a choice are those of its text. Where another choice goes on from there, the next token, which ends
+    the turn, counts as well: the answer is then that choice alone.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, choices: Sequence[str], chat_format: ChatFormat) -> None:
+        self._tokenizer, self._choices, self._format = tokenizer, choices, chat_format
+        self._candidates: tuple[tuple[int, ...], ...] = ()
+        # Of the conversation with the first choice: the last tokens, and how many of them follow the prompt.
+        self._ending, self._length = [-1], 0
+
+    def __call__(self, example: Example) -> EncodedExample:
+        if example.says_more:
             raise IVONError(
-                f"{param_ref('choices')}: the chat template leaves nothing of {choice!r}; reword it, or use "
+                f"{example.source}: the answer is no choice alone (it has {', '.join(example.more)}); use "
                 f"{param_ref('task')} generate"
             )
-    # The last token of the prompt may merge with a choice: what is fed ends before the first difference.
-    start = min(begin for begin, _ in spans)
-    first: dict[int, str] = {}
-    for choice, ids in zip(choices, encoded["input_ids"], strict=True):
-        token = ids[start]
-        if token in first:
-            raise IVONError(
-                f"{param_ref('choices')}: {first[token]!r} and {choice!r} start with the same token "
-                f"({tokenizer.decode([token])!r}); reword them, or use {param_ref('task')} generate"
-            )
-        first[token] = choice
-    ids = encoded["input_ids"][0][:start]
-    return EncodedExample(ids, [start - 1], [choices.index(example.answer)], tuple(first))
+        [ids] = _tokens(self._tokenizer, [self._text(example, self._choices[0])])
+        # Where a conversation ends as the one before, the choices have the same tokens: no need to render them all.
+        if ids[-len(self._ending) :] != self._ending:
+            self._encode_all(example)
+        start = len(ids) - self._length
+        return EncodedExample(ids[:start], [start - 1], [self._choices.index(example.answer)], self._candidates)
+
+    def _text(self, example: Example, choice: str) -> str:
+        turns, number = example.turns, len(example.messages)
+        turns[number] = {**turns[number], "content": choice}
+        return _chat_text(self._tokenizer, turns, example, self._format)
+
+    def _encode_all(self, example: Example) -> None:
+        tokenizer, choices = self._tokenizer, self._choices
+        others = _sentinel_texts(tokenizer, example.turns, len(example.messages), example, self._format)
+        texts = [self._text(example, choice) for choice in choices]
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+        rows, ends = encoded["input_ids"], []
+        for number, (choice, text) in enumerate(zip(choices, texts, strict=True)):
+            begin, end = _token_span(tokenizer, encoded, number, text, others)
+            if begin >= end:
+                raise IVONError(
+                    f"{param_ref('choices')}: the chat template leaves nothing of {choice!r}; reword it, or use "
+                    f"{param_ref('task')} generate"
+                )
+            ends.append(end)
+        labels = [tuple(ids[:end]) for ids, end in zip(rows, ends, strict=True)]
+        for number, label in enumerate(labels):
+            if label in labels[:number]:
+                same = choices[labels.index(label)]
+                raise IVONError(
+                    f"{param_ref('choices')}: the model reads {same!r} and {choices[number]!r} as the same; leave one "
+                    "of them out"
+                )
+        begun = {label[:length] for label in labels for length in range(1, len(label))}
+        for number, (ids, end) in enumerate(zip(rows, ends, strict=True)):
+            after = itertools.chain(ids[end:], itertools.repeat(tokenizer.eos_token_id or 0))
+            while labels[number] in begun:
+                labels[number] += (next(after),)
+        # What all choices begin with decides nothing, and belongs to the prompt.
+        start, first = common_length(labels), rows[0]
+        self._candidates, self._length = tuple(label[start:] for label in labels), len(first) - start
+        self._ending = [-1] if example.after else first[max(0, start - _CONTEXT) :]
 
 
 def _encode_label(

@@ -1,4 +1,14 @@
-"""Probabilities of the loaded weights on tokenised examples, in batches that fit the memory."""
+"""Probabilities of the loaded weights on tokenised examples, in batches that fit the memory.
+
+A label of several tokens has the product of their probabilities, each after the ones before it. Where one label begins
+another, the token that ends the turn counts as well (`data.encode`). So labels are events of which two never happen
+together, and what is returned is their share among all labels: p(label | the answer begins with one of them). Labels
+of one token each need no pass beyond the prompt's.
+
+The tokens of all labels run in the pass of the prompt, each once: they are appended to it as a tree (`LabelTree`), in
+which a token attends to the prompt and to the tokens before it in its own label. A model that cannot attend so (sliding
+windows, recurrence) runs the prompt once more for each label.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +20,26 @@ import torch
 from torch import Tensor
 
 from ..data.encode import EncodedExample, common_length
+from ..data.label_tree import LabelTree, label_tree
 from ..errors import param_ref
-from ..models.batching import PREDICTION_LOGITS, Halving, batch_tokens
+from ..models.batching import PREDICTION_LOGITS, Halving, batch_tokens, out_of_memory
 from ..models.forward import cache_name, forward_parameters
 from ..reporter import Reporter
+from .label_likelihood import label_probabilities, tree_layout
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 _MIN_PREFIX = 8  # a shorter common prefix is not worth its own pass
+_DISAGREES = 0.05  # relative; rounding in bfloat16 is far below, a token that attends to others than its own far above
 
 
 @dataclass(frozen=True)
 class Batch:
     """Right-padded token ids (rows, length), and where in them the scored positions are: row and column (m,).
 
-    `slots` (m,) says where the m distributions go among those of the chunk.
+    `slots` (m,) says where the m distributions go among those of the chunk. `tree` has the tokens of the labels, which
+    come after the one position of each row.
     """
 
     ids: Tensor
@@ -33,7 +47,7 @@ class Batch:
     row: Tensor
     column: Tensor
     slots: Tensor
-    candidates: Tensor | None
+    tree: LabelTree | None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,8 +63,13 @@ class Batch:
             self.row[chosen] - start,
             self.column[chosen],
             self.slots[chosen],
-            None if self.candidates is None else self.candidates[chosen],
+            self.tree,
         )
+
+    @property
+    def columns(self) -> int:
+        """The number of tokens of a row, with those of the labels."""
+        return self.ids.shape[1] + (len(self.tree) - 1 if self.tree else 0)
 
 
 def collate(items: Sequence[EncodedExample], first_slot: int, skip: int, pad: int, device: torch.device) -> Batch:
@@ -66,16 +85,14 @@ def collate(items: Sequence[EncodedExample], first_slot: int, skip: int, pad: in
         mask[row, : len(item.ids)] = 1
     rows = torch.tensor([row for row, item in enumerate(items) for _ in item.positions])
     column = torch.tensor([position - skip for item in items for position in item.positions])
-    candidates = None
-    if items[0].candidates is not None:
-        candidates = torch.tensor([item.candidates for item in items for _ in item.positions]).to(device)
+    labels = items[0].candidates
     return Batch(
         ids.to(device),
         None if mask.all() else mask.to(device),
         rows.to(device),
         column.to(device),
         torch.arange(first_slot, first_slot + len(rows)).to(device),
-        candidates,
+        None if labels is None else label_tree(labels),
     )
 
 
@@ -92,6 +109,7 @@ class Predictor:
         self._batch_size = batch_size
         self._takes = forward_parameters(model)  # the arguments of the base model's forward
         self._halving = Halving("prompts", reporter)
+        self._attends_in_trees: bool | None = None  # None: not tried yet
 
     def classes(self, items: Sequence[EncodedExample]) -> int:
         """Return the number of classes of a distribution."""
@@ -99,7 +117,11 @@ class Predictor:
             return len(items[0].candidates)
         if self.task == "classify":
             return self.model.config.num_labels
-        return self.model.config.get_text_config().vocab_size
+        return self._vocabulary
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
 
     def common_prefix(self, items: Sequence[EncodedExample]) -> list[int]:
         """Return the tokens that all items begin with, before any scored position, if a pass can run them once."""
@@ -115,16 +137,20 @@ class Predictor:
         tokens = batch_tokens(self.device.type)
         if self.task == "generate":
             tokens = min(tokens, PREDICTION_LOGITS // self.classes(items))
+
+        def nodes(item: EncodedExample) -> int:
+            return 1 if item.candidates is None else len(label_tree(item.candidates))
+
         batches: list[Batch] = []
         start = slot = 0
         for stop in range(1, len(items) + 1):
-            size = stop + 1 - start  # with the next one
-            if stop < len(items) and (
-                size <= self._batch_size
-                if self._batch_size is not None
-                else size * copies * (len(items[stop].ids) - skip) <= tokens
-            ):
-                continue
+            if stop < len(items) and items[stop].candidates == items[start].candidates:
+                size, below = stop + 1 - start, nodes(items[start]) - 1  # with the next one
+                costs = size * copies * (len(items[stop].ids) - skip + below)
+                logits = size * copies * below * self._vocabulary if below else 0
+                fits = costs <= tokens and logits <= PREDICTION_LOGITS
+                if size <= self._batch_size if self._batch_size is not None else fits:
+                    continue
             batches.append(collate(items[start:stop], slot, skip, pad, self.device))
             slot += len(batches[-1].slots)
             start = stop
@@ -136,7 +162,7 @@ class Predictor:
         Raises:
             IVONError: one prompt alone is too large.
         """
-        length = batch.ids.shape[1]
+        length = batch.columns
         hopeless = f"prompt of {length} tokens; use {param_ref('load_in')} 8bit or 4bit, or a machine with more memory"
 
         def run(start: int, stop: int) -> tuple[Batch, Tensor]:
@@ -147,26 +173,107 @@ class Predictor:
             yield predicted
 
     def _forward(self, batch: Batch, cache: Any, copies: int) -> Tensor:
-        columns, column = torch.unique(batch.column, return_inverse=True)
-        inputs: dict[str, Any] = {"input_ids": batch.ids.repeat(copies, 1)}
-        if batch.mask is not None:
-            inputs["attention_mask"] = batch.mask.repeat(copies, 1)
         if self.task == "classify":
-            logits = self.model(**inputs).logits.view(copies, len(batch), -1)
-            return logits.double().softmax(-1)
+            inputs: dict[str, Any] = {"input_ids": batch.ids.repeat(copies, 1)}
+            if batch.mask is not None:
+                inputs["attention_mask"] = batch.mask.repeat(copies, 1)
+            return self.model(**inputs).logits.view(copies, len(batch), -1).double().softmax(-1)
+        if batch.tree is None:
+            return self._at(batch.ids, batch.mask, batch.row, batch.column, cache, copies).float().softmax(-1)
+        if len(batch.tree) > 1 and self._attends(batch, batch.tree, cache, copies):
+            nodes = self._tree_logits(batch, batch.tree, cache, copies)
+        else:
+            nodes = self._line_logits(batch, batch.tree, batch.tree.leaves(), cache, copies)
+        return label_probabilities(nodes, batch.tree)
+
+    def _at(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        row: Tensor,
+        column: Tensor,
+        cache: Any,
+        copies: int,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits [copies, m, vocabulary] at `row` and `column` (m,) of `ids`, which follow the `cache`."""
+        keep, kept = torch.unique(column, return_inverse=True)
+        inputs: dict[str, Any] = {"input_ids": ids.repeat(copies, 1), "use_cache": False}
+        if mask is not None:
+            inputs["attention_mask"] = mask.repeat(copies, *[1] * (mask.dim() - 1))
+        if positions is not None:
+            inputs["position_ids"] = positions.repeat(copies, 1)
         if cache is not None:  # a new one, in which every row stands once for each of the batch
             pairs = [(layer.keys, layer.values) for layer in cache.layers]
-            rows = [(k.repeat_interleave(len(batch), 0), v.repeat_interleave(len(batch), 0)) for k, v in pairs]
+            rows = [(k.repeat_interleave(len(ids), 0), v.repeat_interleave(len(ids), 0)) for k, v in pairs]
             inputs[cache_name(self._takes)] = type(cache)(ddp_cache_data=rows)
         if "logits_to_keep" in self._takes:  # the head runs on the scored positions only
-            inputs["logits_to_keep"] = columns
+            inputs["logits_to_keep"] = keep
         else:
-            column = batch.column
-        logits = self.model(**inputs, use_cache=False).logits
-        logits = logits.view(copies, len(batch), *logits.shape[1:])[:, batch.row, column]
-        if batch.candidates is None:
-            return logits.float().softmax(-1)
-        return logits.gather(2, batch.candidates.expand(copies, -1, -1)).double().softmax(-1)
+            kept = column
+        logits = self.model(**inputs).logits
+        return logits.view(copies, len(ids), *logits.shape[1:])[:, row, kept]
+
+    def _tree_logits(self, batch: Batch, tree: LabelTree, cache: Any, copies: int) -> Tensor:
+        """Return the logits [copies, rows, nodes, vocabulary] of every node of the tree, from one pass."""
+        rows, width = batch.ids.shape
+        layout = tree_layout(tree, batch.column, width, 0 if cache is None else cache.layers[0].keys.shape[2])
+        seen = layout.seen
+        if self._attention != "sdpa":  # others add their mask
+            seen = torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, torch.finfo(torch.float32).min)
+        row = torch.arange(rows, device=self.device)[:, None].expand_as(layout.column)
+        ids = torch.cat([batch.ids, layout.tokens.expand(rows, -1)], 1)
+        logits = self._at(ids, seen, row.flatten(), layout.column.flatten(), cache, copies, layout.positions)
+        return logits.view(copies, rows, len(tree), -1)
+
+    def _line_logits(self, batch: Batch, tree: LabelTree, leaves: Sequence[int], cache: Any, copies: int) -> Tensor:
+        """Return the same from one pass for each of `leaves`: 0 for nodes that are neither a leaf nor before one."""
+        rows, width = batch.ids.shape
+        skip = 0 if cache is None else cache.layers[0].keys.shape[2]
+        result = torch.empty(0)
+        each = torch.arange(rows, device=self.device)
+        for leaf in leaves:
+            line = tree.line(leaf)
+            tokens = torch.tensor([tree.tokens[node] for node in line], dtype=torch.long, device=self.device)
+            ids = torch.nn.functional.pad(batch.ids, (0, len(line)))
+            columns = batch.column[:, None] + torch.arange(len(line) + 1, device=self.device)
+            row = each[:, None].expand_as(columns)
+            ids[row[:, 1:], columns[:, 1:]] = tokens
+            mask = torch.arange(skip + width + len(line), device=self.device) <= skip + columns[:, -1:]
+            whole = None if mask.all() else mask.long()
+            logits = self._at(ids, whole, row.flatten(), columns.flatten(), cache, copies)
+            if not len(result):
+                result = logits.new_zeros(copies, rows, len(tree), logits.shape[-1])
+            result[:, :, [0, *line]] = logits.view(copies, rows, len(line) + 1, -1)
+        return result
+
+    @property
+    def _attention(self) -> str | None:
+        return getattr(self.model.config.get_text_config(), "_attn_implementation", None)
+
+    def _attends(self, batch: Batch, tree: LabelTree, cache: Any, copies: int) -> bool:
+        """Say whether the model attends in trees: tried once, on one prompt with two of the labels."""
+        if self._attends_in_trees is None:
+            self._attends_in_trees = (
+                self._attention in ("sdpa", "eager")
+                and "position_ids" in self._takes
+                and self.cache(batch.ids[0].tolist(), copies) is not None
+                and self._agrees(batch.part(0, 1), tree, cache, copies)
+            )
+        return self._attends_in_trees
+
+    def _agrees(self, batch: Batch, tree: LabelTree, cache: Any, copies: int) -> bool:
+        leaves = tree.leaves()
+        leaves = [leaves[0], max(leaves, key=tree.depths.__getitem__)]
+        nodes = [0, *tree.line(leaves[0]), *tree.line(leaves[1])]
+        try:
+            one = self._tree_logits(batch, tree, cache, copies)[:, :, nodes].float()
+        except Exception as error:  # a model may refuse such a mask in any way
+            if out_of_memory(error):
+                raise
+            return False
+        other = self._line_logits(batch, tree, leaves, cache, copies)[:, :, nodes].float()
+        return bool((one - other).norm() <= _DISAGREES * (other - other.mean(-1, keepdim=True)).norm())
 
     def cache(self, ids: Sequence[int], copies: int) -> Any:
         """Return the cache after `ids` for each draw, or None if the model has none that batches can share."""

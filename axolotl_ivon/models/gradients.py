@@ -41,8 +41,8 @@ def label_logits(model: PeftModel, items: Sequence[EncodedExample]) -> tuple[Ten
     """Run the model, as it is and with gradients where they are on, over `items` as one batch padded on the right.
 
     Returns:
-        Of the m scored positions of the examples, in their order: float32 logits [m, classes] (of all tokens, of the
-        candidates, or of the labels), the class that is right [m], and the number of the example [m].
+        Of the m scored positions of the examples, in their order: float32 logits [m, classes] (of all tokens, or of the
+        labels), the class that is right [m], and the number of the example [m].
     """
     takes, device = forward_parameters(model), model.device
     pad = getattr(model.config, "pad_token_id", None) or 0
@@ -63,9 +63,6 @@ def label_logits(model: PeftModel, items: Sequence[EncodedExample]) -> tuple[Ten
         inputs["logits_to_keep"], column = torch.unique(column, return_inverse=True)
     logits = model(**inputs).logits
     logits = logits[row] if logits.dim() == 2 else logits[row, column]  # a classifier has no positions
-    if items[0].candidates is not None:
-        candidates = torch.tensor([item.candidates for item in items], device=device)
-        logits = logits.gather(1, candidates[row])
     return logits.float(), targets, row
 
 

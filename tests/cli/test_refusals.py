@@ -31,6 +31,7 @@ CASES = {
     "eval adapter -d one.jsonl --task choice": "name the others with --choices A,B",
     "eval adapter -d chats.jsonl -d chats.jsonl": "--data chats.jsonl is given twice",
     "eval adapter -d chats.jsonl --choices A,C": "is not one of --choices A,C",
+    "eval adapter -d chats.jsonl --choices A,B,": "give at least two different, non-empty strings",
     "eval adapter -d chats.jsonl --rows mode": "--rows mode: 'mode' is unknown",
     "eval adapter -d chats.jsonl --tau 0": "--tau 0.0 is not > 0",
     "eval adapter -d chats.jsonl --ratio 2": "--ratio 2.0 is outside [0, 1]",
@@ -147,7 +148,6 @@ CASES = {
 }
 # The same for what only torch, a tokenizer or a model finds out.
 LATE = {
-    "eval adapter -d chats.jsonl --choices A,B,Bx": "reword them, or use --task generate",
     "eval adapter -d chats.jsonl --device abacus": "--device abacus: not usable here",
     "eval adapter -d chats.jsonl --base-model narrow": "does not fit the adapter",
     "sweep adapter -d chats.jsonl --limit 3 --choices A,B": "3 examples cannot be split",

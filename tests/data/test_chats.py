@@ -213,7 +213,8 @@ def test_choices_that_look_like_mistakes_are_named(answers: list[str], odd: str)
         (None, "every answer in the data is 'A'"),
         (["A"], "at least two different"),
         (["A", "A"], "at least two different"),
-        (["A", ""], "at least two different"),
+        (["A", " A"], "at least two different"),
+        (["A", "B", " "], "at least two different"),
         (["B", "C"], "f:0: the answer 'A' is not one of choices B,C"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any
 import pytest
 import tiny
 from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.chats import Chat, Example, read_chats, read_examples
 from axolotl_ivon.data.encode import ChatFormat, EncodedExample, encode, encode_turns, render
+from axolotl_ivon.data.label_tree import label_tree
 from axolotl_ivon.training.beginning import generation_prompt, trained_generation_prompt
 
 
@@ -40,7 +44,7 @@ def test_a_choice_is_the_token_after_the_generation_prompt(tokenizer: AutoTokeni
     assert item.positions == [len(prompt) - 1]
     assert item.targets == [1]
     # As trained: the whole conversation has that token there.
-    for choice, token in zip("AB", item.candidates, strict=True):
+    for choice, (token,) in zip("AB", item.candidates, strict=True):
         whole = tokenizer.apply_chat_template(
             [{"role": "user", "content": "red sun"}, {"role": "assistant", "content": choice}], return_dict=False
         )
@@ -51,7 +55,7 @@ def test_a_choice_may_merge_with_the_end_of_the_prompt(tokenizer: AutoTokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
     [item] = encode(tokenizer, [example_of("blue")], "choice", choices=("blue", "green"))
     space = tokenizer("x ")["input_ids"][-1]
-    texts = [tokenizer.decode([*item.ids, token]) for token in item.candidates]
+    texts = [tokenizer.decode([*item.ids, *tokens]) for tokens in item.candidates]
     # " blue" is one token, so the prompt that is fed stops before the space.
     assert item.ids[-1] != space
     assert texts == ["user: red sunassistant: blue", "user: red sunassistant: green"]
@@ -67,11 +71,53 @@ def test_what_the_template_writes_before_an_answer_belongs_to_the_prompt(tokeniz
     assert tokenizer.decode(item.ids).endswith("<|im_start|>assistant\n<t></t>\n")
 
 
-def test_choices_that_start_alike_are_refused(tokenizer: AutoTokenizer) -> None:
-    with pytest.raises(IVONError, match=r"'Ax' and 'Ay' start with the same token \('A'\)"):
-        encode(tokenizer, [example_of("B")], "choice", choices=("B", "Ax", "Ay"))
-    with pytest.raises(IVONError, match="start with the same token"):
-        encode(tokenizer, [example_of("Ax")], "choice", choices=("Ax", "Ay"))
+@pytest.mark.parametrize(
+    ("choices", "shared", "tokens"),
+    [
+        (("B", "Ax", "Ay"), "", ["B", "A|x", "A|y"]),
+        (("Ax", "Ay"), "A", ["x", "y"]),  # what all begin with decides nothing
+        (("A", "Ax"), "A", ["<|im_end|>", "x"]),  # the end of the turn tells a label from one that goes on
+        (("A", "B", "A\n", "Ax"), "", ["A|<|im_end|>", "B", "A|\n", "A|x"]),
+        (("yes no", "yes", "no"), "", ["yes| no", "yes|<|im_end|>", "no"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_choice_is_all_its_tokens(tokenizer: Any, choices: tuple[str, ...], shared: str, tokens: list[str]) -> None:
+    items = encode(tokenizer, [example_of(choice) for choice in choices], "choice", choices=choices)
+    for number, item in enumerate(items):
+        assert tokenizer.decode(item.ids).endswith(f"<|im_start|>assistant\n{shared}")
+        assert ["|".join(map(tokenizer.decode, label)) for label in item.candidates or ()] == tokens
+        assert (item.positions, item.targets) == ([len(item.ids) - 1], [number])
+
+
+def test_choices_that_the_model_reads_alike_are_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | trim")
+    with pytest.raises(IVONError, match=r"choices: the model reads 'A' and 'A ' as the same; leave one of them out"):
+        encode(tokenizer, [example_of("A")], "choice", choices=("A", "A "))
+
+
+@given(st.lists(st.text(max_size=6), min_size=2, max_size=500, unique_by=str.strip), st.randoms())
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_labels_are_events_that_exclude_one_another(tokenizer: Any, texts: list[str], random: Any) -> None:
+    choices = tuple(text for text in texts if text)
+    if len(choices) < 2:
+        return
+    examples = [example_of(random.choice(choices), question) for question in ("red sun", "moon", "")]
+    items = encode(tokenizer, examples, "choice", choices=choices)
+    for example, item in zip(examples, items, strict=True):
+        assert item.candidates is not None
+        for number, choice in enumerate(choices):
+            turns = [*example.messages, {"role": "assistant", "content": choice}]
+            whole = tokenizer.apply_chat_template(turns, return_dict=False)
+            tokens = [*item.ids, *item.candidates[number]]
+            assert whole[: len(tokens)] == tokens
+            assert choice in tokenizer.decode(tokens)
+        # Sorted, a beginning would stand right before what begins with it.
+        for label, other in itertools.pairwise(sorted(item.candidates)):
+            assert other[: len(label)] != label
+        tree = label_tree(item.candidates)
+        assert len(tree) == 1 + len({label[:n] for label in item.candidates for n in range(1, len(label))})
+        assert item.candidates[item.targets[0]] == item.candidates[choices.index(example.answer)]
 
 
 def test_a_reference_answer_is_scored_to_the_end_of_its_turn(tokenizer: AutoTokenizer) -> None:
@@ -207,7 +253,7 @@ def test_what_is_scored_is_what_axolotl_trains_on(tokenizer: Any, tmp_path: Path
     for item, choice in zip(items, (" A", " B"), strict=True):
         trained = axolotls(tokenizer, tiny.chat("red sun", choice))
         assert item.positions == trained.positions[:1]
-        assert item.candidates[item.targets[0]] == trained.targets[0]
+        assert item.candidates[item.targets[0]] == (trained.targets[0],)
         assert item.ids == trained.ids[: len(item.ids)]
 
 

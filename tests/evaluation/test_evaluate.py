@@ -101,6 +101,18 @@ def scores(evaluation: Evaluation) -> list[Scores]:
     return evaluation.run(ROWS, DRAWS)
 
 
+def label_probabilities(model: nn.Module, item: EncodedExample) -> Tensor:
+    """Probabilities [1, labels] by brute force: each label's own tokens after the prompt, one after the other."""
+    sums = []
+    for label in item.candidates or ():
+        logs = [
+            model(torch.tensor([[*item.ids, *label[:place]]])).logits[0, -1].double().log_softmax(-1)[token]
+            for place, token in enumerate(label)
+        ]
+        sums.append(sum(logs))
+    return torch.stack(sums)[None].softmax(-1)
+
+
 @torch.no_grad()
 def each_draw(evaluation: Evaluation, posterior: Posterior | None, draws: int) -> Tensor:
     """Probabilities (draws, predictions, classes), by PEFT's own loading, without padding, caches or batches."""
@@ -114,8 +126,10 @@ def each_draw(evaluation: Evaluation, posterior: Posterior | None, draws: int) -
             set_peft_model_state_dict(model, posterior.sample(5, member) if draws > 1 else dict(posterior.mean))
         rows: list[Tensor] = []
         for item in evaluation.items:
-            logits = model(torch.tensor([item.ids])).logits[0, item.positions].double()
-            rows.append((logits if item.candidates is None else logits[:, list(item.candidates)]).softmax(-1))
+            if item.candidates is not None:
+                rows.append(label_probabilities(model, item))
+                continue
+            rows.append(model(torch.tensor([item.ids])).logits[0, item.positions].double().softmax(-1))
         members.append(torch.cat(rows))
     return torch.stack(members)
 
@@ -378,6 +392,47 @@ def test_an_adapter_without_sigma_has_a_base_and_a_mean(make_adapter: MakeAdapte
         Evaluation(folder, EvaluationData([chats]), list(paper_variants().values()))
 
 
+# One begins another, and "yes" begins three; the third is one token.
+LABELS = ["yes no", "yes no bird", "A", "yes sun", "dog cat"]
+
+
+def write_labels(path: Path) -> Path:
+    questions = ["red sun", "one two three four five", "moon", "A B C D", "yes no", "good", "bad rain dog", "red sun"]
+    lines = [json.dumps(chat(question, LABELS[n % len(LABELS)])) for n, question in enumerate(questions)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("per_pass", [1, 2])
+@pytest.mark.parametrize("prefix", [2, 10**6])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_labels_of_several_tokens_run_once_in_the_pass_of_the_prompt(
+    tiny_adapter: Path, tmp_path: Path, attention: str, prefix: int, per_pass: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("axolotl_ivon.evaluation.predict._MIN_PREFIX", prefix)
+    evaluation = Evaluation(tiny_adapter, EvaluationData([write_labels(tmp_path / "data.jsonl")], task="choice"))
+    evaluation.model.base_model.model.set_attn_implementation(attention)
+    sizes: list[int] = []
+    forward = evaluation.model.forward
+    monkeypatch.setattr(
+        evaluation.model, "forward", lambda **kw: sizes.append(kw["input_ids"].numel()) or forward(**kw)
+    )
+    rows = [Variant("base", base=True), Variant("mean"), Variant("posterior", tau=0.5)]
+    heard = Heard()
+    base, mean, drawn = evaluation.run(rows, replace(DRAWS, draws_per_pass=per_pass, batch_size=1), heard)
+    nodes = len({label[:n] for label in evaluation.items[0].candidates or () for n in range(1, len(label))})
+    tokens = sum(len(item.ids) + nodes for item in evaluation.items)
+    if prefix > 2:  # each token of prompt and labels once in each of 5 passes, and the trial on the shortest prompt
+        assert 5 * tokens < sum(sizes) < 5.4 * tokens
+    for score, posterior, draws in (
+        (base, None, 1),
+        (mean, evaluation.posterior, 1),
+        (drawn, evaluation.posterior.temper(0.5), 3),
+    ):
+        is_by_hand(score, evaluation, posterior, draws)
+    close(evaluation.run(rows, replace(DRAWS, draws_per_pass=per_pass)), [base, mean, drawn])
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -389,7 +444,7 @@ def test_an_adapter_without_sigma_has_a_base_and_a_mean(make_adapter: MakeAdapte
     ],
     ids=["gemma2", "gpt2"],
 )  # fmt: skip
-@pytest.mark.parametrize("task", ["choice", "generate"])
+@pytest.mark.parametrize("task", ["choice", "labels", "generate"])
 def test_other_architectures(
     tmp_path: Path, tiny_llama: Path, chats: Path, config: PretrainedConfig, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,7 +454,8 @@ def test_other_architectures(
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
     modules = ["c_attn"] if config.model_type == "gpt2" else ["q_proj"]
     adapter = with_sigma(build_lora(tmp_path / "base", tmp_path / "adapter", target_modules=modules))
-    evaluation = Evaluation(adapter, EvaluationData([chats], task=task))
+    path, task = (write_labels(tmp_path / "labels.jsonl"), "choice") if task == "labels" else (chats, task)
+    evaluation = Evaluation(adapter, EvaluationData([path], task=task))
     rows = [Variant("mean"), Variant("posterior", tau=0.1)]
     mean, drawn = evaluation.run(rows, DRAWS)
     is_by_hand(mean, evaluation, evaluation.posterior, 1)

@@ -101,7 +101,7 @@ def test_the_row_of_the_base_model_is_the_base_models(tmp_path: Path, lora: Any)
     nll = []
     for item in encode(tokenizer, evaluated.evaluation.examples, "choice", choices=("A", "B")):
         with torch.no_grad():
-            logits = model(torch.tensor([item.ids])).logits[0, -1, list(item.candidates or ())]
+            logits = model(torch.tensor([item.ids])).logits[0, -1, [token for (token,) in item.candidates or ()]]
         nll.append(-logits.log_softmax(-1)[item.targets[0]].item())
     row = next((row for row in evaluated.record.rows if row.name == "base"), None)
     changed = bool(lora.get("bias")) or str(lora.get("init_lora_weights")).startswith(("pissa", "olora"))
