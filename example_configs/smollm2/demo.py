@@ -41,6 +41,8 @@ LINES = {
     ("adamw", "mean+temperature"): "AdamW, softmax temperature",
     ("ivon", "mean"): "IVON-LoRA, mean",
     ("ivon", "posterior"): f"IVON-LoRA, average of {DRAWS} draws",
+    ("ivon", "mean+temperature"): "IVON-LoRA, mean, softmax temperature",
+    ("ivon", "posterior+temperature"): f"IVON-LoRA, {DRAWS} draws, softmax temperature",
 }
 
 
@@ -86,9 +88,8 @@ def evaluate(name: str, made_from: str) -> list[dict[str, Any]]:
         rows = ",".join(row for adapter, row in LINES if adapter == name and "+" not in row)
         options = ("--rows", rows, "--samples", str(DRAWS), "--dtype", frozen_dtype(), "--json")
         output = ("--output", f".demo/examples-{name}.jsonl", "--overwrite")
-        # The usual remedy, fitted on snippets of its own; the average of the draws has to do without.
-        remedy = ("--calibrate", ".demo/data/movie-validation.jsonl") if name == "adamw" else ()
-        files = ("--data", ".demo/data/movie.jsonl", *remedy)
+        # The softmax temperatures are fitted on snippets of their own.
+        files = ("--data", ".demo/data/movie.jsonl", "--calibrate", ".demo/data/movie-validation.jsonl")
         printed = run("ivon-post", "eval", f".demo/{name}", *files, *options, *output)
         write(record, {"inputs": made_from, "rows": json.loads(printed)["rows"]})
     return json.loads(record.read_text(encoding="utf-8"))["rows"]
