@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from axolotl_ivon.errors import printable
+from axolotl_ivon.metrics.verdict import measured
 
 from ._stdout import results
 
@@ -62,15 +63,12 @@ def number(value: float | None) -> str:
 
 def percent(value: float | None, error: float | None = None, signed: bool = False) -> str:
     """Return a share as percent, with its standard error."""
-    return decimal(value and 100 * value, error and 100 * error, signed, 1)
+    return measured(value, error, 100, 1, "+" * signed)
 
 
-def decimal(value: float | None, error: float | None = None, signed: bool = False, digits: int = 3) -> str:
+def decimal(value: float | None, error: float | None = None, signed: bool = False) -> str:
     """Return a number, with its standard error; `signed` as a difference."""
-    if value is None:
-        return "–"
-    text = f"{value:+.{digits}f}".replace("-", "−") if signed else f"{value:.{digits}f}"
-    return text + (f" ± {error:.{digits}f}" if error is not None else "")
+    return measured(value, error, sign="+" * signed)
 
 
 def is_wide(columns: int) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import IVONError, param_ref
+from ..metrics.verdict import measured
 from ..posterior.adapter import Adapter
 from ..posterior.card import (
     CARD_FILE,
@@ -102,13 +103,6 @@ def _dataset_ids(files: Sequence[str], datasets: Sequence[str]) -> dict[str, str
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}", given):
             raise IVONError(f"{named} {given}: give owner/name, or owner/name/task")
     return dict(zip(files, datasets or [PurePath(file).stem for file in files], strict=True))
-
-
-def measured(value: float | None, error: float | None, factor: int, digits: int) -> str:
-    """Return a figure with its standard error, "–" where there is none."""
-    if value is None:
-        return "–"
-    return f"{factor * value:.{digits}f}" + (f" ± {factor * error:.{digits}f}" if error is not None else "")
 
 
 def metrics_table(evaluation: EvaluationRecord) -> tuple[list[str], list[tuple[str, list[str]]]]:

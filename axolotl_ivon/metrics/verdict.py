@@ -51,17 +51,20 @@ def judge(difference: float, error: float | None, examples: int, sign: int = 1) 
     return "better" if sign * difference < 0 else "worse"
 
 
-def figures(versus: Mapping[str, Paired], sign: str = "+") -> str:
-    """Return differences and their standard errors by metric in words: "NLL −0.010 ± 0.004, accuracy +1.2 ± 0.9 %".
+def measured(value: float | None, error: float | None = None, scale: float = 1, digits: int = 3, sign: str = "") -> str:
+    """Return a figure with its standard error, "–" where there is none; `sign` is "+" for a difference."""
+    if value is None:
+        return "–"
+    text = f"{scale * value:{sign}.{digits}f}"
+    return (text.replace("-", "−") if sign else text) + ("" if error is None else f" ± {scale * error:.{digits}f}")
 
-    `sign` is that of the format: "" for values that are no differences.
-    """
+
+def figures(values: Mapping[str, Paired], sign: str = "+") -> str:
+    """Return differences, or values, and their errors in words: "NLL −0.010 ± 0.004, accuracy +1.2 ± 0.9 %"."""
     return ", ".join(
-        f"{LABELS[metric]} {scale * versus[metric].difference:{sign}.{digits}f}".replace("-", "−")
-        + ("" if (error := versus[metric].standard_error) is None else f" ± {scale * error:.{digits}f}")
-        + unit
+        f"{LABELS[metric]} {measured(*values[metric], scale, digits, sign)}{unit}"
         for metric, (scale, digits, unit) in _SHOWN.items()
-        if metric in versus
+        if metric in values
     )
 
 

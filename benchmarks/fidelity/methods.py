@@ -588,21 +588,6 @@ def predict_dropout(model: Encoder, examples: Sequence[Example], draws: int) -> 
     return predictions
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the T > 0 that minimizes the NLL of softmax(logits / T) (arXiv 1706.04599), between 0.05 and 20."""
-    logit = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logit], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(logits * torch.exp(-logit), labels)
-        value.backward()
-        return value
-
-    optimizer.step(loss)  # type: ignore[arg-type]
-    return min(max(math.exp(logit.item()), 0.05), 20.0)
-
-
 class _Loader:
     """What laplace-torch needs of a data loader: batches, and a data set with a length."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from axolotl_ivon import Posterior
+from axolotl_ivon.metrics.calibration import fit_temperature
 from axolotl_ivon.metrics.scores import Scores, metrics
 
 from .data import Encoder, Example, Task, labels_of, predict
@@ -21,7 +22,6 @@ from .methods import (
     Predictions,
     fit_laplace,
     fit_sigma,
-    fit_temperature,
     loaded,
     predict_at,
     predict_dropout,
@@ -118,7 +118,7 @@ def temperature_scaling(
 ) -> Answer:
     """The weights themselves, logits divided by the temperature that fits the validation data best."""
     with loaded(model, dict(q.mean)):
-        temperature = fit_temperature(predict(model, task.validation), labels_of(task.validation))
+        temperature = fit_temperature(predict(model, task.validation).softmax(-1), labels_of(task.validation))
         logits = predict(model, examples)
     return Predictions.of([logits / temperature]), {"temperature": temperature}
 
@@ -127,7 +127,7 @@ def posterior_scaled(
     model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any
 ) -> Answer:
     """The average over draws, its log-probabilities divided by the temperature that fits the validation data best."""
-    held_out = predict_posterior(model, q, task.validation, draws).probabilities.log()
+    held_out = predict_posterior(model, q, task.validation, draws).probabilities
     temperature = fit_temperature(held_out, labels_of(task.validation))
     logits = predict_posterior(model, q, examples, draws).probabilities.log()
     return Predictions.of([logits / temperature]), {"temperature": temperature}

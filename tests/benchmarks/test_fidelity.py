@@ -31,7 +31,7 @@ from benchmarks.fidelity.blocks import BlockIVON, Correlated
 from benchmarks.fidelity.causal import Causal
 from benchmarks.fidelity.configs import HUB, as_chat, write_configs
 from benchmarks.fidelity.data import Encoder, Example, Task, collate, labels_of, predict, training_batches
-from benchmarks.fidelity.methods import TRAINERS, BlobLinear, Predictions, as_posterior, fit_temperature, kl_weight
+from benchmarks.fidelity.methods import TRAINERS, BlobLinear, Predictions, as_posterior, kl_weight
 from benchmarks.fidelity.report import Results, cell, main_table, report, verdict_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,17 +212,6 @@ def test_kl_weights_of_a_cycle_double_and_sum_to_one_less_the_first_term(cycle: 
     assert weights[0] * 2 ** (cycle - 1) == pytest.approx(weights[cycle - 1])
     # The paper's 2^i / (2^(M+1) − 1), i = 0 … M, sums to 1; i = 0 is not used.
     assert sum(weights[:cycle]) == pytest.approx(1 - 1 / (2 ** (cycle + 1) - 1))
-
-
-def test_temperature_scaling_undoes_a_known_temperature() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(20000, 3, generator=generator, dtype=torch.float64)
-    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
-    assert fit_temperature(3 * logits, labels) == pytest.approx(3, rel=0.05)
-    # At the optimum the derivative of the NLL by the temperature is 0: no grid around does better.
-    best = fit_temperature(logits, labels)
-    losses = [F.cross_entropy(logits / (best * factor), labels) for factor in (0.99, 1, 1.01)]
-    assert losses[1] == min(losses)
 
 
 def test_scaling_the_average_of_equal_draws_is_scaling_the_weights_themselves(bert: Path) -> None:
