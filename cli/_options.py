@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
@@ -22,7 +22,7 @@ from ._stdout import only_results, results
 from ._tables import emit
 
 if TYPE_CHECKING:
-    from axolotl_ivon.decisions.recommendation import DecisionRule
+    from axolotl_ivon.decisions.recommendation import DecisionRule, Recommended
     from axolotl_ivon.evaluation.evaluate import EvaluationData as EvaluationData
     from axolotl_ivon.evaluation.evaluate import Sampling as Sampling
     from axolotl_ivon.models.session import Loading as Loading
@@ -82,6 +82,31 @@ class Renamed(click.Option):
         self.opts = shown
 
 
+class RecommendedOption(Renamed):
+    """The path of a recommended.json, and its twin --no-recommended, whose value is False."""
+
+    def __init__(self, *args: Any, formerly: Sequence[str] = (), **options: Any) -> None:
+        super().__init__(*args, formerly=formerly, type=_FileOrNone(), metavar="FILE", **options)
+        self.secondary_opts = ["--no-recommended"]
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Add both to the parser."""
+        super().add_to_parser(parser, ctx)
+        parser.add_option(self, self.secondary_opts, dest=self.name, action="store_const", const=False)
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return both and what they do; the twin has no value."""
+        record = super().get_help_record(ctx)
+        return record and (record[0].removesuffix(" FILE"), record[1])
+
+
+class _FileOrNone(click.ParamType):
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value
+
+
 @dataclass(frozen=True)
 class Terminal:
     """How a command reports to its user: what --json and --quiet say."""
@@ -101,6 +126,11 @@ class Terminal:
         for line in lines:
             click.echo(line, file=results())
         self.suggest(*then)
+
+    def note(self, line: str) -> None:
+        """Print on stderr what a user should know about the result."""
+        if not self.quiet:
+            click.echo(printable(line), err=True)
 
     def suggest(self, *words: object) -> None:
         """Suggest the next command on stderr, unless a program reads the result."""
@@ -139,40 +169,66 @@ class OutputOptions(Terminal):
         return named.parent / f"{named.name}-{what}"
 
 
+class Setting(NamedTuple):
+    """What to predict with, once options, recommendation and defaults are weighed."""
+
+    tau: float
+    ratio: float
+    rule: DecisionRule
+    recommended: Recommended | None  # what it is from, if a recommendation was taken
+    is_mean: bool  # whether that recommends the mean and nothing else was asked for
+
+
 @dataclass(frozen=True)
 class PosteriorOptions:
-    """Temperature and pruning ratio where the user gave them, and a file that recommends both."""
+    """Temperature and pruning ratio where the user gave them, and a file that recommends both.
 
-    recommended: str | None
+    `recommended` is False with --no-recommended; None stands for the recommended.json in the adapter's own folder,
+    which a value of the user's own overrides.
+    """
+
+    recommended: str | bool | None = None
     tau: float | None = None
     ratio: float | None = None
 
-    def settings(self, adapter: str, default_ratio: float = 0.0) -> tuple[float, float]:
-        """Return the temperature and the pruning ratio: the options', else the recommendation's, else the defaults."""
+    @property
+    def file(self) -> str | None:
+        """The file that the user gave."""
+        return self.recommended if isinstance(self.recommended, str) else None
+
+    def taken(self, adapter: str, terminal: Terminal, wants: str = "") -> Recommended | None:
+        """Return the recommendation that holds, and say so where it is the adapter's own.
+
+        Who `wants` "draws" gets the best ones, and who wants the "mean" nothing that is for draws.
+        """
+        own = self.recommended is None and self.tau is None and self.ratio is None
+        if not own and self.file is None:
+            return None
+        from axolotl_ivon.decisions.recommendation import recommended_for
+
+        taken = recommended_for(adapter, self.file)
+        if taken and wants == "draws":
+            taken = taken.for_draws()
+        if taken and own:
+            if wants == "mean" and not taken.is_mean:
+                terminal.note(f"the adapter's {taken.path.name} is for {taken.describe()}; this is the mean")
+                return None
+            what = f"taken from the adapter's {taken.path.name}: {taken.describe()}"
+            terminal.note(f"{what}; --no-recommended leaves it out")
+        return taken
+
+    def settings(self, adapter: str, terminal: Terminal, wants: str = "", default_ratio: float = 0.0) -> Setting:
+        """Return what holds: the options, else the recommendation (see `taken`), else the defaults."""
+        from axolotl_ivon.decisions.recommendation import DecisionRule
         from axolotl_ivon.posterior.posterior import check_tau
         from axolotl_ivon.posterior.prune import Pruning
 
-        tau, ratio = 1.0, default_ratio
-        if self.recommended:
-            from axolotl_ivon.decisions.recommendation import recommended_for
-
-            if taken := recommended_for(adapter, self.recommended):
-                tau, ratio = taken.tau, taken.ratio
+        taken = self.taken(adapter, terminal, wants)
+        tau, ratio, rule = (taken.tau, taken.ratio, taken.rule) if taken else (1.0, default_ratio, DecisionRule())
         tau, ratio = tau if self.tau is None else self.tau, ratio if self.ratio is None else self.ratio
         check_tau(tau)
         Pruning(ratio)
-        return tau, ratio
-
-
-def decision_rule(recommended: str | None) -> DecisionRule:
-    """Return the softmax temperature and the threshold to abstain below of a recommendation, or neither."""
-    from axolotl_ivon.decisions.recommendation import DecisionRule
-    from axolotl_ivon.records.recommendation import Recommendation
-
-    if not recommended:
-        return DecisionRule()
-    record = Recommendation.load(recommended, "recommended")
-    return DecisionRule(record.temperature, record.threshold, record.score)
+        return Setting(tau, ratio, rule, taken, taken is not None and taken.is_mean and self.tau is None)
 
 
 def add_all(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -294,7 +350,7 @@ def seed_option(text: str) -> Callable[[Command], Command]:
 
 
 def recommended_option(what: str) -> Callable[[Command], Command]:
-    """Add --recommended."""
+    """Add --recommended to a command that takes the file only where it is given."""
     return click.option(
         "--recommended", metavar="FILE", help=f"Take {what} from the recommended.json of `ivon-post sweep`."
     )
@@ -304,11 +360,16 @@ def point_options(
     tau: str = "Temperature of the posterior; see `temper`.  [default: 1]",
     ratio: str = "Share of weights to prune first; see `prune`.  [default: 0]",
 ) -> Callable[[Command], Command]:
-    """Add --tau and --ratio with these texts, and --recommended, as the argument `point`."""
+    """Add --tau and --ratio with these texts, and --recommended with its twin, as the argument `point`."""
     return add_all(
         click.option("--tau", type=float, help=tau),
         click.option("--ratio", type=float, help=ratio, cls=Renamed, formerly=["--prune-ratio"]),
-        recommended_option("temperature and ratio"),
+        click.option(
+            "--recommended",
+            cls=RecommendedOption,
+            help="Recommendation to take, or none: that of training, `sweep` or `mbr`.  "
+            "[default: the adapter's own, unless --tau or --ratio is given]",
+        ),
         as_one("point", PosteriorOptions, "recommended", "tau", "ratio"),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -104,13 +105,16 @@ def command(
     """
     from axolotl_ivon.evaluation.run import run as evaluate
     from axolotl_ivon.evaluation.variants import VariantChoice
-    from axolotl_ivon.records.recommendation import Recommendation
     from axolotl_ivon.storage.atomic import check_file
 
     names = [name.strip() for name in rows.split(",")] if rows is not None else []
-    tau, ratio = point.settings(adapter, default_ratio=0.1 if any("pruned" in name for name in names) else 0.0)
-    advice = Recommendation.load(point.recommended, "recommended") if point.recommended else None
-    choice = VariantChoice(names, tau, ratio, advice)
+    taken, pruned = point.taken(adapter, output), any("pruned" in name for name in names)
+    choice = taken.choice() if taken else VariantChoice()
+    if names and not point.file:  # who names rows gets these alone; a file that is named adds its own
+        choice = replace(choice, recommended=None)
+    tau = choice.tau if point.tau is None else point.tau
+    ratio = point.ratio if point.ratio is not None else choice.ratio or 0.1 * pruned
+    choice = replace(choice, names=names, tau=tau, ratio=ratio)
     written = output.path(adapter, "") if output.output is not None else None
     if written:
         check_file(written, output.overwrite)
@@ -123,9 +127,9 @@ def command(
     _print(record)
     if written:
         click.echo(written, file=results())
-    given = ["--recommended", point.recommended] if point.recommended else []
-    if given or not evaluated.evaluation.posterior.metadata:
-        output.suggest("ivon-post", "sample" if given else "merge", adapter, *given)
+    if taken or not evaluated.evaluation.posterior.metadata:
+        given = ["--recommended", point.file] if point.file else []
+        output.suggest("ivon-post", "sample" if taken and not taken.is_mean else "merge", adapter, *given)
     else:
         output.suggest("ivon-post", "sweep", adapter, "--data", "VALIDATION.jsonl")
 

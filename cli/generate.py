@@ -21,8 +21,13 @@ from ._tables import percent
     help="Chat JSONL. If a conversation ends with an answer, that is the reference.",
 )
 @options.option("-n", "n", type=int, default=32, help="Number of outputs for each prompt.")
-@options.option("--per-model", type=int, default=8, help="Number of outputs from each draw.")
-@click.option("--mean", is_flag=True, help="Generate all outputs from the mean, not from draws.")
+@click.option("--per-model", type=int, help="Number of outputs from each draw.  [default: 8]")
+@click.option(
+    "--mean",
+    is_flag=True,
+    help="Generate all outputs from the mean, not from draws.  "
+    "[default: if the mean is recommended and --per-model is not given]",
+)
 @options.point_options()
 @options.option("--temperature", type=float, default=1.0, help="Temperature of the tokens; 0 is greedy.")
 @options.option(
@@ -83,13 +88,16 @@ def command(
     from axolotl_ivon.generation.utilities import AnswerExtractor
 
     path = str(output.path(adapter, "nbest.jsonl"))
-    plan = Plan(**planned)
-    if plan.mean and point.tau is not None:
+    per_model, mean = planned.pop("per_model"), planned.pop("mean")
+    if mean and point.tau is not None:
         raise IVONError(f"--tau {point.tau}: --mean has no temperature; leave one of them out")
-    if endpoint and point != options.PosteriorOptions(None):
+    if endpoint and point not in (options.PosteriorOptions(), options.PosteriorOptions(False)):
         raise IVONError("--endpoint: the members are drawn already; give --tau and --ratio to `ivon-post sample`")
-    tau, ratio = point.settings(adapter)
-    decided = options.decision_rule(point.recommended)
+    if endpoint:
+        point = options.PosteriorOptions(False)
+    wants = "mean" if mean else "" if per_model is None else "draws"
+    tau, ratio, decided, _, is_mean = point.settings(adapter, output, wants)
+    plan = Plan(**planned, per_model=8 if per_model is None else per_model, mean=mean or is_mean)
     rule = AnswerRule(AnswerExtractor(answer_regex), decided.threshold, decided.temperature)
     with output.progress() as progress:
         chats = read_chats(prompts, limit)

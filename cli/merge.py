@@ -43,9 +43,9 @@ def command(
     if point.tau is not None and sample_seed is None:
         raise IVONError(f"--tau {point.tau:g}: the mean has no temperature; give --sample-seed too, or leave --tau out")
     path = output.target([adapter], "merged")
-    tau, ratio = point.settings(adapter)
+    tau, ratio, rule, *_ = point.settings(adapter, output, "mean" if sample_seed is None else "draws")
     pruned = ratio if ratio or point.ratio is not None else None
-    temperature = options.decision_rule(point.recommended).temperature if sample_seed is None else 1.0
+    temperature = rule.temperature if sample_seed is None else 1.0
     loading = Loading(base_model, dtype=dtype or "auto")
     with output.progress() as progress:
         held = Adapter(adapter)

@@ -20,8 +20,8 @@ from . import _options as options
     "--examples", metavar="FILE", help="Examples that the same `eval` wrote with -o.  [default: what --eval names]"
 )
 @click.option(
-    "--sweep", cls=options.Renamed, formerly=["--recommended"], metavar="FILE",
-    help="Recommendation of `ivon-post sweep`: recommended.json.",
+    "--sweep", cls=options.RecommendedOption, formerly=["--recommended"],
+    help="Recommendation of training or of `ivon-post sweep`, or none.  [default: the adapter's own]",
 )  # fmt: skip
 @click.option("--influence", metavar="FILE", help="Scores that `ivon-post influence` wrote with -o.")
 @click.option("--data", "-d", multiple=True, metavar="FILE", help="Data to evaluate on, without --eval. Repeatable.")
@@ -30,7 +30,7 @@ def command(
     adapter: str,
     eval: str | None,
     examples: str | None,
-    sweep: str | None,
+    sweep: str | bool | None,
     influence: str | None,
     data: tuple[str, ...],
     output: options.OutputOptions,
@@ -64,11 +64,13 @@ def command(
     path = output.path(adapter, "report.html")
     check_file(path, output.overwrite)
     with output.progress() as progress:
-        files = (Path(file) if file else None for file in (eval, examples, sweep, influence))
-        findings = Findings.read(Posterior.from_pretrained(adapter, progress).metadata, *files)
+        header, point = Posterior.from_pretrained(adapter, progress).metadata, options.PosteriorOptions(sweep)
+        own = point.taken(adapter, output) if sweep is None else None
+        files = (Path(file) if file else None for file in (eval, examples, own.path if own else point.file, influence))
+        findings = Findings.read(header, *files)
         if data:
-            tau, ratio = options.PosteriorOptions(sweep).settings(adapter)
-            choice = VariantChoice((), tau, ratio, findings.sweep)
+            taken = own or point.taken(adapter, output)
+            choice = taken.choice() if taken else VariantChoice()
             evaluated = run(adapter, EvaluationData(data), choice, reporter=progress)
             findings = replace(findings, evaluation=evaluated.record, examples=list(evaluated.examples()))
         progress.begin("drawing")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import _options as options
+from ._progress import Progress
+
+if TYPE_CHECKING:
+    from axolotl_ivon.decisions.recommendation import DecisionRule
+    from axolotl_ivon.serving.api.backend import Backend, Limits
 
 _SECTIONS = {
     "Server": {"host", "port", "name", "max_tokens"},
@@ -24,7 +29,10 @@ _SECTIONS = {
 @click.option("--max-queue", type=click.IntRange(0), hidden=True)
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, hidden=True)
 @click.option(
-    "--samples", "-n", type=click.IntRange(1, 9999), help="Number of draws to average.  [default: 8, or all served]"
+    "--samples",
+    "-n",
+    type=click.IntRange(1, 9999),
+    help="Number of draws to average, also where the mean is recommended.  [default: 8, or all served]",
 )
 @click.option("--seed", type=int, help="Seed of the draws, as for `sample --seed`.  [default: 0]")
 @options.point_options()
@@ -61,10 +69,11 @@ def command(
 ) -> None:
     """Serve an adapter through an OpenAI-compatible API.
 
-    Answers are the average of draws, and have a confidence. The model NAME chooses every token from the average of the
-    members' probabilities; NAME:mean is the mean alone, NAME:member-0000 the first draw. Every answer has a field
-    `ivon`: confidence, expected_entropy and mutual_information; with logprobs also of every token. A page to try it is
-    at /. Clients need the key in the environment variable IVON_API_KEY, if it is set.
+    Answers have a confidence. The model NAME chooses every token from the average of the draws' probabilities, or from
+    those of the mean where the recommended.json of ADAPTER recommends it, which takes one pass; both at its softmax
+    temperature. NAME:posterior is the draws, NAME:mean the mean, NAME:member-0000 the first draw. Every answer has a
+    field `ivon`: confidence, expected_entropy and mutual_information; with logprobs also of every token. A page to try
+    it is at /. Clients need the key in the environment variable IVON_API_KEY, if it is set.
 
     \b
       ivon-post serve adapter/ --recommended adapter-sweep/recommended.json
@@ -76,21 +85,22 @@ def command(
     from axolotl_ivon.serving.start import KEY_VARIABLE, check_key, check_packages
 
     check_packages()
+    from axolotl_ivon.decisions.recommendation import DecisionRule, read_rule
     from axolotl_ivon.serving.api.backend import Limits
     from axolotl_ivon.serving.api.http import bind, run
-    from axolotl_ivon.serving.start import Drawing, local_backend, proxy_backend
+    from axolotl_ivon.serving.start import proxy_backend
 
     host, api_key = server["host"], os.environ.get(KEY_VARIABLE)
     check_key(host, api_key)
-    decided, endpoints = options.decision_rule(point.recommended), proxied.pop("endpoints")
+    endpoints = proxied.pop("endpoints")
     max_queue = (256 if endpoints else 32) if server["max_queue"] is None else server["max_queue"]
     limits = Limits(max_queue, server["max_tokens"], server["timeout"])
 
     with bind(host, server["port"]) as bound:
         with terminal.progress() as progress:
+            decided = read_rule(point.file) if point.file else DecisionRule()
             if not endpoints:
-                drawing = Drawing(adapter, draws["samples"] or 8, draws["seed"] or 0, *point.settings(adapter))
-                backend = local_backend(drawing, decided, limits, loading, name=server["name"], reporter=progress)
+                backend, decided = _local(adapter, draws, point, terminal, limits, loading, server["name"], progress)
             elif (draws["seed"], point.tau, point.ratio) != (None, None, None):
                 fix = "give --tau, --ratio and --seed to `sample`"
                 raise IVONError(f"--endpoint: the members are drawn already; {fix}")
@@ -116,3 +126,27 @@ def command(
             terminal.finish({"url": url, "models": models}, *(f"{word:<6} {value}" for word, value in lines.items()))
 
         run(make_app(backend, Guard(api_key, timeout=limits.timeout + 60)), bound, ready)
+
+
+def _local(
+    adapter: str,
+    draws: dict[str, Any],
+    point: options.PosteriorOptions,
+    terminal: options.Terminal,
+    limits: Limits,
+    loading: options.Loading,
+    name: str | None,
+    progress: Progress,
+) -> tuple[Backend, DecisionRule]:
+    """Return what answers from memory, and what is made of its predictions."""
+    from axolotl_ivon.serving.start import Drawing, local_backend
+
+    tau, ratio, decided, taken, is_mean = point.settings(adapter, terminal, "draws" if draws["samples"] else "")
+    rule = decided
+    if taken and is_mean:
+        drawn = taken.for_draws()
+        tau, rule = drawn.tau, drawn.rule
+    drawing = Drawing(adapter, draws["samples"] or 8, draws["seed"] or 0, tau, ratio)
+    mean_rule = decided if is_mean else None
+    backend = local_backend(drawing, rule, limits, loading, name=name, mean_rule=mean_rule, reporter=progress)
+    return backend, decided

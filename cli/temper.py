@@ -28,7 +28,7 @@ def command(adapter: str, tau: float | None, recommended: str | None, output: op
 
     if tau is None and recommended is None:
         raise IVONError("there is no temperature; give --tau, or --recommended")
-    value, _ = options.PosteriorOptions(recommended, tau).settings(adapter)
+    value = options.PosteriorOptions(recommended or False, tau).settings(adapter, output).tau
     path = output.target([adapter], f"tau-{value:g}")
     with output.progress() as progress:
         source = Posterior.from_pretrained(adapter, progress)

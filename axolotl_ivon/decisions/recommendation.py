@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import IVONError, param_ref
+from ..evaluation.variants import Variant, VariantChoice
 from ..posterior.adapter import UNPRUNED, Adapter
 from ..posterior.tensors import fingerprint
-from ..records.recommendation import DrawsPoint, Recommendation
+from ..records.recommendation import DrawsPoint, Recommendation, describe
 from ..storage.format import RECOMMENDED_FILE, read_json
 
 
@@ -29,6 +30,19 @@ class DecisionRule:
     score: str = "probability"
 
 
+def read_rule(path: str | Path) -> DecisionRule:
+    """Return the rule of a recommended.json, for members that are drawn already.
+
+    Raises:
+        IVONError: the file cannot be read, or is no recommendation.
+    """
+    return _rule(Recommendation.load(path, "recommended"))
+
+
+def _rule(record: Recommendation) -> DecisionRule:
+    return DecisionRule(record.temperature, record.threshold, record.score)
+
+
 @dataclass(frozen=True)
 class Recommended:
     """What a recommended.json means for one adapter, whose own τ is taken into account.
@@ -37,8 +51,8 @@ class Recommended:
         path: the file.
         tau, ratio: what to predict with, `posterior.prune(ratio).temper(tau)`; at τ = ∞ it is the mean, without draws.
         rule: what is made of that prediction.
-        draws: τ, ratio and softmax temperature for who asks for draws; where draws are what to predict with, these.
-            None: nobody has tried draws, or the adapter is the mean alone.
+        draws: τ and softmax temperature for who asks for draws, at the same ratio; where draws are what to predict
+            with, these. None: nobody has tried draws, or the adapter is the mean alone.
     """
 
     path: Path
@@ -47,6 +61,27 @@ class Recommended:
     rule: DecisionRule
     draws: DrawsPoint | None
 
+    def variant(self) -> Variant | None:
+        """Return the row of an evaluation that predicts so; None where it is the row of the mean or of the draws."""
+        if self.rule.temperature == 1 and self.rule.threshold is None:
+            return None
+        values = {"temperature": self.rule.temperature, "threshold": self.rule.threshold}
+        return Variant("recommended", self.tau, self.ratio, score=self.rule.score, **values)  # type: ignore[arg-type]
+
+    def choice(self) -> VariantChoice:
+        """Return the default rows of an evaluation: the posterior is at the best τ for draws."""
+        return VariantChoice((), self.for_draws().tau, self.ratio, self.variant())
+
+    def for_draws(self) -> Recommended:
+        """Return what holds for who asks for draws; without a best τ, the posterior as it is.
+
+        A threshold is of the prediction that is recommended, and stays only where that is made of draws.
+        """
+        if not self.is_mean:
+            return self
+        point = self.draws or DrawsPoint(tau=1.0)
+        return replace(self, tau=point.tau, rule=DecisionRule(point.temperature))
+
     @property
     def is_mean(self) -> bool:
         """Whether the mean is what to predict with, pruned or not."""
@@ -54,7 +89,7 @@ class Recommended:
 
     def describe(self) -> str:
         """Return what to predict with in words: "the mean with T 1.31"."""
-        return DrawsPoint(tau=self.tau, ratio=self.ratio, temperature=self.rule.temperature).describe()
+        return describe(self.tau, self.ratio, self.rule.temperature)
 
 
 def recommended_for(adapter: str | os.PathLike[str] | Adapter, path: str | Path | None = None) -> Recommended | None:
@@ -99,11 +134,10 @@ def _applied(record: Recommendation, path: Path, adapter: Adapter, named: str, f
         raise IVONError(f"{named}: its tau is {swept:g}, and this adapter is the mean alone; use the one swept")
     draws = record.draws
     if math.isfinite(record.tau):
-        draws = DrawsPoint(tau=record.tau, ratio=record.ratio, temperature=record.temperature)
+        draws = DrawsPoint(tau=record.tau, temperature=record.temperature)
     if draws is not None:
         draws = None if math.isinf(own) else draws.model_copy(update={"tau": on_top(draws.tau)})
-    rule = DecisionRule(record.temperature, record.threshold, record.score)
-    return Recommended(path, on_top(record.tau), record.ratio, rule, draws)
+    return Recommended(path, on_top(record.tau), record.ratio, _rule(record), draws)
 
 
 def _check(record: Recommendation, adapter: Adapter, named: str, fix: str) -> None:

@@ -62,7 +62,7 @@ def run(
     variants = choice.variants()
     to_calibrate = calibrated_variants(variants) if data.calibrate is not None else []
     evaluation = Evaluation(adapter, data, variants, loading, reporter)
-    variants = [_without_threshold(v, choice, evaluation.task, reporter) for v in variants]
+    variants = [_without_threshold(v, evaluation.task, reporter) for v in variants]
     if any(variant.base for variant in variants) and (reason := _without_base(evaluation)):
         variants = [variant for variant in variants if not variant.base]
         if not variants:
@@ -120,12 +120,11 @@ def _without_base(evaluation: Evaluation) -> str:
     return "layer_replication has repeated its layers" if config.get("layer_replication") else ""
 
 
-def _without_threshold(variant: Variant, choice: VariantChoice, task: str, reporter: Reporter) -> Variant:
+def _without_threshold(variant: Variant, task: str, reporter: Reporter) -> Variant:
     """Return the variant without a threshold that is of something else than the confidence of one answer."""
-    score = choice.recommendation.score if choice.recommendation else "probability"
-    if variant.threshold is None or (task != "generate" and score == "probability"):
+    if variant.threshold is None or (task != "generate" and variant.score == "probability"):
         return variant
-    what = "single answers, and generate scores tokens" if score == "probability" else "the outputs' agreement"
+    what = "single answers, and generate scores tokens" if variant.score == "probability" else "the outputs' agreement"
     reporter.notify(f"the threshold of the recommendation is of {what}: use it with `ivon-post mbr`")
     return replace(variant, threshold=None)
 

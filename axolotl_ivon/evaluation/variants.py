@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from ..errors import IVONError, param_ref
 from ..posterior.posterior import check_tau
 from ..posterior.prune import Pruning
-from ..records.recommendation import Recommendation
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,7 @@ class Variant:
         ratio: the share of weights that is pruned.
         temperature: the log-probabilities of the result are divided by it.
         threshold: the confidence from which on an example is answered; None: always.
+        score: what that confidence is (`decisions.recommendation.DecisionRule`).
 
     Raises:
         IVONError: τ is not > 0, or the ratio is outside [0, 1].
@@ -32,6 +32,7 @@ class Variant:
     base: bool = False
     temperature: float = 1.0
     threshold: float | None = None
+    score: str = "probability"
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
@@ -49,7 +50,7 @@ class Variant:
     @property
     def source(self) -> Variant:
         """What the predictions are made from: variants with the same source share its passes."""
-        return replace(self, name="", temperature=1.0, threshold=None)
+        return replace(self, name="", temperature=1.0, threshold=None, score="probability")
 
 
 def paper_variants(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Variant]:
@@ -66,7 +67,7 @@ def paper_variants(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Variant]:
 
 @dataclass(frozen=True)
 class VariantChoice:
-    """Which variants are evaluated: those of `paper_variants` that are named, and what a recommendation adds.
+    """Which variants are evaluated: those of `paper_variants` that are named, and the one that is recommended.
 
     By default they are base, mean and posterior, and with a ratio the pruned ones too.
     """
@@ -74,7 +75,7 @@ class VariantChoice:
     names: Sequence[str] = ()
     tau: float = 1.0
     ratio: float = 0.0
-    recommendation: Recommendation | None = None
+    recommended: Variant | None = None
 
     def variants(self) -> list[Variant]:
         """Return the variants in the order of `paper_variants`.
@@ -90,10 +91,7 @@ class VariantChoice:
                 )
         names = self.names or [name for name, variant in known.items() if self.ratio or "pruned" not in name]
         variants = [variant for name, variant in known.items() if name in names]
-        if (advice := self.recommendation) and (advice.temperature != 1 or advice.threshold is not None):
-            options = {"temperature": advice.temperature, "threshold": advice.threshold}
-            variants.append(Variant("recommended", self.tau, self.ratio, **options))  # type: ignore[arg-type]
-        return variants
+        return [*variants, self.recommended] if self.recommended else variants
 
 
 def calibrated_variants(variants: Sequence[Variant]) -> list[Variant]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import IVONError
+from ..errors import IVONError, param_ref
 from .draws import evaluating
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def build_in_temperature(model: PreTrainedModel, temperature: float) -> str:
         before, order = _logits(model)
         head = model.get_output_embeddings() or next((m for m in reversed(order) if isinstance(m, nn.Linear)), None)
         place = f"{type(model).__name__} has no place for a softmax temperature of {temperature:.3g}"
-        advice = f"merge without it, and divide the logits by {temperature:.3g} where you predict"
+        without = f"merge without it ({param_ref('no_recommended')})"
+        advice = f"{without}, and divide the logits by {temperature:.3g} where you predict"
         if head is None or head not in order:
             raise IVONError(f"{place} (no output layer); {advice}")
         embeddings = model.get_input_embeddings()

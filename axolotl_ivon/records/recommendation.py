@@ -74,14 +74,6 @@ class DrawsPoint(Record):
 
     tau: Tau
     temperature: float = 1.0
-    ratio: Share = 0.0
-
-    def describe(self) -> str:
-        """Return the point in words; at τ = ∞ it is the mean."""
-        name = f"draws at τ {self.tau:g}" if math.isfinite(self.tau) else "the mean"
-        pruned = f" with {self.ratio:.3g} of the weights pruned" if self.ratio else ""
-        scaled = f" {'and' if pruned else 'with'} T {self.temperature:.3g}" if self.temperature != 1 else ""
-        return name + pruned + scaled
 
 
 class Recommendation(Record):

@@ -146,7 +146,8 @@ def main_variant(findings: Findings, names: Sequence[str]) -> str | None:
         mean, scaled = sweep.tau == float("inf"), sweep.temperature != 1
         if mean and not sweep.ratio and not scaled and "mean" in names:
             return "mean"
-        if evaluation and (sweep.tau, sweep.ratio) == (evaluation.tau, evaluation.prune_ratio):
+        same = evaluation and (mean or sweep.tau == evaluation.tau) and sweep.ratio == evaluation.prune_ratio
+        if same:
             name = "mean" if mean else "posterior"
             name += "-pruned" if sweep.ratio else ""
             name += "+temperature" if scaled else ""

@@ -69,9 +69,13 @@ def local_backend(
     loading: Loading,
     *,
     name: str | None = None,
+    mean_rule: DecisionRule | None = None,
     reporter: Reporter = SILENT,
 ) -> Backend:
-    """Return the backend that answers from draws of a posterior, with the base model in memory, under `name`."""
+    """Return the backend that answers from draws of a posterior, with the base model in memory, under `name`.
+
+    With `mean_rule` the mean answers under it.
+    """
     from ..posterior.posterior import Posterior
 
     name = served_name(name, drawing.adapter)
@@ -81,8 +85,10 @@ def local_backend(
     from .local.engine import TokenEngine
     from .local.queue import Local
 
-    reporter.begin(f"drawing {drawing.samples} members")
-    engine = TokenEngine(session, posterior, rule, name=name, samples=drawing.samples, seed=drawing.seed)
+    if mean_rule is None:
+        reporter.begin(f"drawing {drawing.samples} members")
+    draws = {"samples": drawing.samples, "seed": drawing.seed}
+    engine = TokenEngine(session, posterior, rule, name=name, mean_rule=mean_rule, **draws)
     # Prompts are encoded while another thread decodes, and a tokenizer is not for two threads.
     tokenize = partial(encode, copy.deepcopy(session.tokenizer), chat_format=session.chat_format)
     return Local(engine, tokenize, limits)

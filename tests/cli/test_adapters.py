@@ -199,11 +199,11 @@ def test_sample_takes_a_recommendation_and_tells_the_size_of_a_large_ensemble(
     words += ["--recommended", recommendation(tmp_path, tau="inf")]
     assert ivon_post.run(*words).stderr.splitlines() == [
         f"2 adapters take 7.17 kB in {out}",
-        "τ is inf: every draw is the mean",
+        f"{tmp_path / 'recommended.json'} has no τ for draws: it is 1",
         f"next: ivon-post info {out}/sample-0000",
     ]
     ensemble = json.loads((out / "ensemble.json").read_text())
-    assert (ensemble["tau"], ensemble["pruned_ratio"]) == ("inf", 0.4)
+    assert (ensemble["tau"], ensemble["pruned_ratio"]) == (1.0, 0.4)
     assert ivon_post.run(*words, "-q").stderr == ""
 
 

@@ -44,7 +44,7 @@ def process(*words: object, **environment: str) -> Iterator[tuple[subprocess.Pop
 
 def test_it_serves_until_it_is_told_to_end_and_finishes_what_runs(tiny_adapter: Path) -> None:
     with process(tiny_adapter, "-n", 2, "--name", "ours") as (server, document), ThreadPoolExecutor(1) as pool:
-        assert document["models"] == ["ours", "ours:mean", "ours:member-0000", "ours:member-0001"]
+        assert document["models"] == [f"ours{of}" for of in ("", ":mean", ":posterior", ":member-0000", ":member-0001")]
         ours = official(document["url"])
         stream = ours.completions.create(model="ours", prompt="x", max_tokens=300, seed=1, stream=True)
         chunks = [next(stream)]
@@ -82,7 +82,7 @@ def test_it_serves_in_front_of_itself(tiny_adapter: Path, tmp_path: Path, ivon_p
         words = [tmp_path / "ensemble", "--endpoint", behind.url, "--candidates", 2]
         for combine in ("exact", "rescore"):
             with process(*words, "--combine", combine) as (server, document):
-                assert document["models"] == ["ensemble", "ensemble:member-0000", "ensemble:member-0001"]
+                assert document["models"] == [f"ensemble{of}" for of in ("", ":posterior", ":member-0000", ":member-0001")]
                 ours = official(document["url"])
                 found = ours.chat.completions.create(model="ensemble", messages=MESSAGES, max_tokens=2)
                 assert found.model_extra["ivon"]["members"] == 2  # type: ignore[index]

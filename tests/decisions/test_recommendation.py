@@ -61,7 +61,7 @@ def test_an_adapter_ends_at_the_tau_that_was_evaluated(
         assert own * taken.draws.tau == pytest.approx(min(best, 3.0) * swept)
         assert taken.draws.temperature == 2.0
     else:  # draws are what to predict with
-        assert taken.draws == DrawsPoint(tau=taken.tau, ratio=0.2)
+        assert taken.draws == DrawsPoint(tau=taken.tau)
 
 
 def test_a_recommendation_is_for_its_adapter_alone(recommended: Callable[..., Path], tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_the_file_in_the_adapter_s_folder_is_taken_by_itself(recommended: Callab
     assert taken
     assert (taken.is_mean, taken.describe()) == (True, "the mean with T 1.31")
     assert taken.rule == DecisionRule(1.31, 0.5, "agreement")
-    assert taken.draws
-    assert taken.draws.describe() == "draws at τ 4"
+    drawing = taken.for_draws()
+    assert (drawing.describe(), drawing.rule) == ("draws at τ 4", DecisionRule())
     fix = re.escape(f"run `ivon-post sweep` on this one, or remove {path}, or leave it out (no_recommended)")
     with pytest.raises(IVONError, match=f"^{re.escape(str(path))} was chosen for another adapter .*; {fix}$"):
         recommended_for(Headed(tmp_path, mean_sha256="c"))

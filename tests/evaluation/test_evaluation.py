@@ -17,11 +17,10 @@ from axolotl_ivon import IVONError
 from axolotl_ivon.data.encode import encode
 from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
 from axolotl_ivon.evaluation.run import run, verdicts
-from axolotl_ivon.evaluation.variants import VariantChoice, paper_variants
+from axolotl_ivon.evaluation.variants import Variant, VariantChoice, paper_variants
 from axolotl_ivon.metrics.bootstrap import compare, standard_errors
 from axolotl_ivon.metrics.scores import metrics
 from axolotl_ivon.records.evaluation import Difference, ExampleRecord, VariantResult
-from axolotl_ivon.records.recommendation import Recommendation
 
 THREE = Sampling(samples=3)
 
@@ -34,7 +33,7 @@ def chats(pipeline: Any) -> Path:
 def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tmp_path: Path) -> None:
     names = ["valid", "other", "second"]
     valid, other, second = (write_chats(tmp_path / f"{name}.jsonl", 9, n) for n, name in enumerate(names, 3))
-    advice = Recommendation(tau=0.5, ratio=0.3, temperature=2.0, threshold=0.5)
+    advice = Variant("recommended", 0.5, 0.3, temperature=2.0, threshold=0.5)
     choice = VariantChoice(["base", "mean", "posterior"], 0.5, 0.3, advice)
     data, written = EvaluationData([chats, second], [other], valid), tmp_path / "examples.jsonl"
     evaluated = run(tiny_adapter, data, choice, THREE, output=str(written))
@@ -67,8 +66,8 @@ def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tm
 
 
 def test_nothing_answered_has_no_metrics(tiny_adapter: Path, chats: Path) -> None:
-    advice = Recommendation(tau=1.0, ratio=0.0, threshold=1.0)
-    rows = run(tiny_adapter, EvaluationData([chats]), VariantChoice(["mean"], recommendation=advice), THREE).record.rows
+    choice = VariantChoice(["mean"], recommended=Variant("recommended", 1.0, threshold=1.0))
+    rows = run(tiny_adapter, EvaluationData([chats]), choice, THREE).record.rows
     assert [row.name for row in rows] == ["mean", "recommended", "recommended, answered"]
     assert (rows[2].examples, rows[2].coverage, rows[2].error_bound) == (0, 0, 1)
     assert {rows[2].value(metric) for metric in ("accuracy", "nll", "aurc")} == {None}
@@ -77,8 +76,7 @@ def test_nothing_answered_has_no_metrics(tiny_adapter: Path, chats: Path) -> Non
 @pytest.mark.parametrize(("task", "score"), [("generate", "probability"), ("choice", "agreement")])
 def test_a_threshold_of_something_else_is_left_out(tiny_adapter: Path, chats: Path, task: str, score: str) -> None:
     heard = Heard()
-    advice = Recommendation(tau=1.0, ratio=0.0, threshold=0.5, score=score)
-    choice = VariantChoice(["mean"], recommendation=advice)
+    choice = VariantChoice(["mean"], recommended=Variant("recommended", 1.0, threshold=0.5, score=score))
     rows = run(tiny_adapter, EvaluationData([chats], task=task), choice, THREE, reporter=heard).record.rows
     assert [row.name for row in rows] == ["mean", "recommended"]
     assert "use it with `ivon-post mbr`" in heard.notes[0]

@@ -29,9 +29,9 @@ Serve = Callable[..., contextlib.AbstractContextManager[str]]
 def make_engine() -> Callable[..., TokenEngine]:
     """A function that serves an adapter over the tiny model; the draws are wide, so that they differ."""
 
-    def make(adapter: Path, rule: DecisionRule | None = None) -> TokenEngine:
+    def make(adapter: Path, rule: DecisionRule | None = None, **more: Any) -> TokenEngine:
         posterior = Posterior.from_pretrained(adapter).temper(0.002)
-        return TokenEngine(Session.open(posterior), posterior, rule or DecisionRule(), name="tiny", samples=3)
+        return TokenEngine(Session.open(posterior), posterior, rule or DecisionRule(), name="tiny", samples=3, **more)
 
     return make
 

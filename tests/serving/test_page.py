@@ -35,7 +35,7 @@ def type_in(browser: Browser, text: str) -> None:
 def test_a_person_types_and_sees_how_sure_the_answer_is(serve: Callable[..., Any], browser: Browser) -> None:
     with serve(max_tokens=12) as url:
         browser.open(f"{url}/", 900, 700)
-        wait(browser, "document.querySelectorAll('#model option').length == 5")
+        wait(browser, "document.querySelectorAll('#model option').length == 6")
         type_in(browser, "red <b>dog</b>")
         wait(browser, "document.querySelector('.facts b') !== null")
         assert browser.run("document.querySelector('article.user').textContent") == "red <b>dog</b>"
@@ -74,7 +74,7 @@ def test_a_key_is_asked_for_and_errors_are_shown(serve: Callable[..., Any], brow
             "document.getElementById('key').value = 'secret'; "
             "document.getElementById('key').dispatchEvent(new Event('change'))"
         )
-        wait(browser, "document.querySelectorAll('#model option').length == 5")
+        wait(browser, "document.querySelectorAll('#model option').length == 6")
         type_in(browser, "red")
         wait(browser, "document.querySelector('.facts') !== null")
 

@@ -72,7 +72,7 @@ def test_an_adapter_answers_under_its_own_name(tiny_adapter: Path) -> None:
         return models, found
 
     models, found = asyncio.run(run())
-    assert models == ["adapter", "adapter:mean", "adapter:member-0000", "adapter:member-0001"]
+    assert models == [f"adapter{of}" for of in ("", ":mean", ":posterior", ":member-0000", ":member-0001")]
     assert [ivon["members"] for ivon in found] == [2, 1, 1]
-    assert all(ivon["abstain"] for ivon in found)
+    assert [ivon.get("abstain") for ivon in found] == [True, None, None]
     assert list(heard.counts) == ["loading the base model", "drawing 2 members"]

@@ -26,9 +26,8 @@ class Token(NamedTuple):
     id: int
     name: str  # its text by itself
     text: str  # what it adds to the answer; empty if it only begins a character
-    logprob: float  # in nats, under the average, before the request's temperature and top-p
+    logprob: float  # in nats, under the average at its softmax temperature, before the request's and top-p
     top: tuple[tuple[str, float], ...]  # (name, logprob) of the likeliest tokens, as many as the request asks for
-    confidence: float  # its log-probability at the softmax temperature of `recommended.json`
     expected_entropy: float
     mutual_information: float
 
@@ -78,5 +77,5 @@ def certainty_of(tokens: Sequence[Token], members: int, threshold: float | None 
     def mean(name: str) -> float:
         return math.fsum(getattr(token, name) for token in tokens) / len(tokens)
 
-    confidence = math.exp(mean("confidence"))
+    confidence = math.exp(mean("logprob"))
     return certainty(confidence, mean("expected_entropy"), mean("mutual_information"), members, threshold)

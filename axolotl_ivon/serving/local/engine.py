@@ -11,10 +11,11 @@ import functools
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ...decisions.recommendation import DecisionRule
 from ...errors import IVONError
 from ...generation.local import next_tokens
 from ...models.draws import Stack, evaluating
@@ -24,7 +25,7 @@ from ..api.answers import LEAST_LOGPROB, AnswerDelta, Token, certainty_of
 from .text import GrowingText
 
 if TYPE_CHECKING:
-    from ...decisions.recommendation import DecisionRule
+    from ...models.draws import AdapterSlots
     from ...models.session import Session
     from ...posterior.posterior import Posterior
 
@@ -47,33 +48,43 @@ class GenerationRequest:
 class TokenEngine:
     """Draws of a posterior over one base model; not for several threads at once.
 
-    `NAME` is the average of all members, `NAME:mean` the mean alone and `NAME:member-0000` the first member alone, as
-    `ivon-post sample` draws it with the same seed.
+    `NAME:posterior` is the average of all members, `NAME:mean` the mean alone and `NAME:member-0000` the first member
+    alone, as `ivon-post sample` draws it with the same seed. `NAME` is the first of them, or the mean.
 
     Args:
         session: the base model with the adapter of `posterior`, which is pruned and tempered as wished.
-        rule: the softmax temperature of the confidence, and the threshold below which to abstain.
+        rule: the softmax temperature of the members' average, and the threshold below which to abstain.
         samples, seed: the number of members, and the seed of `Posterior.sample`.
+        mean_rule: that of the mean, if it answers as `NAME`; members are then drawn when somebody asks for them.
 
     Attributes:
         check: raises IVONError if a token of a prompt is none of the model's.
-        models: the served names, and the slice of (mean, *members) that each is the average of.
+        models: the served names, and what answers as each.
         max_length: the most tokens of a prompt and its answer together; None: the model has no limit.
     """
 
     def __init__(
-        self, session: Session, posterior: Posterior, rule: DecisionRule, *, name: str, samples: int = 8, seed: int = 0
+        self,
+        session: Session,
+        posterior: Posterior,
+        rule: DecisionRule,
+        *,
+        name: str,
+        samples: int = 8,
+        seed: int = 0,
+        mean_rule: DecisionRule | None = None,
     ) -> None:
-        self._model, self._slots, self._rule = session.model, session.slots, rule
-        self.max_length = session.max_length
-        self._draws: list[Mapping[str, Any]] = [dict(posterior.mean)]
-        self._draws += [posterior.sample(seed, member) for member in range(samples)]
-        self._stack: Stack | None = None
-        with contextlib.suppress(IVONError):  # else one member runs after another
-            self._stack = Stack(self._model, self._draws)
-            self._draws = []  # the stack has them
-        self.models = {name: slice(1, 1 + samples), f"{name}:mean": slice(0, 1)}
-        self.models |= {f"{name}:member-{k:04d}": slice(k + 1, k + 2) for k in range(samples)}
+        self._model, self.max_length = session.model, session.max_length
+        members = functools.partial(_Members, session.model, session.slots)
+        held = members([dict(posterior.mean)])
+        drawn = functools.cache(lambda: members([posterior.sample(seed, member) for member in range(samples)]))
+        average = _Served(drawn, slice(0, samples), rule)
+        mean = _Served(lambda: held, slice(0, 1), mean_rule or DecisionRule())
+        if mean_rule is None:
+            drawn()
+        self.models = {name: average if mean_rule is None else mean, f"{name}:mean": mean, f"{name}:posterior": average}
+        for k in range(samples):
+            self.models[f"{name}:member-{k:04d}"] = _Served(drawn, slice(k, k + 1), DecisionRule())
         self.check = functools.partial(session.check_tokens, source="prompt")
         self._forward = CachedForward(self._model)
         tokenizer = session.tokenizer
@@ -83,18 +94,18 @@ class TokenEngine:
 
     def deltas(self, request: GenerationRequest) -> Generator[list[AnswerDelta], None, None]:
         """Yield, for every step, the newest part of each answer that goes on; the last part says why it ends."""
-        which = self.models[request.model]
-        members = which.stop - which.start
-        decoder = _Decoder(self, which)
+        served = self.models[request.model]
+        members, rule = served.which.stop - served.which.start, served.rule
+        decoder = _Decoder(self._forward, served.members(), served.which)
         bits = [generator("serve", request.seed, index).bit_generator for index in range(request.n)]
-        certainty = functools.partial(certainty_of, members=members, threshold=self._rule.threshold)
+        certainty = functools.partial(certainty_of, members=members, threshold=rule.threshold)
         answers = [_Answer(index, GrowingText(self._decode, request.stop), certainty) for index in range(request.n)]
         alive = list(range(request.n))
         with evaluating(self._model):
             prompt = torch.tensor([request.ids], device=self._model.device)
             logits = decoder.run(prompt).expand(members, request.n, -1)
             for step in range(request.max_tokens):
-                mixed = mixture(logits)
+                mixed = mixture(logits, rule.temperature)
                 # 23 bits, so that a float32 below 1 stays below it in a product.
                 drawn = [int(bits[index].random_raw()) >> 41 for index in alive]
                 uniform = torch.tensor(drawn, dtype=torch.float32, device=self._model.device) / 2**23
@@ -114,33 +125,37 @@ class TokenEngine:
         self, average: torch.Tensor, expected: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor, top: int | None
     ) -> Iterator[Token]:
         """Yield the chosen token of every row, which adds no text yet."""
-        temperature = self._rule.temperature
-        scaled = average if temperature == 1 else (average / temperature).log_softmax(-1)
-        logprobs = (rows.gather(1, chosen[:, None])[:, 0] for rows in (average, scaled))
-        numbers = torch.stack([*logprobs, expected, total - expected], 1).tolist()
+        logprobs = average.gather(1, chosen[:, None])[:, 0]
+        numbers = torch.stack([logprobs, expected, total - expected], 1).tolist()
         likeliest: list[Any] = [()] * len(chosen)
         if top:
             values, ids = average.topk(min(top, average.shape[1]))
             likeliest = [zip(*row, strict=True) for row in zip(ids.tolist(), values.tolist(), strict=True)]
-        for id, (logprob, confidence, *entropies), others in zip(chosen.tolist(), numbers, likeliest, strict=True):
+        for id, (logprob, *entropies), others in zip(chosen.tolist(), numbers, likeliest, strict=True):
             named = tuple((self._name_of(other), max(value, LEAST_LOGPROB)) for other, value in others)
-            logprob, confidence = max(logprob, LEAST_LOGPROB), max(confidence, LEAST_LOGPROB)
-            yield Token(id, self._name_of(id), "", logprob, named, confidence, entropies[0], max(entropies[1], 0.0))
+            logprob = max(logprob, LEAST_LOGPROB)
+            yield Token(id, self._name_of(id), "", logprob, named, entropies[0], max(entropies[1], 0.0))
 
 
-def mixture(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def mixture(logits: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the average of the members' distributions, as log-probabilities, and two entropies in nats.
 
     Args:
         logits: float32, shape (members, rows, vocabulary).
+        temperature: T of the result, p ∝ (1/M Σ_m p_m)^(1/T).
 
     Returns:
-        log p, shape (rows, vocabulary); the expected entropy 1/M Σ_m H[p_m] and the entropy H[p], shape (rows,).
+        log p, shape (rows, vocabulary); the expected entropy 1/M Σ_m H[p_m] and the entropy of the average, shape
+        (rows,), before T, which says nothing about how far members disagree; of one member both are H[p].
     """
+    if len(logits) == 1:
+        average = (logits[0] / temperature).log_softmax(-1)
+        total = torch.special.entr(average.exp()).sum(-1)
+        return average, total, total
     logprobs = logits.log_softmax(-1)
-    average = logprobs[0] if len(logprobs) == 1 else logprobs.logsumexp(0) - math.log(len(logprobs))
-    total = torch.special.entr(average.exp()).sum(-1)
-    return average, total if len(logprobs) == 1 else torch.special.entr(logprobs.exp()).sum(-1).mean(0), total
+    average = logprobs.logsumexp(0) - math.log(len(logprobs))
+    expected, total = torch.special.entr(logprobs.exp()).sum(-1).mean(0), torch.special.entr(average.exp()).sum(-1)
+    return average if temperature == 1 else (average / temperature).log_softmax(-1), expected, total
 
 
 class _Answer:
@@ -166,13 +181,38 @@ class _Answer:
         return AnswerDelta(self._index, text, tokens, finish, ivon, generated=1)
 
 
+class _Members:
+    """Weights over one base model; all run in one pass, or each in its own if they cannot be stacked."""
+
+    def __init__(self, model: Any, slots: AdapterSlots, draws: list[Mapping[str, Any]]) -> None:
+        self._slots, self._draws = slots, draws
+        self._stack: Stack | None = None
+        with contextlib.suppress(IVONError):
+            self._stack = Stack(model, draws)
+            self._draws = []  # the stack has them
+
+    def passes(self, which: slice) -> list[slice]:
+        """Return the parts of `which` that run one after another."""
+        return [which] if self._stack else [slice(k, k + 1) for k in range(which.start, which.stop)]
+
+    def running(self, part: slice) -> contextlib.AbstractContextManager[None]:
+        """Run one of these parts inside the block."""
+        return self._stack.running(part) if self._stack else self._slots.loaded(self._draws[part.start])
+
+
+class _Served(NamedTuple):
+    """What answers under a name: the average of some members, at a softmax temperature."""
+
+    members: Callable[[], _Members]
+    which: slice
+    rule: DecisionRule
+
+
 class _Decoder:
     """The forward passes of one request; they return the newest logits, shape (members, answers, vocabulary)."""
 
-    def __init__(self, engine: TokenEngine, which: slice) -> None:
-        self._engine = engine
-        # All members run in one pass, or each in its own if they cannot be stacked.
-        self._passes = [which] if engine._stack else [slice(k, k + 1) for k in range(which.start, which.stop)]
+    def __init__(self, forward: CachedForward, members: _Members, which: slice) -> None:
+        self._forward, self._members, self._passes = forward, members, members.passes(which)
         self._caches: list[Any] = [None] * len(self._passes)
         self._answers, self._length = 1, 0
 
@@ -187,12 +227,11 @@ class _Decoder:
                 cache.reorder_cache(torch.tensor(rows, device=ids.device))
             self._answers = len(parents)
         self._length += ids.shape[1]
-        engine, passes = self._engine, []
+        passes = []
         for number, part in enumerate(self._passes):
             members = part.stop - part.start
             mask = ids.new_ones(members * self._answers, self._length)
-            stack, slots, draws = engine._stack, engine._slots, engine._draws
-            with stack.running(part) if stack else slots.loaded(draws[part.start]):
-                logits, self._caches[number] = engine._forward(ids.repeat(members, 1), mask, self._caches[number])
+            with self._members.running(part):
+                logits, self._caches[number] = self._forward(ids.repeat(members, 1), mask, self._caches[number])
             passes.append(logits.view(members, self._answers, -1))
         return torch.cat(passes)

@@ -100,7 +100,7 @@ def by_score(
             coarse_entropies([score.likeliest[place] for score in members]) for place in places if members[0].likeliest
         ]
         tokens = tuple(
-            Token(id, name, name, logprob, (), logprob, *both)
+            Token(id, name, name, logprob, (), *both)
             for id, name, logprob, both in zip(candidate.ids or (), candidate.names, averages, entropies, strict=False)
         )
         total = _average([math.fsum(score.logprobs[:length]) for score in members])

@@ -68,6 +68,7 @@ class Proxy(Backend):
         self._served: dict[str, str | None] = {name: None}
         if "mean" in members:
             self._served[f"{name}:mean"] = "mean"
+        self._served[f"{name}:posterior"] = None
         self._served |= {f"{name}:member-{number:04d}": member for number, member in enumerate(self._draws)}
         self._running = 0
 

@@ -49,7 +49,7 @@ def read_tokens(logprobs: Any, top: int) -> list[Token]:
         value, likeliest = _finite(logprob), _finite_values(others or {})
         entropy = coarse_entropies([likeliest])[0] if likeliest else 0.0
         shown = tuple(sorted(likeliest.items(), key=lambda item: -item[1])[:top])
-        tokens.append(Token(-1, str(name), str(name), value, shown, value, entropy, 0.0))
+        tokens.append(Token(-1, str(name), str(name), value, shown, entropy, 0.0))
     return tokens
 
 

@@ -23,7 +23,7 @@ SLOW: Any = {"model": "slow", "prompt": "x"}
 Serve = Callable[..., Any]
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny:mean", "tiny:member-0001"])
+@pytest.mark.parametrize("model", ["tiny", "tiny:mean", "tiny:posterior", "tiny:member-0001"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_streaming_a_chat_equals_not_streaming(client: openai.OpenAI, model: str, n: int) -> None:
     asked: Any = {"model": model, "messages": MESSAGES, "n": n, "max_tokens": 12, "seed": 7, "stop": ["q", "zz"]}
@@ -39,7 +39,7 @@ def test_streaming_a_chat_equals_not_streaming(client: openai.OpenAI, model: str
         assert tokens == choice.logprobs.content
     ivon: Any = whole.model_extra
     assert chunks[-1].model_extra["ivon"] == ivon["ivon"]  # type: ignore[index]
-    assert ivon["ivon"]["members"] == (3 if model == "tiny" else 1)
+    assert ivon["ivon"]["members"] == (3 if model in ("tiny", "tiny:posterior") else 1)
 
 
 def test_the_answer_is_the_engines(client: openai.OpenAI, engine: TokenEngine, tokenizer: Any) -> None:
@@ -57,7 +57,7 @@ def test_the_answer_is_the_engines(client: openai.OpenAI, engine: TokenEngine, t
 
 
 def test_the_models_are_listed(client: openai.OpenAI) -> None:
-    names = ["tiny", "tiny:mean", "tiny:member-0000", "tiny:member-0001", "tiny:member-0002"]
+    names = ["tiny", "tiny:mean", "tiny:posterior", "tiny:member-0000", "tiny:member-0001", "tiny:member-0002"]
     assert [model.id for model in client.models.list()] == names
     assert client.models.retrieve("tiny:mean").id == "tiny:mean"
     with pytest.raises(openai.NotFoundError):

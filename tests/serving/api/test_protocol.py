@@ -14,7 +14,7 @@ from axolotl_ivon.serving.api.protocol import ApiError, ChatRequest, CompletionR
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "?"}]}
 TEXT = {"model": "m", "prompt": "?"}
-TOKEN = Token(7, "é", "é", -0.5, (("é", -0.5), ("�", -1.5)), -0.5, 0.2, 0.1)
+TOKEN = Token(7, "é", "é", -0.5, (("é", -0.5), ("�", -1.5)), 0.2, 0.1)
 IVON = {"confidence": 0.6, "expected_entropy": 0.2, "mutual_information": 0.1, "members": 2}
 
 
@@ -145,10 +145,10 @@ def test_a_completion_tells_tokens_in_its_own_way() -> None:
 
 
 def test_the_field_ivon_is_that_of_the_tokens() -> None:
-    first = Token(0, "a", "a", math.log(0.5), (), math.log(0.9), 0.2, 0.1)
-    tokens = [first, Token(1, "b", "b", -1, (), math.log(0.4), 0.4, 0.3)]
+    first = Token(0, "a", "a", math.log(0.9), (), 0.2, 0.1)
+    tokens = [first, Token(1, "b", "b", math.log(0.4), (), 0.4, 0.3)]
     expected = {"confidence": math.sqrt(0.36), "expected_entropy": 0.3, "mutual_information": 0.2, "members": 8}
     assert certainty_of(tokens, 8) == pytest.approx(expected)
     assert [certainty_of(tokens, 8, t)["abstain"] for t in (0.59, 0.6, 0.61)] == [False, False, True]
     entropies = {"expected_entropy": 0.2, "mutual_information": 0.1}
-    assert first.certainty() == {"token": "a", "probability": pytest.approx(0.5), **entropies}
+    assert first.certainty() == {"token": "a", "probability": pytest.approx(0.9), **entropies}

@@ -144,18 +144,48 @@ def test_tokens_are_drawn_from_the_average(engine: TokenEngine) -> None:
     assert abs(chi - len(often)) < 5 * math.sqrt(2 * len(often))
 
 
-def test_the_temperature_is_of_the_confidence(make_engine: MakeEngine, engine: TokenEngine, tiny_adapter: Path) -> None:
+def test_the_softmax_temperature_is_of_all_probabilities_and_not_of_the_entropies(
+    make_engine: MakeEngine, engine: TokenEngine, tiny_adapter: Path
+) -> None:
     scaled = make_engine(tiny_adapter, DecisionRule(0.25, 0.5))
     [plain], [sharp] = tokens(engine, max_tokens=1, top=400), tokens(scaled, max_tokens=1, top=400)
-    assert (sharp.id, sharp.logprob) == (plain.id, pytest.approx(plain.logprob, abs=1e-4))
-    everything = torch.tensor([logprob for _, logprob in plain.top])
-    assert len(everything) > 300
-    assert math.exp(sharp.confidence) == pytest.approx(float((everything / 0.25).softmax(-1)[0]), rel=1e-3)
+    expected = (torch.tensor([logprob for _, logprob in plain.top]) / 0.25).log_softmax(-1).tolist()
+    assert len(expected) > 300
+    assert (sharp.id, sharp.logprob) == (plain.id, pytest.approx(expected[0], abs=1e-3))
+    assert [logprob for _, logprob in sharp.top] == pytest.approx(expected, abs=1e-2)
+    assert sharp[-2:] == pytest.approx(plain[-2:], rel=1e-4)
     [_], [last] = run(scaled, max_tokens=1)
     assert last.ivon["abstain"] == (last.ivon["confidence"] < 0.5)
     [_], [last] = run(engine, max_tokens=1)
     assert last.ivon.keys() == {"confidence", "expected_entropy", "mutual_information", "members"}
     assert last.ivon["members"] == 3
+    for other in ("tiny:mean", "tiny:member-0001"):  # T and threshold are of the average
+        [one], [of_one] = tokens(engine, model=other, max_tokens=1), tokens(scaled, model=other, max_tokens=1)
+        assert one.logprob == pytest.approx(of_one.logprob, abs=1e-4)
+        assert "abstain" not in run(scaled, model=other, max_tokens=1)[1][0].ivon
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["stacked", "one after another"])
+def test_where_the_mean_is_recommended_it_answers_and_draws_are_made_on_demand(
+    lora: Any, make_adapter: Callable[..., Path], make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, made = make_adapter(**lora), []
+    sample = Posterior.sample
+    monkeypatch.setattr(Posterior, "sample", lambda self, *which: made.append(which) or sample(self, *which))
+    engine = make_engine(adapter, DecisionRule(0.5), mean_rule=DecisionRule(2.0, 0.5))
+    [text], [last] = run(engine)
+    logits = load_model(adapter)(input_ids=torch.tensor([IDS])).logits[0, -1].detach()
+    expected = (logits / 2).log_softmax(-1)
+    assert last.tokens[0].logprob == pytest.approx(float(expected[last.tokens[0].id]), abs=1e-4)
+    assert last.tokens[0].expected_entropy == pytest.approx(float(torch.special.entr(expected.exp()).sum()), rel=1e-4)
+    assert (last.ivon["members"], last.ivon["mutual_information"], "abstain" in last.ivon) == (1, 0.0, True)
+    assert run(engine, model="tiny:mean")[0] == [text]
+    assert made == []
+    [_], [of_draws] = run(engine, model="tiny:posterior")
+    assert made == [(0, 0), (0, 1), (0, 2)]
+    assert of_draws.ivon["members"] == 3
+    assert of_draws.ivon["mutual_information"] > 1e-3
+    assert of_draws == run(make_engine(adapter, DecisionRule(0.5)))[1][0]
 
 
 def test_the_model_is_left_as_it_was(make_adapter: Callable[..., Path], make_engine: MakeEngine) -> None:

@@ -27,7 +27,7 @@ def grow(
     text = GrowingText(lambda own: decode(tokenizer, list(own)), stop)
     shown = []
     for id in ids:
-        token = Token(id, "", text.add(id), 0.0, (), 0.0, 0.0, 0.0)
+        token = Token(id, "", text.add(id), 0.0, (), 0.0, 0.0)
         shown.append(text.release(token))
         if text.stopped:
             break

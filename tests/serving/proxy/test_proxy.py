@@ -320,12 +320,12 @@ def test_the_ensemble_names_members(ensemble: Path, upstreams: list[Server], mon
     folder, urls = str(ensemble), [upstreams[0].url, f"{upstreams[1].url}/v1/"]
     with serving(lambda: proxy_backend(folder, urls, DecisionRule(), Limits(), Combining(candidates=2))) as url:
         names = [model.id for model in official(url).models.list()]
-        assert names == ["ensemble", "ensemble:mean", "ensemble:member-0000", "ensemble:member-0001"]
+        assert names == [f"ensemble{of}" for of in ("", ":mean", ":posterior", ":member-0000", ":member-0001")]
         official(url).completions.create(model="ensemble", prompt="red", max_tokens=1)
     assert {headers["Authorization"] for server in upstreams for headers in server.headers} == {"Bearer theirs"}
     assert [len(server.requests) for server in upstreams] == [1, 1]
     one = proxy_backend(folder, urls, DecisionRule(), Limits(), Combining("rescore"), samples=1, name="x")
-    assert list(one.models) == ["x", "x:mean", "x:member-0000"]
+    assert list(one.models) == ["x", "x:mean", "x:posterior", "x:member-0000"]
 
 
 def test_a_server_lacking_a_member(ensemble: Path, upstreams: list[Server], monkeypatch: pytest.MonkeyPatch) -> None:

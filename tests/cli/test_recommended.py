@@ -1,0 +1,176 @@
+"""What commands do by themselves where the adapter's own folder has a recommended.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Cli
+from pipeline import Pipeline
+
+from axolotl_ivon import Posterior
+from axolotl_ivon.records.nbest import settings_path
+
+MEAN = "taken from the adapter's recommended.json: the mean with T 1.5; --no-recommended leaves it out"
+DRAWS = "taken from the adapter's recommended.json: draws at τ 4 with T 0.8; --no-recommended leaves it out"
+
+Calibrated = Callable[..., Path]
+
+
+@pytest.fixture
+def calibrated(tiny_adapter: Path, copied: Callable[..., Path]) -> Calibrated:
+    """A function that returns a copy of the tiny adapter in which the mean is recommended, or other `values`."""
+
+    def make(**values: Any) -> Path:
+        folder = copied(tiny_adapter)
+        sha = Posterior.from_pretrained(folder).metadata["mean_sha256"]
+        document = {"tau": "inf", "ratio": 0.0, "temperature": 1.5, "draws": {"tau": 4.0, "temperature": 0.8}}
+        (folder / "recommended.json").write_text(json.dumps({**document, "mean_sha256": sha, **values}))
+        return folder
+
+    return make
+
+
+def test_who_asks_for_draws_gets_the_best_ones(calibrated: Calibrated, tmp_path: Path, ivon_post: Cli) -> None:
+    adapter = calibrated()
+    out = tmp_path / "out"
+    for words, tau, line in (
+        ((), 4.0, DRAWS),
+        (("-q",), 4.0, ""),
+        (("--recommended", adapter / "recommended.json"), 4.0, ""),
+        (("--tau", 2), 2.0, ""),
+        (("--no-recommended",), 1.0, ""),
+    ):
+        result = ivon_post.run("sample", adapter, "-n", 2, "-o", out, "--overwrite", *words)
+        assert "taken from" in result.stderr if line else "taken from" not in result.stderr
+        assert not line or result.stderr.splitlines()[0] == line
+        assert json.loads((out / "ensemble.json").read_text())["tau"] == tau
+        first, second = ((out / f"sample-000{k}" / "adapter_model.safetensors").read_bytes() for k in (0, 1))
+        assert first != second
+
+
+def test_merge_takes_the_mean_with_its_t_and_of_draws_the_best(
+    calibrated: Calibrated, tmp_path: Path, ivon_post: Cli
+) -> None:
+    adapter = calibrated()
+
+    def merged(name: str, *words: object, source: Path = adapter) -> tuple[float, str]:
+        result = ivon_post.run("merge", source, "-o", tmp_path / name, "--json", *words)
+        return json.loads(result.stdout)["temperature"], result.stderr
+
+    assert merged("mean") == (1.5, f"{MEAN}\nthe logits are divided by the softmax temperature 1.5\n")
+    assert merged("plain", "--no-recommended") == (1.0, "")
+    assert merged("draw", "--sample-seed", 1) == (1.0, f"{DRAWS}\n")
+    merged("by hand", "--sample-seed", 1, "--tau", 4)
+    draws = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("draw", "by hand")]
+    assert draws[0] == draws[1]
+    (adapter / "recommended.json").write_text('{"tau": 4.0, "ratio": 0.0, "temperature": 0.8}')
+    line = "the adapter's recommended.json is for draws at τ 4 with T 0.8; this is the mean\n"
+    assert merged("of draws") == (1.0, line)
+
+
+def test_eval_adds_the_row_that_is_recommended(
+    calibrated: Calibrated, pipeline: Pipeline, tmp_path: Path, ivon_post: Cli
+) -> None:
+    adapter = calibrated()
+    words = ["eval", adapter, "--data", pipeline.chats, "--samples", 2, "--json"]
+    result = ivon_post.run(*words)
+    record = json.loads(result.stdout)
+    assert result.stderr.splitlines()[0] == MEAN
+    rows = {row["name"]: row for row in record["rows"]}
+    assert list(rows) == ["base", "mean", "posterior", "recommended"]
+    assert (record["tau"], rows["recommended"]["samples"], rows["recommended"]["temperature"]) == (4.0, 1, 1.5)
+    assert rows["recommended"]["accuracy"] == rows["mean"]["accuracy"]
+    assert rows["recommended"]["nll"] != rows["mean"]["nll"]
+    given = json.loads(ivon_post.run(*words, "--recommended", adapter / "recommended.json").stdout)
+    assert given == record
+    for own, tau in ((["--tau", 2], 2.0), (["--no-recommended"], 1.0)):
+        record = json.loads(ivon_post.run(*words, *own).stdout)
+        assert ([row["name"] for row in record["rows"]], record["tau"]) == (["base", "mean", "posterior"], tau)
+    record = json.loads(ivon_post.run(*words, "--rows", "posterior,mean").stdout)
+    assert ([row["name"] for row in record["rows"]], record["tau"]) == (["mean", "posterior"], 4.0)
+    report = ivon_post.run("report", adapter, "--data", pipeline.chats, "-o", tmp_path / "page.html")
+    assert report.stderr.splitlines()[0] == MEAN
+    assert ">recommended<" in (tmp_path / "page.html").read_text().replace("\n", "").replace(" ", "")
+
+
+def test_generate_takes_the_mean_unless_draws_are_asked_for(
+    calibrated: Calibrated, pipeline: Pipeline, tmp_path: Path, ivon_post: Cli
+) -> None:
+    adapter = calibrated()
+
+    def source(*words: object) -> dict[str, Any]:
+        out = tmp_path / "out.jsonl"
+        common = ("-n", 4, "--max-tokens", 2, "--limit", 2, "-o", out, "--overwrite")
+        result = ivon_post.run("generate", adapter, "-p", pipeline.chats, *common, *words)
+        settings = json.loads((settings_path(out)).read_text())
+        members = {o["member"] for line in out.read_text().splitlines() for o in json.loads(line)["outputs"]}
+        notes = [line for line in result.stderr.splitlines() if line.startswith("taken")]
+        return {"tau": settings["tau"], "members": len(members), "notes": notes}
+
+    mean = {"tau": "inf", "members": 1}
+    assert source() == {**mean, "notes": [MEAN]}
+    assert source("--mean") == {**mean, "notes": [MEAN]}
+    assert source("--per-model", 2) == {"tau": 4.0, "members": 2, "notes": [DRAWS]}
+    assert source("--per-model", 2, "--no-recommended") == {"tau": 1.0, "members": 2, "notes": []}
+    assert source("--per-model", 2, "--tau", 3) == {"tau": 3.0, "members": 2, "notes": []}
+
+
+def test_what_changes_an_adapter_neither_takes_the_file_nor_passes_it_on(
+    calibrated: Calibrated, other_adapter: Path, tmp_path: Path, ivon_post: Cli
+) -> None:
+    adapter = calibrated(ratio=0.5, tau=9.0)
+    for name, words in {
+        "prune": (adapter,),
+        "temper": (adapter, "--tau", 2),
+        "combine": (adapter, other_adapter),
+    }.items():
+        result = ivon_post.run(name, *words, "-o", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        assert "taken from" not in result.stderr
+        assert not list((tmp_path / name).rglob("recommended.json"))
+    assert Posterior.from_pretrained(tmp_path / "prune").pruned_ratio == 0.1
+    assert "there is no temperature" in ivon_post.error("temper", adapter)
+    # Nothing is beside them, so nothing is taken: τ = 2 stays, and the share of 0.1.
+    for made, tau in (("prune", 1.0), ("temper", 2.0)):
+        assert (
+            "taken from" not in ivon_post.run("sample", tmp_path / made, "-n", 1, "-o", tmp_path / f"of-{made}").stderr
+        )
+        assert json.loads((tmp_path / f"of-{made}" / "ensemble.json").read_text())["tau"] == tau
+        taken = ivon_post.run(
+            "sample", tmp_path / made, "-n", 1, "-o", tmp_path / "taken", "--overwrite", "--recommended",
+            adapter / "recommended.json",
+        )  # fmt: skip
+        assert taken.exit_code == 0, taken.output
+        assert json.loads((tmp_path / "taken" / "ensemble.json").read_text())["tau"] == 9.0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sample", "ADAPTER"),
+        ("merge", "ADAPTER"),
+        ("eval", "ADAPTER", "--data", "x.jsonl"),
+        ("generate", "ADAPTER", "-p", "x.jsonl"),
+        ("serve", "ADAPTER", "--port", 0),
+        ("report", "ADAPTER"),
+    ],
+    ids=lambda words: str(words[0]),
+)
+def test_a_file_of_another_adapter_is_never_ignored(
+    words: tuple[object, ...], calibrated: Calibrated, tmp_path: Path, ivon_post: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter = calibrated(mean_sha256="c" * 64)
+    command, _, *rest = words
+    message = ivon_post.error(command, adapter, *rest, "-q")
+    file = adapter / "recommended.json"
+    assert message == (
+        f"Error: {file} was chosen for another adapter (mean_sha256 differs); run `ivon-post sweep` on this one, or "
+        f"remove {file}, or leave it out (--no-recommended)"
+    )
+    assert math.isfinite(Posterior.from_pretrained(adapter).tau)
