@@ -21,10 +21,18 @@ def command(adapter: str, ratio: float, terminal: options.Terminal) -> None:
     of σ, the median of the signal-to-noise ratio |m|/σ, and the share of weights that `prune --ratio` would set to 0;
     then what training wrote into the header of ivon_sigma.safetensors.
     """
+    from axolotl_ivon.decisions.recommendation import recommended_for
+    from axolotl_ivon.errors import IVONError
     from axolotl_ivon.inspect.info import describe
 
     with terminal.progress() as progress:
         facts = describe(adapter, ratio, reporter=progress)
+        try:
+            taken = recommended_for(adapter)
+        except IVONError as error:  # the other facts hold all the same
+            taken = None
+            progress.notify(str(error))
+    facts["recommended"] = taken and taken.describe()
     if terminal.as_json:
         facts["header"] = {name: as_number(value) for name, value in facts["header"].items()}
         emit(facts)
@@ -43,7 +51,7 @@ def command(adapter: str, ratio: float, terminal: options.Terminal) -> None:
         "tensors": f"{facts['tensors']:,} ({', '.join(facts['dtypes'])})",
         "weights": f"{facts['weights']:,}",
     }
-    print_facts(own | facts["header"])
+    print_facts(own | ({"recommended": taken.describe()} if taken else {}) | facts["header"])
     if facts["posterior"]:
         names = {"0": "min", "0.5": "median", "1": "max"}
         columns = [names.get(quantile, f"{float(quantile):.0%}") for quantile in facts["sigma"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -53,8 +54,9 @@ def command(
 
     A point of the grid is chosen on one half of the data and reported on the other. It is recommended if it is better
     there than the mean, beyond noise; otherwise the mean is. A softmax temperature, fitted on the half that chooses, is
-    tried as well. Writes recommended.json, which other commands take as --recommended, and two pictures (PNG and SVG):
-    accuracy against calibration error with the Pareto front, and reliability diagrams.
+    tried as well. Writes two pictures (PNG and SVG), accuracy against calibration error with the Pareto front, and
+    reliability diagrams; and recommended.json, which other commands take as --recommended. With -o ADAPTER it replaces
+    that of training in the adapter's own folder, from where they take it by themselves.
 
     With --combine, the posteriors of several ADAPTERs are multiplied at a grid of weights. Each product is evaluated on
     every FILE, at the mean unless --samples is given. Writes the product that is best on average as an adapter, with
@@ -80,7 +82,11 @@ def command(
     from axolotl_ivon.decisions.abstention import check_risk
     from axolotl_ivon.decisions.sweep import check_grid, check_output, sweep
 
-    folder = output.path(adapter, "sweep")
+    # Its own folder is where all commands look for it.
+    own = (
+        bool(output.output) and Path(adapter).is_dir() and Path(str(output.output)).resolve() == Path(adapter).resolve()
+    )
+    folder = Path(adapter) if own else output.path(adapter, "sweep")
     variants = check_grid(*([value for group in grid[name] for value in group] for name in ("taus", "ratios")))
     check_output(folder, output.overwrite)
     if aim["risk"] is not None:
@@ -110,7 +116,7 @@ def command(
     recommended = {name: values[name] for name in ("tau", "ratio", "temperature", "objective")}
     document = {"recommended": recommended, "files": [str(path) for path in written], **values}
     promise = [result.abstention.describe(share=0.5)] if result.abstention else []
-    then = ["ivon-post", "eval", adapter, "--data", "TEST.jsonl", "--recommended", written[0]]
+    then = ["ivon-post", "eval", adapter, "--data", "TEST.jsonl", *([] if own else ["--recommended", written[0]])]
     output.finish(
         document, values["verdict"]["text"], f"recommended: {recommendation.describe()}", *promise, *written, then=then
     )

@@ -89,7 +89,8 @@ class Recommended:
 
     def describe(self) -> str:
         """Return what to predict with in words: "the mean with T 1.31"."""
-        return describe(self.tau, self.ratio, self.rule.temperature)
+        text, threshold = describe(self.tau, self.ratio, self.rule.temperature), self.rule.threshold
+        return text if threshold is None else f"{text}, abstaining below confidence {threshold:.3g}"
 
 
 def recommended_for(adapter: str | os.PathLike[str] | Adapter, path: str | Path | None = None) -> Recommended | None:

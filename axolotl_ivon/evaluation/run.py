@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 
 # Each verdict: a variant, and what it is compared with.
-_QUESTIONS = (("mean", "base"), ("posterior", "mean"), ("posterior+temperature", "mean+temperature"))
+_QUESTIONS = (
+    ("mean", "base"),
+    ("posterior", "mean"),
+    ("posterior+temperature", "mean+temperature"),
+    ("recommended", "mean"),
+)
 _REFERENCES = {"base": "the base model", "mean": "the mean", "mean+temperature": "the mean at its own"}
 
 
@@ -211,7 +216,9 @@ def _verdict(row: VariantResult, than: str) -> VerdictResult:
     verdict = judge(difference, error, row.examples)
     needed = examples_needed(row.examples, difference, error) if verdict == "within noise" else None
     what, are, against, numbers = "the mean", "is", _REFERENCES[than], figures(versus)
-    if row.name != "mean":
+    if row.name == "recommended":
+        what = "what is recommended"
+    elif row.name != "mean":
         what, are = ("one draw", "is") if row.samples == 1 else (f"{row.samples} draws", "are")
         what += " at a fitted temperature" if "temperature" in row.name else ""
     if verdict == "the same":

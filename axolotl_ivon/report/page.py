@@ -56,7 +56,7 @@ def page(adapter: str, findings: Findings) -> str:
         title=PurePath(str(adapter)).name or str(adapter),
         facts=_facts(summary),
         task=_setup(evaluation),
-        verdicts=[verdict.text for verdict in evaluation.verdicts],
+        verdicts=_verdicts(evaluation, names),
         table=_table(evaluation, names),
         ood_table=_ood_table(evaluation, names),
         recommended=sweep.sentences() if sweep else [],
@@ -92,6 +92,15 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         if summary.get(name):
             facts.append((label, f"{summary[name]['0.5']:.3g}"))
     return facts
+
+
+def _verdicts(evaluation: EvaluationRecord, names: Mapping[str, str]) -> list[str]:
+    """Return what was measured, in words, each with its data, and the τ of draws."""
+    lines = []
+    for verdict in evaluation.verdicts:
+        at = f", draws at τ {evaluation.tau:g}" if verdict.name.startswith("posterior") and evaluation.tau != 1 else ""
+        lines.append(f"On {names.get(verdict.data, verdict.data)}{at}: {verdict.text}.")
+    return lines
 
 
 def _setup(evaluation: EvaluationRecord) -> str:

@@ -13,6 +13,7 @@ from ..plugins import plugin_manager
 from ..posterior.chain import prior_header
 from ..posterior.posterior import Posterior
 from ..storage.atomic import updated_adapter
+from ..storage.format import RECOMMENDED_FILE
 from .callback import trained_parameters
 from .checkpoints import save_optimizer_s_sigma, update_card_in
 from .saved import adapter_folder, check_that_all_is_saved, names_of, trained_adapters
@@ -62,4 +63,6 @@ def save_posterior(
             save_optimizer_s_sigma(model, names, params, optimizer, place, adapter, header, steps)
             update_card_in(place)
     for adapter in adapters:
+        # One that is there is of another adapter.
+        (adapter_folder(Path(folder), adapter) / RECOMMENDED_FILE).unlink(missing_ok=True)
         plugin_manager().hook.posterior_saved(folder=str(adapter_folder(Path(folder), adapter)))

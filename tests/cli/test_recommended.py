@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +148,21 @@ def test_what_changes_an_adapter_neither_takes_the_file_nor_passes_it_on(
         assert json.loads((tmp_path / "taken" / "ensemble.json").read_text())["tau"] == 9.0
 
 
+def test_a_sweep_may_replace_the_file_in_the_adapter_s_own_folder(
+    calibrated: Calibrated, pipeline: Pipeline, ivon_post: Cli
+) -> None:
+    adapter = calibrated()
+    words = ["sweep", adapter, "--data", pipeline.chats, "--tau", "2,inf", "--ratio", 0, "-n", 2, "-o", adapter]
+    assert "--overwrite" in ivon_post.error(*words, "-q")
+    before = Posterior.from_pretrained(adapter)
+    result = ivon_post.run(*words, "--overwrite")
+    assert result.stderr.splitlines()[-1] == f"next: ivon-post eval {adapter} --data TEST.jsonl"
+    swept = json.loads((adapter / "recommended.json").read_text())
+    assert swept["draws"]["tau"] == 2.0
+    assert Posterior.from_pretrained(adapter).metadata == before.metadata
+    assert ivon_post.json("info", adapter)["recommended"].startswith("the mean")
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -173,4 +187,6 @@ def test_a_file_of_another_adapter_is_never_ignored(
         f"Error: {file} was chosen for another adapter (mean_sha256 differs); run `ivon-post sweep` on this one, or "
         f"remove {file}, or leave it out (--no-recommended)"
     )
-    assert math.isfinite(Posterior.from_pretrained(adapter).tau)
+    shown = ivon_post.run("info", adapter, "--json")  # which uses nothing of it
+    assert json.loads(shown.stdout)["recommended"] is None
+    assert "was chosen for another adapter" in shown.stderr

@@ -40,12 +40,14 @@ def test_a_sweep_writes_what_eval_takes(tiny_adapter: Path, chats: Path, tmp_pat
     assert len(written["grid"]) == 6
     assert written["data"] == [str(chats)]
 
-    words = ["--recommended", out / "recommended.json", "--samples", 2, "--rows", "posterior-pruned"]
+    words = ["--recommended", out / "recommended.json", "--samples", 2, "--rows", "mean,posterior"]
     found = ivon_post.json("eval", tiny_adapter, "--data", chats, *words)
-    assert (found["tau"], found["prune_ratio"]) == (written["tau"], written["ratio"])
-    # All the data is both halves, ten examples each.
-    both = (written["chosen_on"]["nll"] + written["reported_on"]["nll"]) / 2
-    assert found["rows"][0]["nll"] == pytest.approx(both, rel=1e-6)
+    assert (found["tau"], found["prune_ratio"]) == (written["draws"]["tau"], written["ratio"])
+    [draws] = (p for p in written["grid"] if (p["tau"], p["ratio"]) == (found["tau"], written["ratio"]))
+    for row, point in zip(found["rows"], (written, draws), strict=True):
+        # All the data is both halves, ten examples each.
+        both = (point["chosen_on"]["nll"] + point["reported_on"]["nll"]) / 2
+        assert row["nll"] == pytest.approx(both, rel=1e-6)
 
     assert "--overwrite" in ivon_post.error(*grid, "-q")
     ivon_post(*grid, "--overwrite", "--objective", "brier")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_the_file_in_the_adapter_s_folder_is_taken_by_itself(recommended: Callab
     taken = recommended_for(Headed(tmp_path))
     assert taken == recommended_for(Headed(tmp_path / "elsewhere"), path)
     assert taken
-    assert (taken.is_mean, taken.describe()) == (True, "the mean with T 1.31")
+    assert (taken.is_mean, taken.describe()) == (True, "the mean with T 1.31, abstaining below confidence 0.5")
     assert taken.rule == DecisionRule(1.31, 0.5, "agreement")
     drawing = taken.for_draws()
     assert (drawing.describe(), drawing.rule) == ("draws at τ 4", DecisionRule())
@@ -95,6 +96,25 @@ def test_the_file_in_the_adapter_s_folder_is_taken_by_itself(recommended: Callab
         path.write_text(text)
         with pytest.raises(IVONError, match=f"{wrong}.*; or remove {re.escape(str(path))}, or leave it out"):
             recommended_for(Headed(tmp_path))
+
+
+def test_a_hub_id_has_its_file_with_the_adapter(
+    recommended: Callable[..., Path], tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One download fetches it; a folder asks the Hub for nothing."""
+    asked: list[list[str]] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append([name, *(pattern for pattern in allow_patterns if pattern == "recommended.json")])
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    shutil.copytree(tiny_adapter, tmp_path / "hub")
+    recommended(tmp_path / "hub", tau=INF, mean_sha256=None)
+    assert recommended_for("someone/thing")
+    assert asked == [["someone/thing", "recommended.json"]]
+    assert recommended_for(tiny_adapter) is None
+    assert len(asked) == 1
 
 
 def test_a_mean_without_sigma_is_held_against_the_file(

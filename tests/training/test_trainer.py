@@ -66,7 +66,10 @@ def test_a_loop_without_a_trainer_saves_its_posterior(made: Any, tiny_adapter: P
             optimizer.step()
             optimizer.zero_grad()
         prior = earlier if given else None
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "recommended.json").write_text("{}")  # of what was there before
         save_posterior(model, optimizer, tmp_path / folder, train_size=24, prior=prior)
+        assert not (tmp_path / folder / "recommended.json").exists()
         posterior = Posterior.from_pretrained(tmp_path / folder)
         for name, param in named:
             key = name.replace(".default", "")
