@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from ..records.recommendation import RECOMMENDED_FILE, GridPoint, Recommendation
+from ..records.recommendation import RECOMMENDED_FILE, GridPoint, Recommendation, describe
 from ..reporter import SILENT, Reporter
 from ..storage.atomic import output_folder
 from .reliability import reliability, too_few
@@ -62,9 +62,9 @@ def trade_off(sweep: Recommendation) -> Figure | str:
     front = sorted((point for point in points if point.front), key=lambda point: _place(point)[0])
     ring: dict[str, Any] = {"linewidth": 0.8, "markersize": 11, "markerfacecolor": "none", "zorder": 2}
     axes.plot(*_places(front), "--o", color=INK, label="Pareto front", **ring)
-    chosen = GridPoint.model_construct(**{name: getattr(sweep, name) for name in ("tau", "ratio", "temperature")})
+    chosen = describe(sweep.tau, sweep.ratio, sweep.temperature)
     star: dict[str, Any] = {"marker": "*", "s": 220, "color": GREEN, "edgecolor": INK, "linewidth": 0.6, "zorder": 4}
-    axes.scatter(*_places([sweep]), label=f"recommended by {sweep.objective}: {chosen.describe()}", **star)
+    axes.scatter(*_places([sweep]), label=f"recommended by {sweep.objective}: {chosen}", **star)
     bars: dict[str, Any] = {"color": GREEN, "linewidth": 1, "capsize": 3, "zorder": 3.5}
     axes.errorbar(*_places([sweep]), xerr=errors[:1], yerr=errors[1:], label="its standard errors", **bars)
     if sweep.examples is not None:
