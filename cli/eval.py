@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -96,8 +97,8 @@ def command(
       cov@5       largest coverage with at most 5 % errors
       risk@80     share of errors among the 80 % most confident
     \b
-    Paired differences to the mean and the base model follow, with a verdict. A threshold in --recommended adds a
-    variant that abstains below it.
+    Paired differences to the mean and the base model follow, with a verdict. A recommendation adds mean and draws at
+    their own softmax temperatures, and a variant that abstains below its threshold.
 
     \b
       ivon-post eval adapter/ --data held-out.jsonl --data shifted.jsonl
@@ -110,11 +111,16 @@ def command(
     names = [name.strip() for name in rows.split(",")] if rows is not None else []
     taken, pruned = point.taken(adapter, output), any("pruned" in name for name in names)
     choice = taken.choice() if taken else VariantChoice()
-    if names and not point.file:  # who names rows gets these alone; a file that is named adds its own
-        choice = replace(choice, recommended=None)
     tau = choice.tau if point.tau is None else point.tau
     ratio = point.ratio if point.ratio is not None else choice.ratio or 0.1 * pruned
-    choice = replace(choice, names=names, tau=tau, ratio=ratio)
+    # Who names rows gets these alone, and from a file that is named their T, which for draws is that of one τ.
+    added = [
+        row
+        for row in (choice.added if point.file or not names else ())
+        if row.name == "recommended"
+        or (row.tau in (tau, math.inf) and (not names or row.name.partition("+")[0] in names))
+    ]
+    choice = replace(choice, names=names, tau=tau, ratio=ratio, added=added)
     written = output.path(adapter, "") if output.output is not None else None
     if written:
         check_file(written, output.overwrite)
@@ -141,9 +147,9 @@ def _print(record: EvaluationRecord) -> None:
     choices = f" between {', '.join(record.choices)}" if record.choices else ""
     quality = {head: _COLUMNS[head] for head in heads}
     _print_metrics(record.rows, quality, f"{record.task}{choices}; {record.draws}", wide)
-    if record.calibration:
-        fitted = ", ".join(f"{name} {value:.3g}" for name, value in record.calibration.temperatures.items())
-        click.echo(f"fitted on {record.calibration.data}: {fitted}\n")
+    if scaled := {row.name: f"{row.name} {row.temperature:.3g}" for row in record.rows if row.temperature != 1}:
+        where = f" fitted on {record.calibration.data}" if record.calibration else ""
+        click.echo(f"softmax temperatures{where}: {', '.join(scaled.values())}\n")
     _print_metrics(record.rows, _SELECTIVE, "if only the most confident are answered", wide)
     _print_differences(record.rows, wide)
     if record.ood:

@@ -61,16 +61,23 @@ class Recommended:
     rule: DecisionRule
     draws: DrawsPoint | None
 
-    def variant(self) -> Variant | None:
-        """Return the row of an evaluation that predicts so; None where it is the row of the mean or of the draws."""
-        if self.rule.temperature == 1 and self.rule.threshold is None:
-            return None
-        values = {"temperature": self.rule.temperature, "threshold": self.rule.threshold}
-        return Variant("recommended", self.tau, self.ratio, score=self.rule.score, **values)  # type: ignore[arg-type]
-
     def choice(self) -> VariantChoice:
-        """Return the default rows of an evaluation: the posterior is at the best τ for draws."""
-        return VariantChoice((), self.for_draws().tau, self.ratio, self.variant())
+        """Return the default rows of an evaluation: the posterior is at the best τ for draws.
+
+        Mean and draws have a second row at their own softmax temperature, and what is recommended a row of its own
+        where it has a threshold, or is none of these.
+        """
+        draws, rule = self.for_draws(), self.rule
+        pairs = [("mean", self)] * self.is_mean + [("posterior", draws)]
+        added = [
+            Variant(f"{name}+temperature", at.tau, temperature=at.rule.temperature)
+            for name, at in pairs
+            if at.rule.temperature != 1 and not self.ratio
+        ]
+        if rule.threshold is not None or (self.ratio and rule.temperature != 1):
+            more = {"temperature": rule.temperature, "threshold": rule.threshold, "score": rule.score}
+            added.append(Variant("recommended", self.tau, self.ratio, **more))  # type: ignore[arg-type]
+        return VariantChoice((), draws.tau, self.ratio, added)
 
     def for_draws(self) -> Recommended:
         """Return what holds for who asks for draws; without a best τ, the posterior as it is.

@@ -76,8 +76,8 @@ def run(
     calibration = None
     if to_calibrate:
         fitted = evaluation.temperatures(to_calibrate, sampling, reporter)
-        variants += fitted
         temperatures = {variant.name: variant.temperature for variant in fitted}
+        variants = [variant for variant in variants if variant.name not in temperatures] + fitted
         calibration = Calibration(
             data=str(data.calibrate), examples=len(evaluation.held_out), temperatures=temperatures
         )

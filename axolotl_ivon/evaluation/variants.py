@@ -67,7 +67,7 @@ def paper_variants(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Variant]:
 
 @dataclass(frozen=True)
 class VariantChoice:
-    """Which variants are evaluated: those of `paper_variants` that are named, and the one that is recommended.
+    """Which variants are evaluated: those of `paper_variants` that are named, and those that a recommendation adds.
 
     By default they are base, mean and posterior, and with a ratio the pruned ones too.
     """
@@ -75,7 +75,7 @@ class VariantChoice:
     names: Sequence[str] = ()
     tau: float = 1.0
     ratio: float = 0.0
-    recommended: Variant | None = None
+    added: Sequence[Variant] = ()
 
     def variants(self) -> list[Variant]:
         """Return the variants in the order of `paper_variants`.
@@ -90,8 +90,7 @@ class VariantChoice:
                     f"{param_ref('rows')} {','.join(self.names)}: {name!r} is unknown; choose from {','.join(known)}"
                 )
         names = self.names or [name for name, variant in known.items() if self.ratio or "pruned" not in name]
-        variants = [variant for name, variant in known.items() if name in names]
-        return [*variants, self.recommended] if self.recommended else variants
+        return [*(variant for name, variant in known.items() if name in names), *self.added]
 
 
 def calibrated_variants(variants: Sequence[Variant]) -> list[Variant]:

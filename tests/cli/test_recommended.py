@@ -72,7 +72,7 @@ def test_merge_takes_the_mean_with_its_t_and_of_draws_the_best(
     assert merged("of draws") == (1.0, line)
 
 
-def test_eval_adds_the_row_that_is_recommended(
+def test_eval_adds_mean_and_draws_at_their_own_temperature(
     calibrated: Calibrated, pipeline: Pipeline, tmp_path: Path, ivon_post: Cli
 ) -> None:
     adapter = calibrated()
@@ -81,10 +81,14 @@ def test_eval_adds_the_row_that_is_recommended(
     record = json.loads(result.stdout)
     assert result.stderr.splitlines()[0] == MEAN
     rows = {row["name"]: row for row in record["rows"]}
-    assert list(rows) == ["base", "mean", "posterior", "recommended"]
-    assert (record["tau"], rows["recommended"]["samples"], rows["recommended"]["temperature"]) == (4.0, 1, 1.5)
-    assert rows["recommended"]["accuracy"] == rows["mean"]["accuracy"]
-    assert rows["recommended"]["nll"] != rows["mean"]["nll"]
+    assert list(rows) == ["base", "mean", "posterior", "mean+temperature", "posterior+temperature"]
+    for name, samples, temperature in (("mean", 1, 1.5), ("posterior", 2, 0.8)):
+        plain, scaled = rows[name], rows[f"{name}+temperature"]
+        assert (record["tau"], scaled["samples"], scaled["temperature"]) == (4.0, samples, temperature)
+        assert scaled["accuracy"] == plain["accuracy"]
+        assert scaled["nll"] != plain["nll"]
+    pairs = [(verdict["name"], verdict["than"]) for verdict in record["verdicts"]]
+    assert pairs == [("mean", "base"), ("posterior", "mean"), ("posterior+temperature", "mean+temperature")]
     given = json.loads(ivon_post.run(*words, "--recommended", adapter / "recommended.json").stdout)
     assert given == record
     for own, tau in ((["--tau", 2], 2.0), (["--no-recommended"], 1.0)):
@@ -94,7 +98,7 @@ def test_eval_adds_the_row_that_is_recommended(
     assert ([row["name"] for row in record["rows"]], record["tau"]) == (["mean", "posterior"], 4.0)
     report = ivon_post.run("report", adapter, "--data", pipeline.chats, "-o", tmp_path / "page.html")
     assert report.stderr.splitlines()[0] == MEAN
-    assert ">recommended<" in (tmp_path / "page.html").read_text().replace("\n", "").replace(" ", "")
+    assert ">posterior+temperature<" in (tmp_path / "page.html").read_text().replace("\n", "").replace(" ", "")
 
 
 def test_generate_takes_the_mean_unless_draws_are_asked_for(

@@ -43,11 +43,11 @@ def test_a_sweep_writes_what_eval_takes(tiny_adapter: Path, chats: Path, tmp_pat
     words = ["--recommended", out / "recommended.json", "--samples", 2, "--rows", "mean,posterior"]
     found = ivon_post.json("eval", tiny_adapter, "--data", chats, *words)
     assert (found["tau"], found["prune_ratio"]) == (written["draws"]["tau"], written["ratio"])
-    [draws] = (p for p in written["grid"] if (p["tau"], p["ratio"]) == (found["tau"], written["ratio"]))
-    for row, point in zip(found["rows"], (written, draws), strict=True):
-        # All the data is both halves, ten examples each.
-        both = (point["chosen_on"]["nll"] + point["reported_on"]["nll"]) / 2
-        assert row["nll"] == pytest.approx(both, rel=1e-6)
+    # All the data is both halves, ten examples each.
+    draws = next(point for point in written["scaled"] if point["tau"] == found["tau"])
+    for name, point in (("mean", written), ("posterior+temperature", draws)):
+        [nll] = (row["nll"] for row in found["rows"] if row["name"] == name)
+        assert nll == pytest.approx((point["chosen_on"]["nll"] + point["reported_on"]["nll"]) / 2, rel=1e-6)
 
     assert "--overwrite" in ivon_post.error(*grid, "-q")
     ivon_post(*grid, "--overwrite", "--objective", "brier")
@@ -80,8 +80,8 @@ def test_a_risk_gives_a_threshold_that_eval_keeps_to(tiny_adapter: Path, tmp_pat
     path.write_text(json.dumps(json.loads(path.read_text()) | {"threshold": 0.55, "temperature": 0.7}))
     words = ["eval", tiny_adapter, "--data", chats, "--recommended", path, "-q", "--samples", 1, "--rows", "mean"]
     rows = ivon_post.json(*words)["rows"]
-    assert [row["name"] for row in rows] == ["mean", "recommended", "recommended, answered"]
-    _, whole, answered = rows
+    assert [row["name"] for row in rows] == ["mean", "mean+temperature", "recommended", "recommended, answered"]
+    _, _, whole, answered = rows
     assert whole["temperature"] == 0.7
     assert answered["coverage"] == answered["examples"] / 80
     assert 0 < answered["coverage"] < 1

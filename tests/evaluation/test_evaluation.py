@@ -34,7 +34,9 @@ def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tm
     names = ["valid", "other", "second"]
     valid, other, second = (write_chats(tmp_path / f"{name}.jsonl", 9, n) for n, name in enumerate(names, 3))
     advice = Variant("recommended", 0.5, 0.3, temperature=2.0, threshold=0.5)
-    choice = VariantChoice(["base", "mean", "posterior"], 0.5, 0.3, advice)
+    choice = VariantChoice(
+        ["base", "mean", "posterior"], 0.5, 0.3, [Variant("mean+temperature", temperature=9.0), advice]
+    )
     data, written = EvaluationData([chats, second], [other], valid), tmp_path / "examples.jsonl"
     evaluated = run(tiny_adapter, data, choice, THREE, output=str(written))
     record, scores = evaluated.record, dict(zip([v.name for v in evaluated.variants], evaluated.scores, strict=True))
@@ -66,7 +68,7 @@ def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tm
 
 
 def test_nothing_answered_has_no_metrics(tiny_adapter: Path, chats: Path) -> None:
-    choice = VariantChoice(["mean"], recommended=Variant("recommended", 1.0, threshold=1.0))
+    choice = VariantChoice(["mean"], added=[Variant("recommended", 1.0, threshold=1.0)])
     rows = run(tiny_adapter, EvaluationData([chats]), choice, THREE).record.rows
     assert [row.name for row in rows] == ["mean", "recommended", "recommended, answered"]
     assert (rows[2].examples, rows[2].coverage, rows[2].error_bound) == (0, 0, 1)
@@ -76,7 +78,7 @@ def test_nothing_answered_has_no_metrics(tiny_adapter: Path, chats: Path) -> Non
 @pytest.mark.parametrize(("task", "score"), [("generate", "probability"), ("choice", "agreement")])
 def test_a_threshold_of_something_else_is_left_out(tiny_adapter: Path, chats: Path, task: str, score: str) -> None:
     heard = Heard()
-    choice = VariantChoice(["mean"], recommended=Variant("recommended", 1.0, threshold=0.5, score=score))
+    choice = VariantChoice(["mean"], added=[Variant("recommended", 1.0, threshold=0.5, score=score)])
     rows = run(tiny_adapter, EvaluationData([chats], task=task), choice, THREE, reporter=heard).record.rows
     assert [row.name for row in rows] == ["mean", "recommended"]
     assert "use it with `ivon-post mbr`" in heard.notes[0]
