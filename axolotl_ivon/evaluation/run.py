@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _QUESTIONS = (
     ("mean", "base"),
     ("posterior", "mean"),
+    ("mean+temperature", "mean"),
     ("posterior+temperature", "mean+temperature"),
     ("recommended", "mean"),
 )
@@ -200,7 +201,7 @@ def _answered(variant: Variant, threshold: float, path: str, scores: Scores, sam
 
 
 def verdicts(rows: Sequence[VariantResult]) -> list[VerdictResult]:
-    """Return what the NLL says, file by file: mean against base model, draws against mean, each also calibrated."""
+    """Return what the NLL says, file by file: mean against base model, draws against mean, and what T changes."""
     return [
         _verdict(row, than)
         for path in dict.fromkeys(row.data for row in rows)
@@ -218,9 +219,9 @@ def _verdict(row: VariantResult, than: str) -> VerdictResult:
     what, are, against, numbers = "the mean", "is", _REFERENCES[than], figures(versus)
     if row.name == "recommended":
         what = "what is recommended"
-    elif row.name != "mean":
+    elif not row.name.startswith("mean"):
         what, are = ("one draw", "is") if row.samples == 1 else (f"{row.samples} draws", "are")
-        what += " at a fitted temperature" if "temperature" in row.name else ""
+    what += " at a fitted temperature" if "temperature" in row.name else ""
     if verdict == "the same":
         text = f"{what} and {against} predict the same"
     elif verdict == "too few examples":

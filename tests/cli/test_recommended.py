@@ -88,7 +88,8 @@ def test_eval_adds_mean_and_draws_at_their_own_temperature(
         assert scaled["accuracy"] == plain["accuracy"]
         assert scaled["nll"] != plain["nll"]
     pairs = [(verdict["name"], verdict["than"]) for verdict in record["verdicts"]]
-    assert pairs == [("mean", "base"), ("posterior", "mean"), ("posterior+temperature", "mean+temperature")]
+    scaled = [("mean+temperature", "mean"), ("posterior+temperature", "mean+temperature")]
+    assert pairs == [("mean", "base"), ("posterior", "mean"), *scaled]
     given = json.loads(ivon_post.run(*words, "--recommended", adapter / "recommended.json").stdout)
     assert given == record
     for own, tau in ((["--tau", 2], 2.0), (["--no-recommended"], 1.0)):

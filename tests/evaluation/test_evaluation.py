@@ -153,6 +153,8 @@ BETTER, WORSE, NOISE = "better", "worse", "within noise"
          "12 examples are too few to tell 10 draws from the mean: NLL −0.500 ± 0.010"),
         (result("mean", -0.5, 0.01, "base"), BETTER, "the mean is better than the base model: NLL −0.500 ± 0.010"),
         (result("posterior", -0.5, 0.01, samples=1), BETTER, "one draw is better than the mean: NLL −0.500 ± 0.010"),
+        (result("mean+temperature", -0.5, 0.01, samples=1), BETTER,
+         "the mean at a fitted temperature is better than the mean: NLL −0.500 ± 0.010"),
         (result("posterior+temperature", 0.5, 0.01, "mean+temperature"), WORSE,
          "10 draws at a fitted temperature are worse than the mean at its own: NLL +0.500 ± 0.010"),
         (result("mean", -0.054, 0.215, "base", versus=ACCURACY), NOISE,
