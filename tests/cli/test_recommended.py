@@ -20,20 +20,6 @@ DRAWS = "taken from the adapter's recommended.json: draws at τ 4 with T 0.8; --
 Calibrated = Callable[..., Path]
 
 
-@pytest.fixture
-def calibrated(tiny_adapter: Path, copied: Callable[..., Path]) -> Calibrated:
-    """A function that returns a copy of the tiny adapter in which the mean is recommended, or other `values`."""
-
-    def make(**values: Any) -> Path:
-        folder = copied(tiny_adapter)
-        sha = Posterior.from_pretrained(folder).metadata["mean_sha256"]
-        document = {"tau": "inf", "ratio": 0.0, "temperature": 1.5, "draws": {"tau": 4.0, "temperature": 0.8}}
-        (folder / "recommended.json").write_text(json.dumps({**document, "mean_sha256": sha, **values}))
-        return folder
-
-    return make
-
-
 def test_who_asks_for_draws_gets_the_best_ones(calibrated: Calibrated, tmp_path: Path, ivon_post: Cli) -> None:
     adapter = calibrated()
     out = tmp_path / "out"

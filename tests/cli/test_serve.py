@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +57,37 @@ def test_it_serves_until_it_is_told_to_end_and_finishes_what_runs(tiny_adapter: 
         assert server.wait(30) == 0
         with pytest.raises(openai.APIConnectionError):
             ours.models.list()
+
+
+def test_where_the_mean_is_recommended_it_answers_as_the_merged_model_does(
+    calibrated: Callable[..., Path], tmp_path: Path, ivon_post: Any
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    adapter, ids = calibrated(), [5, 40, 7]
+    ivon_post("merge", adapter, "-o", tmp_path / "merged", "-q")
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(torch.tensor([ids])).logits[0, -1]
+    with process(adapter) as (server, document):
+        client = official(document["url"])
+
+        def answer(of: str) -> Any:
+            asked: Any = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 3}
+            return client.completions.create(model=f"adapter{of}", **asked)
+
+        mean, draws = answer(""), answer(":posterior")
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+        assert server.stderr
+        assert "taken from the adapter's recommended.json: the mean with T 1.5" in server.stderr.read()
+    likeliest = logits.log_softmax(-1).topk(3).values.tolist()
+    assert sorted(mean.choices[0].logprobs.top_logprobs[0].values(), reverse=True) == pytest.approx(likeliest, abs=1e-3)
+    sure, unsure = mean.model_extra["ivon"], draws.model_extra["ivon"]
+    assert sure["confidence"] == pytest.approx(float(logits.softmax(-1).max()), rel=1e-3)
+    assert (sure["members"], sure["mutual_information"]) == (1, 0)
+    assert unsure["members"] == 8
+    assert unsure["mutual_information"] > 0
 
 
 def test_the_key_may_come_from_the_environment(tiny_adapter: Path) -> None:

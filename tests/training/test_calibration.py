@@ -17,6 +17,7 @@ from trainers import lora_weights
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import Posterior
+from axolotl_ivon.decisions.recommendation import recommended_for
 from axolotl_ivon.metrics.bootstrap import compare
 from axolotl_ivon.metrics.scores import Scores
 from axolotl_ivon.records.recommendation import Recommendation
@@ -50,6 +51,9 @@ def test_it_is_what_the_saved_adapter_does(attached: Any, tiny_llama: Path, tmp_
     recommendation = Recommendation.load(tmp_path / "recommended.json", "recommended")
     posterior = Posterior.from_pretrained(tmp_path)
     assert recommendation.mean_sha256 == posterior.metadata["mean_sha256"]
+    taken = recommended_for(tmp_path)
+    assert taken
+    assert (taken.tau, taken.rule.temperature) == (recommendation.tau, recommendation.temperature)
     assert recommendation.draws is None, "480 examples are too few for draws to be tried"
     assert f"calibrated on {96} evaluation examples: the mean" in caplog.text
     assert recommendation.sentences()[0] in (tmp_path / "README.md").read_text()
