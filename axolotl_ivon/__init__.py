@@ -32,9 +32,10 @@ from .errors import IVONError
 from .hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from .decisions.decide import predict
     from .fitting.fit import fit
     from .integrations.axolotl import IVONLoRAPlugin
-    from .models.draws import draws, predict
+    from .models.draws import draws, predict_logits
     from .optim.ivon import IVONLoRA
     from .posterior.posterior import Posterior
     from .settings.presets import effective_sample_size
@@ -52,6 +53,7 @@ __all__ = [
     "fit",
     "hookimpl",
     "predict",
+    "predict_logits",
     "save_posterior",
 ]
 
@@ -62,7 +64,8 @@ _HOME = {
     "attach": "training.attach",
     "draws": "models.draws",
     "fit": "fitting.fit",
-    "predict": "models.draws",
+    "predict": "decisions.decide",
+    "predict_logits": "models.draws",
     "save_posterior": "training.loop",
     "IVONLoRAPlugin": "integrations.axolotl",
 }

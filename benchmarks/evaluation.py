@@ -58,7 +58,7 @@ def make_items(count: int, prefix: int, length: int) -> list[EncodedExample]:
     for _ in range(count):
         own = int(torch.randint(2 * length // 3, 4 * length // 3 + 1, (), generator=generator))
         ids = common + torch.randint(3, 40000, (own,), generator=generator).tolist()
-        items.append(EncodedExample(ids, [len(ids) - 1], [0], (5, 6)))
+        items.append(EncodedExample(ids, [len(ids) - 1], [0], ((5,), (6,))))
     return items
 
 

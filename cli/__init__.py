@@ -20,7 +20,7 @@ from . import _stdout
 # The modules of the subcommands, in the order in which `--help` shows them.
 _MODULES = (
     "info", "check", "fit", "prune", "temper", "sample", "merge", "combine", "diff",
-    "eval", "sweep", "influence", "generate", "mbr", "serve", "report", "card",
+    "eval", "sweep", "predict", "influence", "generate", "mbr", "serve", "report", "card",
 )  # fmt: skip
 
 

@@ -409,10 +409,17 @@ task_option = click.option(
     help="How answers are scored. choice: one of a few strings, by its likelihood. generate: per-token likelihood of "
     "the reference answer. classify: a sequence-classification head.  [default: by the data]",
 )
+
+
+def split_choices(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
+    """Return the labels that an option has, with commas between."""
+    return value.split(",") if value else None
+
+
 choices_option = click.option(
     "--choices",
     metavar="A,B,…",
-    callback=lambda ctx, param, value: value.split(",") if value else None,
+    callback=split_choices,
     help="Answers to choose from, with commas between.  [default: the answers in the data]",
 )
 limit_option = click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT examples of each file.")
@@ -426,7 +433,7 @@ def evaluation_data(data: Sequence[str], **values: Any) -> EvaluationData:
     return EvaluationData(data, **values)
 
 
-def _sampling(**values: Any) -> Sampling:
+def make_sampling(**values: Any) -> Sampling:
     """Return how predictions are averaged."""
     from axolotl_ivon.evaluation.evaluate import Sampling
 
@@ -442,5 +449,5 @@ data_options = add_all(
     samples_option,
     seed_option("Seed of the draws, the same as for `sample --seed`."),
     model_options,
-    as_one("sampling", _sampling, "samples", "seed"),
+    as_one("sampling", make_sampling, "samples", "seed"),
 )

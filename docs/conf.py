@@ -57,6 +57,7 @@ def to_restructured_text(app: Any, what: str, name: str, obj: Any, options: Any,
 
 def formats() -> str:
     """Return the fields of every document in `axolotl_ivon.records`, from the JSON schemas of their types."""
+    from axolotl_ivon.records.decision import Decision
     from axolotl_ivon.records.ensemble import EnsembleRecord
     from axolotl_ivon.records.evaluation import EvaluationRecord, ExampleRecord
     from axolotl_ivon.records.influence import InfluenceRecord
@@ -66,6 +67,7 @@ def formats() -> str:
     documents = {
         "`eval --json`": EvaluationRecord,
         "A line of `eval --output`": ExampleRecord,
+        "A line of `predict`": Decision,
         "`recommended.json`": Recommendation,
         "A line of `influence --output`": InfluenceRecord,
         "`ensemble.json`": EnsembleRecord,

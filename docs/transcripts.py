@@ -45,6 +45,11 @@ COMMANDS = {
         "head -n 8 out-sweep/recommended.json",
         "ivon-post eval out --data test.jsonl --recommended out-sweep/recommended.json --rows base,mean,posterior",
     ],
+    "predict": [
+        "ivon-post predict out --data test.jsonl --limit 3 --threshold 0.7",
+        "echo 'sun and rain' | ivon-post predict out --format csv",
+        "ivon-post predict out --data test.jsonl --threshold 0.7 -o decisions.jsonl",
+    ],
     "weights": ["ivon-post sweep --combine out other --data validation.jsonl --data test.jsonl -o weights"],
     "abstain": [
         "ivon-post sweep out --data validation.jsonl --tau 1,inf --ratio 0 --risk 0.05 -o surest | grep threshold",
@@ -152,7 +157,8 @@ def train(folder: Path, data: str, output: str, epochs: int, lora: bool, ivon: b
         disable_tqdm=True,
     )
     rows: Any = read(folder / data, tokenizer)
-    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, processing_class=tokenizer)
     if lora and ivon:
         attach(trainer)
     trainer.train()

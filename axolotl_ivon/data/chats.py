@@ -5,6 +5,7 @@ The question is everything before the last assistant message; that message is th
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections import Counter
@@ -196,6 +197,54 @@ def _parsed(text: str, named: str) -> Any:
 def _without_nulls(value: Any) -> Any:
     """Return JSON without the fields that are null, as axolotl drops them."""
     return json.loads(json.dumps(value), object_hook=lambda held: {k: v for k, v in held.items() if v is not None})
+
+
+def read_questions(path: str | Path, limit: int | None = None, name: str = "data") -> Iterator[Example]:
+    """Yield what is asked in each line of a JSONL file, as `question_of` takes it, without an answer.
+
+    Raises:
+        IVONError: as `read_examples`, but a line need not have an answer.
+    """
+    return (question_of(record, source) for source, record in _read(path, limit, name))
+
+
+def read_texts(lines: Iterable[str], limit: int | None = None, name: str = "stdin") -> Iterator[Example]:
+    """Yield the same of lines of text; a line that is a JSON object is read as that of a file. Empty ones are skipped.
+
+    Raises:
+        IVONError: a JSON object has no chat.
+    """
+    filled = ((number, line.rstrip("\r\n")) for number, line in enumerate(lines, start=1) if line.strip())
+    for number, line in itertools.islice(filled, limit):
+        record: Any = None
+        if line.lstrip().startswith("{"):
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+        yield question_of(record if isinstance(record, dict) else line, f"{name}:{number}")
+
+
+def question_of(value: str | Sequence[Message] | Mapping[str, Any], source: str) -> Example:
+    """Return what is asked by a text of a user, messages, or a line of a file; the answer after it is left out.
+
+    A line may also be `{"text": …}`, or Alpaca's without `output`.
+
+    Raises:
+        IVONError: `source` holds no chat, or no turn of a user before the answer.
+    """
+    record: dict[str, Any] = {"text": value} if isinstance(value, str) else {"messages": [*value]}
+    if isinstance(value, Mapping):
+        record = dict(value)
+    plain = "text" in record and not record.keys() & {"messages", "conversations"}
+    if plain:
+        record["messages"] = [_turn("user", record["text"])]
+    elif "instruction" in record:
+        record.setdefault("output", "")
+    messages, tools = chat_messages(record, source), chat_tools(record, source)
+    if messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not any(message["role"] == "user" and message.get("content", "").strip() for message in messages):
+        raise IVONError(f"{source}: no user turn with a text; add the question")
+    return Example(tuple(messages), "", source, plain, tools=tools)
 
 
 def detect_task(examples: Sequence[Example]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError, param_ref
+from ..metrics.selective import is_below
 from ..metrics.verdict import LABELS, REFERENCES, Paired, examples_needed, figures, judge
 from ..models.session import Loading
 from ..records.base import save_lines
@@ -242,6 +243,10 @@ def _verdict(row: VariantResult, than: str) -> VerdictResult:
 def describe(evaluation: Evaluation, variants: Sequence[Variant], scores: Sequence[Scores]) -> Iterator[ExampleRecord]:
     """Yield for every example, of the data and then out of the distribution, what each variant predicts."""
     columns = {variant.name: _columns(score) for variant, score in zip(variants, scores, strict=True)}
+    for variant in variants:
+        if variant.threshold is not None:
+            confidences = columns[variant.name]["confidence"]
+            columns[variant.name]["abstain"] = [is_below(each, variant.threshold) for each in confidences]
     for path, numbers in [*evaluation.files.items(), *evaluation.ood_files.items()]:
         for number in numbers:
             example, item = evaluation.examples[number], evaluation.items[number]

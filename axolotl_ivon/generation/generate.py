@@ -12,6 +12,7 @@ from typing import Any
 
 from ..data.chats import Chat
 from ..data.encode import ChatFormat, render
+from ..metrics.selective import is_below
 from ..models.session import Loading, Session, load_tokenizer
 from ..posterior.adapter import mean_sha256
 from ..posterior.posterior import Posterior, open_posterior
@@ -21,7 +22,7 @@ from .ensemble import Ensemble
 from .mbr import choose
 from .nbest import NBestFile
 from .plan import Engine, Output, Plan
-from .uncertainty import by_answer, cluster_shares, is_below, measure
+from .uncertainty import by_answer, cluster_shares, measure
 from .utilities import AnswerExtractor
 
 

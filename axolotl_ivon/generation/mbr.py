@@ -22,11 +22,12 @@ import numpy as np
 
 from ..errors import IVONError, param_ref
 from ..metrics.auroc import auroc
+from ..metrics.selective import is_below
 from ..reporter import SILENT, Reporter
 from ..storage.atomic import new_file, output_folder
 from .fields import Field, compare, summarize
 from .nbest import NBest
-from .uncertainty import Uncertainty, by_answer, is_below, judge, measure, or_none
+from .uncertainty import Uncertainty, by_answer, judge, measure, or_none
 from .utilities import AnswerExtractor, Utility, exact
 
 

@@ -72,11 +72,6 @@ def split_entropy(joint: np.ndarray) -> tuple[float, float, float]:
     return max(0.0, float(entropy)), max(0.0, float(expected)), max(0.0, float(entropy - expected))
 
 
-def is_below(confidence: float, threshold: float) -> bool:
-    """Say whether to abstain; equal shares may differ in their last bits."""
-    return confidence < threshold - 1e-9
-
-
 def or_none(value: float | np.ndarray) -> float | None:
     """Return a number for JSON: None in place of NaN."""
     return None if math.isnan(value) else float(value)

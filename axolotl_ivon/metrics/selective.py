@@ -156,3 +156,8 @@ def adaptive_calibration_error(
     below = place * size + np.minimum(place, larger)
     gaps = np.diff(curve.loss(curve.total[..., None] - below), axis=-1)
     return np.abs(gaps).sum(-1) / curve.total
+
+
+def is_below(confidence: float, threshold: float) -> bool:
+    """Say whether to abstain; equal shares may differ in their last bits."""
+    return confidence < threshold - 1e-9

@@ -114,7 +114,9 @@ class Prediction(NamedTuple):
     disagreement: Tensor
 
 
-def predict(posterior: Posterior, model: PeftModel, batch: Mapping[str, Any], n: int = 10, seed: int = 0) -> Prediction:
+def predict_logits(
+    posterior: Posterior, model: PeftModel, batch: Mapping[str, Any], n: int = 10, seed: int = 0
+) -> Prediction:
     """Return the average prediction of n draws, E_q[p(y|x, θ)] (arXiv 2506.14280, section 4.1), and their disagreement.
 
     The model predicts in evaluation mode, without gradients, and is left as it was.

@@ -165,6 +165,7 @@ class Prediction(Record):
     nll: float | None = None
     entropy: float | None = None
     mutual_information: float | None = None
+    abstain: bool | None = None  # of a variant with a threshold: whether the confidence is below it
 
     @model_validator(mode="after")
     def _is_scored(self) -> Self:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -50,8 +49,3 @@ class NBestSettings(Record):
         if self.ensemble:
             return {"tau": self.ensemble.tau, "ratio": self.ensemble.pruned_ratio, "mean_sha256": None}
         return {"tau": self.tau, "ratio": self.prune_ratio, "mean_sha256": self.adapter}
-
-
-def settings_path(path: str | Path) -> Path:
-    """Return where the settings of a file of outputs lie: FILE.settings.json."""
-    return Path(f"{path}.settings.json")

@@ -18,7 +18,7 @@ from ..optim.ivon import IVONLoRA
 from ..posterior.chain import check_prior, prior_header
 from ..posterior.posterior import Posterior
 from ..settings.presets import Preset, resolved
-from .beginning import trained_generation_prompt
+from .beginning import TrainedRows
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import remove_unfinished
 from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean, show_the_mean
@@ -162,8 +162,7 @@ def attach(
         settings_for_run=settings_for_run,
         calibrates=calibrate,
     )
-    if begins := trained_generation_prompt(trainer):
-        header["generation_prompt"] = begins
+    header |= TrainedRows(trainer).header()
     # All is checked: from here on the Trainer and its model change.
     if earlier:
         # Here and not when the optimizer is made: the weights of a checkpoint are loaded before that.

@@ -1,18 +1,21 @@
-"""How training begins what it trains: the tokens before the answers, which generation has to begin with too.
+"""What the tokens that are trained on say: how answers begin, and which ones there are, if they are a few labels.
 
-A chat template may write more there than its generation prompt, or less: an opened `<think>` for data with reasoning,
-an empty block for data without. Only the tokens that were trained on say which.
+A chat template may write more before an answer than its generation prompt, or less: an opened `<think>` for data with
+reasoning, an empty block for data without. Only the tokens that were trained on say which.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 _MOST_ROWS = 256
 _LONGEST = 64  # tokens
 _GAP = 4  # between an answer's last token and the end-of-sequence token that belongs to its turn
+_MOST_CHOICES, _LONGEST_CHOICE = 200, 40  # different answers that are labels, and their characters (or tokens)
 
 
 def generation_prompt(tokenizer: Any, rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> str | None:
@@ -24,9 +27,7 @@ def generation_prompt(tokenizer: Any, rows: Iterable[tuple[Sequence[int], Sequen
     """
     contexts = []
     for ids, trained in rows:
-        begins = [(0, place) if not i else (trained[i - 1] + 1, place) for i, place in enumerate(trained)]
-        turns = [(end, place) for i, (end, place) in enumerate(begins) if place - end >= (_GAP if i else 1)]
-        if turns:
+        if turns := _turns(trained):
             end, place = turns[-1]
             contexts.append(ids[end:place][::-1])
     shared: list[int] = []
@@ -40,20 +41,87 @@ def generation_prompt(tokenizer: Any, rows: Iterable[tuple[Sequence[int], Sequen
     return str(tokenizer.decode(shared[::-1], clean_up_tokenization_spaces=False)) if shared else None
 
 
-def trained_generation_prompt(trainer: Any) -> str | None:
-    """Return `generation_prompt` of a Trainer's data; None unless they are tokenised rows that say what is trained."""
-    tokenizer, data = getattr(trainer, "processing_class", None), trainer.train_dataset
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
-    columns = getattr(data, "column_names", None) or ()
-    marks = next((name for name in ("labels", "assistant_masks", "completion_mask") if name in columns), None)
-    if marks is None or "input_ids" not in columns or not hasattr(data, "__len__") or not hasattr(tokenizer, "decode"):
+def _turns(trained: Sequence[int]) -> list[tuple[int, int]]:
+    """Return for each turn in ascending places where the one before ends, and where it begins."""
+    begins = [(0, place) if not i else (trained[i - 1] + 1, place) for i, place in enumerate(trained)]
+    return [(end, place) for i, (end, place) in enumerate(begins) if place - end >= (_GAP if i else 1)]
+
+
+def answers_to_choose_from(tokenizer: Any, rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[str] | None:
+    """Return the different answers if they are a few labels, sorted; None if they are anything else.
+
+    They are if there are 2 to 200, one line of at most 40 characters each, and each occurs twice on average. An answer
+    is the text that the chat template makes the trained tokens of, without blanks that it adds.
+
+    Args:
+        tokenizer, rows: as those of `generation_prompt`.
+    """
+    special, count = set(getattr(tokenizer, "all_special_ids", ())), 0
+    before: dict[tuple[int, ...], tuple[int, ...]] = {}  # by the tokens of an answer, those before it
+    for ids, trained in rows:
+        if not (turns := _turns(trained)):
+            continue
+        for (_, place), (end, _) in zip(turns, [*turns[1:], (len(ids), 0)], strict=True):
+            own = (ids[i] for i in trained if place <= i < end)
+            tokens = tuple(itertools.takewhile(lambda id: id not in special, own))  # what ends the turn is no answer
+            before.setdefault(tokens, tuple(ids[max(0, place - 2) : place]))
+            count += 1
+            if len(before) > _MOST_CHOICES or not 0 < len(tokens) <= _LONGEST_CHOICE:
+                return None
+    if not 2 <= len(before) <= count / 2:
         return None
-    untrained = -100 if marks == "labels" else 0
-    chosen = (data[number] for number in range(0, len(data), max(1, len(data) // _MOST_ROWS)))
-    return generation_prompt(
-        tokenizer,
-        (
-            ([int(id) for id in row["input_ids"]], [i for i, mark in enumerate(row[marks]) if mark != untrained])
-            for row in chosen
-        ),
-    )
+    choices = set[str]()
+    for tokens, context in before.items():
+        text = str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+        choice = next(
+            (each for each in (text.strip(), text.rstrip(), text) if _is_rendered(tokenizer, each, context, tokens)), ""
+        )
+        if not choice or len(choice) > _LONGEST_CHOICE or "\n" in choice:
+            return None
+        choices.add(choice)
+    return sorted(choices) if len(choices) > 1 else None
+
+
+def _is_rendered(tokenizer: Any, answer: str, context: Sequence[int], tokens: Sequence[int]) -> bool:
+    """Say whether the chat template makes `tokens`, after `context`, of an answer."""
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template may do anything, and there may be none
+        return False
+    ids, wanted = tokenizer(text, add_special_tokens=False)["input_ids"], [*context, *tokens]
+    return any(ids[i : i + len(wanted)] == wanted for i in range(len(ids)))
+
+
+class TrainedRows:
+    """The tokenised rows of a Trainer's data that say what is trained; none where they do not."""
+
+    def __init__(self, trainer: Any) -> None:
+        tokenizer, self._data = getattr(trainer, "processing_class", None), trainer.train_dataset
+        self.tokenizer: Any = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        columns = getattr(self._data, "column_names", None) or ()
+        if isinstance(self._data, list) and self._data and isinstance(self._data[0], dict):
+            columns = self._data[0]
+        marks = next((name for name in ("labels", "assistant_masks", "completion_mask") if name in columns), "")
+        fits = marks and "input_ids" in columns and hasattr(self._data, "__len__")
+        self._marks = marks if fits and hasattr(self.tokenizer, "decode") else ""
+
+    def rows(self, most: int | None = None) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield the token ids of each row and the places of those that are trained; of about `most`, evenly spread."""
+        untrained, count = -100 if self._marks == "labels" else 0, len(self._data)
+        for number in range(0, count, max(1, count // most) if most else 1):
+            row = self._data[number]
+            if not hasattr(marks := row[self._marks], "__len__"):  # a classifier's label
+                return
+            yield [int(id) for id in row["input_ids"]], [i for i, mark in enumerate(marks) if mark != untrained]
+
+    def header(self) -> dict[str, str]:
+        """Return what they say for the header of σ: `generation_prompt` and `choices`, where there are any."""
+        if not self._marks:
+            return {}
+        header = {}
+        if begins := generation_prompt(self.tokenizer, self.rows(_MOST_ROWS)):
+            header["generation_prompt"] = begins
+        if choices := answers_to_choose_from(self.tokenizer, self.rows()):
+            header["choices"] = json.dumps(choices, ensure_ascii=False)
+        return header

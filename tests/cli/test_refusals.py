@@ -138,6 +138,11 @@ CASES = {
     "mbr nbest.jsonl --recommended plain.json": "plain.json has no threshold",
     "mbr nbest.jsonl --recommended odd.json": "threshold is 2; it must be less than or equal to 1",
     "mbr nbest.jsonl --recommended odd.json --risk 0.1": "leave one of them out",
+    "predict adapter -d no.jsonl": "--data no.jsonl: cannot be read (there is no such file)",
+    "predict adapter -d assistant.jsonl": "assistant.jsonl:1: no user turn with a text",
+    "predict adapter -d question.jsonl": "name the labels with --choices A,B",
+    "predict adapter -d question.jsonl --choices A,B --threshold 2": "--threshold 2 is outside [0, 1]",
+    "predict adapter -d question.jsonl --choices A,B -o adapter/x": "lies in the input",
     "prune adapter/adapter_model.safetensors": "is a file; give the adapter's folder",
     "prune adapter -o -": "--output '-' is not a file name",
     "prune adapter --output=": "--output '' is not a file name",
@@ -153,6 +158,7 @@ LATE = {
     "sweep adapter -d chats.jsonl --limit 3 --choices A,B": "3 examples cannot be split",
     "sweep adapter -d chats.jsonl --limit 7 --choices A,B --risk 0.1": "7 examples cannot be split in a half and two",
     "generate adapter -p chats.jsonl --max-tokens 512": "--max-tokens 512, but the model",
+    "predict adapter -d question.jsonl --choices A,B --device abacus": "--device abacus: not usable here",
     "mbr nbest.jsonl --embedding-model no/such": "--embedding-model no/such: cannot be loaded",
 }
 # Words that click, or the command itself, takes for mistyped: status 2.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,16 +13,13 @@ from typing import Any
 import pytest
 import tiny
 from datasets import Dataset
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.chats import Chat, Example, read_chats, read_examples
 from axolotl_ivon.data.encode import ChatFormat, EncodedExample, encode, encode_turns, render
-from axolotl_ivon.data.label_tree import label_tree
-from axolotl_ivon.training.beginning import generation_prompt, trained_generation_prompt
+from axolotl_ivon.training.beginning import TrainedRows, answers_to_choose_from, generation_prompt
 
 
 def example_of(answer: str, question: str = "red sun") -> Example:
@@ -94,30 +90,6 @@ def test_choices_that_the_model_reads_alike_are_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | trim")
     with pytest.raises(IVONError, match=r"choices: the model reads 'A' and 'A ' as the same; leave one of them out"):
         encode(tokenizer, [example_of("A")], "choice", choices=("A", "A "))
-
-
-@given(st.lists(st.text(max_size=6), min_size=2, max_size=500, unique_by=str.strip), st.randoms())
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_labels_are_events_that_exclude_one_another(tokenizer: Any, texts: list[str], random: Any) -> None:
-    choices = tuple(text for text in texts if text)
-    if len(choices) < 2:
-        return
-    examples = [example_of(random.choice(choices), question) for question in ("red sun", "moon", "")]
-    items = encode(tokenizer, examples, "choice", choices=choices)
-    for example, item in zip(examples, items, strict=True):
-        assert item.candidates is not None
-        for number, choice in enumerate(choices):
-            turns = [*example.messages, {"role": "assistant", "content": choice}]
-            whole = tokenizer.apply_chat_template(turns, return_dict=False)
-            tokens = [*item.ids, *item.candidates[number]]
-            assert whole[: len(tokens)] == tokens
-            assert choice in tokenizer.decode(tokens)
-        # Sorted, a beginning would stand right before what begins with it.
-        for label, other in itertools.pairwise(sorted(item.candidates)):
-            assert other[: len(label)] != label
-        tree = label_tree(item.candidates)
-        assert len(tree) == 1 + len({label[:n] for label in item.candidates for n in range(1, len(label))})
-        assert item.candidates[item.targets[0]] == item.candidates[choices.index(example.answer)]
 
 
 def test_a_reference_answer_is_scored_to_the_end_of_its_turn(tokenizer: AutoTokenizer) -> None:
@@ -299,13 +271,48 @@ def test_a_trainers_rows_say_how_answers_begin(tokenizer: Any) -> None:
         rows = [(tokenizer(prompt)["input_ids"], tokenizer(answer)["input_ids"]) for prompt in prompts]
         marked = [[-100] * len(p) + a if marks == "labels" else [0] * len(p) + [1] * len(a) for p, a in rows]
         data = Dataset.from_list([{"input_ids": p + a, marks: m} for (p, a), m in zip(rows, marked, strict=True)])
-        return trained_generation_prompt(SimpleNamespace(processing_class=tokenizer, train_dataset=data))
+        trainer = SimpleNamespace(processing_class=tokenizer, train_dataset=data)
+        return TrainedRows(trainer).header().get("generation_prompt")
 
     assert begins(["sun a<t>", "moon a<t>"]) == begins(["sun a<t>", "moon a<t>"], "completion_mask") == " a<t>"
     assert begins(["sun a<t>", "moon a<t>", "dog a<t>", "rain a</t>"]) == " a<t>"  # as most do
     assert begins(["a<t>", "b</u"]) is None
     assert begins(["a<t>"], "other") is None
-    assert trained_generation_prompt(SimpleNamespace(train_dataset=None)) is None
+    assert TrainedRows(SimpleNamespace(train_dataset=None)).header() == {}
+
+
+MERGING = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [None, MERGING, PLAIN])
+@pytest.mark.parametrize(
+    ("answers", "choices"),
+    [
+        (["blue", "yes no", "A"] * 2, ["A", "blue", "yes no"]),
+        ([" blue", "A"] * 2, [" blue", "A"]),
+        (["blue"] * 4, None),
+        (["blue", "A", "B"], None),  # each once: no labels
+        (["blue", "two\nlines"] * 2, None),
+        (["blue", "x" * 41] * 2, None),
+        ([str(number) for number in range(201)] * 2, None),
+    ],
+    ids=str,
+)
+def test_answers_that_are_labels_are_known_from_the_tokens_that_are_trained(
+    tokenizer: Any, template: str | None, answers: list[str], choices: list[str] | None
+) -> None:
+    tokenizer.chat_template = template or tokenizer.chat_template
+    items = encode_turns(tokenizer, [example_of(answer) for answer in answers])
+    rows = [([*item.ids, item.targets[-1]], [position + 1 for position in item.positions]) for item in items]
+    assert answers_to_choose_from(tokenizer, rows) == choices
+    after = tokenizer("\n<|im_end|>")["input_ids"]  # of which training on all that follows a prompt has more
+    assert answers_to_choose_from(tokenizer, [([*i, *after], [*t, len(i), len(i) + 1]) for i, t in rows]) == choices
+    data = [
+        {"input_ids": ids, "labels": [id if place in trained else -100 for place, id in enumerate(ids)]}
+        for ids, trained in rows
+    ]
+    header = TrainedRows(SimpleNamespace(processing_class=tokenizer, train_dataset=data)).header()
+    assert json.loads(header.get("choices", "null")) == choices
 
 
 def test_a_long_conversation_is_cut(tokenizer: Any) -> None:

@@ -81,7 +81,7 @@ class Synthetic:
 
     def __init__(self, logits: dict[tuple[float, float], torch.Tensor], target: torch.Tensor) -> None:
         self.logits, self.target = logits, target
-        self.items = [EncodedExample([1], [0], [t], (0, 1)) for t in target.tolist()]
+        self.items = [EncodedExample([1], [0], [t], ((0,), (1,))) for t in target.tolist()]
 
     def run(self, rows: list[Variant], *_: object) -> list[Scores]:
         order = torch.arange(len(self.target)).flip(0)  # a real one sorts by length

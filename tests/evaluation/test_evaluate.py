@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from brute_force import label_probabilities
 from caches import NAMES, rename_cache
 from heard import Heard
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -101,18 +102,6 @@ def scores(evaluation: Evaluation) -> list[Scores]:
     return evaluation.run(ROWS, DRAWS)
 
 
-def label_probabilities(model: nn.Module, item: EncodedExample) -> Tensor:
-    """Probabilities [1, labels] by brute force: each label's own tokens after the prompt, one after the other."""
-    sums = []
-    for label in item.candidates or ():
-        logs = [
-            model(torch.tensor([[*item.ids, *label[:place]]])).logits[0, -1].double().log_softmax(-1)[token]
-            for place, token in enumerate(label)
-        ]
-        sums.append(sum(logs))
-    return torch.stack(sums)[None].softmax(-1)
-
-
 @torch.no_grad()
 def each_draw(evaluation: Evaluation, posterior: Posterior | None, draws: int) -> Tensor:
     """Probabilities (draws, predictions, classes), by PEFT's own loading, without padding, caches or batches."""
@@ -127,7 +116,7 @@ def each_draw(evaluation: Evaluation, posterior: Posterior | None, draws: int) -
         rows: list[Tensor] = []
         for item in evaluation.items:
             if item.candidates is not None:
-                rows.append(label_probabilities(model, item))
+                rows.append(label_probabilities(model, item.ids, item.candidates)[None])
                 continue
             rows.append(model(torch.tensor([item.ids])).logits[0, item.positions].double().softmax(-1))
         members.append(torch.cat(rows))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import build_classifier, build_lora, with_sigma
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from axolotl_ivon import IVONError, Posterior, draws, predict
+from axolotl_ivon import IVONError, Posterior, draws, predict, predict_logits
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
 from axolotl_ivon.evaluation.variants import paper_variants
 from axolotl_ivon.models.draws import AdapterSlots, Stack
@@ -130,7 +130,8 @@ def test_predict_is_the_average_and_the_mutual_information(tiny_adapter: Path) -
     model = load_model(tiny_adapter).train()
     modes = [module.training for module in model.modules()]
     batch = {"input_ids": torch.arange(3, 43).view(2, 20), "labels": torch.zeros(2, 20).long()}
-    found = predict(q, model, batch, n=4, seed=2)
+    found = predict_logits(q, model, batch, n=4, seed=2)
+    assert predict(q, model, batch, n=4, seed=2).probabilities.equal(found.probabilities)  # type: ignore  # its former name
     each = []
     model.eval()
     for k in range(4):
@@ -145,7 +146,7 @@ def test_predict_is_the_average_and_the_mutual_information(tiny_adapter: Path) -
     assert found.disagreement.max() > 1e-3
     assert [module.training for module in model.modules()] == modes
     assert not any(param.requires_grad for param in model.parameters())
-    point = predict(q.temper(float("inf")), model, batch, n=3)
+    point = predict_logits(q.temper(float("inf")), model, batch, n=3)
     assert point.disagreement.max() < 1e-5
 
 
@@ -155,7 +156,7 @@ def test_a_model_that_does_not_fit_and_no_draws_are_one_line(tiny_adapter: Path,
     with pytest.raises(IVONError, match="does not fit the adapter"), draws(q, model):
         pass
     with pytest.raises(IVONError, match="n 0 is not a number of draws"):
-        predict(q, load_model(tiny_adapter), {"input_ids": torch.ones(1, 3).long()}, n=0)
+        predict_logits(q, load_model(tiny_adapter), {"input_ids": torch.ones(1, 3).long()}, n=0)
 
 
 def test_a_classifier_s_prediction_has_its_classes(tiny_llama: Path, tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_classifier_s_prediction_has_its_classes(tiny_llama: Path, tmp_path: P
     model.config.pad_token_id = 0
     mean = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
     q = Posterior(mean, {key: torch.full_like(value, 0.1) for key, value in mean.items()}, {}, {})
-    found = predict(q, model, {"input_ids": torch.arange(3, 23).view(2, 10)}, n=2)
+    found = predict_logits(q, model, {"input_ids": torch.arange(3, 23).view(2, 10)}, n=2)
     assert found.probabilities.shape == (2, 3)
     assert found.disagreement.shape == (2,)
     torch.testing.assert_close(found.probabilities.sum(-1), torch.ones(2))

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ...generation.uncertainty import is_below
+from ...metrics.selective import is_below
 
 LEAST_LOGPROB = -9999.0  # OpenAI's interface writes this for a probability of 0: JSON has no −∞
 

@@ -1,4 +1,4 @@
-"""Answers against `predict`'s average over draws, one whole pass without a cache for every token."""
+"""Answers against `predict_logits`' average over draws, one whole pass without a cache for every token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.decisions.recommendation import DecisionRule
-from axolotl_ivon.models.draws import AdapterSlots, predict
+from axolotl_ivon.models.draws import AdapterSlots, predict_logits
 from axolotl_ivon.models.session import load_model
 from axolotl_ivon.serving.api.answers import AnswerDelta
 from axolotl_ivon.serving.local.engine import GenerationRequest, TokenEngine, mixture
@@ -50,13 +50,13 @@ def served(request: Any, make_adapter: Callable[..., Path], make_engine: MakeEng
     return adapter, make_engine(adapter)
 
 
-def test_greedy_is_the_average_of_predict_step_by_step(served: tuple[Path, TokenEngine]) -> None:
+def test_greedy_is_the_average_of_predict_logits_step_by_step(served: tuple[Path, TokenEngine]) -> None:
     adapter, engine = served
     model, posterior = load_model(adapter), Posterior.from_pretrained(adapter).temper(0.002)
     ids, found = list(IDS), tokens(engine)
     assert len(found) == 10
     for token in found:
-        expected = predict(posterior, model, {"input_ids": torch.tensor([ids])}, n=3)
+        expected = predict_logits(posterior, model, {"input_ids": torch.tensor([ids])}, n=3)
         probabilities, disagreement = expected.probabilities[0, -1], expected.disagreement[0, -1]
         assert token.id == int(probabilities.argmax())
         assert math.exp(token.logprob) == pytest.approx(float(probabilities[token.id]), rel=1e-4)

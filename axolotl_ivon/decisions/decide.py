@@ -1,0 +1,213 @@
+"""Decisions: for each text the probability of every label, and whether that is enough to answer.
+
+`predict` is the one call for it; `Decider` keeps the model in memory between calls. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..data.chats import Example, Message, find_choices, question_of
+from ..errors import IVONError, param_ref
+from ..evaluation.evaluate import Sampling, evaluate
+from ..evaluation.variants import Variant
+from ..metrics.selective import is_below
+from ..models.session import Loading, Session, has_head
+from ..posterior.adapter import Adapter, mean_sha256
+from ..posterior.posterior import Posterior, open_posterior
+from ..records.decision import Decision
+from ..reporter import SILENT, Reporter
+from .recommendation import DecisionRule, recommended_for
+
+_FIRST_WINDOW, _LARGEST_WINDOW = 16, 1024  # texts that are decided together: few at first, so that answers come soon
+
+
+def trained_choices(header: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the answers of the training data, from the header of σ; empty where training has not written them."""
+    with contextlib.suppress(ValueError):
+        choices = json.loads(header.get("choices") or "[]")
+        if isinstance(choices, list) and all(isinstance(choice, str) for choice in choices):
+            return tuple(choices)
+    return ()
+
+
+class Decider:
+    """A posterior over its base model in memory, which gives each text a probability for every label.
+
+    Args:
+        adapter: a folder or Hub id, or a `Posterior` that was read from one.
+        choices: the labels; by default those of training, or those of the classification head.
+        rule: the softmax temperature of the probabilities, and the threshold below which to abstain.
+        sampling: how many draws are averaged.
+        tau, ratio: temperature of the posterior and pruning ratio, on top of its own. At τ = ∞ it is the mean, one
+            pass; None is 1, or the mean of an adapter without σ.
+
+    Attributes:
+        choices: the labels, in the order of the probabilities.
+        passes: how many passes over the texts a decision takes.
+        settings: what the decisions depend on, as JSON holds it.
+
+    Raises:
+        IVONError: the adapter cannot be read; the labels are fewer than two, alike, or not known; the threshold is
+            outside [0, 1]; or as `Session.open` does.
+    """
+
+    def __init__(
+        self,
+        adapter: Posterior | str | os.PathLike[str],
+        choices: Sequence[str] | None = None,
+        rule: DecisionRule = DecisionRule(),
+        sampling: Sampling = Sampling(),
+        *,
+        tau: float | None = None,
+        ratio: float = 0.0,
+        loading: Loading = Loading(),
+        reporter: Reporter = SILENT,
+    ) -> None:
+        if rule.threshold is not None and rule.score != "probability":
+            reporter.notify(f"the threshold of the recommendation is of another confidence ({rule.score}): not used")
+            rule = replace(rule, threshold=None)
+        if rule.threshold is not None and not 0 <= rule.threshold <= 1:
+            raise IVONError(f"{param_ref('threshold')} {rule.threshold:g} is outside [0, 1]; it is a probability")
+        if isinstance(adapter, Posterior):
+            posterior = adapter
+        else:
+            tau = tau if tau is not None else 1.0 if Adapter(adapter).sigma is not None else math.inf
+            posterior = open_posterior(Path(adapter), mean_only=math.isinf(tau) and not ratio)
+        self.choices = _choices(posterior, choices)
+        self._task = "classify" if has_head(posterior) else "choice"
+        self._rule, self._posterior, self._sampling = rule, posterior, replace(sampling, keep=True)
+        drawn = Variant("draws", tau=1.0 if tau is None else tau, ratio=ratio)
+        self._variants = [drawn, replace(drawn, temperature=rule.temperature)]
+        self.passes = drawn.passes(sampling.samples)
+        session = self._session = Session.open(posterior, loading, reporter)
+        self.choices = self.choices or session.labels
+        self.settings: dict[str, Any] = {
+            "adapter": posterior.metadata.get("mean_sha256") or mean_sha256(posterior.mean),
+            "base_model": session.base_model,
+            "load_in": loading.load_in,
+            "dtype": loading.dtype,
+            "chat_template": dict(session.chat_format.kwargs),
+            "choices": list(self.choices),
+            "tau": "inf" if math.isinf(tau := drawn.tau * posterior.tau) else tau,
+            "ratio": ratio,
+            "samples": self.passes,
+            "seed": sampling.seed,
+            "temperature": rule.temperature,
+            "threshold": rule.threshold,
+        }
+
+    def __call__(
+        self, texts: Sequence[str | Sequence[Message] | Example], reporter: Reporter = SILENT
+    ) -> list[Decision]:
+        """Return a decision for each text: what a user says, the messages of a chat before the answer, or an example.
+
+        Raises:
+            IVONError: a text is empty or too long, or the chat template refuses it.
+        """
+        examples = [
+            replace(each if isinstance(each, Example) else question_of(each, f"text:{number}"), answer=self.choices[0])
+            for number, each in enumerate(texts, start=1)
+        ]
+        if not examples:
+            return []
+        items = self._session.encode(examples, self._task, self.choices)
+        drawn, scaled = evaluate(
+            self._session.model, self._posterior, items, self._variants, self._task, self._sampling, reporter
+        )
+        order = drawn.group.argsort()
+        assert scaled.probabilities is not None
+        columns = (scaled.probabilities, drawn.expected_entropy, drawn.entropy - drawn.expected_entropy)
+        return [self._decision(*row) for row in zip(*(column[order].tolist() for column in columns), strict=True)]
+
+    def _decision(self, probabilities: list[float], expected_entropy: float, mutual_information: float) -> Decision:
+        by_label = dict(zip(self.choices, probabilities, strict=True))
+        label = max(by_label, key=by_label.__getitem__)
+        threshold = self._rule.threshold
+        decision = Decision(
+            label=label,
+            confidence=min(by_label[label], 1.0),
+            expected_entropy=expected_entropy,
+            mutual_information=max(mutual_information, 0.0),
+            probabilities=by_label,
+        )
+        if threshold is None:
+            return decision
+        return decision.model_copy(update={"abstain": is_below(decision.confidence, threshold)})
+
+    def windows(
+        self, examples: Iterable[Example], reporter: Reporter = SILENT
+    ) -> Iterator[list[tuple[Example, Decision]]]:
+        """Yield examples with their decisions as they come, in windows that grow."""
+        examples, size = iter(examples), _FIRST_WINDOW
+        while window := list(itertools.islice(examples, size)):
+            yield list(zip(window, self(window, reporter), strict=True))
+            size = min(2 * size, _LARGEST_WINDOW)
+
+
+def _choices(posterior: Posterior, given: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the labels to choose from; none where the classification head has its own."""
+    if has_head(posterior):
+        if given is not None:
+            raise IVONError(
+                f"{param_ref('choices')}: the adapter has a classification head with labels of its own; leave it out"
+            )
+        return ()
+    choices = trained_choices(posterior.metadata) if given is None else tuple(given)
+    if not choices:
+        raise IVONError(
+            f"{posterior.folder} does not say which answers its training data had; name the labels with "
+            f"{param_ref('choices')} A,B"
+        )
+    return find_choices((), choices)
+
+
+def predict(
+    adapter: Posterior | str | os.PathLike[str],
+    texts: Sequence[str | Sequence[Message]],
+    choices: Sequence[str] | None = None,
+    n: int = 10,
+    seed: int = 0,
+    *,
+    threshold: float | None = None,
+    loading: Loading = Loading(),
+) -> list[Decision]:
+    """Return for each text the label, its confidence, and the probability of every label.
+
+        decisions = predict("adapter/", ["The film was dull.", "A joy."], choices=["positive", "negative"])
+        decisions[0].label, decisions[0].confidence, decisions[0].probabilities
+
+    Padding, the place of the answer and the tokens of the labels are taken care of. A label's probability is the
+    likelihood of all its tokens as a share of that of all labels, averaged over draws. The model is loaded in each
+    call; `decisions.decide.Decider` keeps it. The former `predict(posterior, model, batch)` is `predict_logits`.
+
+    Args:
+        adapter: a folder or Hub id, with which is predicted as its recommended.json says, else by draws, or by the mean
+            where there is no σ; or a `Posterior` that was read from a folder, by draws as it is.
+        texts: what a user says, or the messages of a chat before the answer.
+        choices: the labels; by default the answers of the training data, or the labels of a classification head.
+        n, seed: the draws are `posterior.sample(seed, 0)` to `posterior.sample(seed, n − 1)`.
+        threshold: the confidence below which a decision says `abstain`; by default that of recommended.json.
+
+    Raises:
+        IVONError: the adapter or its base model cannot be read, no labels are known, or a text does not fit the model.
+    """
+    if not isinstance(texts, Sequence):
+        from ..models.draws import predict_logits
+
+        return predict_logits(adapter, texts, choices, n, seed)  # type: ignore
+    if isinstance(texts, str):
+        raise IVONError(f"{param_ref('texts')}: {texts!r} is one text; give a list of them")
+    taken = None if isinstance(adapter, Posterior) else recommended_for(adapter)
+    rule, tau, ratio = (taken.rule, taken.tau, taken.ratio) if taken else (DecisionRule(), None, 0.0)
+    if threshold is not None:
+        rule = DecisionRule(rule.temperature, threshold)
+    return Decider(adapter, choices, rule, Sampling(n, seed), tau=tau, ratio=ratio, loading=loading)(texts)

@@ -1,0 +1,95 @@
+"""Decisions as lines: JSON for programs, CSV for spreadsheets; on the disk they can be continued. Imports no torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.chats import Example
+from ..errors import IVONError, param_ref
+from ..records.decision import Decision
+from ..records.resumable import FIX, ResumableFile
+
+FORMATS = ("jsonl", "csv")
+_COLUMNS = ("line", "text", "label", "confidence", "abstain", "expected_entropy", "mutual_information")
+
+
+class DecisionLines:
+    """How decisions are written, a line each; in CSV the probabilities follow, a column for each of `choices`."""
+
+    def __init__(self, form: str, choices: Sequence[str]) -> None:
+        self.form, self._choices = form, choices
+        self.head = [_csv([*_COLUMNS, *(f"p({choice})" for choice in choices)])] if form == "csv" else []
+
+    def line(self, example: Example, decision: Decision) -> str:
+        """Return the line of a decision about an example."""
+        record = decision.model_copy(update={"line": example.line, "text": example.question})
+        if self.form == "jsonl":
+            return json.dumps(record.dump(), ensure_ascii=False, allow_nan=False)
+        values = record.model_dump()
+        values["text"] = _on_one_line(example.question)
+        return _csv([*(values[name] for name in _COLUMNS), *map(decision.probabilities.__getitem__, self._choices)])
+
+    def is_about(self, line: str, example: Example) -> bool:
+        """Say whether a line that was written earlier is about `example`."""
+        try:
+            if self.form == "csv":
+                number, text, *_ = next(csv.reader([line]))
+                return (number, text) == (str(example.line), _on_one_line(example.question))
+            record = json.loads(line)
+            return bool((record["line"], record["text"]) == (example.line, example.question))
+        except (ValueError, KeyError, TypeError, RecursionError, csv.Error, StopIteration):
+            return False
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.splitlines())
+
+
+def _csv(values: Sequence[Any]) -> str:
+    row = io.StringIO()
+    csv.writer(row, lineterminator="").writerow("" if value is None else value for value in values)
+    return row.getvalue()
+
+
+class DecisionFile(ResumableFile):
+    """The decisions of one run, a line for each text; an interrupted run continues it with the same settings."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        lines: DecisionLines,
+        settings: Mapping[str, Any],
+        overwrite: bool = False,
+        inputs: Iterable[Path] = (),
+    ) -> None:
+        super().__init__(path, {**settings, "format": lines.form}, "ivon-post predict", overwrite, inputs)
+        self._format = lines
+
+    def resume(self, examples: Iterator[Example]) -> int:
+        """Take what an earlier run has decided from `examples`, and return how many that are.
+
+        Raises:
+            IVONError: the file is about other texts.
+        """
+        heads = len(self._format.head)
+        for source, raw in self._lines():
+            line = raw.decode("utf-8", "replace")
+            if self.done < heads:
+                known = line == self._format.head[0]
+            else:
+                example = next(examples, None)
+                known = example is not None and self._format.is_about(line, example)
+            if not known:
+                raise IVONError(f"{source} is about another text than {param_ref('data')} has there; {FIX}")
+        return max(0, self.done - heads)
+
+    def append(self, decided: Sequence[tuple[Example, Decision]]) -> None:
+        """Write decisions to the disk."""
+        head = self._format.head[self.done :]
+        lines = [*head, *(self._format.line(example, decision) for example, decision in decided)]
+        self._write(*(line.encode("utf-8", "backslashreplace") for line in lines))

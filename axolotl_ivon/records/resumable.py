@@ -1,0 +1,94 @@
+"""A file that grows by a line for each input, and that an interrupted run continues."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import IVONError, param_ref
+from ..storage.atomic import check_outside, new_file
+from ..storage.format import read_json, write_json
+
+FIX = f"choose another {param_ref('output')}, or start anew with {param_ref('overwrite')}"
+
+
+def settings_path(path: str | Path) -> Path:
+    """Return where the settings of a file are kept."""
+    return Path(f"{path}.settings.json")
+
+
+class ResumableFile:
+    """Lines of one run, and beside them FILE.settings.json with what they were made with.
+
+    What was written is on the disk before the next is made; half a line at the end, which an interrupt may leave, is
+    dropped. `done` lines are there (0 before `resume`).
+
+    Args:
+        settings: what the lines depend on; a file that was made with others is refused.
+        command: the command that writes such files.
+        overwrite: start the file anew.
+        inputs: folders into which no file is written.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        settings: Mapping[str, Any],
+        command: str,
+        overwrite: bool = False,
+        inputs: Iterable[Path] = (),
+    ) -> None:
+        self.path, self._settings = Path(path), dict(settings)
+        self._file: IO[bytes] | None = None
+        self._size = self.done = 0
+        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
+            raise IVONError(f"{param_ref('output')} {path}: not a file in an existing folder; choose another name")
+        check_outside(self.path, inputs)
+        self._resumed = self.path.exists() and not overwrite
+        if not self._resumed:
+            return
+        if not settings_path(path).exists():
+            raise IVONError(f"{path} exists and was not made by `{command}`; {FIX}")
+        before = read_json(settings_path(path))
+        for name, value in json.loads(json.dumps(self._settings)).items():
+            if before.get(name) != value:
+                raise IVONError(f"{path} was made with {name} {before.get(name)!r}, not {value!r}; {FIX}")
+
+    def _lines(self) -> Iterator[tuple[str, bytes]]:
+        """Yield `FILE:LINE` and the line for all that an earlier run has written; what is taken is counted as done."""
+        try:
+            content = self.path.read_bytes() if self._resumed else b""
+        except OSError as error:
+            raise IVONError(f"{param_ref('output')} {self.path}: cannot be read ({error.strerror})") from None
+        for line in content.split(b"\n")[:-1]:  # the last is empty, or half a line
+            yield f"{self.path}:{self.done + 1}", line
+            self._size += len(line) + 1
+            self.done += 1
+
+    def _write(self, *lines: bytes) -> None:
+        """Write lines to the disk."""
+        try:
+            self._file = self._file or self._open()
+            self._file.write(b"".join(line + b"\n" for line in lines))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise IVONError(f"{self.path} cannot be written ({error.strerror})") from None
+        self.done += len(lines)
+
+    def _open(self) -> IO[bytes]:
+        if self._resumed:
+            os.truncate(self.path, self._size)
+            return self.path.open("ab")
+        self.path.unlink(missing_ok=True)
+        with new_file(settings_path(self.path)) as temporary:
+            write_json(temporary, self._settings)
+        return self.path.open("xb")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,141 @@
+"""`ivon-post predict`: a label for each text, how probable it is, and whether to abstain."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import _options as options
+from ._stdout import results
+from ._tables import percent
+
+
+@click.command("predict", cls=options.Sectioned)
+@options.adapter_argument
+@click.option(
+    "--data",
+    "-d",
+    metavar="FILE",
+    help='JSONL of chats, or of {"text": …}; an answer is ignored.  [default: stdin, a text a line]',
+)
+@click.option(
+    "--choices",
+    metavar="A,B,…",
+    callback=options.split_choices,
+    help="Labels to choose from, with commas between.  [default: the answers of the training data]",
+)
+@click.option(
+    "--threshold", type=float, help="Confidence below which to abstain.  [default: that of the recommendation]"
+)
+@options.limit_option
+@options.samples_option
+@options.seed_option("Seed of the draws, the same as for `sample --seed`.")
+@options.point_options()
+@options.model_options
+@options.chat_template_option
+@options.choice_option("--format", ["jsonl", "csv"], "Form of the lines.")
+@options.output_options(
+    None,
+    "Where to write, or to continue.  [default: stdout]",
+    "Start again instead of continuing.",
+    metavar="FILE",
+)
+@options.as_one("sampling", options.make_sampling, "samples", "seed")
+def command(
+    adapter: str,
+    data: str | None,
+    choices: list[str] | None,
+    threshold: float | None,
+    limit: int | None,
+    sampling: options.Sampling,
+    point: options.PosteriorOptions,
+    loading: options.Loading,
+    format: str,
+    output: options.OutputOptions,
+) -> None:
+    """Give each text the probability of every label.
+
+    ADAPTER is a classifier: a model that answers with one of a few labels, or one with a classification head. Writes
+    a line for each text:
+
+    \b
+      {"line": 1, "text": …, "label": "refund", "confidence": 0.94, "abstain": false, "expected_entropy": …,
+       "mutual_information": …, "probabilities": {"refund": 0.94, "delivery": 0.05, …}}
+
+    The probabilities are those of whole labels, averaged over draws; confidence is the largest. Below the threshold a
+    line says "abstain": true. Entropies are in nats: expected is what each draw leaves open, mutual information how far
+    the draws disagree. Start the same command again to continue an interrupted one.
+
+    \b
+      ivon-post predict adapter/ --data texts.jsonl --choices refund,delivery,other -o decisions.jsonl
+      echo 'where is my parcel' | ivon-post predict adapter/ --threshold 0.8
+      ivon-post predict adapter/ --data texts.jsonl --format csv > decisions.csv
+    """
+    from axolotl_ivon.data.chats import read_questions, read_texts
+    from axolotl_ivon.decisions.decide import Decider
+    from axolotl_ivon.decisions.decision_file import DecisionFile, DecisionLines
+    from axolotl_ivon.decisions.recommendation import DecisionRule
+    from axolotl_ivon.errors import IVONError
+    from axolotl_ivon.reporter import Stage
+
+    stdin = data in (None, "-")
+    if stdin and sys.stdin.isatty():
+        raise IVONError("there are no texts; give --data FILE, or pipe them in")
+    path = output.path(adapter, "") if output.output is not None else None
+    tau, ratio = point.settings(adapter)
+    rule = options.decision_rule(point.recommended)
+    if threshold is not None:
+        rule = DecisionRule(rule.temperature, threshold)
+    own_tau = tau if point.recommended or point.tau is not None else None  # else as the adapter is
+    if stdin:
+        total, examples = 0, read_texts(sys.stdin, limit)
+    else:
+        rows = list(read_questions(str(data), limit))
+        total, examples = len(rows), iter(rows)
+    with output.progress() as progress:
+        decider = Decider(
+            adapter, choices, rule, sampling, tau=own_tau, ratio=ratio, loading=loading, reporter=progress
+        )
+        lines = DecisionLines(format, decider.choices)
+        folders = filter(Path.is_dir, [Path(adapter)])
+        file = DecisionFile(path, lines, decider.settings, output.overwrite, folders) if path else None
+        resumed = file.resume(examples) if file else 0
+        shown: list[dict[str, Any]] = []
+        counts, abstained = Counter[str](), 0
+        if not (file or output.as_json):
+            for head in lines.head:
+                click.echo(head, file=results())
+        stage = Stage(progress, "deciding", max(0, total - resumed) * decider.passes)
+        with closing(file) if file else nullcontext():
+            for window in decider.windows(examples, stage):
+                counts.update(decision.label for _, decision in window)
+                abstained += sum(decision.abstain is True for _, decision in window)
+                if file:
+                    file.append(window)
+                    continue
+                for example, decision in window:
+                    if output.as_json:
+                        shown.append({"line": example.line, "text": example.question, **decision.dump()})
+                    else:
+                        click.echo(lines.line(example, decision), file=results())
+                results().flush()
+    count = counts.total()
+    coverage = None if rule.threshold is None or not count else 1 - abstained / count
+    document: dict[str, Any] = {"output": output.output, "texts": count, "resumed": resumed, **decider.settings}
+    document |= {"labels": dict(counts), "coverage": coverage}
+    if output.as_json:
+        output.finish(document if file else {**document, "decisions": shown})
+        return
+    texts = ", ".join(f"{label} {n}" for label, n in counts.most_common(8))
+    line = f"{count} texts" + (f" ({resumed} were there)" if resumed else "") + (f": {texts}" if texts else "")
+    if coverage is not None:
+        line += f"; answers {percent(coverage)} %, and abstains below confidence {rule.threshold:.4g}"
+    if file:
+        output.finish(document, line, path)
+    elif not output.quiet:
+        click.echo(line, err=True)

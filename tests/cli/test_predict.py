@@ -1,0 +1,101 @@
+"""`ivon-post predict` as a user calls it, against `axolotl_ivon.predict`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from command_line import Cli
+from tiny import chat
+
+from axolotl_ivon import predict
+from axolotl_ivon.records.decision import Decision
+from ivon_post import cli
+
+LABELS = ["yes no", "A", "yes"]
+TEXTS = ["red sun", "moon", "rain dog", "  warm cold "] * 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Lines of every kind; what is asked is TEXTS."""
+    kinds = [
+        lambda text: {"text": text, "label": 1},
+        lambda text: chat(text, "an answer is ignored"),
+        lambda text: {"messages": [{"role": "user", "content": text}]},
+        lambda text: {"instruction": text},
+    ]
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    path.write_text("".join(json.dumps(kinds[n % 4](text)) + "\n" for n, text in enumerate(TEXTS)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def decisions(tiny_adapter: Path) -> list[Decision]:
+    return predict(tiny_adapter, TEXTS, LABELS, n=2, threshold=0.4)
+
+
+def words(adapter: Path, *more: object) -> list[str]:
+    return [str(word) for word in ("predict", adapter, "--choices", ",".join(LABELS), "-n", 2, *more)]
+
+
+def check(lines: list[dict[str, Any]], decisions: list[Decision]) -> None:
+    assert [(line.pop("line"), line.pop("text")) for line in lines] == list(enumerate(TEXTS, start=1))
+    for line, decision in zip(lines, decisions, strict=True):
+        probabilities = line.pop("probabilities")
+        assert probabilities == pytest.approx(decision.probabilities, rel=1e-4)
+        assert (line.pop("label"), line.pop("abstain")) == (decision.label, decision.abstain)
+        assert line == pytest.approx({name: getattr(decision, name) for name in line}, rel=1e-2, abs=1e-6)
+
+
+def test_lines_are_the_decisions_of_the_library_and_go_on_after_an_interrupt(
+    tiny_adapter: Path, data: Path, decisions: list[Decision], tmp_path: Path, ivon_post: Cli
+) -> None:
+    path = tmp_path / "out.jsonl"
+    given = words(tiny_adapter, "--data", data, "--threshold", 0.4, "-o", path)
+    *_, counted, named = ivon_post(*given).splitlines()
+    labels = {label: sum(d.label == label for d in decisions) for label in LABELS}
+    assert counted.startswith("24 texts: ")
+    assert all(f"{label} {count}" in counted for label, count in labels.items() if count)
+    answered = 100 * sum(not decision.abstain for decision in decisions) / 24
+    assert counted.endswith(f"; answers {answered:.1f} %, and abstains below confidence 0.4")
+    assert named == str(path)
+    whole = path.read_bytes()
+    check([json.loads(line) for line in whole.splitlines()], decisions)
+    path.write_bytes(whole[: whole.index(b'"text": "rain') + 3])
+    document = ivon_post.json(*given)
+    assert (document["texts"], document["resumed"], document["choices"]) == (22, 2, LABELS)
+    lines = path.read_bytes().splitlines()
+    assert lines[:2] == whole.splitlines()[:2]
+    check([json.loads(line) for line in lines], decisions)
+    assert "made with threshold 0.4, not 0.5" in ivon_post.error(*given, "--threshold", 0.5, "--quiet")
+    assert ivon_post.json(*given, "--threshold", 1, "--overwrite")["coverage"] == 0
+
+
+def test_texts_come_from_stdin_and_spreadsheets_take_csv(
+    tiny_adapter: Path, decisions: list[Decision], ivon_post: Cli
+) -> None:
+    lines = [*TEXTS[:3], "", json.dumps({"text": TEXTS[3]}), "{no JSON}"]
+    given = words(tiny_adapter, "--threshold", 0.4, "--format", "csv")
+    result = CliRunner().invoke(cli, given, input="\n".join(lines) + "\n")
+    assert result.exit_code == 0, result.output
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert [(row["line"], row["text"]) for row in rows] == [
+        ("1", TEXTS[0]), ("2", TEXTS[1]), ("3", TEXTS[2]), ("5", TEXTS[3]), ("6", "{no JSON}")
+    ]  # fmt: skip
+    for row, decision in zip(rows, decisions[:4], strict=False):
+        assert (row["label"], row["abstain"]) == (decision.label, str(decision.abstain))
+        probabilities = {label: float(row[f"p({label})"]) for label in LABELS}
+        assert probabilities == pytest.approx(decision.probabilities, rel=1e-4)
+        assert float(row["confidence"]) == probabilities[row["label"]]
+    assert result.stderr.splitlines()[-1].startswith("5 texts: ")
+    result = CliRunner().invoke(cli, words(tiny_adapter, "--json", "--quiet", "--limit", 2), input="\n".join(lines))
+    document = json.loads(result.stdout)
+    assert (result.stderr, document["coverage"], document["temperature"]) == ("", None, 1)
+    assert [line["text"] for line in document["decisions"]] == TEXTS[:2]
+    assert "abstain" not in document["decisions"][0]

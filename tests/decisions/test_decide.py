@@ -1,0 +1,164 @@
+"""Decisions against PEFT and transformers, one label, one draw and one text at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from brute_force import label_probabilities
+from peft import PeftModel, set_peft_model_state_dict
+from tiny import build_classifier, with_sigma
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from axolotl_ivon import IVONError, Posterior, predict
+from axolotl_ivon.data.chats import read_texts
+from axolotl_ivon.decisions.decide import Decider
+from axolotl_ivon.decisions.decision_file import DecisionFile, DecisionLines
+from axolotl_ivon.decisions.recommendation import DecisionRule
+from axolotl_ivon.evaluation.evaluate import Sampling
+from axolotl_ivon.records.decision import Decision
+
+LABELS = ["yes no", "A", "yes", "dog cat sun"]
+TEXTS = ["red sun", "one two three four five six", "moon", "bad rain"]
+
+
+@torch.no_grad()
+def each_draw(folder: Path, base: Path, draws: Sequence[dict[str, Tensor]]) -> Tensor:
+    """Probabilities [draws, texts, labels]: PEFT's own loading, the tokenizer's own prompt, a label at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    labels = [tokenizer(label)["input_ids"] for label in LABELS]
+    labels[2].append(tokenizer.eos_token_id)  # "yes" alone, and not "yes no"
+    rows = []
+    for draw in draws:
+        set_peft_model_state_dict(model, draw)
+        for text in TEXTS:
+            turns = [{"role": "user", "content": text}]
+            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            rows.append(label_probabilities(model, ids, labels))
+    return torch.stack(rows).view(len(draws), len(TEXTS), -1)
+
+
+def check(decisions: list[Decision], members: Tensor, temperature: float = 1.0) -> None:
+    average = members.mean(0)
+    scaled = (average.log() / temperature).softmax(-1)
+    expected = torch.special.entr(members).sum(-1).mean(0)
+    for number, decision in enumerate(decisions):
+        assert list(decision.probabilities) == LABELS
+        assert list(decision.probabilities.values()) == pytest.approx(scaled[number].tolist(), rel=1e-4)
+        assert decision.label == LABELS[int(scaled[number].argmax())]
+        assert decision.confidence == decision.probabilities[decision.label]
+        assert decision.expected_entropy == pytest.approx(expected[number].item(), rel=1e-4)
+        total = torch.special.entr(average[number]).sum()
+        assert decision.mutual_information == pytest.approx((total - expected[number]).item(), rel=1e-2, abs=1e-6)
+
+
+def test_one_call_gives_what_peft_gives_a_label_at_a_time(tiny_adapter: Path, tiny_llama: Path) -> None:
+    q = Posterior.from_pretrained(tiny_adapter)
+    drawn = each_draw(tiny_adapter, tiny_llama, [q.sample(4, member) for member in range(3)])
+    decisions = predict(tiny_adapter, TEXTS, LABELS, n=3, seed=4)
+    check(decisions, drawn)
+    assert min(decision.mutual_information for decision in decisions) > 0
+    assert all(decision.abstain is None for decision in decisions)
+    chats = [[{"role": "user", "content": text}] for text in TEXTS]
+    assert predict(q, chats, LABELS, n=3, seed=4) == decisions
+    assert predict(tiny_adapter, [], LABELS) == []
+
+
+def test_a_recommendation_is_what_is_predicted_with(
+    tiny_adapter: Path, tiny_llama: Path, copied: Callable[[Path], Path]
+) -> None:
+    folder = copied(tiny_adapter)
+    point = {"tau": 4, "ratio": 0.0, "temperature": 2.0, "threshold": 0.3}
+    (folder / "recommended.json").write_text(json.dumps(point))
+    q = Posterior.from_pretrained(tiny_adapter).temper(4)
+    decisions = predict(folder, TEXTS, LABELS, n=2)
+    check(decisions, each_draw(tiny_adapter, tiny_llama, [q.sample(0, 0), q.sample(0, 1)]), temperature=2)
+    assert [d.abstain for d in decisions] == [d.confidence < 0.3 for d in decisions]
+    assert {d.abstain for d in predict(folder, TEXTS, LABELS, n=2, threshold=1.0)} == {True}
+    (folder / "recommended.json").write_text(json.dumps({"tau": "inf", "ratio": 0.0}))
+    mean = predict(folder, TEXTS, LABELS)
+    check(mean, each_draw(tiny_adapter, tiny_llama, [dict(q.mean)]))
+    assert {decision.mutual_information for decision in mean} == {0}
+    (folder / "recommended.json").unlink()
+    (folder / "ivon_sigma.safetensors").unlink()
+    assert predict(folder, TEXTS, LABELS) == mean
+
+
+def test_the_labels_are_those_of_training_or_of_the_head(
+    make_adapter: Callable[..., Path], tmp_path: Path, tiny_llama: Path
+) -> None:
+    trained = make_adapter(facts={"choices": '["A", "B"]'})
+    assert list(predict(trained, ["red"], n=1)[0].probabilities) == ["A", "B"]
+    head = with_sigma(build_classifier(tiny_llama, tmp_path / "head"), lambda mean: torch.full_like(mean, 1e-9))
+    decisions = predict(head, TEXTS, n=2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
+    model = PeftModel.from_pretrained(base, head).eval()
+    for text, decision in zip(TEXTS, decisions, strict=True):
+        p = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits.softmax(-1)[0]
+        assert list(decision.probabilities) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+        assert list(decision.probabilities.values()) == pytest.approx(p.tolist(), rel=1e-4)
+    with pytest.raises(IVONError, match="choices: the adapter has a classification head with labels of its own"):
+        predict(head, TEXTS, ["A", "B"])
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        (["x"], {}, r"does not say which answers its training data had; name the labels with choices A,B"),
+        (["x"], {"choices": ["A", ""]}, "choices A,: give at least two different, non-empty strings"),
+        (["x"], {"choices": ["A", "B"], "threshold": 2}, r"threshold 2 is outside \[0, 1\]"),
+        (["x", " "], {"choices": ["A", "B"]}, "text:2: no user turn with a text; add the question"),
+        ("x", {"choices": ["A", "B"]}, "texts: 'x' is one text; give a list of them"),
+        ([[{"role": "assistant", "content": "x"}]], {"choices": ["A", "B"]}, "text:1: no user turn"),
+        (["red " * 600], {"choices": ["A", "B"]}, r"text:1: \d+ tokens, but the model takes 512"),
+    ],
+)
+def test_what_cannot_be_decided_is_refused(tiny_adapter: Path, texts: Any, options: Any, message: str) -> None:
+    with pytest.raises(IVONError, match=message):
+        predict(tiny_adapter, texts, n=1, **options)
+
+
+def test_a_stream_decides_the_first_texts_first(tiny_adapter: Path) -> None:
+    decider = Decider(tiny_adapter, ["A", "B"], DecisionRule(), Sampling(1), tau=math.inf)
+    assert (decider.passes, decider.settings["tau"]) == (1, "inf")
+    read: list[int] = []
+    lines = (str(read.append(n) or f"text {n}") for n in range(100))
+    windows = decider.windows(read_texts(lines))
+    first = next(windows)
+    assert len(read) == len(first) == 16
+    rest = [pair for window in windows for pair in window]
+    assert [example.line for example, _ in [*first, *rest]] == list(range(1, 101))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_half_a_line_is_dropped_and_other_texts_are_refused(tmp_path: Path, form: str) -> None:
+    texts = ['say "a, b"', "two\u2028lines", "three"]
+    decision = Decision(
+        label="a,b",
+        confidence=0.75,
+        expected_entropy=0.5,
+        mutual_information=0.0,
+        probabilities={"a,b": 0.75, "c": 0.25},
+    )
+    pairs = [(example, decision) for example in read_texts(texts)]
+    lines, path = DecisionLines(form, ["a,b", "c"]), tmp_path / "out"
+    DecisionFile(path, lines, {"seed": 1}).append(pairs)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    examples = read_texts(texts)
+    file = DecisionFile(path, lines, {"seed": 1})
+    assert file.resume(examples) == 2
+    file.append([(example, decision) for example in examples])
+    assert path.read_bytes() == whole
+    with pytest.raises(IVONError, match="is about another text than data has there; choose another output"):
+        DecisionFile(path, lines, {"seed": 1}).resume(read_texts(["other", *texts[1:]]))
+    with pytest.raises(IVONError, match="out was made with seed 1, not 2; choose another output"):
+        DecisionFile(path, lines, {"seed": 2})
