@@ -433,7 +433,7 @@ def evaluation_data(data: Sequence[str], **values: Any) -> EvaluationData:
     return EvaluationData(data, **values)
 
 
-def make_sampling(**values: Any) -> Sampling:
+def _sampling(**values: Any) -> Sampling:
     """Return how predictions are averaged."""
     from axolotl_ivon.evaluation.evaluate import Sampling
 
@@ -449,5 +449,5 @@ data_options = add_all(
     samples_option,
     seed_option("Seed of the draws, the same as for `sample --seed`."),
     model_options,
-    as_one("sampling", make_sampling, "samples", "seed"),
+    as_one("sampling", _sampling, "samples", "seed"),
 )

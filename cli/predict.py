@@ -33,7 +33,12 @@ from ._tables import percent
     "--threshold", type=float, help="Confidence below which to abstain.  [default: that of the recommendation]"
 )
 @options.limit_option
-@options.samples_option
+@click.option(
+    "--samples",
+    "-n",
+    type=click.IntRange(min=1),
+    help="Number of draws to average, also where the mean is recommended.  [default: 10]",
+)
 @options.seed_option("Seed of the draws, the same as for `sample --seed`.")
 @options.point_options()
 @options.model_options
@@ -45,14 +50,14 @@ from ._tables import percent
     "Start again instead of continuing.",
     metavar="FILE",
 )
-@options.as_one("sampling", options.make_sampling, "samples", "seed")
 def command(
     adapter: str,
     data: str | None,
     choices: list[str] | None,
     threshold: float | None,
     limit: int | None,
-    sampling: options.Sampling,
+    samples: int | None,
+    seed: int,
     point: options.PosteriorOptions,
     loading: options.Loading,
     format: str,
@@ -81,25 +86,31 @@ def command(
     from axolotl_ivon.decisions.decision_file import DecisionFile, DecisionLines
     from axolotl_ivon.decisions.recommendation import DecisionRule
     from axolotl_ivon.errors import IVONError
+    from axolotl_ivon.evaluation.evaluate import Sampling
     from axolotl_ivon.reporter import Stage
 
     stdin = data in (None, "-")
     if stdin and sys.stdin.isatty():
         raise IVONError("there are no texts; give --data FILE, or pipe them in")
     path = output.path(adapter, "") if output.output is not None else None
-    tau, ratio = point.settings(adapter)
-    rule = options.decision_rule(point.recommended)
-    if threshold is not None:
-        rule = DecisionRule(rule.temperature, threshold)
-    own_tau = tau if point.recommended or point.tau is not None else None  # else as the adapter is
     if stdin:
         total, examples = 0, read_texts(sys.stdin, limit)
     else:
         rows = list(read_questions(str(data), limit))
         total, examples = len(rows), iter(rows)
+    setting = point.settings(adapter, output, "draws" if samples else "")
+    rule = setting.rule if threshold is None else DecisionRule(setting.rule.temperature, threshold)
+    asked = samples is not None or setting.recommended is not None or point.tau is not None
     with output.progress() as progress:
         decider = Decider(
-            adapter, choices, rule, sampling, tau=own_tau, ratio=ratio, loading=loading, reporter=progress
+            adapter,
+            choices,
+            rule,
+            Sampling(samples or 10, seed),
+            tau=setting.tau if asked else None,
+            ratio=setting.ratio,
+            loading=loading,
+            reporter=progress,
         )
         lines = DecisionLines(format, decider.choices)
         folders = filter(Path.is_dir, [Path(adapter)])

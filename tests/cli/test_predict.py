@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,21 @@ def test_texts_come_from_stdin_and_spreadsheets_take_csv(
     assert (result.stderr, document["coverage"], document["temperature"]) == ("", None, 1)
     assert [line["text"] for line in document["decisions"]] == TEXTS[:2]
     assert "abstain" not in document["decisions"][0]
+
+
+def test_the_adapters_own_recommendation_is_taken_unless_draws_are_asked_for(
+    tiny_adapter: Path, copied: Callable[[Path], Path], data: Path, decisions: list[Decision]
+) -> None:
+    folder = copied(tiny_adapter)
+    (folder / "recommended.json").write_text('{"tau": "inf", "ratio": 0.0, "temperature": 2.0, "threshold": 0.4}')
+    given = ["predict", folder, "--choices", ",".join(LABELS), "--data", data]
+    mean = Cli().run(*given)
+    assert mean.exit_code == 0, mean.output
+    assert (
+        "taken from the adapter's recommended.json: the mean with T 2, abstaining below confidence 0.4" in mean.stderr
+    )
+    lines = [json.loads(line) for line in mean.stdout.splitlines()]
+    check(lines, predict(folder, TEXTS, LABELS))
+    drawn = Cli().run(*given, "-n", 2, "--threshold", 0.4, "--no-recommended")
+    check([json.loads(line) for line in drawn.stdout.splitlines()], decisions)
+    assert "recommended.json" not in drawn.stderr
