@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ from ._tables import percent
 @click.option(
     "--threshold", type=float, help="Confidence below which to abstain.  [default: that of the recommendation]"
 )
+@click.option(
+    "--set",
+    "coverage",
+    type=float,
+    metavar="COVERAGE",
+    help="Also write the labels of which one is right this often: 0.9 after `sweep --coverage 0.9`.",
+)
 @options.limit_option
 @click.option(
     "--samples",
@@ -55,6 +63,7 @@ def command(
     data: str | None,
     choices: list[str] | None,
     threshold: float | None,
+    coverage: float | None,
     limit: int | None,
     samples: int | None,
     seed: int,
@@ -84,7 +93,6 @@ def command(
     from axolotl_ivon.data.chats import read_questions, read_texts
     from axolotl_ivon.decisions.decide import Decider
     from axolotl_ivon.decisions.decision_file import DecisionFile, DecisionLines
-    from axolotl_ivon.decisions.recommendation import DecisionRule
     from axolotl_ivon.errors import IVONError
     from axolotl_ivon.evaluation.evaluate import Sampling
     from axolotl_ivon.reporter import Stage
@@ -99,7 +107,14 @@ def command(
         rows = list(read_questions(str(data), limit))
         total, examples = len(rows), iter(rows)
     setting = point.settings(adapter, output, "draws" if samples else "")
-    rule = setting.rule if threshold is None else DecisionRule(setting.rule.temperature, threshold)
+    rule = setting.rule
+    if threshold is not None:
+        rule = replace(rule, threshold=threshold, score="probability")
+    if coverage is not None and (rule.prediction_set is None or rule.prediction_set.coverage != coverage):
+        fix = f"run `ivon-post sweep --coverage {coverage:g}`, and give its file with --recommended"
+        raise IVONError(f"--set {coverage:g}: there are no sets of that coverage; {fix}")
+    if coverage is None:
+        rule = replace(rule, prediction_set=None)
     asked = samples is not None or setting.recommended is not None or point.tau is not None
     with output.progress() as progress:
         decider = Decider(

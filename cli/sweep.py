@@ -36,10 +36,15 @@ _grid: dict[str, Any] = {"type": options.numbers, "multiple": True}
 @options.option("--ratio", "ratios", **_grid, default=["0,0.1,0.3"], help="Pruning ratios to try, with commas between.")
 @options.choice_option("--objective", ["nll", "ece", "accuracy", "brier"], "Metric by which a point is chosen.")
 @options.risk_options("half of the data certifies it, a quarter chooses and a quarter reports")
+@click.option(
+    "--coverage",
+    type=float,
+    help="Find the probability from which on labels are in a set that holds the right one so often (`predict --set`).",
+)
 @options.output_options("ADAPTER-sweep, or ADAPTER-weights", overwrite="Replace an earlier sweep in the target.")
 @options.as_one("files", options.evaluation_data, "data", "task", "choices", "limit")
 @options.as_one("grid", dict, "taus", "ratios")
-@options.as_one("aim", dict, "objective", "risk", "confidence")
+@options.as_one("aim", dict, "objective", "risk", "confidence", "coverage")
 def command(
     adapters: tuple[str, ...],
     combine: bool,
@@ -64,7 +69,7 @@ def command(
     beyond noise.
 
     With --risk, recommended.json also has a threshold on the confidence (the largest averaged probability), below which
-    `eval`, `generate` and `mbr` abstain.
+    `eval`, `predict`, `generate` and `mbr` abstain. With --coverage it has prediction sets for `predict --set`.
 
     \b
       ivon-post sweep adapter/ --data validation.jsonl --tau 0.5,1,2,inf --ratio 0,0.1,0.2
@@ -80,6 +85,7 @@ def command(
         raise click.UsageError(f"{len(adapters)} ADAPTERs: give one, or sweep the weights of several with --combine")
     [adapter] = adapters
     from axolotl_ivon.decisions.abstention import check_risk
+    from axolotl_ivon.decisions.conformal import check_coverage, describe
     from axolotl_ivon.decisions.sweep import check_grid, check_output, sweep
 
     # Its own folder is where all commands look for it.
@@ -91,8 +97,12 @@ def command(
     check_output(folder, output.overwrite)
     if aim["risk"] is not None:
         check_risk(aim["risk"], aim["confidence"])
+    if aim["coverage"] is not None:
+        check_coverage(aim["coverage"])
     with output.progress() as progress:
-        evaluation = Evaluation(adapter, replace(files, risk=aim["risk"]), variants, loading, progress)
+        evaluation = Evaluation(
+            adapter, replace(files, risk=aim["risk"], coverage=aim["coverage"]), variants, loading, progress
+        )
         result = sweep(evaluation, variants, sampling=sampling, **aim, reporter=progress)
         progress.begin("drawing")
         from axolotl_ivon.plots.sweep import save_sweep
@@ -116,6 +126,7 @@ def command(
     recommended = {name: values[name] for name in ("tau", "ratio", "temperature", "objective")}
     document = {"recommended": recommended, "files": [str(path) for path in written], **values}
     promise = [result.abstention.describe(share=0.5)] if result.abstention else []
+    promise += [describe(recommendation.prediction_set)] if recommendation.prediction_set else []
     then = ["ivon-post", "eval", adapter, "--data", "TEST.jsonl", *([] if own else ["--recommended", written[0]])]
     output.finish(
         document, values["verdict"]["text"], f"recommended: {recommendation.describe()}", *promise, *written, then=then
@@ -137,7 +148,7 @@ def _sweep_weights(
 
     ctx = click.get_current_context()
     given = {name: ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ctx.params}
-    for name, option in {"taus": "--tau", "ratios": "--ratio", "risk": "--risk"}.items():
+    for name, option in {"taus": "--tau", "ratios": "--ratio", "risk": "--risk", "coverage": "--coverage"}.items():
         if given[name]:
             raise click.UsageError(f"{option} has no effect with --combine; sweep the adapter that it writes")
     sampling = replace(sampling, samples=sampling.samples * given["samples"])

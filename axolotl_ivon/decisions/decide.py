@@ -25,6 +25,7 @@ from ..posterior.adapter import Adapter, mean_sha256
 from ..posterior.posterior import Posterior, open_posterior
 from ..records.decision import Decision
 from ..reporter import SILENT, Reporter
+from .conformal import labels_in_set
 from .recommendation import DecisionRule, recommended_for
 
 _FIRST_WINDOW, _LARGEST_WINDOW = 16, 1024  # texts that are decided together: few at first, so that answers come soon
@@ -45,7 +46,7 @@ class Decider:
     Args:
         adapter: a folder or Hub id, or a `Posterior` that was read from one.
         choices: the labels; by default those of training, or those of the classification head.
-        rule: the softmax temperature of the probabilities, and the threshold below which to abstain.
+        rule: the softmax temperature of the probabilities, the threshold below which to abstain, and prediction sets.
         sampling: how many draws are averaged.
         tau, ratio: temperature of the posterior and pruning ratio, on top of its own. At τ = ∞ it is the mean, one
             pass; None is 1, or the mean of an adapter without σ.
@@ -103,6 +104,7 @@ class Decider:
             "seed": sampling.seed,
             "temperature": rule.temperature,
             "threshold": rule.threshold,
+            "set": rule.prediction_set and rule.prediction_set.dump(),
         }
 
     def __call__(
@@ -131,7 +133,7 @@ class Decider:
     def _decision(self, probabilities: list[float], expected_entropy: float, mutual_information: float) -> Decision:
         by_label = dict(zip(self.choices, probabilities, strict=True))
         label = max(by_label, key=by_label.__getitem__)
-        threshold = self._rule.threshold
+        threshold, sets = self._rule.threshold, self._rule.prediction_set
         decision = Decision(
             label=label,
             confidence=min(by_label[label], 1.0),
@@ -139,9 +141,12 @@ class Decider:
             mutual_information=max(mutual_information, 0.0),
             probabilities=by_label,
         )
-        if threshold is None:
-            return decision
-        return decision.model_copy(update={"abstain": is_below(decision.confidence, threshold)})
+        more: dict[str, Any] = {}
+        if threshold is not None:
+            more["abstain"] = is_below(decision.confidence, threshold)
+        if sets is not None:
+            more["set"] = labels_in_set(by_label, sets.threshold)
+        return decision.model_copy(update=more)
 
     def windows(
         self, examples: Iterable[Example], reporter: Reporter = SILENT
@@ -209,5 +214,5 @@ def predict(
     taken = None if isinstance(adapter, Posterior) else recommended_for(adapter)
     rule, tau, ratio = (taken.rule, taken.tau, taken.ratio) if taken else (DecisionRule(), None, 0.0)
     if threshold is not None:
-        rule = DecisionRule(rule.temperature, threshold)
+        rule = replace(rule, threshold=threshold, score="probability")
     return Decider(adapter, choices, rule, Sampling(n, seed), tau=tau, ratio=ratio, loading=loading)(texts)

@@ -15,7 +15,7 @@ from ..records.decision import Decision
 from ..records.resumable import FIX, ResumableFile
 
 FORMATS = ("jsonl", "csv")
-_COLUMNS = ("line", "text", "label", "confidence", "abstain", "expected_entropy", "mutual_information")
+_COLUMNS = ("line", "text", "label", "confidence", "abstain", "set", "expected_entropy", "mutual_information")
 
 
 class DecisionLines:
@@ -32,6 +32,7 @@ class DecisionLines:
             return json.dumps(record.dump(), ensure_ascii=False, allow_nan=False)
         values = record.model_dump()
         values["text"] = _on_one_line(example.question)
+        values["set"] = None if decision.set is None else "|".join(decision.set)
         return _csv([*(values[name] for name in _COLUMNS), *map(decision.probabilities.__getitem__, self._choices)])
 
     def is_about(self, line: str, example: Example) -> bool:

@@ -11,7 +11,7 @@ from ..errors import IVONError, param_ref
 from ..evaluation.variants import Variant, VariantChoice
 from ..posterior.adapter import UNPRUNED, Adapter
 from ..posterior.tensors import fingerprint
-from ..records.recommendation import DrawsPoint, Recommendation, describe
+from ..records.recommendation import DrawsPoint, PredictionSet, Recommendation, describe
 from ..storage.format import RECOMMENDED_FILE, read_json
 
 
@@ -23,11 +23,13 @@ class DecisionRule:
         temperature: its log-probabilities are divided by this.
         threshold: answer where the confidence is at least this; None: always.
         score: what that confidence is: "probability" of the answer, or "agreement" of the outputs of `mbr`.
+        prediction_set: from which probability on a label is in the set that holds the right one; None: there are none.
     """
 
     temperature: float = 1.0
     threshold: float | None = None
     score: str = "probability"
+    prediction_set: PredictionSet | None = None
 
 
 def read_rule(path: str | Path) -> DecisionRule:
@@ -40,7 +42,7 @@ def read_rule(path: str | Path) -> DecisionRule:
 
 
 def _rule(record: Recommendation) -> DecisionRule:
-    return DecisionRule(record.temperature, record.threshold, record.score)
+    return DecisionRule(record.temperature, record.threshold, record.score, record.prediction_set)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from ..records.recommendation import (
 )
 from ..reporter import SILENT, Reporter
 from .abstention import Abstention, check_risk, find_threshold
+from .conformal import check_coverage, find_set
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,6 +119,7 @@ def sweep(
     *,
     risk: float | None = None,
     confidence: float = 0.9,
+    coverage: float | None = None,
     reporter: Reporter = SILENT,
 ) -> Sweep:
     """Evaluate the grid `variants` of `check_grid` and choose from it; the same draws serve all points.
@@ -128,18 +130,22 @@ def sweep(
     Args:
         risk, confidence: find the threshold above which at most this share of the answers is wrong, with this
             probability.
+        coverage: find the probability from which on labels are in a set that holds the right one so often.
 
     Raises:
-        IVONError: fewer than 4 examples (8 with a risk), a risk for the task "generate", or as `evaluate` does.
+        IVONError: fewer than 4 examples (8 with a risk or a coverage), either for the task "generate", or as `evaluate`
+            does.
     """
     if risk is not None:
         check_risk(risk, confidence)
-        check_promise(risk, evaluation.task)
+    if coverage is not None:
+        check_coverage(coverage)
+    check_promise(evaluation.task, risk=risk, coverage=coverage)
     import torch
 
     from ..metrics.bootstrap import standard_errors
 
-    choosing, report, test = _split(len(evaluation.items), sampling.seed, risk is not None)
+    choosing, report, test = _split(len(evaluation.items), sampling.seed, (risk, coverage) != (None, None))
     if len(report) < _TELLING:
         reporter.notify(
             f"{len(choosing)} examples choose and {len(report)} report: few differences are more than noise; "
@@ -154,6 +160,14 @@ def sweep(
         tested = torch.isin(held.group, test)
         parts = [column[part].numpy() for part in (tested, ~tested) for column in (held.confidence, held.correct)]
         abstention = find_threshold(*parts, risk=risk, confidence=confidence)
+    sets: dict[str, Any] = {}
+    if coverage is not None:
+        held = recommended.scores
+        assert held.probabilities is not None
+        target = torch.tensor([item.targets[0] for item in evaluation.items])[held.group]
+        places = [torch.isin(held.group, part) for part in (test, report)]
+        columns = [column[place].numpy() for place in places for column in (held.probabilities, target)]
+        sets["prediction_set"] = find_set(*columns, coverage=coverage)
     point = recommended.point
     recommendation = Recommendation(
         tau=point.tau,
@@ -162,6 +176,7 @@ def sweep(
         objective=objective,
         score="probability",
         **(abstention.document() if abstention else {}),
+        **sets,
         examples=Sizes(chosen_on=len(choosing), reported_on=len(report)),
         chosen_on=point.chosen_on,
         reported_on=Reported.model_validate({**point.reported_on.dump(), "se": standard_errors(recommended.reported)}),

@@ -234,7 +234,8 @@ class EvaluationData:
             what the answers look like (`detect_task`).
         choices: the strings to choose from; by default the answers in `files`.
         limit: take the first so many examples of each file.
-        risk: the share of wrong answers that is to be promised, or None: the task "generate" is then refused.
+        risk, coverage: the share of wrong answers, or of sets with the right one, that is to be promised, or None. The
+            task "generate" is refused with either.
     """
 
     files: Sequence[str | Path]
@@ -244,13 +245,16 @@ class EvaluationData:
     choices: Sequence[str] | None = None
     limit: int | None = None
     risk: float | None = None
+    coverage: float | None = None
 
 
-def check_promise(risk: float, task: str) -> None:
-    """Raise an IVONError if the task has no answers of which a promise could be made."""
-    if task == "generate":
+def check_promise(task: str, **promises: float | None) -> None:
+    """Raise an IVONError if the task has no answers of which one of the `promises`, by parameter, could be made."""
+    for name, value in promises.items():
+        if value is None or task != "generate":
+            continue
         raise IVONError(
-            f"{param_ref('risk')} {risk:g}: the task generate scores tokens, and a promise is about answers; "
+            f"{param_ref(name)} {value:g}: the task generate scores tokens, and a promise is about answers; "
             "generate them, and use `ivon-post mbr --risk`"
         )
 
@@ -302,8 +306,7 @@ class Evaluation:
         self.posterior = open_posterior(adapter, mean_only=mean_only)
         own = self.examples[: sum(map(len, self.files.values()))]
         self.task, self.choices = choose_task(own, has_head(self.posterior), data.task, data.choices)
-        if data.risk is not None:
-            check_promise(data.risk, self.task)
+        check_promise(self.task, risk=data.risk, coverage=data.coverage)
         if data.choices is None and (odd := odd_choices(own, self.choices)):
             reporter.notify(odd)
         for path, name, examples in others:

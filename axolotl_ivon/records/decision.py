@@ -21,6 +21,7 @@ class Decision(Record):
     label: str  # the most probable one
     confidence: Share  # its probability
     abstain: bool | None = None  # whether that is below the threshold, where there is one
+    set: list[str] | None = None  # labels of which one is right as often as `sweep --coverage` promises, if it was run
     expected_entropy: float  # within draws: the text itself leaves the label open
     mutual_information: float  # between draws: they expect different labels
     probabilities: dict[str, float]  # of every label

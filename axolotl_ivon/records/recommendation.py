@@ -76,6 +76,16 @@ class DrawsPoint(Record):
     temperature: float = 1.0
 
 
+class PredictionSet(Record):
+    """From which probability on a label is in the set that holds the right one with probability `coverage`."""
+
+    coverage: float
+    threshold: Share
+    examples: int  # that it was found on
+    covered: float | None = None  # on the examples that report, the share of sets with the right label
+    size: float | None = None  # and the labels of a set on average
+
+
 class Recommendation(Record):
     """How to predict with an adapter: τ and pruning ratio, and from which confidence on to answer.
 
@@ -94,6 +104,7 @@ class Recommendation(Record):
     confidence: float | None = None
     coverage: float | None = None
     certified_on: CertifiedOn | None = None
+    prediction_set: PredictionSet | None = None
     adapter: str | None = None
     mean_sha256: str | None = None
     base_model: str | None = None

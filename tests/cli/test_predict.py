@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from command_line import Cli
-from tiny import chat
+from tiny import chat, write_chats
 
 from axolotl_ivon import predict
 from axolotl_ivon.records.decision import Decision
@@ -118,3 +118,19 @@ def test_the_adapters_own_recommendation_is_taken_unless_draws_are_asked_for(
     drawn = Cli().run(*given, "-n", 2, "--threshold", 0.4, "--no-recommended")
     check([json.loads(line) for line in drawn.stdout.splitlines()], decisions)
     assert "recommended.json" not in drawn.stderr
+
+
+def test_sets_are_those_that_a_sweep_has_found(tiny_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
+    chats = write_chats(tmp_path / "chats.jsonl", 40)
+    grid = ["--tau", "1,inf", "--ratio", 0, "-n", 2]
+    swept = ivon_post.json("sweep", tiny_adapter, "--data", chats, *grid, "--coverage", 0.9, "-o", tmp_path / "sweep")
+    found = swept["prediction_set"]
+    assert (found["coverage"], found["examples"]) == (0.9, 20)
+    given = ["predict", tiny_adapter, "--choices", "A,B", "--data", chats, "--recommended", swept["files"][0]]
+    lines = [json.loads(line) for line in ivon_post(*given, "--set", 0.9).splitlines()]
+    for line in lines:
+        inside = [label for label, p in line["probabilities"].items() if p >= found["threshold"]]
+        assert set(line["set"]) == {*inside, line["label"]}
+    assert {len(line["set"]) for line in lines} <= {1, 2}
+    assert "there are no sets of that coverage" in ivon_post.run(*given, "--set", 0.8).stderr.splitlines()[-1]
+    assert "set" not in json.loads(ivon_post(*given, "--limit", 1))

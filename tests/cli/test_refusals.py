@@ -142,6 +142,8 @@ CASES = {
     "predict adapter -d assistant.jsonl": "assistant.jsonl:1: no user turn with a text",
     "predict adapter -d question.jsonl": "name the labels with --choices A,B",
     "predict adapter -d question.jsonl --choices A,B --threshold 2": "--threshold 2 is outside [0, 1]",
+    "predict adapter -d question.jsonl --choices A,B --set 0.9": "run `ivon-post sweep --coverage 0.9`",
+    "sweep adapter -d chats.jsonl --coverage 1": "--coverage 1 is outside (0, 1)",
     "predict adapter -d question.jsonl --choices A,B -o adapter/x": "lies in the input",
     "prune adapter/adapter_model.safetensors": "is a file; give the adapter's folder",
     "prune adapter -o -": "--output '-' is not a file name",

@@ -196,7 +196,7 @@ def test_few_examples_recommend_nothing() -> None:
 def test_the_threshold_is_of_examples_that_chose_nothing() -> None:
     logit, target = questions(2000)
     logits = {**dict.fromkeys(GRID, 2 * logit), (1.0, 0.0): 0.9 * logit}
-    found = swept_over(logits, target, risk=0.1, confidence=0.95)
+    found = swept_over(logits, target, risk=0.1, confidence=0.95, coverage=0.9)
     assert found.recommendation.examples == Sizes(chosen_on=500, reported_on=500)
     shuffled = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
     scale = {math.inf: 2.0, 1.0: 0.9}[found.recommended.tau] / found.recommended.temperature
@@ -208,6 +208,11 @@ def test_the_threshold_is_of_examples_that_chose_nothing() -> None:
     assert found.abstention.threshold == pytest.approx(expected.threshold)
     assert (found.abstention.answered, found.abstention.errors) == (expected.answered, expected.errors)
     assert 0.3 < found.abstention.coverage < 1
+    right = torch.where(target == 1, scale * logit, -scale * logit).sigmoid()
+    sets = found.recommendation.prediction_set
+    assert sets is not None
+    assert sets.threshold == pytest.approx(right[shuffled[1000:]].sort().values[99].item())  # ⌊1001·0.1⌋ = 100th
+    assert sets.covered == pytest.approx(0.9, abs=0.04)
 
 
 def test_grids_and_data_that_leave_nothing_to_choose() -> None:

@@ -51,6 +51,7 @@ def test_one_yaml_line_gives_a_posterior_and_a_log_of_it(straight_run: Path, tin
     assert (header["hessian"], header["prior_strength"], header["h0_steps"]) == ("squared_gradients", "0.1", "10.0")
     assert (header["train_size"], header["steps"], header["prior"]) == (str(ROWS), "6", "empirical")
     assert header["generation_prompt"].endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert header["choices"] == '["A", "B"]'
     assert float(header["ess"]) == 250_000
     start = Posterior.from_pretrained(straight_run / "checkpoint-3").mean
     end = Posterior.from_pretrained(straight_run).mean
