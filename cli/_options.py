@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+OTHER_CONFIDENCE = (
+    "the threshold is of the probabilities that `eval` sees; of the outputs' agreement it promises nothing: "
+    "find one for it with `ivon-post mbr --risk`"
+)
+
 # Sections of `--help`, and the parameters in them. The other options of a command come first, as "Options".
 _SECTIONS = {
     "Posterior": {"tau", "taus", "ratio", "ratios", "recommended", "samples", "members", "seed", "sample_seed"},

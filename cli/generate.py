@@ -62,16 +62,16 @@ def command(
 ) -> None:
     """Generate many outputs per prompt, from draws.
 
-    There are n/PER-MODEL draws from ADAPTER's posterior with PER-MODEL outputs each. Writes JSONL for `ivon-post mbr`,
-    one line per prompt:
+    There are n/PER-MODEL draws from ADAPTER's posterior with PER-MODEL outputs each. Where the recommended.json of
+    ADAPTER recommends the mean, all outputs are of the mean. Writes JSONL for `ivon-post mbr`, one line per prompt:
 
     \b
       {"prompt": …, "reference": …, "confidence": …, "semantic_entropy": …, "expected_entropy": …,
        "mutual_information": …, "outputs": [{"text": …, "member": 0, "logprob": …}, …]}
 
-    confidence is the share of outputs with the most frequent answer. If --recommended has a threshold, lines below it
-    have "abstain": true. The entropies are those of the answers: semantic (of all outputs) = expected (within a draw) +
-    mutual information (between draws).
+    confidence is the share of outputs with the most frequent answer. If the recommendation has a threshold, lines below
+    it have "abstain": true. The entropies are those of the answers: semantic (of all outputs) = expected (within a
+    draw) + mutual information (between draws).
 
     member is the number of the draw (0 for the mean), logprob the sum of the tokens' log-probabilities under that
     member before --temperature and --top-p. Start the same command again to continue an interrupted one.
@@ -100,6 +100,8 @@ def command(
     plan = Plan(**planned, per_model=8 if per_model is None else per_model, mean=mean or is_mean)
     rule = AnswerRule(AnswerExtractor(answer_regex), decided.threshold, decided.temperature)
     with output.progress() as progress:
+        if decided.threshold is not None and decided.score != "agreement":
+            progress.notify(options.OTHER_CONFIDENCE)
         chats = read_chats(prompts, limit)
         if endpoint:
             source = served_draws(adapter, plan, endpoint, loading.base_model, loading.chat_template_kwargs)

@@ -177,10 +177,7 @@ def _recommended(path: str, sources: Mapping[str, dict[str, Any] | None], progre
         if adapter and recommendation.mean_sha256 not in (None, adapter):
             raise IVONError(f"--recommended {path} was chosen for another adapter than {label} was generated with")
     if recommendation.score != "agreement":
-        progress.notify(
-            "the threshold is of the probabilities that `eval` sees; of the outputs' agreement it promises nothing: "
-            "find one for it with `ivon-post mbr --risk`"
-        )
+        progress.notify(options.OTHER_CONFIDENCE)
     return recommendation.threshold, recommendation.temperature
 
 

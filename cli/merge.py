@@ -31,8 +31,8 @@ def command(
     """Merge an adapter into its base model.
 
     Merges the mean of ADAPTER, or one draw, and writes a model that transformers loads, with its tokenizer. An adapter
-    without σ has a mean, too. ADAPTER is a folder or a Hub id and is not modified. If --recommended recommends the mean
-    with a softmax temperature T, the merged model's logits are divided by T: its probabilities are calibrated in every
+    without σ has a mean, too. ADAPTER is a folder or a Hub id and is not modified. If the mean is recommended with a
+    softmax temperature T, the merged model's logits are divided by T: its probabilities are calibrated in every
     runtime.
     """
     from axolotl_ivon.errors import IVONError

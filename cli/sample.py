@@ -34,6 +34,7 @@ def command(
 ) -> None:
     """Draw an ensemble of adapters from a posterior.
 
+    Draws are at the best τ for draws that the recommended.json of ADAPTER has, whatever it recommends to predict with.
     Writes a folder of complete PEFT adapters: sample-0000 and so on. Each loads with PeftModel.from_pretrained, and in
     vLLM with --lora-modules sample-0000=DIR/sample-0000. ensemble.json says where they came from. ADAPTER is a folder
     or a Hub id and is not modified.

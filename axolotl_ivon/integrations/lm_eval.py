@@ -41,7 +41,8 @@ class IVONPosterior(HFLM):
     Args:
         adapter: folder or Hub id of the adapter.
         samples, tau, ratio, seed: as in `ivon-post eval`; `tau=inf` is the mean alone.
-        recommended: a recommended.json, in place of `tau` and `ratio`.
+        recommended: a recommended.json, in place of `tau` and `ratio`; the adapter's own is taken only if it is named,
+            so that results depend on the arguments alone.
         options: base_model, load_in, device and dtype, as in `Loading`, and further arguments of the harness's class
             `hf` (batch_size, max_length, add_bos_token, …).
 
