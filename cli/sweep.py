@@ -209,7 +209,8 @@ def _print(result: Recommendation, recommended: GridPoint) -> None:
     lines: list[list[str]] = []
     points = result.grid + result.scaled
     for before, point in zip([None, *points], points, strict=False):
-        if before and (before.ratio != point.ratio or before.temperature == 1 != point.temperature):
+        ends_block = before in result.grid and (point in result.scaled or before.ratio != point.ratio)
+        if before and ends_block:
             lines.append([""] * (2 * len(columns) + len(heads) + 1))
         lines.append([f"{point.tau:g}", f"{point.ratio:g}", f"{point.temperature:.3g}"][: len(heads)])
         for values in (point.chosen_on, point.reported_on):

@@ -78,6 +78,7 @@ COMMANDS = {
         "ivon-post card out",
         "ivon-post eval out --data test.jsonl --json > eval.json",
         "ivon-post card out --results eval.json --recommended out-sweep/recommended.json",
+        "grep -A 9 ^Recommended out/README.md",
         "sed -n '/## Measured/,$p' out/README.md",
         "head -n 5 out/.eval_results/ivon-mean.yaml",
     ],

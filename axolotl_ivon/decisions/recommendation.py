@@ -55,6 +55,7 @@ class Recommended:
         rule: what is made of that prediction.
         draws: τ and softmax temperature for who asks for draws, at the same ratio; where draws are what to predict
             with, these. None: nobody has tried draws, or the adapter is the mean alone.
+        mean_temperature: softmax temperature that fits the mean best, where it is known, recommended or not.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Recommended:
     ratio: float
     rule: DecisionRule
     draws: DrawsPoint | None
+    mean_temperature: float = 1.0
 
     def choice(self) -> VariantChoice:
         """Return the default rows of an evaluation: the posterior is at the best τ for draws.
@@ -70,11 +72,11 @@ class Recommended:
         where it has a threshold, or is none of these.
         """
         draws, rule = self.for_draws(), self.rule
-        pairs = [("mean", self)] * self.is_mean + [("posterior", draws)]
+        pairs = {"mean": (math.inf, self.mean_temperature), "posterior": (draws.tau, draws.rule.temperature)}
         added = [
-            Variant(f"{name}+temperature", at.tau, temperature=at.rule.temperature)
-            for name, at in pairs
-            if at.rule.temperature != 1 and not self.ratio
+            Variant(f"{name}+temperature", tau, temperature=temperature)
+            for name, (tau, temperature) in pairs.items()
+            if temperature != 1 and not self.ratio
         ]
         if rule.threshold is not None or (self.ratio and rule.temperature != 1):
             more = {"temperature": rule.temperature, "threshold": rule.threshold, "score": rule.score}
@@ -147,7 +149,9 @@ def _applied(record: Recommendation, path: Path, adapter: Adapter, named: str, f
         draws = DrawsPoint(tau=record.tau, temperature=record.temperature)
     if draws is not None:
         draws = None if math.isinf(own) else draws.model_copy(update={"tau": on_top(draws.tau)})
-    return Recommended(path, on_top(record.tau), record.ratio, _rule(record), draws)
+    temperatures = [1.0] + [record.temperature] * (math.isinf(record.tau) and not record.ratio)
+    temperatures += [point.temperature for point in record.scaled if math.isinf(point.tau) and not point.ratio]
+    return Recommended(path, on_top(record.tau), record.ratio, _rule(record), draws, temperatures[-1])
 
 
 def _check(record: Recommendation, adapter: Adapter, named: str, fix: str) -> None:

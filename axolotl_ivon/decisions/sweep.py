@@ -226,8 +226,8 @@ class _Choice:
 
     Attributes:
         grid: the points as they are.
-        scaled: the mean, the best draws and the best of the grid, each at the softmax temperature that is fitted to it
-            on the part that chooses.
+        scaled: the mean, the best draws without pruning and the best of the grid, each at the softmax temperature that
+            is fitted to it on the part that chooses.
     """
 
     def __init__(
@@ -246,7 +246,9 @@ class _Choice:
         self.grid = [replace(candidate, point=point) for candidate, point in zip(grid, points, strict=True)]
         self.mean = next(candidate for candidate in self.grid if candidate.is_mean)
         self._scaled = self._scale(items)
-        means, draws = ([c for c in self._scaled if getattr(c, kind)] for kind in ("is_mean", "is_average"))
+        means, draws = (
+            [c for c in self._scaled if getattr(c, k) and not c.point.ratio] for k in ("is_mean", "is_average")
+        )
         self.scaled = list(dict.fromkeys(self._best(group) for group in (means, draws, self._scaled) if group))
 
     def _candidate(self, at: Variant | GridPoint, scores: Scores, temperature: float = 1.0) -> _Candidate:

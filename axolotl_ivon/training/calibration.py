@@ -29,6 +29,7 @@ from ..records.evaluation import Difference, Metrics
 from ..records.recommendation import (
     RECOMMENDED_FILE,
     DrawsPoint,
+    GridPoint,
     Recommendation,
     Reported,
     Sizes,
@@ -234,6 +235,11 @@ def _choose(ways: Sequence[_Way], columns: list[list[_Column]], seed: int) -> tu
     def measured(at: tuple[int, int], part: Sequence[int]) -> dict[str, Any]:
         return _metrics([columns[i][at[0]] for i in part], at[1])
 
+    def point(at: tuple[int, int]) -> GridPoint:
+        chosen_on, reported_on = (Metrics(**measured(at, part)) for part in (choosing, report))
+        tau, temperature = ways[at[0]].tau, TEMPERATURES[at[1]]
+        return GridPoint(tau=tau, ratio=0.0, temperature=temperature, chosen_on=chosen_on, reported_on=reported_on)
+
     def named(at: tuple[int, int]) -> str:
         return describe(ways[at[0]].tau, temperature=TEMPERATURES[at[1]])
 
@@ -251,20 +257,22 @@ def _choose(ways: Sequence[_Way], columns: list[list[_Column]], seed: int) -> tu
         outcome="the mean" if recommended == plain else "better",
         text=text,
     )
+    recommended_point, at_their_own = point(recommended), [point(at) for at in (scaled, draws) if at]
     recommendation = Recommendation(
-        tau=ways[recommended[0]].tau,
+        tau=recommended_point.tau,
         ratio=0.0,
-        temperature=TEMPERATURES[recommended[1]],
+        temperature=recommended_point.temperature,
         objective="nll",
         score="probability",
         data=["the evaluation data of training"],
         samples=DRAWS,
         seed=seed,
         examples=Sizes(chosen_on=len(choosing), reported_on=len(report)),
-        chosen_on=Metrics(**measured(recommended, choosing)),
+        chosen_on=recommended_point.chosen_on,
         reported_on=Reported(**measured(recommended, report)),
-        mean_reported_on=Metrics(**measured(plain, report)),
+        mean_reported_on=point(plain).reported_on,
         verdict=verdict,
+        scaled=at_their_own,
         draws=DrawsPoint(tau=ways[draws[0]].tau, temperature=TEMPERATURES[draws[1]]) if draws else None,
     )
     return recommendation, text

@@ -12,7 +12,7 @@ from command_line import Cli
 from pipeline import Pipeline
 
 from axolotl_ivon import Posterior
-from axolotl_ivon.records.nbest import settings_path
+from axolotl_ivon.records.resumable import settings_path
 
 MEAN = "taken from the adapter's recommended.json: the mean with T 1.5; --no-recommended leaves it out"
 DRAWS = "taken from the adapter's recommended.json: draws at τ 4 with T 0.8; --no-recommended leaves it out"

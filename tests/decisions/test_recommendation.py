@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.decisions.recommendation import DecisionRule, recommended_for
+from axolotl_ivon.evaluation.variants import Variant
 from axolotl_ivon.posterior.adapter import Adapter
 from axolotl_ivon.records.recommendation import DrawsPoint
 
@@ -128,3 +129,21 @@ def test_a_mean_without_sigma_is_held_against_the_file(
     recommended(tau=INF)
     with pytest.raises(IVONError, match="was chosen for another adapter"):
         recommended_for(tmp_path)
+
+
+def test_an_evaluation_shows_mean_and_draws_at_their_own_temperature_whichever_is_recommended(
+    recommended: Callable[..., Path],
+) -> None:
+    draws, metrics = {"tau": 4.0, "temperature": 0.8}, {"chosen_on": {}, "reported_on": {}}
+    scaled = [{"tau": INF, "ratio": 0.0, "temperature": 1.5, **metrics}, {"ratio": 0.0, **draws, **metrics}]
+    rows = [Variant("mean+temperature", temperature=1.5), Variant("posterior+temperature", 4.0, temperature=0.8)]
+    for values in ({"tau": INF}, {"tau": INF, "temperature": 1.5}, draws):
+        path = recommended(**{"ratio": 0.0, "draws": draws, "scaled": scaled, **values})
+        found = recommended_for(Headed(path.parent))
+        assert found is not None
+        assert found.choice().added == rows
+    more = {"temperature": 1.5, "threshold": 0.6}
+    path = recommended(**{"tau": INF, "ratio": 0.0, "draws": draws, **more})
+    found = recommended_for(Headed(path.parent))
+    assert found is not None
+    assert found.choice().added == [*rows, Variant("recommended", INF, **more)]

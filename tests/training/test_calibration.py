@@ -190,6 +190,8 @@ def test_what_is_recommended(sharpness: float, draws: float | None, tau: float, 
     recommendation, line = _choose(ways, [list(pair) for pair in zip(mean, other, strict=True)], seed=1)
     assert (recommendation.tau, recommendation.temperature) == (tau, temperature), line
     assert recommendation.draws.tau == 4.0
+    assert [point.tau for point in recommendation.scaled] == [math.inf, 4.0]
+    assert recommendation.scaled[1].temperature == recommendation.draws.temperature
     assert json.loads(json.dumps(recommendation.dump()))["tau"] == ("inf" if math.isinf(tau) else tau)
 
 
