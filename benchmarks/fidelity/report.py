@@ -50,6 +50,7 @@ ROW_NAMES = {
     ("ivon-auto", "posterior"): "**IVON-LoRA, untuned, {draws} draws**",
     ("ivon-auto", "temperature-scaling"): "IVON-LoRA, untuned, mean + temperature scaling",
     ("ivon-auto", "posterior-scaled"): "IVON-LoRA, untuned, {draws} draws + temperature scaling",
+    ("ivon-auto", "calibrated"): "**IVON-LoRA, untuned, as the end of training recommends**",
 }
 OURS = ("ivon-auto", "ivon-paper", "ivon-lora", "ivon-lora-h0", "ivon-lora-rate", "ivon-lora-preset")
 SHIFTED = (

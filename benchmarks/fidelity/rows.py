@@ -7,6 +7,7 @@ ensemble is [function that reads a run's posterior, its runs…].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -15,7 +16,10 @@ import torch
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.metrics.calibration import fit_temperature
+from axolotl_ivon.metrics.choice import choose
 from axolotl_ivon.metrics.scores import Scores, metrics
+from axolotl_ivon.metrics.verdict import judge
+from axolotl_ivon.training.calibration import TAUS
 
 from .data import Encoder, Example, Task, labels_of, predict
 from .methods import (
@@ -133,6 +137,38 @@ def posterior_scaled(
     return Predictions.of([logits / temperature]), {"temperature": temperature}
 
 
+def calibrated(model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any) -> Answer:
+    """What the end of training recommends: the mean, the mean at its T, or draws at their τ and T.
+
+    By the rule and the values of τ of `ivon_calibrate`, on the validation data; T is fitted on the half that chooses.
+    """
+    labels = labels_of(task.validation)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    first, second = order.split([len(labels) // 2, len(labels) - len(labels) // 2])
+
+    def probabilities(tau: float, of: Sequence[Example]) -> torch.Tensor:
+        return predict_posterior(
+            model, q.temper(tau) if math.isfinite(tau) else q, of, draws * math.isfinite(tau)
+        ).probabilities
+
+    held_out = {tau: probabilities(tau, task.validation) for tau in (math.inf, *TAUS)}
+
+    def losses(point: tuple[float, float], part: torch.Tensor) -> torch.Tensor:
+        tau, temperature = point
+        logs = (held_out[tau][part].log() / temperature).log_softmax(-1)
+        return -logs.gather(1, labels[part, None]).squeeze(1)
+
+    def outcome(one: tuple[float, float], other: tuple[float, float]) -> str:
+        gap = losses(one, second) - losses(other, second)
+        return judge(float(gap.mean()), float(gap.std() / len(gap) ** 0.5), len(gap))
+
+    points = [(tau, fit_temperature(held[first], labels[first])) for tau, held in held_out.items()]
+    best = choose((math.inf, 1.0), points[:1], points[1:], lambda point: float(losses(point, first).mean()), outcome)
+    tau, temperature = best.recommended
+    logits = probabilities(tau, examples).log() / temperature
+    return Predictions.of([logits]), {"tau": tau, "temperature": temperature}
+
+
 def mc_dropout(model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any) -> Answer:
     """The average over passes with dropout."""
     return predict_dropout(model, examples, draws), {}
@@ -222,6 +258,7 @@ ROWS: dict[str, Callable[..., Answer]] = {
     "sigma": reshaped,
     "temperature-scaling": temperature_scaling,
     "posterior-scaled": posterior_scaled,
+    "calibrated": calibrated,
     "mc-dropout": mc_dropout,
     "laplace": laplace,
     "fit": fitted,

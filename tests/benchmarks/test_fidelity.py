@@ -7,6 +7,7 @@ import math
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from benchmarks.fidelity.blocks import BlockIVON, Correlated
 from benchmarks.fidelity.causal import Causal
 from benchmarks.fidelity.configs import HUB, as_chat, write_configs
 from benchmarks.fidelity.data import Encoder, Example, Task, collate, labels_of, predict, training_batches
-from benchmarks.fidelity.methods import TRAINERS, BlobLinear, Predictions, as_posterior, kl_weight
+from benchmarks.fidelity.methods import TRAINERS, BlobLinear, Predictions, as_posterior, kl_weight, predict_posterior
 from benchmarks.fidelity.report import Results, cell, main_table, report, verdict_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,6 +222,17 @@ def test_scaling_the_average_of_equal_draws_is_scaling_the_weights_themselves(be
     expected, facts_of_weights = rows.temperature_scaling(model, q, data, examples(9), 0)
     assert facts["temperature"] == pytest.approx(facts_of_weights["temperature"], rel=1e-3)
     torch.testing.assert_close(ours.probabilities, expected.probabilities, atol=1e-4, rtol=0)
+
+
+def test_of_equal_draws_the_mean_is_recommended_at_a_temperature_that_helps(bert: Path) -> None:
+    model = encoder(bert).eval()
+    q = as_posterior(model.trained())
+    guesses = predict(model, examples(200)).argmax(1).tolist()  # right every time, and a chance model is not sure of it
+    texts = [replace(text, label=guess) for text, guess in zip(examples(200), guesses, strict=True)]
+    ours, facts = rows.calibrated(model, q, task(validation=texts), examples(9), 3)
+    logits = predict_posterior(model, q, examples(9), 0).probabilities.log()
+    torch.testing.assert_close(ours.probabilities, (logits / facts["temperature"]).softmax(-1))
+    assert (facts["tau"], facts["temperature"] < 0.5) == (math.inf, True)
 
 
 def test_averaged_predictions_and_their_entropy() -> None:
