@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..models.session import Loading, Session
 from ..reporter import SILENT, Reporter
@@ -82,6 +83,7 @@ def local_backend(
     posterior = Posterior.from_pretrained(drawing.adapter)
     posterior = posterior.prune(drawing.prune_ratio).temper(drawing.tau)
     session = Session.open(posterior, loading, reporter)
+    from ..decisions.decide import trained_choices
     from .local.engine import TokenEngine
     from .local.queue import Local
 
@@ -91,7 +93,8 @@ def local_backend(
     engine = TokenEngine(session, posterior, rule, name=name, mean_rule=mean_rule, **draws)
     # Prompts are encoded while another thread decodes, and a tokenizer is not for two threads.
     tokenize = partial(encode, copy.deepcopy(session.tokenizer), chat_format=session.chat_format)
-    return Local(engine, tokenize, limits)
+    choose = partial(encode_labels, tokenize.args[0], chat_format=session.chat_format)
+    return Local(engine, tokenize, limits, choose, trained_choices(posterior.metadata))
 
 
 def encode(
@@ -102,19 +105,69 @@ def encode(
     chat_format: ChatFormat | None = None,
 ) -> Sequence[int]:
     """Return the tokens of a prompt: a text, token ids or the messages of a chat, with the request's own arguments."""
-    from ..data.chats import Chat, chat_messages
-    from ..data.encode import ChatFormat, render
+    from ..data.chats import Chat
+    from ..data.encode import render
 
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]  # type: ignore[no-any-return]
     if isinstance(prompt[0], int):
         return prompt  # type: ignore[no-any-return]
+    chat = Chat(tuple(_messages(tokenizer, prompt)), None, "messages")
+    return render(tokenizer, [chat], _format(chat_format, chat_template_kwargs))[0].ids
+
+
+def _format(chat_format: ChatFormat | None, chat_template_kwargs: Mapping[str, Any] | None) -> ChatFormat:
+    """Return how a chat is rendered: as all are, with the request's own arguments."""
+    from ..data.encode import ChatFormat
+
     chat_format = chat_format or ChatFormat()
-    if chat_template_kwargs is not None:
-        chosen = ChatFormat.of({}, chat_template_kwargs)
-        chat_format = replace(chosen, kwargs={**chat_format.kwargs, **chosen.kwargs})
+    if chat_template_kwargs is None:
+        return chat_format
+    chosen = ChatFormat.of({}, chat_template_kwargs)
+    return replace(chosen, kwargs={**chat_format.kwargs, **chosen.kwargs})
+
+
+def _messages(tokenizer: Any, prompt: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages of a chat; a developer is a system where the template knows no developer."""
+    from ..data.chats import chat_messages
+
     messages = chat_messages({"messages": prompt}, "messages")
-    return render(tokenizer, [Chat(tuple(messages), None, "messages")], chat_format)[0].ids
+    if "developer" not in str(tokenizer.chat_template):
+        messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+    return messages
+
+
+def encode_labels(
+    tokenizer: Any,
+    prompt: Any,
+    labels: Sequence[str],
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    chat_format: ChatFormat | None = None,
+) -> EncodedExample:
+    """Return the tokens of a prompt, and those of each label as its answer: see `encode`.
+
+    Raises:
+        IVONError: as `data.encode.encode`; the labels are fewer than two or alike; the prompt is no chat or text.
+    """
+    from ..data.chats import Example, find_choices
+    from ..data.encode import common_length
+    from ..data.encode import encode as encode_examples
+
+    labels = find_choices((), labels)
+    if isinstance(prompt, str):  # labels as they are, after the text
+        rows = [tuple(tokenizer(prompt + label)["input_ids"]) for label in labels]
+        begun = {row[:length] for row in rows for length in range(1, len(row))}
+        rows = [(*row, tokenizer.eos_token_id) if row in begun else row for row in rows]
+        start = common_length(rows)
+        if start < 1 or len(set(rows)) < len(rows):
+            raise IVONError("the prompt is empty, or the model reads two of the choices as the same")
+        return EncodedExample(list(rows[0][:start]), [start - 1], [0], tuple(row[start:] for row in rows))
+    if isinstance(prompt[0], int):
+        raise IVONError("choices go with a text or a chat, not with tokens")
+    example = Example(tuple(_messages(tokenizer, prompt)), labels[0], "messages")
+    own = _format(chat_format, chat_template_kwargs)
+    return encode_examples(tokenizer, [example], "choice", choices=labels, chat_format=own)[0]
 
 
 def proxy_backend(

@@ -20,7 +20,7 @@ from axolotl_ivon.serving.api.app import Guard
 from axolotl_ivon.serving.api.backend import Limits
 from axolotl_ivon.serving.local.engine import TokenEngine
 from axolotl_ivon.serving.local.queue import Local
-from axolotl_ivon.serving.start import encode
+from axolotl_ivon.serving.start import encode, encode_labels
 
 Serve = Callable[..., contextlib.AbstractContextManager[str]]
 
@@ -51,7 +51,8 @@ def serve(engine: TokenEngine, tokenizer: Any) -> Serve:
     """A function that serves an engine, the tiny one by default, inside a block and gives the address."""
 
     def start(served: Any = engine, guard: Guard | None = None, **limits: Any) -> Any:
-        return serving(lambda: Local(served, partial(encode, tokenizer), Limits(**limits)), guard)
+        both = partial(encode, tokenizer), partial(encode_labels, tokenizer)
+        return serving(lambda: Local(served, both[0], Limits(**limits), both[1]), guard)
 
     return start
 

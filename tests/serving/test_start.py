@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from heard import Heard
 
-from axolotl_ivon import IVONError
+from axolotl_ivon import IVONError, predict
 from axolotl_ivon.data.encode import ChatFormat
 from axolotl_ivon.decisions.recommendation import DecisionRule
 from axolotl_ivon.models.session import Loading, load_tokenizer
+from axolotl_ivon.records.recommendation import PredictionSet
 from axolotl_ivon.serving.api.backend import Limits
-from axolotl_ivon.serving.api.protocol import ChatRequest, CompletionRequest, read_request
+from axolotl_ivon.serving.api.protocol import ChatRequest, ClassifyRequest, CompletionRequest, read_request
 from axolotl_ivon.serving.start import Drawing, check_key, encode, local_backend, served_name
 
 
@@ -52,6 +54,31 @@ def test_a_chat_is_rendered_as_in_training_or_as_the_request_wants(tiny_adapter:
         request = read_request(ChatRequest, {**body, "chat_template_kwargs": kwargs})
         ids = encode(tokenizer, request.prompts[0], request.chat_template_kwargs, chat_format=trained)
         assert tokenizer.decode(ids) == f"userbob: sun\n{end}"
+    for template, role in ((TEMPLATE, "system"), (f"{TEMPLATE}{{# developer #}}", "developer")):
+        tokenizer.chat_template = template
+        chat = [{"role": "developer", "content": "x"}, {"role": "user", "content": "sun"}]
+        assert tokenizer.decode(encode(tokenizer, chat)).startswith(f"{role}: x\n")
+
+
+def test_the_labels_of_training_are_those_of_the_server(make_adapter: Callable[..., Path]) -> None:
+    adapter = make_adapter(facts={"choices": '["A", "B"]'})
+
+    async def run() -> tuple[Sequence[str], Any]:
+        sets = PredictionSet(coverage=0.9, threshold=0.0, examples=99)
+        rule = DecisionRule(2.0, 1.0, prediction_set=sets)
+        backend = local_backend(Drawing(str(adapter), samples=2), rule, Limits(), Loading())
+        [request] = ClassifyRequest(model="adapter", input="red").requests(backend.labels)
+        answers = await backend.answer(request)
+        found = [delta async for delta in answers.deltas][-1].ivon
+        await backend.close()
+        return backend.labels, found
+
+    labels, found = asyncio.run(run())
+    [expected] = predict(adapter, ["red"], n=2)
+    halved = {label: p**0.5 for label, p in expected.probabilities.items()}  # at temperature 2
+    assert tuple(labels) == ("A", "B")
+    assert found["choices"] == pytest.approx({label: p / sum(halved.values()) for label, p in halved.items()}, rel=1e-4)
+    assert (found["abstain"], sorted(found["set"])) == (True, ["A", "B"])
 
 
 def test_an_adapter_answers_under_its_own_name(tiny_adapter: Path) -> None:

@@ -9,6 +9,7 @@ import hmac
 import json
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from .answers import AnswerDelta
 from .backend import AnswerStream, Backend
 from .http import is_loopback
 from .monitoring import Metrics
-from .protocol import ApiError, ChatRequest, CompletionRequest, Request, Writer, read_request, usage
+from .protocol import ApiError, ChatRequest, ClassifyRequest, CompletionRequest, Request, Writer, read_request, usage
 
 log = logging.getLogger("ivon_post.serve")
 _PAGE = Path(__file__).with_name("page.html")
@@ -120,6 +121,28 @@ def make_app(backend: Backend, guard: Guard) -> ASGIApp:
         check_model(request.model)
         return _Completion(request, await backend.answer(request), metrics, http.state.begun)
 
+    async def classify(http: HTTPRequest) -> Response:
+        guard.check(http)
+        request = read_request(ClassifyRequest, await guard.body(http))
+        check_model(request.model)
+        if not (labels := request.choices or backend.labels):
+            message = "the adapter does not say which answers its training data had; send choices"
+            raise ApiError(400, message, param="choices")
+        data, prompt_tokens = [], 0
+        for index, each in enumerate(request.requests(labels)):
+            answers = await backend.answer(each)
+            async with contextlib.aclosing(answers.deltas) as deltas:
+                [delta] = [delta async for delta in deltas]
+            prompt_tokens += answers.prompt_tokens
+            ivon = dict(delta.ivon or {})
+            metrics.answer(ivon)
+            choices = ivon.pop("choices")
+            probabilities = {"probs": list(choices.values()), "num_classes": len(choices)}
+            data.append({"index": index, "label": delta.text, **probabilities, "labels": list(choices), "ivon": ivon})
+        metrics.tokens(prompt_tokens, 0)
+        head = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time())}
+        return JSONResponse({**head, "model": request.model, "data": data, "usage": usage(prompt_tokens, 0)})
+
     async def models(http: HTTPRequest) -> Response:
         guard.check(http)
         return JSONResponse({"object": "list", "data": list(map(description, backend.models))})
@@ -157,6 +180,7 @@ def make_app(backend: Backend, guard: Guard) -> ASGIApp:
 
     routes = [
         *(Route(path, complete, methods=["POST"]) for path in _REQUESTS),
+        Route("/classify", classify, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/health", health),

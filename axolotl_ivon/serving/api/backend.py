@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .answers import AnswerDelta
@@ -49,6 +49,11 @@ class Backend(ABC):
     @abstractmethod
     def models(self) -> Collection[str]:
         """The served names."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The answers of the training data, if they are a few labels that can be asked for."""
+        return ()
 
     @abstractmethod
     async def answer(self, request: Request) -> AnswerStream:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import Self
 
 from .answers import AnswerDelta, Token
 
 MAX_CHOICES = 16
+MAX_LABELS = 1000
 _MAX_STOPS = 16
 # Parameters that would change an answer and are not supported, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -33,8 +35,23 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
 }
-_Model = TypeVar("_Model", bound="Request")
+# Those that change no answer. Whatever else is unknown is refused.
+_WITHOUT_EFFECT = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
+    "request_id", "priority",
+}  # fmt: skip
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 @dataclass(eq=False)
@@ -61,8 +78,18 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+_Labels = Annotated[list[str], Field(min_length=1, max_length=MAX_LABELS)]
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's constraints on an answer, of which choices are supported."""
+
+    model_config = ConfigDict(extra="forbid")
+    choice: _Labels
+
+
 class Request(BaseModel, ABC):
-    """The fields of both kinds of request. A field that is null counts as absent; unknown fields are ignored."""
+    """The fields of both kinds of request. A field that is null counts as absent."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     path: ClassVar[str]  # where such a request is posted, below /v1/
@@ -77,16 +104,29 @@ class Request(BaseModel, ABC):
     seed: int | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    structured_outputs: StructuredOutputs | None = None
+    guided_choice: _Labels | None = None  # the same by its former name
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, given: Any) -> Any:
         return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
 
+    @model_validator(mode="after")
+    def _of_labels_or_tokens(self) -> Self:
+        if self.labels and self.top is not None:
+            raise ValueError("logprobs are of tokens; the probabilities of choices are in `ivon.choices`")
+        return self
+
     @field_validator("stop", mode="before")
     @classmethod
     def _as_list(cls, stop: Any) -> Any:
         return [stop] if isinstance(stop, str) else stop
+
+    @property
+    def labels(self) -> list[str]:
+        """The strings of which the answer is one; empty: it is any text."""
+        return self.structured_outputs.choice if self.structured_outputs else self.guided_choice or []
 
     @property
     @abstractmethod
@@ -108,7 +148,7 @@ class Message(BaseModel):
     """One message of a chat; fields beside these (`tool_calls`, `name`, …) go to the chat template as they are."""
 
     model_config = ConfigDict(extra="allow")
-    role: str
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -150,6 +190,21 @@ class ChatRequest(Request):
         return [[message.plain() for message in self.messages]]
 
 
+class ClassifyRequest(BaseModel):
+    """`POST /classify`, in vLLM's form; `choices` are by default the answers of the training data."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    model: str
+    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+    choices: _Labels | None = None
+
+    def requests(self, labels: Sequence[str]) -> list[ChatRequest]:
+        """Return a request for each text, of which the answer is the most probable label."""
+        texts = [self.input] if isinstance(self.input, str) else self.input
+        chat = {"model": self.model, "guided_choice": list(labels), "temperature": 0.0}
+        return [ChatRequest(**chat, messages=[Message(role="user", content=text)]) for text in texts]  # type: ignore
+
+
 _Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -176,9 +231,11 @@ def read_request(kind: type[_Model], body: object) -> _Model:
     """Return the request in a JSON body; raise ApiError if it is none."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body is not a JSON object")
-    for name, neutral in _NEUTRAL.items():
-        if (value := body.get(name)) is not None and value not in neutral:
-            raise ApiError(400, f"{name} is not supported here; leave it out", param=name, code="unsupported_parameter")
+    for name, value in body.items():
+        if value is None or name in kind.model_fields or name in _WITHOUT_EFFECT or value in _NEUTRAL.get(name, ()):
+            continue
+        message = f"{name[:100]} is not supported here; leave it out"
+        raise ApiError(400, message, param=name[:100], code="unsupported_parameter")
     try:
         return kind.model_validate(body)
     except ValidationError as error:

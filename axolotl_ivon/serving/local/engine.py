@@ -15,13 +15,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ...data.encode import EncodedExample
+from ...decisions.conformal import labels_in_set
 from ...decisions.recommendation import DecisionRule
 from ...errors import IVONError
+from ...evaluation.predict import Predictor
 from ...generation.local import next_tokens
+from ...metrics.calibration import rescale
+from ...metrics.scores import entropy
 from ...models.draws import Stack, evaluating
 from ...models.forward import CachedForward, end_tokens
 from ...noise import generator
-from ..api.answers import LEAST_LOGPROB, AnswerDelta, Token, certainty_of
+from ...reporter import SILENT
+from ..api.answers import LEAST_LOGPROB, AnswerDelta, Token, certainty, certainty_of
 from .text import GrowingText
 
 if TYPE_CHECKING:
@@ -43,6 +49,8 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     top: int | None = None  # the number of likeliest tokens to return at each place; None: no tokens are returned
     seed: int = 0  # of the answers
+    labels: tuple[str, ...] = ()  # the strings of which an answer is one; none: it is any text
+    candidates: tuple[tuple[int, ...], ...] = ()  # their tokens after the prompt
 
 
 class TokenEngine:
@@ -87,13 +95,20 @@ class TokenEngine:
             self.models[f"{name}:member-{k:04d}"] = _Served(drawn, slice(k, k + 1), DecisionRule())
         self.check = functools.partial(session.check_tokens, source="prompt")
         self._forward = CachedForward(self._model)
+        self._predictor = Predictor(self._model, "choice", None, SILENT)
         tokenizer = session.tokenizer
         self._ends = end_tokens(self._model, tokenizer)
         self._decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._name_of = functools.lru_cache(maxsize=1 << 16)(lambda id: str(tokenizer.decode([id])))
 
     def deltas(self, request: GenerationRequest) -> Generator[list[AnswerDelta], None, None]:
-        """Yield, for every step, the newest part of each answer that goes on; the last part says why it ends."""
+        """Yield, for every step, the newest part of each answer that goes on; the last part says why it ends.
+
+        With labels there is one step, from the averaged probability of each whole label.
+        """
+        if request.labels:
+            yield self._choose(request)
+            return
         served = self.models[request.model]
         members, rule = served.which.stop - served.which.start, served.rule
         decoder = _Decoder(self._forward, served.members(), served.which)
@@ -120,6 +135,35 @@ class TokenEngine:
                 parents = [0] * len(rows) if not step else rows if len(rows) < len(alive) else None
                 alive = [alive[row] for row in rows]
                 logits = decoder.run(chosen[rows, None], parents)
+
+    def _choose(self, request: GenerationRequest) -> list[AnswerDelta]:
+        """Return the answers of a request with labels."""
+        served = self.models[request.model]
+        members, rule = served.members(), served.rule
+        item = EncodedExample(list(request.ids), [len(request.ids) - 1], [0], request.candidates)
+        [batch] = self._predictor.batches([item], 0, 1)
+        passes = []
+        with evaluating(self._model):
+            for part in members.passes(served.which):
+                with members.running(part):
+                    predicted = self._predictor.predict(batch, None, part.stop - part.start)
+                    passes += [probabilities[:, 0] for _, probabilities in predicted]
+        drawn = torch.cat(passes)
+        average = drawn.mean(0)
+        expected, total = float(entropy(drawn).mean()), float(entropy(average))
+        shares = rescale(average[None], rule.temperature)[0]
+        by_label = dict(zip(request.labels, shares.tolist(), strict=True))
+        deltas = []
+        for number in range(request.n):
+            uniform = torch.tensor([generator("serve", request.seed, number).random()])
+            index = int(next_tokens(shares.log()[None].float(), uniform, request.temperature, request.top_p))
+            label = request.labels[index]
+            ivon = certainty(by_label[label], expected, max(total - expected, 0.0), len(drawn), rule.threshold)
+            ivon["choices"] = by_label
+            if rule.prediction_set is not None:
+                ivon["set"] = labels_in_set(by_label, rule.prediction_set.threshold)
+            deltas.append(AnswerDelta(number, label, (), "stop", ivon, len(request.candidates[index])))
+        return deltas
 
     def _tokens(
         self, average: torch.Tensor, expected: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor, top: int | None

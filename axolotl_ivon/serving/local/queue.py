@@ -11,11 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 from accelerate.utils.memory import clear_device_cache
 
+from ...data.encode import EncodedExample
 from ...errors import IVONError
 from ...models.batching import out_of_memory
 from ..api.backend import AnswerStream, Backend, Deltas, Limits, queue_full
 from ..api.protocol import ApiError, ChatRequest, Request
 from .engine import GenerationRequest, TokenEngine
+
+_Prompt = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]  # its tokens, and those of each label after it
 
 
 class Local(Backend):
@@ -23,10 +26,20 @@ class Local(Backend):
 
     `encode` returns the tokens of a prompt: a text, token ids or the messages of a chat, after which it gets the
     request's arguments of the chat template. It is called from one thread at a time, but never from the engine's.
+    `encode_labels` gets the labels of which the answer is one before these arguments, and returns their tokens too.
+    `labels` are those of training.
     """
 
-    def __init__(self, engine: TokenEngine, encode: Callable[..., Sequence[int]], limits: Limits) -> None:
+    def __init__(
+        self,
+        engine: TokenEngine,
+        encode: Callable[..., Sequence[int]],
+        limits: Limits,
+        encode_labels: Callable[..., EncodedExample] | None = None,
+        labels: Sequence[str] = (),
+    ) -> None:
         self._engine, self._encode, self._limits = engine, encode, limits
+        self._encode_labels, self._labels = encode_labels, labels
         self._encoding, self._turn = asyncio.Lock(), asyncio.Lock()
         self._waiting = 0
         self._thread = ThreadPoolExecutor(1, "ivon-serve")
@@ -34,6 +47,10 @@ class Local(Backend):
     @property
     def models(self) -> Collection[str]:
         return self._engine.models
+
+    @property
+    def labels(self) -> Sequence[str]:
+        return self._labels
 
     def gauges(self) -> Mapping[str, float]:
         return {"waiting": self._waiting, "running": float(self._turn.locked())}
@@ -46,8 +63,8 @@ class Local(Backend):
         self._check_queue()
         async with self._encoding:
             prompts = await asyncio.to_thread(self._encoded, request)
-        parts = [self._part(request, number, ids) for number, ids in enumerate(prompts)]
-        answers = AnswerStream(sum(map(len, prompts)), len(parts) * request.n)
+        parts = [self._part(request, number, *prompt) for number, prompt in enumerate(prompts)]
+        answers = AnswerStream(sum(len(ids) for ids, _ in prompts), len(parts) * request.n)
         answers.deltas = self._in_time(self._deltas(parts))
         return answers
 
@@ -55,24 +72,37 @@ class Local(Backend):
         if self._waiting >= self._limits.max_queue and self._turn.locked():
             raise queue_full(f"{self._waiting} requests are waiting")
 
-    def _encoded(self, request: Request) -> list[tuple[int, ...]]:
+    def _encoded(self, request: Request) -> list[_Prompt]:
+        labels = request.labels
+        if labels and self._encode_labels is None:
+            raise ApiError(400, "choices are not supported here; leave them out", param="structured_outputs")
         try:
             own = [request.chat_template_kwargs] if isinstance(request, ChatRequest) else []
-            prompts = [tuple(self._encode(prompt, *own)) for prompt in request.prompts]
-            for ids in prompts:
+            prompts: list[_Prompt] = []
+            for prompt in request.prompts:
+                if labels and self._encode_labels:
+                    item = self._encode_labels(prompt, labels, *own)
+                    prompts.append((tuple(item.ids), item.candidates or ()))
+                else:
+                    prompts.append((tuple(self._encode(prompt, *own)), ()))
+            for ids, _ in prompts:
                 if not ids:
                     raise IVONError("the prompt is empty")
                 self._engine.check(ids)
         except IVONError as error:
-            raise ApiError(400, str(error), param=request.prompt_field) from None
+            raise ApiError(400, str(error), param="structured_outputs" if labels else request.prompt_field) from None
         return prompts
 
-    def _part(self, request: Request, number: int, ids: tuple[int, ...]) -> GenerationRequest:
+    def _part(
+        self, request: Request, number: int, ids: tuple[int, ...], candidates: tuple[tuple[int, ...], ...]
+    ) -> GenerationRequest:
         """Return what the engine is asked for one prompt; raise ApiError if the answer would be too long."""
         max_tokens, max_length = self._limits.max_tokens, self._engine.max_length
         room = max_tokens if max_length is None else max_length - len(ids)
         default = min(max_tokens, room) if isinstance(request, ChatRequest) else 16  # as OpenAI has it
         wanted = max(request.max_tokens or default, 1)
+        if candidates:
+            wanted = max(map(len, candidates))
         if room < wanted:
             message = (
                 f"the prompt has {len(ids)} tokens and max_tokens is {wanted}; the model takes {max_length} together"
@@ -88,6 +118,8 @@ class Local(Backend):
             stop=tuple(request.stop),
             top=request.top,
             seed=secrets.randbits(63) if request.seed is None else request.seed + number,
+            labels=tuple(request.labels),
+            candidates=candidates,
         )
 
     async def _in_time(self, deltas: Deltas) -> Deltas:

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -14,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import ask, completion, connect, official, until
 from slow_engine import SlowEngine
 
+from axolotl_ivon import Posterior, predict
 from axolotl_ivon.serving.api.app import Guard
 from axolotl_ivon.serving.api.monitoring import Metrics
 from axolotl_ivon.serving.local.engine import GenerationRequest, TokenEngine
@@ -54,6 +56,54 @@ def test_the_answer_is_the_engines(client: openai.OpenAI, engine: TokenEngine, t
     assert found.usage.prompt_tokens == len(ids)
     by_ids = client.completions.create(model="tiny", prompt=list(ids), max_tokens=8, temperature=0)
     assert by_ids.choices[0].text == found.choices[0].message.content
+
+
+LABELS = ["yes no", "A", "yes"]
+
+
+def test_an_answer_is_one_of_the_choices(client: openai.OpenAI, url: str, tiny_adapter: Path, tokenizer: Any) -> None:
+    q = Posterior.from_pretrained(tiny_adapter).temper(0.002)  # as the engine's
+    expected, other = predict(q, ["red dog", "moon"], LABELS, n=3)
+    asked: Any = {"model": "tiny", "messages": MESSAGES, "temperature": 0}
+    for extra in ({"structured_outputs": {"choice": LABELS}}, {"guided_choice": LABELS}):
+        answer = client.chat.completions.create(**asked, extra_body=extra)
+        ivon: Any = (answer.model_extra or {})["ivon"]
+        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (expected.label, "stop")
+        assert ivon.pop("choices") == pytest.approx(expected.probabilities, rel=1e-4)
+        figures = {name: getattr(expected, name) for name in ("confidence", "expected_entropy", "mutual_information")}
+        assert ivon == pytest.approx({**figures, "members": 3}, rel=1e-3)
+        chunks = list(client.chat.completions.create(**asked, extra_body=extra, stream=True))
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected.label
+    text = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    extra_body = {"guided_choice": LABELS}
+    completed = client.completions.create(model="tiny", prompt=text, temperature=0, extra_body=extra_body)
+    assert completed.model_extra["ivon"]["choices"] == pytest.approx(expected.probabilities, rel=1e-4)  # type: ignore[index]
+    few: Any = {"messages": MESSAGES, "n": 16, "seed": 3, "extra_body": {"guided_choice": ["A", "B", "C"]}}
+    drawn = [client.chat.completions.create(model="tiny", **few) for _ in range(2)]
+    texts = [[choice.message.content for choice in answer.choices] for answer in drawn]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 1  # at temperature 1 they are drawn
+    assert set(texts[0]) <= {"A", "B", "C"}
+    status, _, found = ask(url, "/classify", {"model": "tiny", "input": ["red dog", "moon"], "choices": LABELS})
+    assert (status, found["object"], found["model"]) == (200, "list", "tiny")
+    for number, (row, decision) in enumerate(zip(found["data"], (expected, other), strict=True)):
+        assert (row["index"], row["label"], row["num_classes"]) == (number, decision.label, 3)
+        assert row["probs"] == pytest.approx(list(decision.probabilities.values()), rel=1e-4)
+        assert row["labels"] == LABELS
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"guided_choice": ["A"]}, "choices A: give at least two different"),
+        ({"guided_choice": ["A", " A"]}, "give at least two different, non-empty strings"),
+        ({"structured_outputs": {"json": {}}}, "Field required"),
+    ],
+)
+def test_choices_that_cannot_be_are_one_line(client: openai.OpenAI, extra: Any, message: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=message) as raised:
+        client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=extra)
+    assert str(raised.value.param).startswith("structured_outputs")
 
 
 def test_the_models_are_listed(client: openai.OpenAI) -> None:
@@ -110,6 +160,9 @@ def test_a_mistake_is_told_in_openais_shape(client: openai.OpenAI, asked: Any, k
         ("/v1/chat/completions", b"{}", {"Content_Type": "text/plain"}, 415, "send JSON"),
         ("/v1/chat/completions", None, {}, 405, "Method Not Allowed"),
         ("/v2", None, {}, 404, "Not Found"),
+        ("/classify", b'{"model": "tiny", "input": "x"}', {}, 400, "training data had; send choices"),
+        ("/classify", b'{"model": "no", "input": "x"}', {}, 404, "is not served here"),
+        ("/classify", b'{"model": "tiny", "input": "x", "dimensions": 3}', {}, 400, "dimensions is not supported here"),
         ("/../../etc/passwd", None, {}, 404, "Not Found"),
         ("/v1/models", None, {"Host": "evil.example"}, 403, "answers under localhost"),
         ("/v1/models", None, {"Host": "127.0.0.1.evil.example:80"}, 403, "answers under localhost"),

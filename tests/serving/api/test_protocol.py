@@ -24,6 +24,10 @@ def test_what_is_null_or_unknown_is_left_out() -> None:
     assert read_request(ChatRequest, {**CHAT, "stop": "a", "temperature": 1, "top_p": 1}).stop == ["a"]
     assert read_request(ChatRequest, {**CHAT, "max_tokens": 4, "max_completion_tokens": 5}).max_tokens == 5
     assert read_request(ChatRequest, {**CHAT, "logprobs": True}).top == 0
+    assert read_request(ChatRequest, {**CHAT, "min_tokens": 0, "add_generation_prompt": True, "service_tier": "auto"})
+    assert read_request(ChatRequest, {**CHAT, "structured_outputs": {"choice": ["a"]}}).labels == ["a"]
+    with pytest.raises(ApiError, match="chat_template_kwargs is not supported here"):
+        read_request(CompletionRequest, {**TEXT, "chat_template_kwargs": {}})
 
 
 def test_content_may_come_in_parts() -> None:
@@ -60,6 +64,20 @@ def test_prompts_are_text_or_tokens_one_or_several(prompt: Any, prompts: Any) ->
         ({**CHAT, "tools": [{}]}, "tools", "not supported here"),
         ({**CHAT, "frequency_penalty": 0.5}, "frequency_penalty", "not supported here"),
         ({**CHAT, "response_format": {"type": "json_object"}}, "response_format", "not supported here"),
+        ({**CHAT, "messages": [{"role": "boss", "content": "?"}]}, "messages.0.role", "'system'"),
+        ({**CHAT, "min_tokens": 3}, "min_tokens", "not supported here"),
+        ({**CHAT, "ignore_eos": True}, "ignore_eos", "not supported here"),
+        ({**CHAT, "stop_token_ids": [5]}, "stop_token_ids", "not supported here"),
+        ({**CHAT, "bad_words": ["x"]}, "bad_words", "not supported here"),
+        ({**CHAT, "logits_processors": ["x"]}, "logits_processors", "not supported here"),
+        ({**CHAT, "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "not supported here"),
+        ({**CHAT, "prompt_logprobs": 1}, "prompt_logprobs", "not supported here"),
+        ({**CHAT, "add_generation_prompt": False}, "add_generation_prompt", "not supported here"),
+        ({**CHAT, "guided_regex": "x"}, "guided_regex", "not supported here"),
+        ({**CHAT, "temprature": 0}, "temprature", "not supported here"),
+        ({**CHAT, "structured_outputs": {"regex": "x"}}, "structured_outputs.choice", "Field required"),
+        ({**CHAT, "structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1 item"),
+        ({**CHAT, "guided_choice": ["a", "b"], "logprobs": True}, None, "logprobs are of tokens"),
         ([], None, "not a JSON object"),
     ],
 )
@@ -113,7 +131,7 @@ def test_a_streamed_chat_adds_up_to_the_whole(n: int, include_usage: bool) -> No
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
 def test_nothing_is_told_of_tokens_that_nobody_asked_for(kind: Any) -> None:
-    request = read_request(kind, {**CHAT, **TEXT})
+    request = read_request(kind, CHAT if kind is ChatRequest else TEXT)
     deltas = [AnswerDelta(0, "é", (TOKEN,)), AnswerDelta(0, "", (TOKEN,), "stop", IVON)]
     whole = Writer(request, 1).whole(deltas, {})
     writer = Writer(request, 1)

@@ -148,6 +148,11 @@ def test_greedy_members_are_asked_for_one_answer(begin: Begin, upstreams: list[S
     assert sorted(body["prompt"] for body in asked) == ["blue", "blue", "red", "red"]
 
 
+def test_choices_are_refused(begin: Begin) -> None:
+    with begin() as url, pytest.raises(openai.BadRequestError, match="serve the adapter from memory"):
+        official(url).chat.completions.create(model="ours", messages=MESSAGES, extra_body={"guided_choice": ["A", "B"]})
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_rescoring_chooses_by_the_average_probability(begin: Begin, upstreams: list[Server], chat: bool) -> None:
     with begin(combine="rescore", threshold=0.5) as url:
