@@ -85,7 +85,12 @@ def test_eval_adds_mean_and_draws_at_their_own_temperature(
     assert ([row["name"] for row in record["rows"]], record["tau"]) == (["mean", "posterior"], 4.0)
     report = ivon_post.run("report", adapter, "--data", pipeline.chats, "-o", tmp_path / "page.html")
     assert report.stderr.splitlines()[0] == MEAN
-    assert ">posterior+temperature<" in (tmp_path / "page.html").read_text().replace("\n", "").replace(" ", "")
+    page = (tmp_path / "page.html").read_text()
+    assert ">mean+temperature<" in page.replace("\n", "").replace(" ", "")
+    # What it says of draws is said of draws, not of a posterior at τ = ∞ that is the mean.
+    assert "On chats.jsonl, draws at τ 4: " in page
+    assert "predict the same" not in page
+    assert "Recommended, on validation data: the mean with T 1.5." in page
 
 
 def test_generate_takes_the_mean_unless_draws_are_asked_for(
