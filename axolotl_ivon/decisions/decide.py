@@ -90,6 +90,11 @@ class Decider:
         self._variants = [drawn, replace(drawn, temperature=rule.temperature)]
         self.passes = drawn.passes(sampling.samples)
         session = self._session = Session.open(posterior, loading, reporter)
+        from ..models.draws import Stack
+
+        with contextlib.suppress(IVONError):  # else one draw runs after another
+            Stack(session.model, [dict(posterior.mean)])
+            self._sampling = replace(self._sampling, draws_per_pass=self.passes)
         self.choices = self.choices or session.labels
         self.settings: dict[str, Any] = {
             "adapter": posterior.metadata.get("mean_sha256") or mean_sha256(posterior.mean),
