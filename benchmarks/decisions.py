@@ -92,7 +92,7 @@ def main() -> None:
                     decide(items, many, many),
                     repeats=arguments.repeats,
                 )
-            cells = [f"{arguments.prompts / each:.1f}" for each in times]
+            cells = [f"{arguments.prompts / each:.2g}" for each in times]
             print(f"| {count} | {tokens} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -33,7 +33,7 @@ def chats(pipeline: Any) -> Path:
 def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tmp_path: Path) -> None:
     names = ["valid", "other", "second"]
     valid, other, second = (write_chats(tmp_path / f"{name}.jsonl", 9, n) for n, name in enumerate(names, 3))
-    advice = Variant("recommended", 0.5, 0.3, temperature=2.0, threshold=0.5)
+    advice = Variant("recommended", 0.5, 0.3, temperature=2.0, threshold=0.51)
     choice = VariantChoice(
         ["base", "mean", "posterior"], 0.5, 0.3, [Variant("mean+temperature", temperature=9.0), advice]
     )
@@ -56,7 +56,7 @@ def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tm
                 assert row.versus(than) == {metric: Difference(**each._asdict()) for metric, each in paired.items()}
         whole = parts["recommended"]
         [answered] = (row for row in record.rows if (row.name, row.data) == ("recommended, answered", path))
-        part = whole.where(whole.confidence >= 0.5)
+        part = whole.where(whole.confidence >= 0.51)
         assert (answered.examples, answered.coverage) == (len(part.group), len(part.group) / len(numbers))
         assert answered.accuracy == metrics(part)["accuracy"]
     assert record.calibration is not None
@@ -64,6 +64,10 @@ def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tm
     assert (record.tau, record.prune_ratio, record.samples) == (0.5, 0.3, 3)
     lines = [line for _, line in ExampleRecord.load_lines(written, "output")]
     assert lines == list(evaluated.examples())
+    for line in lines:
+        assert line.rows["recommended"].abstain == (line.rows["recommended"].confidence < 0.51)
+        assert {row.abstain for name, row in line.rows.items() if name != "recommended"} == {None}
+    assert {line.rows["recommended"].abstain for line in lines} == {True, False}
     assert type(record).parse(json.loads(json.dumps(record.dump(), allow_nan=False)), "here") == record
 
 
