@@ -1,7 +1,7 @@
 """Rows a second of decisions among labels of several tokens, against a plain transformers loop.
 
-    python benchmarks/decisions.py                     # SmolLM2-135M's shape with random weights, on a CPU
-    python benchmarks/decisions.py --labels 77 --tokens 4 --prompts 256 --device cuda --dtype bfloat16
+    python -m benchmarks.decisions                     # SmolLM2-135M's shape with random weights, on a CPU
+    python -m benchmarks.decisions --labels 77 --tokens 4 --prompts 256 --device cuda --dtype bfloat16
 
 The plain loop runs, for one prompt after the other, all labels in one batch behind the prompt. Both give the same
 probabilities, which is checked. Everything runs in turn in one process; figures are medians.

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _MIN_PREFIX = 8  # a shorter common prefix is not worth its own pass
 _DISAGREES = 0.05  # relative; rounding in bfloat16 is far below, a token that attends to others than its own far above
+_attending: WeakKeyDictionary[PeftModel, bool] = WeakKeyDictionary()  # models that were tried (`Predictor._attends`)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,6 @@ class Predictor:
         self._batch_size = batch_size
         self._takes = forward_parameters(model)  # the arguments of the base model's forward
         self._halving = Halving("prompts", reporter)
-        self._attends_in_trees: bool | None = None  # None: not tried yet
 
     def classes(self, items: Sequence[EncodedExample]) -> int:
         """Return the number of classes of a distribution."""
@@ -252,15 +253,15 @@ class Predictor:
         return getattr(self.model.config.get_text_config(), "_attn_implementation", None)
 
     def _attends(self, batch: Batch, tree: LabelTree, cache: Any, copies: int) -> bool:
-        """Say whether the model attends in trees: tried once, on one prompt with two of the labels."""
-        if self._attends_in_trees is None:
-            self._attends_in_trees = (
+        """Say whether the model attends in trees: tried once for a model, on one prompt with two of the labels."""
+        if self.model not in _attending:
+            _attending[self.model] = (
                 self._attention in ("sdpa", "eager")
                 and "position_ids" in self._takes
                 and self.cache(batch.ids[0].tolist(), copies) is not None
                 and self._agrees(batch.part(0, 1), tree, cache, copies)
             )
-        return self._attends_in_trees
+        return _attending[self.model]
 
     def _agrees(self, batch: Batch, tree: LabelTree, cache: Any, copies: int) -> bool:
         leaves = tree.leaves()
