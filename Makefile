@@ -15,7 +15,7 @@ SOURCES := axolotl_ivon cli tests benchmarks example_configs docs
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo  ## train SmolLM2 on movie snippets with IVON-LoRA and evaluate its posterior (5 to 10 minutes on 2 cores)
+demo: $(VENV)/.demo  ## train SmolLM2 on movie snippets with IVON-LoRA and evaluate its posterior (10 to 15 minutes on 2 cores)
 	$(BIN)/python example_configs/smollm2/demo.py
 
 # Two workers, and one thread in each: threads that wait for one another's core make everything ten times slower.

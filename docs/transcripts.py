@@ -4,6 +4,7 @@
 
 The base model is the tests' tiny Llama (two layers, hidden size 32), first taught in full that an answer is A or B; the
 adapters learn which, from questions of which a tenth has the wrong answer. The figures say nothing about other models.
+When to abstain is shown with the adapter that `make demo` has left.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 GENERATE = "ivon-post generate out --prompts test.jsonl --limit 40 -n 8 --max-tokens 4"
+SURE = "ivon-post sweep .demo/ivon --data held-out.jsonl --tau 1,inf --ratio 0 --samples 4"
 # File of the transcript -> its commands.
 COMMANDS = {
     "info": ["ivon-post info out"],
@@ -51,11 +53,13 @@ COMMANDS = {
         "ivon-post predict out --data test.jsonl --threshold 0.7 -o decisions.jsonl",
     ],
     "weights": ["ivon-post sweep --combine out other --data validation.jsonl --data test.jsonl -o weights"],
-    "abstain": [
-        "ivon-post sweep out --data validation.jsonl --tau 1,inf --ratio 0 --risk 0.05 -o surest | grep threshold",
-        "ivon-post sweep out --data validation.jsonl --tau 1,inf --ratio 0 --risk 0.48 -o sure | grep answer",
-        "grep -A 12 threshold sure/recommended.json",
-        "ivon-post eval out --data test.jsonl --recommended sure/recommended.json --rows mean | grep answered",
+    "abstain": [  # of the demo's adapter, on snippets that it was not trained on
+        "tail -n 400 .demo/data/movie-train.jsonl > held-out.jsonl",
+        f"{SURE} --risk 0.01 -o surest | grep threshold",
+        f"{SURE} --risk 0.1 -o sure | grep 'answer from'",
+        "grep -A 9 threshold sure/recommended.json",
+        "ivon-post eval .demo/ivon --data .demo/data/movie.jsonl --recommended sure/recommended.json --rows mean "
+        "| grep answered",
     ],
     "generate": [
         f"{GENERATE} --per-model 2 -o posterior.jsonl",
@@ -184,6 +188,7 @@ def main() -> None:
             ("test.jsonl", 300, 5, 0.1),
         ):
             write_questions(folder / name, count, seed, wrong)
+        (folder / ".demo").symlink_to(DOCS.parent / ".demo")
         write_strange(folder / "strange.jsonl", folder / "validation.jsonl")
         train(folder, "format.jsonl", "base", 10, lora=False)
         for data, output in (("train.jsonl", "out"), ("more.jsonl", "other")):

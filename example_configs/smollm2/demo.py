@@ -40,9 +40,9 @@ LINES = {
     ("adamw", "mean"): "AdamW",
     ("adamw", "mean+temperature"): "AdamW, softmax temperature",
     ("ivon", "mean"): "IVON-LoRA, mean",
-    ("ivon", "posterior"): f"IVON-LoRA, average of {DRAWS} draws",
     ("ivon", "mean+temperature"): "IVON-LoRA, mean, softmax temperature",
-    ("ivon", "posterior+temperature"): f"IVON-LoRA, {DRAWS} draws, softmax temperature",
+    ("ivon", "posterior"): f"IVON-LoRA, average of {DRAWS} draws",
+    ("ivon", "posterior+temperature"): "the same, softmax temperature",
 }
 
 
