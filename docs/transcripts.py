@@ -56,7 +56,7 @@ COMMANDS = {
     "abstain": [  # of the demo's adapter, on snippets that it was not trained on
         "tail -n 400 .demo/data/movie-train.jsonl > held-out.jsonl",
         f"{SURE} --risk 0.01 -o surest | grep threshold",
-        f"{SURE} --risk 0.1 -o sure | grep 'answer from'",
+        f"{SURE} --risk 0.15 -o sure | grep 'answer from'",
         "grep -A 9 threshold sure/recommended.json",
         "ivon-post eval .demo/ivon --data .demo/data/movie.jsonl --recommended sure/recommended.json --rows mean "
         "| grep answered",
