@@ -66,13 +66,13 @@ def labels_in_set(probabilities: Mapping[str, float], threshold: float) -> list[
     return sorted(labels, key=lambda label: -probabilities[label])
 
 
-def describe(found: PredictionSet) -> str:
+def describe(sets: PredictionSet) -> str:
     """Return it in a line of words."""
-    share = f"{100 * found.coverage:g} %"
-    if not found.threshold:
-        fewest = math.ceil(found.coverage / (1 - found.coverage) - _ROUNDING)
-        return f"{found.examples} examples are too few for sets of {share}: they hold every label; {fewest} are enough"
+    share = f"{100 * sets.coverage:g} %"
+    if not sets.threshold:
+        fewest = math.ceil(sets.coverage / (1 - sets.coverage) - _ROUNDING)
+        return f"{sets.examples} examples are too few for sets of {share}: they hold every label; {fewest} are enough"
     return (
-        f"sets that hold the right label in {share}: labels from probability {found.threshold:.4g} on; on the other "
-        f"examples {found.size or 0:.2f} labels, right in {100 * (found.covered or 0):.1f} %"
+        f"sets that hold the right label in {share}: labels from probability {sets.threshold:.4g} on; on the other "
+        f"examples {sets.size or 0:.2f} labels, right in {100 * (sets.covered or 0):.1f} %"
     )

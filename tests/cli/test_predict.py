@@ -124,12 +124,12 @@ def test_sets_are_those_that_a_sweep_has_found(tiny_adapter: Path, tmp_path: Pat
     chats = write_chats(tmp_path / "chats.jsonl", 40)
     grid = ["--tau", "1,inf", "--ratio", 0, "-n", 2]
     swept = ivon_post.json("sweep", tiny_adapter, "--data", chats, *grid, "--coverage", 0.9, "-o", tmp_path / "sweep")
-    found = swept["prediction_set"]
-    assert (found["coverage"], found["examples"]) == (0.9, 20)
+    sets = swept["prediction_set"]
+    assert (sets["coverage"], sets["examples"]) == (0.9, 20)
     given = ["predict", tiny_adapter, "--choices", "A,B", "--data", chats, "--recommended", swept["files"][0]]
     lines = [json.loads(line) for line in ivon_post(*given, "--set", 0.9).splitlines()]
     for line in lines:
-        inside = [label for label, p in line["probabilities"].items() if p >= found["threshold"]]
+        inside = [label for label, p in line["probabilities"].items() if p >= sets["threshold"]]
         assert set(line["set"]) == {*inside, line["label"]}
     assert {len(line["set"]) for line in lines} <= {1, 2}
     assert "there are no sets of that coverage" in ivon_post.run(*given, "--set", 0.8).stderr.splitlines()[-1]

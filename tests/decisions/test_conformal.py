@@ -22,13 +22,11 @@ def test_the_right_label_is_in_the_set_as_often_as_promised(sharpness: float, co
         target = (truth.cumsum(1) > draw.uniform(size=(len(logits), 1))).argmax(1)
         model = np.exp(sharpness * logits)
         model /= model.sum(1, keepdims=True)
-        found = find_set(
-            model[:CALIBRATE], target[:CALIBRATE], model[CALIBRATE:], target[CALIBRATE:], coverage=coverage
-        )
-        covered.append(found.covered)
-        sizes.append(found.size)
-        labels = [labels_in_set(dict(enumerate(row)), found.threshold) for row in model[CALIBRATE:]]  # type: ignore[arg-type]
-        assert found.size == np.mean([len(each) for each in labels])
+        sets = find_set(model[:CALIBRATE], target[:CALIBRATE], model[CALIBRATE:], target[CALIBRATE:], coverage=coverage)
+        covered.append(sets.covered)
+        sizes.append(sets.size)
+        labels = [labels_in_set(dict(enumerate(row)), sets.threshold) for row in model[CALIBRATE:]]  # type: ignore[arg-type]
+        assert sets.size == np.mean([len(each) for each in labels])
         assert all(each[0] == row.argmax() for each, row in zip(labels, model[CALIBRATE:], strict=True))
     error = np.std(covered) / np.sqrt(SPLITS)
     assert coverage - 3 * error < np.mean(covered)
@@ -41,9 +39,9 @@ def test_the_right_label_is_in_the_set_as_often_as_promised(sharpness: float, co
 def test_the_threshold_by_hand_and_too_few_examples() -> None:
     probabilities = np.array([[0.9, 0.1], [0.7, 0.3], [0.4, 0.6], [0.2, 0.8]])
     target = np.array([0, 1, 0, 1])  # with probabilities 0.9, 0.3, 0.4, 0.8
-    found = find_set(probabilities, target, probabilities, target, coverage=0.6)  # ⌊5·0.4⌋ = 2, the second smallest
-    assert (found.threshold, found.covered, found.size) == (0.4, 0.75, 1.25)
-    assert "labels from probability 0.4 on; on the other examples 1.25 labels, right in 75.0 %" in describe(found)
+    sets = find_set(probabilities, target, probabilities, target, coverage=0.6)  # ⌊5·0.4⌋ = 2, the second smallest
+    assert (sets.threshold, sets.covered, sets.size) == (0.4, 0.75, 1.25)
+    assert "labels from probability 0.4 on; on the other examples 1.25 labels, right in 75.0 %" in describe(sets)
     assert labels_in_set({"a": 0.3, "b": 0.45, "c": 0.25}, 0.3) == ["b", "a"]
     assert labels_in_set({"a": 0.3, "b": 0.45, "c": 0.25}, 0.5) == ["b"]  # never empty
     few = find_set(probabilities, target, probabilities, target, coverage=0.9)

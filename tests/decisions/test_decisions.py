@@ -176,10 +176,10 @@ def test_a_temperature_that_helps_is_kept_where_the_best_draws_are_noise() -> No
     lucky = logit.clone()  # right more often than it should be, where it is chosen
     lucky[chose] += 0.3 * (2.0 * target - 1)[chose]
     lucky += 0.3 * torch.randn(800, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = swept_over({**dict.fromkeys(GRID, 3 * logit), (1.0, 0.0): lucky}, target)
-    assert (found.recommendation.best.tau, found.recommended) == (1.0, found.recommendation.scaled[0])
-    name = found.recommended.describe()
-    assert found.recommendation.verdict.text.endswith(
+    swept = swept_over({**dict.fromkeys(GRID, 3 * logit), (1.0, 0.0): lucky}, target)
+    assert (swept.recommendation.best.tau, swept.recommended) == (1.0, swept.recommendation.scaled[0])
+    name = swept.recommended.describe()
+    assert swept.recommendation.verdict.text.endswith(
         f": better than the mean, but beyond noise not than {name}: take {name}"
     )
 
@@ -196,20 +196,20 @@ def test_few_examples_recommend_nothing() -> None:
 def test_the_threshold_is_of_examples_that_chose_nothing() -> None:
     logit, target = questions(2000)
     logits = {**dict.fromkeys(GRID, 2 * logit), (1.0, 0.0): 0.9 * logit}
-    found = swept_over(logits, target, risk=0.1, confidence=0.95, coverage=0.9)
-    assert found.recommendation.examples == Sizes(chosen_on=500, reported_on=500)
+    swept = swept_over(logits, target, risk=0.1, confidence=0.95, coverage=0.9)
+    assert swept.recommendation.examples == Sizes(chosen_on=500, reported_on=500)
     shuffled = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
-    scale = {math.inf: 2.0, 1.0: 0.9}[found.recommended.tau] / found.recommended.temperature
+    scale = {math.inf: 2.0, 1.0: 0.9}[swept.recommended.tau] / swept.recommended.temperature
     confidence = (scale * logit).abs().sigmoid()
     correct = ((logit > 0).long() == target).double()
     parts = [values[where].numpy() for where in (shuffled[1000:], shuffled[:1000]) for values in (confidence, correct)]
     expected = find_threshold(*parts, risk=0.1, confidence=0.95)
-    assert found.abstention is not None
-    assert found.abstention.threshold == pytest.approx(expected.threshold)
-    assert (found.abstention.answered, found.abstention.errors) == (expected.answered, expected.errors)
-    assert 0.3 < found.abstention.coverage < 1
+    assert swept.abstention is not None
+    assert swept.abstention.threshold == pytest.approx(expected.threshold)
+    assert (swept.abstention.answered, swept.abstention.errors) == (expected.answered, expected.errors)
+    assert 0.3 < swept.abstention.coverage < 1
     right = torch.where(target == 1, scale * logit, -scale * logit).sigmoid()
-    sets = found.recommendation.prediction_set
+    sets = swept.recommendation.prediction_set
     assert sets is not None
     assert sets.threshold == pytest.approx(right[shuffled[1000:]].sort().values[99].item())  # ⌊1001·0.1⌋ = 100th
     assert sets.covered == pytest.approx(0.9, abs=0.04)

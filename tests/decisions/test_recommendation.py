@@ -139,11 +139,11 @@ def test_an_evaluation_shows_mean_and_draws_at_their_own_temperature_whichever_i
     rows = [Variant("mean+temperature", temperature=1.5), Variant("posterior+temperature", 4.0, temperature=0.8)]
     for values in ({"tau": INF}, {"tau": INF, "temperature": 1.5}, draws):
         path = recommended(**{"ratio": 0.0, "draws": draws, "scaled": scaled, **values})
-        found = recommended_for(Headed(path.parent))
-        assert found is not None
-        assert found.choice().added == rows
+        taken = recommended_for(Headed(path.parent))
+        assert taken is not None
+        assert taken.choice().added == rows
     more = {"temperature": 1.5, "threshold": 0.6}
     path = recommended(**{"tau": INF, "ratio": 0.0, "draws": draws, **more})
-    found = recommended_for(Headed(path.parent))
-    assert found is not None
-    assert found.choice().added == [*rows, Variant("recommended", INF, **more)]
+    taken = recommended_for(Headed(path.parent))
+    assert taken is not None
+    assert taken.choice().added == [*rows, Variant("recommended", INF, **more)]

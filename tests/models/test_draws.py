@@ -130,8 +130,8 @@ def test_predict_is_the_average_and_the_mutual_information(tiny_adapter: Path) -
     model = load_model(tiny_adapter).train()
     modes = [module.training for module in model.modules()]
     batch = {"input_ids": torch.arange(3, 43).view(2, 20), "labels": torch.zeros(2, 20).long()}
-    found = predict_logits(q, model, batch, n=4, seed=2)
-    assert predict(q, model, batch, n=4, seed=2).probabilities.equal(found.probabilities)  # type: ignore  # its former name
+    averaged = predict_logits(q, model, batch, n=4, seed=2)
+    assert predict(q, model, batch, n=4, seed=2).probabilities.equal(averaged.probabilities)  # type: ignore  # its former name
     each = []
     model.eval()
     for k in range(4):
@@ -141,9 +141,9 @@ def test_predict_is_the_average_and_the_mutual_information(tiny_adapter: Path) -
     average = torch.stack(each).mean(0)
     entropy = torch.distributions.Categorical(average).entropy()
     expected = entropy - torch.stack([torch.distributions.Categorical(one).entropy() for one in each]).mean(0)
-    torch.testing.assert_close(found.probabilities.double(), average, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(found.disagreement.double(), expected, rtol=1e-2, atol=1e-5)
-    assert found.disagreement.max() > 1e-3
+    torch.testing.assert_close(averaged.probabilities.double(), average, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(averaged.disagreement.double(), expected, rtol=1e-2, atol=1e-5)
+    assert averaged.disagreement.max() > 1e-3
     assert [module.training for module in model.modules()] == modes
     assert not any(param.requires_grad for param in model.parameters())
     point = predict_logits(q.temper(float("inf")), model, batch, n=3)
@@ -164,7 +164,7 @@ def test_a_classifier_s_prediction_has_its_classes(tiny_llama: Path, tmp_path: P
     model.config.pad_token_id = 0
     mean = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
     q = Posterior(mean, {key: torch.full_like(value, 0.1) for key, value in mean.items()}, {}, {})
-    found = predict_logits(q, model, {"input_ids": torch.arange(3, 23).view(2, 10)}, n=2)
-    assert found.probabilities.shape == (2, 3)
-    assert found.disagreement.shape == (2,)
-    torch.testing.assert_close(found.probabilities.sum(-1), torch.ones(2))
+    averaged = predict_logits(q, model, {"input_ids": torch.arange(3, 23).view(2, 10)}, n=2)
+    assert averaged.probabilities.shape == (2, 3)
+    assert averaged.disagreement.shape == (2,)
+    torch.testing.assert_close(averaged.probabilities.sum(-1), torch.ones(2))

@@ -69,16 +69,16 @@ def test_the_labels_of_training_are_those_of_the_server(make_adapter: Callable[.
         backend = local_backend(Drawing(str(adapter), samples=2), rule, Limits(), Loading())
         [request] = ClassifyRequest(model="adapter", input="red").requests(backend.labels)
         answers = await backend.answer(request)
-        found = [delta async for delta in answers.deltas][-1].ivon
+        ivon = [delta async for delta in answers.deltas][-1].ivon
         await backend.close()
-        return backend.labels, found
+        return backend.labels, ivon
 
-    labels, found = asyncio.run(run())
+    labels, ivon = asyncio.run(run())
     [expected] = predict(adapter, ["red"], n=2)
     halved = {label: p**0.5 for label, p in expected.probabilities.items()}  # at temperature 2
     assert tuple(labels) == ("A", "B")
-    assert found["choices"] == pytest.approx({label: p / sum(halved.values()) for label, p in halved.items()}, rel=1e-4)
-    assert (found["abstain"], sorted(found["set"])) == (True, ["A", "B"])
+    assert ivon["choices"] == pytest.approx({label: p / sum(halved.values()) for label, p in halved.items()}, rel=1e-4)
+    assert (ivon["abstain"], sorted(ivon["set"])) == (True, ["A", "B"])
 
 
 def test_an_adapter_answers_under_its_own_name(tiny_adapter: Path) -> None:
@@ -91,15 +91,15 @@ def test_an_adapter_answers_under_its_own_name(tiny_adapter: Path) -> None:
         chat = {"model": models[0], "messages": [{"role": "user", "content": "red"}], "max_tokens": 3}
         text = {"model": models[1], "prompt": "red", "max_tokens": 3}
         ids = {"model": models[1], "prompt": [5, 6], "max_tokens": 3}
-        found = []
+        uncertainties = []
         for kind, body in ((ChatRequest, chat), (CompletionRequest, text), (CompletionRequest, ids)):
             answers = await backend.answer(read_request(kind, body))
-            found.append([delta async for delta in answers.deltas][-1].ivon)
+            uncertainties.append([delta async for delta in answers.deltas][-1].ivon)
         await backend.close()
-        return models, found
+        return models, uncertainties
 
-    models, found = asyncio.run(run())
+    models, uncertainties = asyncio.run(run())
     assert models == [f"adapter{of}" for of in ("", ":mean", ":posterior", ":member-0000", ":member-0001")]
-    assert [ivon["members"] for ivon in found] == [2, 1, 1]
-    assert [ivon.get("abstain") for ivon in found] == [True, None, None]
+    assert [ivon["members"] for ivon in uncertainties] == [2, 1, 1]
+    assert [ivon.get("abstain") for ivon in uncertainties] == [True, None, None]
     assert list(heard.counts) == ["loading the base model", "drawing 2 members"]

@@ -84,9 +84,9 @@ def test_an_answer_is_one_of_the_choices(client: openai.OpenAI, url: str, tiny_a
     assert texts[0] == texts[1]
     assert len(set(texts[0])) > 1  # at temperature 1 they are drawn
     assert set(texts[0]) <= {"A", "B", "C"}
-    status, _, found = ask(url, "/classify", {"model": "tiny", "input": ["red dog", "moon"], "choices": LABELS})
-    assert (status, found["object"], found["model"]) == (200, "list", "tiny")
-    for number, (row, decision) in enumerate(zip(found["data"], (expected, other), strict=True)):
+    status, _, document = ask(url, "/classify", {"model": "tiny", "input": ["red dog", "moon"], "choices": LABELS})
+    assert (status, document["object"], document["model"]) == (200, "list", "tiny")
+    for number, (row, decision) in enumerate(zip(document["data"], (expected, other), strict=True)):
         assert (row["index"], row["label"], row["num_classes"]) == (number, decision.label, 3)
         assert row["probs"] == pytest.approx(list(decision.probabilities.values()), rel=1e-4)
         assert row["labels"] == LABELS
