@@ -17,7 +17,7 @@ import click
 from axolotl_ivon.errors import IVONError, printable
 from axolotl_ivon.models import DTYPES
 
-from ._progress import Progress
+from ._progress import Progress, held, hold
 from ._stdout import only_results, results
 from ._tables import emit
 
@@ -125,6 +125,8 @@ class Terminal:
 
     def finish(self, document: dict[str, Any], *lines: object, then: Sequence[object] = ()) -> None:
         """Print the result, as JSON with --json and as lines without, and suggest the command to run `then`."""
+        for note in held():
+            click.echo(printable(note), err=True)
         if self.as_json:
             emit(document)
             return
@@ -133,9 +135,9 @@ class Terminal:
         self.suggest(*then)
 
     def note(self, line: str) -> None:
-        """Print on stderr what a user should know about the result."""
+        """Print on stderr what a user should know about the result, once the command has begun to work."""
         if not self.quiet:
-            click.echo(printable(line), err=True)
+            hold(line)
 
     def suggest(self, *words: object) -> None:
         """Suggest the next command on stderr, unless a program reads the result."""

@@ -14,12 +14,27 @@ from typing import Any
 
 import click
 
+from axolotl_ivon.errors import printable
 from axolotl_ivon.reporter import Reporter
 
 from ._stdout import only_results
 
 _BARS_AFTER = 1.0  # seconds: a quick command shows none
 _LINE_EVERY = 10.0  # seconds
+
+
+_NOTES = "ivon_post.notes"
+
+
+def hold(line: str) -> None:
+    """Keep a line for stderr until the command reports anything, so that no error comes after it."""
+    click.get_current_context().meta.setdefault(_NOTES, []).append(line)
+
+
+def held() -> list[str]:
+    """Return the lines that were kept, each once."""
+    context = click.get_current_context(silent=True)
+    return context.meta.pop(_NOTES, []) if context else []
 
 
 class Progress(Reporter):
@@ -70,6 +85,7 @@ class Progress(Reporter):
 
     def advance(self, doing: str, count: int, total: int) -> None:
         """Report that `count` more of `total` are done."""
+        self._say_held()
         if doing not in self._done or 0 < total <= self._done[doing]:  # the same again, with another adapter
             self._done[doing], self._begun[doing] = 0, time.monotonic()
             if self._bars and doing in self._tasks:
@@ -107,6 +123,14 @@ class Progress(Reporter):
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a line on stderr."""
+        self._say_held()
+        self._print(text, style)
+
+    def _say_held(self) -> None:
+        for line in held():
+            self._print(printable(line))
+
+    def _print(self, text: str, style: str | None = None) -> None:
         # A file name or what a model wrote is no markup.
         self._console.print(text, highlight=False, markup=False, soft_wrap=not self._console.is_terminal, style=style)
 

@@ -14,8 +14,8 @@ from . import _options as options
 @click.option("--results", metavar="FILE", help="Results to add: what `ivon-post eval --json` printed for ADAPTER.")
 @click.option(
     "--recommended",
-    metavar="FILE",
-    help="Recommendation to add.  [default: recommended.json in ADAPTER, if it is there]",
+    cls=options.RecommendedOption,
+    help="Recommendation to add, or none.  [default: recommended.json in ADAPTER, if it is there]",
 )
 @click.option(
     "--dataset",
@@ -26,7 +26,11 @@ from . import _options as options
 )
 @options.terminal_options
 def command(
-    adapter: str, results: str | None, recommended: str | None, datasets: tuple[str, ...], terminal: options.Terminal
+    adapter: str,
+    results: str | None,
+    recommended: str | bool | None,
+    datasets: tuple[str, ...],
+    terminal: options.Terminal,
 ) -> None:
     """Add measured results to the model card.
 
@@ -41,6 +45,7 @@ def command(
     """
     from axolotl_ivon.inspect.card import add_results
 
-    measured, swept = (Path(file) if file else None for file in (results, recommended))
-    files = [str(path) for path in add_results(Path(adapter), measured, swept, datasets)]
+    swept = Path(recommended) if isinstance(recommended, str) else recommended is None
+    written = add_results(Path(adapter), Path(results) if results else None, swept, datasets)
+    files = [str(path) for path in written]
     terminal.finish({"files": files}, *files, then=["hf", "upload", "OWNER/NAME", adapter])

@@ -7,12 +7,11 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import IVONError, param_ref
 from ..evaluation.variants import Variant, VariantChoice
-from ..posterior.adapter import UNPRUNED, Adapter
-from ..posterior.tensors import fingerprint
+from ..posterior.adapter import Adapter
+from ..posterior.recommended import recommended_from, recommended_in, tau_on_top
 from ..records.recommendation import DrawsPoint, PredictionSet, Recommendation, describe
-from ..storage.format import RECOMMENDED_FILE, read_json
+from ..storage.format import RECOMMENDED_FILE
 
 
 @dataclass(frozen=True)
@@ -119,54 +118,20 @@ def recommended_for(adapter: str | os.PathLike[str] | Adapter, path: str | Path 
         IVONError: the adapter or the file cannot be read, or the file belongs to another adapter. It is never ignored.
     """
     held = adapter if isinstance(adapter, Adapter) else Adapter(adapter)
-    if path is not None:
-        named, fix = f"{param_ref('recommended')} {path}", f"give {param_ref('tau')} and {param_ref('ratio')}"
-        return _applied(Recommendation.load(path, "recommended"), Path(path), held, named, fix)
-    own = held.folder / RECOMMENDED_FILE
-    if not os.path.lexists(own):
+    record = recommended_in(held) if path is None else recommended_from(Path(path), held)
+    if record is None:
         return None
-    fix = f"remove {own}, or leave it out ({param_ref('no_recommended')})"
-    try:
-        record = Recommendation.parse(read_json(own), str(own))
-    except IVONError as error:
-        raise IVONError(f"{error}; or {fix}") from None
-    return _applied(record, own, held, str(own), fix)
-
-
-def _applied(record: Recommendation, path: Path, adapter: Adapter, named: str, fix: str) -> Recommended:
-    _check(record, adapter, named, fix)
-    own = float(adapter.metadata.get("tau", 1))
 
     def on_top(tau: float) -> float:
-        """Return the τ that makes of this adapter's posterior that of the recommendation at `tau`."""
-        swept = tau * record.adapter_tau
-        return math.inf if math.isinf(swept) else swept / own
+        return tau_on_top(record, held.metadata, tau)
 
-    if math.isinf(own) and math.isfinite(swept := record.tau * record.adapter_tau):
-        raise IVONError(f"{named}: its tau is {swept:g}, and this adapter is the mean alone; use the one swept")
     draws = record.draws
     if math.isfinite(record.tau):
         draws = DrawsPoint(tau=record.tau, temperature=record.temperature)
     if draws is not None:
-        draws = None if math.isinf(own) else draws.model_copy(update={"tau": on_top(draws.tau)})
+        is_mean = math.isinf(float(held.metadata.get("tau", 1)))
+        draws = None if is_mean else draws.model_copy(update={"tau": on_top(draws.tau)})
     temperatures = [1.0] + [record.temperature] * (math.isinf(record.tau) and not record.ratio)
     temperatures += [point.temperature for point in record.scaled if math.isinf(point.tau) and not point.ratio]
-    return Recommended(path, on_top(record.tau), record.ratio, _rule(record), draws, temperatures[-1])
-
-
-def _check(record: Recommendation, adapter: Adapter, named: str, fix: str) -> None:
-    """Raise IVONError unless the recommendation is of this adapter; one without a hash is of any."""
-    sha = record.mean_sha256
-    if sha is None:
-        return
-    header = adapter.metadata or {"mean_sha256": fingerprint(adapter.mean, adapter.digests())}
-    if sha not in (header.get("mean_sha256"), header.get(UNPRUNED)):
-        raise IVONError(
-            f"{named} was chosen for another adapter (mean_sha256 differs); run `ivon-post sweep` on this one, or {fix}"
-        )
-    pruned = float(header.get("pruned_ratio", 0))
-    if sha == header.get(UNPRUNED) and pruned > record.ratio:
-        raise IVONError(
-            f"{named}: its ratio is {record.ratio:g}, and {pruned:g} of this adapter are pruned already; use the one "
-            "that was swept"
-        )
+    file = held.folder / RECOMMENDED_FILE if path is None else Path(path)
+    return Recommended(file, on_top(record.tau), record.ratio, _rule(record), draws, temperatures[-1])

@@ -4,7 +4,8 @@ The paper leaves both to the user (arXiv 2506.14280, figure 2 shows the trade-of
 of the data and reported on the other, so what `recommended.json` promises was not fitted to.
 
 Beside τ goes the baseline that needs no draws, the softmax temperature T of the output. It is fitted to each point by
-NLL on the half that chooses (`metrics.calibration`). `metrics.choice` has the rule.
+NLL on the half that chooses (`metrics.calibration`); for the task "generate", to the points without pruning, T being
+one of a grid, as at the end of training. `metrics.choice` has the rule.
 
 With a risk, `abstention` finds the threshold from which on to answer. It needs examples that had no part in the choice:
 half of all; the other half is halved again. Imports no torch.
@@ -13,6 +14,7 @@ half of all; the other half is halved again. Imports no torch.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -151,8 +153,14 @@ def sweep(
             f"{len(choosing)} examples choose and {len(report)} report: few differences are more than noise; "
             f"{_TELLING} each are better"
         )
-    scores = evaluation.run(variants, sampling, reporter)
-    choice = _Choice(variants, scores, evaluation.items, objective, choosing, report)
+    scaled: list[Variant] = []
+    if evaluation.task == "generate":
+        from ..metrics.calibration import TEMPERATURE_GRID
+
+        scaled = [replace(v, temperature=t) for v in variants if not v.ratio for t in TEMPERATURE_GRID]
+    scores = evaluation.run([*variants, *scaled], sampling, reporter)
+    tempered = list(zip(scaled, scores[len(variants) :], strict=True))
+    choice = _Choice(variants, scores[: len(variants)], evaluation.items, objective, choosing, report, tempered)
     leader, recommended, verdict = choice.recommend()
     abstention = None
     if risk is not None:
@@ -224,6 +232,10 @@ class _Candidate:
 class _Choice:
     """The candidates of a sweep, and the choice from them.
 
+    Args:
+        variants, scores: those of the grid.
+        tempered: for the task "generate", the same without pruning at softmax temperatures, those of a point together.
+
     Attributes:
         grid: the points as they are.
         scaled: the mean, the best draws without pruning and the best of the grid, each at the softmax temperature that
@@ -238,6 +250,7 @@ class _Choice:
         objective: str,
         choosing: Tensor,
         report: Tensor,
+        tempered: Sequence[tuple[Variant, Scores]] = (),
     ) -> None:
         self._objective, self._choosing, self._report, self._count = objective, choosing, report, len(items)
         grid = [self._candidate(variant, score) for variant, score in zip(variants, scores, strict=True)]
@@ -245,7 +258,7 @@ class _Choice:
         points = [each.point.model_copy(update={"front": mark}) for each, mark in zip(grid, front, strict=True)]
         self.grid = [replace(candidate, point=point) for candidate, point in zip(grid, points, strict=True)]
         self.mean = next(candidate for candidate in self.grid if candidate.is_mean)
-        self._scaled = self._scale(items)
+        self._scaled = self._least(tempered) if tempered else self._scale(items)
         means, draws = (
             [c for c in self._scaled if getattr(c, k) and not c.point.ratio] for k in ("is_mean", "is_average")
         )
@@ -274,8 +287,6 @@ class _Choice:
 
         from ..metrics.calibration import fit_temperature, scores_at
 
-        if self.mean.scores.probabilities is None:  # all tokens of a vocabulary, which nobody keeps
-            return []
         group = self.mean.scores.group
         target = torch.tensor([items[number].targets[0] for number in group.tolist()])
         mask = torch.isin(group, self._choosing)
@@ -287,6 +298,16 @@ class _Choice:
             scores = scores_at(temperature, probabilities, target, candidate.scores.group, candidate.is_average)
             scaled.append(self._candidate(candidate.point, scores, temperature))
         return scaled
+
+    def _least(self, tempered: Sequence[tuple[Variant, Scores]]) -> list[_Candidate]:
+        """Return for each point that one of its temperatures whose NLL is least."""
+
+        def nll(one: tuple[Variant, Scores]) -> float:
+            return float(one[1].of_groups(self._choosing).nll.mean())
+
+        groups = itertools.groupby(tempered, lambda one: one[0].source)
+        best = (min(group, key=nll) for _, group in groups)
+        return [self._candidate(variant, score, variant.temperature) for variant, score in best]
 
     def recommend(self) -> tuple[_Candidate, _Candidate, SweepVerdict]:
         """Return the best candidate, the one that is recommended, and why."""

@@ -20,11 +20,11 @@ from ..posterior.card import (
     RESULTS_FOLDER,
     escape,
     read_card,
-    read_recommendation,
     with_posterior,
     with_results,
     write_text,
 )
+from ..posterior.recommended import recommended_from, recommended_in
 from ..records.evaluation import EvaluationRecord, VariantResult
 from ..storage.atomic import output_folder
 from ..storage.format import SIGMA_FILE
@@ -44,13 +44,13 @@ _TASKS = {"choice": "multiple-choice", "classify": "text-classification", "gener
 
 
 def add_results(
-    folder: Path, results: Path | None = None, recommended: Path | None = None, datasets: Sequence[str] = ()
+    folder: Path, results: Path | None = None, recommended: Path | bool = True, datasets: Sequence[str] = ()
 ) -> list[Path]:
     """Write what was measured into the card of an adapter's folder, and into `.eval_results`.
 
     Args:
         results: what `ivon-post eval` printed as JSON.
-        recommended: a recommended.json; by default the folder's own, if it has one.
+        recommended: a recommended.json; True is the folder's own, if it has one, and False none.
         datasets: for the data files of `results`, in their order, `owner/name` or `owner/name/task` of the Hub's
             benchmark; without one, an entry has the file's name, and the Hub lists it in no leaderboard.
 
@@ -67,7 +67,10 @@ def add_results(
         raise IVONError(f"{folder} has no {SIGMA_FILE}, so its card has no posterior to describe")
     adapter.check_pair()
     header = adapter.metadata
-    text = with_posterior(read_card(folder), header, adapter.config, read_recommendation(folder, header, recommended))
+    record = recommended_in(adapter) if recommended is True else None
+    if isinstance(recommended, Path):
+        record = recommended_from(recommended, adapter)
+    text = with_posterior(read_card(folder), header, adapter.config, record)
     lines: list[str] = []
     entries, eval_results = None, {}
     if results is not None:

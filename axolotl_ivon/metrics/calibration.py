@@ -14,6 +14,9 @@ from torch import Tensor
 from .scores import Scores
 
 TEMPERATURES = (0.01, 100.0)  # the limits of what is fitted
+# Where distributions over a vocabulary are not kept, T is one of these. An NLL is flat near its minimum, so they are
+# close enough. From 0.35 to 4; 1 is among them.
+TEMPERATURE_GRID = tuple(round(2 ** (k / 6), 4) for k in range(-9, 13))
 
 
 def rescale(probabilities: Tensor, temperature: float) -> Tensor:

@@ -21,8 +21,9 @@ from typing import Any
 from ..errors import IVONError, one_line, printable
 from ..records.recommendation import RECOMMENDED_FILE, Recommendation
 from ..storage.atomic import new_file
-from ..storage.format import CONFIG_FILE, SIGMA_FILE, read_json
-from ..storage.tensorfile import TensorFile
+from ..storage.format import SIGMA_FILE
+from .adapter import Adapter
+from .recommended import recommended_in, tau_on_top
 
 CARD_FILE = "README.md"
 RESULTS_FOLDER = ".eval_results"
@@ -125,23 +126,12 @@ def _prediction(recommended: Recommendation, header: Mapping[str, str]) -> str:
     if ratio or math.isfinite(tau):
         changed = f".prune({ratio:g})" if ratio else ""
         if math.isfinite(tau):  # the adapter may have been tempered since
-            changed += f".temper({tau * recommended.adapter_tau / float(header.get('tau') or 1):g})"
+            changed += f".temper({tau_on_top(recommended, header, tau):g})"
         else:
             changed, samples = f'{changed}.temper(float("inf"))', 1
         code = _BY_DRAWS.format(changed=changed, samples=samples, divided=divided)
     sentences = "\n\n".join(map(escape, recommended.sentences()))
     return _PREDICT.format(sentences=sentences, code=code, file=RECOMMENDED_FILE)
-
-
-def read_recommendation(folder: Path, header: Mapping[str, str], path: Path | None = None) -> Recommendation | None:
-    """Return the recommendation in `path`, by default that in an adapter's own folder; None where there is none.
-
-    Raises:
-        IVONError: the file cannot be read, or is another adapter's.
-    """
-    if path is None and not (folder / RECOMMENDED_FILE).is_file():
-        return None
-    return Recommendation.load(path or folder / RECOMMENDED_FILE, "recommended", header)
 
 
 def section(header: Mapping[str, str], config: Mapping[str, Any], recommended: Recommendation | None = None) -> str:
@@ -358,9 +348,9 @@ def update_card(folder: Path) -> None:
         IVONError: the card or the adapter cannot be read, or the card cannot be written.
     """
     if (folder / SIGMA_FILE).is_file():
-        header, config = TensorFile(folder / SIGMA_FILE).metadata, read_json(folder / CONFIG_FILE)
-        recommended = read_recommendation(folder, header)
-        write_text(folder / CARD_FILE, with_posterior(read_card(folder), header, config, recommended))
+        adapter = Adapter(folder)
+        text = with_posterior(read_card(folder), adapter.metadata, adapter.config, recommended_in(adapter))
+        write_text(folder / CARD_FILE, text)
 
 
 def keep_true(folder: Path, header: Mapping[str, str], config: Mapping[str, Any], changed: bool) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import IVONError, param_ref
+from ..posterior.recommended import recommended_from
 from ..records import influence as influence_file
 from ..records.evaluation import EvaluationRecord, ExampleRecord
 from ..records.influence import InfluenceRecord
@@ -50,7 +51,7 @@ class Findings:
         return cls(
             record,
             _read_examples(examples, record) if record is not None and examples is not None else (),
-            Recommendation.load(sweep, "sweep", header) if sweep is not None else None,
+            recommended_from(sweep, header, "sweep") if sweep is not None else None,
             influence_file.load(influence, "influence") if influence is not None else (),
         )
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
+from ..metrics.calibration import TEMPERATURE_GRID as TEMPERATURES
 from ..metrics.choice import choose
 from ..metrics.scores import Scores, metrics
 from ..metrics.verdict import FEWEST, Paired, judge
@@ -45,8 +46,6 @@ MOST = 256  # examples
 SHARE = 0.1 * 2
 DRAWS = 8
 TAUS = (4.0, 1.0, 16.0)  # of draws, as many as the share allows, in this order
-# An NLL is flat near its minimum, so these are close enough. From 0.35 to 4; 1 is among them.
-TEMPERATURES = tuple(round(2 ** (k / 6), 4) for k in range(-9, 13))
 _LABELS = 128  # of one example, evenly spread over it
 _CHUNK = 1024  # labels whose distributions over the vocabulary are worked on at a time
 

@@ -168,6 +168,7 @@ def test_a_sweep_may_replace_the_file_in_the_adapter_s_own_folder(
         ("generate", "ADAPTER", "-p", "x.jsonl"),
         ("serve", "ADAPTER", "--port", 0),
         ("report", "ADAPTER"),
+        ("card", "ADAPTER"),
     ],
     ids=lambda words: str(words[0]),
 )
@@ -186,3 +187,15 @@ def test_a_file_of_another_adapter_is_never_ignored(
     shown = ivon_post.run("info", adapter, "--json")  # which uses nothing of it
     assert json.loads(shown.stdout)["recommended"] is None
     assert "was chosen for another adapter" in shown.stderr
+
+
+def test_an_error_is_one_line_though_a_file_was_taken(calibrated: Calibrated, ivon_post: Cli) -> None:
+    message = ivon_post.error("eval", calibrated(), "--data", "no.jsonl")
+    assert message == "Error: --data no.jsonl: cannot be read (there is no such file); give a JSONL file"
+
+
+def test_a_card_may_be_without_a_recommendation(calibrated: Calibrated, ivon_post: Cli) -> None:
+    card = calibrated() / "README.md"
+    for words, there in ((), True), (("--no-recommended",), False):
+        ivon_post("card", card.parent, *words)
+        assert ("the mean with T 1.5" in card.read_text()) is there

@@ -19,6 +19,7 @@ from axolotl_ivon.decisions.abstention import find_threshold
 from axolotl_ivon.decisions.sweep import Sweep, check_grid, pareto_front, rank, sweep
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
 from axolotl_ivon.evaluation.variants import Variant
+from axolotl_ivon.metrics.calibration import TEMPERATURE_GRID
 from axolotl_ivon.metrics.scores import Scores, metrics
 from axolotl_ivon.metrics.verdict import SIGNS
 from axolotl_ivon.records.evaluation import Metrics
@@ -213,6 +214,25 @@ def test_the_threshold_is_of_examples_that_chose_nothing() -> None:
     assert sets is not None
     assert sets.threshold == pytest.approx(right[shuffled[1000:]].sort().values[99].item())  # ⌊1001·0.1⌋ = 100th
     assert sets.covered == pytest.approx(0.9, abs=0.04)
+
+
+def test_written_answers_get_a_t_by_the_nll_of_their_tokens(tiny_adapter: Path, tmp_path: Path) -> None:
+    """Of the grid that the end of training has, too; for draws that of their average."""
+    data, sampling = write_chats(tmp_path / "chats.jsonl", count=70), Sampling(samples=2)
+    evaluation = Evaluation(tiny_adapter, EvaluationData([data], task="generate"))
+    variants = check_grid((1.0, math.inf), (0.0, 0.4))
+    point = {p.tau: p for p in sweep(evaluation, variants, sampling=sampling).recommendation.scaled}
+    choosing = torch.randperm(70, generator=torch.Generator().manual_seed(0))[:35]
+    kept = evaluation.run([Variant("x", 1.0), Variant("x")], Sampling(samples=2, keep=True))
+    for tau, scores in zip((1.0, math.inf), kept, strict=True):
+        part = scores.of_groups(choosing)
+        target = torch.tensor([t for i in part.group.unique().tolist() for t in evaluation.items[i].targets])
+        assert part.probabilities is not None
+        logs = part.probabilities[part.group.argsort(stable=True)].log()
+        nll = {t: torch.nn.functional.cross_entropy(logs / t, target).item() for t in TEMPERATURE_GRID}
+        assert point[tau].temperature == min(nll, key=nll.__getitem__) != 1
+        assert point[tau].chosen_on.nll == pytest.approx(min(nll.values()), rel=1e-5)
+        assert point[tau].ratio == 0
 
 
 def test_grids_and_data_that_leave_nothing_to_choose() -> None:

@@ -55,7 +55,7 @@ def test_documents_of_something_else_are_refused(known: Findings, written: Any, 
     sweep = tmp_path / "recommended.json"
     assert known.sweep is not None
     known.sweep.model_copy(update={"mean_sha256": "c"}).save(sweep)
-    with pytest.raises(IVONError, match=r"recommended\.json is of another adapter"):
+    with pytest.raises(IVONError, match=r"recommended\.json was chosen for another adapter"):
         Findings.read(HEADER, sweep=sweep)
     assert known.evaluation is not None
     rows = [row.dump() for row in known.evaluation.rows]

@@ -1,0 +1,76 @@
+"""Whether a recommended.json is of an adapter, and which τ makes of that what was evaluated. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import IVONError, param_ref
+from ..records.recommendation import Recommendation
+from ..storage.format import RECOMMENDED_FILE, read_json
+from .adapter import UNPRUNED, Adapter
+from .tensors import fingerprint
+
+
+def recommended_in(adapter: Adapter) -> Recommendation | None:
+    """Return the recommendation in an adapter's own folder; None where there is none.
+
+    Raises:
+        IVONError: the file cannot be read, or is another adapter's. It is never ignored.
+    """
+    path = adapter.folder / RECOMMENDED_FILE
+    if not os.path.lexists(path):
+        return None
+    fix = f"or remove {path}, or leave it out ({param_ref('no_recommended')})"
+    try:
+        record = Recommendation.parse(read_json(path), str(path))
+    except IVONError as error:
+        raise IVONError(f"{error}; {fix}") from None
+    _check(record, _header(adapter, record), str(path), f", {fix}")
+    return record
+
+
+def recommended_from(path: Path, adapter: Adapter | Mapping[str, str], name: str = "recommended") -> Recommendation:
+    """Return the recommendation in a file that the parameter `name` gave, for an adapter or the header of its σ.
+
+    Raises:
+        IVONError: the file cannot be read, or is another adapter's.
+    """
+    record = Recommendation.load(path, name)
+    header = _header(adapter, record) if isinstance(adapter, Adapter) else adapter
+    _check(record, header, f"{param_ref(name)} {path}")
+    return record
+
+
+def tau_on_top(record: Recommendation, header: Mapping[str, str], tau: float) -> float:
+    """Return the τ that makes of an adapter's posterior that of the recommendation at `tau`."""
+    swept = tau * record.adapter_tau
+    return math.inf if math.isinf(swept) else swept / float(header.get("tau") or 1)
+
+
+def _header(adapter: Adapter, record: Recommendation) -> Mapping[str, str]:
+    """Return the header of σ; without σ its fingerprint is taken from the mean."""
+    if adapter.metadata or record.mean_sha256 is None:
+        return adapter.metadata
+    return {"mean_sha256": fingerprint(adapter.mean, adapter.digests())}
+
+
+def _check(record: Recommendation, header: Mapping[str, str], named: str, fix: str = "") -> None:
+    """Raise IVONError unless the recommendation is of the adapter with this header; one without a hash is of any.
+
+    The adapter may have been made of the one that was evaluated by `temper` and `prune`.
+    """
+    sha, pruned = record.mean_sha256, float(header.get("pruned_ratio") or 0)
+    if sha is not None and sha not in (header.get("mean_sha256"), header.get(UNPRUNED)):
+        raise IVONError(
+            f"{named} was chosen for another adapter (mean_sha256 differs); run `ivon-post sweep` on this one{fix}"
+        )
+    if sha is not None and sha == header.get(UNPRUNED) and pruned > record.ratio:
+        raise IVONError(
+            f"{named}: its ratio is {record.ratio:g}, and {pruned:g} of this adapter are pruned already; use the one "
+            "that was swept"
+        )
+    if math.isinf(float(header.get("tau") or 1)) and math.isfinite(swept := record.tau * record.adapter_tau):
+        raise IVONError(f"{named}: its tau is {swept:g}, and this adapter is the mean alone; use the one swept")
