@@ -427,7 +427,7 @@ choices_option = click.option(
     "--choices",
     metavar="A,B,…",
     callback=split_choices,
-    help="Answers to choose from, with commas between.  [default: the answers in the data]",
+    help="Answers to choose from, with commas between.  [default: those of training, else those in the data]",
 )
 limit_option = click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT examples of each file.")
 samples_option = option("--samples", "-n", type=click.IntRange(min=1), default=10, help="Number of draws to average.")

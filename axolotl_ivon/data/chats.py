@@ -247,19 +247,42 @@ def question_of(value: str | Sequence[Message] | Mapping[str, Any], source: str)
     return Example(tuple(messages), "", source, plain, tools=tools)
 
 
+_FEW, _MANY = 26, 200  # different answers
+
+
 def detect_task(examples: Sequence[Example]) -> str:
     """Return "choice" if the answers look like a few strings to choose from, else "generate".
 
-    They do if there are at most 26 different ones, each one line of at most 40 characters, and either each is
-    a single character or they repeat (on average every answer occurs at least twice).
+    Each is then one line of at most 40 characters. Of at most 26 different ones each is a single character, or every
+    answer occurs at least twice on average. 27 to 200 have letters somewhere (amounts are no labels), and at most a
+    tenth of the rows has an answer that no other row has. That share estimates how often the next row has a new answer
+    (Good 1953, Biometrika 40): about e^(−r) for equally frequent labels with r rows each, 0.25 and more for names and
+    other answers without an end.
     """
-    answers = {example.answer for example in examples}
+    counts = Counter(example.answer for example in examples)
     if any(example.says_more for example in examples):
         return "generate"
-    few = len(answers) <= 26
-    short = all(len(answer) <= 40 and "\n" not in answer for answer in answers)
-    repeated = 2 * len(answers) <= len(examples) or all(len(answer.strip()) == 1 for answer in answers)
-    return "choice" if few and short and repeated else "generate"
+    if len(counts) > _MANY or any(len(answer) > 40 or "\n" in answer for answer in counts):
+        return "generate"
+    if len(counts) <= _FEW:
+        closed = 2 * len(counts) <= len(examples) or all(len(answer.strip()) == 1 for answer in counts)
+    else:
+        once = sum(count == 1 for count in counts.values())
+        closed = 10 * once <= len(examples) and _have_letters(counts)
+    return "choice" if closed else "generate"
+
+
+def _have_letters(answers: Iterable[str]) -> bool:
+    return any(letter.isalpha() for answer in answers for letter in answer)
+
+
+def trained_choices(header: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the answers of the training data, from the header of σ; empty where training has not written them."""
+    with contextlib.suppress(ValueError):
+        choices = json.loads(header.get("choices") or "[]")
+        if isinstance(choices, list) and all(isinstance(choice, str) for choice in choices):
+            return tuple(choices)
+    return ()
 
 
 def odd_choices(examples: Sequence[Example], choices: Sequence[str]) -> str:
@@ -280,13 +303,22 @@ def odd_choices(examples: Sequence[Example], choices: Sequence[str]) -> str:
 
 
 def choose_task(
-    examples: Sequence[Example], has_head: bool, task: str | None = None, choices: Sequence[str] | None = None
+    examples: Sequence[Example],
+    has_head: bool,
+    task: str | None = None,
+    choices: Sequence[str] | None = None,
+    trained: Sequence[str] = (),
 ) -> tuple[str, tuple[str, ...]]:
     """Return how examples are predicted, "choice", "generate" or "classify", and the strings to choose from.
 
     By default the task is "classify" where the adapter has a classification head, "choice" where `choices` are given,
-    else as `detect_task` finds. A task that the adapter was not trained for is refused.
+    else as `detect_task` finds. Where every answer is one of those that were `trained`, these are the default of
+    `choices`, so that an evaluation chooses from what a prediction chooses from; more than 26 without a letter are
+    amounts, and no choices. A task that the adapter was not trained for is refused.
     """
+    known = len(trained) <= _FEW or _have_letters(trained)
+    if choices is None and known and trained and {example.answer for example in examples} <= {*trained}:
+        choices = None if any(example.says_more for example in examples) else trained
     if task is None:
         task = "classify" if has_head else "choice" if choices else detect_task(examples)
     if (task == "classify") != has_head:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..data.chats import Example, Message, find_choices, question_of
+from ..data.chats import Example, Message, find_choices, question_of, trained_choices
 from ..errors import IVONError, param_ref
 from ..evaluation.evaluate import Sampling, evaluate
 from ..evaluation.variants import Variant
@@ -29,15 +28,6 @@ from .conformal import labels_in_set
 from .recommendation import DecisionRule, recommended_for
 
 _FIRST_WINDOW, _LARGEST_WINDOW = 16, 1024  # texts that are decided together: few at first, so that answers come soon
-
-
-def trained_choices(header: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the answers of the training data, from the header of σ; empty where training has not written them."""
-    with contextlib.suppress(ValueError):
-        choices = json.loads(header.get("choices") or "[]")
-        if isinstance(choices, list) and all(isinstance(choice, str) for choice in choices):
-            return tuple(choices)
-    return ()
 
 
 class Decider:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..data.chats import Example, choose_task, odd_choices, read_examples, read_files
+from ..data.chats import Example, choose_task, odd_choices, read_examples, read_files, trained_choices
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..models.session import Loading, Session, has_head
@@ -232,7 +232,8 @@ class EvaluationData:
         calibrate: a file to fit softmax temperatures on.
         task: "choice", "generate" or "classify"; by default "classify" if the adapter has a classification head, else
             what the answers look like (`detect_task`).
-        choices: the strings to choose from; by default the answers in `files`.
+        choices: the strings to choose from; by default the answers of training, where all in `files` are among them,
+            else the answers in `files`.
         limit: take the first so many examples of each file.
         risk, coverage: the share of wrong answers, or of sets with the right one, that is to be promised, or None. The
             task "generate" is refused with either.
@@ -305,7 +306,8 @@ class Evaluation:
         mean_only = bool(variants) and not any(variant.needs_sigma for variant in variants)
         self.posterior = open_posterior(adapter, mean_only=mean_only)
         own = self.examples[: sum(map(len, self.files.values()))]
-        self.task, self.choices = choose_task(own, has_head(self.posterior), data.task, data.choices)
+        trained = trained_choices(self.posterior.metadata)
+        self.task, self.choices = choose_task(own, has_head(self.posterior), data.task, data.choices, trained)
         check_promise(self.task, risk=data.risk, coverage=data.coverage)
         if data.choices is None and (odd := odd_choices(own, self.choices)):
             reporter.notify(odd)

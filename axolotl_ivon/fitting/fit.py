@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.chats import Example, choose_task, odd_choices, read_files
+from ..data.chats import Example, choose_task, odd_choices, read_files, trained_choices
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..models.session import Loading, Session, has_head
@@ -68,7 +68,8 @@ def fit(
     mean = _open(adapter, refit)
     task, choices = "generate", tuple[str, ...]()
     if held_out:
-        task, choices = choose_task(judged_examples, has_head(mean), chosen.task, chosen.choices)
+        trained = trained_choices(mean.metadata)
+        task, choices = choose_task(judged_examples, has_head(mean), chosen.task, chosen.choices, trained)
         if chosen.choices is None and (odd := odd_choices(judged_examples, choices)):
             reporter.notify(odd)
     session = Session.open(mean, loading, reporter)

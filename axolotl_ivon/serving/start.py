@@ -83,7 +83,7 @@ def local_backend(
     posterior = Posterior.from_pretrained(drawing.adapter)
     posterior = posterior.prune(drawing.prune_ratio).temper(drawing.tau)
     session = Session.open(posterior, loading, reporter)
-    from ..decisions.decide import trained_choices
+    from ..data.chats import trained_choices
     from .local.engine import TokenEngine
     from .local.queue import Local
 

@@ -178,6 +178,10 @@ def test_bad_prompts_are_named(tmp_path: Path, lines: list[object] | None, messa
         (["yes", "no", "yes", "no"], "choice"),
         (["Paris", "Rome", "Oslo"], "generate"),
         ([f"{i}" for i in range(50)] * 2, "generate"),
+        ([f"intent {i}" for i in range(60)] * 2, "choice"),
+        ([f"intent {i}" for i in range(60)] * 3 + [f"rare {i}" for i in range(20)], "choice"),
+        ([f"intent {i}" for i in range(60)] * 3 + [f"rare {i}" for i in range(21)], "generate"),
+        ([f"intent {i}" for i in range(201)] * 2, "generate"),
         (["a sentence that is rather too long to be a choice"] * 4, "generate"),
         (["two\nlines", "two\nlines", "x", "x"], "generate"),
     ],
@@ -190,6 +194,26 @@ def test_the_task_follows_from_the_answers(answers: list[str], task: str) -> Non
     for has_head, wrong in ((False, "classify"), (True, task)):
         with pytest.raises(IVONError, match=f"task {wrong}: the adapter was trained with(out)? a classification head"):
             choose_task(examples(*answers), has_head, wrong)
+
+
+NUMBERS = [f"{i}" for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("answers", "trained", "expected"),
+    [
+        (["red", "blue"], ["red", "blue", "green"], ("choice", ("red", "blue", "green"))),
+        (["red", "blue"], ["red", "green"], ("generate", ())),
+        (["red", "blue"], [], ("generate", ())),
+        (NUMBERS[:2], NUMBERS, ("choice", ("0", "1"))),  # of the data: digits; 30 numbers are amounts
+        (NUMBERS[9:11], NUMBERS, ("generate", ())),
+    ],
+)
+def test_an_evaluation_chooses_from_the_answers_of_training(
+    answers: list[str], trained: list[str], expected: tuple[str, tuple[str, ...]]
+) -> None:
+    assert choose_task(examples(*answers), False, trained=trained) == expected
+    assert choose_task(examples(*answers), False, choices=answers[::-1], trained=trained)[1] == tuple(answers[::-1])
 
 
 @pytest.mark.parametrize(
