@@ -49,11 +49,13 @@ class ChatFormat:
         kwargs: arguments of the template (`enable_thinking`, say).
         generation_prompt: what training wrote last before the turns that it trained, as the header of σ has it.
         chosen: whether the user chose `kwargs`: an answer then begins with the template's own generation prompt.
+        system_prompt: what the system turn of all training data said, as the header has it; empty if there is none.
     """
 
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     generation_prompt: str | None = None
     chosen: bool = False
+    system_prompt: str = ""
 
     @classmethod
     def of(cls, header: Mapping[str, str], kwargs: Mapping[str, Any] | None = None) -> ChatFormat:
@@ -67,7 +69,8 @@ class ChatFormat:
         trained: dict[str, Any] = {}
         with contextlib.suppress(ValueError):
             trained = dict(json.loads(header.get("chat_template_kwargs") or "{}"))
-        return cls({**trained, **(kwargs or {})}, header.get("generation_prompt"), chosen=kwargs is not None)
+        chosen, begins, system = kwargs is not None, header.get("generation_prompt"), header.get("system_prompt", "")
+        return cls({**trained, **(kwargs or {})}, begins, chosen, system)
 
 
 _AS_IS = ChatFormat()

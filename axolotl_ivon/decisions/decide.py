@@ -107,6 +107,8 @@ class Decider:
     ) -> list[Decision]:
         """Return a decision for each text: what a user says, the messages of a chat before the answer, or an example.
 
+        A text alone is asked after the system prompt of the training data, where there was one.
+
         Raises:
             IVONError: a text is empty or too long, or the chat template refuses it.
         """

@@ -74,7 +74,7 @@ def fit(
             reporter.notify(odd)
     session = Session.open(mean, loading, reporter)
     from ..models.gradients import adapter_parameters, make_differentiable
-    from ..training.beginning import generation_prompt
+    from ..training.beginning import header_of
     from .state import State
 
     make_differentiable(session.model)
@@ -90,9 +90,8 @@ def fit(
     }
     data_of_mean = header["mean_sha256"] + header["fit_data_sha256"]  # whatever the method
     header[RUN_IDS] = hashlib.sha256(data_of_mean.encode()).hexdigest()[:16]
-    rows = ((item.ids, [position + 1 for position in item.positions]) for item in items)
-    if not session.classify and (begins := generation_prompt(session.tokenizer, rows)):
-        header["generation_prompt"] = begins
+    if not session.classify:
+        header |= header_of(session.tokenizer, lambda most: map(_row, items[:most]))
     kept = State(state, _key(header["mean_sha256"], chosen, session, items, judged))
     parameters = adapter_parameters(session.model)
     problem = FitProblem(mean, session, parameters, chosen, items, judged, kept, header, reporter)
@@ -148,6 +147,11 @@ def _digest(items: Sequence[EncodedExample]) -> str:
     for item in items:
         digest.update(repr((item.ids, item.positions, item.targets, item.candidates)).encode())
     return digest.hexdigest()
+
+
+def _row(item: EncodedExample) -> tuple[list[int], list[int]]:
+    """Return all tokens of an example, and the places of those that are trained."""
+    return [*item.ids, *item.targets[-1:]], [position + 1 for position in item.positions]
 
 
 def save(

@@ -118,12 +118,14 @@ class Session:
     def encode(self, examples: Sequence[Example], task: str, choices: Sequence[str] = ()) -> list[EncodedExample]:
         """Tokenise examples for a task ("choice", "generate" or "classify"), as `data.encode.encode` does.
 
+        Texts without a chat are asked after the system prompt of the training data, where there was one.
+
         Raises:
             IVONError: as `data.encode.encode`, or a token is new to the model.
         """
         items = encode(
             self.tokenizer,
-            examples,
+            self._after_system(examples),
             task,
             choices=choices,
             label2id=self._label2id,
@@ -140,7 +142,18 @@ class Session:
         """
         if self.classify:
             return self.encode(examples, "classify")
-        return self._checked(encode_turns(self.tokenizer, examples, self.max_length, self.chat_format), examples)
+        asked = self._after_system(examples)
+        return self._checked(encode_turns(self.tokenizer, asked, self.max_length, self.chat_format), examples)
+
+    def _after_system(self, examples: Sequence[Example]) -> Sequence[Example]:
+        says = self.chat_format.system_prompt
+        if not says or self.classify:
+            return examples
+        system = {"role": "system", "content": says}
+        return [
+            replace(e, messages=(system, *e.messages)) if e.plain and e.messages[0]["role"] != "system" else e
+            for e in examples
+        ]
 
     def _checked(self, items: list[EncodedExample], examples: Sequence[Example]) -> list[EncodedExample]:
         for item, example in zip(items, examples, strict=True):

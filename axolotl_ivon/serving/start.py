@@ -94,7 +94,8 @@ def local_backend(
     # Prompts are encoded while another thread decodes, and a tokenizer is not for two threads.
     tokenize = partial(encode, copy.deepcopy(session.tokenizer), chat_format=session.chat_format)
     choose = partial(encode_labels, tokenize.args[0], chat_format=session.chat_format)
-    return Local(engine, tokenize, limits, choose, trained_choices(posterior.metadata))
+    labels = trained_choices(posterior.metadata)
+    return Local(engine, tokenize, limits, choose, labels, session.chat_format.system_prompt)
 
 
 def encode(

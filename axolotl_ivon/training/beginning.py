@@ -1,4 +1,4 @@
-"""What the tokens that are trained on say: how answers begin, and which ones there are, if they are a few labels.
+"""What the tokens that are trained on say: how chats and answers begin, and which answers there are, if few labels.
 
 A chat template may write more before an answer than its generation prompt, or less: an opened `<think>` for data with
 reasoning, an empty block for data without. Only the tokens that were trained on say which.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 _MOST_ROWS = 256
@@ -39,6 +39,41 @@ def generation_prompt(tokenizer: Any, rows: Iterable[tuple[Sequence[int], Sequen
         rest = [c for c in rest if len(c) > len(shared) and c[len(shared)] == token]
         shared.append(token)
     return str(tokenizer.decode(shared[::-1], clean_up_tokenization_spaces=False)) if shared else None
+
+
+_SYSTEM, _USER = "zzsystemzz", "[[turn]]"  # contents to find in what a chat template writes
+
+
+def system_prompt(tokenizer: Any, rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> str | None:
+    """Return what the system turn that all rows share says; None without one, or if the template writes it by itself.
+
+    It must be a turn of its own: in the user's turn (Gemma, Mistral) nothing tells it from what the user says.
+
+    Args:
+        tokenizer, rows: as those of `generation_prompt`.
+    """
+    shared: list[int] | None = None
+    for ids, trained in rows:
+        if trained:
+            before = ids[: trained[0]]
+            both = zip(before, before if shared is None else shared, strict=False)
+            shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
+    text = str(tokenizer.decode(shared or [], clean_up_tokenization_spaces=False))
+    turn = {"role": "user", "content": _USER}
+
+    def rendered(*messages: Mapping[str, str]) -> str:
+        whole = str(tokenizer.apply_chat_template([*messages, turn], tokenize=False))
+        return whole.partition(_USER)[0].rstrip()
+
+    try:
+        begin, _, end = rendered({"role": "system", "content": _SYSTEM}).partition(_SYSTEM)
+        content, ended, _ = text.removeprefix(begin).partition(end)
+        if not (end and ended and text.startswith(begin) and content.strip()) or text.startswith(rendered()):
+            return None
+        system = {"role": "system", "content": content}
+        return content if text.startswith(rendered(system)) else None
+    except Exception:  # a template may do anything, and there may be none
+        return None
 
 
 def _turns(trained: Sequence[int]) -> list[tuple[int, int]]:
@@ -116,12 +151,21 @@ class TrainedRows:
             yield [int(id) for id in row["input_ids"]], [i for i, mark in enumerate(marks) if mark != untrained]
 
     def header(self) -> dict[str, str]:
-        """Return what they say for the header of σ: `generation_prompt` and `choices`, where there are any."""
-        if not self._marks:
-            return {}
-        header = {}
-        if begins := generation_prompt(self.tokenizer, self.rows(_MOST_ROWS)):
-            header["generation_prompt"] = begins
-        if choices := answers_to_choose_from(self.tokenizer, self.rows()):
-            header["choices"] = json.dumps(choices, ensure_ascii=False)
-        return header
+        """Return what they say for the header of σ: see `header_of`."""
+        return header_of(self.tokenizer, self.rows) if self._marks else {}
+
+
+def header_of(tokenizer: Any, rows: Callable[[int | None], Iterable[tuple[list[int], list[int]]]]) -> dict[str, str]:
+    """Return `generation_prompt`, `system_prompt` and `choices` for the header of σ, where there are any.
+
+    Args:
+        tokenizer: as that of `generation_prompt`.
+        rows: returns about so many rows, or all.
+    """
+    header = {
+        "generation_prompt": generation_prompt(tokenizer, rows(_MOST_ROWS)),
+        "system_prompt": system_prompt(tokenizer, rows(_MOST_ROWS)),
+    }
+    if choices := answers_to_choose_from(tokenizer, rows(None)):
+        header["choices"] = json.dumps(choices, ensure_ascii=False)
+    return {name: value for name, value in header.items() if value}

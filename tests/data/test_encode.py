@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.chats import Chat, Example, read_chats, read_examples
 from axolotl_ivon.data.encode import ChatFormat, EncodedExample, encode, encode_turns, render
-from axolotl_ivon.training.beginning import TrainedRows, answers_to_choose_from, generation_prompt
+from axolotl_ivon.training.beginning import TrainedRows, answers_to_choose_from, generation_prompt, system_prompt
 
 
 def example_of(answer: str, question: str = "red sun") -> Example:
@@ -245,6 +245,30 @@ def test_generation_begins_where_training_did(tokenizer: Any, name: str, reason:
         tokenizer, [Chat(conversations[-1].messages, None, "f:1")], ChatFormat.of({"generation_prompt": begins})
     )
     assert prompt.ids == new.ids[: new.positions[0] + 1]
+
+
+PARAGRAPHS = {"gemma3", "gemma3n", "mistral_v1", "mistral_v2v3", "mistral_v3_tekken", "pixtral"}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_system_prompt_that_all_rows_share_is_known(tokenizer: Any, name: str) -> None:
+    from axolotl.utils.chat_templates import get_chat_template
+
+    tokenizer.chat_template = get_chat_template(name)
+    told = {"role": "system", "content": "red or blue?"}
+
+    def known(*systems: dict[str, str] | None) -> str | None:
+        chats = [(*filter(None, [system]), {"role": "user", "content": f"{i} sun"}) for i, system in enumerate(systems)]
+        items = encode_turns(tokenizer, [Example(chat, "A", "f:1") for chat in chats])
+        return system_prompt(tokenizer, [(item.ids, [place + 1 for place in item.positions]) for item in items])
+
+    assert known(None, None) is None  # what the template writes by itself is no prompt of the data
+    if name == "gemma":  # it refuses a system turn
+        return
+    # Where it is a paragraph of the user's turn nothing says where it ends.
+    assert known(told, told) == (None if name in PARAGRAPHS else "red or blue?")
+    assert known(told, told, {**told, "content": "green?"}) is None
+    assert known(told, None) is None
 
 
 THINKING = (

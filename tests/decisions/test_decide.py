@@ -91,6 +91,14 @@ def test_a_recommendation_is_what_is_predicted_with(
     assert predict(folder, TEXTS, LABELS) == mean
 
 
+def test_a_text_is_asked_after_the_system_prompt_of_training(make_adapter: Callable[..., Path]) -> None:
+    bare, system = {"role": "user", "content": "red"}, {"role": "system", "content": "dog or cat?"}
+    trained = make_adapter(facts={"system_prompt": system["content"]})
+    asked, chat = predict(trained, ["red", [bare]], LABELS, n=1)
+    assert [asked, chat] == predict(make_adapter(), [[system, bare], "red"], LABELS, n=1)
+    assert asked != chat
+
+
 def test_the_labels_are_those_of_training_or_of_the_head(
     make_adapter: Callable[..., Path], tmp_path: Path, tiny_llama: Path
 ) -> None:

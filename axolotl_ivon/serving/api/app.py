@@ -129,7 +129,7 @@ def make_app(backend: Backend, guard: Guard) -> ASGIApp:
             message = "the adapter does not say which answers its training data had; send choices"
             raise ApiError(400, message, param="choices")
         data, prompt_tokens = [], 0
-        for index, each in enumerate(request.requests(labels)):
+        for index, each in enumerate(request.requests(labels, backend.system_prompt)):
             answers = await backend.answer(each)
             async with contextlib.aclosing(answers.deltas) as deltas:
                 [delta] = [delta async for delta in deltas]

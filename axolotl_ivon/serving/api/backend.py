@@ -55,6 +55,11 @@ class Backend(ABC):
         """The answers of the training data, if they are a few labels that can be asked for."""
         return ()
 
+    @property
+    def system_prompt(self) -> str:
+        """What the system turn of all training data said; empty if there is none."""
+        return ""
+
     @abstractmethod
     async def answer(self, request: Request) -> AnswerStream:
         """Begin to answer a request for one of `models`; this and the deltas raise ApiError if it is refused."""

@@ -27,7 +27,7 @@ class Local(Backend):
     `encode` returns the tokens of a prompt: a text, token ids or the messages of a chat, after which it gets the
     request's arguments of the chat template. It is called from one thread at a time, but never from the engine's.
     `encode_labels` gets the labels of which the answer is one before these arguments, and returns their tokens too.
-    `labels` are those of training.
+    `labels` and `system_prompt` are those of training.
     """
 
     def __init__(
@@ -37,9 +37,10 @@ class Local(Backend):
         limits: Limits,
         encode_labels: Callable[..., EncodedExample] | None = None,
         labels: Sequence[str] = (),
+        system_prompt: str = "",
     ) -> None:
         self._engine, self._encode, self._limits = engine, encode, limits
-        self._encode_labels, self._labels = encode_labels, labels
+        self._encode_labels, self._labels, self._system_prompt = encode_labels, labels, system_prompt
         self._encoding, self._turn = asyncio.Lock(), asyncio.Lock()
         self._waiting = 0
         self._thread = ThreadPoolExecutor(1, "ivon-serve")
@@ -51,6 +52,10 @@ class Local(Backend):
     @property
     def labels(self) -> Sequence[str]:
         return self._labels
+
+    @property
+    def system_prompt(self) -> str:
+        return self._system_prompt
 
     def gauges(self) -> Mapping[str, float]:
         return {"waiting": self._waiting, "running": float(self._turn.locked())}

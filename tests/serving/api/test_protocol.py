@@ -10,12 +10,27 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from axolotl_ivon.serving.api.answers import AnswerDelta, Token, certainty_of
-from axolotl_ivon.serving.api.protocol import ApiError, ChatRequest, CompletionRequest, Writer, read_request, usage
+from axolotl_ivon.serving.api.protocol import (
+    ApiError,
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    Writer,
+    read_request,
+    usage,
+)
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "?"}]}
 TEXT = {"model": "m", "prompt": "?"}
 TOKEN = Token(7, "é", "é", -0.5, (("é", -0.5), ("�", -1.5)), 0.2, 0.1)
 IVON = {"confidence": 0.6, "expected_entropy": 0.2, "mutual_information": 0.1, "members": 2}
+
+
+def test_texts_to_classify_come_after_the_system_prompt() -> None:
+    asked = read_request(ClassifyRequest, {"model": "m", "input": ["a", "b"]})
+    turns = [{"role": "system", "content": "which?"}, {"role": "user", "content": "b"}]
+    assert [request.prompts for request in asked.requests(["x", "y"], "which?")][1] == [turns]
+    assert asked.requests(["x", "y"])[1].prompts == [turns[1:]]
 
 
 def test_what_is_null_or_unknown_is_left_out() -> None:
