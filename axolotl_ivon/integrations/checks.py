@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import IVONError
 from ..posterior.chain import check_prior
-from ..settings.keys import DEFAULTS, check_values, prior_folder
+from ..settings.keys import DEFAULTS, check_rollouts, check_values, prior_folder
 from ..settings.presets import Preset, resolved
 from ..settings.table import OPTIMIZER, SETTINGS
 
@@ -41,8 +41,9 @@ LORA_KEYS = (
     "lora_target_parameters",
 )
 # fmt: on
-# Trainers whose rollouts would come from a draw, not the mean.
-_ONLINE_RL = ("grpo", "gdpo", "ebft", "rloo", "ppo")
+_GRPO = ("grpo", "gdpo")
+# Methods whose Trainers write completions in ways of their own, at a draw.
+_OTHER_ONLINE_RL = ("ebft", "rloo", "ppo")
 
 
 def number(cfg: Mapping[str, Any], key: str, default: float = 0.0) -> float:
@@ -75,6 +76,7 @@ def check_config(cfg: Mapping[str, Any], axolotl_keys: Collection[str] = ()) -> 
     _check_other_keys(cfg, {*LORA_KEYS, *axolotl_keys})
     preset = resolved(given["ivon_preset"], {s.name: given.get(s.key) for s in SETTINGS})
     preset.alpha(number(cfg, "learning_rate"), given["ivon_rescale_lr"])
+    _check_rollouts(cfg, given)
     if folder := prior_folder(given["ivon_prior"]):
         _check_prior(cfg, folder)
     return given, preset
@@ -126,8 +128,23 @@ def _check_other_keys(cfg: Mapping[str, Any], known: Collection[str]) -> None:
     for key in ("rl", "reward_model", "process_reward_model"):
         if cfg.get("ivon_eval_samples") and cfg.get(key):
             raise IVONError(f"ivon_eval_samples averages the predictions of a causal LM; remove it with {key}")
-    if cfg.get("rl") in _ONLINE_RL:
+    if cfg.get("rl") in _OTHER_ONLINE_RL:
         raise IVONError(
-            f"rl: {cfg['rl']} is not supported with optimizer: {OPTIMIZER}, its rollouts would come from a draw; "
-            "use another optimizer"
+            f"rl: {cfg['rl']} is not supported with optimizer: {OPTIMIZER}, its completions would come from a draw; "
+            "use rl: grpo, or another optimizer"
         )
+
+
+def _check_rollouts(cfg: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse here, before a model is loaded, what `attach` would refuse of a GRPO Trainer."""
+    trl = cfg.get("trl") or {}
+    hindering = ("use_vllm", "async_prefetch", "use_data_producer", "rollout_func")
+    check_rollouts(
+        given["ivon_rollouts"],
+        given.get("ivon_rollout_draws"),
+        online=cfg.get("rl") in _GRPO,
+        generations=int(trl.get("num_generations") or 8),  # TRL's default
+        # With a size of its own, batches of completions are of as many micro-batches as processes make of it.
+        steps=0 if trl.get("generation_batch_size") else int(number(cfg, "gradient_accumulation_steps", 1)),
+        hindrance=next((f"trl.{key}: {trl[key]}" for key in hindering if trl.get(key)), ""),
+    )

@@ -224,8 +224,7 @@ class IVONLoRA(Optimizer):
                 group["draws"] += 1
             for buffers in all_buffers:
                 buffers.set_gradients_aside()
-                draws = buffers.group["draws"]
-                buffers.draw(f"{draws} of process {self.process}" if self.process else draws)
+                self._draw(buffers, buffers.group["draws"])
             yield
             first = all(buffers.h_hat is None for buffers in all_buffers)
             squares = self._here([buffers.collect() for buffers in all_buffers])  # of ĝ, and beside it ĥ
@@ -238,6 +237,35 @@ class IVONLoRA(Optimizer):
             raise
         finally:
             self._drawn = False
+
+    def redraw(self, number: int | None) -> None:
+        """Put the draw of this number, or the mean, into the parameters inside `sampled_params()`.
+
+        It is for passes that must see something else than the draw of the gradient. Draws are numbered from 1 in the
+        order in which `sampled_params()` takes them (`draw_number`), and the same m and σ give the same draw again.
+        Before the context is left the draw of the gradient must be back, since ĥ is taken at what is there.
+
+        Args:
+            number: of the draw; None for the mean.
+
+        Raises:
+            RuntimeError: if called outside of `sampled_params()`.
+        """
+        if not self._drawn:
+            raise RuntimeError("redraw() was called outside of sampled_params(); call it inside the context")
+        for buffers in self._get_buffers():
+            if number is None:
+                buffers.restore_mean()
+            else:
+                self._draw(buffers, number)
+
+    @property
+    def draw_number(self) -> int:
+        """The number of the latest draw of `sampled_params()`."""
+        return int(self.param_groups[0]["draws"])
+
+    def _draw(self, buffers: Buffers, number: int) -> None:
+        buffers.draw(f"{number} of process {self.process}" if self.process else number)
 
     @contextmanager
     def evaluation_draw(self, number: int, tau: float = 1.0) -> Iterator[None]:

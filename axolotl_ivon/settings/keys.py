@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, create_model
 
-from ..errors import IVONError
+from ..errors import IVONError, param_ref
 from .table import OPTIMIZER, SETTINGS
 
 # Values of unset keys that are the same by every preset. The fields themselves default to None, so that a run with
@@ -64,3 +64,40 @@ def check_values(cfg: Mapping[str, Any]) -> dict[str, Any]:
     if "ivon_lambda" in values and "ivon_gamma" in values:
         raise IVONError("ivon_gamma and ivon_lambda are both set: λ is γ·√N or given outright, remove one")
     return checked.model_dump(exclude_none=True)
+
+
+def check_rollouts(
+    rollouts: str, draws: int | None, *, online: bool, generations: int, steps: int, hindrance: str = ""
+) -> int:
+    """Return how many draws write a group of completions: 0 where the mean writes them.
+
+    Args:
+        rollouts, draws: the settings `rollouts` and `rollout_draws`.
+        online: whether the run is GRPO or GDPO.
+        generations: `num_generations`, the completions of a group.
+        steps: the micro-batches that completions are trained in after they were written, or 0 where it is unknown.
+        hindrance: a setting, with its value, with which completions are not written in this process by `generate`.
+
+    Raises:
+        IVONError: the values do not go together.
+    """
+    if rollouts not in ("mean", "draws"):
+        raise IVONError(f"{param_ref('rollouts')}: {rollouts!r} is neither 'mean' nor 'draws'")
+    if rollouts == "mean":
+        if draws is not None:
+            raise IVONError(
+                f"{param_ref('rollout_draws')}: {draws} has no effect without {param_ref('rollouts')}: draws; set that"
+            )
+        return 0
+    if not online:
+        raise IVONError(f"{param_ref('rollouts')}: draws is for GRPO and GDPO alone; remove it")
+    if hindrance:
+        raise IVONError(f"{param_ref('rollouts')}: draws does not go with {hindrance}; remove one of them")
+    count = 2 if draws is None else draws
+    for name, value in (("num_generations", generations), ("gradient_accumulation_steps", steps)):
+        if count < 1 or value % count:
+            raise IVONError(
+                f"{param_ref('rollout_draws')}: {count} does not divide {name}: {value}; choose a divisor of both "
+                "num_generations and gradient_accumulation_steps, so that every draw has as many completions"
+            )
+    return count

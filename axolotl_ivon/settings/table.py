@@ -123,6 +123,14 @@ SETTINGS = (
         "`shared`: one draw for all processes, so that a run does not depend on their number; `per_rank`: one for "
         "each, with ĝ and ĥ averaged, for less variance"
     ),
+    Setting("rollouts", Literal["mean", "draws"], "mean", "mean", header="").means(
+        "what writes the completions of `rl: grpo` and `gdpo`: `mean`, or `draws`: each group of completions is from "
+        "several draws, and each completion's gradient is taken at the draw that wrote it"
+    ),
+    Setting("rollout_draws", Annotated[int, Field(ge=1)], None, None, "2 with `ivon_rollouts: draws`", header="").means(
+        "the number of draws that write a group of completions: a divisor of `num_generations` and of "
+        "`gradient_accumulation_steps`"
+    ),
 )
 PAPER = {setting.name: setting.paper for setting in SETTINGS}
 # What did not exist when format 1 of the header, and the optimizer's state, were fixed.

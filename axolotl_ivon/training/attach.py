@@ -25,6 +25,7 @@ from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean,
 from .prior import gaussian_prior, start_at
 from .processes import check_sharding
 from .rates import scaled_options
+from .rollouts import count_rollout_draws, mixin_for
 from .saved import check_that_all_is_saved, names_of, trained_adapters
 from .trainer import PosteriorTrainerMixin
 
@@ -48,6 +49,8 @@ def attach(
     train_size: int | None = None,
     eval_samples: int = 0,
     draws: Literal["shared", "per_rank"] = "shared",
+    rollouts: Literal["mean", "draws"] = "mean",
+    rollout_draws: int | None = None,
     calibrate: bool = True,
 ) -> None:
     """Make a Trainer train with IVON-LoRA, and save σ beside every adapter that it or its model saves.
@@ -79,6 +82,9 @@ def attach(
         eval_samples: number of draws whose averaged prediction every evaluation scores too, as `eval_loss_posterior`.
         draws: "shared" for one draw in all processes, so that a run does not depend on their number; "per_rank" for
             one each, with gradients and Hessian estimates averaged: less variance, at twice the communication.
+        rollouts: what writes the completions of TRL's GRPOTrainer: "mean", or "draws": each group of completions is
+            from several draws, and each completion's gradient is taken at the draw that wrote it.
+        rollout_draws: number of these draws, a divisor of `num_generations` and `steps_per_generation`; None for 2.
         calibrate: whether the end of training finds out, on at most 256 evaluation examples and in about a tenth of the
             work of training, what to predict with: the mean or draws, and the softmax temperature. It is written as
             `recommended.json` beside the adapter.
@@ -134,6 +140,7 @@ def attach(
         )
     if draws not in ("shared", "per_rank"):
         raise IVONError(f"{param_ref('draws')}: {draws!r} is neither 'shared' nor 'per_rank'")
+    writers = count_rollout_draws(trainer, rollouts, rollout_draws)
     if eval_samples and trainer.eval_dataset is None:
         LOG.warning("eval_samples %d has no effect in training: the Trainer has no eval_dataset", eval_samples)
     given_rate, settings["lr"] = settings["lr"], chosen.alpha(settings["lr"], rescale_lr)
@@ -158,6 +165,7 @@ def attach(
         header=header,
         eval_samples=eval_samples,
         per_rank=per_rank,
+        rollout_draws=writers,
         travel=travel,
         settings_for_run=settings_for_run,
         calibrates=calibrate,
@@ -188,13 +196,15 @@ def _earlier(prior: Any) -> Posterior | None:
 
 def _put_mixin_first(trainer: Trainer) -> None:
     """Let the Trainer's class be the mixin on top of its own class, by the same name."""
-    own = type(trainer)
+    own, mixin = type(trainer), mixin_for(trainer)
     # A function that somebody has assigned to this Trainer would hide the mixin's: it goes where `super()` finds it.
-    overridden = vars(PosteriorTrainerMixin).keys() & vars(trainer)
+    overridden = {name for base in mixin.__mro__ if base not in Trainer.__mro__ for name in vars(base)} & {
+        *vars(trainer)
+    }
     assigned = {name: staticmethod(vars(trainer).pop(name)) for name in overridden}
     parent: type = type(own.__name__, (own,), assigned) if assigned else own
     names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
-    trainer.__class__ = type(own.__name__, (PosteriorTrainerMixin, parent), names)
+    trainer.__class__ = type(own.__name__, (mixin, parent), names)
 
 
 def _adapter_of(trainer: Trainer) -> PeftModel:

@@ -106,6 +106,8 @@ def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None,
 def _evaluation_data(run: PosteriorTraining, seen: int) -> Any:
     """Return the examples to calibrate on, at most `MOST`, and as many as one pass in the share of work allows."""
     dataset: Any = run.trainer.eval_dataset
+    if hasattr(run.trainer, "reward_funcs"):
+        raise NotCalibrated("a run that learns from rewards has no labels to predict")
     if isinstance(dataset, dict):
         dataset = next(iter(dataset.values()), None)
     if dataset is None:

@@ -50,6 +50,7 @@ class PosteriorTraining(TrainerCallback):
     header: Mapping[str, str]  # entries of the header of σ that are no settings of the optimizer
     eval_samples: int  # draws that every evaluation averages over
     per_rank: bool  # whether each process has draws of its own
+    rollout_draws: int  # that write a group of completions: 0 where the mean does
     travel: float | None  # how far a weight can get in the run, where the learning rate is chosen for that
     settings_for_run: Callable[[int, float], dict[str, Any]]  # of that many steps and epochs
     optimizer: Any = None  # until the Trainer makes it
@@ -174,15 +175,18 @@ class PosteriorTraining(TrainerCallback):
         if not finding.good:
             LOG.warning("%s", finding.text)
 
-    def count_losses(self, inputs: Mapping[str, Any]) -> None:
+    def count_losses(self, inputs: Any) -> None:
         """Count the losses of a batch: the tokens that a language model is to predict, or the examples."""
-        if self.settings["hessian"] != "squared_gradients":
-            return
+        if self.settings["hessian"] != "squared_gradients" or not isinstance(inputs, Mapping):
+            return  # rows, say, for which completions are yet to be written and counted
         labels = inputs.get("labels")
         if isinstance(labels, Tensor):
             self.losses += int(((labels[..., 1:] if labels.dim() > 1 else labels) != -100).sum())
         else:
-            sizes = (len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
+            values = inputs.values()
+            sizes = (
+                len(value) for value in values if isinstance(value, list) or (isinstance(value, Tensor) and value.dim())
+            )
             self.losses += next(sizes, 1)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

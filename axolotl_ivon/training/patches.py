@@ -5,6 +5,8 @@
   this one method and not the class that changes.
 - A state-dict hook on every module with trained weights: whoever reads the model while a draw is in it gets the mean,
   and PEFT, accelerate, DeepSpeed and axolotl all read through `state_dict()`.
+- No method of TRL's is changed on its classes or modules: what writes completions is overridden in `rollouts.py`, whose
+  first lines name each method with its reason.
 - `accelerator.gradient_state.plugin_kwargs`: each backward pass has a draw of its own, so processes must not put off
   averaging to the last of them. The Trainer has this setting in a config that is read before `attach` is called.
 

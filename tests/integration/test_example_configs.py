@@ -11,7 +11,17 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "example_configs"
 CONFIGS = {path.stem: path for path in FOLDER.rglob("*.yaml")}
-NAMES = ["arithmetic", "commonsense", "continual-1", "continual-2", "demo", "glue", "gsm8k"]
+NAMES = [
+    "arithmetic",
+    "commonsense",
+    "continual-1",
+    "continual-2",
+    "demo",
+    "glue",
+    "gsm8k",
+    "reinforce",
+    "reinforce-gsm8k",
+]
 GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
 
 # The settings of arXiv 2506.14280.
@@ -31,7 +41,11 @@ LORA |= {
     "optimizer": "ivon_lora",
 }
 # Where a config leaves LORA, and why is said in it.
-OWN = {"demo": {"lora_dropout": 0}}
+OWN = {
+    "demo": {"lora_dropout": 0},
+    "reinforce": {"lora_dropout": 0, "gradient_accumulation_steps": 4},
+    "reinforce-gsm8k": {"lora_dropout": 0, "gradient_accumulation_steps": 8},
+}
 
 
 def load(name: str) -> dict[str, Any]:
@@ -62,11 +76,27 @@ def test_axolotl_accepts_the_config_and_keeps_every_key(name: str, make_adapter:
     expected = {**raw, **LORA, **OWN.get(name, {}), **paper}
     for key in expected.keys() - {"datasets", "special_tokens", "bf16", "plugins", "learning_rate"}:
         value = expected[key]
+        if key in ("trl", "vllm"):  # to which axolotl adds its defaults
+            assert config[key].items() >= value.items()
+            continue
         assert config[key] == (pytest.approx(value) if isinstance(value, float) else value), key
     # 0 stands for what a preset will choose.
     assert float(config["learning_rate"]) == pytest.approx(float(expected.get("learning_rate", 0)))
     with pytest.raises(Exception, match="ivon_gama"):
         validate({**raw, "ivon_gama": 1})
+
+
+def test_rewards_are_for_right_answers() -> None:
+    from example_configs.rewards import label, problem, question, result
+
+    def said(*texts: str) -> list[list[dict[str, str]]]:
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+    assert label(said("Positive.", "positive, I think", "negative"), ["positive"] * 3) == [1.0, 0.5, 0.0]
+    assert result(said("so 1,200", "12 and 7", "many"), ["1200", "12", "3"]) == [1.0, 0.0, 0.0]
+    messages = [{"role": "user", "content": "Good?"}, {"role": "assistant", "content": "positive"}]
+    assert question({})[0]({"messages": messages}) == {"prompt": messages[:1], "answer": "positive"}
+    assert problem({})[0]({"question": "2 + 3?", "answer": SUM})["answer"] == "5"
 
 
 @pytest.mark.parametrize("suite", ["causal-axolotl", "paper", "paper-8b", "paper-70b", "code", "multilingual"])

@@ -15,6 +15,7 @@ from axolotl_ivon import IVONLoRAPlugin
 from axolotl_ivon.integrations.axolotl import ConfigError
 
 BASE = {"optimizer": "ivon_lora", "adapter": "lora"}
+DRAWS = {"rl": "grpo", "ivon_rollouts": "draws", "ivon_rollout_draws": 2}
 USELESS = ["loraplus_lr_ratio", "loraplus_lr_embedding", "lr_groups", "embedding_lr", "embedding_lr_scale", "relora"]
 USELESS += ["lisa_n_layers", "optim_target_modules", "unfrozen_parameters", "adam_epsilon"]
 
@@ -48,7 +49,13 @@ USELESS += ["lisa_n_layers", "optim_target_modules", "unfrozen_parameters", "ada
         ({"weight_decay": 0.1, "ivon_prior": 0.1}, ["weight_decay", "0.1", "remove"]),
         ({"optim_args": {"a": 1}}, ["optim_args", "ivon_"]),
         ({"adam_beta2": 0.99}, ["adam_beta2", "ivon_beta2"]),
-        ({"rl": "grpo"}, ["rl", "grpo"]),
+        ({"rl": "ebft"}, ["rl: ebft", "rl: grpo"]),
+        ({**DRAWS, "rl": "dpo"}, ["ivon_rollouts: draws is for GRPO"]),
+        ({**DRAWS, "ivon_rollout_draws": 3}, ["ivon_rollout_draws: 3 does not divide num_generations: 8"]),
+        (DRAWS, ["ivon_rollout_draws: 2 does not divide gradient_accumulation_steps: 1"]),
+        ({**DRAWS, "trl": {"num_generations": 1}}, ["ivon_rollout_draws: 2 does not divide num_generations: 1"]),
+        ({**DRAWS, "trl": {"use_vllm": True}}, ["ivon_rollouts: draws does not go with trl.use_vllm: True"]),
+        ({"ivon_rollouts": "both"}, ["ivon_rollouts", "'both'", "'mean' or 'draws'"]),
         ({"rl": "dpo", "ivon_eval_samples": 4, "val_set_size": 1}, ["ivon_eval_samples", "rl"]),
         ({"ivon_eval_samples": 4}, ["ivon_eval_samples: 4", "val_set_size", "test_datasets"]),
         ({"ivon_eval_samples": 2.5}, ["ivon_eval_samples", "2.5", "integer"]),

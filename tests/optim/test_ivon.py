@@ -278,6 +278,36 @@ def test_the_mean_is_back_after_the_context_and_after_an_exception() -> None:
     assert pair["A"].grad is None, "a draw that failed does not count"
 
 
+def test_passes_inside_may_see_the_mean_or_another_draw() -> None:
+    """And the estimate is of the draw that is there in the end, which its number brings back."""
+    pair, sigmas = lora_pair(), []
+    mean = {name: param.detach().clone() for name, param in pair.items()}
+    for number in (1, 3):
+        pair = lora_pair()
+        optimizer = IVONLoRA(pair.items(), **SETTINGS)
+        with pytest.raises(RuntimeError, match="outside of sampled_params"):
+            optimizer.redraw(1)
+        with optimizer.sampled_params():
+            assert optimizer.draw_number == 1
+            first = pair["A"].detach().clone()
+            optimizer.redraw(None)
+            assert torch.equal(pair["A"], mean["A"])
+            optimizer.redraw(3)
+            assert not torch.equal(pair["A"], first)
+            optimizer.redraw(number)
+            assert torch.equal(pair["A"], first) is (number == 1)
+            lora_loss(pair, batches(1)[0]).backward()
+        optimizer.step()
+        sigmas.append(optimizer.sigma(pair["B"]))
+    pair = lora_pair()
+    optimizer = IVONLoRA(pair.items(), **SETTINGS)
+    with optimizer.sampled_params():
+        lora_loss(pair, batches(1)[0]).backward()
+    optimizer.step()
+    assert torch.equal(optimizer.sigma(pair["B"]), sigmas[0])
+    assert not torch.equal(*sigmas)
+
+
 def test_a_failed_micro_batch_leaves_the_others_as_they_were() -> None:
     plain, failing = lora_pair(), lora_pair()
     data, sigmas = batches(2), []

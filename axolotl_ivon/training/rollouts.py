@@ -1,0 +1,200 @@
+"""Reinforcement learning: which weights write the completions, and at which draw the gradient of each is taken.
+
+TRL's Trainers write completions, score them and train on them inside `training_step`, so they would do all of it at the
+draw of that pass. Here they do all but the last at the mean, or write each completion at the draw of its gradient.
+Derivation: docs/how-it-works.md.
+
+Each method that is overridden, and why:
+
+- `_prepare_inputs` of GRPO and RLOO: in it completions are written, scored and kept; everything in it that runs the
+  model must see the mean, also what sends the weights to vLLM.
+- `_generate_single_turn` of GRPO: the one method that calls `generate`; here the draws take turns.
+- `_generate`, `_generate_vllm`, `_generate_completions` of online DPO: it has no `_prepare_inputs` for its completions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from ..errors import IVONError
+from ..settings.keys import check_rollouts
+from .processes import is_sharded
+from .trainer import PosteriorTrainerMixin
+
+# The number of a batch's draw, in the batch.
+DRAW = "ivon_draw"
+# TRL's logarithm of the probability at which completions were written: by token, and in RLOO by completion.
+_OLD_BY_TOKEN, _OLD = "old_per_token_logps", "old_logps"
+
+
+class RolloutTrainerMixin(PosteriorTrainerMixin):
+    """Overrides of TRL's GRPOTrainer and RLOOTrainer, and of those derived from them."""
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Write and score completions at the mean, and take the gradient of a batch at the draw that belongs to it."""
+        run, trainer = self.posterior_training, _methods(self)
+        if run.optimizer is None or not run.optimizer.sampling:  # an evaluation
+            return super()._prepare_inputs(inputs)
+        kept = trainer._buffered_inputs
+        with _at_mean(run.optimizer) as number:
+            batch: Any = super()._prepare_inputs(inputs)
+            if trainer._buffered_inputs is not kept:  # completions were written
+                # Axolotl's asynchronous Trainer keeps the batches without the first, and each once an iteration.
+                batches = list({id(each): each for each in (batch, *trainer._buffered_inputs)}.values())
+                self._give_draws(batches, number)
+        if run.settings["hessian"] == "squared_gradients":
+            mask = batch["completion_mask"]  # RLOO's losses are of completions, GRPO's of tokens
+            run.losses += len(mask) if _OLD in batch else int(mask.sum())
+        run.optimizer.redraw(batch[DRAW])
+        return batch
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let the draws take turns at the completions of a prompt."""
+        run, generate = self.posterior_training, super()._generate_single_turn  # type: ignore[misc]
+        if not run.rollout_draws or not run.optimizer.sampling:
+            return generate(prompt_ids, *args, **kwargs)
+        completions: list[Any] = [None] * len(prompt_ids)
+        first, count = run.optimizer.draw_number, run.rollout_draws
+        for k in range(count):
+            run.optimizer.redraw(first + k * self._batches_per_draw)
+            completions[k::count], _ = generate(prompt_ids[k::count], *args, **kwargs)
+        run.optimizer.redraw(None)
+        return completions, None
+
+    @property
+    def _batches_per_draw(self) -> int:
+        count = self.posterior_training.rollout_draws
+        return _methods(self).args.steps_per_generation // count if count else 1
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        """Note which draw wrote a completion, before TRL shuffles them."""
+        output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        if count := self.posterior_training.rollout_draws:
+            output[DRAW] = torch.arange(len(output["completion_ids"])) % count
+        return output
+
+    def _give_draws(self, batches: list[dict[str, Any]], first: int) -> None:
+        """Give each batch the number of its draw, from `first` on, and old log-probabilities at that draw."""
+        if self.posterior_training.rollout_draws:
+            _sort_by_draw(batches)
+        for place, batch in enumerate(batches):
+            batch[DRAW] = first + place // self._batches_per_draw * self._batches_per_draw
+            self._at_its_draw(batch)
+
+    def _at_its_draw(self, batch: dict[str, Any]) -> None:
+        """Replace the old log-probabilities of a batch, where TRL has taken them, by those at its draw.
+
+        Where each batch is trained on once before the next update, they are what the loss itself computes, and GRPO's
+        does so where they are missing.
+        """
+        trainer, optimizer = _methods(self), self.posterior_training.optimizer
+        by_token, args = _OLD_BY_TOKEN in batch, trainer.args
+        if by_token and args.gradient_accumulation_steps % (args.steps_per_generation * trainer.num_iterations) == 0:
+            del batch[_OLD_BY_TOKEN]
+        elif by_token or _OLD in batch:
+            optimizer.redraw(batch[DRAW])
+            mask = batch["completion_mask"]
+            log_probabilities = _log_probabilities(trainer, batch)
+            optimizer.redraw(None)
+            batch |= {_OLD_BY_TOKEN: log_probabilities} if by_token else {_OLD: (log_probabilities * mask).sum(1)}
+
+
+class OnlineDPOTrainerMixin(PosteriorTrainerMixin):
+    """Overrides of TRL's OnlineDPOTrainer, and of those derived from it."""
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self._by_the_mean(super()._generate, *args, **kwargs)  # type: ignore[misc]
+
+    def _generate_vllm(self, *args: Any, **kwargs: Any) -> Any:
+        return self._by_the_mean(super()._generate_vllm, *args, **kwargs)  # type: ignore[misc]
+
+    def _generate_completions(self, *args: Any, **kwargs: Any) -> Any:
+        return self._by_the_mean(super()._generate_completions, *args, **kwargs)  # type: ignore[misc]
+
+    def _by_the_mean(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        optimizer = self.posterior_training.optimizer
+        if optimizer is None or not optimizer.sampling:
+            return generate(*args, **kwargs)
+        with _at_mean(optimizer) as number:
+            completions = generate(*args, **kwargs)
+        optimizer.redraw(number)
+        return completions
+
+
+def mixin_for(trainer: Trainer) -> type[PosteriorTrainerMixin]:
+    """Return the class of overrides for a Trainer."""
+    if hasattr(trainer, "_generate_and_score_completions"):
+        return RolloutTrainerMixin
+    return OnlineDPOTrainerMixin if hasattr(trainer, "_generate_vllm") else PosteriorTrainerMixin
+
+
+def count_rollout_draws(trainer: Trainer, rollouts: str, draws: int | None) -> int:
+    """Return how many draws write a group of completions, 0 for the mean.
+
+    Raises:
+        IVONError: the settings do not go with the Trainer, or it shards a model that writes completions.
+    """
+    online, own, args = mixin_for(trainer) is not PosteriorTrainerMixin, _methods(trainer), _methods(trainer.args)
+    if online and is_sharded(trainer):
+        raise IVONError(
+            "DeepSpeed and FSDP are not supported where training writes completions; use DDP, or one process"
+        )
+    hindrances = {
+        "use_vllm: true": getattr(own, "use_vllm", False),
+        "async_prefetch or use_data_producer": getattr(own, "data_producer", None)
+        or getattr(args, "async_prefetch", 0),
+        "continuous batching": getattr(own, "use_transformers_continuous_batching", False),
+        "a rollout_func": getattr(own, "rollout_func", None),
+        "tools": getattr(own, "tools", None) or getattr(own, "environments", None),
+        "a processor of images": getattr(own, "_is_vlm", False),
+    }
+    return check_rollouts(
+        rollouts,
+        draws,
+        online=hasattr(trainer, "num_generations") and hasattr(trainer, "importance_sampling_level"),
+        generations=getattr(own, "num_generations", 0),
+        steps=getattr(args, "steps_per_generation", 0),
+        hindrance=next((name for name, value in hindrances.items() if value), ""),
+    )
+
+
+@contextmanager
+def _at_mean(optimizer: Any) -> Iterator[int]:
+    """Hold the mean in the parameters inside the block, of which the draw that was there has this number.
+
+    Whoever leaves the block puts a draw back; after an exception `sampled_params` puts the mean there anyway.
+    """
+    optimizer.redraw(None)
+    yield optimizer.draw_number
+
+
+def _methods(trainer: Any) -> Any:
+    """Return a Trainer with the attributes of TRL's, which a type checker does not know of transformers' own."""
+    return trainer
+
+
+def _sort_by_draw(batches: list[dict[str, Any]]) -> None:
+    """Exchange rows of the batches, all of one size, so that each has completions of one draw, the first draw first."""
+    order = torch.cat([batch[DRAW] for batch in batches]).argsort(stable=True).chunk(len(batches))
+    for name, value in batches[0].items():
+        if isinstance(value, Tensor) and value.dim():
+            rows = torch.cat([batch[name] for batch in batches])
+            for batch, own in zip(batches, order, strict=True):
+                batch[name] = rows[own.to(rows.device)]
+
+
+def _log_probabilities(trainer: Any, batch: dict[str, Any]) -> Tensor:
+    """Return log p of the tokens of a batch's completions, shape [completions, tokens], without a gradient."""
+    by_token = trainer._get_per_token_logps_and_entropies
+    inputs = {name: batch[name] for name in inspect.signature(by_token).parameters if name in batch}
+    ids, mask = (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+    with torch.no_grad():
+        log_probabilities: Tensor = by_token(trainer.model, ids, mask, batch["completion_ids"].shape[1], **inputs)[0]
+    return log_probabilities

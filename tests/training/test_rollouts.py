@@ -1,0 +1,327 @@
+"""Reinforcement learning with TRL's own Trainers: what writes completions, and where gradients are taken."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tiny import WORDS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+from axolotl_ivon import IVONError, Posterior, attach
+
+TOKEN = 44
+DRAWS = {"rollouts": "draws", "rollout_draws": 2}
+TRAINERS = {
+    "GRPO": (trl.GRPOTrainer, trl.GRPOConfig),
+    "RLOO": (trl.RLOOTrainer, trl.RLOOConfig),
+    "OnlineDPO": (OnlineDPOTrainer, OnlineDPOConfig),
+}
+LORA = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}
+
+
+def reward(completions: Any, completion_ids: Any, **_: Any) -> list[float]:
+    """Return the share of one token in each completion."""
+    return [ids.count(TOKEN) / len(ids) for ids in completion_ids]
+
+
+@pytest.fixture
+def make(tiny_llama: Path, tmp_path: Path) -> Callable[..., Any]:
+    """A function that makes a Trainer of TRL over the tiny Llama with a new adapter."""
+
+    def make(kind: str = "GRPO", wrapped: bool = False, reward: Any = reward, **args: Any) -> Any:
+        torch.manual_seed(1)
+        trainer, config = TRAINERS[kind]
+        model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        lora = LoraConfig(**LORA)
+        if wrapped:  # with weights that differ from the base model's
+            model = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
+        settings = {
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 4,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+            "seed": 5,
+        }
+        settings |= {"max_new_tokens": 8} if kind == "OnlineDPO" else {"num_generations": 8, "max_completion_length": 8}
+        rows = [{"prompt": f"{word} {number}"} for number in range(8) for word in WORDS[:16]]  # an epoch is 32 steps
+        return trainer(
+            model,
+            reward_funcs=reward,
+            args=config(str(tmp_path), **{**settings, **args}),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+            peft_config=None if wrapped else lora,
+        )
+
+    return make
+
+
+def lora_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    named = model.named_parameters()
+    return {name: p.detach().clone() for name, p in named if "lora_" in name and ".ref." not in name}
+
+
+def mean_of(trainer: Any) -> dict[str, torch.Tensor]:
+    run = trainer.posterior_training
+    return {name: run.optimizer.mean(param) for name, param in run.params.items()}
+
+
+def passes(trainer: Any, notes: Callable[[Any], Any] = lambda batch: None) -> list[Any]:
+    """Let `compute_loss` note the weights at which it takes the gradient, its batch, and what `notes` returns."""
+    compute_loss, kept = trainer.compute_loss, []
+
+    def noting(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        kept.append((lora_weights(trainer.model), {**batch}, notes(batch)))
+        return compute_loss(model, batch, *args, **kwargs)
+
+    trainer.compute_loss = noting
+    return kept
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def written(base: Path, weights: dict[str, torch.Tensor], batch: dict[str, Any]) -> torch.Tensor:
+    """Return the greedy completions of a batch's prompts by an adapter in a new PEFT model."""
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**LORA)).eval()
+    model.load_state_dict(weights, strict=False)
+    prompts = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
+    width = batch["completion_ids"].shape[1]
+    return model.generate(**prompts, do_sample=False, max_new_tokens=width)[:, -width:]
+
+
+@pytest.mark.parametrize("rollouts", [{}, DRAWS], ids=["mean", "draws"])
+def test_it_learns_and_a_checkpoint_resumes_exactly(rollouts: dict[str, Any], make: Any, tmp_path: Path) -> None:
+    ends = []
+    for resume in (None, str(tmp_path / "checkpoint-25")):
+        trainer = make(max_steps=30, max_completion_length=16, save_strategy="steps", save_steps=5)
+        attach(trainer, **rollouts)
+        trainer.train(resume_from_checkpoint=resume)
+        ends.append(lora_weights(trainer.model))
+        rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+        assert sum(rewards[:5]) / 5 < 0.02
+        assert sum(rewards[-5:]) / 5 > 0.2
+    assert same(*ends)
+    sigma = Posterior.from_pretrained(tmp_path / "checkpoint-30").sigma
+    assert all((value > 0).all() for key, value in sigma.items() if "lora_" in key)
+
+
+def test_the_mean_writes_and_the_gradient_is_at_a_draw(make: Any, tiny_llama: Path) -> None:
+    trainer, means = make(max_steps=2, generation_kwargs={"do_sample": False}), []
+    attach(trainer)
+    kept = passes(trainer, lambda _: means.append(mean_of(trainer)))
+    trainer.train()
+    assert len(kept) == 8
+    for mean, (weights, batch, _) in zip(means, kept, strict=True):
+        mask = batch["completion_mask"].bool()
+        assert torch.equal(written(tiny_llama, mean, batch)[mask], batch["completion_ids"][mask])
+        assert not same(weights, mean)
+    assert all(not same(weights, other) for (weights, *_), (other, *_) in itertools.pairwise(kept))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_every_completion_is_trained_on_at_the_draw_that_wrote_it(count: int, make: Any, tiny_llama: Path) -> None:
+    trainer = make(generation_kwargs={"do_sample": False})
+    attach(trainer, rollouts="draws", rollout_draws=count)
+    kept = passes(trainer)
+    trainer.train()
+    for step in (kept[:4], kept[4:]):
+        draws = [weights for weights, *_ in step]
+        for place, (weights, batch, _) in enumerate(step):
+            mask = batch["completion_mask"].bool()
+            assert torch.equal(written(tiny_llama, weights, batch)[mask], batch["completion_ids"][mask])
+            assert same(weights, draws[place // (4 // count) * (4 // count)])
+            assert place % (4 // count) or not place or not same(weights, draws[place - 1])
+        # Pooled: over a group, that is over all draws, and not over the completions of one draw.
+        groups: dict[str, list[float]] = {}
+        for _, batch, _ in step:
+            for prompt, advantage in zip(batch["prompt_ids"].tolist(), batch["advantages"].tolist(), strict=True):
+                groups.setdefault(str(prompt), []).append(advantage)
+        assert [len(group) for group in groups.values()] == [8] * 4
+        assert all(abs(sum(group)) < 1e-4 for group in groups.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "args"),
+    [
+        ("GRPO", {}, {"num_iterations": 2}),
+        ("GRPO", DRAWS, {"num_iterations": 2}),
+        ("GRPO", {}, {"gradient_accumulation_steps": 2, "steps_per_generation": 4}),
+        ("RLOO", {}, {"num_iterations": 2}),
+    ],
+)
+def test_the_ratio_is_1_until_the_mean_moves(kind: str, settings: Any, args: Any, make: Any) -> None:
+    """Old log-probabilities are at the draw of the gradient, so noise alone clips nothing."""
+
+    def ratio(batch: Any) -> float:
+        ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+        with torch.no_grad():
+            now = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, mask, batch["completion_ids"].shape[1]
+            )[0]
+        own = batch["completion_mask"]
+        difference = (
+            (now - batch["old_per_token_logps"]) * own if kind == "GRPO" else (now * own).sum(1) - batch["old_logps"]
+        )
+        return float(difference.abs().max())
+
+    trainer = make(kind, max_steps=2, **args)
+    attach(trainer, **settings)
+    kept = passes(trainer, ratio)
+    trainer.train()
+    first = args.get("gradient_accumulation_steps", 4)
+    noises = [noise for *_, noise in kept]
+    assert max(noises[:first]) < 1e-4 < min(noises[first:])
+    if "num_iterations" in args:  # each batch keeps its draw: ε is the same, and the mean has moved
+        assert all(kept[i][1]["ivon_draw"] == kept[i + first][1]["ivon_draw"] for i in range(first))
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["disable_adapter", "ref"])
+@pytest.mark.parametrize("rollouts", [{}, DRAWS], ids=["mean", "draws"])
+def test_the_reference_is_without_noise(rollouts: Any, wrapped: bool, make: Any, tiny_llama: Path) -> None:
+    trainer = make(wrapped=wrapped, beta=0.1)
+    attach(trainer, **rollouts)
+    start = lora_weights(trainer.model)
+    kept = passes(trainer)
+    trainer.train()
+    reference: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), LoraConfig(**LORA)).eval()
+    reference.load_state_dict(start, strict=False)
+    for weights, batch, _ in kept:
+        assert not same(weights, start)
+        ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+        width = batch["completion_ids"].shape[1]
+        with torch.no_grad():
+            logits = reference(input_ids=ids, attention_mask=mask).logits[:, -width - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+        own = batch["completion_mask"]
+        torch.testing.assert_close(batch["ref_per_token_logps"] * own, expected * own, rtol=0, atol=1e-5)
+
+
+def test_vllm_is_sent_the_mean_and_merging_never_sees_a_draw(make: Any) -> None:
+    trainer, sent, completions = make(max_steps=2), [], [TOKEN, 7, 9]
+
+    def sync() -> None:  # as TRL's does
+        trainer.model.merge_adapter()
+        sent.append({name: base.weight.detach().clone() for name, base in bases.items()})
+        trainer.model.unmerge_adapter()
+
+    def generate(prompts: Any, **_: Any) -> Any:
+        return None, [completions] * len(prompts), [[[-5.0]] * 3] * len(prompts), None
+
+    attach(trainer)
+    layers = {name: module for name, module in trainer.model.named_modules() if hasattr(module, "lora_A")}
+    layers = {name: module for name, module in layers.items() if module.lora_A}
+    bases = {name: module.base_layer for name, module in layers.items()}
+    before = {name: base.weight.detach().clone() for name, base in bases.items()}
+    trainer.use_vllm, trainer._last_loaded_step = True, -1
+    trainer.vllm_generation = SimpleNamespace(sync_weights=sync, generate=generate)
+    means: list[Any] = []
+    kept = passes(trainer, lambda _: means.append(mean_of(trainer)))
+    trainer.train()
+    assert len(sent) == 2
+    for merged, mean in zip(sent, means[::4], strict=True):
+        for name, weight in merged.items():
+            a, b = (mean[f"{name}.lora_{x}.default.weight"] for x in "AB")
+            torch.testing.assert_close(weight, before[name] + 8 * b @ a, rtol=0, atol=1e-5)
+    for name, base in bases.items():
+        torch.testing.assert_close(base.weight, before[name], rtol=0, atol=1e-6)
+    # TRL's correction for vLLM's own rounding is at the mean on both sides; the clipped ratio is that of one draw.
+    assert all("importance_sampling_ratio" in batch and "old_per_token_logps" not in batch for _, batch, _ in kept)
+
+
+@pytest.mark.parametrize("rollouts", [{}, DRAWS], ids=["mean", "draws"])
+def test_an_interrupt_while_completions_are_written_leaves_the_mean(rollouts: Any, make: Any, tmp_path: Path) -> None:
+    trainer, calls = make(max_steps=3, save_strategy="steps", save_steps=1), []
+    attach(trainer, **rollouts)
+    generate, drawn = trainer.model.generate, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == (4 if rollouts else 2):  # the second draw of the second step
+            drawn.append(lora_weights(trainer.model))
+            trainer.model.save_pretrained(tmp_path / "interrupted")
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    trainer.model.generate = interrupted
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.train()
+    checkpoint, saved = (Posterior.from_pretrained(tmp_path / name) for name in ("checkpoint-1", "interrupted"))
+    assert len(drawn) == 1
+    for name, weight in lora_weights(trainer.model).items():
+        key = name.replace(".default", "")
+        assert torch.equal(weight, checkpoint.mean[key])
+        assert torch.equal(saved.mean[key], checkpoint.mean[key])
+        assert torch.equal(drawn[0][name], weight) is not bool(rollouts)
+
+
+def test_online_dpo_writes_by_the_mean(make: Any) -> None:
+    trainer, means, draws = make("OnlineDPO"), [], []
+    attach(trainer)
+    start = lora_weights(trainer.model)
+    generate, forward = trainer.model.generate, trainer._forward
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        means.append(lora_weights(trainer.model))
+        return generate(*args, **kwargs)
+
+    def noting_forward(*args: Any, **kwargs: Any) -> Any:
+        draws.append(lora_weights(trainer.model))
+        return forward(*args, **kwargs)
+
+    trainer.model.generate, trainer._forward = noting, noting_forward
+    trainer.train()
+    assert all(same(start, mean) for mean in means[:4])  # those of the first step
+    assert not any(same(start, draw) for draw in draws)
+    assert not same(start, lora_weights(trainer.model))
+
+
+@pytest.mark.parametrize(("kind", "length"), [("GRPO", "tokens"), ("RLOO", "completions")])
+def test_squared_gradients_count_the_losses_of_completions(kind: str, length: str, make: Any) -> None:
+    trainer = make(kind, max_steps=1)
+    attach(trainer)
+    kept = passes(trainer)
+    trainer.train()
+    masks = [batch["completion_mask"] for _, batch, _ in kept]
+    expected = sum(int(mask.sum()) if length == "tokens" else len(mask) for mask in masks)
+    assert trainer.optimizer.param_groups[0]["batch_size"] == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "args", "words"),
+    [
+        ("GRPO", {"rollouts": "both"}, {}, "rollouts: 'both' is neither"),
+        ("GRPO", {"rollout_draws": 2}, {}, "rollout_draws: 2 has no effect without rollouts: draws"),
+        ("GRPO", {**DRAWS, "rollout_draws": 0}, {}, "rollout_draws: 0 does not divide"),
+        ("GRPO", {**DRAWS, "rollout_draws": 3}, {}, "rollout_draws: 3 does not divide num_generations: 8"),
+        ("GRPO", {**DRAWS, "rollout_draws": 8}, {}, "rollout_draws: 8 does not divide gradient_accumulation_steps: 4"),
+        ("RLOO", DRAWS, {}, "rollouts: draws is for GRPO and GDPO alone"),
+        ("OnlineDPO", DRAWS, {}, "rollouts: draws is for GRPO and GDPO alone"),
+        ("GRPO", DRAWS, {"use_vllm": True}, "rollouts: draws does not go with use_vllm: true"),
+        ("GRPO", DRAWS, {"tools": [print]}, "rollouts: draws does not go with tools"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(kind: str, settings: Any, args: Any, words: str, make: Any) -> None:
+    trainer = make(kind)
+    vars(trainer).update(args)
+    with pytest.raises(IVONError, match=f"^{words}"):
+        attach(trainer, **settings)
