@@ -38,7 +38,7 @@ OTHER_CONFIDENCE = (
 # Sections of `--help`, and the parameters in them. The other options of a command come first, as "Options".
 _SECTIONS = {
     "Posterior": {"tau", "taus", "ratio", "ratios", "recommended", "samples", "members", "seed", "sample_seed"},
-    "Data": {"data", "prompts", "task", "choices", "limit", "ood", "calibrate", "on", "validation"},
+    "Data": {"data", "prompts", "task", "choices", "by_length", "limit", "ood", "calibrate", "on", "validation"},
     "Model": {"base_model", "load_in", "device", "chat_template_kwargs"},
     "Output": {"output", "overwrite", "as_json", "quiet", "--help"},
 }
@@ -429,6 +429,11 @@ choices_option = click.option(
     callback=split_choices,
     help="Answers to choose from, with commas between.  [default: those of training, else those in the data]",
 )
+by_length_option = click.option(
+    "--by-length",
+    is_flag=True,
+    help="Score choices by the mean log-probability of their tokens, not the sum. A recommendation keeps it.",
+)
 limit_option = click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT examples of each file.")
 samples_option = option("--samples", "-n", type=click.IntRange(min=1), default=10, help="Number of draws to average.")
 
@@ -452,6 +457,7 @@ data_options = add_all(
     data_option,
     task_option,
     choices_option,
+    by_length_option,
     limit_option,
     samples_option,
     seed_option("Seed of the draws, the same as for `sample --seed`."),

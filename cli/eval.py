@@ -69,7 +69,7 @@ _DIFFERENCES = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL"
     "[default: base,mean,posterior; with a ratio all]",
 )
 @options.output_options(None, "JSONL for the prediction of every variant on every example.", metavar="FILE")
-@options.as_one("files", options.evaluation_data, "data", "ood", "calibrate", "task", "choices", "limit")
+@options.as_one("files", options.evaluation_data, "data", "ood", "calibrate", "task", "choices", "by_length", "limit")
 def command(
     adapter: str,
     files: options.EvaluationData,
@@ -111,6 +111,7 @@ def command(
     names = [name.strip() for name in rows.split(",")] if rows is not None else []
     taken, pruned = point.taken(adapter, output), any("pruned" in name for name in names)
     choice = taken.choice() if taken else VariantChoice()
+    files = replace(files, by_length=files.by_length or bool(taken and taken.rule.by_length))
     tau = choice.tau if point.tau is None else point.tau
     ratio = point.ratio if point.ratio is not None else choice.ratio or 0.1 * pruned
     # Who names rows gets these alone, and from a file that is named their T, which for draws is that of one τ.

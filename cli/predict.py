@@ -30,6 +30,7 @@ from ._tables import percent
     callback=options.split_choices,
     help="Labels to choose from, with commas between.  [default: the answers of the training data]",
 )
+@options.by_length_option
 @click.option(
     "--threshold", type=float, help="Confidence below which to abstain.  [default: that of the recommendation]"
 )
@@ -62,6 +63,7 @@ def command(
     adapter: str,
     data: str | None,
     choices: list[str] | None,
+    by_length: bool,
     threshold: float | None,
     coverage: float | None,
     limit: int | None,
@@ -107,7 +109,7 @@ def command(
         rows = list(read_questions(str(data), limit))
         total, examples = len(rows), iter(rows)
     setting = point.settings(adapter, output, "draws" if samples else "")
-    rule = setting.rule
+    rule = replace(setting.rule, by_length=by_length or setting.rule.by_length)
     if threshold is not None:
         rule = replace(rule, threshold=threshold, score="probability")
     if coverage is not None and (rule.prediction_set is None or rule.prediction_set.coverage != coverage):

@@ -71,7 +71,12 @@ def command(
         if data:
             taken = own or point.taken(adapter, output)
             choice = taken.choice() if taken else VariantChoice()
-            evaluated = run(adapter, EvaluationData(data), choice, reporter=progress)
+            evaluated = run(
+                adapter,
+                EvaluationData(data, by_length=bool(taken and taken.rule.by_length)),
+                choice,
+                reporter=progress,
+            )
             findings = replace(findings, evaluation=evaluated.record, examples=list(evaluated.examples()))
         progress.begin("drawing")
         with new_file(path) as temporary:

@@ -42,7 +42,7 @@ _grid: dict[str, Any] = {"type": options.numbers, "multiple": True}
     help="Find the probability from which on labels are in a set that holds the right one so often (`predict --set`).",
 )
 @options.output_options("ADAPTER-sweep, or ADAPTER-weights", overwrite="Replace an earlier sweep in the target.")
-@options.as_one("files", options.evaluation_data, "data", "task", "choices", "limit")
+@options.as_one("files", options.evaluation_data, "data", "task", "choices", "by_length", "limit")
 @options.as_one("grid", dict, "taus", "ratios")
 @options.as_one("aim", dict, "objective", "risk", "confidence", "coverage")
 def command(
@@ -114,6 +114,7 @@ def command(
             "data": [str(path) for path in files.files],
             "task": evaluation.task,
             "choices": list(evaluation.choices),
+            "by_length": files.by_length,
             "samples": sampling.samples,
             "seed": sampling.seed,
             "adapter_tau": evaluation.posterior.tau,  # which the grid's came on top of

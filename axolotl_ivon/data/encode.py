@@ -22,13 +22,15 @@ class EncodedExample:
     """One tokenised example: at `positions` of `ids` the next-token (or label) distribution is scored.
 
     `targets` holds a class for each position: the index of the choice, the label, or the next token's id.
-    `candidates` are the tokens of each choice after `ids`, or None if the classes are all tokens, or labels.
+    `candidates` are the tokens of each choice after `ids`, or None if the classes are all tokens, or labels. With
+    `by_length` they are scored by the mean over their tokens.
     """
 
     ids: list[int]
     positions: list[int]
     targets: list[int]
     candidates: tuple[tuple[int, ...], ...] | None = None
+    by_length: bool = False
 
 
 # What `apply_chat_template` takes for itself.

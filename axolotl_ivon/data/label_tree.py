@@ -18,6 +18,7 @@ class LabelTree:
         tokens, parents, depths: of the nodes; the root has token −1, parent −1 and depth 0.
         steps: for each token of each label (number of the label, node before it, token).
         labels: how many labels there are.
+        by_length: whether a label is scored by the mean over its tokens in place of the sum.
     """
 
     tokens: tuple[int, ...]
@@ -25,6 +26,7 @@ class LabelTree:
     depths: tuple[int, ...]
     steps: tuple[tuple[int, int, int], ...]
     labels: int
+    by_length: bool = False
 
     def __len__(self) -> int:
         """Return the number of nodes, the root included."""
@@ -44,7 +46,7 @@ class LabelTree:
 
 
 @functools.lru_cache(maxsize=16)
-def label_tree(labels: Sequence[Sequence[int]]) -> LabelTree:
+def label_tree(labels: Sequence[Sequence[int]], by_length: bool = False) -> LabelTree:
     """Return the tree of `labels`, a tuple of tuples of token ids, none of which is the beginning of another."""
     nodes: dict[Sequence[int], int] = {labels[0][:0]: 0}
     for label in labels:
@@ -61,4 +63,5 @@ def label_tree(labels: Sequence[Sequence[int]]) -> LabelTree:
             for place, token in enumerate(label)
         ),
         labels=len(labels),
+        by_length=by_length,
     )

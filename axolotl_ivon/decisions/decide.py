@@ -93,6 +93,7 @@ class Decider:
             "dtype": loading.dtype,
             "chat_template": dict(session.chat_format.kwargs),
             "choices": list(self.choices),
+            "by_length": rule.by_length,
             "tau": "inf" if math.isinf(tau := drawn.tau * posterior.tau) else tau,
             "ratio": ratio,
             "samples": self.passes,
@@ -118,7 +119,7 @@ class Decider:
         ]
         if not examples:
             return []
-        items = self._session.encode(examples, self._task, self.choices)
+        items = self._session.encode(examples, self._task, self.choices, self._rule.by_length)
         drawn, scaled = evaluate(
             self._session.model, self._posterior, items, self._variants, self._task, self._sampling, reporter
         )

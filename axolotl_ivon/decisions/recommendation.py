@@ -22,6 +22,8 @@ class DecisionRule:
         temperature: its log-probabilities are divided by this.
         threshold: answer where the confidence is at least this; None: always.
         score: what that confidence is: "probability" of the answer, or "agreement" of the outputs of `mbr`.
+        mean_confidence: on validation data; None where nobody has measured it.
+        by_length: choices are scored by the mean log-probability of their tokens.
         prediction_set: from which probability on a label is in the set that holds the right one; None: there are none.
     """
 
@@ -29,6 +31,8 @@ class DecisionRule:
     threshold: float | None = None
     score: str = "probability"
     prediction_set: PredictionSet | None = None
+    by_length: bool = False
+    mean_confidence: float | None = None
 
 
 def read_rule(path: str | Path) -> DecisionRule:
@@ -41,7 +45,8 @@ def read_rule(path: str | Path) -> DecisionRule:
 
 
 def _rule(record: Recommendation) -> DecisionRule:
-    return DecisionRule(record.temperature, record.threshold, record.score, record.prediction_set)
+    names = ("temperature", "threshold", "score", "prediction_set", "by_length", "mean_confidence")
+    return DecisionRule(**{name: getattr(record, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Recommended:
         if not self.is_mean:
             return self
         point = self.draws or DrawsPoint(tau=1.0)
-        return replace(self, tau=point.tau, rule=DecisionRule(point.temperature))
+        return replace(self, tau=point.tau, rule=DecisionRule(point.temperature, by_length=self.rule.by_length))
 
     @property
     def is_mean(self) -> bool:

@@ -189,6 +189,7 @@ def sweep(
         chosen_on=point.chosen_on,
         reported_on=Reported.model_validate({**point.reported_on.dump(), "se": standard_errors(recommended.reported)}),
         mean_reported_on=choice.mean.point.reported_on,
+        mean_confidence=None if scaled else min(float(recommended.reported.confidence.mean()), 1.0),
         verdict=verdict,
         best=leader.point,
         grid=[candidate.point for candidate in choice.grid],

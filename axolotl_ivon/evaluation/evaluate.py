@@ -234,6 +234,7 @@ class EvaluationData:
             what the answers look like (`detect_task`).
         choices: the strings to choose from; by default the answers of training, where all in `files` are among them,
             else the answers in `files`.
+        by_length: score choices by the mean log-probability of their tokens; by default by the sum.
         limit: take the first so many examples of each file.
         risk, coverage: the share of wrong answers, or of sets with the right one, that is to be promised, or None. The
             task "generate" is refused with either.
@@ -244,6 +245,7 @@ class EvaluationData:
     calibrate: str | Path | None = None
     task: str | None = None
     choices: Sequence[str] | None = None
+    by_length: bool = False
     limit: int | None = None
     risk: float | None = None
     coverage: float | None = None
@@ -308,6 +310,8 @@ class Evaluation:
         own = self.examples[: sum(map(len, self.files.values()))]
         trained = trained_choices(self.posterior.metadata)
         self.task, self.choices = choose_task(own, has_head(self.posterior), data.task, data.choices, trained)
+        if data.by_length and self.task != "choice":
+            reporter.notify(f"{param_ref('by_length')} is about choices and changes nothing: the task is {self.task}")
         check_promise(self.task, risk=data.risk, coverage=data.coverage)
         if data.choices is None and (odd := odd_choices(own, self.choices)):
             reporter.notify(odd)
@@ -321,7 +325,7 @@ class Evaluation:
         self.session = Session.open(self.posterior, loading, reporter)
         self.model, self.base_model = self.session.model, self.session.base_model
         self.choices = self.choices or self.session.labels
-        items = self.session.encode(self.examples + held_out, self.task, self.choices)
+        items = self.session.encode(self.examples + held_out, self.task, self.choices, data.by_length)
         self.items, self.held_out = items[: len(self.examples)], items[len(self.examples) :]
 
     def _read(self, data: EvaluationData, name: str, paths: Sequence[str | Path]) -> dict[str, range]:

@@ -59,13 +59,15 @@ def label_probabilities(logits: Tensor, tree: LabelTree) -> Tensor:
     """Return the probabilities of the labels, float64 [copies, rows, labels].
 
     That is the softmax of Σ log p(token | before) over the labels; the root's normaliser is the same in all of them.
+    With `tree.by_length` it is that of the mean in place of the sum.
 
     Args:
         logits: at the nodes of the tree, the root first, [copies, rows, nodes, vocabulary].
     """
     label, node, token = torch.tensor(tree.steps, device=logits.device).T
-    steps = logits[:, :, node, token].double()
-    if len(tree) > 1:
-        normalisers = logits[:, :, 1:].float().logsumexp(-1).double()
-        steps -= F.pad(normalisers, (1, 0))[:, :, node]
-    return steps.new_zeros(*steps.shape[:2], tree.labels).index_add_(2, label, steps).softmax(-1)
+    steps, skipped = logits[:, :, node, token].double(), 0 if tree.by_length else 1
+    if len(tree) > skipped:
+        normalisers = logits[:, :, skipped:].float().logsumexp(-1).double()
+        steps -= F.pad(normalisers, (skipped, 0))[:, :, node]
+    scores = steps.new_zeros(*steps.shape[:2], tree.labels).index_add_(2, label, steps)
+    return (scores / label.bincount() if tree.by_length else scores).softmax(-1)

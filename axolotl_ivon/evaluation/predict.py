@@ -94,7 +94,7 @@ def collate(items: Sequence[EncodedExample], first_slot: int, skip: int, pad: in
         rows.to(device),
         column.to(device),
         torch.arange(first_slot, first_slot + len(rows)).to(device),
-        None if labels is None else label_tree(labels),
+        None if labels is None else label_tree(labels, items[0].by_length),
     )
 
 

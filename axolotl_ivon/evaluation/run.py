@@ -96,6 +96,7 @@ def run(
         verdicts=verdicts(rows),
         task=evaluation.task,
         choices=list(evaluation.choices),
+        by_length=data.by_length,
         adapter=str(adapter),
         mean_sha256=evaluation.posterior.metadata.get("mean_sha256"),
         base_model=evaluation.base_model,

@@ -115,10 +115,13 @@ class Session:
         model = load_model(adapter.folder, loading, classify=has_head(adapter))
         return cls(model, adapter, loading.chat_template_kwargs)
 
-    def encode(self, examples: Sequence[Example], task: str, choices: Sequence[str] = ()) -> list[EncodedExample]:
+    def encode(
+        self, examples: Sequence[Example], task: str, choices: Sequence[str] = (), by_length: bool = False
+    ) -> list[EncodedExample]:
         """Tokenise examples for a task ("choice", "generate" or "classify"), as `data.encode.encode` does.
 
-        Texts without a chat are asked after the system prompt of the training data, where there was one.
+        Texts without a chat are asked after the system prompt of the training data, where there was one. `by_length`
+        scores choices by the mean over their tokens.
 
         Raises:
             IVONError: as `data.encode.encode`, or a token is new to the model.
@@ -132,7 +135,8 @@ class Session:
             max_length=self.max_length,
             chat_format=self.chat_format,
         )
-        return self._checked(items, examples)
+        items = self._checked(items, examples)
+        return [replace(item, by_length=True) for item in items] if by_length else items
 
     def encode_for_training(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Tokenise examples as training reads them: all turns of the assistant, or the label of a classifier.

@@ -120,6 +120,7 @@ class EvaluationRecord(Record):
     verdicts: list[VerdictResult] = []
     task: str = "choice"
     choices: list[str] = []
+    by_length: bool = False  # choices are scored by the mean log-probability of their tokens, not the sum
     adapter: str | None = None
     mean_sha256: str | None = None
     base_model: str | None = None

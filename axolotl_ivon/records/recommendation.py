@@ -111,6 +111,7 @@ class Recommendation(Record):
     data: list[str] = []
     task: str | None = None
     choices: list[str] = []
+    by_length: bool = False  # choices are scored by the mean log-probability of their tokens, not the sum
     samples: int | None = None
     seed: int | None = None
     adapter_tau: Tau = 1.0  # of the adapter that was swept; `tau` comes on top of it
@@ -118,6 +119,7 @@ class Recommendation(Record):
     chosen_on: Metrics | None = None
     reported_on: Reported | None = None
     mean_reported_on: Metrics | None = None
+    mean_confidence: Share | None = None  # on the examples that report, at what is recommended
     verdict: SweepVerdict | None = None
     best: GridPoint | None = None
     grid: list[GridPoint] = []

@@ -95,7 +95,8 @@ def local_backend(
     tokenize = partial(encode, copy.deepcopy(session.tokenizer), chat_format=session.chat_format)
     choose = partial(encode_labels, tokenize.args[0], chat_format=session.chat_format)
     labels = trained_choices(posterior.metadata)
-    return Local(engine, tokenize, limits, choose, labels, session.chat_format.system_prompt)
+    expected = (mean_rule or rule).mean_confidence
+    return Local(engine, tokenize, limits, choose, labels, session.chat_format.system_prompt, expected)
 
 
 def encode(

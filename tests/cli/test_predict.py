@@ -134,3 +134,22 @@ def test_sets_are_those_that_a_sweep_has_found(tiny_adapter: Path, tmp_path: Pat
     assert {len(line["set"]) for line in lines} <= {1, 2}
     assert "there are no sets of that coverage" in ivon_post.run(*given, "--set", 0.8).stderr.splitlines()[-1]
     assert "set" not in json.loads(ivon_post(*given, "--limit", 1))
+
+
+def test_a_recommendation_by_length_is_followed(tiny_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
+    labels = ["yes no", "A"]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"text": f"sun {n}", "label": labels[n % 2]}) + "\n" for n in range(8)))
+    words = ["--data", chats, "--choices", ",".join(labels), "-n", 1]
+    sweep = ["sweep", tiny_adapter, *words, "--tau", "1,inf", "--ratio", 0, "--by-length", "-o", tmp_path / "sweep"]
+    swept = ivon_post.json(*sweep)
+    assert swept["by_length"] is True
+    given = ["predict", tiny_adapter, *words]
+    by_length = ivon_post(*given, "--tau", "inf", "--by-length")
+    assert by_length != ivon_post(*given, "--tau", "inf")
+    (tmp_path / "by_length.json").write_text('{"tau": "inf", "ratio": 0, "by_length": true}')
+    assert ivon_post("predict", tiny_adapter, *words[:4], "--recommended", tmp_path / "by_length.json") == by_length
+    rows = ["eval", tiny_adapter, *words, "--rows", "mean"]
+    evaluated = ivon_post.json(*rows, "--recommended", tmp_path / "by_length.json")
+    assert evaluated == ivon_post.json(*rows, "--by-length")
+    assert evaluated["by_length"] is True

@@ -116,7 +116,7 @@ def each_draw(evaluation: Evaluation, posterior: Posterior | None, draws: int) -
         rows: list[Tensor] = []
         for item in evaluation.items:
             if item.candidates is not None:
-                rows.append(label_probabilities(model, item.ids, item.candidates)[None])
+                rows.append(label_probabilities(model, item.ids, item.candidates, item.by_length)[None])
                 continue
             rows.append(model(torch.tensor([item.ids])).logits[0, item.positions].double().softmax(-1))
         members.append(torch.cat(rows))
@@ -390,6 +390,20 @@ def write_labels(path: Path) -> Path:
     lines = [json.dumps(chat(question, LABELS[n % len(LABELS)])) for n, question in enumerate(questions)]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_labels_may_be_scored_by_the_mean_over_their_tokens(
+    tiny_adapter: Path, tmp_path: Path, lines: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lines:
+        monkeypatch.setattr("axolotl_ivon.evaluation.predict.Predictor._attends", lambda *_: False)
+    data = EvaluationData([write_labels(tmp_path / "data.jsonl")], task="choice", by_length=True)
+    evaluation = Evaluation(tiny_adapter, data)
+    [mean] = evaluation.run([Variant("mean")], DRAWS)
+    is_by_hand(mean, evaluation, evaluation.posterior, 1)
+    [summed] = Evaluation(tiny_adapter, replace(data, by_length=False)).run([Variant("mean")], DRAWS)
+    assert not torch.allclose(mean.nll, summed.nll, atol=1e-3)
 
 
 @pytest.mark.parametrize("per_pass", [1, 2])

@@ -64,6 +64,34 @@ def test_a_person_types_and_sees_how_sure_the_answer_is(serve: Callable[..., Any
         assert {address.split("/")[2] for address in browser.requests if "//" in address} == {url.split("/")[2]}
 
 
+def test_choices_are_bars_and_a_new_chat_begins_with_the_system_prompt(
+    serve: Callable[..., Any], browser: Browser
+) -> None:
+    with serve() as url:
+        browser.open(f"{url}/", 400, 700)
+        wait(browser, "document.querySelectorAll('#model option').length == 6")
+        system, labels = "dog or cat?", ["A", "yes no", "B"]
+        for name, text in (("system", system), ("choices", "\n".join(labels))):
+            browser.run(f"document.getElementById('{name}').value = {json.dumps(text)}")
+        for _ in range(2):
+            browser.run("document.getElementById('new').click()")
+            assert browser.run("document.querySelectorAll('article').length") == 0
+            type_in(browser, "red")
+            wait(browser, "document.querySelector('.facts') !== null")
+            rows = browser.run(
+                "[...document.querySelectorAll('.choices tr')].map(r => [...r.cells].map(c => c.textContent))"
+            )
+            messages = [{"role": "system", "content": system}, {"role": "user", "content": "red"}]
+            body = {"model": "tiny", "messages": messages, "temperature": 0, "guided_choice": labels}
+            choices = ask(url, "/v1/chat/completions", body)[2]["ivon"]["choices"]
+            expected = sorted(choices.items(), key=lambda one: -one[1])
+            assert [(label, float(p)) for label, _, p in rows] == [
+                (label, pytest.approx(p, abs=1e-3)) for label, p in expected
+            ]
+        assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
+        assert not browser.complaints
+
+
 def test_a_key_is_asked_for_and_errors_are_shown(serve: Callable[..., Any], browser: Browser) -> None:
     with serve(guard=Guard(api_key="secret"), max_tokens=4) as url:
         browser.open(f"{url}/", 900, 700)

@@ -113,7 +113,8 @@ def make_app(backend: Backend, guard: Guard) -> ASGIApp:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def description(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": started, "owned_by": "ivon-post"}
+        trained = {"system_prompt": backend.system_prompt, "labels": list(backend.labels)}
+        return {"id": name, "object": "model", "created": started, "owned_by": "ivon-post", "ivon": trained}
 
     async def complete(http: HTTPRequest) -> Response:
         guard.check(http)
@@ -135,7 +136,7 @@ def make_app(backend: Backend, guard: Guard) -> ASGIApp:
                 [delta] = [delta async for delta in deltas]
             prompt_tokens += answers.prompt_tokens
             ivon = dict(delta.ivon or {})
-            metrics.answer(ivon)
+            metrics.answer(request.model, ivon)
             choices = ivon.pop("choices")
             probabilities = {"probs": list(choices.values()), "num_classes": len(choices)}
             data.append({"index": index, "label": delta.text, **probabilities, "labels": list(choices), "ivon": ivon})
@@ -262,7 +263,7 @@ class _Completion(Response):
                 self._metrics.first_token.observe(time.monotonic() - self._begun)
             self._generated += delta.generated
             if delta.ivon:
-                self._metrics.answer(delta.ivon)
+                self._metrics.answer(self._request.model, delta.ivon)
             yield delta
 
     def _usage(self) -> Mapping[str, int]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
+from .answer_schema import field_values
 from .answers import AnswerDelta, Token
 
 MAX_CHOICES = 16
@@ -33,7 +34,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
+    "response_format": ({"type": "text"},),  # of completions; chats have schemas, too
     "modalities": (["text"],),
     "min_tokens": (0,),
     "ignore_eos": (False,),
@@ -129,6 +130,11 @@ class Request(BaseModel, ABC):
         return self.structured_outputs.choice if self.structured_outputs else self.guided_choice or []
 
     @property
+    def fields(self) -> dict[str, list[str]]:
+        """The fields of the JSON object that the answer is, each with its values as JSON texts; empty: it is none."""
+        return {}
+
+    @property
     @abstractmethod
     def top(self) -> int | None:
         """The number of likeliest tokens to return at each place; None: no tokens are returned."""
@@ -162,6 +168,33 @@ class Message(BaseModel):
         }
 
 
+class TextFormat(BaseModel):
+    """An answer of any text."""
+
+    type: Literal["text"]
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str = ""
+    description: str = ""
+    strict: bool | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+    @field_validator("schema_")
+    @classmethod
+    def _has_fields_of_few_values(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        field_values(schema)
+        return schema
+
+
+class SchemaFormat(BaseModel):
+    """An answer that is a JSON object, whose fields have a few values each."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
 class ChatRequest(Request):
     """`POST /v1/chat/completions`."""
 
@@ -172,6 +205,7 @@ class ChatRequest(Request):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     chat_template_kwargs: dict[str, Any] | None = None  # as vLLM has it
+    response_format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
 
     @model_validator(mode="after")
     def _newer_name(self) -> ChatRequest:
@@ -179,11 +213,18 @@ class ChatRequest(Request):
             self.max_tokens = self.max_completion_tokens
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if self.fields and (self.labels or self.logprobs or self.n > 1):
+            raise ValueError("a json_schema goes with one answer, without logprobs and choices of its own")
         return self
 
     @property
     def top(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
+
+    @property
+    def fields(self) -> dict[str, list[str]]:
+        asked = self.response_format
+        return field_values(asked.json_schema.schema_) if isinstance(asked, SchemaFormat) else {}
 
     @property
     def prompts(self) -> list[list[dict[str, Any]]]:

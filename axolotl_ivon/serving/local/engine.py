@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ...data.encode import EncodedExample
+from ...data.encode import EncodedExample, common_length
 from ...decisions.conformal import labels_in_set
 from ...decisions.recommendation import DecisionRule
 from ...errors import IVONError
@@ -51,6 +52,7 @@ class GenerationRequest:
     seed: int = 0  # of the answers
     labels: tuple[str, ...] = ()  # the strings of which an answer is one; none: it is any text
     candidates: tuple[tuple[int, ...], ...] = ()  # their tokens after the prompt
+    fields: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of a JSON object, and their values as JSON
 
 
 class TokenEngine:
@@ -87,16 +89,18 @@ class TokenEngine:
         held = members([dict(posterior.mean)])
         drawn = functools.cache(lambda: members([posterior.sample(seed, member) for member in range(samples)]))
         average = _Served(drawn, slice(0, samples), rule)
-        mean = _Served(lambda: held, slice(0, 1), mean_rule or DecisionRule())
+        plain = DecisionRule(by_length=rule.by_length)
+        mean = _Served(lambda: held, slice(0, 1), mean_rule or plain)
         if mean_rule is None:
             drawn()
         self.models = {name: average if mean_rule is None else mean, f"{name}:mean": mean, f"{name}:posterior": average}
         for k in range(samples):
-            self.models[f"{name}:member-{k:04d}"] = _Served(drawn, slice(k, k + 1), DecisionRule())
+            self.models[f"{name}:member-{k:04d}"] = _Served(drawn, slice(k, k + 1), plain)
         self.check = functools.partial(session.check_tokens, source="prompt")
         self._forward = CachedForward(self._model)
         self._predictor = Predictor(self._model, "choice", None, SILENT)
         tokenizer = session.tokenizer
+        self._tokenize = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         self._ends = end_tokens(self._model, tokenizer)
         self._decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._name_of = functools.lru_cache(maxsize=1 << 16)(lambda id: str(tokenizer.decode([id])))
@@ -104,10 +108,10 @@ class TokenEngine:
     def deltas(self, request: GenerationRequest) -> Generator[list[AnswerDelta], None, None]:
         """Yield, for every step, the newest part of each answer that goes on; the last part says why it ends.
 
-        With labels there is one step, from the averaged probability of each whole label.
+        With labels there is one step, from the averaged probability of each whole label; with fields, too.
         """
-        if request.labels:
-            yield self._choose(request)
+        if request.labels or request.fields:
+            yield [self._fill(request)] if request.fields else self._choose(request)
             return
         served = self.models[request.model]
         members, rule = served.which.stop - served.which.start, served.rule
@@ -140,7 +144,7 @@ class TokenEngine:
         """Return the answers of a request with labels."""
         served = self.models[request.model]
         members, rule = served.members(), served.rule
-        item = EncodedExample(list(request.ids), [len(request.ids) - 1], [0], request.candidates)
+        item = EncodedExample(list(request.ids), [len(request.ids) - 1], [0], request.candidates, rule.by_length)
         [batch] = self._predictor.batches([item], 0, 1)
         passes = []
         with evaluating(self._model):
@@ -164,6 +168,37 @@ class TokenEngine:
                 ivon["set"] = labels_in_set(by_label, rule.prediction_set.threshold)
             deltas.append(AnswerDelta(number, label, (), "stop", ivon, len(request.candidates[index])))
         return deltas
+
+    def _fill(self, request: GenerationRequest) -> AnswerDelta:
+        """Return the JSON object of a request with fields: field after field a choice, given those before."""
+        text, generated, probability, choices = "{", 0, 1.0, {}
+        expected = mutual = 0.0
+        served = self.models[request.model]
+        for place, (name, values) in enumerate(request.fields.items(), start=1):
+            text += json.dumps(name, ensure_ascii=False) + ": "
+            end = "}" if place == len(request.fields) else ", "
+            rows = [tuple(self._tokenize(text + value + end.strip())) for value in values]
+            start = common_length(rows) if len(rows) > 1 else 0
+            ids, candidates = (*request.ids, *rows[0][:start]), tuple(row[start:] for row in rows)
+            own: dict[str, Any] = {
+                "labels": tuple(values),
+                "candidates": candidates,
+                "fields": {},
+                "seed": request.seed + place,
+            }
+            value, by_value = values[0], {values[0]: 1.0}
+            if len(values) > 1:
+                [chosen] = self._choose(replace(request, ids=ids, **own))
+                assert chosen.ivon is not None
+                value, by_value = chosen.text, chosen.ivon["choices"]
+                expected += chosen.ivon["expected_entropy"]
+                mutual += chosen.ivon["mutual_information"]
+            text, generated = text + value + end, generated + len(candidates[values.index(value)])
+            probability *= by_value[value]
+            choices[name] = {"value": json.loads(value), "probability": by_value[value], "probabilities": by_value}
+        members, threshold = served.which.stop - served.which.start, served.rule.threshold
+        ivon = certainty(probability, expected, mutual, members, threshold) | {"choices": choices}
+        return AnswerDelta(0, text, (), "stop", ivon, generated)
 
     def _tokens(
         self, average: torch.Tensor, expected: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor, top: int | None

@@ -27,7 +27,7 @@ class Local(Backend):
     `encode` returns the tokens of a prompt: a text, token ids or the messages of a chat, after which it gets the
     request's arguments of the chat template. It is called from one thread at a time, but never from the engine's.
     `encode_labels` gets the labels of which the answer is one before these arguments, and returns their tokens too.
-    `labels` and `system_prompt` are those of training.
+    `labels` and `system_prompt` are those of training; `expected_confidence` is the mean on validation data.
     """
 
     def __init__(
@@ -38,9 +38,11 @@ class Local(Backend):
         encode_labels: Callable[..., EncodedExample] | None = None,
         labels: Sequence[str] = (),
         system_prompt: str = "",
+        expected_confidence: float | None = None,
     ) -> None:
         self._engine, self._encode, self._limits = engine, encode, limits
         self._encode_labels, self._labels, self._system_prompt = encode_labels, labels, system_prompt
+        self._expected = expected_confidence
         self._encoding, self._turn = asyncio.Lock(), asyncio.Lock()
         self._waiting = 0
         self._thread = ThreadPoolExecutor(1, "ivon-serve")
@@ -58,7 +60,8 @@ class Local(Backend):
         return self._system_prompt
 
     def gauges(self) -> Mapping[str, float]:
-        return {"waiting": self._waiting, "running": float(self._turn.locked())}
+        known = {} if self._expected is None else {"confidence_expected": self._expected}
+        return {"waiting": self._waiting, "running": float(self._turn.locked()), **known}
 
     async def close(self) -> None:
         await asyncio.to_thread(self._thread.shutdown)
@@ -89,7 +92,9 @@ class Local(Backend):
                     item = self._encode_labels(prompt, labels, *own)
                     prompts.append((tuple(item.ids), item.candidates or ()))
                 else:
-                    prompts.append((tuple(self._encode(prompt, *own)), ()))
+                    longest = ", ".join(f'"{name}": {max(values, key=len)}' for name, values in request.fields.items())
+                    room = (tuple(self._encode(f"{{{longest}}}")),) if longest else ()
+                    prompts.append((tuple(self._encode(prompt, *own)), room))
             for ids, _ in prompts:
                 if not ids:
                     raise IVONError("the prompt is empty")
@@ -124,6 +129,7 @@ class Local(Backend):
             top=request.top,
             seed=secrets.randbits(63) if request.seed is None else request.seed + number,
             labels=tuple(request.labels),
+            fields=request.fields,
             candidates=candidates,
         )
 

@@ -86,9 +86,10 @@ class Proxy(Backend):
         if self._running >= self._limits.max_queue:
             raise queue_full(f"{self._running} requests are running")
         self._limits.check(request)
-        if request.labels:
+        if request.labels or request.fields:
             message = "choices are not supported in front of other servers; serve the adapter from memory"
-            raise ApiError(400, message, param="structured_outputs", code="unsupported_parameter")
+            param = "structured_outputs" if request.labels else "response_format"
+            raise ApiError(400, message, param=param, code="unsupported_parameter")
         answers = AnswerStream(0, len(request.prompts) * request.n)
         answers.deltas = self._deltas(request, answers)
         return answers

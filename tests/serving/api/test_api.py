@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Callable
@@ -11,11 +12,16 @@ from typing import Any
 
 import openai
 import pytest
+import torch
+from brute_force import label_probabilities
+from peft import PeftModel, set_peft_model_state_dict
 from prometheus_client.parser import text_string_to_metric_families
 from served import ask, completion, connect, official, until
 from slow_engine import SlowEngine
+from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import Posterior, predict
+from axolotl_ivon.data.encode import common_length
 from axolotl_ivon.serving.api.app import Guard
 from axolotl_ivon.serving.api.monitoring import Metrics
 from axolotl_ivon.serving.local.engine import GenerationRequest, TokenEngine
@@ -90,6 +96,36 @@ def test_an_answer_is_one_of_the_choices(client: openai.OpenAI, url: str, tiny_a
         assert (row["index"], row["label"], row["num_classes"]) == (number, decision.label, 3)
         assert row["probs"] == pytest.approx(list(decision.probabilities.values()), rel=1e-4)
         assert row["labels"] == LABELS
+
+
+def test_every_field_of_a_schema_is_a_choice_given_those_before(
+    client: openai.OpenAI, tiny_adapter: Path, tiny_llama: Path, tokenizer: Any
+) -> None:
+    schema = {"type": "object", "properties": {"of": {"enum": ["sun", "sun moon"]}, "at": {"enum": [1, 12, 5]}}}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asked: Any = {"model": "tiny", "messages": MESSAGES, "response_format": form}
+    answer = client.chat.completions.create(**asked, temperature=0)
+    text, ivon = answer.choices[0].message.content or "", (answer.model_extra or {})["ivon"]
+    first, second = ivon["choices"]["of"], ivon["choices"]["at"]
+    assert json.loads(text) == {"of": first["value"], "at": second["value"]}
+    assert ivon["confidence"] == pytest.approx(first["probability"] * second["probability"])
+    prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tiny_adapter).eval()
+    q = Posterior.from_pretrained(tiny_adapter).temper(0.002)  # as the engine's
+    for begun, field, end in (('{"of": ', first, ","), (f'{{"of": {json.dumps(first["value"])}, "at": ', second, "}")):
+        rows = [tokenizer(begun + value + end)["input_ids"] for value in field["probabilities"]]
+        start = common_length(rows)
+        drawn = []
+        for member in range(3):
+            set_peft_model_state_dict(model, q.sample(0, member))
+            drawn.append(label_probabilities(model, [*prompt, *rows[0][:start]], [row[start:] for row in rows]))
+        expected = torch.stack(drawn).mean(0).tolist()
+        assert list(field["probabilities"].values()) == pytest.approx(expected, rel=1e-3)
+        assert field["probability"] == max(field["probabilities"].values())
+    texts = [client.chat.completions.create(**asked, seed=seed).choices[0].message.content for seed in range(12)]
+    assert len({*texts}) > 1  # at temperature 1 values are drawn
+    streamed = client.chat.completions.create(**asked, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == text
 
 
 @pytest.mark.parametrize(
@@ -314,7 +350,7 @@ def test_metrics_count(serve: Serve) -> None:
     assert lines['ivon_requests_total{path="/v1/chat/completions",status="200"}'] == "1.0"
     assert lines['ivon_requests_total{path="/v1/completions",status="400"}'] == "1.0"
     assert lines['ivon_tokens_total{kind="generated"}'] == "5.0"
-    assert lines["ivon_confidence_count"] == lines["ivon_first_token_seconds_count"] == "1.0"
+    assert lines['ivon_confidence_count{model="tiny"}'] == lines["ivon_first_token_seconds_count"] == "1.0"
     assert lines["ivon_running"] == "0.0"
 
 
@@ -323,8 +359,11 @@ def test_prometheus_reads_them() -> None:
     metrics = Metrics(lambda: watched)
     other = Metrics(dict)  # each server has its own
     metrics.tokens(3, 4)
-    metrics.answer({"confidence": 0.95, "mutual_information": 0.02, "abstain": True})
-    metrics.answer({"confidence": None, "mutual_information": None})
+    metrics.answer("a", {"confidence": 0.95, "mutual_information": 0.02, "abstain": True})
+    metrics.answer("a", {"confidence": None, "mutual_information": None})
+    for _ in range(1001):
+        metrics.answer("b", {"confidence": 0.5})
+    metrics.answer("b", {"confidence": 1.0})
     watched["waiting"] = 5.0
     found = {
         (sample.name, *sorted(sample.labels.values())): sample.value
@@ -333,8 +372,9 @@ def test_prometheus_reads_them() -> None:
     }
     assert found["ivon_waiting",] == 5
     assert (found["ivon_tokens_total", "generated"], found["ivon_tokens_total", "prompt"]) == (4, 3)
-    assert found["ivon_confidence_count",] == found["ivon_abstained_total",] == 1
-    assert found["ivon_confidence_sum",] == pytest.approx(0.95)
-    assert found["ivon_mutual_information_bucket", "0.03"] == 1
-    assert found["ivon_mutual_information_bucket", "0.01"] == 0
+    assert found["ivon_confidence_count", "a"] == found["ivon_abstained_total", "a"] == 1
+    assert found["ivon_confidence_sum", "a"] == pytest.approx(0.95)
+    assert found["ivon_confidence_recent", "b"] == pytest.approx((999 * 0.5 + 1) / 1000)
+    assert found["ivon_mutual_information_bucket", "0.03", "a"] == 1
+    assert found["ivon_mutual_information_bucket", "0.01", "a"] == 0
     assert b'kind="generated"' not in other.text()

@@ -26,6 +26,39 @@ TOKEN = Token(7, "é", "é", -0.5, (("é", -0.5), ("�", -1.5)), 0.2, 0.1)
 IVON = {"confidence": 0.6, "expected_entropy": 0.2, "mutual_information": 0.1, "members": 2}
 
 
+def schema(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+    form = {"name": "x", "schema": {"type": "object", "properties": properties, **more}}
+    return {**CHAT, "response_format": {"type": "json_schema", "json_schema": form}}
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ({"enum": ["é", 1, None]}, ['"é"', "1", "null"]),
+        ({"type": "string", "enum": ["a", "a"], "title": "A"}, ['"a"']),
+        ({"const": 0.5}, ["0.5"]),
+        ({"type": "boolean"}, ["true", "false"]),
+        ({"type": "integer", "minimum": -1, "exclusiveMaximum": 2}, ["-1", "0", "1"]),
+        ({"$ref": "#/$defs/C", "description": "c"}, ['"x"', '"y"']),
+        ({"type": "integer", "minimum": 0}, None),
+        ({"type": "integer", "minimum": 0, "maximum": 1000}, None),
+        ({"type": "integer", "minimum": 0, "maximum": 4, "multipleOf": 2}, None),
+        ({"type": "number", "minimum": 0, "maximum": 1}, None),
+        ({"enum": []}, None),
+        ({"$ref": "#/$defs/D"}, None),
+        ("a", None),
+    ],
+    ids=str,
+)
+def test_the_values_of_a_field(field: Any, values: list[str] | None) -> None:
+    asked = schema({"a": field}, **{"$defs": {"C": {"enum": ["x", "y"]}}})
+    if values is None:
+        with pytest.raises(ApiError, match="the field a needs an enum"):
+            read_request(ChatRequest, asked)
+    else:
+        assert read_request(ChatRequest, asked).fields == {"a": values}
+
+
 def test_texts_to_classify_come_after_the_system_prompt() -> None:
     asked = read_request(ClassifyRequest, {"model": "m", "input": ["a", "b"]})
     turns = [{"role": "system", "content": "which?"}, {"role": "user", "content": "b"}]
@@ -78,7 +111,14 @@ def test_prompts_are_text_or_tokens_one_or_several(prompt: Any, prompts: Any) ->
         ({**CHAT, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({**CHAT, "tools": [{}]}, "tools", "not supported here"),
         ({**CHAT, "frequency_penalty": 0.5}, "frequency_penalty", "not supported here"),
-        ({**CHAT, "response_format": {"type": "json_object"}}, "response_format", "not supported here"),
+        ({**CHAT, "response_format": {"type": "json_object"}}, "response_format", "'text', 'json_schema'"),
+        (
+            schema({"a": {"type": "string"}}),
+            "response_format.json_schema.json_schema.schema",
+            "the field a needs an enum",
+        ),
+        (schema({}), "response_format.json_schema.json_schema.schema", "no object with properties"),
+        ({**schema({"a": {"enum": [1]}}), "n": 2}, None, "one answer, without logprobs"),
         ({**CHAT, "messages": [{"role": "boss", "content": "?"}]}, "messages.0.role", "'system'"),
         ({**CHAT, "min_tokens": 3}, "min_tokens", "not supported here"),
         ({**CHAT, "ignore_eos": True}, "ignore_eos", "not supported here"),
