@@ -41,7 +41,6 @@ LORA_KEYS = (
     "lora_target_parameters",
 )
 # fmt: on
-_GRPO = ("grpo", "gdpo")
 # Methods whose Trainers write completions in ways of their own, at a draw.
 _OTHER_ONLINE_RL = ("ebft", "rloo", "ppo")
 
@@ -133,6 +132,11 @@ def _check_other_keys(cfg: Mapping[str, Any], known: Collection[str]) -> None:
             f"rl: {cfg['rl']} is not supported with optimizer: {OPTIMIZER}, its completions would come from a draw; "
             "use rl: grpo, or another optimizer"
         )
+    if cfg.get("rl") == "gdpo":
+        raise IVONError(
+            "rl: gdpo fails in axolotl with any adapter, which TRL is given twice; set rl: grpo and "
+            "trl.multi_objective_aggregation: normalize_then_sum, which is GDPO"
+        )
 
 
 def _check_rollouts(cfg: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -142,7 +146,7 @@ def _check_rollouts(cfg: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     check_rollouts(
         given["ivon_rollouts"],
         given.get("ivon_rollout_draws"),
-        online=cfg.get("rl") in _GRPO,
+        online=cfg.get("rl") == "grpo",
         generations=int(trl.get("num_generations") or 8),  # TRL's default
         # With a size of its own, batches of completions are of as many micro-batches as processes make of it.
         steps=0 if trl.get("generation_batch_size") else int(number(cfg, "gradient_accumulation_steps", 1)),

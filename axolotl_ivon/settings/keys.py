@@ -73,7 +73,7 @@ def check_rollouts(
 
     Args:
         rollouts, draws: the settings `rollouts` and `rollout_draws`.
-        online: whether the run is GRPO or GDPO.
+        online: whether the run is GRPO.
         generations: `num_generations`, the completions of a group.
         steps: the micro-batches that completions are trained in after they were written, or 0 where it is unknown.
         hindrance: a setting, with its value, with which completions are not written in this process by `generate`.
@@ -90,7 +90,7 @@ def check_rollouts(
             )
         return 0
     if not online:
-        raise IVONError(f"{param_ref('rollouts')}: draws is for GRPO and GDPO alone; remove it")
+        raise IVONError(f"{param_ref('rollouts')}: draws is for GRPO alone; remove it")
     if hindrance:
         raise IVONError(f"{param_ref('rollouts')}: draws does not go with {hindrance}; remove one of them")
     count = 2 if draws is None else draws

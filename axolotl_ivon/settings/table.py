@@ -124,7 +124,7 @@ SETTINGS = (
         "each, with ĝ and ĥ averaged, for less variance"
     ),
     Setting("rollouts", Literal["mean", "draws"], "mean", "mean", header="").means(
-        "what writes the completions of `rl: grpo` and `gdpo`: `mean`, or `draws`: each group of completions is from "
+        "what writes the completions of `rl: grpo`: `mean`, or `draws`: each group of completions is from "
         "several draws, and each completion's gradient is taken at the draw that wrote it"
     ),
     Setting("rollout_draws", Annotated[int, Field(ge=1)], None, None, "2 with `ivon_rollouts: draws`", header="").means(

@@ -55,16 +55,17 @@ class RolloutTrainerMixin(PosteriorTrainerMixin):
         run.optimizer.redraw(batch[DRAW])
         return batch
 
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, fields: Any, *args: Any, **kwargs: Any) -> Any:
         """Let the draws take turns at the completions of a prompt."""
         run, generate = self.posterior_training, super()._generate_single_turn  # type: ignore[misc]
         if not run.rollout_draws or not run.optimizer.sampling:
-            return generate(prompt_ids, *args, **kwargs)
+            return generate(prompt_ids, images, fields, *args, **kwargs)
         completions: list[Any] = [None] * len(prompt_ids)
         first, count = run.optimizer.draw_number, run.rollout_draws
         for k in range(count):
             run.optimizer.redraw(first + k * self._batches_per_draw)
-            completions[k::count], _ = generate(prompt_ids[k::count], *args, **kwargs)
+            own = {name: values[k::count] for name, values in fields.items()}  # of each prompt, as there are no images
+            completions[k::count], _ = generate(prompt_ids[k::count], images, own, *args, **kwargs)
         run.optimizer.redraw(None)
         return completions, None
 
@@ -130,7 +131,7 @@ class OnlineDPOTrainerMixin(PosteriorTrainerMixin):
 
 def mixin_for(trainer: Trainer) -> type[PosteriorTrainerMixin]:
     """Return the class of overrides for a Trainer."""
-    if hasattr(trainer, "_generate_and_score_completions"):
+    if hasattr(trainer, "_generate_and_score_completions") and hasattr(trainer, "_buffered_inputs"):
         return RolloutTrainerMixin
     return OnlineDPOTrainerMixin if hasattr(trainer, "_generate_vllm") else PosteriorTrainerMixin
 

@@ -121,10 +121,3 @@ class CalibratesOnFew(BasePlugin):
         from axolotl_ivon.training import calibration
 
         calibration.FEWEST, calibration.SHARE = 2, 1e3
-
-
-class GreedyRollouts(BasePlugin):
-    """Lets completions depend on the weights alone."""
-
-    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        trainer.generation_config.do_sample = False

@@ -15,11 +15,6 @@ def share(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list
     return [ids.count(TOKEN) / len(ids) for ids in completion_ids]
 
 
-def even(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:
-    """Return the share of tokens with an even id in each completion."""
-    return [sum(id % 2 == 0 for id in ids) / len(ids) for ids in completion_ids]
-
-
 def interrupting(prompts: Any, completions: Any, trainer_state: Any, **others: Any) -> list[float]:
     """Send SIGINT while the completions of the third step are scored."""
     if trainer_state.global_step == 2:

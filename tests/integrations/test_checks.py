@@ -27,6 +27,7 @@ BASE = {"optimizer": "ivon_lora", "adapter": "lora", "learning_rate": "3e-4", "l
         ({"adam_beta2": 0.99}, "adam_beta2: 0.99 has no effect"),
         ({"adapter": None}, "adapter: None does not go with"),
         ({"rl": "ebft"}, "rl: ebft is not supported"),
+        ({"rl": "gdpo"}, "rl: gdpo fails in axolotl with any adapter.*trl.multi_objective_aggregation: normalize_then"),
         ({"rl": "grpo", "ivon_rollout_draws": 2}, "ivon_rollout_draws: 2 has no effect without ivon_rollouts: draws"),
         ({"streaming": True}, "streaming: streamed data has no length"),
         ({"lora_rank": 8}, "lora_rank is not a key of axolotl.*did you mean lora_r"),
