@@ -67,19 +67,21 @@ def settings_of(suite: Mapping[str, Any], task: str, method: str, seed: int, **o
 
 
 def read_results(path: Path) -> list[Record]:
-    """Return the records of a results file, JSON lines that gzip has compressed; none where there is no file."""
-    if not path.is_file():
-        return []
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """Return the records of a results file, JSON lines, compressed if it is called .gz; none where there is no file."""
+    return [json.loads(line) for line in _content(path).splitlines()]
+
+
+def _content(path: Path) -> bytes:
+    content = path.read_bytes() if path.is_file() else b""
+    return gzip.decompress(content) if content and path.suffix == ".gz" else content
 
 
 def append(path: Path, record: Record) -> None:
     """Add a record: the file is written anew and renamed, one process after the other."""
     with path.with_suffix(".lock").open("w") as lock, new_file(path) as temporary:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        lines = gzip.decompress(path.read_bytes()) if path.is_file() else b""
-        temporary.write_bytes(gzip.compress(lines + json.dumps(record).encode() + b"\n", mtime=0))
+        content = _content(path) + json.dumps(record).encode() + b"\n"
+        temporary.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
 def missing_rows(job: Job, records: Iterable[Record]) -> list[tuple[str, str]]:

@@ -511,6 +511,16 @@ def test_plan_chooses_on_validation_data_and_then_runs_all_seeds() -> None:
     assert fidelity.missing_rows(ablation[0], records) == [("tau=2", "test")]
 
 
+@pytest.mark.parametrize("name", ["continual.jsonl", "influence.jsonl", "fidelity/results.jsonl.gz"])
+def test_the_results_of_every_benchmark_are_read_and_continued(name: str, tmp_path: Path) -> None:
+    records = fidelity.read_results(BENCHMARKS / name)
+    assert records
+    path = tmp_path / Path(name).name
+    path.write_bytes((BENCHMARKS / name).read_bytes())
+    fidelity.append(path, {"run": "a"})
+    assert fidelity.read_results(path) == [*records, {"run": "a"}]
+
+
 def test_results_are_whole_or_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "results.jsonl.gz"
     assert fidelity.read_results(path) == []
