@@ -62,17 +62,19 @@ def make_items(count: int, prefix: int, length: int) -> list[EncodedExample]:
     return items
 
 
-def seconds(*actions: Callable[[], object], repeats: int) -> list[float]:
+def seconds(
+    *actions: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
     """Return the median duration of each action; they take turns, after one run each that does not count."""
     times: list[list[float]] = [[] for _ in actions]
     for turn in range(repeats + 1):
         for action, found in zip(actions, times, strict=True):
-            begun = time.perf_counter()
+            begun = clock()
             action()
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
             if turn:
-                found.append(time.perf_counter() - begun)
+                found.append(clock() - begun)
     return [statistics.median(found) for found in times]
 
 
