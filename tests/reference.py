@@ -27,13 +27,17 @@ class ReferenceIVON:
     hessian: str = "reparameterized"
     batch_size: int = 1
     h0_steps: float | None = None
+    direction: str = "newton"
     t: int = 0
     g: np.ndarray = field(init=False)
     p: np.ndarray = field(init=False)
+    v: np.ndarray = field(init=False)
+    debias: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.m = np.asarray(self.m, dtype=np.float64)
         self.g = np.zeros_like(self.m)
+        self.v, self.debias = np.zeros_like(self.m), 1.0  # Adam's, with the memory of p
         self.p = np.full_like(self.m, self.h0)
         if isinstance(self.prior, tuple):  # yesterday's σ is where today begins
             self.p = max(1, self.prior_strength) / (self.lam * np.asarray(self.prior[1], dtype=np.float64) ** 2)
@@ -69,4 +73,8 @@ class ReferenceIVON:
         weight_decay = 0.0 if self.prior == "empirical" else delta * (self.m - m_0)
         direction = (self.g / (1 - b1**self.t) + weight_decay) / self.p
         alpha = (self.h0 + delta) * lr if self.rescale_lr else lr
+        if self.direction == "adam":
+            self.v = b2 * self.v + (1 - b2) * sum(g**2 for g in gradients)
+            self.debias *= b2
+            direction = self.clip * self.g / (1 - b1**self.t) / np.sqrt(self.v / (1 - self.debias))
         self.m = self.m - alpha * np.clip(direction, -self.clip, self.clip)

@@ -61,8 +61,8 @@ class Buffers:
         # m, g and p, and m₀ and 1/σ₀² where every weight has a prior of its own, by their names in the state.
         self.flats = {name: torch.zeros(self.offsets[-1], device=self.device) for name in self.names(group)}
         self.mean, self.momentum, self.precision = (self.flats[name] for name in self.FLATS)
-        # By tensor: t, and λ·Σ(m² + σ²) of the last draw.
-        self.steps, self.moments = torch.zeros(2, len(params), device=self.device)
+        # By tensor: t, λ·Σ(m² + σ²) of the last draw, and how p = unseen + seen·B·E[ĝ²] is made up.
+        self.steps, self.moments, self.unseen, self.seen = torch.zeros(4, len(params), device=self.device)
         self.numels = to_device([float(param.numel()) for param in params], self.device)
         self.drawn: list[int] = []  # the numbers of the tensors that were drawn last
         # ĥ in units of λ·p, which stays what it is until the step: Σ ĝ·(θ−m) over the draws since the last one,
@@ -73,18 +73,20 @@ class Buffers:
 
         for i, param in enumerate(params):
             views = {name: self.view(flat, i) for name, flat in self.flats.items()}
-            step, saved = self.steps[i], state.get(param) or {}
+            saved = state.get(param) or {}
+            views |= {"step": self.steps[i]}
+            if group["direction"] == "adam":
+                views |= {"unseen": self.unseen[i], "seen": self.seen[i]}
             for name, view in views.items():
                 if name in saved:
                     view.copy_(saved[name])
-            if "step" in saved:
-                step.copy_(saved["step"])
-            elif param.numel():
+            if "step" not in saved and param.numel():
                 # A parameter that is m₀, rounded to its dtype, starts at all digits of m₀.
                 views["mean"].copy_(views.get("prior_mean", param))
                 self._adopt(i)
                 views["precision"].copy_(start(group, views["mean"], views.get("prior_precision")))
-            state[param] = {**views, "step": step}
+                self.unseen[i] = views["precision"].flatten()[0]  # one value, but with priors of their own
+            state[param] = views
 
     @classmethod
     def names(cls, group: dict[str, Any]) -> tuple[str, ...]:

@@ -81,6 +81,13 @@ class IVONLoRA(Optimizer):
     1806.04854), and a relative standard deviation of √2. It is not negative, so p is its plain running average,
     p ← β2·p + (1−β2)·(ĥ+δ).
 
+    Then p holds E[ĝ²], and `direction="adam"` goes by it as Vadam does (arXiv 1806.04854, with the prior left to p):
+
+        m ← m − α·ξ·clip((g/(1−β1^t))/√E[ĝ²], ±1)            E[ĝ²] is debiased, as Adam's is
+
+    Where the gradients are noise, g/p is often at ±ξ for all weights, which then walk at random by full steps; this
+    one is as long as the noise allows.
+
     Run every forward and backward pass inside `sampled_params()`, which puts a draw θ = m + σ·ε into the
     parameters, and call `step()` outside of it. With gradient accumulation, enter it once for each
     micro-batch (with the loss divided by their number, as usual): each gets a draw of its own.
@@ -120,6 +127,7 @@ class IVONLoRA(Optimizer):
         batch_size: B, the number of losses whose mean a step's gradient is of (tokens of a language model, examples of
             a classifier), over its micro-batches, and over processes that share a draw; for squared gradients alone.
             It is an option of the groups, so it may be set anew before a step.
+        direction: "newton" for g/p, or "adam" for ξ·g/√E[ĝ²], which needs squared gradients and the empirical prior.
         h0_steps: number of steps that h0 counts as, k: the memory of p is 1−β2 = 1/(t+k) until that falls below the
             one of `betas`, so that what p starts from is soon forgotten. None for the same β2 in every step.
         rescale_lr: whether the learning rate of a tensor is (h0 + δ)·α, the optional line of IVON's Algorithm 1. A step
@@ -144,13 +152,14 @@ class IVONLoRA(Optimizer):
         prior_strength: float = 1.0,
         hessian: Literal["reparameterized", "squared_gradients"] = "reparameterized",
         batch_size: int = 1,
+        direction: Literal["newton", "adam"] = "newton",
         h0_steps: float | None = None,
         rescale_lr: bool = False,
         seed: int = 0,
     ) -> None:
         defaults: dict[str, Any] = {"lr": lr, "ess": ess, "betas": betas, "h0": h0, "clip": clip, "prior": prior}
         defaults |= {"prior_strength": prior_strength, "hessian": hessian, "batch_size": batch_size}
-        defaults |= {"h0_steps": h0_steps, "rescale_lr": rescale_lr, "seed": seed, "draws": 0}
+        defaults |= {"direction": direction, "h0_steps": h0_steps, "rescale_lr": rescale_lr, "seed": seed, "draws": 0}
         _check_hyperparameters(defaults)
         kernels.wanted()  # complains of a name that means nothing
         self._buffers: list[Buffers] | None = None
@@ -344,7 +353,8 @@ class IVONLoRA(Optimizer):
         ess, clip, (beta1, beta2) = (group[name] for name in ("ess", "clip", "betas"))
         if isinstance(decision, Tensor):  # on a device that decided for itself
             decision = decision.to(buffers.device, non_blocking=True)
-        buffers.steps += buffers.with_gradient().there * decision[0]
+        taken = buffers.with_gradient().there * decision[0]
+        buffers.steps += taken
         debias = (buffers.steps * math.log(max(beta1, 1e-30))).expm1_().neg_()  # 1 − β1^t, for a small 1 − β1 as well
         # δ is from the m and σ of the last draw, which are those before the step.
         fixed, deltas = group["prior"] != "empirical", buffers.numels / buffers.moments  # the KL-optimal ones
@@ -354,6 +364,10 @@ class IVONLoRA(Optimizer):
         memories = torch.full_like(deltas, 1 - beta2)
         if group["h0_steps"] is not None:
             memories = torch.maximum(memories, 1 / (buffers.steps + group["h0_steps"]))
+        adam = group["direction"] == "adam"
+        if adam:
+            buffers.unseen += taken * memories * (deltas - buffers.unseen)
+            buffers.seen += taken * memories * (1 - buffers.seen)
         lr = min(group["lr"], MAX_STEP)
         bound = min(clip, MAX_STEP / max(lr, 1.0))
         if group["rescale_lr"]:
@@ -361,7 +375,8 @@ class IVONLoRA(Optimizer):
         else:
             rates = torch.full_like(deltas, lr)
         batch = float(group["batch_size"]) if group["hessian"] == "squared_gradients" else None
-        buffers.update(Terms(deltas, debias, rates, memories), decision, Constants(ess, beta1, bound, fixed, batch))
+        terms = Terms(deltas, debias, rates, memories, buffers.unseen, buffers.seen)
+        buffers.update(terms, decision, Constants(ess, beta1, bound, fixed, batch, adam))
 
     @torch.no_grad()
     def synchronize(self, average: Callable[[list[Tensor]], None]) -> None:
@@ -503,6 +518,9 @@ class IVONLoRA(Optimizer):
             if group["prior"] == _GAUSSIAN and group["prior_strength"] > 1:
                 precision += state["prior_precision"] * ((group["prior_strength"] - 1) / group["ess"])
             state["precision"].copy_(precision.clamp_(PRECISION_FLOOR, PRECISION_CEILING))
+            if "seen" in state:  # how much of it is older than the gradients is not known
+                state["seen"].fill_(1)
+                state["unseen"].fill_(_delta(group, state["mean"], state["precision"]))
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         for group in self.param_groups:
@@ -565,7 +583,7 @@ def _start(group: dict[str, Any], mean: Tensor, prior_precision: Tensor | None) 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
     prior, betas, h0_steps, seed = (group[name] for name in ("prior", "betas", "h0_steps", "seed"))
-    inf, hessians = math.inf, ("reparameterized", "squared_gradients")
+    inf, hessians, directions = math.inf, ("reparameterized", "squared_gradients"), ("newton", "adam")
     checks = {
         "lr": (0 <= group["lr"] < inf, "finite and not negative"),
         "ess": (ESS_FLOOR <= group["ess"] <= ESS_CEILING, f"between {ESS_FLOOR:g} and {ESS_CEILING:g}"),
@@ -575,6 +593,7 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
         "prior_strength": (0 < group["prior_strength"] < inf, "positive and finite"),
         "hessian": (group["hessian"] in hessians, " or ".join(f'"{name}"' for name in hessians)),
         "batch_size": (1 <= group["batch_size"] < inf, "1 or more"),
+        "direction": (group["direction"] in directions, " or ".join(f'"{name}"' for name in directions)),
         "h0_steps": (h0_steps is None or 0 < h0_steps < inf, "None, or positive and finite"),
         "rescale_lr": (isinstance(group["rescale_lr"], bool), "True or False"),
         "seed": (isinstance(seed, int) and seed >= 0, "a whole number, not negative"),
@@ -585,6 +604,9 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
         checks["prior"] = (prior == "empirical", '"empirical", a number or a mapping')
     else:
         checks["prior"] = (0 <= prior < inf, '"empirical", or finite and not negative')
+    if group["direction"] == "adam":
+        needed = {"hessian": "squared_gradients", "prior": "empirical", "rescale_lr": False}
+        checks |= {name: (group[name] == value, f"{value!r} with adam's direction") for name, value in needed.items()}
     for name, (holds, must) in checks.items():
         if not holds:
             raise ValueError(f"{name} must be {must}, got {group[name]!r}")

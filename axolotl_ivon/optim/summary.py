@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .buffers import Buffers
-from .kernels.base import PRECISION_FLOOR, Chunk
+from .kernels.base import PRECISION_FLOOR, Chunk, root_mean_square
 from .threads import in_parallel
 
 # log p plus this is positive, and a norm is the one sum over many tensors that takes one launch.
@@ -27,11 +28,19 @@ def summarize(all_buffers: Sequence[Buffers]) -> dict[str, float]:
         if not layout.chunks:
             continue
         debias = (buffers.steps * math.log(max(buffers.group["betas"][0], 1e-30))).expm1_().neg_()
-        bounds = buffers.group["clip"] * torch.where(buffers.steps > 0, debias, math.inf)  # no step, nothing clipped
+        adam = buffers.group["direction"] == "adam"
+        bounds = torch.where(buffers.steps > 0, debias, math.inf)  # no step, nothing clipped
+        bounds *= 1.0 if adam else buffers.group["clip"]
         own = prior == "gaussian"  # δ of a weight is then `given`/σ₀²
         given = 0.0 if prior == "empirical" else strength / ess if own else prior * strength
         decay = debias * given
-        work = zip(layout.chunks, *(x[layout.owners].split(layout.counts) for x in (bounds, decay)), strict=True)
+        by_tensor = (bounds, decay, *((buffers.unseen, buffers.seen) if adam else ()))
+        work = zip(
+            itertools.repeat(float(buffers.group["batch_size"])),
+            layout.chunks,
+            *(x[layout.owners].split(layout.counts) for x in by_tensor),
+            strict=False,
+        )
         parts = torch.cat(in_parallel(lambda w: _measure(*w), list(work)), 1).cpu().double()
         tensors = torch.zeros(len(parts), len(buffers.params), dtype=torch.float64)
         tensors.index_add_(1, layout.owners.cpu(), parts)
@@ -51,11 +60,12 @@ def summarize(all_buffers: Sequence[Buffers]) -> dict[str, float]:
     return means | ({"ivon_kl": kl} if kl < math.inf else {})  # a prior of δ = 0 is no distribution
 
 
-def _measure(chunk: Chunk, bounds: Tensor, decay: Tensor) -> Tensor:
+def _measure(batch: float, chunk: Chunk, bounds: Tensor, decay: Tensor, *adam: Tensor) -> Tensor:
     """Return, by part [9, parts]: n, Σ1/√p, Σ|m|·√p, how many are clipped, Σx, Σx² of x = log p + shift, Σm², Σ1/p, 0.
 
     Where every weight has a prior of its own the last three are Σ(m−m₀)²/σ₀², Σ1/(p·σ₀²) and Σ(log(1/σ₀²) + shift).
-    `bounds` is ξ·(1−β1^t) and `decay` δ·(1−β1^t) with a fixed prior (times σ₀²), else 0, by part.
+    `bounds` is ξ·(1−β1^t) and `decay` δ·(1−β1^t) with a fixed prior (times σ₀²), else 0, by part. With Adam's direction
+    ξ is 1 in it, and `adam` has what p is made up of.
     """
     m, p, decays = chunk.mean, chunk.precision, chunk.spread(decay)
     roots, logs = p.rsqrt(), p.log().add_(_SHIFT)
@@ -64,8 +74,9 @@ def _measure(chunk: Chunk, bounds: Tensor, decay: Tensor) -> Tensor:
         own = chunk.prior[1].sqrt()  # 1/σ₀
         away, widths = (m - chunk.prior[0]).mul_(own), roots * own
         decays, own_logs = decays * own, own.log().mul_(2).add_(_PRIOR_SHIFT)
+    divisor = root_mean_square(p, batch, *map(chunk.spread, adam)) if adam else p
     # |(g/(1−β1^t) + δ·m)/p| ≥ ξ, without a division
-    clipped = torch.addcmul(chunk.momentum, away, decays).abs_().ge_(chunk.spread(bounds) * p)
+    clipped = torch.addcmul(chunk.momentum, away, decays).abs_().ge_(chunk.spread(bounds) * divisor)
     sums = _norms(chunk, 1, roots, m / roots, clipped, logs, own_logs)
     squares = _norms(chunk, 2, logs, away, widths).square_()
     sizes = torch.tensor([chunk.sizes], device=p.device, dtype=sums.dtype)

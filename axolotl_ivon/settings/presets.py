@@ -44,7 +44,7 @@ class Preset(NamedTuple):
         fixed_ess: λ where it is given outright.
         gamma: γ of λ = γ·√N; None for λ = `per_example`·max(N, few)·max(1, weights/`usual_weights`). Where λ·h is
             far above the prior's precision, a draw raises the loss of an example by weights/(2·λ), so from the usual
-            number of weights on this is the same for any.
+            number of weights on this is the same for any. With Adam's direction see `narrowing`.
         per_example, usual_weights: see `gamma`.
         few: the least that N counts as: the first in a run of at most `few_epochs[0]` passes over the data, the second
             in one of at least `few_epochs[1]` passes; in between it falls evenly. A short run learns too slowly among
@@ -58,7 +58,7 @@ class Preset(NamedTuple):
         memory: see `beta2`.
         travel: Σ α_t·ξ, the farthest that a weight can get in a run; the learning rate is chosen for it where none is
             given, and one that is given is the most that a step may move a weight. None: a learning rate is α.
-        prior_strength, hessian, h0_steps: as in `IVONLoRA`.
+        prior_strength, hessian, direction, h0_steps: as in `IVONLoRA`.
         posterior_strength: κ where the prior is a posterior. 1 is Bayes' rule. A diagonal posterior does not know what
             weights do together, and holds a task too weakly by two orders of magnitude.
     """
@@ -71,6 +71,7 @@ class Preset(NamedTuple):
     travel: float | None
     prior_strength: float
     hessian: str
+    direction: str
     h0_steps: float | None
     fixed_ess: float | None = None
     posterior_strength: float = 1.0
@@ -104,6 +105,24 @@ class Preset(NamedTuple):
         noise = min(self.noise_in_all, self.noise * len(fan_ins))
         return 3 * sum(fan_ins) / (ess * noise) if fan_ins else PAPER["h0"]
 
+    def check_direction(self, prior: Any, rescale_lr: bool = False) -> None:
+        """Check that Adam's direction has its E[ĝ²].
+
+        Raises:
+            IVONError: another setting leaves it none.
+        """
+        needed = {
+            "hessian": (self.hessian, "squared_gradients"),
+            "prior": (prior, "empirical"),
+            "rescale_lr": (rescale_lr, False),
+        }
+        for name, (value, must) in needed.items():
+            if self.direction == "adam" and not (isinstance(value, type(must)) and value == must):
+                raise IVONError(
+                    f"{param_ref('direction')}: adam goes with {param_ref(name)} {str(must).lower()} alone, not "
+                    f"{value}; remove one of them"
+                )
+
     def second_beta(self, steps: int) -> float:
         """Return β2 for a run of this number of steps."""
         if self.beta2 is not None:
@@ -134,11 +153,32 @@ class Preset(NamedTuple):
             )
         return learning_rate / self.clip
 
-    def for_run(self, size: int, shapes: Mapping[str, Sequence[int]], steps: int, epochs: float) -> dict[str, Any]:
-        """Return λ, h0 and the betas of a run with N = `size`, for weights of these shapes by their names."""
+    def narrowing(self, learning_rate: float, steps: int) -> float:
+        """Return the factor on λ with which draws are no wider, for how far weights get, than in a run of `travel`.
+
+        By Adam's direction a run learns what AdamW would at its learning rate, if noise does not drown it: a B that can
+        get 0.01 from zero gives A no gradient among draws of its size.
+        """
+        rule = self.direction == "adam" and self.travel and self.gamma is None and self.fixed_ess is None
+        reach = learning_rate * steps / 2
+        return max(1.0, (self.travel / reach) ** 2) if rule and reach else 1.0  # type: ignore[operator]
+
+    def for_run(
+        self,
+        size: int,
+        shapes: Mapping[str, Sequence[int]],
+        learning_rate: float,
+        steps: int,
+        epochs: float,
+    ) -> dict[str, Any]:
+        """Return λ, h0 and the betas of a run with N = `size`, for weights of these shapes by their names.
+
+        A `learning_rate` of 0 is one by `travel`.
+        """
         weights = sum(map(math.prod, shapes.values()))
         ess = self.ess(size, weights, epochs)
         h0 = self.first_h0(ess, [shape[-1] for name, shape in shapes.items() if ".lora_A." in name])
+        ess *= self.narrowing(learning_rate, steps)
         return {"ess": ess, "h0": h0, "betas": (self.beta1, self.second_beta(steps))}
 
 

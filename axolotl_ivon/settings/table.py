@@ -70,6 +70,7 @@ def _shown(value: Any) -> str:
 
 _LATER: Any = {"header": "unless paper"}
 Hessian = Literal["reparameterized", "squared_gradients"]
+Direction = Literal["newton", "adam"]
 
 SETTINGS = (
     Setting("preset", Literal["auto", "paper"], "auto", "auto").means(
@@ -103,6 +104,11 @@ SETTINGS = (
     Setting("hessian", Hessian, "reparameterized", "squared_gradients", **_LATER).means(
         "the estimate ĥ of the Hessian: `squared_gradients` is B·ĝ² for a step of B losses (tokens of a language "
         "model), `reparameterized` IVON's ĝ·(θ−m)/σ²"
+    ),
+    Setting("direction", Direction, "newton", "newton", **_LATER).means(
+        "the step: `newton` is IVON's g/p, by `auto` at its bound nearly everywhere and so a sign; `adam` is Adam's "
+        "g/√E[ĝ²], as long as AdamW's at the same `learning_rate`, among draws as wide as weights get far. With "
+        "`ivon_hessian: squared_gradients` and `ivon_prior: empirical` alone"
     ),
     Setting("h0_steps", Positive, None, 10.0, **_LATER).means(
         "the number of steps that `ivon_h0` counts as; unset, it fades as β2^t"

@@ -44,6 +44,7 @@ def attach(
     prior: Literal["empirical"] | float | Posterior | str | os.PathLike[str] = "empirical",
     prior_strength: float | None = None,
     hessian: Literal["reparameterized", "squared_gradients"] | None = None,
+    direction: Literal["newton", "adam"] = "newton",
     h0_steps: float | None = None,
     rescale_lr: bool = False,
     train_size: int | None = None,
@@ -70,7 +71,7 @@ def attach(
             "paper": γ = 5000 and the defaults of `IVONLoRA`; the learning rate is α.
         gamma: γ of the effective sample size λ = γ·√N.
         ess: λ itself, instead of γ and N.
-        h0, clip, betas, hessian, h0_steps, rescale_lr: as in `IVONLoRA`; None for the preset's.
+        h0, clip, betas, hessian, direction, h0_steps, rescale_lr: as in `IVONLoRA`; None for the preset's.
         prior: "empirical" or a number, as in `IVONLoRA`; or the posterior of an earlier run (a `Posterior`, or its
             folder or Hub id), to continue from it without forgetting. `attach` puts its mean into a new adapter, and
             training starts from there and its σ, with N(m₀, σ₀²/κ) as the prior; an adapter that was trained already
@@ -97,15 +98,18 @@ def attach(
     params = trained_parameters(model)
     names = names_of(model, params)
     check_that_all_is_saved(model, names)
-    given = {"gamma": gamma, "ess": ess, "h0": h0, "clip": clip, "beta1": betas[0], "beta2": betas[1]}
-    chosen = resolved(preset, {**given, "prior_strength": prior_strength, "hessian": hessian, "h0_steps": h0_steps})
+    given: dict[str, Any] = {"gamma": gamma, "ess": ess, "h0": h0, "clip": clip}
+    given |= {"beta1": betas[0], "beta2": betas[1]}
+    given |= {"prior_strength": prior_strength, "hessian": hessian, "direction": direction, "h0_steps": h0_steps}
+    chosen = resolved(preset, given)
     if ess is None and train_size is None:
         train_size = _train_size(trainer)
     # ZeRO-3 leaves an empty tensor where it has partitioned one.
     shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in params.items()}
-    settings_for_run = partial(chosen.for_run, train_size or 0, shapes)
     earlier = _earlier(prior)
     try:
+        chosen.check_direction(prior, rescale_lr)
+        settings_for_run = partial(chosen.for_run, train_size or 0, shapes, trainer.args.learning_rate)
         settings: dict[str, Any] = {
             "lr": trainer.args.learning_rate,
             **settings_for_run(1, 0.0),
@@ -113,6 +117,7 @@ def attach(
             "prior": "empirical" if earlier else prior,
             "prior_strength": chosen.posterior_strength if earlier else chosen.prior_strength,
             "hessian": chosen.hessian,
+            "direction": chosen.direction,
             "h0_steps": chosen.h0_steps,
             "rescale_lr": rescale_lr,
             "seed": trainer.args.seed,

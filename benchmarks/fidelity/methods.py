@@ -200,20 +200,23 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
     ess = settings["per_weight"] * weights * len(task.train) if "per_weight" in settings else 0.0
     ess = ess or preset.ess(len(task.train), weights, steps * settings["batch"] / len(task.train))
     fan_ins = [value.shape[1] for name, value in parameters.items() if ".lora_A." in name]
+    h0 = preset.first_h0(ess, fan_ins)
+    ess *= preset.narrowing(settings.get("lr") or 0.0, steps)
     share = settings.get("warmup", WARMUP)
     bound = settings.get("lr") or travel_rate(preset.travel or 0.0, steps, share)
     if settings.get("blocks"):
-        return _train_blocks(model, task, settings, preset, ess, bound / preset.clip, preset.first_h0(ess, fan_ins))
+        return _train_blocks(model, task, settings, preset, ess, bound / preset.clip, h0)
     optimizer = IVONLoRA(
         parameters.items(),
         lr=bound / preset.clip,
         ess=ess,
         betas=(0.9, preset.second_beta(steps)),
-        h0=preset.first_h0(ess, fan_ins),
+        h0=h0,
         clip=preset.clip,
         prior=settings.get("prior", "empirical"),
         prior_strength=preset.prior_strength,
         hessian=preset.hessian,  # type: ignore[arg-type]
+        direction=preset.direction,  # type: ignore[arg-type]
         h0_steps=preset.h0_steps,
         seed=settings["seed"],
     )

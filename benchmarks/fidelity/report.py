@@ -51,8 +51,13 @@ ROW_NAMES = {
     ("ivon-auto", "temperature-scaling"): "IVON-LoRA, untuned, mean + temperature scaling",
     ("ivon-auto", "posterior-scaled"): "IVON-LoRA, untuned, {draws} draws + temperature scaling",
     ("ivon-auto", "calibrated"): "**IVON-LoRA, untuned, as the end of training recommends**",
+    ("ivon-adam", "mean"): "**IVON-LoRA by Adam's step, mean**",
+    ("ivon-adam", "posterior"): "**IVON-LoRA by Adam's step, {draws} draws**",
+    ("ivon-adam", "temperature-scaling"): "IVON-LoRA by Adam's step, mean + temperature scaling",
+    ("ivon-adam", "posterior-scaled"): "IVON-LoRA by Adam's step, {draws} draws + temperature scaling",
+    ("ivon-adam", "calibrated"): "**IVON-LoRA by Adam's step, as the end of training recommends**",
 }
-OURS = ("ivon-auto", "ivon-paper", "ivon-lora", "ivon-lora-h0", "ivon-lora-rate", "ivon-lora-preset")
+OURS = ("ivon-auto", "ivon-adam", "ivon-paper", "ivon-lora", "ivon-lora-h0", "ivon-lora-rate", "ivon-lora-preset")
 SHIFTED = (
     ("adamw", "mean"),
     ("blob", "posterior"),

@@ -19,11 +19,13 @@ from axolotl_ivon.optim.kernels.base import Chunk
 DEVICE = torch.device(os.environ.get("IVON_TEST_DEVICE", "cpu"))
 
 # Options of the optimizer and of the reference by the same names.
-ADDED = ("rescale_lr", "prior_strength", "hessian", "batch_size", "h0_steps")
+ADDED = ("rescale_lr", "prior_strength", "hessian", "batch_size", "h0_steps", "direction")
 SETTINGS = {"lr": 3e-2, "ess": 2e4, "betas": (0.9, 0.9995), "h0": 5e-2, "clip": 1e-2}
 
 # What `ivon_preset: auto` changes of the algorithm.
 SQUARED = {"hessian": "squared_gradients", "batch_size": 8, "prior_strength": 0.1, "h0_steps": 10, "clip": 1e-2}
+# h0 as `auto` has it, of the size of the data: E[ĝ²] is what is left of p without it.
+ADAM = {**SQUARED, "direction": "adam", "h0": 1e-4}
 
 
 def lora_pair(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from reference import ReferenceIVON
 from torch import nn
 from toy import (
+    ADAM,
     SETTINGS,
     SQUARED,
     batches,
@@ -44,6 +45,7 @@ RESCALED = {"rescale_lr": True, "lr": 0.5}
     "changes",
     [
         *(prior | changes for prior in (EMPIRICAL, FIXED) for changes in ({}, RESCALED, SQUARED)),
+        ADAM,
         *(OWN | changes for changes in ({"prior_strength": 0.3}, SQUARED, {**SQUARED, "prior_strength": 1.0})),
     ],
 )
@@ -76,6 +78,25 @@ def test_follows_the_reference_at_the_lambda_of_many_examples_and_weights(prior:
         np.testing.assert_allclose(optimizer.sigma(param).cpu(), references[name].sigma(), rtol=1e-3)
         np.testing.assert_allclose(optimizer.prior_precision(param), 1e15 * references[name].delta(), rtol=1e-3)
     assert all(map(math.isfinite, optimizer.summary().values()))
+
+
+@pytest.mark.parametrize("kernels", ["plain", "cpu"])
+def test_without_noise_adam_s_direction_is_adam(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IVON_KERNELS", kernels)
+    ours, theirs, betas, lr = lora_pair(), lora_pair(), (0.9, 0.96), 1e-3
+    for pair in (ours, theirs):  # where B is 0, the gradient of A is that of the noise, however small
+        nn.init.orthogonal_(pair["B"], generator=torch.Generator().manual_seed(0))
+    hyper = {"hessian": "squared_gradients", "direction": "adam", "ess": 1e18, "h0": 1e-9, "clip": 0.01}
+    optimizer = IVONLoRA(ours.items(), lr=lr / 0.01, betas=betas, **hyper)
+    adam = torch.optim.Adam(theirs.values(), lr=lr, betas=betas, eps=1e-30)
+    for batch in batches(30):
+        with step_of(optimizer):
+            lora_loss(ours, batch).backward()
+        lora_loss(theirs, batch).backward()
+        adam.step()
+        adam.zero_grad()
+    for name, param in ours.items():
+        torch.testing.assert_close(param, theirs[name], rtol=0, atol=1e-4)  # steps are as long as 1e-3
 
 
 def test_sigma_its_square_and_its_inverse_are_normal_at_every_bound() -> None:
@@ -344,10 +365,11 @@ def test_draws_have_the_posterior_s_mean_and_deviation() -> None:
     ("options", "again"),
     [
         ({"seed": 3}, {"ess": 1.0, "seed": 9}),
+        (ADAM, {"ess": 1.0}),
         ({**SQUARED, "prior": gaussian_prior()}, {**SETTINGS, **SQUARED, "prior": gaussian_prior()}),
         ({**SQUARED, "prior": gaussian_prior()}, {**SETTINGS, **SQUARED}),
     ],
-    ids=["", "prior given again", "prior from the state"],
+    ids=["", "adam", "prior given again", "prior from the state"],
 )
 def test_a_resumed_run_continues_bit_for_bit(dtype: torch.dtype, options: dict, again: dict) -> None:
     data, straight = batches(20), lora_pair(dtype=dtype)
@@ -509,7 +531,13 @@ def test_misuse_is_refused() -> None:
 
 
 BAD = {"lr": (-1.0, math.nan), "ess": (0.0, 1e19, math.inf), "betas": ((0.9, 1.0), (-0.1, 0.9)), "h0": (0.0, math.nan)}
-BAD |= {"clip": (0.0, math.nan), "rescale_lr": (1,), "prior": ("flat", -1e-3), "seed": (-1, 0.5)}
+BAD |= {
+    "clip": (0.0, math.nan),
+    "rescale_lr": (1,),
+    "prior": ("flat", -1e-3),
+    "seed": (-1, 0.5),
+    "direction": ("down",),
+}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])

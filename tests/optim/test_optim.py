@@ -8,9 +8,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
-from toy import SETTINGS, batches, lora_loss, lora_pair, step_of
+from toy import ADAM, SETTINGS, batches, lora_loss, lora_pair, step_of
 
 from axolotl_ivon import IVONLoRA
 from axolotl_ivon.optim.threads import in_parallel
@@ -104,12 +104,13 @@ def test_an_error_is_raised_when_nothing_is_worked_on(monkeypatch: pytest.Monkey
 def trained(steps: int, **changes: object) -> IVONLoRA:
     """Return an optimizer whose tensors are in one part, in several, of another dtype, and in a group of its own."""
     pair = {**lora_pair(), "half": lora_pair(3, torch.bfloat16)["A"], "one": nn.Parameter(torch.ones(()))}
-    own, old = nn.Parameter(torch.ones(3, 5)), nn.Parameter(torch.ones(9, 6))
+    own, old, adam = (nn.Parameter(torch.ones(shape)) for shape in ((3, 5), (9, 6), (4, 7)))
     yesterday = torch.linspace(-0.1, 0.1, 54).view(9, 6), torch.linspace(1e-3, 0.2, 54).view(9, 6)
     groups = [
         {"params": [*pair.items()]},
         {"params": [("own", own)], "ess": 1e2, "clip": 0.5, "prior": 0.25},
         {"params": [("old", old)], "prior": {"old": yesterday}, "prior_strength": 0.5},
+        {"params": [("adam", adam)], **ADAM, "prior": "empirical", "batch_size": 4},
     ]
     optimizer = IVONLoRA(groups, **{**SETTINGS, **changes})
     for buffers in optimizer._get_buffers():
@@ -117,8 +118,13 @@ def trained(steps: int, **changes: object) -> IVONLoRA:
     for batch in batches(steps):
         with step_of(optimizer):
             loss = lora_loss(pair, batch) + pair["half"].float().sin().sum() + pair["one"].square()
-            (loss + (own.cumsum(1) - 2).square().sum() + (old - 0.3).square().sum() * 1e-2).backward()
+            (loss + (own.cumsum(1) - 2).square().sum() + (old - 0.3).square().sum() * 1e-2 + wave(adam)).backward()
     return optimizer
+
+
+def wave(param: Tensor) -> Tensor:
+    """Return a loss some of whose gradients change their sign with the draw, and some do not."""
+    return (param * torch.linspace(1, 900, param.numel()).view_as(param)).sin().sum()
 
 
 def in_float64(optimizer: IVONLoRA) -> dict[str, float]:
@@ -141,7 +147,10 @@ def in_float64(optimizer: IVONLoRA) -> dict[str, float]:
             direction = state["momentum"] / (1 - group["betas"][0] ** state["step"])
             if group["prior"] != "empirical":
                 direction = direction + precision / group["ess"] * (state["mean"] - center)
-            clipped += int(((direction / state["precision"]).abs() >= group["clip"]).sum())
+            bound = group["clip"] * state["precision"]
+            if group["direction"] == "adam":
+                bound = ((state["precision"] - state["unseen"]) / state["seen"] / group["batch_size"]).sqrt()
+            clipped += int((direction.abs() >= bound).sum())
     weights = sum(map(len, sigmas))
     return {
         "ivon_sigma_mean": np.concatenate(sigmas).mean(),
@@ -192,7 +201,8 @@ def test_small_spreads_are_told_from_none() -> None:
 
 def test_a_prior_that_is_no_distribution_has_no_divergence_and_no_clip_clips_nothing() -> None:
     optimizer = trained(2, prior=0.0, clip=math.inf)
-    optimizer.param_groups[1]["clip"] = math.inf
+    for group in optimizer.param_groups:
+        group |= {"clip": math.inf, "direction": "newton"}
     summary = optimizer.summary()
     assert "ivon_kl" not in summary
     assert summary["ivon_clipped_share"] == 0

@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axolotl_ivon import IVONLoRA, attach, effective_sample_size
+from axolotl_ivon.errors import IVONError
 from axolotl_ivon.settings.keys import DEFAULTS, IVONArgs, attach_parameters
 from axolotl_ivon.settings.presets import PRESETS, resolved
 from axolotl_ivon.settings.table import PAPER, SETTINGS, header_of
@@ -52,8 +54,35 @@ def test_the_keys_are_those_of_the_table_name_their_defaults_and_become_paramete
 def test_values_that_are_given_take_the_place_of_a_preset_s() -> None:
     assert resolved("auto", dict.fromkeys(PAPER)) == PRESETS["auto"]
     mine = resolved("auto", {"ess": 7.0, "h0": 0.3, "beta2": 0.5, "prior_strength": 2.0, "draws": "shared"})
-    assert mine.for_run(0, {"x.lora_A.y": (4, 8)}, 100, 3.0) == {"ess": 7.0, "h0": 0.3, "betas": (0.9, 0.5)}
+    assert mine.for_run(0, {"x.lora_A.y": (4, 8)}, 2e-4, 100, 3.0) == {"ess": 7.0, "h0": 0.3, "betas": (0.9, 0.5)}
     assert mine.prior_strength == mine.posterior_strength == 2.0
+
+
+def test_by_adam_s_direction_draws_are_as_wide_for_how_far_weights_get_as_in_a_run_of_the_preset_s_travel() -> None:
+    shapes = {"x.lora_A.y": (16, 576), "x.lora_B.y": (576, 16)}
+    signs, adam = (resolved("auto", {"direction": direction}) for direction in ("newton", "adam"))
+    usual = signs.for_run(512, shapes, 2e-4, 128, 2.0)
+    short, long = (adam.for_run(512, shapes, 2e-4, steps, 2.0) for steps in (128, 1250))
+    reach = 2e-4 * 128 / 2
+    assert short["h0"] == usual["h0"]
+    assert (short["ess"] / usual["ess"]) ** -0.5 == pytest.approx(reach / 0.125)  # σ, at the start and at any h
+    assert long["ess"] == adam.for_run(512, shapes, 0.0, 128, 2.0)["ess"] == usual["ess"]
+    assert resolved("auto", {"direction": "adam", "ess": 7.0}).for_run(512, shapes, 2e-4, 128, 2.0)["ess"] == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "prior", "rescale", "named"),
+    [
+        ({"hessian": "reparameterized"}, "empirical", False, "hessian squared_gradients alone, not reparameterized"),
+        ({}, 0.1, False, "prior empirical alone, not 0.1"),
+        ({}, "earlier/", False, "prior empirical alone, not earlier/"),
+        ({}, "empirical", True, "rescale_lr false alone, not True"),
+    ],
+)
+def test_adam_s_direction_needs_what_it_is_made_of(changes: Any, prior: Any, rescale: bool, named: str) -> None:
+    resolved("auto", changes).check_direction(prior, rescale)
+    with pytest.raises(IVONError, match=named):
+        resolved("auto", {**changes, "direction": "adam"}).check_direction(prior, rescale)
 
 
 def test_the_header_has_later_settings_where_they_are_not_the_paper_s() -> None:

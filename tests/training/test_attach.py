@@ -86,7 +86,7 @@ def test_a_trainer_that_cannot_be_attached_to_is_refused(made: Any, tiny_llama: 
 
 WRONG: dict[str, Any] = {"gamma": 0.0, "ess": math.nan, "h0": -1.0, "clip": 0.0, "betas": (1.0, 0.5), "prior": -1.0}
 WRONG |= {"train_size": 0, "eval_samples": -1, "draws": "both", "rescale_lr": "yes", "preset": "tiny"}
-WRONG |= {"prior_strength": 0.0, "hessian": "exact", "h0_steps": 0.0}
+WRONG |= {"prior_strength": 0.0, "hessian": "exact", "direction": "down", "h0_steps": 0.0}
 
 
 # An infinite clip is wrong without a learning rate.

@@ -100,13 +100,15 @@ def test_evaluation_during_training_sees_the_mean(trained: Any, made: Any) -> No
         assert plain.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-5)
 
 
-@pytest.mark.parametrize(("accumulation", "adapter"), [(1, "default"), (2, "default"), (2, "mine")])
+@pytest.mark.parametrize(
+    ("accumulation", "adapter", "direction"), [(1, "default", "adam"), (2, "default", "newton"), (2, "mine", "newton")]
+)
 def test_resuming_from_a_checkpoint_continues_the_same_run(
-    trained: Any, tmp_path: Path, accumulation: int, adapter: str
+    trained: Any, tmp_path: Path, accumulation: int, adapter: str, direction: str
 ) -> None:
     run = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2, "adapter": adapter}
-    trained(folder="a", **run)
-    trained(folder="b", resume=tmp_path / "a" / "checkpoint-3", **run)
+    trained({"direction": direction}, folder="a", **run)
+    trained({"direction": direction}, folder="b", resume=tmp_path / "a" / "checkpoint-3", **run)
     for name in ("adapter_model.safetensors", "ivon_sigma.safetensors"):
         folders = [tmp_path / run / "checkpoint-6" / ("" if adapter == "default" else adapter) for run in ("a", "b")]
         left, right = ((folder / name).read_bytes() for folder in folders)

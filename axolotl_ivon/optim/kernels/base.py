@@ -17,6 +17,8 @@ from torch import Tensor
 # for rounding, the ceiling for gradients whose square overflows.
 ESS_FLOOR, ESS_CEILING = 1e-8, 1e18
 PRECISION_FLOOR, PRECISION_CEILING = 1e-28, 1e19
+# What rounding leaves of p where its parts are subtracted from it: a smaller rest says nothing.
+ROUNDING = 2.0**-20
 # A step that is longer overflows sooner or later, whatever lr and clip allow.
 MAX_STEP = 1e18
 # Whether a step is taken (1 or 0), and by what ĝ was scaled since its draws; a device's own is float32 [2].
@@ -31,6 +33,7 @@ class Constants(NamedTuple):
     bound: float  # ξ
     fixed: bool  # whether the prior is given, so that it acts on m as well
     batch: float | None = None  # B, where ĥ is B·ĝ²; None where it is ĝ·(θ−m)/σ²
+    adam: bool = False  # whether a direction is g/√E[ĝ²], with E[ĝ²] from p, times ξ
 
 
 class Terms(NamedTuple):
@@ -40,6 +43,13 @@ class Terms(NamedTuple):
     debias: Tensor  # 1−β1^t
     rates: Tensor  # α, whatever it was scaled by included
     memories: Tensor  # 1−β2
+    unseen: Tensor  # what p is made of besides gradients, after this step
+    seen: Tensor  # and the weight of them in p: p = unseen + seen·B·E[ĝ²]
+
+
+def root_mean_square(p: Tensor, batch: float, unseen: Tensor, seen: Tensor) -> Tensor:
+    """Return √E[ĝ²] of weights with precision p, and what p is made up of: see `Terms`."""
+    return torch.maximum(p - unseen, p * ROUNDING).div_(seen * batch).sqrt_()
 
 
 class Chunk:
@@ -154,6 +164,7 @@ class Kernels(Protocol):
         p ← p·(1 + d + ½d²), which is IVON's update, with d = (1−β2)·((ĥ+δ)/p − 1); it is positive for every d.
             Without ½d², the plain running average, where ĥ is a square and so not negative
         m ← m − α·clip((g/(1−β1^t) [+ δ·m with a fixed prior])/p, ±ξ)
+            With `adam` m ← m − α·ξ·clip((g/(1−β1^t))/√E[ĝ²], ±1)
 
         Where the chunk has a prior of its own for every weight, δ is that of `terms` times 1/σ₀², and acts on m − m₀.
 
@@ -190,14 +201,23 @@ def trial(kernels: Kernels, device: torch.device, dtype: torch.dtype = torch.flo
         param.grad = param.sin() * 0.1
     h_hat = torch.empty_like(mean)
     small = torch.linspace(0.1, 0.9, len(params), device=device)
-    for squared, fixed, own in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 1, 1), (1, 1, 1)):
+    for squared, fixed, own, adam in (
+        (0, 0, 0, 0),
+        (0, 1, 0, 0),
+        (1, 0, 0, 0),
+        (0, 1, 1, 0),
+        (1, 1, 1, 0),
+        (1, 0, 0, 1),
+    ):
         chunk.prior = prior if own else None
         for add in (False, True):
             squares = kernels.collect(chunk, h_hat, add=add, squared=bool(squared))
             results += [squares, h_hat.clone(), kernels.squares(chunk)]
-        constants = Constants(ess=1e3, beta1=0.9, bound=1e-2, fixed=bool(fixed), batch=8.0 if squared else None)
+        batch = 8.0 if squared else None
+        constants = Constants(ess=1e3, beta1=0.9, bound=1e-2, fixed=bool(fixed), batch=batch, adam=bool(adam))
+        terms = Terms(small, small, small * 0.1, small * 0.01, small * 0.1, small)
         decision, _ = kernels.judge(small, small * 4, torch.arange(len(params), device=device), (0, 0, 0))
-        kernels.update(chunk, h_hat, Terms(small, small, small * 0.1, small * 0.01), decision, constants)
+        kernels.update(chunk, h_hat, terms, decision, constants)
     return [*results, *flats, *(theta.detach().flatten().float() for theta in chunk.thetas)]
 
 

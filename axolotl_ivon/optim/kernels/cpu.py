@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...noise import quantiles, splitmix64
 from . import plain
-from .base import MAX_STEP, PRECISION_CEILING, PRECISION_FLOOR, Chunk, Constants, StepDecision, Terms
+from .base import MAX_STEP, PRECISION_CEILING, PRECISION_FLOOR, ROUNDING, Chunk, Constants, StepDecision, Terms
 
 PARTS, GAPS = 4.0, False  # it is the noise alone that must stay in the cache
 
@@ -25,7 +25,7 @@ _16, _32, _48, _BITS = np.uint64(16), np.uint64(32), np.uint64(48), np.uint64(0x
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 _INFINITY, _NAN = np.float32(np.inf), np.float32(np.nan)
 # Arguments of the kernel, not constants in it: what numba has cached does not notice that another file changes.
-_LIMITS = (MAX_STEP, PRECISION_FLOOR, PRECISION_CEILING)
+_LIMITS = (MAX_STEP, PRECISION_FLOOR, PRECISION_CEILING, ROUNDING)
 
 
 def _compiled(function: Any) -> Any:
@@ -119,13 +119,12 @@ def _squares(gradients, sizes, sums):
         _at(sums, len(sizes))[part] = _sum_of_squares(_at(gradients[part], sizes[part]))
 
 
-def _update_where(own: bool) -> Any:
+def _update_where(own: bool, adam: bool) -> Any:
     """Return the kernel of a step; `own`: every weight has a prior of its own, m₀ and 1/σ₀² at `prior`."""
 
-    def update(
-        m, g, p, h_hat, thetas, gradients, sizes, deltas, debias, rates, memories, fixed, squared, numbers, prior
-    ):
-        one_minus_beta1, per_h_hat, bound, max_step, floor, ceiling = numbers
+    def update(m, g, p, h_hat, thetas, gradients, sizes, terms, fixed, squared, numbers, prior):
+        deltas, debias, rates, memories, unseen, weights = terms
+        one_minus_beta1, per_h_hat, batch, bound, max_step, floor, ceiling, rounding = numbers
         half = _ZERO if squared else _HALF
         start = 0
         for part in range(len(sizes)):
@@ -135,7 +134,8 @@ def _update_where(own: bool) -> Any:
             center_, narrowness_ = _at(prior[0] + start, size), _at(prior[1] + start, size)  # read by `own` alone
             delta, inverse_debias = _at(deltas, len(sizes))[part], _ONE / _at(debias, len(sizes))[part]
             decay, rate = delta if fixed else _ZERO, _at(rates, len(sizes))[part]
-            memory = _at(memories, len(sizes))[part]
+            memory, unseen_ = _at(memories, len(sizes))[part], _at(unseen, len(sizes))[part]
+            per_square = _ONE / (_at(weights, len(sizes))[part] * batch * bound * bound)
             for i in range(size):
                 delta_i = delta * narrowness_[i] if own else delta
                 pull = delta_i * (m_[i] - center_[i]) if own else decay * m_[i]
@@ -148,7 +148,9 @@ def _update_where(own: bool) -> Any:
                 p_i = p_[i] + p_[i] * (d + half * d * d)
                 p_i = p_i if p_i > floor else floor
                 p_i = p_i if p_i < ceiling else ceiling
-                direction = (g_i * inverse_debias + pull) / p_i
+                rest = p_i - unseen_ if p_i - unseen_ > rounding * p_i else rounding * p_i
+                divisor = np.sqrt(rest * per_square) if adam else p_i
+                direction = (g_i * inverse_debias + pull) / divisor
                 direction = direction if direction < bound else bound
                 direction = direction if direction > -bound else -bound
                 m_i = m_[i] - rate * direction
@@ -158,7 +160,9 @@ def _update_where(own: bool) -> Any:
     return _compiled(update)
 
 
-_update, _update_from_prior = _update_where(False), _update_where(True)
+_update, _update_from_prior, _update_by_adam = (
+    _update_where(*x) for x in ((False, False), (True, False), (False, True))
+)
 
 
 def noise(chunk: Chunk, seeds: np.ndarray) -> Tensor:
@@ -209,13 +213,15 @@ def update(chunk: Chunk, h_hat: Tensor, terms: Terms, decision: StepDecision, c:
         plain.update(chunk, h_hat, terms, decision, c)
     elif taken:
         m, g, p = chunk.mean, chunk.momentum, chunk.precision
-        flats, by_part = ([x.data_ptr() for x in xs] for xs in ((m, g, p, h_hat), terms))
+        flats, by_part = (tuple(x.data_ptr() for x in xs) for xs in ((m, g, p, h_hat), terms))
         squared, scale = c.batch is not None, float(scale)
-        numbers = (1 - c.beta1, c.ess * scale if c.batch is None else c.batch * scale**2, c.bound, *_LIMITS)
-        sizes, kernel = np.array(chunk.sizes), _update_from_prior if chunk.prior else _update
+        per_h_hat = c.ess * scale if c.batch is None else c.batch * scale**2
+        numbers = (1 - c.beta1, per_h_hat, c.batch or 1.0, c.bound, *_LIMITS)
+        kernel = _update_by_adam if c.adam else _update_from_prior if chunk.prior else _update
+        sizes = np.array(chunk.sizes)
         scalars = tuple(map(np.float32, numbers))
         prior = tuple(x.data_ptr() for x in chunk.prior or (m, m))
-        kernel(*flats, thetas, gradients, sizes, *by_part, c.fixed, squared, scalars, prior)
+        kernel(*flats, thetas, gradients, sizes, by_part, c.fixed, squared, scalars, prior)
 
 
 def _addresses(tensors: list[Tensor]) -> np.ndarray | None:

@@ -16,7 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plain
-from .base import MAX_STEP, PRECISION_CEILING, PRECISION_FLOOR, Chunk, Constants, StepDecision, Terms, to_device
+from .base import (
+    MAX_STEP,
+    PRECISION_CEILING,
+    PRECISION_FLOOR,
+    ROUNDING,
+    Chunk,
+    Constants,
+    StepDecision,
+    Terms,
+    to_device,
+)
 
 PARTS, GAPS = math.inf, True
 
@@ -141,6 +151,8 @@ def _update(
     debias,
     rates,
     memories,
+    unseen,
+    seen,
     decision,
     prior_mean,
     prior_precision,
@@ -150,9 +162,11 @@ def _update(
     max_step,
     floor,
     ceiling,
+    rounding,
     FIXED: tl.constexpr,
     OWN: tl.constexpr,
     SQUARED: tl.constexpr,
+    ADAM: tl.constexpr,
     TYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -185,7 +199,11 @@ def _update(
     direction = g / tl.load(debias + part)
     if FIXED:
         direction += delta * away
-    m -= rate * tl.minimum(tl.maximum(direction / p, -bound), bound)
+    divisor = p
+    if ADAM:
+        rest = tl.maximum(p - tl.load(unseen + part), rounding * p)
+        divisor = tl.sqrt(rest / (tl.load(seen + part) * per_h_hat * bound * bound))
+    m -= rate * tl.minimum(tl.maximum(direction / divisor, -bound), bound)
 
     tl.store(momentum + flat, g, mask=inside)
     tl.store(precision + flat, p, mask=inside)
@@ -238,10 +256,11 @@ def update(chunk: Chunk, h_hat: Tensor, terms: Terms, decision: StepDecision, c:
         *(_table(chunk, "thetas", chunk.thetas), _table(chunk, "gradients", gradients)),
         *(chunk.mean, chunk.momentum, chunk.precision, h_hat, *terms, decision, *prior),
         *(1 - c.beta1, c.ess if c.batch is None else c.batch, c.bound),
-        *(MAX_STEP, PRECISION_FLOOR, PRECISION_CEILING),
+        *(MAX_STEP, PRECISION_FLOOR, PRECISION_CEILING, ROUNDING),
         FIXED=c.fixed,
         OWN=chunk.prior is not None,
         SQUARED=c.batch is not None,
+        ADAM=c.adam,
     )
 
 

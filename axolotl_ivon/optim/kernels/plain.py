@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...noise import training_noise
-from .base import MAX_STEP, PRECISION_CEILING, PRECISION_FLOOR, Chunk, Constants, StepDecision, Terms
+from .base import MAX_STEP, PRECISION_CEILING, PRECISION_FLOOR, Chunk, Constants, StepDecision, Terms, root_mean_square
 
 PARTS, GAPS = 1.0, False  # every operation passes over the weights, which must stay in the cache
 
@@ -81,7 +81,7 @@ def update(chunk: Chunk, h_hat: Tensor, terms: Terms, decision: StepDecision, c:
     if not taken:
         return
     m, g, p = chunk.mean, chunk.momentum, chunk.precision
-    delta, debias, rate, memory = map(chunk.spread, terms)
+    delta, debias, rate, memory, unseen, seen = map(chunk.spread, terms)
     if chunk.prior:
         delta = delta * chunk.prior[1]
     torch._foreach_lerp_(chunk.momenta, [gradient.float() for gradient in chunk.gradients], 1 - c.beta1)
@@ -94,8 +94,10 @@ def update(chunk: Chunk, h_hat: Tensor, terms: Terms, decision: StepDecision, c:
             nan=PRECISION_CEILING
         )
     p.clamp_(PRECISION_FLOOR, PRECISION_CEILING)
-    direction = g / debias
+    direction, divisor = g / debias, p
+    if c.adam and c.batch is not None:
+        divisor = root_mean_square(p, c.batch, unseen, seen).div_(c.bound)
     if c.fixed:
         direction.addcmul_(m - chunk.prior[0] if chunk.prior else m, delta)
-    m.addcmul_(direction.div_(p).clamp_(-c.bound, c.bound), rate, value=-1)
+    m.addcmul_(direction.div_(divisor).clamp_(-c.bound, c.bound), rate, value=-1)
     torch._foreach_copy_(chunk.thetas, chunk.means)

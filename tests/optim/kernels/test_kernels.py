@@ -90,7 +90,7 @@ def test_one_step_is_that_of_the_reference(kernels: Any, prior: Any, squared: bo
         np.testing.assert_allclose(deltas.numpy(), [reference.delta() for reference in references], rtol=1e-5)
     debias = 1 - BETA1 ** torch.tensor(STEPS)
     constants = Constants(ESS, BETA1, BOUND, fixed=prior != "empirical", batch=4.0 if squared else None)
-    terms = Terms(deltas, debias, torch.tensor(RATES), 1 - torch.tensor(BETA2))
+    terms = Terms(deltas, debias, torch.tensor(RATES), 1 - torch.tensor(BETA2), *torch.ones(2, len(sizes)))
     before = [flat.clone() for flat in (chunk.mean, chunk.momentum, chunk.precision)]
     kernels.update(chunk, h_hat, terms, (0.0, 1.0), constants)  # a skipped step writes nothing
     assert all(map(torch.equal, (chunk.mean, chunk.momentum, chunk.precision), before))
@@ -253,12 +253,13 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(dtype: torch.dtype) -> 
     from axolotl_ivon.optim.kernels import gpu
 
     kinds = dict.fromkeys(("programs", "parts", "thetas", "gradients", "numbers", "report"), "*i64")
-    scalars = ("ess", "scale", "one_minus_beta1", "per_h_hat", "bound", "max_step", "floor", "ceiling")
+    scalars = ("ess", "scale", "one_minus_beta1", "per_h_hat", "bound", "max_step", "floor", "ceiling", "rounding")
     kinds |= {**dict.fromkeys(scalars, "fp32"), "tensors": "i32"}
     variants = [("_draw", {}), ("_squares", {}), ("_sum", {}), ("_judge", {})]
     variants += [("_collect", {"ADD": add, "SQUARED": squared}) for add in (True, False) for squared in (True, False)]
-    kinds_of_step = [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 0, 1), (1, 1, 1)]
-    variants += [("_update", dict(zip(("FIXED", "SQUARED", "OWN"), map(bool, k), strict=True))) for k in kinds_of_step]
+    kinds_of_step = [(0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (1, 0, 1, 0), (1, 1, 1, 0), (0, 1, 0, 1)]
+    flags = ("FIXED", "SQUARED", "OWN", "ADAM")
+    variants += [("_update", dict(zip(flags, map(bool, kind), strict=True))) for kind in kinds_of_step]
     for name, constants in variants:
         kernel = getattr(gpu, name)
         known = {**constants, "TYPE": gpu._TYPES[dtype], "BLOCK": gpu._BLOCK}
