@@ -140,9 +140,16 @@ def count_rollout_draws(trainer: Trainer, rollouts: str, draws: int | None) -> i
     """Return how many draws write a group of completions, 0 for the mean.
 
     Raises:
-        IVONError: the settings do not go with the Trainer, or it shards a model that writes completions.
+        IVONError: the settings do not go with the Trainer, it shards a model that writes completions, or it writes them
+            where nothing here keeps draws out.
     """
     online, own, args = mixin_for(trainer) is not PosteriorTrainerMixin, _methods(trainer), _methods(trainer.args)
+    # What each of TRL's other Trainers that generate has; `rollout_worker` is AsyncGRPOTrainer's.
+    if not online and (hasattr(trainer, "generation_config") or hasattr(trainer, "rollout_worker")):
+        raise IVONError(
+            f"{type(trainer).__name__} writes completions in training, and draws are kept out of those of GRPOTrainer, "
+            "RLOOTrainer and OnlineDPOTrainer alone: use one of these, or another optimizer"
+        )
     if online and is_sharded(trainer):
         raise IVONError(
             "DeepSpeed and FSDP are not supported where training writes completions; use DDP, or one process"
@@ -153,6 +160,7 @@ def count_rollout_draws(trainer: Trainer, rollouts: str, draws: int | None) -> i
         or getattr(args, "async_prefetch", 0),
         "continuous batching": getattr(own, "use_transformers_continuous_batching", False),
         "a rollout_func": getattr(own, "rollout_func", None),
+        "a replay buffer": getattr(own, "replay_buffer", None),
         "tools": getattr(own, "tools", None) or getattr(own, "environments", None),
         "a processor of images": getattr(own, "_is_vlm", False),
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 import trl
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from runs import ranks
 from tiny import WORDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from axolotl_ivon import IVONError, Posterior, attach
@@ -113,7 +118,7 @@ def written(base: Path, weights: dict[str, torch.Tensor], batch: dict[str, Any])
 def test_it_learns_and_a_checkpoint_resumes_exactly(rollouts: dict[str, Any], make: Any, tmp_path: Path) -> None:
     ends = []
     for resume in (None, str(tmp_path / "checkpoint-25")):
-        trainer = make(max_steps=30, max_completion_length=16, save_strategy="steps", save_steps=5)
+        trainer = make(max_steps=30, max_completion_length=16, save_strategy="steps", save_steps=25)
         attach(trainer, **rollouts)
         trainer.train(resume_from_checkpoint=resume)
         ends.append(lora_weights(trainer.model))
@@ -274,6 +279,53 @@ def test_an_interrupt_while_completions_are_written_leaves_the_mean(rollouts: An
         assert torch.equal(drawn[0][name], weight) is not bool(rollouts)
 
 
+def _process(variables: dict[str, str], train: Callable[[int], Any], path: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(variables)
+    for state in (GradientState, AcceleratorState, PartialState):  # of this test's own process
+        state._reset_state()
+    torch.save(train(2), path)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rollouts", [{}, {**DRAWS, "preset": "paper", "clip": 1.0}], ids=["mean", "draws"])
+def test_two_processes_have_the_same_draws_and_weights(
+    rollouts: dict[str, Any], make: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    def train(processes: int) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+        """Return the weights at the end and those of each pass; the KL gives equal completions a gradient too."""
+        args: dict[str, Any] = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"} if processes == 2 else {}
+        args |= {"beta": 0.1, "generation_kwargs": {"do_sample": False}}
+        trainer = make(reward=lambda completion_ids, **_: [float(sum(x) % 7) for x in completion_ids], **args)
+        assert trainer.args.world_size == processes
+        attach(trainer, **rollouts)
+        means: list[Any] = []
+        kept = passes(trainer, lambda _: means.append(mean_of(trainer)))
+        trainer.train()
+        for mean, (weights, batch, _) in zip(means, kept, strict=True):
+            mask = batch["completion_mask"].bool()
+            completions = written(tiny_llama, weights if rollouts else mean, batch)
+            assert torch.equal(completions[mask], batch["completion_ids"][mask])
+        assert not same(means[0], means[-1])
+        return lora_weights(trainer.model), [weights for weights, *_ in kept]
+
+    context, paths = multiprocessing.get_context("fork"), [tmp_path / f"{rank}.pt" for rank in range(2)]
+    pairs = zip(ranks(2), paths, strict=True)
+    processes = [context.Process(target=_process, args=(variables, train, path)) for variables, path in pairs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        assert process.exitcode == 0
+    (end, draws), (other_end, other_draws) = map(torch.load, paths)
+    assert same(end, other_end)
+    assert len(draws) == 8
+    assert all(map(same, draws, other_draws))
+    # By the mean a process's shuffle decides which completion has which draw, and by "auto" whose squares are added.
+    if rollouts:
+        torch.testing.assert_close(end, train(1)[0], rtol=1e-4, atol=1e-6)
+
+
 def test_online_dpo_writes_by_the_mean(make: Any) -> None:
     trainer, means, draws = make("OnlineDPO"), [], []
     attach(trainer)
@@ -325,3 +377,17 @@ def test_what_does_not_go_together_is_one_line(kind: str, settings: Any, args: A
     vars(trainer).update(args)
     with pytest.raises(IVONError, match=f"^{words}"):
         attach(trainer, **settings)
+
+
+def test_another_trainer_that_writes_completions_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    models = [AutoModelForCausalLM.from_pretrained(tiny_llama) for _ in range(2)]
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    trainer = GKDTrainer(
+        *models,
+        args=GKDConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[]),
+        train_dataset=Dataset.from_list([row]),
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+        peft_config=LoraConfig(**{**LORA, "target_modules": ["q_proj"]}),
+    )
+    with pytest.raises(IVONError, match=r"^GKDTrainer writes completions in training, .* use one of these"):
+        attach(trainer)
