@@ -82,9 +82,15 @@ def test_an_interrupted_process_goes_on(
     plain_adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ivon_post: Cli
 ) -> None:
     """Ctrl-C in the middle leaves nothing but the hidden file, from which the same command goes on."""
-    script = (
-        "import ivon_post; from axolotl_ivon.fitting import ivon; ivon.MOST, ivon.SETTLED = 32, 0; ivon_post.main()"
-    )
+    script = """
+import sys, time, ivon_post
+from axolotl_ivon.fitting import ivon
+ivon.MOST, ivon.SETTLED, write = 32, 0, sys.stderr.write
+def write_and_wait(text):  # for the signal
+    write(text), sys.stderr.flush()
+    time.sleep(60 * ("steps: σ changed" in text))
+sys.stderr.write = write_and_wait
+ivon_post.main()"""
     words = ["fit", str(plain_adapter), "-d", str(data), "--method", "ivon", "--limit", "8"]
     process = subprocess.Popen(
         [sys.executable, "-c", script, *words, "-o", "out"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
