@@ -85,8 +85,8 @@ class IVONLoRA(Optimizer):
 
         m ← m − α·ξ·clip((g/(1−β1^t))/√E[ĝ²], ±1)            E[ĝ²] is debiased, as Adam's is
 
-    Where the gradients are noise, g/p is often at ±ξ for all weights, which then walk at random by full steps; this
-    one is as long as the noise allows.
+    Where g/p is at ±ξ for nearly all weights, a step is a sign, several times as long as Adam's at the same rate where
+    gradients are mostly noise; this one is as long as Adam's.
 
     Run every forward and backward pass inside `sampled_params()`, which puts a draw θ = m + σ·ε into the
     parameters, and call `step()` outside of it. With gradient accumulation, enter it once for each

@@ -18,6 +18,8 @@ MAX_LEARNING_RATE = 0.01
 SHORT_REACH, PAPER_REACH = 0.08, 0.13
 # Steps that p should remember, as a share of the run: benchmarks/fidelity/NOTES.md.
 MEMORY = 0.2
+# The most that λ is raised for short runs: of the noise, nothing is then left to see.
+NARROWEST = 1e4
 
 
 def effective_sample_size(n: int, gamma: float = 5000.0) -> float:
@@ -161,7 +163,9 @@ class Preset(NamedTuple):
         """
         rule = self.direction == "adam" and self.travel and self.gamma is None and self.fixed_ess is None
         reach = learning_rate * steps / 2
-        return max(1.0, (self.travel / reach) ** 2) if rule and reach else 1.0  # type: ignore[operator]
+        if not rule or not reach:
+            return 1.0
+        return min(max(1.0, (self.travel / reach) ** 2), NARROWEST)  # type: ignore[operator]
 
     def for_run(
         self,

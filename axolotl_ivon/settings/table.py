@@ -107,7 +107,7 @@ SETTINGS = (
     ),
     Setting("direction", Direction, "newton", "newton", **_LATER).means(
         "the step: `newton` is IVON's g/p, by `auto` at its bound nearly everywhere and so a sign; `adam` is Adam's "
-        "g/√E[ĝ²], as long as AdamW's at the same `learning_rate`, among draws as wide as weights get far. With "
+        "g/√E[ĝ²], as long as AdamW's at the same `learning_rate`, with narrower draws in short runs. It goes with "
         "`ivon_hessian: squared_gradients` and `ivon_prior: empirical` alone"
     ),
     Setting("h0_steps", Positive, None, 10.0, **_LATER).means(

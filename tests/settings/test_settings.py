@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from axolotl_ivon import IVONLoRA, attach, effective_sample_size
 from axolotl_ivon.errors import IVONError
+from axolotl_ivon.optim.kernels.base import ESS_CEILING
 from axolotl_ivon.settings.keys import DEFAULTS, IVONArgs, attach_parameters
 from axolotl_ivon.settings.presets import PRESETS, resolved
 from axolotl_ivon.settings.table import PAPER, SETTINGS, header_of
@@ -67,6 +68,9 @@ def test_by_adam_s_direction_draws_are_as_wide_for_how_far_weights_get_as_in_a_r
     assert short["h0"] == usual["h0"]
     assert (short["ess"] / usual["ess"]) ** -0.5 == pytest.approx(reach / 0.125)  # σ, at the start and at any h
     assert long["ess"] == adam.for_run(512, shapes, 0.0, 128, 2.0)["ess"] == usual["ess"]
+    # A run that hardly moves, over the weights and data of the largest models, is within what the optimizer takes.
+    large = adam.for_run(10**6, {"x.lora_A.y": (64, 2 * 10**6)}, 1e-6, 1, 1.0)["ess"]
+    assert 1e13 < large <= ESS_CEILING
     assert resolved("auto", {"direction": "adam", "ess": 7.0}).for_run(512, shapes, 2e-4, 128, 2.0)["ess"] == 7
 
 
