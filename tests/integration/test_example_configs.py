@@ -76,8 +76,13 @@ def test_axolotl_accepts_the_config_and_keeps_every_key(name: str, make_adapter:
     expected = {**raw, **LORA, **OWN.get(name, {}), **paper}
     for key in expected.keys() - {"datasets", "special_tokens", "bf16", "plugins", "learning_rate"}:
         value = expected[key]
-        if key in ("trl", "vllm"):  # to which axolotl adds its defaults
+        if key in ("trl", "vllm"):  # to which axolotl adds its defaults, as to every set of data
             assert config[key].items() >= value.items()
+            continue
+        if key == "test_datasets":
+            assert [
+                {name: filled[name] for name in given} for filled, given in zip(config[key], value, strict=True)
+            ] == value
             continue
         assert config[key] == (pytest.approx(value) if isinstance(value, float) else value), key
     # 0 stands for what a preset will choose.
