@@ -65,7 +65,7 @@ class Causal(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the logits of the choices after each text, float32 (batch, classes); of answers, for every token."""
         model = self.peft.base_model.model.model
-        mask = batch["input_ids"] != PADDING
+        mask = batch["mask"]
         lengths = mask.sum(1)
         hidden = batch["hidden"][mask] if "hidden" in batch else self.lower(batch)
         last = lengths.cumsum(0) - 1
@@ -85,7 +85,7 @@ class Causal(nn.Module):
     def lower(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return what the layers below LoRA make of a batch, (tokens of all texts, hidden)."""
         model = self.peft.base_model.model.model
-        mask = batch["input_ids"] != PADDING
+        mask = batch["mask"]
         hidden = model.embed_tokens(batch["input_ids"][mask])
         layout = self.layout(mask.sum(1), hidden.dtype)
         for layer in model.layers[: self.frozen]:
@@ -142,5 +142,4 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
-PADDING = 0
 TOKENS = 32  # the tokens of a batch are filled up to a multiple of this by a text of nothing

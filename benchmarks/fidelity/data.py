@@ -272,7 +272,7 @@ class Encoder(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the logits."""
         model = self.peft.base_model.model
-        mask = (batch["input_ids"] != 0)[:, None, None, :]
+        mask = batch["mask"][:, None, None, :]
         hidden = batch["hidden"] if "hidden" in batch else self.lower(batch)
         for layer in model.bert.encoder.layer[self.frozen : -1]:
             hidden = self.layer(layer, hidden, hidden, mask)
@@ -284,7 +284,7 @@ class Encoder(nn.Module):
         bert = self.peft.base_model.model.bert
         hidden = bert.embeddings(input_ids=batch["input_ids"])
         for layer in bert.encoder.layer[: self.frozen]:
-            hidden = self.layer(layer, hidden, hidden, (batch["input_ids"] != 0)[:, None, None, :])
+            hidden = self.layer(layer, hidden, hidden, batch["mask"][:, None, None, :])
         return hidden
 
     def layer(self, layer: Any, part: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -319,12 +319,13 @@ def labels_of(examples: Sequence[Example]) -> Tensor:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Pad examples to the longest: `input_ids` (batch, length), `labels` (batch,), and `hidden` if they have it.
+    """Pad examples to the longest: `input_ids` and `mask` (batch, length), `labels` (batch,), `hidden` if they have it.
 
     Of texts to be written there are as many labels as tokens of all answers; `answers` (batch,) are their numbers.
     """
     ids = nn.utils.rnn.pad_sequence([torch.tensor(example.ids) for example in examples], batch_first=True)
-    batch = {"input_ids": ids, "labels": labels_of(examples)}
+    lengths = torch.tensor([len(example.ids) for example in examples])
+    batch = {"input_ids": ids, "mask": torch.arange(ids.shape[1]) < lengths[:, None], "labels": labels_of(examples)}
     if any(example.answer for example in examples):
         batch["answers"] = torch.tensor([len(example.answer) for example in examples])
     hidden = [example.hidden for example in examples if example.hidden is not None]
