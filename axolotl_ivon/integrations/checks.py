@@ -41,6 +41,8 @@ LORA_KEYS = (
     "lora_target_parameters",
 )
 # fmt: on
+# TRL's, where axolotl gives it none.
+GRPO_DEFAULTS = {"num_generations": 8, "num_iterations": 1}
 # Methods whose Trainers write completions in ways of their own, at a draw.
 _OTHER_ONLINE_RL = ("ebft", "rloo", "ppo")
 
@@ -148,7 +150,7 @@ def _check_rollouts(cfg: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         given["ivon_rollouts"],
         given.get("ivon_rollout_draws"),
         online=cfg.get("rl") == "grpo",
-        generations=int(trl.get("num_generations") or 8),  # TRL's default
+        generations=int(trl.get("num_generations") or GRPO_DEFAULTS["num_generations"]),
         # With a size of its own, batches of completions are of as many micro-batches as processes make of it.
         steps=0 if trl.get("generation_batch_size") else int(number(cfg, "gradient_accumulation_steps", 1)),
         hindrance=next((f"trl.{key}: {trl[key]}" for key in hindering if trl.get(key)), ""),

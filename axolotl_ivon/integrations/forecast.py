@@ -19,7 +19,7 @@ from ..settings.keys import prior_folder, yaml_key
 from ..settings.presets import PRESETS
 from ..settings.table import OPTIMIZER, PLUGIN
 from ..storage.format import regular_size
-from .checks import check_config, number
+from .checks import GRPO_DEFAULTS, check_config, number
 
 _YAML_LIMIT = 16 * 2**20
 # Multiples of the peak after warmup, by the share of the steps after it that were done.
@@ -69,7 +69,8 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     micro, accumulated = _batch(cfg)
     batch = micro * accumulated * processes
     size = known(lambda: _train_size(cfg))
-    steps = known(lambda: _steps(cfg, size, micro * processes, accumulated))
+    loaded, passes = _loads(cfg, micro * processes, accumulated)
+    steps = known(lambda: _steps(cfg, size, (loaded, passes), accumulated))
     prior = prior_folder(given["ivon_prior"])
     strength = preset.posterior_strength if prior else preset.prior_strength
     ess, h0 = preset.fixed_ess, None if prior else preset.h0
@@ -77,8 +78,8 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
         ess = preset.ess(size, 0)
     if size and (ess is None or (h0 is None and not prior)):
         # Packed batches count as if they were not.
-        by_epochs = _most_steps(cfg) is None and cfg.get("max_steps") is not None
-        epochs = number(cfg, "num_epochs", 1) if by_epochs or not steps else steps * batch / size
+        by_epochs = not steps or (_most_steps(cfg) is None and not _counts_steps(cfg))
+        epochs = number(cfg, "num_epochs", 1) if by_epochs else steps * accumulated * loaded / (passes * size)
         if shapes := known(lambda: _trained_shapes(cfg, prior, preset.ess(size, 0, epochs))):
             run = preset.for_run(size, shapes, number(cfg, "learning_rate"), steps or 1, epochs)
             ess, h0 = run["ess"], None if prior else run["h0"]
@@ -212,8 +213,39 @@ def _examples(path: Path) -> int:
         raise _Unknown(f"N: {path} cannot be read ({one_line(error)})") from error
 
 
-def _steps(cfg: Mapping[str, Any], size: int | None, together: int, accumulated: int) -> int:
-    """Return the number of steps, as the Trainer counts them; `together` examples are in a micro-batch of all."""
+def _loads(cfg: Mapping[str, Any], together: int, accumulated: int) -> tuple[int, int]:
+    """Return how many rows all processes load at once, and in how many micro-batches these are trained on.
+
+    Args:
+        together: examples, or completions, of a micro-batch in all processes.
+        accumulated: micro-batches of a step.
+
+    Raises:
+        IVONError: the completions that are written at once are no whole groups, or no whole micro-batches.
+    """
+    if cfg.get("rl") != "grpo":
+        return together, 1
+    trl = cfg.get("trl") or {}
+    group, iterations = (int(number(trl, key, 0)) or default for key, default in GRPO_DEFAULTS.items())
+    written = int(number(trl, "generation_batch_size")) or together * accumulated
+    whole = "micro_batch_size × processes × gradient_accumulation_steps"
+    for unit, named in ((group, "trl.num_generations"), (together, "micro_batch_size × processes")):
+        if written % unit:
+            raise IVONError(
+                f"{named}: {unit} does not divide the {written} completions that are written at once; let it divide "
+                f"trl.generation_batch_size, which is {whole} by default"
+            )
+    return written // group, written // together * iterations
+
+
+def _steps(cfg: Mapping[str, Any], size: int | None, loads: tuple[int, int], accumulated: int) -> int:
+    """Return the number of steps, as the Trainer counts them; `loads` are those of `_loads`."""
+    rows, passes = loads
+    if cfg.get("rl") == "grpo" and size is not None and size < rows:
+        raise IVONError(
+            f"datasets have {size} prompts, and completions are written for {rows} at once: nothing would be trained; "
+            "lower gradient_accumulation_steps or micro_batch_size, or raise trl.num_generations"
+        )
     if most := _most_steps(cfg):
         return most
     if cfg.get("sample_packing"):
@@ -221,9 +253,16 @@ def _steps(cfg: Mapping[str, Any], size: int | None, together: int, accumulated:
     if size is None:
         raise _Unknown("steps: they follow from N")
     epochs = number(cfg, "num_epochs", 1)
-    if cfg.get("max_steps") is None:  # axolotl counts, and gives the Trainer max_steps
-        return math.ceil(size * epochs / (together * accumulated))
-    return math.ceil(epochs * math.ceil(math.ceil(size / together) / accumulated))
+    if _counts_steps(cfg):
+        return math.ceil(size * epochs / (rows * accumulated))
+    # TRL leaves out the prompts of an epoch that are too few for a whole load; a loader of examples does not.
+    in_epoch = size // rows if cfg.get("rl") == "grpo" else math.ceil(size / rows)
+    return math.ceil(epochs * math.ceil(in_epoch * passes / accumulated))
+
+
+def _counts_steps(cfg: Mapping[str, Any]) -> bool:
+    """Return whether axolotl counts the steps of the epochs itself, and gives the Trainer `max_steps`."""
+    return cfg.get("max_steps") is None and cfg.get("rl") != "grpo"
 
 
 def _most_steps(cfg: Mapping[str, Any]) -> int | None:
@@ -289,11 +328,16 @@ def _mean_rate(cfg: Mapping[str, Any], steps: int | None, size: int | None, batc
     whole = -1 if cfg.get("max_steps") == -1 else min(steps, whole)
     if cfg.get("warmup_steps") is not None:
         warmup = int(number(cfg, "warmup_steps"))
+    elif cfg.get("rl") == "grpo":  # whose steps axolotl does not count, so that the Trainer takes the share
+        return _mean_of_rates(name, math.ceil(number(cfg, "warmup_ratio", 0.03) * steps), steps)
     elif cfg.get("warmup_ratio") is not None:
         warmup = max(int(number(cfg, "warmup_ratio") * whole), 0)
     else:
         warmup = min(int(0.03 * whole), 100)
-    warmup = 2 if warmup == 1 else warmup  # all as axolotl has it
+    return _mean_of_rates(name, 2 if warmup == 1 else warmup, steps)  # all as axolotl has it
+
+
+def _mean_of_rates(name: str, warmup: int, steps: int) -> float:
     rates = [step / warmup for step in range(min(warmup, steps))]
     rates += [_SCHEDULES[name]((step - warmup) / (steps - warmup)) for step in range(warmup, steps)]
     return sum(rates) / steps

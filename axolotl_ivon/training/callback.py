@@ -87,7 +87,9 @@ class PosteriorTraining(TrainerCallback):
         args, size = self.trainer.args, int(self.header["train_size"] or 0)
         epochs = args.num_train_epochs
         if args.max_steps > 0:  # packed batches count as if they were not
-            epochs = steps * self.trainer.get_total_train_batch_size(args) / size if size else 0.0
+            # In GRPO and RLOO a batch is of completions, several of a prompt, and each may be trained on several times.
+            times = getattr(args, "num_generations", 1) * getattr(args, "num_iterations", 1)
+            epochs = steps * self.trainer.get_total_train_batch_size(args) / (times * size) if size else 0.0
         settings = self.settings_for_run(steps, epochs)
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
             group.update({name: value for name, value in settings.items() if group.get(name) == self.settings[name]})

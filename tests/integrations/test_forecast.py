@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 import yaml
 from axolotl.core.builders.base import TrainerBuilderBase
+from axolotl.core.trainers.grpo import GRPOStrategy
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.trainer import calculate_total_num_steps
 from datasets import Dataset, load_dataset
+from peft import LoraConfig
 from torch.utils.data import DataLoader
 from trainers import make_trainer
-from transformers import get_scheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, get_scheduler
 
 from axolotl_ivon import IVONError, Posterior, attach
 from axolotl_ivon.integrations import forecast as module
@@ -121,6 +125,57 @@ def test_lambda_and_the_rate_by_every_key(written: Any) -> None:
         written(learning_rate=0.03)
 
 
+def taken(trainer: Any) -> dict[str, Any]:
+    """What a run takes, once its optimizer and schedule are made."""
+    run = trainer.posterior_training
+    taken = {"ess": run.settings["ess"], "h0": None if "prior" in run.header else run.settings["h0"]}
+    taken |= {"clip": run.settings["clip"], "beta2": run.settings["betas"][1]}
+    taken |= {"prior_strength": run.settings["prior_strength"], "learning_rate": trainer.args.learning_rate}
+    taken |= {"travel": sum(run.rates) * run.step_bound}
+    return {name: value if value is None else pytest.approx(value, rel=1e-5) for name, value in taken.items()}
+
+
+def grpo_trainer(cfg: dict[str, Any], base: Path, lora: dict[str, Any], rows: int, processes: int = 1) -> Any:
+    """TRL's Trainer with what axolotl gives it, when training has begun."""
+
+    class Begun(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {}
+    TrainerBuilderBase._configure_warmup_and_logging(SimpleNamespace(cfg=DictDefault(cfg)), None, settings)
+    settings |= GRPOStrategy.set_training_args_kwargs(DictDefault({**cfg, "context_parallel_size": 1}))
+    own = {"use_vllm", "vllm_mode", "vllm_server_host", "vllm_server_port", "use_data_producer", "vllm_lora_sync"}
+    names = inspect.signature(trl.GRPOConfig).parameters.keys() - own
+    settings = {name: value for name, value in settings.items() if name in names and value is not None}
+    args = trl.GRPOConfig(
+        "out",
+        learning_rate=float(cfg["learning_rate"]),
+        lr_scheduler_type=cfg["lr_scheduler"],
+        per_device_train_batch_size=cfg["micro_batch_size"] * processes,
+        gradient_accumulation_steps=cfg["gradient_accumulation_steps"],
+        num_train_epochs=cfg["num_epochs"],
+        max_steps=cfg.get("max_steps") or -1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        **settings,
+    )
+    trainer = trl.GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(base),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": "is it"}] * rows),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        peft_config=LoraConfig(**lora, task_type="CAUSAL_LM"),
+        callbacks=[Begun()],
+    )
+    attach(trainer, **attach_parameters(check_values(cfg)))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_forecast_is_what_the_run_takes(
     path: Path, tiny_llama: Path, make_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -139,6 +194,11 @@ def test_the_forecast_is_what_the_run_takes(
         cfg["ivon_prior"] = str(make_adapter(**lora))
     Path("train.yaml").write_text(yaml.safe_dump(cfg))
     found = forecast("train.yaml")
+    if cfg.get("rl") == "grpo":
+        trainer = grpo_trainer(cfg, tiny_llama, lora, 100)
+        assert (found["train_size"], found["steps"]) == (100, trainer.state.max_steps)
+        assert found == {**found, **taken(trainer)}
+        return
     rows = (
         100
         if not cfg.get("val_set_size")
@@ -163,20 +223,51 @@ def test_the_forecast_is_what_the_run_takes(
         max_steps=steps,
     )
     given = attach_parameters(check_values(cfg))
-    for name in ("rollouts", "rollout_draws"):  # of a Trainer that writes completions
-        given.pop(name, None)
     if prior_folder(cfg.get("ivon_prior")):
         given["prior"] = Posterior.from_pretrained(cfg["ivon_prior"])
     attach(trainer, **given, train_size=rows)
     trainer.create_optimizer_and_scheduler(steps)
-    run = trainer.posterior_training
     assert (found["train_size"], found["steps"], found["batch"]) == (rows, steps, cfg["batch_size"])
-    taken = {"ess": run.settings["ess"], "h0": None if "prior" in run.header else run.settings["h0"]}
-    taken |= {"clip": run.settings["clip"], "beta2": run.settings["betas"][1]}
-    taken |= {"prior_strength": run.settings["prior_strength"], "learning_rate": trainer.args.learning_rate}
-    taken |= {"travel": sum(run.rates) * run.step_bound}
-    for name, value in taken.items():
-        assert found[name] == (value if value is None else pytest.approx(value, rel=1e-5)), name
+    assert found == {**found, **taken(trainer)}
+
+
+@pytest.mark.parametrize(
+    ("batch", "own"),
+    [
+        ((4, 2, 1), {}),
+        ((8, 3, 1), {"generation_batch_size": 16}),
+        ((2, 4, 3), {"num_iterations": 3}),
+        ((4, 1, 1), {"num_iterations": 2, "generation_batch_size": 12}),
+        ((4, 1, 2), {"num_generations": None}),
+    ],
+)
+@pytest.mark.parametrize("length", [{}, {"max_steps": -1, "warmup_ratio": 0.1}, {"max_steps": 200}], ids=str)
+def test_steps_of_grpo_are_those_of_trl(
+    written: Any, tiny_llama: Path, batch: tuple[int, int, int], own: dict[str, int], length: dict[str, float]
+) -> None:
+    """Of 50 prompts. In one process, with batches that are as large as those of all processes."""
+    micro, accumulated, processes = batch
+    keys = {"rl": "grpo", "micro_batch_size": micro, "gradient_accumulation_steps": accumulated, "num_epochs": 12.5}
+    keys |= {"lr_scheduler": "linear", "trl": {"num_generations": 4, "max_completion_length": 4, **own}, **length}
+    found = written(processes, **keys)
+    lora = {"r": BASE["lora_r"], "target_modules": BASE["lora_target_modules"]}
+    trainer = grpo_trainer({**BASE, **keys}, tiny_llama, lora, 50, processes)
+    assert found["steps"] == trainer.state.max_steps
+    assert found == {**found, **taken(trainer)}
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"num_generations": 5}, "trl.num_generations: 5 does not divide the 8 completions"),
+        ({"generation_batch_size": 12}, "trl.num_generations: 8 does not divide the 12 completions"),
+        ({"num_generations": 4, "generation_batch_size": 20}, "micro_batch_size × processes: 8 does not divide the 20"),
+        ({"num_generations": 2, "generation_batch_size": 104}, "datasets have 50 prompts.* written for 52 at once"),
+    ],
+)
+def test_completions_that_trl_would_refuse(written: Any, own: dict[str, int], message: str) -> None:
+    with pytest.raises(IVONError, match=f"^{message}"):
+        written(rl="grpo", micro_batch_size=8, trl=own)
 
 
 @pytest.mark.parametrize("split", ["train[:30]", "train[10%:33%]", "train[-7:]", "train[:4]+train[40:]", "train[:99]"])
