@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -102,6 +105,23 @@ def test_rewards_are_for_right_answers() -> None:
     messages = [{"role": "user", "content": "Good?"}, {"role": "assistant", "content": "positive"}]
     assert question({})[0]({"messages": messages}) == {"prompt": messages[:1], "answer": "positive"}
     assert problem({})[0]({"question": "2 + 3?", "answer": SUM})["answer"] == "5"
+
+
+@pytest.mark.parametrize("name", ["reinforce", "reinforce-gsm8k"])
+def test_axolotl_finds_prompts_and_rewards(name: str, monkeypatch: Any) -> None:
+    """By the names in the YAML, with the folder where its first lines say."""
+    from axolotl.core.trainers.grpo import GRPOStrategy
+    from axolotl.prompt_strategies.dpo import load as load_prompts
+
+    config, text = load(name), CONFIGS[name].read_text(encoding="utf-8")
+    (folder,) = re.findall(r"PYTHONPATH=(\S+) axolotl train", text)
+    monkeypatch.syspath_prepend(ROOT / folder)
+    with patch.dict(sys.modules):  # helpers of the tests have a module of this name too
+        sys.modules.pop("rewards", None)
+        prompts, _ = load_prompts(config["datasets"][0]["type"], config)
+        functions = [GRPOStrategy.get_reward_func(each) for each in config["trl"]["reward_funcs"]]
+    for function in (prompts, *functions):
+        assert function.__globals__["__file__"] == str(FOLDER / "rewards.py")
 
 
 @pytest.mark.parametrize("suite", ["causal-axolotl", "paper", "paper-8b", "paper-70b", "code", "multilingual"])
