@@ -276,7 +276,7 @@ def time_draws(bench: Bench) -> Rows:
         """Return the mean NLL of a batch under the average prediction of all members."""
         summed: Any = 0.0
         for group in groups:
-            with slots.drawn(group):
+            with slots.drawn(group)():
                 logits = model(input_ids=ids.repeat(len(group), 1)).logits.view(len(group), *ids.shape, -1)
             for of_one in logits[:, :, :-1]:
                 target = ids[:, 1:, None]

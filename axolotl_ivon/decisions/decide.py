@@ -16,7 +16,7 @@ from typing import Any
 
 from ..data.chats import Example, Message, find_choices, question_of, trained_choices
 from ..errors import IVONError, param_ref
-from ..evaluation.evaluate import Sampling, evaluate
+from ..evaluation.evaluate import KeptDraws, Sampling, evaluate
 from ..evaluation.variants import Variant
 from ..metrics.selective import is_below
 from ..models.session import Loading, Session, has_head
@@ -78,6 +78,7 @@ class Decider:
         self._rule, self._posterior, self._sampling = rule, posterior, replace(sampling, keep=True)
         drawn = Variant("draws", tau=1.0 if tau is None else tau, ratio=ratio)
         self._variants = [drawn, replace(drawn, temperature=rule.temperature)]
+        self._kept: KeptDraws = {}
         self.passes = drawn.passes(sampling.samples)
         session = self._session = Session.open(posterior, loading, reporter)
         from ..models.draws import Stack
@@ -121,7 +122,14 @@ class Decider:
             return []
         items = self._session.encode(examples, self._task, self.choices, self._rule.by_length)
         drawn, scaled = evaluate(
-            self._session.model, self._posterior, items, self._variants, self._task, self._sampling, reporter
+            self._session.model,
+            self._posterior,
+            items,
+            self._variants,
+            self._task,
+            self._sampling,
+            reporter,
+            self._kept,
         )
         order = drawn.group.argsort()
         assert scaled.probabilities is not None

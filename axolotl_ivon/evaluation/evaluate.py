@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -63,11 +64,14 @@ def evaluate(
     task: str,
     sampling: Sampling = Sampling(),
     reporter: Reporter = SILENT,
+    kept: KeptDraws | None = None,
 ) -> list[Scores]:
     """Score the predictions of every variant on `items`; the model is left as it was.
 
     Args:
         model: the adapter over its base model, as `load_model` returns it.
+        kept: the draws of earlier calls with the same model, posterior and sampling, which are not made again; those
+            of this call are added. They stay in memory.
 
     Returns:
         For every variant the scores of all items; `group` is the item's index.
@@ -89,8 +93,8 @@ def evaluate(
     with evaluating(model):
         prefix = predictor.common_prefix(items)
         for chunk in _chunks(items, predictor.classes(items) * len(sources)):
-            passes = _passes(posterior, sources, sampling)
-            averages = _accumulate(predictor, slots, chunk, sources, passes, prefix, advance)
+            passes = _passes(slots, posterior, sources, sampling, kept)
+            averages = _accumulate(predictor, chunk, sources, passes, prefix, advance)
             scores.append([averages[sources.index(v.source)].scores(chunk, v.temperature, keep) for v in variants])
     return [Scores.concatenate(parts) for parts in zip(*scores, strict=True)]
 
@@ -124,21 +128,32 @@ def _chunks(items: Sequence[EncodedExample], classes: int) -> Iterator[_Chunk]:
     yield chunk(numbers)
 
 
+class _Pass(NamedTuple):
+    """One pass over the data: the number of its source, how many draws run, and the block in which they do."""
+
+    number: int
+    copies: int
+    running: Callable[[], AbstractContextManager[None]]
+
+
+KeptDraws = dict[tuple[Variant, range], Callable[[], AbstractContextManager[None]]]  # by source and members
+
+
 def _passes(
-    posterior: Posterior, sources: Sequence[Variant], sampling: Sampling
-) -> Iterator[tuple[int, list[Mapping[str, Tensor]]]]:
-    """Yield (number of the source, adapter tensors of the draws of one pass), all sources for the same draws together.
+    slots: AdapterSlots, posterior: Posterior, sources: Sequence[Variant], sampling: Sampling, kept: KeptDraws | None
+) -> Iterator[_Pass]:
+    """Yield the passes, all sources for the same draws together.
 
     The next pass's draws are made in a thread while the model is busy with this one's.
     """
-    pruned = {source.ratio: posterior.prune(source.ratio) for source in sources if not source.base}
+    pruned = functools.cache(posterior.prune)
 
     def draws(source: Variant, members: range) -> list[Mapping[str, Tensor]]:
-        if source.base:
-            return [{}]
+        if source.base or (source, members) in (kept or ()):
+            return []
         if math.isinf(source.tau):
-            return [dict(pruned[source.ratio].mean)]
-        tempered = pruned[source.ratio].temper(source.tau)
+            return [dict(pruned(source.ratio).mean)]
+        tempered = pruned(source.ratio).temper(source.tau)
         return [tempered.sample(sampling.seed, member) for member in members]
 
     step = sampling.draws_per_pass
@@ -150,11 +165,14 @@ def _passes(
     ]
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(draws, *todo[0][1:])
-        for position, (number, _, _) in enumerate(todo):
+        for position, (number, source, members) in enumerate(todo):
             ready = coming.result()
             if position + 1 < len(todo):
                 coming = pool.submit(draws, *todo[position + 1][1:])
-            yield number, ready
+            running = slots.drawn(ready) if ready else (kept or {}).get((source, members), slots.without)
+            if kept is not None:
+                kept[source, members] = running
+            yield _Pass(number, len(members), running)
 
 
 @dataclass
@@ -193,10 +211,9 @@ class _Average:
 
 def _accumulate(
     predictor: Predictor,
-    slots: AdapterSlots,
     chunk: _Chunk,
     sources: Sequence[Variant],
-    passes: Iterator[tuple[int, list[Mapping[str, Tensor]]]],
+    passes: Iterator[_Pass],
     prefix: Sequence[int],
     advance: Callable[[int], None],
 ) -> list[_Average]:
@@ -208,11 +225,11 @@ def _accumulate(
     zeros = functools.partial(torch.zeros, dtype=dtype, device=predictor.device)
     averages = [_Average(zeros(size), zeros(size[0]), zeros(size[0])) for _ in sources]
     batches: dict[int, list[Batch]] = {}
-    for number, draws in passes:
-        copies, average = len(draws), averages[number]
+    for number, copies, running in passes:
+        average = averages[number]
         if copies not in batches:
             batches[copies] = predictor.batches(chunk.items, len(prefix), copies)
-        with predictor.model.disable_adapter() if sources[number].base else slots.drawn(draws):
+        with running():
             cache = predictor.cache(prefix, copies) if prefix else None
             for batch in batches[copies]:
                 for part, probabilities in predictor.predict(batch, cache, copies):

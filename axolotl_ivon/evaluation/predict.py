@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 _MIN_PREFIX = 8  # a shorter common prefix is not worth its own pass
 _DISAGREES = 0.05  # relative; rounding in bfloat16 is far below, a token that attends to others than its own far above
-_attending: WeakKeyDictionary[PeftModel, bool] = WeakKeyDictionary()  # models that were tried (`Predictor._attends`)
+# Models that were tried: `Predictor._attends`, and `Predictor._shares`.
+_attending: WeakKeyDictionary[PeftModel, bool] = WeakKeyDictionary()
+_sharing: WeakKeyDictionary[PeftModel, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Predictor:
             return []
         length = min(common_length([item.ids for item in items]), min(item.positions[0] for item in items))
         prefix = list(items[0].ids[:length])
-        return prefix if length >= _MIN_PREFIX and self.cache(prefix, 1) is not None else []
+        return prefix if length >= _MIN_PREFIX and self._shares(prefix, 1) else []
 
     def batches(self, items: Sequence[EncodedExample], skip: int, copies: int) -> list[Batch]:
         """Cut items (sorted by length) into batches; `copies` draws at once share the budget of tokens."""
@@ -258,7 +260,7 @@ class Predictor:
             _attending[self.model] = (
                 self._attention in ("sdpa", "eager")
                 and "position_ids" in self._takes
-                and self.cache(batch.ids[0].tolist(), copies) is not None
+                and self._shares(batch.ids[0].tolist(), copies)
                 and self._agrees(batch.part(0, 1), tree, cache, copies)
             )
         return _attending[self.model]
@@ -275,6 +277,12 @@ class Predictor:
             return False
         other = self._line_logits(batch, tree, leaves, cache, copies)[:, :, nodes].float()
         return bool((one - other).norm() <= _DISAGREES * (other - other.mean(-1, keepdim=True)).norm())
+
+    def _shares(self, ids: Sequence[int], copies: int) -> bool:
+        """Say whether the model has a cache that batches can share: tried once for a model, on a token of a prompt."""
+        if self.model not in _sharing:
+            _sharing[self.model] = self.cache(ids[:1], copies) is not None
+        return _sharing[self.model]
 
     def cache(self, ids: Sequence[int], copies: int) -> Any:
         """Return the cache after `ids` for each draw, or None if the model has none that batches can share."""

@@ -94,7 +94,7 @@ class TransformersEngine:
         by_prompt: list[list[Output]] = [[] for _ in prompts]
         with evaluating(self._model):
             for group in _slices(range(plan.members), members):
-                with self._slots.drawn([self._draw(member) for member in group]):
+                with self._slots.drawn([self._draw(member) for member in group])():
                     decoded = {
                         key: output
                         for part in _slices(range(len(prompts)), together)

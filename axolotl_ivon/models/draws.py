@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -70,9 +71,13 @@ class AdapterSlots:
         finally:
             self.write(before)
 
-    def drawn(self, draws: Sequence[Mapping[str, Tensor]]) -> AbstractContextManager[None]:
-        """Run one draw, of any kind, or several in one batch as `Stack` does, inside the block."""
-        return self.loaded(draws[0]) if len(draws) == 1 else Stack(self._model, draws).running()
+    def drawn(self, draws: Sequence[Mapping[str, Tensor]]) -> Callable[[], AbstractContextManager[None]]:
+        """Return blocks inside which one draw runs, of any kind, or several in one batch as `Stack` does."""
+        return partial(self.loaded, draws[0]) if len(draws) == 1 else Stack(self._model, draws).running
+
+    def without(self) -> AbstractContextManager[None]:
+        """Run the base model inside the block."""
+        return self._model.disable_adapter()
 
 
 @contextlib.contextmanager

@@ -146,6 +146,24 @@ def test_a_stream_decides_the_first_texts_first(tiny_adapter: Path) -> None:
     assert [example.line for example, _ in [*first, *rest]] == list(range(1, 101))
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+def test_draws_are_made_once_for_all_texts(tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch, stacked: bool) -> None:
+    def refuse(*_: Any) -> None:
+        raise IVONError("as with DoRA: one draw runs after another")
+
+    made: list[int] = []
+    sample = Posterior.sample
+    if not stacked:
+        monkeypatch.setattr("axolotl_ivon.models.draws.Stack", refuse)
+    monkeypatch.setattr(Posterior, "sample", lambda q, seed, k: made.append(k) or sample(q, seed, k))
+    windows = [TEXTS[:3], TEXTS[3:], TEXTS]
+    anew = [predict(tiny_adapter, window, LABELS, n=3, seed=4) for window in windows]
+    made.clear()
+    decider = Decider(tiny_adapter, LABELS, sampling=Sampling(3, 4))
+    assert [decider(window) for window in windows] == anew  # to the last bit
+    assert made == [0, 1, 2]
+
+
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
 def test_half_a_line_is_dropped_and_other_texts_are_refused(tmp_path: Path, form: str) -> None:
     texts = ['say "a, b"', "two\u2028lines", "three"]
