@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
-from .answer_schema import field_values
+from .answer_schema import FieldValues, field_values
 from .answers import AnswerDelta, Token
 
 MAX_CHOICES = 16
@@ -130,8 +130,8 @@ class Request(BaseModel, ABC):
         return self.structured_outputs.choice if self.structured_outputs else self.guided_choice or []
 
     @property
-    def fields(self) -> dict[str, list[str]]:
-        """The fields of the JSON object that the answer is, each with its values as JSON texts; empty: it is none."""
+    def fields(self) -> dict[str, FieldValues]:
+        """The fields of the JSON object that the answer is, each with its values; empty: it is none."""
         return {}
 
     @property
@@ -189,7 +189,7 @@ class JsonSchema(BaseModel):
 
 
 class SchemaFormat(BaseModel):
-    """An answer that is a JSON object, whose fields have a few values each."""
+    """An answer that is a JSON object, whose fields have a few values each, or are short strings."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
@@ -222,7 +222,7 @@ class ChatRequest(Request):
         return self.top_logprobs if self.logprobs else None
 
     @property
-    def fields(self) -> dict[str, list[str]]:
+    def fields(self) -> dict[str, FieldValues]:
         asked = self.response_format
         return field_values(asked.json_schema.schema_) if isinstance(asked, SchemaFormat) else {}
 

@@ -28,6 +28,7 @@ from ...models.draws import Stack, evaluating
 from ...models.forward import CachedForward, end_tokens
 from ...noise import generator
 from ...reporter import SILENT
+from ..api.answer_schema import FieldValues, FreeString
 from ..api.answers import LEAST_LOGPROB, AnswerDelta, Token, certainty, certainty_of
 from .text import GrowingText
 
@@ -52,7 +53,7 @@ class GenerationRequest:
     seed: int = 0  # of the answers
     labels: tuple[str, ...] = ()  # the strings of which an answer is one; none: it is any text
     candidates: tuple[tuple[int, ...], ...] = ()  # their tokens after the prompt
-    fields: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of a JSON object, and their values as JSON
+    fields: Mapping[str, FieldValues] = field(default_factory=dict)  # of a JSON object, and their values
 
 
 class TokenEngine:
@@ -102,6 +103,8 @@ class TokenEngine:
         tokenizer = session.tokenizer
         self._tokenize = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         self._ends = end_tokens(self._model, tokenizer)
+        vocabulary = session.model.config.get_text_config().vocab_size
+        self._without_text = sorted({*tokenizer.all_special_ids, *range(len(tokenizer), vocabulary)})
         self._decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._name_of = functools.lru_cache(maxsize=1 << 16)(lambda id: str(tokenizer.decode([id])))
 
@@ -177,28 +180,62 @@ class TokenEngine:
         for place, (name, values) in enumerate(request.fields.items(), start=1):
             text += json.dumps(name, ensure_ascii=False) + ": "
             end = "}" if place == len(request.fields) else ", "
-            rows = [tuple(self._tokenize(text + value + end.strip())) for value in values]
-            start = common_length(rows) if len(rows) > 1 else 0
-            ids, candidates = (*request.ids, *rows[0][:start]), tuple(row[start:] for row in rows)
-            own: dict[str, Any] = {
-                "labels": tuple(values),
-                "candidates": candidates,
-                "fields": {},
-                "seed": request.seed + place,
-            }
-            value, by_value = values[0], {values[0]: 1.0}
-            if len(values) > 1:
-                [chosen] = self._choose(replace(request, ids=ids, **own))
-                assert chosen.ivon is not None
-                value, by_value = chosen.text, chosen.ivon["choices"]
-                expected += chosen.ivon["expected_entropy"]
-                mutual += chosen.ivon["mutual_information"]
-            text, generated = text + value + end, generated + len(candidates[values.index(value)])
-            probability *= by_value[value]
-            choices[name] = {"value": json.loads(value), "probability": by_value[value], "probabilities": by_value}
+            seeded = replace(request, fields={}, seed=request.seed + place)
+            if isinstance(values, FreeString):
+                chosen = self._write(seeded, text, values)
+            else:
+                chosen = self._value(seeded, text, end.strip(), values)
+            ivon = chosen.ivon or {}
+            by_value = ivon["choices"]
+            expected, mutual = expected + ivon["expected_entropy"], mutual + ivon["mutual_information"]
+            text, generated = text + chosen.text + end, generated + chosen.generated
+            probability *= by_value[chosen.text]
+            value = {"value": json.loads(chosen.text), "probability": by_value[chosen.text]}
+            choices[name] = {**value, "probabilities": by_value}
         members, threshold = served.which.stop - served.which.start, served.rule.threshold
         ivon = certainty(probability, expected, mutual, members, threshold) | {"choices": choices}
         return AnswerDelta(0, text, (), "stop", ivon, generated)
+
+    def _value(self, request: GenerationRequest, begun: str, end: str, values: Sequence[str]) -> AnswerDelta:
+        """Return one of the values of a field, which stands between `begun` and `end`."""
+        rows = [tuple(self._tokenize(begun + value + end)) for value in values]
+        start = common_length(rows) if len(rows) > 1 else 0
+        candidates = tuple(row[start:] for row in rows)
+        if len(values) == 1:
+            ivon = {"choices": {values[0]: 1.0}, "expected_entropy": 0.0, "mutual_information": 0.0}
+            return AnswerDelta(0, values[0], (), "stop", ivon, len(candidates[0]))
+        ids = (*request.ids, *rows[0][:start])
+        [chosen] = self._choose(replace(request, ids=ids, labels=tuple(values), candidates=candidates))
+        return chosen
+
+    def _write(self, request: GenerationRequest, begun: str, values: FreeString) -> AnswerDelta:
+        """Return a string as JSON after `begun`: each token is the likeliest one with which `values` allow it.
+
+        Its probability is the product of the averaged probabilities of its tokens, each among all tokens of the model,
+        that of the closing quote included. Entropies are sums over its tokens.
+        """
+        served = self.models[request.model]
+        decoder = _Decoder(self._forward, served.members(), served.which)
+        before, tokens = self._tokenize(begun + '"'), list[int]()
+        start, newest, text = len(self._decode(before)), [*request.ids, *before], ""
+        probability, expected, mutual = 1.0, 0.0, 0.0
+        with evaluating(self._model):
+            while '"' not in text:
+                logits = decoder.run(torch.tensor([newest], device=self._model.device))
+                average, own, total = mixture(logits, served.rule.temperature)
+                average[:, self._without_text] = -math.inf
+                for token in average[0].argsort(descending=True).tolist():
+                    longer = self._decode([*before, *tokens, token])[start:]
+                    if longer != text and values.allows(longer):
+                        break
+                else:
+                    raise IVONError("the tokenizer has no token that ends a string")
+                probability *= math.exp(average[0, token])
+                expected, mutual = expected + float(own), mutual + max(float(total - own), 0.0)
+                tokens, newest, text = [*tokens, token], [token], longer
+        value = f'"{text.partition(chr(34))[0]}"'
+        ivon = {"choices": {value: probability}, "expected_entropy": expected, "mutual_information": mutual}
+        return AnswerDelta(0, value, (), "stop", ivon, len(tokens))
 
     def _tokens(
         self, average: torch.Tensor, expected: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor, top: int | None

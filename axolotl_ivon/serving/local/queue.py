@@ -14,6 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from ...data.encode import EncodedExample
 from ...errors import IVONError
 from ...models.batching import out_of_memory
+from ..api.answer_schema import longest_value
 from ..api.backend import AnswerStream, Backend, Deltas, Limits, queue_full
 from ..api.protocol import ApiError, ChatRequest, Request
 from .engine import GenerationRequest, TokenEngine
@@ -92,7 +93,7 @@ class Local(Backend):
                     item = self._encode_labels(prompt, labels, *own)
                     prompts.append((tuple(item.ids), item.candidates or ()))
                 else:
-                    longest = ", ".join(f'"{name}": {max(values, key=len)}' for name, values in request.fields.items())
+                    longest = ", ".join(f'"{name}": {longest_value(values)}' for name, values in request.fields.items())
                     room = (tuple(self._encode(f"{{{longest}}}")),) if longest else ()
                     prompts.append((tuple(self._encode(prompt, *own)), room))
             for ids, _ in prompts:

@@ -9,6 +9,7 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from axolotl_ivon.serving.api.answer_schema import FreeString
 from axolotl_ivon.serving.api.answers import AnswerDelta, Token, certainty_of
 from axolotl_ivon.serving.api.protocol import (
     ApiError,
@@ -40,6 +41,10 @@ def schema(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
         ({"type": "boolean"}, ["true", "false"]),
         ({"type": "integer", "minimum": -1, "exclusiveMaximum": 2}, ["-1", "0", "1"]),
         ({"$ref": "#/$defs/C", "description": "c"}, ['"x"', '"y"']),
+        ({"type": "string", "maxLength": 64, "title": "A"}, FreeString(64)),
+        ({"type": "string", "maxLength": 65}, None),
+        ({"type": "string", "maxLength": 4, "pattern": "a"}, None),
+        ({"type": "string", "maxLength": True}, None),
         ({"type": "integer", "minimum": 0}, None),
         ({"type": "integer", "minimum": 0, "maximum": 1000}, None),
         ({"type": "integer", "minimum": 0, "maximum": 4, "multipleOf": 2}, None),
@@ -50,7 +55,7 @@ def schema(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_the_values_of_a_field(field: Any, values: list[str] | None) -> None:
+def test_the_values_of_a_field(field: Any, values: list[str] | FreeString | None) -> None:
     asked = schema({"a": field}, **{"$defs": {"C": {"enum": ["x", "y"]}}})
     if values is None:
         with pytest.raises(ApiError, match="the field a needs an enum"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from axolotl_ivon import Posterior
 from axolotl_ivon.decisions.recommendation import DecisionRule
 from axolotl_ivon.models.draws import AdapterSlots, predict_logits
 from axolotl_ivon.models.session import load_model
+from axolotl_ivon.serving.api.answer_schema import FreeString
 from axolotl_ivon.serving.api.answers import AnswerDelta
 from axolotl_ivon.serving.local.engine import GenerationRequest, TokenEngine, mixture
 
@@ -186,6 +189,41 @@ def test_where_the_mean_is_recommended_it_answers_and_draws_are_made_on_demand(
     assert of_draws.ivon["members"] == 3
     assert of_draws.ivon["mutual_information"] > 1e-3
     assert of_draws == run(make_engine(adapter, DecisionRule(0.5)))[1][0]
+
+
+@pytest.mark.parametrize("characters", [1, 8])
+def test_a_string_is_greedy_among_the_tokens_that_json_allows(
+    served: tuple[Path, TokenEngine], tokenizer: Any, characters: int
+) -> None:
+    adapter, engine = served
+    model, posterior = load_model(adapter), Posterior.from_pretrained(adapter).temper(0.002)
+    [delta] = parts(engine, fields={"a": FreeString(characters), "b": ["1", "2"]}, top=None)
+    ivon = delta.ivon or {}
+    choice, value = ivon["choices"]["a"], json.loads(delta.text)["a"]
+    assert (choice["value"], len(value) <= characters) == (value, True)
+    assert list(choice["probabilities"].values()) == [choice["probability"]]
+    assert ivon["confidence"] == pytest.approx(choice["probability"] * ivon["choices"]["b"]["probability"])
+    before = tokenizer('{"a": "')["input_ids"]
+
+    def inside(ids: list[int]) -> tuple[str, bool] | None:
+        """The string so far and whether it has ended, if one of JSON without escapes can go on so."""
+        text = tokenizer.decode(before + ids).removeprefix('{"a": "')
+        value, quote, rest = text.partition('"')
+        fits = len(value) <= characters and "\ufffd" not in value and rest.strip(" \n,}") == ""
+        with contextlib.suppress(ValueError):
+            return (value, bool(quote)) if fits and json.loads(f'"{value}"') == value else None
+        return None
+
+    ids, probability, state = [], 1.0, ("", False)
+    while not state[1]:
+        batch = {"input_ids": torch.tensor([[*IDS, *before, *ids]])}
+        average = predict_logits(posterior, model, batch, n=3).probabilities[0, -1]
+        order = [token for token in average.argsort(descending=True).tolist() if token not in tokenizer.all_special_ids]
+        token = next(token for token in order if inside([*ids, token]))
+        probability, ids = probability * float(average[token]), [*ids, token]
+        state = inside(ids) or state
+    assert state[0] == value
+    assert choice["probability"] == pytest.approx(probability, rel=1e-3)
 
 
 def test_the_model_is_left_as_it_was(make_adapter: Callable[..., Path], make_engine: MakeEngine) -> None:
