@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -247,11 +247,12 @@ def question_of(value: str | Sequence[Message] | Mapping[str, Any], source: str)
     return Example(tuple(messages), "", source, plain, tools=tools)
 
 
-_FEW, _MANY = 26, 200  # different answers
+_FEW, MOST_LABELS = 26, 200  # different answers
+LONGEST_LABEL = 40  # characters
 
 
-def detect_task(examples: Sequence[Example]) -> str:
-    """Return "choice" if the answers look like a few strings to choose from, else "generate".
+def are_labels(counts: Mapping[str, int]) -> bool:
+    """Return whether answers, given how often each occurs, look like a few strings to choose from.
 
     Each is then one line of at most 40 characters. Of at most 26 different ones each is a single character, or every
     answer occurs at least twice on average. 27 to 200 have letters somewhere (amounts are no labels), and at most a
@@ -259,29 +260,34 @@ def detect_task(examples: Sequence[Example]) -> str:
     (Good 1953, Biometrika 40): about e^(−r) for equally frequent labels with r rows each, 0.25 and more for names and
     other answers without an end.
     """
-    counts = Counter(example.answer for example in examples)
+    rows = sum(counts.values())
+    if len(counts) > MOST_LABELS or any(len(answer) > LONGEST_LABEL or "\n" in answer for answer in counts):
+        return False
+    if len(counts) <= _FEW:
+        return 2 * len(counts) <= rows or all(len(answer.strip()) == 1 for answer in counts)
+    return 10 * sum(count == 1 for count in counts.values()) <= rows and not _are_amounts(counts)
+
+
+def _are_amounts(answers: Collection[str]) -> bool:
+    return len(answers) > _FEW and not any(letter.isalpha() for answer in answers for letter in answer)
+
+
+def detect_task(examples: Sequence[Example]) -> str:
+    """Return "choice" if the answers are all there is of a turn and `are_labels`, else "generate"."""
     if any(example.says_more for example in examples):
         return "generate"
-    if len(counts) > _MANY or any(len(answer) > 40 or "\n" in answer for answer in counts):
-        return "generate"
-    if len(counts) <= _FEW:
-        closed = 2 * len(counts) <= len(examples) or all(len(answer.strip()) == 1 for answer in counts)
-    else:
-        once = sum(count == 1 for count in counts.values())
-        closed = 10 * once <= len(examples) and _have_letters(counts)
-    return "choice" if closed else "generate"
-
-
-def _have_letters(answers: Iterable[str]) -> bool:
-    return any(letter.isalpha() for answer in answers for letter in answer)
+    return "choice" if are_labels(Counter(example.answer for example in examples)) else "generate"
 
 
 def trained_choices(header: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the answers of the training data, from the header of σ; empty where training has not written them."""
+    """Return the labels of the training data, from the header of σ; empty where training has not written them.
+
+    Amounts, which earlier versions wrote, are none.
+    """
     with contextlib.suppress(ValueError):
         choices = json.loads(header.get("choices") or "[]")
         if isinstance(choices, list) and all(isinstance(choice, str) for choice in choices):
-            return tuple(choices)
+            return () if _are_amounts(choices) else tuple(choices)
     return ()
 
 
@@ -313,11 +319,10 @@ def choose_task(
 
     By default the task is "classify" where the adapter has a classification head, "choice" where `choices` are given,
     else as `detect_task` finds. Where every answer is one of those that were `trained`, these are the default of
-    `choices`, so that an evaluation chooses from what a prediction chooses from; more than 26 without a letter are
-    amounts, and no choices. A task that the adapter was not trained for is refused.
+    `choices`, so that an evaluation chooses from what a prediction chooses from. A task that the adapter was not
+    trained for is refused.
     """
-    known = len(trained) <= _FEW or _have_letters(trained)
-    if choices is None and known and trained and {example.answer for example in examples} <= {*trained}:
+    if choices is None and trained and {example.answer for example in examples} <= {*trained}:
         choices = None if any(example.says_more for example in examples) else trained
     if task is None:
         task = "classify" if has_head else "choice" if choices else detect_task(examples)

@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..data.chats import LONGEST_LABEL, MOST_LABELS, are_labels
+
 _MOST_ROWS = 256
 _LONGEST = 64  # tokens
 _GAP = 4  # between an answer's last token and the end-of-sequence token that belongs to its turn
-_MOST_CHOICES, _LONGEST_CHOICE = 200, 40  # different answers that are labels, and their characters (or tokens)
 
 
 def generation_prompt(tokenizer: Any, rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> str | None:
@@ -83,15 +84,14 @@ def _turns(trained: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def answers_to_choose_from(tokenizer: Any, rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[str] | None:
-    """Return the different answers if they are a few labels, sorted; None if they are anything else.
+    """Return the different answers if there are several and they `are_labels`, sorted; else None.
 
-    They are if there are 2 to 200, one line of at most 40 characters each, and each occurs twice on average. An answer
-    is the text that the chat template makes the trained tokens of, without blanks that it adds.
+    An answer is the text that the chat template makes the trained tokens of, without blanks that it adds.
 
     Args:
         tokenizer, rows: as those of `generation_prompt`.
     """
-    special, count = set(getattr(tokenizer, "all_special_ids", ())), 0
+    special, counts = set(getattr(tokenizer, "all_special_ids", ())), Counter[tuple[int, ...]]()
     before: dict[tuple[int, ...], tuple[int, ...]] = {}  # by the tokens of an answer, those before it
     for ids, trained in rows:
         if not (turns := _turns(trained)):
@@ -100,21 +100,19 @@ def answers_to_choose_from(tokenizer: Any, rows: Iterable[tuple[Sequence[int], S
             own = (ids[i] for i in trained if place <= i < end)
             tokens = tuple(itertools.takewhile(lambda id: id not in special, own))  # what ends the turn is no answer
             before.setdefault(tokens, tuple(ids[max(0, place - 2) : place]))
-            count += 1
-            if len(before) > _MOST_CHOICES or not 0 < len(tokens) <= _LONGEST_CHOICE:
+            counts[tokens] += 1
+            if len(before) > MOST_LABELS or not 0 < len(tokens) <= LONGEST_LABEL:
                 return None
-    if not 2 <= len(before) <= count / 2:
-        return None
-    choices = set[str]()
+    choices = Counter[str]()
     for tokens, context in before.items():
         text = str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
         choice = next(
             (each for each in (text.strip(), text.rstrip(), text) if _is_rendered(tokenizer, each, context, tokens)), ""
         )
-        if not choice or len(choice) > _LONGEST_CHOICE or "\n" in choice:
+        if not choice:
             return None
-        choices.add(choice)
-    return sorted(choices) if len(choices) > 1 else None
+        choices[choice] += counts[tokens]
+    return sorted(choices) if len(choices) > 1 and are_labels(choices) else None
 
 
 def _is_rendered(tokenizer: Any, answer: str, context: Sequence[int], tokens: Sequence[int]) -> bool:

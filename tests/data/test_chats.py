@@ -21,6 +21,7 @@ from axolotl_ivon.data.chats import (
     odd_choices,
     read_chats,
     read_examples,
+    trained_choices,
 )
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
@@ -212,8 +213,9 @@ NUMBERS = [f"{i}" for i in range(30)]
 def test_an_evaluation_chooses_from_the_answers_of_training(
     answers: list[str], trained: list[str], expected: tuple[str, tuple[str, ...]]
 ) -> None:
-    assert choose_task(examples(*answers), False, trained=trained) == expected
-    assert choose_task(examples(*answers), False, choices=answers[::-1], trained=trained)[1] == tuple(answers[::-1])
+    known = trained_choices({"choices": json.dumps(trained)})
+    assert choose_task(examples(*answers), False, trained=known) == expected
+    assert choose_task(examples(*answers), False, choices=answers[::-1], trained=known)[1] == tuple(answers[::-1])
 
 
 @pytest.mark.parametrize(

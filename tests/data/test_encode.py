@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.data.chats import Chat, Example, read_chats, read_examples
+from axolotl_ivon.data.chats import Chat, Example, detect_task, read_chats, read_examples
 from axolotl_ivon.data.encode import ChatFormat, EncodedExample, encode, encode_turns, render
 from axolotl_ivon.training.beginning import TrainedRows, answers_to_choose_from, generation_prompt, system_prompt
 
@@ -319,6 +319,10 @@ MERGING = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_toke
         (["blue", "two\nlines"] * 2, None),
         (["blue", "x" * 41] * 2, None),
         ([str(number) for number in range(201)] * 2, None),
+        ([str(number) for number in range(26)] * 2, sorted(map(str, range(26)))),
+        ([str(number) for number in range(27)] * 2, None),  # amounts
+        ([f"of {number}" for number in range(27)] * 2, sorted(f"of {number}" for number in range(27))),
+        ([f"of {number}" for number in range(27)] * 2 + [f"rare {number}" for number in range(7)], None),
     ],
     ids=str,
 )
@@ -337,6 +341,9 @@ def test_answers_that_are_labels_are_known_from_the_tokens_that_are_trained(
     ]
     header = TrainedRows(SimpleNamespace(processing_class=tokenizer, train_dataset=data)).header()
     assert json.loads(header.get("choices", "null")) == choices
+    if len({*answers}) > 1:  # an evaluation finds the same
+        task = detect_task([example_of(answer) for answer in answers])
+        assert task == ("generate" if choices is None else "choice")
 
 
 def test_a_long_conversation_is_cut(tokenizer: Any) -> None:
