@@ -225,7 +225,7 @@ class TokenEngine:
                 average, own, total = mixture(logits, served.rule.temperature)
                 average[:, self._without_text] = -math.inf
                 for token in average[0].argsort(descending=True).tolist():
-                    longer = self._decode([*before, *tokens, token])[start:]
+                    longer = str(self._decode([*before, *tokens, token]))[start:]
                     if longer != text and values.allows(longer):
                         break
                 else:
