@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import CHROMIUM, Browser
 from served import ask, until
 
+from axolotl_ivon.decisions.recommendation import DecisionRule
 from axolotl_ivon.serving.api.app import Guard
 
 ENTER = "new KeyboardEvent('keydown', {key: 'Enter', bubbles: true, cancelable: true})"
@@ -65,9 +67,9 @@ def test_a_person_types_and_sees_how_sure_the_answer_is(serve: Callable[..., Any
 
 
 def test_choices_are_bars_and_a_new_chat_begins_with_the_system_prompt(
-    serve: Callable[..., Any], browser: Browser
+    serve: Callable[..., Any], browser: Browser, make_engine: Callable[..., Any], tiny_adapter: Path
 ) -> None:
-    with serve() as url:
+    with serve(make_engine(tiny_adapter, DecisionRule(threshold=0.6))) as url:
         browser.open(f"{url}/", 400, 700)
         wait(browser, "document.querySelectorAll('#model option').length == 6")
         system, labels = "dog or cat?", ["A", "yes no", "B"]
@@ -88,6 +90,12 @@ def test_choices_are_bars_and_a_new_chat_begins_with_the_system_prompt(
             assert [(label, float(p)) for label, _, p in rows] == [
                 (label, pytest.approx(p, abs=1e-3)) for label, p in expected
             ]
+            drawn = browser.run(
+                "[...document.querySelectorAll('.track')].map(t => [t.children[0].offsetWidth, "
+                "t.children[1].offsetLeft].map(x => x / t.clientWidth))"
+            )
+            assert drawn == [[pytest.approx(p, abs=0.02), pytest.approx(0.6, abs=0.02)] for _, p in expected]
+            assert "abstains below 0.600" in browser.run("document.querySelector('.facts').textContent")
         assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
         assert not browser.complaints
 

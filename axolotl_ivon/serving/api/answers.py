@@ -59,7 +59,7 @@ def certainty(
     members: int,
     threshold: float | None = None,
 ) -> dict[str, Any]:
-    """Return the field `ivon` of an answer, with a threshold also whether to abstain."""
+    """Return the field `ivon` of an answer, with a threshold also that, and whether to abstain."""
     ivon: dict[str, Any] = {
         "confidence": confidence,
         "expected_entropy": expected_entropy,
@@ -67,7 +67,7 @@ def certainty(
         "members": members,
     }
     if threshold is not None and confidence is not None:
-        ivon["abstain"] = is_below(confidence, threshold)
+        ivon |= {"threshold": threshold, "abstain": is_below(confidence, threshold)}
     return ivon
 
 
