@@ -1,14 +1,14 @@
 """GRPO: AdamW, IVON-LoRA whose mean writes the completions, and IVON-LoRA whose draws do; and the old policy's ratio.
 
-    python -m benchmarks.grpo run --quick        # SmolLM2-135M, a word on a review; one seed, 15 minutes of one core
+    python -m benchmarks.grpo run --quick        # SmolLM2-135M names capitals; one seed, 15 minutes of one core
     python -m benchmarks.grpo run                # Qwen2.5-Coder-0.5B, sums by reasoning-gym; two seeds, hours
     python -m benchmarks.grpo report
     python -m benchmarks.grpo ratio --model .demo/SmolLM2-135M-Instruct --seeds 0 1 2
 
 `run` trains every method by TRL's GRPOTrainer at one learning rate, IVON-LoRA by `auto`, and has the mean (AdamW: the
 weights) answer test questions eight times: pass@1 is the share of right answers, pass@8 that of questions with a right
-one among eight. It appends a line of JSON a method and seed, and goes on from the lines that are there. The reviews are
-those of `example_configs/smollm2/prepare_reinforce.py`; their reward is 1 for the right word, a half if more follows.
+one among eight. It appends a line of JSON a method and seed, and goes on from the lines that are there. The capitals
+are those of `example_configs/smollm2/prepare_reinforce.py`, and their reward is the example's.
 
 `ratio`: what GRPO's gradient at a draw is with the old log-probabilities of the mean, and with those of the draw.
 A step is made with IVON-LoRA by `auto` and its completions, which the mean wrote, are kept. TRL's loss of them is then
@@ -71,12 +71,13 @@ def sums(count: int, split: str, seed: int) -> Rows:
     return rows[:count]
 
 
-def reviews(count: int, split: str, seed: int, folder: Path = DEMO / "reviews") -> Rows:
-    """Return reviews with a question, as the example asks it; training ones in an order of the seed."""
+def capitals(count: int, split: str, seed: int, folder: Path = DEMO / "capitals") -> Rows:
+    """Return questions of the example, as often as are needed, those for training in an order of the seed."""
     lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     if split == "train":
         order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
         lines = [lines[place] for place in order]
+        lines *= -(-count // len(lines))
     chats = [json.loads(line)["messages"] for line in lines[:count]]
     return [{"prompt": chat[:-1], "answer": chat[-1]["content"]} for chat in chats]
 
@@ -96,11 +97,11 @@ class Task(NamedTuple):
 
 TASKS = {
     "sums": Task(sums, rewards.result, 8, "Qwen2.5-Coder-0.5B-Instruct"),
-    "reviews": Task(reviews, rewards.label, 4, "SmolLM2-135M-Instruct"),
+    "capitals": Task(capitals, rewards.named, 10, "SmolLM2-135M-Instruct"),
 }
 # `layers` with an adapter, from the top, 0 for all; `prompts` of a step, with GROUP completions each; `test` questions.
 FULL: dict[str, Any] = {"task": "sums", "layers": 0, "steps": 100, "prompts": 4, "rate": 2e-4, "test": 100}
-QUICK: dict[str, Any] = {"task": "reviews", "layers": 6, "steps": 24, "prompts": 1, "rate": 1e-3, "test": 40}
+QUICK: dict[str, Any] = {"task": "capitals", "layers": 6, "steps": 24, "prompts": 1, "rate": 5e-4, "test": 16}
 
 
 def grpo_trainer(

@@ -19,11 +19,11 @@ def question(cfg: Any, *args: Any, **kwargs: Any) -> tuple[Callable[..., dict[st
     return transform, {"remove_columns": ["messages"]}
 
 
-def label(completions: Chats, answer: Sequence[str], **_: Any) -> list[float]:
-    """Return 1 for the right label and nothing else, a half if more follows, and 0 otherwise."""
-    texts = [completion[-1]["content"].strip().lower() for completion in completions]
+def named(completions: Chats, answer: Sequence[str], **_: Any) -> list[float]:
+    """Return 1 for a sentence with the answer, a half for the answer in words that were cut off, and 0 otherwise."""
+    texts = [completion[-1]["content"].strip() for completion in completions]
     return [
-        1.0 if text.rstrip(".") == right else 0.5 if text.startswith(right) else 0.0
+        0.0 if right not in text else 1.0 if text == right or text.endswith(".") else 0.5
         for text, right in zip(texts, answer, strict=True)
     ]
 

@@ -22,7 +22,7 @@ def test_every_method_gives_a_line_that_the_report_reads(
     chats = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     lengths = lambda completions, **_: [float(len(each[-1]["content"]) > 5) for each in completions]  # noqa: E731
     task = grpo.Task(lambda count, split, seed: chats[:count], lengths, 3, "")
-    monkeypatch.setitem(grpo.TASKS, "reviews", task)
+    monkeypatch.setitem(grpo.TASKS, "capitals", task)
     results, setting = tmp_path / "results.jsonl", {**grpo.QUICK, "layers": 1, "steps": 1, "test": 1}
     for _ in range(2):  # what has a line is not done again
         grpo.run(results, [0], list(grpo.METHODS), str(tiny_llama), setting)
@@ -37,11 +37,11 @@ def test_every_method_gives_a_line_that_the_report_reads(
         assert 1 <= float(cells[7]) <= 8
 
 
-def test_no_sum_and_no_review_is_in_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_sum_and_no_capital_is_in_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for split in SPLITS:
         texts = [[{"role": "user", "content": f"{split} {i}"}, {"role": "assistant", "content": "a"}] for i in range(9)]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in texts))
-    (train,), (test,) = (grpo.reviews(1, split, 3, tmp_path) for split in SPLITS)
+    (train,), (test,) = (grpo.capitals(1, split, 3, tmp_path) for split in SPLITS)
     assert test == {"prompt": [{"role": "user", "content": "test 0"}], "answer": "a"}
     assert train["prompt"][0]["content"].startswith("train")
     made = SimpleNamespace(create_dataset=lambda name, size, seed, **_: [sum_of(seed, i) for i in range(size)])

@@ -172,21 +172,16 @@ def test_the_tweets_are_drawn_from_the_package_and_are_where_the_yaml_looks(
     assert {key for key in first if first[key] != second[key]} == {"datasets", "output_dir"}
 
 
-def test_reviews_are_the_demo_s_snippets_with_a_question(program: Callable[[str], Any], tmp_path: Path) -> None:
-    reinforce = program("prepare_reinforce")
-    (tmp_path / "data").mkdir()
-    for name, (source, size) in reinforce.SETS.items():
-        rows = [program("prepare_demo").as_chat((-1) ** i, f"{name} {i}") for i in range(size + 5)]
-        (tmp_path / "data" / f"{source}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    reinforce.prepare_reviews(tmp_path)
-    for name, (_, size) in reinforce.SETS.items():
-        reviews = read(tmp_path / "reviews" / f"{name}.jsonl")
-        assert len(reviews) == size
-        question = "Is the review positive or negative? Answer with one word, positive or negative."
-        asked = {"system": "Answer with one word.", "user": f"Review: {name} 1\n{question}"}
-        assert reviews[1] == {**asked, "assistant": "negative"}
+def test_no_country_is_asked_for_twice(program: Callable[[str], Any], tmp_path: Path) -> None:
+    sizes = program("prepare_reinforce").write_sets(tmp_path)
+    sets = {name: read(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
+    assert {name: len(rows) for name, rows in sets.items()} == sizes
+    rows = sets["train"] + sets["test"]
+    assert {"system": "Answer with one word.", "user": "What is the capital of Norway?", "assistant": "Oslo"} in rows
+    for name in ("user", "assistant"):
+        assert len({row[name] for row in rows}) == len(rows) > 60
     config = yaml.safe_load((FOLDER / "reinforce.yaml").read_text())
-    assert config["datasets"][0]["path"] == ".demo/reviews/train.jsonl"
+    assert config["datasets"][0]["path"] == ".demo/capitals/train.jsonl"
 
 
 def test_arithmetic_is_right_and_no_question_occurs_twice(program: Callable[[str], Any], tmp_path: Path) -> None:

@@ -95,12 +95,12 @@ def test_axolotl_accepts_the_config_and_keeps_every_key(name: str, make_adapter:
 
 
 def test_rewards_are_for_right_answers() -> None:
-    from example_configs.rewards import label, problem, question, result
+    from example_configs.rewards import named, problem, question, result
 
     def said(*texts: str) -> list[list[dict[str, str]]]:
         return [[{"role": "assistant", "content": text}] for text in texts]
 
-    assert label(said("Positive.", "positive, I think", "negative"), ["positive"] * 3) == [1.0, 0.5, 0.0]
+    assert named(said("It is Oslo.", "Oslo", "Oslo, the", "Rome."), ["Oslo"] * 4) == [1.0, 1.0, 0.5, 0.0]
     assert result(said("so 1,200", "12 and 7", "many"), ["1200", "12", "3"]) == [1.0, 0.0, 0.0]
     messages = [{"role": "user", "content": "Good?"}, {"role": "assistant", "content": "positive"}]
     assert question({})[0]({"messages": messages}) == {"prompt": messages[:1], "answer": "positive"}
