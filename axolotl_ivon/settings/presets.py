@@ -16,6 +16,8 @@ MAX_LEARNING_RATE = 0.01
 # A weight can travel at most Σ α_t·ξ in a run. The paper's commonsense runs allow 0.13; a run that allowed 0.04
 # learned nothing.
 SHORT_REACH, PAPER_REACH = 0.08, 0.13
+# In fewer passes over the data than this there is little to overfit, and `auto` takes AdamW's step.
+FEW_PASSES = 5
 # Steps that p should remember, as a share of the run: benchmarks/fidelity/NOTES.md.
 MEMORY = 0.2
 # The most that λ is raised for short runs: of the noise, nothing is then left to see.
@@ -46,7 +48,7 @@ class Preset(NamedTuple):
         fixed_ess: λ where it is given outright.
         gamma: γ of λ = γ·√N; None for λ = `per_example`·max(N, few)·max(1, weights/`usual_weights`). Where λ·h is
             far above the prior's precision, a draw raises the loss of an example by weights/(2·λ), so from the usual
-            number of weights on this is the same for any. With Adam's direction see `narrowing`.
+            number of weights on this is the same for any. With Adam's direction see `step`.
         per_example, usual_weights: see `gamma`.
         few: the least that N counts as: the first in a run of at most `few_epochs[0]` passes over the data, the second
             in one of at least `few_epochs[1]` passes; in between it falls evenly. A short run learns too slowly among
@@ -60,7 +62,9 @@ class Preset(NamedTuple):
         memory: see `beta2`.
         travel: Σ α_t·ξ, the farthest that a weight can get in a run; the learning rate is chosen for it where none is
             given, and one that is given is the most that a step may move a weight. None: a learning rate is α.
-        prior_strength, hessian, direction, h0_steps: as in `IVONLoRA`.
+        prior_strength, hessian, h0_steps: as in `IVONLoRA`.
+        direction: as in `IVONLoRA`; None for Adam's at a given learning rate in fewer passes over the data than
+            `FEW_PASSES`, and else for IVON's own.
         posterior_strength: κ where the prior is a posterior. 1 is Bayes' rule. A diagonal posterior does not know what
             weights do together, and holds a task too weakly by two orders of magnitude.
     """
@@ -73,7 +77,7 @@ class Preset(NamedTuple):
     travel: float | None
     prior_strength: float
     hessian: str
-    direction: str
+    direction: str | None
     h0_steps: float | None
     fixed_ess: float | None = None
     posterior_strength: float = 1.0
@@ -107,11 +111,11 @@ class Preset(NamedTuple):
         noise = min(self.noise_in_all, self.noise * len(fan_ins))
         return 3 * sum(fan_ins) / (ess * noise) if fan_ins else PAPER["h0"]
 
-    def check_direction(self, prior: Any, rescale_lr: bool = False) -> None:
-        """Check that Adam's direction has its E[ĝ²].
+    def with_direction(self, prior: Any, rescale_lr: bool = False) -> Preset:
+        """Return the preset with IVON's own direction where none is asked for and Adam's has not its E[ĝ²].
 
         Raises:
-            IVONError: another setting leaves it none.
+            IVONError: Adam's is asked for, and another setting leaves it none.
         """
         needed = {
             "hessian": (self.hessian, "squared_gradients"),
@@ -119,11 +123,16 @@ class Preset(NamedTuple):
             "rescale_lr": (rescale_lr, False),
         }
         for name, (value, must) in needed.items():
-            if self.direction == "adam" and not (isinstance(value, type(must)) and value == must):
+            if isinstance(value, type(must)) and value == must:
+                continue
+            if self.direction is None:
+                return self._replace(direction="newton")
+            if self.direction == "adam":
                 raise IVONError(
                     f"{param_ref('direction')}: adam goes with {param_ref(name)} {str(must).lower()} alone, not "
                     f"{value}; remove one of them"
                 )
+        return self
 
     def second_beta(self, steps: int) -> float:
         """Return β2 for a run of this number of steps."""
@@ -155,17 +164,18 @@ class Preset(NamedTuple):
             )
         return learning_rate / self.clip
 
-    def narrowing(self, learning_rate: float, steps: int) -> float:
-        """Return the factor on λ with which draws are no wider, for how far weights get, than in a run of `travel`.
+    def step(self, learning_rate: float, steps: int, epochs: float) -> tuple[str, float]:
+        """Return the direction of a run, and the factor on λ that goes with it.
 
         By Adam's direction a run learns what AdamW would at its learning rate, if noise does not drown it: a B that can
-        get 0.01 from zero gives A no gradient among draws of its size.
+        get 0.01 from zero gives A no gradient among draws of its size. With the factor draws are no wider, for how far
+        weights get, than in a run of `travel`.
         """
-        rule = self.direction == "adam" and self.travel and self.gamma is None and self.fixed_ess is None
+        direction = self.direction or ("adam" if learning_rate and epochs < FEW_PASSES else "newton")
         reach = learning_rate * steps / 2
-        if not rule or not reach:
-            return 1.0
-        return min(max(1.0, (self.travel / reach) ** 2), NARROWEST)  # type: ignore[operator]
+        if direction != "adam" or not (self.travel and reach) or self.gamma is not None or self.fixed_ess is not None:
+            return direction, 1.0
+        return direction, min(max(1.0, (self.travel / reach) ** 2), NARROWEST)
 
     def for_run(
         self,
@@ -175,15 +185,20 @@ class Preset(NamedTuple):
         steps: int,
         epochs: float,
     ) -> dict[str, Any]:
-        """Return λ, h0 and the betas of a run with N = `size`, for weights of these shapes by their names.
+        """Return λ, h0, the betas and the direction of a run with N = `size`, for weights of these shapes by name.
 
         A `learning_rate` of 0 is one by `travel`.
         """
         weights = sum(map(math.prod, shapes.values()))
         ess = self.ess(size, weights, epochs)
         h0 = self.first_h0(ess, [shape[-1] for name, shape in shapes.items() if ".lora_A." in name])
-        ess *= self.narrowing(learning_rate, steps)
-        return {"ess": ess, "h0": h0, "betas": (self.beta1, self.second_beta(steps))}
+        direction, narrower = self.step(learning_rate, steps, epochs)
+        return {
+            "ess": ess * narrower,
+            "h0": h0,
+            "betas": (self.beta1, self.second_beta(steps)),
+            "direction": direction,
+        }
 
 
 def _preset(name: str, **rules: Any) -> Preset:

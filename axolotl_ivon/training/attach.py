@@ -44,7 +44,7 @@ def attach(
     prior: Literal["empirical"] | float | Posterior | str | os.PathLike[str] = "empirical",
     prior_strength: float | None = None,
     hessian: Literal["reparameterized", "squared_gradients"] | None = None,
-    direction: Literal["newton", "adam"] = "newton",
+    direction: Literal["newton", "adam"] | None = None,
     h0_steps: float | None = None,
     rescale_lr: bool = False,
     train_size: int | None = None,
@@ -108,7 +108,7 @@ def attach(
     shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in params.items()}
     earlier = _earlier(prior)
     try:
-        chosen.check_direction(prior, rescale_lr)
+        chosen = chosen.with_direction(prior, rescale_lr)
         settings_for_run = partial(chosen.for_run, train_size or 0, shapes, trainer.args.learning_rate)
         settings: dict[str, Any] = {
             "lr": trainer.args.learning_rate,
@@ -117,7 +117,6 @@ def attach(
             "prior": "empirical" if earlier else prior,
             "prior_strength": chosen.posterior_strength if earlier else chosen.prior_strength,
             "hessian": chosen.hessian,
-            "direction": chosen.direction,
             "h0_steps": chosen.h0_steps,
             "rescale_lr": rescale_lr,
             "seed": trainer.args.seed,

@@ -197,11 +197,13 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
     parameters, preset = model.trained(), PRESETS["auto"]
     preset = preset._replace(**{name: settings[name] for name in preset._fields if name in settings})
     weights, steps = sum(value.numel() for value in parameters.values()), settings["steps"]
+    epochs = steps * settings["batch"] / len(task.train)
     ess = settings["per_weight"] * weights * len(task.train) if "per_weight" in settings else 0.0
-    ess = ess or preset.ess(len(task.train), weights, steps * settings["batch"] / len(task.train))
+    ess = ess or preset.ess(len(task.train), weights, epochs)
     fan_ins = [value.shape[1] for name, value in parameters.items() if ".lora_A." in name]
     h0 = preset.first_h0(ess, fan_ins)
-    ess *= preset.narrowing(settings.get("lr") or 0.0, steps)
+    direction, narrower = preset.step(settings.get("lr") or 0.0, steps, epochs)
+    ess *= narrower
     share = settings.get("warmup", WARMUP)
     bound = settings.get("lr") or travel_rate(preset.travel or 0.0, steps, share)
     if settings.get("blocks"):
@@ -216,7 +218,7 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
         prior=settings.get("prior", "empirical"),
         prior_strength=preset.prior_strength,
         hessian=preset.hessian,  # type: ignore[arg-type]
-        direction=preset.direction,  # type: ignore[arg-type]
+        direction=direction,  # type: ignore[arg-type]
         h0_steps=preset.h0_steps,
         seed=settings["seed"],
     )

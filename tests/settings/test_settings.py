@@ -55,7 +55,8 @@ def test_the_keys_are_those_of_the_table_name_their_defaults_and_become_paramete
 def test_values_that_are_given_take_the_place_of_a_preset_s() -> None:
     assert resolved("auto", dict.fromkeys(PAPER)) == PRESETS["auto"]
     mine = resolved("auto", {"ess": 7.0, "h0": 0.3, "beta2": 0.5, "prior_strength": 2.0, "draws": "shared"})
-    assert mine.for_run(0, {"x.lora_A.y": (4, 8)}, 2e-4, 100, 3.0) == {"ess": 7.0, "h0": 0.3, "betas": (0.9, 0.5)}
+    run = mine.for_run(0, {"x.lora_A.y": (4, 8)}, 2e-4, 100, 3.0)
+    assert run == {"ess": 7.0, "h0": 0.3, "betas": (0.9, 0.5), "direction": "adam"}
     assert mine.prior_strength == mine.posterior_strength == 2.0
 
 
@@ -84,9 +85,28 @@ def test_by_adam_s_direction_draws_are_as_wide_for_how_far_weights_get_as_in_a_r
     ],
 )
 def test_adam_s_direction_needs_what_it_is_made_of(changes: Any, prior: Any, rescale: bool, named: str) -> None:
-    resolved("auto", changes).check_direction(prior, rescale)
+    assert resolved("auto", changes).with_direction(prior, rescale).direction == "newton"
     with pytest.raises(IVONError, match=named):
-        resolved("auto", {**changes, "direction": "adam"}).check_direction(prior, rescale)
+        resolved("auto", {**changes, "direction": "adam"}).with_direction(prior, rescale)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "rate", "epochs", "expected"),
+    [
+        ("auto", {}, 2e-4, 4.9, "adam"),
+        ("auto", {}, 2e-4, 0.0, "adam"),  # a stream
+        ("auto", {}, 2e-4, 5.0, "newton"),
+        ("auto", {}, 0.0, 2.0, "newton"),  # a rate by how far weights should get
+        ("auto", {"direction": "newton"}, 2e-4, 2.0, "newton"),
+        ("auto", {"direction": "adam"}, 2e-4, 50.0, "adam"),
+        ("paper", {}, 2e-4, 2.0, "newton"),
+    ],
+)
+def test_the_step_is_adamw_s_where_there_is_little_to_overfit(
+    preset: str, changes: Any, rate: float, epochs: float, expected: str
+) -> None:
+    chosen = resolved(preset, changes).with_direction("empirical")
+    assert chosen.for_run(512, {"x.lora_A.y": (16, 576)}, rate, 128, epochs)["direction"] == expected
 
 
 def test_the_header_has_later_settings_where_they_are_not_the_paper_s() -> None:
