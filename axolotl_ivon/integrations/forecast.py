@@ -73,21 +73,24 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     steps = known(lambda: _steps(cfg, size, (loaded, passes), accumulated))
     prior = prior_folder(given["ivon_prior"])
     strength = preset.posterior_strength if prior else preset.prior_strength
-    ess, h0 = preset.fixed_ess, None if prior else preset.h0
+    ess, h0, asked = preset.fixed_ess, None if prior else preset.h0, number(cfg, "learning_rate")
     if size and preset.gamma is not None:
         ess = preset.ess(size, 0)
-    if size and (ess is None or (h0 is None and not prior)):
-        # Packed batches count as if they were not.
-        by_epochs = not steps or (_most_steps(cfg) is None and not _counts_steps(cfg))
-        epochs = number(cfg, "num_epochs", 1) if by_epochs else steps * accumulated * loaded / (passes * size)
-        if shapes := known(lambda: _trained_shapes(cfg, prior, preset.ess(size, 0, epochs))):
-            run = preset.for_run(size, shapes, number(cfg, "learning_rate"), steps or 1, epochs)
-            ess, h0 = run["ess"], None if prior else run["h0"]
+    # Packed batches count as if they were not.
+    by_epochs = not (size and steps) or (_most_steps(cfg) is None and not _counts_steps(cfg))
+    epochs = number(cfg, "num_epochs", 1) if by_epochs else steps * accumulated * loaded / (passes * size)
+    if (
+        size
+        and (ess is None or (h0 is None and not prior))
+        and (shapes := known(lambda: _trained_shapes(cfg, prior, preset.ess(size, 0, epochs))))
+    ):
+        run = preset.for_run(size, shapes, asked, steps or 1, epochs)
+        ess, h0 = run["ess"], None if prior else run["h0"]
     beta2 = preset.second_beta(steps) if steps else preset.beta2
     share = known(lambda: _mean_rate(cfg, steps, size, batch))
     rescaled = given["ivon_rescale_lr"]
     step_bound = preset.clip * (h0 or math.nan if rescaled else 1.0)
-    lr: float | None = preset.alpha(number(cfg, "learning_rate"), rescaled)
+    lr: float | None = preset.alpha(asked, rescaled)
     if preset.travel is not None and not lr:
         lr = preset.travel / (step_bound * share * steps) if share and steps else None
     travel = lr * share * steps * step_bound if lr is not None and share is not None and steps else None
@@ -120,6 +123,7 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
         "prior_strength": strength,
         "clip": preset.clip,
         "beta2": beta2,
+        "direction": preset.step(asked, steps or 1, epochs)[0],
         "learning_rate": lr,
         "travel": travel,
         "unknown": unknown,

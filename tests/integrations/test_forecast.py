@@ -131,8 +131,10 @@ def taken(trainer: Any) -> dict[str, Any]:
     taken = {"ess": run.settings["ess"], "h0": None if "prior" in run.header else run.settings["h0"]}
     taken |= {"clip": run.settings["clip"], "beta2": run.settings["betas"][1]}
     taken |= {"prior_strength": run.settings["prior_strength"], "learning_rate": trainer.args.learning_rate}
-    taken |= {"travel": sum(run.rates) * run.step_bound}
-    return {name: value if value is None else pytest.approx(value, rel=1e-5) for name, value in taken.items()}
+    taken |= {"travel": sum(run.rates) * run.step_bound, "direction": run.settings["direction"]}
+    return {
+        name: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for name, value in taken.items()
+    }
 
 
 def grpo_trainer(cfg: dict[str, Any], base: Path, lora: dict[str, Any], rows: int, processes: int = 1) -> Any:
