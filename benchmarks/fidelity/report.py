@@ -51,13 +51,18 @@ ROW_NAMES = {
     ("ivon-auto", "temperature-scaling"): "IVON-LoRA, untuned, mean + temperature scaling",
     ("ivon-auto", "posterior-scaled"): "IVON-LoRA, untuned, {draws} draws + temperature scaling",
     ("ivon-auto", "calibrated"): "**IVON-LoRA, untuned, as the end of training recommends**",
-    ("ivon-adam", "mean"): "**IVON-LoRA by Adam's step, mean**",
-    ("ivon-adam", "posterior"): "**IVON-LoRA by Adam's step, {draws} draws**",
-    ("ivon-adam", "temperature-scaling"): "IVON-LoRA by Adam's step, mean + temperature scaling",
-    ("ivon-adam", "posterior-scaled"): "IVON-LoRA by Adam's step, {draws} draws + temperature scaling",
-    ("ivon-adam", "calibrated"): "**IVON-LoRA by Adam's step, as the end of training recommends**",
+    ("ivon-adam", "mean"): "**IVON-LoRA by AdamW's step, mean**",
+    ("ivon-adam", "posterior"): "**IVON-LoRA by AdamW's step, {draws} draws**",
+    ("ivon-adam", "temperature-scaling"): "IVON-LoRA by AdamW's step, mean + temperature scaling",
+    ("ivon-adam", "posterior-scaled"): "IVON-LoRA by AdamW's step, {draws} draws + temperature scaling",
+    ("ivon-adam", "calibrated"): "**IVON-LoRA by AdamW's step, as the end of training recommends**",
+    ("ivon-signs", "mean"): "IVON-LoRA by signs, mean",
+    ("ivon-signs", "posterior"): "IVON-LoRA by signs, {draws} draws",
+    ("ivon-signs", "temperature-scaling"): "IVON-LoRA by signs, mean + temperature scaling",
+    ("ivon-signs", "posterior-scaled"): "IVON-LoRA by signs, {draws} draws + temperature scaling",
+    ("ivon-signs", "calibrated"): "IVON-LoRA by signs, as the end of training recommends",
 }
-OURS = ("ivon-auto", "ivon-adam", "ivon-paper", "ivon-lora", "ivon-lora-h0", "ivon-lora-rate", "ivon-lora-preset")
+OURS = ("ivon-auto", "ivon-adam", "ivon-signs", "ivon-paper", "ivon-lora", "ivon-lora-h0", "ivon-lora-rate", "ivon-lora-preset")
 SHIFTED = (
     ("adamw", "mean"),
     ("blob", "posterior"),
