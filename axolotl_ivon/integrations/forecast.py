@@ -86,6 +86,7 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     ):
         run = preset.for_run(size, shapes, asked, steps or 1, epochs)
         ess, h0 = run["ess"], None if prior else run["h0"]
+    direction, tau = preset.step(asked, steps or 1, epochs)
     beta2 = preset.second_beta(steps) if steps else preset.beta2
     share = known(lambda: _mean_rate(cfg, steps, size, batch))
     rescaled = given["ivon_rescale_lr"]
@@ -123,7 +124,8 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
         "prior_strength": strength,
         "clip": preset.clip,
         "beta2": beta2,
-        "direction": preset.step(asked, steps or 1, epochs)[0],
+        "direction": direction,
+        "tau": tau,
         "learning_rate": lr,
         "travel": travel,
         "unknown": unknown,

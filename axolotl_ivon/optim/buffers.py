@@ -22,6 +22,11 @@ _PART = 2**17
 _MOST_LAYOUTS = 4
 
 
+def tempered_ess(group: dict[str, Any]) -> float:
+    """Return λ·τ of a group: at temperature τ, λ·τ stands wherever λ stands at 1."""
+    return float(group["ess"] * group["tau"])
+
+
 class Layout(NamedTuple):
     """Some tensors in chunks."""
 
@@ -162,7 +167,7 @@ class Buffers:
         Each part has a seed of its own, made from the group's seed and the draw's `number`. So a resumed run needs
         these two alone, and any thread may draw any part.
         """
-        bits, ess = random_bits(f"{self.group['seed']}/{number}"), float(self.group["ess"]) * tau
+        bits, ess = random_bits(f"{self.group['seed']}/{number}"), tempered_ess(self.group) * tau
 
         def draw(chunk: Chunk) -> Tensor:
             noise = self.kernels.noise(chunk, splitmix64(bits, chunk.streams[:, :1], chunk.streams[:, 1:]))

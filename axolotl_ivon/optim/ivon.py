@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ..settings.table import ADDED_LATER
 from . import kernels
-from .buffers import Buffers
+from .buffers import Buffers, tempered_ess
 from .kernels.base import (
     ESS_CEILING,
     ESS_FLOOR,
@@ -33,7 +33,7 @@ from .kernels.base import (
 from .summary import summarize
 
 # Options that the groups of earlier versions do not have.
-_ADDED = {**ADDED_LATER, "batch_size": 1}
+_ADDED = {**ADDED_LATER, "batch_size": 1, "tau": 1.0}
 # What a prior of every weight's own is in a group, once its m₀ and σ₀ are in the state.
 _GAUSSIAN = "gaussian"
 # m₀ and σ₀ of the tensors, by the parameters' names or by the parameters.
@@ -128,6 +128,7 @@ class IVONLoRA(Optimizer):
             a classifier), over its micro-batches, and over processes that share a draw; for squared gradients alone.
             It is an option of the groups, so it may be set anew before a step.
         direction: "newton" for g/p, or "adam" for ξ·g/√E[ĝ²], which needs squared gradients and the empirical prior.
+        tau: temperature τ of the posterior: λ·τ takes the place of λ, and σ is 1/√τ as wide, in training as afterwards.
         h0_steps: number of steps that h0 counts as, k: the memory of p is 1−β2 = 1/(t+k) until that falls below the
             one of `betas`, so that what p starts from is soon forgotten. None for the same β2 in every step.
         rescale_lr: whether the learning rate of a tensor is (h0 + δ)·α, the optional line of IVON's Algorithm 1. A step
@@ -153,13 +154,15 @@ class IVONLoRA(Optimizer):
         hessian: Literal["reparameterized", "squared_gradients"] = "reparameterized",
         batch_size: int = 1,
         direction: Literal["newton", "adam"] = "newton",
+        tau: float = 1.0,
         h0_steps: float | None = None,
         rescale_lr: bool = False,
         seed: int = 0,
     ) -> None:
         defaults: dict[str, Any] = {"lr": lr, "ess": ess, "betas": betas, "h0": h0, "clip": clip, "prior": prior}
         defaults |= {"prior_strength": prior_strength, "hessian": hessian, "batch_size": batch_size}
-        defaults |= {"direction": direction, "h0_steps": h0_steps, "rescale_lr": rescale_lr, "seed": seed, "draws": 0}
+        defaults |= {"direction": direction, "tau": tau, "h0_steps": h0_steps, "rescale_lr": rescale_lr}
+        defaults |= {"seed": seed, "draws": 0}
         _check_hyperparameters(defaults)
         kernels.wanted()  # complains of a name that means nothing
         self._buffers: list[Buffers] | None = None
@@ -205,7 +208,7 @@ class IVONLoRA(Optimizer):
                 shapes = ", ".join(str(list(value.shape)) for value in (mean, sigma, param))
                 raise ValueError(f"prior of {name} must be a mean and a σ of its shape, got {shapes}")
             precision = sigma.double().square().reciprocal().float()
-            delta = precision * (group["prior_strength"] / group["ess"])
+            delta = precision * (group["prior_strength"] / tempered_ess(group))
             if not (mean.isfinite().all() and ((sigma > 0) & (delta < PRECISION_CEILING)).all()):
                 raise ValueError(f"prior of {name} must have a finite mean and a positive σ everywhere")
             tensors.append((mean, precision))
@@ -350,7 +353,7 @@ class IVONLoRA(Optimizer):
         if buffers.h_hat is None:
             return
         group = buffers.group
-        ess, clip, (beta1, beta2) = (group[name] for name in ("ess", "clip", "betas"))
+        ess, clip, (beta1, beta2) = tempered_ess(group), group["clip"], group["betas"]
         if isinstance(decision, Tensor):  # on a device that decided for itself
             decision = decision.to(buffers.device, non_blocking=True)
         taken = buffers.with_gradient().there * decision[0]
@@ -429,7 +432,7 @@ class IVONLoRA(Optimizer):
 
     def sigma(self, param: Tensor) -> Tensor:
         """Return σ = 1/√(λ·p) of a parameter: float32, the parameter's shape, finite and positive."""
-        return self._state_of(param)["precision"].mul(self._group_of(param)["ess"]).rsqrt_()
+        return self._state_of(param)["precision"].mul(tempered_ess(self._group_of(param))).rsqrt_()
 
     def sigma_for_next_prior(self, param: Tensor) -> Tensor:
         """Return the σ that is saved of a parameter: float32, the parameter's shape, finite and positive.
@@ -441,9 +444,10 @@ class IVONLoRA(Optimizer):
         group, state = self._group_of(param), self._state_of(param)
         if group["prior"] != _GAUSSIAN or group["prior_strength"] <= 1:
             return self.sigma(param)
-        once = state["prior_precision"] / group["ess"]
+        ess = tempered_ess(group)
+        once = state["prior_precision"] / ess
         known = (state["precision"] - group["prior_strength"] * once).clamp_(min=0)
-        return (known + once).mul_(group["ess"]).rsqrt_()
+        return (known + once).mul_(ess).rsqrt_()
 
     def prior_precision(self, param: Tensor) -> float | Tensor:
         """Return the prior precision s = λ·δ of the parameter's tensor (arXiv 2506.14280, Eq. 2).
@@ -453,7 +457,7 @@ class IVONLoRA(Optimizer):
         group, state = self._group_of(param), self._state_of(param)
         if group["prior"] == _GAUSSIAN:
             return group["prior_strength"] * state["prior_precision"]
-        return float(group["ess"] * _delta(group, state["mean"], state["precision"]))
+        return float(tempered_ess(group) * _delta(group, state["mean"], state["precision"]))
 
     def summary(self) -> dict[str, float]:
         """Return figures of the posterior for a log, over all n weights.
@@ -514,9 +518,10 @@ class IVONLoRA(Optimizer):
             buffers.adopt_parameters()
         for param, value in (sigma or {}).items():
             group, state = self._group_of(param), self.state[param]
-            precision = (value.to(param.device).double().square() * group["ess"]).reciprocal()
+            ess = tempered_ess(group)
+            precision = (value.to(param.device).double().square() * ess).reciprocal()
             if group["prior"] == _GAUSSIAN and group["prior_strength"] > 1:
-                precision += state["prior_precision"] * ((group["prior_strength"] - 1) / group["ess"])
+                precision += state["prior_precision"] * ((group["prior_strength"] - 1) / ess)
             state["precision"].copy_(precision.clamp_(PRECISION_FLOOR, PRECISION_CEILING))
             if "seen" in state:  # how much of it is older than the gradients is not known
                 state["seen"].fill_(1)
@@ -568,14 +573,14 @@ def _delta(group: dict[str, Any], mean: Tensor, precision: Tensor) -> float:
     """Return δ of one tensor: the fixed one, or κ/(λ·mean(m² + σ²)), the KL-optimal one at κ = 1."""
     if group["prior"] != "empirical":
         return float(group["prior"] * group["prior_strength"])
-    moments = float(group["ess"] * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)  # λ·Σ(m² + σ²)
+    moments = float(tempered_ess(group) * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)  # λ·Σ(m² + σ²)
     return group["prior_strength"] * mean.numel() / moments
 
 
 def _start(group: dict[str, Any], mean: Tensor, prior_precision: Tensor | None) -> Tensor:
     """Return the p that a tensor starts with: h0 + δ, or that of the posterior that is its prior."""
     if prior_precision is not None:
-        once = prior_precision * (max(1.0, group["prior_strength"]) / group["ess"])
+        once = prior_precision * (max(1.0, group["prior_strength"]) / tempered_ess(group))
         return once.clamp_(PRECISION_FLOOR, PRECISION_CEILING)
     precision = torch.full_like(mean, group["h0"])
     return precision.add_(_delta(group, mean, precision))
@@ -587,6 +592,7 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
     checks = {
         "lr": (0 <= group["lr"] < inf, "finite and not negative"),
         "ess": (ESS_FLOOR <= group["ess"] <= ESS_CEILING, f"between {ESS_FLOOR:g} and {ESS_CEILING:g}"),
+        "tau": (0 < group["tau"] < inf and ESS_FLOOR <= tempered_ess(group) <= ESS_CEILING, "positive, and λ·τ as λ"),
         "betas": (len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
         "h0": (0 < group["h0"] < inf, "positive and finite"),
         "clip": (group["clip"] > 0, "positive"),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .buffers import Buffers
+from .buffers import Buffers, tempered_ess
 from .kernels.base import PRECISION_FLOOR, Chunk, root_mean_square
 from .threads import in_parallel
 
@@ -23,7 +23,7 @@ def summarize(all_buffers: Sequence[Buffers]) -> dict[str, float]:
     """Return what `IVONLoRA.summary` does, but for λ."""
     count, sigma, snr, spread, clipped, kl = torch.zeros(6).tolist()
     for buffers in all_buffers:
-        ess, prior, strength = (buffers.group[name] for name in ("ess", "prior", "prior_strength"))
+        ess, prior, strength = tempered_ess(buffers.group), buffers.group["prior"], buffers.group["prior_strength"]
         layout = buffers.layout([i for i, param in enumerate(buffers.params) if param.numel()])
         if not layout.chunks:
             continue

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 # In the header: `mean_sha256` before pruning; the runs (of training, of a fit) that a posterior is from, by their ids.
-UNPRUNED, RUN_IDS = "unpruned_sha256", "run_ids"
+UNPRUNED, RUN_IDS, TRAINING_TAU = "unpruned_sha256", "run_ids", "training_tau"
 
 
 def mean_sha256(tensors: Mapping[str, torch.Tensor]) -> str:

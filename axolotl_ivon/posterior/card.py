@@ -22,7 +22,7 @@ from ..errors import IVONError, one_line, printable
 from ..records.recommendation import RECOMMENDED_FILE, Recommendation
 from ..storage.atomic import new_file
 from ..storage.format import SIGMA_FILE
-from .adapter import Adapter
+from .adapter import TRAINING_TAU, Adapter
 from .recommended import recommended_in, tau_on_top
 
 CARD_FILE = "README.md"
@@ -186,7 +186,9 @@ def _limits(header: Mapping[str, str]) -> list[str]:
             )
     if header.get("combined"):
         limits.append("It was made of several posteriors; the rest of this card is that of the first.")
-    elif float(header.get("pruned_ratio") or 0) or float(header.get("tau") or 1) != 1:
+    elif float(header.get("pruned_ratio") or 0) or float(header.get("tau") or 1) != float(
+        header.get(TRAINING_TAU) or 1
+    ):
         limits.append("It was changed after training; the rest of this card describes the training.")
     return limits
 

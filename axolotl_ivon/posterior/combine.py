@@ -152,7 +152,7 @@ def _header(posteriors: Sequence[Posterior], method: str, share: Sequence[float]
             header.pop("train_size", None)
         if set(share) != {1.0}:
             combined += f", weights {', '.join(f'{weight:g}' for weight in share)}"
-    return {"tau": "1.0", "pruned_ratio": "0.0", **header, "combined": combined}
+    return {"tau": repr(posteriors[0].tau), "pruned_ratio": "0.0", **header, "combined": combined}
 
 
 def _elementwise(

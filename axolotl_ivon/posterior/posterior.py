@@ -19,7 +19,7 @@ from ..reporter import SILENT, Reporter
 from ..storage.atomic import check_space, new_folder
 from ..storage.dtypes import NUMPY
 from ..storage.format import CONFIG_FILE, MEAN_FILE, SIGMA_FILE, copy_companions, moved_config, write_json
-from .adapter import UNPRUNED, Adapter, check_sigma, modules, write_sigma
+from .adapter import TRAINING_TAU, UNPRUNED, Adapter, check_sigma, modules, write_sigma
 from .card import keep_true
 from .chain import links, shared
 from .combine import check_data, combine, shares
@@ -131,6 +131,11 @@ class Posterior:
     def tau(self) -> float:
         """The temperature of the posterior: σ was divided by its root."""
         return float(self.metadata.get("tau", "1.0"))
+
+    @property
+    def training_tau(self) -> float:
+        """The temperature that its training chose, a factor of `tau`: it narrows draws and says nothing of the data."""
+        return float(self.metadata.get(TRAINING_TAU, "1.0"))
 
     @property
     def pruned_ratio(self) -> float:

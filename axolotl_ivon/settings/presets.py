@@ -20,7 +20,7 @@ SHORT_REACH, PAPER_REACH = 0.08, 0.13
 FEW_PASSES = 5
 # Steps that p should remember, as a share of the run: benchmarks/fidelity/NOTES.md.
 MEMORY = 0.2
-# The most that λ is raised for short runs: of the noise, nothing is then left to see.
+# The highest temperature of short runs: of the noise, nothing is then left to see.
 NARROWEST = 1e4
 
 
@@ -165,10 +165,10 @@ class Preset(NamedTuple):
         return learning_rate / self.clip
 
     def step(self, learning_rate: float, steps: int, epochs: float) -> tuple[str, float]:
-        """Return the direction of a run, and the factor on λ that goes with it.
+        """Return the direction of a run, and the temperature τ of its posterior.
 
         By Adam's direction a run learns what AdamW would at its learning rate, if noise does not drown it: a B that can
-        get 0.01 from zero gives A no gradient among draws of its size. With the factor draws are no wider, for how far
+        get 0.01 from zero gives A no gradient among draws of its size. At this τ draws are no wider, for how far
         weights get, than in a run of `travel`.
         """
         direction = self.direction or ("adam" if learning_rate and epochs < FEW_PASSES else "newton")
@@ -185,19 +185,20 @@ class Preset(NamedTuple):
         steps: int,
         epochs: float,
     ) -> dict[str, Any]:
-        """Return λ, h0, the betas and the direction of a run with N = `size`, for weights of these shapes by name.
+        """Return λ, h0, the betas, direction and τ of a run with N = `size`, for weights of these shapes by name.
 
         A `learning_rate` of 0 is one by `travel`.
         """
         weights = sum(map(math.prod, shapes.values()))
         ess = self.ess(size, weights, epochs)
         h0 = self.first_h0(ess, [shape[-1] for name, shape in shapes.items() if ".lora_A." in name])
-        direction, narrower = self.step(learning_rate, steps, epochs)
+        direction, tau = self.step(learning_rate, steps, epochs)
         return {
-            "ess": ess * narrower,
+            "ess": ess,
             "h0": h0,
             "betas": (self.beta1, self.second_beta(steps)),
             "direction": direction,
+            "tau": tau,
         }
 
 

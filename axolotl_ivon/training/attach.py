@@ -189,13 +189,14 @@ def attach(
 
 
 def _earlier(prior: Any) -> Posterior | None:
-    """Return the posterior that is the prior, read from its folder if need be; None for a prior of another kind."""
-    if isinstance(prior, Posterior):
-        return prior
-    if not isinstance(prior, str | os.PathLike) or prior == "empirical":
-        return None
-    check_prior(str(prior), {})
-    return Posterior.from_pretrained(prior)
+    """Return the posterior that is the prior, read from its folder if need be; None for a prior of another kind.
+
+    A temperature that its training chose is undone.
+    """
+    if isinstance(prior, str | os.PathLike) and prior != "empirical":
+        check_prior(str(prior), {})
+        prior = Posterior.from_pretrained(prior)
+    return prior.temper(1 / prior.training_tau) if isinstance(prior, Posterior) else None
 
 
 def _put_mixin_first(trainer: Trainer) -> None:

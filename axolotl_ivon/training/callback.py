@@ -133,7 +133,7 @@ class PosteriorTraining(TrainerCallback):
             rate += f", with which a weight can travel {self.travel:g} in these {steps} steps"
         size = f" for {self.header['train_size']} examples" if self.header["train_size"] else ""
         start = f"from the posterior {self.header['prior']}" if "prior" in self.header else f"h0 {s['h0']:.2g}"
-        step = ", steps by Adam's direction" if s["direction"] == "adam" else ""
+        step = f", steps by Adam's direction, draws at τ {s['tau']:.3g}" if s["direction"] == "adam" else ""
         LOG.info(
             "%s",
             f"preset {self.header['preset']}: λ {s['ess']:.3g}{size}, {start}, β2 {s['betas'][1]:.5g}, "

@@ -21,7 +21,7 @@ from transformers import Trainer
 
 from ..errors import IVONError
 from ..plugins import plugin_manager
-from ..posterior.adapter import save_sigma
+from ..posterior.adapter import TRAINING_TAU, save_sigma
 from ..posterior.card import CARD_FILE, remove_old_results, update_card
 from ..posterior.posterior import Posterior
 from ..records.recommendation import RECOMMENDED_FILE
@@ -187,4 +187,6 @@ def save_optimizer_s_sigma(
     beta1, beta2 = group["betas"]
     values = {"prior": group["prior"], **header, **{name: group[name] for name in group if name != "prior"}}
     header = {**header, **header_of({**values, "beta1": beta1, "beta2": beta2}), "steps": str(steps)}
+    if (tau := group.get("tau", 1.0)) != 1:
+        header |= {"tau": repr(tau), TRAINING_TAU: repr(tau)}
     save_sigma(folder, {key: sigma.get(key, zero).contiguous() for key, zero in zeros.items()}, header)

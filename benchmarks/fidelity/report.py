@@ -62,7 +62,16 @@ ROW_NAMES = {
     ("ivon-signs", "posterior-scaled"): "IVON-LoRA by signs, {draws} draws + temperature scaling",
     ("ivon-signs", "calibrated"): "IVON-LoRA by signs, as the end of training recommends",
 }
-OURS = ("ivon-auto", "ivon-adam", "ivon-signs", "ivon-paper", "ivon-lora", "ivon-lora-h0", "ivon-lora-rate", "ivon-lora-preset")
+OURS = (
+    "ivon-auto",
+    "ivon-adam",
+    "ivon-signs",
+    "ivon-paper",
+    "ivon-lora",
+    "ivon-lora-h0",
+    "ivon-lora-rate",
+    "ivon-lora-preset",
+)
 SHIFTED = (
     ("adamw", "mean"),
     ("blob", "posterior"),

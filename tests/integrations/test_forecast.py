@@ -132,6 +132,7 @@ def taken(trainer: Any) -> dict[str, Any]:
     taken |= {"clip": run.settings["clip"], "beta2": run.settings["betas"][1]}
     taken |= {"prior_strength": run.settings["prior_strength"], "learning_rate": trainer.args.learning_rate}
     taken |= {"travel": sum(run.rates) * run.step_bound, "direction": run.settings["direction"]}
+    taken |= {"tau": run.settings["tau"]}
     return {
         name: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for name, value in taken.items()
     }

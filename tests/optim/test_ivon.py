@@ -99,6 +99,24 @@ def test_without_noise_adam_s_direction_is_adam(kernels: str, monkeypatch: pytes
         torch.testing.assert_close(param, theirs[name], rtol=0, atol=1e-4)  # steps are as long as 1e-3
 
 
+@pytest.mark.parametrize("kernels", ["plain", "cpu"])
+def test_at_a_temperature_lambda_times_tau_is_lambda_everywhere(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IVON_KERNELS", kernels)
+    states = []
+    for hyper in ({"ess": 1e3, "tau": 64.0}, {"ess": 64e3}):
+        pair = lora_pair()
+        optimizer = IVONLoRA(pair.items(), **{**SETTINGS, **hyper})
+        for batch in batches(3):
+            with step_of(optimizer):
+                lora_loss(pair, batch).backward()
+        values = [f(param) for param in pair.values() for f in (optimizer.mean, optimizer.sigma)]
+        states.append((*values, optimizer.summary()))
+    (*ours, summary), (*theirs, of_lambda) = states
+    assert all(map(torch.equal, ours, theirs))
+    assert (summary.pop("ivon_ess"), of_lambda.pop("ivon_ess")) == (1e3, 64e3)
+    assert summary == of_lambda
+
+
 def test_sigma_its_square_and_its_inverse_are_normal_at_every_bound() -> None:
     tiny = torch.finfo(torch.float32).tiny
     for ess in (ESS_FLOOR, ESS_CEILING):
@@ -537,6 +555,7 @@ BAD |= {
     "prior": ("flat", -1e-3),
     "seed": (-1, 0.5),
     "direction": ("down",),
+    "tau": (0.0, 1e17, math.inf),
 }
 
 

@@ -25,7 +25,7 @@ def monday(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that was trained with IVON-LoRA."""
     folder = tmp_path_factory.mktemp("monday")
     trainer = make_trainer(tiny_llama, folder, save_strategy="no")
-    attach(trainer)
+    attach(trainer, direction="newton")
     trainer.train()
     trainer.model.save_pretrained(folder)
     return folder
@@ -276,4 +276,7 @@ def test_whatever_an_adapter_is_made_of_can_be_the_prior(
     for name, param in second.posterior_training.params.items():
         assert torch.equal(param.detach(), expected[name])
         sigma = first.posterior_training.optimizer.sigma(first.model.get_parameter(name))
-        torch.testing.assert_close(second.optimizer.sigma(param), sigma / 300**0.5)  # the preset's κ
+        natural = sigma * posterior.training_tau**0.5  # of what the data say, without the τ of so short a run
+        torch.testing.assert_close(second.optimizer.sigma(param), natural / 300**0.5)  # the preset's κ
+    assert posterior.tau == posterior.training_tau == 1e4
+    assert links({**second.posterior_training.header})[0].strength == 1
