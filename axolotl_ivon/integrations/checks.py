@@ -77,7 +77,7 @@ def check_config(cfg: Mapping[str, Any], axolotl_keys: Collection[str] = ()) -> 
     _check_other_keys(cfg, {*LORA_KEYS, *axolotl_keys})
     preset = resolved(given["ivon_preset"], {s.name: given.get(s.key) for s in SETTINGS})
     preset.alpha(number(cfg, "learning_rate"), given["ivon_rescale_lr"])
-    preset = preset.with_direction(given["ivon_prior"], given["ivon_rescale_lr"])
+    preset = preset.with_direction(given["ivon_prior"], given["ivon_rescale_lr"], cfg.get("rl") == "grpo")
     _check_rollouts(cfg, given)
     if folder := prior_folder(given["ivon_prior"]):
         _check_prior(cfg, folder)

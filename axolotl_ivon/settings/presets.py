@@ -111,8 +111,10 @@ class Preset(NamedTuple):
         noise = min(self.noise_in_all, self.noise * len(fan_ins))
         return 3 * sum(fan_ins) / (ess * noise) if fan_ins else PAPER["h0"]
 
-    def with_direction(self, prior: Any, rescale_lr: bool = False) -> Preset:
+    def with_direction(self, prior: Any, rescale_lr: bool = False, online: bool = False) -> Preset:
         """Return the preset with IVON's own direction where none is asked for and Adam's has not its E[ĝ²].
+
+        So it is, too, where the model writes what it is trained on (`online`), and is to try something out.
 
         Raises:
             IVONError: Adam's is asked for, and another setting leaves it none.
@@ -132,7 +134,7 @@ class Preset(NamedTuple):
                     f"{param_ref('direction')}: adam goes with {param_ref(name)} {str(must).lower()} alone, not "
                     f"{value}; remove one of them"
                 )
-        return self
+        return self._replace(direction="newton") if self.direction is None and online else self
 
     def second_beta(self, steps: int) -> float:
         """Return β2 for a run of this number of steps."""

@@ -105,7 +105,14 @@ SETTINGS = (
         "the estimate ĥ of the Hessian: `squared_gradients` is B·ĝ² for a step of B losses (tokens of a language "
         "model), `reparameterized` IVON's ĝ·(θ−m)/σ²"
     ),
-    Setting("direction", Direction, "newton", None, "`adam` in fewer than five epochs, else `newton`", **_LATER).means(
+    Setting(
+        "direction",
+        Direction,
+        "newton",
+        None,
+        "`adam` in fewer than five epochs, else `newton`, as with `rl: grpo`",
+        **_LATER,
+    ).means(
         "the step: `newton` is IVON's g/p, by `auto` at its bound nearly everywhere and so a sign; `adam` is Adam's "
         "g/√E[ĝ²], as long as AdamW's at the same `learning_rate`, with narrower draws in short runs. It goes with "
         "`ivon_hessian: squared_gradients` and `ivon_prior: empirical` alone"

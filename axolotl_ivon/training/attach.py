@@ -25,7 +25,7 @@ from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean,
 from .prior import gaussian_prior, start_at
 from .processes import check_sharding
 from .rates import scaled_options
-from .rollouts import count_rollout_draws, mixin_for
+from .rollouts import count_rollout_draws, mixin_for, writes_completions
 from .saved import check_that_all_is_saved, names_of, trained_adapters
 from .trainer import PosteriorTrainerMixin
 
@@ -108,7 +108,7 @@ def attach(
     shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in params.items()}
     earlier = _earlier(prior)
     try:
-        chosen = chosen.with_direction(prior, rescale_lr)
+        chosen = chosen.with_direction(prior, rescale_lr, writes_completions(trainer))
         settings_for_run = partial(chosen.for_run, train_size or 0, shapes, trainer.args.learning_rate)
         settings: dict[str, Any] = {
             "lr": trainer.args.learning_rate,

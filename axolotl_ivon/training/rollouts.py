@@ -136,6 +136,11 @@ def mixin_for(trainer: Trainer) -> type[PosteriorTrainerMixin]:
     return OnlineDPOTrainerMixin if hasattr(trainer, "_generate_vllm") else PosteriorTrainerMixin
 
 
+def writes_completions(trainer: Trainer) -> bool:
+    """Return whether this is one of TRL's Trainers that write completions and train on them."""
+    return mixin_for(trainer) is not PosteriorTrainerMixin
+
+
 def count_rollout_draws(trainer: Trainer, rollouts: str, draws: int | None) -> int:
     """Return how many draws write a group of completions, 0 for the mean.
 
@@ -143,7 +148,7 @@ def count_rollout_draws(trainer: Trainer, rollouts: str, draws: int | None) -> i
         IVONError: the settings do not go with the Trainer, it shards a model that writes completions, or it writes them
             where nothing here keeps draws out.
     """
-    online, own, args = mixin_for(trainer) is not PosteriorTrainerMixin, _methods(trainer), _methods(trainer.args)
+    online, own, args = writes_completions(trainer), _methods(trainer), _methods(trainer.args)
     # What each of TRL's other Trainers that generate has; `rollout_worker` is AsyncGRPOTrainer's.
     if not online and (hasattr(trainer, "generation_config") or hasattr(trainer, "rollout_worker")):
         raise IVONError(

@@ -87,6 +87,7 @@ def test_by_adam_s_direction_draws_are_as_wide_for_how_far_weights_get_as_in_a_r
 )
 def test_adam_s_direction_needs_what_it_is_made_of(changes: Any, prior: Any, rescale: bool, named: str) -> None:
     assert resolved("auto", changes).with_direction(prior, rescale).direction == "newton"
+    assert resolved("auto", {}).with_direction("empirical", online=True).direction == "newton"
     with pytest.raises(IVONError, match=named):
         resolved("auto", {**changes, "direction": "adam"}).with_direction(prior, rescale)
 
