@@ -9,13 +9,14 @@ import contextlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import IVONError, param_ref
 from ..storage.format import read_lines
+from ..storage.labels import are_amounts, are_labels
 
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 _SAID = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")  # beside the text of a message
@@ -247,31 +248,6 @@ def question_of(value: str | Sequence[Message] | Mapping[str, Any], source: str)
     return Example(tuple(messages), "", source, plain, tools=tools)
 
 
-_FEW, MOST_LABELS = 26, 200  # different answers
-LONGEST_LABEL = 40  # characters
-
-
-def are_labels(counts: Mapping[str, int]) -> bool:
-    """Return whether answers, given how often each occurs, look like a few strings to choose from.
-
-    Each is then one line of at most 40 characters. Of at most 26 different ones each is a single character, or every
-    answer occurs at least twice on average. 27 to 200 have letters somewhere (amounts are no labels), and at most a
-    tenth of the rows has an answer that no other row has. That share estimates how often the next row has a new answer
-    (Good 1953, Biometrika 40): about e^(−r) for equally frequent labels with r rows each, 0.25 and more for names and
-    other answers without an end.
-    """
-    rows = sum(counts.values())
-    if len(counts) > MOST_LABELS or any(len(answer) > LONGEST_LABEL or "\n" in answer for answer in counts):
-        return False
-    if len(counts) <= _FEW:
-        return 2 * len(counts) <= rows or all(len(answer.strip()) == 1 for answer in counts)
-    return 10 * sum(count == 1 for count in counts.values()) <= rows and not _are_amounts(counts)
-
-
-def _are_amounts(answers: Collection[str]) -> bool:
-    return len(answers) > _FEW and not any(letter.isalpha() for answer in answers for letter in answer)
-
-
 def detect_task(examples: Sequence[Example]) -> str:
     """Return "choice" if the answers are all there is of a turn and `are_labels`, else "generate"."""
     if any(example.says_more for example in examples):
@@ -287,7 +263,7 @@ def trained_choices(header: Mapping[str, str]) -> tuple[str, ...]:
     with contextlib.suppress(ValueError):
         choices = json.loads(header.get("choices") or "[]")
         if isinstance(choices, list) and all(isinstance(choice, str) for choice in choices):
-            return () if _are_amounts(choices) else tuple(choices)
+            return () if are_amounts(choices) else tuple(choices)
     return ()
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..data.chats import LONGEST_LABEL, MOST_LABELS, are_labels
+from ..storage.labels import LONGEST_LABEL, MOST_LABELS, are_labels
 
 _MOST_ROWS = 256
 _LONGEST = 64  # tokens
