@@ -90,7 +90,8 @@ COMMANDS = {
     "serve": [
         "ivon-post serve out",
         "curl -s localhost:8000/v1/chat/completions -H 'Content-Type: application/json' "
-        """-d '{"model": "out", "messages": [{"role": "user", "content": "red dog"}], "max_tokens": 1}' """
+        """-d '{"model": "out", "messages": [{"role": "user", "content": "red dog"}], "max_tokens": 1, """
+        """"temperature": 0}' """
         "| python -m json.tool",
     ],
     "mistake": ["ivon-post prune --ratio 1.5 out"],
