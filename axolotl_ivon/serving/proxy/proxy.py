@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import functools
 import secrets
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...generation.endpoint import together
 from ...generation.utilities import UTILITIES, AnswerExtractor
 from ...noise import generator
 from ..api.answers import AnswerDelta, Token, certainty, certainty_of
@@ -21,7 +22,7 @@ from ..api.backend import AnswerStream, Backend, Deltas, Limits, queue_full
 from ..api.protocol import ApiError, ChatRequest, Request
 from .mixture import Candidate, Scores, by_risk, by_score, unique
 from .responses import read_candidates, read_prompt_ids, read_scores, read_text, read_tokens
-from .upstream import UpstreamPool, broken_off, cancel_all, malformed_as_502
+from .upstream import UpstreamPool, broken_off, malformed_as_502
 
 if TYPE_CHECKING:
     from ...decisions.recommendation import DecisionRule
@@ -164,7 +165,7 @@ class Proxy(Backend):
         for number, member in enumerate(self._draws):
             own = int(generator("serve", seed, number).bit_generator.random_raw() >> 33)
             posts.append(self._pool.post(request.path, {**body, "model": member, "seed": own}))
-        responses = await _together(posts)
+        responses = await together(posts)
         with malformed_as_502():
             answers.prompt_tokens += int(responses[0]["usage"]["prompt_tokens"])
             candidates = [own for number, told in enumerate(responses) for own in read_candidates(told, number)]
@@ -176,7 +177,7 @@ class Proxy(Backend):
             raise ApiError(502, "the servers behind this one return no token ids (return_token_ids); use vLLM ≥ 0.10.2")
         else:
             different = unique(candidates)
-            scores = await _together(
+            scores = await together(
                 [self._score(prompt, candidate, member) for candidate in different for member in self._draws]
             )
             size = len(self._draws)
@@ -200,12 +201,3 @@ class Proxy(Backend):
         response = await self._pool.post("completions", body)
         with malformed_as_502():
             return read_scores(response, slice(len(prompt), len(prompt) + len(ids)))
-
-
-async def _together(requests: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Return the results of all; when one fails, or nobody waits any more, the others are cancelled."""
-    tasks = [asyncio.ensure_future(request) for request in requests]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        await cancel_all(tasks)

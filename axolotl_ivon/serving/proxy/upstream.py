@@ -11,13 +11,13 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import aiohttp
 
-from ...generation.endpoint import base_url
+from ...generation.endpoint import base_url, cancel_all
 from ..api.protocol import ApiError
 
 PROBE_INTERVAL = 2.0  # seconds between checks of a server that failed
@@ -184,10 +184,3 @@ def malformed_as_502() -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise ApiError(502, "the server behind this one does not answer as OpenAI's interface does") from None
-
-
-async def cancel_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
-    """Cancel tasks, and wait until they have ended."""
-    for task in (tasks := list(tasks)):
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
