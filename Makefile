@@ -55,7 +55,7 @@ newest:  ## the library's tests with the newest of everything, without axolotl (
 		-W 'ignore:`is_gradient_checkpointing:FutureWarning' -W 'ignore:`gradient_checkpointing:FutureWarning'
 
 VLLM ?= .venv-vllm
-test-vllm: $(VENV)/.dev $(VLLM)/.vllm  ## compare vLLM on the CPU with ivon-post generate, and serve in front of it
+test-vllm: $(VENV)/.dev $(VLLM)/.vllm  ## compare vLLM on the CPU with ivon-post generate and eval, and serve in front of it
 	cd example_configs/smollm2 && $(abspath $(BIN))/python -c 'import prepare_demo as p; p.prepare_model(p.DEMO / p.MODEL)'
 	OMP_NUM_THREADS=1 IVON_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest tests/integration/test_vllm.py
 # The registry's torchvision and its kin are CUDA builds; vLLM finds its platform by the metadata of a package "vllm".

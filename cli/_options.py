@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from axolotl_ivon.errors import IVONError, printable
 from axolotl_ivon.models import DTYPES
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from axolotl_ivon.decisions.recommendation import DecisionRule, Recommended
     from axolotl_ivon.evaluation.evaluate import EvaluationData as EvaluationData
     from axolotl_ivon.evaluation.evaluate import Sampling as Sampling
+    from axolotl_ivon.evaluation.served import ServedModel
     from axolotl_ivon.models.session import Loading as Loading
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -39,7 +41,7 @@ OTHER_CONFIDENCE = (
 _SECTIONS = {
     "Posterior": {"tau", "taus", "ratio", "ratios", "recommended", "samples", "members", "seed", "sample_seed"},
     "Data": {"data", "prompts", "task", "choices", "by_length", "limit", "ood", "calibrate", "on", "validation"},
-    "Model": {"base_model", "load_in", "device", "chat_template_kwargs"},
+    "Model": {"endpoints", "base_model", "load_in", "device", "chat_template_kwargs"},
     "Output": {"output", "overwrite", "as_json", "quiet", "--help"},
 }
 
@@ -203,11 +205,17 @@ class PosteriorOptions:
         """The file that the user gave."""
         return self.recommended if isinstance(self.recommended, str) else None
 
-    def taken(self, adapter: str, terminal: Terminal, wants: str = "") -> Recommended | None:
+    def taken(self, adapter: str, terminal: Terminal, wants: str = "", served: bool = False) -> Recommended | None:
         """Return the recommendation that holds, and say so where it is the adapter's own.
 
-        Who `wants` "draws" gets the best ones, and who wants the "mean" nothing that is for draws.
+        Who `wants` "draws" gets the best ones, and who wants the "mean" nothing that is for draws. For members that are
+        `served` it is of the draws that they are.
         """
+        if served:
+            from axolotl_ivon.decisions.recommendation import recommended_for_members
+
+            taken = recommended_for_members(self.file) if self.file else None
+            return taken.for_draws() if taken and wants == "draws" else taken
         own = self.recommended is None and self.tau is None and self.ratio is None
         if not own and self.file is None:
             return None
@@ -224,13 +232,15 @@ class PosteriorOptions:
             terminal.note(f"{what}; --no-recommended leaves it out")
         return taken
 
-    def settings(self, adapter: str, terminal: Terminal, wants: str = "", default_ratio: float = 0.0) -> Setting:
+    def settings(
+        self, adapter: str, terminal: Terminal, wants: str = "", default_ratio: float = 0.0, served: bool = False
+    ) -> Setting:
         """Return what holds: the options, else the recommendation (see `taken`), else the defaults."""
         from axolotl_ivon.decisions.recommendation import DecisionRule
         from axolotl_ivon.posterior.posterior import check_tau
         from axolotl_ivon.posterior.prune import Pruning
 
-        taken = self.taken(adapter, terminal, wants)
+        taken = self.taken(adapter, terminal, wants, served)
         tau, ratio, rule = (taken.tau, taken.ratio, taken.rule) if taken else (1.0, default_ratio, DecisionRule())
         tau, ratio = tau if self.tau is None else self.tau, ratio if self.ratio is None else self.ratio
         check_tau(tau)
@@ -391,6 +401,58 @@ def risk_options(where: str) -> Callable[[Command], Command]:
         ),
         option("--confidence", type=float, default=0.9, help="Confidence level of the promise that --risk gives."),
     )
+
+
+endpoints_option = click.option(
+    "--endpoint",
+    "endpoints",
+    multiple=True,
+    metavar="URL",
+    help="URL of an OpenAI-compatible server that serves the members of the ensemble ADAPTER. Repeatable.",
+)
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The servers that hold the members of an ensemble, in place of a model here: what --endpoint says."""
+
+    endpoints: Sequence[str]
+    concurrency: int
+
+    @property
+    def words(self) -> list[str]:
+        """The words that name them on a command line."""
+        return [word for url in self.endpoints for word in ("--endpoint", url)]
+
+    def model(self, adapter: str, loading: Loading) -> ServedModel | None:
+        """Return the members there, None without servers; options about draws, or about a model here, are refused."""
+        if not self.endpoints:
+            return None
+        from axolotl_ivon.evaluation.served import ServedModel
+        from axolotl_ivon.generation.scoring import ServedMembers
+
+        ctx = click.get_current_context()
+        given = {p.name: p.opts[0] for p in ctx.command.params if p.name and _is_given(ctx, p.name)}
+        # The seed of a sweep also splits the data.
+        drawn = ("tau", "taus", "ratio", "ratios", *(["seed"] if ctx.info_name != "sweep" else []))
+        if option := next((given[name] for name in drawn if name in given), None):
+            raise IVONError(f"--endpoint: the members are drawn already; give {option} to `ivon-post sample`")
+        if option := next((given[name] for name in ("load_in", "device") if name in given), None):
+            raise IVONError(f"--endpoint: the model is not loaded here; give {option} to the server")
+        samples = ctx.params["samples"] if "samples" in given else None
+        return ServedModel(ServedMembers(adapter, self.endpoints, loading, samples, self.concurrency))
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+# They become the command's argument `servers`.
+server_options = add_all(
+    endpoints_option,
+    click.option("--concurrency", type=click.IntRange(1), default=32, hidden=True),
+    as_one("servers", Servers, "endpoints", "concurrency"),
+)
 
 
 answer_option = click.option(

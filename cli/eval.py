@@ -59,6 +59,7 @@ _DIFFERENCES = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL"
     metavar="FILE",
     help="Validation data on which a softmax temperature is fitted: adds mean+temperature and posterior+temperature.",
 )
+@options.server_options
 @options.point_options(
     "Temperature of the posterior; inf is the mean.  [default: 1]",
     "Share of weights that the pruned variants lack, which are then evaluated too.",
@@ -78,6 +79,7 @@ def command(
     rows: str | None,
     output: options.OutputOptions,
     loading: options.Loading,
+    servers: options.Servers,
 ) -> None:
     """Measure accuracy, calibration and uncertainty.
 
@@ -103,13 +105,16 @@ def command(
     \b
       ivon-post eval adapter/ --data held-out.jsonl --data shifted.jsonl
       ivon-post eval adapter/ --data test.jsonl --calibrate validation.jsonl --ood other.jsonl -o examples.jsonl
+      ivon-post eval ensemble/ --data test.jsonl --endpoint http://localhost:8000
     """
     from axolotl_ivon.evaluation.run import run as evaluate
     from axolotl_ivon.evaluation.variants import VariantChoice
     from axolotl_ivon.storage.atomic import check_file
 
     names = [name.strip() for name in rows.split(",")] if rows is not None else []
-    taken, pruned = point.taken(adapter, output), any("pruned" in name for name in names)
+    if served := servers.model(adapter, loading):
+        sampling = served.sampling
+    taken, pruned = point.taken(adapter, output, served=bool(served)), any("pruned" in name for name in names)
     choice = taken.choice() if taken else VariantChoice()
     files = replace(files, by_length=files.by_length or bool(taken and taken.rule.by_length))
     tau = choice.tau if point.tau is None else point.tau
@@ -126,7 +131,7 @@ def command(
     if written:
         check_file(written, output.overwrite)
     with output.progress() as progress:
-        evaluated = evaluate(adapter, files, choice, sampling, loading, progress, output.output)
+        evaluated = evaluate(adapter, files, choice, sampling, loading, progress, output.output, served)
     record = evaluated.record
     if output.as_json:
         emit(record.dump())
@@ -134,7 +139,10 @@ def command(
     _print(record)
     if written:
         click.echo(written, file=results())
-    if taken or not evaluated.evaluation.posterior.metadata:
+    if served:
+        sweep = ["ivon-post", "sweep", adapter, "--data", "VALIDATION.jsonl", *servers.words]
+        output.suggest(*([] if taken else sweep))
+    elif taken or not evaluated.evaluation.posterior.metadata:
         given = ["--recommended", point.file] if point.file else []
         output.suggest("ivon-post", "sample" if taken and not taken.is_mean else "merge", adapter, *given)
     else:

@@ -50,6 +50,7 @@ from ._tables import percent
 )
 @options.seed_option("Seed of the draws, the same as for `sample --seed`.")
 @options.point_options()
+@options.server_options
 @options.model_options
 @options.chat_template_option
 @options.choice_option("--format", ["jsonl", "csv"], "Form of the lines.")
@@ -73,6 +74,7 @@ def command(
     loading: options.Loading,
     format: str,
     output: options.OutputOptions,
+    servers: options.Servers,
 ) -> None:
     """Give each text the probability of every label.
 
@@ -91,6 +93,7 @@ def command(
       ivon-post predict adapter/ --data texts.jsonl --choices refund,delivery,other -o decisions.jsonl
       echo 'where is my parcel' | ivon-post predict adapter/ --threshold 0.8
       ivon-post predict adapter/ --data texts.jsonl --format csv > decisions.csv
+      ivon-post predict ensemble/ --data texts.jsonl --endpoint http://localhost:8000
     """
     from axolotl_ivon.data.chats import read_questions, read_texts
     from axolotl_ivon.decisions.decide import Decider
@@ -108,7 +111,8 @@ def command(
     else:
         rows = list(read_questions(str(data), limit))
         total, examples = len(rows), iter(rows)
-    setting = point.settings(adapter, output, "draws" if samples else "")
+    served = servers.model(adapter, loading)
+    setting = point.settings(adapter, output, "draws" if samples else "", served=bool(served))
     rule = replace(setting.rule, by_length=by_length or setting.rule.by_length)
     if threshold is not None:
         rule = replace(rule, threshold=threshold, score="probability")
@@ -117,17 +121,18 @@ def command(
         raise IVONError(f"--set {coverage:g}: there are no sets of that coverage; {fix}")
     if coverage is None:
         rule = replace(rule, prediction_set=None)
-    asked = samples is not None or setting.recommended is not None or point.tau is not None
+    asked = served is not None or samples is not None or setting.recommended is not None or point.tau is not None
     with output.progress() as progress:
         decider = Decider(
             adapter,
             choices,
             rule,
-            Sampling(samples or 10, seed),
+            served.sampling if served else Sampling(samples or 10, seed),
             tau=setting.tau if asked else None,
             ratio=setting.ratio,
             loading=loading,
             reporter=progress,
+            served=served,
         )
         lines = DecisionLines(format, decider.choices)
         folders = filter(Path.is_dir, [Path(adapter)])

@@ -38,13 +38,7 @@ _SECTIONS = {
 @options.point_options()
 @options.model_options
 @options.chat_template_option
-@click.option(
-    "--endpoint",
-    "endpoints",
-    multiple=True,
-    metavar="URL",
-    help="Ask the OpenAI-compatible server URL, which serves the members of the ensemble ADAPTER; repeatable.",
-)
+@options.endpoints_option
 @options.choice_option(
     "--combine",
     ["exact", "bleu", "chrf", "rouge", "bertscore", "rescore"],
@@ -114,8 +108,9 @@ def command(
                 backend = proxy_backend(adapter, endpoints, decided, limits, Combining(**proxied), **names)
             score = "agreement" if endpoints and proxied["combine"] != "rescore" else "probability"
             if decided.threshold is not None and decided.score != score:
+                promised = "answers that are no choices" if decided.score == "probability" else "this one"
                 progress.notify(
-                    f"the threshold is of another confidence ({decided.score}); of this one it promises nothing"
+                    f"the threshold is of another confidence ({decided.score}); of {promised} it promises nothing"
                 )
         from axolotl_ivon.serving.api.app import Guard, make_app
 

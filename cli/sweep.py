@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ _grid: dict[str, Any] = {"type": options.numbers, "multiple": True}
 )  # fmt: skip
 @options.option("--ratio", "ratios", **_grid, default=["0,0.1,0.3"], help="Pruning ratios to try, with commas between.")
 @options.choice_option("--objective", ["nll", "ece", "accuracy", "brier"], "Metric by which a point is chosen.")
+@options.server_options
 @options.risk_options("half of the data certifies it, a quarter chooses and a quarter reports")
 @click.option(
     "--coverage",
@@ -54,6 +56,7 @@ def command(
     sampling: options.Sampling,
     output: options.OutputOptions,
     loading: options.Loading,
+    servers: options.Servers,
 ) -> None:
     """Choose temperature and pruning ratio on data.
 
@@ -71,10 +74,13 @@ def command(
     With --risk, recommended.json also has a threshold on the confidence (the largest averaged probability), below which
     `eval`, `predict`, `generate` and `mbr` abstain. With --coverage it has prediction sets for `predict --set`.
 
+    With --endpoint, ADAPTER is an ensemble: the mean is compared with its draws, each at its own softmax temperature.
+
     \b
       ivon-post sweep adapter/ --data validation.jsonl --tau 0.5,1,2,inf --ratio 0,0.1,0.2
       ivon-post sweep adapter/ --data validation.jsonl --risk 0.05 --confidence 0.9
       ivon-post sweep --combine a/ b/ --data a.jsonl --data b.jsonl
+      ivon-post sweep ensemble/ --data validation.jsonl --endpoint http://localhost:8000
     """
     from axolotl_ivon.evaluation.evaluate import Evaluation
 
@@ -84,13 +90,19 @@ def command(
     if len(adapters) > 1:
         raise click.UsageError(f"{len(adapters)} ADAPTERs: give one, or sweep the weights of several with --combine")
     [adapter] = adapters
+    if served := servers.model(adapter, loading):
+        sampling = replace(sampling, samples=served.sampling.samples)
+        grid = {"taus": ((1.0, math.inf),), "ratios": ((0.0,),)}
     from axolotl_ivon.decisions.abstention import check_risk
     from axolotl_ivon.decisions.conformal import check_coverage, describe
     from axolotl_ivon.decisions.sweep import check_grid, check_output, sweep
 
     # Its own folder is where all commands look for it.
     own = (
-        bool(output.output) and Path(adapter).is_dir() and Path(str(output.output)).resolve() == Path(adapter).resolve()
+        not served
+        and bool(output.output)
+        and Path(adapter).is_dir()
+        and Path(str(output.output)).resolve() == Path(adapter).resolve()
     )
     folder = Path(adapter) if own else output.path(adapter, "sweep")
     variants = check_grid(*([value for group in grid[name] for value in group] for name in ("taus", "ratios")))
@@ -101,7 +113,7 @@ def command(
         check_coverage(aim["coverage"])
     with output.progress() as progress:
         evaluation = Evaluation(
-            adapter, replace(files, risk=aim["risk"], coverage=aim["coverage"]), variants, loading, progress
+            adapter, replace(files, risk=aim["risk"], coverage=aim["coverage"]), variants, loading, progress, served
         )
         result = sweep(evaluation, variants, sampling=sampling, **aim, reporter=progress)
         progress.begin("drawing")
@@ -128,7 +140,8 @@ def command(
     document = {"recommended": recommended, "files": [str(path) for path in written], **values}
     promise = [result.abstention.describe(share=0.5)] if result.abstention else []
     promise += [describe(recommendation.prediction_set)] if recommendation.prediction_set else []
-    then = ["ivon-post", "eval", adapter, "--data", "TEST.jsonl", *([] if own else ["--recommended", written[0]])]
+    then: list[object] = ["ivon-post", "eval", adapter, "--data", "TEST.jsonl", *servers.words]
+    then += [] if own else ["--recommended", written[0]]
     output.finish(
         document, values["verdict"]["text"], f"recommended: {recommendation.describe()}", *promise, *written, then=then
     )
@@ -149,7 +162,8 @@ def _sweep_weights(
 
     ctx = click.get_current_context()
     given = {name: ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ctx.params}
-    for name, option in {"taus": "--tau", "ratios": "--ratio", "risk": "--risk", "coverage": "--coverage"}.items():
+    options_of_one = {"taus": "--tau", "ratios": "--ratio", "risk": "--risk", "coverage": "--coverage"}
+    for name, option in {**options_of_one, "endpoints": "--endpoint"}.items():
         if given[name]:
             raise click.UsageError(f"{option} has no effect with --combine; sweep the adapter that it writes")
     sampling = replace(sampling, samples=sampling.samples * given["samples"])

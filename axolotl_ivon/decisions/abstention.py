@@ -161,7 +161,7 @@ def find_threshold(
     quantile, needs = NormalDist().inv_cdf, []
     for answered, errors in _counts(scores, correct, grid):
         rate = (errors + 0.5) / (answered + 1)
-        if rate < risk:
+        if answered and rate < risk:
             # About how many answers it takes to reject `risk` where the error rate is `rate`, mostly.
             spread = quantile(confidence) * math.sqrt(risk * (1 - risk))
             spread += quantile(_POWER) * math.sqrt(rate * (1 - rate))

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.chats import Example, Message, find_choices, question_of, trained_choices
 from ..errors import IVONError, param_ref
@@ -27,6 +28,11 @@ from ..reporter import SILENT, Reporter
 from .conformal import labels_in_set
 from .recommendation import DecisionRule, recommended_for
 
+if TYPE_CHECKING:
+    from ..evaluation.served import ServedModel
+    from ..metrics.scores import Scores
+
+_Evaluate = Callable[..., "list[Scores]"]
 _FIRST_WINDOW, _LARGEST_WINDOW = 16, 1024  # texts that are decided together: few at first, so that answers come soon
 
 
@@ -38,6 +44,7 @@ class Decider:
         choices: the labels; by default those of training, or those of the classification head.
         rule: the softmax temperature of the probabilities, the threshold below which to abstain, and prediction sets.
         sampling: how many draws are averaged.
+        served: members of an ensemble on servers, in place of a model in memory.
         tau, ratio: temperature of the posterior and pruning ratio, on top of its own. At τ = ∞ it is the mean, one
             pass; None is 1, or the mean of an adapter without σ.
 
@@ -62,37 +69,50 @@ class Decider:
         ratio: float = 0.0,
         loading: Loading = Loading(),
         reporter: Reporter = SILENT,
+        served: ServedModel | None = None,
     ) -> None:
         if rule.threshold is not None and rule.score != "probability":
             reporter.notify(f"the threshold of the recommendation is of another confidence ({rule.score}): not used")
             rule = replace(rule, threshold=None)
         if rule.threshold is not None and not 0 <= rule.threshold <= 1:
             raise IVONError(f"{param_ref('threshold')} {rule.threshold:g} is outside [0, 1]; it is a probability")
-        if isinstance(adapter, Posterior):
+        if served is not None:
+            posterior = served.members.posterior
+        elif isinstance(adapter, Posterior):
             posterior = adapter
         else:
             tau = tau if tau is not None else 1.0 if Adapter(adapter).sigma is not None else math.inf
             posterior = open_posterior(Path(adapter), mean_only=math.isinf(tau) and not ratio)
         self.choices = _choices(posterior, choices)
         self._task = "classify" if has_head(posterior) else "choice"
-        self._rule, self._posterior, self._sampling = rule, posterior, replace(sampling, keep=True)
+        self._rule = rule
         drawn = Variant("draws", tau=1.0 if tau is None else tau, ratio=ratio)
         self._variants = [drawn, replace(drawn, temperature=rule.temperature)]
-        self._kept: KeptDraws = {}
         self.passes = drawn.passes(sampling.samples)
-        session = self._session = Session.open(posterior, loading, reporter)
-        from ..models.draws import Stack
+        if served is not None:
+            served.members.start(reporter)
+            self._reader, base_model = served.members.reader, served.members.base_model
+            self._evaluate: _Evaluate = functools.partial(served.evaluate, task="choice", keep=True)
+        else:
+            session = Session.open(posterior, loading, reporter)
+            self._reader, base_model = session, session.base_model
+            sampling = replace(sampling, keep=True)
+            from ..models.draws import Stack
 
-        with contextlib.suppress(IVONError):  # else one draw runs after another
-            Stack(session.model, [dict(posterior.mean)])
-            self._sampling = replace(self._sampling, draws_per_pass=self.passes)
-        self.choices = self.choices or session.labels
+            with contextlib.suppress(IVONError):  # else one draw runs after another
+                Stack(session.model, [dict(posterior.mean)])
+                sampling = replace(sampling, draws_per_pass=self.passes)
+            kept: KeptDraws = {}
+            self._evaluate = functools.partial(
+                evaluate, session.model, posterior, task=self._task, sampling=sampling, kept=kept
+            )
+        self.choices = self.choices or self._reader.labels
         self.settings: dict[str, Any] = {
             "adapter": posterior.metadata.get("mean_sha256") or mean_sha256(posterior.mean),
-            "base_model": session.base_model,
+            "base_model": base_model,
             "load_in": loading.load_in,
             "dtype": loading.dtype,
-            "chat_template": dict(session.chat_format.kwargs),
+            "chat_template": dict(self._reader.chat_format.kwargs),
             "choices": list(self.choices),
             "by_length": rule.by_length,
             "tau": "inf" if math.isinf(tau := drawn.tau * posterior.tau) else tau,
@@ -120,17 +140,8 @@ class Decider:
         ]
         if not examples:
             return []
-        items = self._session.encode(examples, self._task, self.choices, self._rule.by_length)
-        drawn, scaled = evaluate(
-            self._session.model,
-            self._posterior,
-            items,
-            self._variants,
-            self._task,
-            self._sampling,
-            reporter,
-            self._kept,
-        )
+        items = self._reader.encode(examples, self._task, self.choices, self._rule.by_length)
+        drawn, scaled = self._evaluate(items, self._variants, reporter=reporter)
         order = drawn.group.argsort()
         assert scaled.probabilities is not None
         columns = (scaled.probabilities, drawn.expected_entropy, drawn.entropy - drawn.expected_entropy)

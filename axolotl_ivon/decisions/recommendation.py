@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -126,17 +127,30 @@ def recommended_for(adapter: str | os.PathLike[str] | Adapter, path: str | Path 
     record = recommended_in(held) if path is None else recommended_from(Path(path), held)
     if record is None:
         return None
+    file = held.folder / RECOMMENDED_FILE if path is None else Path(path)
+    is_mean = math.isinf(float(held.metadata.get("tau", 1)))
+    return _recommended(record, file, lambda tau: tau_on_top(record, held.metadata, tau), is_mean)
 
-    def on_top(tau: float) -> float:
-        return tau_on_top(record, held.metadata, tau)
 
+def recommended_for_members(path: str | Path) -> Recommended:
+    """Return what a recommended.json means for members that are drawn and pruned already.
+
+    Raises:
+        IVONError: the file cannot be read, or is no recommendation.
+    """
+    record = Recommendation.load(path, "recommended")
+    taken = _recommended(record, Path(path), lambda tau: math.inf if math.isinf(tau) else 1.0)
+    return replace(taken, ratio=0.0)
+
+
+def _recommended(
+    record: Recommendation, path: Path, on_top: Callable[[float], float], is_mean: bool = False
+) -> Recommended:
     draws = record.draws
     if math.isfinite(record.tau):
         draws = DrawsPoint(tau=record.tau, temperature=record.temperature)
     if draws is not None:
-        is_mean = math.isinf(float(held.metadata.get("tau", 1)))
         draws = None if is_mean else draws.model_copy(update={"tau": on_top(draws.tau)})
     temperatures = [1.0] + [record.temperature] * (math.isinf(record.tau) and not record.ratio)
     temperatures += [point.temperature for point in record.scaled if math.isinf(point.tau) and not point.ratio]
-    file = held.folder / RECOMMENDED_FILE if path is None else Path(path)
-    return Recommended(file, on_top(record.tau), record.ratio, _rule(record), draws, temperatures[-1])
+    return Recommended(path, on_top(record.tau), record.ratio, _rule(record), draws, temperatures[-1])

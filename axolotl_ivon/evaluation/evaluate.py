@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..metrics.scores import Scores
     from ..models.draws import AdapterSlots
     from .predict import Batch, Predictor
+    from .served import ServedModel
 
 _AVERAGES = 2**28  # probabilities (of all variants together) that are kept at a time: 1 GiB in float32
 
@@ -99,7 +100,7 @@ def evaluate(
     return [Scores.concatenate(parts) for parts in zip(*scores, strict=True)]
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """Examples whose averages fit the memory together, by length; for each prediction its example and right class."""
 
     items: list[EncodedExample]
@@ -107,14 +108,14 @@ class _Chunk(NamedTuple):
     target: Tensor
 
 
-def _chunks(items: Sequence[EncodedExample], classes: int) -> Iterator[_Chunk]:
+def _chunks(items: Sequence[EncodedExample], classes: int) -> Iterator[Chunk]:
     """Cut the examples, shortest first, into chunks; nearly always there is one."""
     import torch
 
-    def chunk(numbers: list[int]) -> _Chunk:
+    def chunk(numbers: list[int]) -> Chunk:
         group = torch.tensor([number for number in numbers for _ in items[number].positions])
         target = torch.tensor([target for number in numbers for target in items[number].targets])
-        return _Chunk([items[number] for number in numbers], group, target)
+        return Chunk([items[number] for number in numbers], group, target)
 
     numbers: list[int] = []
     held = 0
@@ -176,7 +177,7 @@ def _passes(
 
 
 @dataclass
-class _Average:
+class Average:
     """Running means over draws of the probabilities (n, classes), of the entropies (n,) and of the variance (n,).
 
     Running, so that the average of equal draws is that draw to the last bit.
@@ -198,7 +199,7 @@ class _Average:
             spread = (away * (drawn - self.mean[slots])).sum(1)  # Welford's
             self.variance[slots] += (spread - self.variance[slots]) / number
 
-    def scores(self, chunk: _Chunk, temperature: float, keep: bool) -> Scores:
+    def scores(self, chunk: Chunk, temperature: float, keep: bool) -> Scores:
         """Return the scores at a temperature."""
         from ..metrics.calibration import scores_at
         from ..metrics.scores import Scores
@@ -211,19 +212,19 @@ class _Average:
 
 def _accumulate(
     predictor: Predictor,
-    chunk: _Chunk,
+    chunk: Chunk,
     sources: Sequence[Variant],
     passes: Iterator[_Pass],
     prefix: Sequence[int],
     advance: Callable[[int], None],
-) -> list[_Average]:
+) -> list[Average]:
     """Average the predictions of all passes over a chunk, for each source; `prefix` is run once a pass."""
     import torch
 
     size = (len(chunk.target), predictor.classes(chunk.items))
     dtype = torch.float32 if predictor.task == "generate" else torch.float64
     zeros = functools.partial(torch.zeros, dtype=dtype, device=predictor.device)
-    averages = [_Average(zeros(size), zeros(size[0]), zeros(size[0])) for _ in sources]
+    averages = [Average(zeros(size), zeros(size[0]), zeros(size[0])) for _ in sources]
     batches: dict[int, list[Batch]] = {}
     for number, copies, running in passes:
         average = averages[number]
@@ -289,7 +290,10 @@ class Evaluation:
         files: the data files with the numbers of their examples, in the order given.
         ood_files: the same for the files out of the distribution; their examples come after the data's.
         items: the examples, tokenised; `held_out` those of the file to fit temperatures on.
-        session: the loaded model with its tokenizer; `model` and `base_model` are its own.
+        reader: turns chats into tokens.
+        base_model: the name of the base model.
+        model: the adapter over it, in memory; there is none with `served`.
+        served: members on servers, in place of a model in memory, or None.
     """
 
     def __init__(
@@ -299,6 +303,7 @@ class Evaluation:
         variants: Sequence[Variant] = (),
         loading: Loading = Loading(),
         reporter: Reporter = SILENT,
+        served: ServedModel | None = None,
     ) -> None:
         """Read the data, then the adapter, then the base model: a mistake shows before the slower steps.
 
@@ -323,7 +328,10 @@ class Evaluation:
                         "give a file with others"
                     )
         mean_only = bool(variants) and not any(variant.needs_sigma for variant in variants)
-        self.posterior = open_posterior(adapter, mean_only=mean_only)
+        self.served = served
+        if served is not None:
+            served.check(variants)
+        self.posterior = served.members.posterior if served else open_posterior(adapter, mean_only=mean_only)
         own = self.examples[: sum(map(len, self.files.values()))]
         trained = trained_choices(self.posterior.metadata)
         self.task, self.choices = choose_task(own, has_head(self.posterior), data.task, data.choices, trained)
@@ -339,10 +347,14 @@ class Evaluation:
                     f"{param_ref(name)} {path}: the answer {strange.answer!r} ({strange.source}) is not among the "
                     f"choices {','.join(self.choices)} of {param_ref('data')}; give a file with the same choices"
                 )
-        self.session = Session.open(self.posterior, loading, reporter)
-        self.model, self.base_model = self.session.model, self.session.base_model
-        self.choices = self.choices or self.session.labels
-        items = self.session.encode(self.examples + held_out, self.task, self.choices, data.by_length)
+        if served is not None:
+            served.members.start(reporter)
+            self.reader, self.base_model = served.members.reader, served.members.base_model
+        else:
+            session = Session.open(self.posterior, loading, reporter)
+            self.reader, self.model, self.base_model = session, session.model, session.base_model
+        self.choices = self.choices or self.reader.labels
+        items = self.reader.encode(self.examples + held_out, self.task, self.choices, data.by_length)
         self.items, self.held_out = items[: len(self.examples)], items[len(self.examples) :]
 
     def _read(self, data: EvaluationData, name: str, paths: Sequence[str | Path]) -> dict[str, range]:
@@ -361,7 +373,19 @@ class Evaluation:
         posterior: Posterior | None = None,
     ) -> list[Scores]:
         """Return the scores of every variant on all examples: see `evaluate`. By default of the adapter's posterior."""
-        return evaluate(self.model, posterior or self.posterior, self.items, variants, self.task, sampling, reporter)
+        return self._evaluate(self.items, variants, sampling, reporter, posterior or self.posterior)
+
+    def _evaluate(
+        self,
+        items: Sequence[EncodedExample],
+        variants: Sequence[Variant],
+        sampling: Sampling,
+        reporter: Reporter,
+        posterior: Posterior,
+    ) -> list[Scores]:
+        if self.served is not None:
+            return self.served.evaluate(items, variants, self.task, sampling.keep, reporter)
+        return evaluate(self.model, posterior, items, variants, self.task, sampling, reporter)
 
     def temperatures(
         self, variants: Sequence[Variant], sampling: Sampling = Sampling(), reporter: Reporter = SILENT
@@ -373,9 +397,9 @@ class Evaluation:
         import torch
 
         from ..metrics.calibration import TEMPERATURES, fit_temperature
-        from .predict import Predictor
 
-        classes = Predictor(self.model, self.task, None, reporter).classes(self.held_out)
+        of_tokens = self.served is None and self.task == "generate"
+        classes = self.model.config.get_text_config().vocab_size if of_tokens else max(len(self.choices), 1)
         most = _AVERAGES // (classes * len(variants))
         sizes = itertools.accumulate(len(item.positions) for item in self.held_out)
         items = self.held_out[: max(1, sum(size <= most for size in sizes))]
@@ -384,7 +408,7 @@ class Evaluation:
         target = torch.tensor([target for item in items for target in item.targets])
         reporter.begin("fitting temperatures")
         kept = replace(sampling, keep=True)
-        scored = evaluate(self.model, self.posterior, items, variants, self.task, kept, reporter)
+        scored = self._evaluate(items, variants, kept, reporter, self.posterior)
         fitted = []
         for variant, scores in zip(variants, scored, strict=True):
             assert scores.probabilities is not None

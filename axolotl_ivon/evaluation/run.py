@@ -21,6 +21,7 @@ from .variants import Variant, VariantChoice, calibrated_variants
 if TYPE_CHECKING:
     from ..data.encode import EncodedExample
     from ..metrics.scores import Scores
+    from .served import ServedModel
 
 
 # Each verdict: a variant, and what it is compared with.
@@ -56,11 +57,13 @@ def run(
     loading: Loading = Loading(),
     reporter: Reporter = SILENT,
     output: str | None = None,
+    served: ServedModel | None = None,
 ) -> Evaluated:
     """Evaluate variants of an adapter on data, with standard errors, differences and verdicts.
 
     Args:
         output: a file for the examples (`ExampleRecord`, a line each), or None.
+        served: members on servers, in place of a model in memory.
 
     Raises:
         IVONError: as `Evaluation` and `evaluate` do; an unknown variant; nothing to calibrate; `output` cannot be
@@ -68,13 +71,24 @@ def run(
     """
     variants = choice.variants()
     to_calibrate = calibrated_variants(variants) if data.calibrate is not None else []
-    evaluation = Evaluation(adapter, data, variants, loading, reporter)
+    evaluation = Evaluation(adapter, data, variants, loading, reporter, served)
     variants = [_without_threshold(v, evaluation.task, reporter) for v in variants]
-    if any(variant.base for variant in variants) and (reason := _without_base(evaluation)):
-        variants = [variant for variant in variants if not variant.base]
+    for kind, reason in {
+        "base": _without_base(evaluation),
+        "mean": served.members.lacks("mean") if served else "",
+    }.items():
+        lost = [v for v in variants if v.base is (kind == "base") and math.isinf(v.tau)] if reason else []
+        variants = [variant for variant in variants if variant not in lost]
         if not variants:
-            raise IVONError(f"{param_ref('rows')} base: {reason}; name other rows")
-        reporter.notify(f"no row for the base model: {reason}")
+            raise IVONError(f"{param_ref('rows')} {kind}: {reason}; name other rows")
+        if lost:
+            reporter.notify(f"no row for {_REFERENCES[kind]}: {reason}")
+    to_calibrate = [variant for variant in to_calibrate if variant in variants]
+    if served and evaluation.task == "generate":
+        reporter.notify(
+            "vLLM returns the 20 likeliest tokens: entropies and Brier scores take the others as one, and are at most "
+            "the true ones"
+        )
     calibration = None
     if to_calibrate:
         fitted = evaluation.temperatures(to_calibrate, sampling, reporter)
@@ -116,7 +130,9 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def _without_base(evaluation: Evaluation) -> str:
     """Return why the model without its adapter is not the base model; empty if it is."""
-    config = evaluation.posterior.config
+    config, served = evaluation.posterior.config, evaluation.served
+    if served and (reason := served.members.lacks("base")):
+        return reason
     start = str(config.get("init_lora_weights")).lower()
     if evaluation.task == "classify" and config.get("modules_to_save"):
         # The trained head is among the adapter's saved modules, and the base model's own is random.

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 _RETRIES = 5
 _CONNECT_TIMEOUT = 10.0  # seconds
-MALFORMED = (ValueError, TypeError, AttributeError, RecursionError)  # what another answer than OpenAI's leads to
+MALFORMED = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+)  # what another answer than OpenAI's leads to
 
 
 def base_url(url: str) -> str:
@@ -43,17 +49,17 @@ class Endpoint:
     Args:
         url: the address, with or without /v1.
         timeout: seconds that a request may take.
+        done: what a message says of the work so far when the server fails.
 
     Attributes:
         name: what messages call it.
-        running: the requests that wait for it.
 
     Raises IVONError if `openai` is not installed.
     """
 
-    def __init__(self, url: str, timeout: float = 600.0) -> None:
-        self.name, self.running = f"{param_ref('endpoint')} {url}", 0
-        self._url, self._timeout = url, timeout
+    def __init__(self, url: str, timeout: float = 600.0, done: str = "") -> None:
+        self._done = done
+        self.name, self._url, self._timeout = f"{param_ref('endpoint')} {url}", url, timeout
         self._openai = import_optional("openai", param_ref("endpoint"), "openai", "'axolotl-ivon[serve]'")
 
     def client(self, retries: int = _RETRIES) -> AsyncOpenAI:
@@ -93,7 +99,6 @@ class Endpoint:
 
     async def complete(self, client: AsyncOpenAI, read: Callable[[Any], Result], **body: Any) -> Result:
         """Return what `read` makes of the choices of a completion; raise IVONError if the server gives none."""
-        self.running += 1
         try:
             return read((await client.completions.create(**body)).choices)
         except self._openai.OpenAIError as error:
@@ -101,13 +106,11 @@ class Endpoint:
             if status < 500 and status not in (408, 409, 429):
                 raise IVONError(f"{self.name}: {_explain(error)}") from None
             raise IVONError(
-                f"{self.name}: {_RETRIES + 1} attempts failed, the last with {_explain(error)}; what is done is "
-                "kept: run the same command again when the server is well"
+                f"{self.name}: {_RETRIES + 1} attempts failed, the last with {_explain(error)}; {self._done}run the "
+                "same command again when the server is well"
             ) from None
         except MALFORMED:
             raise self.malformed("completions") from None
-        finally:
-            self.running -= 1
 
     def malformed(self, path: str) -> IVONError:
         """Return the error of an answer that is none of OpenAI's interface."""
@@ -130,7 +133,7 @@ class EndpointEngine:
     def __init__(
         self, url: str, members: Sequence[str], plan: Plan, *, concurrency: int = 32, timeout: float = 600.0
     ) -> None:
-        self._endpoint = Endpoint(url, timeout)
+        self._endpoint = Endpoint(url, timeout, "what is done is kept: ")
         self._members, self._plan, self._concurrency = members, plan, concurrency
         self._endpoint.models(members)
 

@@ -55,65 +55,32 @@ class Loading:
         ChatFormat.of({}, self.chat_template_kwargs)
 
 
-class Session:
-    """An adapter over its base model in memory, with the tokenizer: loaded once, used by all that follows.
+class ChatReader:
+    """Turns chats into the tokens that a model reads.
 
-    `adapter` is an `Adapter`, or a `Posterior` that was read from a folder.
+    Args:
+        embeddings: the number of tokens that the model has; None if it refuses others by itself.
+        label2id: the labels of a sequence-classification head, and their classes.
 
     Attributes:
-        model: the adapter over its base model, in evaluation mode.
-        device: the device of the base model.
         tokenizer: the one that training saved beside the adapter, else the base model's.
         chat_format: how training read chats, or as the user wants them.
-        slots: the adapter's tensors inside the model (`draws.AdapterSlots`); they fit the adapter.
-        base_model: the name of the base model.
-        classify: whether the adapter has a sequence-classification head.
-        labels: the labels of the head, in the order of its classes; empty without a head.
-        classes: the number of classes of a prediction: labels of the head, or tokens.
         max_length: the most tokens that the model takes; None if it does not say.
-
-    Raises:
-        IVONError: the model does not fit the adapter, or there is no tokenizer.
+        labels: the labels of the head, in the order of its classes; empty without a head.
+        classify: whether there is a head.
     """
 
     def __init__(
         self,
-        model: PeftModel,
-        adapter: Adapter | Posterior,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_format: ChatFormat,
+        max_length: int | None,
+        embeddings: int | None = None,
+        label2id: Mapping[str, int] | None = None,
     ) -> None:
-        from .draws import AdapterSlots
-
-        assert adapter.folder is not None
-        self.model, self.device = model, model.device
-        self.slots = AdapterSlots(model)
-        self.slots.check(adapter.mean)
-        config: Any = model.get_base_model().config
-        self.base_model = str(config._name_or_path)
-        self.tokenizer = load_tokenizer(adapter.folder, self.base_model)
-        self.chat_format = ChatFormat.of(adapter.metadata, chat_template_kwargs)
-        self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        self.classify = has_head(adapter)
-        self._label2id = dict(config.label2id) if self.classify else {}
+        self.tokenizer, self.chat_format, self.max_length = tokenizer, chat_format, max_length
+        self._embeddings, self._label2id, self.classify = embeddings, dict(label2id or {}), label2id is not None
         self.labels = tuple(sorted(self._label2id, key=self._label2id.__getitem__))
-        self.classes: int = config.num_labels if self.classify else config.get_text_config().vocab_size
-        if self.classify and config.pad_token_id is None:  # decoders find the end of a text by it
-            pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-            config.pad_token_id = end if pad is None else pad
-
-    @classmethod
-    def open(cls, adapter: Adapter | Posterior, loading: Loading = Loading(), reporter: Reporter = SILENT) -> Session:
-        """Load the base model of an adapter, and the adapter over it.
-
-        Raises:
-            IVONError: as `load_model` and `load_tokenizer`, or the base model does not fit the adapter.
-        """
-        assert adapter.folder is not None, "it was read from a folder"
-        base_model = find_base_model(adapter.config, adapter.folder, loading.base_model)
-        reporter.begin("loading the base model")
-        loading = replace(loading, base_model=base_model)
-        model = load_model(adapter.folder, loading, classify=has_head(adapter))
-        return cls(model, adapter, loading.chat_template_kwargs)
 
     def encode(
         self, examples: Sequence[Example], task: str, choices: Sequence[str] = (), by_length: bool = False
@@ -166,12 +133,68 @@ class Session:
 
     def check_tokens(self, ids: Sequence[int], source: str) -> None:
         """Raise IVONError if one of `ids` is new to the model; `source` says where they come from."""
-        embeddings = self.model.get_input_embeddings().weight.shape[0]
-        if max(ids) >= embeddings:
+        if (known := self._embeddings) is not None and max(ids) >= known:
             raise IVONError(
-                f"{source}: token {max(ids)} is new to the base model, which has {embeddings}, and not in the adapter; "
+                f"{source}: token {max(ids)} is new to the base model, which has {known}, and not in the adapter; "
                 "train with lora_modules_to_save: [embed_tokens, lm_head]"
             )
+
+
+class Session(ChatReader):
+    """An adapter over its base model in memory, with the tokenizer: loaded once, used by all that follows.
+
+    `adapter` is an `Adapter`, or a `Posterior` that was read from a folder.
+
+    Attributes:
+        model: the adapter over its base model, in evaluation mode.
+        device: the device of the base model.
+        slots: the adapter's tensors inside the model (`draws.AdapterSlots`); they fit the adapter.
+        base_model: the name of the base model.
+        classes: the number of classes of a prediction: labels of the head, or tokens.
+
+    Raises:
+        IVONError: the model does not fit the adapter, or there is no tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        adapter: Adapter | Posterior,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        from .draws import AdapterSlots
+
+        assert adapter.folder is not None
+        self.model, self.device = model, model.device
+        self.slots = AdapterSlots(model)
+        self.slots.check(adapter.mean)
+        config: Any = model.get_base_model().config
+        self.base_model = str(config._name_or_path)
+        super().__init__(
+            load_tokenizer(adapter.folder, self.base_model),
+            ChatFormat.of(adapter.metadata, chat_template_kwargs),
+            getattr(config, "max_position_embeddings", None),
+            model.get_input_embeddings().weight.shape[0],
+            config.label2id if has_head(adapter) else None,
+        )
+        self.classes: int = config.num_labels if self.classify else config.get_text_config().vocab_size
+        if self.classify and config.pad_token_id is None:  # decoders find the end of a text by it
+            pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+            config.pad_token_id = end if pad is None else pad
+
+    @classmethod
+    def open(cls, adapter: Adapter | Posterior, loading: Loading = Loading(), reporter: Reporter = SILENT) -> Session:
+        """Load the base model of an adapter, and the adapter over it.
+
+        Raises:
+            IVONError: as `load_model` and `load_tokenizer`, or the base model does not fit the adapter.
+        """
+        assert adapter.folder is not None, "it was read from a folder"
+        base_model = find_base_model(adapter.config, adapter.folder, loading.base_model)
+        reporter.begin("loading the base model")
+        loading = replace(loading, base_model=base_model)
+        model = load_model(adapter.folder, loading, classify=has_head(adapter))
+        return cls(model, adapter, loading.chat_template_kwargs)
 
 
 def has_head(adapter: Adapter | Posterior) -> bool:

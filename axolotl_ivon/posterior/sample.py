@@ -93,7 +93,8 @@ class EnsemblePlan:
         return self.adapters * self.adapter(posterior, "sample-0").bytes
 
 
-_OF_CHATS = ("generation_prompt", "chat_template_kwargs")  # in the header of σ, which members do not have
+# In the header of σ, which members do not have.
+_OF_CHATS = ("generation_prompt", "chat_template_kwargs", "system_prompt", "choices")
 
 
 def sample(

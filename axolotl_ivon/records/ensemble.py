@@ -24,6 +24,8 @@ class EnsembleSource(Record):
     pruned_ratio: Share = 0.0
     generation_prompt: str = ""  # what training wrote before its answers; empty where that is unknown
     chat_template_kwargs: str = ""  # arguments of the chat template in training, as JSON
+    system_prompt: str = ""  # what the system turn of all training data said; empty where there was none
+    choices: str = ""  # the answers of the training data, as a JSON list; empty if they were more than a few labels
 
 
 class EnsembleRecord(EnsembleSource):

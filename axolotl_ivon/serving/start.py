@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
-from ..models.session import Loading, Session
+from ..models.session import Loading, Session, load_tokenizer
 from ..reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -191,10 +192,12 @@ def proxy_backend(
 
     Raises IVONError if the folder is no ensemble, or a server does not answer or lacks a member.
     """
-    from ..generation.endpoint import EndpointEngine
+    from ..data.chats import trained_choices
+    from ..data.encode import ChatFormat
+    from ..generation.endpoint import Endpoint
     from ..generation.ensemble import Ensemble
     from ..generation.plan import Plan
-    from .proxy.proxy import Proxy
+    from .proxy.proxy import Proxy, Reading
     from .proxy.upstream import UpstreamPool
 
     name = served_name(name, folder)
@@ -202,7 +205,17 @@ def proxy_backend(
     draws = ensemble.draws if samples is None else ensemble.members(Plan(n=samples, per_model=1))
     members = ["mean", *draws] if ensemble.has_mean else draws
     pool = UpstreamPool(endpoints, combining.concurrency, limits.timeout)
-    proxy = Proxy(pool, name, members, combining, rule, limits)
+    chat_format = ChatFormat.of(ensemble.source)
+    labels = trained_choices(ensemble.source)
+
+    @functools.cache
+    def tokenizer() -> Any:
+        return load_tokenizer(ensemble.tokenizer_folder, ensemble.base_model)  # for choices alone
+
+    def read(prompt: Any, labels: Sequence[str], kwargs: Mapping[str, Any] | None) -> EncodedExample:
+        return encode_labels(tokenizer(), prompt, labels, kwargs, chat_format=chat_format)
+
+    proxy = Proxy(pool, name, members, combining, rule, limits, Reading(read, labels, chat_format.system_prompt))
     for url in endpoints:
-        EndpointEngine(url, members, Plan(), timeout=_START_TIMEOUT)  # asks the server for its models
+        Endpoint(url, _START_TIMEOUT).models(members)
     return proxy

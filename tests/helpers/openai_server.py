@@ -26,6 +26,7 @@ class Server:
         spoil: a function that may change an answer before it is sent.
         dies_after: how many events of a stream are sent before the connection breaks; None: all.
         busy, most: how many requests run, and how many ever did.
+        longest: the most tokens of a prompt and its answer, as the list of models has it.
     """
 
     def __init__(self, ensemble: Path, base: Path, members: list[str]) -> None:
@@ -35,7 +36,7 @@ class Server:
         ).eval()
         for name in members[1:]:
             self.model.load_adapter(ensemble / name, adapter_name=name)
-        self.members = members
+        self.members, self.base = members, str(base)
         self.url = ""
         self.busy = 0
         self._one, self._counting = threading.Lock(), threading.Lock()
@@ -49,9 +50,13 @@ class Server:
         self.spoil = lambda answer: answer
         self.most = 0
         self.dies_after: int | None = None
+        self.longest = 2048
 
     def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model"} for name in ["base", *self.members]]}
+        """Return the models as vLLM lists them."""
+        base = {"id": "base", "object": "model", "root": self.base, "max_model_len": self.longest}
+        lora = [{"id": name, "object": "model", "parent": "base", "max_model_len": None} for name in self.members]
+        return {"object": "list", "data": [base, *lora]}
 
     @torch.no_grad()
     def complete(self, body: dict[str, Any], chat: bool = False) -> dict[str, Any]:
@@ -60,8 +65,8 @@ class Server:
         if isinstance(prompt, str):
             prompt = self.tokenizer(prompt)["input_ids"]
         choices, generated = [], 0
-        with self._one:
-            self.model.set_adapter(body["model"])
+        with self._one, self._weights(body["model"]):
+            rows = self._prompt_logprobs(list(prompt), body)
             for index in range(body.get("n", 1)):
                 generator = torch.Generator().manual_seed(body.get("seed", 0) + index)
                 ids, finish, stopped = list(prompt), "length", None
@@ -89,6 +94,7 @@ class Server:
                         "logprobs": self._logprobs(ids, told, body, chat),
                         "finish_reason": finish,
                         "stop_reason": stopped,
+                        "prompt_logprobs": rows,
                         **({"token_ids": ids[len(prompt) :]} if body.get("return_token_ids") else {}),
                         **({"prompt_token_ids": list(prompt)} if body.get("return_token_ids") and not chat else {}),
                     }
@@ -101,6 +107,26 @@ class Server:
     def _rendered(self, messages: list[dict[str, str]]) -> list[int]:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _weights(self, model: str) -> contextlib.AbstractContextManager[Any]:
+        """Choose what answers, inside the block."""
+        if model == "base":
+            return self.model.disable_adapter()
+        self.model.set_adapter(model)
+        return contextlib.nullcontext()
+
+    def _prompt_logprobs(self, ids: list[int], body: dict[str, Any]) -> list[Any] | None:
+        """Return what vLLM does with `prompt_logprobs`: the likeliest tokens, and the one that stands there."""
+        if (count := body.get("prompt_logprobs")) is None:
+            return None
+        table: list[Any] = [None]
+        for row, token in zip(
+            self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1), ids[1:], strict=False
+        ):
+            told = [token, *row.topk(count).indices.tolist()]
+            entries = {str(id): {"logprob": float(row[id]), "rank": int((row > row[id]).sum()) + 1} for id in told}
+            table.append({id: {**entry, "decoded_token": self._decode([int(id)])} for id, entry in entries.items()})
+        return table
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""vLLM itself on a CPU: it serves an exported ensemble, and its greedy answers are those of the transformers engine.
+"""vLLM itself on a CPU: it serves an exported ensemble, whose answers and figures are those of the transformers engine.
 
 `make test-vllm` makes an environment with vLLM, names its Python in IVON_VLLM_PYTHON, and prepares SmolLM2.
 """
@@ -101,6 +101,28 @@ def test_greedy_is_the_same(served: tuple[Path, str], adapter: Path, tmp_path: P
         assert [o["logprob"] for o in one] == pytest.approx([o["logprob"] for o in other], abs=0.05)
     if not which:
         assert any(len({o["text"] for o in own}) > 1 for own in ours)  # the members differ
+
+
+@pytest.mark.parametrize("kind", ["choices", "text"])
+def test_figures_are_those_in_memory(served: tuple[Path, str], adapter: Path, tmp_path: Path, kind: str) -> None:
+    """One request at a time, as below."""
+    folder, url = served
+    answers = {"choices": ["yes", "no", "yes, often"], "text": ["It is Paris.", "Blue and deep.", "12"]}[kind]
+    rows = [{"text": question, "label": answer} for question in QUESTIONS for answer in answers]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--data", data, "--task", {"choices": "choice", "text": "generate"}[kind]]
+    run = Cli()
+    theirs = run.json("eval", folder, *words, "--endpoint", url, "--concurrency", 1)
+    ours = run.json("eval", adapter, *words, "-n", 3)
+    names = ["accuracy", "nll", *(["brier", "entropy", "mutual_information"] if kind == "choices" else [])]
+    assert (
+        [row["name"] for row in theirs["rows"]]
+        == [row["name"] for row in ours["rows"]]
+        == ["base", "mean", "posterior"]
+    )
+    for one, other in zip(theirs["rows"], ours["rows"], strict=True):
+        assert [one[name] for name in names] == pytest.approx([other[name] for name in names], abs=1e-3)
 
 
 @pytest.mark.parametrize("combine", ["exact", "rescore"])

@@ -155,22 +155,7 @@ class TokenEngine:
                 with members.running(part):
                     predicted = self._predictor.predict(batch, None, part.stop - part.start)
                     passes += [probabilities[:, 0] for _, probabilities in predicted]
-        drawn = torch.cat(passes)
-        average = drawn.mean(0)
-        expected, total = float(entropy(drawn).mean()), float(entropy(average))
-        shares = rescale(average[None], rule.temperature)[0]
-        by_label = dict(zip(request.labels, shares.tolist(), strict=True))
-        deltas = []
-        for number in range(request.n):
-            uniform = torch.tensor([generator("serve", request.seed, number).random()])
-            index = int(next_tokens(shares.log()[None].float(), uniform, request.temperature, request.top_p))
-            label = request.labels[index]
-            ivon = certainty(by_label[label], expected, max(total - expected, 0.0), len(drawn), rule.threshold)
-            ivon["choices"] = by_label
-            if rule.prediction_set is not None:
-                ivon["set"] = labels_in_set(by_label, rule.prediction_set.threshold)
-            deltas.append(AnswerDelta(number, label, (), "stop", ivon, len(request.candidates[index])))
-        return deltas
+        return choose_labels(torch.cat(passes), request, rule)
 
     def _fill(self, request: GenerationRequest) -> AnswerDelta:
         """Return the JSON object of a request with fields: field after field a choice, given those before."""
@@ -251,6 +236,25 @@ class TokenEngine:
             named = tuple((self._name_of(other), max(value, LEAST_LOGPROB)) for other, value in others)
             logprob = max(logprob, LEAST_LOGPROB)
             yield Token(id, self._name_of(id), "", logprob, named, entropies[0], max(entropies[1], 0.0))
+
+
+def choose_labels(drawn: torch.Tensor, request: GenerationRequest, rule: DecisionRule) -> list[AnswerDelta]:
+    """Return the answers of a request with labels, from the probabilities that draws give these, [draws, labels]."""
+    average = drawn.mean(0)
+    expected, total = float(entropy(drawn).mean()), float(entropy(average))
+    shares = rescale(average[None], rule.temperature)[0]
+    by_label = dict(zip(request.labels, shares.tolist(), strict=True))
+    deltas = []
+    for number in range(request.n):
+        uniform = torch.tensor([generator("serve", request.seed, number).random()])
+        index = int(next_tokens(shares.log()[None].float(), uniform, request.temperature, request.top_p))
+        label = request.labels[index]
+        ivon = certainty(by_label[label], expected, max(total - expected, 0.0), len(drawn), rule.threshold)
+        ivon["choices"] = by_label
+        if rule.prediction_set is not None:
+            ivon["set"] = labels_in_set(by_label, rule.prediction_set.threshold)
+        deltas.append(AnswerDelta(number, label, (), "stop", ivon, len(request.candidates[index])))
+    return deltas
 
 
 def mixture(logits: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -14,7 +14,10 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Seque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...decisions.recommendation import DecisionRule
+from ...errors import IVONError
 from ...generation.endpoint import together
+from ...generation.scoring import TOP, Row, label_logprobs, read_rows, scoring_request
 from ...generation.utilities import UTILITIES, AnswerExtractor
 from ...noise import generator
 from ..api.answers import AnswerDelta, Token, certainty, certainty_of
@@ -25,10 +28,9 @@ from .responses import read_candidates, read_prompt_ids, read_scores, read_text,
 from .upstream import UpstreamPool, broken_off, malformed_as_502
 
 if TYPE_CHECKING:
-    from ...decisions.recommendation import DecisionRule
+    from ...data.encode import EncodedExample
 
 Choose = Callable[[Sequence[Candidate], int], list[AnswerDelta]]
-TOP = 20  # likeliest tokens to ask for, the most that vLLM gives unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,22 @@ class Combining:
     concurrency: int = 256  # requests at a time to each server
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How prompts with choices become tokens, which the servers behind take as they are."""
+
+    encode: Callable[[Any, Sequence[str], Mapping[str, Any] | None], EncodedExample]  # prompt, choices, of the template
+    labels: Sequence[str] = ()  # of the training data
+    system_prompt: str = ""
+
+
 class Proxy(Backend):
     """Answers from the servers of a pool; `name` is that of the answer of all members.
 
     Args:
         members: the names of the members there: "mean" for the mean, the others are draws.
-        rule: the softmax temperature of the agreement, and the threshold of the confidence.
+        rule: the softmax temperature of the agreement, or of choices, and the threshold of the confidence.
+        reading: how prompts with choices become tokens, and what the training data had; None: choices are refused.
     """
 
     def __init__(
@@ -57,8 +69,10 @@ class Proxy(Backend):
         combining: Combining,
         rule: DecisionRule,
         limits: Limits,
+        reading: Reading | None = None,
     ) -> None:
-        self._pool, self._limits = pool, limits
+        self._pool, self._limits, self._reading, self._encoding = pool, limits, reading, asyncio.Lock()
+        self._rule = rule if rule.score == "probability" else DecisionRule()
         self._candidates, self._threshold = combining.candidates, rule.threshold
         self._choose: Choose | None = None  # chooses n of the candidates of all members; None: by their scores
         if combining.combine != "rescore":
@@ -77,6 +91,14 @@ class Proxy(Backend):
     def models(self) -> Collection[str]:
         return self._served
 
+    @property
+    def labels(self) -> Sequence[str]:
+        return self._reading.labels if self._reading else ()
+
+    @property
+    def system_prompt(self) -> str:
+        return self._reading.system_prompt if self._reading else ""
+
     def gauges(self) -> Mapping[str, float]:
         return {"running": self._running, "upstreams_well": self._pool.well}
 
@@ -87,12 +109,23 @@ class Proxy(Backend):
         if self._running >= self._limits.max_queue:
             raise queue_full(f"{self._running} requests are running")
         self._limits.check(request)
-        if request.labels or request.fields:
-            message = "choices are not supported in front of other servers; serve the adapter from memory"
+        if request.fields or (request.labels and self._reading is None):
+            message = "this is not supported in front of other servers; serve the adapter from memory"
             param = "structured_outputs" if request.labels else "response_format"
             raise ApiError(400, message, param=param, code="unsupported_parameter")
         answers = AnswerStream(0, len(request.prompts) * request.n)
-        answers.deltas = self._deltas(request, answers)
+        if request.labels and self._reading:
+            try:
+                kwargs = request.chat_template_kwargs if isinstance(request, ChatRequest) else None
+                encode = self._reading.encode
+                async with self._encoding:  # a tokenizer is not for two threads
+                    items = [await asyncio.to_thread(encode, each, request.labels, kwargs) for each in request.prompts]
+            except IVONError as error:
+                raise ApiError(400, str(error), param="structured_outputs") from None
+            answers.prompt_tokens = sum(len(item.ids) for item in items)
+            answers.deltas = self._choices(request, items)
+        else:
+            answers.deltas = self._deltas(request, answers)
         return answers
 
     async def _deltas(self, request: Request, answers: AnswerStream) -> Deltas:
@@ -119,6 +152,31 @@ class Proxy(Backend):
                         yield delta._replace(number=number * request.n + delta.number)
         finally:
             self._running -= 1
+
+    async def _choices(self, request: Request, items: Sequence[EncodedExample]) -> Deltas:
+        """Yield the answers to prompts with choices, from the probability of every choice under each member."""
+        member = self._served[request.model]
+        rule = self._rule if member is None else DecisionRule(by_length=self._rule.by_length)
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        self._running += 1
+        try:
+            for number, item in enumerate(items):
+                score = functools.partial(
+                    label_logprobs, ids=item.ids, labels=item.candidates or (), by_length=rule.by_length
+                )
+                models = self._draws if member is None else [member]
+                scores = await together([score(functools.partial(self._rows, model)) for model in models])
+                for delta in await asyncio.to_thread(_chosen, scores, request, item, seed + number, rule):
+                    yield delta._replace(number=number * request.n + delta.number)
+        finally:
+            self._running -= 1
+
+    async def _rows(self, model: str, ids: Sequence[int]) -> list[Row]:
+        response = await self._pool.post("completions", scoring_request(model, ids))
+        with malformed_as_502():
+            if (rows := response["choices"][0].get("prompt_logprobs")) is None:
+                raise ApiError(502, "the servers behind this one return no prompt_logprobs; use vLLM")
+            return read_rows(rows, ids)
 
     async def _member(self, request: Request, body: dict[str, Any], answers: AnswerStream) -> Deltas:
         answered: list[list[Token]] = [[] for _ in range(request.n)]
@@ -201,3 +259,19 @@ class Proxy(Backend):
         response = await self._pool.post("completions", body)
         with malformed_as_502():
             return read_scores(response, slice(len(prompt), len(prompt) + len(ids)))
+
+
+def _chosen(
+    scores: Sequence[Sequence[float]], request: Request, item: EncodedExample, seed: int, rule: DecisionRule
+) -> list[AnswerDelta]:
+    """Return the answers to one prompt with choices, of which each member has given log-likelihoods."""
+    import torch
+
+    from ..local.engine import GenerationRequest, choose_labels
+
+    drawn = torch.tensor(scores, dtype=torch.float64).softmax(-1)
+    own = GenerationRequest(
+        request.model, tuple(item.ids), request.n, temperature=request.temperature, top_p=request.top_p, seed=seed,
+        labels=tuple(request.labels), candidates=item.candidates or (),
+    )  # fmt: skip
+    return choose_labels(drawn, own, rule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import operator
@@ -20,23 +21,31 @@ from served import ask, official, serving, until
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.decisions.recommendation import DecisionRule
+from axolotl_ivon.models.session import Loading
 from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 from axolotl_ivon.serving.api.backend import Limits
 from axolotl_ivon.serving.proxy import upstream
 from axolotl_ivon.serving.proxy.proxy import Combining, Proxy
 from axolotl_ivon.serving.proxy.upstream import UpstreamPool
-from axolotl_ivon.serving.start import proxy_backend
+from axolotl_ivon.serving.start import Drawing, local_backend, proxy_backend
 
 MESSAGES: Any = [{"role": "user", "content": "red dog"}]
 MEAN: Any = {"model": "ours:mean", "prompt": "red", "max_tokens": 1}
 MEMBERS = ["sample-0000", "sample-0001"]
+LABELS = ["yes no", "A", "yes"]  # one begins another
 Begin = Callable[..., contextlib.AbstractContextManager[str]]
 
 
 @pytest.fixture(scope="module")
-def ensemble(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(make_adapter: Callable[..., Path]) -> Path:
+    """The tiny adapter, with labels and a system prompt of training in its header."""
+    return make_adapter(facts={"choices": json.dumps(LABELS), "system_prompt": "good or bad"})
+
+
+@pytest.fixture(scope="module")
+def ensemble(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("upstream") / "ensemble"
-    sample(Posterior.from_pretrained(tiny_adapter).temper(0.002), folder, EnsemblePlan(2, include_mean=True))
+    sample(Posterior.from_pretrained(trained).temper(0.002), folder, EnsemblePlan(2, include_mean=True))
     return folder
 
 
@@ -148,9 +157,55 @@ def test_greedy_members_are_asked_for_one_answer(begin: Begin, upstreams: list[S
     assert sorted(body["prompt"] for body in asked) == ["blue", "blue", "red", "red"]
 
 
-def test_choices_are_refused(begin: Begin) -> None:
+def test_a_schema_is_refused(begin: Begin) -> None:
+    schema: Any = {"name": "x", "schema": {"type": "object", "properties": {"urgent": {"type": "boolean"}}}}
+    asked: Any = {"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": schema}}
     with begin() as url, pytest.raises(openai.BadRequestError, match="serve the adapter from memory"):
-        official(url).chat.completions.create(model="ours", messages=MESSAGES, extra_body={"guided_choice": ["A", "B"]})
+        official(url).chat.completions.create(model="ours", **asked)
+
+
+def test_choices_are_those_of_the_members_in_memory(
+    ensemble: Path, upstreams: list[Server], tiny_llama: Path, trained: Path
+) -> None:
+    """Held against the probabilities that the local server gives, draw by draw."""
+    rule = DecisionRule(temperature=1.5, threshold=0.4)
+    urls = [server.url for server in upstreams]
+    drawing = Drawing(str(trained), 2, tau=0.002)
+    chat: Any = {"messages": MESSAGES, "temperature": 0, "extra_body": {"structured_outputs": {"choice": LABELS}}}
+    text: Any = {"prompt": "red dog ", "seed": 3, "n": 2, "extra_body": {"guided_choice": LABELS}}
+    classify: Any = {"model": "x", "input": ["red dog", "sun"]}
+    documents = []
+    with (
+        serving(lambda: proxy_backend(str(ensemble), urls, rule, Limits(), Combining(), name="x")) as one,
+        serving(lambda: local_backend(drawing, rule, Limits(), Loading(), name="x")) as other,
+    ):
+        for url in (one, other):
+            own = official(url)
+            models = ("x", "x:mean", "x:member-0001")
+            answers = [own.chat.completions.create(model=model, **chat) for model in models]
+            texts = own.completions.create(model="x", **text)
+            chosen = [answer.choices[0].message.content for answer in answers] + [c.text for c in texts.choices]
+            told: list[Any] = [answer.model_extra["ivon"] for answer in answers]
+            told += [choice.model_extra["ivon"] for choice in texts.choices]
+            classified = ask(url, "/classify", classify)[2]
+            assert [row["labels"] for row in classified["data"]] == [LABELS] * 2
+            told += [row["ivon"] | {"choices": row["probs"]} for row in classified["data"]]
+            documents.append((chosen, told, [row["label"] for row in classified["data"]], classified["usage"]))
+    (chosen, told, labels, usage), (chosen_here, told_here, labels_here, usage_here) = documents
+    assert (chosen, labels, usage) == (chosen_here, labels_here, usage_here)
+    for over, here in zip(told, told_here, strict=True):
+        pairs = [value.pop("choices") for value in (over, here)]
+        values = [pair if isinstance(pair, list) else [pair[label] for label in LABELS] for pair in pairs]
+        assert values[0] == pytest.approx(values[1], abs=1e-3)
+        assert over == pytest.approx(here, abs=1e-3)
+
+
+def test_choices_take_prompt_logprobs(ensemble: Path, upstreams: list[Server]) -> None:
+    upstreams[0].spoil = lambda answer: {"choices": [{"text": ""}], "usage": answer["usage"]}
+    asked: Any = {"messages": MESSAGES, "extra_body": {"guided_choice": LABELS}}
+    start = functools.partial(proxy_backend, str(ensemble), [upstreams[0].url], DecisionRule(), Limits(), Combining())
+    with serving(start) as url, pytest.raises(openai.InternalServerError, match="return no prompt_logprobs; use vLLM"):
+        official(url).chat.completions.create(model="ensemble", **asked)
 
 
 @pytest.mark.parametrize("chat", [True, False])
