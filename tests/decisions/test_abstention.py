@@ -155,6 +155,12 @@ def test_halves_share_nothing_and_all_is_answered_where_nothing_is_wrong() -> No
     assert (found.examples, found.answered, found.threshold, found.coverage) == (51, 51, 0.0, 1.0)
 
 
+def test_a_threshold_that_no_example_reaches_tells_nothing() -> None:
+    """The surest confidences of the guide are above all of the test's, at a risk above one half."""
+    result = find_threshold(np.full(6, 0.5), np.zeros(6), np.linspace(0.6, 0.9, 8), np.zeros(8), risk=0.6)
+    assert (result.threshold, result.needed) == (None, None)
+
+
 def test_no_number_is_enough_where_the_surest_are_wrong_too_often() -> None:
     scores = np.linspace(0.5, 1, 200)
     correct = np.tile([1.0, 0.0], 100)
