@@ -108,7 +108,7 @@ def test_figures_are_those_in_memory(served: tuple[Path, str], adapter: Path, tm
     """One request at a time, as below."""
     folder, url = served
     answers = {"choices": ["yes", "no", "yes, often"], "text": ["It is Paris.", "Blue and deep.", "12"]}[kind]
-    rows = [{"text": question, "label": answer} for question in QUESTIONS for answer in answers]
+    rows = [{"text": question, "label": answer} for question, answer in zip(QUESTIONS, answers, strict=False)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--data", data, "--task", {"choices": "choice", "text": "generate"}[kind]]
