@@ -99,22 +99,16 @@ TASKS = {
     "sums": Task(sums, rewards.result, 8, "Qwen2.5-Coder-0.5B-Instruct"),
     "capitals": Task(capitals, rewards.named, 10, "SmolLM2-135M-Instruct"),
 }
-# `layers` with an adapter, from the top, 0 for all; `prompts` of a step, with GROUP completions each; `test` questions.
-FULL: dict[str, Any] = {"task": "sums", "layers": 0, "steps": 100, "prompts": 4, "rate": 2e-4, "test": 100}
-QUICK: dict[str, Any] = {"task": "capitals", "layers": 6, "steps": 24, "prompts": 1, "rate": 5e-4, "test": 16}
+# `prompts` of a step, with GROUP completions each; `test` questions.
+FULL: dict[str, Any] = {"task": "sums", "steps": 100, "prompts": 4, "rate": 2e-4, "test": 100}
+QUICK: dict[str, Any] = {"task": "capitals", "steps": 24, "prompts": 1, "rate": 5e-4, "test": 16}
 
 
 def grpo_trainer(
-    model: str, rows: Rows, reward: Callable[..., list[float]], seed: int, folder: str, layers: int = 0, **settings: Any
+    model: str, rows: Rows, reward: Callable[..., list[float]], seed: int, folder: str, **settings: Any
 ) -> Any:
-    """Return TRL's GRPOTrainer over a new adapter, nothing attached to it yet; a step is of BATCHES micro-batches.
-
-    The adapter is on the upper `layers`, or on all of them.
-    """
+    """Return TRL's GRPOTrainer over a new adapter, nothing attached to it yet; a step is of BATCHES micro-batches."""
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    top = base.config.num_hidden_layers
-    upper = {"layers_to_transform": list(range(top - layers, top))} if layers else {}
     args = {
         "gradient_accumulation_steps": BATCHES,
         "num_generations": GROUP,
@@ -127,12 +121,12 @@ def grpo_trainer(
         "seed": seed,
     }
     return trl.GRPOTrainer(
-        base,
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         reward_funcs=reward,
         args=trl.GRPOConfig(folder, **{**args, **settings}),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=LoraConfig(**LORA, **upper),
+        peft_config=LoraConfig(**LORA),
     )
 
 
@@ -153,7 +147,6 @@ def train(model: str, task: Task, method: str, seed: int, setting: dict[str, Any
             reward,
             seed,
             folder,
-            setting["layers"],
             per_device_train_batch_size=prompts * GROUP // BATCHES,
             max_completion_length=task.tokens,
             max_steps=steps,
@@ -379,7 +372,7 @@ def main() -> None:
     of_run.add_argument("--model")
     of_run.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     of_run.add_argument("--seeds", type=int, nargs="+")
-    for name in ("layers", "steps", "prompts", "test"):
+    for name in ("steps", "prompts", "test"):
         of_run.add_argument(f"--{name}", type=int)
     of_run.add_argument("--rate", type=float)
     of_ratio.add_argument("--model", required=True)

@@ -23,7 +23,7 @@ def test_every_method_gives_a_line_that_the_report_reads(
     lengths = lambda completions, **_: [float(len(each[-1]["content"]) > 5) for each in completions]  # noqa: E731
     task = grpo.Task(lambda count, split, seed: chats[:count], lengths, 3, "")
     monkeypatch.setitem(grpo.TASKS, "capitals", task)
-    results, setting = tmp_path / "results.jsonl", {**grpo.QUICK, "layers": 1, "steps": 1, "test": 1}
+    results, setting = tmp_path / "results.jsonl", {**grpo.QUICK, "steps": 1, "test": 1}
     for _ in range(2):  # what has a line is not done again
         grpo.run(results, [0], list(grpo.METHODS), str(tiny_llama), setting)
     lines = read_results(results)
