@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from .report import METRICS, Results, cell, label_of, lines_of, mean_and_error, table
+from .report import METRICS, OURS, Results, cell, label_of, lines_of, mean_and_error, table
 from .run import Job, Record, ablation_jobs, seed_jobs
 
 PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -120,6 +120,30 @@ def tasks(results: Results) -> str:
         if any(text.strip("–/ ") for text in cells):
             rows.append([name_of(results, method, row, by), *cells])
     return table(["accuracy (%) / ECE (%) / NLL", *results.tasks()], rows)
+
+
+def stage(*suites: Results) -> str:
+    """Accuracy, ECE and NLL task by task of several models, also of one seed; a column says how often data are seen."""
+    columns = [
+        (results, task)
+        for results in suites
+        for task in results.suite["tasks"]
+        if any(results.find(task, method, "mean") for method in OURS if method in results.suite["methods"])
+    ]
+    heads = ["accuracy (%) / ECE (%) / NLL"]
+    for results, task in columns:
+        suite = results.suite
+        epochs = suite["steps"] * suite["batch"] / suite["tasks"][task]["train"]
+        heads.append(f"{suite.get('model', 'MiniLM').partition('-Instruct')[0]}, {task}, {epochs:.0f} epochs")
+    rows = []
+    for method, row, by in lines_of(suites[0]):
+        cells = []
+        for results, task in columns:
+            found = {metric: results.values(metric, task, method, row, choose_by=by) for metric in METRICS}
+            cells.append(" / ".join(cell(list(found[metric].values()), metric) for metric in METRICS))
+        if any(text.strip("–/ ") for text in cells):
+            rows.append([name_of(suites[0], method, row, by), *cells])
+    return table(heads, rows)
 
 
 def shape(results: Results) -> str:
@@ -327,6 +351,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "summary": summary,
     "promises": promises,
     "tasks": tasks,
+    "stage": stage,
     "shape": shape,
     "beyond": beyond,
     "peers": peers,

@@ -612,6 +612,9 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     [line] = pages.training(results, longer).splitlines()[2:]
     shares = "1.005 → 0.805 (0.80) | 25.1 → 20.1 (0.80) | +0.0 | 1.505 → 0.805 (0.53) | 37.6 → 20.1 (0.53) | +0.0"
     assert line == f"| movie | 4 (1 epochs) | 2 | {shares} |"
+    heads, _, first, *_ = pages.stage(results, longer).splitlines()
+    assert heads == "| accuracy (%) / ECE (%) / NLL | MiniLM, movie, 1 epochs |"
+    assert first == "| AdamW, rate by validation | 50.0 ± 0.0 / 25.1 ± 0.1 / 1.005 ± 0.005 |"
     page = "a\n<!-- table: s summary -->\nold\n<!-- end of table -->\nb"
     assert pages.fill(page, {"s": made}, records) == page.replace("old", pages.summary(results))
     assert len(pages.learning_curves(results).axes) == 3
