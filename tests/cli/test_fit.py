@@ -83,8 +83,9 @@ def test_an_interrupted_process_goes_on(
 ) -> None:
     """Ctrl-C in the middle leaves nothing but the hidden file, from which the same command goes on."""
     script = """
-import sys, time, ivon_post
+import signal, sys, time, ivon_post
 from axolotl_ivon.fitting import ivon
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets its background jobs ignore
 ivon.MOST, ivon.SETTLED, write = 32, 0, sys.stderr.write
 def write_and_wait(text):  # for the signal
     write(text), sys.stderr.flush()
