@@ -1,5 +1,6 @@
 """GRPO: AdamW, IVON-LoRA whose mean writes the completions, and IVON-LoRA whose draws do; and the old policy's ratio.
 
+    python example_configs/smollm2/prepare_reinforce.py
     python -m benchmarks.grpo run --quick        # SmolLM2-135M names capitals; one seed, 15 minutes of one core
     python -m benchmarks.grpo run                # Qwen2.5-Coder-0.5B, sums by reasoning-gym; two seeds, hours
     python -m benchmarks.grpo report
