@@ -510,7 +510,7 @@ def test_plan_chooses_on_validation_data_and_then_runs_all_seeds() -> None:
     assert fidelity.missing_rows(ablation[0], records) == [("tau=2", "test")]
 
 
-@pytest.mark.parametrize("name", ["continual.jsonl", "influence.jsonl", "fidelity/results.jsonl.gz"])
+@pytest.mark.parametrize("name", ["continual.jsonl", "grpo.jsonl", "influence.jsonl", "fidelity/results.jsonl.gz"])
 def test_the_results_of_every_benchmark_are_read_and_continued(name: str, tmp_path: Path) -> None:
     records = fidelity.read_results(BENCHMARKS / name)
     assert records
