@@ -143,3 +143,21 @@ def forks() -> Iterator[Any]:
 def ivon_post() -> Cli:
     """`ivon-post`, run in this process."""
     return Cli()
+
+
+@pytest.fixture(scope="module")
+def held(ensemble: Path, tiny_llama: Path) -> Iterator[Any]:
+    """A server of the module's `ensemble`: the mean and three draws."""
+    from openai_server import MEMBERS, Server, serving
+
+    with serving(Server(ensemble, tiny_llama, MEMBERS)) as served:
+        yield served
+
+
+@pytest.fixture
+def server(held: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same server, as if it had not been asked yet."""
+    held.reset()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    return held

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 from command_line import Cli
-from openai_server import Server, serving
+from openai_server import MEMBERS, Server, serving
 from tiny import chat, write_chats
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 
-MEMBERS = ["mean", "sample-0000", "sample-0001", "sample-0002"]
 LABELS = "yes no,A,yes"
 TRAINED = {"choices": json.dumps(LABELS.split(",")), "system_prompt": "good or bad"}
 
@@ -30,20 +29,6 @@ def ensemble(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served") / "ensemble"
     assert sample(Posterior.from_pretrained(adapter), folder, EnsemblePlan(3, include_mean=True)) == MEMBERS
     return folder
-
-
-@pytest.fixture(scope="module")
-def held(ensemble: Path, tiny_llama: Path) -> Iterator[Server]:
-    with serving(Server(ensemble, tiny_llama, MEMBERS)) as served:
-        yield served
-
-
-@pytest.fixture
-def server(held: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
-    held.reset()
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    return held
 
 
 @pytest.fixture(scope="module")

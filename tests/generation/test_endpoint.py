@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import Cli
-from openai_server import Server, serving
+from openai_server import MEMBERS, Server
 from peft import PeftModel
 from pipeline import Pipeline
 from safetensors.torch import load_file
@@ -36,7 +36,6 @@ from axolotl_ivon.generation.plan import Output, Plan
 from axolotl_ivon.models.session import Session, load_tokenizer
 from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 
-MEMBERS = ["mean", "sample-0000", "sample-0001", "sample-0002"]
 GREEDY = Plan(n=6, per_model=2, temperature=0, max_tokens=8)
 SAMPLED = Plan(n=6, per_model=2, max_tokens=8)
 
@@ -47,20 +46,6 @@ def ensemble(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     posterior = Posterior.from_pretrained(tiny_adapter)
     assert sample(posterior, folder, EnsemblePlan(3, include_mean=True)) == MEMBERS
     return folder
-
-
-@pytest.fixture(scope="module")
-def held(ensemble: Path, tiny_llama: Path) -> Iterator[Server]:
-    with serving(Server(ensemble, tiny_llama, MEMBERS)) as served:
-        yield served
-
-
-@pytest.fixture
-def server(held: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
-    held.reset()
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    return held
 
 
 @pytest.fixture(scope="module")

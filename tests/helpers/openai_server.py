@@ -15,6 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+MEMBERS = ["mean", "sample-0000", "sample-0001", "sample-0002"]  # of three draws and their mean
+
 
 class Server:
     """Serves the members of an ensemble's folder.
