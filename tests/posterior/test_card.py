@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,11 @@ def test_any_text_is_kept_around_the_section(text: str, front: str) -> None:
     [
         (lambda q: q, "| share of weights pruned | 0 |", True),
         (lambda q: q.temper(4), "temperature τ, by which σ is divided as √τ | 4 |", True),
+        (lambda q: replace(q, metadata={**q.metadata, "tau": "95.4", "training_tau": "95.4"}), "| 95.4 |", True),
         (lambda q: q.prune(0.25), "| share of weights pruned | 0.25 |", False),
         (lambda q: Posterior.combine([q, another(q)]), "| effective sample size λ | 2,000 |", False),
     ],
-    ids=["same", "tempered", "pruned", "combined"],
+    ids=["same", "tempered", "tempered in training", "pruned", "combined"],
 )
 def test_what_is_made_of_an_adapter_has_a_card_that_is_true(
     change: Callable[[Posterior], Posterior], words: str, same_mean: bool, folder: Path, tmp_path: Path
@@ -142,7 +144,7 @@ def test_what_is_made_of_an_adapter_has_a_card_that_is_true(
     assert "Somebody's own words." in card.text
     assert set(card.data.tags) >= set(TAGS)
     assert bool(card.data.eval_results) == same_mean, "results of others belong to the mean"
-    assert ("It was changed after training" in card.text) == (made.tau != 1 or made.pruned_ratio > 0)
+    assert ("It was changed after training" in card.text) == (made.tau != made.training_tau or made.pruned_ratio > 0)
     assert ("the rest of this card is that of the first" in card.text) == ("combined" in made.metadata)
     update_card(tmp_path / "out")
     assert load(tmp_path / "out").text == card.text

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -309,6 +310,10 @@ def test_one_base_model_and_one_temperature():
         Posterior.combine([q, over("/models/other")])
     with pytest.raises(IVONError, match=r"different tau \(1.0, 2.0\)"):
         Posterior.combine([q, q.temper(2)])
+    cold = Posterior.combine([q.temper(4)] * 2)
+    assert cold.tau == 4, "whose precisions were added up"
+    key = next(iter(q.sigma))
+    np.testing.assert_allclose(cold.temper(0.25).sigma.raw(key), Posterior.combine([q] * 2).sigma.raw(key), rtol=1e-6)
 
 
 @pytest.mark.parametrize("damage", [{"lora_alpha": "x"}, {"alpha_pattern": [1]}, {"alpha_pattern": {"(": 2}}])
