@@ -51,7 +51,7 @@ from axolotl_ivon.plots.scaling import scaling
 
 from . import evaluation
 from .fidelity import qwen
-from .fidelity.causal import PADDING, Causal
+from .fidelity.causal import Causal
 from .fidelity.data import Example, Task, collate, prepare
 from .fidelity.methods import TRAINERS, as_posterior
 from .fidelity.page import PLACE
@@ -302,8 +302,6 @@ class Solver:
     def task(self) -> Task:
         """The problems as `fidelity` trains on them."""
         sets = {split: [encode(self.tokenizer, problem) for problem in self.problems[split]] for split in SPLITS[:2]}
-        # `Causal` takes this token for the end of a text; in Qwen it is an exclamation mark.
-        sets = {split: [e for e in examples if PADDING not in e.ids] for split, examples in sets.items()}
         return Task(sets["train"], sets["validation"], [], {}, 0)
 
     def load(self, seed: int) -> None:
