@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,10 @@ def measure(adapter: Path, other: Path, work: Path, repeats: int, console: Conso
         timed: dict[str, list[tuple[float, float]]] = {"ours": [], "cp": [], "cp + sync": [], "obvious": []}
         script = (sys.executable, __file__, "--obvious", words[0], str(adapter), str(other), str(target))
         ways: dict[str, Callable[[], tuple[float, float]]] = {
-            "ours": lambda words=words: run(*ivon_post, *words, "-o", str(target), "--quiet"),
-            "cp": lambda shell=shell: run("sh", "-c", shell),
-            "cp + sync": lambda shell=shell: run("sh", "-c", f"{shell}; find {target} -type f | xargs sync"),
-            "obvious": lambda script=script: run(*script),
+            "ours": partial(run, *ivon_post, *words, "-o", str(target), "--quiet"),
+            "cp": partial(run, "sh", "-c", shell),
+            "cp + sync": partial(run, "sh", "-c", f"{shell}; find {target} -type f | xargs sync"),
+            "obvious": partial(run, *script),
         }
         for _ in track(range(repeats), name, console=console, transient=True):
             for way, work_once in ways.items():

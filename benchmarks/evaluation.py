@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -42,9 +43,10 @@ def build(arguments: argparse.Namespace) -> tuple[PeftModel, Posterior]:
         vocab_size=49152,
     )
     device = pick_device(arguments.device)
-    model = LlamaForCausalLM(config).to(device, getattr(torch, arguments.dtype))
+    model: Any = LlamaForCausalLM(config)
+    model.to(device, getattr(torch, arguments.dtype))
     lora = LoraConfig(r=arguments.rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    peft_model = get_peft_model(model, lora)
+    peft_model: Any = get_peft_model(model, lora)
     mean = {key: torch.randn(value.shape) * 0.02 for key, value in AdapterSlots(peft_model).places.items()}
     sigma = {key: torch.full_like(value, 0.01) for key, value in mean.items()}
     return peft_model, Posterior(mean, sigma, {}, peft_model.peft_config["default"].to_dict())

@@ -112,7 +112,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).to(device)
+    base: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    base.to(device)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model: Any = get_peft_model(base, lora).eval()
     with torch.no_grad():
@@ -173,8 +174,8 @@ def main() -> None:
         print(json.dumps(result, indent=1))
         return
     print(f"{result['machine']}\n{result['model']}\n\n| | s | × training | peak MB |\n|---|---:|---:|---:|")
-    for way, row in rows.items():
-        print(f"| {way} | {row['seconds']:.1f} | {row['x training']:.2f} | {row['peak MB']:,.0f} |")
+    for way, pass_ in rows.items():
+        print(f"| {way} | {pass_['seconds']:.1f} | {pass_['x training']:.2f} | {pass_['peak MB']:,.0f} |")
     if fits:
         print(f"\n`fit` on {arguments.examples} snippets, loading included\n")
         print("| | s | steps | evaluations |\n|---|---:|---:|---:|")

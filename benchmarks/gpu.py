@@ -88,7 +88,8 @@ class Bench:
         """Load the base model."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.base_folder(), dtype=self.dtype).to(self.device)
+        model: Any = AutoModelForCausalLM.from_pretrained(self.base_folder(), dtype=self.dtype)
+        return model.to(self.device)
 
     def blocks(self) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
         """Return the blocks of tokens to train on, and those held out."""
@@ -163,9 +164,9 @@ def clock_of(bench: Bench) -> Any:
             bench.synchronize()
             self.steps.append(1000 * (time.perf_counter() - self.begun))
 
-        def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
-            if "loss" in logs:
-                self.losses.append(logs["loss"])
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            if "loss" in kwargs["logs"]:
+                self.losses.append(kwargs["logs"]["loss"])
 
     return Clock()
 

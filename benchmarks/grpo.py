@@ -42,7 +42,7 @@ from .fidelity.report import table as markdown
 from .fidelity.run import append, current_commit, read_results
 
 GROUP, BATCHES, MOST_TOKENS, RATE = 8, 4, 24, 2e-4
-LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 THINGS = ("a lemon", "the sea", "a piano", "snow", "a tiger", "bread", "a cloud", "iron")
 POLICIES = ("mean", "draw")
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -105,9 +105,7 @@ FULL: dict[str, Any] = {"task": "sums", "steps": 100, "prompts": 4, "rate": 2e-4
 QUICK: dict[str, Any] = {"task": "capitals", "steps": 24, "prompts": 1, "rate": 5e-4, "test": 16}
 
 
-def grpo_trainer(
-    model: str, rows: Rows, reward: Callable[..., list[float]], seed: int, folder: str, **settings: Any
-) -> Any:
+def grpo_trainer(model: str, rows: Rows, reward: Any, seed: int, folder: str, **settings: Any) -> Any:
     """Return TRL's GRPOTrainer over a new adapter, nothing attached to it yet; a step is of BATCHES micro-batches."""
     torch.manual_seed(seed)
     args = {

@@ -18,7 +18,7 @@ import itertools
 import random
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def train(make: Any, task: Task, settings: Mapping[str, Any]) -> Trained:
     return train_ivon_auto(make(settings["seed"]), task, settings)
 
 
-def quality(model: Causal, examples: Sequence[Example]) -> dict[str, float]:
+def quality(model: Any, examples: Sequence[Example]) -> dict[str, float]:
     """Return accuracy and NLL at the mean."""
     labels = torch.tensor([example.label for example in examples])
     found = metrics(Scores.of(predict(model, examples).softmax(-1), labels))
@@ -292,7 +292,7 @@ def cost(arguments: argparse.Namespace) -> None:
             for batch in batches:
                 products(gradients, batch, variance, direction)
 
-    runs = {
+    runs: dict[str, Callable[[], None]] = {
         "an epoch of training": epoch,
         "influence": influences,
         "influence with a direction (`--on`, without its own pass)": functools.partial(influences, variance),

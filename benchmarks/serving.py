@@ -94,7 +94,7 @@ def write_adapter(base: Path, folder: Path) -> None:
 
     torch.manual_seed(0)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(folder)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(str(folder))
     mean = load_file(folder / "adapter_model.safetensors")
     save_sigma(folder, {key: torch.full_like(value, 0.005) for key, value in mean.items()}, {})
 
@@ -151,8 +151,8 @@ def engine(arguments: argparse.Namespace) -> None:
     print("| | first token, s | tokens per second | × one member |\n|---|---:|---:|---:|")
     speeds = {name: statistics.median(speed for _, speed in own) for name, own in found.items()}
     one = speeds[f"ivon-post serve, {arguments.members[0]} members"]
-    for name, own in found.items():
-        first = statistics.median(seconds for seconds, _ in own)
+    for name, chats in found.items():
+        first = statistics.median(seconds for seconds, _ in chats)
         print(f"| {name} | {first:.2f} | {speeds[name]:.1f} | {one / speeds[name]:.2f} |")
 
 

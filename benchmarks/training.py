@@ -44,7 +44,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).to(device)
+    base: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    base.to(device)
     model: Any = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     trained = [param for param in model.parameters() if param.requires_grad]
     ours, peer = IVONLoRA(trained, lr=1e-2, ess=1e6), ivon.IVON(trained, lr=1e-2, ess=1e6)
@@ -75,7 +76,7 @@ def main() -> None:
             for way in ways:
                 times[way].append(taken[way])
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{arguments.threads} CPU threads"
-    result = {
+    result: dict[str, Any] = {
         "machine": f"{platform.machine()}, {where}, torch {torch.__version__}, medians of {arguments.repeats}",
         "model": f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M weights, {arguments.dtype}, "
         f"{sum(p.numel() for p in trained) / 1e6:.2f} M trained, batches of {arguments.batch} × {arguments.length}",

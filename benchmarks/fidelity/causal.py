@@ -59,7 +59,7 @@ class Causal(nn.Module):
             layers_pattern="layers",
             task_type="CAUSAL_LM",
         )
-        self.peft = get_peft_model(base, lora, autocast_adapter_dtype=True)
+        self.peft: Any = get_peft_model(base, lora, autocast_adapter_dtype=True)
         self.choices = base.lm_head.weight[list(choices)].detach().float()
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:

@@ -267,7 +267,7 @@ class Encoder(nn.Module):
             layers_pattern="layer",
             task_type="SEQ_CLS",
         )
-        self.peft = get_peft_model(base, lora)  # the classifier is trained in full: PEFT's default for SEQ_CLS
+        self.peft: Any = get_peft_model(base, lora)  # the classifier is trained in full: PEFT's default for SEQ_CLS
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the logits."""

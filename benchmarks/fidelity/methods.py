@@ -146,7 +146,7 @@ class Curve:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Encoder,
         task: Task,
         settings: Mapping[str, Any],
         posterior: Callable[[], Posterior] | None = None,
@@ -164,7 +164,7 @@ class Curve:
             return
         begun = time.process_time()
         self.model.eval()
-        point = {"step": step + 1, **self.measure(Predictions.of([predict(self.model, self.examples)]))}
+        point: dict[str, Any] = {"step": step + 1, **self.measure(Predictions.of([predict(self.model, self.examples)]))}
         if self.posterior is not None:
             point["draws"] = self.measure(predict_posterior(self.model, self.posterior(), self.examples, self.draws))
         self.points.append(point)
@@ -455,7 +455,7 @@ def train_blob(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Train
     def kl_step(step: int) -> None:
         weight = kl_weight(step, cycle)
         if weight > 1e-6:
-            (weight * sum(layer.kl(settings["prior_sigma"]) for layer in layers.values())).backward()
+            torch.stack([weight * layer.kl(settings["prior_sigma"]) for layer in layers.values()]).sum().backward()
             kl_optimizer.step()
             kl_optimizer.zero_grad()
         kl_schedule.step()

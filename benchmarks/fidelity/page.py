@@ -39,7 +39,7 @@ class Baseline(NamedTuple):
     rates: Sequence[str | float]
     nll: float
     ece: float | None
-    errors: float
+    errors: int
 
 
 BASELINES = (
@@ -241,7 +241,7 @@ def training(*suites: Results) -> str:
     A line a suite, over all of its tasks, and one of the first task where there are several.
     """
     paper = next(baseline.rates for baseline in BASELINES if len(baseline.rates) > 1)
-    places = {
+    places: dict[str, list[tuple[str, str, str | float]]] = {
         "rate by validation": [("adamw", "mean", "nll")],
         "the paper's rates": [("adamw", "mean", rate) for rate in paper],
         "draws": [(*DRAWS, "nll")],

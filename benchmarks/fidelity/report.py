@@ -315,7 +315,8 @@ def scatter(results: Results) -> Figure:
             axis.grid(alpha=0.3)
     for axis, label in zip(panels[-1], ("ECE (%), 10 bins", "NLL (nats)"), strict=True):
         axis.set_xlabel(label + ": left is better")
-    figure.legend(*panels[0, 1].get_legend_handles_labels(), loc="outside right", fontsize=8, frameon=False)
+    handles, labels = panels[0, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right", fontsize=8, frameon=False)  # type: ignore[call-overload]
     return figure
 
 

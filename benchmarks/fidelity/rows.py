@@ -59,7 +59,7 @@ def mean_pruned(
     model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, argument: str, *_: Any
 ) -> Answer:
     """At the mean, pruned: 10 % by SNR, or `criterion,ratio`."""
-    criterion, _, ratio = argument.partition(",")
+    criterion, ratio = argument.partition(",")[::2]
     return predict_posterior(model, q.prune(float(ratio or RATIO), criterion or "snr"), examples, 0), {}
 
 
@@ -193,7 +193,7 @@ def fitted(
     With `METHOD,validated` λ is the one of some with the lowest validation NLL, and with `METHOD,scaled` the log of the
     average is divided by the temperature that fits the validation data best.
     """
-    method, _, option = argument.partition(",")
+    method, option = argument.partition(",")[::2]
     found, facts = _fitted(model, q, task, method, option == "validated", draws)
     facts = {**facts, **rank_correlations(q, found)}
     if option == "scaled":
