@@ -15,11 +15,15 @@ seed, from which an interrupted run goes on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
+import os
 import random
 import statistics
+import subprocess
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,10 +42,11 @@ from safetensors.torch import save_file
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.data.encode import Prompt
+from axolotl_ivon.generation.endpoint import EndpointEngine
 from axolotl_ivon.generation.local import TransformersEngine
 from axolotl_ivon.generation.mbr import CurvePoint, MBRSettings, mbr
 from axolotl_ivon.generation.nbest import NBest, NBestFile, read_nbest
-from axolotl_ivon.generation.plan import Plan
+from axolotl_ivon.generation.plan import Engine, Plan
 from axolotl_ivon.generation.uncertainty import MEASURES, or_none
 from axolotl_ivon.generation.utilities import UTILITIES, AnswerExtractor, exact
 from axolotl_ivon.metrics.auroc import auroc
@@ -57,6 +62,7 @@ from .fidelity.methods import TRAINERS, as_posterior
 from .fidelity.page import PLACE
 from .fidelity.report import table
 from .fidelity.run import append, canonical, current_commit, read_results, run_key
+from .serving import free_port, running, write_adapter
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 ATTENTION = ("q_proj", "v_proj")
@@ -720,37 +726,61 @@ def report(arguments: argparse.Namespace) -> None:
             draw(records, name, arguments.pictures)
 
 
-def write_all(engine: TransformersEngine, prompts: Sequence[Prompt]) -> None:
-    """Write the outputs for all prompts."""
-    for _ in engine.outputs(prompts):
-        pass
+@contextlib.contextmanager
+def vllm(python: Path, adapter: Path, draws: int) -> Iterator[str]:
+    """Serve the mean and draws of an adapter by vLLM, as `ivon-post sample --serve vllm` says; gives the URL."""
+    ensemble, port = adapter.parent / "ensemble", free_port()
+    sample = ["ivon-post", "sample", str(adapter), "-n", str(draws), "--include-mean", "--serve", "vllm", "--quiet"]
+    subprocess.run([*sample, "-o", str(ensemble)], check=True)
+    own = {"PATH": f"{python.parent}:{os.environ['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
+    here = f"--host 127.0.0.1 --port {port} --dtype float32 --max-model-len 1024".split()
+    words = ["sh", str(ensemble / "serve.sh"), *here]
+    with running(["env", *(f"{name}={value}" for name, value in own.items()), *words], port, adapter.parent / "log"):
+        yield f"http://127.0.0.1:{port}"
 
 
 def speed(arguments: argparse.Namespace) -> None:
     """Print tokens per second of one model and of several draws in one batch, as many outputs of each.
 
-    `generation.py` compares with other ways to run draws. On a CPU the seconds are those of this process.
+    `generation.py` compares with other ways to run draws. The adapter over SmolLM2 is random. Without vLLM the seconds
+    on a CPU are those of this process.
     """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     torch.set_num_threads(arguments.threads)
-    options = {"hidden": 576, "layers": 30, "rank": 8, "device": arguments.device, "dtype": arguments.dtype}
-    model, posterior = evaluation.build(argparse.Namespace(**options))
-    base: Any = model.eval().get_base_model()
-    base.generation_config.eos_token_id = None  # no output ends early
-    session = make_session(model, SimpleNamespace(eos_token_id=None, decode=lambda *_, **__: ""))
+    folder, n, draws = arguments.work.parent / SMOLLM2, arguments.n, arguments.draws
+    prepare(arguments.work, SMOLLM2)
+    plan = Plan(n=n, per_model=n // draws, max_tokens=arguments.tokens)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 40000, (arguments.prompts, arguments.length), generator=generator).tolist()
     prompts = [Prompt(str(own), own, None, "benchmark") for own in ids]
-    n, draws = arguments.n, arguments.draws
-    plan = Plan(n=n, per_model=n // draws, max_tokens=arguments.tokens)
-    engines = {
-        "one model": TransformersEngine(session, posterior, replace(plan, mean=True), batch_size=n),
-        f"{draws} draws in one batch": TransformersEngine(session, posterior, plan, batch_size=n),
-    }
-    clock = time.process_time if arguments.device == "cpu" else time.perf_counter
-    calls = [partial(write_all, engine, prompts) for engine in engines.values()]
-    times = evaluation.seconds(*calls, repeats=arguments.repeats, clock=clock)
-    tokens = len(prompts) * n * arguments.tokens
-    rows = [[name, f"{tokens / t:.0f}", f"{times[0] / t:.2f}"] for name, t in zip(engines, times, strict=True)]
+    with contextlib.ExitStack() as stack:
+        adapter = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter"
+        write_adapter(folder, adapter)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.save_pretrained(adapter)
+        base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, arguments.dtype))
+        model: Any = PeftModel.from_pretrained(base.to(arguments.device), adapter).eval()
+        session, posterior = make_session(model, tokenizer), Posterior.from_pretrained(adapter)
+        engines: dict[str, Engine] = {
+            "one model": TransformersEngine(session, posterior, replace(plan, mean=True), batch_size=n),
+            f"{draws} draws in one batch": TransformersEngine(session, posterior, plan, batch_size=n),
+        }
+        if arguments.vllm:
+            url = stack.enter_context(vllm(arguments.vllm, adapter, draws))
+            members = [f"sample-{number:04d}" for number in range(draws)]
+            engines["one model, vLLM"] = EndpointEngine(url, ["mean"], replace(plan, mean=True))
+            engines[f"{draws} draws, vLLM"] = EndpointEngine(url, members, plan)
+        tokens = dict.fromkeys(engines, 0)
+
+        def write(name: str) -> None:
+            tokens[name] = sum(output.tokens for outputs in engines[name].outputs(prompts) for output in outputs)
+
+        clock = time.process_time if arguments.device == "cpu" and not arguments.vllm else time.perf_counter
+        times = evaluation.seconds(*(partial(write, name) for name in engines), repeats=arguments.repeats, clock=clock)
+    speeds = {name: tokens[name] / own for name, own in zip(engines, times, strict=True)}
+    rows = [[name, f"{own:.0f}", f"{own / speeds['one model']:.2f}"] for name, own in speeds.items()]
     print(f"{len(prompts)} prompts of {arguments.length} tokens, {n} outputs of {arguments.tokens} tokens each\n")
     print(table(["", "tokens per second", "× one model"], rows))
 
@@ -782,6 +812,8 @@ def main() -> None:
     speeds.add_argument("--tokens", type=int, default=64, help="tokens of an output")
     speeds.add_argument("--repeats", type=int, default=3)
     speeds.add_argument("--threads", type=int, default=1)
+    speeds.add_argument("--vllm", type=Path, metavar="PYTHON", help="of an environment with vLLM, to compare with it")
+    speeds.add_argument("--work", type=Path, default=Path(".demo/fidelity"), help="beside it, the base model")
     speeds.add_argument("--device", default="cpu")
     speeds.add_argument("--dtype", default="float32")
     speeds.set_defaults(call=speed)

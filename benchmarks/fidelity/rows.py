@@ -21,12 +21,11 @@ from axolotl_ivon.metrics.scores import Scores, metrics
 from axolotl_ivon.metrics.verdict import judge
 from axolotl_ivon.training.calibration import TAUS
 
-from .data import Encoder, Example, Task, labels_of, predict
+from .data import Encoder, Example, Task, labels_of
 from .methods import (
     Predictions,
     fit_laplace,
     fit_sigma,
-    loaded,
     predict_at,
     predict_dropout,
     predict_laplace,
@@ -43,16 +42,30 @@ def score(predictions: Predictions, examples: Sequence[Example]) -> dict[str, fl
     return metrics(Scores.of(predictions.probabilities, labels_of(examples), predictions.expected_entropy))
 
 
+_DRAWN: dict[tuple[int, float, int], tuple[Posterior, Sequence[Example], Predictions]] = {}
+
+
+def drawn(model: Encoder, q: Posterior, examples: Sequence[Example], draws: int, tau: float = 1.0) -> Predictions:
+    """Return the average over draws at τ; at ∞ it is the mean. All rows of a run have them once."""
+    if any(run is not q for run, _, _ in _DRAWN.values()):
+        _DRAWN.clear()
+    place = id(examples), tau, draws
+    if place not in _DRAWN:
+        at, count = (q.temper(tau), draws) if math.isfinite(tau) else (q, 0)
+        _DRAWN[place] = q, examples, predict_posterior(model, at, examples, count)
+    return _DRAWN[place][2]
+
+
 def mean(model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any) -> Answer:
     """The prediction at the mean; for AdamW, at its weights."""
-    return predict_posterior(model, q, examples, 0), {}
+    return drawn(model, q, examples, draws, math.inf), {}
 
 
 def posterior(
     model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, argument: str, *_: Any
 ) -> Answer:
     """The average over draws, or over another number of them."""
-    return predict_posterior(model, q, examples, int(argument or draws)), {}
+    return drawn(model, q, examples, int(argument or draws)), {}
 
 
 def mean_pruned(
@@ -74,7 +87,7 @@ def tempered(
     model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, argument: str, *_: Any
 ) -> Answer:
     """The average over draws at the temperature τ given."""
-    return predict_posterior(model, q.temper(float(argument)), examples, draws), {}
+    return drawn(model, q, examples, draws, float(argument)), {}
 
 
 def reshaped(
@@ -121,19 +134,20 @@ def temperature_scaling(
     model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any
 ) -> Answer:
     """The weights themselves, logits divided by the temperature that fits the validation data best."""
-    with loaded(model, dict(q.mean)):
-        temperature = fit_temperature(predict(model, task.validation).softmax(-1), labels_of(task.validation))
-        logits = predict(model, examples)
-    return Predictions.of([logits / temperature]), {"temperature": temperature}
+    return _scaled(model, q, task, examples, draws, math.inf)
 
 
 def posterior_scaled(
     model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, *_: Any
 ) -> Answer:
     """The average over draws, its log-probabilities divided by the temperature that fits the validation data best."""
-    held_out = predict_posterior(model, q, task.validation, draws).probabilities
+    return _scaled(model, q, task, examples, draws, 1.0)
+
+
+def _scaled(model: Encoder, q: Posterior, task: Task, examples: Sequence[Example], draws: int, tau: float) -> Answer:
+    held_out = drawn(model, q, task.validation, draws, tau).probabilities
     temperature = fit_temperature(held_out, labels_of(task.validation))
-    logits = predict_posterior(model, q, examples, draws).probabilities.log()
+    logits = drawn(model, q, examples, draws, tau).probabilities.log()
     return Predictions.of([logits / temperature]), {"temperature": temperature}
 
 
@@ -146,12 +160,7 @@ def calibrated(model: Encoder, q: Posterior, task: Task, examples: Sequence[Exam
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     first, second = order.split([len(labels) // 2, len(labels) - len(labels) // 2])
 
-    def probabilities(tau: float, of: Sequence[Example]) -> torch.Tensor:
-        return predict_posterior(
-            model, q.temper(tau) if math.isfinite(tau) else q, of, draws * math.isfinite(tau)
-        ).probabilities
-
-    held_out = {tau: probabilities(tau, task.validation) for tau in (math.inf, *TAUS)}
+    held_out = {tau: drawn(model, q, task.validation, draws, tau).probabilities for tau in (math.inf, *TAUS)}
 
     def losses(point: tuple[float, float], part: torch.Tensor) -> torch.Tensor:
         tau, temperature = point
@@ -165,7 +174,7 @@ def calibrated(model: Encoder, q: Posterior, task: Task, examples: Sequence[Exam
     points = [(tau, fit_temperature(held[first], labels[first])) for tau, held in held_out.items()]
     best = choose((math.inf, 1.0), points[:1], points[1:], lambda point: float(losses(point, first).mean()), outcome)
     tau, temperature = best.recommended
-    logits = probabilities(tau, examples).log() / temperature
+    logits = drawn(model, q, examples, draws, tau).probabilities.log() / temperature
     return Predictions.of([logits]), {"tau": tau, "temperature": temperature}
 
 
