@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from .report import METRICS, OURS, Results, cell, label_of, lines_of, mean_and_error, table
+from .report import METRICS, OURS, ROW_NAMES, Results, cell, label_of, lines_of, mean_and_error, table
 from .run import Job, Record, ablation_jobs, seed_jobs
 
 PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -136,13 +136,18 @@ def stage(*suites: Results) -> str:
         epochs = suite["steps"] * suite["batch"] / suite["tasks"][task]["train"]
         heads.append(f"{suite.get('model', 'MiniLM').partition('-Instruct')[0]}, {task}, {epochs:.0f} epochs")
     rows = []
-    for method, row, by in lines_of(suites[0]):
+    methods = suites[0].suite["methods"]
+    lines = [
+        (*line, by) for line in ROW_NAMES if line[0] in methods for by in methods[line[0]].get("choose_by", ["nll"])
+    ]
+    for method, row, by in lines:
         cells = []
         for results, task in columns:
             found = {metric: results.values(metric, task, method, row, choose_by=by) for metric in METRICS}
             cells.append(" / ".join(cell(list(found[metric].values()), metric) for metric in METRICS))
         if any(text.strip("–/ ") for text in cells):
-            rows.append([name_of(suites[0], method, row, by), *cells])
+            name = label_of(suites[0], method, row, by)
+            rows.append([name + ", rate by validation" * (by == "nll"), *cells])
     return table(heads, rows)
 
 
