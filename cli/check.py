@@ -31,7 +31,7 @@ def command(
 
     For an adapter it says whether the weights moved, whether σ was learned, how wide the draws are, and with --data
     whether their average predicts better than the mean. For an axolotl YAML it says, before anything is loaded, the
-    number of examples N, the steps, the effective sample size λ, the learning rate, and how far a weight can travel.
+    number of examples N, the steps, the effective sample size λ, the learning rate α, and how far a weight can travel.
 
     \b
       ivon-post check out/ --data validation.jsonl
@@ -68,6 +68,8 @@ def command(
     from axolotl_ivon.errors import printable
 
     figures = {name: value for name, value in facts.items() if name not in ("findings", "unknown", "data")}
+    # By `auto` α is a hundred times the `learning_rate` of the YAML.
+    figures = {"learning_rate (α)" if name == "learning_rate" else name: value for name, value in figures.items()}
     for name, value in figures.items():
         figures[name] = "unknown" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
     print_facts(figures)

@@ -72,7 +72,7 @@ def command(
     beyond noise.
 
     With --risk, recommended.json also has a threshold on the confidence (the largest averaged probability), below which
-    `eval`, `predict`, `generate` and `mbr` abstain. With --coverage it has prediction sets for `predict --set`.
+    `eval`, `predict`, `serve`, `generate` and `mbr` abstain. With --coverage it has sets of labels for `predict --set`.
 
     With --endpoint, ADAPTER is an ensemble: the mean is compared with its draws, each at its own softmax temperature.
 

@@ -96,6 +96,7 @@ def test_check_of_a_yaml(tmp_path: Path, ivon_post: Cli) -> None:
     text = ivon_post("check", config)
     assert "! no weight can travel farther than" in text
     assert ["train_size", "30"] in words_of(text)
+    assert ["learning_rate", "(α)", "0.1"] in words_of(text)
     assert ivon_post.json("check", config, "--processes", 2)["steps"] == 30
     config.write_text("optimizer: sgd")
     assert "no posterior is trained" in ivon_post.error("check", config)
