@@ -63,8 +63,8 @@ def command(adapter: str, ratio: float, terminal: options.Terminal) -> None:
         terminal.suggest("ivon-post", "eval", adapter, "--data", "FILE.jsonl")
     else:
         click.echo(
-            "There is no ivon_sigma.safetensors: `info`, `merge`, `eval --rows base,mean` and `generate --mean` work on"
-            " this adapter, and `fit` gives it one."
+            "There is no ivon_sigma.safetensors: `info`, `merge`, `predict`, `eval --rows base,mean` and "
+            "`generate --mean` work on this adapter, and `fit` gives it one."
         )
         terminal.suggest("ivon-post", "merge", adapter)
 

@@ -110,7 +110,7 @@ class Posterior:
         adapter = Adapter(path_or_hub_id)
         if adapter.sigma is None:
             raise IVONError(
-                f"{path_or_hub_id} has no {SIGMA_FILE}, so it is no posterior: `ivon-post info`, `merge`, "
+                f"{path_or_hub_id} has no {SIGMA_FILE}, so it is no posterior: `ivon-post info`, `merge`, `predict`, "
                 "`ivon-post eval --rows base,mean` and `ivon-post generate --mean` take it; `ivon-post fit` gives it "
                 "one, as training with `optimizer: ivon_lora` does"
             )
