@@ -27,7 +27,9 @@ _WITHOUT_EFFECT = {
     "optim_target_modules": "remove it: GaLore and its like replace the optimizer",
     "adam_beta1": "use ivon_beta1",
     "adam_beta2": "use ivon_beta2",
+    "adam_beta3": "remove it: IVON has two running averages",
     "adam_epsilon": "remove it: IVON has no epsilon",
+    "adam_epsilon2": "remove it: IVON has no epsilon",
     "unfrozen_parameters": "remove it: only adapter weights are trained",
 }
 # Those of them that axolotl sets itself: Ray's workers get the YAML with all the defaults filled in.

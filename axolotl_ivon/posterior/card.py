@@ -89,7 +89,7 @@ import torch
 {code}
 ```
 
-`eval`, `generate`, `serve` and `merge` of `ivon-post` take it from `{file}`.
+`eval`, `predict`, `generate`, `serve` and `merge` of `ivon-post` take it from `{file}`.
 
 """
 _AT_THE_MEAN = """\

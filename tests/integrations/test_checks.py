@@ -25,6 +25,8 @@ BASE = {"optimizer": "ivon_lora", "adapter": "lora", "learning_rate": "3e-4", "l
         ({"weight_decay": "none"}, "weight_decay: 'none' is not a number"),
         ({"loraplus_lr_ratio": 16}, "loraplus_lr_ratio: 16 has no effect"),
         ({"adam_beta2": 0.99}, "adam_beta2: 0.99 has no effect"),
+        ({"adam_beta3": 0.99}, "adam_beta3: 0.99 has no effect"),
+        ({"adam_epsilon2": 1e-16}, "adam_epsilon2: 1e-16 has no effect"),
         ({"adapter": None}, "adapter: None does not go with"),
         ({"rl": "ebft"}, "rl: ebft is not supported"),
         ({"rl": "gdpo"}, "rl: gdpo fails in axolotl with any adapter.*trl.multi_objective_aggregation: normalize_then"),
