@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -277,20 +278,32 @@ def _most_steps(cfg: Mapping[str, Any]) -> int | None:
 
 
 def _trained_shapes(cfg: Mapping[str, Any], prior: str | None, least: float) -> dict[str, Sequence[int]]:
-    """Return the shapes of the weights to be trained, from the prior, or the `config.json` of a local base model.
+    """Return the shapes of the weights to be trained, from the prior, or the base model's `config.json` here.
 
     `least` is λ with few weights.
     """
     if adapter := prior or cfg.get("lora_model_dir"):
         return {key: shape for key, (_, shape) in Adapter(str(adapter)).mean.specs.items()}
-    base = Path(str(cfg.get("base_model_config") or cfg.get("base_model")))
+    base = str(cfg.get("base_model_config") or cfg.get("base_model"))
     grows = f"λ and h0: λ is {least:,.0f} up to 100,000 LoRA weights and in proportion to them from there on"
-    if not (base / "config.json").is_file():
-        raise _Unknown(f"{grows}; {base} is no folder here, so they cannot be counted")
+    folder = _config_folder(base)
+    if folder is None:
+        raise _Unknown(f"{grows}; {base} is no folder here, nor in the Hub's cache, so they cannot be counted")
     try:
-        return _lora_shapes(base, cfg)
+        return _lora_shapes(folder, cfg)
     except Exception as error:  # whatever a model of this kind needs
         raise _Unknown(f"{grows}, which cannot be counted ({one_line(error)})") from error
+
+
+def _config_folder(base: str) -> Path | None:
+    """Return the folder with the `config.json` of a base model, its own or in the Hub's cache; nothing is fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path: Any = Path(base, "config.json")
+    if not path.is_file():
+        with suppress(ValueError):  # no name of a repository
+            path = try_to_load_from_cache(base, "config.json")
+    return Path(path).parent if isinstance(path, (str, Path)) and Path(path).is_file() else None
 
 
 def _lora_shapes(base: Path, cfg: Mapping[str, Any]) -> dict[str, Sequence[int]]:

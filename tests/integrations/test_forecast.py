@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +106,18 @@ def test_n_and_steps_are_those_of_axolotl_and_of_a_loader(
     assert found["batch"] == micro * accumulated * processes
 
 
+def test_the_base_model_is_also_looked_for_in_the_hub_s_cache(
+    written: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = tmp_path / "hub" / "models--someone--model"
+    (held / "refs").mkdir(parents=True)
+    (held / "refs" / "main").write_text("1a2b")
+    shutil.copytree(tiny_llama, held / "snapshots" / "1a2b")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert written(base_model="someone/model", lora_r=512) == written(lora_r=512)
+    assert written(base_model="someone/other")["ess"] is written(base_model="../no/name")["ess"] is None
+
+
 def test_lambda_and_the_rate_by_every_key(written: Any) -> None:
     """The rate is by `auto` the most that a step may move a weight."""
     assert written(ivon_lambda="1e7")["ess"] == 1e7
@@ -115,7 +128,7 @@ def test_lambda_and_the_rate_by_every_key(written: Any) -> None:
     assert (away["ess"], away["h0"]) == (None, None)
     assert away["unknown"] == [
         "λ and h0: λ is 250,000 up to 100,000 LoRA weights and in proportion to them from there on; "
-        "someone/model is no folder here, so they cannot be counted"
+        "someone/model is no folder here, nor in the Hub's cache, so they cannot be counted"
     ]
     assert written(learning_rate=2e-4)["learning_rate"] == pytest.approx(0.02)
     assert written(learning_rate=2e-4, ivon_clip=0.1)["learning_rate"] == pytest.approx(0.002)
