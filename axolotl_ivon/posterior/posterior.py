@@ -216,6 +216,12 @@ class Posterior:
             known_fingerprint=self._fingerprint,
         )
 
+    def _at_training_tau(self, tau: float) -> Posterior:
+        """Return the posterior as it would be if its training had chosen this temperature."""
+        header = {"tau": repr(self.tau / self.training_tau * tau), TRAINING_TAU: repr(tau)}
+        tempered = self.temper(tau / self.training_tau)
+        return replace(tempered, metadata={**tempered.metadata, **header}, known_fingerprint=self._fingerprint)
+
     def draw(self, seed: int = 0, member: int = 0, dtype: str | None = None) -> Tensors:
         """Return one draw θ ~ q, as `sample` does, whose tensors are made when they are asked for.
 
@@ -293,7 +299,8 @@ class Posterior:
     ) -> Posterior:
         """Return one posterior made of several over the same base model; see `posterior.combine.combine`.
 
-        A posterior that several of them go on from is read from where they had it, unless it is among them.
+        A posterior that several of them go on from is read from where they had it, unless it is among them. Where their
+        trainings chose different temperatures, the least of these is that of all.
 
         Raises:
             IVONError: as `shares` and `combine` do; two of them, as they were read from folders, hold the same data,
@@ -301,6 +308,9 @@ class Posterior:
         """
         share = shares(len(posteriors), method, weights)
         check_data(posteriors)
+        taus = {q.training_tau for q in posteriors}
+        if len(taus) > 1 and len({q.tau / q.training_tau for q in posteriors}) == 1:
+            posteriors = [q._at_training_tau(min(taus)) for q in posteriors]
         priors = [cls._prior_of(posteriors, sha256) for sha256 in shared([q.metadata for q in posteriors])]
         parts = combine(posteriors, method, share, priors if method == "precision" else ())
         inputs = [folder for q in posteriors for folder in q.inputs]

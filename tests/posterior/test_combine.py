@@ -316,6 +316,21 @@ def test_one_base_model_and_one_temperature():
     np.testing.assert_allclose(cold.temper(0.25).sigma.raw(key), Posterior.combine([q] * 2).sigma.raw(key), rtol=1e-6)
 
 
+def test_temperatures_that_trainings_chose_say_nothing_of_the_data():
+    def trained(q: Posterior, tau: float) -> Posterior:
+        chosen = {"tau": repr(tau), "training_tau": repr(tau)}
+        return Posterior(q.mean, q.temper(tau).sigma, q.metadata | chosen, q.config)
+
+    a, b = posterior(0), posterior(1)
+    both, natural = Posterior.combine([trained(a, 95.4), trained(b, 10.7)]), Posterior.combine([a, b])
+    assert both.tau == both.training_tau == 10.7
+    for key in a.mean:
+        torch.testing.assert_close(both.mean[key], natural.mean[key])
+        torch.testing.assert_close(both.sigma[key], natural.temper(10.7).sigma[key])
+    with pytest.raises(IVONError, match=r"different tau \(190.8, 10.7\)"):
+        Posterior.combine([trained(a, 95.4).temper(2), trained(b, 10.7)])
+
+
 @pytest.mark.parametrize("damage", [{"lora_alpha": "x"}, {"alpha_pattern": [1]}, {"alpha_pattern": {"(": 2}}])
 def test_a_configuration_that_makes_no_sense(damage: dict):
     q = posterior()
