@@ -101,8 +101,9 @@ def save_with_sigma(
                 _save_sigma(run, place, adapter)
                 saved.append(adapter_folder(folder, adapter))
                 if run.recommendation is not None:
-                    sha = TensorFile(place / SIGMA_FILE).metadata["mean_sha256"]
-                    about = {"adapter": saved[-1].name, "mean_sha256": sha}
+                    header = TensorFile(place / SIGMA_FILE).metadata
+                    about: dict[str, Any] = {"adapter": saved[-1].name, "mean_sha256": header["mean_sha256"]}
+                    about["adapter_tau"] = float(header.get("tau", 1))  # the τ of draws was measured on top of it
                     run.recommendation.model_copy(update=about).save(place / RECOMMENDED_FILE)
                 update_card_in(place)
     for each in saved:

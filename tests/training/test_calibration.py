@@ -102,6 +102,20 @@ def test_draws_are_tried_in_a_longer_run_and_are_those_of_the_posterior(attached
     torch.testing.assert_close(narrow * 2, wide, rtol=1e-3, atol=1e-6)
 
 
+def test_the_tau_of_draws_comes_on_top_of_the_one_that_training_chose(attached: Any, tmp_path: Path) -> None:
+    trainer = attached({}, **{**RUN, "max_steps": 1})
+    trainer.eval_dataset = DATA.select(range(60))
+    trainer.train()
+    trainer.posterior_training._calibrate(60 * PASSES * 5)
+    trainer.save_model()
+    draws = Recommendation.load(tmp_path / "recommended.json", "recommended").draws
+    taken = recommended_for(tmp_path)
+    assert Posterior.from_pretrained(tmp_path).training_tau > 1
+    assert draws
+    assert taken
+    assert taken.for_draws().tau == pytest.approx(draws.tau)
+
+
 def test_the_best_checkpoint_is_calibrated_where_it_is_kept(attached: Any, tiny_llama: Path, tmp_path: Path) -> None:
     best = {"save_strategy": "steps", "save_steps": 20, "eval_strategy": "steps", "eval_steps": 20}
     trainer = attached({"gamma": 30.0}, **{**RUN, **best, "load_best_model_at_end": True, "metric_for_best_model": "x"})
