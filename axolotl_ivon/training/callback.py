@@ -219,7 +219,7 @@ class PosteriorTraining(TrainerCallback):
         if skipped.in_a_row >= DIVERGED > before.in_a_row:
             LOG.error(
                 "the run diverges: the last %d steps were skipped, since the gradient of %s is not finite; m and σ are "
-                "those of step %d: resume from a checkpoint with a smaller learning_rate",
+                "those of step %d: begin again with a smaller learning_rate (a resumed run keeps its checkpoint's)",
                 skipped.in_a_row,
                 skipped.tensor,
                 step - skipped.in_a_row,
