@@ -152,7 +152,7 @@ SUITES = {
     QUICK: Suite(
         SMOLLM2,
         "sums",
-        (*PRUNED[:3], "AdamW", *PRUNED[3:5]),
+        (*PRUNED[:3], "AdamW", *PRUNED[3:]),
         seeds=(0,),
         sizes=(256, 32, 100),
         steps=160,
