@@ -22,14 +22,17 @@ def scaling(curves: Mapping[str, Sequence[CurvePoint]]) -> Figure:
     than the bars say.
     """
     figure, axes = new_figure("accuracy by the number of outputs", 6, 4.2)
-    styles = zip(itertools.cycle((GREY, BLUE, VERMILION, GREEN)), itertools.cycle("so^D"), strict=False)
-    for place, ((label, curve), (color, marker)) in enumerate(zip(curves.items(), styles, strict=False)):
+    # Colour and marker go together; where they begin again, the line is dashed.
+    own = zip((GREY, BLUE, VERMILION, GREEN), "so^D", strict=True)
+    styles = itertools.cycle(itertools.product(("-", "--", ":"), own))
+    for place, ((label, curve), (line, (color, marker))) in enumerate(zip(curves.items(), styles, strict=False)):
         shift = 1 + 0.03 * (place - (len(curves) - 1) / 2)  # bars side by side
         axes.errorbar(
             [shift * point.n for point in curve],
             [100 * point.accuracy for point in curve],
             [100 * point.se for point in curve],
-            color=color, marker=marker, markersize=5, linewidth=1.5, elinewidth=0.7, capsize=2, label=label,
+            color=color, marker=marker, markersize=5, linestyle=line, linewidth=1.5, elinewidth=0.7, capsize=2,
+            label=label,
         )  # fmt: skip
     ticks = sorted({point.n for curve in curves.values() for point in curve})
     axes.set_xscale("log", base=2)
@@ -37,5 +40,5 @@ def scaling(curves: Mapping[str, Sequence[CurvePoint]]) -> Figure:
     axes.minorticks_off()
     axes.set(xlabel="outputs per prompt", ylabel="accuracy (%)")
     axes.grid()
-    axes.legend()
+    figure.legend(loc="outside upper left")
     return figure

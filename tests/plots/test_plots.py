@@ -220,6 +220,12 @@ def test_the_scaling_curve_has_every_point() -> None:
         assert container.lines[0].get_xdata() == pytest.approx([8, 16], rel=0.02)
 
 
+def test_no_two_scaling_curves_look_the_same() -> None:
+    axes = scaling({str(number): [CurvePoint(8, 0.5, 0.1, 0)] for number in range(12)}).axes[0]
+    lines = [container.lines[0] for container in axes.containers]
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == 12
+
+
 @pytest.mark.parametrize(
     ("module", "place"),
     [
