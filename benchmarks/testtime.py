@@ -733,7 +733,9 @@ def vllm(python: Path, adapter: Path, draws: int) -> Iterator[str]:
     sample = ["ivon-post", "sample", str(adapter), "-n", str(draws), "--include-mean", "--serve", "vllm", "--quiet"]
     subprocess.run([*sample, "-o", str(ensemble)], check=True)
     own = {"PATH": f"{python.parent}:{os.environ['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
-    here = f"--host 127.0.0.1 --port {port} --dtype float32 --max-model-len 1024".split()
+    here = f"--host 127.0.0.1 --port {port} --dtype float32 --max-model-len 1024 --enforce-eager".split()
+    # A prompt that is read in parts ends vllm-cpu 0.32 where requests have a seed: a CPU generator has no offset.
+    here += ["--max-num-batched-tokens", "16384"]
     words = ["sh", str(ensemble / "serve.sh"), *here]
     with running(["env", *(f"{name}={value}" for name, value in own.items()), *words], port, adapter.parent / "log"):
         yield f"http://127.0.0.1:{port}"
