@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SERVE = [sys.executable, "-c", "import ivon_post; ivon_post.main()", "serve"]
+IVON_POST = [sys.executable, "-c", "import ivon_post; ivon_post.main()"]
+SERVE = [*IVON_POST, "serve"]
 CHAT = {"role": "user", "content": "Write a long story about a lighthouse keeper, a storm and a ship that is late."}
 _ANSWER = {
     "id": "x",

@@ -62,7 +62,7 @@ from .fidelity.methods import TRAINERS, as_posterior
 from .fidelity.page import PLACE
 from .fidelity.report import table
 from .fidelity.run import append, canonical, current_commit, read_results, run_key
-from .serving import free_port, running, write_adapter
+from .serving import IVON_POST, free_port, running, write_adapter
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 ATTENTION = ("q_proj", "v_proj")
@@ -730,7 +730,7 @@ def report(arguments: argparse.Namespace) -> None:
 def vllm(python: Path, adapter: Path, draws: int) -> Iterator[str]:
     """Serve the mean and draws of an adapter by vLLM, as `ivon-post sample --serve vllm` says; gives the URL."""
     ensemble, port = adapter.parent / "ensemble", free_port()
-    sample = ["ivon-post", "sample", str(adapter), "-n", str(draws), "--include-mean", "--serve", "vllm", "--quiet"]
+    sample = [*IVON_POST, "sample", str(adapter), "-n", str(draws), "--include-mean", "--serve", "vllm", "--quiet"]
     subprocess.run([*sample, "-o", str(ensemble)], check=True)
     own = {"PATH": f"{python.parent}:{os.environ['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
     here = f"--host 127.0.0.1 --port {port} --dtype float32 --max-model-len 1024 --enforce-eager".split()
@@ -820,7 +820,12 @@ def main() -> None:
     speeds.add_argument("--dtype", default="float32")
     speeds.set_defaults(call=speed)
     arguments = parser.parse_args()
-    arguments.call(arguments)
+    try:
+        arguments.call(arguments)
+    except ModuleNotFoundError as error:
+        if error.name != "reasoning_gym":
+            raise
+        raise SystemExit("reasoning-gym makes the problems: pip install 'axolotl-ivon[benchmarks]'") from None
 
 
 if __name__ == "__main__":

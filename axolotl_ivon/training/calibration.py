@@ -99,7 +99,7 @@ def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None,
     recommendation, text = _choose(ways, columns, run.trainer.args.seed)
     if recommendation.verdict and recommendation.verdict.differences:
         path = Path(str(run.trainer.args.output_dir)) / RECOMMENDED_FILE
-        text += f"; {path} holds it, and every command takes it from there"
+        text += f"; {path} holds it, and every command that predicts takes it"
     return recommendation, text
 
 

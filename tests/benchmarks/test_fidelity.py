@@ -22,6 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from axolotl_ivon import IVONLoRA
 from axolotl_ivon.fitting import ivon
+from axolotl_ivon.metrics.calibration import fit_temperature
 from axolotl_ivon.settings.presets import PRESETS
 from benchmarks.fidelity import data as fidelity_data
 from benchmarks.fidelity import methods, rows
@@ -217,10 +218,24 @@ def test_kl_weights_of_a_cycle_double_and_sum_to_one_less_the_first_term(cycle: 
 def test_scaling_the_average_of_equal_draws_is_scaling_the_weights_themselves(bert: Path) -> None:
     model = encoder(bert).eval()
     q, data = as_posterior(model.trained()), task(validation=examples(40))
-    ours, facts = rows.posterior_scaled(model, q, data, examples(9), 3)
-    expected, facts_of_weights = rows.temperature_scaling(model, q, data, examples(9), 0)
-    assert facts["temperature"] == pytest.approx(facts_of_weights["temperature"], rel=1e-3)
-    torch.testing.assert_close(ours.probabilities, expected.probabilities, atol=1e-4, rtol=0)
+    temperature = fit_temperature(predict(model, data.validation).softmax(-1), labels_of(data.validation))
+    expected = (predict(model, examples(9)) / temperature).softmax(-1)
+    for row in (rows.posterior_scaled, rows.temperature_scaling):
+        ours, facts = row(model, q, data, examples(9), 3)
+        assert facts["temperature"] == pytest.approx(temperature, rel=1e-3)
+        torch.testing.assert_close(ours.probabilities, expected, atol=1e-4, rtol=0)
+
+
+def test_draws_are_made_once_for_a_run_and_anew_for_another(bert: Path) -> None:
+    model, texts = encoder(bert).eval(), examples(9)
+    mean = {name: value.detach() for name, value in model.trained().items()}
+    wide, narrow = (as_posterior(mean, {k: torch.full_like(v, s) for k, v in mean.items()}) for s in (0.3, 0.1))
+    for q in (wide, narrow, wide):
+        for tau, draws in ((1.0, 2), (4.0, 2), (1.0, 3), (math.inf, 0)):
+            ours = rows.drawn(model, q, texts, draws, tau)
+            expected = predict_posterior(model, q.temper(tau) if draws else q, texts, draws)
+            torch.testing.assert_close(ours.probabilities, expected.probabilities)
+            assert rows.drawn(model, q, texts, draws, tau) is ours
 
 
 def test_of_equal_draws_the_mean_is_recommended_at_a_temperature_that_helps(bert: Path) -> None:
