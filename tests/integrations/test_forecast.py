@@ -314,6 +314,14 @@ def test_what_is_not_known_is_said(written: Any, changes: dict[str, Any], unknow
         assert words in why
 
 
+def test_tau_of_a_short_run_follows_from_its_steps(written: Any) -> None:
+    away = {"datasets": [{"path": "someone/data"}]}
+    assert written(**away)["tau"] is None
+    assert written(**away, ivon_direction="newton")["tau"] == written(**away, **PAPER)["tau"] == 1
+    known = written(**away, max_steps=128, learning_rate=2e-4)
+    assert known["tau"] == pytest.approx((0.125 / 0.0128) ** 2)
+
+
 def test_what_will_come_of_it(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     short = {one["about"]: one for one in written(learning_rate=2e-4, max_steps=500, ivon_preset="paper")["findings"]}
     assert not short["weights"]["good"]
