@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import IVONError
 from ..posterior.chain import check_prior
-from ..settings.keys import DEFAULTS, check_rollouts, check_values, prior_folder
+from ..settings.keys import DEFAULTS, FULL_WEIGHTS, check_rollouts, check_values, prior_folder, sends_adapters
 from ..settings.presets import Preset, resolved
 from ..settings.table import OPTIMIZER, SETTINGS
 
@@ -147,7 +147,10 @@ def _check_other_keys(cfg: Mapping[str, Any], known: Collection[str]) -> None:
 def _check_rollouts(cfg: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse here, before a model is loaded, what `attach` would refuse of a GRPO Trainer."""
     trl = cfg.get("trl") or {}
-    hindering = ("use_vllm", "async_prefetch", "use_data_producer", "rollout_func")
+    hindrances = {
+        f"trl.{FULL_WEIGHTS}": trl.get("use_vllm") and not sends_adapters(trl),
+        **{f"trl.{key}: {trl.get(key)}": trl.get(key) for key in ("async_prefetch", "rollout_func")},
+    }
     check_rollouts(
         given["ivon_rollouts"],
         given.get("ivon_rollout_draws"),
@@ -155,5 +158,5 @@ def _check_rollouts(cfg: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         generations=int(trl.get("num_generations") or GRPO_DEFAULTS["num_generations"]),
         # With a size of its own, batches of completions are of as many micro-batches as processes make of it.
         steps=0 if trl.get("generation_batch_size") else int(number(cfg, "gradient_accumulation_steps", 1)),
-        hindrance=next((f"trl.{key}: {trl[key]}" for key in hindering if trl.get(key)), ""),
+        hindrance=next((name for name, value in hindrances.items() if value), ""),
     )

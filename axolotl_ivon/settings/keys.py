@@ -14,6 +14,8 @@ from .table import OPTIMIZER, SETTINGS
 # Values of unset keys that are the same by every preset. The fields themselves default to None, so that a run with
 # another optimizer has no trace of them in its configuration.
 DEFAULTS = {s.key: s.auto for s in SETTINGS if s.auto == s.paper and s.auto is not None}
+# What `rollouts: draws` does not go with: a draw is sent as an adapter, or not at all.
+FULL_WEIGHTS = "use_vllm: true unless vllm_lora_sync: true and vllm_mode: server have it get adapters"
 _KEYS = {s.name: s.key for s in SETTINGS} | {"betas": "ivon_beta1 and ivon_beta2"}
 
 
@@ -64,6 +66,11 @@ def check_values(cfg: Mapping[str, Any]) -> dict[str, Any]:
     if "ivon_lambda" in values and "ivon_gamma" in values:
         raise IVONError("ivon_gamma and ivon_lambda are both set: λ is γ·√N or given outright, remove one")
     return checked.model_dump(exclude_none=True)
+
+
+def sends_adapters(trl: Mapping[str, Any]) -> bool:
+    """Return whether TRL's arguments have axolotl send adapters to a vLLM server, and not full weights."""
+    return bool(trl.get("vllm_lora_sync")) and trl.get("vllm_mode", "server") == "server"
 
 
 def check_rollouts(

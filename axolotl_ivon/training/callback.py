@@ -55,6 +55,7 @@ class PosteriorTraining(TrainerCallback):
     settings_for_run: Callable[[int, float], dict[str, Any]]  # of that many steps and epochs
     optimizer: Any = None  # until the Trainer makes it
     adapter: ReplicatedAdapter | None = None  # the trained weights in each process, under DeepSpeed and FSDP2
+    shows_draws: bool = False  # whether who reads the model gets what is in the parameters: to send draws to a server
     begun: bool = False  # before training begins, the optimizer may lack the state that it resumes from
     best_folder: str | None = None  # the checkpoint whose weights the Trainer has loaded at the end
     skipped: Skipped = NONE_SKIPPED  # the skipped steps that the log has reported

@@ -48,7 +48,9 @@ def save_sigma_beside_the_mean(run: PosteriorTraining) -> None:
     def with_sigma(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         if run.adapter is not None and kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = run.adapter.add_mean(kwargs["state_dict"])
-        if run.trainer.is_world_process_zero():
+        if run.shows_draws:
+            save_pretrained(save_directory, *args, **kwargs)
+        elif run.trainer.is_world_process_zero():
             save_with_sigma(run, save_pretrained, Path(save_directory), *args, **kwargs)
         else:
             save_pretrained(save_directory, *args, **kwargs)
@@ -64,6 +66,8 @@ def show_the_mean(run: PosteriorTraining) -> None:
     ) -> None:
         key, param, optimizer = prefix + attribute, run.params[weight], run.optimizer
         taken_out = run.adapter is not None and run.adapter.prepared
+        if run.shows_draws:
+            return
         if taken_out or (optimizer is not None and optimizer.sampling and key in state_dict):
             state_dict[key] = optimizer.mean(param).to(param.dtype)
 

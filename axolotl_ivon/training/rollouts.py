@@ -8,7 +8,9 @@ Each method that is overridden, and why:
 
 - `_prepare_inputs` of GRPO and RLOO: in it completions are written, scored and kept; everything in it that runs the
   model must see the mean, also what sends the weights to vLLM.
-- `_generate_single_turn` of GRPO: the one method that calls `generate`; here the draws take turns.
+- `_generate_single_turn` of GRPO: the one method that calls `generate`, or a server; here the draws take turns.
+- `_get_per_token_logps_and_entropies` of GRPO: completions of draws are scored at the draw that wrote each, since TRL
+  corrects for the difference between what the server computed and what it computes itself.
 - `_generate`, `_generate_vllm`, `_generate_completions` of online DPO: it has no `_prepare_inputs` for its completions.
 """
 
@@ -24,7 +26,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from ..errors import IVONError
-from ..settings.keys import check_rollouts
+from ..settings.keys import FULL_WEIGHTS, check_rollouts, sends_adapters
 from .processes import is_sharded
 from .trainer import PosteriorTrainerMixin
 
@@ -36,6 +38,8 @@ _OLD_BY_TOKEN, _OLD = "old_per_token_logps", "old_logps"
 
 class RolloutTrainerMixin(PosteriorTrainerMixin):
     """Overrides of TRL's GRPOTrainer and RLOOTrainer, and of those derived from them."""
+
+    _scores_draws = False  # whether completions of draws are being scored
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Write and score completions at the mean, and take the gradient of a batch at the draw that belongs to it."""
@@ -57,17 +61,64 @@ class RolloutTrainerMixin(PosteriorTrainerMixin):
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, fields: Any, *args: Any, **kwargs: Any) -> Any:
         """Let the draws take turns at the completions of a prompt."""
-        run, generate = self.posterior_training, super()._generate_single_turn  # type: ignore[misc]
-        if not run.rollout_draws or not run.optimizer.sampling:
+        generate = super()._generate_single_turn  # type: ignore[misc]
+        if not self._draws_write:
             return generate(prompt_ids, images, fields, *args, **kwargs)
+        turn = self._turn_on_server if _methods(self).use_vllm else generate
         completions: list[Any] = [None] * len(prompt_ids)
-        first, count = run.optimizer.draw_number, run.rollout_draws
+        log_probabilities: list[Any] | None = None  # by a server
+        for k in self._each_draw():
+            own = {name: values[k] for name, values in fields.items()}  # of each prompt, as there are no images
+            completions[k], computed = turn(prompt_ids[k], images, own, *args, **kwargs)
+            if computed is not None:
+                log_probabilities = log_probabilities or [None] * len(prompt_ids)
+                log_probabilities[k] = computed
+        return completions, log_probabilities
+
+    @property
+    def _draws_write(self) -> int:
+        """How many draws write the completions of this moment: 0 for the mean, which does so in evaluations."""
+        run = self.posterior_training
+        return run.rollout_draws if run.optimizer is not None and run.optimizer.sampling else 0
+
+    def _turn_on_server(self, prompt_ids: Any, images: Any, fields: Any, *args: Any, **kwargs: Any) -> Any:
+        """Send the draw that is in the parameters to the server, as axolotl sends the mean, and let it write."""
+        run, trainer = self.posterior_training, _methods(self)
+        run.shows_draws = True
+        try:
+            trainer._sync_lora_adapter()
+        finally:
+            run.shows_draws = False
+        # TRL asks the server for so many completions of a prompt. Later versions have the number as an argument.
+        generations, trainer._last_loaded_step = trainer.num_generations, trainer.state.global_step
+        trainer.num_generations //= run.rollout_draws
+        try:
+            own = [each // run.rollout_draws for each in args[:1]]
+            return super()._generate_single_turn(prompt_ids, images, fields, *own, *args[1:], **kwargs)  # type: ignore[misc]
+        finally:
+            trainer.num_generations, trainer._last_loaded_step = generations, None  # the server has not the mean
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Score each completion at the draw that wrote it."""
+        score = super()._get_per_token_logps_and_entropies  # type: ignore[misc]
+        if not self._scores_draws:
+            return score(model, input_ids, attention_mask, *args, **kwargs)
+        parts: list[Any] = []
+        for k in self._each_draw():
+            own = {name: value[k] if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+            parts.append(score(model, input_ids[k], attention_mask[k], *args, **own))
+        return tuple(map(_put_together, *parts))
+
+    def _each_draw(self) -> Iterator[slice]:
+        """Put each draw of a group into the parameters, with the rows that are its own, and then the mean back."""
+        optimizer, count = self.posterior_training.optimizer, self.posterior_training.rollout_draws
+        first = optimizer.draw_number
         for k in range(count):
-            run.optimizer.redraw(first + k * self._batches_per_draw)
-            own = {name: values[k::count] for name, values in fields.items()}  # of each prompt, as there are no images
-            completions[k::count], _ = generate(prompt_ids[k::count], images, own, *args, **kwargs)
-        run.optimizer.redraw(None)
-        return completions, None
+            optimizer.redraw(first + k * self._batches_per_draw)
+            yield slice(k, None, count)
+        optimizer.redraw(None)
 
     @property
     def _batches_per_draw(self) -> int:
@@ -76,8 +127,13 @@ class RolloutTrainerMixin(PosteriorTrainerMixin):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """Note which draw wrote a completion, before TRL shuffles them."""
-        output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
-        if count := self.posterior_training.rollout_draws:
+        count = self._draws_write
+        self._scores_draws = bool(count)
+        try:
+            output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        finally:
+            self._scores_draws = False
+        if count:
             output[DRAW] = torch.arange(len(output["completion_ids"])) % count
         return output
 
@@ -90,7 +146,7 @@ class RolloutTrainerMixin(PosteriorTrainerMixin):
             self._at_its_draw(batch)
 
     def _at_its_draw(self, batch: dict[str, Any]) -> None:
-        """Replace the old log-probabilities of a batch, where TRL has taken them, by those at its draw.
+        """Replace the old log-probabilities of a batch, where TRL has taken them at the mean, by those at its draw.
 
         Where each batch is trained on once before the next update, they are what the loss itself computes, and GRPO's
         does so where they are missing.
@@ -99,7 +155,7 @@ class RolloutTrainerMixin(PosteriorTrainerMixin):
         by_token, args = _OLD_BY_TOKEN in batch, trainer.args
         if by_token and args.gradient_accumulation_steps % (args.steps_per_generation * trainer.num_iterations) == 0:
             del batch[_OLD_BY_TOKEN]
-        elif by_token or _OLD in batch:
+        elif not self.posterior_training.rollout_draws and (by_token or _OLD in batch):
             optimizer.redraw(batch[DRAW])
             mask = batch["completion_mask"]
             log_probabilities = _log_probabilities(trainer, batch)
@@ -160,9 +216,8 @@ def count_rollout_draws(trainer: Trainer, rollouts: str, draws: int | None) -> i
             "DeepSpeed and FSDP are not supported where training writes completions; use DDP, or one process"
         )
     hindrances = {
-        "use_vllm: true": getattr(own, "use_vllm", False),
-        "async_prefetch or use_data_producer": getattr(own, "data_producer", None)
-        or getattr(args, "async_prefetch", 0),
+        FULL_WEIGHTS: getattr(own, "use_vllm", False) and not sends_adapters(vars(args)),
+        "async_prefetch": getattr(args, "async_prefetch", 0),
         "continuous batching": getattr(own, "use_transformers_continuous_batching", False),
         "a rollout_func": getattr(own, "rollout_func", None),
         "a replay buffer": getattr(own, "replay_buffer", None),
@@ -202,6 +257,15 @@ def _sort_by_draw(batches: list[dict[str, Any]]) -> None:
             rows = torch.cat([batch[name] for batch in batches])
             for batch, own in zip(batches, order, strict=True):
                 batch[name] = rows[own.to(rows.device)]
+
+
+def _put_together(*parts: Tensor | None) -> Tensor | None:
+    """Return the rows of all draws in the order of the completions, where there are values of them."""
+    together = torch.cat([part for part in parts if part is not None]) if parts[0] is not None else None
+    for k, part in enumerate(parts):
+        if together is not None and part is not None:
+            together[k :: len(parts)] = part
+    return together
 
 
 def _log_probabilities(trainer: Any, batch: dict[str, Any]) -> Tensor:

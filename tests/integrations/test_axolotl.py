@@ -54,7 +54,7 @@ USELESS += ["lisa_n_layers", "optim_target_modules", "unfrozen_parameters", "ada
         ({**DRAWS, "ivon_rollout_draws": 3}, ["ivon_rollout_draws: 3 does not divide num_generations: 8"]),
         (DRAWS, ["ivon_rollout_draws: 2 does not divide gradient_accumulation_steps: 1"]),
         ({**DRAWS, "trl": {"num_generations": 1}}, ["ivon_rollout_draws: 2 does not divide num_generations: 1"]),
-        ({**DRAWS, "trl": {"use_vllm": True}}, ["ivon_rollouts: draws does not go with trl.use_vllm: True"]),
+        ({**DRAWS, "trl": {"use_vllm": True}}, ["ivon_rollouts: draws does not go with trl.use_vllm: true unless"]),
         ({"ivon_rollouts": "both"}, ["ivon_rollouts", "'both'", "'mean' or 'draws'"]),
         ({"rl": "dpo", "ivon_eval_samples": 4, "val_set_size": 1}, ["ivon_eval_samples", "rl"]),
         ({"ivon_eval_samples": 4}, ["ivon_eval_samples: 4", "val_set_size", "test_datasets"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import torch
 import trl
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from runs import ranks
 from tiny import WORDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,7 +33,7 @@ TRAINERS = {
     "RLOO": (trl.RLOOTrainer, trl.RLOOConfig),
     "OnlineDPO": (OnlineDPOTrainer, OnlineDPOConfig),
 }
-LORA = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}
+LORA = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
 
 def reward(completions: Any, completion_ids: Any, **_: Any) -> list[float]:
@@ -44,10 +45,12 @@ def reward(completions: Any, completion_ids: Any, **_: Any) -> list[float]:
 def make(tiny_llama: Path, tmp_path: Path) -> Callable[..., Any]:
     """A function that makes a Trainer of TRL over the tiny Llama with a new adapter."""
 
-    def make(kind: str = "GRPO", wrapped: bool = False, reward: Any = reward, **args: Any) -> Any:
+    def make(kind: str = "GRPO", wrapped: bool = False, reward: Any = reward, logits: float = 1, **args: Any) -> Any:
         torch.manual_seed(1)
         trainer, config = TRAINERS[kind]
         model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        with torch.no_grad():  # TRL trains no adapter of the head, by which alone random weights learn to write a token
+            model.lm_head.weight.mul_(logits)
         lora = LoraConfig(**LORA)
         if wrapped:  # with weights that differ from the base model's
             model = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
@@ -118,7 +121,7 @@ def written(base: Path, weights: dict[str, torch.Tensor], batch: dict[str, Any])
 def test_it_learns_and_a_checkpoint_resumes_exactly(rollouts: dict[str, Any], make: Any, tmp_path: Path) -> None:
     ends = []
     for resume in (None, str(tmp_path / "checkpoint-25")):
-        trainer = make(max_steps=30, max_completion_length=16, save_strategy="steps", save_steps=25)
+        trainer = make(max_steps=30, max_completion_length=16, save_strategy="steps", save_steps=25, logits=30)
         attach(trainer, **rollouts)
         trainer.train(resume_from_checkpoint=resume)
         ends.append(lora_weights(trainer.model))
@@ -253,6 +256,89 @@ def test_vllm_is_sent_the_mean_and_merging_never_sees_a_draw(make: Any) -> None:
     assert all("importance_sampling_ratio" in batch and "old_per_token_logps" not in batch for _, batch, _ in kept)
 
 
+class Server:
+    """A vLLM server, and the side of it in axolotl's Trainers: it gets an adapter's folder and writes with that."""
+
+    def __init__(self, trainer: Any, base: Path, folder: Path) -> None:
+        self.trainer, self.base, self.folder = trainer, base, folder
+        self.sent: list[Any] = []  # the adapters, in the order in which they came
+        self.wrote: list[tuple[int, int, int]] = []  # the adapter of each request, its prompts, and outputs for each
+        trainer.use_vllm, trainer._last_loaded_step, trainer._sync_lora_adapter = True, -1, self.get_adapter
+        trainer.args.vllm_lora_sync, trainer.args.vllm_mode = True, "server"
+        trainer.vllm_generation = SimpleNamespace(sync_weights=self.get_adapter, generate=self.generate)
+
+    def get_adapter(self) -> None:
+        """What axolotl's `_sync_lora_adapter` does: all that it saves it has asked the model for."""
+        trainer, version = self.trainer, len(self.sent)
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        trainer.model.save_pretrained(self.folder / f"v{version}", state_dict=state)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(self.base), self.folder / f"v{version}")
+        self.sent.append(model.eval())
+
+    def generate(self, prompts: Any, num_generations: int, **_: Any) -> Any:
+        """What TRL's `VLLMGeneration.generate` does: every prompt once, and so many outputs for it."""
+        own = prompts[::num_generations]
+        assert [ids for ids in own for _ in range(num_generations)] == prompts
+        self.wrote.append((len(self.sent) - 1, len(own), num_generations))
+        completions, log_probabilities = [], []
+        for number, ids in enumerate(prompts):
+            torch.manual_seed(number)
+            model, tokens = self.sent[-1], torch.tensor([ids])
+            with torch.no_grad():
+                written = model.generate(input_ids=tokens, do_sample=True, max_new_tokens=8, pad_token_id=0)[0]
+                logits = model(input_ids=written[None]).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+            new = written[len(ids) :]
+            completions.append(new.tolist())
+            log_probabilities.append([[float(value)] for value in logits.gather(1, new[:, None])[:, 0]])
+        return None, completions, log_probabilities, None
+
+
+def test_a_server_is_sent_each_draw_as_an_adapter(make: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make()
+    server = Server(trainer, tiny_llama, tmp_path / "server")
+    attach(trainer, **DRAWS)
+    kept = passes(trainer)
+    trainer.train()
+    assert server.wrote == [(0, 4, 4), (1, 4, 4), (2, 4, 4), (3, 4, 4)]  # half of each group of 8 by either draw
+    for place, (weights, batch, _) in enumerate(kept):
+        adapter = server.sent[place // 2]
+        assert same(lora_weights(adapter), weights)
+        ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+        logits = adapter(input_ids=ids, attention_mask=mask).logits[:, -batch["completion_ids"].shape[1] - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+        own = batch["completion_mask"]
+        torch.testing.assert_close(batch["sampling_per_token_logps"] * own, expected * own, rtol=0, atol=1e-5)
+        # TRL's correction is for what the server computes in another way, and not for the draw.
+        ratio = batch["importance_sampling_ratio"]
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-4)
+        assert "old_per_token_logps" not in batch
+    # Whoever evaluates then has the mean sent first.
+    trainer.model.eval()
+    later = "num_generations" in inspect.signature(trl.GRPOTrainer._generate_single_turn).parameters  # since TRL 1.10
+    trainer._generate_single_turn([[1, 2]] * 8, None, {}, *([8] if later else []))
+    assert same(lora_weights(server.sent[4]), lora_weights(trainer.model))
+    assert Posterior.from_pretrained(tmp_path / "server" / "v4").sigma.keys()
+    assert not (tmp_path / "server" / "v3" / "ivon_sigma.safetensors").exists()
+
+
+def test_a_server_that_refuses_a_draw_leaves_the_mean(make: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make()
+    server = Server(trainer, tiny_llama, tmp_path / "server")
+    attach(trainer, **DRAWS)
+    start = lora_weights(trainer.model)
+
+    def refuse() -> None:
+        raise RuntimeError("LoRA adapter sync failed: 404")
+
+    trainer._sync_lora_adapter = refuse
+    with pytest.raises(RuntimeError, match="sync failed"):
+        trainer.train()
+    assert same(lora_weights(trainer.model), start)
+    assert trainer.num_generations == 8
+    server.get_adapter()  # and a save has the mean again
+    assert same(lora_weights(server.sent[0]), start)
+
+
 @pytest.mark.parametrize("rollouts", [{}, DRAWS], ids=["mean", "draws"])
 def test_an_interrupt_while_completions_are_written_leaves_the_mean(rollouts: Any, make: Any, tmp_path: Path) -> None:
     trainer, calls = make(max_steps=3, save_strategy="steps", save_steps=1), []
@@ -368,7 +454,12 @@ def test_squared_gradients_count_the_losses_of_completions(kind: str, length: st
         ("GRPO", {**DRAWS, "rollout_draws": 8}, {}, "rollout_draws: 8 does not divide gradient_accumulation_steps: 4"),
         ("RLOO", DRAWS, {}, "rollouts: draws is for GRPO alone"),
         ("OnlineDPO", DRAWS, {}, "rollouts: draws is for GRPO alone"),
-        ("GRPO", DRAWS, {"use_vllm": True}, "rollouts: draws does not go with use_vllm: true"),
+        (
+            "GRPO",
+            DRAWS,
+            {"use_vllm": True},
+            "rollouts: draws does not go with use_vllm: true unless vllm_lora_sync: true",
+        ),
         ("GRPO", DRAWS, {"tools": [print]}, "rollouts: draws does not go with tools"),
     ],
 )
