@@ -49,7 +49,7 @@ MODELS: dict[int, tuple[int, int, Any, dict[str, int]]] = {
 }
 
 
-def write_adapter(folder: Path, millions: int) -> Posterior:
+def write_adapter(folder: Path, millions: int, seed: int) -> Posterior:
     """Write an adapter of that size with random weights and σ."""
     layers, rank, modules, width = MODELS[millions]
     specs: dict[str, Spec] = {}
@@ -61,11 +61,11 @@ def write_adapter(folder: Path, millions: int) -> Posterior:
 
     def weights(key: str) -> np.ndarray:
         shape = specs[key][1]
-        return normals(shape[0] * shape[1], "mean", key).reshape(shape) * np.float32(0.01)
+        return normals(shape[0] * shape[1], f"mean {seed}", key).reshape(shape) * np.float32(0.01)
 
     def sigma(key: str) -> np.ndarray:
         shape = specs[key][1]
-        return np.abs(normals(shape[0] * shape[1], "sigma", key)).reshape(shape) * np.float32(0.01) + np.float32(1e-4)
+        return np.abs(normals(shape[0] * shape[1], f"sigma {seed}", key)).reshape(shape) * np.float32(0.01) + np.float32(1e-4)
 
     posterior = Posterior(
         Tensors(specs, weights), Tensors(specs, sigma), {"ess": "1e6"}, {"peft_type": "LORA", "r": rank}
@@ -183,8 +183,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
         for millions in arguments.sizes:
             adapter, other = Path(work) / "adapter", Path(work) / "other"
-            weights = write_adapter(adapter, millions).mean.weights
-            shutil.copytree(adapter, other)
+            weights = write_adapter(adapter, millions, 0).mean.weights
+            write_adapter(other, millions, 1)
             os.sync()
             for row in measure(adapter, other, Path(work), arguments.repeats, errors):
                 table.add_row(f"{weights:,}", *row)
