@@ -23,7 +23,8 @@ from ._stdout import only_results, results
 from ._tables import emit
 
 if TYPE_CHECKING:
-    from axolotl_ivon.decisions.recommendation import DecisionRule, Recommended
+    from axolotl_ivon.decisions.recommendation import Recommended
+    from axolotl_ivon.decisions.rule import DecisionRule
     from axolotl_ivon.evaluation.evaluate import EvaluationData as EvaluationData
     from axolotl_ivon.evaluation.evaluate import Sampling as Sampling
     from axolotl_ivon.evaluation.served import ServedModel
@@ -236,7 +237,7 @@ class PosteriorOptions:
         self, adapter: str, terminal: Terminal, wants: str = "", default_ratio: float = 0.0, served: bool = False
     ) -> Setting:
         """Return what holds: the options, else the recommendation (see `taken`), else the defaults."""
-        from axolotl_ivon.decisions.recommendation import DecisionRule
+        from axolotl_ivon.decisions.rule import DecisionRule
         from axolotl_ivon.posterior.posterior import check_tau
         from axolotl_ivon.posterior.prune import Pruning
 

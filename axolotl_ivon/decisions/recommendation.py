@@ -11,29 +11,9 @@ from pathlib import Path
 from ..evaluation.variants import Variant, VariantChoice
 from ..posterior.adapter import Adapter
 from ..posterior.recommended import recommended_from, recommended_in, tau_on_top
-from ..records.recommendation import DrawsPoint, PredictionSet, Recommendation, describe
+from ..records.recommendation import DrawsPoint, Recommendation, describe
 from ..storage.format import RECOMMENDED_FILE
-
-
-@dataclass(frozen=True)
-class DecisionRule:
-    """What is made of an averaged prediction.
-
-    Attributes:
-        temperature: its log-probabilities are divided by this.
-        threshold: answer where the confidence is at least this; None: always.
-        score: what that confidence is: "probability" of the answer, or "agreement" of the outputs of `mbr`.
-        mean_confidence: on validation data; None where nobody has measured it.
-        by_length: choices are scored by the mean log-probability of their tokens.
-        prediction_set: from which probability on a label is in the set that holds the right one; None: there are none.
-    """
-
-    temperature: float = 1.0
-    threshold: float | None = None
-    score: str = "probability"
-    prediction_set: PredictionSet | None = None
-    by_length: bool = False
-    mean_confidence: float | None = None
+from .rule import DecisionRule as DecisionRule
 
 
 def read_rule(path: str | Path) -> DecisionRule:

@@ -16,14 +16,16 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError, one_line, printable
-from ..records.recommendation import RECOMMENDED_FILE, Recommendation
 from ..storage.atomic import new_file
-from ..storage.format import SIGMA_FILE
+from ..storage.format import RECOMMENDED_FILE, SIGMA_FILE
 from .adapter import TRAINING_TAU, Adapter
 from .recommended import recommended_in, tau_on_top
+
+if TYPE_CHECKING:
+    from ..records.recommendation import Recommendation
 
 CARD_FILE = "README.md"
 RESULTS_FOLDER = ".eval_results"

@@ -6,12 +6,15 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import IVONError, param_ref
-from ..records.recommendation import Recommendation
 from ..storage.format import RECOMMENDED_FILE, read_json
 from .adapter import UNPRUNED, Adapter
 from .tensors import fingerprint
+
+if TYPE_CHECKING:
+    from ..records.recommendation import Recommendation
 
 
 def recommended_in(adapter: Adapter) -> Recommendation | None:
@@ -23,6 +26,8 @@ def recommended_in(adapter: Adapter) -> Recommendation | None:
     path = adapter.folder / RECOMMENDED_FILE
     if not os.path.lexists(path):
         return None
+    from ..records.recommendation import Recommendation
+
     fix = f"or remove {path}, or leave it out ({param_ref('no_recommended')})"
     try:
         record = Recommendation.parse(read_json(path), str(path))
@@ -38,6 +43,8 @@ def recommended_from(path: Path, adapter: Adapter | Mapping[str, str], name: str
     Raises:
         IVONError: the file cannot be read, or is another adapter's.
     """
+    from ..records.recommendation import Recommendation
+
     record = Recommendation.load(path, name)
     header = _header(adapter, record) if isinstance(adapter, Adapter) else adapter
     _check(record, header, f"{param_ref(name)} {path}")
