@@ -65,7 +65,9 @@ def write_adapter(folder: Path, millions: int, seed: int) -> Posterior:
 
     def sigma(key: str) -> np.ndarray:
         shape = specs[key][1]
-        return np.abs(normals(shape[0] * shape[1], f"sigma {seed}", key)).reshape(shape) * np.float32(0.01) + np.float32(1e-4)
+        return np.abs(normals(shape[0] * shape[1], f"sigma {seed}", key)).reshape(shape) * np.float32(
+            0.01
+        ) + np.float32(1e-4)
 
     posterior = Posterior(
         Tensors(specs, weights), Tensors(specs, sigma), {"ess": "1e6"}, {"peft_type": "LORA", "r": rank}

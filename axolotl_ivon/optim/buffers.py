@@ -27,6 +27,11 @@ def tempered_ess(group: dict[str, Any]) -> float:
     return float(group["ess"] * group["tau"])
 
 
+def training_ess(group: dict[str, Any]) -> float:
+    """Return the λ whose posterior a group is trained among: `draw_scale` times as wide as the one that it leaves."""
+    return tempered_ess(group) / group["draw_scale"] ** 2
+
+
 class Layout(NamedTuple):
     """Some tensors in chunks."""
 
@@ -161,13 +166,13 @@ class Buffers:
         sums = torch.zeros(len(self.params), device=self.device)
         return sums.index_add_(0, layout.owners, torch.cat([*parts])) if parts else sums
 
-    def draw(self, number: int | str, tau: float = 1.0) -> None:
-        """Put θ = m + σ/√τ·ε, ε ~ N(0, I), into the parameters, and keep the moments that δ needs.
+    def draw(self, number: int | str, ess: float) -> None:
+        """Put θ = m + ε/√(λ·p), ε ~ N(0, I), into the parameters, λ being `ess`, and keep the moments that δ needs.
 
         Each part has a seed of its own, made from the group's seed and the draw's `number`. So a resumed run needs
         these two alone, and any thread may draw any part.
         """
-        bits, ess = random_bits(f"{self.group['seed']}/{number}"), tempered_ess(self.group) * tau
+        bits = random_bits(f"{self.group['seed']}/{number}")
 
         def draw(chunk: Chunk) -> Tensor:
             noise = self.kernels.noise(chunk, splitmix64(bits, chunk.streams[:, :1], chunk.streams[:, 1:]))

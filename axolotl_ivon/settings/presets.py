@@ -22,6 +22,8 @@ FEW_PASSES = 5
 MEMORY = 0.2
 # The highest temperature of short runs: of the noise, nothing is then left to see.
 NARROWEST = 1e4
+# Width of the draws of training, as a part of σ, in few passes by Adam's direction.
+FEW_PASSES_SCALE = 0.2
 
 
 def effective_sample_size(n: int, gamma: float = 5000.0) -> float:
@@ -39,6 +41,14 @@ def effective_sample_size(n: int, gamma: float = 5000.0) -> float:
     if not (gamma > 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma must be positive and finite, got {gamma}")
     return gamma * math.sqrt(n)
+
+
+class Step(NamedTuple):
+    """How a run steps: the direction, the temperature τ of its posterior, and the width of its draws, a part of σ."""
+
+    direction: str
+    tau: float = 1.0
+    draw_scale: float = 1.0
 
 
 class Preset(NamedTuple):
@@ -166,18 +176,20 @@ class Preset(NamedTuple):
             )
         return learning_rate / self.clip
 
-    def step(self, learning_rate: float, steps: int, epochs: float) -> tuple[str, float]:
-        """Return the direction of a run, and the temperature τ of its posterior.
+    def step(self, learning_rate: float, steps: int, epochs: float) -> Step:
+        """Return how a run of this length steps.
 
         By Adam's direction a run learns what AdamW would at its learning rate, if noise does not drown it: a B that can
         get 0.01 from zero gives A no gradient among draws of its size. At this τ draws are no wider, for how far
-        weights get, than in a run of `travel`.
+        weights can get, than in a run of `travel`. Where gradients are noise g/√E[ĝ²] is about a fifth, and weights get
+        a fifth as far, so in few passes, where there is nothing to gain from noise, training draws are a fifth as wide.
         """
         direction = self.direction or ("adam" if learning_rate and epochs < FEW_PASSES else "newton")
         reach = learning_rate * steps / 2
         if direction != "adam" or not (self.travel and reach) or self.gamma is not None or self.fixed_ess is not None:
-            return direction, 1.0
-        return direction, min(max(1.0, (self.travel / reach) ** 2), NARROWEST)
+            return Step(direction)
+        scale = FEW_PASSES_SCALE if epochs < FEW_PASSES else 1.0
+        return Step(direction, min(max(1.0, (self.travel / reach) ** 2), NARROWEST), scale)
 
     def for_run(
         self,
@@ -187,20 +199,18 @@ class Preset(NamedTuple):
         steps: int,
         epochs: float,
     ) -> dict[str, Any]:
-        """Return λ, h0, the betas, direction and τ of a run with N = `size`, for weights of these shapes by name.
+        """Return λ, h0, the betas and what `step` has of a run with N = `size`, for weights of these shapes by name.
 
         A `learning_rate` of 0 is one by `travel`.
         """
         weights = sum(map(math.prod, shapes.values()))
         ess = self.ess(size, weights, epochs)
         h0 = self.first_h0(ess, [shape[-1] for name, shape in shapes.items() if ".lora_A." in name])
-        direction, tau = self.step(learning_rate, steps, epochs)
         return {
             "ess": ess,
             "h0": h0,
             "betas": (self.beta1, self.second_beta(steps)),
-            "direction": direction,
-            "tau": tau,
+            **self.step(learning_rate, steps, epochs)._asdict(),
         }
 
 

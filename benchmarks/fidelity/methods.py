@@ -202,7 +202,7 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
     ess = ess or preset.ess(len(task.train), weights, epochs)
     fan_ins = [value.shape[1] for name, value in parameters.items() if ".lora_A." in name]
     h0 = preset.first_h0(ess, fan_ins)
-    direction, tau = preset.step(settings.get("lr") or 0.0, steps, epochs)
+    step = preset.step(settings.get("lr") or 0.0, steps, epochs)
     share = settings.get("warmup", WARMUP)
     bound = settings.get("lr") or travel_rate(preset.travel or 0.0, steps, share)
     if settings.get("blocks"):
@@ -217,8 +217,7 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
         prior=settings.get("prior", "empirical"),
         prior_strength=preset.prior_strength,
         hessian=preset.hessian,  # type: ignore[arg-type]
-        direction=direction,  # type: ignore[arg-type]
-        tau=tau,
+        **step._asdict(),
         h0_steps=preset.h0_steps,
         seed=settings["seed"],
     )

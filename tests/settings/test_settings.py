@@ -29,7 +29,8 @@ def test_every_signature_has_the_parameters_and_defaults_of_the_table() -> None:
     defaults = {name: parameter.default for name, parameter in inspect.signature(attach).parameters.items()}
     assert {name: defaults.pop(name) for name in unset} == unset
     assert defaults == {"trainer": inspect.Parameter.empty, "train_size": None}
-    paper = {**PAPER, "betas": (PAPER["beta1"], PAPER["beta2"]), "lr": 1e-2, "seed": 0, "batch_size": 1, "tau": 1.0}
+    paper = {**PAPER, "betas": (PAPER["beta1"], PAPER["beta2"]), "lr": 1e-2, "seed": 0, "batch_size": 1}
+    paper |= {"tau": 1.0, "draw_scale": 1.0}
     for name, parameter in inspect.signature(IVONLoRA).parameters.items():
         if name not in ("params", "ess"):
             assert parameter.default == paper[name], name
@@ -56,7 +57,7 @@ def test_values_that_are_given_take_the_place_of_a_preset_s() -> None:
     assert resolved("auto", dict.fromkeys(PAPER)) == PRESETS["auto"]
     mine = resolved("auto", {"ess": 7.0, "h0": 0.3, "beta2": 0.5, "prior_strength": 2.0, "draws": "shared"})
     run = mine.for_run(0, {"x.lora_A.y": (4, 8)}, 2e-4, 100, 3.0)
-    assert run == {"ess": 7.0, "h0": 0.3, "betas": (0.9, 0.5), "direction": "adam", "tau": 1.0}
+    assert run == {"ess": 7.0, "h0": 0.3, "betas": (0.9, 0.5), "direction": "adam", "tau": 1.0, "draw_scale": 1.0}
     assert mine.prior_strength == mine.posterior_strength == 2.0
 
 
@@ -71,9 +72,12 @@ def test_by_adam_s_direction_draws_are_as_wide_for_how_far_weights_get_as_in_a_r
     assert long["tau"] == adam.for_run(512, shapes, 0.0, 128, 2.0)["tau"] == usual["tau"] == 1
     # A run that hardly moves, over the weights and data of the largest models, is within what the optimizer takes.
     large = adam.for_run(10**6, {"x.lora_A.y": (64, 2 * 10**6)}, 1e-6, 1, 1.0)
-    assert 1e13 < large["ess"] * large["tau"] <= ESS_CEILING
+    assert 1e13 < large["ess"] * large["tau"] / large["draw_scale"] ** 2 <= ESS_CEILING
     by_hand = resolved("auto", {"direction": "adam", "ess": 7.0}).for_run(512, shapes, 2e-4, 128, 2.0)
-    assert (by_hand["ess"], by_hand["tau"]) == (7, 1)
+    assert (by_hand["ess"], by_hand["tau"], by_hand["draw_scale"]) == (7, 1, 1)
+    # In few passes there is nothing to gain from noise, so training has a fifth of it, and in more all.
+    assert (short["draw_scale"], usual["draw_scale"]) == (0.2, 1)
+    assert adam.for_run(512, shapes, 2e-4, 128, 5.0)["draw_scale"] == 1
 
 
 @pytest.mark.parametrize(
