@@ -16,10 +16,10 @@ MAX_LEARNING_RATE = 0.01
 # A weight can travel at most Σ α_t·ξ in a run. The paper's commonsense runs allow 0.13; a run that allowed 0.04
 # learned nothing.
 SHORT_REACH, PAPER_REACH = 0.08, 0.13
-# In fewer passes over the data than this there is little to overfit, and `auto` takes AdamW's step.
+# In so many passes over the data, or fewer, there is little to overfit, and `auto` takes AdamW's step.
 FEW_PASSES = 5
-# Steps that p should remember, as a share of the run: benchmarks/fidelity/NOTES.md.
-MEMORY = 0.2
+# Steps that p should remember, as a share of the run, and by Adam's direction: benchmarks/fidelity/NOTES.md.
+MEMORY, ADAM_MEMORY = 0.2, 1.0
 # The highest temperature of short runs: of the noise, nothing is then left to see.
 NARROWEST = 1e4
 # Width of the draws of training, as a part of σ, in few passes by Adam's direction.
@@ -68,13 +68,14 @@ class Preset(NamedTuple):
             start, while their sum over all of them is at most `noise_in_all`, as the disturbances add up.
         noise, noise_in_all: see `h0`.
         clip: ξ.
-        beta1, beta2: of the running averages; None for a β2 with a memory of `memory`·steps.
+        beta1, beta2: of the running averages; None for a β2 with a memory of `memory`·steps, and by
+            Adam's direction of all.
         memory: see `beta2`.
         travel: Σ α_t·ξ, the farthest that a weight can get in a run; the learning rate is chosen for it where none is
             given, and one that is given is the most that a step may move a weight. None: a learning rate is α.
         prior_strength, hessian, h0_steps: as in `IVONLoRA`.
-        direction: as in `IVONLoRA`; None for Adam's at a given learning rate in fewer passes over the data than
-            `FEW_PASSES`, and else for IVON's own.
+        direction: as in `IVONLoRA`; None for Adam's at a given learning rate in at most `FEW_PASSES` passes over
+            the data, and else for IVON's own.
         posterior_strength: κ where the prior is a posterior. 1 is Bayes' rule. A diagonal posterior does not know what
             weights do together, and holds a task too weakly by two orders of magnitude.
     """
@@ -146,11 +147,12 @@ class Preset(NamedTuple):
                 )
         return self._replace(direction="newton") if self.direction is None and online else self
 
-    def second_beta(self, steps: int) -> float:
+    def second_beta(self, steps: int, direction: str = "newton") -> float:
         """Return β2 for a run of this number of steps."""
         if self.beta2 is not None:
             return self.beta2
-        return 1 - min(0.1, 1 / max(1.0, self.memory * steps))
+        memory = max(self.memory, ADAM_MEMORY) if direction == "adam" else self.memory
+        return 1 - min(0.1, 1 / max(1.0, memory * steps))
 
     def alpha(self, learning_rate: float, rescale_lr: bool = False) -> float:
         """Return α for a learning rate: itself, or with `travel` learning_rate/ξ, so that a step moves a weight by
@@ -184,11 +186,11 @@ class Preset(NamedTuple):
         weights can get, than in a run of `travel`. Where gradients are noise g/√E[ĝ²] is about a fifth, and weights get
         a fifth as far, so in few passes, where there is nothing to gain from noise, training draws are a fifth as wide.
         """
-        direction = self.direction or ("adam" if learning_rate and epochs < FEW_PASSES else "newton")
+        direction = self.direction or ("adam" if learning_rate and epochs <= FEW_PASSES else "newton")
         reach = learning_rate * steps / 2
         if direction != "adam" or not (self.travel and reach) or self.gamma is not None or self.fixed_ess is not None:
             return Step(direction)
-        scale = FEW_PASSES_SCALE if epochs < FEW_PASSES else 1.0
+        scale = FEW_PASSES_SCALE if epochs <= FEW_PASSES else 1.0
         return Step(direction, min(max(1.0, (self.travel / reach) ** 2), NARROWEST), scale)
 
     def for_run(
@@ -206,11 +208,12 @@ class Preset(NamedTuple):
         weights = sum(map(math.prod, shapes.values()))
         ess = self.ess(size, weights, epochs)
         h0 = self.first_h0(ess, [shape[-1] for name, shape in shapes.items() if ".lora_A." in name])
+        step = self.step(learning_rate, steps, epochs)
         return {
             "ess": ess,
             "h0": h0,
-            "betas": (self.beta1, self.second_beta(steps)),
-            **self.step(learning_rate, steps, epochs)._asdict(),
+            "betas": (self.beta1, self.second_beta(steps, step.direction)),
+            **step._asdict(),
         }
 
 

@@ -211,7 +211,7 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
         parameters.items(),
         lr=bound / preset.clip,
         ess=ess,
-        betas=(0.9, preset.second_beta(steps)),
+        betas=(0.9, preset.second_beta(steps, step.direction)),
         h0=h0,
         clip=preset.clip,
         prior=settings.get("prior", "empirical"),

@@ -46,6 +46,29 @@ def test_what_training_refuses_is_refused_before(tmp_path: Path, changes: dict[s
         IVONLoRAPlugin().register(cfg)
 
 
+SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_lora_sync": True, "use_data_producer": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, ""),
+        ({"vllm_mode": None}, ""),
+        ({"vllm_lora_sync": False}, "trl.use_vllm: true unless vllm_lora_sync: true"),
+        ({"vllm_mode": "colocate"}, "trl.use_vllm: true unless vllm_lora_sync: true and vllm_mode: server"),
+        ({"async_prefetch": True}, "trl.async_prefetch: True"),
+    ],
+)
+def test_draws_go_to_a_server_as_adapters_or_not_at_all(changes: dict[str, Any], refused: str) -> None:
+    trl = {key: value for key, value in {**SERVER, **changes}.items() if value is not None}
+    cfg = {**BASE, "rl": "grpo", "ivon_rollouts": "draws", "gradient_accumulation_steps": 4, "trl": trl}
+    if not refused:
+        IVONLoRAPlugin().register(cfg)
+        return
+    with pytest.raises(ConfigError, match=f"^ivon_rollouts: draws does not go with {refused}"):
+        IVONLoRAPlugin().register(cfg)
+
+
 def test_the_tables_of_keys_are_axolotl_s() -> None:
     fields = AxolotlInputConfig.model_fields
     assert {key for key in fields if key.startswith("lora_")} <= set(LORA_KEYS)

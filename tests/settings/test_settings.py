@@ -77,7 +77,7 @@ def test_by_adam_s_direction_draws_are_as_wide_for_how_far_weights_get_as_in_a_r
     assert (by_hand["ess"], by_hand["tau"], by_hand["draw_scale"]) == (7, 1, 1)
     # In few passes there is nothing to gain from noise, so training has a fifth of it, and in more all.
     assert (short["draw_scale"], usual["draw_scale"]) == (0.2, 1)
-    assert adam.for_run(512, shapes, 2e-4, 128, 5.0)["draw_scale"] == 1
+    assert adam.for_run(512, shapes, 2e-4, 128, 5.1)["draw_scale"] == 1
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_adam_s_direction_needs_what_it_is_made_of(changes: Any, prior: Any, res
 @pytest.mark.parametrize(
     ("preset", "changes", "rate", "epochs", "expected"),
     [
-        ("auto", {}, 2e-4, 4.9, "adam"),
+        ("auto", {}, 2e-4, 5.0, "adam"),
         ("auto", {}, 2e-4, 0.0, "adam"),  # a stream
-        ("auto", {}, 2e-4, 5.0, "newton"),
+        ("auto", {}, 2e-4, 5.1, "newton"),
         ("auto", {}, 0.0, 2.0, "newton"),  # a rate by how far weights should get
         ("auto", {"direction": "newton"}, 2e-4, 2.0, "newton"),
         ("auto", {"direction": "adam"}, 2e-4, 50.0, "adam"),
@@ -136,6 +136,7 @@ def test_lambda_h0_and_memory_are_the_paper_s_or_by_rules() -> None:
         with pytest.raises(ValueError, match="positive"):
             effective_sample_size(**bad)
     assert 1 / (1 - auto.second_beta(5000)) == pytest.approx(1000)
+    assert 1 / (1 - auto.second_beta(5000, "adam")) == pytest.approx(5000)
     assert auto.second_beta(1) == auto.second_beta(50) == 0.9
     assert paper.second_beta(7) == 0.9995
     assert paper.ess(900, 10**6) == effective_sample_size(900, 5000.0)
