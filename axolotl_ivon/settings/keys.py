@@ -15,7 +15,9 @@ from .table import OPTIMIZER, SETTINGS
 # another optimizer has no trace of them in its configuration.
 DEFAULTS = {s.key: s.auto for s in SETTINGS if s.auto == s.paper and s.auto is not None}
 # What `rollouts: draws` does not go with: a draw is sent as an adapter, or not at all.
-FULL_WEIGHTS = "use_vllm: true unless vllm_lora_sync: true and vllm_mode: server have it get adapters"
+FULL_WEIGHTS = (
+    "use_vllm: true unless vllm_mode: server, use_data_producer: true and vllm_lora_sync: true have it get adapters"
+)
 _KEYS = {s.name: s.key for s in SETTINGS} | {"betas": "ivon_beta1 and ivon_beta2"}
 
 
@@ -69,8 +71,11 @@ def check_values(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sends_adapters(trl: Mapping[str, Any]) -> bool:
-    """Return whether TRL's arguments have axolotl send adapters to a vLLM server, and not full weights."""
-    return bool(trl.get("vllm_lora_sync")) and trl.get("vllm_mode", "server") == "server"
+    """Return whether TRL's arguments have axolotl send adapters to a vLLM server, and not full weights.
+
+    TRL's own mode is "colocate", and the Trainer that axolotl takes without a data producer sends no adapters.
+    """
+    return bool(trl.get("vllm_lora_sync") and trl.get("use_data_producer") and trl.get("vllm_mode") == "server")
 
 
 def check_rollouts(

@@ -53,9 +53,10 @@ SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_lora_sync": True, "use_
     ("changes", "refused"),
     [
         ({}, ""),
-        ({"vllm_mode": None}, ""),
-        ({"vllm_lora_sync": False}, "trl.use_vllm: true unless vllm_lora_sync: true"),
-        ({"vllm_mode": "colocate"}, "trl.use_vllm: true unless vllm_lora_sync: true and vllm_mode: server"),
+        ({"vllm_mode": None}, "trl.use_vllm: true unless vllm_mode: server"),  # TRL then colocates it
+        ({"vllm_mode": "colocate"}, "trl.use_vllm: true unless vllm_mode: server"),
+        ({"vllm_lora_sync": False}, "trl.use_vllm: true unless .* and vllm_lora_sync: true"),
+        ({"use_data_producer": None}, "trl.use_vllm: true unless .* use_data_producer: true"),
         ({"async_prefetch": True}, "trl.async_prefetch: True"),
     ],
 )

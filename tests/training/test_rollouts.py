@@ -264,7 +264,8 @@ class Server:
         self.sent: list[Any] = []  # the adapters, in the order in which they came
         self.wrote: list[tuple[int, int, int]] = []  # the adapter of each request, its prompts, and outputs for each
         trainer.use_vllm, trainer._last_loaded_step, trainer._sync_lora_adapter = True, -1, self.get_adapter
-        trainer.args.vllm_lora_sync, trainer.args.vllm_mode = True, "server"
+        trainer.args.vllm_lora_sync = trainer.args.use_data_producer = True
+        trainer.args.vllm_mode = "server"
         trainer.vllm_generation = SimpleNamespace(sync_weights=self.get_adapter, generate=self.generate)
 
     def get_adapter(self) -> None:
@@ -458,7 +459,7 @@ def test_squared_gradients_count_the_losses_of_completions(kind: str, length: st
             "GRPO",
             DRAWS,
             {"use_vllm": True},
-            "rollouts: draws does not go with use_vllm: true unless vllm_lora_sync: true",
+            "rollouts: draws does not go with use_vllm: true unless vllm_mode: server",
         ),
         ("GRPO", DRAWS, {"tools": [print]}, "rollouts: draws does not go with tools"),
     ],
