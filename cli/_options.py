@@ -7,7 +7,7 @@ import functools
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -94,7 +94,7 @@ class RecommendedOption(Renamed):
     """The path of a recommended.json, and its twin --no-recommended, whose value is False."""
 
     def __init__(self, *args: Any, formerly: Sequence[str] = (), **options: Any) -> None:
-        super().__init__(*args, formerly=formerly, type=_FileOrNone(), metavar="FILE", **options)
+        super().__init__(*args, formerly=formerly, type=click.UNPROCESSED, metavar="FILE", **options)
         self.secondary_opts = ["--no-recommended"]
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
@@ -106,13 +106,6 @@ class RecommendedOption(Renamed):
         """Return both and what they do; the twin has no value."""
         record = super().get_help_record(ctx)
         return record and (record[0].removesuffix(" FILE"), record[1])
-
-
-class _FileOrNone(click.ParamType):
-    name = "file"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value
 
 
 @dataclass(frozen=True)
@@ -163,20 +156,26 @@ class OutputOptions(Terminal):
         check_target(path, self.overwrite, filter(Path.is_dir, map(Path, adapters)))
         return path
 
-    def path(self, adapter: str, what: str) -> Path:
-        """Return the path that the user named, else one beside `adapter` (for a Hub id, in this folder)."""
+    def given_path(self, adapter: str) -> Path | None:
+        """Return the path that the user named, None without one."""
         from axolotl_ivon.storage.atomic import check_outside
 
+        if self.output is None:
+            return None
         if self.output in ("", "-"):
             raise IVONError(f"--output {self.output!r} is not a file name; to print results on stdout use --json")
-        if self.output:
-            check_outside(Path(self.output), filter(Path.is_dir, [Path(adapter)]))
-            return Path(self.output)
+        check_outside(Path(self.output), filter(Path.is_dir, [Path(adapter)]))
+        return Path(self.output)
+
+    def path(self, adapter: str, what: str) -> Path:
+        """Return the path that the user named, else one beside `adapter` (for a Hub id, in this folder)."""
+        if path := self.given_path(adapter):
+            return path
         source = Path(adapter)
         if not source.is_dir():
             return Path(f"{source.name}-{what}")
-        named = source if source.name not in ("", "..") else source.resolve()
-        return named.parent / f"{named.name}-{what}"
+        folder = source if source.name not in ("", "..") else source.resolve()
+        return folder.parent / f"{folder.name}-{what}"
 
 
 class Setting(NamedTuple):
@@ -212,17 +211,12 @@ class PosteriorOptions:
         Who `wants` "draws" gets the best ones, and who wants the "mean" nothing that is for draws. For members that are
         `served` it is of the draws that they are.
         """
-        if served:
-            from axolotl_ivon.decisions.recommendation import recommended_for_members
-
-            taken = recommended_for_members(self.file) if self.file else None
-            return taken.for_draws() if taken and wants == "draws" else taken
-        own = self.recommended is None and self.tau is None and self.ratio is None
+        own = (self.recommended, self.tau, self.ratio) == (None, None, None) and not served
         if not own and self.file is None:
             return None
-        from axolotl_ivon.decisions.recommendation import recommended_for
+        from axolotl_ivon.decisions.recommendation import recommended_for, recommended_for_members
 
-        taken = recommended_for(adapter, self.file)
+        taken = recommended_for_members(self.file) if served and self.file else recommended_for(adapter, self.file)
         if taken and wants == "draws":
             taken = taken.for_draws()
         if taken and own:
@@ -261,12 +255,12 @@ def add_all(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
 
 
 def as_one(name: str, make: Callable[..., Any], *parameters: str) -> Callable[[Command], Command]:
-    """Give the command one argument, `name`, in place of `parameters`: `make` builds it from them."""
+    """Give the command one argument, `name`, in place of those `parameters` that it has: `make` builds it from them."""
 
     def change(command: Command) -> Command:
         @functools.wraps(command)
         def changed(**given: Any) -> Any:
-            value = make(**{parameter: given.pop(parameter) for parameter in parameters})
+            value = make(**{parameter: given.pop(parameter) for parameter in parameters if parameter in given})
             # With --json only the document reaches stdout.
             reserved = isinstance(value, Terminal) and value.as_json
             with only_results() if reserved else contextlib.nullcontext():
@@ -295,13 +289,13 @@ def choice_option(name: str, values: Sequence[str], text: str) -> Callable[[Comm
     return option(name, type=click.Choice(values), default=values[0], help=text)
 
 
-def _loading(base_model: str | None, load_in: Sequence[str], device: str) -> Loading:
+def _loading(base_model: str | None, load_in: Sequence[str], device: str, **chat_template_kwargs: Any) -> Loading:
     """Return how the base model is loaded; of several precisions of a kind the last counts."""
     from axolotl_ivon.models.session import Loading
 
     quantized = [value for value in load_in if value in _QUANTIZED]
     dtypes = [value for value in load_in if value not in _QUANTIZED]
-    return Loading(base_model, [None, *quantized][-1], device, ["auto", *dtypes][-1])
+    return Loading(base_model, [None, *quantized][-1], device, ["auto", *dtypes][-1], **chat_template_kwargs)
 
 
 # They become the command's argument `loading`.
@@ -318,7 +312,7 @@ model_options = add_all(
         "(bitsandbytes).  [default: float32 on a CPU, elsewhere the checkpoint's dtype]",
     ),
     option("--device", default="auto", help="Device to run on: auto, cpu, cuda, cuda:1, mps."),
-    as_one("loading", _loading, "base_model", "load_in", "device"),
+    as_one("loading", _loading, "base_model", "load_in", "device", "chat_template_kwargs"),
 )
 
 
@@ -332,19 +326,14 @@ def _json_object(ctx: click.Context, param: click.Parameter, value: str | None) 
     raise click.BadParameter(f"{value!r} is not a JSON object; say '{{\"enable_thinking\": false}}'")
 
 
-def chat_template_option(command: Command) -> Command:
-    """Add --chat-template-kwargs to a command with `model_options`, as a part of its argument `loading`."""
-
-    @functools.wraps(command)
-    def changed(**given: Any) -> Any:
-        kwargs = given.pop("chat_template_kwargs")
-        return command(**{**given, "loading": replace(given["loading"], chat_template_kwargs=kwargs)})
-
-    text = (
-        "Arguments of the chat template; answers then begin with its own generation prompt.  [default: as in training]"
-    )
-    option = click.option("--chat-template-kwargs", metavar="JSON", callback=_json_object, help=text)
-    return option(changed)  # type: ignore[return-value]
+# With `model_options`, it becomes a part of the command's argument `loading`.
+chat_template_option = click.option(
+    "--chat-template-kwargs",
+    metavar="JSON",
+    callback=_json_object,
+    help="Arguments of the chat template; answers then begin with its own generation prompt.  "
+    "[default: as in training]",
+)
 
 
 def output_options(
@@ -433,19 +422,25 @@ class Servers:
         from axolotl_ivon.generation.scoring import ServedMembers
 
         ctx = click.get_current_context()
-        given = {p.name: p.opts[0] for p in ctx.command.params if p.name and _is_given(ctx, p.name)}
         # The seed of a sweep also splits the data.
-        drawn = ("tau", "taus", "ratio", "ratios", *(["seed"] if ctx.info_name != "sweep" else []))
-        if option := next((given[name] for name in drawn if name in given), None):
-            raise IVONError(f"--endpoint: the members are drawn already; give {option} to `ivon-post sample`")
-        if option := next((given[name] for name in ("load_in", "device") if name in given), None):
+        refuse_drawn("tau", "taus", "ratio", "ratios", *(["seed"] if ctx.info_name != "sweep" else []))
+        for option in given_options("load_in", "device"):
             raise IVONError(f"--endpoint: the model is not loaded here; give {option} to the server")
-        samples = ctx.params["samples"] if "samples" in given else None
+        samples = ctx.params["samples"] if given_options("samples") else None
         return ServedModel(ServedMembers(adapter, self.endpoints, loading, samples, self.concurrency))
 
 
-def _is_given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+def given_options(*names: str) -> list[str]:
+    """Return those options on the command line that give one of these parameters."""
+    ctx = click.get_current_context()
+    given = [name for name in names if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return [param.opts[0] for param in ctx.command.params if param.name in given]
+
+
+def refuse_drawn(*names: str) -> None:
+    """Refuse options about draws for members that servers hold."""
+    for option in given_options(*names):
+        raise IVONError(f"--endpoint: the members are drawn already; give {option} to `ivon-post sample`")
 
 
 # They become the command's argument `servers`.
@@ -509,7 +504,6 @@ def evaluation_data(data: Sequence[str], **values: Any) -> EvaluationData:
 
 
 def _sampling(**values: Any) -> Sampling:
-    """Return how predictions are averaged."""
     from axolotl_ivon.evaluation.evaluate import Sampling
 
     return Sampling(**values)

@@ -45,32 +45,29 @@ class Progress(Reporter):
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
-        self._bars: Any = None
-        self._tasks: dict[str, Any] = {}
-        self._texts: dict[str, str] = {}
-        self._done: dict[str, int] = {}
-        self._begun: dict[str, float] = {}
+        self._tasks: dict[str, Any] = {}  # rich's, by what is done
         self._stdout = contextlib.ExitStack()
 
     def __enter__(self) -> Progress:
+        from rich import progress
         from rich.console import Console
 
         self._stdout.enter_context(only_results())
         self._console = Console(stderr=True, quiet=self._quiet)
         self._printed = time.monotonic()
-        if self._console.is_terminal and not self._quiet:
-            from rich import progress
-
-            self._bars = progress.Progress(
-                progress.SpinnerColumn(),
-                progress.TextColumn("{task.description}", markup=False),
-                progress.BarColumn(),
-                progress.TaskProgressColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
+        self._bars = progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            console=self._console,
+            get_time=time.monotonic,
+            transient=True,
+        )
+        self._has_bars = self._console.is_terminal and not self._quiet  # else they only count
+        if self._has_bars:
             self._timer = threading.Timer(_BARS_AFTER, self._bars.start)
             self._timer.daemon = True
             self._timer.start()
@@ -78,7 +75,7 @@ class Progress(Reporter):
 
     def __exit__(self, *_: object) -> None:
         with self._stdout:
-            if self._bars:
+            if self._has_bars:
                 self._timer.cancel()
                 self._timer.join()  # or it may start the bars after they were stopped
                 self._bars.stop()
@@ -86,36 +83,33 @@ class Progress(Reporter):
     def advance(self, doing: str, count: int, total: int) -> None:
         """Report that `count` more of `total` are done."""
         self._say_held()
-        if doing not in self._done or 0 < total <= self._done[doing]:  # the same again, with another adapter
-            self._done[doing], self._begun[doing] = 0, time.monotonic()
-            if self._bars and doing in self._tasks:
-                self._bars.reset(self._tasks[doing], total=total)
-            elif self._bars:
-                for task in self._bars.tasks:  # what had no known length has ended
-                    if task.total is None:
-                        self._bars.update(task.id, total=1, completed=1)
-                self._tasks[doing] = self._bars.add_task(doing, total=total or None)
-        self._done[doing] += count
-        if self._bars:
-            self._bars.advance(self._tasks[doing], count)
-        elif 0 < self._done[doing] < total and time.monotonic() - self._printed >= _LINE_EVERY:
+        task = self._tasks.get(doing)
+        if task is None:
+            for other in self._bars.tasks:  # what had no known length has ended
+                if other.total is None:
+                    self._bars.update(other.id, total=1, completed=1)
+            number = self._bars.add_task(doing, total=total or None)
+            task = self._tasks[doing] = self._bars.tasks[number]
+        elif 0 < total <= task.completed:  # the same again, with another adapter
+            self._bars.reset(task.id, total=total)
+        self._bars.advance(task.id, count)
+        is_due = time.monotonic() - self._printed >= _LINE_EVERY
+        if is_due and not self._has_bars and 0 < task.completed < total:
             self._printed = time.monotonic()
-            left = (self._printed - self._begun[doing]) * (total / self._done[doing] - 1)
-            text = self._texts.get(doing, doing)
-            self.say(f"{text}: {self._done[doing] / total:.0%}, {left:.0f} s left")
+            left = (task.elapsed or 0.0) * (total / task.completed - 1)
+            self.say(f"{task.description}: {task.completed / total:.0%}, {left:.0f} s left")
 
     def begin(self, doing: str, total: int = 0) -> Callable[[int], None]:
         """Announce what takes a while, and return the function that is told how many more of `total` are done."""
         self.advance(doing, 0, total)
-        if not self._bars:
+        if not self._has_bars:
             self.say(doing)
         return lambda count: self.advance(doing, count, total)
 
     def describe(self, doing: str, text: str) -> None:
         """Show `text` where `doing` stands."""
-        self._texts[doing] = text
         if doing in self._tasks:
-            self._bars.update(self._tasks[doing], description=text)
+            self._bars.update(self._tasks[doing].id, description=text)
 
     def notify(self, message: str) -> None:
         """Tell the user something that is not progress."""

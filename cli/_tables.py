@@ -56,6 +56,18 @@ def print_facts(facts: Mapping[str, str]) -> None:
     click.echo()
 
 
+def marks(**are_set: bool) -> str:
+    """Return the names of the marks that a row has, for its last cell."""
+    return " ".join(name for name, is_set in are_set.items() if is_set)
+
+
+def answered(coverage: float | None, threshold: float | None) -> str:
+    """Return, for the end of a line, the share of answers above the threshold; nothing where all is answered."""
+    if coverage is None:
+        return ""
+    return f"; answers {percent(coverage)} %, and abstains below confidence {threshold:.4g}"
+
+
 def number(value: float | None) -> str:
     """Return a measured number with three significant digits."""
     return "–" if value is None else f"{value:.3g}"
@@ -69,6 +81,31 @@ def percent(value: float | None, error: float | None = None, signed: bool = Fals
 def decimal(value: float | None, error: float | None = None, signed: bool = False) -> str:
     """Return a number, with its standard error; `signed` as a difference."""
     return measured(value, error, sign="+" * signed)
+
+
+# Metric -> its heading, and how it is written.
+METRICS = {
+    "accuracy": ("acc %", percent),
+    "ece": ("ECE %", percent),
+    "ece15": ("ECE-15 %", percent),
+    "nll": ("NLL", decimal),
+    "perplexity": ("PPL", decimal),
+    "brier": ("Brier", decimal),
+    "auroc": ("AUROC", decimal),
+    "entropy": ("entropy", decimal),
+    "expected_entropy": ("expected", decimal),
+    "mutual_information": ("mutual", decimal),
+    "aurc": ("AURC %", percent),
+    "augrc": ("AUGRC %", percent),
+    "cov_at_5risk": ("cov@5 %", percent),
+    "risk_at_80cov": ("risk@80 %", percent),
+    "aece": ("aECE %", percent),
+}
+
+
+def heads(metrics: Sequence[str]) -> list[str]:
+    """Return the headings of metrics."""
+    return [METRICS[metric][0] for metric in metrics]
 
 
 def is_wide(columns: int) -> bool:

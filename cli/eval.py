@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,35 +13,16 @@ from axolotl_ivon.storage.format import file_names
 
 from . import _options as options
 from ._stdout import results
-from ._tables import decimal, emit, is_wide, percent, print_table
+from ._tables import METRICS, decimal, emit, heads, is_wide, percent, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.records.evaluation import EvaluationRecord, OodResult, VariantResult
 
-# Heading -> (metric, how it is written, whether its standard error is shown).
-_COLUMNS = {
-    "acc %": ("accuracy", percent, True),
-    "ECE %": ("ece", percent, True),
-    "ECE-15 %": ("ece15", percent, True),
-    "NLL": ("nll", decimal, True),
-    "PPL": ("perplexity", decimal, True),
-    "Brier": ("brier", decimal, True),
-    "AUROC": ("auroc", decimal, True),
-    "entropy": ("entropy", decimal, False),
-    "expected": ("expected_entropy", decimal, False),
-    "mutual": ("mutual_information", decimal, False),
-}
-# What fits 80 columns; --json has everything at any width.
-_NARROW = ("acc %", "ECE %", "NLL", "PPL", "Brier", "AUROC", "mutual")
-# The table of what comes of answering the most confident only.
-_SELECTIVE = {
-    "AURC %": ("aurc", percent, True),
-    "AUGRC %": ("augrc", percent, True),
-    "cov@5 %": ("cov_at_5risk", percent, True),
-    "risk@80 %": ("risk_at_80cov", percent, True),
-    "aECE %": ("aece", percent, True),
-}
-_DIFFERENCES = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL": ("nll", decimal)}
+_ENTROPIES = ("entropy", "expected_entropy", "mutual_information")  # without standard errors
+_QUALITY = ("accuracy", "ece", "ece15", "nll", "perplexity", "brier", "auroc", *_ENTROPIES)
+_WIDE = ("ece15", "entropy", "expected_entropy")  # do not fit 80 columns; --json has everything at any width
+_SELECTIVE = ("aurc", "augrc", "cov_at_5risk", "risk_at_80cov", "aece")  # of answering the most confident only
+_DIFFERENCES = ("accuracy", "ece", "nll")
 
 
 @click.command("eval", cls=options.Sectioned)
@@ -127,7 +108,7 @@ def command(
         or (row.tau in (tau, math.inf) and (not names or row.name.partition("+")[0] in names))
     ]
     choice = replace(choice, names=names, tau=tau, ratio=ratio, added=added)
-    written = output.path(adapter, "") if output.output is not None else None
+    written = output.given_path(adapter)
     if written:
         check_file(written, output.overwrite)
     with output.progress() as progress:
@@ -152,9 +133,9 @@ def command(
 def _print(record: EvaluationRecord) -> None:
     """Print tables and what they mean; standard errors and all columns where there is room."""
     wide = is_wide(140)
-    heads = [head for head in (_COLUMNS if wide else _NARROW) if record.task == "generate" or head != "PPL"]
+    hidden = (*([] if wide else _WIDE), *([] if record.task == "generate" else ["perplexity"]))
+    quality = [metric for metric in _QUALITY if metric not in hidden]
     choices = f" between {', '.join(record.choices)}" if record.choices else ""
-    quality = {head: _COLUMNS[head] for head in heads}
     _print_metrics(record.rows, quality, f"{record.task}{choices}; {record.draws}", wide)
     if scaled := {row.name: f"{row.name} {row.temperature:.3g}" for row in record.rows if row.temperature != 1}:
         where = f" fitted on {record.calibration.data}" if record.calibration else ""
@@ -175,14 +156,12 @@ def _print(record: EvaluationRecord) -> None:
             click.echo(text)
 
 
-def _print_metrics(rows: list[VariantResult], columns: dict[str, Any], title: str, wide: bool) -> None:
+def _print_metrics(rows: list[VariantResult], metrics: Sequence[str], title: str, wide: bool) -> None:
     def cells(row: VariantResult) -> list[str]:
-        return [
-            write(row.value(metric), row.se.value(metric) if wide and error else None)
-            for metric, write, error in columns.values()
-        ]
+        errors = {metric: row.se.value(metric) for metric in metrics if wide and metric not in _ENTROPIES}
+        return [METRICS[metric][1](row.value(metric), errors.get(metric)) for metric in metrics]
 
-    print_table(["", *columns], _by_file(rows, cells, len(columns)), title)
+    print_table(["", *heads(metrics)], _by_file(rows, cells, len(metrics)), title)
 
 
 def _print_differences(rows: list[VariantResult], wide: bool) -> None:
@@ -194,16 +173,15 @@ def _print_differences(rows: list[VariantResult], wide: bool) -> None:
     def cells(row: VariantResult) -> list[str]:
         texts = []
         for than in shown:
-            for metric, write in _DIFFERENCES.values():
-                paired = row.versus(than).get(metric)
+            for metric in _DIFFERENCES:
+                paired, write = row.versus(than).get(metric), METRICS[metric][1]
                 texts.append(write(paired.difference, paired.standard_error, signed=True) if paired else "")
         return texts
 
     some = [row for row in rows if any(row.versus(than) for than in shown)]
-    heads = [f"{'Δ' if than == shown[0] else 'Δ base'} {head}" for than in shown for head in _DIFFERENCES]
-    print_table(
-        ["", *heads], _by_file(some, cells, len(heads)), f"differences to the {' and the '.join(shown)}, paired"
-    )
+    columns = [f"{'Δ' if than == shown[0] else 'Δ base'} {head}" for than in shown for head in heads(_DIFFERENCES)]
+    title = f"differences to the {' and the '.join(shown)}, paired"
+    print_table(["", *columns], _by_file(some, cells, len(columns)), title)
 
 
 def _by_file(rows: list[VariantResult], cells: Callable[[VariantResult], list[str]], width: int) -> list[list[str]]:
@@ -232,6 +210,6 @@ def _print_ood(ood: list[OodResult], wide: bool) -> None:
                 cells += [percent(each.fpr95) if each else "–" for each in own]
             lines.append([f" {variant}", *cells])
     short = {"max_probability": "max p", "mutual_information": "mutual"}
-    heads = [short.get(kind, kind) for kind in kinds]
+    columns = [short.get(kind, kind) for kind in kinds]
     title = "AUROC of the uncertainty, for not being of the data" + ("; right: FPR95 %" if wide else "")
-    print_table(["", *heads, *(heads if wide else [])], lines, title)
+    print_table(["", *columns, *(columns if wide else [])], lines, title)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from . import _options as options
-from ._tables import percent
+from ._tables import answered
 
 
 @click.command("generate", cls=options.Sectioned)
@@ -91,9 +91,8 @@ def command(
     per_model, mean = planned.pop("per_model"), planned.pop("mean")
     if mean and point.tau is not None:
         raise IVONError(f"--tau {point.tau}: --mean has no temperature; leave one of them out")
-    if endpoint and point not in (options.PosteriorOptions(), options.PosteriorOptions(False)):
-        raise IVONError("--endpoint: the members are drawn already; give --tau and --ratio to `ivon-post sample`")
     if endpoint:
+        options.refuse_drawn("tau", "ratio", *(["recommended"] if point.file else []))
         point = options.PosteriorOptions(False)
     wants = "mean" if mean else "" if per_model is None else "draws"
     tau, ratio, decided, _, is_mean = point.settings(adapter, output, wants)
@@ -118,6 +117,5 @@ def command(
     resumed = f" ({done.resumed} were there)" if done.resumed else ""
     members = "the mean" if plan.mean else f"{plan.members} draws"
     line = f"{done.prompts} prompts{resumed}, {plan.n} outputs each from {members}, seed {plan.seed}"
-    if coverage is not None:
-        line += f"; answers {percent(coverage)} %, and abstains below confidence {rule.threshold:.4g}"
+    line += answered(coverage, rule.threshold)
     output.finish(document, line, path, then=["ivon-post", "mbr", path])

@@ -81,7 +81,7 @@ def command(
     rows = load(scores, "scores") if scores else None
     with_on = any(row.on is not None for row in rows) if rows else on is not None
     ranking.check_by(by, with_on)
-    written = output.path(adapter, "") if output.output is not None else None
+    written = output.given_path(adapter)
     if written:
         check_file(written, output.overwrite)
         for name, file in (("data", data), ("on", on), ("scores", scores)):

@@ -76,7 +76,7 @@ def command(
     with output.progress() as progress:
         paths = label_files(files)
         first = Path(next(iter(paths.values())))
-        folder = Path(output.output) if output.output else first.with_name(f"{first.stem}-mbr")
+        folder = output.given_path(str(first)) or first.with_name(f"{first.stem}-mbr")
         check_output(folder, output.overwrite)
         settings = _settings(**comparison)
         sources = {label: read_source(path) for label, path in paths.items()}

@@ -13,7 +13,7 @@ import click
 
 from . import _options as options
 from ._stdout import results
-from ._tables import percent
+from ._tables import answered
 
 
 @click.command("predict", cls=options.Sectioned)
@@ -105,7 +105,7 @@ def command(
     stdin = data in (None, "-")
     if stdin and sys.stdin.isatty():
         raise IVONError("there are no texts; give --data FILE, or pipe them in")
-    path = output.path(adapter, "") if output.output is not None else None
+    path = output.given_path(adapter)
     if stdin:
         total, examples = 0, read_texts(sys.stdin, limit)
     else:
@@ -166,8 +166,7 @@ def command(
         return
     texts = ", ".join(f"{label} {n}" for label, n in counts.most_common(8))
     line = f"{count} texts" + (f" ({resumed} were there)" if resumed else "") + (f": {texts}" if texts else "")
-    if coverage is not None:
-        line += f"; answers {percent(coverage)} %, and abstains below confidence {rule.threshold:.4g}"
+    line += answered(coverage, rule.threshold)
     if file:
         output.finish(document, line, path)
     elif not output.quiet:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _options as options
-from ._progress import Progress
 
 if TYPE_CHECKING:
     from axolotl_ivon.decisions.recommendation import DecisionRule
-    from axolotl_ivon.serving.api.backend import Backend, Limits
+    from axolotl_ivon.serving.start import Drawing
 
 _SECTIONS = {
     "Server": {"host", "port", "name", "max_tokens"},
@@ -34,7 +33,7 @@ _SECTIONS = {
     type=click.IntRange(1, 9999),
     help="Number of draws to average, also where the mean is recommended.  [default: 8, or all served]",
 )
-@click.option("--seed", type=int, help="Seed of the draws, as for `sample --seed`.  [default: 0]")
+@options.seed_option("Seed of the draws, as for `sample --seed`.")
 @options.point_options()
 @options.model_options
 @options.chat_template_option
@@ -79,10 +78,8 @@ def command(
     from axolotl_ivon.serving.start import KEY_VARIABLE, check_key, check_packages
 
     check_packages()
-    from axolotl_ivon.decisions.recommendation import DecisionRule, read_rule
     from axolotl_ivon.serving.api.backend import Limits
     from axolotl_ivon.serving.api.http import bind, run
-    from axolotl_ivon.serving.start import proxy_backend
 
     host, api_key = server["host"], os.environ.get(KEY_VARIABLE)
     check_key(host, api_key)
@@ -92,20 +89,26 @@ def command(
 
     with bind(host, server["port"]) as bound:
         with terminal.progress() as progress:
-            decided = read_rule(point.file) if point.file else DecisionRule()
-            if not endpoints:
-                backend, decided = _local(adapter, draws, point, terminal, limits, loading, server["name"], progress)
-            elif (draws["seed"], point.tau, point.ratio) != (None, None, None):
-                fix = "give --tau, --ratio and --seed to `sample`"
-                raise IVONError(f"--endpoint: the members are drawn already; {fix}")
-            elif loading.chat_template_kwargs is not None:
-                fix = "send chat_template_kwargs with each request, or start vLLM with --default-chat-template-kwargs"
-                raise IVONError(f"--endpoint: the servers render chats; {fix} in place of --chat-template-kwargs")
-            else:
+            if endpoints:
                 from axolotl_ivon.serving.proxy.proxy import Combining
+                from axolotl_ivon.serving.start import proxy_backend
 
+                options.refuse_drawn("seed", "tau", "ratio")
+                if loading.chat_template_kwargs is not None:
+                    raise IVONError(
+                        "--endpoint: the servers render chats; send chat_template_kwargs with each request, or start "
+                        "vLLM with --default-chat-template-kwargs in place of --chat-template-kwargs"
+                    )
+                decided = point.settings(adapter, terminal, served=True).rule
                 names = {"name": server["name"], "samples": draws["samples"]}
                 backend = proxy_backend(adapter, endpoints, decided, limits, Combining(**proxied), **names)
+            else:
+                from axolotl_ivon.serving.start import local_backend
+
+                drawing, rule, mean_rule = _drawing(adapter, draws, point, terminal)
+                decided = mean_rule or rule
+                names = {"name": server["name"], "mean_rule": mean_rule}
+                backend = local_backend(drawing, rule, limits, loading, **names, reporter=progress)
             score = "agreement" if endpoints and proxied["combine"] != "rescore" else "probability"
             if decided.threshold is not None and decided.score != score:
                 promised = "answers that are no choices" if decided.score == "probability" else "this one"
@@ -123,25 +126,15 @@ def command(
         run(make_app(backend, Guard(api_key, timeout=limits.timeout + 60)), bound, ready)
 
 
-def _local(
-    adapter: str,
-    draws: dict[str, Any],
-    point: options.PosteriorOptions,
-    terminal: options.Terminal,
-    limits: Limits,
-    loading: options.Loading,
-    name: str | None,
-    progress: Progress,
-) -> tuple[Backend, DecisionRule]:
-    """Return what answers from memory, and what is made of its predictions."""
-    from axolotl_ivon.serving.start import Drawing, local_backend
+def _drawing(
+    adapter: str, draws: dict[str, Any], point: options.PosteriorOptions, terminal: options.Terminal
+) -> tuple[Drawing, DecisionRule, DecisionRule | None]:
+    """Return the draws that answer from memory, what is made of them, and of the mean where that answers."""
+    from axolotl_ivon.serving.start import Drawing
 
-    tau, ratio, decided, taken, is_mean = point.settings(adapter, terminal, "draws" if draws["samples"] else "")
-    rule = decided
+    tau, ratio, rule, taken, is_mean = point.settings(adapter, terminal, "draws" if draws["samples"] else "")
+    mean_rule = rule if is_mean else None
     if taken and is_mean:
         drawn = taken.for_draws()
         tau, rule = drawn.tau, drawn.rule
-    drawing = Drawing(adapter, draws["samples"] or 8, draws["seed"] or 0, tau, ratio)
-    mean_rule = decided if is_mean else None
-    backend = local_backend(drawing, rule, limits, loading, name=name, mean_rule=mean_rule, reporter=progress)
-    return backend, decided
+    return Drawing(adapter, draws["samples"] or 8, draws["seed"], tau, ratio), rule, mean_rule

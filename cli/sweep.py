@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from axolotl_ivon.storage.format import file_names
 
 from . import _options as options
-from ._tables import decimal, is_wide, percent, print_table
+from ._tables import METRICS, heads, is_wide, marks, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.decisions.weights import WeightsSweep
@@ -155,18 +154,13 @@ def _sweep_weights(
     output: options.OutputOptions,
     loading: options.Loading,
 ) -> None:
-    """Sweep over the weights of a product."""
     from axolotl_ivon.decisions.weights import check_files, save, sweep_weights
     from axolotl_ivon.evaluation.evaluate import Evaluation
     from axolotl_ivon.posterior.posterior import Posterior
 
-    ctx = click.get_current_context()
-    given = {name: ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ctx.params}
-    options_of_one = {"taus": "--tau", "ratios": "--ratio", "risk": "--risk", "coverage": "--coverage"}
-    for name, option in {**options_of_one, "endpoints": "--endpoint"}.items():
-        if given[name]:
-            raise click.UsageError(f"{option} has no effect with --combine; sweep the adapter that it writes")
-    sampling = replace(sampling, samples=sampling.samples * given["samples"])
+    for option in options.given_options("taus", "ratios", "risk", "coverage", "endpoints"):
+        raise click.UsageError(f"{option} has no effect with --combine; sweep the adapter that it writes")
+    sampling = replace(sampling, samples=sampling.samples if options.given_options("samples") else 0)
     check_files(adapters, files.files)
     folder = output.target(adapters, "weights")
     with output.progress() as progress:
@@ -200,41 +194,34 @@ def _sweep_weights(
 def _print_weights(result: WeightsSweep) -> None:
     """Print the objective and the accuracy of every product on every file."""
     names = file_names(list(result.chosen.chosen_on))
-    columns, lines = ["weights"], []
-    metrics = {"nll": ("NLL", decimal), "accuracy": ("acc %", percent)}
-    metrics |= {"ece": ("ECE %", percent)} if result.objective == "ece" else {}
-    metrics |= {"brier": ("Brier", decimal)} if result.objective == "brier" else {}
-    for name in names.values():
-        columns += [f"{name}: {label}" for label, _ in metrics.values()]
+    metrics = list(dict.fromkeys(["nll", "accuracy", result.objective]))
+    columns = [f"{name}: {head}" for name in names.values() for head in heads(metrics)]
+    lines = []
     for point in result.points:
-        cells = [point.describe()]
-        for path in names:
-            cells += [write(point.chosen_on[path][metric]) for metric, (_, write) in metrics.items()]
-        marks = {"front": point.front, "best": point is result.best, "chosen": point is result.chosen}
-        lines.append([*cells, " ".join(mark for mark, set_ in marks.items() if set_)])
-    print_table([*columns, ""], lines, f"on the half of each file that chooses (by {result.objective}; Pareto front)")
+        cells = [METRICS[metric][1](point.chosen_on[path][metric]) for path in names for metric in metrics]
+        kinds = marks(front=point.front, best=point is result.best, chosen=point is result.chosen)
+        lines.append([point.describe(), *cells, kinds])
+    title = f"on the half of each file that chooses (by {result.objective}; Pareto front)"
+    print_table(["weights", *columns, ""], lines, title)
 
 
 def _print(result: Recommendation, recommended: GridPoint) -> None:
     """Print the grid with the metrics on both halves, side by side."""
-    columns = {"acc %": ("accuracy", percent), "ECE %": ("ece", percent), "NLL": ("nll", decimal)}
-    if is_wide(100):
-        columns["Brier"] = ("brier", decimal)
-    heads = ["τ", "ratio", *(["T"] if result.scaled else [])]
+    metrics = ["accuracy", "ece", "nll", *(["brier"] if is_wide(100) else [])]
+    settings = ["τ", "ratio", *(["T"] if result.scaled else [])]
     lines: list[list[str]] = []
     points = result.grid + result.scaled
     for before, point in zip([None, *points], points, strict=False):
         ends_block = before in result.grid and (point in result.scaled or before.ratio != point.ratio)
         if before and ends_block:
-            lines.append([""] * (2 * len(columns) + len(heads) + 1))
-        lines.append([f"{point.tau:g}", f"{point.ratio:g}", f"{point.temperature:.3g}"][: len(heads)])
+            lines.append([""] * (2 * len(metrics) + len(settings) + 1))
+        lines.append([f"{point.tau:g}", f"{point.ratio:g}", f"{point.temperature:.3g}"][: len(settings)])
         for values in (point.chosen_on, point.reported_on):
-            lines[-1] += [write(values.value(metric)) for metric, write in columns.values()]
-        marks = {"front": point.front, "best": point is result.best, "recommended": point is recommended}
-        lines[-1].append(" ".join(mark for mark, set_ in marks.items() if set_))
+            lines[-1] += [METRICS[metric][1](values.value(metric)) for metric in metrics]
+        lines[-1].append(marks(front=point.front, best=point is result.best, recommended=point is recommended))
     assert result.examples
     title = (
         f"left: on the {result.examples.chosen_on} examples that choose (best {result.objective}; Pareto front); "
         f"right: on {result.examples.reported_on} others"
     )
-    print_table([*heads, *columns, *columns, ""], lines, title)
+    print_table([*settings, *heads(metrics), *heads(metrics), ""], lines, title)

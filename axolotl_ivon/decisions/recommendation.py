@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ..evaluation.variants import Variant, VariantChoice
@@ -14,20 +14,6 @@ from ..posterior.recommended import recommended_from, recommended_in, tau_on_top
 from ..records.recommendation import DrawsPoint, Recommendation, describe
 from ..storage.format import RECOMMENDED_FILE
 from .rule import DecisionRule as DecisionRule
-
-
-def read_rule(path: str | Path) -> DecisionRule:
-    """Return the rule of a recommended.json, for members that are drawn already.
-
-    Raises:
-        IVONError: the file cannot be read, or is no recommendation.
-    """
-    return _rule(Recommendation.load(path, "recommended"))
-
-
-def _rule(record: Recommendation) -> DecisionRule:
-    names = ("temperature", "threshold", "score", "prediction_set", "by_length", "mean_confidence")
-    return DecisionRule(**{name: getattr(record, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -133,4 +119,5 @@ def _recommended(
         draws = None if is_mean else draws.model_copy(update={"tau": on_top(draws.tau)})
     temperatures = [1.0] + [record.temperature] * (math.isinf(record.tau) and not record.ratio)
     temperatures += [point.temperature for point in record.scaled if math.isinf(point.tau) and not point.ratio]
-    return Recommended(path, on_top(record.tau), record.ratio, _rule(record), draws, temperatures[-1])
+    rule = DecisionRule(**{field.name: getattr(record, field.name) for field in fields(DecisionRule)})
+    return Recommended(path, on_top(record.tau), record.ratio, rule, draws, temperatures[-1])
