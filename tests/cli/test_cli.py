@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import PROCESS
 
 from ivon_post._tables import decimal, emit, number, percent, print_table
 
 
 def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     """Run `ivon-post` as a process of its own."""
-    script = [sys.executable, "-c", "import ivon_post; ivon_post.main()"]
-    return subprocess.run([*script, *map(str, arguments)], capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    return subprocess.run([*PROCESS, *map(str, arguments)], capture_output=True, text=True, **options)  # type: ignore[call-overload]
 
 
 def test_help_imports_nothing_heavy():

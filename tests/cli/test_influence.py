@@ -78,20 +78,3 @@ def test_all_at_once_and_for_machines(tiny_adapter: Path, data: Path, tmp_path: 
     few = ivon_post.json("influence", tiny_adapter, "--data", data, "--limit", 2)
     assert len(few["rows"]) == 2
     assert few["left_out"] == []
-
-
-def test_no_file_is_lost(tiny_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli) -> None:
-    before = data.read_bytes()
-    words = ["influence", tiny_adapter, "-d", data, "--keep", 0.9]
-    assert "is --data itself; choose another name" in ivon_post.error(*words, "-o", data, "--overwrite")
-    scores = tmp_path / "scores.jsonl"
-    ivon_post("influence", tiny_adapter, "-d", data, "-o", scores)
-    assert "is --scores itself" in ivon_post.error(*words, "--scores", scores, "-o", scores, "--overwrite")
-    other = write_chats(tmp_path / "other.jsonl", count=25, seed=3)
-    told = ivon_post.error(
-        "influence", tiny_adapter, "-d", other, "--scores", scores, "--keep", 0.9, "-o", tmp_path / "c"
-    )
-    assert "row 0 has another" in told
-    assert "so they are of other data than --data" in told
-    assert data.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.jsonl", "scores.jsonl", "train.jsonl"]

@@ -11,14 +11,10 @@ from command_line import Cli
 
 
 def write(path: Path, answers: list[list[str]], references: list[str | None]) -> Path:
-    lines = [
-        {
-            "prompt": f"{i}?",
-            "reference": reference and f"#### {reference}",
-            "outputs": [{"text": f"so #### {a}", "member": j // 8, "logprob": -float(j)} for j, a in enumerate(own)],
-        }
-        for i, (own, reference) in enumerate(zip(answers, references, strict=True))
-    ]
+    lines = []
+    for i, (own, reference) in enumerate(zip(answers, references, strict=True)):
+        outputs = [{"text": f"so #### {a}", "member": j // 8, "logprob": -float(j)} for j, a in enumerate(own)]
+        lines.append({"prompt": f"{i}?", "reference": reference and f"#### {reference}", "outputs": outputs})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -81,14 +77,9 @@ def test_outputs_without_an_answer_or_a_reference(ivon_post: Cli, files: list[Pa
 
 def sure(path: Path, count: int) -> Path:
     """Write prompts of 8 outputs, 5 to 8 of them equal, whose choice is wrong one time in 4 if 5 agree, else never."""
-    answers, references = [], []
-    for i in range(count):
-        answers.append(["1"] * (5 + i % 4) + ["2"] * (3 - i % 4))
-        references.append("2" if i % 16 == 0 else "1")
-    write(path, answers, references)
-    settings = {"tau": 0.5, "prune_ratio": 0.1, "adapter": "abc"}
-    Path(f"{path}.settings.json").write_text(json.dumps(settings))
-    return path
+    answers = [["1"] * (5 + i % 4) + ["2"] * (3 - i % 4) for i in range(count)]
+    Path(f"{path}.settings.json").write_text('{"tau": 0.5, "prune_ratio": 0.1, "adapter": "abc"}')
+    return write(path, answers, ["2" if i % 16 == 0 else "1" for i in range(count)])
 
 
 def test_a_threshold_is_promised_and_kept_to(ivon_post: Cli, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import axolotl_ivon
 from axolotl_ivon.errors import IVONError, param_ref
 from axolotl_ivon.models.session import Loading
 from ivon_post import _option, cli
-from ivon_post._options import Sectioned, chat_template_option, model_options, numbers
+from ivon_post._options import Sectioned, chat_template_option, model_options
 
 CONTEXT = click.Context(cli)
 COMMANDS = [command for name in cli.list_commands(CONTEXT) if (command := cli.get_command(CONTEXT, name))]
@@ -98,6 +98,12 @@ def test_options_stand_in_sections(ivon_post: Cli) -> None:
     assert lines.index("Model:") < place["--device"] < lines.index("Output:") < place["--json"]
 
 
+def loaded(*words: str) -> Loading:
+    """Return what the options of a command about its model become."""
+    command = click.command(cls=Sectioned)(model_options(chat_template_option(lambda loading: loading)))
+    return command(words, standalone_mode=False)  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -108,27 +114,16 @@ def test_options_stand_in_sections(ivon_post: Cli) -> None:
     ],
 )
 def test_one_option_for_the_precision_of_the_base_model(words: list[str], expected: tuple[str | None, str]) -> None:
-    found: list[Loading] = []
-    command = click.command(cls=Sectioned)(model_options(lambda loading: found.append(loading)))
-    command(words, standalone_mode=False)
-    assert [(loading.load_in, loading.dtype) for loading in found] == [expected]
+    loading = loaded(*words)
+    assert (loading.load_in, loading.dtype) == expected
 
 
 def test_arguments_of_the_chat_template_are_json() -> None:
-    found: list[Loading] = []
-    command = click.command(cls=Sectioned)(model_options(chat_template_option(lambda loading: found.append(loading))))
-    for text in ('{"enable_thinking": false}', "{}"):
-        command(["--chat-template-kwargs", text], standalone_mode=False)
-    assert [loading.chat_template_kwargs for loading in found] == [{"enable_thinking": False}, {}]
+    for text, expected in (('{"enable_thinking": false}', {"enable_thinking": False}), ("{}", {})):
+        assert loaded("--chat-template-kwargs", text).chat_template_kwargs == expected
     for text in ("enable_thinking=false", "[1]", "[" * 99999):
         with pytest.raises(click.BadParameter, match="is not a JSON object; say"):
-            command(["--chat-template-kwargs", text], standalone_mode=False)
-
-
-def test_numbers() -> None:
-    assert numbers("0.5,1,inf") == (0.5, 1.0, float("inf"))
-    with pytest.raises(click.BadParameter, match="'1,,2' is"):
-        numbers("1,,2")
+            loaded("--chat-template-kwargs", text)
 
 
 def test_a_former_name_works_and_is_not_shown(ivon_post: Cli, tiny_adapter: Path, tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
+import torch
 from command_line import Cli
 from pipeline import Pipeline
+from safetensors.torch import load_file
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.records.resumable import settings_path
@@ -56,6 +57,14 @@ def test_merge_takes_the_mean_with_its_t_and_of_draws_the_best(
     (adapter / "recommended.json").write_text('{"tau": 4.0, "ratio": 0.0, "temperature": 0.8}')
     line = "the adapter's recommended.json is for draws at τ 4 with T 0.8; this is the mean\n"
     assert merged("of draws") == (1.0, line)
+    line = "the softmax temperature 0.8 is for draws at τ 4: the mean gets none\n"
+    assert merged("given", "--recommended", adapter / "recommended.json") == (1.0, line)
+    scaled, *heads = (
+        load_file(tmp_path / name / "model.safetensors")["lm_head.weight"]
+        for name in ("mean", "plain", "of draws", "given")
+    )
+    torch.testing.assert_close(scaled * 1.5, heads[0])
+    assert all(torch.equal(head, heads[0]) for head in heads)
 
 
 def test_eval_adds_mean_and_draws_at_their_own_temperature(
@@ -119,29 +128,22 @@ def test_what_changes_an_adapter_neither_takes_the_file_nor_passes_it_on(
     calibrated: Calibrated, other_adapter: Path, tmp_path: Path, ivon_post: Cli
 ) -> None:
     adapter = calibrated(ratio=0.5, tau=9.0)
-    for name, words in {
-        "prune": (adapter,),
-        "temper": (adapter, "--tau", 2),
-        "combine": (adapter, other_adapter),
-    }.items():
-        result = ivon_post.run(name, *words, "-o", tmp_path / name)
+
+    def made(name: str, *words: object) -> Path:
+        result = ivon_post.run(*words, "-o", tmp_path / name)
         assert result.exit_code == 0, result.output
         assert "taken from" not in result.stderr
         assert not list((tmp_path / name).rglob("recommended.json"))
-    assert Posterior.from_pretrained(tmp_path / "prune").pruned_ratio == 0.1
-    assert "there is no temperature" in ivon_post.error("temper", adapter)
+        return tmp_path / name
+
+    made("combined", "combine", adapter, other_adapter)
+    pruned, tempered = made("pruned", "prune", adapter), made("tempered", "temper", adapter, "--tau", 2)
+    assert Posterior.from_pretrained(pruned).pruned_ratio == 0.1
     # Nothing is beside them, so nothing is taken: τ = 2 stays, and the share of 0.1.
-    for made, tau in (("prune", 1.0), ("temper", 2.0)):
-        assert (
-            "taken from" not in ivon_post.run("sample", tmp_path / made, "-n", 1, "-o", tmp_path / f"of-{made}").stderr
-        )
-        assert json.loads((tmp_path / f"of-{made}" / "ensemble.json").read_text())["tau"] == tau
-        taken = ivon_post.run(
-            "sample", tmp_path / made, "-n", 1, "-o", tmp_path / "taken", "--overwrite", "--recommended",
-            adapter / "recommended.json",
-        )  # fmt: skip
-        assert taken.exit_code == 0, taken.output
-        assert json.loads((tmp_path / "taken" / "ensemble.json").read_text())["tau"] == 9.0
+    for source, tau in ((pruned, 1.0), (tempered, 2.0)):
+        for words, expected in (((), tau), (("--recommended", adapter / "recommended.json"), 9.0)):
+            ensemble = made("ensemble", "sample", source, "-n", 1, "--overwrite", *words)
+            assert json.loads((ensemble / "ensemble.json").read_text())["tau"] == expected
 
 
 def test_a_sweep_may_replace_the_file_in_the_adapter_s_own_folder(
@@ -159,39 +161,10 @@ def test_a_sweep_may_replace_the_file_in_the_adapter_s_own_folder(
     assert ivon_post.json("info", adapter)["recommended"].startswith("the mean")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("sample", "ADAPTER"),
-        ("merge", "ADAPTER"),
-        ("eval", "ADAPTER", "--data", "x.jsonl"),
-        ("generate", "ADAPTER", "-p", "x.jsonl"),
-        ("serve", "ADAPTER", "--port", 0),
-        ("report", "ADAPTER"),
-        ("card", "ADAPTER"),
-    ],
-    ids=lambda words: str(words[0]),
-)
-def test_a_file_of_another_adapter_is_never_ignored(
-    words: tuple[object, ...], calibrated: Calibrated, tmp_path: Path, ivon_post: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    adapter = calibrated(mean_sha256="c" * 64)
-    command, _, *rest = words
-    message = ivon_post.error(command, adapter, *rest, "-q")
-    file = adapter / "recommended.json"
-    assert message == (
-        f"Error: {file} was chosen for another adapter (mean_sha256 differs); run `ivon-post sweep` on this one, or "
-        f"remove {file}, or leave it out (--no-recommended)"
-    )
-    shown = ivon_post.run("info", adapter, "--json")  # which uses nothing of it
+def test_info_uses_nothing_of_a_file_of_another_adapter(calibrated: Calibrated, ivon_post: Cli) -> None:
+    shown = ivon_post.run("info", calibrated(mean_sha256="c" * 64), "--json")
     assert json.loads(shown.stdout)["recommended"] is None
     assert "was chosen for another adapter" in shown.stderr
-
-
-def test_an_error_is_one_line_though_a_file_was_taken(calibrated: Calibrated, ivon_post: Cli) -> None:
-    message = ivon_post.error("eval", calibrated(), "--data", "no.jsonl")
-    assert message == "Error: --data no.jsonl: cannot be read (there is no such file); give a JSONL file"
 
 
 def test_a_card_may_be_without_a_recommendation(calibrated: Calibrated, ivon_post: Cli) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import snapshot
 from tiny import build_llama, write_chats
 
 SCRIPT = """
@@ -26,6 +27,7 @@ ONE = '{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "co
 # Words of a command line -> what the one line on stderr says.
 CASES = {
     "eval adapter -d no.jsonl": "--data no.jsonl: cannot be read (there is no such file)",
+    "eval home/chosen -d no.jsonl": "--data no.jsonl: cannot be read (there is no such file)",
     "eval adapter -d empty.jsonl": "--data empty.jsonl: the file is empty",
     "eval adapter -d broken.jsonl": "broken.jsonl:1: not JSON",
     "eval adapter -d one.jsonl --task choice": "name the others with --choices A,B",
@@ -86,6 +88,9 @@ CASES = {
     "influence adapter -d chats.jsonl --keep 0.9": "--keep 0.9 writes the rows that stay; name a file for them",
     "influence adapter -d chats.jsonl --keep 0.9 --limit 3 -o x": "needs the scores of every row; leave --limit out",
     "influence adapter -d chats.jsonl --keep 0.9 -o chats.jsonl": "--output chats.jsonl exists",
+    "influence adapter -d chats.jsonl --keep 0.9 --overwrite -o chats.jsonl": "--output chats.jsonl is --data itself",
+    "influence adapter -d chats.jsonl --keep 0.9 --scores scores.jsonl --overwrite -o scores.jsonl": "--scores itself",
+    "influence adapter -d chats.jsonl --keep 0.9 --scores scores.jsonl -o x": "so they are of other data than --data",
     "influence adapter -d chats.jsonl --scores one.jsonl": "are used only with --keep",
     "influence adapter -d chats.jsonl --scores one.jsonl --keep 0.9 -o x": "it has no `index`",
     "report adapter --influence one.jsonl": "one.jsonl:1: ",
@@ -108,6 +113,7 @@ CASES = {
     "prune adapter --ratio 2": "--ratio 2.0 is outside",
     "prune adapter --criterion best": "--criterion 'best' is unknown; choose one of snr, sigma, magnitude, random",
     "temper adapter": "there is no temperature",
+    "temper home/chosen": "there is no temperature; give --tau, or --recommended",
     "temper adapter --tau nan": "--tau nan is not > 0",
     "sample adapter -n 0": "0 members make no ensemble",
     "combine adapter": "1 posterior cannot be combined",
@@ -157,6 +163,21 @@ CASES = {
     "temper adapter --tau 2 -o one.jsonl/x": "one.jsonl/x cannot be written",
     "combine adapter adapter --weights 1,-1": "those of precisions are 0 or more",
 }
+# Of the adapter's own recommendation, which is never ignored.
+CASES |= dict.fromkeys(
+    [
+        "sample home/foreign",
+        "merge home/foreign",
+        "eval home/foreign -d no.jsonl",
+        "predict home/foreign -d chats.jsonl",
+        "generate home/foreign -p no.jsonl",
+        "serve home/foreign --port 0",
+        "report home/foreign",
+        "card home/foreign",
+    ],
+    "home/foreign/recommended.json was chosen for another adapter (mean_sha256 differs); run `ivon-post sweep` on this "
+    "one, or remove home/foreign/recommended.json, or leave it out (--no-recommended)",
+)
 # The same for what only torch, a tokenizer or a model finds out.
 LATE = {
     "eval adapter -d chats.jsonl --device abacus": "--device abacus: not usable here",
@@ -194,6 +215,10 @@ def told(
     config = folder / "moved" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "../gone"}))
     build_llama(folder / "home" / "narrow", hidden_size=16)
+    for name, sha in {"foreign": "c" * 64, "chosen": None}.items():
+        shutil.copytree(folder / "adapter", folder / "home" / name)
+        own = {"tau": "inf", "ratio": 0, "mean_sha256": sha}
+        (folder / "home" / name / "recommended.json").write_text(json.dumps(own))
     write_chats(folder / "chats.jsonl", 8)
     outputs = [{"text": f"so #### {answer}"} for answer in "1122112211221122"]
     for name, document in {
@@ -210,7 +235,7 @@ def told(
         (folder / name).write_text((json.dumps(document) + "\n") * (2 if name == "nbest.jsonl" else 1))
     for name, text in {"empty.jsonl": "", "broken.jsonl": "{\n", "one.jsonl": ONE}.items():
         (folder / name).write_text(text)
-    before = sorted(folder.rglob("*"))
+    before = snapshot(folder)
     commands = [*CASES, *MISTYPED, *LATE]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
@@ -220,7 +245,7 @@ def told(
         text=True,
         check=True,
     )
-    assert sorted(folder.rglob("*")) == before
+    assert snapshot(folder) == before
     return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
 
 

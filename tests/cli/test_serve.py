@@ -16,9 +16,9 @@ from typing import Any
 
 import openai
 import pytest
+from command_line import PROCESS
 from served import official
 
-SCRIPT = [sys.executable, "-c", "import ivon_post; ivon_post.main()"]
 MESSAGES: Any = [{"role": "user", "content": "red dog"}]
 
 
@@ -26,7 +26,7 @@ MESSAGES: Any = [{"role": "user", "content": "red dog"}]
 def process(*words: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """Run the command, and give it with the document that it prints when it is there."""
     server = subprocess.Popen(
-        [*SCRIPT, "serve", *map(str, words), "--port", "0", "--json"],
+        [*PROCESS, "serve", *map(str, words), "--port", "0", "--json"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
     )  # fmt: skip
     assert server.stdout
@@ -69,18 +69,22 @@ def test_where_the_mean_is_recommended_it_answers_as_the_merged_model_does(
     ivon_post("merge", adapter, "-o", tmp_path / "merged", "-q")
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(torch.tensor([ids])).logits[0, -1]
-    with process(adapter) as (server, document):
-        client = official(document["url"])
+    with process(adapter, "--host", "0.0.0.0", IVON_API_KEY="sesame") as (server, document):
+        with pytest.raises(openai.AuthenticationError):
+            official(document["url"]).models.list()
+        client = official(document["url"], "sesame")
 
         def answer(of: str) -> Any:
             asked: Any = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 3}
             return client.completions.create(model=f"adapter{of}", **asked)
 
         mean, draws = answer(""), answer(":posterior")
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
-        assert server.stderr
-        assert "taken from the adapter's recommended.json: the mean with T 1.5" in server.stderr.read()
+        server.send_signal(signal.SIGINT)
+        out, err = server.communicate(timeout=30)
+        assert (server.returncode, out) == (0, "")  # the document is all that there was
+        assert "taken from the adapter's recommended.json: the mean with T 1.5" in err
+        assert "sesame" not in err
+        assert "Traceback" not in err
     likeliest = logits.log_softmax(-1).topk(3).values.tolist()
     assert sorted(mean.choices[0].logprobs.top_logprobs[0].values(), reverse=True) == pytest.approx(likeliest, abs=1e-3)
     sure, unsure = mean.model_extra["ivon"], draws.model_extra["ivon"]
@@ -88,19 +92,6 @@ def test_where_the_mean_is_recommended_it_answers_as_the_merged_model_does(
     assert (sure["members"], sure["mutual_information"]) == (1, 0)
     assert unsure["members"] == 8
     assert unsure["mutual_information"] > 0
-
-
-def test_the_key_may_come_from_the_environment(tiny_adapter: Path) -> None:
-    with process(tiny_adapter, "-n", 1, "--host", "0.0.0.0", IVON_API_KEY="sesame") as (server, document):
-        with pytest.raises(openai.AuthenticationError):
-            official(document["url"]).models.list()
-        assert official(document["url"], "sesame").models.list().data
-        server.send_signal(signal.SIGINT)
-        out, err = server.communicate(timeout=30)
-        assert server.returncode == 0
-        assert out == ""  # the document is all that there was
-        assert "sesame" not in err
-        assert "Traceback" not in err
 
 
 def test_it_serves_in_front_of_itself(tiny_adapter: Path, tmp_path: Path, ivon_post: Any, tiny_llama: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from command_line import PROCESS
 from tiny import write_chats
 
 from axolotl_ivon import Posterior
@@ -97,7 +98,7 @@ def test_a_caller_in_this_process_gets_stdout_back(tiny_adapter: Path, capfd: py
 
 
 def test_a_reader_that_has_gone_is_no_traceback(tiny_adapter: Path) -> None:
-    script = [sys.executable, "-c", "import ivon_post; ivon_post.main()", "info", str(tiny_adapter), "--json"]
+    script = [*PROCESS, "info", str(tiny_adapter), "--json"]
     with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stderr

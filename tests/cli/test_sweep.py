@@ -8,19 +8,15 @@ from pathlib import Path
 
 import pytest
 from command_line import Cli
+from pipeline import Pipeline
 from tiny import write_chats
 
 SMALL = ["--tau", "1,inf", "--ratio", "0", "--samples", 1]
 
 
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", count=20)
-
-
-def test_a_sweep_writes_what_eval_takes(tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli) -> None:
+def test_a_sweep_writes_what_eval_takes(tiny_adapter: Path, pipeline: Pipeline, tmp_path: Path, ivon_post: Cli) -> None:
     out = tmp_path / "out"
-    grid = ["sweep", tiny_adapter, "--data", chats, "--tau", "0.2,1", "--tau", "inf", "--ratio", "0,0.5"]
+    grid = ["sweep", tiny_adapter, "--data", pipeline.chats, "--tau", "0.2,1", "--tau", "inf", "--ratio", "0,0.5"]
     grid += ["--samples", 2, "-o", out]
     result = ivon_post.run(*grid)
     assert result.exit_code == 0, result.output
@@ -33,17 +29,17 @@ def test_a_sweep_writes_what_eval_takes(tiny_adapter: Path, chats: Path, tmp_pat
     assert len(lines) == 6 + len(written["scaled"])
     assert sum("front" in line for line in lines) >= 1
     assert sum("best" in line for line in lines) == 1
-    # Ten examples tell nothing: the mean stays.
+    # Twelve examples tell nothing: the mean stays.
     assert [line[:3] for line in lines if "recommended" in line] == [["inf", "0", "1"]]
     assert "too few examples: keep the default, the mean" in result.stdout
-    assert "10 examples choose and 10 report: few differences are more than noise; 100 each are better" in result.stderr
+    assert "12 examples choose and 12 report: few differences are more than noise; 100 each are better" in result.stderr
     assert len(written["grid"]) == 6
-    assert written["data"] == [str(chats)]
+    assert written["data"] == [str(pipeline.chats)]
 
     words = ["--recommended", out / "recommended.json", "--samples", 2, "--rows", "mean,posterior"]
-    found = ivon_post.json("eval", tiny_adapter, "--data", chats, *words)
+    found = ivon_post.json("eval", tiny_adapter, "--data", pipeline.chats, *words)
     assert (found["tau"], found["prune_ratio"]) == (written["draws"]["tau"], written["ratio"])
-    # All the data is both halves, ten examples each.
+    # All the data is both halves, as many examples each.
     draws = next(point for point in written["scaled"] if point["tau"] == found["tau"])
     for name, point in (("mean", written), ("posterior+temperature", draws)):
         [nll] = (row["nll"] for row in found["rows"] if row["name"] == name)
@@ -54,9 +50,11 @@ def test_a_sweep_writes_what_eval_takes(tiny_adapter: Path, chats: Path, tmp_pat
     assert json.loads((out / "recommended.json").read_text())["objective"] == "brier"
 
 
-def test_json_and_default_target(tiny_adapter: Path, chats: Path, copied: Callable[..., Path], ivon_post: Cli) -> None:
+def test_json_and_default_target(
+    tiny_adapter: Path, pipeline: Pipeline, copied: Callable[..., Path], ivon_post: Cli
+) -> None:
     folder = copied(tiny_adapter)
-    result = ivon_post.run("sweep", f"{folder}/", "--data", chats, *SMALL, "--json", "-q")
+    result = ivon_post.run("sweep", f"{folder}/", "--data", pipeline.chats, *SMALL, "--json", "-q")
     found = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert result.stderr == ""
     assert sorted(found["files"]) == sorted(map(str, (folder.parent / "adapter-sweep").iterdir()))

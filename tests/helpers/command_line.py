@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ READING: dict[str, tuple[object, ...]] = {
     "check": ("check", "ADAPTER"),
     "diff": ("diff", "ADAPTER", "OTHER"),
 }
+
+
+# `ivon-post` as a process of its own.
+PROCESS = [sys.executable, "-c", "import ivon_post; ivon_post.main()"]
 
 
 class Cli:

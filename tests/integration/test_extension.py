@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from command_line import PROCESS
 
 from axolotl_ivon import Posterior
 
@@ -58,7 +59,7 @@ def test_its_criterion_prunes_and_its_command_runs_and_is_in_the_help(tiny_adapt
     subprocess.run([*pip, "--target", str(site), str(source)], check=True)
 
     def run(*arguments: object) -> str:
-        script = [sys.executable, "-c", "import ivon_post; ivon_post.main()", *map(str, arguments)]
+        script = [*PROCESS, *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         return subprocess.run(script, env=environment, check=True, capture_output=True, text=True).stdout
 
