@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from command_line import PROCESS
+from command_line import PROCESS, READING, WRITING, fill
 from tiny import write_chats
 
 from axolotl_ivon import Posterior
@@ -62,19 +62,14 @@ def test_every_command_prints_one_document(tiny_adapter: Path, other_adapter: Pa
     chats = write_chats(tmp_path / "chats.jsonl", 8)
     small = ["-n", 2, "--per-model", 1, "--max-tokens", 2]
     commands: list[list[object]] = [
-        ["info", tiny_adapter],
-        ["prune", tiny_adapter, "-o", "pruned"],
-        ["temper", tiny_adapter, "--tau", 2, "-o", "tempered"],
+        *(fill(words, tiny_adapter, other_adapter, name) for name, words in (READING | WRITING).items()),
         ["sample", tiny_adapter, "-n", 2, "--serve", "vllm", "-o", "ensemble"],
-        ["combine", tiny_adapter, other_adapter, "-o", "both"],
-        ["diff", tiny_adapter, other_adapter],
-        ["merge", tiny_adapter, "-o", "merged"],
         ["eval", tiny_adapter, "-d", chats, "-n", 2],
         ["sweep", tiny_adapter, "-d", chats, "-n", 1, "--tau", "1,inf", "--ratio", 0, "-o", "sweep"],
         ["generate", tiny_adapter, "-p", chats, "--limit", 2, *small, "-o", "nbest.jsonl"],
         ["mbr", "nbest.jsonl", "-o", "chosen"],
         ["report", tiny_adapter, "-o", "report.html"],
-        ["card", "tempered"],
+        ["card", "temper"],
     ]
     loop = f"\nfor words in {[[*map(str, words), '--json'] for words in commands]!r}:\n"
     loop += "    ivon_post.cli(words, standalone_mode=False)\n"
