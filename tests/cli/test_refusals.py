@@ -136,6 +136,7 @@ CASES = {
     "fit plain -d question.jsonl": "no assistant message",
     "influence adapter -d chats.jsonl --scores scores.jsonl --on chats.jsonl --keep 0.9 -o x": "--scores has the",
     "mbr nbest.jsonl nbest.jsonl": "the label 'nbest' is taken",
+    "mbr nbest.jsonl -o -": "--output '-' is not a file name",
     "mbr nbest.jsonl -o home": "is there; choose another name with --output",
     "mbr nbest.jsonl -o nbest.jsonl --overwrite": "is there; choose another name with --output",
     "mbr nbest.jsonl -a boxed": "matches none of the 32 outputs",
