@@ -71,27 +71,22 @@ def add_results(
     if isinstance(recommended, Path):
         record = recommended_from(recommended, adapter)
     text = with_posterior(read_card(folder), header, adapter.config, record)
-    lines: list[str] = []
-    entries, eval_results = None, {}
-    if results is not None:
-        evaluation = EvaluationRecord.load(results, "results", header)
-        ids = _dataset_ids(evaluation.files, datasets)
-        lines += _table(evaluation)
-        entries = _model_index(evaluation, ids)
-        eval_results = _eval_results(evaluation, ids)
-    text = with_results(text, header, lines, entries, folder.resolve().name)
-    if results is not None:
-        output_folder(folder / RESULTS_FOLDER)
-    write_text(folder / CARD_FILE, text)
     files = [folder / CARD_FILE]
-    if results is not None:
-        import yaml
+    if results is None:
+        write_text(files[0], text)
+        return files
+    import yaml
 
-        for variant, values in eval_results.items():
-            files.append(folder / RESULTS_FOLDER / f"ivon-{variant}.yaml")
-            write_text(files[-1], yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-        for path in set((folder / RESULTS_FOLDER).glob("ivon-*.yaml")) - set(files):
-            path.unlink()
+    evaluation = EvaluationRecord.load(results, "results", header)
+    ids = _dataset_ids(evaluation.files, datasets)
+    text = with_results(text, header, _table(evaluation), _model_index(evaluation, ids), folder.resolve().name)
+    output_folder(folder / RESULTS_FOLDER)
+    write_text(files[0], text)
+    for variant, values in _eval_results(evaluation, ids).items():
+        files.append(folder / RESULTS_FOLDER / f"ivon-{variant}.yaml")
+        write_text(files[-1], yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    for path in set((folder / RESULTS_FOLDER).glob("ivon-*.yaml")) - set(files):
+        path.unlink()
     return files
 
 

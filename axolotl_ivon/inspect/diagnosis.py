@@ -42,7 +42,7 @@ def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT
             b_sum += float(np.abs(q.mean.float32(key)).sum(dtype=np.float64))
             b_count += sigma.size
         if n := int(np.count_nonzero(drawn)):
-            spread += n * _deviation(np.log(sigma[drawn]))
+            spread += n * float(np.log(sigma[drawn]).std(dtype=np.float64))
             count += n
             if ".lora_A" in key and sigma.ndim:
                 largest = sigma.max()  # whose square may be too large for float32
@@ -81,13 +81,6 @@ def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT
         "pruned_ratio": q.pruned_ratio,
         "findings": [finding._asdict() for finding in run_findings],
     }
-
-
-def _deviation(values: np.ndarray) -> float:
-    """Return the standard deviation of float32 values to float64's accuracy; the values are overwritten."""
-    values -= np.float32(values.mean(dtype=np.float64))
-    offset = float(values.mean(dtype=np.float64))  # what rounding the mean has left
-    return math.sqrt(max(float(np.square(values, out=values).mean(dtype=np.float64)) - offset**2, 0.0))
 
 
 def _number(header: Mapping[str, str], name: str) -> float | None:

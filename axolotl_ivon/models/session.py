@@ -234,7 +234,7 @@ def load_model(adapter: str | Path, loading: Loading = Loading(), *, classify: b
         config = PeftConfig.from_pretrained(str(adapter))
     except Exception as error:  # a wrong value in the configuration can make PEFT raise anything
         raise IVONError(f"{adapter}: PEFT cannot read adapter_config.json ({_reason(error)})") from None
-    shapes = {key: entry.shape for key, entry in TensorFile(Path(adapter) / MEAN_FILE).entries.items()}
+    shapes = {key: shape for key, (_, shape) in TensorFile(Path(adapter) / MEAN_FILE).specs.items()}
     # PEFT would fill the memory before it compares a rank that no tensor of the adapter has.
     longest = max((size for shape in shapes.values() for size in shape), default=0)
     for rank in (getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()):

@@ -235,23 +235,20 @@ def _corrected(text: str, header: Mapping[str, str], config: Mapping[str, Any]) 
     return _TRAINER_OPTIMIZER.sub(lambda line: f"{line[1]}IVON-LoRA (axolotl-ivon) with {settings}", text)
 
 
-def with_results(
-    text: str, header: Mapping[str, str], lines: Sequence[str], entries: Sequence[Any] | None, name: str
-) -> str:
+def with_results(text: str, header: Mapping[str, str], lines: Sequence[str], entries: Sequence[Any], name: str) -> str:
     """Return the card `text` with what was measured of the posterior, in place of what was there.
 
     Args:
-        lines: Markdown; nothing changes without any.
-        entries: results for `model-index`; those that others wrote stay, and with None all do.
+        lines: Markdown.
+        entries: results for `model-index`; those that others wrote stay.
         name: the model's name there, where it has none.
 
     Raises:
         IVONError: the metadata at the top of the card cannot be read.
     """
-    if lines:
-        begin, end = f"<!-- ivon results: begin {_identity(header)} -->", "<!-- ivon results: end -->"
-        text = _put_marked(text, _RESULTS, "\n".join([begin, "## Measured", "", *lines, end, ""]))
-    return text if entries is None else _edit_metadata(text, lambda data: _put_results(data, entries, name))
+    begin, end = f"<!-- ivon results: begin {_identity(header)} -->", "<!-- ivon results: end -->"
+    text = _put_marked(text, _RESULTS, "\n".join([begin, "## Measured", "", *lines, end, ""]))
+    return _edit_metadata(text, lambda data: _put_results(data, entries, name))
 
 
 def _put_marked(text: str, marked: re.Pattern[str], new: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import IVONError, param_ref
-from .adapter import UNPRUNED, Adapter, mean_sha256, modules
+from .adapter import UNPRUNED, Adapter, mean_sha256
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -170,8 +170,3 @@ def check_prior(prior: str | Posterior, config: Mapping[str, Any]) -> None:
         own, other = held.config.get(key), config.get(key)
         if held.config and key in config and (own or None) != (other or None):
             raise IVONError(f"{named} has {key} {own} and this adapter {other}; set {_KEYS.get(key, key)}: {own}")
-
-
-def kinds(tensors: Any) -> str:
-    """Return the kinds of modules that an adapter is on, in words."""
-    return ", ".join(sorted({name.rpartition(".")[2] for name in modules(tensors)}))

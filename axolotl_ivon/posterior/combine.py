@@ -16,9 +16,10 @@ import numpy as np
 
 from ..errors import IVONError, param_ref
 from ..storage.dtypes import NUMPY
+from ..storage.tensorfile import Spec
 from .adapter import RUN_IDS, UNPRUNED, different_shapes
 from .chain import CHAIN_SIZE, MEANING, PRIOR_KEYS, Factor, factors, identity, links
-from .tensors import Spec, Tensors
+from .tensors import Tensors
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -282,9 +283,9 @@ def _concatenated(posteriors: Sequence[Posterior], share: Sequence[float]) -> Pa
                 raise IVONError(f"method cat combines LoRA factors only, and {key} is none; use precision or linear")
             owners.setdefault(key, []).append(i)
     specs: dict[str, Spec] = {}
-    for key, found in owners.items():
+    for key, holders in owners.items():
         axis = _axis(key)
-        shapes = [posteriors[i].mean.specs[key][1] for i in found]
+        shapes = [posteriors[i].mean.specs[key][1] for i in holders]
         if flat := [each for each in shapes if len(each) < 2]:
             raise IVONError(f"method cat combines matrices, and {key} has shape {list(flat[0])}")
         rests = {shape[:axis] + shape[axis + 1 :] for shape in shapes}
@@ -294,7 +295,7 @@ def _concatenated(posteriors: Sequence[Posterior], share: Sequence[float]) -> Pa
             )
         shape = list(shapes[0])
         shape[axis] = sum(each[axis] for each in shapes)
-        specs[key] = (posteriors[found[0]].mean.specs[key][0], tuple(shape))
+        specs[key] = (posteriors[holders[0]].mean.specs[key][0], tuple(shape))
 
     def joined(key: str, values_of: Callable[[Posterior], np.ndarray]) -> np.ndarray:
         pieces = []

@@ -64,38 +64,33 @@ def findings(
         beta2: β2; None if unknown.
         inherited: whether σ began as that of an earlier adapter, and its spread with it.
     """
-    found = []
-    if moved is not None:
-        share = f", {moved / allowed:.0%} of the {allowed:.3g} that the learning rate allowed" if allowed else ""
-        if moved < HARDLY_MOVED:
-            little = allowed is not None and allowed < 10 * HARDLY_MOVED
-            cure = (
-                "raise the learning rate or train longer" if little else "if the loss does not fall, λ may be too small"
-            )
-            text = f"the weights have hardly moved: by {moved:.1g} on average{share}; {cure}"
-        else:
-            text = f"the weights moved: by {moved:.2g} on average{share}"
-            if allowed and moved > STILL_GOING * allowed:
-                text += "; they were still on their way: a longer run or a larger learning rate would take them farther"
-        found.append(Finding("weights", moved >= HARDLY_MOVED, text))
-    if spread is None:
-        return found
+    weights = [] if moved is None else [_weights_finding(moved, allowed)]
+    return weights if spread is None else [*weights, _sigma_finding(spread, steps, beta2, inherited)]
+
+
+def _weights_finding(moved: float, allowed: float | None) -> Finding:
+    share = f", {moved / allowed:.0%} of the {allowed:.3g} that the learning rate allowed" if allowed else ""
+    if moved < HARDLY_MOVED:
+        little = allowed is not None and allowed < 10 * HARDLY_MOVED
+        cure = "raise the learning rate or train longer" if little else "if the loss does not fall, λ may be too small"
+        return Finding("weights", False, f"the weights have hardly moved: by {moved:.1g} on average{share}; {cure}")
+    text = f"the weights moved: by {moved:.2g} on average{share}"
+    if allowed and moved > STILL_GOING * allowed:
+        text += "; they were still on their way: a longer run or a larger learning rate would take them farther"
+    return Finding("weights", True, text)
+
+
+def _sigma_finding(spread: float, steps: int, beta2: float | None, inherited: bool) -> Finding:
     differs = f"within a tensor it differs by {spread:.1%} from weight to weight"
-    if spread >= FROZEN and inherited:
-        found.append(
-            Finding("sigma", True, "σ began as the earlier adapter's; what this run learned is on top of that")
-        )
-        return found
     if spread >= FROZEN:
         learned = "σ was learned" if spread >= LEARNED else "σ has begun to be learned"
-        found.append(Finding("sigma", True, f"{learned}: {differs}"))
-        return found
+        began = "σ began as the earlier adapter's; what this run learned is on top of that"
+        return Finding("sigma", True, began if inherited else f"{learned}: {differs}")
     text = f"σ was not learned: {differs}"
     if beta2 is not None and 0 <= beta2 < 1 < steps * MEMORY and remembers_too_long(beta2, steps):
         text += f"; β2 = {beta2:g} remembers {1 / (1 - beta2):,.0f} steps and the run had {steps:,}"
         text += f", so try β2 = {1 - 1 / (steps * MEMORY):.3g}"
-    found.append(Finding("sigma", False, f"{text}; |m|/σ ranks weights nearly as |m| does"))
-    return found
+    return Finding("sigma", False, f"{text}; |m|/σ ranks weights nearly as |m| does")
 
 
 def begins_at_zero(name: str) -> bool:

@@ -281,17 +281,16 @@ class Posterior:
         """Read the posterior of this fingerprint, which some of `posteriors` go on from, and temper it as they are."""
         children = [q for q in posteriors if any(link.sha256 == sha256 for link in links(q.metadata))]
         name = next(link.name for link in links(children[0].metadata) if link.sha256 == sha256)
-        try:
-            found = cls.from_pretrained(name)
-        except IVONError:
-            found = None
-        if found is None or found.metadata.get("mean_sha256") != sha256:
+        prior = None
+        with contextlib.suppress(IVONError):
+            prior = cls.from_pretrained(name)
+        if prior is None or prior.metadata.get("mean_sha256") != sha256:
             folders = " and ".join(str(q.folder) for q in children)
             raise IVONError(
                 f"{folders} go on from one posterior, which is not at {name} any more; give its folder as well: what "
                 "it knows counts once either way"
             )
-        return found.temper(posteriors[0].tau / found.tau) if found.tau != posteriors[0].tau else found
+        return prior.temper(posteriors[0].tau / prior.tau) if prior.tau != posteriors[0].tau else prior
 
     @classmethod
     def combine(

@@ -22,12 +22,10 @@ import numpy as np
 from ..errors import IVONError
 from ..reporter import SILENT, Reporter
 from ..storage.dtypes import FLOATS, NUMPY, SAFETENSORS
-from ..storage.tensorfile import TensorFile, TensorWriter
+from ..storage.tensorfile import Spec, TensorFile, TensorWriter
 
 if TYPE_CHECKING:
     import torch
-
-Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, and shape
 
 _T = TypeVar("_T")
 
@@ -80,7 +78,7 @@ class Tensors(Mapping[str, "torch.Tensor"]):
     @classmethod
     def of_file(cls, file: TensorFile) -> Tensors:
         """Read tensors from an open safetensors file, each time that one is asked for."""
-        return cls(file.entries, file.array)
+        return cls(file.specs, file.array)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         if key not in self.specs:

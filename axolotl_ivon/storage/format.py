@@ -82,8 +82,8 @@ def find_base_model(config: Mapping[str, Any], adapter: Path, base_model: str | 
     fix = param_ref("base_model")
     if not name or not isinstance(name, str):
         raise IVONError(f"{adapter}: {CONFIG_FILE} names no base model; name it with {fix}")
-    if found := base_model_folder(name, None if base_model else adapter):
-        return str(found)
+    if folder := base_model_folder(name, None if base_model else adapter):
+        return str(folder)
     places = "" if Path(name).is_absolute() else " here" if base_model else f" here, in {adapter} or above it"
     reason = f"no folder {name} with a {MODEL_CONFIG_FILE}{places}"
     if re.fullmatch(rf"{_HUB_NAME}(/{_HUB_NAME})?", name):
@@ -111,10 +111,10 @@ def moved_config(config: dict[str, Any], source: Path | None, target: Path) -> d
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name or Path(name).is_absolute():
         return config
-    found = base_model_folder(name, source)
-    if found is None or base_model_folder(name, target) == found:
+    folder = base_model_folder(name, source)
+    if folder is None or base_model_folder(name, target) == folder:
         return config
-    return {**config, "base_model_name_or_path": str(found)}
+    return {**config, "base_model_name_or_path": str(folder)}
 
 
 def read_json(path: Path) -> dict[str, Any]:

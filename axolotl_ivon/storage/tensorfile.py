@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -25,19 +25,14 @@ from .format import regular_size
 _FLUSH_EVERY = 64 * 2**20
 _WRITE_AT_ONCE = 2**20  # for more, Linux looks for larger runs of free memory than there may be
 
-
-class Entry(NamedTuple):
-    """One tensor of a safetensors file: dtype as the format names it, and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
+Spec = tuple[str, tuple[int, ...]]  # of one tensor: dtype as the format names it, and shape
 
 
 class TensorFile:
     """A safetensors file that stays open, whose tensors are read on demand, from any thread.
 
     The open file keeps giving the same tensors after another one was renamed over its path. Of its header, `metadata`
-    are strings by name, and `entries` dtype and shape by tensor.
+    are strings by name, and `specs` dtype and shape by tensor.
 
     Raises:
         IVONError: the file is missing, truncated, not safetensors, or has dtypes that no adapter has.
@@ -52,10 +47,10 @@ class TensorFile:
             self._file = safe_open(path, framework="np", backend="pread")
             self.metadata: dict[str, str] = dict(self._file.metadata() or {})
             slices = [(key, self._file.get_slice(key)) for key in self._file.offset_keys()]
-        self.entries = {key: Entry(str(s.get_dtype()), tuple(s.get_shape())) for key, s in slices}
-        for key, entry in self.entries.items():
-            if entry.dtype not in NUMPY:
-                raise IVONError(f"{path}: {key} has dtype {entry.dtype}; save the adapter as float32 or bfloat16")
+        self.specs: dict[str, Spec] = {key: (str(s.get_dtype()), tuple(s.get_shape())) for key, s in slices}
+        for key, (dtype, _) in self.specs.items():
+            if dtype not in NUMPY:
+                raise IVONError(f"{path}: {key} has dtype {dtype}; save the adapter as float32 or bfloat16")
 
     def array(self, key: str) -> np.ndarray:
         """Return one tensor: a new array of the dtype in `dtypes.NUMPY`.
@@ -81,13 +76,10 @@ class TensorFile:
 class TensorWriter:
     """Writes a safetensors file tensor by tensor, in any order and from any thread.
 
-    `specs` gives every tensor's dtype (as the format names it) and shape. Use as a context manager; the file is
-    on the disk, and complete, when the block ends.
+    Use as a context manager; the file is on the disk, and complete, when the block ends.
     """
 
-    def __init__(
-        self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
-    ) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
         header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
         offset = 0
         self._left: dict[str, tuple[int, int]] = {}

@@ -182,8 +182,8 @@ def save_optimizer_s_sigma(
     sigma_of = getattr(optimizer, "sigma_for_next_prior", optimizer.sigma)
     sigma = {key: sigma_of(params[weight]).cpu() for key, weight in weights_in_file(model, adapter, names).items()}
     # What is in the file without having been trained (a resized embedding, say) has σ = 0.
-    saved = TensorFile(folder / MEAN_FILE).entries
-    zeros = {key: torch.zeros(()).expand(entry.shape) for key, entry in saved.items()}
+    saved = TensorFile(folder / MEAN_FILE).specs
+    zeros = {key: torch.zeros(()).expand(shape) for key, (_, shape) in saved.items()}
     group = optimizer.param_groups[0]
     beta1, beta2 = group["betas"]
     values = {"prior": group["prior"], **header, **{name: group[name] for name in group if name != "prior"}}

@@ -11,7 +11,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..errors import IVONError, param_ref
-from ..posterior.chain import check_prior, kinds
+from ..posterior.adapter import modules
+from ..posterior.chain import check_prior
 from ..posterior.findings import begins_at_zero
 from ..posterior.posterior import Posterior
 from .saved import trained_adapters, weights_in_file
@@ -45,8 +46,8 @@ def gaussian_prior(
     keys = weights_in_file(model, adapter, names)
     trained, held = set(keys), {key for key in prior.mean if prior.sigma.raw(key).any()}
     if trained != held:
-        modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in shapes}
-        own, other = kinds(prior.mean), ", ".join(sorted(modules))
+        own = ", ".join(sorted({name.rpartition(".")[2] for name in modules(prior.mean)}))
+        other = ", ".join(sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in shapes}))
         both = f"{named} is on {own} and this adapter on {other}"
         if own == other:
             both = f"{named} and this adapter differ in {min(trained ^ held)}"

@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -30,20 +32,25 @@ IMPORTS = (
 )
 
 
-def become(job: dict[str, Any], rank: int) -> NoReturn:
-    """Be the process `axolotl ARGUMENTS` and exit as it does."""
+def axolotl(job: dict[str, Any], rank: int) -> None:
+    """Do what the process `axolotl ARGUMENTS` does."""
+    os.chdir(job["cwd"])
+    os.environ.clear()
+    os.environ.update(job["environments"][rank])
+    files = [os.open(job["stdin"], os.O_RDONLY)]
+    files += [os.open(job["logs"][rank] + end, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for end in (".out", ".err")]
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    signal.alarm(SECONDS)
+    sys.argv = ["axolotl", *job["arguments"]]
+    import_module("axolotl.cli.main").main()
+
+
+def exit_after(work: Callable[[], object]) -> NoReturn:
+    """Do the work of a fork and exit as a process of its own would."""
     status = 1
     try:
-        os.chdir(job["cwd"])
-        os.environ.clear()
-        os.environ.update(job["environments"][rank])
-        files = [os.open(job["stdin"], os.O_RDONLY)]
-        files += [os.open(job["logs"][rank] + end, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for end in (".out", ".err")]
-        for number, file in enumerate(files):
-            os.dup2(file, number)
-        signal.alarm(SECONDS)
-        sys.argv = ["axolotl", *job["arguments"]]
-        import_module("axolotl.cli.main").main()
+        work()
         status = 0
     except SystemExit as error:
         if isinstance(error.code, str):
@@ -64,7 +71,7 @@ def run(job: dict[str, Any]) -> list[int]:
     for rank in range(len(job["environments"])):
         child = os.fork()
         if not child:
-            become(job, rank)
+            exit_after(partial(axolotl, job, rank))
         ranks[child] = rank
     statuses = [0] * len(ranks)
     while ranks:

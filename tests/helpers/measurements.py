@@ -49,7 +49,8 @@ def recommendation(error: float = 0.03, **changes: Any) -> Recommendation:
     return Recommendation.parse(document, "made up")
 
 
-def findings() -> Findings:
+@pytest.fixture(scope="session")
+def known() -> Findings:
     """An evaluation with its examples and a sweep that promised a threshold."""
     draw = random.Random(0)
     data = {"/some/where/test.jsonl": 40, f"{HOSTILE}.jsonl": 12, "other.jsonl": 25}
@@ -83,8 +84,3 @@ def findings() -> Findings:
         [ExampleRecord.parse(line, "made up") for line in lines],
         recommendation(threshold=0.6, risk=0.2, confidence=0.9, coverage=0.7),
     )
-
-
-@pytest.fixture
-def known() -> Findings:
-    return findings()

@@ -189,23 +189,6 @@ def test_shared_tensors_stay_equal(tmp_path: Path):
 CRITERIA = st.sampled_from(["snr", "sigma", "magnitude", "random"])
 
 
-@given(st.floats(0, 1), CRITERIA, st.sampled_from(["adapter", "tensor"]), st.integers(0, 3))
-@settings(max_examples=50)
-def test_pruning_zeroes_exactly_the_ratio(ratio: float, criterion: str, scope: str, seed: int):
-    q = toy(seed=seed)
-    p = q.prune(ratio, criterion, scope)
-    pruned = p.pruned()
-    if scope == "adapter":
-        assert sum(pruned.values()) == round(ratio * q.mean.weights)
-    else:
-        assert pruned == {key: round(ratio * q.mean.size(key)) for key in q.mean}
-    for key in q.mean:
-        off = (p.mean[key] == 0) & (p.sigma[key] == 0)
-        assert int(off.sum()) == pruned[key]
-        assert torch.equal(p.mean[key][~off], q.mean[key][~off])
-        assert torch.equal(p.sigma[key][~off], q.sigma[key][~off])
-
-
 @given(st.floats(0, 1), st.floats(0, 1), CRITERIA)
 @settings(max_examples=50)
 def test_pruning_twice_is_pruning_the_larger_ratio(first: float, second: float, criterion: str):
@@ -217,15 +200,6 @@ def test_pruning_twice_is_pruning_the_larger_ratio(first: float, second: float, 
     assert p.pruned_ratio == max(first, second)
     zeros = {key: int(((p.mean[key] == 0) & (p.sigma[key] == 0)).sum()) for key in p.mean}
     assert p.pruned() == once.pruned() == zeros
-
-
-def test_tensors_that_were_not_trained_are_left_and_not_counted():
-    q = toy()
-    mean, sigma = dict(q.mean), dict(q.sigma)
-    mean["embed"], sigma["embed"] = torch.full((1000,), 1e-9), torch.zeros(1000)
-    p = Posterior(mean, sigma, {}, {}).prune(0.5)
-    assert p.pruned() == {**q.prune(0.5).pruned(), "embed": 0}
-    assert torch.equal(p.mean["embed"], mean["embed"])
 
 
 @given(st.floats(1e-3, 1e3))

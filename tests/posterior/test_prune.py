@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -10,11 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axolotl_ivon import IVONError
+from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.plugins import plugin_manager
 from axolotl_ivon.posterior import default_hooks, prune
-from axolotl_ivon.posterior.prune import CRITERIA, Pruning, criteria, pruning_masks
-from axolotl_ivon.posterior.tensors import Tensors
+from axolotl_ivon.posterior.prune import CRITERIA, Pruning, criteria
 
 # Few different values, so that ties are everywhere; zeros, so that some weights are pruned already.
 means = st.lists(st.sampled_from([0.0, -0.0, 0.25, -0.25, 1.0, -3.0]), min_size=1, max_size=12)
@@ -54,15 +54,6 @@ def brute_force(
     return {(name, i) for rows in ranked.values() for _, name, i in sorted(rows)[: round(ratio * len(rows))]}
 
 
-def marked(mean: dict, sigma: dict, *arguments: object) -> set[tuple[str, int]]:
-    masks = pruning_masks(Tensors.of(mean), Tensors.of(sigma), Pruning(*arguments))  # type: ignore[arg-type]
-    return {
-        (name, int(i))
-        for name, (bits, _) in masks.items()
-        for i in np.flatnonzero(np.unpackbits(bits, count=mean[name].numel()))
-    }
-
-
 @settings(max_examples=300)
 @given(
     posteriors(),
@@ -72,12 +63,20 @@ def marked(mean: dict, sigma: dict, *arguments: object) -> set[tuple[str, int]]:
 )
 def test_exactly_the_lowest_are_chosen(posterior: tuple, ratio: float, criterion: str, scope: str):
     mean, sigma = posterior
+    q = Posterior(*copy.deepcopy(posterior), {}, {})
     trained = [name for name in mean if sigma[name].any() or not mean[name].any()]
     if not trained and ratio > 0:
         with pytest.raises(IVONError, match="σ is 0 everywhere"):
-            marked(mean, sigma, ratio, criterion, scope, 0)
+            q.prune(ratio, criterion, scope)
         return
-    assert marked(mean, sigma, ratio, criterion, scope, 0) == brute_force(mean, sigma, ratio, criterion, scope)
+    p = q.prune(ratio, criterion, scope)
+    for name, place in brute_force(mean, sigma, ratio, criterion, scope):
+        mean[name][place] = sigma[name][place] = 0
+    for name in mean:
+        assert torch.equal(p.mean[name], mean[name])
+        assert torch.equal(p.sigma[name], sigma[name])
+        off = (mean[name] == 0) & (sigma[name] == 0)
+        assert p.pruned()[name] == (int(off.sum()) if name in trained else 0)
 
 
 @pytest.mark.parametrize("arrangement", ["random", "sorted", "ties", "two values", "one place", "infinite"])
@@ -112,12 +111,16 @@ def test_the_lowest_of_many(arrangement: str):
 
 
 def test_random_pruning_depends_on_its_seed_alone():
-    mean, sigma = {"a": torch.ones(500), "b": torch.ones(500)}, {"a": torch.ones(500), "b": torch.ones(500)}
-    first = marked(mean, sigma, 0.3, "random", "adapter", 1)
-    assert len(first) == 300
-    assert first == marked(dict(reversed(mean.items())), sigma, 0.3, "random", "adapter", 1)
-    assert first != marked(mean, sigma, 0.3, "random", "adapter", 2)
-    assert {i for name, i in first if name == "a"} != {i for name, i in first if name == "b"}
+    def kept(seed: int, names: str = "ab") -> torch.Tensor:
+        ones = {name: torch.ones(500) for name in names}
+        pruned = Posterior(ones, ones, {}, {}).prune(0.3, "random", seed=seed)
+        return torch.stack([pruned.mean[name] for name in "ab"])
+
+    first = kept(1)
+    assert first.sum() == 700
+    assert torch.equal(first, kept(1, "ba"))
+    assert not torch.equal(first, kept(2))
+    assert not torch.equal(first[0], first[1])
 
 
 @pytest.mark.parametrize(
@@ -147,4 +150,4 @@ def test_the_criteria_that_ship_come_through_the_hook():
 def test_criteria_that_misbehave_are_named(monkeypatch: pytest.MonkeyPatch, bad: Callable):
     monkeypatch.setitem(CRITERIA, "mine", lambda name, mean, sigma, random: bad(mean))
     with pytest.raises(IVONError, match="criterion 'mine' gave"):
-        marked({"a": torch.ones(4)}, {"a": torch.ones(4)}, 0.5, "mine", "adapter", 0)
+        Posterior({"a": torch.ones(4)}, {"a": torch.ones(4)}, {}, {}).prune(0.5, "mine")

@@ -59,14 +59,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield browser
 
 
-def test_a_real_browser_shows_it(tiny_adapter: Path, known: Findings, browser: Browser, tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
+@pytest.fixture(scope="module")
+def report(tiny_adapter: Path, known: Findings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(page(str(tiny_adapter), known), encoding="utf-8")
+    return path
+
+
+def test_a_real_browser_shows_it(report: Path, browser: Browser) -> None:
     for width in (1400, 400):
         for dark in (False, True):
-            browser.open(path.as_uri(), width, dark=dark)
+            browser.open(report.as_uri(), width, dark=dark)
             assert browser.complaints == []
-            assert browser.requests == [path.as_uri()]
+            assert browser.requests == [report.as_uri()]
             assert browser.run("document.title") == "adapter: report"
             assert browser.run("document.scripts.length + document.images.length") == 0
             # The hostile example is there, as text: as question, answer and prediction.
@@ -88,10 +93,8 @@ def test_a_real_browser_shows_it(tiny_adapter: Path, known: Findings, browser: B
             assert browser.run(CONTRAST) == {}, (width, dark)
 
 
-def test_it_prints_light(tiny_adapter: Path, known: Findings, browser: Browser, tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    path.write_text(page(str(tiny_adapter), known), encoding="utf-8")
-    browser.open(path.as_uri(), 794, dark=True, media="print")
+def test_it_prints_light(report: Path, browser: Browser, tmp_path: Path) -> None:
+    browser.open(report.as_uri(), 794, dark=True, media="print")
     assert browser.run("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     inside = "[...document.querySelectorAll('table, svg')].every(e => e.getBoundingClientRect().right <= innerWidth)"
     assert browser.run(inside)
@@ -99,8 +102,8 @@ def test_it_prints_light(tiny_adapter: Path, known: Findings, browser: Browser, 
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_the_page_holds_nothing_that_loads_or_runs(tiny_adapter: Path, known: Findings) -> None:
-    text = page(str(tiny_adapter), known)
+def test_the_page_holds_nothing_that_loads_or_runs(report: Path) -> None:
+    text = report.read_text(encoding="utf-8")
     assert "<script" not in text
     assert "<img" not in text
     assert "default-src 'none'" in text
@@ -109,8 +112,8 @@ def test_the_page_holds_nothing_that_loads_or_runs(tiny_adapter: Path, known: Fi
     assert "/some/where" not in text
 
 
-def test_it_tells_what_was_measured(tiny_adapter: Path, known: Findings) -> None:
-    text = re.sub(r"<svg.*?</svg>", "", page(str(tiny_adapter), known), flags=re.S)
+def test_it_tells_what_was_measured(report: Path, known: Findings) -> None:
+    text = re.sub(r"<svg.*?</svg>", "", report.read_text(encoding="utf-8"), flags=re.S)
     for told in ("1,000", "empirical", "896 in 4 modules", "test.jsonl (40)", "± 3.0", "0.625", "10 draws are better"):
         assert told in text
     right = known.values("/some/where/test.jsonl", "posterior", "correct")
@@ -179,7 +182,7 @@ def test_the_recommended_variant_is_the_one_to_trust(recommended: dict, names: l
     assert main_variant(Findings(evaluation, sweep=sweep), names) == variant
 
 
-def test_training_rows_that_stand_out(tiny_adapter: Path, known: Findings) -> None:
+def test_training_rows_that_stand_out(plain_adapter: Path, report: Path) -> None:
     """Those by their sensitivity, in order, twenty at most, or that there is none; what they hold is text."""
     rows = [
         {"index": i, "loss": 0.1 * i, "leverage": 2.0, "sensitivity": (i >= 80) * 500 + i / 7, "on": None,
@@ -187,21 +190,20 @@ def test_training_rows_that_stand_out(tiny_adapter: Path, known: Findings) -> No
         for i in range(110)
     ]  # fmt: skip
     rows[108]["sensitivity"] = None
-    plain = page(str(tiny_adapter), known)
     records = [InfluenceRecord.parse(row, "made up") for row in rows]
-    text = page(str(tiny_adapter), replace(known, influence=records))
-    assert "Which training rows" not in plain
+
+    def page_of(rows: list[InfluenceRecord]) -> str:
+        return page(str(plain_adapter), Findings(influence=rows))
+
+    text = page_of(records)
+    assert "Which training rows" not in report.read_text(encoding="utf-8")
     assert "<script" not in text
-    section = text[text.index("Which training rows") : text.index("<h2>Examples")]
-    lines = re.findall(r"<tr><td>(\d+)</td>", section)
-    assert lines == [str(i) for i in (110, *range(108, 89, -1))]
-    assert "of the training rows against their leverage" in section
-    assert "mathdefault" not in section
-    assert "<th>on</th>" not in section
-    assert "<td>516</td>" in section  # 500 + 109/7
-    assert "<th>on</th>" in page(
-        str(tiny_adapter), replace(known, influence=[*records[:109], records[109].model_copy(update={"on": -0.5})])
-    )
-    none = page(str(tiny_adapter), replace(known, influence=records[:80]))
+    assert re.findall(r"<tr><td>(\d+)</td>", text) == [str(i) for i in (110, *range(108, 89, -1))]
+    assert "of the training rows against their leverage" in text
+    assert "mathdefault" not in text
+    assert "<th>on</th>" not in text
+    assert "<td>516</td>" in text  # 500 + 109/7
+    assert "<th>on</th>" in page_of([*records[:109], records[109].model_copy(update={"on": -0.5})])
+    none = page_of(records[:80])
     assert "None of 80 by its sensitivity" in none
     assert "<th>sensitivity</th>" not in none

@@ -29,12 +29,14 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ |= {"ACCELERATE_USE_CPU": "1", "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import torch
 from axolotl.cli.args import TrainerCliArgs
@@ -42,7 +44,10 @@ from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.integrations.base import BasePlugin
 from axolotl.train import train
+from fork_server import exit_after
+from runs import ROWS, Configs
 from safetensors.torch import load_file
+from tiny import build_llama, write_chats
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -150,10 +155,6 @@ class Bench:
     """A folder with a base model, data and a first adapter, and the uninterrupted run."""
 
     def __init__(self, folder: Path) -> None:
-        sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-        from runs import ROWS, Configs
-        from tiny import build_llama, write_chats
-
         self.folder = folder
         self.configs = Configs(folder, build_llama(folder / "base"))
         write_chats(folder / "chats.jsonl", ROWS)
@@ -201,27 +202,19 @@ class Bench:
         sys.stdout.flush()
         child = os.fork()
         if not child:
-            status = 1
-            try:
-                os.chdir(place)
-                log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-                os.environ[ORDERS] = json.dumps(orders)
-                signal.alarm(SECONDS)
-                train(cfg=self.cfg, dataset_meta=self.data)
-                status = 0
-            except SystemExit as error:
-                status = error.code if isinstance(error.code, int) else int(error.code is not None)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
+            exit_after(partial(self.train, place, orders))
         _, status = os.waitpid(child, 0)
         return os.waitstatus_to_exitcode(status), (place / "log").read_text(errors="replace")[-4000:]
+
+    def train(self, place: Path, orders: dict[str, Any]) -> None:
+        os.chdir(place)
+        log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        os.environ[ORDERS] = json.dumps(orders)
+        signal.alarm(SECONDS)
+        train(cfg=self.cfg, dataset_meta=self.data)
 
     def moments(self, count: int, seed: int) -> Iterator[Moment]:
         """Every signal in every part equally often, at random places."""

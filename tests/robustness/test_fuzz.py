@@ -253,7 +253,7 @@ COMMANDS = (
 
 def check_result(command: str, folder: Path, out: Path, stdout: str) -> None:
     facts = json.loads(stdout) if command.endswith("--json") else {}
-    specs = {key: entry.shape for key, entry in TensorFile(folder / MEAN).entries.items()}
+    specs = {key: shape for key, (_, shape) in TensorFile(folder / MEAN).specs.items()}
     match command.split()[0]:
         case "temper":
             before, after = load_file(folder / SIGMA), load_file(out / SIGMA)
@@ -270,7 +270,7 @@ def check_result(command: str, folder: Path, out: Path, stdout: str) -> None:
             assert json.loads((out / ENSEMBLE).read_text())["members"] == members
             assert members == [f"sample-{i:04d}" for i in range(2 if "-n 2" in command else 1)]
             for name in members:
-                assert {k: entry.shape for k, entry in TensorFile(out / name / MEAN).entries.items()} == specs
+                assert {k: shape for k, (_, shape) in TensorFile(out / name / MEAN).specs.items()} == specs
         case "info" if facts:
             assert facts["weights"] == sum(map(math.prod, specs.values()))
         case "check" if facts:

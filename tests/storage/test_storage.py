@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.storage.dtypes import CHOICES, FLOATS, NUMPY, SAFETENSORS
+from axolotl_ivon.storage.dtypes import FLOATS, NUMPY, SAFETENSORS
 from axolotl_ivon.storage.tensorfile import TensorFile, TensorWriter
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -36,10 +36,6 @@ def test_names_are_those_of_safetensors_and_torch(name: str, tmp_path: Path):
     assert SAFETENSORS[str(tensor.dtype).removeprefix("torch.")] == name
     assert (name in FLOATS) == tensor.is_floating_point()
     assert NUMPY[name].itemsize == tensor.itemsize
-
-
-def test_users_choose_among_floats():
-    assert {SAFETENSORS[name] for name in CHOICES} < set(FLOATS)
 
 
 @given(st.lists(finite, min_size=1, max_size=50), st.sampled_from(FLOATS))
