@@ -25,13 +25,8 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 _RETRIES = 5
 _CONNECT_TIMEOUT = 10.0  # seconds
-MALFORMED = (
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-)  # what another answer than OpenAI's leads to
+# What reading another answer than OpenAI's leads to.
+MALFORMED = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
 
 
 def base_url(url: str) -> str:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..models.session import Loading, Session, load_tokenizer
 from ..reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from ..data.encode import ChatFormat
     from ..decisions.recommendation import DecisionRule
     from .api.backend import Backend, Limits
     from .proxy.proxy import Combining
@@ -85,6 +82,7 @@ def local_backend(
     posterior = posterior.prune(drawing.prune_ratio).temper(drawing.tau)
     session = Session.open(posterior, loading, reporter)
     from ..data.chats import trained_choices
+    from .api.prompts import PromptReader
     from .local.engine import TokenEngine
     from .local.queue import Local
 
@@ -93,84 +91,9 @@ def local_backend(
     draws = {"samples": drawing.samples, "seed": drawing.seed}
     engine = TokenEngine(session, posterior, rule, name=name, mean_rule=mean_rule, **draws)
     # Prompts are encoded while another thread decodes, and a tokenizer is not for two threads.
-    tokenize = partial(encode, copy.deepcopy(session.tokenizer), chat_format=session.chat_format)
-    choose = partial(encode_labels, tokenize.args[0], chat_format=session.chat_format)
-    labels = trained_choices(posterior.metadata)
-    expected = (mean_rule or rule).mean_confidence
-    return Local(engine, tokenize, limits, choose, labels, session.chat_format.system_prompt, expected)
-
-
-def encode(
-    tokenizer: Any,
-    prompt: Any,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    *,
-    chat_format: ChatFormat | None = None,
-) -> Sequence[int]:
-    """Return the tokens of a prompt: a text, token ids or the messages of a chat, with the request's own arguments."""
-    from ..data.chats import Chat
-    from ..data.encode import render
-
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]  # type: ignore[no-any-return]
-    if isinstance(prompt[0], int):
-        return prompt  # type: ignore[no-any-return]
-    chat = Chat(tuple(_messages(tokenizer, prompt)), None, "messages")
-    return render(tokenizer, [chat], _format(chat_format, chat_template_kwargs))[0].ids
-
-
-def _format(chat_format: ChatFormat | None, chat_template_kwargs: Mapping[str, Any] | None) -> ChatFormat:
-    """Return how a chat is rendered: as all are, with the request's own arguments."""
-    from ..data.encode import ChatFormat
-
-    chat_format = chat_format or ChatFormat()
-    if chat_template_kwargs is None:
-        return chat_format
-    chosen = ChatFormat.of({}, chat_template_kwargs)
-    return replace(chosen, kwargs={**chat_format.kwargs, **chosen.kwargs})
-
-
-def _messages(tokenizer: Any, prompt: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages of a chat; a developer is a system where the template knows no developer."""
-    from ..data.chats import chat_messages
-
-    messages = chat_messages({"messages": prompt}, "messages")
-    if "developer" not in str(tokenizer.chat_template):
-        messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
-    return messages
-
-
-def encode_labels(
-    tokenizer: Any,
-    prompt: Any,
-    labels: Sequence[str],
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    *,
-    chat_format: ChatFormat | None = None,
-) -> EncodedExample:
-    """Return the tokens of a prompt, and those of each label as its answer: see `encode`.
-
-    Raises:
-        IVONError: as `data.encode.encode`; the labels are fewer than two or alike; the prompt is no chat or text.
-    """
-    from ..data.chats import Example, find_choices
-    from ..data.encode import common_length
-    from ..data.encode import encode as encode_examples
-
-    labels = find_choices((), labels)
-    if isinstance(prompt, str):  # labels as they are, after the text
-        rows = [tuple(tokenizer(prompt + label)["input_ids"]) for label in labels]
-        begun = {row[:length] for row in rows for length in range(1, len(row))}
-        rows = [(*row, tokenizer.eos_token_id) if row in begun else row for row in rows]
-        start = common_length(rows)
-        if start < 1 or len(set(rows)) < len(rows):
-            raise IVONError("the prompt is empty, or the model reads two of the choices as the same")
-        return EncodedExample(list(rows[0][:start]), [start - 1], [0], tuple(row[start:] for row in rows))
-    if isinstance(prompt[0], int):
-        raise IVONError("choices go with a text or a chat, not with tokens")
-    example = Example(tuple(_messages(tokenizer, prompt)), labels[0], "messages")
-    own = _format(chat_format, chat_template_kwargs)
-    return encode_examples(tokenizer, [example], "choice", choices=labels, chat_format=own)[0]
+    tokenizer, labels = copy.deepcopy(session.tokenizer), trained_choices(posterior.metadata)
+    prompts = PromptReader(lambda: tokenizer, session.chat_format, labels, engine.check)
+    return Local(engine, prompts, limits, (mean_rule or rule).mean_confidence)
 
 
 def proxy_backend(
@@ -197,7 +120,8 @@ def proxy_backend(
     from ..generation.endpoint import Endpoint
     from ..generation.ensemble import Ensemble
     from ..generation.plan import Plan
-    from .proxy.proxy import Proxy, Reading
+    from .api.prompts import PromptReader
+    from .proxy.proxy import Proxy
     from .proxy.upstream import UpstreamPool
 
     name = served_name(name, folder)
@@ -205,17 +129,9 @@ def proxy_backend(
     draws = ensemble.draws if samples is None else ensemble.members(Plan(n=samples, per_model=1))
     members = ["mean", *draws] if ensemble.has_mean else draws
     pool = UpstreamPool(endpoints, combining.concurrency, limits.timeout)
-    chat_format = ChatFormat.of(ensemble.source)
-    labels = trained_choices(ensemble.source)
-
-    @functools.cache
-    def tokenizer() -> Any:
-        return load_tokenizer(ensemble.tokenizer_folder, ensemble.base_model)  # for choices alone
-
-    def read(prompt: Any, labels: Sequence[str], kwargs: Mapping[str, Any] | None) -> EncodedExample:
-        return encode_labels(tokenizer(), prompt, labels, kwargs, chat_format=chat_format)
-
-    proxy = Proxy(pool, name, members, combining, rule, limits, Reading(read, labels, chat_format.system_prompt))
+    tokenizer = partial(load_tokenizer, ensemble.tokenizer_folder, ensemble.base_model)  # for choices alone
+    prompts = PromptReader(tokenizer, ChatFormat.of(ensemble.source), trained_choices(ensemble.source))
+    proxy = Proxy(pool, name, members, combining, rule, limits, prompts)
     for url in endpoints:
         Endpoint(url, _START_TIMEOUT).models(members)
     return proxy

@@ -1,12 +1,25 @@
-"""An engine that a test holds: it makes a token whenever the test lets it."""
+"""An engine that a test holds: it makes a token whenever the test lets it; and prompts without a tokenizer."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from typing import Any
 
+from axolotl_ivon.data.encode import ChatFormat
 from axolotl_ivon.serving.api.answers import AnswerDelta, certainty
+from axolotl_ivon.serving.api.prompts import PromptReader
 from axolotl_ivon.serving.local.engine import GenerationRequest
+
+
+class LetterReader(PromptReader):
+    """Reads 1 for each letter or token, and 7 for each message of a chat."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: None, ChatFormat())
+
+    def encode(self, prompt: Any, chat_template_kwargs: Any = None) -> Sequence[int]:
+        return [7 if isinstance(part, dict) else 1 for part in prompt]
 
 
 class SlowEngine:

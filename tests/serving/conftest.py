@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ from served import official, serving
 from slow_engine import SlowEngine
 
 from axolotl_ivon import Posterior
+from axolotl_ivon.data.encode import ChatFormat
 from axolotl_ivon.decisions.recommendation import DecisionRule
 from axolotl_ivon.models.session import Session, load_tokenizer
 from axolotl_ivon.serving.api.app import Guard
 from axolotl_ivon.serving.api.backend import Limits
+from axolotl_ivon.serving.api.prompts import PromptReader
 from axolotl_ivon.serving.local.engine import TokenEngine
 from axolotl_ivon.serving.local.queue import Local
-from axolotl_ivon.serving.start import encode, encode_labels
 
 Serve = Callable[..., contextlib.AbstractContextManager[str]]
 
@@ -51,8 +51,8 @@ def serve(engine: TokenEngine, tokenizer: Any) -> Serve:
     """A function that serves an engine, the tiny one by default, inside a block and gives the address."""
 
     def start(served: Any = engine, guard: Guard | None = None, **limits: Any) -> Any:
-        both = partial(encode, tokenizer), partial(encode_labels, tokenizer)
-        return serving(lambda: Local(served, both[0], Limits(**limits), both[1]), guard)
+        prompts = PromptReader(lambda: tokenizer, ChatFormat(), (), served.check)
+        return serving(lambda: Local(served, prompts, Limits(**limits)), guard)
 
     return start
 

@@ -16,8 +16,9 @@ from axolotl_ivon.decisions.recommendation import DecisionRule
 from axolotl_ivon.models.session import Loading, load_tokenizer
 from axolotl_ivon.records.recommendation import PredictionSet
 from axolotl_ivon.serving.api.backend import Limits
+from axolotl_ivon.serving.api.prompts import PromptReader
 from axolotl_ivon.serving.api.protocol import ChatRequest, ClassifyRequest, CompletionRequest, read_request
-from axolotl_ivon.serving.start import Drawing, check_key, encode, local_backend, served_name
+from axolotl_ivon.serving.start import Drawing, check_key, local_backend, served_name
 
 
 def test_only_this_machine_is_served_without_a_key() -> None:
@@ -47,17 +48,17 @@ def test_a_chat_is_rendered_as_in_training_or_as_the_request_wants(tiny_adapter:
     tokenizer = load_tokenizer(tiny_adapter, "")
     tokenizer.chat_template = TEMPLATE
     body = {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "sun"}], "name": "bob"}]}
-    trained = ChatFormat(generation_prompt="\nassistant: <t></t>")
+    prompts = PromptReader(lambda: tokenizer, ChatFormat(generation_prompt="\nassistant: <t></t>"))
     for kwargs, end in (
         (None, "assistant: <t></t>"), ({}, "assistant: "), ({"enable_thinking": True}, "assistant: <t>")
     ):  # fmt: skip
         request = read_request(ChatRequest, {**body, "chat_template_kwargs": kwargs})
-        ids = encode(tokenizer, request.prompts[0], request.chat_template_kwargs, chat_format=trained)
-        assert tokenizer.decode(ids) == f"userbob: sun\n{end}"
+        [prompt] = asyncio.run(prompts.read(request))
+        assert tokenizer.decode(prompt.ids) == f"userbob: sun\n{end}"
     for template, role in ((TEMPLATE, "system"), (f"{TEMPLATE}{{# developer #}}", "developer")):
         tokenizer.chat_template = template
         chat = [{"role": "developer", "content": "x"}, {"role": "user", "content": "sun"}]
-        assert tokenizer.decode(encode(tokenizer, chat)).startswith(f"{role}: x\n")
+        assert tokenizer.decode(prompts.encode(chat)).startswith(f"{role}: x\n")
 
 
 def test_the_labels_of_training_are_those_of_the_server(make_adapter: Callable[..., Path]) -> None:
@@ -67,11 +68,11 @@ def test_the_labels_of_training_are_those_of_the_server(make_adapter: Callable[.
         sets = PredictionSet(coverage=0.9, threshold=0.0, examples=99)
         rule = DecisionRule(2.0, 1.0, prediction_set=sets)
         backend = local_backend(Drawing(str(adapter), samples=2), rule, Limits(), Loading())
-        [request] = ClassifyRequest(model="adapter", input="red").requests(backend.labels)
+        [request] = ClassifyRequest(model="adapter", input="red").requests(backend.prompts.labels)
         answers = await backend.answer(request)
         ivon = [delta async for delta in answers.deltas][-1].ivon
         await backend.close()
-        return backend.labels, ivon
+        return backend.prompts.labels, ivon
 
     labels, ivon = asyncio.run(run())
     [expected] = predict(adapter, ["red"], n=2)

@@ -104,7 +104,7 @@ class Guard:
 
 def make_app(backend: Backend, guard: Guard) -> ASGIApp:
     """Return the application that serves a backend."""
-    metrics = Metrics(backend.gauges)
+    metrics, prompts = Metrics(backend.gauges), backend.prompts
     started = int(time.time())
 
     def check_model(name: str) -> None:
@@ -113,7 +113,7 @@ def make_app(backend: Backend, guard: Guard) -> ASGIApp:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def description(name: str) -> dict[str, Any]:
-        trained = {"system_prompt": backend.system_prompt, "labels": list(backend.labels)}
+        trained = {"system_prompt": prompts.system_prompt, "labels": list(prompts.labels)}
         return {"id": name, "object": "model", "created": started, "owned_by": "ivon-post", "ivon": trained}
 
     async def complete(http: HTTPRequest) -> Response:
@@ -126,11 +126,11 @@ def make_app(backend: Backend, guard: Guard) -> ASGIApp:
         guard.check(http)
         request = read_request(ClassifyRequest, await guard.body(http))
         check_model(request.model)
-        if not (labels := request.choices or backend.labels):
+        if not (labels := request.choices or prompts.labels):
             message = "the adapter does not say which answers its training data had; send choices"
             raise ApiError(400, message, param="choices")
         data, prompt_tokens = [], 0
-        for index, each in enumerate(request.requests(labels, backend.system_prompt)):
+        for index, each in enumerate(request.requests(labels, prompts.system_prompt)):
             answers = await backend.answer(each)
             async with contextlib.aclosing(answers.deltas) as deltas:
                 [delta] = [delta async for delta in deltas]

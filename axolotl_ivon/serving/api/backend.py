@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping
 from dataclasses import dataclass, field
 
 from .answers import AnswerDelta
+from .prompts import PromptReader
 from .protocol import ApiError, Request
 
 Deltas = AsyncGenerator[AnswerDelta, None]
@@ -43,22 +44,12 @@ class AnswerStream:
 
 
 class Backend(ABC):
-    """Answers the requests of a server."""
+    """Answers the requests of a server; `models` are the served names."""
 
-    @property
-    @abstractmethod
-    def models(self) -> Collection[str]:
-        """The served names."""
+    models: Collection[str]
 
-    @property
-    def labels(self) -> Sequence[str]:
-        """The answers of the training data, if they are a few labels that can be asked for."""
-        return ()
-
-    @property
-    def system_prompt(self) -> str:
-        """What the system turn of all training data said; empty if there is none."""
-        return ""
+    def __init__(self, prompts: PromptReader, limits: Limits) -> None:
+        self.prompts, self.limits = prompts, limits
 
     @abstractmethod
     async def answer(self, request: Request) -> AnswerStream:

@@ -19,6 +19,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from ...generation.mbr import choose, utility_matrix
+from ...generation.scoring import Row
 from ...generation.uncertainty import by_answer, measure, split_entropy
 from ...generation.utilities import AnswerExtractor, Utility
 from ..api.answers import AnswerDelta, Token, certainty
@@ -43,14 +44,6 @@ class Candidate:
     def answer(self, number: int, ivon: dict[str, Any], tokens: tuple[Token, ...] = ()) -> AnswerDelta:
         """Return this candidate as the answer `number`."""
         return AnswerDelta(number, self.text, tokens, self.finish, ivon, self.generated)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One member's log-probabilities of an answer's tokens, and of the likeliest tokens in the place of each."""
-
-    logprobs: tuple[float, ...]
-    likeliest: tuple[Mapping[str, float], ...] = ()
 
 
 def by_risk(
@@ -80,37 +73,40 @@ def unique(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def by_score(
-    candidates: Sequence[Candidate], scores: Sequence[Sequence[Scores]], n: int, threshold: float | None = None
+    candidates: Sequence[Candidate], scores: Sequence[Sequence[Sequence[Row]]], n: int, threshold: float | None = None
 ) -> list[AnswerDelta]:
     """Return the n candidates of the largest average probability, the best first; the first again if there are fewer.
 
-    `scores` are, of each candidate, those of each member.
+    `scores` are, of each candidate and under each member, the log-probabilities in the place of each of its tokens.
     """
-    totals = [_average([math.fsum(score.logprobs) for score in members]) for members in scores]
+    # Of each candidate, shape (members, tokens).
+    logprobs = [
+        np.array([[row[token] for row, token in zip(rows, candidate.ids or (), strict=True)] for rows in members])
+        for candidate, members in zip(candidates, scores, strict=True)
+    ]
+    totals = [float(_average(own.sum(1))) for own in logprobs]
     order = sorted(range(len(candidates)), key=lambda i: -totals[i])[:n]
     order += [order[0]] * (n - len(order))
     deltas = []
     for number, index in enumerate(order):
-        candidate, members = candidates[index], scores[index]
-        length = len(members[0].logprobs)
+        candidate, members, own = candidates[index], scores[index], logprobs[index]
+        length = own.shape[1]
         length -= candidate.ended and length > 1  # an answer is not surer for having ended
-        places = range(length)
-        averages = [_average([score.logprobs[place] for score in members]) for place in places]
-        entropies = [
-            coarse_entropies([score.likeliest[place] for score in members]) for place in places if members[0].likeliest
-        ]
+        entropies = [coarse_entropies([rows[place] for rows in members]) for place in range(length)]
         tokens = tuple(
             Token(id, name, name, logprob, (), *both)
-            for id, name, logprob, both in zip(candidate.ids or (), candidate.names, averages, entropies, strict=False)
+            for id, name, logprob, both in zip(
+                candidate.ids or (), candidate.names, _average(own).tolist(), entropies, strict=False
+            )
         )
-        total = _average([math.fsum(score.logprobs[:length]) for score in members])
-        expected, mutual = np.mean(entropies, 0).tolist() if entropies else (None, None)
-        ivon = certainty(math.exp(total / length), expected, mutual, len(members), threshold)
+        expected, mutual = np.mean(entropies, 0).tolist()
+        confidence = math.exp(_average(own[:, :length].sum(1)) / length)
+        ivon = certainty(confidence, expected, mutual, len(members), threshold)
         deltas.append(candidate.answer(number, ivon, tokens))
     return deltas
 
 
-def coarse_entropies(likeliest: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+def coarse_entropies(likeliest: Sequence[Mapping[Any, float]]) -> tuple[float, float]:
     """Return expected entropy and mutual information, in nats, of the tokens that all members return, the rest as one.
 
     `likeliest` are, of each member, log-probabilities by token.
@@ -122,6 +118,6 @@ def coarse_entropies(likeliest: Sequence[Mapping[str, float]]) -> tuple[float, f
     return expected, mutual
 
 
-def _average(logprobs: Sequence[float]) -> float:
-    """Return the logarithm of the mean of probabilities."""
-    return float(logsumexp(logprobs)) - math.log(len(logprobs))
+def _average(logprobs: np.ndarray) -> np.ndarray:
+    """Return the logarithm of the mean of probabilities over the first axis."""
+    return logsumexp(logprobs, axis=0) - math.log(len(logprobs))  # type: ignore[no-any-return]

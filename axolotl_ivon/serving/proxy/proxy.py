@@ -10,25 +10,22 @@ import asyncio
 import contextlib
 import functools
 import secrets
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...decisions.recommendation import DecisionRule
-from ...errors import IVONError
 from ...generation.endpoint import together
 from ...generation.scoring import TOP, Row, label_logprobs, read_rows, scoring_request
 from ...generation.utilities import UTILITIES, AnswerExtractor
 from ...noise import generator
 from ..api.answers import AnswerDelta, Token, certainty, certainty_of
 from ..api.backend import AnswerStream, Backend, Deltas, Limits, queue_full
+from ..api.prompts import PromptReader, TokenizedPrompt
 from ..api.protocol import ApiError, ChatRequest, Request
-from .mixture import Candidate, Scores, by_risk, by_score, unique
-from .responses import read_candidates, read_prompt_ids, read_scores, read_text, read_tokens
+from .mixture import Candidate, by_risk, by_score, unique
+from .responses import read_candidates, read_prompt_ids, read_text, read_tokens
 from .upstream import UpstreamPool, broken_off, malformed_as_502
-
-if TYPE_CHECKING:
-    from ...data.encode import EncodedExample
 
 Choose = Callable[[Sequence[Candidate], int], list[AnswerDelta]]
 
@@ -43,22 +40,12 @@ class Combining:
     concurrency: int = 256  # requests at a time to each server
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How prompts with choices become tokens, which the servers behind take as they are."""
-
-    encode: Callable[[Any, Sequence[str], Mapping[str, Any] | None], EncodedExample]  # prompt, choices, of the template
-    labels: Sequence[str] = ()  # of the training data
-    system_prompt: str = ""
-
-
 class Proxy(Backend):
     """Answers from the servers of a pool; `name` is that of the answer of all members.
 
     Args:
         members: the names of the members there: "mean" for the mean, the others are draws.
         rule: the softmax temperature of the agreement, or of choices, and the threshold of the confidence.
-        reading: how prompts with choices become tokens, and what the training data had; None: choices are refused.
     """
 
     def __init__(
@@ -69,9 +56,10 @@ class Proxy(Backend):
         combining: Combining,
         rule: DecisionRule,
         limits: Limits,
-        reading: Reading | None = None,
+        prompts: PromptReader,
     ) -> None:
-        self._pool, self._limits, self._reading, self._encoding = pool, limits, reading, asyncio.Lock()
+        super().__init__(prompts, limits)
+        self._pool = pool
         self._rule = rule if rule.score == "probability" else DecisionRule()
         self._candidates, self._threshold = combining.candidates, rule.threshold
         self._choose: Choose | None = None  # chooses n of the candidates of all members; None: by their scores
@@ -80,24 +68,12 @@ class Proxy(Backend):
             utility = UTILITIES[combining.combine](answers)
             self._choose = functools.partial(by_risk, utility=utility, answers=answers, rule=rule)
         self._draws = [member for member in members if member != "mean"]
-        self._served: dict[str, str | None] = {name: None}
+        self.models: dict[str, str | None] = {name: None}  # by served name the member; None: all of them
         if "mean" in members:
-            self._served[f"{name}:mean"] = "mean"
-        self._served[f"{name}:posterior"] = None
-        self._served |= {f"{name}:member-{number:04d}": member for number, member in enumerate(self._draws)}
+            self.models[f"{name}:mean"] = "mean"
+        self.models[f"{name}:posterior"] = None
+        self.models |= {f"{name}:member-{number:04d}": member for number, member in enumerate(self._draws)}
         self._running = 0
-
-    @property
-    def models(self) -> Collection[str]:
-        return self._served
-
-    @property
-    def labels(self) -> Sequence[str]:
-        return self._reading.labels if self._reading else ()
-
-    @property
-    def system_prompt(self) -> str:
-        return self._reading.system_prompt if self._reading else ""
 
     def gauges(self) -> Mapping[str, float]:
         return {"running": self._running, "upstreams_well": self._pool.well}
@@ -106,31 +82,24 @@ class Proxy(Backend):
         await self._pool.close()
 
     async def answer(self, request: Request) -> AnswerStream:
-        if self._running >= self._limits.max_queue:
+        if self._running >= self.limits.max_queue:
             raise queue_full(f"{self._running} requests are running")
-        self._limits.check(request)
-        if request.fields or (request.labels and self._reading is None):
+        self.limits.check(request)
+        if request.fields:
             message = "this is not supported in front of other servers; serve the adapter from memory"
-            param = "structured_outputs" if request.labels else "response_format"
-            raise ApiError(400, message, param=param, code="unsupported_parameter")
+            raise ApiError(400, message, param="response_format", code="unsupported_parameter")
         answers = AnswerStream(0, len(request.prompts) * request.n)
-        if request.labels and self._reading:
-            try:
-                kwargs = request.chat_template_kwargs if isinstance(request, ChatRequest) else None
-                encode = self._reading.encode
-                async with self._encoding:  # a tokenizer is not for two threads
-                    items = [await asyncio.to_thread(encode, each, request.labels, kwargs) for each in request.prompts]
-            except IVONError as error:
-                raise ApiError(400, str(error), param="structured_outputs") from None
-            answers.prompt_tokens = sum(len(item.ids) for item in items)
-            answers.deltas = self._choices(request, items)
+        if request.labels:
+            prompts = await self.prompts.read(request)
+            answers.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+            answers.deltas = self._choices(request, prompts)
         else:
             answers.deltas = self._deltas(request, answers)
         return answers
 
     async def _deltas(self, request: Request, answers: AnswerStream) -> Deltas:
         seed = secrets.randbits(31) if request.seed is None else request.seed
-        member = self._served[request.model]
+        member = self.models[request.model]
         self._running += 1
         try:
             for number, prompt in enumerate(request.prompts):
@@ -153,20 +122,19 @@ class Proxy(Backend):
         finally:
             self._running -= 1
 
-    async def _choices(self, request: Request, items: Sequence[EncodedExample]) -> Deltas:
+    async def _choices(self, request: Request, prompts: Sequence[TokenizedPrompt]) -> Deltas:
         """Yield the answers to prompts with choices, from the probability of every choice under each member."""
-        member = self._served[request.model]
+        member = self.models[request.model]
         rule = self._rule if member is None else DecisionRule(by_length=self._rule.by_length)
         seed = secrets.randbits(63) if request.seed is None else request.seed
         self._running += 1
         try:
-            for number, item in enumerate(items):
-                score = functools.partial(
-                    label_logprobs, ids=item.ids, labels=item.candidates or (), by_length=rule.by_length
-                )
+            for number, prompt in enumerate(prompts):
+                ids, labels = prompt
+                score = functools.partial(label_logprobs, ids=ids, labels=labels, by_length=rule.by_length)
                 models = self._draws if member is None else [member]
                 scores = await together([score(functools.partial(self._rows, model)) for model in models])
-                for delta in await asyncio.to_thread(_chosen, scores, request, item, seed + number, rule):
+                for delta in await asyncio.to_thread(_chosen, scores, request, prompt, seed + number, rule):
                     yield delta._replace(number=number * request.n + delta.number)
         finally:
             self._running -= 1
@@ -235,34 +203,19 @@ class Proxy(Backend):
             raise ApiError(502, "the servers behind this one return no token ids (return_token_ids); use vLLM ≥ 0.10.2")
         else:
             different = unique(candidates)
-            scores = await together(
-                [self._score(prompt, candidate, member) for candidate in different for member in self._draws]
-            )
-            size = len(self._draws)
-            rows = [scores[start : start + size] for start in range(0, len(scores), size)]
+            rows = await together([self._rows_of_all(prompt, candidate) for candidate in different])
             chosen = by_score(different, rows, request.n, threshold=self._threshold)
         for delta in chosen:
             yield delta
 
-    async def _score(self, prompt: list[int], candidate: Candidate, member: str) -> Scores:
-        ids = candidate.ids or ()
-        body = {
-            "model": member,
-            "prompt": [*prompt, *ids],
-            "echo": True,
-            "logprobs": TOP,
-            "max_tokens": 1,
-            "temperature": 0,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-        }
-        response = await self._pool.post("completions", body)
-        with malformed_as_502():
-            return read_scores(response, slice(len(prompt), len(prompt) + len(ids)))
+    async def _rows_of_all(self, prompt: Sequence[int], candidate: Candidate) -> list[list[Row]]:
+        """Return of each member the rows in the places of a candidate's tokens."""
+        ids = [*prompt, *(candidate.ids or ())]
+        return [rows[len(prompt) - 1 :] for rows in await together([self._rows(draw, ids) for draw in self._draws])]
 
 
 def _chosen(
-    scores: Sequence[Sequence[float]], request: Request, item: EncodedExample, seed: int, rule: DecisionRule
+    scores: Sequence[Sequence[float]], request: Request, prompt: TokenizedPrompt, seed: int, rule: DecisionRule
 ) -> list[AnswerDelta]:
     """Return the answers to one prompt with choices, of which each member has given log-likelihoods."""
     import torch
@@ -271,7 +224,7 @@ def _chosen(
 
     drawn = torch.tensor(scores, dtype=torch.float64).softmax(-1)
     own = GenerationRequest(
-        request.model, tuple(item.ids), request.n, temperature=request.temperature, top_p=request.top_p, seed=seed,
-        labels=tuple(request.labels), candidates=item.candidates or (),
+        request.model, prompt.ids, request.n, temperature=request.temperature, top_p=request.top_p, seed=seed,
+        labels=tuple(request.labels), candidates=prompt.candidates,
     )  # fmt: skip
     return choose_labels(drawn, own, rule)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..api.answers import LEAST_LOGPROB, Token
-from .mixture import Candidate, Scores, coarse_entropies
+from .mixture import Candidate, coarse_entropies
 
 
 def read_candidates(response: Mapping[str, Any], member: int) -> list[Candidate]:
@@ -51,15 +51,6 @@ def read_tokens(logprobs: Any, top: int) -> list[Token]:
         shown = tuple(sorted(likeliest.items(), key=lambda item: -item[1])[:top])
         tokens.append(Token(-1, str(name), str(name), value, shown, entropy, 0.0))
     return tokens
-
-
-def read_scores(response: Mapping[str, Any], part: slice) -> Scores:
-    """Return the log-probabilities of a part of an echoed prompt."""
-    logprobs = response["choices"][0]["logprobs"]
-    scores = tuple(_finite(value) for value in logprobs["token_logprobs"][part])
-    if len(scores) != part.stop - part.start:
-        raise ValueError
-    return Scores(scores, tuple(_finite_values(row) for row in (logprobs.get("top_logprobs") or [])[part]))
 
 
 def read_prompt_ids(response: Mapping[str, Any]) -> list[int] | None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from ...generation.endpoint import base_url, cancel_all
+from ...generation.endpoint import MALFORMED, base_url, cancel_all
 from ..api.protocol import ApiError
 
 PROBE_INTERVAL = 2.0  # seconds between checks of a server that failed
@@ -182,5 +182,5 @@ def malformed_as_502() -> Iterator[None]:
     """Turn the errors of reading a malformed response into an ApiError: anybody may have written it."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except MALFORMED:
         raise ApiError(502, "the server behind this one does not answer as OpenAI's interface does") from None

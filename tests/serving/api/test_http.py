@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from served import completion, connect, serving
-from slow_engine import SlowEngine
+from slow_engine import LetterReader, SlowEngine
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.serving.api import http
@@ -24,7 +24,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 def impatient(slow: SlowEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server that waits 0.3 s for the head of a request."""
     monkeypatch.setattr(http, "HEADER_TIMEOUT", 0.3)
-    with serving(lambda: Local(slow, lambda prompt: [1], Limits())) as url:
+    with serving(lambda: Local(slow, LetterReader(), Limits())) as url:
         yield url
 
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from slow_engine import SlowEngine
+from slow_engine import LetterReader, SlowEngine
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.serving.api.answers import AnswerDelta
@@ -24,15 +24,11 @@ def chat(messages: int = 1) -> ChatRequest:
     return read_request(ChatRequest, {"model": "slow", "messages": messages * [{"role": "user", "content": "?"}]})
 
 
-def encode(prompt: Any, chat_template_kwargs: Any = None) -> list[int]:
-    return [7 if isinstance(part, dict) else 1 for part in prompt]
-
-
-def run(test: Callable[[Local], Awaitable[None]], *arguments: Any) -> None:
-    """Run a test with a queue of (engine, encode, limits)."""
+def run(test: Callable[[Local], Awaitable[None]], engine: Any, limits: Limits) -> None:
+    """Run a test with a queue in front of an engine."""
 
     async def all_of_it() -> None:
-        backend = Local(*arguments)
+        backend = Local(engine, LetterReader(), limits)
         await test(backend)
         await backend.close()
 
@@ -51,7 +47,7 @@ def test_a_request_is_one_for_each_prompt() -> None:
         for asked, answers in ((request(prompt=["ab", "c"], **fields), 2), (request(), 1), (chat(2), 1)):
             assert {delta.number for delta in await deltas(backend, asked)} == set(range(answers))
 
-    run(test, engine, encode, Limits(max_tokens=100))
+    run(test, engine, Limits(max_tokens=100))
     first, second, third, fourth = engine.begun
     assert [own.ids for own in engine.begun] == [(1, 1), (1,), (1, 1, 1), (7, 7)]
     assert (first.max_tokens, third.max_tokens, fourth.max_tokens) == (2, 16, 100)
@@ -71,12 +67,14 @@ def test_a_chat_gets_the_room_that_there_is() -> None:
                 await backend.answer(asked)
             assert raised.value.code == "context_length_exceeded"
 
-    run(test, engine, encode, Limits())
+    run(test, engine, Limits())
 
 
-def test_what_the_encoder_refuses_is_the_requests_fault() -> None:
+def test_what_the_encoder_refuses_is_the_requests_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> list[int]:
         raise IVONError("messages: the chat template refuses the messages (roles)")
+
+    monkeypatch.setattr(LetterReader, "encode", refuse)
 
     async def test(backend: Local) -> None:
         for asked, param in ((chat(), "messages"), (request(), "prompt")):
@@ -84,7 +82,7 @@ def test_what_the_encoder_refuses_is_the_requests_fault() -> None:
                 await backend.answer(asked)
             assert (raised.value.status, raised.value.param) == (400, param)
 
-    run(test, SlowEngine(), refuse, Limits())
+    run(test, SlowEngine(), Limits())
 
 
 def test_the_request_after_one_that_ran_out_of_memory_is_answered() -> None:
@@ -98,7 +96,7 @@ def test_the_request_after_one_that_ran_out_of_memory_is_answered() -> None:
         engine.failing = None
         assert len(await deltas(backend, request())) == 16
 
-    run(test, engine, encode, Limits())
+    run(test, engine, Limits())
 
 
 def test_a_queue_of_none_takes_one_at_a_time() -> None:
@@ -113,4 +111,4 @@ def test_a_queue_of_none_takes_one_at_a_time() -> None:
         engine.go.release()
         assert len(await first) == 1
 
-    run(test, engine, encode, Limits(max_queue=0))
+    run(test, engine, Limits(max_queue=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axolotl_ivon.decisions.recommendation import DecisionRule
+from axolotl_ivon.generation.scoring import Row
 from axolotl_ivon.generation.utilities import AnswerExtractor, exact
-from axolotl_ivon.serving.proxy.mixture import Candidate, Scores, by_risk, by_score, coarse_entropies
+from axolotl_ivon.serving.proxy.mixture import Candidate, by_risk, by_score, coarse_entropies
 
 
 def candidate(text: str, member: int, logprob: float = -1.0, **more: object) -> Candidate:
@@ -37,34 +39,39 @@ def test_the_answer_that_most_agree_with_is_chosen() -> None:
 
 
 def test_fewer_answers_than_asked_for_come_again() -> None:
-    own = [candidate("a", 0), candidate("a", 1)]
+    own = [candidate("a", 0, ids=(1,)), candidate("a", 1)]
     answers = AnswerExtractor()
     assert [c.text for c in by_risk(own, 3, exact(answers), answers, DecisionRule())] == ["a", "a", "a"]
-    assert [c.text for c in by_score(own[:1], [[Scores((-1.0,))]], 2)] == ["a", "a"]
+    assert [c.text for c in by_score(own[:1], [[rows((1,), -1.0)]], 2)] == ["a", "a"]
+
+
+def rows(ids: Sequence[int], *logprobs: float) -> list[Row]:
+    """Return what a member gives the tokens of an answer, and no other token."""
+    return [{id: logprob} for id, logprob in zip(ids, logprobs, strict=True)]
 
 
 def test_the_largest_average_probability_is_chosen() -> None:
-    own = [candidate("a", 0, ids=(1, 9), ended=True), candidate("b", 1, ids=(2, 9), ended=True)]
-    log = math.log
-    rows = [
-        [Scores((log(0.9), log(0.5))), Scores((log(0.1), log(0.5)))],  # 0.25 on average
-        [Scores((log(0.4), log(0.8))), Scores((log(0.4), log(0.8)))],  # 0.32
+    one, two, log = (1, 9), (2, 9), math.log
+    own = [candidate("a", 0, ids=one, ended=True), candidate("b", 1, ids=two, ended=True)]
+    scores = [
+        [rows(one, log(0.9), log(0.5)), rows(one, log(0.1), log(0.5))],  # 0.25 on average
+        [rows(two, log(0.4), log(0.8)), rows(two, log(0.4), log(0.8))],  # 0.32
     ]
-    best, other = by_score(own, rows, 2, threshold=0.45)
+    best, other = by_score(own, scores, 2, threshold=0.45)
     assert (best.text, other.text) == ("b", "a")
     assert best.ivon["confidence"] == pytest.approx(0.4)  # without the end
     assert other.ivon["confidence"] == pytest.approx(0.5)
     assert [best.ivon["abstain"], other.ivon["abstain"]] == [True, False]
-    assert best.ivon["mutual_information"] is None  # nothing was told of other tokens
-    long = by_score([candidate("ab", 0, ids=(1, 2))], [[Scores((log(0.9), log(0.4)))]], 1)
+    assert (best.ivon["mutual_information"], other.ivon["mutual_information"] > 0.1) == (pytest.approx(0), True)
+    long = by_score([candidate("ab", 0, ids=(1, 2))], [[rows((1, 2), log(0.9), log(0.4))]], 1)
     assert long[0].ivon["confidence"] == pytest.approx(math.sqrt(0.36))
 
 
 def test_probabilities_that_no_float_holds_are_averaged() -> None:
     own = [candidate("a", 0, ids=(1,)), candidate("b", 0, ids=(2,))]
     # e^−2000 / 2 is more than e^−2001.
-    rows = [[Scores((-2001.0,)), Scores((-2001.0,))], [Scores((-2000.0,)), Scores((-3000.0,))]]
-    assert [chosen.text for chosen in by_score(own, rows, 2)] == ["b", "a"]
+    scores = [[rows((1,), -2001.0), rows((1,), -2001.0)], [rows((2,), -2000.0), rows((2,), -3000.0)]]
+    assert [chosen.text for chosen in by_score(own, scores, 2)] == ["b", "a"]
 
 
 @given(st.integers(1, 4), st.integers(2, 12), st.integers(0, 6), st.integers(0, 999))

@@ -20,10 +20,12 @@ from openai_server import serving as upstream_serving
 from served import ask, official, serving, until
 
 from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.data.encode import ChatFormat
 from axolotl_ivon.decisions.recommendation import DecisionRule
 from axolotl_ivon.models.session import Loading
 from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 from axolotl_ivon.serving.api.backend import Limits
+from axolotl_ivon.serving.api.prompts import PromptReader
 from axolotl_ivon.serving.proxy import upstream
 from axolotl_ivon.serving.proxy.proxy import Combining, Proxy
 from axolotl_ivon.serving.proxy.upstream import UpstreamPool
@@ -74,7 +76,8 @@ def begin(upstreams: list[Server]) -> Begin:
         def backend() -> Proxy:
             pool = UpstreamPool([server.url for server in upstreams[:count]], concurrency, timeout=999.0)
             combining, decided = Combining(combine), DecisionRule(**rule)
-            return Proxy(pool, "ours", ["mean", *MEMBERS], combining, decided, Limits(max_queue))
+            prompts = PromptReader(lambda: None, ChatFormat())
+            return Proxy(pool, "ours", ["mean", *MEMBERS], combining, decided, Limits(max_queue), prompts)
 
         return serving(backend)
 
@@ -222,7 +225,7 @@ def test_rescoring_chooses_by_the_average_probability(begin: Begin, upstreams: l
     outputs = [
         (tuple(c["token_ids"]), c["message"]["content"] if chat else c["text"])
         for body in bodies
-        if not body.get("echo")
+        if "prompt_logprobs" not in body
         for c in server.complete({**body}, chat)["choices"]
     ]
     prompt = server._rendered(MESSAGES) if chat else server.tokenizer("red")["input_ids"]
@@ -251,7 +254,7 @@ def test_rescoring_chooses_by_the_average_probability(begin: Begin, upstreams: l
         assert firsts == pytest.approx([firsts[0]] * 3, rel=1e-3)
     assert 0 <= facts["mutual_information"] < 0.1
     assert facts["expected_entropy"] > 0
-    assert sum(body.get("echo", False) for body in bodies) == 2 * len({ids for ids, _ in outputs})
+    assert sum("prompt_logprobs" in body for body in bodies) == 2 * len({ids for ids, _ in outputs})
 
 
 @pytest.mark.parametrize(
