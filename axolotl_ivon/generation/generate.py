@@ -45,7 +45,6 @@ def loaded_draws(
     tau: float = 1.0,
     prune_ratio: float = 0.0,
     loading: Loading = Loading(),
-    batch_size: int | None = None,
 ) -> Source:
     """Return draws from the posterior of an adapter (a folder or Hub id), which is to be loaded here.
 
@@ -61,7 +60,7 @@ def loaded_draws(
         from .local import TransformersEngine
 
         session = Session.open(posterior, loading, reporter)
-        return TransformersEngine(session, posterior, plan, batch_size=batch_size, reporter=reporter)
+        return TransformersEngine(session, posterior, plan, reporter=reporter)
 
     settings = {
         "engine": "transformers",

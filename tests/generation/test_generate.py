@@ -20,7 +20,7 @@ from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_chats
 from axolotl_ivon.data.encode import Prompt
 from axolotl_ivon.generation.generate import Generated, generate, loaded_draws
-from axolotl_ivon.generation.nbest import NBestFile, read_nbest, read_source
+from axolotl_ivon.generation.nbest import NBestFile, read_nbest
 from axolotl_ivon.generation.plan import Output, Plan
 
 PLAN = Plan(n=4, per_model=2, max_tokens=5)
@@ -50,7 +50,7 @@ def test_a_wrong_plan_is_told(wrong: dict[str, Any], message: str) -> None:
 
 def test_a_file_is_filled_and_then_left(tiny_adapter: Path, pipeline: Pipeline, tmp_path: Path) -> None:
     chats, path, heard = read_chats(pipeline.chats, 3), tmp_path / "out.jsonl", Heard()
-    source = loaded_draws(str(tiny_adapter), PLAN, batch_size=4)
+    source = loaded_draws(str(tiny_adapter), PLAN)
     first = generate(source, chats, path, reporter=heard)
     assert (first.prompts, first.resumed) == (3, 0)
     assert first.tokens > 0
@@ -163,13 +163,6 @@ def test_what_is_judged_of_outputs_stands_in_the_line_and_is_counted(tmp_path: P
     lines = list(map(json.loads, path.read_bytes().splitlines()))
     assert [line.get("abstain") for line in lines] == [None, True, False, True]
     assert list(lines[1]) == ["prompt", "reference", "confidence", "abstain", "outputs"]
-
-
-def test_what_outputs_were_drawn_from_is_read_back(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    assert read_source(path) is None
-    fill(path, 1, {"tau": "inf", "prune_ratio": 0.1, "adapter": "abc"})
-    assert read_source(path) == {"tau": math.inf, "ratio": 0.1, "mean_sha256": "abc"}
 
 
 @pytest.mark.parametrize(

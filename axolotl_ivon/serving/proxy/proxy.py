@@ -89,55 +89,53 @@ class Proxy(Backend):
             message = "this is not supported in front of other servers; serve the adapter from memory"
             raise ApiError(400, message, param="response_format", code="unsupported_parameter")
         answers = AnswerStream(0, len(request.prompts) * request.n)
+        seed = secrets.randbits(31) if request.seed is None else request.seed
         if request.labels:
             prompts = await self.prompts.read(request)
             answers.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-            answers.deltas = self._choices(request, prompts)
+            parts = [self._choice(request, prompt, seed + number) for number, prompt in enumerate(prompts)]
         else:
-            answers.deltas = self._deltas(request, answers)
+            asked = enumerate(request.prompts)
+            parts = [self._text(request, prompt, seed + number, answers) for number, prompt in asked]
+        answers.deltas = self._in_turn(parts, request.n)
         return answers
 
-    async def _deltas(self, request: Request, answers: AnswerStream) -> Deltas:
-        seed = secrets.randbits(31) if request.seed is None else request.seed
-        member = self.models[request.model]
+    async def _in_turn(self, parts: Sequence[Deltas], n: int) -> Deltas:
+        """Yield the n answers to each prompt, one prompt after the other."""
         self._running += 1
         try:
-            for number, prompt in enumerate(request.prompts):
-                top = 1 if member is None else TOP
-                body = {"temperature": request.temperature, "top_p": request.top_p, request.prompt_field: prompt}
-                chat = isinstance(request, ChatRequest)
-                body |= {"logprobs": True, "top_logprobs": top} if chat else {"logprobs": top}
-                if isinstance(request, ChatRequest) and request.chat_template_kwargs is not None:
-                    body["chat_template_kwargs"] = request.chat_template_kwargs
-                optional = {"max_tokens": request.max_tokens, "stop": request.stop}
-                body |= {name: value for name, value in optional.items() if value}
-                if member is None:
-                    deltas = self._mixture(request, body, seed + number, answers)
-                else:
-                    body |= {"model": member, "n": request.n, "seed": seed + number, "stream": request.stream}
-                    deltas = self._member(request, body, answers)
+            for number, deltas in enumerate(parts):
                 async with contextlib.aclosing(deltas):
                     async for delta in deltas:
-                        yield delta._replace(number=number * request.n + delta.number)
+                        yield delta._replace(number=number * n + delta.number)
         finally:
             self._running -= 1
 
-    async def _choices(self, request: Request, prompts: Sequence[TokenizedPrompt]) -> Deltas:
-        """Yield the answers to prompts with choices, from the probability of every choice under each member."""
+    def _text(self, request: Request, prompt: Any, seed: int, answers: AnswerStream) -> Deltas:
+        """Return the answers to one prompt without choices."""
+        member = self.models[request.model]
+        top = 1 if member is None else TOP
+        body = {"temperature": request.temperature, "top_p": request.top_p, request.prompt_field: prompt}
+        body |= {"max_tokens": request.max_tokens, "stop": request.stop or None}
+        if isinstance(request, ChatRequest):
+            body |= {"logprobs": True, "top_logprobs": top, "chat_template_kwargs": request.chat_template_kwargs}
+        else:
+            body["logprobs"] = top
+        body = {name: value for name, value in body.items() if value is not None}
+        if member is None:
+            return self._mixture(request, body, seed, answers)
+        body |= {"model": member, "n": request.n, "seed": seed, "stream": request.stream}
+        return self._member(request, body, answers)
+
+    async def _choice(self, request: Request, prompt: TokenizedPrompt, seed: int) -> Deltas:
+        """Yield the answers to a prompt with choices, from the probability of every choice under each member."""
         member = self.models[request.model]
         rule = self._rule if member is None else DecisionRule(by_length=self._rule.by_length)
-        seed = secrets.randbits(63) if request.seed is None else request.seed
-        self._running += 1
-        try:
-            for number, prompt in enumerate(prompts):
-                ids, labels = prompt
-                score = functools.partial(label_logprobs, ids=ids, labels=labels, by_length=rule.by_length)
-                models = self._draws if member is None else [member]
-                scores = await together([score(functools.partial(self._rows, model)) for model in models])
-                for delta in await asyncio.to_thread(_chosen, scores, request, prompt, seed + number, rule):
-                    yield delta._replace(number=number * request.n + delta.number)
-        finally:
-            self._running -= 1
+        models = self._draws if member is None else [member]
+        asks = [functools.partial(self._rows, model) for model in models]
+        scores = await together([label_logprobs(ask, *prompt, by_length=rule.by_length) for ask in asks])
+        for delta in await asyncio.to_thread(_chosen, scores, request, prompt, seed, rule):
+            yield delta
 
     async def _rows(self, model: str, ids: Sequence[int]) -> list[Row]:
         response = await self._pool.post("completions", scoring_request(model, ids))

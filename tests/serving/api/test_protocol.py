@@ -97,9 +97,19 @@ def test_prompts_are_text_or_tokens_one_or_several(prompt: Any, prompts: Any) ->
     assert read_request(CompletionRequest, {**TEXT, "prompt": prompt}).prompts == prompts
 
 
+# fmt: off
+UNSUPPORTED = {
+    "tools": [{}], "frequency_penalty": 0.5, "min_tokens": 3, "ignore_eos": True, "stop_token_ids": [5],
+    "bad_words": ["x"], "logits_processors": ["x"], "truncate_prompt_tokens": 5, "prompt_logprobs": 1,
+    "add_generation_prompt": False, "guided_regex": "x", "temprature": 0,
+}
+# fmt: on
+
+
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
+        *(({**CHAT, name: value}, name, "not supported here") for name, value in UNSUPPORTED.items()),
         ({"messages": CHAT["messages"]}, "model", "Field required"),
         ({**CHAT, "messages": []}, "messages", "at least 1 item"),
         ({**CHAT, "messages": [{"content": "?"}]}, "messages.0.role", "Field required"),
@@ -114,8 +124,6 @@ def test_prompts_are_text_or_tokens_one_or_several(prompt: Any, prompts: Any) ->
         ({**CHAT, "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({**CHAT, "top_logprobs": 3}, None, "top_logprobs needs logprobs: true"),
         ({**CHAT, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
-        ({**CHAT, "tools": [{}]}, "tools", "not supported here"),
-        ({**CHAT, "frequency_penalty": 0.5}, "frequency_penalty", "not supported here"),
         ({**CHAT, "response_format": {"type": "json_object"}}, "response_format", "'text', 'json_schema'"),
         (
             schema({"a": {"type": "string"}}),
@@ -125,16 +133,6 @@ def test_prompts_are_text_or_tokens_one_or_several(prompt: Any, prompts: Any) ->
         (schema({}), "response_format.json_schema.json_schema.schema", "no object with properties"),
         ({**schema({"a": {"enum": [1]}}), "n": 2}, None, "one answer, without logprobs"),
         ({**CHAT, "messages": [{"role": "boss", "content": "?"}]}, "messages.0.role", "'system'"),
-        ({**CHAT, "min_tokens": 3}, "min_tokens", "not supported here"),
-        ({**CHAT, "ignore_eos": True}, "ignore_eos", "not supported here"),
-        ({**CHAT, "stop_token_ids": [5]}, "stop_token_ids", "not supported here"),
-        ({**CHAT, "bad_words": ["x"]}, "bad_words", "not supported here"),
-        ({**CHAT, "logits_processors": ["x"]}, "logits_processors", "not supported here"),
-        ({**CHAT, "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "not supported here"),
-        ({**CHAT, "prompt_logprobs": 1}, "prompt_logprobs", "not supported here"),
-        ({**CHAT, "add_generation_prompt": False}, "add_generation_prompt", "not supported here"),
-        ({**CHAT, "guided_regex": "x"}, "guided_regex", "not supported here"),
-        ({**CHAT, "temprature": 0}, "temprature", "not supported here"),
         ({**CHAT, "structured_outputs": {"regex": "x"}}, "structured_outputs.choice", "Field required"),
         ({**CHAT, "structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1 item"),
         ({**CHAT, "guided_choice": ["a", "b"], "logprobs": True}, None, "logprobs are of tokens"),

@@ -34,9 +34,12 @@ def grow(
     return [*shown, text.rest()], text
 
 
-@given(string=STRINGS)
-def test_the_parts_are_the_whole(tokenizer: Any, string: str) -> None:
-    ids = tokenizer(string, add_special_tokens=False)["input_ids"]
+@given(STRINGS | st.lists(st.integers(0, 399), max_size=20))
+def test_the_parts_are_the_whole(tokenizer: Any, content: str | list[int]) -> None:
+    if isinstance(content, str):
+        ids = tokenizer(content, add_special_tokens=False)["input_ids"]
+    else:
+        ids = [id for id in content if id < len(tokenizer)]
     shown, _ = grow(tokenizer, ids)
     assert "".join(text for text, _ in shown) == decode(tokenizer, ids)
     tokens = [token for _, own in shown for token in own]
@@ -56,13 +59,6 @@ def test_it_ends_before_the_first_stop_and_shows_no_part_of_it(tokenizer: Any, s
     assert "".join(text for text, _ in shown) == expected
     assert text.stopped == any(s in whole for s in stop)
     assert "".join(token.text for _, own in shown for token in own) == expected
-
-
-@given(st.lists(st.integers(0, 399), max_size=20))
-def test_any_tokens_are_decoded(tokenizer: Any, ids: list[int]) -> None:
-    ids = [id for id in ids if id < len(tokenizer)]
-    shown, _ = grow(tokenizer, ids)
-    assert "".join(text for text, _ in shown) == decode(tokenizer, ids)
 
 
 def test_half_a_character_is_held_back(tokenizer: Any) -> None:

@@ -103,8 +103,7 @@ def test_a_member_answers_as_it_does_there(begin: Begin, upstreams: list[Server]
     asked: Any = {"max_tokens": 6, "n": 2, "seed": 5}
     prompt: Any = {"messages": MESSAGES} if chat else {"prompt": "red"}
     told: Any = prompt | ({"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1})
-    with begin() as url:
-        ours, theirs = official(url), official(upstreams[0].url)
+    with begin() as url, official(url) as ours, official(upstreams[0].url) as theirs:
         create = [(own.chat.completions if chat else own.completions).create for own in (ours, theirs)]
         found = create[0](model=model, **told, **asked)
         expected = create[1](model=there, **told, **asked, temperature=1.0)
