@@ -88,6 +88,12 @@ def pipeline(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> An
     return Pipeline(tiny_adapter, tmp_path_factory.mktemp("pipeline"))
 
 
+@pytest.fixture(scope="session")
+def chats(pipeline: Any) -> Path:
+    """24 questions with the answers A and B."""
+    return pipeline.chats
+
+
 @pytest.fixture
 def copied(tmp_path: Path) -> Callable[[Path], Path]:
     """A function that copies a folder to `tmp_path`, for a test that changes or writes beside it."""

@@ -131,13 +131,10 @@ def find_threshold(
     Args:
         scores, correct: confidence, and 1 (right) or 0 (wrong), of the independent examples of the test, shape (n,).
         guide_scores, guide_correct: the same of other examples, from which the thresholds and their order come.
-
-    Raises:
-        IVONError: risk or confidence is outside (0, 1).
+        risk, confidence: as `check_risk` has them.
     """
     from scipy.special import bdtr
 
-    check_risk(risk, confidence)
     # Values that are there: confidences may be few and tied. The last threshold answers everything.
     quantiles = np.quantile(guide_scores, np.linspace(0, 1, _GRID + 1), method="lower")
     grid = np.append(np.unique(quantiles)[::-1], 0.0)
@@ -173,16 +170,16 @@ def find_threshold(
     return replace(result, needed=min(needs, default=None))
 
 
-def certify(scores: np.ndarray, correct: np.ndarray, risk: float, confidence: float, seed: int = 0) -> Abstention:
-    """Return `find_threshold` on a random half of the examples, with the other half, drawn by `seed`, for its guide.
+def certify(scores: np.ndarray, correct: np.ndarray, risk: float, confidence: float) -> Abstention:
+    """Return `find_threshold` on a random half of the examples, the same each time, with the other half as its guide.
 
     Raises:
-        IVONError: fewer than 4 examples, or as `find_threshold` does.
+        IVONError: fewer than 4 examples, or as `check_risk` does.
     """
     check_risk(risk, confidence)
     if len(scores) < 4:
         raise IVONError(f"{param_ref('risk')}: {len(scores)} examples cannot be split in two halves; give more")
-    order = np.random.default_rng(seed).permutation(len(scores))
+    order = np.random.default_rng(0).permutation(len(scores))
     guide, test = order[: len(order) // 2], order[len(order) // 2 :]
     return find_threshold(scores[test], correct[test], scores[guide], correct[guide], risk=risk, confidence=confidence)
 

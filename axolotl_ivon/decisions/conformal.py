@@ -36,11 +36,8 @@ def find_set(
     Args:
         probabilities, target: of the n examples that it is found on, (n, labels), and the right label of each, (n,).
         others, other_target: the same of examples to report on.
-
-    Raises:
-        IVONError: the coverage is outside (0, 1).
+        coverage: as `check_coverage` has it.
     """
-    check_coverage(coverage)
     count = len(target)
     rank = math.floor((count + 1) * (1 - coverage) + _ROUNDING)
     right = np.sort(probabilities[np.arange(count), target])

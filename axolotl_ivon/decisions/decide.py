@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from ..evaluation.served import ServedModel
     from ..metrics.scores import Scores
 
-_Evaluate = Callable[..., "list[Scores]"]
 _FIRST_WINDOW, _LARGEST_WINDOW = 16, 1024  # texts that are decided together: few at first, so that answers come soon
 
 
@@ -92,11 +91,10 @@ class Decider:
         if served is not None:
             served.members.start(reporter)
             self._reader, base_model = served.members.reader, served.members.base_model
-            self._evaluate: _Evaluate = functools.partial(served.evaluate, task="choice", keep=True)
+            self._evaluate: Callable[..., list[Scores]] = functools.partial(served.evaluate, task="choice")
         else:
             session = Session.open(posterior, loading, reporter)
             self._reader, base_model = session, session.base_model
-            sampling = replace(sampling, keep=True)
             from ..models.draws import Stack
 
             with contextlib.suppress(IVONError):  # else one draw runs after another

@@ -14,7 +14,6 @@ from ..errors import IVONError, param_ref
 from ..records.decision import Decision
 from ..records.resumable import FIX, ResumableFile
 
-FORMATS = ("jsonl", "csv")
 _COLUMNS = ("line", "text", "label", "confidence", "abstain", "set", "expected_entropy", "mutual_information")
 
 

@@ -233,9 +233,7 @@ class _Candidate:
 class _Choice:
     """The candidates of a sweep, and the choice from them.
 
-    Args:
-        variants, scores: those of the grid.
-        tempered: for the task "generate", the same without pruning at softmax temperatures, those of a point together.
+    For the task "generate", `tempered` has the points without pruning at softmax temperatures, those of one together.
 
     Attributes:
         grid: the points as they are.
@@ -254,26 +252,24 @@ class _Choice:
         tempered: Sequence[tuple[Variant, Scores]] = (),
     ) -> None:
         self._objective, self._choosing, self._report, self._count = objective, choosing, report, len(items)
-        grid = [self._candidate(variant, score) for variant, score in zip(variants, scores, strict=True)]
-        front = pareto_front([(-(on.accuracy or 0.0), on.ece or 0.0) for on in (c.point.chosen_on for c in grid)])
-        points = [each.point.model_copy(update={"front": mark}) for each, mark in zip(grid, front, strict=True)]
-        self.grid = [replace(candidate, point=point) for candidate, point in zip(grid, points, strict=True)]
+        chosen_on = [_metrics(score.of_groups(choosing)) for score in scores]
+        front = pareto_front([(-(on.accuracy or 0.0), on.ece or 0.0) for on in chosen_on])
+        self.grid = [self._candidate(*each) for each in zip(variants, scores, front, strict=True)]
         self.mean = next(candidate for candidate in self.grid if candidate.is_mean)
         self._scaled = self._least(tempered) if tempered else self._scale(items)
-        means, draws = (
-            [c for c in self._scaled if getattr(c, k) and not c.point.ratio] for k in ("is_mean", "is_average")
-        )
+        means = [c for c in self._scaled if c.is_mean]
+        draws = [c for c in self._scaled if c.is_average and not c.point.ratio]
         self.scaled = list(dict.fromkeys(self._best(group) for group in (means, draws, self._scaled) if group))
 
-    def _candidate(self, at: Variant | GridPoint, scores: Scores, temperature: float = 1.0) -> _Candidate:
+    def _candidate(self, variant: Variant, scores: Scores, front: bool = False) -> _Candidate:
         reported = scores.of_groups(self._report)
         point = GridPoint(
-            tau=at.tau,
-            ratio=at.ratio,
+            tau=variant.tau,
+            ratio=variant.ratio,
             chosen_on=_metrics(scores.of_groups(self._choosing)),
             reported_on=_metrics(reported),
-            front=False,
-            temperature=temperature,
+            front=front,
+            temperature=variant.temperature,
         )
         return _Candidate(point, scores, reported)
 
@@ -297,7 +293,8 @@ class _Choice:
             assert probabilities is not None
             temperature = fit_temperature(probabilities[mask], target[mask])
             scores = scores_at(temperature, probabilities, target, candidate.scores.group, candidate.is_average)
-            scaled.append(self._candidate(candidate.point, scores, temperature))
+            variant = Variant("scaled", candidate.point.tau, candidate.point.ratio, temperature=temperature)
+            scaled.append(self._candidate(variant, scores))
         return scaled
 
     def _least(self, tempered: Sequence[tuple[Variant, Scores]]) -> list[_Candidate]:
@@ -307,8 +304,7 @@ class _Choice:
             return float(one[1].of_groups(self._choosing).nll.mean())
 
         groups = itertools.groupby(tempered, lambda one: one[0].source)
-        best = (min(group, key=nll) for _, group in groups)
-        return [self._candidate(variant, score, variant.temperature) for variant, score in best]
+        return [self._candidate(*min(group, key=nll)) for _, group in groups]
 
     def recommend(self) -> tuple[_Candidate, _Candidate, SweepVerdict]:
         """Return the best candidate, the one that is recommended, and why."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import IVONError, param_ref
 from ..evaluation.evaluate import Evaluation, Sampling
 from ..evaluation.variants import Variant
-from ..metrics.verdict import SIGNS, judge
+from ..metrics.verdict import SIGNS, judge, measured
 from ..posterior.combine import shares
 from ..posterior.posterior import Posterior
 from ..reporter import SILENT, Reporter, Stage
@@ -145,10 +145,9 @@ def sweep_weights(
     error = math.hypot(*(each.standard_error or 0.0 for each in paired)) / len(paired)
     outcome = judge(difference, error, min(len(report) for _, report in halves.values()), SIGNS[objective])
     kept_equal = "" if outcome == "better" else ": keep equal weights"
-    figures = f"{difference:+.3f} ± {error:.3f}".replace("-", "−")
     text = (
         f"best by {objective}, averaged over the files: weights {best.describe()}; on the other examples, against "
-        f"equal weights: {figures}: {outcome}{kept_equal}"
+        f"equal weights: {measured(difference, error, sign='+')}: {outcome}{kept_equal}"
     )
     chosen = best if outcome == "better" else equal
     return WeightsSweep(points, best, chosen, objective, outcome, difference, error, text)

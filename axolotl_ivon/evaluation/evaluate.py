@@ -23,7 +23,7 @@ from ..errors import IVONError, param_ref
 from ..models.session import Loading, Session, has_head
 from ..posterior.posterior import Posterior, open_posterior
 from ..reporter import SILENT, Reporter
-from .variants import Variant, count_passes
+from .variants import Variant
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,15 +46,14 @@ class Sampling:
         seed: draw k of every variant is `posterior.sample(seed, k)`, with the same noise at every τ and ratio.
         batch_size: prompts in a batch, or None to choose; halved when the memory runs out.
         draws_per_pass: how many draws run in one batch over the shared base weights.
-        keep: whether the scores keep the probabilities; by default unless the task is "generate", whose classes are
-            all tokens.
+        keep: whether the scores keep the probabilities also with the task "generate", whose classes are all tokens.
     """
 
     samples: int = 10
     seed: int = 0
     batch_size: int | None = None
     draws_per_pass: int = 1
-    keep: bool | None = None
+    keep: bool = False
 
 
 def evaluate(
@@ -88,15 +87,16 @@ def evaluate(
     slots.check(posterior.mean)
     predictor = Predictor(model, task, sampling.batch_size, reporter)
     sources = list(dict.fromkeys(variant.source for variant in variants))
-    keep = task != "generate" if sampling.keep is None else sampling.keep
-    advance = reporter.begin("evaluating", count_passes(variants, sampling.samples) * len(items))
+    keep = sampling.keep or task != "generate"
+    passes = sum(source.passes(sampling.samples) for source in sources)
+    advance = reporter.begin("evaluating", passes * len(items))
     scores: list[list[Scores]] = []
     with evaluating(model):
         prefix = predictor.common_prefix(items)
         for chunk in _chunks(items, predictor.classes(items) * len(sources)):
-            passes = _passes(slots, posterior, sources, sampling, kept)
-            averages = _accumulate(predictor, chunk, sources, passes, prefix, advance)
-            scores.append([averages[sources.index(v.source)].scores(chunk, v.temperature, keep) for v in variants])
+            running = _passes(slots, posterior, sources, sampling, kept)
+            averages = _accumulate(predictor, chunk, sources, running, prefix, advance)
+            scores.append([averages[v.source].scores(chunk, v.temperature, keep) for v in variants])
     return [Scores.concatenate(parts) for parts in zip(*scores, strict=True)]
 
 
@@ -129,21 +129,14 @@ def _chunks(items: Sequence[EncodedExample], classes: int) -> Iterator[Chunk]:
     yield chunk(numbers)
 
 
-class _Pass(NamedTuple):
-    """One pass over the data: the number of its source, how many draws run, and the block in which they do."""
-
-    number: int
-    copies: int
-    running: Callable[[], AbstractContextManager[None]]
-
-
-KeptDraws = dict[tuple[Variant, range], Callable[[], AbstractContextManager[None]]]  # by source and members
+_Running = Callable[[], AbstractContextManager[None]]  # gives the block in which draws run
+KeptDraws = dict[tuple[Variant, range], _Running]  # by source and members
 
 
 def _passes(
     slots: AdapterSlots, posterior: Posterior, sources: Sequence[Variant], sampling: Sampling, kept: KeptDraws | None
-) -> Iterator[_Pass]:
-    """Yield the passes, all sources for the same draws together.
+) -> Iterator[tuple[Variant, int, _Running]]:
+    """Yield the passes, all sources for the same draws together: the source, and how many draws run in which block.
 
     The next pass's draws are made in a thread while the model is busy with this one's.
     """
@@ -159,21 +152,21 @@ def _passes(
 
     step = sampling.draws_per_pass
     todo = [
-        (number, source, range(start, min(start + step, source.passes(sampling.samples))))
+        (source, range(start, min(start + step, source.passes(sampling.samples))))
         for start in range(0, sampling.samples, step)
-        for number, source in enumerate(sources)
+        for source in sources
         if start < source.passes(sampling.samples)
     ]
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(draws, *todo[0][1:])
-        for position, (number, source, members) in enumerate(todo):
+        coming = pool.submit(draws, *todo[0])
+        for position, (source, members) in enumerate(todo):
             ready = coming.result()
             if position + 1 < len(todo):
-                coming = pool.submit(draws, *todo[position + 1][1:])
+                coming = pool.submit(draws, *todo[position + 1])
             running = slots.drawn(ready) if ready else (kept or {}).get((source, members), slots.without)
             if kept is not None:
                 kept[source, members] = running
-            yield _Pass(number, len(members), running)
+            yield source, len(members), running
 
 
 @dataclass
@@ -214,20 +207,20 @@ def _accumulate(
     predictor: Predictor,
     chunk: Chunk,
     sources: Sequence[Variant],
-    passes: Iterator[_Pass],
+    passes: Iterator[tuple[Variant, int, _Running]],
     prefix: Sequence[int],
     advance: Callable[[int], None],
-) -> list[Average]:
+) -> dict[Variant, Average]:
     """Average the predictions of all passes over a chunk, for each source; `prefix` is run once a pass."""
     import torch
 
     size = (len(chunk.target), predictor.classes(chunk.items))
     dtype = torch.float32 if predictor.task == "generate" else torch.float64
     zeros = functools.partial(torch.zeros, dtype=dtype, device=predictor.device)
-    averages = [Average(zeros(size), zeros(size[0]), zeros(size[0])) for _ in sources]
+    averages = {source: Average(zeros(size), zeros(size[0]), zeros(size[0])) for source in sources}
     batches: dict[int, list[Batch]] = {}
-    for number, copies, running in passes:
-        average = averages[number]
+    for source, copies, running in passes:
+        average = averages[source]
         if copies not in batches:
             batches[copies] = predictor.batches(chunk.items, len(prefix), copies)
         with running():
@@ -329,8 +322,6 @@ class Evaluation:
                     )
         mean_only = bool(variants) and not any(variant.needs_sigma for variant in variants)
         self.served = served
-        if served is not None:
-            served.check(variants)
         self.posterior = served.members.posterior if served else open_posterior(adapter, mean_only=mean_only)
         own = self.examples[: sum(map(len, self.files.values()))]
         trained = trained_choices(self.posterior.metadata)
@@ -371,21 +362,13 @@ class Evaluation:
         sampling: Sampling = Sampling(),
         reporter: Reporter = SILENT,
         posterior: Posterior | None = None,
+        items: Sequence[EncodedExample] | None = None,
     ) -> list[Scores]:
-        """Return the scores of every variant on all examples: see `evaluate`. By default of the adapter's posterior."""
-        return self._evaluate(self.items, variants, sampling, reporter, posterior or self.posterior)
-
-    def _evaluate(
-        self,
-        items: Sequence[EncodedExample],
-        variants: Sequence[Variant],
-        sampling: Sampling,
-        reporter: Reporter,
-        posterior: Posterior,
-    ) -> list[Scores]:
+        """Return the scores of every variant: see `evaluate`. By default of the adapter's posterior on all examples."""
+        items = self.items if items is None else items
         if self.served is not None:
             return self.served.evaluate(items, variants, self.task, sampling.keep, reporter)
-        return evaluate(self.model, posterior, items, variants, self.task, sampling, reporter)
+        return evaluate(self.model, posterior or self.posterior, items, variants, self.task, sampling, reporter)
 
     def temperatures(
         self, variants: Sequence[Variant], sampling: Sampling = Sampling(), reporter: Reporter = SILENT
@@ -407,8 +390,7 @@ class Evaluation:
             reporter.notify(f"temperatures are fitted on the first {len(items)} examples: more do not fit the memory")
         target = torch.tensor([target for item in items for target in item.targets])
         reporter.begin("fitting temperatures")
-        kept = replace(sampling, keep=True)
-        scored = self._evaluate(items, variants, kept, reporter, self.posterior)
+        scored = self.run(variants, replace(sampling, keep=True), reporter, items=items)
         fitted = []
         for variant, scores in zip(variants, scored, strict=True):
             assert scores.probabilities is not None

@@ -70,11 +70,6 @@ class Batch:
             self.tree,
         )
 
-    @property
-    def columns(self) -> int:
-        """The number of tokens of a row, with those of the labels."""
-        return self.ids.shape[1] + (len(self.tree) - 1 if self.tree else 0)
-
 
 def collate(items: Sequence[EncodedExample], first_slot: int, skip: int, pad: int, device: torch.device) -> Batch:
     """Pad on the right, whatever the tokenizer would do: positions then need no correction in any model.
@@ -140,15 +135,13 @@ class Predictor:
         tokens = batch_tokens(self.device.type)
         if self.task == "generate":
             tokens = min(tokens, PREDICTION_LOGITS // self.classes(items))
-
-        def nodes(item: EncodedExample) -> int:
-            return 1 if item.candidates is None else len(label_tree(item.candidates))
-
         batches: list[Batch] = []
         start = slot = 0
         for stop in range(1, len(items) + 1):
-            if stop < len(items) and items[stop].candidates == items[start].candidates:
-                size, below = stop + 1 - start, nodes(items[start]) - 1  # with the next one
+            labels = items[start].candidates
+            if stop < len(items) and items[stop].candidates == labels:
+                size = stop + 1 - start  # with the next one
+                below = len(label_tree(labels)) - 1 if labels else 0
                 costs = size * copies * (len(items[stop].ids) - skip + below)
                 logits = size * copies * below * self._vocabulary if below else 0
                 fits = costs <= tokens and logits <= PREDICTION_LOGITS
@@ -165,7 +158,7 @@ class Predictor:
         Raises:
             IVONError: one prompt alone is too large.
         """
-        length = batch.columns
+        length = batch.ids.shape[1] + (len(batch.tree) - 1 if batch.tree else 0)
         hopeless = f"prompt of {length} tokens; use {param_ref('load_in')} 8bit or 4bit, or a machine with more memory"
 
         def run(start: int, stop: int) -> tuple[Batch, Tensor]:

@@ -16,7 +16,7 @@ from ..records.base import save_lines
 from ..records.evaluation import Calibration, EvaluationRecord, ExampleRecord, Prediction, VariantResult, VerdictResult
 from ..reporter import SILENT, Reporter
 from .evaluate import Evaluation, EvaluationData, Sampling
-from .variants import Variant, VariantChoice, calibrated_variants
+from .variants import Variant, VariantChoice
 
 if TYPE_CHECKING:
     from ..data.encode import EncodedExample
@@ -70,7 +70,12 @@ def run(
             written.
     """
     variants = choice.variants()
-    to_calibrate = calibrated_variants(variants) if data.calibrate is not None else []
+    to_calibrate = [v for v in variants if v.name in ("mean", "posterior")] if data.calibrate is not None else []
+    if data.calibrate is not None and not to_calibrate:
+        raise IVONError(
+            f"{param_ref('calibrate')} fits a temperature for mean and posterior; have one of them in "
+            f"{param_ref('rows')}"
+        )
     evaluation = Evaluation(adapter, data, variants, loading, reporter, served)
     variants = [_without_threshold(v, evaluation.task, reporter) for v in variants]
     for kind, reason in {

@@ -64,31 +64,27 @@ class ServedModel:
         self.members = members
         self.sampling = Sampling(len(members.draws), int(members.posterior.metadata.get("seed", 0)))
 
-    def check(self, variants: Sequence[Variant]) -> None:
-        """Raise IVONError if a variant needs other draws than those that are served."""
-        if any(variant.ratio or variant.tau not in (1, math.inf) for variant in variants):
-            raise IVONError(
-                f"{param_ref('endpoint')}: the members are drawn already; give {param_ref('tau')} and "
-                f"{param_ref('ratio')} to `ivon-post sample`"
-            )
-
     def evaluate(
         self,
         items: Sequence[EncodedExample],
         variants: Sequence[Variant],
         task: str,
-        keep: bool | None = None,
+        keep: bool = False,
         reporter: Reporter = SILENT,
     ) -> list[Scores]:
         """Score the predictions of every variant on `items`: see `evaluate.evaluate`.
 
         Raises:
-            IVONError: a variant is not served; the task is "generate", and a softmax temperature or all probabilities
-                are asked for; or as the servers do.
+            IVONError: a variant is not served, or needs other draws; the task is "generate", and a softmax temperature
+                or all probabilities are asked for; or as the servers do.
         """
         from ..metrics.scores import Scores
 
-        self.check(variants)
+        if any(variant.ratio or variant.tau not in (1, math.inf) for variant in variants):
+            raise IVONError(
+                f"{param_ref('endpoint')}: the members are drawn already; give {param_ref('tau')} and "
+                f"{param_ref('ratio')} to `ivon-post sample`"
+            )
         if task == "generate" and (keep or any(variant.temperature != 1 for variant in variants)):
             raise IVONError(
                 f"{param_ref('endpoint')}: a softmax temperature takes the probabilities of all tokens, and vLLM "
@@ -102,9 +98,7 @@ class ServedModel:
         for number, (item, answered) in enumerate(zip(items, asked(items, models), strict=True)):
             by_model = dict(zip(models, answered, strict=True))
             averages = {source: _average(item, [by_model[name] for name in own]) for source, own in sources.items()}
-            scores.append(
-                [_scores(averages[v.source], item, number, v.temperature, keep is not False) for v in variants]
-            )
+            scores.append([_scores(averages[v.source], item, number, v.temperature) for v in variants])
             advance(len(models))
         return [Scores.concatenate(parts) for parts in zip(*scores, strict=True)]
 
@@ -150,13 +144,13 @@ def _coarse(targets: Sequence[int], answered: Sequence[Rows]) -> Tensor:
     return drawn
 
 
-def _scores(average: Average, item: EncodedExample, number: int, temperature: float, keep: bool) -> Scores:
+def _scores(average: Average, item: EncodedExample, number: int, temperature: float) -> Scores:
     import torch
 
     choice = item.candidates is not None
     target = torch.tensor(item.targets if choice else [0] * len(item.targets))
     chunk = Chunk([item], torch.full_like(target, number), target)
-    scores = average.scores(chunk, temperature, keep and choice)
+    scores = average.scores(chunk, temperature, choice)
     if choice:
         return scores
     rest = average.mean[:, -1]  # is no token

@@ -91,23 +91,3 @@ class VariantChoice:
                 )
         names = self.names or [name for name, variant in known.items() if self.ratio or "pruned" not in name]
         return [*(variant for name, variant in known.items() if name in names), *self.added]
-
-
-def calibrated_variants(variants: Sequence[Variant]) -> list[Variant]:
-    """Return the variants for which `Evaluation.temperatures` fits a temperature: mean and posterior.
-
-    Raises:
-        IVONError: there is neither.
-    """
-    calibrated = [variant for variant in variants if variant.name in ("mean", "posterior")]
-    if not calibrated:
-        raise IVONError(
-            f"{param_ref('calibrate')} fits a temperature for mean and posterior; have one of them in "
-            f"{param_ref('rows')}"
-        )
-    return calibrated
-
-
-def count_passes(variants: Sequence[Variant], samples: int) -> int:
-    """Return how many passes over the data an evaluation takes."""
-    return sum(source.passes(samples) for source in {variant.source for variant in variants})

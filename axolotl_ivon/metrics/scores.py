@@ -73,17 +73,13 @@ class Scores:
     @classmethod
     def concatenate(cls, parts: Sequence[Scores]) -> Scores:
         """Join scores end to end."""
-        columns: dict[str, Any] = {}
-        for field in fields(cls):
-            values = [getattr(part, field.name) for part in parts]
-            columns[field.name] = None if values[0] is None else torch.cat(values)
+        columns: dict[str, Any] = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        columns = {name: None if values[0] is None else torch.cat(values) for name, values in columns.items()}
         return cls(**columns)
 
     def where(self, chosen: Tensor) -> Scores:
         """Return the scores at `chosen`: places, or a mask (n,)."""
-        columns: dict[str, Any] = {}
-        for name, column in vars(self).items():
-            columns[name] = None if column is None else column[chosen]
+        columns: dict[str, Any] = {k: None if column is None else column[chosen] for k, column in vars(self).items()}
         return Scores(**columns)
 
     def of_groups(self, groups: Tensor) -> Scores:

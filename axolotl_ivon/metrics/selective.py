@@ -140,9 +140,9 @@ def prr(confidence: np.ndarray, quality: np.ndarray) -> np.ndarray:
 
 
 def adaptive_calibration_error(
-    confidence: np.ndarray, correct: np.ndarray, bins: int = 10, weights: np.ndarray | None = None
+    confidence: np.ndarray, correct: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the calibration error over bins with equally many predictions (Nixon et al. 2019, arXiv 1904.01685).
+    """Return the calibration error over ten bins with equally many predictions (Nixon et al. 2019, arXiv 1904.01685).
 
     Bins are filled by rising confidence; the first take what cannot be shared equally, and what stays empty (fewer
     predictions than bins) counts for nothing.
@@ -151,8 +151,8 @@ def adaptive_calibration_error(
         float64 of shape (…,), `weights` being of shape (…, n).
     """
     curve = RiskCoverage(confidence, np.asarray(correct, float) - confidence, weights)
-    size, larger = np.divmod(curve.total[..., None], bins)
-    place = np.arange(bins + 1)
+    size, larger = np.divmod(curve.total[..., None], 10)
+    place = np.arange(11)
     below = place * size + np.minimum(place, larger)
     gaps = np.diff(curve.loss(curve.total[..., None] - below), axis=-1)
     return np.abs(gaps).sum(-1) / curve.total

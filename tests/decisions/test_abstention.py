@@ -22,8 +22,6 @@ from axolotl_ivon.decisions.abstention import (
 )
 from axolotl_ivon.metrics.selective import upper_bound
 
-SPLITS = 4000
-
 
 def exact_cdf(most: int, trials: int, probability: Fraction) -> Fraction:
     terms = (math.comb(trials, k) * probability**k * (1 - probability) ** (trials - k) for k in range(most + 1))
@@ -58,10 +56,27 @@ def empirical(scores: np.ndarray, correct: np.ndarray) -> Callable[[float], floa
     return lambda risk: float(scores[order][np.flatnonzero(rates <= risk).max()]) if (rates <= risk).any() else 1.0
 
 
-def broken(
-    wrong: Callable[[np.ndarray], np.ndarray], true_risk: Callable[[float], float], risk: float, splits: int = SPLITS
-) -> list[float]:
-    """Return how often, over random splits, the risk is above `risk`: by the test, and by the empirical rate."""
+@pytest.mark.parametrize(
+    ("wrong", "true_risk", "risk", "splits", "least", "plain"),
+    [
+        # Confidences c, uniform on [0.5, 1], that are right with probability c: from t on, (1 − t)/2 are wrong.
+        (lambda c: 1 - c, lambda t: (1 - t) / 2, 0.1, 4000, -1, 0.4),
+        # Every threshold is just too risky, and the test is not won by promising nothing.
+        (lambda c: np.full_like(c, 0.101), lambda t: 0.101, 0.1, 1000, 0.02, 0.9),
+        # Wrong with probability c − 0.5: from t on, (t + 1)/2 − 0.5 are wrong, least of all at t = 0.5, a quarter.
+        (lambda c: c - 0.5, lambda t: t / 2, 0.2, 1000, -1, -1),
+    ],
+    ids=["calibrated", "all too risky", "the surest are the worst"],
+)
+def test_the_promise_holds_as_often_as_promised(
+    wrong: Callable[[np.ndarray], np.ndarray],
+    true_risk: Callable[[float], float],
+    risk: float,
+    splits: int,
+    least: float,
+    plain: float,
+) -> None:
+    """How often, over random splits, the risk is above `risk`: by the test, and more than `plain` by the plain rate."""
     random = np.random.default_rng(0)
     broken = np.zeros(2)
     for _ in range(splits):
@@ -70,31 +85,9 @@ def broken(
         found = find_threshold(scores[:250], correct[:250], scores[250:], correct[250:], risk=risk, confidence=0.9)
         promised = found.threshold is not None and true_risk(max(0.5, found.threshold)) > risk
         broken += [promised, true_risk(empirical(scores[:250], correct[:250])(risk)) > risk]
-    return (broken / splits).tolist()
-
-
-# Three standard errors of a share of 10 % in a thousand splits, the fewest.
-SLACK = 3 * math.sqrt(0.1 * 0.9 / 1000)
-
-
-def test_the_promise_holds_as_often_as_promised_where_confidences_are_calibrated() -> None:
-    # Confidences c, uniform on [0.5, 1], that are right with probability c: from t on, (1 − t)/2 are wrong.
-    certified, plain = broken(lambda c: 1 - c, lambda t: (1 - t) / 2, risk=0.1)
-    assert certified <= 0.1 + SLACK
-    assert plain > 0.4
-
-
-def test_the_promise_holds_where_every_threshold_is_just_too_risky() -> None:
-    certified, plain = broken(lambda c: np.full_like(c, 0.101), lambda t: 0.101, risk=0.1, splits=1000)
-    assert certified <= 0.1 + SLACK
-    assert certified > 0.02  # the test is not won by promising nothing
-    assert plain > 0.9
-
-
-def test_the_promise_holds_where_the_surest_are_the_worst() -> None:
-    # Wrong with probability c − 0.5: from t on, (t + 1)/2 − 0.5 are wrong, least of all at t = 0.5, a quarter.
-    certified, _ = broken(lambda c: c - 0.5, lambda t: t / 2, risk=0.2, splits=1000)
-    assert certified <= 0.1 + SLACK
+    certified, empirically = broken / splits
+    assert least < certified <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / 1000)  # standard errors in the fewest splits
+    assert empirically > plain
 
 
 def test_much_is_answered_where_much_can_be() -> None:
@@ -102,7 +95,6 @@ def test_much_is_answered_where_much_can_be() -> None:
     scores = random.uniform(0.5, 1, 4000)
     correct = (random.random(4000) < scores).astype(float)
     found = find_threshold(scores[:2000], correct[:2000], scores[2000:], correct[2000:], risk=0.1)
-    assert found.threshold is not None
     assert 0.8 <= found.threshold <= 0.88  # (1 − 0.8)/2 = 0.1
     assert found.coverage == pytest.approx(np.mean(scores[:2000] >= found.threshold))
     assert found.errors == np.sum(1 - correct[:2000][scores[:2000] >= found.threshold])
@@ -127,7 +119,6 @@ def test_what_is_needed_is_told_and_is_enough() -> None:
 
     few = split(30)
     assert few.threshold is None
-    assert few.needed is not None
     assert least_answers(0.05, 0.9) == 45 <= few.needed
     assert few.document()["coverage"] is None
     assert f"about {2 * few.needed} would, {few.needed} of them for this test" in few.describe(share=0.5)

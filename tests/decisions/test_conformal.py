@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.decisions.conformal import describe, find_set, labels_in_set
+from axolotl_ivon.decisions.conformal import check_coverage, describe, find_set, labels_in_set
 
 SPLITS, CALIBRATE, LABELS = 400, 99, 5
 
@@ -48,4 +48,4 @@ def test_the_threshold_by_hand_and_too_few_examples() -> None:
     assert (few.threshold, few.size) == (0.0, 2.0)
     assert describe(few) == "4 examples are too few for sets of 90 %: they hold every label; 9 are enough"
     with pytest.raises(IVONError, match=r"coverage 1 is outside \(0, 1\); 0.9 is 90 %"):
-        find_set(probabilities, target, probabilities, target, coverage=1)
+        check_coverage(1)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from brute_force import label_probabilities
-from peft import PeftModel, set_peft_model_state_dict
+from brute_force import class_probabilities, draw_probabilities
 from tiny import build_classifier, with_sigma
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError, Posterior, predict
 from axolotl_ivon.data.chats import read_texts
+from axolotl_ivon.data.encode import EncodedExample
 from axolotl_ivon.decisions.decide import Decider
 from axolotl_ivon.decisions.decision_file import DecisionFile, DecisionLines
 from axolotl_ivon.decisions.recommendation import DecisionRule
@@ -28,21 +28,14 @@ LABELS = ["yes no", "A", "yes", "dog cat sun"]
 TEXTS = ["red sun", "one two three four five six", "moon", "bad rain"]
 
 
-@torch.no_grad()
 def each_draw(folder: Path, base: Path, draws: Sequence[dict[str, Tensor]]) -> Tensor:
-    """Probabilities [draws, texts, labels]: PEFT's own loading, the tokenizer's own prompt, a label at a time."""
+    """Return probabilities [draws, texts, labels] after the tokenizer's own prompt."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
     labels = [tokenizer(label)["input_ids"] for label in LABELS]
     labels[2].append(tokenizer.eos_token_id)  # "yes" alone, and not "yes no"
-    rows = []
-    for draw in draws:
-        set_peft_model_state_dict(model, draw)
-        for text in TEXTS:
-            turns = [{"role": "user", "content": text}]
-            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-            rows.append(label_probabilities(model, ids, labels))
-    return torch.stack(rows).view(len(draws), len(TEXTS), -1)
+    turns = [[{"role": "user", "content": text}] for text in TEXTS]
+    prompts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    return draw_probabilities(base, [EncodedExample(ids, [], [], labels) for ids in prompts], folder, draws)
 
 
 def check(decisions: list[Decision], members: Tensor, temperature: float = 1.0) -> None:
@@ -106,11 +99,7 @@ def test_the_labels_are_those_of_training_or_of_the_head(
     assert list(predict(trained, ["red"], n=1)[0].probabilities) == ["A", "B"]
     head = with_sigma(build_classifier(tiny_llama, tmp_path / "head"), lambda mean: torch.full_like(mean, 1e-9))
     decisions = predict(head, TEXTS, n=2)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
-    model = PeftModel.from_pretrained(base, head).eval()
-    for text, decision in zip(TEXTS, decisions, strict=True):
-        p = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits.softmax(-1)[0]
+    for p, decision in zip(class_probabilities(tiny_llama, TEXTS, head), decisions, strict=True):
         assert list(decision.probabilities) == ["LABEL_0", "LABEL_1", "LABEL_2"]
         assert list(decision.probabilities.values()) == pytest.approx(p.tolist(), rel=1e-4)
     with pytest.raises(IVONError, match="choices: the adapter has a classification head with labels of its own"):
@@ -167,13 +156,8 @@ def test_draws_are_made_once_for_all_texts(tiny_adapter: Path, monkeypatch: pyte
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
 def test_half_a_line_is_dropped_and_other_texts_are_refused(tmp_path: Path, form: str) -> None:
     texts = ['say "a, b"', "two\u2028lines", "three"]
-    decision = Decision(
-        label="a,b",
-        confidence=0.75,
-        expected_entropy=0.5,
-        mutual_information=0.0,
-        probabilities={"a,b": 0.75, "c": 0.25},
-    )
+    certainty = {"confidence": 0.75, "expected_entropy": 0.5, "mutual_information": 0.0}
+    decision = Decision(label="a,b", probabilities={"a,b": 0.75, "c": 0.25}, **certainty)
     pairs = [(example, decision) for example in read_texts(texts)]
     lines, path = DecisionLines(form, ["a,b", "c"]), tmp_path / "out"
     DecisionFile(path, lines, {"seed": 1}).append(pairs)
@@ -186,5 +170,3 @@ def test_half_a_line_is_dropped_and_other_texts_are_refused(tmp_path: Path, form
     assert path.read_bytes() == whole
     with pytest.raises(IVONError, match="is about another text than data has there; choose another output"):
         DecisionFile(path, lines, {"seed": 1}).resume(read_texts(["other", *texts[1:]]))
-    with pytest.raises(IVONError, match="out was made with seed 1, not 2; choose another output"):
-        DecisionFile(path, lines, {"seed": 2})

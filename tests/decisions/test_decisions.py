@@ -205,13 +205,11 @@ def test_the_threshold_is_of_examples_that_chose_nothing() -> None:
     correct = ((logit > 0).long() == target).double()
     parts = [values[where].numpy() for where in (shuffled[1000:], shuffled[:1000]) for values in (confidence, correct)]
     expected = find_threshold(*parts, risk=0.1, confidence=0.95)
-    assert swept.abstention is not None
     assert swept.abstention.threshold == pytest.approx(expected.threshold)
     assert (swept.abstention.answered, swept.abstention.errors) == (expected.answered, expected.errors)
     assert 0.3 < swept.abstention.coverage < 1
     right = torch.where(target == 1, scale * logit, -scale * logit).sigmoid()
     sets = swept.recommendation.prediction_set
-    assert sets is not None
     assert sets.threshold == pytest.approx(right[shuffled[1000:]].sort().values[99].item())  # ⌊1001·0.1⌋ = 100th
     assert sets.covered == pytest.approx(0.9, abs=0.04)
 
@@ -227,7 +225,6 @@ def test_written_answers_get_a_t_by_the_nll_of_their_tokens(tiny_adapter: Path, 
     for tau, scores in zip((1.0, math.inf), kept, strict=True):
         part = scores.of_groups(choosing)
         target = torch.tensor([t for i in part.group.unique().tolist() for t in evaluation.items[i].targets])
-        assert part.probabilities is not None
         logs = part.probabilities[part.group.argsort(stable=True)].log()
         nll = {t: torch.nn.functional.cross_entropy(logs / t, target).item() for t in TEMPERATURE_GRID}
         assert point[tau].temperature == min(nll, key=nll.__getitem__) != 1

@@ -53,13 +53,11 @@ def test_an_adapter_ends_at_the_tau_that_was_evaluated(
             recommended_for(adapter, path)
         return
     taken = recommended_for(adapter, path)
-    assert taken
     assert taken.ratio == 0.2
     assert own * taken.tau == pytest.approx(tau * swept)
     if math.isinf(own):
         assert taken.draws is None
     elif math.isinf(tau):
-        assert taken.draws
         assert own * taken.draws.tau == pytest.approx(min(best, 3.0) * swept)
         assert taken.draws.temperature == 2.0
     else:  # draws are what to predict with
@@ -70,7 +68,6 @@ def test_a_recommendation_is_for_its_adapter_alone(recommended: Callable[..., Pa
     path = recommended(tau=2.0)
     for header, tau in (({"tau": "2.0"}, 1.0), ({"mean_sha256": "b", "unpruned_sha256": "a"}, 2.0)):
         taken = recommended_for(Headed(tmp_path, **header), path)
-        assert taken
         assert (taken.tau, taken.ratio) == (tau, 0.2)
     with pytest.raises(IVONError, match=r"its ratio is 0\.2, and 0\.3 of this adapter are pruned already"):
         recommended_for(Headed(tmp_path, mean_sha256="b", unpruned_sha256="a", pruned_ratio="0.3"), path)
@@ -85,7 +82,6 @@ def test_the_file_in_the_adapter_s_folder_is_taken_by_itself(recommended: Callab
     path = recommended(tau=INF, ratio=0, temperature=1.31, draws={"tau": 4.0}, threshold=0.5, score="agreement")
     taken = recommended_for(Headed(tmp_path))
     assert taken == recommended_for(Headed(tmp_path / "elsewhere"), path)
-    assert taken
     assert (taken.is_mean, taken.describe()) == (True, "the mean with T 1.31, abstaining below confidence 0.5")
     assert taken.rule == DecisionRule(1.31, 0.5, "agreement")
     drawing = taken.for_draws()
@@ -139,11 +135,7 @@ def test_an_evaluation_shows_mean_and_draws_at_their_own_temperature_whichever_i
     rows = [Variant("mean+temperature", temperature=1.5), Variant("posterior+temperature", 4.0, temperature=0.8)]
     for values in ({"tau": INF}, {"tau": INF, "temperature": 1.5}, draws):
         path = recommended(**{"ratio": 0.0, "draws": draws, "scaled": scaled, **values})
-        taken = recommended_for(Headed(path.parent))
-        assert taken is not None
-        assert taken.choice().added == rows
+        assert recommended_for(Headed(path.parent)).choice().added == rows
     more = {"temperature": 1.5, "threshold": 0.6}
     path = recommended(**{"tau": INF, "ratio": 0.0, "draws": draws, **more})
-    taken = recommended_for(Headed(path.parent))
-    assert taken is not None
-    assert taken.choice().added == [*rows, Variant("recommended", INF, **more)]
+    assert recommended_for(Headed(path.parent)).choice().added == [*rows, Variant("recommended", INF, **more)]

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from brute_force import label_probabilities
+from brute_force import class_probabilities, draw_probabilities
 from caches import NAMES, rename_cache
 from heard import Heard
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model
 from tiny import build_classifier, build_llama, build_lora, chat, with_sigma, write_chats
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     Gemma2Config,
     GPT2Config,
     PretrainedConfig,
+    PreTrainedTokenizerBase,
 )
 
 from axolotl_ivon import IVONError, Posterior
@@ -34,15 +31,14 @@ from axolotl_ivon.data.chats import read_examples
 from axolotl_ivon.data.encode import EncodedExample, common_length
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling, evaluate
 from axolotl_ivon.evaluation.run import describe, run
-from axolotl_ivon.evaluation.variants import Variant, calibrated_variants, count_passes, paper_variants
+from axolotl_ivon.evaluation.variants import Variant, VariantChoice, paper_variants
 from axolotl_ivon.metrics.calibration import TEMPERATURES
 from axolotl_ivon.metrics.scores import Scores, metrics
 from axolotl_ivon.models.draws import AdapterSlots
-from axolotl_ivon.models.session import Loading, load_tokenizer
+from axolotl_ivon.models.session import Loading
 from axolotl_ivon.records.base import save_lines
 from axolotl_ivon.reporter import Reporter
 
-MakeAdapter = Callable[..., Path]
 DRAWS = Sampling(samples=3, seed=5)
 ROWS = list(paper_variants(tau=0.5, ratio=0.3).values())
 
@@ -54,11 +50,6 @@ def close(one: list[Scores], other: list[Scores], tolerance: float = 1e-5) -> No
             torch.testing.assert_close(
                 getattr(a, name)[first], getattr(b, name)[second], rtol=tolerance, atol=tolerance
             )
-
-
-@pytest.fixture(scope="module")
-def chats(pipeline: Any) -> Path:
-    return pipeline.chats
 
 
 @pytest.fixture(scope="module", params=["choice", "generate"])
@@ -73,9 +64,11 @@ TRIMMING = (
 )
 
 
-def test_the_nll_of_an_answer_is_the_loss_that_axolotl_trains(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+def test_the_nll_of_an_answer_is_the_loss_that_axolotl_trains(
+    tiny_adapter: Path, copied: Callable[[Path], Path], tmp_path: Path
+) -> None:
     strategies = pytest.importorskip("axolotl.prompt_strategies.chat_template")
-    adapter, data = Path(shutil.copytree(make_adapter(), tmp_path / "adapter")), tmp_path / "data.jsonl"
+    adapter, data = copied(tiny_adapter), tmp_path / "data.jsonl"
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     tokenizer.chat_template = TRIMMING
     tokenizer.save_pretrained(adapter)
@@ -102,29 +95,12 @@ def scores(evaluation: Evaluation) -> list[Scores]:
     return evaluation.run(ROWS, DRAWS)
 
 
-@torch.no_grad()
 def each_draw(evaluation: Evaluation, posterior: Posterior | None, draws: int) -> Tensor:
-    """Probabilities (draws, predictions, classes), by PEFT's own loading, without padding, caches or batches."""
-    model = AutoModelForCausalLM.from_pretrained(evaluation.base_model)
-    if posterior is not None:
-        model = PeftModel.from_pretrained(model, evaluation.posterior.folder)
-    model.eval()
-    members: list[Tensor] = []
-    for member in range(draws):
-        if posterior is not None:
-            set_peft_model_state_dict(model, posterior.sample(5, member) if draws > 1 else dict(posterior.mean))
-        rows: list[Tensor] = []
-        for item in evaluation.items:
-            if item.candidates is not None:
-                rows.append(label_probabilities(model, item.ids, item.candidates, item.by_length)[None])
-                continue
-            rows.append(model(torch.tensor([item.ids])).logits[0, item.positions].double().softmax(-1))
-        members.append(torch.cat(rows))
-    return torch.stack(members)
-
-
-def targets(evaluation: Evaluation) -> Tensor:
-    return torch.tensor([target for item in evaluation.items for target in item.targets])
+    """Return probabilities (draws, predictions, classes); of one draw those of the mean."""
+    if posterior is None:
+        return draw_probabilities(evaluation.base_model, evaluation.items, None, [{}])
+    drawn = [posterior.sample(5, member) for member in range(draws)] if draws > 1 else [posterior.mean]
+    return draw_probabilities(evaluation.base_model, evaluation.items, evaluation.posterior.folder, drawn)
 
 
 def is_by_hand(
@@ -133,7 +109,8 @@ def is_by_hand(
     """Check scores against the average over `draws` of `posterior`; of the base model without one."""
     p = each_draw(evaluation, posterior, draws).mean(0) ** (1 / temperature)
     group = torch.tensor([i for i, item in enumerate(evaluation.items) for _ in item.targets])
-    expected = Scores.of(p / p.sum(1, keepdim=True), targets(evaluation), group=group)
+    target = torch.tensor([target for item in evaluation.items for target in item.targets])
+    expected = Scores.of(p / p.sum(1, keepdim=True), target, group=group)
     order = score.group.argsort(stable=True)
     assert score.group[order].equal(group)
     for name in ("confidence", "nll", "brier", "entropy"):
@@ -170,7 +147,8 @@ def test_draws_disagree_by_mutual_information_and_variance(evaluation: Evaluatio
     torch.testing.assert_close(found.expected_entropy[order], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.variance[order], draws.var(0, correction=0).sum(1), rtol=1e-2, atol=1e-7)
     # What the averaging gains in the Brier score.
-    one_hot = nn.functional.one_hot(targets(evaluation), draws.shape[2])
+    target = torch.tensor([target for item in evaluation.items for target in item.targets])
+    one_hot = nn.functional.one_hot(target, draws.shape[2])
     gain = (draws - one_hot).square().sum(2).mean(0) - found.brier[order]
     torch.testing.assert_close(found.variance[order], gain, rtol=1e-2, atol=1e-5)
 
@@ -182,7 +160,6 @@ def test_a_temperature_takes_no_pass_of_its_own(evaluation: Evaluation) -> None:
         Variant("posterior", tau=0.5),
         Variant("cold", tau=0.5, temperature=0.5),
     ]
-    assert count_passes(rows, 3) == 4
     heard = Heard()
     _, hot, _, cold = evaluation.run(rows, DRAWS, heard)
     assert sum(count for count, _ in heard.counts["evaluating"]) == 4 * len(evaluation.items)
@@ -198,7 +175,7 @@ def test_temperatures_are_fitted_on_the_other_file(tiny_adapter: Path, tmp_path:
         evaluation = Evaluation(tiny_adapter, EvaluationData([chats], task=task, calibrate=valid))
         assert len(evaluation.items) == 24
         assert len(evaluation.held_out) == 30
-        plain = calibrated_variants(list(paper_variants(tau=0.5).values()))
+        plain = [Variant("mean"), Variant("posterior", tau=0.5)]
         fitted = evaluation.temperatures(plain, Sampling(samples=2, seed=5))
         assert [row.name for row in fitted] == ["mean+temperature", "posterior+temperature"]
         alone = Evaluation(tiny_adapter, EvaluationData([valid], task=task))
@@ -211,7 +188,7 @@ def test_temperatures_are_fitted_on_the_other_file(tiny_adapter: Path, tmp_path:
             if row.temperature not in TEMPERATURES:
                 assert nll(row, 1) < min(nll(row, 0.9), nll(row, 1.1))
     with pytest.raises(IVONError, match="calibrate fits a temperature for mean and posterior"):
-        calibrated_variants([paper_variants()["base"]])
+        run(tiny_adapter, EvaluationData([chats], calibrate=valid), VariantChoice(["base"]))
 
 
 def test_temperatures_are_fitted_on_what_fits_the_memory(
@@ -246,45 +223,21 @@ def test_other_files_are_other_data_with_the_same_choices(
             Evaluation(tiny_adapter, EvaluationData([chats], **{name: [path] if name == "ood" else path}))
 
 
-def test_the_likelihood_of_answers_is_the_models_own_loss(tiny_adapter: Path, chats: Path, tiny_llama: Path) -> None:
-    evaluation = Evaluation(tiny_adapter, EvaluationData([chats], task="generate"))
-    [score] = evaluation.run([Variant("mean")])
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tiny_adapter).eval()
-    losses, tokens = 0.0, 0
-    for item in evaluation.items:
-        ids = torch.tensor([[*item.ids, item.targets[-1]]])
-        labels = torch.full_like(ids, -100)
-        labels[0, item.positions[0] + 1 :] = ids[0, item.positions[0] + 1 :]
-        losses += model(input_ids=ids, labels=labels).loss.item() * len(item.targets)
-        tokens += len(item.targets)
-    assert metrics(score)["nll"] == pytest.approx(losses / tokens, rel=1e-5)
-
-
 def test_averages_that_do_not_fit_are_made_in_chunks(
     evaluation: Evaluation, scores: list[Scores], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("axolotl_ivon.evaluation.evaluate._AVERAGES", 40 * len(evaluation.choices or range(400)))
     heard = Heard()
     close(evaluation.run(ROWS, DRAWS, heard), scores)
-    assert sum(count for count, _ in heard.counts["evaluating"]) == count_passes(ROWS, 3) * len(evaluation.items)
+    assert sum(count for count, _ in heard.counts["evaluating"]) == 9 * len(evaluation.items)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 def test_the_tokenizers_padding_side_does_not_matter(
-    tiny_adapter: Path,
-    chats: Path,
-    scores: list[Scores],
-    evaluation: Evaluation,
-    side: str,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_adapter: Path, chats: Path, scores: list[Scores], evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def padded(*args: object) -> object:
-        tokenizer = load_tokenizer(*args)
-        tokenizer.padding_side = side
-        return tokenizer
-
-    monkeypatch.setattr("axolotl_ivon.models.session.load_tokenizer", padded)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "padding_side", "left")
     other = Evaluation(tiny_adapter, EvaluationData([chats], task=evaluation.task))
+    assert other.reader.tokenizer.padding_side != evaluation.reader.tokenizer.padding_side
     close(other.run(ROWS, DRAWS), scores)
 
 
@@ -317,22 +270,8 @@ def test_rows_share_draws_and_take_no_extra_pass(evaluation: Evaluation, monkeyp
     heard = Heard()
     evaluation.run(grid, Sampling(samples=3, seed=9, batch_size=6), heard)
     assert sorted(set(seen)) == [(9, member, tau) for member in range(3) for tau in (0.5, 2.0)]
-    assert count_passes(grid, 3) == 14  # no more than 6 points × 3 draws
-    assert sum(count for count, _ in heard.counts["evaluating"]) == 14 * 24
+    assert sum(count for count, _ in heard.counts["evaluating"]) == 14 * 24  # no more than 6 points × 3 draws
     assert len(calls) <= 14 * (24 // 6 + 1)  # the batches, and the common prefix
-
-
-def test_files_are_scored_apart(tiny_adapter: Path, tmp_path: Path) -> None:
-    paths = [write_chats(tmp_path / f"{seed}.jsonl", 9 + seed, seed=seed) for seed in (1, 2)]
-    both = Evaluation(tiny_adapter, EvaluationData(paths, choices=["A", "B"], limit=10))
-    [score] = both.run([Variant("mean")])
-    assert list(both.files.items()) == [(str(paths[0]), range(10)), (str(paths[1]), range(10, 20))]
-    for path, numbers in both.files.items():
-        part = score.of_groups(torch.tensor(numbers))
-        close(
-            [part],
-            Evaluation(tiny_adapter, EvaluationData([path], choices=["A", "B"], limit=10)).run([Variant("mean")]),
-        )
 
 
 def fingerprint(model: nn.Module) -> dict[str, bytes]:
@@ -372,13 +311,11 @@ def test_an_interrupted_evaluation_leaves_the_model_too(evaluation: Evaluation) 
     assert torch.is_grad_enabled()
 
 
-def test_an_adapter_without_sigma_has_a_base_and_a_mean(make_adapter: MakeAdapter, chats: Path) -> None:
-    folder = make_adapter(sigma=False)
-    two = [paper_variants()["base"], paper_variants()["mean"]]
-    evaluation = Evaluation(folder, EvaluationData([chats]), two)
-    assert len(evaluation.run(two)) == 2
+def test_an_adapter_without_sigma_has_a_base_and_a_mean(plain_adapter: Path, chats: Path) -> None:
+    base, mean, *_ = ROWS
+    assert len(Evaluation(plain_adapter, EvaluationData([chats]), [base, mean]).run([base, mean])) == 2
     with pytest.raises(IVONError, match="evaluate its mean with `ivon-post eval` and rows base,mean"):
-        Evaluation(folder, EvaluationData([chats]), list(paper_variants().values()))
+        Evaluation(plain_adapter, EvaluationData([chats]), ROWS)
 
 
 # One begins another, and "yes" begins three; the third is one token.
@@ -511,13 +448,8 @@ def test_a_classification_head(tmp_path: Path, tiny_llama: Path) -> None:
     assert heard.notes == ["no row for the base model: its classification head is not trained"]
     mean, drawn = evaluated.scores
     assert (drawn.entropy > drawn.expected_entropy).all()
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
-    model = PeftModel.from_pretrained(base, folder).eval()
-    for index, text in enumerate(texts):
-        p = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits.softmax(-1)[0]
-        place = mean.group.tolist().index(index)
-        assert mean.nll[place].item() == pytest.approx(-p[index % 3].log().item(), rel=1e-4)
+    right = class_probabilities(tiny_llama, texts, folder)[range(4), [0, 1, 2, 0]]
+    torch.testing.assert_close((-mean.nll).exp(), right[mean.group].double(), rtol=1e-4, atol=0)
 
 
 class Linear(nn.Module):
@@ -642,23 +574,3 @@ def test_every_line_says_what_the_scores_say(
             assert sum(found["probabilities"].values()) == pytest.approx(1)
             assert found["probabilities"][found["prediction"]] == found["confidence"]
             assert found["right"] == (found["prediction"] == example.answer) == bool(share)
-
-
-def test_other_data_is_described_too_and_what_is_unknown_is_null(
-    tiny_adapter: Path, chats: Path, tmp_path: Path
-) -> None:
-    other = write_chats(tmp_path / "other.jsonl", 5, seed=4)
-    evaluation = Evaluation(tiny_adapter, EvaluationData([chats], ood=[other]))
-    rows = [Variant("posterior+temperature", tau=0.5, temperature=2.0)]
-    lines = list(describe(evaluation, rows, evaluation.run(rows, Sampling(samples=2))))
-    assert Counter(line.data for line in lines) == {str(chats): 24, str(other): 5}
-    assert all(line.rows["posterior+temperature"].mutual_information is None for line in lines)
-
-
-def test_a_failure_leaves_the_old_file(evaluation: Evaluation, scores: list[Scores], tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    path.write_text("old")
-    with pytest.raises(ValueError, match="zip"):
-        save_lines(path, describe(evaluation, ROWS[:-1], scores))
-    assert path.read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 1

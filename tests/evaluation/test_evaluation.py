@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,6 @@ from axolotl_ivon.metrics.scores import metrics
 from axolotl_ivon.records.evaluation import Difference, ExampleRecord, VariantResult
 
 THREE = Sampling(samples=3)
-
-
-@pytest.fixture(scope="module")
-def chats(pipeline: Any) -> Path:
-    return pipeline.chats
 
 
 def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tmp_path: Path) -> None:
@@ -59,7 +55,6 @@ def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tm
         part = whole.where(whole.confidence >= 0.51)
         assert (answered.examples, answered.coverage) == (len(part.group), len(part.group) / len(numbers))
         assert answered.accuracy == metrics(part)["accuracy"]
-    assert record.calibration is not None
     assert record.calibration.temperatures["mean+temperature"] == record.rows[4].temperature
     assert (record.tau, record.prune_ratio, record.samples) == (0.5, 0.3, 3)
     lines = [line for _, line in ExampleRecord.load_lines(written, "output")]
@@ -68,6 +63,9 @@ def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tm
         assert line.rows["recommended"].abstain == (line.rows["recommended"].confidence < 0.51)
         assert {row.abstain for name, row in line.rows.items() if name != "recommended"} == {None}
     assert {line.rows["recommended"].abstain for line in lines} == {True, False}
+    # Nobody scaled a draw.
+    assert {line.rows["posterior+temperature"].mutual_information for line in lines} == {None}
+    assert Counter(line.data for line in lines) == {str(chats): 24, str(second): 9, str(other): 9}
     assert type(record).parse(json.loads(json.dumps(record.dump(), allow_nan=False)), "here") == record
 
 

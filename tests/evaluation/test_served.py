@@ -94,6 +94,8 @@ def test_answers_that_were_written(server: Server, ensemble: Path, adapter: Path
         assert other["entropy"] - one["entropy"] > 0.1  # 400 tokens, of which 20 are known
     told = run.error("eval", ensemble, *words, "--calibrate", files["letters"], "--endpoint", server.url, "--quiet")
     assert "a softmax temperature takes the probabilities of all tokens" in told
+    told = run.error("eval", ensemble, *words, "--rows", "mean-pruned", "--endpoint", server.url, "--quiet")
+    assert "the members are drawn already; give --tau and --ratio to `ivon-post sample`" in told
 
 
 def test_predict_is_that_in_memory_and_asks_no_more_than_it_must(

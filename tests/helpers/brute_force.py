@@ -1,11 +1,16 @@
-"""Probabilities of labels the slow way: each label's tokens after the prompt, one after the other."""
+"""Probabilities the slow way: PEFT's own loading, a draw, a text and a label's token at a time, without padding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from axolotl_ivon.data.encode import EncodedExample
 
 
 @torch.no_grad()
@@ -21,3 +26,34 @@ def label_probabilities(
         ]
         sums.append(torch.stack(logs).sum() / (len(logs) if by_length else 1))
     return torch.stack(sums).softmax(-1)
+
+
+@torch.no_grad()
+def draw_probabilities(
+    base: str | Path, items: Sequence[EncodedExample], folder: Path | None, draws: Sequence[Mapping[str, Tensor]]
+) -> Tensor:
+    """Return the probabilities of each draw, [draws, predictions, classes]; without a folder of the base model."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = PeftModel.from_pretrained(model, folder).eval() if folder else model
+    members: list[Tensor] = []
+    for draw in draws:
+        if folder:
+            set_peft_model_state_dict(model, dict(draw))
+        rows: list[Tensor] = []
+        for item in items:
+            if item.candidates is not None:
+                rows.append(label_probabilities(model, item.ids, item.candidates, item.by_length)[None])
+            else:
+                rows.append(model(torch.tensor([item.ids])).logits[0, item.positions].double().softmax(-1))
+        members.append(torch.cat(rows))
+    return torch.stack(members)
+
+
+@torch.no_grad()
+def class_probabilities(base: Path, texts: Sequence[str], folder: Path) -> Tensor:
+    """Return the probabilities that an adapter with a head gives three classes, [texts, classes]."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model = PeftModel.from_pretrained(model, folder).eval()
+    inputs = [tokenizer(text, return_tensors="pt", return_token_type_ids=False) for text in texts]
+    return torch.cat([model(**each).logits.softmax(-1) for each in inputs])
