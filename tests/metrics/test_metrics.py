@@ -68,15 +68,13 @@ def test_weights_count_as_repetitions(data: tuple[Tensor, Tensor], draw: st.Data
     p, target = data
     times = draw.draw(st.lists(st.integers(0, 3), min_size=len(target), max_size=len(target)).filter(any))
     repeated = torch.repeat_interleave(torch.arange(len(target)), torch.tensor(times))
-    expected = metrics(Scores.of(p[repeated], target[repeated]))
-    weights = torch.tensor(times, dtype=torch.float64)[None]
-    found = {name: value.item() for name, value in weighted_metrics(Scores.of(p, target), weights).items()}
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        if value is None:
-            assert math.isnan(found[name])
-        else:
-            assert found[name] == pytest.approx(value, rel=1e-6, abs=2e-6), name
+    each = [metrics(Scores.of(p[rows], target[rows])) for rows in (repeated, torch.arange(len(target)))]
+    weights = torch.stack([torch.tensor(times), torch.ones(len(target))]).double()
+    found = weighted_metrics(Scores.of(p, target), weights)
+    assert found.keys() == each[0].keys()
+    for name, values in found.items():
+        expected = [math.nan if one[name] is None else one[name] for one in each]
+        assert values.tolist() == pytest.approx(expected, rel=1e-6, abs=2e-6, nan_ok=True), name
 
 
 def test_entropy_splits_into_noise_and_disagreement() -> None:

@@ -1,4 +1,4 @@
-"""Selective prediction against loops over the definitions, orders of equal confidences, and repetitions."""
+"""Selective prediction against loops over the definitions, and orders of equal confidences."""
 
 from __future__ import annotations
 
@@ -73,27 +73,6 @@ def test_the_order_of_equal_confidences_is_random(values: Values) -> None:
         within = [k for k, r in enumerate(expected, 1) if r <= risk + 1e-12]
         found = curve.coverage_at(risk) * len(expected)
         assert found == pytest.approx(within[-1] if within else math.nan, nan_ok=True)
-
-
-@given(tied, st.data())
-def test_weights_count_as_repetitions(values: Values, draw: st.DataObject) -> None:
-    (confidence, wrong), n = columns(values), len(values)
-    times = np.array(draw.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n).filter(lambda t: sum(t) > 1)))
-    weights = np.stack([times, np.ones(n)]).astype(float)
-    repeated = confidence.repeat(times), wrong.repeat(times)
-    both, one = RiskCoverage(confidence, wrong, weights), RiskCoverage(*repeated)
-    for figure in (
-        RiskCoverage.aurc,
-        RiskCoverage.augrc,
-        lambda curve: curve.coverage_at(0.3),
-        lambda curve: curve.risk_at(0.8),
-    ):
-        found = figure(both)
-        assert found.shape == (2,)
-        assert found == pytest.approx([figure(one), figure(RiskCoverage(confidence, wrong))], nan_ok=True)
-    found = adaptive_calibration_error(confidence, 1 - wrong, weights=weights)
-    pair = [adaptive_calibration_error(*case) for case in ((repeated[0], 1 - repeated[1]), (confidence, 1 - wrong))]
-    assert found == pytest.approx(pair, nan_ok=True)
 
 
 def test_one_prediction_has_no_area() -> None:
