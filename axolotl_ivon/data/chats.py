@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import IVONError, param_ref
+from ..reporter import SILENT, Reporter
 from ..storage.format import read_lines
 from ..storage.labels import are_amounts, are_labels
 
@@ -289,15 +290,17 @@ def choose_task(
     has_head: bool,
     task: str | None = None,
     choices: Sequence[str] | None = None,
-    trained: Sequence[str] = (),
+    header: Mapping[str, str] | None = None,
+    reporter: Reporter = SILENT,
 ) -> tuple[str, tuple[str, ...]]:
     """Return how examples are predicted, "choice", "generate" or "classify", and the strings to choose from.
 
     By default the task is "classify" where the adapter has a classification head, "choice" where `choices` are given,
-    else as `detect_task` finds. Where every answer is one of those that were `trained`, these are the default of
-    `choices`, so that an evaluation chooses from what a prediction chooses from. A task that the adapter was not
-    trained for is refused.
+    else as `detect_task` finds. Where every answer is one of those of training, by the `header` of σ, these are the
+    default of `choices`, so that an evaluation chooses from what a prediction chooses from. A task that the adapter was
+    not trained for is refused. The reporter is notified of choices that look like mistakes, unless they were given.
     """
+    given, trained = choices, trained_choices(header or {})
     if choices is None and trained and {example.answer for example in examples} <= {*trained}:
         choices = None if any(example.says_more for example in examples) else trained
     if task is None:
@@ -305,7 +308,10 @@ def choose_task(
     if (task == "classify") != has_head:
         head = "with a classification head" if has_head else "without a classification head"
         raise IVONError(f"{param_ref('task')} {task}: the adapter was trained {head}; leave {param_ref('task')} out")
-    return task, find_choices(examples, choices) if task == "choice" else ()
+    chosen = find_choices(examples, choices) if task == "choice" else ()
+    if given is None and (odd := odd_choices(examples, chosen)):
+        reporter.notify(odd)
+    return task, chosen
 
 
 def find_choices(examples: Sequence[Example], given: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -330,27 +336,18 @@ def find_choices(examples: Sequence[Example], given: Sequence[str] | None = None
     return choices
 
 
-class Chat(NamedTuple):
-    """One line of a prompts file: the messages, the reference answer if there is one, and `FILE:LINE`."""
-
-    messages: tuple[Message, ...]
-    reference: str | None
-    source: str
-    tools: Sequence[Any] | None = None
-
-
-def read_chats(path: str | Path, limit: int | None = None) -> list[Chat]:
+def read_chats(path: str | Path, limit: int | None = None) -> list[Example]:
     """Read the prompts of a JSONL file of chats, as axolotl trains on; at most the first `limit`.
 
-    An assistant message at the end is the reference answer; a chat may also end with the question. A file without
-    lines, or a line without a user turn, is an IVONError.
+    An assistant message at the end is the reference answer; it is empty where a chat ends with the question. A file
+    without lines, or a line without a user turn, is an IVONError.
     """
-    chats: list[Chat] = []
+    chats = []
     for source, record in _read(path, limit, "prompts"):
         messages = chat_messages(record, source)
         answered = messages and messages[-1]["role"] == "assistant"
-        reference = messages.pop().get("content") or None if answered else None
+        reference = messages.pop().get("content", "") if answered else ""
         if not any(message["role"] == "user" for message in messages):
             raise IVONError(f"{source}: no user turn; add the question as a message with role user")
-        chats.append(Chat(tuple(messages), reference, source, chat_tools(record, source)))
+        chats.append(Example(tuple(messages), reference, source, tools=chat_tools(record, source)))
     return chats

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import IVONError, one_line, param_ref
-from .chats import Chat, Example, Message
+from .chats import Example, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +31,11 @@ class EncodedExample:
     targets: list[int]
     candidates: tuple[tuple[int, ...], ...] | None = None
     by_length: bool = False
+
+    @property
+    def row(self) -> tuple[list[int], list[int]]:
+        """All tokens of a trained conversation, and the places of those that are trained."""
+        return [*self.ids, *self.targets[-1:]], [position + 1 for position in self.positions]
 
 
 # What `apply_chat_template` takes for itself.
@@ -100,14 +105,11 @@ def encode(
     """
     if task == "classify":
         return [_encode_label(tokenizer, example, label2id or {}, max_length, chat_format) for example in examples]
-    _check_template(tokenizer)
+    template = _Template(tokenizer, chat_format)
+    encode_choice = _ChoiceEncoder(template, choices) if task == "choice" else None
     items = []
-    encode_choice = _ChoiceEncoder(tokenizer, choices, chat_format) if task == "choice" else None
     for example in examples:
-        if encode_choice:
-            item = encode_choice(example)
-        else:
-            item = _encode_turns(tokenizer, example, [len(example.messages)], None, chat_format)
+        item = encode_choice(example) if encode_choice else _encode_turns(template, example, [len(example.messages)])
         if not item.positions:
             raise IVONError(
                 f"{example.source}: the chat template leaves nothing of the answer {example.answer[:40]!r}; reword or "
@@ -120,9 +122,6 @@ def encode(
             )
         items.append(item)
     return items
-
-
-_SENTINELS = ("[[turn]]", "zzturnzz")  # contents that share no first and no last character with one another
 
 
 def encode_turns(
@@ -138,105 +137,95 @@ def encode_turns(
     `train_on_eos: turn`). Of a longer conversation the first `max_length` tokens are taken, so an item may have no
     positions.
     """
-    _check_template(tokenizer)
+    template = _Template(tokenizer, chat_format)
     items = []
     for example in examples:
         trained = [number for number, turn in enumerate(example.turns) if turn["role"] == "assistant"]
-        items.append(_encode_turns(tokenizer, example, trained, max_length, chat_format))
+        items.append(_encode_turns(template, example, trained, max_length))
     return items
 
 
 def _encode_turns(
-    tokenizer: PreTrainedTokenizerBase,
-    example: Example,
-    numbers: Sequence[int],
-    max_length: int | None,
-    chat_format: ChatFormat,
+    template: _Template, example: Example, numbers: Sequence[int], max_length: int | None = None
 ) -> EncodedExample:
     """Tokenise a conversation; what is scored are the turns with these numbers."""
-    turns = example.turns
-    text = _chat_text(tokenizer, turns, example, chat_format)
-    encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    text, end_token = template.text(example.turns, example), template.tokenizer.eos_token_id
+    encoded = template.encode([text])
     ids, labels = encoded["input_ids"][0], set[int]()
     for number in numbers:
-        others = _sentinel_texts(tokenizer, turns, number, example, chat_format)
-        first, last = _token_span(tokenizer, encoded, 0, text, others)
+        first, last = template.span(encoded, 0, text, template.texts_without(example, number))
         if first >= last:
             continue
         labels.update(range(first, last))
         near = ids[last : last + 4]  # three tokens on
-        if tokenizer.eos_token_id in near:
-            labels.add(last + near.index(tokenizer.eos_token_id))
+        if end_token in near:
+            labels.add(last + near.index(end_token))
     whole = len(ids) if max_length is None else max_length + 1
     positions = [label - 1 for label in sorted(labels) if 0 < label < whole]
     targets = [ids[position + 1] for position in positions]
     return EncodedExample(ids[: positions[-1] + 1] if positions else ids[:1], positions, targets)
 
 
-def _sentinel_texts(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[Message],
-    number: int,
-    example: Example,
-    chat_format: ChatFormat,
-) -> list[str]:
-    """Return the conversation with each sentinel in place of all that one turn says."""
-    changed = ({"role": turns[number]["role"], "content": content} for content in _SENTINELS)
-    return [
-        _chat_text(tokenizer, [*turns[:number], turn, *turns[number + 1 :]], example, chat_format) for turn in changed
-    ]
+_SENTINELS = ("[[turn]]", "zzturnzz")  # contents that share no first and no last character with one another
 
 
-def _token_span(
-    tokenizer: PreTrainedTokenizerBase, encoded: Any, row: int, text: str, others: Sequence[str]
-) -> tuple[int, int]:
-    """Return the first token, and the one after the last, of what differs between `text` and all of `others`.
+class _Template:
+    """The chat template of a tokenizer, and how training used it."""
 
-    `text` was tokenised as `encoded["input_ids"][row]`; an empty span is (0, 0).
-    """
-    spans = []
-    for other in others:
-        start = common_length([text, other])
-        rest = min(len(text), len(other)) - start
-        spans.append((start, len(text) - common_length([text[::-1][:rest], other[::-1][:rest]])))
-    start, end = min(start for start, _ in spans), max(end for _, end in spans)
-    if start >= end:
-        return 0, 0
-    if tokenizer.is_fast:
-        starts, ends = zip(*encoded["offset_mapping"][row], strict=True)
-        return bisect.bisect_right(ends, start), bisect.bisect_left(starts, end)
-    ids = encoded["input_ids"][row]
-    first, last = (common_length([ids, part]) for part in _tokens(tokenizer, [text[:start], text[:end]]))
-    return first, last
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> None:
+        if not tokenizer.chat_template:
+            raise IVONError(
+                f"the tokenizer {tokenizer.name_or_path} has no chat template; save the tokenizer that axolotl trained "
+                "with beside the adapter"
+            )
+        self.tokenizer, self.format = tokenizer, chat_format
 
+    def text(self, turns: Sequence[Message], example: Example, **options: Any) -> str:
+        """Return what the template makes of `turns`, which are of `example`, as its tools are."""
+        from jinja2 import TemplateError
 
-def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
-        raise IVONError(
-            f"the tokenizer {tokenizer.name_or_path} has no chat template; save the tokenizer that axolotl trained "
-            "with beside the adapter"
-        )
+        try:
+            options = {"tools": example.tools, "tokenize": False, **options, **self.format.kwargs}
+            return str(self.tokenizer.apply_chat_template(list(turns), **options))  # type: ignore[arg-type]
+        except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:  # it may do anything
+            raise IVONError(f"{example.source}: the chat template refuses the messages ({one_line(error)})") from None
 
+    def texts_without(self, example: Example, number: int) -> list[str]:
+        """Return the conversation with each sentinel in place of all that one turn says."""
+        turns = example.turns
+        changed = ({"role": turns[number]["role"], "content": content} for content in _SENTINELS)
+        return [self.text([*turns[:number], turn, *turns[number + 1 :]], example) for turn in changed]
 
-def _chat_text(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    of: Example | Chat,
-    chat_format: ChatFormat,
-    **options: Any,
-) -> str:
-    """Return what the chat template makes of messages, with the tools of the example or prompt that they are `of`."""
-    from jinja2 import TemplateError
+    def encode(self, texts: list[str]) -> Any:
+        """Return the tokenizer's encoding of texts, in which the template has written the special tokens."""
+        return self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
 
-    try:
-        options = {"tools": of.tools, "tokenize": False, **options, **chat_format.kwargs}
-        return str(tokenizer.apply_chat_template(list(messages), **options))  # type: ignore[arg-type]
-    except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:  # the template may do anything
-        raise IVONError(f"{of.source}: the chat template refuses the messages ({one_line(error)})") from None
+    def ids(self, text: str) -> list[int]:
+        """Return the tokens of a text."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of tokens."""
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template writes the special tokens itself
+    def span(self, encoded: Any, row: int, text: str, others: Sequence[str]) -> tuple[int, int]:
+        """Return the first token, and the one after the last, of what differs between `text` and all of `others`.
+
+        `text` was tokenised as `encoded["input_ids"][row]`; an empty span is (0, 0).
+        """
+        spans = []
+        for other in others:
+            start = common_length([text, other])
+            rest = min(len(text), len(other)) - start
+            spans.append((start, len(text) - common_length([text[::-1][:rest], other[::-1][:rest]])))
+        start, end = min(start for start, _ in spans), max(end for _, end in spans)
+        if start >= end:
+            return 0, 0
+        if self.tokenizer.is_fast:
+            starts, ends = zip(*encoded["offset_mapping"][row], strict=True)
+            return bisect.bisect_right(ends, start), bisect.bisect_left(starts, end)
+        ids = encoded["input_ids"][row]
+        return common_length([ids, self.ids(text[:start])]), common_length([ids, self.ids(text[:end])])
 
 
 def common_length(sequences: Sequence[Sequence[Any]]) -> int:
@@ -262,8 +251,8 @@ class _ChoiceEncoder:
     the turn, counts as well: the answer is then that choice alone.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, choices: Sequence[str], chat_format: ChatFormat) -> None:
-        self._tokenizer, self._choices, self._format = tokenizer, choices, chat_format
+    def __init__(self, template: _Template, choices: Sequence[str]) -> None:
+        self._template, self._choices = template, choices
         self._candidates: tuple[tuple[int, ...], ...] = ()
         # Of the conversation with the first choice: the last tokens, and how many of them follow the prompt.
         self._ending, self._length = [-1], 0
@@ -274,7 +263,7 @@ class _ChoiceEncoder:
                 f"{example.source}: the answer is no choice alone (it has {', '.join(example.more)}); use "
                 f"{param_ref('task')} generate"
             )
-        [ids] = _tokens(self._tokenizer, [self._text(example, self._choices[0])])
+        ids = self._template.ids(self._text(example, self._choices[0]))
         # Where a conversation ends as the one before, the choices have the same tokens: no need to render them all.
         if ids[-len(self._ending) :] != self._ending:
             self._encode_all(example)
@@ -284,16 +273,16 @@ class _ChoiceEncoder:
     def _text(self, example: Example, choice: str) -> str:
         turns, number = example.turns, len(example.messages)
         turns[number] = {**turns[number], "content": choice}
-        return _chat_text(self._tokenizer, turns, example, self._format)
+        return self._template.text(turns, example)
 
     def _encode_all(self, example: Example) -> None:
-        tokenizer, choices = self._tokenizer, self._choices
-        others = _sentinel_texts(tokenizer, example.turns, len(example.messages), example, self._format)
+        template, choices = self._template, self._choices
+        others = template.texts_without(example, len(example.messages))
         texts = [self._text(example, choice) for choice in choices]
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+        encoded = template.encode(texts)
         rows, ends = encoded["input_ids"], []
         for number, (choice, text) in enumerate(zip(choices, texts, strict=True)):
-            begin, end = _token_span(tokenizer, encoded, number, text, others)
+            begin, end = template.span(encoded, number, text, others)
             if begin >= end:
                 raise IVONError(
                     f"{param_ref('choices')}: the chat template leaves nothing of {choice!r}; reword it, or use "
@@ -310,7 +299,7 @@ class _ChoiceEncoder:
                 )
         begun = {label[:length] for label in labels for length in range(1, len(label))}
         for number, (ids, end) in enumerate(zip(rows, ends, strict=True)):
-            after = itertools.chain(ids[end:], itertools.repeat(tokenizer.eos_token_id or 0))
+            after = itertools.chain(ids[end:], itertools.repeat(template.tokenizer.eos_token_id or 0))
             while labels[number] in begun:
                 labels[number] += (next(after),)
         # What all choices begin with decides nothing, and belongs to the prompt.
@@ -335,8 +324,8 @@ def _encode_label(
             f"({', '.join(label2id)}) nor an index below {len(label2id)}"
         )
     if tokenizer.chat_template and not example.plain:
-        text = _chat_text(tokenizer, example.messages, example, chat_format)
-        ids = _tokens(tokenizer, [text])[0][:max_length]
+        template = _Template(tokenizer, chat_format)
+        ids = template.ids(template.text(example.messages, example))[:max_length]
     else:
         text = "\n".join(message.get("content", "") for message in example.messages)
         ids = tokenizer(text, truncation=max_length is not None, max_length=max_length)["input_ids"]
@@ -357,31 +346,30 @@ _ANSWERS = ({"content": "0"}, {"content": "1"})
 _REASONED = ({"content": "<think>\n0\n</think>\n\n1"}, {"reasoning_content": "0", "thinking": "0", "content": "1"})
 
 
-def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], chat_format: ChatFormat = _AS_IS) -> list[Prompt]:
+def render(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Example], chat_format: ChatFormat = _AS_IS
+) -> list[Prompt]:
     """Put chats through the chat template: what training wrote before an answer is the prompt.
 
     Where the header of σ does not say what that was, it is what the template writes before an answer without reasoning.
     With template arguments that the user chose, it is the template's own generation prompt.
     """
-    _check_template(tokenizer)
+    template = _Template(tokenizer, chat_format)
     prompts = []
     for chat in chats:
-        ids = _chosen_prompt(tokenizer, chat, chat_format) or _trained_prompt(tokenizer, chat, chat_format)
+        ids = _chosen_prompt(template, chat) or _trained_prompt(template, chat)
         if not ids:
             raise IVONError(f"{chat.source}: the chat template makes nothing of it; use the template of training")
-        text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-        prompts.append(Prompt(text, ids, chat.reference, chat.source))
+        prompts.append(Prompt(template.decode(ids), ids, chat.answer or None, chat.source))
     return prompts
 
 
-def _chosen_prompt(tokenizer: PreTrainedTokenizerBase, chat: Chat, chat_format: ChatFormat) -> list[int] | None:
+def _chosen_prompt(template: _Template, chat: Example) -> list[int] | None:
     """Return the prompt with the template's own generation prompt, if the user chose that and it has one."""
-    if not chat_format.chosen:
+    if not template.format.chosen:
         return None
-    bare, begun = (
-        _chat_text(tokenizer, chat.messages, chat, chat_format, add_generation_prompt=begin) for begin in (False, True)
-    )
-    return None if begun == bare else _tokens(tokenizer, [begun])[0]
+    bare, begun = (template.text(chat.messages, chat, add_generation_prompt=begin) for begin in (False, True))
+    return None if begun == bare else template.ids(begun)
 
 
 def _overlap(text: str, trained: str) -> int:
@@ -390,28 +378,24 @@ def _overlap(text: str, trained: str) -> int:
     return length if length and text[-length:].strip() else 0
 
 
-def _trained_prompt(tokenizer: PreTrainedTokenizerBase, chat: Chat, chat_format: ChatFormat) -> list[int]:
+def _trained_prompt(template: _Template, chat: Example) -> list[int]:
     def shared(answers: Iterable[Mapping[str, str]]) -> list[int]:
-        texts = []
+        rows = []
         for answer in answers:
             try:
-                turns = [*chat.messages, {"role": "assistant", **answer}]
-                texts.append(_chat_text(tokenizer, turns, chat, chat_format))
+                rows.append(template.ids(template.text([*chat.messages, {"role": "assistant", **answer}], chat)))
             except IVONError:
                 if answer in _ANSWERS:
                     raise
-        tokens = _tokens(tokenizer, texts)
-        return tokens[0][: common_length(tokens)]
+        return rows[0][: common_length(rows)]
 
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    if trained := chat_format.generation_prompt:
+    if trained := template.format.generation_prompt:
         ids = shared([*_ANSWERS, *_REASONED])
         # The last token, a blank say, may have merged with the answers of training.
-        length, kept = max((_overlap(decode(ids[:kept]), trained), kept) for kept in (len(ids) - 1, len(ids)))
+        lengths = (len(ids) - 1, len(ids))
+        length, kept = max((_overlap(template.decode(ids[:kept]), trained), kept) for kept in lengths)
         if length:  # else the template is not that of training
-            end = decode(ids[:kept])[-length:]
+            end = template.decode(ids[:kept])[-length:]
             rest = trained[trained.rindex(end) + length :]
-            return ids[:kept] + (_tokens(tokenizer, [rest])[0] if rest else [])
+            return ids[:kept] + (template.ids(rest) if rest else [])
     return shared(_ANSWERS)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..data.chats import Example, choose_task, odd_choices, read_examples, read_files, trained_choices
+from ..data.chats import Example, choose_task, read_examples, read_files
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..models.session import Loading, Session, has_head
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..metrics.scores import Scores
+    from ..models.batching import Batch
     from ..models.draws import AdapterSlots
-    from .predict import Batch, Predictor
+    from .predict import Predictor
     from .served import ServedModel
 
 _AVERAGES = 2**28  # probabilities (of all variants together) that are kept at a time: 1 GiB in float32
@@ -324,13 +325,12 @@ class Evaluation:
         self.served = served
         self.posterior = served.members.posterior if served else open_posterior(adapter, mean_only=mean_only)
         own = self.examples[: sum(map(len, self.files.values()))]
-        trained = trained_choices(self.posterior.metadata)
-        self.task, self.choices = choose_task(own, has_head(self.posterior), data.task, data.choices, trained)
+        self.task, self.choices = choose_task(
+            own, has_head(self.posterior), data.task, data.choices, self.posterior.metadata, reporter
+        )
         if data.by_length and self.task != "choice":
             reporter.notify(f"{param_ref('by_length')} is about choices and changes nothing: the task is {self.task}")
         check_promise(self.task, risk=data.risk, coverage=data.coverage)
-        if data.choices is None and (odd := odd_choices(own, self.choices)):
-            reporter.notify(odd)
         for path, name, examples in others:
             strange = next((e for e in examples if self.choices and e.answer not in self.choices), None)
             if strange:

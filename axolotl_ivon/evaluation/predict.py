@@ -13,7 +13,6 @@ windows, recurrence) runs the prompt once more for each label.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from ..data.encode import EncodedExample, common_length
 from ..data.label_tree import LabelTree, label_tree
 from ..errors import param_ref
-from ..models.batching import PREDICTION_LOGITS, Halving, batch_tokens, out_of_memory
+from ..models.batching import PREDICTION_LOGITS, Batch, Halving, batch_tokens, collate, cut, out_of_memory
 from ..models.forward import cache_name, forward_parameters
 from ..reporter import Reporter
 from .label_likelihood import label_probabilities, tree_layout
@@ -36,63 +35,6 @@ _DISAGREES = 0.05  # relative; rounding in bfloat16 is far below, a token that a
 # Models that were tried: `Predictor._attends`, and `Predictor._shares`.
 _attending: WeakKeyDictionary[PeftModel, bool] = WeakKeyDictionary()
 _sharing: WeakKeyDictionary[PeftModel, bool] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded token ids (rows, length), and where in them the scored positions are: row and column (m,).
-
-    `slots` (m,) says where the m distributions go among those of the chunk. `tree` has the tokens of the labels, which
-    come after the one position of each row.
-    """
-
-    ids: Tensor
-    mask: Tensor | None
-    row: Tensor
-    column: Tensor
-    slots: Tensor
-    tree: LabelTree | None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def part(self, start: int, stop: int) -> Batch:
-        """Return rows `start` to `stop` as a batch."""
-        if stop - start == len(self):
-            return self
-        chosen = (self.row >= start) & (self.row < stop)
-        return Batch(
-            self.ids[start:stop],
-            None if self.mask is None else self.mask[start:stop],
-            self.row[chosen] - start,
-            self.column[chosen],
-            self.slots[chosen],
-            self.tree,
-        )
-
-
-def collate(items: Sequence[EncodedExample], first_slot: int, skip: int, pad: int, device: torch.device) -> Batch:
-    """Pad on the right, whatever the tokenizer would do: positions then need no correction in any model.
-
-    `skip` tokens at the start of every item are left out: they are in the cache.
-    """
-    length = max(len(item.ids) for item in items) - skip
-    ids = torch.full((len(items), length), pad)
-    mask = torch.zeros(len(items), length + skip, dtype=torch.long)
-    for row, item in enumerate(items):
-        ids[row, : len(item.ids) - skip] = torch.tensor(item.ids[skip:])
-        mask[row, : len(item.ids)] = 1
-    rows = torch.tensor([row for row, item in enumerate(items) for _ in item.positions])
-    column = torch.tensor([position - skip for item in items for position in item.positions])
-    labels = items[0].candidates
-    return Batch(
-        ids.to(device),
-        None if mask.all() else mask.to(device),
-        rows.to(device),
-        column.to(device),
-        torch.arange(first_slot, first_slot + len(rows)).to(device),
-        None if labels is None else label_tree(labels, items[0].by_length),
-    )
 
 
 class Predictor:
@@ -131,25 +73,25 @@ class Predictor:
 
     def batches(self, items: Sequence[EncodedExample], skip: int, copies: int) -> list[Batch]:
         """Cut items (sorted by length) into batches; `copies` draws at once share the budget of tokens."""
-        pad = getattr(self.model.config, "pad_token_id", None) or 0
         tokens = batch_tokens(self.device.type)
         if self.task == "generate":
             tokens = min(tokens, PREDICTION_LOGITS // self.classes(items))
+
+        def fits(part: Sequence[EncodedExample]) -> bool:
+            labels, longest = part[0].candidates, part[-1]
+            if longest.candidates != labels:
+                return False
+            if self._batch_size is not None:
+                return len(part) <= self._batch_size
+            rows, below = len(part) * copies, 0 if labels is None else len(label_tree(labels)) - 1
+            logits = rows * below * self._vocabulary if below else 0
+            return rows * (len(longest.ids) - skip + below) <= tokens and logits <= PREDICTION_LOGITS
+
         batches: list[Batch] = []
-        start = slot = 0
-        for stop in range(1, len(items) + 1):
-            labels = items[start].candidates
-            if stop < len(items) and items[stop].candidates == labels:
-                size = stop + 1 - start  # with the next one
-                below = len(label_tree(labels)) - 1 if labels else 0
-                costs = size * copies * (len(items[stop].ids) - skip + below)
-                logits = size * copies * below * self._vocabulary if below else 0
-                fits = costs <= tokens and logits <= PREDICTION_LOGITS
-                if size <= self._batch_size if self._batch_size is not None else fits:
-                    continue
-            batches.append(collate(items[start:stop], slot, skip, pad, self.device))
+        slot = 0
+        for part in cut(items, fits):
+            batches.append(collate(part, self.model, skip, slot))
             slot += len(batches[-1].slots)
-            start = stop
         return batches
 
     def predict(self, batch: Batch, cache: Any, copies: int) -> Iterator[tuple[Batch, Tensor]]:

@@ -59,10 +59,10 @@ class Squares(NamedTuple):
 
     def add(self, other: Squares) -> Squares:
         """Return the sum of both."""
-        names = self.total.keys() | other.total.keys()
-        pairs = {name: (self.total.get(name), other.total.get(name)) for name in names}
-        total = {name: b if a is None else a if b is None else a + b for name, (a, b) in pairs.items()}
-        return Squares(total, self.losses + other.losses)  # type: ignore[arg-type]  # one of a pair is there
+        total = dict(self.total)
+        for name, value in other.total.items():
+            total[name] = total[name] + value if name in total else value
+        return Squares(total, self.losses + other.losses)
 
     def information(self) -> dict[str, Tensor]:
         """Return h by parameter."""

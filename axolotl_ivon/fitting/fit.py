@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.chats import Example, choose_task, odd_choices, read_files, trained_choices
+from ..data.chats import choose_task, read_files
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..models.session import Loading, Session, has_head
@@ -68,10 +68,9 @@ def fit(
     mean = _open(adapter, refit)
     task, choices = "generate", tuple[str, ...]()
     if held_out:
-        trained = trained_choices(mean.metadata)
-        task, choices = choose_task(judged_examples, has_head(mean), chosen.task, chosen.choices, trained)
-        if chosen.choices is None and (odd := odd_choices(judged_examples, choices)):
-            reporter.notify(odd)
+        task, choices = choose_task(
+            judged_examples, has_head(mean), chosen.task, chosen.choices, mean.metadata, reporter
+        )
     session = Session.open(mean, loading, reporter)
     from ..models.gradients import adapter_parameters, make_differentiable
     from ..training.beginning import header_of
@@ -79,7 +78,8 @@ def fit(
 
     make_differentiable(session.model)
     judged = HeldOut(list(held_out), task, session.encode(judged_examples, task, choices)) if held_out else None
-    items = _with_answers(session, list(chain.from_iterable(training.values())), reporter)
+    encoded = session.encode_for_training(list(chain.from_iterable(training.values())))
+    items = session.with_answers(encoded, param_ref("data"), reporter)
     header = {
         "fit_method": chosen.method,
         "fit_data": ", ".join(Path(path).name for path in training),
@@ -91,7 +91,7 @@ def fit(
     data_of_mean = header["mean_sha256"] + header["fit_data_sha256"]  # whatever the method
     header[RUN_IDS] = hashlib.sha256(data_of_mean.encode()).hexdigest()[:16]
     if not session.classify:
-        header |= header_of(session.tokenizer, lambda most: map(_row, items[:most]))
+        header |= header_of(session.tokenizer, lambda most: (item.row for item in items[:most]))
     kept = State(state, _key(header["mean_sha256"], chosen, session, items, judged))
     parameters = adapter_parameters(session.model)
     problem = FitProblem(mean, session, parameters, chosen, items, judged, kept, header, reporter)
@@ -112,24 +112,11 @@ def _open(adapter: str | Path, refit: bool) -> Adapter:
     return opened
 
 
-def _with_answers(session: Session, examples: Sequence[Example], reporter: Reporter) -> list[EncodedExample]:
-    """Tokenise examples, and leave out those whose answer the model does not reach."""
-    encoded = session.encode_for_training(examples)
-    items = [item for item in encoded if item.positions]
-    if len(items) < len(encoded):
-        lost = f"{len(encoded) - len(items)} of {len(encoded)} examples"
-        lost += f" have no answer within {session.max_length} tokens"
-        if not items:
-            raise IVONError(f"{param_ref('data')}: {lost}; give shorter conversations")
-        reporter.notify(f"{lost} and are left out")
-    return items
-
-
 def _key(
     mean: str, settings: Settings, session: Session, items: Sequence[EncodedExample], held_out: HeldOut | None
 ) -> str:
     """Return what identifies a fit, so that the state of another is not taken."""
-    reading = ("limit", "task", "choices", "batch_size")  # is in the examples and batches
+    reading = ("limit", "task", "choices")  # is in the examples
     identity = {
         "mean": mean,
         "settings": {name: value for name, value in asdict(settings).items() if name not in reading},
@@ -137,7 +124,6 @@ def _key(
         "held_out": _digest(held_out.items if held_out else []),
         "model": session.base_model,
         "dtype": str(next(session.model.get_base_model().parameters()).dtype),
-        "batch_size": settings.batch_size,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -147,11 +133,6 @@ def _digest(items: Sequence[EncodedExample]) -> str:
     for item in items:
         digest.update(repr((item.ids, item.positions, item.targets, item.candidates)).encode())
     return digest.hexdigest()
-
-
-def _row(item: EncodedExample) -> tuple[list[int], list[int]]:
-    """Return all tokens of an example, and the places of those that are trained."""
-    return [*item.ids, *item.targets[-1:]], [position + 1 for position in item.positions]
 
 
 def save(

@@ -28,7 +28,7 @@ from ..models.batching import Batches
 from ..noise import normals
 from ..settings.presets import PRESETS
 from .fisher import Squares, numbered, squaring
-from .precision import Prior, choose_ess, complete, first_prior, fitted
+from .precision import Prior, choose_ess, first_prior, fitted
 from .problem import FitProblem, FittedSigma
 from .state import Snapshot
 
@@ -119,7 +119,7 @@ def iterate(
                     parameters[name].copy_(mean)
         progress = _averaged(progress, squares, means)
         if step in CHECKPOINTS:
-            priors = progress.deltas or deltas()
+            priors = deltas()
             precision = {name: prior.precision(information(name), delta) for name, delta in priors.items()}
             progress = replace(_compared(progress, precision), deltas=priors)
         yield progress
@@ -160,7 +160,7 @@ def fit(problem: FitProblem) -> FittedSigma:
     for stage in range(first, stages):
         progress = _settle(problem, progress, prior, start, stage)
         steps += progress.step
-        information = complete(problem, progress.information())
+        information = progress.information()
         if stage + 1 < stages:
             prior, start, progress = choose_ess(problem, information, prior), information, Averages()
     return fitted(problem, information, prior, steps)

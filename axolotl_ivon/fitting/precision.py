@@ -76,20 +76,13 @@ def first_prior(problem: FitProblem) -> Prior:
     return Prior(ess, settings.prior, settings.prior_strength)
 
 
-def complete(problem: FitProblem, information: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return h of all parameters: 0 where no loss depends on a parameter."""
-    return {
-        name: information[name] if name in information else torch.zeros_like(parameter, dtype=torch.float32)
-        for name, parameter in problem.parameters.items()
-    }
-
-
 def sigma_at(problem: FitProblem, information: Mapping[str, Tensor], prior: Prior) -> dict[str, Tensor]:
-    """Return σ of all parameters at a prior."""
-    return {
-        name: prior.sigma(h, prior.delta(h, problem.parameters[name].detach()))
-        for name, h in complete(problem, information).items()
-    }
+    """Return σ of all parameters at a prior; h is 0 where no loss depends on a parameter."""
+    sigma = {}
+    for name, parameter in problem.parameters.items():
+        h = information[name] if name in information else torch.zeros_like(parameter, dtype=torch.float32)
+        sigma[name] = prior.sigma(h, prior.delta(h, parameter.detach()))
+    return sigma
 
 
 def choose_ess(problem: FitProblem, information: Mapping[str, Tensor], prior: Prior) -> Prior:

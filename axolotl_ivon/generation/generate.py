@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.chats import Chat
+from ..data.chats import Example
 from ..data.encode import ChatFormat, render
 from ..metrics.selective import is_below
 from ..models.session import Loading, Session, load_tokenizer
@@ -142,7 +142,7 @@ class Generated:
 
 def generate(
     source: Source,
-    chats: Sequence[Chat],
+    chats: Sequence[Example],
     output: str | Path,
     rule: AnswerRule = AnswerRule(),
     *,

@@ -136,18 +136,11 @@ def influence(
     session = Session.open(posterior, loading, reporter)
     items = session.encode_for_training(examples + others)
     trained, judged = items[: len(examples)], items[len(examples) :]
-    scored = [item for item in trained if item.positions]
-    if len(scored) < len(examples):
-        lost = f"{len(examples) - len(scored)} of {len(examples)} rows have no answer that fits the model"
-        if not scored:
-            raise IVONError(f"{param_ref('data')} {data}: {lost}; give shorter conversations")
-        reporter.notify(f"{lost} and are left out")
+    scored = session.with_answers(trained, f"{param_ref('data')} {data}", reporter)
     passes = _Passes(session, posterior, batch_size, reporter)
     direction = None
     if on is not None:
-        judged = [item for item in judged if item.positions]
-        if not judged:
-            raise IVONError(f"{param_ref('on')} {on}: no row has an answer that fits the model; give shorter ones")
+        judged = session.with_answers(judged, f"{param_ref('on')} {on}", reporter)
         direction = passes.mean_gradient(judged, reporter.begin(f"gradient on {Path(on).name}", len(judged)))
     tokens = sum(len(item.positions) for item in scored) / len(scored)
     advance = reporter.begin("influence", len(scored))

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from ..data.encode import EncodedExample
+from ..data.label_tree import LabelTree, label_tree
 from ..errors import IVONError, param_ref
 from ..noise import generator
 from ..reporter import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
@@ -28,6 +34,75 @@ def batch_tokens(device: str, gradients: bool = False) -> int:
     return _TOKENS_ON_CPU if device == "cpu" else _GRADIENT_TOKENS if gradients else _PREDICTION_TOKENS
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded token ids (rows, length), and where in them the scored positions are: row and column (m,).
+
+    `mask` (rows, tokens in the cache + length) is None where no row is padded. `slots` (m,) numbers the scored
+    positions. `tree` has the tokens of the labels, which come after the one position of each row.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    row: Tensor
+    column: Tensor
+    slots: Tensor
+    tree: LabelTree | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Return rows `start` to `stop` as a batch."""
+        if stop - start == len(self):
+            return self
+        chosen = (self.row >= start) & (self.row < stop)
+        return Batch(
+            self.ids[start:stop],
+            None if self.mask is None else self.mask[start:stop],
+            self.row[chosen] - start,
+            self.column[chosen],
+            self.slots[chosen],
+            self.tree,
+        )
+
+
+def collate(items: Sequence[EncodedExample], model: PeftModel, skip: int = 0, first_slot: int = 0) -> Batch:
+    """Pad on the right, whatever the tokenizer would do: positions then need no correction in any model.
+
+    `skip` tokens at the start of every item are left out: they are in the cache.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    device, labels = model.device, items[0].candidates
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    ids = pad_sequence([torch.tensor(item.ids[skip:]) for item in items], batch_first=True, padding_value=pad)
+    mask = pad_sequence([torch.ones(len(item.ids), dtype=torch.long) for item in items], batch_first=True)
+    row = torch.tensor([number for number, item in enumerate(items) for _ in item.positions], device=device)
+    column = torch.tensor([position - skip for item in items for position in item.positions], device=device)
+    return Batch(
+        ids.to(device),
+        None if mask.all() else mask.to(device),
+        row,
+        column,
+        torch.arange(first_slot, first_slot + len(row), device=device),
+        None if labels is None else label_tree(labels, items[0].by_length),
+    )
+
+
+def cut(items: Iterable[_S], fits: Callable[[Sequence[_S]], bool]) -> Iterator[list[_S]]:
+    """Cut items, in their order, into parts that are as long as they fit; one item always does."""
+    part: list[_S] = []
+    for item in items:
+        if part and not fits([*part, item]):
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
+
+
 class Batches:
     """Cut examples into batches for backward passes: of `batch_size`, or of as many tokens and logits as fit."""
 
@@ -37,30 +112,17 @@ class Batches:
 
     def once(self) -> list[list[EncodedExample]]:
         """Return every example once, by length."""
-        return list(self._cut(sorted(range(len(self._items)), key=self._length)))
+        return list(cut(sorted(self._items, key=_length), self._fits))
 
     def endless(self, seed: int) -> Iterator[list[EncodedExample]]:
         """Yield batches for ever, epoch after epoch in an order that depends on the seed and the epoch alone."""
         for epoch in itertools.count():
             random = generator("order of fit", seed, epoch)
-            order = random.permutation(len(self._items)).tolist()
+            order = [self._items[index] for index in random.permutation(len(self._items)).tolist()]
             windows = (order[start : start + _WINDOW] for start in range(0, len(order), _WINDOW))
-            batches = [batch for window in windows for batch in self._cut(sorted(window, key=self._length))]
+            batches = [batch for window in windows for batch in cut(sorted(window, key=_length), self._fits)]
             for number in random.permutation(len(batches)).tolist():
                 yield batches[number]
-
-    def _length(self, index: int) -> int:
-        return len(self._items[index].ids)
-
-    def _cut(self, order: Sequence[int]) -> Iterator[list[EncodedExample]]:
-        batch: list[EncodedExample] = []
-        for index in order:
-            if batch and not self._fits([*batch, self._items[index]]):
-                yield batch
-                batch = []
-            batch.append(self._items[index])
-        if batch:
-            yield batch
 
     def _fits(self, batch: Sequence[EncodedExample]) -> bool:
         if self._size is not None:
@@ -68,6 +130,10 @@ class Batches:
         labels = sum(len(item.positions) for item in batch)
         longest = max(len(item.ids) for item in batch)
         return len(batch) * longest <= self._tokens and labels * self._classes <= GRADIENT_LOGITS
+
+
+def _length(item: EncodedExample) -> int:
+    return len(item.ids)
 
 
 def out_of_memory(error: Exception) -> bool:

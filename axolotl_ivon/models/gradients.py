@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ..reporter import SILENT, Reporter
+from .batching import collate
 from .draws import AdapterSlots
 from .forward import forward_parameters
 
@@ -44,19 +44,10 @@ def label_logits(model: PeftModel, items: Sequence[EncodedExample]) -> tuple[Ten
         Of the m scored positions of the examples, in their order: float32 logits [m, classes] (of all tokens, or of the
         labels), the class that is right [m], and the number of the example [m].
     """
-    takes, device = forward_parameters(model), model.device
-    pad = getattr(model.config, "pad_token_id", None) or 0
-    ids = pad_sequence([torch.tensor(item.ids) for item in items], batch_first=True, padding_value=pad)
-    mask = pad_sequence([torch.ones(len(item.ids), dtype=torch.long) for item in items], batch_first=True)
-    row, column, targets = torch.tensor(
-        [
-            (number, position, target)
-            for number, item in enumerate(items)
-            for position, target in zip(item.positions, item.targets, strict=True)
-        ],
-        device=device,
-    ).T
-    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    takes, batch = forward_parameters(model), collate(items, model)
+    row, column = batch.row, batch.column
+    targets = torch.tensor([target for item in items for target in item.targets], device=model.device)
+    inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
     if "use_cache" in takes:
         inputs["use_cache"] = False
     if "logits_to_keep" in takes:  # the head runs on the scored positions only

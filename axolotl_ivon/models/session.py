@@ -116,6 +116,20 @@ class ChatReader:
         asked = self._after_system(examples)
         return self._checked(encode_turns(self.tokenizer, asked, self.max_length, self.chat_format), examples)
 
+    def with_answers(self, items: Sequence[EncodedExample], named: str, reporter: Reporter) -> list[EncodedExample]:
+        """Return the examples of which the model reaches an answer, and report how many others there are.
+
+        Raises:
+            IVONError: the model reaches none; the message begins with `named`.
+        """
+        answered = [item for item in items if item.positions]
+        if lost := len(items) - len(answered):
+            text = f"{lost} of {len(items)} examples have no answer within {self.max_length} tokens"
+            if not answered:
+                raise IVONError(f"{named}: {text}; give shorter conversations")
+            reporter.notify(f"{text} and are left out")
+        return answered
+
     def _after_system(self, examples: Sequence[Example]) -> Sequence[Example]:
         says = self.chat_format.system_prompt
         if not says or self.classify:

@@ -21,7 +21,6 @@ from axolotl_ivon.data.chats import (
     odd_choices,
     read_chats,
     read_examples,
-    trained_choices,
 )
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
@@ -87,7 +86,7 @@ def test_every_shape_of_a_line_is_a_chat(tmp_path: Path, shape: str) -> None:
     [example], [prompt] = read_examples(path), read_chats(path)
     assert [(turn["role"], turn["content"]) for turn in example.turns] == turns
     assert (example.source, example.plain) == (f"{path}:2", "text" in record)
-    assert (prompt.messages, prompt.reference) == (example.messages, example.answer)
+    assert (prompt.messages, prompt.answer) == (example.messages, example.answer)
 
 
 def test_all_fields_of_a_message_are_kept_as_axolotl_gives_them_to_the_template(tmp_path: Path) -> None:
@@ -213,9 +212,9 @@ NUMBERS = [f"{i}" for i in range(30)]
 def test_an_evaluation_chooses_from_the_answers_of_training(
     answers: list[str], trained: list[str], expected: tuple[str, tuple[str, ...]]
 ) -> None:
-    known = trained_choices({"choices": json.dumps(trained)})
-    assert choose_task(examples(*answers), False, trained=known) == expected
-    assert choose_task(examples(*answers), False, choices=answers[::-1], trained=known)[1] == tuple(answers[::-1])
+    header = {"choices": json.dumps(trained)}
+    assert choose_task(examples(*answers), False, header=header) == expected
+    assert choose_task(examples(*answers), False, choices=answers[::-1], header=header)[1] == tuple(answers[::-1])
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,13 @@ import pytest
 import tiny
 from datasets import Dataset
 from jinja2 import TemplateError
+from tiny import example_of
 from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError
-from axolotl_ivon.data.chats import Chat, Example, detect_task, read_chats, read_examples
+from axolotl_ivon.data.chats import Example, detect_task, read_chats, read_examples
 from axolotl_ivon.data.encode import ChatFormat, EncodedExample, encode, encode_turns, render
 from axolotl_ivon.training.beginning import TrainedRows, answers_to_choose_from, generation_prompt, system_prompt
-
-
-def example_of(answer: str, question: str = "red sun") -> Example:
-    return Example(({"role": "user", "content": question},), answer, "f:1")
 
 
 @pytest.fixture
@@ -238,12 +235,9 @@ def test_generation_begins_where_training_did(tokenizer: Any, name: str, reason:
     texts = [("red sun?", "dog"), ("blue moon?", "cat"), ("warm rain?", "two birds"), ("slow", "one")]
     conversations = [example_of(reason.format(f"{answer} since") + answer, question) for question, answer in texts]
     *trained, new = encode_turns(tokenizer, conversations)
-    rows = [(item.ids, [position + 1 for position in item.positions]) for item in trained]
-    begins = generation_prompt(tokenizer, rows)
+    begins = generation_prompt(tokenizer, [item.row for item in trained])
     assert begins
-    [prompt] = render(
-        tokenizer, [Chat(conversations[-1].messages, None, "f:1")], ChatFormat.of({"generation_prompt": begins})
-    )
+    [prompt] = render(tokenizer, conversations[-1:], ChatFormat.of({"generation_prompt": begins}))
     assert prompt.ids == new.ids[: new.positions[0] + 1]
 
 
@@ -260,7 +254,7 @@ def test_the_system_prompt_that_all_rows_share_is_known(tokenizer: Any, name: st
     def known(*systems: dict[str, str] | None) -> str | None:
         chats = [(*filter(None, [system]), {"role": "user", "content": f"{i} sun"}) for i, system in enumerate(systems)]
         items = encode_turns(tokenizer, [Example(chat, "A", "f:1") for chat in chats])
-        return system_prompt(tokenizer, [(item.ids, [place + 1 for place in item.positions]) for item in items])
+        return system_prompt(tokenizer, [item.row for item in items])
 
     assert known(None, None) is None  # what the template writes by itself is no prompt of the data
     if name == "gemma":  # it refuses a system turn
@@ -281,9 +275,8 @@ THINKING = (
 def test_arguments_of_the_template_that_the_user_chose_come_first(tokenizer: Any) -> None:
     tokenizer.chat_template = THINKING
     header = {"generation_prompt": "<|im_end|>\n<|im_start|>assistant\n<t>", "chat_template_kwargs": '{"x": 1}'}
-    chat = Chat(({"role": "user", "content": "sun"},), None, "f:1")
     for kwargs, end in ((None, "assistant\n<t>"), ({}, "assistant\n"), ({"enable_thinking": False}, "<think></think>")):
-        [prompt] = render(tokenizer, [chat], ChatFormat.of(header, kwargs))
+        [prompt] = render(tokenizer, [example_of("", "sun")], ChatFormat.of(header, kwargs))
         assert prompt.text.endswith(end)
     assert ChatFormat.of(header, {"y": 2}).kwargs == {"x": 1, "y": 2}
     with pytest.raises(IVONError, match="chat_template_kwargs: tokenize is no argument of a template"):
@@ -330,8 +323,8 @@ def test_answers_that_are_labels_are_known_from_the_tokens_that_are_trained(
     tokenizer: Any, template: str | None, answers: list[str], choices: list[str] | None
 ) -> None:
     tokenizer.chat_template = template or tokenizer.chat_template
-    items = encode_turns(tokenizer, [example_of(answer) for answer in answers])
-    rows = [([*item.ids, item.targets[-1]], [position + 1 for position in item.positions]) for item in items]
+    examples = [example_of(answer) for answer in answers]
+    rows = [item.row for item in encode_turns(tokenizer, examples)]
     assert answers_to_choose_from(tokenizer, rows) == choices
     after = tokenizer("\n<|im_end|>")["input_ids"]  # of which training on all that follows a prompt has more
     assert answers_to_choose_from(tokenizer, [([*i, *after], [*t, len(i), len(i) + 1]) for i, t in rows]) == choices
@@ -342,8 +335,7 @@ def test_answers_that_are_labels_are_known_from_the_tokens_that_are_trained(
     header = TrainedRows(SimpleNamespace(processing_class=tokenizer, train_dataset=data)).header()
     assert json.loads(header.get("choices", "null")) == choices
     if len({*answers}) > 1:  # an evaluation finds the same
-        task = detect_task([example_of(answer) for answer in answers])
-        assert task == ("generate" if choices is None else "choice")
+        assert detect_task(examples) == ("generate" if choices is None else "choice")
 
 
 def test_a_long_conversation_is_cut(tokenizer: Any) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import example_of
 from transformers import AutoTokenizer
 
-from axolotl_ivon.data.chats import Example
 from axolotl_ivon.data.encode import encode
 from axolotl_ivon.data.label_tree import LabelTree, label_tree
 
@@ -19,10 +19,6 @@ from axolotl_ivon.data.label_tree import LabelTree, label_tree
 @pytest.fixture(scope="module")
 def tokenizer(tiny_llama: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_llama)
-
-
-def example_of(answer: str, question: str) -> Example:
-    return Example(({"role": "user", "content": question},), answer, "f:1")
 
 
 def test_what_labels_share_is_there_once() -> None:

@@ -12,22 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+from brute_force import row_gradients
 from heard import Heard
-from safetensors import safe_open
 from tiny import build_classifier, build_llama, build_lora, chat, write_chats
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import axolotl_ivon
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.evaluation.evaluate import Evaluation, EvaluationData, Sampling
 from axolotl_ivon.evaluation.variants import Variant
-from axolotl_ivon.fitting import fisher, ivon, problem, state
+from axolotl_ivon.fitting import ivon, problem, state
 from axolotl_ivon.fitting.fit import fit, save
 from axolotl_ivon.fitting.precision import FACTORS, Prior
-from axolotl_ivon.fitting.problem import FitProblem, FittedSigma, Settings
+from axolotl_ivon.fitting.problem import Settings
 from axolotl_ivon.fitting.state import Snapshot, State
-from axolotl_ivon.models.gradients import ExampleGradients, adapter_parameters
-from axolotl_ivon.models.session import Loading, load_model
+from axolotl_ivon.models.gradients import ExampleGradients
+from axolotl_ivon.models.session import Loading
 from axolotl_ivon.settings.presets import PRESETS
 
 MakeAdapter = Callable[..., Path]
@@ -79,29 +79,12 @@ def test_the_mean_stays_and_sigma_is_beside_it(plain_adapter: Path, chats: Path,
 
 def test_fisher_is_the_information_of_the_chats_answers(plain_adapter: Path, chats: Path) -> None:
     q = fit(plain_adapter, chats, method="fisher", empirical=True, prior=0.01, prior_strength=2, ess=500)
-    model = load_model(plain_adapter)
-    tokenizer = AutoTokenizer.from_pretrained(plain_adapter)
-    parameters = adapter_parameters(model)
-    total = {key: torch.zeros(value.shape, dtype=torch.float64) for key, value in parameters.items()}
-    count = 0
-    for value in parameters.values():
-        value.requires_grad_(True)
-    for line in chats.read_text().splitlines():
-        messages = json.loads(line)["messages"]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        before = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        ids, given = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, before))
-        answer = ids[len(given) : len(given) + 2]  # the letter, and the end of the turn
-        assert tokenizer.decode(answer) == messages[-1]["content"] + "<|im_end|>"
-        logits = model(torch.tensor([ids])).logits[0, len(given) - 1 : len(given) + 1]
-        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
-        for key, gradient in zip(total, torch.autograd.grad(loss, list(parameters.values())), strict=True):
-            total[key] += gradient.double().square()
-        count += 2
+    rows = row_gradients(plain_adapter, chats)
+    count = sum(tokens for *_, tokens in rows)
     informed = fit(plain_adapter, chats, method="fisher", empirical=True, ess=400.0, prior_strength=0.5)
     prior = Prior(400.0, "empirical", 0.5)
-    for key, value in total.items():
-        h = value / count
+    for key in q.sigma:
+        h = sum(gradients[key].double().square() for _, gradients, _ in rows) / count
         torch.testing.assert_close(q.sigma[key].double(), (500 * (h + 0.02)).rsqrt(), rtol=1e-3, atol=1e-6)
         expected = (400 * (h + prior.delta(h, q.mean[key]))).rsqrt()
         torch.testing.assert_close(informed.sigma[key].double(), expected, rtol=1e-2, atol=0)
@@ -360,21 +343,6 @@ def test_tfb_needs_lora(plain_adapter: Path, chats: Path, copied: Callable[[Path
     with pytest.raises(IVONError, match="has no LoRA matrices with weights other than 0"):
         fit(folder, chats, method="tfb")
     assert fit(folder, chats, method="fisher").sample(0)
-
-
-def test_the_loss_is_over_what_axolotl_trains_on(
-    plain_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A conversation of two rounds counts all of its answers' tokens."""
-    data = tmp_path / "talk.jsonl"
-    data.write_text(json.dumps({"messages": chat("red", "A")["messages"] + chat("sun", "B")["messages"]}) + "\n")
-    given: list[FitProblem] = []
-    monkeypatch.setattr(fisher, "fit", lambda problem: given.append(problem) or FittedSigma({}))
-    assert not any(value.any() for value in fit(plain_adapter, data).sigma.values())
-    [item] = given[0].items
-    assert given[0].session.tokenizer.decode(item.targets) == "A<|im_end|>B<|im_end|>"
-    with safe_open(plain_adapter / MEAN_FILE, "pt") as file:
-        assert set(file.keys()) == given[0].session.slots.places.keys()
 
 
 SNAPSHOT = Snapshot({"a": torch.arange(3.0), "b/c": torch.ones(2, 2).T}, {"step": 3, "nll": {"0.5": 0.25}})

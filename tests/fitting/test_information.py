@@ -194,6 +194,9 @@ def test_all_of_the_averages_is_kept() -> None:
         *_, half = itertools.islice(steps, 13)
     assert half.earlier.keys() == {8, 11}
     assert half.change is not None
+    delta = half.deltas["w"]  # that of the last checkpoint, where p = h + δ
+    h = half.earlier[11]["w"] - delta
+    assert delta == pytest.approx(Prior(50.0).delta(h, toy.model.weight.detach()), rel=1e-4)
     restored = Averages.restored(half.kept(), torch.device("cpu"))
     torch.testing.assert_close(vars(restored), vars(half), rtol=0, atol=0)
 

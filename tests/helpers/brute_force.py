@@ -1,7 +1,8 @@
-"""Probabilities the slow way: PEFT's own loading, a draw, a text and a label's token at a time, without padding."""
+"""The slow way, one after the other: PEFT's own loading, a draw, a text, a label's token, a row's gradients."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from axolotl_ivon.data.encode import EncodedExample
+from axolotl_ivon.models.gradients import adapter_parameters
+from axolotl_ivon.models.session import load_model
 
 
 @torch.no_grad()
@@ -57,3 +60,21 @@ def class_probabilities(base: Path, texts: Sequence[str], folder: Path) -> Tenso
     model = PeftModel.from_pretrained(model, folder).eval()
     inputs = [tokenizer(text, return_tensors="pt", return_token_type_ids=False) for text in texts]
     return torch.cat([model(**each).logits.softmax(-1) for each in inputs])
+
+
+def row_gradients(adapter: Path, data: Path) -> list[tuple[float, dict[str, Tensor], int]]:
+    """Return the loss of each row (a sum), its gradients and its answer's tokens, by transformers' own loss."""
+    model, tokenizer = load_model(adapter), AutoTokenizer.from_pretrained(adapter)
+    parameters = adapter_parameters(model)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    rows = []
+    for line in data.read_text().splitlines():
+        *question, answer = json.loads(line)["messages"]
+        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+        labels = tokenizer(answer["content"] + "<|im_end|>")["input_ids"]
+        ids, count = torch.tensor([prompt + labels]), len(labels)
+        loss = model(input_ids=ids, labels=torch.tensor([[-100] * len(prompt) + labels])).loss * count
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        rows.append((float(loss.detach()), dict(zip(parameters, gradients, strict=True)), count))
+    return rows

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from axolotl_ivon.data.chats import Example
 from axolotl_ivon.data.encode import EncodedExample
 from axolotl_ivon.posterior.adapter import save_sigma
 
@@ -119,6 +120,11 @@ def random_examples(count: int = 5, seed: int = 0) -> list[EncodedExample]:
         positions = list(range(2 + number, len(ids) - 1, 1 + number % 2))
         items.append(EncodedExample(ids, positions, [ids[position + 1] for position in positions]))
     return items
+
+
+def example_of(answer: str, question: str = "red sun") -> Example:
+    """Return a chat of one turn, as it is read from a file."""
+    return Example(({"role": "user", "content": question},), answer, "f:1")
 
 
 def chat(question: str, answer: str) -> dict[str, list[dict[str, str]]]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from brute_force import row_gradients
 from heard import Heard
 from safetensors.torch import load_file
 from tiny import build_classifier, chat, write_chats
@@ -120,24 +121,6 @@ def test_leaving_one_out_of_a_logistic_model(correlated: float, least: float) ->
     assert spearman(found.losses.tolist(), own) < spearman(found.own.tolist(), own)
 
 
-def autograd(adapter: Path, data: Path) -> list[tuple[float, dict[str, Tensor], int]]:
-    """Return the loss of each row (a sum), its gradients and its answer's tokens, by transformers' own loss."""
-    model, tokenizer = load_model(adapter), AutoTokenizer.from_pretrained(adapter)
-    parameters = adapter_parameters(model)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    found = []
-    for line in data.read_text().splitlines():
-        *question, answer = json.loads(line)["messages"]
-        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
-        labels = tokenizer(answer["content"] + "<|im_end|>")["input_ids"]
-        ids, count = torch.tensor([prompt + labels]), len(labels)
-        loss = model(input_ids=ids, labels=torch.tensor([[-100] * len(prompt) + labels])).loss * count
-        gradients = torch.autograd.grad(loss, list(parameters.values()))
-        found.append((float(loss.detach()), dict(zip(parameters, gradients, strict=True)), count))
-    return found
-
-
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of different lengths."""
@@ -158,7 +141,7 @@ def test_the_scores_are_those_of_one_gradient_a_row(tiny_adapter: Path, chats: P
     assert heard.notes == ["the adapter was trained on 100 examples, and these are 10: give the data of its training"]
     assert found.summary["ess"] == 1000
     assert found.summary["train_size"] == 100
-    expected, validation = autograd(tiny_adapter, chats), autograd(tiny_adapter, others)
+    expected, validation = row_gradients(tiny_adapter, chats), row_gradients(tiny_adapter, others)
     sigma = dict(Posterior.from_pretrained(tiny_adapter).sigma)
     tokens = sum(count for *_, count in validation)
     towards = {name: sum(g[name] for _, g, _ in validation) / tokens for name in sigma}
@@ -184,7 +167,7 @@ def test_the_scores_are_those_of_one_gradient_a_row(tiny_adapter: Path, chats: P
 def test_a_step_of_the_predicted_shift_changes_the_losses_as_predicted(tiny_adapter: Path, chats: Path) -> None:
     """The signs: a small part of the shift m + w·σ²·∇ℓ raises the row's own loss by that part of the sensitivity."""
     [row, *_] = influence(tiny_adapter, chats).rows
-    (loss, g, count), *_ = expected = autograd(tiny_adapter, chats)
+    (loss, g, count), *_ = expected = row_gradients(tiny_adapter, chats)
     weight = 1000 / 100 / (sum(tokens for *_, tokens in expected) / len(expected))
     sigma, part = dict(Posterior.from_pretrained(tiny_adapter).sigma), 1e-3
     model = load_model(tiny_adapter)
@@ -209,7 +192,7 @@ def test_temperature_changes_the_leverage_alone_and_pruned_weights_do_not_move(
             assert other.score(name) == pytest.approx(one.score(name), rel=1e-4, abs=1e-9)
     q.prune(0.5).save_pretrained(tmp_path / "pruned")
     [row, *_] = influence(tmp_path / "pruned", chats).rows
-    (_, g, count), *_ = expected = autograd(tmp_path / "pruned", chats)
+    (_, g, count), *_ = expected = row_gradients(tmp_path / "pruned", chats)
     sigma = dict(Posterior.from_pretrained(tmp_path / "pruned").sigma)
     assert sum(int((value == 0).sum()) for value in sigma.values()) == 448
     weight = 10 / (sum(tokens for *_, tokens in expected) / len(expected))
@@ -235,12 +218,12 @@ def test_a_row_whose_answer_does_not_fit_has_no_scores(tiny_adapter: Path, tmp_p
     data.write_text(json.dumps(long) + "\n" + data.read_text())
     heard = Heard()
     rows = influence(tiny_adapter, data, reporter=heard).rows
-    assert "1 of 4 rows have no answer that fits the model and are left out" in heard.notes
+    assert "1 of 4 examples have no answer within 512 tokens and are left out" in heard.notes
     assert [rows[0].score(name) for name in SCORES] == [None] * 4
     assert 0 not in suspicious(rows, "loss")
     assert len(flagged(rows, "loss", 0.25)) == 3
     data.write_text(json.dumps(long) + "\n")
-    with pytest.raises(IVONError, match=r"train.jsonl: 1 of 1 rows have no answer that fits the model; give shorter"):
+    with pytest.raises(IVONError, match=r"train.jsonl: 1 of 1 examples have no answer within 512 tokens; give"):
         influence(tiny_adapter, data)
 
 

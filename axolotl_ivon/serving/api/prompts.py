@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ...data.chats import Chat, Example, chat_messages, find_choices
+from ...data.chats import Example, chat_messages, find_choices
 from ...data.encode import ChatFormat, common_length, encode, render
 from ...errors import IVONError
 from .answer_schema import longest_value
@@ -74,7 +74,7 @@ class PromptReader:
             return self._tokenizer()(prompt)["input_ids"]  # type: ignore[no-any-return]
         if isinstance(prompt[0], int):
             return prompt  # type: ignore[no-any-return]
-        chat = Chat(tuple(self._messages(prompt)), None, "messages")
+        chat = Example(tuple(self._messages(prompt)), "", "messages")
         return render(self._tokenizer(), [chat], self._with(chat_template_kwargs))[0].ids
 
     def encode_labels(
