@@ -23,7 +23,7 @@ from ..data.encode import EncodedExample, common_length
 from ..data.label_tree import LabelTree, label_tree
 from ..errors import param_ref
 from ..models.batching import PREDICTION_LOGITS, Batch, Halving, batch_tokens, collate, cut, out_of_memory
-from ..models.forward import cache_name, forward_parameters
+from ..models.forward import cache_name, forward_parameters, logits_at
 from ..reporter import Reporter
 from .label_likelihood import label_probabilities, tree_layout
 
@@ -135,8 +135,7 @@ class Predictor:
         positions: Tensor | None = None,
     ) -> Tensor:
         """Return the logits [copies, m, vocabulary] at `row` and `column` (m,) of `ids`, which follow the `cache`."""
-        keep, kept = torch.unique(column, return_inverse=True)
-        inputs: dict[str, Any] = {"input_ids": ids.repeat(copies, 1), "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": ids.repeat(copies, 1)}
         if mask is not None:
             inputs["attention_mask"] = mask.repeat(copies, *[1] * (mask.dim() - 1))
         if positions is not None:
@@ -145,12 +144,7 @@ class Predictor:
             pairs = [(layer.keys, layer.values) for layer in cache.layers]
             rows = [(k.repeat_interleave(len(ids), 0), v.repeat_interleave(len(ids), 0)) for k, v in pairs]
             inputs[cache_name(self._takes)] = type(cache)(ddp_cache_data=rows)
-        if "logits_to_keep" in self._takes:  # the head runs on the scored positions only
-            inputs["logits_to_keep"] = keep
-        else:
-            kept = column
-        logits = self.model(**inputs).logits
-        return logits.view(copies, len(ids), *logits.shape[1:])[:, row, kept]
+        return logits_at(self.model, self._takes, inputs, row, column, copies)
 
     def _tree_logits(self, batch: Batch, tree: LabelTree, cache: Any, copies: int) -> Tensor:
         """Return the logits [copies, rows, nodes, vocabulary] of every node of the tree, from one pass."""

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -95,10 +94,8 @@ def squarer(
 
 
 @contextlib.contextmanager
-def squaring(
-    problem: FitProblem,
-) -> Iterator[tuple[Callable[[Sequence[EncodedExample]], Squares], torch.Generator | None]]:
-    """Give the function that squares gradients, and the generator of labels, which `numbered` seeds for each batch."""
+def squaring(problem: FitProblem) -> Iterator[Callable[[int, Sequence[EncodedExample]], Squares]]:
+    """Give the function that squares the gradients of a batch, whose number seeds the labels that are drawn."""
     session, items = problem.session, problem.items
     generator = None if problem.settings.empirical else torch.Generator(session.device)
     loss = negative_log_likelihood if generator is None else residual_loss(generator)
@@ -107,17 +104,15 @@ def squaring(
         if len(items) > 1:  # before labels are seeded, so that the trial takes none of them
             by_length = sorted(items, key=lambda item: len(item.ids))
             gradients.try_on([by_length[0], by_length[len(by_length) // 2]])
-        yield squarer(gradients, lambda item: len(item.positions), problem.reporter), generator
+        add_up = squarer(gradients, lambda item: len(item.positions), problem.reporter)
 
+        def square(number: int, batch: Sequence[EncodedExample]) -> Squares:
+            if generator is not None:
+                seed = numpy_generator("labels of fit", problem.settings.seed, number).integers(2**62)
+                generator.manual_seed(int(seed))
+            return add_up(batch)
 
-def numbered(
-    batches: Iterable[list[EncodedExample]], done: int, generator: torch.Generator | None, seed: int
-) -> Iterator[list[EncodedExample]]:
-    """Yield the batches after the first `done`; seed the labels of each by its number."""
-    for number, batch in enumerate(itertools.islice(batches, done, None), start=done):
-        if generator is not None:
-            generator.manual_seed(int(numpy_generator("labels of fit", seed, number).integers(2**62)))
-        yield batch
+        yield square
 
 
 def fit(problem: FitProblem) -> FittedSigma:
@@ -137,9 +132,9 @@ def fit(problem: FitProblem) -> FittedSigma:
     def snapshot() -> Snapshot:
         return Snapshot(sums.total, {"losses": sums.losses, "batches": done})
 
-    with squaring(problem) as (square, generator), problem.state.kept(snapshot):
-        for batch in numbered(batches, done, generator, settings.seed):
-            done, sums = done + 1, sums.add(square(batch))
+    with squaring(problem) as square, problem.state.kept(snapshot):
+        for batch in batches[done:]:
+            done, sums = done + 1, sums.add(square(done, batch))
             advance(len(batch))
             problem.state.keep(snapshot)
     if settings.validation:

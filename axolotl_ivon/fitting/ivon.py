@@ -16,7 +16,8 @@ learned by heart. Gradients of single examples, as for labels that the model dra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -27,7 +28,7 @@ from ..errors import param_ref
 from ..models.batching import Batches
 from ..noise import normals
 from ..settings.presets import PRESETS
-from .fisher import Squares, numbered, squaring
+from .fisher import Squares, squaring
 from .precision import Prior, choose_ess, first_prior, fitted
 from .problem import FitProblem, FittedSigma
 from .state import Snapshot
@@ -81,8 +82,8 @@ class Averages:
 
 def iterate(
     parameters: Mapping[str, nn.Parameter],
-    square: Callable[[Sequence[_T]], Squares],
-    batches: Iterator[Sequence[_T]],
+    square: Callable[[_T], Squares],
+    batches: Iterator[_T],
     prior: Prior,
     start: Mapping[str, Tensor] | float,
     progress: Averages,
@@ -179,10 +180,12 @@ def _settle(
     batches = Batches(problem.items, settings.batch_size, session.device.type, session.classes)
     advance = reporter.begin("fitting σ" if not stage else "fitting σ at the λ chosen")
     advance(progress.step)
-    with squaring(problem) as (square, generator), problem.state.kept(snapshot):
-        stream = numbered(batches.endless(settings.seed), progress.step, generator, settings.seed)
+    with squaring(problem) as square, problem.state.kept(snapshot):
+        numbered = enumerate(itertools.islice(batches.endless(settings.seed), progress.step, None), progress.step)
         shown = progress.change
-        steps = iterate(problem.parameters, square, stream, prior, start, progress, settings.seed)
+        steps = iterate(
+            problem.parameters, lambda batch: square(*batch), numbered, prior, start, progress, settings.seed
+        )
         for progress in steps:
             advance(1)
             if progress.change != shown and progress.step >= 8:

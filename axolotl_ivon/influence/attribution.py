@@ -13,7 +13,6 @@ Importing this module imports no torch: a wrong input is refused at once.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import sys
@@ -30,7 +29,7 @@ from ..models.session import Loading, Session
 from ..posterior.posterior import Posterior
 from ..records.influence import SCORES, InfluenceRecord
 from ..reporter import SILENT, Reporter
-from ..storage.format import SIGMA_FILE
+from ..storage.format import SIGMA_FILE, header_number
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -163,16 +162,12 @@ def _weights(
 
     N, the number of examples, is that of the rows where the header does not say it.
     """
-    ess, size = math.nan, 0
-    with contextlib.suppress(KeyError, ValueError):
-        ess = float(posterior.metadata["ess"])
-    if not (math.isfinite(ess) and ess > 0):
+    ess, size = header_number(posterior.metadata, "ess"), int(header_number(posterior.metadata, "train_size") or 0)
+    if ess is None or ess <= 0:
         raise IVONError(
             f"{adapter}: {SIGMA_FILE} has no effective sample size (ess), by which an example weighs; train with "
             "IVON, or fit with method ivon or fisher"
         )
-    with contextlib.suppress(KeyError, ValueError):
-        size = int(posterior.metadata["train_size"])
     if size < 1:
         reporter.notify(f"the adapter does not say how many examples it was trained on: taken to be these {rows}")
         size = rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from ..posterior.chain import PRIOR_SHA256
 from ..posterior.findings import Finding, begins_at_zero, findings
 from ..posterior.posterior import Posterior
 from ..reporter import SILENT, Reporter
+from ..storage.format import header_number
 
 # Σ σ²/var(A) over the matrices A: the paper's runs have 20 to 80.
 NARROW, WIDE = 5.0, 500.0
@@ -33,7 +33,7 @@ def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT
         IVONError: the folder holds no posterior, or its files do not belong together.
     """
     q = Posterior.from_pretrained(path_or_hub_id, reporter)
-    moved, allowed = _number(q.metadata, "moved"), _number(q.metadata, "travel")
+    moved, allowed = header_number(q.metadata, "moved"), header_number(q.metadata, "travel")
     count, spread, noise, b_sum, b_count = 0, 0.0, 0.0, 0.0, 0
     for key in q.mean:
         sigma = q.sigma.raw(key)
@@ -51,12 +51,12 @@ def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT
         reporter.advance("measuring", sigma.size, q.mean.weights)
     if moved is None and allowed is None:  # a run that began elsewhere, and could not know where, has `travel` alone
         moved = b_sum / b_count if b_count else None
-    steps, beta2 = _number(q.metadata, "steps"), _number(q.metadata, "beta2")
+    steps, beta2 = header_number(q.metadata, "steps"), header_number(q.metadata, "beta2")
     log_spread, inherited = spread / count if count else None, PRIOR_SHA256 in q.metadata
     run_findings = findings(moved, allowed, log_spread, int(steps or 0), beta2, inherited=inherited)
     if not count:
         run_findings.append(Finding("draws", False, "σ is 0 everywhere: there is only the mean, and no draws"))
-    elif q.metadata.get("hessian") in ("squared_gradients", "fisher") and (ess := _number(q.metadata, "ess")):
+    elif q.metadata.get("hessian") in ("squared_gradients", "fisher") and (ess := header_number(q.metadata, "ess")):
         # Σ h·σ²/2, the expected rise of the loss, is at most this, as σ² = 1/(λ·p) and p ≥ h.
         cost = count / (2 * ess * q.tau)
         text = f"a draw raises the loss of an example by at most about {cost:.2g} nats"
@@ -75,18 +75,9 @@ def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT
         "noise": noise or None,
         "steps": steps and int(steps),
         "beta2": beta2,
-        "ess": _number(q.metadata, "ess"),
-        "train_size": _number(q.metadata, "train_size"),
+        "ess": header_number(q.metadata, "ess"),
+        "train_size": header_number(q.metadata, "train_size"),
         "tau": "inf" if math.isinf(q.tau) else q.tau,
         "pruned_ratio": q.pruned_ratio,
         "findings": [finding._asdict() for finding in run_findings],
     }
-
-
-def _number(header: Mapping[str, str], name: str) -> float | None:
-    """Return a value of the header as a number; None if it is missing or no number."""
-    try:
-        value = float(header[name])
-    except (KeyError, ValueError):
-        return None
-    return value if math.isfinite(value) else None

@@ -7,6 +7,7 @@ from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..errors import IVONError, param_ref
 
@@ -28,6 +29,22 @@ def cache_name(parameters: Set[str]) -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
+def logits_at(
+    model: PeftModel, takes: Set[str], inputs: dict[str, Any], row: Tensor, column: Tensor, copies: int = 1
+) -> Tensor:
+    """Return the logits [copies, m, classes] at `row` and `column` (m,) of a batch that stands in `inputs` so often.
+
+    The head runs on these columns alone where `forward` takes (`takes`) them. A classifier has no columns.
+    """
+    if "use_cache" in takes:
+        inputs["use_cache"] = False
+    if "logits_to_keep" in takes:
+        inputs["logits_to_keep"], column = torch.unique(column, return_inverse=True)
+    logits = model(**inputs).logits
+    logits = logits.view(copies, -1, *logits.shape[1:])
+    return logits[:, row] if logits.dim() == 3 else logits[:, row, column]
+
+
 class CachedForward:
     """The forward pass of a language model over the newest tokens, the earlier ones in its key-value cache."""
 
@@ -35,7 +52,7 @@ class CachedForward:
         self._model, self._takes = model, forward_parameters(model)
         self._cache = cache_name(self._takes)
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+    def __call__(self, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Return the last position's logits, float32, shape (rows, vocabulary), and the cache.
 
         Args:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..reporter import SILENT, Reporter
 from .batching import collate
 from .draws import AdapterSlots
-from .forward import forward_parameters
+from .forward import forward_parameters, logits_at
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,17 +44,11 @@ def label_logits(model: PeftModel, items: Sequence[EncodedExample]) -> tuple[Ten
         Of the m scored positions of the examples, in their order: float32 logits [m, classes] (of all tokens, or of the
         labels), the class that is right [m], and the number of the example [m].
     """
-    takes, batch = forward_parameters(model), collate(items, model)
-    row, column = batch.row, batch.column
+    batch = collate(items, model)
     targets = torch.tensor([target for item in items for target in item.targets], device=model.device)
-    inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
-    if "use_cache" in takes:
-        inputs["use_cache"] = False
-    if "logits_to_keep" in takes:  # the head runs on the scored positions only
-        inputs["logits_to_keep"], column = torch.unique(column, return_inverse=True)
-    logits = model(**inputs).logits
-    logits = logits[row] if logits.dim() == 2 else logits[row, column]  # a classifier has no positions
-    return logits.float(), targets, row
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
+    logits = logits_at(model, forward_parameters(model), inputs, batch.row, batch.column)[0]
+    return logits.float(), targets, batch.row
 
 
 # From logits [m, classes] and the classes that are right [m], what is differentiated at each position, [m].

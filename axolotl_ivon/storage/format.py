@@ -200,6 +200,14 @@ def _finite(text: str) -> float:
     return number
 
 
+def header_number(header: Mapping[str, str], name: str) -> float | None:
+    """Return a value of the header as a number; None if it is missing or no finite number."""
+    try:
+        return _finite(header[name])
+    except (KeyError, ValueError):
+        return None
+
+
 def regular_size(path: Path) -> int:
     """Return the size of a regular file; a pipe or a device, which has no end, is refused."""
     status = path.stat()
