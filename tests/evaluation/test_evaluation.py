@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from brute_force import draw_probabilities
 from heard import Heard
 from tiny import build_llama, build_lora, with_sigma, write_chats
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -99,22 +99,18 @@ def test_the_row_of_the_base_model_is_the_base_models(tmp_path: Path, lora: Any)
     adapter, heard = with_sigma(build_lora(base, tmp_path / "adapter", noise=0.1, **lora)), Heard()
     choice, data = VariantChoice(["base", "mean"]), EvaluationData([write_chats(tmp_path / "chats.jsonl", 8)])
     evaluated = run(adapter, data, choice, THREE, reporter=heard)
-    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
-    nll = []
-    for item in encode(tokenizer, evaluated.evaluation.examples, "choice", choices=("A", "B")):
-        with torch.no_grad():
-            logits = model(torch.tensor([item.ids])).logits[0, -1, [token for (token,) in item.candidates or ()]]
-        nll.append(-logits.log_softmax(-1)[item.targets[0]].item())
+    items = encode(AutoTokenizer.from_pretrained(base), evaluated.evaluation.examples, "choice", choices=("A", "B"))
+    right = draw_probabilities(base, items, None, [{}])[0, range(8), [item.targets[0] for item in items]]
     row = next((row for row in evaluated.record.rows if row.name == "base"), None)
     changed = bool(lora.get("bias")) or str(lora.get("init_lora_weights")).startswith(("pissa", "olora"))
     assert (row is None) == changed
     if row is not None:
-        assert row.nll == pytest.approx(statistics.mean(nll), rel=1e-4)
+        assert row.nll == pytest.approx(-right.log().mean().item(), rel=1e-4)
         return
     assert heard.notes[0].startswith("no row for the base model: ")
     assert evaluated.record.rows[0].versus("base") == {}
     with evaluated.evaluation.model.disable_adapter(), torch.no_grad():
-        ids = torch.tensor([evaluated.evaluation.items[0].ids])
+        ids, model = torch.tensor([items[0].ids]), AutoModelForCausalLM.from_pretrained(base)
         assert not torch.allclose(evaluated.evaluation.model(ids).logits, model(ids).logits, atol=1e-4)
     with pytest.raises(IVONError, match=r"rows base: .*; name other rows"):
         run(adapter, data, VariantChoice(["base"]), THREE)
