@@ -16,12 +16,14 @@ from ..records.evaluation import EvaluationRecord, ExampleRecord
 from ..records.influence import InfluenceRecord
 from ..records.recommendation import Recommendation
 
+NOTHING = EvaluationRecord.model_construct(rows=[])  # no evaluation
+
 
 @dataclass(frozen=True)
 class Findings:
     """Everything that was measured of an adapter; what was not is None or empty."""
 
-    evaluation: EvaluationRecord | None = None
+    evaluation: EvaluationRecord = NOTHING
     examples: Sequence[ExampleRecord] = ()
     sweep: Recommendation | None = None
     influence: Sequence[InfluenceRecord] = ()
@@ -44,21 +46,18 @@ class Findings:
         """
         if examples is not None and evaluation is None:
             raise IVONError(f"{param_ref('examples')} {examples}: give the {param_ref('eval')} that belongs to it too")
-        record = EvaluationRecord.load(evaluation, "eval", header) if evaluation is not None else None
-        if record is not None and evaluation is not None and examples is None and record.output is not None:
-            named = Path(record.output)
-            examples = next((path for path in (named, evaluation.parent / named.name) if path.is_file()), None)
+        record = NOTHING
+        if evaluation is not None:
+            record = EvaluationRecord.load(evaluation, "eval", header)
+            if examples is None and record.output is not None:
+                named = Path(record.output)
+                examples = next((path for path in (named, evaluation.parent / named.name) if path.is_file()), None)
         return cls(
             record,
-            _read_examples(examples, record) if record is not None and examples is not None else (),
+            _read_examples(examples, record) if examples is not None else (),
             recommended_from(sweep, header, "sweep") if sweep is not None else None,
             influence_file.load(influence, "influence") if influence is not None else (),
         )
-
-    @property
-    def files(self) -> list[str]:
-        """The data files of the evaluation."""
-        return self.evaluation.files if self.evaluation else []
 
     def values(self, data: str, variant: str, figure: str) -> np.ndarray:
         """Return one figure of a variant for every example of a file, (n,) float64; NaN where there is none.

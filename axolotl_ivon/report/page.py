@@ -46,12 +46,11 @@ def page(adapter: str, findings: Findings) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    summary, sweep = describe(adapter), findings.sweep
-    evaluation = findings.evaluation or EvaluationRecord.model_construct(rows=[])
+    summary, sweep, evaluation = describe(adapter), findings.sweep, findings.evaluation
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["svg"] = lambda figure: Markup(to_svg(figure))
     template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    names = file_names([*findings.files, *evaluation.ood_files])
+    names = file_names([*evaluation.files, *evaluation.ood_files])
     return template.render(
         title=PurePath(str(adapter)).name or str(adapter),
         facts=_facts(summary),
@@ -62,7 +61,7 @@ def page(adapter: str, findings: Findings) -> str:
         recommended=sweep.sentences() if sweep else [],
         reliability={
             names[data]: [reliability({name: values}) for name, values in each.items()]
-            for data in findings.files
+            for data in evaluation.files
             if (each := _curves(findings, data))
         },
         selective=_selective(findings, names),
@@ -131,8 +130,8 @@ def _ood_table(evaluation: EvaluationRecord, names: Mapping[str, str]) -> list[d
 
 def _variants(findings: Findings, data: str) -> list[str]:
     """Return the variants that there are examples of, without the pruned ones: a picture of five is legible."""
-    rows = findings.evaluation.rows if findings.evaluation else []
-    names = [row.name for row in rows if row.data == data and len(findings.values(data, row.name, "correct"))]
+    rows = [row for row in findings.evaluation.rows if row.data == data]
+    names = [row.name for row in rows if len(findings.values(data, row.name, "correct"))]
     return [name for name in names if "pruned" not in name] or names
 
 
@@ -155,8 +154,7 @@ def main_variant(findings: Findings, names: Sequence[str]) -> str | None:
         mean, scaled = sweep.tau == float("inf"), sweep.temperature != 1
         if mean and not sweep.ratio and not scaled and "mean" in names:
             return "mean"
-        same = evaluation and (mean or sweep.tau == evaluation.tau) and sweep.ratio == evaluation.prune_ratio
-        if same:
+        if (mean or sweep.tau == evaluation.tau) and sweep.ratio == evaluation.prune_ratio:
             name = "mean" if mean else "posterior"
             name += "-pruned" if sweep.ratio else ""
             name += "+temperature" if scaled else ""
@@ -168,11 +166,10 @@ def main_variant(findings: Findings, names: Sequence[str]) -> str | None:
 def _selective(findings: Findings, names: Mapping[str, str]) -> list[dict[str, Any]]:
     sections = []
     threshold, risk = findings.threshold, findings.sweep.risk if findings.sweep else None
-    for data in findings.files:
+    for data in findings.evaluation.files:
         curves = _curves(findings, data)
         if not curves:
             continue
-        assert findings.evaluation is not None
         main = main_variant(findings, [row.name for row in findings.evaluation.rows if row.data == data])
         answered, text = None, ""
         if threshold is not None and main is not None:
@@ -192,7 +189,7 @@ def _selective(findings: Findings, names: Mapping[str, str]) -> list[dict[str, A
 
 def _ood(findings: Findings, names: Mapping[str, str]) -> list[Any]:
     evaluation = findings.evaluation
-    if evaluation is None or not evaluation.ood:
+    if not evaluation.ood:
         return []
     variants = _variants(findings, evaluation.files[0])
     main = "posterior" if "posterior" in variants else main_variant(findings, variants)  # draws have more to say
@@ -239,7 +236,7 @@ def _cut(text: str, most: int = 80) -> str:
 
 def _examples(findings: Findings) -> dict[str, Any] | None:
     """Return what the main variant is surest of, least sure of, and surest of while it is wrong."""
-    data = findings.files
+    data = findings.evaluation.files
     main = main_variant(findings, _variants(findings, data[0])) if data else None
     if main is None:
         return None

@@ -22,7 +22,6 @@ def written(known: Findings, tmp_path: Path) -> Any:
     """A function that writes the evaluation with some changes, and its examples, and returns the first path."""
 
     def write(**changes: Any) -> Path:
-        assert known.evaluation is not None
         document = {**known.evaluation.dump(), **HEADER, "output": "gone/examples.jsonl", **changes}
         (tmp_path / "examples.jsonl").write_text("".join(json.dumps(line.dump()) + "\n" for line in known.examples))
         (tmp_path / "eval.json").write_text(json.dumps(document))
@@ -57,7 +56,6 @@ def test_documents_of_something_else_are_refused(known: Findings, written: Any, 
     known.sweep.model_copy(update={"mean_sha256": "c"}).save(sweep)
     with pytest.raises(IVONError, match=r"recommended\.json was chosen for another adapter"):
         Findings.read(HEADER, sweep=sweep)
-    assert known.evaluation is not None
     rows = [row.dump() for row in known.evaluation.rows]
     path, lines = written(), (tmp_path / "examples.jsonl").read_text().splitlines()
     first = json.loads(lines[0])
