@@ -52,8 +52,8 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def encoder(folder: Path, seed: int = 0, dropout: float = 0.1) -> Any:
-    return Encoder(folder, 2, seed, 2, ["query", "value"], dropout, 2)
+def encoder(folder: Path, dropout: float = 0.1) -> Any:
+    return Encoder(folder, 2, 0, 2, ["query", "value"], dropout, 2)
 
 
 def task(**sets: Any) -> Any:

@@ -96,6 +96,13 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "sigma beside another mean": (change(MEAN_FILE, fill(9.0)), "belongs to another adapter_model.safetensors"),
     "NaN mean": (change(MEAN_FILE, fill(math.nan)), "self_attn.q_proj.lora_A.weight holds NaN"),
     "not our file": (change(SIGMA_FILE, dict, format="other"), "format is 'other'"),
+    **{
+        f"format version {version}": (
+            change(SIGMA_FILE, dict, format_version=version),
+            f"{SIGMA_FILE}: format_version is '{version}'; this version of axolotl-ivon reads '1'",
+        )
+        for version in ("2", "10", "1.1", "")
+    },
     "tau is no number": (change(SIGMA_FILE, dict, tau="warm"), "tau is 'warm'"),
     "tau is 0 in the header": (change(SIGMA_FILE, dict, tau="0"), "tau is '0'"),
     "ratio is no ratio": (change(SIGMA_FILE, dict, pruned_ratio="7"), "pruned_ratio is '7'"),

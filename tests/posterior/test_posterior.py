@@ -22,18 +22,16 @@ from transformers import AutoModelForCausalLM
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.posterior.adapter import save_sigma
 from axolotl_ivon.posterior.posterior import open_posterior
-from axolotl_ivon.storage.format import SIGMA_FILE
-
-MEAN_FILE = "adapter_model.safetensors"
+from axolotl_ivon.storage.format import MEAN_FILE, SIGMA_FILE
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return set(a) == set(b) and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
 
 
-def toy(weights: int = 200, seed: int = 0, dtype: torch.dtype = torch.float32) -> Posterior:
-    torch.manual_seed(seed)
-    mean = {"a.lora_A.weight": torch.randn(weights // 2, 2).to(dtype), "b": torch.randn(7)}
+def toy(dtype: torch.dtype = torch.float32) -> Posterior:
+    torch.manual_seed(0)
+    mean = {"a.lora_A.weight": torch.randn(100, 2).to(dtype), "b": torch.randn(7)}
     sigma = {key: torch.rand(value.shape) + 0.1 for key, value in mean.items()}
     return Posterior(mean, sigma, {"ess": "10", "extra": "kept"}, {"peft_type": "LORA"})
 

@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.posterior.sample import EnsemblePlan, sample
-
-MEAN_FILE = "adapter_model.safetensors"
+from axolotl_ivon.storage.format import MEAN_FILE
 
 
 def test_members_are_the_draws_and_peft_loads_them(tiny_adapter: Path, tiny_llama: Path, tmp_path: Path):
