@@ -97,12 +97,8 @@ def command(
     from axolotl_ivon.decisions.sweep import check_grid, check_output, sweep
 
     # Its own folder is where all commands look for it.
-    own = (
-        not served
-        and bool(output.output)
-        and Path(adapter).is_dir()
-        and Path(str(output.output)).resolve() == Path(adapter).resolve()
-    )
+    target = Path(output.output or "").resolve()
+    own = output.output and not served and Path(adapter).is_dir() and target == Path(adapter).resolve()
     folder = Path(adapter) if own else output.path(adapter, "sweep")
     variants = check_grid(*([value for group in grid[name] for value in group] for name in ("taus", "ratios")))
     check_output(folder, output.overwrite)

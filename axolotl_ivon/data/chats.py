@@ -201,17 +201,17 @@ def _without_nulls(value: Any) -> Any:
     return json.loads(json.dumps(value), object_hook=lambda held: {k: v for k, v in held.items() if v is not None})
 
 
-def read_questions(path: str | Path, limit: int | None = None, name: str = "data") -> Iterator[Example]:
+def read_questions(path: str | Path, limit: int | None = None) -> Iterator[Example]:
     """Yield what is asked in each line of a JSONL file, as `question_of` takes it, without an answer.
 
     Raises:
         IVONError: as `read_examples`, but a line need not have an answer.
     """
-    return (question_of(record, source) for source, record in _read(path, limit, name))
+    return (question_of(record, source) for source, record in _read(path, limit, "data"))
 
 
-def read_texts(lines: Iterable[str], limit: int | None = None, name: str = "stdin") -> Iterator[Example]:
-    """Yield the same of lines of text; a line that is a JSON object is read as that of a file. Empty ones are skipped.
+def read_texts(lines: Iterable[str], limit: int | None = None) -> Iterator[Example]:
+    """Yield the same of lines of stdin; a line that is a JSON object is read as that of a file. Empty ones are skipped.
 
     Raises:
         IVONError: a JSON object has no chat.
@@ -222,7 +222,7 @@ def read_texts(lines: Iterable[str], limit: int | None = None, name: str = "stdi
         if line.lstrip().startswith("{"):
             with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-        yield question_of(record if isinstance(record, dict) else line, f"{name}:{number}")
+        yield question_of(record if isinstance(record, dict) else line, f"stdin:{number}")
 
 
 def question_of(value: str | Sequence[Message] | Mapping[str, Any], source: str) -> Example:

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import PROCESS
+from command_line import process
 
 from ivon_post._tables import decimal, emit, number, percent, print_table
 
 
-def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run `ivon-post` as a process of its own."""
-    return subprocess.run([*PROCESS, *map(str, arguments)], capture_output=True, text=True, **options)  # type: ignore[call-overload]
-
-
 def test_help_imports_nothing_heavy():
-    script = (
+    program = (
         "import sys, ivon_post\n"
         "try: ivon_post.cli(['--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'rich', 'numpy', 'transformers', 'safetensors'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = process(program=program, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -40,17 +33,17 @@ def test_help_imports_nothing_heavy():
 )
 def test_completion(kind: str, words: str, expected: str):
     environment = {"_IVON_POST_COMPLETE": kind, "COMP_WORDS": words, "COMP_CWORD": "3", "PATH": "/usr/bin:/bin"}
-    printed = run(env=environment).stdout
+    printed = process(env=environment).stdout
     assert expected in printed
     assert printed.count("plain,") <= 1
 
 
 def test_a_process_writes_beside_the_input_or_fails_with_one_line(tiny_adapter: Path, copied: Callable, tmp_path: Path):
-    done = run("prune", tmp_path / "missing")
+    done = process("prune", tmp_path / "missing")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"Error: {tmp_path / 'missing'}: no such folder\n"
     folder = copied(tiny_adapter)
-    done = run("prune", folder.name, "--ratio", "0.25", cwd=folder.parent, check=True)
+    done = process("prune", folder.name, "--ratio", "0.25", cwd=folder.parent, check=True)
     assert done.stdout.splitlines() == ["224 of 896 weights are 0 (25.00%), by snr", "adapter-pruned-0.25"]
     assert done.stderr == "next: ivon-post eval adapter-pruned-0.25 --data FILE.jsonl\n"
     assert (folder.parent / "adapter-pruned-0.25" / "ivon_sigma.safetensors").is_file()

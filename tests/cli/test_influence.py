@@ -20,8 +20,7 @@ def data(tmp_path: Path) -> Path:
 def test_scores_then_clean_data_then_a_report(tiny_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli) -> None:
     out, clean, validation = tmp_path / "influence.jsonl", tmp_path / "clean.jsonl", tmp_path / "validation.jsonl"
     write_chats(validation, count=6, seed=1)
-    result = ivon_post.run("influence", tiny_adapter, "-d", data, "--on", validation, "-o", out)
-    assert result.exit_code == 0, result.output
+    result = ivon_post.done("influence", tiny_adapter, "-d", data, "--on", validation, "-o", out)
     assert result.stdout.splitlines() == ["no row stands out by sensitivity, of 25: nothing to leave out", str(out)]
     assert "--keep" not in result.stderr, "clean data stay whole"
     rows = [json.loads(line) for line in out.read_text().splitlines()]

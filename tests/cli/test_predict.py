@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from command_line import Cli
 from tiny import chat, write_chats
 
 from axolotl_ivon import predict
 from axolotl_ivon.records.decision import Decision
-from ivon_post import cli
 
 LABELS = ["yes no", "A", "yes"]
 TEXTS = ["red sun", "moon", "rain dog", "  warm cold "] * 6
@@ -83,8 +81,7 @@ def test_texts_come_from_stdin_and_spreadsheets_take_csv(
 ) -> None:
     lines = [*TEXTS[:3], "", json.dumps({"text": TEXTS[3]}), "{no JSON}"]
     given = words(tiny_adapter, "--threshold", 0.4, "--format", "csv")
-    result = CliRunner().invoke(cli, given, input="\n".join(lines) + "\n")
-    assert result.exit_code == 0, result.output
+    result = ivon_post.done(*given, stdin="\n".join(lines) + "\n")
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
     assert [(row["line"], row["text"]) for row in rows] == [
         ("1", TEXTS[0]), ("2", TEXTS[1]), ("3", TEXTS[2]), ("5", TEXTS[3]), ("6", "{no JSON}")
@@ -95,7 +92,7 @@ def test_texts_come_from_stdin_and_spreadsheets_take_csv(
         assert probabilities == pytest.approx(decision.probabilities, rel=1e-4)
         assert float(row["confidence"]) == probabilities[row["label"]]
     assert result.stderr.splitlines()[-1].startswith("5 texts: ")
-    result = CliRunner().invoke(cli, words(tiny_adapter, "--json", "--quiet", "--limit", 2), input="\n".join(lines))
+    result = ivon_post.done(*words(tiny_adapter, "--json", "--quiet", "--limit", 2), stdin="\n".join(lines))
     document = json.loads(result.stdout)
     assert (result.stderr, document["coverage"], document["temperature"]) == ("", None, 1)
     assert [line["text"] for line in document["decisions"]] == TEXTS[:2]
@@ -103,19 +100,17 @@ def test_texts_come_from_stdin_and_spreadsheets_take_csv(
 
 
 def test_the_adapters_own_recommendation_is_taken_unless_draws_are_asked_for(
-    tiny_adapter: Path, copied: Callable[[Path], Path], data: Path, decisions: list[Decision]
+    tiny_adapter: Path, copied: Callable[[Path], Path], data: Path, decisions: list[Decision], ivon_post: Cli
 ) -> None:
     folder = copied(tiny_adapter)
     (folder / "recommended.json").write_text('{"tau": "inf", "ratio": 0.0, "temperature": 2.0, "threshold": 0.4}')
     given = ["predict", folder, "--choices", ",".join(LABELS), "--data", data]
-    mean = Cli().run(*given)
-    assert mean.exit_code == 0, mean.output
-    assert (
-        "taken from the adapter's recommended.json: the mean with T 2, abstaining below confidence 0.4" in mean.stderr
-    )
+    mean = ivon_post.done(*given)
+    text = "taken from the adapter's recommended.json: the mean with T 2, abstaining below confidence 0.4"
+    assert text in mean.stderr
     lines = [json.loads(line) for line in mean.stdout.splitlines()]
     check(lines, predict(folder, TEXTS, LABELS))
-    drawn = Cli().run(*given, "-n", 2, "--threshold", 0.4, "--no-recommended")
+    drawn = ivon_post.done(*given, "-n", 2, "--threshold", 0.4, "--no-recommended")
     check([json.loads(line) for line in drawn.stdout.splitlines()], decisions)
     assert "recommended.json" not in drawn.stderr
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 
 import pytest
+from command_line import process
 from rich.console import Console
 
 from ivon_post import _progress
@@ -95,7 +94,7 @@ def test_stages_end_when_the_next_begins_and_can_be_described(terminal: None) ->
 
 
 def test_libraries_are_silent_though_they_are_imported_later() -> None:
-    script = """
+    program = """
 import logging, os
 import ivon_post
 @ivon_post.cli.command("probe")
@@ -111,6 +110,6 @@ before = dict(os.environ)
 ivon_post.cli(["probe"], standalone_mode=False)
 print(dict(os.environ) == before)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = process(program=program, check=True)
     assert done.stdout.splitlines() == ["True False", "[False, False]", "True"]
     assert done.stderr == "trouble\n"

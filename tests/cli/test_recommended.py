@@ -130,8 +130,7 @@ def test_what_changes_an_adapter_neither_takes_the_file_nor_passes_it_on(
     adapter = calibrated(ratio=0.5, tau=9.0)
 
     def made(name: str, *words: object) -> Path:
-        result = ivon_post.run(*words, "-o", tmp_path / name)
-        assert result.exit_code == 0, result.output
+        result = ivon_post.done(*words, "-o", tmp_path / name)
         assert "taken from" not in result.stderr
         assert not list((tmp_path / name).rglob("recommended.json"))
         return tmp_path / name

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import snapshot
+from command_line import process, snapshot
 from tiny import build_llama, write_chats
 
-SCRIPT = """
+PROGRAM = """
 import json, sys
 from click.testing import CliRunner
 from ivon_post import cli
@@ -238,14 +236,8 @@ def told(
         (folder / name).write_text(text)
     before = snapshot(folder)
     commands = [*CASES, *MISTYPED, *LATE]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        input=json.dumps([words.replace("narrow", "home/narrow").split() for words in commands]),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    lines = json.dumps([words.replace("narrow", "home/narrow").split() for words in commands])
+    done = process(program=PROGRAM, input=lines, cwd=folder, check=True)
     assert snapshot(folder) == before
     return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
 

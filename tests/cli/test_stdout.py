@@ -6,11 +6,10 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from command_line import PROCESS, READING, WRITING, fill
+from command_line import PROCESS, READING, WRITING, fill, process
 from tiny import write_chats
 
 from axolotl_ivon import Posterior
@@ -34,25 +33,17 @@ def noisy(self, enter=_progress.Progress.__enter__):
     return progress
 _progress.Progress.__enter__ = noisy
 """
-MAIN = """
-atexit.register(noise)
-ivon_post.main()
-"""
+NOISY_MAIN = f"{NOISY}\natexit.register(noise)\nivon_post.main()\n"
 # As a value; versions are text.
 QUOTED_NUMBER = re.compile(r'(?<!version": )"(-?\d+(\.\d*)?(e[+-]?\d+)?|nan|-inf)"(?!:)')
 KINDS = ("print", "a descriptor", "C", "a child", "the first stream")
 
 
-def run(program: str, words: Sequence[object], folder: Path) -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, "-c", program]
-    return subprocess.run([*script, *map(str, words)], cwd=folder, capture_output=True, text=True, check=True)
-
-
 def test_results_and_nothing_else(tiny_adapter: Path, tmp_path: Path) -> None:
-    done = run(NOISY + MAIN, ["info", tiny_adapter, "--json"], tmp_path)
+    done = process("info", tiny_adapter, "--json", program=NOISY_MAIN, check=True)
     assert json.loads(done.stdout)["weights"] == Posterior.from_pretrained(tiny_adapter).mean.weights
     assert {kind: done.stderr.count(f"noise of {kind}\n") for kind in KINDS} == dict.fromkeys(KINDS, 2)
-    done = run(NOISY + MAIN, ["temper", tiny_adapter, "--tau", 2, "-o", "out"], tmp_path)
+    done = process("temper", tiny_adapter, "--tau", 2, "-o", "out", program=NOISY_MAIN, cwd=tmp_path, check=True)
     assert done.stdout.splitlines() == ["τ is 2", "out"]
     assert "noise of C" in done.stderr
 
@@ -73,7 +64,7 @@ def test_every_command_prints_one_document(tiny_adapter: Path, other_adapter: Pa
     ]
     loop = f"\nfor words in {[[*map(str, words), '--json'] for words in commands]!r}:\n"
     loop += "    ivon_post.cli(words, standalone_mode=False)\n"
-    rest = run(NOISY + loop, [], tmp_path).stdout
+    rest = process(program=NOISY + loop, cwd=tmp_path, check=True).stdout
     for words in commands:
         _, end = json.JSONDecoder().raw_decode(rest)
         assert not QUOTED_NUMBER.search(rest[:end]), words[0]
@@ -94,9 +85,9 @@ def test_a_caller_in_this_process_gets_stdout_back(tiny_adapter: Path, capfd: py
 
 def test_a_reader_that_has_gone_is_no_traceback(tiny_adapter: Path) -> None:
     script = [*PROCESS, "info", str(tiny_adapter), "--json"]
-    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stderr
-        process.stdout.close()
-        assert "Traceback" not in process.stderr.read()
-        assert process.wait() == 1
+    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout
+        assert run.stderr
+        run.stdout.close()
+        assert "Traceback" not in run.stderr.read()
+        assert run.wait() == 1

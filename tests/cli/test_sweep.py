@@ -18,8 +18,7 @@ def test_a_sweep_writes_what_eval_takes(tiny_adapter: Path, pipeline: Pipeline, 
     out = tmp_path / "out"
     grid = ["sweep", tiny_adapter, "--data", pipeline.chats, "--tau", "0.2,1", "--tau", "inf", "--ratio", "0,0.5"]
     grid += ["--samples", 2, "-o", out]
-    result = ivon_post.run(*grid)
-    assert result.exit_code == 0, result.output
+    result = ivon_post.done(*grid)
     assert "no reliability diagram" in result.stderr  # a handful of examples fill no two bins
     names = ["recommended.json", "trade-off.png", "trade-off.svg"]
     assert sorted(path.name for path in out.iterdir()) == names
@@ -95,8 +94,7 @@ def test_the_weights_of_a_product(make_adapter: Callable[..., Path], tmp_path: P
     adapters = [make_adapter(seed=seed) for seed in (1, 2)]
     data = [write_chats(tmp_path / f"{name}.jsonl", 12, seed) for seed, name in enumerate("ab")]
     words = ["sweep", "--combine", *adapters, "--data", data[0], "--data", data[1], "-o", tmp_path / "out"]
-    result = ivon_post.run(*words)
-    assert result.exit_code == 0, result.output
+    result = ivon_post.done(*words)
     assert "a.jsonl: NLL" in result.stdout
     assert sum("front" in line for line in result.stdout.splitlines()[:20]) >= 1
     assert f"next: ivon-post eval {tmp_path / 'out'} --data TEST.jsonl" in result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,14 @@ READING: dict[str, tuple[object, ...]] = {
 }
 
 
-# `ivon-post` as a process of its own.
-PROCESS = [sys.executable, "-c", "import ivon_post; ivon_post.main()"]
+MAIN = "import ivon_post; ivon_post.main()"
+PROCESS = [sys.executable, "-c", MAIN]
+
+
+def process(*words: object, program: str = MAIN, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run `ivon-post`, or another program, as a process of its own, and note what it prints."""
+    command = [sys.executable, "-c", program, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 class Cli:
@@ -33,9 +40,13 @@ class Cli:
 
     def __call__(self, *arguments: object) -> str:
         """Run a command that must succeed, and return its stdout."""
-        result = self.run(*arguments)
+        return self.done(*arguments).stdout
+
+    def done(self, *arguments: object, stdin: str | None = None) -> Any:
+        """Run a command that must succeed, and return click's result."""
+        result = self.run(*arguments, stdin=stdin)
         assert result.exit_code == 0, result.output
-        return result.stdout
+        return result
 
     def json(self, *arguments: object) -> Any:
         """Run a command with --json, and return the document that is all of its stdout."""
@@ -51,12 +62,12 @@ class Cli:
         assert lines[0].startswith("Error: ")
         return lines[0]
 
-    def run(self, *arguments: object) -> Any:
+    def run(self, *arguments: object, stdin: str | None = None) -> Any:
         from click.testing import CliRunner
 
         from ivon_post import cli
 
-        return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+        return CliRunner().invoke(cli, [str(argument) for argument in arguments], input=stdin)
 
 
 def fill(words: tuple[object, ...], adapter: Path | str, other: Path | str = "", out: Path | str = "") -> list[str]:

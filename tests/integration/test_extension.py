@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from command_line import PROCESS
+from command_line import process
 
 from axolotl_ivon import Posterior
 
@@ -59,9 +59,8 @@ def test_its_criterion_prunes_and_its_command_runs_and_is_in_the_help(tiny_adapt
     subprocess.run([*pip, "--target", str(site), str(source)], check=True)
 
     def run(*arguments: object) -> str:
-        script = [*PROCESS, *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        return subprocess.run(script, env=environment, check=True, capture_output=True, text=True).stdout
+        return process(*arguments, env=environment, check=True).stdout
 
     run("prune", tiny_adapter, "--criterion", "last-rows", "--ratio", 0.25, "--scope", "tensor", "-o", out)
     for tensor in Posterior.from_pretrained(out).mean.values():

@@ -18,8 +18,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import READING, WRITING, fill, snapshot
+from command_line import READING, WRITING, fill, process, snapshot
 from safetensors.numpy import load_file, save_file
 
 from axolotl_ivon.posterior import tensors as posterior_tensors
@@ -429,8 +427,7 @@ def test_memory_is_at_most_twice_what_is_read(command: str, tiny_adapter: Path, 
     size = sum((folder / name).stat().st_size for name in (MEAN, SIGMA))
     if "OTHER" in ALL[command]:
         fill_folder(Path(shutil.copytree(folder, tmp_path / "other")), seed=1)
-    script = [sys.executable, "-c", MEASURE, *fill(ALL[command], "adapter", "other", "out")]
-    done = subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, text=True)
+    done = process(*fill(ALL[command], "adapter", "other", "out"), program=MEASURE, cwd=tmp_path, check=True)
     assert int(done.stderr.splitlines()[-1]) <= 2 * size + 16 * MIB
 
 
@@ -478,7 +475,6 @@ def test_no_command_asks_the_network_unless_for_a_hub_id(
     folder = copied(tiny_adapter)
     copied(other_adapter, "other")
     commands = [fill(words, "adapter", "other", f"{name}-out") for name, words in (READING | WRITING).items()]
-    script = [sys.executable, "-c", OFFLINE, json.dumps(commands)]
-    done = subprocess.run(script, cwd=folder.parent, check=False, capture_output=True, text=True)
+    done = process(json.dumps(commands), program=OFFLINE, cwd=folder.parent)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1].startswith("asked: ")

@@ -7,14 +7,13 @@ import inspect
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_line import READING, WRITING, fill
+from command_line import READING, WRITING, fill, process
 
 from axolotl_ivon import IVONLoRA
 
@@ -92,7 +91,6 @@ def test_operations_of_ivon_post(tiny_adapter: Path, other_adapter: Path, copied
     commands = [*READING.values(), *(words for name, words in WRITING.items() if name != "merge")]
     filled = [fill(words, "adapter", "other", "out") for words in commands]
     filled += [["info", "adapter"], ["prune", "damaged"]]
-    command = [sys.executable, "-c", OPERATE, str(OPERATIONS), json.dumps(filled)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = process(OPERATIONS, json.dumps(filled), program=OPERATE, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 8 * MIB
