@@ -153,13 +153,14 @@ def fit(problem: FitProblem) -> FittedSigma:
     prior = first_prior(problem)
     fan_ins = [value.shape[-1] for name, value in problem.parameters.items() if ".lora_A." in name]
     start: Mapping[str, Tensor] | float = PRESETS["auto"].first_h0(prior.ess, fan_ins)
-    progress, first = Averages(), 0
+    progress, first, steps = Averages(), 0, 0
     if kept := problem.state.read():
         progress, first = Averages.restored(kept, problem.session.device), kept.values["stage"]
-        prior = prior._replace(ess=kept.values["ess"])
-    steps, stages = 0, 2 if problem.settings.validation else 1
+        prior, steps = prior._replace(ess=kept.values["ess"]), kept.values["earlier_steps"]
+    stages = 2 if problem.settings.validation else 1
     for stage in range(first, stages):
-        progress = _settle(problem, progress, prior, start, stage)
+        at = {"stage": stage, "ess": prior.ess, "earlier_steps": steps}
+        progress = _settle(problem, progress, prior, start, at)
         steps += progress.step
         information = progress.information()
         if stage + 1 < stages:
@@ -168,17 +169,21 @@ def fit(problem: FitProblem) -> FittedSigma:
 
 
 def _settle(
-    problem: FitProblem, progress: Averages, prior: Prior, start: Mapping[str, Tensor] | float, stage: int
+    problem: FitProblem,
+    progress: Averages,
+    prior: Prior,
+    start: Mapping[str, Tensor] | float,
+    at: Mapping[str, float],
 ) -> Averages:
-    """Continue from `progress` until σ has settled."""
+    """Continue from `progress` until σ has settled; `at` is kept beside it, for `fit` to continue there."""
     settings, reporter, session = problem.settings, problem.reporter, problem.session
 
     def snapshot() -> Snapshot:
         kept = progress.kept()
-        return Snapshot(kept.tensors, {**kept.values, "stage": stage, "ess": prior.ess})
+        return Snapshot(kept.tensors, {**kept.values, **at})
 
     batches = Batches(problem.items, settings.batch_size, session.device.type, session.classes)
-    advance = reporter.begin("fitting σ" if not stage else "fitting σ at the λ chosen")
+    advance = reporter.begin("fitting σ" if not at["stage"] else "fitting σ at the λ chosen")
     advance(progress.step)
     with squaring(problem) as square, problem.state.kept(snapshot):
         numbered = enumerate(itertools.islice(batches.endless(settings.seed), progress.step, None), progress.step)

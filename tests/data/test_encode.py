@@ -180,11 +180,16 @@ TOOLS = [
 WITHOUT_TOOLS = {"exaone4", "gemma4", "gemma4_unified"}
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_what_is_scored_is_what_axolotl_trains_on(tokenizer: Any, tmp_path: Path, name: str) -> None:
+@pytest.fixture(params=TEMPLATES)
+def name(tokenizer: Any, request: pytest.FixtureRequest) -> str:
+    """The name of each of axolotl's templates, which the tokenizer has."""
     from axolotl.utils.chat_templates import get_chat_template
 
-    tokenizer.chat_template = get_chat_template(name)
+    tokenizer.chat_template = get_chat_template(request.param)
+    return request.param
+
+
+def test_what_is_scored_is_what_axolotl_trains_on(tokenizer: Any, tmp_path: Path, name: str) -> None:
     records: list[dict[str, Any]] = [tiny.chat("red sun", answer) for answer in ANSWERS]
     asked = {"role": "user", "content": "red sun"}
     records.append({"messages": [asked, {"role": "assistant", "content": "A", "reasoning_content": "since"}]})
@@ -227,11 +232,7 @@ def test_what_is_scored_is_what_axolotl_trains_on(tokenizer: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("reason", ["", "<think>\n{}\n</think>\n\n"], ids=["plain", "reasoning"])
-@pytest.mark.parametrize("name", TEMPLATES)
 def test_generation_begins_where_training_did(tokenizer: Any, name: str, reason: str) -> None:
-    from axolotl.utils.chat_templates import get_chat_template
-
-    tokenizer.chat_template = get_chat_template(name)
     texts = [("red sun?", "dog"), ("blue moon?", "cat"), ("warm rain?", "two birds"), ("slow", "one")]
     conversations = [example_of(reason.format(f"{answer} since") + answer, question) for question, answer in texts]
     *trained, new = encode_turns(tokenizer, conversations)
@@ -244,11 +245,7 @@ def test_generation_begins_where_training_did(tokenizer: Any, name: str, reason:
 PARAGRAPHS = {"gemma3", "gemma3n", "mistral_v1", "mistral_v2v3", "mistral_v3_tekken", "pixtral"}
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
 def test_the_system_prompt_that_all_rows_share_is_known(tokenizer: Any, name: str) -> None:
-    from axolotl.utils.chat_templates import get_chat_template
-
-    tokenizer.chat_template = get_chat_template(name)
     told = {"role": "system", "content": "red or blue?"}
 
     def known(*systems: dict[str, str] | None) -> str | None:

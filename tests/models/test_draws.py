@@ -102,18 +102,14 @@ def test_lora_on_fused_experts_is_not_stacked(tiny_llama: Path, tmp_path: Path) 
         Stack(model, [q.sample(0, k) for k in range(2)])
 
 
-def test_draws_are_sample_s_and_the_model_is_left_as_it_was(tiny_adapter: Path, tiny_llama: Path) -> None:
+def test_draws_are_sample_s_and_the_model_is_left_as_it_was(tiny_adapter: Path) -> None:
     q = Posterior.from_pretrained(tiny_adapter)
     model = load_model(tiny_adapter)
     before = {name: param.clone() for name, param in model.named_parameters()}
-    text = torch.arange(3, 40)[None]
     with draws(q, model, 3, seed=5) as members:
         for k in members:
             draw = q.sample(seed=5, member=k)
             assert all(value.equal(draw[key]) for key, value in get_peft_model_state_dict(model).items())
-            other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tiny_adapter).eval()
-            set_peft_model_state_dict(other, draw)
-            torch.testing.assert_close(model(text).logits, other(text).logits)
     assert k == 2
     assert all(param.equal(before[name]) for name, param in model.named_parameters())
     with pytest.raises(KeyError), draws(q, model, 3) as members:
