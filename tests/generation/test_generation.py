@@ -207,19 +207,6 @@ def test_entropies_are_those_of_the_definitions(outputs: list[tuple[int, int]]) 
     np.testing.assert_allclose(cluster_shares(clusters), shares)
 
 
-def test_temperature_makes_the_confidence_what_it_makes_of_probabilities() -> None:
-    # Shares 3/4 and 1/4 at T = 2: square roots, scaled to sum 1; the entropies are of the outputs as they are.
-    measured = measure([0, 0, 0, 1], [0, 0, 1, 1], 0, temperature=2)
-    assert measured.confidence == pytest.approx(math.sqrt(0.75) / (math.sqrt(0.75) + math.sqrt(0.25)))
-    assert measured.semantic_entropy == measure([0, 0, 0, 1], [0, 0, 1, 1], 0).semantic_entropy
-
-
-def test_no_answer_agrees_with_nothing() -> None:
-    clusters = by_answer(["7", None, "7", None, "8"])
-    assert clusters[0] == clusters[2]
-    assert len(set(clusters)) == 4
-
-
 def test_measures_are_judged_by_what_they_order() -> None:
     measured = [Uncertainty(0.9, 0.1, 0.1, 0.0), Uncertainty(0.6, 0.2, 0.2, 0.0), Uncertainty(0.4, 0.3, 0.0, 0.3)]
     judged = judge(measured, np.array([0.0, 0.0, 1.0]), quality=np.array([1.0, 0.8, 0.1]))

@@ -163,14 +163,6 @@ def test_a_late_start_gives_the_rest(scene: Scene) -> None:
     assert list(scene.engine(SAMPLED, batch_size=24).outputs(scene.prompts, 3)) == whole[3:]
 
 
-def test_the_mean_is_the_posterior_at_infinite_tau(scene: Scene) -> None:
-    mean = scene.outputs(replace(SAMPLED, n=5, mean=True))
-    plan = replace(SAMPLED, n=5, per_model=5)
-    cold = TransformersEngine(scene.session, scene.posterior.temper(float("inf")), plan)
-    same(mean, list(cold.outputs(scene.prompts)))
-    assert {output.member for own in mean for output in own} == {0}
-
-
 def test_a_stop_string_ends_the_text_before_it(scene: Scene) -> None:
     free = scene.outputs(SAMPLED)
     stops = (free[0][0].text[4:6], "a")

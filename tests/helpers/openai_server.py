@@ -88,12 +88,11 @@ class Server:
                 for stop in body.get("stop", []):
                     if stop in text:
                         text, finish, stopped = text.split(stop)[0], "stop", stop
-                told = range(0 if body.get("echo") else len(prompt), len(ids))
                 choices.append(
                     {
                         "index": index,
                         **({"message": {"role": "assistant", "content": text}} if chat else {"text": text}),
-                        "logprobs": self._logprobs(ids, told, body, chat),
+                        "logprobs": self._logprobs(ids, len(prompt), body, chat),
                         "finish_reason": finish,
                         "stop_reason": stopped,
                         "prompt_logprobs": rows,
@@ -133,20 +132,15 @@ class Server:
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _logprobs(self, ids: list[int], told: range, body: dict[str, Any], chat: bool) -> dict[str, Any]:
+    def _logprobs(self, ids: list[int], start: int, body: dict[str, Any], chat: bool) -> dict[str, Any]:
         rows = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         count = body.get("top_logprobs", 0) if chat else body.get("logprobs") or 0
-
-        def name(token: int) -> str:
-            return f"token_id:{token}" if body.get("return_tokens_as_token_ids") else self.tokenizer.decode([token])
-
         tokens, logprobs, tops = [], [], []
-        for place in told:
-            tokens.append(name(ids[place]))
-            row = rows[place - 1] if place else None
-            logprobs.append(None if row is None else float(row[ids[place]]))
-            likeliest = [] if row is None or not count else [*row.topk(count).indices.tolist(), ids[place]]
-            tops.append(None if row is None else {name(t): float(row[t]) for t in likeliest})
+        for row, token in zip(rows[start - 1 :], ids[start:], strict=False):
+            tokens.append(self.tokenizer.decode([token]))
+            logprobs.append(float(row[token]))
+            likeliest = [*row.topk(count).indices.tolist(), token] if count else []
+            tops.append({self.tokenizer.decode([other]): float(row[other]) for other in likeliest})
         if not chat:
             return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops}
         return {

@@ -22,6 +22,7 @@ from ...decisions.recommendation import DecisionRule
 from ...errors import IVONError
 from ...evaluation.predict import Predictor
 from ...generation.local import next_tokens
+from ...generation.uncertainty import split_entropy
 from ...metrics.calibration import rescale
 from ...metrics.scores import entropy
 from ...models.draws import Stack, evaluating
@@ -183,12 +184,12 @@ class TokenEngine:
 
     def _value(self, request: GenerationRequest, begun: str, end: str, values: Sequence[str]) -> AnswerDelta:
         """Return one of the values of a field, which stands between `begun` and `end`."""
-        rows = [tuple(self._tokenize(begun + value + end)) for value in values]
-        start = common_length(rows) if len(rows) > 1 else 0
-        candidates = tuple(row[start:] for row in rows)
         if len(values) == 1:
             ivon = {"choices": {values[0]: 1.0}, "expected_entropy": 0.0, "mutual_information": 0.0}
-            return AnswerDelta(0, values[0], (), "stop", ivon, len(candidates[0]))
+            return AnswerDelta(0, values[0], (), "stop", ivon)
+        rows = [tuple(self._tokenize(begun + value + end)) for value in values]
+        start = common_length(rows)
+        candidates = tuple(row[start:] for row in rows)
         ids = (*request.ids, *rows[0][:start])
         [chosen] = self._choose(replace(request, ids=ids, labels=tuple(values), candidates=candidates))
         return chosen
@@ -207,7 +208,7 @@ class TokenEngine:
         with evaluating(self._model):
             while '"' not in text:
                 logits = decoder.run(torch.tensor([newest], device=self._model.device))
-                average, own, total = mixture(logits, served.rule.temperature)
+                average, within, between = mixture(logits, served.rule.temperature)
                 average[:, self._without_text] = -math.inf
                 for token in average[0].argsort(descending=True).tolist():
                     longer = str(self._decode([*before, *tokens, token]))[start:]
@@ -216,40 +217,38 @@ class TokenEngine:
                 else:
                     raise IVONError("the tokenizer has no token that ends a string")
                 probability *= math.exp(average[0, token])
-                expected, mutual = expected + float(own), mutual + max(float(total - own), 0.0)
+                expected, mutual = expected + float(within), mutual + float(between)
                 tokens, newest, text = [*tokens, token], [token], longer
         value = f'"{text.partition(chr(34))[0]}"'
         ivon = {"choices": {value: probability}, "expected_entropy": expected, "mutual_information": mutual}
         return AnswerDelta(0, value, (), "stop", ivon, len(tokens))
 
     def _tokens(
-        self, average: torch.Tensor, expected: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor, top: int | None
+        self, average: torch.Tensor, expected: torch.Tensor, mutual: torch.Tensor, chosen: torch.Tensor, top: int | None
     ) -> Iterator[Token]:
         """Yield the chosen token of every row, which adds no text yet."""
         logprobs = average.gather(1, chosen[:, None])[:, 0]
-        numbers = torch.stack([logprobs, expected, total - expected], 1).tolist()
+        numbers = torch.stack([logprobs.clamp(min=LEAST_LOGPROB), expected, mutual], 1).tolist()
         likeliest: list[Any] = [()] * len(chosen)
         if top:
             values, ids = average.topk(min(top, average.shape[1]))
             likeliest = [zip(*row, strict=True) for row in zip(ids.tolist(), values.tolist(), strict=True)]
         for id, (logprob, *entropies), others in zip(chosen.tolist(), numbers, likeliest, strict=True):
             named = tuple((self._name_of(other), max(value, LEAST_LOGPROB)) for other, value in others)
-            logprob = max(logprob, LEAST_LOGPROB)
-            yield Token(id, self._name_of(id), "", logprob, named, entropies[0], max(entropies[1], 0.0))
+            yield Token(id, self._name_of(id), "", logprob, named, *entropies)
 
 
 def choose_labels(drawn: torch.Tensor, request: GenerationRequest, rule: DecisionRule) -> list[AnswerDelta]:
     """Return the answers of a request with labels, from the probabilities that draws give these, [draws, labels]."""
-    average = drawn.mean(0)
-    expected, total = float(entropy(drawn).mean()), float(entropy(average))
-    shares = rescale(average[None], rule.temperature)[0]
+    _, expected, mutual = split_entropy((drawn / len(drawn)).cpu().numpy())
+    shares = rescale(drawn.mean(0)[None], rule.temperature)[0]
     by_label = dict(zip(request.labels, shares.tolist(), strict=True))
     deltas = []
     for number in range(request.n):
         uniform = torch.tensor([generator("serve", request.seed, number).random()])
         index = int(next_tokens(shares.log()[None].float(), uniform, request.temperature, request.top_p))
         label = request.labels[index]
-        ivon = certainty(by_label[label], expected, max(total - expected, 0.0), len(drawn), rule.threshold)
+        ivon = certainty(by_label[label], expected, mutual, len(drawn), rule.threshold)
         ivon["choices"] = by_label
         if rule.prediction_set is not None:
             ivon["set"] = labels_in_set(by_label, rule.prediction_set.threshold)
@@ -265,17 +264,18 @@ def mixture(logits: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tenso
         temperature: T of the result, p ∝ (1/M Σ_m p_m)^(1/T).
 
     Returns:
-        log p, shape (rows, vocabulary); the expected entropy 1/M Σ_m H[p_m] and the entropy of the average, shape
-        (rows,), before T, which says nothing about how far members disagree; of one member both are H[p].
+        log p, shape (rows, vocabulary); the expected entropy 1/M Σ_m H[p_m] and the mutual information, shape (rows,),
+        before T, which says nothing about how far members disagree; of one member H[p] and 0.
     """
     if len(logits) == 1:
         average = (logits[0] / temperature).log_softmax(-1)
-        total = torch.special.entr(average.exp()).sum(-1)
-        return average, total, total
+        expected = entropy(average.exp())
+        return average, expected, torch.zeros_like(expected)
     logprobs = logits.log_softmax(-1)
     average = logprobs.logsumexp(0) - math.log(len(logprobs))
-    expected, total = torch.special.entr(logprobs.exp()).sum(-1).mean(0), torch.special.entr(average.exp()).sum(-1)
-    return average if temperature == 1 else (average / temperature).log_softmax(-1), expected, total
+    expected = entropy(logprobs.exp()).mean(0)
+    mutual = (entropy(average.exp()) - expected).clamp(min=0)
+    return average if temperature == 1 else (average / temperature).log_softmax(-1), expected, mutual
 
 
 class _Answer:

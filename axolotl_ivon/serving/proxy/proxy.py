@@ -27,8 +27,6 @@ from .mixture import Candidate, by_risk, by_score, unique
 from .responses import read_candidates, read_prompt_ids, read_text, read_tokens
 from .upstream import UpstreamPool, broken_off, malformed_as_502
 
-Choose = Callable[[Sequence[Candidate], int], list[AnswerDelta]]
-
 
 @dataclass(frozen=True)
 class Combining:
@@ -62,7 +60,8 @@ class Proxy(Backend):
         self._pool = pool
         self._rule = rule if rule.score == "probability" else DecisionRule()
         self._candidates, self._threshold = combining.candidates, rule.threshold
-        self._choose: Choose | None = None  # chooses n of the candidates of all members; None: by their scores
+        # Chooses n of the candidates of all members; None: by their scores.
+        self._choose: Callable[[Sequence[Candidate], int], list[AnswerDelta]] | None = None
         if combining.combine != "rescore":
             answers = AnswerExtractor(combining.answer_regex)
             utility = UTILITIES[combining.combine](answers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -325,19 +324,6 @@ def test_the_time_of_a_request_is_limited(serve: Serve, slow: SlowEngine, stream
             list(client.completions.create(**SLOW, stream=stream))
         slow.go.release()
         until(lambda: slow.ended)
-
-
-def test_a_server_that_ends_finishes_what_runs(serve: Serve, slow: SlowEngine) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        with serve(slow) as url:
-            client = official(url)
-            running = [pool.submit(client.completions.create, **SLOW, max_tokens=3) for _ in range(2)]
-            until(lambda: slow.begun)
-            until(lambda: "ivon_waiting 1.0" in ask(url, "/metrics")[2])
-            threading.Timer(0.3, slow.go.release, [6]).start()
-        assert [own.result().choices[0].text for own in running] == ["xxx", "xxx"]
-        with pytest.raises(openai.APIConnectionError):
-            client.completions.create(**SLOW)
 
 
 def test_metrics_count(serve: Serve) -> None:

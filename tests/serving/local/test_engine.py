@@ -226,6 +226,11 @@ def test_a_string_is_greedy_among_the_tokens_that_json_allows(
     assert choice["probability"] == pytest.approx(probability, rel=1e-3)
 
 
+def test_a_field_of_one_value_takes_no_tokens(engine: TokenEngine) -> None:
+    [delta] = parts(engine, fields={"a": ["7"], "b": ["true"]}, top=None)
+    assert (delta.text, delta.generated, (delta.ivon or {})["confidence"]) == ('{"a": 7, "b": true}', 0, 1.0)
+
+
 def test_the_model_is_left_as_it_was(make_adapter: Callable[..., Path], make_engine: MakeEngine) -> None:
     engine = make_engine(make_adapter(use_dora=True))
     before = {name: own.clone() for name, own in engine._model.state_dict().items()}
@@ -238,7 +243,7 @@ def test_the_model_is_left_as_it_was(make_adapter: Callable[..., Path], make_eng
 
 def test_the_average_of_distributions_and_its_entropies() -> None:
     logits = torch.tensor([[[0.0, 0.0, -math.inf]], [[0.0, -math.inf, 0.0]]])
-    average, expected, total = mixture(logits)
+    average, expected, mutual = mixture(logits)
     torch.testing.assert_close(average.exp(), torch.tensor([[0.5, 0.25, 0.25]]))
     assert float(expected) == pytest.approx(math.log(2))
-    assert float(total) == pytest.approx(1.5 * math.log(2))
+    assert float(mutual) == pytest.approx(0.5 * math.log(2))
