@@ -226,12 +226,7 @@ def _examples(path: Path) -> int:
 def _loads(cfg: Mapping[str, Any], together: int, accumulated: int) -> tuple[int, int]:
     """Return how many rows all processes load at once, and in how many micro-batches these are trained on.
 
-    Args:
-        together: examples, or completions, of a micro-batch in all processes.
-        accumulated: micro-batches of a step.
-
-    Raises:
-        IVONError: the completions that are written at once are no whole groups, or no whole micro-batches.
+    `together` are the examples, or completions, of a micro-batch in all processes.
     """
     if cfg.get("rl") != "grpo":
         return together, 1

@@ -18,7 +18,7 @@ from ..optim.ivon import IVONLoRA
 from ..posterior.chain import check_prior, prior_header
 from ..posterior.posterior import Posterior
 from ..settings.presets import Preset, resolved
-from .beginning import TrainedRows
+from .beginning import header_of_data
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import remove_unfinished
 from .patches import average_in_every_backward_pass, save_sigma_beside_the_mean, show_the_mean
@@ -174,7 +174,7 @@ def attach(
         settings_for_run=settings_for_run,
         calibrates=calibrate,
     )
-    header |= TrainedRows(trainer).header()
+    header |= header_of_data(trainer)
     # All is checked: from here on the Trainer and its model change.
     if earlier:
         # Here and not when the optimizer is made: the weights of a checkpoint are loaded before that.

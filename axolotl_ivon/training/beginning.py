@@ -14,18 +14,15 @@ from typing import Any
 
 from ..storage.labels import LONGEST_LABEL, MOST_LABELS, are_labels
 
+# Of tokenised data: token ids, and the places of those that are trained, ascending.
+Row = tuple[Sequence[int], Sequence[int]]
 _MOST_ROWS = 256
 _LONGEST = 64  # tokens
 _GAP = 4  # between an answer's last token and the end-of-sequence token that belongs to its turn
 
 
-def generation_prompt(tokenizer: Any, rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> str | None:
-    """Return the text that most rows have just before their last trained turn, as far as they agree; None if nothing.
-
-    Args:
-        tokenizer: decodes it.
-        rows: token ids, and the places of those that are trained, ascending.
-    """
+def generation_prompt(tokenizer: Any, rows: Iterable[Row]) -> str | None:
+    """Return the text that most rows have just before their last trained turn, as far as they agree; or None."""
     contexts = []
     for ids, trained in rows:
         if turns := _turns(trained):
@@ -45,21 +42,14 @@ def generation_prompt(tokenizer: Any, rows: Iterable[tuple[Sequence[int], Sequen
 _SYSTEM, _USER = "zzsystemzz", "[[turn]]"  # contents to find in what a chat template writes
 
 
-def system_prompt(tokenizer: Any, rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> str | None:
+def system_prompt(tokenizer: Any, rows: Iterable[Row]) -> str | None:
     """Return what the system turn that all rows share says; None without one, or if the template writes it by itself.
 
     It must be a turn of its own: in the user's turn (Gemma, Mistral) nothing tells it from what the user says.
-
-    Args:
-        tokenizer, rows: as those of `generation_prompt`.
     """
-    shared: list[int] | None = None
-    for ids, trained in rows:
-        if trained:
-            before = ids[: trained[0]]
-            both = zip(before, before if shared is None else shared, strict=False)
-            shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
-    text = str(tokenizer.decode(shared or [], clean_up_tokenization_spaces=False))
+    before = [ids[: trained[0]] for ids, trained in rows if trained]
+    shared = [ids[0] for ids in itertools.takewhile(lambda ids: len({*ids}) == 1, zip(*before, strict=False))]
+    text = str(tokenizer.decode(shared, clean_up_tokenization_spaces=False))
     turn = {"role": "user", "content": _USER}
 
     def rendered(*messages: Mapping[str, str]) -> str:
@@ -83,13 +73,10 @@ def _turns(trained: Sequence[int]) -> list[tuple[int, int]]:
     return [(end, place) for i, (end, place) in enumerate(begins) if place - end >= (_GAP if i else 1)]
 
 
-def answers_to_choose_from(tokenizer: Any, rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[str] | None:
+def answers_to_choose_from(tokenizer: Any, rows: Iterable[Row]) -> list[str] | None:
     """Return the different answers if there are several and they `are_labels`, sorted; else None.
 
     An answer is the text that the chat template makes the trained tokens of, without blanks that it adds.
-
-    Args:
-        tokenizer, rows: as those of `generation_prompt`.
     """
     special, counts = set(getattr(tokenizer, "all_special_ids", ())), Counter[tuple[int, ...]]()
     before: dict[tuple[int, ...], tuple[int, ...]] = {}  # by the tokens of an answer, those before it
@@ -126,39 +113,33 @@ def _is_rendered(tokenizer: Any, answer: str, context: Sequence[int], tokens: Se
     return any(ids[i : i + len(wanted)] == wanted for i in range(len(ids)))
 
 
-class TrainedRows:
-    """The tokenised rows of a Trainer's data that say what is trained; none where they do not."""
+def header_of_data(trainer: Any) -> dict[str, str]:
+    """Return `header_of` the tokenised rows of a Trainer's data; nothing where they do not say what is trained."""
+    tokenizer, data = getattr(trainer, "processing_class", None), trainer.train_dataset
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    columns = getattr(data, "column_names", None) or ()
+    if isinstance(data, list) and data and isinstance(data[0], dict):
+        columns = data[0]
+    marks = next((name for name in ("labels", "assistant_masks", "completion_mask") if name in columns), "")
+    if not (marks and "input_ids" in columns and hasattr(data, "__len__") and hasattr(tokenizer, "decode")):
+        return {}
 
-    def __init__(self, trainer: Any) -> None:
-        tokenizer, self._data = getattr(trainer, "processing_class", None), trainer.train_dataset
-        self.tokenizer: Any = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
-        columns = getattr(self._data, "column_names", None) or ()
-        if isinstance(self._data, list) and self._data and isinstance(self._data[0], dict):
-            columns = self._data[0]
-        marks = next((name for name in ("labels", "assistant_masks", "completion_mask") if name in columns), "")
-        fits = marks and "input_ids" in columns and hasattr(self._data, "__len__")
-        self._marks = marks if fits and hasattr(self.tokenizer, "decode") else ""
-
-    def rows(self, most: int | None = None) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield the token ids of each row and the places of those that are trained; of about `most`, evenly spread."""
-        untrained, count = -100 if self._marks == "labels" else 0, len(self._data)
+    def rows(most: int | None) -> Iterator[Row]:
+        untrained, count = -100 if marks == "labels" else 0, len(data)
         for number in range(0, count, max(1, count // most) if most else 1):
-            row = self._data[number]
-            if not hasattr(marks := row[self._marks], "__len__"):  # a classifier's label
+            row = data[number]
+            if not hasattr(row[marks], "__len__"):  # a classifier's label
                 return
-            yield [int(id) for id in row["input_ids"]], [i for i, mark in enumerate(marks) if mark != untrained]
+            trained = [i for i, mark in enumerate(row[marks]) if mark != untrained]
+            yield [int(id) for id in row["input_ids"]], trained
 
-    def header(self) -> dict[str, str]:
-        """Return what they say for the header of σ: see `header_of`."""
-        return header_of(self.tokenizer, self.rows) if self._marks else {}
+    return header_of(tokenizer, rows)
 
 
-def header_of(tokenizer: Any, rows: Callable[[int | None], Iterable[tuple[list[int], list[int]]]]) -> dict[str, str]:
+def header_of(tokenizer: Any, rows: Callable[[int | None], Iterable[Row]]) -> dict[str, str]:
     """Return `generation_prompt`, `system_prompt` and `choices` for the header of σ, where there are any.
 
-    Args:
-        tokenizer: as that of `generation_prompt`.
-        rows: returns about so many rows, or all.
+    `rows` returns about so many rows of the data, evenly spread, or all.
     """
     header = {
         "generation_prompt": generation_prompt(tokenizer, rows(_MOST_ROWS)),

@@ -12,9 +12,8 @@ import operator
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -37,6 +36,7 @@ from ..records.recommendation import (
     SweepVerdict,
     describe,
 )
+from .posterior_loss import evaluating
 
 if TYPE_CHECKING:
     from .callback import PosteriorTraining
@@ -50,20 +50,8 @@ _LABELS = 128  # of one example, evenly spread over it
 _CHUNK = 1024  # labels whose distributions over the vocabulary are worked on at a time
 
 
-@dataclass(frozen=True)
-class _Way:
-    """The mean (τ = ∞), or draws at τ."""
-
-    tau: float
-
-    @property
-    def draws(self) -> int:
-        return DRAWS if math.isfinite(self.tau) else 1
-
-
-@dataclass(frozen=True)
-class _Column:
-    """What one way predicts for the labels of one example at every temperature: tensors of shape (labels, T)."""
+class _Column(NamedTuple):
+    """What the mean (τ = ∞), or draws at τ, predict for labels at every temperature: tensors of shape (labels, T)."""
 
     nll: Tensor
     confidence: Tensor
@@ -85,18 +73,16 @@ def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None,
     """
     try:
         dataset = _evaluation_data(run, seen)
-        ways = [_Way(math.inf)]
-        if run.draws_as_saved:
-            affordable = int((SHARE * seen / len(dataset) - 1) / DRAWS)
-            ways += [_Way(tau) for tau in TAUS[:affordable]]
+        affordable = int((SHARE * seen / len(dataset) - 1) / DRAWS) if run.draws_as_saved else 0
+        taus = [math.inf, *TAUS[:affordable]]
         # In an order of their contents, so that the halves do not depend on the number of processes.
         columns = [
             columns
-            for _, columns in sorted(gather_object(list(_measure(run, dataset, ways))), key=operator.itemgetter(0))
+            for _, columns in sorted(gather_object(list(_measure(run, dataset, taus))), key=operator.itemgetter(0))
         ]
     except NotCalibrated as why:
         return None, f"not calibrated: {why}"
-    recommendation, text = _choose(ways, columns, run.trainer.args.seed)
+    recommendation, text = _choose(taus, columns, run.trainer.args.seed)
     if recommendation.verdict and recommendation.verdict.differences:
         path = Path(str(run.trainer.args.output_dir)) / RECOMMENDED_FILE
         text += f"; {path} holds it, and every command that predicts takes it"
@@ -124,32 +110,30 @@ def _evaluation_data(run: PosteriorTraining, seen: int) -> Any:
     return dataset.select(places) if hasattr(dataset, "select") else Subset(dataset, places)
 
 
-def _measure(run: PosteriorTraining, dataset: Any, ways: Sequence[_Way]) -> Iterator[tuple[int, list[_Column]]]:
-    """Yield a hash of every example of this process, and what each way predicts for its labels."""
+def _draws_at(tau: float) -> int:
+    return DRAWS if math.isfinite(tau) else 1
+
+
+def _measure(run: PosteriorTraining, dataset: Any, taus: Sequence[float]) -> Iterator[tuple[int, list[_Column]]]:
+    """Yield a hash of every example of this process, and what each τ predicts for its labels."""
     trainer: Any = run.trainer
     loader = trainer.get_eval_dataloader(dataset)
-    passes = sum(way.draws for way in ways)
+    passes = sum(map(_draws_at, taus))
     shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
-    was_training = trainer.model.training
-    trainer.model.eval()
-    try:
-        # A DataLoader takes a random number at every pass, and training may go on afterwards.
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for batch in tqdm(loader, desc=f"calibrating, {passes} passes", disable=not shown):
-                inputs = trainer._prepare_inputs(batch)
-                labels = inputs.pop("labels", None)
-                if labels is None:
-                    raise NotCalibrated("the evaluation data have no labels to predict")
-                places, target, group = _places(labels)
-                by_way = [_columns(trainer, run, way, inputs, labels, places, target) for way in ways]
-                ids, attended = inputs["input_ids"].cpu(), inputs.get("attention_mask")
-                for example in group.unique().tolist():
-                    here = group == example
-                    own = ids[example] if attended is None else ids[example][attended[example].cpu().bool()]
-                    columns = [_Column(c.nll[here], c.confidence[here], c.correct[here]) for c in by_way]
-                    yield zlib.crc32(own.numpy().tobytes()), columns
-    finally:
-        trainer.model.train(was_training)
+    with evaluating(trainer.model):
+        for batch in tqdm(loader, desc=f"calibrating, {passes} passes", disable=not shown):
+            inputs = trainer._prepare_inputs(batch)
+            labels = inputs.pop("labels", None)
+            if labels is None:
+                raise NotCalibrated("the evaluation data have no labels to predict")
+            places, target, group = _places(labels)
+            by_tau = [_columns(run, tau, inputs, labels, places, target) for tau in taus]
+            ids, attended = inputs["input_ids"].cpu(), inputs.get("attention_mask")
+            for example in group.unique().tolist():
+                here = group == example
+                own = ids[example] if attended is None else ids[example][attended[example].cpu().bool()]
+                columns = [_Column(*(values[here] for values in column)) for column in by_tau]
+                yield zlib.crc32(own.numpy().tobytes()), columns
 
 
 def _places(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,30 +153,25 @@ def _places(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _columns(
-    trainer: Any,
-    run: PosteriorTraining,
-    way: _Way,
-    inputs: dict[str, Any],
-    labels: Tensor,
-    places: Tensor,
-    target: Tensor,
+    run: PosteriorTraining, tau: float, inputs: dict[str, Any], labels: Tensor, places: Tensor, target: Tensor
 ) -> _Column:
-    """Return what a way predicts for the labels of a batch: one forward pass, or the average of its draws'."""
+    """Return what a τ predicts for the labels of a batch: one forward pass, or the average of its draws'."""
+    trainer: Any = run.trainer
     averaged: Any = None
     logits: Any = None
-    for number in range(way.draws):
+    for number in range(_draws_at(tau)):
         at: AbstractContextManager[None] = nullcontext()
-        if math.isfinite(way.tau):
-            at = run.optimizer.evaluation_draw(number, way.tau)
+        if math.isfinite(tau):
+            at = run.optimizer.evaluation_draw(number, tau)
         with at, trainer.compute_loss_context_manager():
             logits = getattr(trainer.model(**inputs), "logits", None)
         if logits is None or logits.shape[: labels.dim()] != labels.shape:
             raise NotCalibrated("the model gives no logits for the labels of the evaluation data")
         logits = logits.reshape(-1, logits.shape[-1])[places].float()
-        if way.draws > 1:
+        if math.isfinite(tau):
             probabilities = logits.softmax(-1)
             averaged = probabilities if averaged is None else averaged.add_(probabilities)
-    logs = logits if averaged is None else averaged.div_(way.draws).clamp_min_(1e-38).log_()
+    logs = logits if averaged is None else averaged.div_(DRAWS).clamp_min_(1e-38).log_()
     parts = [_at_temperatures(*part) for part in zip(logs.split(_CHUNK), target.split(_CHUNK), strict=True)]
     nll, confidence, correct = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
     return _Column(nll, confidence, correct)
@@ -210,11 +189,11 @@ def _at_temperatures(logs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tens
     return nll, confidence, guess == target
 
 
-def _choose(ways: Sequence[_Way], columns: list[list[_Column]], seed: int) -> tuple[Recommendation, str]:
-    """Return the recommendation from what every way (inner list) predicts for every example, and a line about it."""
+def _choose(taus: Sequence[float], columns: list[list[_Column]], seed: int) -> tuple[Recommendation, str]:
+    """Return the recommendation from what every τ (inner list) predicts for every example, and a line about it."""
     order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed)).tolist()
     choosing, report = order[: len(order) // 2], order[len(order) // 2 :]
-    nll = [torch.cat([columns[i][way].nll for i in choosing]).mean(0).tolist() for way in range(len(ways))]
+    nll = [torch.cat([columns[i][way].nll for i in choosing]).mean(0).tolist() for way in range(len(taus))]
 
     def cost(at: tuple[int, int]) -> float:
         return nll[at[0]][at[1]]
@@ -227,8 +206,8 @@ def _choose(ways: Sequence[_Way], columns: list[list[_Column]], seed: int) -> tu
         return judge(*versus(one, other), len(report))
 
     plain = (0, TEMPERATURES.index(1.0))
-    # By the number of the way and that of the temperature.
-    candidates = [(way, t) for way in range(len(ways)) for t in range(len(TEMPERATURES))]
+    # By the number of τ and that of the temperature.
+    candidates = [(way, t) for way in range(len(taus)) for t in range(len(TEMPERATURES))]
     others = candidates[len(TEMPERATURES) :]
     choice = choose(plain, candidates[: len(TEMPERATURES)], others, cost, outcome)
     recommended, scaled, draws = choice.recommended, choice.scaled, min(others, key=cost, default=None)
@@ -238,11 +217,11 @@ def _choose(ways: Sequence[_Way], columns: list[list[_Column]], seed: int) -> tu
 
     def point(at: tuple[int, int]) -> GridPoint:
         chosen_on, reported_on = (Metrics(**measured(at, part)) for part in (choosing, report))
-        tau, temperature = ways[at[0]].tau, TEMPERATURES[at[1]]
+        tau, temperature = taus[at[0]], TEMPERATURES[at[1]]
         return GridPoint(tau=tau, ratio=0.0, temperature=temperature, chosen_on=chosen_on, reported_on=reported_on)
 
     def named(at: tuple[int, int]) -> str:
-        return describe(ways[at[0]].tau, temperature=TEMPERATURES[at[1]])
+        return describe(taus[at[0]], temperature=TEMPERATURES[at[1]])
 
     text = f"calibrated on {len(columns)} evaluation examples: {named(recommended)}"
     if recommended != plain:
@@ -274,7 +253,7 @@ def _choose(ways: Sequence[_Way], columns: list[list[_Column]], seed: int) -> tu
         mean_reported_on=point(plain).reported_on,
         verdict=verdict,
         scaled=at_their_own,
-        draws=DrawsPoint(tau=ways[draws[0]].tau, temperature=TEMPERATURES[draws[1]]) if draws else None,
+        draws=DrawsPoint(tau=taus[draws[0]], temperature=TEMPERATURES[draws[1]]) if draws else None,
     )
     return recommendation, text
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..plugins import plugin_manager
 from ..posterior.adapter import TRAINING_TAU, save_sigma
 from ..posterior.card import CARD_FILE, remove_old_results, update_card
 from ..posterior.posterior import Posterior
-from ..records.recommendation import RECOMMENDED_FILE
+from ..records.recommendation import RECOMMENDED_FILE, Recommendation
 from ..settings.table import header_of
 from ..storage.atomic import put_in_place, updated_adapter
 from ..storage.format import MEAN_FILE, SIGMA_FILE
@@ -90,24 +91,42 @@ def save_with_sigma(
     if not run.begun and any((adapter_folder(folder, adapter) / SIGMA_FILE).is_file() for adapter in run.adapters):
         LOG.warning("%s holds a posterior and this run has not begun to train: left as it is", folder)
         return
+    adapters = run.adapters if run.begun else []
+    save_adapters(
+        folder,
+        adapters,
+        lambda new: save_pretrained(new, *args, **kwargs),
+        partial(_save_sigma, run),
+        run.recommendation,
+    )
+
+
+def save_adapters(
+    folder: Path,
+    adapters: Sequence[str],
+    save_mean: Callable[[Path], Any],
+    save_sigma_of: Callable[[Path, str], None],
+    recommendation: Recommendation | None = None,
+) -> None:
+    """Save a model by `save_mean`, and σ, card and recommendation of these adapters so that all appears at once."""
     saved = []
     with updated_adapter(folder) as new:
         if (folder / CARD_FILE).is_file():
             shutil.copyfile(folder / CARD_FILE, new / CARD_FILE)  # PEFT extends a card that is there
-        save_pretrained(new, *args, **kwargs)
-        for adapter in run.adapters if run.begun else ():
+        save_mean(new)
+        for adapter in adapters:
             place = adapter_folder(new, adapter)
             if (place / MEAN_FILE).is_file():
-                _save_sigma(run, place, adapter)
+                save_sigma_of(place, adapter)
                 saved.append(adapter_folder(folder, adapter))
-                if run.recommendation is not None:
+                if recommendation is not None:
                     header = TensorFile(place / SIGMA_FILE).metadata
                     about: dict[str, Any] = {"adapter": saved[-1].name, "mean_sha256": header["mean_sha256"]}
                     about["adapter_tau"] = float(header.get("tau", 1))  # the τ of draws was measured on top of it
-                    run.recommendation.model_copy(update=about).save(place / RECOMMENDED_FILE)
+                    recommendation.model_copy(update=about).save(place / RECOMMENDED_FILE)
                 update_card_in(place)
     for each in saved:
-        if run.recommendation is None:  # one that is there is of another adapter
+        if recommendation is None:  # one that is there is of another adapter
             (each / RECOMMENDED_FILE).unlink(missing_ok=True)
         with suppress(IVONError):
             remove_old_results(each)
@@ -122,11 +141,7 @@ def load_adapters(run: PosteriorTraining, checkpoint: Path) -> None:
 
 
 def adopt_checkpoint(run: PosteriorTraining, checkpoint: Path) -> bool:
-    """Let the optimizer's posterior be the one saved in a checkpoint, whose weights the Trainer has loaded.
-
-    Returns:
-        Whether σ is there; else it stays as it is.
-    """
+    """Take σ from a checkpoint whose weights the Trainer has loaded; return whether it is there, else it stays."""
     sigma: dict[torch.Tensor, torch.Tensor] = {}
     for adapter in run.adapters:
         folder = adapter_folder(checkpoint, adapter)
@@ -171,14 +186,7 @@ def save_optimizer_s_sigma(
     header: Mapping[str, str],
     steps: int,
 ) -> None:
-    """Write σ of an adapter's weights beside their mean in `folder`.
-
-    Args:
-        names: those of `saved.names_of`.
-        params: the trained weights, by their names in the model.
-        header: entries of the header that are no settings of the optimizer.
-        steps: of the run.
-    """
+    """Write σ of an adapter's weights beside their mean in `folder`; `header` is what the optimizer does not know."""
     sigma_of = getattr(optimizer, "sigma_for_next_prior", optimizer.sigma)
     sigma = {key: sigma_of(params[weight]).cpu() for key, weight in weights_in_file(model, adapter, names).items()}
     # What is in the file without having been trained (a resized embedding, say) has σ = 0.

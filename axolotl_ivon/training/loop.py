@@ -9,14 +9,11 @@ from peft import PeftModel
 
 from ..errors import IVONError
 from ..optim.ivon import IVONLoRA
-from ..plugins import plugin_manager
 from ..posterior.chain import prior_header
 from ..posterior.posterior import Posterior
-from ..storage.atomic import updated_adapter
-from ..storage.format import RECOMMENDED_FILE
 from .callback import trained_parameters
-from .checkpoints import save_optimizer_s_sigma, update_card_in
-from .saved import adapter_folder, check_that_all_is_saved, names_of, trained_adapters
+from .checkpoints import save_adapters, save_optimizer_s_sigma
+from .saved import check_that_all_is_saved, names_of, trained_adapters
 
 
 def save_posterior(
@@ -55,14 +52,9 @@ def save_posterior(
     if prior is not None:
         header |= prior_header(prior, optimizer.param_groups[0]["prior_strength"], size)
     steps = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+
+    def save_sigma_of(place: Path, adapter: str) -> None:
+        save_optimizer_s_sigma(model, names, params, optimizer, place, adapter, header, steps)
+
     adapters = trained_adapters(model, names)
-    with updated_adapter(Path(folder)) as new:
-        model.save_pretrained(str(new))
-        for adapter in adapters:
-            place = adapter_folder(new, adapter)
-            save_optimizer_s_sigma(model, names, params, optimizer, place, adapter, header, steps)
-            update_card_in(place)
-    for adapter in adapters:
-        # One that is there is of another adapter.
-        (adapter_folder(Path(folder), adapter) / RECOMMENDED_FILE).unlink(missing_ok=True)
-        plugin_manager().hook.posterior_saved(folder=str(adapter_folder(Path(folder), adapter)))
+    save_adapters(Path(folder), adapters, lambda new: model.save_pretrained(str(new)), save_sigma_of)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,18 @@ from transformers import Trainer
 
 from ..errors import IVONError, param_ref
 from ..optim.ivon import IVONLoRA
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Hold a model in evaluation mode; training goes on with the random numbers that it would have had."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():  # a DataLoader takes a random number at every pass
+            yield
+    finally:
+        model.train(was_training)
 
 
 def posterior_loss(trainer: Trainer, optimizer: IVONLoRA, dataloader: Iterable[Any], samples: int) -> float:
@@ -24,26 +37,18 @@ def posterior_loss(trainer: Trainer, optimizer: IVONLoRA, dataloader: Iterable[A
     Raises:
         IVONError: the data has no labels for the model's logits.
     """
-    model: Any = trainer.model
-    was_training = model.training
-    model.eval()
     total = torch.tensor(-math.inf)
-    try:
-        # A DataLoader takes a random number at every pass, and dropout would notice.
-        with torch.random.fork_rng(devices=[]):
-            for number in range(samples):
-                with optimizer.evaluation_draw(number):
-                    drawn = torch.cat([_label_log_probabilities(trainer, batch) for batch in dataloader])
-                total = torch.logaddexp(total, drawn)
-    finally:
-        model.train(was_training)
+    with evaluating(trainer.model):
+        for number in range(samples):
+            with optimizer.evaluation_draw(number):
+                drawn = torch.cat([_label_log_probabilities(trainer, batch) for batch in dataloader])
+            total = torch.logaddexp(total, drawn)
     log_likelihood = total - math.log(samples)
     sums = torch.stack([log_likelihood.sum(dtype=torch.float64), torch.tensor(float(len(log_likelihood)))])
     sums = trainer.accelerator.reduce(sums.to(trainer.accelerator.device, torch.float32), "sum")
     return float(-sums[0] / sums[1])
 
 
-@torch.no_grad()
 def _label_log_probabilities(trainer: Trainer, batch: Any) -> Tensor:
     """Return log p of every label of a batch, float32 on the CPU, shape [labels]."""
     inputs = trainer._prepare_inputs(batch)

@@ -24,11 +24,7 @@ LOG = logging.getLogger(__name__)
 def gaussian_prior(
     model: PeftModel, names: Mapping[str, str], shapes: Mapping[str, torch.Size], prior: Posterior
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (m₀, σ₀) of every trained parameter, float32, by its name in the model.
-
-    Args:
-        names: those of `saved.names_of`.
-        shapes: the parameters', by their names.
+    """Return (m₀, σ₀) of every trained parameter, float32, by its name in the model, as `names` and `shapes` have it.
 
     Raises:
         IVONError: it is of another base model, has another rank, scaling or other targets, or no width; the message

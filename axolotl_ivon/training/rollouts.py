@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,12 +46,12 @@ class RolloutTrainerMixin(PosteriorTrainerMixin):
         if run.optimizer is None or not run.optimizer.sampling:  # an evaluation
             return super()._prepare_inputs(inputs)
         kept = trainer._buffered_inputs
-        with _at_mean(run.optimizer) as number:
-            batch: Any = super()._prepare_inputs(inputs)
-            if trainer._buffered_inputs is not kept:  # completions were written
-                # Axolotl's asynchronous Trainer keeps the batches without the first, and each once an iteration.
-                batches = list({id(each): each for each in (batch, *trainer._buffered_inputs)}.values())
-                self._give_draws(batches, number)
+        run.optimizer.redraw(None)
+        batch: Any = super()._prepare_inputs(inputs)
+        if trainer._buffered_inputs is not kept:  # completions were written
+            # Axolotl's asynchronous Trainer keeps the batches without the first, and each once an iteration.
+            batches = list({id(each): each for each in (batch, *trainer._buffered_inputs)}.values())
+            self._give_draws(batches, run.optimizer.draw_number)
         if run.settings["hessian"] == "squared_gradients":
             mask = batch["completion_mask"]  # RLOO's losses are of completions, GRPO's of tokens
             run.losses += len(mask) if _OLD in batch else int(mask.sum())
@@ -179,9 +178,9 @@ class OnlineDPOTrainerMixin(PosteriorTrainerMixin):
         optimizer = self.posterior_training.optimizer
         if optimizer is None or not optimizer.sampling:
             return generate(*args, **kwargs)
-        with _at_mean(optimizer) as number:
-            completions = generate(*args, **kwargs)
-        optimizer.redraw(number)
+        optimizer.redraw(None)
+        completions = generate(*args, **kwargs)
+        optimizer.redraw(optimizer.draw_number)
         return completions
 
 
@@ -232,16 +231,6 @@ def count_rollout_draws(trainer: Trainer, rollouts: str, draws: int | None) -> i
         steps=getattr(args, "steps_per_generation", 0),
         hindrance=next((name for name, value in hindrances.items() if value), ""),
     )
-
-
-@contextmanager
-def _at_mean(optimizer: Any) -> Iterator[int]:
-    """Hold the mean in the parameters inside the block, of which the draw that was there has this number.
-
-    Whoever leaves the block puts a draw back; after an exception `sampled_params` puts the mean there anyway.
-    """
-    optimizer.redraw(None)
-    yield optimizer.draw_number
 
 
 def _methods(trainer: Any) -> Any:

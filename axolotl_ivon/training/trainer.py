@@ -59,23 +59,20 @@ class PosteriorTrainerMixin(Trainer):
         """Make the schedule, after choosing its peak where a preset bounds how far a weight can travel."""
         create_scheduler, run = super().create_scheduler, self.posterior_training
         run.fit_to(num_training_steps)
-        if run.travel is None:
-            run.log_settings(num_training_steps)
-            scheduler = create_scheduler(num_training_steps, *([optimizer] if optimizer else ()))
-            run.rates = rates(scheduler, num_training_steps)
-            return scheduler
 
-        def schedule(lr: float, probe: Any) -> Any:
+        def with_peak(lr: float, probe: Any) -> Any:
             self.args.learning_rate, self.lr_scheduler = lr, None
             return create_scheduler(num_training_steps, probe)
 
-        lr = rate_for(run.travel, run.step_bound, num_training_steps, schedule)
-        chosen: Any = optimizer or self.optimizer
-        for group in chosen.param_groups:
-            group["lr"] = group["initial_lr"] = lr
-        getattr(chosen, "defaults", {})["lr"] = lr  # where some schedules look
+        if run.travel is not None:
+            lr = rate_for(run.travel, run.step_bound, num_training_steps, with_peak)
+            chosen: Any = optimizer or self.optimizer
+            for group in chosen.param_groups:
+                group["lr"] = group["initial_lr"] = lr
+            getattr(chosen, "defaults", {})["lr"] = lr  # where some schedules look
+            self.args.learning_rate, self.lr_scheduler = lr, None
         run.log_settings(num_training_steps)
-        scheduler = schedule(lr, optimizer)
+        scheduler = create_scheduler(num_training_steps, *([optimizer] if optimizer else ()))
         run.rates = rates(scheduler, num_training_steps)
         return scheduler
 

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.chats import Example, detect_task, read_chats, read_examples
 from axolotl_ivon.data.encode import ChatFormat, EncodedExample, encode, encode_turns, render
-from axolotl_ivon.training.beginning import TrainedRows, answers_to_choose_from, generation_prompt, system_prompt
+from axolotl_ivon.training.beginning import answers_to_choose_from, generation_prompt, header_of_data, system_prompt
 
 
 @pytest.fixture
@@ -286,13 +286,13 @@ def test_a_trainers_rows_say_how_answers_begin(tokenizer: Any) -> None:
         marked = [[-100] * len(p) + a if marks == "labels" else [0] * len(p) + [1] * len(a) for p, a in rows]
         data = Dataset.from_list([{"input_ids": p + a, marks: m} for (p, a), m in zip(rows, marked, strict=True)])
         trainer = SimpleNamespace(processing_class=tokenizer, train_dataset=data)
-        return TrainedRows(trainer).header().get("generation_prompt")
+        return header_of_data(trainer).get("generation_prompt")
 
     assert begins(["sun a<t>", "moon a<t>"]) == begins(["sun a<t>", "moon a<t>"], "completion_mask") == " a<t>"
     assert begins(["sun a<t>", "moon a<t>", "dog a<t>", "rain a</t>"]) == " a<t>"  # as most do
     assert begins(["a<t>", "b</u"]) is None
     assert begins(["a<t>"], "other") is None
-    assert TrainedRows(SimpleNamespace(train_dataset=None)).header() == {}
+    assert header_of_data(SimpleNamespace(train_dataset=None)) == {}
 
 
 MERGING = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -329,7 +329,7 @@ def test_answers_that_are_labels_are_known_from_the_tokens_that_are_trained(
         {"input_ids": ids, "labels": [id if place in trained else -100 for place, id in enumerate(ids)]}
         for ids, trained in rows
     ]
-    header = TrainedRows(SimpleNamespace(processing_class=tokenizer, train_dataset=data)).header()
+    header = header_of_data(SimpleNamespace(processing_class=tokenizer, train_dataset=data))
     assert json.loads(header.get("choices", "null")) == choices
     if len({*answers}) > 1:  # an evaluation finds the same
         assert detect_task(examples) == ("generate" if choices is None else "choice")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -63,11 +63,26 @@ def step_of(optimizer: IVONLoRA) -> Iterator[None]:
     optimizer.zero_grad()
 
 
-def train(optimizer: IVONLoRA, pair: dict[str, nn.Parameter], data: list[torch.Tensor]) -> None:
+def train(optimizer: IVONLoRA, pair: dict[str, nn.Parameter], data: Sequence[torch.Tensor]) -> None:
     """Take a step for every batch."""
     for batch in data:
         with step_of(optimizer):
             lora_loss(pair, batch).backward()
+
+
+def trained_pair(
+    data: Sequence[torch.Tensor] = (), dtype: torch.dtype = torch.float32, **changes: object
+) -> tuple[dict[str, nn.Parameter], IVONLoRA]:
+    """Return a pair and its optimizer after a step for every batch."""
+    pair = lora_pair(dtype=dtype)
+    optimizer = IVONLoRA(pair.items(), **{**SETTINGS, **changes})
+    train(optimizer, pair, data)
+    return pair, optimizer
+
+
+def posterior_of(pair: dict[str, nn.Parameter], optimizer: IVONLoRA) -> list[torch.Tensor]:
+    """Return m and σ of each tensor."""
+    return [values(param) for param in pair.values() for values in (optimizer.mean, optimizer.sigma)]
 
 
 def relative(value: torch.Tensor, expected: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,27 @@ def make_trainer(
 
 def lora_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def as_saved(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return weights by the keys that PEFT saves them by."""
+    return {name.replace(".default", ""): weight for name, weight in weights.items()}
+
+
+def same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def before_every_loss(trainer: Trainer, note: Callable[..., None]) -> None:
+    """Call `note` with the model, the batch and what else `compute_loss` is given, before it."""
+    compute_loss = trainer.compute_loss
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        note(*args, **kwargs)
+        return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = noting
 
 
 class Spy(TrainerCallback):

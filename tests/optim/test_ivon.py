@@ -24,10 +24,12 @@ from toy import (
     gaussian_prior,
     lora_loss,
     lora_pair,
+    posterior_of,
     relative,
     run_beside_reference,
     step_of,
     train,
+    trained_pair,
 )
 
 from axolotl_ivon import IVONLoRA, effective_sample_size
@@ -80,18 +82,14 @@ def test_follows_the_reference_at_the_lambda_of_many_examples_and_weights(prior:
     assert all(map(math.isfinite, optimizer.summary().values()))
 
 
-@pytest.mark.parametrize("kernels", ["plain", "cpu"])
-def test_without_noise_adam_s_direction_is_adam(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IVON_KERNELS", kernels)
+def test_without_noise_adam_s_direction_is_adam() -> None:
     ours, theirs, betas, lr = lora_pair(), lora_pair(), (0.9, 0.96), 1e-3
     for pair in (ours, theirs):  # where B is 0, the gradient of A is that of the noise, however small
         nn.init.orthogonal_(pair["B"], generator=torch.Generator().manual_seed(0))
     hyper = {"hessian": "squared_gradients", "direction": "adam", "ess": 1e18, "h0": 1e-9, "clip": 0.01}
-    optimizer = IVONLoRA(ours.items(), lr=lr / 0.01, betas=betas, **hyper)
+    train(IVONLoRA(ours.items(), lr=lr / 0.01, betas=betas, **hyper), ours, batches(30))
     adam = torch.optim.Adam(theirs.values(), lr=lr, betas=betas, eps=1e-30)
     for batch in batches(30):
-        with step_of(optimizer):
-            lora_loss(ours, batch).backward()
         lora_loss(theirs, batch).backward()
         adam.step()
         adam.zero_grad()
@@ -99,37 +97,22 @@ def test_without_noise_adam_s_direction_is_adam(kernels: str, monkeypatch: pytes
         torch.testing.assert_close(param, theirs[name], rtol=0, atol=1e-4)  # steps are as long as 1e-3
 
 
-@pytest.mark.parametrize("kernels", ["plain", "cpu"])
-def test_at_a_temperature_lambda_times_tau_is_lambda_everywhere(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IVON_KERNELS", kernels)
+def test_at_a_temperature_lambda_times_tau_is_lambda_everywhere() -> None:
     states = []
     for hyper in ({"ess": 1e3, "tau": 64.0}, {"ess": 64e3}):
-        pair = lora_pair()
-        optimizer = IVONLoRA(pair.items(), **{**SETTINGS, **hyper})
-        for batch in batches(3):
-            with step_of(optimizer):
-                lora_loss(pair, batch).backward()
-        values = [f(param) for param in pair.values() for f in (optimizer.mean, optimizer.sigma)]
-        states.append((*values, optimizer.summary()))
+        pair, optimizer = trained_pair(batches(3), **hyper)
+        states.append((*posterior_of(pair, optimizer), optimizer.summary()))
     (*ours, summary), (*theirs, of_lambda) = states
     assert all(map(torch.equal, ours, theirs))
     assert (summary.pop("ivon_ess"), of_lambda.pop("ivon_ess")) == (1e3, 64e3)
     assert summary == of_lambda
 
 
-@pytest.mark.parametrize("kernels", ["plain", "cpu"])
 @pytest.mark.parametrize("own", [{}, {"direction": "adam", "hessian": "squared_gradients", "batch_size": 4}])
-def test_training_among_narrower_draws_is_that_of_a_colder_posterior_and_leaves_the_wider_one(
-    own: dict[str, object], kernels: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("IVON_KERNELS", kernels)
+def test_training_among_narrower_draws_is_that_of_a_colder_posterior_and_leaves_the_wider_one(own: dict) -> None:
     states = []
     for hyper in ({"tau": 4.0, "draw_scale": 0.5}, {"tau": 16.0}):
-        pair = lora_pair()
-        optimizer = IVONLoRA(pair.items(), **{**SETTINGS, **own, "ess": 1e3, **hyper})
-        for batch in batches(3):
-            with step_of(optimizer):
-                lora_loss(pair, batch).backward()
+        pair, optimizer = trained_pair(batches(3), **own, ess=1e3, **hyper)
         with optimizer.evaluation_draw(0, 1.0 if "draw_scale" in hyper else 0.25):
             draw = [param.detach().clone() for param in pair.values()]
         states.append((optimizer, pair, draw))
@@ -335,8 +318,7 @@ def test_whatever_finite_gradients_come_sigma_stays_positive_and_finite(
 
 
 def test_the_mean_is_back_after_the_context_and_after_an_exception() -> None:
-    pair = lora_pair()
-    optimizer = IVONLoRA(pair.items(), **SETTINGS)
+    pair, optimizer = trained_pair()
     mean = {name: param.detach().clone() for name, param in pair.items()}
     with optimizer.sampled_params():
         assert optimizer.sampling
@@ -353,18 +335,16 @@ def test_the_mean_is_back_after_the_context_and_after_an_exception() -> None:
 
 def test_passes_inside_may_see_the_mean_or_another_draw() -> None:
     """And the estimate is of the draw that is there in the end, which its number brings back."""
-    pair, sigmas = lora_pair(), []
-    mean = {name: param.detach().clone() for name, param in pair.items()}
+    sigmas = []
     for number in (1, 3):
-        pair = lora_pair()
-        optimizer = IVONLoRA(pair.items(), **SETTINGS)
+        pair, optimizer = trained_pair()
         with pytest.raises(RuntimeError, match="outside of sampled_params"):
             optimizer.redraw(1)
         with optimizer.sampled_params():
             assert optimizer.draw_number == 1
             first = pair["A"].detach().clone()
             optimizer.redraw(None)
-            assert torch.equal(pair["A"], mean["A"])
+            assert torch.equal(pair["A"], lora_pair()["A"])
             optimizer.redraw(3)
             assert not torch.equal(pair["A"], first)
             optimizer.redraw(number)
@@ -372,30 +352,20 @@ def test_passes_inside_may_see_the_mean_or_another_draw() -> None:
             lora_loss(pair, batches(1)[0]).backward()
         optimizer.step()
         sigmas.append(optimizer.sigma(pair["B"]))
-    pair = lora_pair()
-    optimizer = IVONLoRA(pair.items(), **SETTINGS)
-    with optimizer.sampled_params():
-        lora_loss(pair, batches(1)[0]).backward()
-    optimizer.step()
+    pair, optimizer = trained_pair(batches(1))
     assert torch.equal(optimizer.sigma(pair["B"]), sigmas[0])
     assert not torch.equal(*sigmas)
 
 
 def test_a_failed_micro_batch_leaves_the_others_as_they_were() -> None:
-    plain, failing = lora_pair(), lora_pair()
-    data, sigmas = batches(2), []
-    for pair in (plain, failing):
-        optimizer = IVONLoRA(pair.items(), **SETTINGS)
-        with optimizer.sampled_params():
-            lora_loss(pair, data[0]).backward()
-        if pair is failing:
-            with pytest.raises(KeyError), optimizer.sampled_params():
-                lora_loss(pair, data[1]).backward()
-                raise KeyError
-        optimizer.step()
-        sigmas.append(optimizer.sigma(pair["B"]))
-    assert torch.equal(*sigmas)
-    assert torch.equal(plain["B"], failing["B"])
+    pair, optimizer = trained_pair()
+    with optimizer.sampled_params():
+        lora_loss(pair, batches(1)[0]).backward()
+    with pytest.raises(KeyError), optimizer.sampled_params():
+        lora_loss(pair, batches(2)[1]).backward()
+        raise KeyError
+    optimizer.step()
+    assert all(map(torch.equal, posterior_of(pair, optimizer), posterior_of(*trained_pair(batches(1)))))
 
 
 def test_draws_have_the_posterior_s_mean_and_deviation() -> None:
@@ -424,28 +394,23 @@ def test_draws_have_the_posterior_s_mean_and_deviation() -> None:
     ids=["", "adam", "prior given again", "prior from the state"],
 )
 def test_a_resumed_run_continues_bit_for_bit(dtype: torch.dtype, options: dict, again: dict) -> None:
-    data, straight = batches(20), lora_pair(dtype=dtype)
-    optimizer, file = IVONLoRA(straight.items(), **{**SETTINGS, **options}), io.BytesIO()
-    train(optimizer, straight, data[:10])
+    data, file = batches(20), io.BytesIO()
+    straight, optimizer = trained_pair(data[:10], dtype, **options)
     torch.save(optimizer.state_dict(), file)
-    resumed, trained = lora_pair(9, dtype), {name: param.detach().clone() for name, param in straight.items()}
-    train(optimizer, straight, data[10:])
+    resumed = lora_pair(9, dtype)
     other = IVONLoRA(resumed.items(), **again)
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=True))
-    assert all(torch.equal(resumed[name], mean) for name, mean in trained.items()), "whatever they held"
-    train(other, resumed, data[10:])
-    for name in straight:
-        assert torch.equal(straight[name], resumed[name])
-        assert torch.equal(optimizer.sigma(straight[name]), other.sigma(resumed[name]))
-        assert torch.equal(optimizer.mean(straight[name]), other.mean(resumed[name]))
+    assert all(map(torch.equal, resumed.values(), straight.values())), "whatever they held"
+    for opt, pair in ((optimizer, straight), (other, resumed)):
+        train(opt, pair, data[10:])
+    assert all(map(torch.equal, resumed.values(), straight.values()))
+    assert all(map(torch.equal, posterior_of(straight, optimizer), posterior_of(resumed, other)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_are_put_into_the_parameters_can_be_adopted(dtype: torch.dtype) -> None:
-    pair, data = lora_pair(dtype=dtype), batches(3)
-    optimizer = IVONLoRA(pair.items(), **SETTINGS)
-    train(optimizer, pair, data)
+    pair, optimizer = trained_pair(batches(3), dtype)
     mean, sigma = optimizer.mean(pair["A"]), optimizer.sigma(pair["A"])
     other = lora_pair(9, dtype)
     with torch.no_grad():
@@ -467,8 +432,7 @@ def test_loading_a_state_of_another_shape_is_refused() -> None:
 
 
 def test_a_copied_or_pickled_optimizer_keeps_its_state() -> None:
-    pair = lora_pair()
-    optimizer, _ = run_beside_reference(pair, 3)
+    pair, optimizer = trained_pair(batches(3))
     file = io.BytesIO()
     torch.save(optimizer, file)
     file.seek(0)
@@ -497,10 +461,9 @@ def test_dtypes_and_frozen_parameters_may_be_mixed() -> None:
 
 def test_a_parameter_without_gradient_in_one_micro_batch_keeps_what_the_other_gave() -> None:
     """As with experts: a tensor that no token of a micro-batch reached has no gradient there."""
-    both, alone = lora_pair(), lora_pair()
     results = []
-    for pair, reach_twice in ((both, True), (alone, False)):
-        optimizer = IVONLoRA(pair.items(), **SETTINGS)
+    for reach_twice in (True, False):
+        pair, optimizer = trained_pair()
         with optimizer.sampled_params():
             pair["A"].square().sum().backward()
         with optimizer.sampled_params():
@@ -511,25 +474,23 @@ def test_a_parameter_without_gradient_in_one_micro_batch_keeps_what_the_other_ga
 
 
 def test_dropping_the_gradients_drops_their_hessian_estimates() -> None:
-    pair, fresh = lora_pair(), lora_pair()
-    data = batches(2)
-    optimizer, other = IVONLoRA(pair.items(), **SETTINGS), IVONLoRA(fresh.items(), **SETTINGS)
-    with optimizer.sampled_params():
-        lora_loss(pair, data[0]).backward()
-    for param in pair.values():  # as model.zero_grad() does
-        param.grad = None
-    with other.sampled_params():  # the same number of draws
-        pass
-    for opt, p in ((optimizer, pair), (other, fresh)):
-        train(opt, p, data[1:])
-    assert torch.equal(optimizer.sigma(pair["A"]), other.sigma(fresh["A"]))
+    results = []
+    for has_gradients in (True, False):
+        pair, optimizer = trained_pair()
+        with optimizer.sampled_params():
+            if has_gradients:
+                lora_loss(pair, batches(1)[0]).backward()
+        for param in pair.values():  # as model.zero_grad() does
+            param.grad = None
+        train(optimizer, pair, batches(2)[1:])
+        results.append(posterior_of(pair, optimizer))
+    assert all(map(torch.equal, *results))
 
 
 def test_a_loss_scaler_changes_nothing_and_an_overflow_skips() -> None:
     results = []
     for scaled in (False, True):
-        pair = lora_pair()
-        optimizer = IVONLoRA(pair.items(), **SETTINGS)
+        pair, optimizer = trained_pair()
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=scaled)
         for index, batch in enumerate(batches(6)):
             with optimizer.sampled_params():
@@ -548,9 +509,7 @@ def test_a_loss_scaler_changes_nothing_and_an_overflow_skips() -> None:
 
 
 def test_closure_runs_at_a_draw() -> None:
-    pair, other = lora_pair(), lora_pair()
-    batch = batches(1)[0]
-    optimizer, by_hand = IVONLoRA(pair.items(), **SETTINGS), IVONLoRA(other.items(), **SETTINGS)
+    (pair, optimizer), (other, by_hand), [batch] = trained_pair(), trained_pair(), batches(1)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -568,8 +527,7 @@ def test_closure_runs_at_a_draw() -> None:
 
 
 def test_misuse_is_refused() -> None:
-    pair = lora_pair()
-    optimizer = IVONLoRA(pair.items(), **SETTINGS)
+    pair, optimizer = trained_pair()
     with optimizer.sampled_params(), pytest.raises(RuntimeError, match="inside sampled_params"):
         optimizer.step()
     again = optimizer.sampled_params()
@@ -615,8 +573,7 @@ def test_bad_gradients_at_any_steps_leave_the_last_good_state(
     """A run with bad steps ends where the run ends that has no gradient at all at those steps."""
     results = []
     for has_bad in (True, False):
-        pair = lora_pair()
-        optimizer = IVONLoRA(pair.items(), **SETTINGS)
+        pair, optimizer = trained_pair()
         for step, batch in enumerate(batches(12)):
             for micro in range(micro_batches):
                 with optimizer.sampled_params():
@@ -665,8 +622,7 @@ def test_no_learning_rate_brings_a_nan(
 
 
 def test_a_constant_loss_and_zero_gradients_move_nothing_but_sigma() -> None:
-    pair = lora_pair()
-    optimizer = IVONLoRA(pair.items(), **SETTINGS)
+    pair, optimizer = trained_pair()
     before = {name: optimizer.sigma(param) for name, param in pair.items()}
     for _ in range(50):
         with step_of(optimizer):
@@ -680,15 +636,11 @@ def test_empty_groups_and_empty_tensors_are_left_alone() -> None:
     pair = lora_pair()
     empty = nn.Parameter(torch.zeros(0, 3))
     optimizer = IVONLoRA([{"params": [*pair.values(), empty]}, {"params": []}], **SETTINGS)
-    plain = lora_pair()
-    alone = IVONLoRA([*plain.values()], **SETTINGS)
-    for opt, params in ((optimizer, pair), (alone, plain)):
-        for batch in batches(3):
-            with step_of(opt):
-                lora_loss(params, batch).backward()
-                if params is pair:
-                    empty.grad = torch.zeros(0, 3)
-    assert all(torch.equal(pair[name], plain[name]) for name in pair)
+    for batch in batches(3):
+        with step_of(optimizer):
+            lora_loss(pair, batch).backward()
+            empty.grad = torch.zeros(0, 3)
+    assert all(map(torch.equal, posterior_of(pair, optimizer), posterior_of(*trained_pair(batches(3)))))
 
 
 def test_a_tensor_that_thaws_later_starts_where_a_new_one_would() -> None:
@@ -716,8 +668,7 @@ def test_a_tensor_that_thaws_later_starts_where_a_new_one_would() -> None:
 
 
 def test_nothing_grows_with_the_number_of_steps() -> None:
-    pair = lora_pair()
-    optimizer = IVONLoRA(pair.items(), **SETTINGS)
+    pair, optimizer = trained_pair()
 
     def held() -> int:
         gc.collect()

@@ -162,10 +162,9 @@ def in_float64(optimizer: IVONLoRA) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("kernels", ["plain", "cpu"])
+@both
 @pytest.mark.parametrize("clip", [0.4, 2.0])
-def test_every_figure_is_the_closed_form(kernels: str, clip: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IVON_KERNELS", kernels)
+def test_every_figure_is_the_closed_form(clip: float) -> None:
     optimizer = trained(12, clip=clip)
     expected = in_float64(optimizer)
     assert optimizer.summary() == pytest.approx(expected, rel=1e-4)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from trainers import lora_weights
+from trainers import lora_weights, same
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import Posterior
@@ -21,7 +21,7 @@ from axolotl_ivon.decisions.recommendation import recommended_for
 from axolotl_ivon.metrics.bootstrap import compare
 from axolotl_ivon.metrics.scores import Scores
 from axolotl_ivon.records.recommendation import Recommendation
-from axolotl_ivon.training.calibration import DRAWS, TEMPERATURES, _choose, _Column, _mean_of_groups, _Way
+from axolotl_ivon.training.calibration import DRAWS, TEMPERATURES, _choose, _Column, _mean_of_groups
 
 ROWS = torch.randint(3, 40, (120, 9), generator=torch.Generator().manual_seed(2))
 ROWS[:, 5:] = 7  # what the model is sure of too early
@@ -72,8 +72,7 @@ def test_it_is_what_the_saved_adapter_does(attached: Any, tiny_llama: Path, tmp_
     # Nothing of it changes what was trained.
     without = train(attached, "without", {"calibrate": False})
     assert not (tmp_path / "without/recommended.json").exists()
-    for name, weights in lora_weights(without.model).items():
-        assert torch.equal(weights, lora_weights(trainer.model)[name])
+    assert same(lora_weights(without.model), lora_weights(trainer.model))
 
 
 def test_draws_are_tried_in_a_longer_run_and_are_those_of_the_posterior(attached: Any, tmp_path: Path) -> None:
@@ -93,7 +92,7 @@ def test_draws_are_tried_in_a_longer_run_and_are_those_of_the_posterior(attached
     assert {tau for _, tau in ways} == {1.0, 4.0, 16.0}
     assert {number for number, _ in ways} == set(range(DRAWS))
     assert run.recommendation.draws is not None
-    assert all(torch.equal(before[name], weights) for name, weights in lora_weights(trainer.model).items())
+    assert same(before, lora_weights(trainer.model))
     param = next(iter(run.params.values()))
     with run.optimizer.evaluation_draw(0, 1.0):
         wide = param.detach() - before[next(iter(run.params))]
@@ -200,8 +199,8 @@ def test_what_is_recommended(sharpness: float, draws: float | None, tau: float, 
         mean = columns(torch.randn(200, 3, 8, generator=generator) * sharpness, target)
     else:
         other = columns(truth * draws, target)
-    ways = [_Way(math.inf), _Way(4.0)]
-    recommendation, line = _choose(ways, [list(pair) for pair in zip(mean, other, strict=True)], seed=1)
+    pairs = [list(pair) for pair in zip(mean, other, strict=True)]
+    recommendation, line = _choose([math.inf, 4.0], pairs, seed=1)
     assert (recommendation.tau, recommendation.temperature) == (tau, temperature), line
     assert recommendation.draws.tau == 4.0
     assert [point.tau for point in recommendation.scaled] == [math.inf, 4.0]

@@ -20,6 +20,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs import ranks
 from tiny import WORDS
+from trainers import as_saved, before_every_loss, same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
@@ -94,18 +95,13 @@ def mean_of(trainer: Any) -> dict[str, torch.Tensor]:
 
 def passes(trainer: Any, notes: Callable[[Any], Any] = lambda batch: None) -> list[Any]:
     """Let `compute_loss` note the weights at which it takes the gradient, its batch, and what `notes` returns."""
-    compute_loss, kept = trainer.compute_loss, []
+    kept: list[Any] = []
 
-    def noting(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def note(model: Any, batch: Any, **_: Any) -> None:
         kept.append((lora_weights(trainer.model), {**batch}, notes(batch)))
-        return compute_loss(model, batch, *args, **kwargs)
 
-    trainer.compute_loss = noting
+    before_every_loss(trainer, note)
     return kept
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(left[name], right[name]) for name in left)
 
 
 def written(base: Path, weights: dict[str, torch.Tensor], batch: dict[str, Any]) -> torch.Tensor:
@@ -115,6 +111,15 @@ def written(base: Path, weights: dict[str, torch.Tensor], batch: dict[str, Any])
     prompts = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
     width = batch["completion_ids"].shape[1]
     return model.generate(**prompts, do_sample=False, max_new_tokens=width)[:, -width:]
+
+
+@torch.no_grad()
+def scored(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Return log p of each token of a batch's completions by a model, 0 for padding."""
+    ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    completions = batch["completion_ids"]
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, -completions.shape[1] - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, completions[..., None])[..., 0] * batch["completion_mask"]
 
 
 @pytest.mark.parametrize("rollouts", [{}, DRAWS], ids=["mean", "draws"])
@@ -181,16 +186,9 @@ def test_the_ratio_is_1_until_the_mean_moves(kind: str, settings: Any, args: Any
     """Old log-probabilities are at the draw of the gradient, so noise alone clips nothing."""
 
     def ratio(batch: Any) -> float:
-        ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-        with torch.no_grad():
-            now = trainer._get_per_token_logps_and_entropies(
-                trainer.model, ids, mask, batch["completion_ids"].shape[1]
-            )[0]
-        own = batch["completion_mask"]
-        difference = (
-            (now - batch["old_per_token_logps"]) * own if kind == "GRPO" else (now * own).sum(1) - batch["old_logps"]
-        )
-        return float(difference.abs().max())
+        now = scored(trainer.model, batch)
+        old = batch["old_per_token_logps"] * batch["completion_mask"] if kind == "GRPO" else batch["old_logps"]
+        return float(((now if kind == "GRPO" else now.sum(1)) - old).abs().max())
 
     trainer = make(kind, max_steps=2, **args)
     attach(trainer, **settings)
@@ -215,13 +213,8 @@ def test_the_reference_is_without_noise(rollouts: Any, wrapped: bool, make: Any,
     reference.load_state_dict(start, strict=False)
     for weights, batch, _ in kept:
         assert not same(weights, start)
-        ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-        width = batch["completion_ids"].shape[1]
-        with torch.no_grad():
-            logits = reference(input_ids=ids, attention_mask=mask).logits[:, -width - 1 : -1]
-        expected = logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
-        own = batch["completion_mask"]
-        torch.testing.assert_close(batch["ref_per_token_logps"] * own, expected * own, rtol=0, atol=1e-5)
+        own = batch["ref_per_token_logps"] * batch["completion_mask"]
+        torch.testing.assert_close(own, scored(reference, batch), rtol=0, atol=1e-5)
 
 
 def test_vllm_is_sent_the_mean_and_merging_never_sees_a_draw(make: Any) -> None:
@@ -304,11 +297,8 @@ def test_a_server_is_sent_each_draw_as_an_adapter(make: Any, tiny_llama: Path, t
     for place, (weights, batch, _) in enumerate(kept):
         adapter = server.sent[place // 2]
         assert same(lora_weights(adapter), weights)
-        ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-        logits = adapter(input_ids=ids, attention_mask=mask).logits[:, -batch["completion_ids"].shape[1] - 1 : -1]
-        expected = logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
-        own = batch["completion_mask"]
-        torch.testing.assert_close(batch["sampling_per_token_logps"] * own, expected * own, rtol=0, atol=1e-5)
+        own = batch["sampling_per_token_logps"] * batch["completion_mask"]
+        torch.testing.assert_close(own, scored(adapter, batch), rtol=0, atol=1e-5)
         # TRL's correction is for what the server computes in another way, and not for the draw.
         ratio = batch["importance_sampling_ratio"]
         torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-4)
@@ -357,13 +347,10 @@ def test_an_interrupt_while_completions_are_written_leaves_the_mean(rollouts: An
     trainer.model.generate = interrupted
     with contextlib.suppress(KeyboardInterrupt):
         trainer.train()
-    checkpoint, saved = (Posterior.from_pretrained(tmp_path / name) for name in ("checkpoint-1", "interrupted"))
-    assert len(drawn) == 1
-    for name, weight in lora_weights(trainer.model).items():
-        key = name.replace(".default", "")
-        assert torch.equal(weight, checkpoint.mean[key])
-        assert torch.equal(saved.mean[key], checkpoint.mean[key])
-        assert torch.equal(drawn[0][name], weight) is not bool(rollouts)
+    left, [drawn_weights] = lora_weights(trainer.model), drawn
+    for name in ("checkpoint-1", "interrupted"):
+        assert same(Posterior.from_pretrained(tmp_path / name).mean, as_saved(left))
+    assert all(torch.equal(drawn_weights[name], left[name]) is not bool(rollouts) for name in left)
 
 
 def _process(variables: dict[str, str], train: Callable[[int], Any], path: Path) -> None:
@@ -455,12 +442,7 @@ def test_squared_gradients_count_the_losses_of_completions(kind: str, length: st
         ("GRPO", {**DRAWS, "rollout_draws": 8}, {}, "rollout_draws: 8 does not divide gradient_accumulation_steps: 4"),
         ("RLOO", DRAWS, {}, "rollouts: draws is for GRPO alone"),
         ("OnlineDPO", DRAWS, {}, "rollouts: draws is for GRPO alone"),
-        (
-            "GRPO",
-            DRAWS,
-            {"use_vllm": True},
-            "rollouts: draws does not go with use_vllm: true unless vllm_mode: server",
-        ),
+        ("GRPO", DRAWS, {"use_vllm": True}, "rollouts: draws does not go with use_vllm: true unless vllm_mode: s"),
         ("GRPO", DRAWS, {"tools": [print]}, "rollouts: draws does not go with tools"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from torch.optim.lr_scheduler import OneCycleLR
-from trainers import Rates, Spy, lora_weights
+from trainers import Rates, Spy, as_saved, before_every_loss, lora_weights, same
 from transformers import Trainer
 
 from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, effective_sample_size, save_posterior
@@ -27,13 +27,11 @@ def test_the_trainer_does_what_a_plain_loop_does(made: Any, accumulation: int) -
     schedule = {"learning_rate": 3e-2, "lr_scheduler_type": "constant"}
     trainer = made(callbacks=[spy], save_strategy="no", **schedule, **batches, **plain)
     seen: list[tuple[Any, Any]] = []
-    compute_loss = trainer.compute_loss
 
-    def spying(model: Any, inputs: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+    def see(model: Any, inputs: Any, num_items_in_batch: Any = None, **_: Any) -> None:
         seen.append(({key: value.clone() for key, value in inputs.items()}, num_items_in_batch))
-        return compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
 
-    trainer.compute_loss = spying
+    before_every_loss(trainer, see)
     attach(trainer, preset="paper", clip=0.1)
     trainer.train()
 
@@ -46,8 +44,7 @@ def test_the_trainer_does_what_a_plain_loop_does(made: Any, accumulation: int) -
                 model(**inputs, num_items_in_batch=items).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        for name, param in named:
-            assert torch.equal(param, spy.means[step][name]), (step, name)
+        assert same(dict(named), spy.means[step])
 
 
 def test_a_loop_without_a_trainer_saves_its_posterior(made: Any, tiny_adapter: Path, tmp_path: Path) -> None:
@@ -68,13 +65,15 @@ def test_a_loop_without_a_trainer_saves_its_posterior(made: Any, tiny_adapter: P
         prior = earlier if given else None
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "recommended.json").write_text("{}")  # of what was there before
+        (tmp_path / folder / "README.md").write_text("---\nlanguage: en\n---\n# Mine\n")
         save_posterior(model, optimizer, tmp_path / folder, train_size=24, prior=prior)
         assert not (tmp_path / folder / "recommended.json").exists()
+        card = (tmp_path / folder / "README.md").read_text()
+        assert "# Mine" in card
+        assert "## Posterior" in card
         posterior = Posterior.from_pretrained(tmp_path / folder)
-        for name, param in named:
-            key = name.replace(".default", "")
-            assert torch.equal(posterior.mean[key], param)
-            assert torch.equal(posterior.sigma[key], optimizer.sigma_for_next_prior(param))
+        assert same(posterior.mean, as_saved(dict(named)))
+        assert same(posterior.sigma, as_saved({name: optimizer.sigma_for_next_prior(param) for name, param in named}))
         assert posterior.metadata.items() >= {"steps": "3", "train_size": "24", "ess": "10000.0", "h0": "0.05"}.items()
         assert posterior.metadata.get("prior_sha256") == (earlier.metadata["mean_sha256"] if given else None)
     assert not (tmp_path / "draw").exists()
@@ -132,9 +131,8 @@ def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(
     name = "" if adapter == "default" else adapter
     final, checkpoint = (Posterior.from_pretrained(folder / name) for folder in (tmp_path / "final", best))
     assert final.metadata["steps"] == checkpoint.metadata["steps"] != "6"
-    for key in final.mean:
-        assert torch.equal(final.mean[key], checkpoint.mean[key])
-        assert torch.equal(final.sigma[key], checkpoint.sigma[key])
+    assert same(final.mean, checkpoint.mean)
+    assert same(final.sigma, checkpoint.sigma)
 
 
 @pytest.mark.parametrize(
@@ -299,15 +297,14 @@ def test_after_running_out_of_memory_only_the_losses_of_the_new_batches_count(ma
     trainer = made(
         auto_find_batch_size=True, per_device_train_batch_size=16, gradient_accumulation_steps=2, max_steps=2
     )
-    compute_loss = trainer.compute_loss
 
-    def failing(model: Any, *args: Any, **kwargs: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> None:
         passes.append(1)
         if len(passes) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return compute_loss(model, *args, **kwargs)
 
-    trainer.compute_loss, sizes = failing, []
+    before_every_loss(trainer, fail)
+    sizes: list[float] = []
     spy.on_step_end = lambda *_, optimizer, **__: sizes.append(optimizer.param_groups[0]["batch_size"])
     trainer.add_callback(spy)
     attach(trainer)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import build_llama
 from torch.optim.lr_scheduler import LambdaLR
-from trainers import Rates, Spy, lora_weights, make_trainer
+from toy import posterior_of
+from trainers import Rates, Spy, as_saved, before_every_loss, lora_weights, make_trainer, same
 from transformers import TrainerCallback
 
 from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, hookimpl
@@ -55,9 +56,9 @@ def test_a_skipped_step_is_logged_with_its_first_tensor(attached: Any, caplog: p
     spy = train_with_bad_gradients(attached, {2, 5}, max_steps=6)
     skipped = [text for _, text in messages(caplog) if "skipped" in text]
     assert skipped == [f"step {step} was skipped: the gradient of {TENSOR} is not finite" for step in (2, 5)]
-    for step in (2, 5):
-        assert all(torch.equal(spy.means[step - 1][name], spy.means[step - 2][name]) for name in spy.means[0])
-    assert any(not torch.equal(spy.means[2][name], spy.means[1][name]) for name in spy.means[0])
+    assert same(spy.means[1], spy.means[0])
+    assert same(spy.means[4], spy.means[3])
+    assert not same(spy.means[2], spy.means[1])
 
 
 def test_a_run_that_diverges_says_so_once_and_keeps_the_last_good_state(
@@ -70,7 +71,7 @@ def test_a_run_that_diverges_says_so_once_and_keeps_the_last_good_state(
     assert TENSOR in error
     assert "those of step 3:" in error
     posterior = Posterior.from_pretrained(tmp_path / "final")
-    assert all(torch.equal(posterior.mean[name.replace(".default", "")], mean) for name, mean in spy.means[2].items())
+    assert same(posterior.mean, as_saved(spy.means[2]))
     assert all(sigma.isfinite().all() and (sigma > 0).all() for sigma in posterior.sigma.values())
 
 
@@ -180,43 +181,37 @@ def test_whoever_reads_the_model_at_a_draw_reads_the_mean_which_an_exception_lea
 ) -> None:
     spy, checked = Spy(), []
     trainer = attached({"gamma": 10.0}, callbacks=[spy], save_strategy="no")
-    compute_loss = trainer.compute_loss
 
-    def reading(model: Any, *args: Any, **kwargs: Any) -> Any:
+    def read(model: Any, *_: Any, **__: Any) -> None:
         if spy.means:
-            drawn, state = lora_weights(model), model.state_dict()
+            drawn, state, mean = lora_weights(model), model.state_dict(), spy.means[-1]
             model.save_pretrained(tmp_path / "mid-step")
-            posterior = Posterior.from_pretrained(tmp_path / "mid-step")
-            for name, mean in spy.means[-1].items():
-                assert not torch.equal(drawn[name], mean)
-                assert torch.equal(state[name], mean)
-                assert torch.equal(posterior.mean[name.replace(".default", "")], mean)
-            assert all(torch.equal(drawn[name], p) for name, p in lora_weights(model).items()), "the draw goes on"
+            assert not any(torch.equal(drawn[name], mean[name]) for name in mean)
+            assert same({name: state[name] for name in mean}, mean)
+            assert same(Posterior.from_pretrained(tmp_path / "mid-step").mean, as_saved(mean))
+            assert same(drawn, lora_weights(model)), "the draw goes on"
             checked.append(True)
         if len(checked) == 5:
             raise MemoryError
-        return compute_loss(model, *args, **kwargs)
 
-    trainer.compute_loss = reading
+    before_every_loss(trainer, read)
     with pytest.raises(MemoryError):
         trainer.train()
-    assert all(torch.equal(spy.means[-1][name], p) for name, p in lora_weights(trainer.model).items())
+    assert same(spy.means[-1], lora_weights(trainer.model))
 
 
 def test_a_weight_that_modules_share_is_one_weight_under_both_names(tmp_path: Path) -> None:
     base = build_llama(tmp_path / "tied", tie_word_embeddings=True)
     lora = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True, "lora_dropout": 0.0}
     trainer, checked = make_trainer(base, tmp_path, lora=lora, max_steps=2, save_steps=2), []
-    compute_loss = trainer.compute_loss
     names = [f"base_model.model.{m}.modules_to_save.default.weight" for m in ("model.embed_tokens", "lm_head")]
 
-    def reading(model: Any, *args: Any, **kwargs: Any) -> Any:
+    def read(model: Any, *_: Any, **__: Any) -> None:
         drawn, state = model.get_parameter(names[0]), model.state_dict()
         mean = trainer.posterior_training.optimizer.mean(drawn)
         checked.append(not torch.equal(drawn, mean) and all(torch.equal(state[name], mean) for name in names))
-        return compute_loss(model, *args, **kwargs)
 
-    trainer.compute_loss = reading
+    before_every_loss(trainer, read)
     attach(trainer)
     trainer.train()
     assert checked == [True, True]
@@ -250,14 +245,14 @@ def test_it_is_the_likelihood_of_the_averaged_prediction(trained: Any) -> None:
         probabilities += predicted.gather(-1, rows[:, 1:, None])[..., 0] / 4
     assert logged[-1]["eval_loss_posterior"] == pytest.approx(-probabilities.log().mean().item(), rel=1e-4)
     assert logged[-1]["eval_loss_posterior"] != pytest.approx(logged[-1]["eval_loss"], rel=1e-4)
-    assert all(torch.equal(mean[name], p) for name, p in lora_weights(model).items())
+    assert same(mean, lora_weights(model))
 
 
 def test_evaluating_changes_nothing_in_the_run(trained: Any) -> None:
     run = {"eval_strategy": "steps", "eval_steps": 1, "gradient_accumulation_steps": 2}
     run |= {"per_device_train_batch_size": 2}
     without, with_it = (lora_weights(trained({"eval_samples": n}, str(n), **run).model) for n in (0, 3))
-    assert all(torch.equal(without[name], with_it[name]) for name in without)
+    assert same(without, with_it)
 
 
 def test_data_without_labels_is_refused(attached: Any) -> None:
@@ -450,7 +445,7 @@ def test_the_engine_sees_an_anchor_and_no_adapter(made: Any) -> None:
     adapter = ReplicatedAdapter(trainer, model, before)
     assert list(trained_parameters(model)) == [ANCHOR]
     assert list(adapter.params) == list(before)
-    assert all(torch.equal(adapter.params[name], param) for name, param in before.items())
+    assert same(adapter.params, before)
     assert torch.equal(model(inputs).logits, logits), "the forward pass reads the replica"
     adapter.on_train_end(None, None, None)
     after = trained_parameters(model)
@@ -464,9 +459,7 @@ def test_where_the_anchor_steps_the_adapter_does(replicated: Any, made: Any) -> 
     assert float(adapter.gradient_norm) == pytest.approx(sizes**0.5, rel=0.2)  # of standard normals
     assert all(not torch.equal(param, start[name]) for name, param in adapter.params.items())
     assert all(param.grad is None for param in adapter.params.values())
-    completed = adapter.add_mean({"other": torch.ones(1)})
-    assert set(completed) == {"other", *adapter.params}
-    assert all(torch.equal(completed[name], param) for name, param in adapter.params.items())
+    assert same(adapter.add_mean({"other": torch.ones(1)}), {"other": torch.ones(1), **adapter.params})
 
 
 def test_the_state_comes_back_from_its_file(replicated: Any, tmp_path: Path) -> None:
@@ -474,9 +467,8 @@ def test_the_state_comes_back_from_its_file(replicated: Any, tmp_path: Path) -> 
     one.save_state(path)
     assert set(load_file(path)) == {f"{name}/{key}" for name, p in one.params.items() for key in one.optimizer.state[p]}
     other.load_state(path)
-    for name, param in one.params.items():
-        assert torch.equal(param, other.params[name])
-        assert torch.equal(one.optimizer.sigma(param), other.optimizer.sigma(other.params[name]))
+    assert same(one.params, other.params)
+    assert all(map(torch.equal, *(posterior_of(adapter.params, adapter.optimizer) for adapter in (one, other))))
     assert other.optimizer.param_groups[0]["draws"] == one.optimizer.param_groups[0]["draws"] == 1
 
 

@@ -201,14 +201,8 @@ def trial(kernels: Kernels, device: torch.device, dtype: torch.dtype = torch.flo
         param.grad = param.sin() * 0.1
     h_hat = torch.empty_like(mean)
     small = torch.linspace(0.1, 0.9, len(params), device=device)
-    for squared, fixed, own, adam in (
-        (0, 0, 0, 0),
-        (0, 1, 0, 0),
-        (1, 0, 0, 0),
-        (0, 1, 1, 0),
-        (1, 1, 1, 0),
-        (1, 0, 0, 1),
-    ):
+    kinds = ((0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (0, 1, 1, 0), (1, 1, 1, 0), (1, 0, 0, 1))
+    for squared, fixed, own, adam in kinds:
         chunk.prior = prior if own else None
         for add in (False, True):
             squares = kernels.collect(chunk, h_hat, add=add, squared=bool(squared))
