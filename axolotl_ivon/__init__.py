@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .posterior.posterior import Posterior
     from .settings.presets import effective_sample_size
     from .training.attach import attach
-    from .training.loop import save_posterior
+    from .training.checkpoints import save_posterior
 
 __all__ = [
     "IVONError",
@@ -66,7 +66,7 @@ _HOME = {
     "fit": "fitting.fit",
     "predict": "decisions.decide",
     "predict_logits": "models.draws",
-    "save_posterior": "training.loop",
+    "save_posterior": "training.checkpoints",
     "IVONLoRAPlugin": "integrations.axolotl",
 }
 

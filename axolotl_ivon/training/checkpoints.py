@@ -21,17 +21,19 @@ from peft import PeftModel
 from transformers import Trainer
 
 from ..errors import IVONError
+from ..optim.ivon import IVONLoRA
 from ..plugins import plugin_manager
 from ..posterior.adapter import TRAINING_TAU, save_sigma
 from ..posterior.card import CARD_FILE, remove_old_results, update_card
+from ..posterior.chain import prior_header
 from ..posterior.posterior import Posterior
 from ..records.recommendation import RECOMMENDED_FILE, Recommendation
 from ..settings.table import header_of
 from ..storage.atomic import put_in_place, updated_adapter
 from ..storage.format import MEAN_FILE, SIGMA_FILE
 from ..storage.tensorfile import TensorFile
-from .callback import PosteriorTraining
-from .saved import adapter_folder, weights_in_file
+from .callback import PosteriorTraining, trained_parameters
+from .saved import adapter_folder, check_that_all_is_saved, names_of, trained_adapters, weights_in_file
 
 LOG = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ def save_with_sigma(
         LOG.warning("%s holds a posterior and this run has not begun to train: left as it is", folder)
         return
     adapters = run.adapters if run.begun else []
-    save_adapters(
+    _save_adapters(
         folder,
         adapters,
         lambda new: save_pretrained(new, *args, **kwargs),
@@ -101,7 +103,7 @@ def save_with_sigma(
     )
 
 
-def save_adapters(
+def _save_adapters(
     folder: Path,
     adapters: Sequence[str],
     save_mean: Callable[[Path], Any],
@@ -173,10 +175,10 @@ def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
     movement = run.movement(steps) if run.rates else {}
     moved = {name: f"{value:.6g}" for name, value in movement.items() if name != "moved" or run.known_start}
     header = {**run.header, **moved}
-    save_optimizer_s_sigma(run.model, run.names, run.params, run.optimizer, folder, adapter, header, steps)
+    _save_optimizer_s_sigma(run.model, run.names, run.params, run.optimizer, folder, adapter, header, steps)
 
 
-def save_optimizer_s_sigma(
+def _save_optimizer_s_sigma(
     model: PeftModel,
     names: Mapping[str, str],
     params: Mapping[str, torch.Tensor],
@@ -199,3 +201,47 @@ def save_optimizer_s_sigma(
     if (tau := group.get("tau", 1.0)) != 1:
         header |= {"tau": repr(tau), TRAINING_TAU: repr(tau)}
     save_sigma(folder, {key: sigma.get(key, zero).contiguous() for key, zero in zeros.items()}, header)
+
+
+def save_posterior(
+    model: PeftModel,
+    optimizer: IVONLoRA,
+    folder: str | os.PathLike[str],
+    *,
+    train_size: int | None = None,
+    prior: Posterior | None = None,
+) -> None:
+    """Save a PEFT model's adapter and beside it the σ of its optimizer, for `Posterior.from_pretrained` to read.
+
+    It is for training loops without a Trainer: after `attach`, `model.save_pretrained` does it by itself.
+
+    Args:
+        model: the PEFT model whose trained weights are the parameters of `optimizer`.
+        optimizer: outside of `sampled_params()`, so that the model holds the mean.
+        folder: where the adapter goes. Mean and σ take their places together; what else is there stays.
+        train_size: N, the number of training examples, for the header; commands that need it say so.
+        prior: the posterior that gave m₀ and σ₀ to the optimizer, if one did: the header then keeps the chain.
+
+    Raises:
+        IVONError: a draw is in the parameters, a weight is trained by another optimizer or is no part of the adapter,
+            or a file cannot be written.
+    """
+    if optimizer.sampling:
+        raise IVONError("save_posterior() was called inside sampled_params(), at a draw; call it after the context")
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    params = trained_parameters(model)
+    if others := [name for name, param in params.items() if id(param) not in held]:
+        raise IVONError(f"{others[0]} is trained and this optimizer does not have it: freeze it, or give it the weight")
+    names = names_of(model, params)
+    check_that_all_is_saved(model, names)
+    size = "" if train_size is None else str(train_size)
+    header = {"preset": "", "gamma": "", "train_size": size}
+    if prior is not None:
+        header |= prior_header(prior, optimizer.param_groups[0]["prior_strength"], size)
+    steps = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+
+    def save_sigma_of(place: Path, adapter: str) -> None:
+        _save_optimizer_s_sigma(model, names, params, optimizer, place, adapter, header, steps)
+
+    adapters = trained_adapters(model, names)
+    _save_adapters(Path(folder), adapters, lambda new: model.save_pretrained(str(new)), save_sigma_of)
