@@ -27,11 +27,6 @@ def tempered_ess(group: dict[str, Any]) -> float:
     return float(group["ess"] * group["tau"])
 
 
-def training_ess(group: dict[str, Any]) -> float:
-    """Return the λ whose posterior a group is trained among: `draw_scale` times as wide as the one that it leaves."""
-    return tempered_ess(group) / group["draw_scale"] ** 2
-
-
 class Layout(NamedTuple):
     """Some tensors in chunks."""
 

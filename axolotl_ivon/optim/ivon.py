@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ..settings.table import ADDED_LATER
 from . import kernels
-from .buffers import Buffers, tempered_ess, training_ess
+from .buffers import Buffers, tempered_ess
 from .kernels.base import (
     ESS_CEILING,
     ESS_FLOOR,
@@ -33,7 +33,7 @@ from .kernels.base import (
 from .summary import summarize
 
 # Options that the groups of earlier versions do not have.
-_ADDED = {**ADDED_LATER, "batch_size": 1, "tau": 1.0, "draw_scale": 1.0}
+_ADDED = {**ADDED_LATER, "batch_size": 1, "tau": 1.0}
 # What a prior of every weight's own is in a group, once its m₀ and σ₀ are in the state.
 _GAUSSIAN = "gaussian"
 # m₀ and σ₀ of the tensors, by the parameters' names or by the parameters.
@@ -129,8 +129,6 @@ class IVONLoRA(Optimizer):
             It is an option of the groups, so it may be set anew before a step.
         direction: "newton" for g/p, or "adam" for ξ·g/√E[ĝ²], which needs squared gradients and the empirical prior.
         tau: temperature τ of the posterior: λ·τ takes the place of λ, and σ is 1/√τ as wide, in training as afterwards.
-        draw_scale: width of the draws of training, as a part of σ: θ = m + draw_scale·σ·ε. Training is then that of the
-            posterior at τ/draw_scale², and what is left is at τ. 1 with a prior of every weight's own.
         h0_steps: number of steps that h0 counts as, k: the memory of p is 1−β2 = 1/(t+k) until that falls below the
             one of `betas`, so that what p starts from is soon forgotten. None for the same β2 in every step.
         rescale_lr: whether the learning rate of a tensor is (h0 + δ)·α, the optional line of IVON's Algorithm 1. A step
@@ -157,14 +155,13 @@ class IVONLoRA(Optimizer):
         batch_size: int = 1,
         direction: Literal["newton", "adam"] = "newton",
         tau: float = 1.0,
-        draw_scale: float = 1.0,
         h0_steps: float | None = None,
         rescale_lr: bool = False,
         seed: int = 0,
     ) -> None:
         defaults: dict[str, Any] = {"lr": lr, "ess": ess, "betas": betas, "h0": h0, "clip": clip, "prior": prior}
         defaults |= {"prior_strength": prior_strength, "hessian": hessian, "batch_size": batch_size}
-        defaults |= {"direction": direction, "tau": tau, "draw_scale": draw_scale}
+        defaults |= {"direction": direction, "tau": tau}
         defaults |= {"h0_steps": h0_steps, "rescale_lr": rescale_lr, "seed": seed, "draws": 0}
         _check_hyperparameters(defaults)
         kernels.wanted()  # complains of a name that means nothing
@@ -281,7 +278,7 @@ class IVONLoRA(Optimizer):
 
     def _draw(self, buffers: Buffers, number: int) -> None:
         number_of = f"{number} of process {self.process}" if self.process else number
-        buffers.draw(number_of, training_ess(buffers.group))
+        buffers.draw(number_of, tempered_ess(buffers.group))
 
     @contextmanager
     def evaluation_draw(self, number: int, tau: float = 1.0) -> Iterator[None]:
@@ -357,7 +354,7 @@ class IVONLoRA(Optimizer):
         if buffers.h_hat is None:
             return
         group = buffers.group
-        ess, clip, (beta1, beta2) = training_ess(group), group["clip"], group["betas"]
+        ess, clip, (beta1, beta2) = tempered_ess(group), group["clip"], group["betas"]
         if isinstance(decision, Tensor):  # on a device that decided for itself
             decision = decision.to(buffers.device, non_blocking=True)
         taken = buffers.with_gradient().there * decision[0]
@@ -461,8 +458,7 @@ class IVONLoRA(Optimizer):
         group, state = self._group_of(param), self._state_of(param)
         if group["prior"] == _GAUSSIAN:
             return group["prior_strength"] * state["prior_precision"]
-        ess = tempered_ess(group)
-        return float(ess * _delta(group, state["mean"], state["precision"], ess))
+        return tempered_ess(group) * _delta(group, state["mean"], state["precision"])
 
     def summary(self) -> dict[str, float]:
         """Return figures of the posterior for a log, over all n weights.
@@ -530,7 +526,7 @@ class IVONLoRA(Optimizer):
             state["precision"].copy_(precision.clamp_(PRECISION_FLOOR, PRECISION_CEILING))
             if "seen" in state:  # how much of it is older than the gradients is not known
                 state["seen"].fill_(1)
-                state["unseen"].fill_(_delta(group, state["mean"], state["precision"], training_ess(group)))
+                state["unseen"].fill_(_delta(group, state["mean"], state["precision"]))
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         for group in self.param_groups:
@@ -574,11 +570,11 @@ def _names(group: dict[str, Any]) -> list[str]:
     return group.get("param_names") or [f"tensor {i}" for i in range(len(group["params"]))]
 
 
-def _delta(group: dict[str, Any], mean: Tensor, precision: Tensor, ess: float) -> float:
+def _delta(group: dict[str, Any], mean: Tensor, precision: Tensor) -> float:
     """Return δ of one tensor: the fixed one, or κ/(λ·mean(m² + σ²)), the KL-optimal one at κ = 1."""
     if group["prior"] != "empirical":
         return float(group["prior"] * group["prior_strength"])
-    moments = float(ess * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)  # λ·Σ(m² + σ²)
+    moments = float(tempered_ess(group) * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)  # λ·Σ(m² + σ²)
     return group["prior_strength"] * mean.numel() / moments
 
 
@@ -588,7 +584,7 @@ def _start(group: dict[str, Any], mean: Tensor, prior_precision: Tensor | None) 
         once = prior_precision * (max(1.0, group["prior_strength"]) / tempered_ess(group))
         return once.clamp_(PRECISION_FLOOR, PRECISION_CEILING)
     precision = torch.full_like(mean, group["h0"])
-    return precision.add_(_delta(group, mean, precision, training_ess(group)))
+    return precision.add_(_delta(group, mean, precision))
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
@@ -598,10 +594,6 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
         "lr": (0 <= group["lr"] < inf, "finite and not negative"),
         "ess": (ESS_FLOOR <= group["ess"] <= ESS_CEILING, f"between {ESS_FLOOR:g} and {ESS_CEILING:g}"),
         "tau": (0 < group["tau"] < inf and ESS_FLOOR <= tempered_ess(group) <= ESS_CEILING, "positive, and λ·τ as λ"),
-        "draw_scale": (
-            0 < group["draw_scale"] < inf and ESS_FLOOR <= training_ess(group) <= ESS_CEILING,
-            "positive, and λ·τ/draw_scale² as λ",
-        ),
         "betas": (len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
         "h0": (0 < group["h0"] < inf, "positive and finite"),
         "clip": (group["clip"] > 0, "positive"),
@@ -616,7 +608,6 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
     if isinstance(prior, Mapping):
         own = "with a prior of every weight's own"
         checks["rescale_lr"] = (group["rescale_lr"] is False, f"False {own}")
-        checks["draw_scale"] = (group["draw_scale"] == 1, f"1 {own}")
     elif isinstance(prior, str):
         checks["prior"] = (prior == "empirical", '"empirical", a number or a mapping')
     else:

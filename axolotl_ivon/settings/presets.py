@@ -22,8 +22,9 @@ FEW_PASSES = 5
 MEMORY, ADAM_MEMORY = 0.2, 1.0
 # The highest temperature of short runs: of the noise, nothing is then left to see.
 NARROWEST = 1e4
-# Width of the draws of training, as a part of σ, in few passes by Adam's direction.
-FEW_PASSES_SCALE = 0.2
+# How far weights get by Adam's direction in few passes, as a part of how far they can: where gradients are noise,
+# g/√E[ĝ²] is about a fifth.
+FEW_PASSES_REACH = 0.2
 
 
 def effective_sample_size(n: int, gamma: float = 5000.0) -> float:
@@ -44,11 +45,10 @@ def effective_sample_size(n: int, gamma: float = 5000.0) -> float:
 
 
 class Step(NamedTuple):
-    """How a run steps: the direction, the temperature τ of its posterior, and the width of its draws, a part of σ."""
+    """How a run steps: the direction, and the temperature τ of its posterior."""
 
     direction: str
     tau: float = 1.0
-    draw_scale: float = 1.0
 
 
 class Preset(NamedTuple):
@@ -183,15 +183,16 @@ class Preset(NamedTuple):
 
         By Adam's direction a run learns what AdamW would at its learning rate, if noise does not drown it: a B that can
         get 0.01 from zero gives A no gradient among draws of its size. At this τ draws are no wider, for how far
-        weights can get, than in a run of `travel`. Where gradients are noise g/√E[ĝ²] is about a fifth, and weights get
-        a fifth as far, so in few passes, where there is nothing to gain from noise, training draws are a fifth as wide.
+        weights get, than in a run of `travel`. In few passes, where there is nothing to gain from noise, that is a
+        fifth of how far they can.
         """
         direction = self.direction or ("adam" if learning_rate and epochs <= FEW_PASSES else "newton")
         reach = learning_rate * steps / 2
         if direction != "adam" or not (self.travel and reach) or self.gamma is not None or self.fixed_ess is not None:
             return Step(direction)
-        scale = FEW_PASSES_SCALE if epochs <= FEW_PASSES else 1.0
-        return Step(direction, min(max(1.0, (self.travel / reach) ** 2), NARROWEST), scale)
+        if epochs <= FEW_PASSES:
+            reach *= FEW_PASSES_REACH
+        return Step(direction, min(max(1.0, (self.travel / reach) ** 2), NARROWEST))
 
     def for_run(
         self,

@@ -135,8 +135,6 @@ class PosteriorTraining(TrainerCallback):
         size = f" for {self.header['train_size']} examples" if self.header["train_size"] else ""
         start = f"from the posterior {self.header['prior']}" if "prior" in self.header else f"h0 {s['h0']:.2g}"
         step = f", steps by Adam's direction, σ at τ {s['tau']:.3g}" if s["direction"] == "adam" else ""
-        if s["draw_scale"] != 1:
-            step += f", draws of training {s['draw_scale']:g} times as wide"
         LOG.info(
             "%s",
             f"preset {self.header['preset']}: λ {s['ess']:.3g}{size}, {start}, β2 {s['betas'][1]:.5g}, "

@@ -108,32 +108,6 @@ def test_at_a_temperature_lambda_times_tau_is_lambda_everywhere() -> None:
     assert summary == of_lambda
 
 
-@pytest.mark.parametrize("own", [{}, {"direction": "adam", "hessian": "squared_gradients", "batch_size": 4}])
-def test_training_among_narrower_draws_is_that_of_a_colder_posterior_and_leaves_the_wider_one(own: dict) -> None:
-    states = []
-    for hyper in ({"tau": 4.0, "draw_scale": 0.5}, {"tau": 16.0}):
-        pair, optimizer = trained_pair(batches(3), **own, ess=1e3, **hyper)
-        with optimizer.evaluation_draw(0, 1.0 if "draw_scale" in hyper else 0.25):
-            draw = [param.detach().clone() for param in pair.values()]
-        states.append((optimizer, pair, draw))
-    (ours, pair, draw), (theirs, other, other_draw) = states
-    for name, param in pair.items():
-        assert torch.equal(ours.mean(param), theirs.mean(other[name]))
-        assert torch.equal(ours.sigma(param), 2 * theirs.sigma(other[name]))
-        # Its prior is the KL-optimal one of what is left.
-        expected = param.numel() / float((ours.mean(param).square() + ours.sigma(param).square()).sum())
-        assert ours.prior_precision(param) == pytest.approx(expected, rel=1e-5)
-    assert all(map(torch.equal, draw, other_draw))
-    mine, colder = ours.summary(), theirs.summary()
-    assert mine["ivon_sigma_mean"] == pytest.approx(2 * colder["ivon_sigma_mean"], rel=1e-6)
-    # The σ that was saved puts the same p into a new optimizer, whatever its draws in training.
-    fresh = {name: nn.Parameter(param.detach().clone()) for name, param in pair.items()}
-    again = IVONLoRA(fresh.items(), **{**SETTINGS, **own, "ess": 1e3, "tau": 4.0, "draw_scale": 0.5})
-    again.adopt_parameters({fresh[name]: ours.sigma(param) for name, param in pair.items()})
-    for name, param in pair.items():
-        torch.testing.assert_close(again.sigma(fresh[name]), ours.sigma(param), rtol=1e-6, atol=0)
-
-
 def test_sigma_its_square_and_its_inverse_are_normal_at_every_bound() -> None:
     tiny = torch.finfo(torch.float32).tiny
     for ess in (ESS_FLOOR, ESS_CEILING):
@@ -548,7 +522,6 @@ BAD |= {
     "seed": (-1, 0.5),
     "direction": ("down",),
     "tau": (0.0, 1e17, math.inf),
-    "draw_scale": (0.0, -1.0, 1e-9, math.inf),
 }
 
 

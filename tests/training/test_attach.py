@@ -174,7 +174,7 @@ def test_few_examples_are_held_less_hot_in_a_long_run(length: dict[str, Any], at
     assert (before["ess"], group["ess"]) == (250_000, 187_500)
     assert group["ess"] * group["h0"] == pytest.approx(before["ess"] * before["h0"])
     twins = [param.detach().clone() for param in group["params"]]
-    fitted = {name: group[name] for name in ("ess", "h0", "direction", "tau", "draw_scale")}
+    fitted = {name: group[name] for name in ("ess", "h0", "direction", "tau")}
     made = IVONLoRA(twins, **before | fitted | {"lr": 0.1})
     for param, twin in zip(group["params"], twins, strict=True):
         assert torch.equal(trainer.optimizer.sigma(param), made.sigma(twin))
