@@ -88,7 +88,7 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
         run = preset.for_run(size, shapes, asked, steps or 1, epochs)
         ess, h0 = run["ess"], None if prior else run["h0"]
     tau: float | None
-    direction, tau, _ = preset.step(asked, steps or 1, epochs)
+    direction, tau = preset.step(asked, steps or 1, epochs)
     if not steps and tau != 1:  # it depends on them
         tau = None
     beta2 = preset.second_beta(steps, direction) if steps else preset.beta2
