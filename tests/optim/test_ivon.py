@@ -102,6 +102,10 @@ def test_at_a_temperature_lambda_times_tau_is_lambda_everywhere() -> None:
     for hyper in ({"ess": 1e3, "tau": 64.0}, {"ess": 64e3}):
         pair, optimizer = trained_pair(batches(3), **hyper)
         states.append((*posterior_of(pair, optimizer), optimizer.summary()))
+        param = next(iter(pair.values()))
+        sigma = optimizer.sigma(param)
+        optimizer.adopt_parameters({param: sigma})
+        torch.testing.assert_close(optimizer.sigma(param), sigma, rtol=1e-6, atol=0)
     (*ours, summary), (*theirs, of_lambda) = states
     assert all(map(torch.equal, ours, theirs))
     assert (summary.pop("ivon_ess"), of_lambda.pop("ivon_ess")) == (1e3, 64e3)
