@@ -170,3 +170,5 @@ def test_half_a_line_is_dropped_and_other_texts_are_refused(tmp_path: Path, form
     assert path.read_bytes() == whole
     with pytest.raises(IVONError, match="is about another text than data has there; choose another output"):
         DecisionFile(path, lines, {"seed": 1}).resume(read_texts(["other", *texts[1:]]))
+    with pytest.raises(IVONError, match="out was made with seed 1, not 2; choose another output"):
+        DecisionFile(path, lines, {"seed": 2})
