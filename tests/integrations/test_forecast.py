@@ -319,7 +319,7 @@ def test_tau_of_a_short_run_follows_from_its_steps(written: Any) -> None:
     assert written(**away)["tau"] is None
     assert written(**away, ivon_direction="newton")["tau"] == written(**away, **PAPER)["tau"] == 1
     known = written(**away, max_steps=128, learning_rate=2e-4)
-    assert known["tau"] == pytest.approx((0.125 / 0.0128) ** 2)
+    assert known["tau"] == pytest.approx((0.125 / (0.0128 / 5)) ** 2)
 
 
 def test_what_will_come_of_it(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
