@@ -15,6 +15,7 @@ from typing import NamedTuple
 REFERENCES = ("mean", "base", "mean+temperature")
 LIKELY = 2.0  # standard errors from zero that are no noise
 FEWEST = 30  # examples below which a standard error says little
+UNSEEN = 5e-4  # a difference that no table shows, as between the mean and the narrow draws of a short run
 # Metrics that choose between predictions: +1 where less is better.
 SIGNS = {"nll": 1, "ece": 1, "accuracy": -1, "brier": 1}
 LABELS = {"nll": "NLL", "accuracy": "accuracy", "ece": "ECE", "brier": "Brier"}
@@ -48,6 +49,8 @@ def judge(difference: float, error: float | None, examples: int, sign: int = 1) 
         return "too few examples"
     if abs(difference) < LIKELY * (error or 0.0):
         return "within noise"
+    if abs(difference) < UNSEEN:
+        return "the same"
     return "better" if sign * difference < 0 else "worse"
 
 

@@ -48,6 +48,7 @@ def test_the_error_is_half_the_difference_of_as_many(given: tuple[int, float, fl
         (-0.1, 0.05, 30, "better"),
         (0.1, 0.05, 30, "worse"),
         (0.1, 0.0, 30, "worse"),
+        (-4e-4, 1e-5, 30, "the same"),
     ],
 )
 def test_what_a_difference_means(difference: float, error: float, examples: int, outcome: str) -> None:
