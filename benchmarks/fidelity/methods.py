@@ -141,7 +141,8 @@ class Curve:
     """Accuracy, NLL and ECE on the validation data at some points of a run, at the mean and averaged over draws.
 
     `points` lists {"step", "accuracy", …, "draws": {"accuracy", …}}, the last where `posterior()` gives one; what it
-    costs, `seconds` of CPU time, is not counted as training.
+    costs, `seconds` of CPU time, is not counted as training. With the setting `keep_best`, `best` is the copy of the
+    weights at the point with the lowest NLL of the mean, which is early stopping without a run that is cut short.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Curve:
     ) -> None:
         self.model, self.examples, self.posterior, self.draws = model, task.validation, posterior, draws
         self.points: list[dict[str, Any]] = []
+        self.keep, self.best = settings.get("keep_best", False), dict[str, Tensor]()
         count = settings.get("curve", 0)
         self.steps = {round(settings["steps"] * (i + 1) / count) - 1 for i in range(count)}
         self.seconds = 0.0
@@ -167,6 +169,8 @@ class Curve:
         point: dict[str, Any] = {"step": step + 1, **self.measure(Predictions.of([predict(self.model, self.examples)]))}
         if self.posterior is not None:
             point["draws"] = self.measure(predict_posterior(self.model, self.posterior(), self.examples, self.draws))
+        if self.keep and all(point["nll"] < earlier["nll"] for earlier in self.points):
+            self.best = {name: value.detach().clone() for name, value in self.model.trained().items()}
         self.points.append(point)
         self.model.train()
         self.seconds += time.process_time() - begun
@@ -178,13 +182,25 @@ class Curve:
 
 
 def train_adamw(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Trained:
-    """AdamW without weight decay."""
+    """AdamW without weight decay; with `keep_best` stopped early, by the NLL of the `curve`."""
     parameters, curve = model.trained(), Curve(model, task, settings)
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings["lr"], weight_decay=0.0)
     losses: list[float] = []
     seconds = loop(model, task.train, optimizer, settings, after_step=curve, losses=losses) - curve.seconds
     facts = {"curve": curve.points, "losses": eighths(losses)}
-    return Trained(model, as_posterior(parameters), seconds, state_bytes(optimizer), facts)
+    return Trained(model, as_posterior(curve.best or parameters), seconds, state_bytes(optimizer), facts)
+
+
+def train_lion(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Trained:
+    """Lion (arXiv 2302.06675), signed steps without a posterior, at the rate of a travel and without weight decay."""
+    from lion_pytorch import Lion
+
+    parameters = model.trained()
+    rate = travel_rate(settings["travel"], settings["steps"], settings.get("warmup", WARMUP))
+    optimizer = Lion(list(parameters.values()), lr=rate)
+    losses: list[float] = []
+    seconds = loop(model, task.train, optimizer, settings, losses=losses)
+    return Trained(model, as_posterior(parameters), seconds, state_bytes(optimizer), {"losses": eighths(losses)})
 
 
 def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Trained:
@@ -192,7 +208,9 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
 
     `lr` is the most that a step may move a weight, as AdamW's learning rate is in a YAML; without it the rate is that
     of the preset's travel. `per_weight` is λ/(N·weights), and `averaged` the share of the steps, the last ones, whose
-    means are averaged. With `blocks` the precision is a matrix over the rank (`blocks.BlockIVON`).
+    means are averaged. With `blocks` the precision is a matrix over the rank (`blocks.BlockIVON`). `noise` is what
+    gradients are taken at: a draw; with "flat" a draw with one σ for each tensor, of the same mean of σ²; with "none"
+    the mean. The posterior is the same either way, since B·ĝ² does not ask where ĝ is from.
     """
     parameters, preset = model.trained(), PRESETS["auto"]
     preset = preset._replace(**{name: settings[name] for name in preset._fields if name in settings})
@@ -231,6 +249,16 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
         for value in parameters.values():
             value.copy_(2 * optimizer.mean(value) - value)
 
+    @contextmanager
+    def sampled() -> Iterator[None]:
+        with optimizer.sampled_params():
+            with torch.no_grad():
+                for value in parameters.values() if "noise" in settings else ():
+                    mean, sigma = optimizer.mean(value), optimizer.sigma(value)
+                    width = sigma.square().mean().sqrt() if settings["noise"] == "flat" else 0.0
+                    value.copy_(mean + (value - mean) / sigma * width)
+            yield
+
     first = round(steps * (1 - settings.get("averaged", 0.0)))
     total: dict[str, Tensor] = {}
 
@@ -242,7 +270,7 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
 
     curve = Curve(model, task, settings, posterior)
     losses: list[float] = []
-    ways = (optimizer.sampled_params, after_step, mirror, losses)
+    ways = (sampled, after_step, mirror, losses)
     seconds = loop(model, task.train, optimizer, settings, *ways) - curve.seconds
     facts = {**optimizer.summary(), "curve": curve.points, "losses": eighths(losses)}
     found = as_posterior(total, dict(posterior().sigma)) if total else posterior()
@@ -468,6 +496,7 @@ def train_blob(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Train
 
 TRAINERS: dict[str, Callable[[Encoder, Task, Mapping[str, Any]], Trained]] = {
     "adamw": train_adamw,
+    "lion": train_lion,
     "ivon-lora": train_ivon_lora,
     "ivon-auto": train_ivon_auto,
     "algorithm-1": train_algorithm_one,

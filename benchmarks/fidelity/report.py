@@ -18,6 +18,8 @@ METRICS = {"accuracy": ("accuracy", 100.0, 1), "ece": ("ECE", 100.0, 1), "nll": 
 ROW_NAMES = {
     ("adamw", "mean"): "AdamW",
     ("adamw", "temperature-scaling"): "AdamW + temperature scaling",
+    ("adamw-stopped", "mean"): "AdamW, stopped early",
+    ("adamw-stopped", "temperature-scaling"): "AdamW, stopped early + temperature scaling",
     ("adamw", "mc-dropout"): "AdamW + MC dropout, {draws} passes",
     ("adamw", "ensemble"): "LoRA ensemble of 5 (5 × the training)",
     ("adamw", "laplace=diag"): "Laplace-LoRA, diagonal",
