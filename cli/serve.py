@@ -11,7 +11,6 @@ from . import _options as options
 
 if TYPE_CHECKING:
     from axolotl_ivon.decisions.recommendation import DecisionRule
-    from axolotl_ivon.serving.start import Drawing
 
 _SECTIONS = {
     "Server": {"host", "port", "name", "max_tokens"},
@@ -83,7 +82,7 @@ def command(
 
     host, api_key = server["host"], os.environ.get(KEY_VARIABLE)
     check_key(host, api_key)
-    endpoints = proxied.pop("endpoints")
+    endpoints, wanted = proxied.pop("endpoints"), "draws" if draws["samples"] else ""
     max_queue = (256 if endpoints else 32) if server["max_queue"] is None else server["max_queue"]
     limits = Limits(max_queue, server["max_tokens"], server["timeout"])
 
@@ -99,17 +98,20 @@ def command(
                         "--endpoint: the servers render chats; send chat_template_kwargs with each request, or start "
                         "vLLM with --default-chat-template-kwargs in place of --chat-template-kwargs"
                     )
-                decided = point.settings(adapter, terminal, served=True).rule
-                names = {"name": server["name"], "samples": draws["samples"]}
-                backend = proxy_backend(adapter, endpoints, decided, limits, Combining(**proxied), **names)
+                _, rule, mean_rule = _answering(point.settings(adapter, terminal, wanted, served=True))
+                names = {"name": server["name"], "samples": draws["samples"], "mean_rule": mean_rule}
+                backend = proxy_backend(adapter, endpoints, rule, limits, Combining(**proxied), **names)
             else:
-                from axolotl_ivon.serving.start import local_backend
+                from axolotl_ivon.serving.start import Drawing, local_backend
 
-                drawing, rule, mean_rule = _drawing(adapter, draws, point, terminal)
-                decided = mean_rule or rule
+                setting = point.settings(adapter, terminal, wanted)
+                tau, rule, mean_rule = _answering(setting)
+                drawing = Drawing(adapter, draws["samples"] or 8, draws["seed"], tau, setting.ratio)
                 names = {"name": server["name"], "mean_rule": mean_rule}
                 backend = local_backend(drawing, rule, limits, loading, **names, reporter=progress)
-            score = "agreement" if endpoints and proxied["combine"] != "rescore" else "probability"
+            decided = mean_rule or rule
+            of_texts = endpoints and proxied["combine"] != "rescore" and mean_rule is None
+            score = "agreement" if of_texts else "probability"
             if decided.threshold is not None and decided.score != score:
                 promised = "answers that are no choices" if decided.score == "probability" else "this one"
                 progress.notify(
@@ -126,15 +128,9 @@ def command(
         run(make_app(backend, Guard(api_key, timeout=limits.timeout + 60)), bound, ready)
 
 
-def _drawing(
-    adapter: str, draws: dict[str, Any], point: options.PosteriorOptions, terminal: options.Terminal
-) -> tuple[Drawing, DecisionRule, DecisionRule | None]:
-    """Return the draws that answer from memory, what is made of them, and of the mean where that answers."""
-    from axolotl_ivon.serving.start import Drawing
-
-    tau, ratio, rule, taken, is_mean = point.settings(adapter, terminal, "draws" if draws["samples"] else "")
-    mean_rule = rule if is_mean else None
-    if taken and is_mean:
-        drawn = taken.for_draws()
-        tau, rule = drawn.tau, drawn.rule
-    return Drawing(adapter, draws["samples"] or 8, draws["seed"], tau, ratio), rule, mean_rule
+def _answering(setting: options.Setting) -> tuple[float, DecisionRule, DecisionRule | None]:
+    """Return the draws' temperature τ, what is made of them, and of the mean where that answers."""
+    if not (setting.recommended and setting.is_mean):
+        return setting.tau, setting.rule, None
+    drawn = setting.recommended.for_draws()
+    return drawn.tau, drawn.rule, setting.rule

@@ -105,6 +105,7 @@ def proxy_backend(
     *,
     name: str | None = None,
     samples: int | None = None,
+    mean_rule: DecisionRule | None = None,
 ) -> Backend:
     """Return the backend that answers, under `name`, from servers that serve the members of an ensemble.
 
@@ -112,8 +113,10 @@ def proxy_backend(
         folder: the ensemble that `ivon-post sample --serve vllm` wrote.
         endpoints: the servers' addresses; each serves every member.
         samples: the first draws only; None: all.
+        mean_rule: with it the mean answers under it.
 
-    Raises IVONError if the folder is no ensemble, or a server does not answer or lacks a member.
+    Raises IVONError if the folder is no ensemble, or has no mean that is to answer, or a server does not answer or
+    lacks a member.
     """
     from ..data.chats import trained_choices
     from ..data.encode import ChatFormat
@@ -126,12 +129,17 @@ def proxy_backend(
 
     name = served_name(name, folder)
     ensemble = Ensemble(folder)
+    if mean_rule is not None and not ensemble.has_mean:
+        raise IVONError(
+            f"{param_ref('recommended')}: the mean is recommended, and {folder} has none; have `ivon-post sample` "
+            f"include the mean, or let the draws answer with {param_ref('samples')}"
+        )
     draws = ensemble.draws if samples is None else ensemble.members(Plan(n=samples, per_model=1))
     members = ["mean", *draws] if ensemble.has_mean else draws
     pool = UpstreamPool(endpoints, combining.concurrency, limits.timeout)
     tokenizer = partial(load_tokenizer, ensemble.tokenizer_folder, ensemble.base_model)  # for choices alone
     prompts = PromptReader(tokenizer, ChatFormat.of(ensemble.source), trained_choices(ensemble.source))
-    proxy = Proxy(pool, name, members, combining, rule, limits, prompts)
+    proxy = Proxy(pool, name, members, combining, rule, limits, prompts, mean_rule)
     for url in endpoints:
         Endpoint(url, _START_TIMEOUT).models(members)
     return proxy

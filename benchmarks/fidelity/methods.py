@@ -208,9 +208,9 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
 
     `lr` is the most that a step may move a weight, as AdamW's learning rate is in a YAML; without it the rate is that
     of the preset's travel. `per_weight` is λ/(N·weights), and `averaged` the share of the steps, the last ones, whose
-    means are averaged. With `blocks` the precision is a matrix over the rank (`blocks.BlockIVON`). `noise` is what
-    gradients are taken at: a draw; with "flat" a draw with one σ for each tensor, of the same mean of σ²; with "none"
-    the mean. The posterior is the same either way, since B·ĝ² does not ask where ĝ is from.
+    means are averaged. With `blocks` the precision is a matrix over the rank (`blocks.BlockIVON`). `gradients` are
+    taken at a draw; those of "flat" at a draw with one σ for each tensor, of the same mean of σ²; of "mean" there. p
+    comes of them by the same rule.
     """
     parameters, preset = model.trained(), PRESETS["auto"]
     preset = preset._replace(**{name: settings[name] for name in preset._fields if name in settings})
@@ -253,9 +253,9 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
     def sampled() -> Iterator[None]:
         with optimizer.sampled_params():
             with torch.no_grad():
-                for value in parameters.values() if "noise" in settings else ():
+                for value in parameters.values() if "gradients" in settings else ():
                     mean, sigma = optimizer.mean(value), optimizer.sigma(value)
-                    width = sigma.square().mean().sqrt() if settings["noise"] == "flat" else 0.0
+                    width = sigma.square().mean().sqrt() if settings["gradients"] == "flat" else 0.0
                     value.copy_(mean + (value - mean) / sigma * width)
             yield
 

@@ -6,6 +6,7 @@ compares suites takes several, `SUITE,SUITE`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -172,28 +173,53 @@ def shape(results: Results) -> str:
 
 
 def beyond(results: Results) -> str:
-    """Which answers are wrong, and what of other domains: the draws against AdamW + temperature scaling, by seed."""
+    """Which answers are wrong, and what of other domains: ours against AdamW + temperature scaling, by seed."""
     columns = {"NLL": "nll", "ECE, %": "ece", "AUROC of errors, %": "auroc", "AURC, %": "aurc"}
     domains = results.suite["domains"] if MOVIE in results.suite["tasks"] else []
+    ours = {"draws": DRAWS, "what is recommended": (DRAWS[0], "calibrated")}
     rows = []
-    for data in ("test", *domains):
+    for data, (name, place) in itertools.product(("test", *domains), ours.items()):
         tasks = results.tasks() if data == "test" else [MOVIE]
         cells = []
         for title, metric in columns.items():
             scale, digits = (100, 1) if title.endswith("%") else (1, 3)
-            theirs, ours = (
+            before, after = (
                 _over_tasks(results, metric, tasks, method, row, data)
-                for method, row in (("adamw", "temperature-scaling"), DRAWS)
+                for method, row in (("adamw", "temperature-scaling"), place)
             )
-            seeds = sorted(theirs.keys() & ours.keys())
+            seeds = sorted(before.keys() & after.keys())
             if not seeds:
                 continue
-            first, second = (scale * statistics.fmean(values[seed] for seed in seeds) for values in (theirs, ours))
-            change, error = mean_and_error([scale * (ours[seed] - theirs[seed]) for seed in seeds])
+            first, second = (scale * statistics.fmean(values[seed] for seed in seeds) for values in (before, after))
+            change, error = mean_and_error([scale * (after[seed] - before[seed]) for seed in seeds])
             cells.append(f"{first:.{digits}f} → {second:.{digits}f} ({change:+.{digits}f} ± {error:.{digits}f})")
         if cells:
-            rows.append([", ".join(tasks) if data == "test" else f"{MOVIE}, on {data}", *cells])
-    return table(["AdamW + temperature scaling → draws", *columns], rows)
+            rows.append([", ".join(tasks) if data == "test" else f"{MOVIE}, on {data}", name, *cells])
+    return table(["AdamW + temperature scaling → ours", "", *columns], rows)
+
+
+PARTS_OF_THE_PRESET = {
+    "ivon-auto": "the preset",
+    "flat": "… gradients at draws with one σ for each tensor",
+    "silent": "… gradients at the mean: signed momentum",
+    "reparameterized": "… ĥ as IVON has it",
+    "noisy-adamw": "AdamW's step, gradients at the preset's draws",
+    "lion": "Lion",
+    "adamw": "AdamW",
+}
+
+
+def work(results: Results) -> str:
+    """What does the work: the preset with one part of it changed, averaged over the tasks."""
+    columns = [("accuracy", "mean"), *(("nll", row) for row in ("mean", "temperature-scaling", "posterior"))]
+    columns.append(("ece", "posterior"))
+    rows = []
+    for method, name in PARTS_OF_THE_PRESET.items():
+        found = [averaged(results, metric, method, row) for metric, row in columns]
+        if found[0]:
+            seeds = str(len(found[0]))
+            rows.append([name, seeds, *(cell(list(v.values()), m) for v, (m, _) in zip(found, columns, strict=True))])
+    return table(["", "seeds", "accuracy of the mean, %", "its NLL", "+ T", "NLL of 8 draws", "their ECE, %"], rows)
 
 
 PEERS = (
@@ -357,6 +383,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "promises": promises,
     "tasks": tasks,
     "stage": stage,
+    "work": work,
     "shape": shape,
     "beyond": beyond,
     "peers": peers,

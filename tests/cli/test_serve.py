@@ -94,8 +94,10 @@ def test_where_the_mean_is_recommended_it_answers_as_the_merged_model_does(
     assert unsure["mutual_information"] > 0
 
 
-def test_it_serves_in_front_of_itself(tiny_adapter: Path, tmp_path: Path, ivon_post: Any, tiny_llama: Path) -> None:
-    """What is served behind it is the project's own fake of vLLM, with two members."""
+def test_it_serves_in_front_of_itself(
+    tiny_adapter: Path, tmp_path: Path, ivon_post: Any, tiny_llama: Path, calibrated: Callable[..., Path]
+) -> None:
+    """What is served behind it is the project's own fake of vLLM, with two members; the mean is not among them."""
     from openai_server import Server, serving
 
     ivon_post("sample", tiny_adapter, "-n", 2, "-o", tmp_path / "ensemble")
@@ -111,6 +113,9 @@ def test_it_serves_in_front_of_itself(tiny_adapter: Path, tmp_path: Path, ivon_p
                 assert found.model_extra["ivon"]["members"] == 2  # type: ignore[index]
                 server.send_signal(signal.SIGTERM)
                 assert server.wait(30) == 0
+        told = ivon_post.error("serve", *words, "--recommended", calibrated() / "recommended.json", "--port", 0)
+        assert "--recommended: the mean is recommended, and" in told
+        assert "include the mean, or let the draws answer with --samples" in told
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, ivon_post: Any, tiny_adapter: Path) -> None:

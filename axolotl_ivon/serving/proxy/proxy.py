@@ -39,11 +39,13 @@ class Combining:
 
 
 class Proxy(Backend):
-    """Answers from the servers of a pool; `name` is that of the answer of all members.
+    """Answers from the servers of a pool; `name` is that of the answer of all members, or of the mean.
 
     Args:
         members: the names of the members there: "mean" for the mean, the others are draws.
-        rule: the softmax temperature of the agreement, or of choices, and the threshold of the confidence.
+        rule: the softmax temperature of the draws' agreement, or of choices, and the threshold of the confidence.
+        mean_rule: that of the mean, if it answers as `name`. Texts have the probabilities of the servers there, at a
+            softmax temperature of 1.
     """
 
     def __init__(
@@ -55,10 +57,10 @@ class Proxy(Backend):
         rule: DecisionRule,
         limits: Limits,
         prompts: PromptReader,
+        mean_rule: DecisionRule | None = None,
     ) -> None:
         super().__init__(prompts, limits)
         self._pool = pool
-        self._rule = rule if rule.score == "probability" else DecisionRule()
         self._candidates, self._threshold = combining.candidates, rule.threshold
         # Chooses n of the candidates of all members; None: by their scores.
         self._choose: Callable[[Sequence[Candidate], int], list[AnswerDelta]] | None = None
@@ -67,11 +69,17 @@ class Proxy(Backend):
             utility = UTILITIES[combining.combine](answers)
             self._choose = functools.partial(by_risk, utility=utility, answers=answers, rule=rule)
         self._draws = [member for member in members if member != "mean"]
-        self.models: dict[str, str | None] = {name: None}  # by served name the member; None: all of them
+        # By served name the member; None: all draws.
+        self.models: dict[str, str | None] = {name: None if mean_rule is None else "mean"}
         if "mean" in members:
             self.models[f"{name}:mean"] = "mean"
         self.models[f"{name}:posterior"] = None
         self.models |= {f"{name}:member-{number:04d}": member for number, member in enumerate(self._draws)}
+        over_draws = rule if rule.score == "probability" else DecisionRule()  # of choices
+        self._plain = DecisionRule(by_length=over_draws.by_length)
+        self._rules = {name: mean_rule or over_draws, f"{name}:posterior": over_draws}
+        if mean_rule is not None:
+            self._rules[f"{name}:mean"] = mean_rule
         self._running = 0
 
     def gauges(self) -> Mapping[str, float]:
@@ -129,7 +137,7 @@ class Proxy(Backend):
     async def _choice(self, request: Request, prompt: TokenizedPrompt, seed: int) -> Deltas:
         """Yield the answers to a prompt with choices, from the probability of every choice under each member."""
         member = self.models[request.model]
-        rule = self._rule if member is None else DecisionRule(by_length=self._rule.by_length)
+        rule = self._rules.get(request.model, self._plain)
         models = self._draws if member is None else [member]
         asks = [functools.partial(self._rows, model) for model in models]
         scores = await together([label_logprobs(ask, *prompt, by_length=rule.by_length) for ask in asks])
@@ -146,13 +154,14 @@ class Proxy(Backend):
     async def _member(self, request: Request, body: dict[str, Any], answers: AnswerStream) -> Deltas:
         answered: list[list[Token]] = [[] for _ in range(request.n)]
         unfinished = request.n
+        threshold = self._rules.get(request.model, self._plain).threshold
 
         def read_delta(choice: Mapping[str, Any]) -> AnswerDelta:
             index, tokens = int(choice["index"]), read_tokens(choice.get("logprobs"), request.top or 0)
             answered[index] += tokens
             finish, ivon = choice.get("finish_reason"), None
             if finish is not None:
-                known = certainty_of(answered[index], 1, self._threshold) if answered[index] else None
+                known = certainty_of(answered[index], 1, threshold) if answered[index] else None
                 ivon = known or certainty(None, None, 0.0, 1)
             return AnswerDelta(index, read_text(choice), tuple(tokens), finish, ivon, len(tokens))
 

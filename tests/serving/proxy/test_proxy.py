@@ -166,11 +166,16 @@ def test_a_schema_is_refused(begin: Begin) -> None:
         official(url).chat.completions.create(model="ours", **asked)
 
 
+@pytest.mark.parametrize("mean_rule", [None, DecisionRule(temperature=0.7, threshold=0.9)])
 def test_choices_are_those_of_the_members_in_memory(
-    ensemble: Path, upstreams: list[Server], tiny_llama: Path, trained: Path
+    ensemble: Path, upstreams: list[Server], tiny_llama: Path, trained: Path, mean_rule: DecisionRule | None
 ) -> None:
-    """Held against the probabilities that the local server gives, draw by draw."""
-    rule = DecisionRule(temperature=1.5, threshold=0.4)
+    """Held against the probabilities that the local server gives, draw by draw; the mean answers by a rule of its own.
+
+    There draws abstain by no threshold, as it is the mean's.
+    """
+    rule = DecisionRule(temperature=1.5, threshold=None if mean_rule else 0.4)
+    names: Any = {"name": "x", "mean_rule": mean_rule}
     urls = [server.url for server in upstreams]
     drawing = Drawing(str(trained), 2, tau=0.002)
     chat: Any = {"messages": MESSAGES, "temperature": 0, "extra_body": {"structured_outputs": {"choice": LABELS}}}
@@ -178,12 +183,12 @@ def test_choices_are_those_of_the_members_in_memory(
     classify: Any = {"model": "x", "input": ["red dog", "sun"]}
     documents = []
     with (
-        serving(lambda: proxy_backend(str(ensemble), urls, rule, Limits(), Combining(), name="x")) as one,
-        serving(lambda: local_backend(drawing, rule, Limits(), Loading(), name="x")) as other,
+        serving(lambda: proxy_backend(str(ensemble), urls, rule, Limits(), Combining(), **names)) as one,
+        serving(lambda: local_backend(drawing, rule, Limits(), Loading(), **names)) as other,
     ):
         for url in (one, other):
             own = official(url)
-            models = ("x", "x:mean", "x:member-0001")
+            models = ("x", "x:mean", "x:posterior", "x:member-0001")
             answers = [own.chat.completions.create(model=model, **chat) for model in models]
             texts = own.completions.create(model="x", **text)
             chosen = [answer.choices[0].message.content for answer in answers] + [c.text for c in texts.choices]
@@ -401,3 +406,20 @@ def test_a_server_lacking_a_member(ensemble: Path, upstreams: list[Server], monk
         start("http://127.0.0.1:9")
     with pytest.raises(IVONError, match="takes 3 draws of 1 outputs"):
         start(upstreams[0].url, samples=3)
+
+
+def test_a_mean_that_is_not_there_cannot_answer(trained: Path, tmp_path: Path) -> None:
+    sample(Posterior.from_pretrained(trained), tmp_path / "draws", EnsemblePlan(1))
+    told: Any = (str(tmp_path / "draws"), ["http://127.0.0.1:9"], DecisionRule(), Limits(), Combining())
+    with pytest.raises(IVONError, match=r"the mean is recommended, and .*draws has none; .*, or .*samples"):
+        proxy_backend(*told, mean_rule=DecisionRule())
+
+
+def test_a_recommended_mean_answers_in_one_pass(ensemble: Path, upstreams: list[Server]) -> None:
+    asked: Any = {"prompt": "red", "max_tokens": 2, "seed": 1}
+    own = functools.partial(proxy_backend, str(ensemble), [upstreams[0].url], DecisionRule(), Limits(), Combining())
+    with serving(functools.partial(own, name="x", mean_rule=DecisionRule(threshold=1.0))) as url:
+        named, draw = (official(url).completions.create(model=model, **asked) for model in ("x", "x:member-0000"))
+    assert [body["model"] for body in upstreams[0].requests] == ["mean", "sample-0000"]
+    assert named.model_extra["ivon"]["abstain"] is True  # type: ignore[index]
+    assert "abstain" not in draw.model_extra["ivon"]  # type: ignore[index]
