@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 
 # In the header: `mean_sha256` before pruning; the runs (of training, of a fit) that a posterior is from, by their ids.
 UNPRUNED, RUN_IDS, TRAINING_TAU = "unpruned_sha256", "run_ids", "training_tau"
+_UNCHANGED = {"tau": 1.0, TRAINING_TAU: 1.0, "pruned_ratio": 0.0}
+
+
+def header_number(header: Mapping[str, str], name: str) -> float:
+    """Return "tau", "training_tau" or "pruned_ratio" of the header of σ, by default that of an unchanged posterior."""
+    return float(header.get(name, _UNCHANGED[name]))
 
 
 def mean_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -143,9 +149,9 @@ def _check_header(file: TensorFile) -> None:
             f"{file.path}: format_version is {header.get('format_version')!r}; this version of axolotl-ivon "
             f"reads {FORMAT_VERSION!r}: upgrade it"
         )
-    for name, default, good in (("tau", "1", lambda x: x > 0), ("pruned_ratio", "0", lambda x: 0 <= x <= 1)):
+    for name, good in (("tau", lambda x: x > 0), ("pruned_ratio", lambda x: 0 <= x <= 1)):
         try:
-            valid = good(float(header.get(name, default)))
+            valid = good(header_number(header, name))
         except ValueError:
             valid = False
         if not valid:

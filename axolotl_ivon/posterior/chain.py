@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import IVONError, param_ref
-from .adapter import UNPRUNED, Adapter, mean_sha256
+from .adapter import UNPRUNED, Adapter, header_number, mean_sha256
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -162,9 +163,9 @@ def check_prior(prior: str | Posterior, config: Mapping[str, Any]) -> None:
     if held.sigma is None:
         raise IVONError(f"{named} has no σ, so it is no posterior: train it with ivon_lora, or use it without a prior")
     header = held.metadata
-    if float(header.get("pruned_ratio", 0)) > 0 or UNPRUNED in header:
+    if header_number(header, "pruned_ratio") or UNPRUNED in header:
         raise IVONError(f"{named} is pruned, and what is 0 would stay 0: give the adapter as it was before")
-    if float(header.get("tau", 1)) == float("inf"):
+    if math.isinf(header_number(header, "tau")):
         raise IVONError(f"{named} has tau inf, so it has no width: give the adapter as it was before")
     for key in MEANING:
         own, other = held.config.get(key), config.get(key)

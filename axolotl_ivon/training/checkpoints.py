@@ -23,7 +23,7 @@ from transformers import Trainer
 from ..errors import IVONError
 from ..optim.ivon import IVONLoRA
 from ..plugins import plugin_manager
-from ..posterior.adapter import TRAINING_TAU, save_sigma
+from ..posterior.adapter import TRAINING_TAU, header_number, save_sigma
 from ..posterior.card import CARD_FILE, remove_old_results, update_card
 from ..posterior.chain import prior_header
 from ..posterior.posterior import Posterior
@@ -124,7 +124,7 @@ def _save_adapters(
                 if recommendation is not None:
                     header = TensorFile(place / SIGMA_FILE).metadata
                     about: dict[str, Any] = {"adapter": saved[-1].name, "mean_sha256": header["mean_sha256"]}
-                    about["adapter_tau"] = float(header.get("tau", 1))  # the τ of draws was measured on top of it
+                    about["adapter_tau"] = header_number(header, "tau")  # the τ of draws was measured on top of it
                     recommendation.model_copy(update=about).save(place / RECOMMENDED_FILE)
                 update_card_in(place)
     for each in saved:
