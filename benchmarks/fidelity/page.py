@@ -215,6 +215,8 @@ def work(results: Results) -> str:
     columns.append(("ece", "posterior"))
     rows = []
     for method, name in PARTS_OF_THE_PRESET.items():
+        if method not in results.suite["methods"]:
+            continue
         found = [averaged(results, metric, method, row) for metric, row in columns]
         if found[0]:
             seeds = str(len(found[0]))

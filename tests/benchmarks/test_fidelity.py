@@ -267,18 +267,19 @@ def test_learning_rate_from_travel_is_what_the_schedule_adds_up_to() -> None:
     assert travelled == pytest.approx(0.2, rel=0.02)
 
 
-@pytest.mark.parametrize("method", ["adamw", "ivon-lora", "algorithm-1", "ivon-opt", "blob"])
+@pytest.mark.parametrize("method", ["adamw", "lion", "ivon-lora", "algorithm-1", "ivon-opt", "blob"])
 def test_every_method_trains_and_its_posterior_has_the_encoders_names(bert: Path, method: str) -> None:
     model = encoder(bert)
     names = set(model.trained())
-    run = TRAINERS[method](model, task(), SETTINGS)
+    run = TRAINERS[method](model, task(), {**SETTINGS, **({"travel": 0.05} if method == "lion" else {})})
     sigma = dict(run.posterior.sigma)
     assert set(run.posterior.mean) == set(sigma) == names
     uncertain = {name for name, value in sigma.items() if (value > 0).all()}
-    assert uncertain == {"adamw": set(), "blob": {name for name in names if "lora_A" in name}}.get(method, names)
+    of_some = {"adamw": set(), "lion": set(), "blob": {name for name in names if "lora_A" in name}}
+    assert uncertain == of_some.get(method, names)
     fresh = encoder(bert).trained()
     assert any(not torch.equal(value, fresh[name]) for name, value in dict(run.posterior.mean).items())
-    assert run.state_bytes >= 8 * sum(value.numel() for value in fresh.values())
+    assert run.state_bytes >= (4 if method == "lion" else 8) * sum(value.numel() for value in fresh.values())
 
 
 def test_rank_correlations_are_over_all_weights_and_within_tensors() -> None:
@@ -370,6 +371,55 @@ def test_micro_batches_see_one_draw_or_also_its_mirror_image(
             expected = 2 * value - one[name] if antithetic else one[name]
             torch.testing.assert_close(other[name], expected, rtol=0, atol=2e-6)
             assert not torch.equal(one[name], value)
+
+
+@pytest.mark.parametrize("gradients", ["flat", "mean"])
+def test_gradients_are_taken_at_draws_of_one_width_or_at_the_mean(
+    bert: Path, gradients: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a σ that is told, of which the flat one is the root mean square, and by the draw of a run that is as usual."""
+    told: dict[torch.Size, torch.Tensor] = {}
+
+    def sigma(_: Any, value: torch.Tensor) -> torch.Tensor:
+        return told.setdefault(value.shape, torch.rand(value.shape, generator=torch.Generator().manual_seed(1)) + 0.5)
+
+    monkeypatch.setattr("axolotl_ivon.IVONLoRA.sigma", sigma)
+    seen = []
+    for own in ({}, {"gradients": gradients}):
+        model = encoder(bert, dropout=0.0)
+        before = {name: value.detach().clone() for name, value in model.trained().items()}
+        model.register_forward_pre_hook(
+            lambda module, _: seen.append({name: value.detach().clone() for name, value in module.trained().items()})
+        )
+        methods.train_ivon_auto(model, task(), {**SETTINGS, "steps": 1, **own})
+    draw, found = seen
+    for name, mean in before.items():
+        wide = told[mean.shape]
+        flat = mean + (draw[name] - mean) / wide * float(wide.square().mean()) ** 0.5
+        torch.testing.assert_close(found[name], flat if gradients == "flat" else mean, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(found[name], draw[name])
+
+
+def test_early_stopping_keeps_the_weights_of_the_lowest_validation_loss(
+    bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([0.5, 0.4, 0.6])
+    monkeypatch.setattr(methods.Curve, "measure", lambda *_: {"accuracy": 0.5, "nll": next(losses), "ece": 0.1})
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def watched(*arguments: Any, after_step: Any, **options: Any) -> float:
+        def after(step: int) -> None:
+            after_step(step)
+            seen.append({name: value.detach().clone() for name, value in arguments[0].trained().items()})
+
+        return loop(*arguments, after_step=after, **options)
+
+    loop = methods.loop
+    monkeypatch.setattr(methods, "loop", watched)
+    settings = {**SETTINGS, "steps": 3, "curve": 3, "keep_best": True, "lr": 0.01}
+    kept = dict(methods.train_adamw(encoder(bert), task(validation=examples(4)), settings).posterior.mean)
+    assert all(torch.equal(kept[name], value) for name, value in seen[1].items())
+    assert any(not torch.equal(kept[name], value) for name, value in seen[2].items())
 
 
 def of_rank(rank: int) -> dict[str, nn.Parameter]:
@@ -619,7 +669,10 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     assert "| AdamW, rate by validation | 50.0 ± 0.0 | 25.1 ± 0.1 | 1.005 ± 0.005 |" in pages.summary(results)
     # One task, no other domains: 1 and 1.01 at the chosen rate, 0.8 and 0.81 of the draws, 0.2 apart in both seeds.
     [line] = pages.beyond(results).splitlines()[2:]
-    assert line.startswith("| movie | 1.005 → 0.805 (-0.200 ± 0.000) | 25.1 → 20.1 (-5.0 ± 0.0) |")
+    assert line.startswith("| movie | draws | 1.005 → 0.805 (-0.200 ± 0.000) | 25.1 → 20.1 (-5.0 ± 0.0) |")
+    ours, theirs = ([cell.strip() for cell in line.split("|")[1:-1]] for line in pages.work(results).splitlines()[2:])
+    assert ours == ["the preset", "2", "50.0 ± 0.0", "0.805 ± 0.005", "–", "0.805 ± 0.005", "20.1 ± 0.1"]
+    assert theirs == ["AdamW", "2", "50.0 ± 0.0", "1.005 ± 0.005", "1.005 ± 0.005", "–", "–"]
     [line] = pages.peers(results).splitlines()[2:]  # an ensemble at the chosen rate, beside draws of 0.805
     assert line.endswith("| movie | 50.0 (50.0 ± 0.0) | 25.2 (20.1 ± 0.1) | 1.010 (0.805 ± 0.005) | no |")
     # 4 steps of 4 are one epoch of 16; of twice the steps there are no results, and no line.
