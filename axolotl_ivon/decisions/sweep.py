@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from ..errors import IVONError, param_ref
 from ..evaluation.evaluate import Evaluation, Sampling, check_promise
 from ..evaluation.variants import Variant
 from ..metrics.choice import choose
-from ..metrics.verdict import SIGNS, Paired, examples_needed, figures, judge
+from ..metrics.verdict import FEWEST, SIGNS, Paired, examples_needed, figures, judge
 from ..records.evaluation import Difference, Metrics
 from ..records.recommendation import (
     RECOMMENDED_FILE,
@@ -70,7 +71,7 @@ class Sweep:
     Attributes:
         recommendation: what recommended.json says of it; the facts of the run, such as the adapter, are left out.
         recommended: the point of its grid, or at a softmax temperature: the best by the objective on the part of the
-            data that chooses, or what is kept in its place because it is not better beyond noise.
+            data that chooses, or what is kept in its place (`metrics.choice`).
         reliability: scores on the part that reports, by name: of the mean and the posterior as they are, where the
             grid has them, and of the recommended point.
         abstention: the threshold that was found for a risk.
@@ -256,7 +257,9 @@ class _Choice:
         front = pareto_front([(-(on.accuracy or 0.0), on.ece or 0.0) for on in chosen_on])
         self.grid = [self._candidate(*each) for each in zip(variants, scores, front, strict=True)]
         self.mean = next(candidate for candidate in self.grid if candidate.is_mean)
-        self._scaled = self._least(tempered) if tempered else self._scale(items)
+        self._target = None if tempered else _targets(self.mean.scores.group, items)
+        self._tempered = tempered
+        self._scaled = self._scale(self.grid, choosing)
         means = [c for c in self._scaled if c.is_mean]
         draws = [c for c in self._scaled if c.is_average and not c.point.ratio]
         self.scaled = list(dict.fromkeys(self._best(group) for group in (means, draws, self._scaled) if group))
@@ -279,38 +282,50 @@ class _Choice:
     def _best(self, candidates: Sequence[_Candidate]) -> _Candidate:
         return min(candidates, key=self._cost)
 
-    def _scale(self, items: Sequence[EncodedExample]) -> list[_Candidate]:
+    def _scale(self, candidates: Sequence[_Candidate], part: Tensor) -> list[_Candidate]:
+        """Return candidates at the softmax temperature with the least NLL on a part of the examples.
+
+        For the task "generate" it is one of those that were evaluated, and pruned candidates have none.
+        """
         import torch
 
         from ..metrics.calibration import fit_temperature, scores_at
 
-        group = self.mean.scores.group
-        target = torch.tensor([items[number].targets[0] for number in group.tolist()])
-        mask = torch.isin(group, self._choosing)
+        if self._target is None:
+            at = {(c.point.tau, c.point.ratio) for c in candidates}
+            own = (one for one in self._tempered if (one[0].tau, one[0].ratio) in at)
+            groups = itertools.groupby(own, lambda one: one[0].source)
+            return [self._candidate(*min(group, key=lambda one: _nll(one[1], part))) for _, group in groups]
         scaled = []
-        for candidate in self.grid:
-            probabilities = candidate.scores.probabilities
+        for candidate in candidates:
+            probabilities, group = candidate.scores.probabilities, candidate.scores.group
             assert probabilities is not None
-            temperature = fit_temperature(probabilities[mask], target[mask])
-            scores = scores_at(temperature, probabilities, target, candidate.scores.group, candidate.is_average)
+            mask = torch.isin(group, part)
+            temperature = fit_temperature(probabilities[mask], self._target[mask])
+            scores = scores_at(temperature, probabilities, self._target, group, candidate.is_average)
             variant = Variant("scaled", candidate.point.tau, candidate.point.ratio, temperature=temperature)
             scaled.append(self._candidate(variant, scores))
         return scaled
 
-    def _least(self, tempered: Sequence[tuple[Variant, Scores]]) -> list[_Candidate]:
-        """Return for each point that one of its temperatures whose NLL is least."""
+    def _crossed(self) -> float:
+        """Return what the T of one half adds to the mean's loss on the other, on average, in units of the objective.
 
-        def nll(one: tuple[Variant, Scores]) -> float:
-            return float(one[1].of_groups(self._choosing).nll.mean())
-
-        groups = itertools.groupby(tempered, lambda one: one[0].source)
-        return [self._candidate(*min(group, key=nll)) for _, group in groups]
+        Of too few examples it is 0.
+        """
+        total = 0.0
+        if len(self._report) < FEWEST:
+            return total
+        for fitted_on, measured_on in ((self._choosing, self._report), (self._report, self._choosing)):
+            [scaled] = self._scale([self.mean], fitted_on)
+            losses = (rank(_metrics(one.scores.of_groups(measured_on)), self._objective) for one in (scaled, self.mean))
+            total += operator.sub(*(loss for loss, _ in losses)) / 2
+        return total
 
     def recommend(self) -> tuple[_Candidate, _Candidate, SweepVerdict]:
         """Return the best candidate, the one that is recommended, and why."""
         mean, compared = self.mean, functools.cache(self._versus)
         means, others = ([c for c in [*self.grid, *self.scaled] if c.is_mean is wanted] for wanted in (True, False))
-        choice = choose(mean, means, others, self._cost, lambda one, other: compared(one, other)[1])
+        choice = choose(mean, means, others, self._cost, lambda one, other: compared(one, other)[1], self._crossed())
         leader, recommended = choice.best, choice.recommended
         edges = _edges(leader.point, [candidate.point for candidate in self.grid])
         outcome, needed, versus = "the mean", None, dict[str, Paired]()
@@ -322,6 +337,8 @@ class _Choice:
                 own = f", but beyond noise not than {choice.scaled.point.describe()}" if outcome == "better" else ""
                 take = "keep the default, the mean" if recommended is mean else f"take {recommended.point.describe()}"
                 meaning += f"{own}: {take}"
+            elif leader.is_mean and outcome != "better":
+                meaning += f"; but T costs nothing, and over both halves it helps: take {leader.point.describe()}"
             if outcome == "within noise":
                 needed = examples_needed(self._count, *versus[self._objective])
                 meaning += f"; {f'about {needed:,}' if needed else 'no number of'} examples would tell"
@@ -356,6 +373,17 @@ class _Choice:
         named |= {"posterior": posterior} if posterior else {}
         named[f"recommended ({recommended.point.describe()})"] = recommended
         return {name: candidate.reported for name, candidate in named.items()}
+
+
+def _targets(group: Tensor, items: Sequence[EncodedExample]) -> Tensor:
+    """Return the right label of each score, by the example that it is of."""
+    import torch
+
+    return torch.tensor([items[number].targets[0] for number in group.tolist()])
+
+
+def _nll(scores: Scores, part: Tensor) -> float:
+    return float(scores.of_groups(part).nll.mean())
 
 
 def _metrics(scores: Scores) -> Metrics:

@@ -1,7 +1,8 @@
 """What to predict with: the mean, the mean at its softmax temperature T, or something that costs more than either.
 
-Candidates are ranked on one half of the data and compared in pairs on the other, so that having many of them, or a T
-that was fitted, is no advantage. Imports no torch.
+Candidates are ranked on one half of the data and compared in pairs on the other, so that having many of them is no
+advantage. What costs more than the mean has to be better beyond noise. T costs nothing at prediction: it is taken where
+it helps, by cross-validation over both halves. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+from .verdict import UNSEEN
 
 Candidate = TypeVar("Candidate")
 
@@ -19,7 +22,7 @@ class Choice(Generic[Candidate]):
 
     Attributes:
         recommended: the candidate to predict with.
-        scaled: the mean at the T that is best for it; the mean as it is where no T is better.
+        scaled: the mean at the T that is best for it where candidates are ranked; the mean as it is where none is.
         best: what ranks first, whether or not that is more than noise.
     """
 
@@ -34,14 +37,17 @@ def choose(
     others: Iterable[Candidate],
     cost: Callable[[Candidate], Any],
     outcome: Callable[[Candidate, Candidate], str],
+    crossed: float,
 ) -> Choice[Candidate]:
-    """Recommend the mean, unless its best T is better; and another one if it is better than both.
+    """Recommend the mean, at its best T if that helps; and another one if it is better than both.
 
     Args:
         scaled: the mean at other temperatures.
         others: what costs more than one pass, such as draws.
         cost: ranks candidates, the least first, on the examples that choose; the mean wins a tie.
         outcome: how the first compares with the second on the examples that report, in the words of `judge`.
+        crossed: what is added to the mean's loss, on average over both halves, by the T that is best on the other half.
+            One that takes away too little for a table to show it is not worth a T.
     """
     at_its_own = min([mean, *scaled], key=cost)
     best = min([mean, at_its_own, *others], key=cost)
@@ -49,7 +55,7 @@ def choose(
     def is_better(candidate: Candidate, other: Candidate) -> bool:
         return candidate != other and outcome(candidate, other) == "better"
 
-    recommended = at_its_own if is_better(at_its_own, mean) else mean
+    recommended = at_its_own if crossed <= -UNSEEN else mean
     if is_better(best, mean) and is_better(best, at_its_own):
         recommended = best
     return Choice(recommended, at_its_own, best)

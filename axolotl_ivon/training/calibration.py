@@ -1,8 +1,8 @@
 """What to predict with when training has ended: the mean or draws, and a softmax temperature, from evaluation data.
 
 The evaluation examples are split in two. One half chooses T for the mean, and τ and T for draws, by their NLL; the
-other half reports. `metrics.choice` has the rule, which is that of `ivon-post sweep` too. The recommendation is
-written as `recommended.json` beside the adapter.
+other half reports, and says by a T of its own whether one helps. `metrics.choice` has the rule, which is that of
+`ivon-post sweep` too. The recommendation is written as `recommended.json` beside the adapter.
 """
 
 from __future__ import annotations
@@ -193,10 +193,16 @@ def _choose(taus: Sequence[float], columns: list[list[_Column]], seed: int) -> t
     """Return the recommendation from what every τ (inner list) predicts for every example, and a line about it."""
     order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed)).tolist()
     choosing, report = order[: len(order) // 2], order[len(order) // 2 :]
-    nll = [torch.cat([columns[i][way].nll for i in choosing]).mean(0).tolist() for way in range(len(taus))]
+    on_choosing, on_report = (
+        [torch.cat([columns[i][way].nll for i in half]).mean(0) for way in range(len(taus))]
+        for half in (choosing, report)
+    )
+    # The mean as it is, and at the T of the other half, averaged over both halves.
+    crossed = (on_report[0][on_choosing[0].argmin()] + on_choosing[0][on_report[0].argmin()]).item() / 2
+    as_it_is = (on_report[0] + on_choosing[0])[TEMPERATURES.index(1.0)].item() / 2
 
     def cost(at: tuple[int, int]) -> float:
-        return nll[at[0]][at[1]]
+        return on_choosing[at[0]][at[1]].item()
 
     def versus(one: tuple[int, int], other: tuple[int, int]) -> Paired:
         gaps = [columns[i][one[0]].nll[:, one[1]] - columns[i][other[0]].nll[:, other[1]] for i in report]
@@ -209,7 +215,7 @@ def _choose(taus: Sequence[float], columns: list[list[_Column]], seed: int) -> t
     # By the number of τ and that of the temperature.
     candidates = [(way, t) for way in range(len(taus)) for t in range(len(TEMPERATURES))]
     others = candidates[len(TEMPERATURES) :]
-    choice = choose(plain, candidates[: len(TEMPERATURES)], others, cost, outcome)
+    choice = choose(plain, candidates[: len(TEMPERATURES)], others, cost, outcome, crossed - as_it_is)
     recommended, scaled, draws = choice.recommended, choice.scaled, min(others, key=cost, default=None)
 
     def measured(at: tuple[int, int], part: Sequence[int]) -> dict[str, Any]:
@@ -224,17 +230,19 @@ def _choose(taus: Sequence[float], columns: list[list[_Column]], seed: int) -> t
         return describe(taus[at[0]], temperature=TEMPERATURES[at[1]])
 
     text = f"calibrated on {len(columns)} evaluation examples: {named(recommended)}"
-    if recommended != plain:
+    if recommended == scaled != plain:
+        text += f" (NLL {as_it_is:.3g} → {crossed:.3g})"
+    elif recommended != plain:
         before, after = (measured(at, report)["nll"] for at in (plain, recommended))
         text += f" (NLL {before:.3g} → {after:.3g})"
     elif scaled != plain:
-        text += f" as it is, since {named(scaled)} is not better beyond noise"
+        text += " as it is, since a T of one half of them does not help the other"
     if draws and recommended != draws:
         text += f"; {named(draws)} are {'worse' if outcome(draws, recommended) == 'worse' else 'level'}"
     gain = versus(recommended, plain)
     verdict = SweepVerdict(
         differences={} if recommended == plain else {"nll": Difference(**gain._asdict())},
-        outcome="the mean" if recommended == plain else "better",
+        outcome="the mean" if recommended == plain else outcome(recommended, plain),
         text=text,
     )
     recommended_point, at_their_own = point(recommended), [point(at) for at in (scaled, draws) if at]

@@ -185,6 +185,16 @@ def test_a_temperature_that_helps_is_kept_where_the_best_draws_are_noise() -> No
     )
 
 
+def test_a_temperature_that_helps_need_not_be_beyond_noise() -> None:
+    logit, target = questions(300)
+    swept = swept_over(dict.fromkeys(GRID, 1.4 * logit), target)
+    recommended, verdict = swept.recommended, swept.recommendation.verdict
+    assert (recommended.tau, recommended.ratio, verdict.outcome) == (math.inf, 0.0, "within noise")
+    assert recommended.temperature == pytest.approx(1.4, rel=0.3)
+    told = f"within noise; but T costs nothing, and over both halves it helps: take {recommended.describe()}; about "
+    assert told in verdict.text
+
+
 def test_few_examples_recommend_nothing() -> None:
     logit, target = questions(40)
     heard = Heard()
