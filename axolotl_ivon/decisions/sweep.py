@@ -337,9 +337,9 @@ class _Choice:
                 own = f", but beyond noise not than {choice.scaled.point.describe()}" if outcome == "better" else ""
                 take = "keep the default, the mean" if recommended is mean else f"take {recommended.point.describe()}"
                 meaning += f"{own}: {take}"
-            elif leader.is_mean and outcome != "better":
+            if recommended is leader and outcome != "better":
                 meaning += f"; but T costs nothing, and over both halves it helps: take {leader.point.describe()}"
-            if outcome == "within noise":
+            elif outcome == "within noise":
                 needed = examples_needed(self._count, *versus[self._objective])
                 meaning += f"; {f'about {needed:,}' if needed else 'no number of'} examples would tell"
             at = f", at the edge of the grid ({', '.join(edges)}): try values beyond" if edges else ""
