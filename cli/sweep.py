@@ -60,8 +60,8 @@ def command(
     """Choose temperature and pruning ratio on data.
 
     A point of the grid is chosen on one half of the data and reported on the other. It is recommended if it is better
-    there than the mean, beyond noise; otherwise the mean is, at a softmax temperature if that of each half helps the
-    other. Writes two pictures (PNG and SVG), accuracy against calibration error with the Pareto front, and
+    there than the mean, beyond noise; otherwise the mean is, at a softmax temperature if cross-validation says
+    that one helps. Writes two pictures (PNG and SVG), accuracy against calibration error with the Pareto front, and
     reliability diagrams; and recommended.json, which other commands take as --recommended. With -o ADAPTER it replaces
     that of training in the adapter's own folder, from where they take it by themselves.
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import IVONError, param_ref
 from ..evaluation.evaluate import Evaluation, Sampling, check_promise
 from ..evaluation.variants import Variant
-from ..metrics.choice import choose
+from ..metrics.choice import choose, cross_validated
 from ..metrics.verdict import FEWEST, SIGNS, Paired, examples_needed, figures, judge
 from ..records.evaluation import Difference, Metrics
 from ..records.recommendation import (
@@ -43,6 +43,7 @@ from .abstention import Abstention, check_risk, find_threshold
 from .conformal import check_coverage, find_set
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from ..data.encode import EncodedExample
@@ -308,18 +309,19 @@ class _Choice:
         return scaled
 
     def _crossed(self) -> float:
-        """Return what the T of one half adds to the mean's loss on the other, on average, in units of the objective.
+        """Return what a T adds to the mean's loss, cross-validated, in units of the objective; 0 of few examples."""
+        import torch
 
-        Of too few examples it is 0.
-        """
-        total = 0.0
+        examples = torch.cat([self._choosing, self._report])
         if len(self._report) < FEWEST:
-            return total
-        for fitted_on, measured_on in ((self._choosing, self._report), (self._report, self._choosing)):
-            [scaled] = self._scale([self.mean], fitted_on)
-            losses = (rank(_metrics(one.scores.of_groups(measured_on)), self._objective) for one in (scaled, self.mean))
-            total += operator.sub(*(loss for loss, _ in losses)) / 2
-        return total
+            return 0.0
+
+        def added(fitted_on: np.ndarray, measured_on: np.ndarray) -> float:
+            [scaled] = self._scale([self.mean], examples[fitted_on])
+            on = (_metrics(one.scores.of_groups(examples[measured_on])) for one in (scaled, self.mean))
+            return operator.sub(*(rank(metrics, self._objective)[0] for metrics in on))
+
+        return cross_validated(len(examples), 0, added)
 
     def recommend(self) -> tuple[_Candidate, _Candidate, SweepVerdict]:
         """Return the best candidate, the one that is recommended, and why."""
@@ -338,7 +340,7 @@ class _Choice:
                 take = "keep the default, the mean" if recommended is mean else f"take {recommended.point.describe()}"
                 meaning += f"{own}: {take}"
             if recommended is leader and outcome != "better":
-                meaning += f"; but T costs nothing, and over both halves it helps: take {leader.point.describe()}"
+                meaning += f"; but T costs nothing, and by cross-validation it helps: take {leader.point.describe()}"
             elif outcome == "within noise":
                 needed = examples_needed(self._count, *versus[self._objective])
                 meaning += f"; {f'about {needed:,}' if needed else 'no number of'} examples would tell"

@@ -1,8 +1,8 @@
 """What to predict with when training has ended: the mean or draws, and a softmax temperature, from evaluation data.
 
 The evaluation examples are split in two. One half chooses T for the mean, and τ and T for draws, by their NLL; the
-other half reports, and says by a T of its own whether one helps. `metrics.choice` has the rule, which is that of
-`ivon-post sweep` too. The recommendation is written as `recommended.json` beside the adapter.
+other half reports. `metrics.choice` has the rule, which is that of `ivon-post sweep` too. What is written as
+`recommended.json` beside the adapter has the T that is fitted to both halves.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from ..metrics.calibration import TEMPERATURE_GRID as TEMPERATURES
-from ..metrics.choice import choose
+from ..metrics.choice import choose, cross_validated
 from ..metrics.scores import Scores, metrics
 from ..metrics.verdict import FEWEST, Paired, judge
 from ..records.evaluation import Difference, Metrics
@@ -193,16 +194,22 @@ def _choose(taus: Sequence[float], columns: list[list[_Column]], seed: int) -> t
     """Return the recommendation from what every τ (inner list) predicts for every example, and a line about it."""
     order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed)).tolist()
     choosing, report = order[: len(order) // 2], order[len(order) // 2 :]
-    on_choosing, on_report = (
-        [torch.cat([columns[i][way].nll for i in half]).mean(0) for way in range(len(taus))]
-        for half in (choosing, report)
-    )
-    # The mean as it is, and at the T of the other half, averaged over both halves.
-    crossed = (on_report[0][on_choosing[0].argmin()] + on_choosing[0][on_report[0].argmin()]).item() / 2
-    as_it_is = (on_report[0] + on_choosing[0])[TEMPERATURES.index(1.0)].item() / 2
+    nll = [torch.cat([columns[i][way].nll for i in choosing]).mean(0).tolist() for way in range(len(taus))]
+    plain = (0, TEMPERATURES.index(1.0))
+    sums = [np.stack([of_example[way].nll.sum(0).numpy() for of_example in columns]) for way in range(len(taus))]
+    labels = np.array([len(of_example[0].nll) for of_example in columns])
+
+    def at_a_t_of_others(fitted_on: np.ndarray, measured_on: np.ndarray) -> float:
+        best = sums[0][fitted_on].sum(0).argmin()
+        return float(sums[0][measured_on, best].sum() / labels[measured_on].sum())
+
+    def as_it_is(_: np.ndarray, measured_on: np.ndarray) -> float:
+        return float(sums[0][measured_on, plain[1]].sum() / labels[measured_on].sum())
+
+    before, after = (cross_validated(len(columns), seed, loss) for loss in (as_it_is, at_a_t_of_others))
 
     def cost(at: tuple[int, int]) -> float:
-        return on_choosing[at[0]][at[1]].item()
+        return nll[at[0]][at[1]]
 
     def versus(one: tuple[int, int], other: tuple[int, int]) -> Paired:
         gaps = [columns[i][one[0]].nll[:, one[1]] - columns[i][other[0]].nll[:, other[1]] for i in report]
@@ -211,29 +218,31 @@ def _choose(taus: Sequence[float], columns: list[list[_Column]], seed: int) -> t
     def outcome(one: tuple[int, int], other: tuple[int, int]) -> str:
         return judge(*versus(one, other), len(report))
 
-    plain = (0, TEMPERATURES.index(1.0))
     # By the number of τ and that of the temperature.
     candidates = [(way, t) for way in range(len(taus)) for t in range(len(TEMPERATURES))]
     others = candidates[len(TEMPERATURES) :]
-    choice = choose(plain, candidates[: len(TEMPERATURES)], others, cost, outcome, crossed - as_it_is)
+    choice = choose(plain, candidates[: len(TEMPERATURES)], others, cost, outcome, after - before)
     recommended, scaled, draws = choice.recommended, choice.scaled, min(others, key=cost, default=None)
 
     def measured(at: tuple[int, int], part: Sequence[int]) -> dict[str, Any]:
         return _metrics([columns[i][at[0]] for i in part], at[1])
 
+    def temperature(at: tuple[int, int]) -> float:
+        """Return the T of all examples in place of one half's."""
+        return 1.0 if at == plain else TEMPERATURES[sums[at[0]].sum(0).argmin()]
+
     def point(at: tuple[int, int]) -> GridPoint:
         chosen_on, reported_on = (Metrics(**measured(at, part)) for part in (choosing, report))
-        tau, temperature = taus[at[0]], TEMPERATURES[at[1]]
-        return GridPoint(tau=tau, ratio=0.0, temperature=temperature, chosen_on=chosen_on, reported_on=reported_on)
+        own = temperature(at)
+        return GridPoint(tau=taus[at[0]], ratio=0.0, temperature=own, chosen_on=chosen_on, reported_on=reported_on)
 
     def named(at: tuple[int, int]) -> str:
-        return describe(taus[at[0]], temperature=TEMPERATURES[at[1]])
+        return describe(taus[at[0]], temperature=temperature(at))
 
     text = f"calibrated on {len(columns)} evaluation examples: {named(recommended)}"
-    if recommended == scaled != plain:
-        text += f" (NLL {as_it_is:.3g} → {crossed:.3g})"
-    elif recommended != plain:
+    if recommended[0]:
         before, after = (measured(at, report)["nll"] for at in (plain, recommended))
+    if recommended != plain:
         text += f" (NLL {before:.3g} → {after:.3g})"
     elif scaled != plain:
         text += " as it is, since a T of one half of them does not help the other"
@@ -261,7 +270,7 @@ def _choose(taus: Sequence[float], columns: list[list[_Column]], seed: int) -> t
         mean_reported_on=point(plain).reported_on,
         verdict=verdict,
         scaled=at_their_own,
-        draws=DrawsPoint(tau=taus[draws[0]], temperature=TEMPERATURES[draws[1]]) if draws else None,
+        draws=DrawsPoint(tau=taus[draws[0]], temperature=temperature(draws)) if draws else None,
     )
     return recommendation, text
 

@@ -191,7 +191,7 @@ def test_a_temperature_that_helps_need_not_be_beyond_noise() -> None:
     recommended, verdict = swept.recommended, swept.recommendation.verdict
     assert (recommended.tau, recommended.ratio, verdict.outcome) == (math.inf, 0.0, "within noise")
     assert recommended.temperature == pytest.approx(1.4, rel=0.3)
-    told = f"within noise; but T costs nothing, and over both halves it helps: take {recommended.describe()}"
+    told = f"within noise; but T costs nothing, and by cross-validation it helps: take {recommended.describe()}"
     assert verdict.text.endswith(told)
     assert verdict.examples_needed is None
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from axolotl_ivon.metrics.calibration import fit_temperature
-from axolotl_ivon.metrics.choice import Choice, choose
+from axolotl_ivon.metrics.choice import Choice, choose, cross_validated
 from axolotl_ivon.metrics.verdict import judge
 
 COUNT = 200  # examples on each half
@@ -76,8 +77,7 @@ def test_the_first_wins_a_tie_and_another_must_beat_the_mean_at_its_temperature_
 def test_a_temperature_is_taken_where_it_pays_in_expectation(temperature: float) -> None:
     """Of a model whose logits are too large by a factor, held against its NLL on many other examples.
 
-    A calibrated model loses less than half of what a fitted T costs it; of another's gain by its own T most is had. Two
-    standard errors of a hundred examples are more than that gain, so a test for noise would hardly ever take it.
+    A calibrated model loses less than half of what a fitted T costs it; of another's gain by its own T most is had.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -91,10 +91,14 @@ def test_a_temperature_is_taken_where_it_pays_in_expectation(temperature: float)
 
     many, found, always = sampled(20_000), [], []
     for _ in range(100):
-        one, other = sampled(100), sampled(100)
-        own, others = fit_temperature(*one), fit_temperature(*other)
-        crossed = (nll(other, own) + nll(one, others) - nll(one, 1.0) - nll(other, 1.0)) / 2
-        choice = choose(1.0, [own], [], lambda at, of=one: nll(of, at), lambda *_: "within noise", crossed)
+        data = sampled(200)
+
+        def added(one: np.ndarray, other: np.ndarray, data: tuple[Tensor, Tensor] = data) -> float:
+            fitted_on, measured_on = ((data[0][part], data[1][part]) for part in (one, other))
+            return nll(measured_on, fit_temperature(*fitted_on)) - nll(measured_on, 1.0)
+
+        own, crossed = fit_temperature(*data), cross_validated(200, 0, added)
+        choice = choose(1.0, [own], [], lambda at, data=data: nll(data, at), lambda *_: "within noise", crossed)
         found.append(nll(many, choice.recommended))
         always.append(nll(many, own))
     added, costs = (sum(values) / len(values) - nll(many, 1.0) for values in (found, always))
@@ -102,3 +106,20 @@ def test_a_temperature_is_taken_where_it_pays_in_expectation(temperature: float)
         assert 0 < 2 * added < costs
     else:
         assert added < 0.6 * (nll(many, temperature) - nll(many, 1.0)) < 0
+
+
+def test_every_split_has_two_halves_and_each_is_measured_once() -> None:
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    values = np.arange(11.0)
+
+    def loss(fitted_on: np.ndarray, measured_on: np.ndarray) -> float:
+        seen.append((fitted_on, measured_on))
+        return float(values[measured_on].mean())
+
+    found = cross_validated(11, 3, loss)
+    assert found == pytest.approx(np.mean([values[other].mean() for _, other in seen]))
+    for (one, other), (back, forth) in zip(seen[::2], seen[1::2], strict=True):
+        assert sorted([*one, *other]) == list(range(11))
+        assert (list(one), list(other)) == (list(forth), list(back))
+    assert len({tuple(one) for one, _ in seen}) > 10
+    assert cross_validated(11, 3, loss) == found

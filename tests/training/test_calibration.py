@@ -204,6 +204,11 @@ def test_what_is_recommended(sharpness: float, draws: float | None, tau: float, 
     recommendation, line = _choose([math.inf, 4.0], pairs, seed=1)
     assert (recommendation.tau, recommendation.temperature) == (tau, temperature), line
     assert recommendation.draws.tau == 4.0
+    # Both halves choose the T that is written.
+    total = torch.cat([pair[1].nll for pair in pairs]).mean(0)
+    assert recommendation.draws.temperature == TEMPERATURES[int(total.argmin())]
+    total = torch.cat([pair[0].nll for pair in pairs]).mean(0)
+    assert temperature == 1 or recommendation.temperature == TEMPERATURES[int(total.argmin())]
     assert [point.tau for point in recommendation.scaled] == [math.inf, 4.0]
     assert recommendation.scaled[1].temperature == recommendation.draws.temperature
     assert json.loads(json.dumps(recommendation.dump()))["tau"] == ("inf" if math.isinf(tau) else tau)
