@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from axolotl_ivon.settings.presets import FEW_PASSES
+
 from .report import METRICS, OURS, ROW_NAMES, Results, cell, label_of, lines_of, mean_and_error, table
 from .run import Job, Record, ablation_jobs, seed_jobs
 
@@ -149,6 +151,44 @@ def stage(*suites: Results) -> str:
         if any(text.strip("–/ ") for text in cells):
             name = label_of(suites[0], method, row, by)
             rows.append([name + ", rate by validation" * (by == "nll"), *cells])
+    return table(heads, rows)
+
+
+def recommended(*suites: Results) -> str:
+    """What the end of training recommends against AdamW + temperature scaling, its rate by validation, task by task.
+
+    Paired by seed. It holds where NLL and accuracy are worse by one standard error at most, and wins where the NLL is
+    better by two.
+    """
+    rows = []
+    for results in suites:
+        suite = results.suite
+        for task, spec in suite["tasks"].items():
+            epochs = suite["steps"] * suite["batch"] / spec["train"]
+            by_direction = "ivon-adam" if epochs <= FEW_PASSES else "ivon-signs"
+            ours = "ivon-auto" if "ivon-auto" in suite["methods"] else by_direction
+            cells, changes, seeds = [], {}, list[int]()
+            for metric in ("nll", "accuracy"):
+                before = results.values(metric, task, "adamw", "temperature-scaling")
+                after = results.values(metric, task, ours, "calibrated")
+                seeds = sorted(before.keys() & after.keys())
+                if not seeds:
+                    break
+                _, scale, digits = METRICS[metric]
+                change, error = mean_and_error([scale * (after[seed] - before[seed]) for seed in seeds])
+                changes[metric] = change, error
+                first, second = (scale * statistics.fmean(values[seed] for seed in seeds) for values in (before, after))
+                spread = "" if math.isnan(error) else f" ± {error:.{digits}f}"
+                cells.append(f"{first:.{digits}f} → {second:.{digits}f} ({change:+.{digits}f}{spread})")
+            if not seeds:
+                continue
+            (nll, nll_error), (accuracy, accuracy_error) = changes["nll"], changes["accuracy"]
+            holds = "yes" if nll <= nll_error and accuracy >= -accuracy_error else "no"
+            holds = "wins" if holds == "yes" and nll <= -2 * nll_error else holds
+            model = suite.get("model", "MiniLM").partition("-Instruct")[0]
+            what = f"{model}, {task}, {suite['steps']} steps, {epochs:.0f} epochs"
+            rows.append([what, str(len(seeds)), *cells, holds if len(seeds) > 1 else "one seed"])
+    heads = ["AdamW + temperature scaling → what is recommended", "seeds", "NLL", "accuracy, %", "holds"]
     return table(heads, rows)
 
 
@@ -385,6 +425,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "promises": promises,
     "tasks": tasks,
     "stage": stage,
+    "recommended": recommended,
     "work": work,
     "shape": shape,
     "beyond": beyond,
