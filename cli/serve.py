@@ -117,6 +117,11 @@ def command(
                 progress.notify(
                     f"the threshold is of another confidence ({decided.score}); of {promised} it promises nothing"
                 )
+            if endpoints and mean_rule and mean_rule.threshold is not None and mean_rule.temperature != 1:
+                progress.notify(
+                    f"the threshold is of probabilities at T {mean_rule.temperature:.3g}; the servers have those of "
+                    "texts at 1, and of them it promises nothing"
+                )
         from axolotl_ivon.serving.api.app import Guard, make_app
 
         url, models = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}", list(backend.models)

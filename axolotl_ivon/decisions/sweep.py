@@ -338,10 +338,11 @@ class _Choice:
             if recommended is not leader:
                 own = f", but beyond noise not than {choice.scaled.point.describe()}" if outcome == "better" else ""
                 take = "keep the default, the mean" if recommended is mean else f"take {recommended.point.describe()}"
-                meaning += f"{own}: {take}"
+                why = ", and by cross-validation no T helps" if recommended is mean and leader.is_mean else ""
+                meaning += f"{own}{why}: {take}"
             if recommended is leader and outcome != "better":
                 meaning += f"; but T costs nothing, and by cross-validation it helps: take {leader.point.describe()}"
-            elif outcome == "within noise":
+            elif outcome == "within noise" and not leader.is_mean:
                 needed = examples_needed(self._count, *versus[self._objective])
                 meaning += f"; {f'about {needed:,}' if needed else 'no number of'} examples would tell"
             at = f", at the edge of the grid ({', '.join(edges)}): try values beyond" if edges else ""

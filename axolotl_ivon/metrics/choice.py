@@ -1,7 +1,7 @@
 """What to predict with: the mean, the mean at its softmax temperature T, or something that costs more than either.
 
 Candidates are ranked on one half of the data and compared in pairs on the other, so that having many of them is no
-advantage. What costs more than the mean has to be better beyond noise. T costs nothing at prediction: it is taken where
+advantage. Draws and pruned means have to be better beyond noise. T costs nothing at prediction: it is taken where
 it helps, by cross-validation. Imports no torch.
 """
 
@@ -64,16 +64,16 @@ def choose(
         others: what costs more than one pass, such as draws.
         cost: ranks candidates, the least first, on the examples that choose; the mean wins a tie.
         outcome: how the first compares with the second on the examples that report, in the words of `judge`.
-        crossed: what a T adds to the mean's loss, cross-validated. One that takes away too little for a table to show
-            it is not worth a T.
+        crossed: what a T adds to the mean's loss, by cross-validation. A T has to take away enough for a table to show.
     """
+    scaled = list(scaled)
     at_its_own = min([mean, *scaled], key=cost)
     best = min([mean, at_its_own, *others], key=cost)
 
     def is_better(candidate: Candidate, other: Candidate) -> bool:
         return candidate != other and outcome(candidate, other) == "better"
 
-    recommended = at_its_own if crossed <= -UNSEEN else mean
+    recommended = min((one for one in scaled if one != mean), key=cost, default=mean) if crossed <= -UNSEEN else mean
     if is_better(best, mean) and is_better(best, at_its_own):
         recommended = best
     return Choice(recommended, at_its_own, best)

@@ -37,6 +37,10 @@ UNPRUNED, RUN_IDS, TRAINING_TAU = "unpruned_sha256", "run_ids", "training_tau"
 _UNCHANGED = {"tau": 1.0, TRAINING_TAU: 1.0, "pruned_ratio": 0.0}
 
 
+def _positive(value: float) -> bool:
+    return value > 0
+
+
 def header_number(header: Mapping[str, str], name: str) -> float:
     """Return "tau", "training_tau" or "pruned_ratio" of the header of σ, by default that of an unchanged posterior."""
     return float(header.get(name, _UNCHANGED[name]))
@@ -149,7 +153,7 @@ def _check_header(file: TensorFile) -> None:
             f"{file.path}: format_version is {header.get('format_version')!r}; this version of axolotl-ivon "
             f"reads {FORMAT_VERSION!r}: upgrade it"
         )
-    for name, good in (("tau", lambda x: x > 0), ("pruned_ratio", lambda x: 0 <= x <= 1)):
+    for name, good in (("tau", _positive), (TRAINING_TAU, _positive), ("pruned_ratio", lambda x: 0 <= x <= 1)):
         try:
             valid = good(header_number(header, name))
         except ValueError:

@@ -63,7 +63,7 @@ class SweepVerdict(Record):
     """Whether the best point is better than the mean, on the examples that report."""
 
     differences: dict[str, Difference] = {}  # best − mean by metric, paired; empty if the mean is the best
-    outcome: str  # "better", "worse", "within noise", "too few examples", or "the mean" where that was the best
+    outcome: str  # in the words of `metrics.verdict.judge`, or "the mean" where that was the best
     edges: list[str] = []  # coordinates of the best point at the edge of the grid, where better ones may lie beyond
     examples_needed: int | None = None  # in all, to show the difference; None unless it is within noise
     text: str  # all of it in a line

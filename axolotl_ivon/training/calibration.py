@@ -1,8 +1,8 @@
 """What to predict with when training has ended: the mean or draws, and a softmax temperature, from evaluation data.
 
 The evaluation examples are split in two. One half chooses T for the mean, and τ and T for draws, by their NLL; the
-other half reports. `metrics.choice` has the rule, which is that of `ivon-post sweep` too. What is written as
-`recommended.json` beside the adapter has the T that is fitted to both halves.
+other half reports. `metrics.choice` has the rule, which is that of `ivon-post sweep` too. In the end T is fitted once
+more, to both halves: that is the one in `recommended.json` beside the adapter, whose figures are of the T before.
 """
 
 from __future__ import annotations
@@ -221,7 +221,8 @@ def _choose(taus: Sequence[float], columns: list[list[_Column]], seed: int) -> t
     # By the number of τ and that of the temperature.
     candidates = [(way, t) for way in range(len(taus)) for t in range(len(TEMPERATURES))]
     others = candidates[len(TEMPERATURES) :]
-    choice = choose(plain, candidates[: len(TEMPERATURES)], others, cost, outcome, after - before)
+    added = after - before if len(report) >= FEWEST else 0.0
+    choice = choose(plain, candidates[: len(TEMPERATURES)], others, cost, outcome, added)
     recommended, scaled, draws = choice.recommended, choice.scaled, min(others, key=cost, default=None)
 
     def measured(at: tuple[int, int], part: Sequence[int]) -> dict[str, Any]:
@@ -245,7 +246,7 @@ def _choose(taus: Sequence[float], columns: list[list[_Column]], seed: int) -> t
     if recommended != plain:
         text += f" (NLL {before:.3g} → {after:.3g})"
     elif scaled != plain:
-        text += " as it is, since a T of one half of them does not help the other"
+        text += " as it is, since by cross-validation no T helps"
     if draws and recommended != draws:
         text += f"; {named(draws)} are {'worse' if outcome(draws, recommended) == 'worse' else 'level'}"
     gain = versus(recommended, plain)

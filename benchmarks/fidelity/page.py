@@ -184,7 +184,7 @@ def recommended(*suites: Results) -> str:
                 continue
             (nll, nll_error), (accuracy, accuracy_error) = changes["nll"], changes["accuracy"]
             holds = "yes" if nll <= nll_error and accuracy >= -accuracy_error else "no"
-            holds = "wins" if holds == "yes" and nll <= -2 * nll_error else holds
+            holds = "wins" if holds == "yes" and nll < 0 and nll <= -2 * nll_error else holds
             model = suite.get("model", "MiniLM").partition("-Instruct")[0]
             what = f"{model}, {task}, {suite['steps']} steps, {epochs:.0f} epochs"
             rows.append([what, str(len(seeds)), *cells, holds if len(seeds) > 1 else "one seed"])

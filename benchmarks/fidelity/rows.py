@@ -161,7 +161,7 @@ def calibrated(model: Encoder, q: Posterior, task: Task, examples: Sequence[Exam
 
     def added(fitted_on: np.ndarray, measured_on: np.ndarray) -> float:
         temperature = fit_temperature(held[fitted_on], labels[fitted_on])
-        logs = held[measured_on].log()
+        logs = held[measured_on].clamp_min(1e-300).log()
         cold, warm = (F.cross_entropy(logs / t, labels[measured_on]) for t in (1.0, temperature))
         return float(warm - cold)
 

@@ -71,6 +71,8 @@ def test_the_first_wins_a_tie_and_another_must_beat_the_mean_at_its_temperature_
     cost = [3.0, 2.0, 1.0].__getitem__
     assert choose(0, [1], [2], cost, lambda *pair: order[pair], 0.0) == Choice(0, 1, 2)
     assert choose(0, [1], [2], cost, lambda *pair: order[pair], -0.1) == Choice(1, 1, 2)
+    # By luck the half that chooses has no T, though one helps.
+    assert choose(0, [0, 1], [], [1.0, 2.0].__getitem__, lambda *pair: order[pair], -0.1) == Choice(1, 0, 0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5, 0.7])

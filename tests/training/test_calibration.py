@@ -204,14 +204,35 @@ def test_what_is_recommended(sharpness: float, draws: float | None, tau: float, 
     recommendation, line = _choose([math.inf, 4.0], pairs, seed=1)
     assert (recommendation.tau, recommendation.temperature) == (tau, temperature), line
     assert recommendation.draws.tau == 4.0
-    # Both halves choose the T that is written.
-    total = torch.cat([pair[1].nll for pair in pairs]).mean(0)
-    assert recommendation.draws.temperature == TEMPERATURES[int(total.argmin())]
-    total = torch.cat([pair[0].nll for pair in pairs]).mean(0)
-    assert temperature == 1 or recommendation.temperature == TEMPERATURES[int(total.argmin())]
     assert [point.tau for point in recommendation.scaled] == [math.inf, 4.0]
     assert recommendation.scaled[1].temperature == recommendation.draws.temperature
     assert json.loads(json.dumps(recommendation.dump()))["tau"] == ("inf" if math.isinf(tau) else tau)
+
+
+def overconfident(seed: int, examples: int) -> list[list[_Column]]:
+    """What a mean that is 1.4 times too sure predicts for examples of one label."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = 2 * torch.randn(examples, 1, 8, generator=generator)
+    target = torch.multinomial(truth.flatten(0, 1).softmax(-1), 1, generator=generator).view(examples, 1)
+    return [[column] for column in columns(1.4 * truth, target)]
+
+
+def test_both_halves_choose_the_temperature_that_is_written() -> None:
+    differ = 0
+    for seed in range(20):
+        data = overconfident(seed, 100)
+        order = torch.randperm(100, generator=torch.Generator().manual_seed(1)).tolist()
+        nll = torch.stack([data[i][0].nll[0] for i in order])
+        half, both = (TEMPERATURES[int(part.mean(0).argmin())] for part in (nll[:50], nll))
+        recommendation, line = _choose([math.inf], data, seed=1)
+        assert recommendation.temperature in (1.0, both), line
+        differ += recommendation.temperature == both != half
+    assert differ >= 5
+
+
+def test_of_too_few_examples_the_mean_gets_no_temperature() -> None:
+    found = [_choose([math.inf], overconfident(0, count), seed=1)[0].temperature for count in (40, 200)]
+    assert found[0] == 1 < found[1]
 
 
 def test_the_error_of_a_mean_over_dependent_labels_is_the_bootstrap_s() -> None:
