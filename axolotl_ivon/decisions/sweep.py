@@ -332,7 +332,11 @@ class _Choice:
         edges = _edges(leader.point, [candidate.point for candidate in self.grid])
         outcome, needed, versus = "the mean", None, dict[str, Paired]()
         text = "the mean is best: keep the default, the mean"
-        if leader is not mean:
+        if leader is mean and recommended is not mean:
+            versus, outcome = compared(recommended, mean)
+            named = recommended.point.describe()
+            text = f"the mean is best where points are chosen, but by cross-validation a T helps: take {named}"
+        elif leader is not mean:
             versus, outcome = compared(leader, mean)
             meaning = f"{outcome} than the mean" if outcome in ("better", "worse") else outcome
             if recommended is not leader:

@@ -196,6 +196,15 @@ def test_a_temperature_that_helps_need_not_be_beyond_noise() -> None:
     assert verdict.examples_needed is None
 
 
+def test_a_temperature_may_help_that_by_luck_did_not_where_points_are_chosen() -> None:
+    logit, target = questions(268)
+    swept = swept_over(dict.fromkeys(GRID, 1.25 * logit), target, objective="ece")
+    assert swept.recommendation.best.temperature == 1 < swept.recommended.temperature
+    told = f"but by cross-validation a T helps: take {swept.recommended.describe()}"
+    assert swept.recommendation.verdict.text.endswith(told)
+    assert swept.recommendation.verdict.outcome == "within noise"
+
+
 def test_few_examples_recommend_nothing() -> None:
     logit, target = questions(40)
     heard = Heard()
