@@ -260,7 +260,7 @@ class _Choice:
         self.mean = next(candidate for candidate in self.grid if candidate.is_mean)
         self._target = None if tempered else _targets(self.mean.scores.group, items)
         self._tempered = tempered
-        self._scaled = self._scale(self.grid, choosing)
+        self._scaled = [self._candidate(*each) for each in self._scale(self.grid, choosing)]
         means = [c for c in self._scaled if c.is_mean]
         draws = [c for c in self._scaled if c.is_average and not c.point.ratio]
         self.scaled = list(dict.fromkeys(self._best(group) for group in (means, draws, self._scaled) if group))
@@ -283,7 +283,7 @@ class _Choice:
     def _best(self, candidates: Sequence[_Candidate]) -> _Candidate:
         return min(candidates, key=self._cost)
 
-    def _scale(self, candidates: Sequence[_Candidate], part: Tensor) -> list[_Candidate]:
+    def _scale(self, candidates: Sequence[_Candidate], part: Tensor) -> list[tuple[Variant, Scores]]:
         """Return candidates at the softmax temperature with the least NLL on a part of the examples.
 
         For the task "generate" it is one of those that were evaluated, and pruned candidates have none.
@@ -296,7 +296,7 @@ class _Choice:
             at = {(c.point.tau, c.point.ratio) for c in candidates}
             own = (one for one in self._tempered if (one[0].tau, one[0].ratio) in at)
             groups = itertools.groupby(own, lambda one: one[0].source)
-            return [self._candidate(*min(group, key=lambda one: _nll(one[1], part))) for _, group in groups]
+            return [min(group, key=lambda one: _nll(one[1], part)) for _, group in groups]
         scaled = []
         for candidate in candidates:
             probabilities, group = candidate.scores.probabilities, candidate.scores.group
@@ -305,7 +305,7 @@ class _Choice:
             temperature = fit_temperature(probabilities[mask], self._target[mask])
             scores = scores_at(temperature, probabilities, self._target, group, candidate.is_average)
             variant = Variant("scaled", candidate.point.tau, candidate.point.ratio, temperature=temperature)
-            scaled.append(self._candidate(variant, scores))
+            scaled.append((variant, scores))
         return scaled
 
     def _crossed(self) -> float:
@@ -317,8 +317,8 @@ class _Choice:
             return 0.0
 
         def added(fitted_on: np.ndarray, measured_on: np.ndarray) -> float:
-            [scaled] = self._scale([self.mean], examples[fitted_on])
-            on = (_metrics(one.scores.of_groups(examples[measured_on])) for one in (scaled, self.mean))
+            [(_, scaled)] = self._scale([self.mean], examples[fitted_on])
+            on = (_metrics(one.of_groups(examples[measured_on])) for one in (scaled, self.mean.scores))
             return operator.sub(*(rank(metrics, self._objective)[0] for metrics in on))
 
         return cross_validated(len(examples), 0, added)
