@@ -120,6 +120,7 @@ class Suite:
     Attributes:
         sizes: of the three sets of problems.
         lrs: AdamW's rate is the one of these with the lowest validation loss; auto has the same.
+        travel: of auto without a rate, in place of AdamW's.
         counts: the numbers of outputs per problem, the largest last; each doubles the one before.
         per_model: outputs of each draw.
         temperatures, taus: among which the validation problems choose.
@@ -137,6 +138,7 @@ class Suite:
     steps: int = 375  # 6 epochs
     batch: int = 16
     lrs: Sequence[float] = (2e-4, 5e-4, 1e-3)
+    travel: float | None = None
     counts: Sequence[int] = (8, 16, 32, 64, 128)
     per_model: int = 8
     temperatures: Sequence[float] = (0.5, 0.7, 1.0)
@@ -148,24 +150,27 @@ class Suite:
 
 
 QUICK = "quick"
+SMALL = Suite(
+    SMOLLM2,
+    "sums",
+    (*PRUNED[:3], "AdamW", *PRUNED[3:]),
+    seeds=(0,),
+    sizes=(256, 32, 100),
+    steps=160,
+    batch=8,
+    lrs=(1e-3,),
+    counts=(4, 8, 16),
+    per_model=4,
+    temperatures=(0.5, 1.0),
+    tuning=8,
+    max_tokens=32,
+    utilities=(),
+    compared=16,
+)
 SUITES = {
-    QUICK: Suite(
-        SMOLLM2,
-        "sums",
-        (*PRUNED[:3], "AdamW", *PRUNED[3:]),
-        seeds=(0,),
-        sizes=(256, 32, 100),
-        steps=160,
-        batch=8,
-        lrs=(1e-3,),
-        counts=(4, 8, 16),
-        per_model=4,
-        temperatures=(0.5, 1.0),
-        tuning=8,
-        max_tokens=32,
-        utilities=(),
-        compared=16,
-    ),
+    QUICK: SMALL,
+    # 16 epochs, in which AdamW begins to overfit
+    "longer": replace(SMALL, methods=SMALL.methods[:4], steps=500, lrs=(2e-4, 1e-3), travel=0.125),
     "sums": Suite(SMOLLM2, "sums", list(METHODS), max_tokens=40),
     "words": Suite(qwen.NAME, "words", list(METHODS)),
     "words-all": Suite(qwen.NAME, "words", list(METHODS), rank=16, targets=LINEAR),
@@ -322,7 +327,8 @@ class Solver:
     def settings(self, optimizer: str, seed: int, lr: float) -> dict[str, Any]:
         """Return what a run depends on."""
         suite = self.suite
-        trainers = {"adamw": {"trainer": "adamw", "lr": lr}, "auto": {"trainer": "ivon-auto", "lr": lr}}
+        pace = {"lr": lr} if suite.travel is None else {"travel": suite.travel}
+        trainers = {"adamw": {"trainer": "adamw", "lr": lr}, "auto": {"trainer": "ivon-auto", **pace}}
         size = suite.sizes[0]
         return {
             **trainers.get(optimizer, {**PAPER, "weight": PAPER_ESS / size}),

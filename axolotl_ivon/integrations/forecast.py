@@ -17,7 +17,7 @@ from ..posterior.adapter import Adapter
 from ..posterior.chain import links
 from ..posterior.findings import Finding, remembers_too_long, travel_finding
 from ..settings.keys import prior_folder, yaml_key
-from ..settings.presets import PRESETS
+from ..settings.presets import PRESETS, USUAL_RATE
 from ..settings.table import OPTIMIZER, PLUGIN
 from ..storage.format import regular_size
 from .checks import GRPO_DEFAULTS, check_config, number
@@ -87,17 +87,16 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     ):
         run = preset.for_run(size, shapes, asked, steps or 1, epochs)
         ess, h0 = run["ess"], None if prior else run["h0"]
-    tau: float | None
-    direction, tau = preset.step(asked, steps or 1, epochs)
-    if not steps and tau != 1:  # it depends on them
-        tau = None
-    beta2 = preset.second_beta(steps, direction) if steps else preset.beta2
+    step, long = (preset.step(asked, steps or most, epochs) for most in (1, 10**9))
+    direction = step.direction if step.direction == long.direction else None  # it depends on the steps
+    tau = step.tau if step.tau == long.tau else None
+    beta2 = preset.second_beta(steps, step.direction) if steps else preset.beta2
     share = known(lambda: _mean_rate(cfg, steps, size, batch))
     rescaled = given["ivon_rescale_lr"]
     step_bound = preset.clip * (h0 or math.nan if rescaled else 1.0)
     lr: float | None = preset.alpha(asked, rescaled)
     if preset.travel is not None and not lr:
-        lr = preset.travel / (step_bound * share * steps) if share and steps else None
+        lr = min(preset.travel / (share * steps), USUAL_RATE) / step_bound if share and steps else None
     travel = lr * share * steps * step_bound if lr is not None and share is not None and steps else None
     findings = []
     if PLUGIN not in (cfg.get("plugins") or []) and _needs_plugin_line():

@@ -16,10 +16,12 @@ MAX_LEARNING_RATE = 0.01
 # A weight can travel at most Σ α_t·ξ in a run. The paper's commonsense runs allow 0.13; a run that allowed 0.04
 # learned nothing.
 SHORT_REACH, PAPER_REACH = 0.08, 0.13
-# In so many passes over the data, or fewer, there is little to overfit, and `auto` takes AdamW's step.
+# In so many passes over the data, or fewer, there is nothing to gain from noise.
 FEW_PASSES = 5
 # Steps that p should remember, as a share of the run, and by Adam's direction: benchmarks/fidelity/NOTES.md.
 MEMORY, ADAM_MEMORY = 0.2, 1.0
+# The most that a step may move a weight where no learning rate is given: a usual one of AdamW for LoRA.
+USUAL_RATE = 2.5e-4
 # The highest temperature of short runs: of the noise, nothing is then left to see.
 NARROWEST = 1e4
 # How far weights get by Adam's direction in few passes, as a part of how far they can: where gradients are noise,
@@ -72,10 +74,10 @@ class Preset(NamedTuple):
             Adam's direction of all.
         memory: see `beta2`.
         travel: Σ α_t·ξ, the farthest that a weight can get in a run; the learning rate is chosen for it where none is
-            given, and one that is given is the most that a step may move a weight. None: a learning rate is α.
+            given, but no higher than `USUAL_RATE`, and one that is given is the most that a step may move a weight.
+            None: a learning rate is α.
         prior_strength, hessian, h0_steps: as in `IVONLoRA`.
-        direction: as in `IVONLoRA`; None for Adam's at a given learning rate in at most `FEW_PASSES` passes over
-            the data, and else for IVON's own.
+        direction: as in `IVONLoRA`; None for Adam's in short runs, and else for IVON's own: see `step`.
         posterior_strength: κ where the prior is a posterior. 1 is Bayes' rule. A diagonal posterior does not know what
             weights do together, and holds a task too weakly by two orders of magnitude.
     """
@@ -178,6 +180,16 @@ class Preset(NamedTuple):
             )
         return learning_rate / self.clip
 
+    def rate(self, learning_rate: float, steps: int) -> float:
+        """Return the most that a step may move a weight: the given rate, or for 0 that of `travel`, but the usual one
+        at most. In 128 steps `travel` would make it 2e-3, by which Qwen2.5-0.5B learns nothing.
+
+        It is that of a linear schedule.
+        """
+        if learning_rate or self.travel is None:
+            return learning_rate
+        return min(USUAL_RATE, 2 * self.travel / steps)
+
     def step(self, learning_rate: float, steps: int, epochs: float) -> Step:
         """Return how a run of this length steps.
 
@@ -185,12 +197,17 @@ class Preset(NamedTuple):
         get 0.01 from zero gives A no gradient among draws of its size. At this τ draws are no wider, for how far
         weights get, than in a run of `travel`. In few passes, where there is nothing to gain from noise, that is a
         fifth of how far they can.
+
+        A sign is as long as a step of AdamW at several times the rate, which not every model bears. So the direction is
+        Adam's in few passes, if a rate is given, and in fewer than `few_epochs[0]` if weights cannot get `SHORT_REACH`.
         """
-        direction = self.direction or ("adam" if learning_rate and epochs <= FEW_PASSES else "newton")
-        reach = learning_rate * steps / 2
+        few = epochs <= FEW_PASSES
+        reach = self.rate(learning_rate, steps) * steps / 2
+        short = (few and learning_rate) or (epochs < self.few_epochs[0] and reach < SHORT_REACH)
+        direction = self.direction or ("adam" if short else "newton")
         if direction != "adam" or not (self.travel and reach) or self.gamma is not None or self.fixed_ess is not None:
             return Step(direction)
-        if epochs <= FEW_PASSES:
+        if few:
             reach *= FEW_PASSES_REACH
         return Step(direction, min(max(1.0, (self.travel / reach) ** 2), NARROWEST))
 
@@ -204,7 +221,7 @@ class Preset(NamedTuple):
     ) -> dict[str, Any]:
         """Return λ, h0, the betas and what `step` has of a run with N = `size`, for weights of these shapes by name.
 
-        A `learning_rate` of 0 is one by `travel`.
+        A `learning_rate` of 0 is one by `rate`.
         """
         weights = sum(map(math.prod, shapes.values()))
         ess = self.ess(size, weights, epochs)

@@ -26,6 +26,7 @@ from ..metrics.calibration import TEMPERATURE_GRID as TEMPERATURES
 from ..metrics.choice import choose, cross_validated
 from ..metrics.scores import Scores, metrics
 from ..metrics.verdict import FEWEST, Paired, judge
+from ..posterior.adapter import header_number
 from ..records.evaluation import Difference, Metrics
 from ..records.recommendation import (
     RECOMMENDED_FILE,
@@ -37,7 +38,10 @@ from ..records.recommendation import (
     SweepVerdict,
     describe,
 )
+from ..storage.format import SIGMA_FILE
+from ..storage.tensorfile import TensorFile
 from .posterior_loss import evaluating
+from .saved import adapter_folder
 
 if TYPE_CHECKING:
     from .callback import PosteriorTraining
@@ -85,9 +89,32 @@ def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None,
         return None, f"not calibrated: {why}"
     recommendation, text = _choose(taus, columns, run.trainer.args.seed)
     if recommendation.verdict and recommendation.verdict.differences:
-        path = Path(str(run.trainer.args.output_dir)) / RECOMMENDED_FILE
-        text += f"; {path} holds it, and every command that predicts takes it"
+        text += f"; {RECOMMENDED_FILE} beside the adapter holds it, and every command that predicts takes it"
     return recommendation, text
+
+
+def save_recommendation(recommendation: Recommendation, folder: Path, name: str) -> None:
+    """Write what to predict with beside the adapter of this name that is in `folder`."""
+    header = TensorFile(folder / SIGMA_FILE).metadata
+    about: dict[str, Any] = {"adapter": name, "mean_sha256": header["mean_sha256"]}
+    about["adapter_tau"] = header_number(header, "tau")  # the τ of draws was measured on top of it
+    recommendation.model_copy(update=about).save(folder / RECOMMENDED_FILE)
+
+
+def recommend_in_checkpoint(run: PosteriorTraining) -> Path | None:
+    """Put what to predict with into the checkpoint that holds the weights at the end of training; return its folder.
+
+    A Trainer saves nothing else of its own. None if there is no such checkpoint.
+    """
+    state, args = run.trainer.state, run.trainer.args
+    checkpoint = Path(run.best_folder or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+    folders = [adapter_folder(checkpoint, adapter) for adapter in run.adapters]
+    if not all((folder / SIGMA_FILE).is_file() for folder in folders):
+        return None
+    if run.recommendation is not None:
+        for folder in folders:
+            save_recommendation(run.recommendation, folder, folder.name)
+    return checkpoint
 
 
 def _evaluation_data(run: PosteriorTraining, seen: int) -> Any:

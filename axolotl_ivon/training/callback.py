@@ -20,6 +20,7 @@ from ..optim.ivon import Skipped
 from ..posterior.adapter import RUN_IDS
 from ..posterior.chain import PRIOR_SHA256
 from ..posterior.findings import begins_at_zero, findings, travel_finding
+from ..settings.presets import USUAL_RATE
 from .processes import agree_on_gradients, average, sum_over_processes
 from .sharded import ReplicatedAdapter
 
@@ -131,7 +132,10 @@ class PosteriorTraining(TrainerCallback):
         if "learning_rate" in self.header:
             rate += f", as a learning_rate of {self.header['learning_rate']} is the most that a step may move"
         elif self.travel is not None:
-            rate += f", with which a weight can travel {self.travel:g} in these {steps} steps"
+            most = self.trainer.args.learning_rate * self.step_bound
+            travel = f"with which a weight can travel {self.travel:g} in these {steps} steps"
+            usual = f"with which a step moves a weight by {most:.3g} at most, as no learning_rate is given"
+            rate += f", {usual if math.isclose(most, USUAL_RATE) else travel}"
         size = f" for {self.header['train_size']} examples" if self.header["train_size"] else ""
         start = f"from the posterior {self.header['prior']}" if "prior" in self.header else f"h0 {s['h0']:.2g}"
         step = f", steps by Adam's direction, σ at τ {s['tau']:.3g}" if s["direction"] == "adam" else ""
@@ -231,6 +235,8 @@ class PosteriorTraining(TrainerCallback):
             LOG.warning("%s skipped: the gradient of %s is not finite", steps, skipped.tensor)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from .calibration import recommend_in_checkpoint
+
         if args.load_best_model_at_end:
             self.best_folder = state.best_model_checkpoint
         calibrated = self._calibrate(state.global_step * self.trainer.get_total_train_batch_size(args))
@@ -245,8 +251,12 @@ class PosteriorTraining(TrainerCallback):
         ):
             warns = finding.about == "weights" and not finding.good
             self.verdict.append((logging.WARNING if warns else logging.INFO, finding.text))
-        self.verdict.append((logging.INFO, f"next: `ivon-post check {args.output_dir}`"))
-        self.verdict += [(logging.INFO, calibrated)] if calibrated else []
+        checkpoint = recommend_in_checkpoint(self)
+        saved = checkpoint if self.logs_verdict and checkpoint else args.output_dir  # axolotl still saves there
+        self.verdict.append((logging.INFO, f"next: `ivon-post check {saved}`"))
+        if calibrated:
+            lacking = self.recommendation is None and self.trainer.eval_dataset is not None
+            self.verdict.append((logging.WARNING if lacking else logging.INFO, calibrated))
         if self.logs_verdict:
             log_verdict(self.verdict)
 

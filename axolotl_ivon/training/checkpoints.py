@@ -23,7 +23,7 @@ from transformers import Trainer
 from ..errors import IVONError
 from ..optim.ivon import IVONLoRA
 from ..plugins import plugin_manager
-from ..posterior.adapter import TRAINING_TAU, header_number, save_sigma
+from ..posterior.adapter import TRAINING_TAU, save_sigma
 from ..posterior.card import CARD_FILE, remove_old_results, update_card
 from ..posterior.chain import prior_header
 from ..posterior.posterior import Posterior
@@ -32,6 +32,7 @@ from ..settings.table import header_of
 from ..storage.atomic import put_in_place, updated_adapter
 from ..storage.format import MEAN_FILE, SIGMA_FILE
 from ..storage.tensorfile import TensorFile
+from .calibration import save_recommendation
 from .callback import PosteriorTraining, trained_parameters
 from .saved import adapter_folder, check_that_all_is_saved, names_of, trained_adapters, weights_in_file
 
@@ -122,10 +123,7 @@ def _save_adapters(
                 save_sigma_of(place, adapter)
                 saved.append(adapter_folder(folder, adapter))
                 if recommendation is not None:
-                    header = TensorFile(place / SIGMA_FILE).metadata
-                    about: dict[str, Any] = {"adapter": saved[-1].name, "mean_sha256": header["mean_sha256"]}
-                    about["adapter_tau"] = header_number(header, "tau")  # the τ of draws was measured on top of it
-                    recommendation.model_copy(update=about).save(place / RECOMMENDED_FILE)
+                    save_recommendation(recommendation, place, saved[-1].name)
                 update_card_in(place)
     for each in saved:
         if recommendation is None:  # one that is there is of another adapter

@@ -42,10 +42,13 @@ def average_in_every_backward_pass(trainer: Trainer) -> None:
 def save_sigma_beside_the_mean(run: PosteriorTraining) -> None:
     """Let the model's `save_pretrained` save σ too."""
     model: Any = run.model
-    save_pretrained = model.save_pretrained
+    save_pretrained, process = model.save_pretrained, os.getpid()
 
     @functools.wraps(save_pretrained)
     def with_sigma(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        # A worker of the data loader inherits axolotl's handler of SIGINT, and has the weights of when it was forked.
+        if os.getpid() != process:
+            return
         if run.adapter is not None and kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = run.adapter.add_mean(kwargs["state_dict"])
         if run.shows_draws:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from ..plugins import plugin_manager
+from ..settings.presets import USUAL_RATE
 from ..storage.format import SIGMA_FILE
 from ..storage.tensorfile import TensorFile
 from .callback import PosteriorTraining, trained_parameters
@@ -56,7 +57,7 @@ class PosteriorTrainerMixin(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Make the schedule, after choosing its peak where a preset bounds how far a weight can travel."""
+        """Make the schedule, after choosing its peak where no learning rate is given."""
         create_scheduler, run = super().create_scheduler, self.posterior_training
         run.fit_to(num_training_steps)
 
@@ -66,6 +67,7 @@ class PosteriorTrainerMixin(Trainer):
 
         if run.travel is not None:
             lr = rate_for(run.travel, run.step_bound, num_training_steps, with_peak)
+            lr = min(lr, USUAL_RATE / run.step_bound)
             chosen: Any = optimizer or self.optimizer
             for group in chosen.param_groups:
                 group["lr"] = group["initial_lr"] = lr

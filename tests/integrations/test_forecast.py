@@ -64,9 +64,10 @@ def test_travel_is_that_of_transformers(written: Any, schedule: str, warmup: dic
         scheduler.step()
     assert found["travel"] == pytest.approx(total)
     assert (found["steps"], found["learning_rate"]) == (60, 3e-2)
-    small = written(max_steps=60, num_epochs=3, lr_scheduler=schedule, learning_rate=None, **warmup)
-    assert small["travel"] == pytest.approx(0.125)
-    assert small["learning_rate"] * total / 3e-2 / 0.02 * 0.01 == pytest.approx(0.125)
+    short = written(max_steps=60, num_epochs=3, lr_scheduler=schedule, learning_rate=None, **warmup)
+    assert short["learning_rate"] == pytest.approx(2.5e-4 / 0.01)
+    long = written(max_steps=6000, lr_scheduler=schedule, learning_rate=None, warmup_steps=steps)
+    assert long["travel"] == pytest.approx(0.125)
     rescaled = {"ivon_clip": 0.02, "ivon_rescale_lr": True, "ivon_h0": 0.1, **PAPER, **warmup}
     rescaled = written(max_steps=60, num_epochs=3, lr_scheduler=schedule, **rescaled)
     assert rescaled["travel"] == pytest.approx(total * 0.1)

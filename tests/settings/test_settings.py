@@ -69,7 +69,7 @@ def test_by_adam_s_direction_draws_are_as_wide_for_how_far_weights_get_as_in_a_r
     reach = 2e-4 * 128 / 2 / 5  # in few passes, where there is nothing to gain from noise
     assert {name: short[name] for name in ("ess", "h0")} == {name: usual[name] for name in ("ess", "h0")}
     assert short["tau"] ** -0.5 == pytest.approx(reach / 0.125)  # σ, at the start and at any h
-    assert long["tau"] == adam.for_run(512, shapes, 0.0, 128, 2.0)["tau"] == usual["tau"] == 1
+    assert long["tau"] == adam.for_run(512, shapes, 0.0, 1000, 8.0)["tau"] == usual["tau"] == 1
     # A run that hardly moves, over the weights and data of the largest models, is within what the optimizer takes.
     large = adam.for_run(10**6, {"x.lora_A.y": (64, 2 * 10**6)}, 1e-6, 1, 1.0)
     assert 1e13 < large["ess"] * large["tau"] <= ESS_CEILING
@@ -99,18 +99,34 @@ def test_adam_s_direction_needs_what_it_is_made_of(changes: Any, prior: Any, res
     [
         ("auto", {}, 2e-4, 5.0, "adam"),
         ("auto", {}, 2e-4, 0.0, "adam"),  # a stream
-        ("auto", {}, 2e-4, 5.1, "newton"),
-        ("auto", {}, 0.0, 2.0, "newton"),  # a rate by how far weights should get
+        ("auto", {}, 1e-3, 9.9, "adam"),
+        ("auto", {}, 1e-3, 10.0, "newton"),
+        ("auto", {}, 1.3e-3, 5.1, "newton"),  # with which weights can get 0.083
+        ("auto", {}, 1.3e-3, 5.0, "adam"),
+        ("auto", {}, 0.0, 9.9, "adam"),
         ("auto", {"direction": "newton"}, 2e-4, 2.0, "newton"),
         ("auto", {"direction": "adam"}, 2e-4, 50.0, "adam"),
         ("paper", {}, 2e-4, 2.0, "newton"),
     ],
 )
-def test_the_step_is_adamw_s_where_there_is_little_to_overfit(
+def test_the_step_is_adamw_s_in_a_short_run(
     preset: str, changes: Any, rate: float, epochs: float, expected: str
 ) -> None:
     chosen = resolved(preset, changes).with_direction("empirical")
     assert chosen.for_run(512, {"x.lora_A.y": (16, 576)}, rate, 128, epochs)["direction"] == expected
+
+
+@given(steps=st.integers(1, 10**6), epochs=st.floats(0, 100))
+def test_without_a_rate_a_run_steps_as_by_the_one_of_the_travel_or_by_a_usual_one(steps: int, epochs: float) -> None:
+    auto = PRESETS["auto"]
+    rate = auto.rate(0.0, steps)
+    assert rate == pytest.approx(min(2.5e-4, 0.25 / steps))
+    assert auto.rate(3e-4, steps) == 3e-4
+    assert PRESETS["paper"].rate(0.0, steps) == 0
+    short = rate * steps / 2 < 0.08 and epochs < 10
+    assert auto.step(0.0, steps, epochs).direction == ("adam" if short else "newton")
+    if short or epochs > 5:
+        assert auto.step(0.0, steps, epochs) == auto.step(rate, steps, epochs)
 
 
 def test_the_header_has_later_settings_where_they_are_not_the_paper_s() -> None:

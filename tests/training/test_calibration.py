@@ -156,8 +156,28 @@ def test_why_a_run_is_not_calibrated(
     trainer.save_model()
     assert caplog.messages[-1].startswith("not calibrated: ")
     assert line in caplog.messages[-1]
+    # `attach` logs at a level that is shown what whoever gave evaluation data does not expect.
+    assert caplog.records[-1].levelno == (logging.INFO if rows is None else logging.WARNING)
     assert not (tmp_path / "recommended.json").exists()
     assert Posterior.from_pretrained(tmp_path).sigma
+
+
+def test_the_last_checkpoint_has_it_since_a_trainer_saves_nothing_else(
+    attached: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    trainer = attached({"gamma": 30.0}, **{**RUN, "save_strategy": "steps", "save_steps": 40})
+    trainer.eval_dataset = DATA
+    trainer.train()
+    assert not (tmp_path / "recommended.json").exists()
+    assert not (tmp_path / "checkpoint-40/recommended.json").exists()
+    last = tmp_path / "checkpoint-60"
+    recommendation = Recommendation.load(last / "recommended.json", "recommended")
+    assert recommendation.mean_sha256 == Posterior.from_pretrained(last).metadata["mean_sha256"]
+    assert f"next: `ivon-post check {last}`" in caplog.text
+    trainer.save_model()
+    own = Recommendation.load(tmp_path / "recommended.json", "recommended")
+    assert own == recommendation.model_copy(update={"adapter": tmp_path.name})
 
 
 def test_what_fails_there_costs_nothing_that_was_trained(attached: Any, tmp_path: Path, caplog: Any) -> None:

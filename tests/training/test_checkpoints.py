@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,19 @@ def test_before_training_a_posterior_is_not_overwritten(
     trainer.model.save_pretrained(folder.parent / "fresh")
     assert MEAN in names(folder.parent / "fresh")
     assert SIGMA not in names(folder.parent / "fresh")
+
+
+def test_a_worker_of_the_data_loader_saves_nothing(trained: Any, tmp_path: Path) -> None:
+    """Ctrl-C reaches it too, and by axolotl's handler it would save the weights of when it was forked."""
+    model = trained(max_steps=1, save_strategy="no").model
+    if not (worker := os.fork()):
+        with contextlib.suppress(BaseException):
+            model.save_pretrained(tmp_path / "out")
+        os._exit(0)
+    os.waitpid(worker, 0)
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / SIGMA).is_file()
 
 
 def test_saving_over_an_adapter_keeps_what_else_is_there(trained: Any, tiny_adapter: Path, copied: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,12 @@ def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(
     assert same(final.sigma, checkpoint.sigma)
 
 
+@pytest.fixture
+def steps_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run be as short as it is here: a step may be as long as `travel` makes it."""
+    monkeypatch.setattr("axolotl_ivon.training.trainer.USUAL_RATE", math.inf)
+
+
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -149,7 +156,7 @@ def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(
     ],
 )
 def test_without_a_rate_a_weight_travels_as_far_in_any_schedule(
-    schedule: dict[str, Any], trained: Any, tmp_path: Path
+    schedule: dict[str, Any], trained: Any, tmp_path: Path, steps_of_any_length: None
 ) -> None:
     spy = Rates()
     trainer = trained(callbacks=[spy], **{"learning_rate": 0.0, **schedule})
@@ -160,8 +167,20 @@ def test_without_a_rate_a_weight_travels_as_far_in_any_schedule(
     assert (header["gamma"], header["train_size"]) == ("", "24")
 
 
+def test_without_a_rate_no_step_of_a_short_run_is_longer_than_usual(
+    trained: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    spy = Rates()
+    trainer = trained(callbacks=[spy], learning_rate=0.0, lr_scheduler_type="linear")
+    assert max(spy.rates) * 0.01 == spy.rates[0] * 0.01 == pytest.approx(2.5e-4)
+    assert "α 0.025, with which a step moves a weight by 0.00025 at most, as no learning_rate is given" in caplog.text
+    assert trainer.optimizer.param_groups[0]["direction"] == "adam"
+    assert trainer.optimizer.param_groups[0]["tau"] == 1e4
+
+
 def test_a_run_with_a_preset_resumes_at_the_same_rates(
-    trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps_of_any_length: None
 ) -> None:
     ends = []
     for resume in (None, tmp_path / "checkpoint-3"):
@@ -174,7 +193,7 @@ def test_a_run_with_a_preset_resumes_at_the_same_rates(
     assert f"the checkpoint's learning_rate {ends[0][1]:.3g}, not at" in caplog.text
 
 
-def test_a_second_run_of_another_length_has_a_rate_of_its_own(trained: Any) -> None:
+def test_a_second_run_of_another_length_has_a_rate_of_its_own(trained: Any, steps_of_any_length: None) -> None:
     spy = Rates()
     trainer = trained(callbacks=[spy], learning_rate=0.0)
     trainer.args.max_steps = 3
@@ -182,7 +201,9 @@ def test_a_second_run_of_another_length_has_a_rate_of_its_own(trained: Any) -> N
     assert sum(spy.rates[6:]) * 0.01 == pytest.approx(0.125)
 
 
-def test_a_schedule_that_begins_below_its_peak_is_no_checkpoint(made: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_schedule_that_begins_below_its_peak_is_no_checkpoint(
+    made: Any, caplog: pytest.LogCaptureFixture, steps_of_any_length: None
+) -> None:
     spy = Rates()
     trainer = made(callbacks=[spy], learning_rate=0.0)
 
@@ -281,7 +302,7 @@ def test_functions_that_were_assigned_to_a_trainer_still_run(made: Any) -> None:
     assert "ivon_sigma_mean" in trainer.state.log_history[0]
 
 
-def test_a_shallow_copy_makes_schedules_too(attached: Any) -> None:
+def test_a_shallow_copy_makes_schedules_too(attached: Any, steps_of_any_length: None) -> None:
     """DeepSpeed's integration makes the schedule with a copy of the Trainer."""
     trainer = attached(lr_scheduler_type="linear", learning_rate=0.0)
     trainer.create_optimizer()
