@@ -95,18 +95,17 @@ def command(
     names = [name.strip() for name in rows.split(",")] if rows is not None else []
     if served := servers.model(adapter, loading):
         sampling = served.sampling
-    taken, pruned = point.taken(adapter, output, served=bool(served)), any("pruned" in name for name in names)
+    pruned = any("pruned" in name for name in names)
+    plain = names and {*names} <= {"base", "mean"} and not point.file  # of these a recommendation changes nothing
+    taken = None if plain else point.taken(adapter, output, served=bool(served))
     choice = taken.choice() if taken else VariantChoice()
     files = replace(files, by_length=files.by_length or bool(taken and taken.rule.by_length))
     tau = choice.tau if point.tau is None else point.tau
     ratio = point.ratio if point.ratio is not None else choice.ratio or 0.1 * pruned
-    # Who names rows gets these alone, and from a file that is named their T, which for draws is that of one τ.
-    added = [
-        row
-        for row in (choice.added if point.file or not names else ())
-        if row.name == "recommended"
-        or (row.tau in (tau, math.inf) and (not names or row.name.partition("+")[0] in names))
-    ]
+    # The T of draws is that of one τ.
+    added = [row for row in choice.added if row.name == "recommended" or row.tau in (tau, math.inf)]
+    if names and point.file:  # who names a file, too, gets what it says of these rows
+        names += [row.name for row in added if row.name.partition("+")[0] in (*names, "recommended")]
     choice = replace(choice, names=names, tau=tau, ratio=ratio, added=added)
     written = output.given_path(adapter)
     if written:

@@ -114,7 +114,8 @@ def command(
         compared = {name: comparison[name] for name in ("utility", "answer_regex")}
         compared |= {"level": "sequence", "clusters": clusters}
         files_written = save_choices(results, folder)
-        if curves := {label: result.curve for label, result in results.items() if result.curve}:
+        curves = {label: result.curve for label, result in results.items() if result.curve}
+        if any(len(curve) > 1 for curve in curves.values()):  # points alone show nothing that the table does not
             files_written += save_figures({"accuracy": scaling(curves)}, folder)
         if promise is not None:
             values = {"objective": "risk", "score": "agreement", **promise.document(), "data": [paths[label]]}

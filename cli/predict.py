@@ -107,7 +107,7 @@ def command(
         raise IVONError("there are no texts; give --data FILE, or pipe them in")
     path = output.given_path(adapter)
     if stdin:
-        total, examples = 0, read_texts(sys.stdin, limit)
+        total, examples = 0, read_texts(sys.stdin.buffer, limit)
     else:
         rows = list(read_questions(str(data), limit))
         total, examples = len(rows), iter(rows)

@@ -54,7 +54,7 @@ def command(
         posterior.save_pretrained(path, output.overwrite, progress)
         if share <= source.pruned_ratio:
             before = f"; {source.pruned_ratio:g} of the weights were pruned before" if source.pruned_ratio else ""
-            progress.notify(f"ratio {share:g} prunes nothing{before}: {path} is ADAPTER as it was")
+            progress.notify(f"ratio {share:g} prunes nothing{before}: {path} holds {adapter} as it was")
         elif share == 1:
             progress.notify(f"ratio 1 prunes every weight: with {path} the base model is as it was before training")
         pruned, weights = sum(posterior.pruned().values()), posterior.mean.weights

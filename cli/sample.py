@@ -49,7 +49,7 @@ def command(
     from axolotl_ivon.storage.atomic import in_bytes
 
     plan = EnsemblePlan(members, seed, include_mean=include_mean, one_scaling=bool(serve))
-    tau, ratio, _, taken, _ = point.settings(adapter, output, "draws")
+    tau, ratio, *_ = point.settings(adapter, output, "draws")
     path = output.target([adapter], f"samples-{members}")
     with output.progress() as progress:
         posterior = Posterior.from_pretrained(adapter, progress)
@@ -63,8 +63,6 @@ def command(
         names = sample(posterior, path, plan, adapter, output.overwrite, progress)
         if math.isinf(posterior.tau):
             progress.notify("τ is inf: every draw is the mean")
-        elif taken and taken.draws is None and point.tau is None:
-            progress.notify(f"{taken.path} has no τ for draws: it is 1")
     served: dict[str, str] = {}
     if serve:
         ensemble = Ensemble(path)

@@ -35,7 +35,7 @@ def command(adapter: str, tau: float | None, recommended: str | None, output: op
         posterior = source.temper(value)
         posterior.save_pretrained(path, output.overwrite, progress)
         if posterior.tau == source.tau:
-            progress.notify(f"τ {value:g} changes nothing: {path} is ADAPTER as it was")
+            progress.notify(f"τ {value:g} changes nothing: {path} holds {adapter} as it was")
     facts = {"output": str(path), "tau": "inf" if math.isinf(posterior.tau) else posterior.tau}
     then = ["ivon-post", "eval", path, "--data", "FILE.jsonl"]
     output.finish(facts, f"τ is {posterior.tau:g}", path, then=then)

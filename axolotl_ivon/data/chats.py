@@ -210,14 +210,19 @@ def read_questions(path: str | Path, limit: int | None = None) -> Iterator[Examp
     return (question_of(record, source) for source, record in _read(path, limit, "data"))
 
 
-def read_texts(lines: Iterable[str], limit: int | None = None) -> Iterator[Example]:
+def read_texts(lines: Iterable[bytes], limit: int | None = None) -> Iterator[Example]:
     """Yield the same of lines of stdin; a line that is a JSON object is read as that of a file. Empty ones are skipped.
 
     Raises:
-        IVONError: a JSON object has no chat.
+        IVONError: a line is not UTF-8, or a JSON object has no chat.
     """
-    filled = ((number, line.rstrip("\r\n")) for number, line in enumerate(lines, start=1) if line.strip())
-    for number, line in itertools.islice(filled, limit):
+    filled = ((number, line.rstrip(b"\r\n")) for number, line in enumerate(lines, start=1) if line.strip())
+    for number, raw in itertools.islice(filled, limit):
+        try:
+            line = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            why = f"not UTF-8 text ({error.reason} at byte {error.start})"
+            raise IVONError(f"stdin:{number}: {why}; pipe in UTF-8, as `iconv -t UTF-8` makes it") from None
         record: Any = None
         if line.lstrip().startswith("{"):
             with contextlib.suppress(ValueError, RecursionError):

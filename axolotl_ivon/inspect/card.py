@@ -64,7 +64,9 @@ def add_results(
         raise IVONError(f"{folder}: no such folder here; a card is edited in a folder (`hf download` fetches one)")
     adapter = Adapter(folder)
     if adapter.sigma is None:
-        raise IVONError(f"{folder} has no {SIGMA_FILE}, so its card has no posterior to describe")
+        raise IVONError(
+            f"{folder} has no {SIGMA_FILE}, so no posterior to describe in its card; `ivon-post fit` makes one"
+        )
     adapter.check_pair()
     header = adapter.metadata
     record = recommended_in(adapter) if recommended is True else None

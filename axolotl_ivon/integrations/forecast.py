@@ -210,8 +210,10 @@ def _train_size(cfg: Mapping[str, Any]) -> int:
 
 def _examples(path: Path) -> int:
     """Return how many examples a local JSON or JSONL file has."""
-    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+    if path.suffix not in (".json", ".jsonl"):
         raise _Unknown(f"N: {path} is no JSON file here")
+    if not path.is_file():
+        raise _Unknown(f"N: there is no file {path} here")
     try:
         with path.open("rb") as file:
             if path.suffix == ".json" and file.read(1) == b"[":

@@ -53,7 +53,9 @@ def trade_off(sweep: Recommendation) -> Figure | str:
         (f"pruning ratio (τ {_text(tau)})", "r", VERMILION, [p for p in points if p.tau == tau]),
     ]
     figure, axes = new_figure("accuracy and calibration by temperature and pruning ratio", 7, 5)
-    axes.scatter(*_places(points), s=14, color=GREY, zorder=1, label="other grid points")
+    drawn = [point for *_, curve in curves if len(curve) > 1 for point in curve]
+    if others := [point for point in points if point not in drawn]:
+        axes.scatter(*_places(others), s=14, color=GREY, zorder=1, label="other grid points")
     notes: list[tuple[str, GridPoint, str]] = []
     for label, symbol, color, curve in curves:
         if len(curve) > 1:

@@ -134,6 +134,8 @@ class EvaluationRecord(Record):
     @property
     def draws(self) -> str:
         """How many draws at which temperature, and the pruning ratio where a row has it, in words."""
+        if self.rows and all(row.samples == 1 for row in self.rows):
+            return "no draws"
         pruned = self.prune_ratio and any(
             row.name.startswith(("recommended", "mean-", "posterior-")) for row in self.rows
         )

@@ -55,8 +55,9 @@ def check_values(cfg: Mapping[str, Any]) -> dict[str, Any]:
     known = IVONArgs.model_fields
     for key in cfg:
         if str(key).startswith("ivon_") and key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise IVONError(f"{key} is not a key of optimizer: {OPTIMIZER}; did you mean {nearest}?")
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+            fix = f"did you mean {nearest[0]}?" if nearest else f"remove it; there are {', '.join(known)}"
+            raise IVONError(f"{key} is not a key of optimizer: {OPTIMIZER}; {fix}")
     values = {key: cfg[key] for key in known if cfg.get(key) is not None}
     try:
         checked = IVONArgs.model_validate(values)

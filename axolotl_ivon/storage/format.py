@@ -163,7 +163,7 @@ def read_lines(path: str | Path, name: str) -> Iterator[tuple[str, dict[str, Any
                 except (ValueError, RecursionError) as error:
                     raise IVONError(f"{path}:{number}: not JSON ({error}); each line must be one JSON object") from None
                 if not isinstance(record, dict):
-                    raise IVONError(f"{path}:{number}: not a JSON object")
+                    raise IVONError(f"{path}:{number}: not a JSON object; each line must be one, as in JSONL")
                 empty = False
                 yield f"{path}:{number}", record
     except OSError as error:

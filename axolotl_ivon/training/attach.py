@@ -67,7 +67,8 @@ def attach(
         preset: the values of settings that are not given. "auto" fits them to N, the number of steps and the LoRA
             weights, by the rules of `settings.presets.Preset`. The Trainer's learning rate is then the most that a
             step may move a weight, α = learning_rate/ξ, as it nearly is for AdamW; rates among `lr_scheduler_kwargs`
-            (min_lr, lr_end) likewise. At 0, the preset chooses the α at which a weight can travel 0.125 in the run.
+            (min_lr, lr_end) likewise. At 0, the preset chooses the α at which a weight can travel 0.125 in the run,
+            but no step that moves one by more than 2.5e-4.
             "paper": γ = 5000 and the defaults of `IVONLoRA`; the learning rate is α.
         gamma: γ of the effective sample size λ = γ·√N.
         ess: λ itself, instead of γ and N.

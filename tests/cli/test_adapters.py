@@ -194,8 +194,8 @@ def test_sample_takes_a_recommendation_and_tells_the_size_of_a_large_ensemble(
     monkeypatch.setattr("ivon_post.sample._LARGE", 7000)
     words += ["--recommended", recommendation(tmp_path, tau="inf")]
     assert ivon_post.run(*words).stderr.splitlines() == [
-        f"2 adapters take 7.17 kB in {out}",
         f"{tmp_path / 'recommended.json'} has no τ for draws: it is 1",
+        f"2 adapters take 7.17 kB in {out}",
         f"next: ivon-post info {out}/sample-0000",
     ]
     ensemble = json.loads((out / "ensemble.json").read_text())

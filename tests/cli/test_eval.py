@@ -107,6 +107,7 @@ def test_rows_tasks_limit_and_recommended(tiny_adapter: Path, chats: Path, tmp_p
     rows = ivon_post.json(*words, "--rows", "posterior,base")["rows"]
     assert [(row["name"], row["examples"], row["samples"]) for row in rows] == [("base", 5, 1), ("posterior", 5, 2)]
     assert " PPL " in ivon_post(*words, "--rows", "mean", "--task", "generate")
+    assert "; no draws" in ivon_post(*words, "--rows", "mean").splitlines()[0]
     assert " PPL " not in ivon_post(*words, "--rows", "mean", "--task", "choice")
     path = tmp_path / "recommended.json"
     path.write_text('{"tau": 0.5, "ratio": 0.3}')

@@ -97,6 +97,8 @@ def test_texts_come_from_stdin_and_spreadsheets_take_csv(
     assert (result.stderr, document["coverage"], document["temperature"]) == ("", None, 1)
     assert [line["text"] for line in document["decisions"]] == TEXTS[:2]
     assert "abstain" not in document["decisions"][0]
+    line = ivon_post.error(*words(tiny_adapter, "-q"), stdin="caf\xe9".encode("latin-1"))
+    assert line.startswith("Error: stdin:1: not UTF-8 text (unexpected end of data at byte 3)")
 
 
 def test_the_adapters_own_recommendation_is_taken_unless_draws_are_asked_for(

@@ -92,6 +92,14 @@ def test_eval_adds_mean_and_draws_at_their_own_temperature(
         assert ([row["name"] for row in record["rows"]], record["tau"]) == (["base", "mean", "posterior"], tau)
     record = json.loads(ivon_post.run(*words, "--rows", "posterior,mean").stdout)
     assert ([row["name"] for row in record["rows"]], record["tau"]) == (["mean", "posterior"], 4.0)
+    result = ivon_post.run(*words, "--rows", "mean,mean+temperature")
+    assert [row["name"] for row in json.loads(result.stdout)["rows"]] == ["mean", "mean+temperature"]
+    assert result.stderr.splitlines()[0] == MEAN
+    plain = ivon_post.run(*words, "--rows", "base,mean").stderr
+    assert "taken from" not in plain, "of these rows nothing is recommended"
+    wrong = ivon_post.run(*words, "--rows", "mean+t").stderr.splitlines()[-1]
+    assert "'mean+t' is unknown; choose from base,mean," in wrong
+    assert wrong.endswith("mean+temperature,posterior+temperature")
     report = ivon_post.run("report", adapter, "--data", pipeline.chats, "-o", tmp_path / "page.html")
     assert report.stderr.splitlines()[0] == MEAN
     page = (tmp_path / "page.html").read_text()

@@ -127,7 +127,7 @@ def test_a_stream_decides_the_first_texts_first(tiny_adapter: Path) -> None:
     decider = Decider(tiny_adapter, ["A", "B"], DecisionRule(), Sampling(1), tau=math.inf)
     assert (decider.passes, decider.settings["tau"]) == (1, "inf")
     read: list[int] = []
-    lines = (str(read.append(n) or f"text {n}") for n in range(100))
+    lines = (bytes(read.append(n) or f"text {n}", "utf-8") for n in range(100))
     windows = decider.windows(read_texts(lines))
     first = next(windows)
     assert len(read) == len(first) == 16
@@ -158,17 +158,18 @@ def test_half_a_line_is_dropped_and_other_texts_are_refused(tmp_path: Path, form
     texts = ['say "a, b"', "two\u2028lines", "three"]
     certainty = {"confidence": 0.75, "expected_entropy": 0.5, "mutual_information": 0.0}
     decision = Decision(label="a,b", probabilities={"a,b": 0.75, "c": 0.25}, **certainty)
-    pairs = [(example, decision) for example in read_texts(texts)]
+    given = [text.encode() for text in texts]
+    pairs = [(example, decision) for example in read_texts(given)]
     lines, path = DecisionLines(form, ["a,b", "c"]), tmp_path / "out"
     DecisionFile(path, lines, {"seed": 1}).append(pairs)
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
-    examples = read_texts(texts)
+    examples = read_texts(given)
     file = DecisionFile(path, lines, {"seed": 1})
     assert file.resume(examples) == 2
     file.append([(example, decision) for example in examples])
     assert path.read_bytes() == whole
     with pytest.raises(IVONError, match="is about another text than data has there; choose another output"):
-        DecisionFile(path, lines, {"seed": 1}).resume(read_texts(["other", *texts[1:]]))
+        DecisionFile(path, lines, {"seed": 1}).resume(read_texts([b"other", *given[1:]]))
     with pytest.raises(IVONError, match="out was made with seed 1, not 2; choose another output"):
         DecisionFile(path, lines, {"seed": 2})

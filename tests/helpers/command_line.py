@@ -52,9 +52,9 @@ class Cli:
         """Run a command with --json, and return the document that is all of its stdout."""
         return json.loads(self(*arguments, "--json"))
 
-    def error(self, *arguments: object) -> str:
+    def error(self, *arguments: object, stdin: bytes | None = None) -> str:
         """Run a command that must fail as a user's mistake does: status 1 and one line, which is returned."""
-        result = self.run(*arguments)
+        result = self.run(*arguments, stdin=stdin)
         assert result.exit_code == 1, result.output
         assert not result.stdout
         lines = result.stderr.splitlines()
@@ -62,7 +62,7 @@ class Cli:
         assert lines[0].startswith("Error: ")
         return lines[0]
 
-    def run(self, *arguments: object, stdin: str | None = None) -> Any:
+    def run(self, *arguments: object, stdin: str | bytes | None = None) -> Any:
         from click.testing import CliRunner
 
         from ivon_post import cli
