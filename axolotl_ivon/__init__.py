@@ -26,6 +26,7 @@ The public names below load on first use: `import axolotl_ivon` imports no torch
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .errors import IVONError
@@ -56,6 +57,9 @@ __all__ = [
     "predict_logits",
     "save_posterior",
 ]
+
+if find_spec("axolotl") is None:  # else `from axolotl_ivon import *` would want it
+    __all__.remove("IVONLoRAPlugin")
 
 _HOME = {
     "IVONLoRA": "optim.ivon",

@@ -156,20 +156,28 @@ class OutputOptions(Terminal):
         check_target(path, self.overwrite, filter(Path.is_dir, map(Path, adapters)))
         return path
 
-    def given_path(self, adapter: str) -> Path | None:
-        """Return the path that the user named, None without one."""
+    def given_path(self, adapter: str, **inputs: str | Sequence[str] | None) -> Path | None:
+        """Return the path that the user named, None without one.
+
+        `inputs` are files that are read, by their options, so that none of them is written over.
+        """
         from axolotl_ivon.storage.atomic import check_outside
 
         if self.output is None:
             return None
         if self.output in ("", "-"):
             raise IVONError(f"--output {self.output!r} is not a file name; to print results on stdout use --json")
-        check_outside(Path(self.output), filter(Path.is_dir, [Path(adapter)]))
-        return Path(self.output)
+        path = Path(self.output)
+        check_outside(path, filter(Path.is_dir, [Path(adapter)]))
+        for name, given in inputs.items():
+            for file in [given] if isinstance(given, str) else given or []:
+                if path.exists() and Path(file).exists() and path.samefile(file):
+                    raise IVONError(f"--output {path} is --{name} itself; choose another name")
+        return path
 
-    def path(self, adapter: str, what: str) -> Path:
+    def path(self, adapter: str, what: str, **inputs: str | Sequence[str] | None) -> Path:
         """Return the path that the user named, else one beside `adapter` (for a Hub id, in this folder)."""
-        if path := self.given_path(adapter):
+        if path := self.given_path(adapter, **inputs):
             return path
         source = Path(adapter)
         if not source.is_dir():

@@ -107,7 +107,9 @@ def command(
     if names and point.file:  # who names a file, too, gets what it says of these rows
         names += [row.name for row in added if row.name.partition("+")[0] in (*names, "recommended")]
     choice = replace(choice, names=names, tau=tau, ratio=ratio, added=added)
-    written = output.given_path(adapter)
+    calibrate = None if files.calibrate is None else str(files.calibrate)
+    data, ood = ([*map(str, paths)] for paths in (files.files, files.ood))
+    written = output.given_path(adapter, data=data, ood=ood, calibrate=calibrate)
     if written:
         check_file(written, output.overwrite)
     with output.progress() as progress:

@@ -87,7 +87,7 @@ def command(
     from axolotl_ivon.generation.plan import Plan
     from axolotl_ivon.generation.utilities import AnswerExtractor
 
-    path = str(output.path(adapter, "nbest.jsonl"))
+    path = str(output.path(adapter, "nbest.jsonl", prompts=prompts))
     per_model, mean = planned.pop("per_model"), planned.pop("mean")
     if mean and point.tau is not None:
         raise IVONError(f"--tau {point.tau}: --mean has no temperature; leave one of them out")
@@ -115,7 +115,7 @@ def command(
     document |= {**asdict(plan), "tokens": done.tokens, "seconds": round(done.seconds, 3)}
     document |= {"tokens_per_second": round(speed, 1), "coverage": coverage}
     resumed = f" ({done.resumed} were there)" if done.resumed else ""
-    members = "the mean" if plan.mean else f"{plan.members} draws"
+    members = "the mean" if plan.mean else f"{plan.members} draw{'s' if plan.members > 1 else ''}"
     line = f"{done.prompts} prompts{resumed}, {plan.n} outputs each from {members}, seed {plan.seed}"
     line += answered(coverage, rule.threshold)
     output.finish(document, line, path, then=["ivon-post", "mbr", path])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -81,12 +80,9 @@ def command(
     rows = load(scores, "scores") if scores else None
     with_on = any(row.on is not None for row in rows) if rows else on is not None
     ranking.check_by(by, with_on)
-    written = output.given_path(adapter)
+    written = output.given_path(adapter, data=data, on=on, scores=scores)
     if written:
         check_file(written, output.overwrite)
-        for name, file in (("data", data), ("on", on), ("scores", scores)):
-            if file and Path(file).exists() and written.exists() and written.samefile(file):
-                raise IVONError(f"--output {written} is --{name} itself; choose another name")
     summary: dict[str, Any] = {}
     if rows is None:
         with output.progress() as progress:

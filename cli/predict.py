@@ -105,7 +105,7 @@ def command(
     stdin = data in (None, "-")
     if stdin and sys.stdin.isatty():
         raise IVONError("there are no texts; give --data FILE, or pipe them in")
-    path = output.given_path(adapter)
+    path = output.given_path(adapter, data=None if stdin else data)
     if stdin:
         total, examples = 0, read_texts(sys.stdin.buffer, limit)
     else:

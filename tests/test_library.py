@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pluggy
 import pytest
@@ -31,6 +35,27 @@ def test_one_manager_with_what_ships_and_a_run_and_prune_need() -> None:
     for name in ("create_optimizer", "sampling_context", "log_metrics", "pruning_criteria"):
         assert getattr(manager.hook, name).get_hookimpls(), name
     assert {"snr", "sigma", "magnitude", "random"} <= set().union(*manager.hook.pruning_criteria())
+
+
+def test_a_plugin_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[axolotl_ivon]\nmine = no_such_module\n")
+    done = subprocess.run(
+        [sys.executable, "-c", "import ivon_post; ivon_post.main()", "info", "x"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: the plugin mine of broken cannot be loaded (No module named 'no_such_")
+    assert done.stderr.count("\n") == 1
+
+
+def test_every_public_name_is_there_without_axolotl() -> None:
+    program = "import sys; sys.modules['axolotl'] = None\nfrom axolotl_ivon import *\nprint(attach.__name__)"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "attach\n"
 
 
 def test_import_paths_that_users_have() -> None:

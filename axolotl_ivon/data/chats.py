@@ -117,6 +117,7 @@ def _example(record: dict[str, Any], source: str) -> Example:
 
 
 _SHAPE = '{"messages": [{"role": …, "content": …}, …]}'
+_OTHER_SHAPES = "`conversations`, `text` and `label`, or `instruction` and `output`"
 
 
 def chat_messages(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
@@ -136,7 +137,9 @@ def chat_messages(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
         text = "\n".join(filter(None, asked)) if all(isinstance(part, str) for part in asked) else None
         turns = [_turn("user", text), _turn("assistant", record["output"])]
     if not isinstance(turns, list):
-        raise IVONError(f"{source}: no list `messages`; each line must be {_SHAPE}")
+        held = ", ".join(f"`{name}`" for name in record) or "nothing"
+        there = f"no list `messages`, but {held}" if turns is None else "no list `messages`, but something else there"
+        raise IVONError(f"{source}: {there}; each line must be {_SHAPE}, or have {_OTHER_SHAPES}")
     messages = [_message(turn, f"{source}: message {position}") for position, turn in enumerate(turns)]
     system = record.get("system")
     if isinstance(system, str) and system and messages and messages[0]["role"] != "system":

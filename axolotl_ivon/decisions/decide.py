@@ -226,6 +226,11 @@ def predict(
         return predict_logits(adapter, texts, choices, n, seed)  # type: ignore
     if isinstance(texts, str):
         raise IVONError(f"{param_ref('texts')}: {texts!r} is one text; give a list of them")
+    for text in texts:
+        if not isinstance(text, str | Sequence):
+            raise IVONError(f"{param_ref('texts')}: {text!r} is no text; give strings, or lists of messages")
+    if n < 1:
+        raise IVONError(f"{param_ref('n')} {n}: give a number of draws from 1 on")
     taken = None if isinstance(adapter, Posterior) else recommended_for(adapter)
     rule, tau, ratio = (taken.rule, taken.tau, taken.ratio) if taken else (DecisionRule(), None, 0.0)
     if threshold is not None:

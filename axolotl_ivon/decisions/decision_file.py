@@ -83,7 +83,9 @@ class DecisionFile(ResumableFile):
                 known = line == self._format.head[0]
             else:
                 example = next(examples, None)
-                known = example is not None and self._format.is_about(line, example)
+                if example is None:
+                    raise IVONError(f"{source} is about one text more than {param_ref('data')} has; {FIX}")
+                known = self._format.is_about(line, example)
             if not known:
                 raise IVONError(f"{source} is about another text than {param_ref('data')} has there; {FIX}")
         return max(0, self.done - heads)

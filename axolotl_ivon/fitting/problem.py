@@ -74,6 +74,7 @@ class Settings:
             ("prior_strength", 0, "give a number > 0; 1 is the KL-optimal prior"),
             ("tolerance", 0, "give nats > 0"),
             ("samples", 1, "give a number of draws"),
+            ("limit", 1, "give a number of examples"),
         ):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least and value > 0):

@@ -49,8 +49,8 @@ GRPO_DEFAULTS = {"num_generations": 8, "num_iterations": 1}
 _OTHER_ONLINE_RL = ("ebft", "rloo", "ppo")
 
 
-def number(cfg: Mapping[str, Any], key: str, default: float = 0.0) -> float:
-    """Return a number of the YAML, which reads 1e-2 as a string.
+def number(cfg: Mapping[str, Any], key: str, default: float = 0.0, prefix: str = "") -> float:
+    """Return a number of the YAML, which reads 1e-2 as a string; `prefix` is where a mapping below the top is.
 
     Raises:
         IVONError: it is no number, negative or not finite.
@@ -61,7 +61,7 @@ def number(cfg: Mapping[str, Any], key: str, default: float = 0.0) -> float:
     except (TypeError, ValueError):
         result = math.nan
     if not (math.isfinite(result) and result >= 0):
-        raise IVONError(f"{key}: {value!r} is not a number from 0 on")
+        raise IVONError(f"{prefix}{key}: {value!r} is not a number from 0 on")
     return result
 
 
@@ -147,6 +147,8 @@ def _check_other_keys(cfg: Mapping[str, Any], known: Collection[str]) -> None:
 def _check_rollouts(cfg: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse here, before a model is loaded, what `attach` would refuse of a GRPO Trainer."""
     trl = cfg.get("trl") or {}
+    if not isinstance(trl, Mapping):
+        raise IVONError(f"trl: {trl!r} holds no keys; give a mapping, such as trl: {{num_generations: 8}}")
     hindrances = {
         f"trl.{FULL_WEIGHTS}": trl.get("use_vllm") and not sends_adapters(trl),
         **{f"trl.{key}: {trl.get(key)}": trl.get(key) for key in ("async_prefetch", "rollout_func")},
@@ -155,7 +157,7 @@ def _check_rollouts(cfg: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         given["ivon_rollouts"],
         given.get("ivon_rollout_draws"),
         online=cfg.get("rl") == "grpo",
-        generations=int(trl.get("num_generations") or GRPO_DEFAULTS["num_generations"]),
+        generations=int(number(trl, "num_generations", prefix="trl.") or GRPO_DEFAULTS["num_generations"]),
         # With a size of its own, batches of completions are of as many micro-batches as processes make of it.
         steps=0 if trl.get("generation_batch_size") else int(number(cfg, "gradient_accumulation_steps", 1)),
         hindrance=next((name for name, value in hindrances.items() if value), ""),

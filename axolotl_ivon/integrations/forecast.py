@@ -73,7 +73,7 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     loaded, passes = _loads(cfg, micro * processes, accumulated)
     steps = known(lambda: _steps(cfg, size, (loaded, passes), accumulated))
     prior = prior_folder(given["ivon_prior"])
-    strength = preset.posterior_strength if prior else preset.prior_strength
+    strength = preset.strength(given["ivon_prior"], bool(prior))
     ess, h0, asked = preset.fixed_ess, None if prior else preset.h0, number(cfg, "learning_rate")
     if size and preset.gamma is not None:
         ess = preset.ess(size, 0)

@@ -566,6 +566,10 @@ class IVONLoRA(Optimizer):
         return self._buffers
 
 
+# κ above it makes δ so large that float32 has nothing left for the data's part of p.
+STRONGEST = 1e18
+
+
 def _names(group: dict[str, Any]) -> list[str]:
     return group.get("param_names") or [f"tensor {i}" for i in range(len(group["params"]))]
 
@@ -575,7 +579,7 @@ def _delta(group: dict[str, Any], mean: Tensor, precision: Tensor) -> float:
     if group["prior"] != "empirical":
         return float(group["prior"] * group["prior_strength"])
     moments = float(tempered_ess(group) * mean.norm() ** 2 + precision.rsqrt().norm() ** 2)  # λ·Σ(m² + σ²)
-    return group["prior_strength"] * mean.numel() / moments
+    return min(group["prior_strength"] * mean.numel() / moments, PRECISION_CEILING)
 
 
 def _start(group: dict[str, Any], mean: Tensor, prior_precision: Tensor | None) -> Tensor:
@@ -584,20 +588,21 @@ def _start(group: dict[str, Any], mean: Tensor, prior_precision: Tensor | None) 
         once = prior_precision * (max(1.0, group["prior_strength"]) / tempered_ess(group))
         return once.clamp_(PRECISION_FLOOR, PRECISION_CEILING)
     precision = torch.full_like(mean, group["h0"])
-    return precision.add_(_delta(group, mean, precision))
+    return precision.add_(_delta(group, mean, precision)).clamp_(PRECISION_FLOOR, PRECISION_CEILING)
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
     prior, betas, h0_steps, seed = (group[name] for name in ("prior", "betas", "h0_steps", "seed"))
+    floor, ceiling = PRECISION_FLOOR, PRECISION_CEILING
     inf, hessians, directions = math.inf, ("reparameterized", "squared_gradients"), ("newton", "adam")
     checks = {
         "lr": (0 <= group["lr"] < inf, "finite and not negative"),
         "ess": (ESS_FLOOR <= group["ess"] <= ESS_CEILING, f"between {ESS_FLOOR:g} and {ESS_CEILING:g}"),
         "tau": (0 < group["tau"] < inf and ESS_FLOOR <= tempered_ess(group) <= ESS_CEILING, "positive, and λ·τ as λ"),
         "betas": (len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
-        "h0": (0 < group["h0"] < inf, "positive and finite"),
+        "h0": (floor <= group["h0"] <= ceiling, f"between {floor:g} and {ceiling:g}"),
         "clip": (group["clip"] > 0, "positive"),
-        "prior_strength": (0 < group["prior_strength"] < inf, "positive and finite"),
+        "prior_strength": (0 < group["prior_strength"] <= STRONGEST, f"positive, and {STRONGEST:g} at most"),
         "hessian": (group["hessian"] in hessians, " or ".join(f'"{name}"' for name in hessians)),
         "batch_size": (1 <= group["batch_size"] < inf, "1 or more"),
         "direction": (group["direction"] in directions, " or ".join(f'"{name}"' for name in directions)),

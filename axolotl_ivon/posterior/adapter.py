@@ -168,7 +168,7 @@ def _check_names(path: Path, mean: Tensors, sigma: Tensors) -> None:
             raise IVONError(f"{path}: no σ for {key}, which {MEAN_FILE} has")
         if shape is None:
             raise IVONError(f"{path}: σ for {key}, which {MEAN_FILE} does not have")
-        raise IVONError(f"{path}: σ of {key} has shape {sigma_shape}; the mean has {shape}")
+        raise IVONError(f"{path}: σ of {key} has shape {sigma_shape}, its mean {shape}; put files of one save together")
     for key, (dtype, _) in sigma.specs.items():
         if dtype != "F32":
             raise IVONError(f"{path}: σ of {key} has dtype {dtype}; it must be F32")

@@ -55,8 +55,9 @@ def check_values(cfg: Mapping[str, Any]) -> dict[str, Any]:
     known = IVONArgs.model_fields
     for key in cfg:
         if str(key).startswith("ivon_") and key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-            fix = f"did you mean {nearest[0]}?" if nearest else f"remove it; there are {', '.join(known)}"
+            names = {name.removeprefix("ivon_"): name for name in known}
+            nearest = difflib.get_close_matches(key.removeprefix("ivon_"), names, n=1, cutoff=0.55)
+            fix = f"did you mean {names[nearest[0]]}?" if nearest else f"remove it; there are {', '.join(known)}"
             raise IVONError(f"{key} is not a key of optimizer: {OPTIMIZER}; {fix}")
     values = {key: cfg[key] for key in known if cfg.get(key) is not None}
     try:
@@ -64,7 +65,8 @@ def check_values(cfg: Mapping[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
         problems = [e["msg"] for e in error.errors() if e["loc"][0] == key]
-        must = "; or ".join(problem.removeprefix("Input should be ") for problem in problems)
+        parts = (problem.removeprefix("Input should be ").removeprefix("Value error, ") for problem in problems)
+        must = "; or ".join(parts)
         raise IVONError(f"{key}: {values[key]!r} is refused, it must be {must}") from error
     if "ivon_lambda" in values and "ivon_gamma" in values:
         raise IVONError("ivon_gamma and ivon_lambda are both set: λ is γ·√N or given outright, remove one")

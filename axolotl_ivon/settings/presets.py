@@ -78,6 +78,7 @@ class Preset(NamedTuple):
             None: a learning rate is α.
         prior_strength, hessian, h0_steps: as in `IVONLoRA`.
         direction: as in `IVONLoRA`; None for Adam's in short runs, and else for IVON's own: see `step`.
+        number_strength: κ where the prior is a number, which then is δ.
         posterior_strength: κ where the prior is a posterior. 1 is Bayes' rule. A diagonal posterior does not know what
             weights do together, and holds a task too weakly by two orders of magnitude.
     """
@@ -94,6 +95,7 @@ class Preset(NamedTuple):
     h0_steps: float | None
     fixed_ess: float | None = None
     posterior_strength: float = 1.0
+    number_strength: float = 1.0
     per_example: float = 0.0
     few: tuple[int, int] = (0, 0)
     few_epochs: tuple[float, float] = (0.0, 1.0)
@@ -123,6 +125,12 @@ class Preset(NamedTuple):
         # PEFT's A has variance 1/(3·inputs) at the start, and σ² is 1/(λ·h0) there.
         noise = min(self.noise_in_all, self.noise * len(fan_ins))
         return 3 * sum(fan_ins) / (ess * noise) if fan_ins else PAPER["h0"]
+
+    def strength(self, prior: Any, earlier: bool) -> float:
+        """Return κ for this prior: of an earlier posterior, of a number, or of "empirical"."""
+        if earlier:
+            return self.posterior_strength
+        return self.prior_strength if isinstance(prior, str) else self.number_strength
 
     def with_direction(self, prior: Any, rescale_lr: bool = False, online: bool = False) -> Preset:
         """Return the preset with IVON's own direction where none is asked for and Adam's has not its E[ĝ²].
@@ -266,6 +274,7 @@ def resolved(preset: str, given: Mapping[str, Any]) -> Preset:
     """
     if preset not in PRESETS:
         raise IVONError(f"{param_ref('preset')}: {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    values = {**given, "fixed_ess": given.get("ess"), "posterior_strength": given.get("prior_strength")}
+    strength = given.get("prior_strength")
+    values = {**given, "fixed_ess": given.get("ess"), "posterior_strength": strength, "number_strength": strength}
     names = [name for name in Preset._fields if values.get(name) is not None]
     return PRESETS[preset]._replace(**{name: values[name] for name in names})

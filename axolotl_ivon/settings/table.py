@@ -10,16 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 OPTIMIZER, PLUGIN = "ivon_lora", "axolotl_ivon.IVONLoRAPlugin"
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+def _no_boolean(value: Any) -> Any:
+    """Refuse what pydantic takes for 1 or 0."""
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    return value
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_boolean)]
 Average = Annotated[float, Field(ge=0, lt=1)]
 # From left to right: 1e-3 is a string in YAML, and a number.
 Prior = Annotated[
     Literal["empirical"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] | Annotated[str, Field(min_length=1)],
     Field(union_mode="left_to_right"),
+    BeforeValidator(_no_boolean),
 ]
 
 
@@ -97,7 +106,9 @@ SETTINGS = (
         "the prior: `empirical` fits the variance of each tensor; a number δ is IVON's fixed prior, which acts as "
         "weight decay; a folder or Hub id of an earlier adapter with σ: training continues it and does not forget"
     ),
-    Setting("prior_strength", Positive, 1.0, 0.1, "0.1, with an earlier adapter 300", **_LATER).means(
+    Setting(
+        "prior_strength", Positive, 1.0, 0.1, "0.1, with a number as prior 1, with an earlier adapter 300", **_LATER
+    ).means(
         "κ, a factor on the prior's precision: at 0.1 the prior is √10 as wide as the one that fits the tensor best, "
         "and σ shows more of the data; an earlier adapter is forgotten faster the smaller it is"
     ),

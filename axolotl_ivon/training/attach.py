@@ -78,7 +78,7 @@ def attach(
             training starts from there and its σ, with N(m₀, σ₀²/κ) as the prior; an adapter that was trained already
             keeps its weights, as a resumed run does. N and λ are those of the new data alone: the earlier data count
             κ times. It must be over the same base model, with the same rank, scaling and targets.
-        prior_strength: κ; None for the preset's: 0.1, with a `Posterior` 300; 1 by "paper".
+        prior_strength: κ; None for the preset's: 0.1, with a number 1, with a `Posterior` 300; 1 by "paper".
         train_size: N, the number of training examples; the length of the Trainer's dataset by default (give it where
             that dataset is packed or streamed).
         eval_samples: number of draws whose averaged prediction every evaluation scores too, as `eval_loss_posterior`.
@@ -102,6 +102,11 @@ def attach(
     given: dict[str, Any] = {"gamma": gamma, "ess": ess, "h0": h0, "clip": clip}
     given |= {"beta1": betas[0], "beta2": betas[1]}
     given |= {"prior_strength": prior_strength, "hessian": hessian, "direction": direction, "h0_steps": h0_steps}
+    for name, value in given.items():
+        if isinstance(value, str) and name not in ("hessian", "direction"):
+            raise IVONError(f"{param_ref(name)}: {value!r} is a string; give a number")
+    if ess is not None and gamma is not None:
+        raise IVONError(f"{param_ref('gamma')} and {param_ref('ess')} are both given: λ is γ·√N or ess, remove one")
     chosen = resolved(preset, given)
     if ess is None and train_size is None:
         train_size = _train_size(trainer)
@@ -116,7 +121,7 @@ def attach(
             **settings_for_run(1, 0.0),
             "clip": chosen.clip,
             "prior": "empirical" if earlier else prior,
-            "prior_strength": chosen.posterior_strength if earlier else chosen.prior_strength,
+            "prior_strength": chosen.strength(prior, bool(earlier)),
             "hessian": chosen.hessian,
             "h0_steps": chosen.h0_steps,
             "rescale_lr": rescale_lr,

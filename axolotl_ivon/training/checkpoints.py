@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -39,6 +40,7 @@ from .saved import adapter_folder, check_that_all_is_saved, names_of, trained_ad
 LOG = logging.getLogger(__name__)
 
 _HIDDEN = ".{}.tmp"
+_IS_HIDDEN = re.compile(r"\.checkpoint-\d+\.tmp")
 
 
 def remove_unfinished(trainer: Trainer) -> None:
@@ -68,6 +70,8 @@ def whole_checkpoint(trainer: Any, trial: Any) -> Iterator[None]:
                 state.save_to_json(os.path.join(temporary, "trainer_state.json"))
         if trainer.args.should_save:
             put_in_place(Path(temporary), Path(target), overwrite=True)
+            for folder in sorted(Path(target).rglob(SIGMA_FILE)):
+                plugin_manager().hook.posterior_saved(folder=str(folder.parent))
             _remove_oldest(run, trainer.args.save_total_limit, state.best_model_checkpoint)
         trainer.accelerator.wait_for_everyone()  # nobody looks for it before it is there
     finally:
@@ -130,7 +134,8 @@ def _save_adapters(
             (each / RECOMMENDED_FILE).unlink(missing_ok=True)
         with suppress(IVONError):
             remove_old_results(each)
-        plugin_manager().hook.posterior_saved(folder=str(each))
+        if not any(_IS_HIDDEN.fullmatch(parent.name) for parent in each.parents):  # a checkpoint is told of when whole
+            plugin_manager().hook.posterior_saved(folder=str(each))
 
 
 def load_adapters(run: PosteriorTraining, checkpoint: Path) -> None:

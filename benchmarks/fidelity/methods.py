@@ -206,14 +206,15 @@ def train_lion(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Train
 def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> Trained:
     """IVON-LoRA as `ivon_preset: auto` sets it up, where `settings` do not say otherwise.
 
-    `lr` is the most that a step may move a weight, as AdamW's learning rate is in a YAML; without it the rate is that
-    of the preset's travel. `per_weight` is λ/(N·weights), and `averaged` the share of the steps, the last ones, whose
+    `lr` is the most that a step may move a weight, as AdamW's learning rate is in a YAML; without it steps are signs,
+    at the rate of the preset's travel, as the preset takes them in 1,000 steps and more. `per_weight` is λ/(N·weights), and `averaged` the share of the steps, the last ones, whose
     means are averaged. With `blocks` the precision is a matrix over the rank (`blocks.BlockIVON`). `gradients` are
     taken at a draw; those of "flat" at a draw with one σ for each tensor, of the same mean of σ²; of "mean" there. p
     comes of them by the same rule.
     """
     parameters, preset = model.trained(), PRESETS["auto"]
-    preset = preset._replace(**{name: settings[name] for name in preset._fields if name in settings})
+    given = {name: settings[name] for name in preset._fields if name in settings}
+    preset = preset._replace(**({} if "lr" in settings else {"direction": "newton"}) | given)
     weights, steps = sum(value.numel() for value in parameters.values()), settings["steps"]
     epochs = steps * settings["batch"] / len(task.train)
     ess = settings["per_weight"] * weights * len(task.train) if "per_weight" in settings else 0.0

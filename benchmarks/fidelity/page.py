@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from axolotl_ivon.settings.presets import FEW_PASSES
+from axolotl_ivon.settings.presets import PRESETS
 
 from .report import METRICS, OURS, ROW_NAMES, Results, cell, label_of, lines_of, mean_and_error, table
 from .run import Job, Record, ablation_jobs, seed_jobs
@@ -165,8 +165,11 @@ def recommended(*suites: Results) -> str:
         suite = results.suite
         for task, spec in suite["tasks"].items():
             epochs = suite["steps"] * suite["batch"] / spec["train"]
-            by_direction = "ivon-adam" if epochs <= FEW_PASSES else "ivon-signs"
-            ours = "ivon-auto" if "ivon-auto" in suite["methods"] else by_direction
+            ours = "ivon-auto"
+            if ours not in suite["methods"]:  # by what the preset does at the highest of the rates
+                highest = max(suite["methods"]["ivon-adam"]["grid"]["lr"])
+                direction = PRESETS["auto"].step(highest, suite["steps"], epochs).direction
+                ours = {"adam": "ivon-adam", "newton": "ivon-signs"}[direction]
             cells, changes, seeds = [], {}, list[int]()
             for metric in ("nll", "accuracy"):
                 before = results.values(metric, task, "adamw", "temperature-scaling")

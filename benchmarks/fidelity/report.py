@@ -58,6 +58,7 @@ ROW_NAMES = {
     ("ivon-adam", "temperature-scaling"): "IVON-LoRA by AdamW's step, mean + temperature scaling",
     ("ivon-adam", "posterior-scaled"): "IVON-LoRA by AdamW's step, {draws} draws + temperature scaling",
     ("ivon-adam", "calibrated"): "**IVON-LoRA by AdamW's step, as the end of training recommends**",
+    ("ivon-far", "mean"): "IVON-LoRA by signs, travel 0.125, mean",
     ("ivon-signs", "mean"): "IVON-LoRA by signs, mean",
     ("ivon-signs", "posterior"): "IVON-LoRA by signs, {draws} draws",
     ("ivon-signs", "temperature-scaling"): "IVON-LoRA by signs, mean + temperature scaling",

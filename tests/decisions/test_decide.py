@@ -114,13 +114,15 @@ def test_the_labels_are_those_of_training_or_of_the_head(
         (["x"], {"choices": ["A", "B"], "threshold": 2}, r"threshold 2 is outside \[0, 1\]"),
         (["x", " "], {"choices": ["A", "B"]}, "text:2: no user turn with a text; add the question"),
         ("x", {"choices": ["A", "B"]}, "texts: 'x' is one text; give a list of them"),
+        ([1], {"choices": ["A", "B"]}, "texts: 1 is no text; give strings, or lists of messages"),
+        (["x"], {"choices": ["A", "B"], "n": 0}, "n 0: give a number of draws from 1 on"),
         ([[{"role": "assistant", "content": "x"}]], {"choices": ["A", "B"]}, "text:1: no user turn"),
         (["red " * 600], {"choices": ["A", "B"]}, r"text:1: \d+ tokens, but the model takes 512"),
     ],
 )
 def test_what_cannot_be_decided_is_refused(tiny_adapter: Path, texts: Any, options: Any, message: str) -> None:
     with pytest.raises(IVONError, match=message):
-        predict(tiny_adapter, texts, n=1, **options)
+        predict(tiny_adapter, texts, **{"n": 1, **options})
 
 
 def test_a_stream_decides_the_first_texts_first(tiny_adapter: Path) -> None:

@@ -518,8 +518,11 @@ def test_misuse_is_refused() -> None:
         optimizer.sigma(torch.ones(3))
 
 
-BAD = {"lr": (-1.0, math.nan), "ess": (0.0, 1e19, math.inf), "betas": ((0.9, 1.0), (-0.1, 0.9)), "h0": (0.0, math.nan)}
-BAD |= {
+BAD = {
+    "lr": (-1.0, math.nan),
+    "ess": (0.0, 1e19, math.inf),
+    "betas": ((0.9, 1.0), (-0.1, 0.9)),
+    "h0": (0.0, math.nan, 1e-50, 1e30),
     "clip": (0.0, math.nan),
     "rescale_lr": (1,),
     "prior": ("flat", -1e-3),

@@ -82,7 +82,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "sigma of other shape": (
         change(SIGMA_FILE, lambda t: t.update({min(t): torch.ones(3, 3)})),
-        "q_proj.lora_A.weight has shape [3, 3]; the mean has [4, 32]",
+        "q_proj.lora_A.weight has shape [3, 3], its mean [4, 32]; put files of one save together",
     ),
     "sigma of other dtype": (
         change(SIGMA_FILE, lambda t: t.update({min(t): t[min(t)].double()})),

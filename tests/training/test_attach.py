@@ -86,10 +86,11 @@ def test_a_trainer_that_cannot_be_attached_to_is_refused(made: Any, tiny_llama: 
 WRONG: dict[str, Any] = {"gamma": 0.0, "ess": math.nan, "h0": -1.0, "clip": 0.0, "betas": (1.0, 0.5), "prior": -1.0}
 WRONG |= {"train_size": 0, "eval_samples": -1, "draws": "both", "rescale_lr": "yes", "preset": "tiny"}
 WRONG |= {"prior_strength": 0.0, "hessian": "exact", "direction": "down", "h0_steps": 0.0}
+WRONG_TOO = [("clip", math.inf), ("clip", "0.01"), ("h0", 1e30), ("prior_strength", 1e300)]
 
 
 # An infinite clip is wrong without a learning rate.
-@pytest.mark.parametrize(("parameter", "value"), [*WRONG.items(), ("clip", math.inf)])
+@pytest.mark.parametrize(("parameter", "value"), [*WRONG.items(), *WRONG_TOO])
 def test_a_wrong_value_is_refused_by_its_parameter_and_leaves_nothing(parameter: str, value: Any, made: Any) -> None:
     trainer = made(learning_rate=0.0)
     with pytest.raises(IVONError) as caught:
@@ -97,6 +98,16 @@ def test_a_wrong_value_is_refused_by_its_parameter_and_leaves_nothing(parameter:
     assert caught.value.parameter == parameter
     attach(trainer)
     assert sum("PosteriorTraining" in type(one).__name__ for one in trainer.callback_handler.callbacks) == 1
+
+
+def test_lambda_is_given_once_and_a_number_as_prior_is_its_delta(made: Any) -> None:
+    with pytest.raises(IVONError, match=r"^gamma and ess are both given: λ is γ·√N or ess, remove one$"):
+        attach(made(), gamma=5.0, ess=1e5)
+    for settings, strength in (({}, 1), ({"prior_strength": 0.1}, 0.1), ({"preset": "paper"}, 1)):
+        trainer = made()
+        attach(trainer, prior=1e-3, **settings)
+        optimizer = trainer.create_optimizer()
+        assert optimizer.param_groups[0]["prior"] * optimizer.param_groups[0]["prior_strength"] == 1e-3 * strength
 
 
 def test_a_second_attach_is_refused_and_changes_nothing(attached: Any, tmp_path: Path) -> None:
