@@ -150,7 +150,8 @@ def stage(*suites: Results) -> str:
             cells.append(" / ".join(cell(list(found[metric].values()), metric) for metric in METRICS))
         if any(text.strip("–/ ") for text in cells):
             name = label_of(suites[0], method, row, by)
-            rows.append([name + ", rate by validation" * (by == "nll"), *cells])
+            chosen = by == "nll" and "lr" in methods[method]["grid"]
+            rows.append([name + ", rate by validation" * chosen, *cells])
     return table(heads, rows)
 
 
