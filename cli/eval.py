@@ -89,7 +89,7 @@ def command(
       ivon-post eval ensemble/ --data test.jsonl --endpoint http://localhost:8000
     """
     from axolotl_ivon.evaluation.run import run as evaluate
-    from axolotl_ivon.evaluation.variants import VariantChoice
+    from axolotl_ivon.evaluation.variants import VariantChoice, paper_variants
     from axolotl_ivon.storage.atomic import check_file
 
     names = [name.strip() for name in rows.split(",")] if rows is not None else []
@@ -103,9 +103,12 @@ def command(
     tau = choice.tau if point.tau is None else point.tau
     ratio = point.ratio if point.ratio is not None else choice.ratio or 0.1 * pruned
     # The T of draws is that of one τ.
-    added = [row for row in choice.added if row.name == "recommended" or row.tau in (tau, math.inf)]
-    if names and point.file:  # who names a file, too, gets what it says of these rows
-        names += [row.name for row in added if row.name.partition("+")[0] in (*names, "recommended")]
+    there = [row for row in choice.added if row.name == "recommended" or row.tau in (tau, math.inf)]
+    # Who names rows gets these alone, and from a file that is named what it says of them.
+    more = (*names, "recommended") if point.file else ()
+    added = [row for row in there if not names or row.name in names or row.name.partition("+")[0] in more]
+    if not {*names} <= {*paper_variants(), *(row.name for row in there)}:
+        added = there  # which the refusal names
     choice = replace(choice, names=names, tau=tau, ratio=ratio, added=added)
     calibrate = None if files.calibrate is None else str(files.calibrate)
     data, ood = ([*map(str, paths)] for paths in (files.files, files.ood))

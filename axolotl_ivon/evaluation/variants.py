@@ -67,9 +67,9 @@ def paper_variants(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Variant]:
 
 @dataclass(frozen=True)
 class VariantChoice:
-    """Which variants are evaluated, of `paper_variants` and those that a recommendation adds: those that are named.
+    """Which variants are evaluated: those of `paper_variants` that are named, and those that a recommendation adds.
 
-    By default they are base, mean and posterior, with a ratio the pruned ones too, and what is added.
+    By default they are base, mean and posterior, and with a ratio the pruned ones too.
     """
 
     names: Sequence[str] = ()
@@ -78,16 +78,17 @@ class VariantChoice:
     added: Sequence[Variant] = ()
 
     def variants(self) -> list[Variant]:
-        """Return the variants in the order of `paper_variants`, and then those that are added.
+        """Return the variants in the order of `paper_variants`, and then what is added.
 
         Raises:
             IVONError: there is no variant of some name.
         """
-        known = paper_variants(self.tau, self.ratio) | {variant.name: variant for variant in self.added}
+        known = paper_variants(self.tau, self.ratio)
+        there = [*known, *(variant.name for variant in self.added)]
         for name in self.names:
-            if name not in known:
+            if name not in there:
                 raise IVONError(
-                    f"{param_ref('rows')} {','.join(self.names)}: {name!r} is unknown; choose from {','.join(known)}"
+                    f"{param_ref('rows')} {','.join(self.names)}: {name!r} is unknown; choose from {','.join(there)}"
                 )
-        names = self.names or [name for name in known if self.ratio or "pruned" not in name]
-        return [variant for name, variant in known.items() if name in names]
+        names = self.names or [name for name, variant in known.items() if self.ratio or "pruned" not in name]
+        return [*(variant for name, variant in known.items() if name in names), *self.added]
