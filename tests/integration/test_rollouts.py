@@ -37,8 +37,11 @@ def rewards(folder: Path) -> list[float]:
     return [entry["reward"] for entry in history if "reward" in entry]
 
 
-def test_the_reward_rises_and_sigma_is_saved(make_config: Configs, forks: Forks) -> None:
-    config = make_config("rises", **{**GRPO, **trl()}, max_steps=40, save_steps=40)
+def test_the_reward_rises_and_sigma_is_saved(make_config: Configs, make_adapter: Any, forks: Forks) -> None:
+    # axolotl does not seed a new adapter, and from some of them so short a run gets nowhere.
+    targets = {"target_modules": GRPO["lora_target_modules"], "lora_alpha": GRPO["lora_alpha"]}
+    start = {"lora_model_dir": str(make_adapter(sigma=False, **targets))}
+    config = make_config("rises", **{**GRPO, **trl(), **start}, max_steps=40, save_steps=40)
     forks.train(config)
     learned = rewards(config.with_suffix("") / "checkpoint-40")
     assert sum(learned[-5:]) > sum(learned[:5]) + 0.25
