@@ -50,12 +50,16 @@ class _Group(click.Group):
 
     def _register(self) -> None:
         if not self._registered:
+            from axolotl_ivon.errors import IVONError
             from axolotl_ivon.plugins import plugin_manager
 
             self._registered = True
             for name in _MODULES:
                 self.add_command(import_module(f".{name}", __name__).command)
-            plugin_manager().hook.register_commands(cli=self)
+            try:
+                plugin_manager().hook.register_commands(cli=self)
+            except IVONError as error:  # the help asks outside of `invoke`
+                raise click.ClickException(str(error)) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         self._register()

@@ -37,13 +37,14 @@ def test_one_manager_with_what_ships_and_a_run_and_prune_need() -> None:
     assert {"snr", "sigma", "magnitude", "random"} <= set().union(*manager.hook.pruning_criteria())
 
 
-def test_a_plugin_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [["info", "x"], ["--help"]])
+def test_a_plugin_that_cannot_be_loaded_is_named(words: list[str], tmp_path: Path) -> None:
     info = tmp_path / "broken-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[axolotl_ivon]\nmine = no_such_module\n")
     done = subprocess.run(
-        [sys.executable, "-c", "import ivon_post; ivon_post.main()", "info", "x"],
+        [sys.executable, "-c", "import ivon_post; ivon_post.main()", *words],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
