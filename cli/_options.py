@@ -54,6 +54,14 @@ class Sectioned(click.Command):
         super().__init__(*args, **options)
         self._sections = {**sections, **_SECTIONS}
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, and refuse an option that says more of another one which is not there."""
+        rest = super().parse_args(ctx, args)
+        for param in self.get_params(ctx):
+            if isinstance(param, Detail):
+                param.check(ctx)
+        return rest
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a list for each section that has options."""
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Options", *self._sections)}
@@ -88,6 +96,19 @@ class Renamed(click.Option):
         self.opts = [*shown, *self._formerly]
         super().add_to_parser(parser, ctx)
         self.opts = shown
+
+
+class Detail(click.Option):
+    """An option that says more of another one, the parameter `of`, and nothing without it."""
+
+    def __init__(self, *args: Any, of: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._of = of
+
+    def check(self, ctx: click.Context) -> None:
+        """Raise UsageError if this one is on the command line and the other has no value."""
+        if ctx.get_parameter_source(self.name or "") is ParameterSource.COMMANDLINE and ctx.params[self._of] is None:
+            raise click.UsageError(f"{self.opts[0]} goes with --{self._of}; give both, or leave it out", ctx)
 
 
 class RecommendedOption(Renamed):
@@ -400,7 +421,14 @@ def risk_options(where: str) -> Callable[[Command], Command]:
             type=float,
             help=f"Find the confidence below which to abstain so that at most this share of answers is wrong: {where}.",
         ),
-        option("--confidence", type=float, default=0.9, help="Confidence level of the promise that --risk gives."),
+        option(
+            "--confidence",
+            cls=Detail,
+            of="risk",
+            type=float,
+            default=0.9,
+            help="Confidence level of the promise that --risk gives.",
+        ),
     )
 
 

@@ -20,6 +20,8 @@ from . import _options as options
 @click.option(
     "--dataset",
     "datasets",
+    cls=options.Detail,
+    of="results",
     multiple=True,
     metavar="OWNER/NAME[/TASK]",
     help="Benchmark on the Hub that a data file of --results is. Repeatable, in the files' order.  [default: its name]",

@@ -101,11 +101,14 @@ def command(
     from axolotl_ivon.errors import IVONError
     from axolotl_ivon.evaluation.evaluate import Sampling
     from axolotl_ivon.reporter import Stage
+    from axolotl_ivon.storage.atomic import check_file
 
     stdin = data in (None, "-")
     if stdin and sys.stdin.isatty():
         raise IVONError("there are no texts; give --data FILE, or pipe them in")
     path = output.given_path(adapter, data=None if stdin else data)
+    if path:
+        check_file(path, overwrite=True)  # a run of the same settings is taken up; of others `DecisionFile` refuses
     if stdin:
         total, examples = 0, read_texts(sys.stdin.buffer, limit)
     else:

@@ -158,6 +158,8 @@ CASES = {
     "predict adapter -d question.jsonl --choices A,B --set 0.9": "run `ivon-post sweep --coverage 0.9`",
     "sweep adapter -d chats.jsonl --coverage 1": "--coverage 1 is outside (0, 1)",
     "predict adapter -d question.jsonl --choices A,B -o adapter/x": "lies in the input",
+    "predict adapter -d question.jsonl --choices A,B -o gone/x": "--output gone/x: there is no such folder",
+    "predict adapter -d question.jsonl --choices A,B -o home": "--output home: is a folder",
     "prune adapter/adapter_model.safetensors": "is a file; give the adapter's folder",
     "prune adapter -o -": "--output '-' is not a file name",
     "prune adapter --output=": "--output '' is not a file name",
@@ -204,6 +206,9 @@ MISTYPED = {
     "sweep --combine adapter plain -d x -d y --tau 1": "--tau has no effect with --combine",
     "sweep --combine adapter plain -d x -d y --risk 0.1": "--risk has no effect",
     "check train.yaml --data chats.jsonl": "--data goes with an adapter",
+    "sweep adapter -d chats.jsonl --confidence 0.8": "--confidence goes with --risk",
+    "mbr nbest.jsonl --confidence 0.8": "--confidence goes with --risk",
+    "card adapter --dataset owner/name": "--dataset goes with --results",
 }
 
 
