@@ -77,7 +77,8 @@ class Preset(NamedTuple):
             given, but no higher than `USUAL_RATE`, and one that is given is the most that a step may move a weight.
             None: a learning rate is α.
         prior_strength, hessian, h0_steps: as in `IVONLoRA`.
-        direction: as in `IVONLoRA`; None for Adam's in short runs, and else for IVON's own: see `step`.
+        direction: as in `IVONLoRA`; None for Adam's at a given rate and in short runs, and else for IVON's own: see
+            `step`.
         number_strength: κ where the prior is a number, which then is δ.
         posterior_strength: κ where the prior is a posterior. 1 is Bayes' rule. A diagonal posterior does not know what
             weights do together, and holds a task too weakly by two orders of magnitude.
@@ -207,15 +208,14 @@ class Preset(NamedTuple):
         fifth of how far they can.
 
         A sign is as long as a step of AdamW at several times the rate, which not every model bears. So the direction is
-        Adam's in few passes, if a rate is given, and in fewer than `few_epochs[0]` if weights cannot get `SHORT_REACH`.
+        Adam's if a rate is given, and else in fewer than `few_epochs[0]` if weights cannot get `SHORT_REACH`.
         """
-        few = epochs <= FEW_PASSES
         reach = self.rate(learning_rate, steps) * steps / 2
-        short = (few and learning_rate) or (epochs < self.few_epochs[0] and reach < SHORT_REACH)
-        direction = self.direction or ("adam" if short else "newton")
+        short = epochs < self.few_epochs[0] and reach < SHORT_REACH
+        direction = self.direction or ("adam" if learning_rate or short else "newton")
         if direction != "adam" or not (self.travel and reach) or self.gamma is not None or self.fixed_ess is not None:
             return Step(direction)
-        if few:
+        if epochs <= FEW_PASSES:
             reach *= FEW_PASSES_REACH
         return Step(direction, min(max(1.0, (self.travel / reach) ** 2), NARROWEST))
 

@@ -52,6 +52,8 @@ SHARE = 0.1 * 2
 DRAWS = 8
 TAUS = (4.0, 1.0, 16.0)  # of draws, as many as the share allows, in this order
 _LABELS = 128  # of one example, evenly spread over it
+# Softmax temperatures of a mean that has not learned all there is, and of one that is overfitted.
+UNSURE, OVERFITTED = 0.7, 2.0
 _CHUNK = 1024  # labels whose distributions over the vocabulary are worked on at a time
 
 
@@ -90,7 +92,19 @@ def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None,
     recommendation, text = _choose(taus, columns, run.trainer.args.seed)
     if recommendation.verdict and recommendation.verdict.differences:
         text += f"; {RECOMMENDED_FILE} beside the adapter holds it, and every command that predicts takes it"
-    return recommendation, text
+    return recommendation, text + _advice(recommendation)
+
+
+def _advice(recommendation: Recommendation) -> str:
+    """Return what the T of a recommended mean says of the run that it is from, if it says something."""
+    before, after = recommendation.mean_reported_on, recommendation.reported_on
+    if math.isfinite(recommendation.tau) or not (before and after and after.nll < 0.95 * before.nll):
+        return ""  # of a model at chance any T is as good
+    if recommendation.temperature <= UNSURE:
+        return "; so low a T means that there is more to learn: try a higher learning_rate, or more steps"
+    if recommendation.temperature >= OVERFITTED:
+        return "; so high a T means that it is overfitted: try a lower learning_rate, or fewer epochs"
+    return ""
 
 
 def save_recommendation(recommendation: Recommendation, folder: Path, name: str) -> None:

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from axolotl_ivon.settings.presets import PRESETS
-
 from .report import METRICS, OURS, ROW_NAMES, Results, cell, label_of, lines_of, mean_and_error, table
 from .run import Job, Record, ablation_jobs, seed_jobs
 
@@ -158,42 +156,42 @@ def stage(*suites: Results) -> str:
 def recommended(*suites: Results) -> str:
     """What the end of training recommends against AdamW + temperature scaling, its rate by validation, task by task.
 
-    Paired by seed. It holds where NLL and accuracy are worse by one standard error at most, and wins where the NLL is
-    better by two.
+    IVON-LoRA's is by the preset: without a rate, where a suite has that, and with one by validation. Paired by seed. It
+    holds where NLL and accuracy are worse by one standard error at most, and wins where the NLL is better by two.
     """
     rows = []
     for results in suites:
         suite = results.suite
         for task, spec in suite["tasks"].items():
             epochs = suite["steps"] * suite["batch"] / spec["train"]
-            ours = "ivon-auto"
-            if ours not in suite["methods"]:  # by what the preset does at the highest of the rates
-                highest = max(suite["methods"]["ivon-adam"]["grid"]["lr"])
-                direction = PRESETS["auto"].step(highest, suite["steps"], epochs).direction
-                ours = {"adam": "ivon-adam", "newton": "ivon-signs"}[direction]
-            cells, changes, seeds = [], {}, list[int]()
-            for metric in ("nll", "accuracy"):
-                before = results.values(metric, task, "adamw", "temperature-scaling")
-                after = results.values(metric, task, ours, "calibrated")
-                seeds = sorted(before.keys() & after.keys())
-                if not seeds:
-                    break
-                _, scale, digits = METRICS[metric]
-                change, error = mean_and_error([scale * (after[seed] - before[seed]) for seed in seeds])
-                changes[metric] = change, error
-                first, second = (scale * statistics.fmean(values[seed] for seed in seeds) for values in (before, after))
-                spread = "" if math.isnan(error) else f" ± {error:.{digits}f}"
-                cells.append(f"{first:.{digits}f} → {second:.{digits}f} ({change:+.{digits}f}{spread})")
-            if not seeds:
-                continue
-            (nll, nll_error), (accuracy, accuracy_error) = changes["nll"], changes["accuracy"]
-            holds = "yes" if nll <= nll_error and accuracy >= -accuracy_error else "no"
-            holds = "wins" if holds == "yes" and nll < 0 and nll <= -2 * nll_error else holds
             model = suite.get("model", "MiniLM").partition("-Instruct")[0]
             what = f"{model}, {task}, {suite['steps']} steps, {epochs:.0f} epochs"
-            rows.append([what, str(len(seeds)), *cells, holds if len(seeds) > 1 else "one seed"])
-    heads = ["AdamW + temperature scaling → what is recommended", "seeds", "NLL", "accuracy, %", "holds"]
+            for ours, rate in {"ivon-auto": "none", "ivon-adam": "by validation"}.items():
+                if ours in suite["methods"] and (cells := _recommended_cells(results, task, ours)):
+                    rows.append([what, rate, *cells])
+    heads = ["AdamW + temperature scaling → what is recommended", "rate", "seeds", "NLL", "accuracy, %", "holds"]
     return table(heads, rows)
+
+
+def _recommended_cells(results: Results, task: str, ours: str) -> list[str]:
+    """Return the number of seeds, NLL, accuracy and whether they hold; nothing if there is no run."""
+    cells, changes, seeds = [], {}, list[int]()
+    for metric in ("nll", "accuracy"):
+        before = results.values(metric, task, "adamw", "temperature-scaling")
+        after = results.values(metric, task, ours, "calibrated")
+        seeds = sorted(before.keys() & after.keys())
+        if not seeds:
+            return []
+        _, scale, digits = METRICS[metric]
+        change, error = mean_and_error([scale * (after[seed] - before[seed]) for seed in seeds])
+        changes[metric] = change, error
+        first, second = (scale * statistics.fmean(values[seed] for seed in seeds) for values in (before, after))
+        spread = "" if math.isnan(error) else f" ± {error:.{digits}f}"
+        cells.append(f"{first:.{digits}f} → {second:.{digits}f} ({change:+.{digits}f}{spread})")
+    (nll, nll_error), (accuracy, accuracy_error) = changes["nll"], changes["accuracy"]
+    holds = "yes" if nll <= nll_error and accuracy >= -accuracy_error else "no"
+    holds = "wins" if holds == "yes" and nll < 0 and nll <= -2 * nll_error else holds
+    return [str(len(seeds)), *cells, holds if len(seeds) > 1 else "one seed"]
 
 
 def shape(results: Results) -> str:

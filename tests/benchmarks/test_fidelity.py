@@ -676,7 +676,7 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     calibrated = [{**r, "row": "calibrated"} for r in records if r["row"] == "sigma=as-is"]
     [line] = pages.recommended(Results(made, [*records, *calibrated])).splitlines()[2:]
     change = "1.005 → 0.805 (-0.200 ± 0.000) | 50.0 → 50.0 (+0.0 ± 0.0)"
-    assert line == f"| MiniLM, movie, 4 steps, 1 epochs | 2 | {change} | wins |"
+    assert line == f"| MiniLM, movie, 4 steps, 1 epochs | none | 2 | {change} | wins |"
     [line] = pages.peers(results).splitlines()[2:]  # an ensemble at the chosen rate, beside draws of 0.805
     assert line.endswith("| movie | 50.0 (50.0 ± 0.0) | 25.2 (20.1 ± 0.1) | 1.010 (0.805 ± 0.005) | no |")
     # 4 steps of 4 are one epoch of 16; of twice the steps there are no results, and no line.

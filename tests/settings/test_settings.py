@@ -99,17 +99,15 @@ def test_adam_s_direction_needs_what_it_is_made_of(changes: Any, prior: Any, res
     [
         ("auto", {}, 2e-4, 5.0, "adam"),
         ("auto", {}, 2e-4, 0.0, "adam"),  # a stream
-        ("auto", {}, 1e-3, 9.9, "adam"),
-        ("auto", {}, 1e-3, 10.0, "newton"),
-        ("auto", {}, 1.3e-3, 5.1, "newton"),  # with which weights can get 0.083
-        ("auto", {}, 1.3e-3, 5.0, "adam"),
+        ("auto", {}, 1e-3, 50.0, "adam"),
         ("auto", {}, 0.0, 9.9, "adam"),
+        ("auto", {}, 0.0, 10.0, "newton"),
         ("auto", {"direction": "newton"}, 2e-4, 2.0, "newton"),
         ("auto", {"direction": "adam"}, 2e-4, 50.0, "adam"),
         ("paper", {}, 2e-4, 2.0, "newton"),
     ],
 )
-def test_the_step_is_adamw_s_in_a_short_run(
+def test_the_step_is_adamw_s_at_a_given_rate_and_in_a_short_run(
     preset: str, changes: Any, rate: float, epochs: float, expected: str
 ) -> None:
     chosen = resolved(preset, changes).with_direction("empirical")
@@ -125,7 +123,8 @@ def test_without_a_rate_a_run_steps_as_by_the_one_of_the_travel_or_by_a_usual_on
     assert PRESETS["paper"].rate(0.0, steps) == 0
     short = rate * steps / 2 < 0.08 and epochs < 10
     assert auto.step(0.0, steps, epochs).direction == ("adam" if short else "newton")
-    if short or epochs > 5:
+    assert auto.step(rate, steps, epochs).direction == "adam"
+    if short:
         assert auto.step(0.0, steps, epochs) == auto.step(rate, steps, epochs)
 
 

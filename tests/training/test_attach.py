@@ -165,8 +165,10 @@ def test_auto_fits_lambda_h0_and_beta2_to_the_run(attached: Any) -> None:
     noise = sum(1 / (settings["ess"] * settings["h0"]) / p.var() for p in matrices)
     assert noise == pytest.approx(4 * 4, rel=0.2)
     assert (settings["hessian"], settings["prior_strength"], settings["h0_steps"]) == ("squared_gradients", 0.1, 10)
-    trainer.create_optimizer_and_scheduler(100)
-    assert trainer.optimizer.param_groups[0]["betas"] == (0.9, pytest.approx(1 - 1 / 20))
+    for rate, memory in ((0.0, 20), (2e-4, 100)):  # of signs, and of Adam's step
+        trainer = attached(max_steps=100, learning_rate=rate)
+        trainer.create_optimizer_and_scheduler(100)
+        assert trainer.optimizer.param_groups[0]["betas"] == (0.9, pytest.approx(1 - 1 / memory))
 
 
 @pytest.mark.parametrize(

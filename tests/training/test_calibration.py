@@ -21,7 +21,7 @@ from axolotl_ivon.decisions.recommendation import recommended_for
 from axolotl_ivon.metrics.bootstrap import compare
 from axolotl_ivon.metrics.scores import Scores
 from axolotl_ivon.records.recommendation import Recommendation
-from axolotl_ivon.training.calibration import DRAWS, TEMPERATURES, _choose, _Column, _mean_of_groups
+from axolotl_ivon.training.calibration import DRAWS, TEMPERATURES, _advice, _choose, _Column, _mean_of_groups
 
 ROWS = torch.randint(3, 40, (120, 9), generator=torch.Generator().manual_seed(2))
 ROWS[:, 5:] = 7  # what the model is sure of too early
@@ -73,6 +73,27 @@ def test_it_is_what_the_saved_adapter_does(attached: Any, tiny_llama: Path, tmp_
     without = train(attached, "without", {"calibrate": False})
     assert not (tmp_path / "without/recommended.json").exists()
     assert same(lora_weights(without.model), lora_weights(trainer.model))
+
+
+@pytest.mark.parametrize(("sharper", "words"), [(40.0, "so high a T means that it is overfitted"), (1.0, "")])
+def test_a_t_far_above_1_says_that_the_run_was_too_long(
+    sharper: float, words: str, attached: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    trainer = attached({"gamma": 30.0}, **{**RUN, "learning_rate": 1e-6})
+    trainer.model.get_output_embeddings().weight.data.mul_(sharper)
+    trainer.eval_dataset = DATA.select(range(120))
+    trainer.train()
+    [text] = [text for text in caplog.messages if text.startswith("calibrated on")]
+    assert words in text
+    assert ("so high a T" in text) == bool(words)
+    if not sharper > 1:
+        return
+    recommendation = trainer.posterior_training.recommendation
+    for tau, temperature, expected in ((math.inf, 0.6, "more to learn"), (math.inf, 1.4, ""), (1.0, 0.6, "")):
+        advice = _advice(recommendation.model_copy(update={"tau": tau, "temperature": temperature}))
+        assert bool(advice) == bool(expected)
+        assert expected in advice
 
 
 def test_draws_are_tried_in_a_longer_run_and_are_those_of_the_posterior(attached: Any, tmp_path: Path) -> None:
