@@ -51,9 +51,10 @@ BASELINES = (
 
 
 def name_of(results: Results, method: str, row: str, by: str | float) -> str:
-    """Return what a line is called here, where AdamW's rate is said in any case."""
+    """Return what a line is called here, where it is said in any case how a rate was chosen."""
     name = label_of(results, method, row, by)
-    return name.replace("AdamW", "AdamW, rate by validation", 1) if (method, by) == ("adamw", "nll") else name
+    chosen = {"adamw": "AdamW", "ivon-adam": "IVON-LoRA"}.get(method, "") if by == "nll" else ""
+    return name.replace(chosen, f"{chosen}, rate by validation", 1) if chosen else name
 
 
 def averaged(results: Results, metric: str, method: str, row: str, by: str | float = "nll") -> dict[int, float]:
