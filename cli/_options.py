@@ -107,7 +107,8 @@ class Detail(click.Option):
 
     def check(self, ctx: click.Context) -> None:
         """Raise UsageError if this one is on the command line and the other has no value."""
-        if ctx.get_parameter_source(self.name or "") is ParameterSource.COMMANDLINE and ctx.params[self._of] is None:
+        given = ctx.get_parameter_source(self.name or "") is ParameterSource.COMMANDLINE
+        if given and ctx.params.get(self._of) is None:
             raise click.UsageError(f"{self.opts[0]} goes with --{self._of}; give both, or leave it out", ctx)
 
 

@@ -97,8 +97,9 @@ def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None,
 
 def _advice(recommendation: Recommendation) -> str:
     """Return what the T of a recommended mean says of the run that it is from, if it says something."""
-    before, after = recommendation.mean_reported_on, recommendation.reported_on
-    if math.isfinite(recommendation.tau) or not (before and after and after.nll < 0.95 * before.nll):
+    reported = (recommendation.mean_reported_on, recommendation.reported_on)
+    before, after = ((of.nll if of else None) or 0.0 for of in reported)
+    if math.isfinite(recommendation.tau) or after >= 0.95 * before:
         return ""  # of a model at chance any T is as good
     if recommendation.temperature <= UNSURE:
         return "; so low a T means that there is more to learn: try a higher learning_rate, or more steps"
