@@ -87,13 +87,10 @@ def test_a_t_far_above_1_says_that_the_run_was_too_long(
     [text] = [text for text in caplog.messages if text.startswith("calibrated on")]
     assert words in text
     assert ("so high a T" in text) == bool(words)
-    if not sharper > 1:
-        return
     recommendation = trainer.posterior_training.recommendation
     for tau, temperature, expected in ((math.inf, 0.6, "more to learn"), (math.inf, 1.4, ""), (1.0, 0.6, "")):
         advice = _advice(recommendation.model_copy(update={"tau": tau, "temperature": temperature}))
-        assert bool(advice) == bool(expected)
-        assert expected in advice
+        assert ("more to learn" in advice) == bool(advice) == bool(expected and words)  # of a model at chance, nothing
 
 
 def test_draws_are_tried_in_a_longer_run_and_are_those_of_the_posterior(attached: Any, tmp_path: Path) -> None:
