@@ -5,6 +5,7 @@ Their folders are shared by all tests and never written to; a test that changes 
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,6 +30,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the longest tests come first, so that what is left at the end are short ones for all workers."""
     longest = ("integration", "robustness")
     items.sort(key=lambda item: item.path.parent.name not in longest)
+
+
+@pytest.fixture(autouse=True)
+def level_of_the_library_s_log() -> Iterator[None]:
+    """The plugin sets it, to axolotl's: put back what it was."""
+    log = logging.getLogger("axolotl_ivon")
+    before = log.level
+    yield
+    log.setLevel(before)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from ..posterior.adapter import Adapter
 from ..posterior.chain import links
 from ..posterior.findings import Finding, remembers_too_long, travel_finding
 from ..settings.keys import prior_folder, yaml_key
-from ..settings.presets import PRESETS, USUAL_RATE
+from ..settings.presets import LONGEST_SIGN, PRESETS, usual_rate
 from ..settings.table import OPTIMIZER, PLUGIN
 from ..storage.format import regular_size
 from .checks import GRPO_DEFAULTS, check_config, number
@@ -75,6 +75,8 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     prior = prior_folder(given["ivon_prior"])
     strength = preset.strength(given["ivon_prior"], bool(prior))
     ess, h0, asked = preset.fixed_ess, None if prior else preset.h0, number(cfg, "learning_rate")
+    if not asked and preset.has_usual_rate:
+        asked = known(lambda: _usual_rate(cfg))  # None where it is not known, and 0 for one by travel
     if size and preset.gamma is not None:
         ess = preset.ess(size, 0)
     # Packed batches count as if they were not.
@@ -85,18 +87,17 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
         and (ess is None or (h0 is None and not prior))
         and (shapes := known(lambda: _trained_shapes(cfg, prior, preset.ess(size, 0, epochs))))
     ):
-        run = preset.for_run(size, shapes, asked, steps or 1, epochs)
+        run = preset.for_run(size, shapes, asked or 0.0, steps or 1, epochs)
         ess, h0 = run["ess"], None if prior else run["h0"]
-    step, long = (preset.step(asked, steps or most, epochs) for most in (1, 10**9))
-    direction = step.direction if step.direction == long.direction else None  # it depends on the steps
-    tau = step.tau if step.tau == long.tau else None
+    step, long = (preset.step(asked or 0.0, steps or most, epochs) for most in (1, 10**9))
+    tau = step.tau if step.tau == long.tau and asked is not None else None  # it depends on the steps
     beta2 = preset.second_beta(steps, step.direction) if steps else preset.beta2
     share = known(lambda: _mean_rate(cfg, steps, size, batch))
     rescaled = given["ivon_rescale_lr"]
     step_bound = preset.clip * (h0 or math.nan if rescaled else 1.0)
-    lr: float | None = preset.alpha(asked, rescaled)
-    if preset.travel is not None and not lr:
-        lr = min(preset.travel / (share * steps), USUAL_RATE) / step_bound if share and steps else None
+    lr: float | None = None if asked is None else preset.alpha(asked, rescaled)
+    if lr == 0 and preset.travel is not None:
+        lr = min(preset.travel / (share * steps), LONGEST_SIGN) / step_bound if share and steps else None
     travel = lr * share * steps * step_bound if lr is not None and share is not None and steps else None
     findings = []
     if PLUGIN not in (cfg.get("plugins") or []) and _needs_plugin_line():
@@ -127,7 +128,7 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
         "prior_strength": strength,
         "clip": preset.clip,
         "beta2": beta2,
-        "direction": direction,
+        "direction": step.direction,
         "tau": tau,
         "learning_rate": lr,
         "travel": travel,
@@ -283,10 +284,10 @@ def _trained_shapes(cfg: Mapping[str, Any], prior: str | None, least: float) -> 
     """
     if adapter := prior or cfg.get("lora_model_dir"):
         return {key: shape for key, (_, shape) in Adapter(str(adapter)).mean.specs.items()}
-    base = str(cfg.get("base_model_config") or cfg.get("base_model"))
     grows = f"λ and h0: λ is {least:,.0f} up to 100,000 LoRA weights and in proportion to them from there on"
-    folder = _config_folder(base)
+    folder = _config_folder(cfg)
     if folder is None:
+        base = _base(cfg)
         raise _Unknown(f"{grows}; {base} is no folder here, nor in the Hub's cache, so they cannot be counted")
     try:
         return _lora_shapes(folder, cfg)
@@ -294,10 +295,29 @@ def _trained_shapes(cfg: Mapping[str, Any], prior: str | None, least: float) -> 
         raise _Unknown(f"{grows}, which cannot be counted ({one_line(error)})") from error
 
 
-def _config_folder(base: str) -> Path | None:
-    """Return the folder with the `config.json` of a base model, its own or in the Hub's cache; nothing is fetched."""
+def _usual_rate(cfg: Mapping[str, Any]) -> float:
+    """Return the learning rate that a run which gives none has, from the base model's `config.json` here."""
+    text = "learning_rate: none is given, and the one that is usual follows from the base model's width"
+    folder = _config_folder(cfg)
+    if folder is None:
+        raise _Unknown(f"{text}; {_base(cfg)} is no folder here, nor in the Hub's cache")
+    try:
+        from transformers import AutoConfig
+
+        return usual_rate(AutoConfig.from_pretrained(folder))
+    except Exception as error:  # whatever a model of this kind needs
+        raise _Unknown(f"{text}, which cannot be read ({one_line(error)})") from error
+
+
+def _base(cfg: Mapping[str, Any]) -> str:
+    return str(cfg.get("base_model_config") or cfg.get("base_model"))
+
+
+def _config_folder(cfg: Mapping[str, Any]) -> Path | None:
+    """Return the folder with the `config.json` of the base model, its own or in the Hub's cache; nothing is fetched."""
     from huggingface_hub import try_to_load_from_cache
 
+    base = _base(cfg)
     path: Any = Path(base, "config.json")
     if not path.is_file():
         with suppress(ValueError):  # no name of a repository

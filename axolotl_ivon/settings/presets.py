@@ -20,8 +20,12 @@ SHORT_REACH, PAPER_REACH = 0.08, 0.13
 FEW_PASSES = 5
 # Steps that p should remember, as a share of the run, and by Adam's direction: benchmarks/fidelity/NOTES.md.
 MEMORY, ADAM_MEMORY = 0.2, 1.0
-# The most that a step may move a weight where no learning rate is given: a usual one of AdamW for LoRA.
-USUAL_RATE = 2.5e-4
+# The most that a sign may move a weight where no learning rate is given.
+LONGEST_SIGN = 2.5e-4
+# The best learning rate of AdamW for LoRA falls with the model's width by these powers, in Thinking Machines' "LoRA
+# Without Regret" and the cookbook of their Tinker; and what it is here at a width of 2000, where theirs is 5e-4.
+POWERS_OF_WIDTH = {"llama": 0.781, "qwen": 0.0775}
+USUAL_RATE, USUAL_WIDTH, LEAST_WIDTH = 1.9e-4, 2000, 512
 # The highest temperature of short runs: of the noise, nothing is then left to see.
 NARROWEST = 1e4
 # How far weights get by Adam's direction in few passes, as a part of how far they can: where gradients are noise,
@@ -44,6 +48,20 @@ def effective_sample_size(n: int, gamma: float = 5000.0) -> float:
     if not (gamma > 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma must be positive and finite, got {gamma}")
     return gamma * math.sqrt(n)
+
+
+def usual_rate(config: Any) -> float:
+    """Return the learning rate of a run by Adam's direction that gives none, from the model's transformers config.
+
+    It is 5e-4 for SmolLM2-135M, 2e-4 for Qwen2.5-0.5B, and 1.1e-4 for Llama-3.1-8B. Where the power of a kind is not
+    known, it is the lower one of those that are. Models narrower than 512 have the rate of one of 512.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    ratio = USUAL_WIDTH / max(getattr(text, "hidden_size", USUAL_WIDTH), LEAST_WIDTH)
+    kind = str(getattr(text, "model_type", ""))
+    powers = [power for name, power in POWERS_OF_WIDTH.items() if kind.startswith(name)]
+    rate = min(USUAL_RATE * ratio**power for power in powers or POWERS_OF_WIDTH.values())
+    return float(f"{rate:.2g}")
 
 
 class Step(NamedTuple):
@@ -73,12 +91,11 @@ class Preset(NamedTuple):
         beta1, beta2: of the running averages; None for a β2 with a memory of `memory`·steps, and by
             Adam's direction of all.
         memory: see `beta2`.
-        travel: Σ α_t·ξ, the farthest that a weight can get in a run; the learning rate is chosen for it where none is
-            given, but no higher than `USUAL_RATE`, and one that is given is the most that a step may move a weight.
-            None: a learning rate is α.
+        travel: Σ α_t·ξ, the farthest that a weight can get in a run; where no learning rate is given, that of IVON's
+            own direction is chosen for it, but no higher than `LONGEST_SIGN`. One that is given is the most that a step
+            may move a weight. None: a learning rate is α.
         prior_strength, hessian, h0_steps: as in `IVONLoRA`.
-        direction: as in `IVONLoRA`; None for Adam's at a given rate and in short runs, and else for IVON's own: see
-            `step`.
+        direction: as in `IVONLoRA`; None for Adam's where it can be: see `with_direction`.
         number_strength: κ where the prior is a number, which then is δ.
         posterior_strength: κ where the prior is a posterior. 1 is Bayes' rule. A diagonal posterior does not know what
             weights do together, and holds a task too weakly by two orders of magnitude.
@@ -134,7 +151,7 @@ class Preset(NamedTuple):
         return self.prior_strength if isinstance(prior, str) else self.number_strength
 
     def with_direction(self, prior: Any, rescale_lr: bool = False, online: bool = False) -> Preset:
-        """Return the preset with IVON's own direction where none is asked for and Adam's has not its E[ĝ²].
+        """Return the preset with a direction: IVON's own where none is asked for and Adam's has not its E[ĝ²].
 
         So it is, too, where the model writes what it is trained on (`online`), and is to try something out.
 
@@ -156,7 +173,7 @@ class Preset(NamedTuple):
                     f"{param_ref('direction')}: adam goes with {param_ref(name)} {str(must).lower()} alone, not "
                     f"{value}; remove one of them"
                 )
-        return self._replace(direction="newton") if self.direction is None and online else self
+        return self._replace(direction=self.direction or ("newton" if online else "adam"))
 
     def second_beta(self, steps: int, direction: str = "newton") -> float:
         """Return β2 for a run of this number of steps."""
@@ -189,15 +206,10 @@ class Preset(NamedTuple):
             )
         return learning_rate / self.clip
 
-    def rate(self, learning_rate: float, steps: int) -> float:
-        """Return the most that a step may move a weight: the given rate, or for 0 that of `travel`, but the usual one
-        at most. In 128 steps `travel` would make it 2e-3, by which Qwen2.5-0.5B learns nothing.
-
-        It is that of a linear schedule.
-        """
-        if learning_rate or self.travel is None:
-            return learning_rate
-        return min(USUAL_RATE, 2 * self.travel / steps)
+    @property
+    def has_usual_rate(self) -> bool:
+        """Whether a run that gives no learning rate has `usual_rate`, once `with_direction` has chosen a direction."""
+        return self.direction == "adam" and self.travel is not None
 
     def step(self, learning_rate: float, steps: int, epochs: float) -> Step:
         """Return how a run of this length steps.
@@ -207,12 +219,9 @@ class Preset(NamedTuple):
         weights get, than in a run of `travel`. In few passes, where there is nothing to gain from noise, that is a
         fifth of how far they can.
 
-        A sign is as long as a step of AdamW at several times the rate, which not every model bears. So the direction is
-        Adam's if a rate is given, and else in fewer than `few_epochs[0]` if weights cannot get `SHORT_REACH`.
+        A sign is as long as a step of AdamW at several times the rate, which not every model bears.
         """
-        reach = self.rate(learning_rate, steps) * steps / 2
-        short = epochs < self.few_epochs[0] and reach < SHORT_REACH
-        direction = self.direction or ("adam" if learning_rate or short else "newton")
+        direction, reach = self.direction or "adam", learning_rate * steps / 2
         if direction != "adam" or not (self.travel and reach) or self.gamma is not None or self.fixed_ess is not None:
             return Step(direction)
         if epochs <= FEW_PASSES:
@@ -229,7 +238,7 @@ class Preset(NamedTuple):
     ) -> dict[str, Any]:
         """Return λ, h0, the betas and what `step` has of a run with N = `size`, for weights of these shapes by name.
 
-        A `learning_rate` of 0 is one by `rate`.
+        A `learning_rate` of 0 is one by `travel`.
         """
         weights = sum(map(math.prod, shapes.values()))
         ess = self.ess(size, weights, epochs)

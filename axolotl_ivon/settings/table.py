@@ -121,7 +121,7 @@ SETTINGS = (
         Direction,
         "newton",
         None,
-        "`adam` at a given `learning_rate` and in short runs, else `newton`, as with `rl: grpo`",
+        "`adam` where it can be, else `newton`, as with `rl: grpo`",
         **_LATER,
     ).means(
         "the step: `newton` is IVON's g/p, by `auto` at its bound nearly everywhere and so a sign; `adam` is Adam's "

@@ -17,7 +17,7 @@ from ..errors import IVONError, param_ref
 from ..optim.ivon import IVONLoRA
 from ..posterior.chain import check_prior, prior_header
 from ..posterior.posterior import Posterior
-from ..settings.presets import Preset, resolved
+from ..settings.presets import Preset, resolved, usual_rate
 from .beginning import header_of_data
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import remove_unfinished
@@ -67,8 +67,8 @@ def attach(
         preset: the values of settings that are not given. "auto" fits them to N, the number of steps and the LoRA
             weights, by the rules of `settings.presets.Preset`. The Trainer's learning rate is then the most that a
             step may move a weight, α = learning_rate/ξ, as it nearly is for AdamW; rates among `lr_scheduler_kwargs`
-            (min_lr, lr_end) likewise. At 0, the preset chooses the α at which a weight can travel 0.125 in the run,
-            but no step that moves one by more than 2.5e-4.
+            (min_lr, lr_end) likewise. At 0 it is one that is usual for the model (`settings.presets.usual_rate`), and
+            by `direction` "newton" the one with which a weight can travel 0.125 in the run, but 2.5e-4 at most.
             "paper": γ = 5000 and the defaults of `IVONLoRA`; the learning rate is α.
         gamma: γ of the effective sample size λ = γ·√N.
         ess: λ itself, instead of γ and N.
@@ -115,9 +115,13 @@ def attach(
     earlier = _earlier(prior)
     try:
         chosen = chosen.with_direction(prior, rescale_lr, writes_completions(trainer))
-        settings_for_run = partial(chosen.for_run, train_size or 0, shapes, trainer.args.learning_rate)
+        given_rate = trainer.args.learning_rate
+        rate = given_rate
+        if not rate and chosen.has_usual_rate:
+            rate = usual_rate(getattr(model.get_base_model(), "config", None))
+        settings_for_run = partial(chosen.for_run, train_size or 0, shapes, rate)
         settings: dict[str, Any] = {
-            "lr": trainer.args.learning_rate,
+            "lr": rate,
             **settings_for_run(1, 0.0),
             "clip": chosen.clip,
             "prior": "empirical" if earlier else prior,
@@ -153,16 +157,17 @@ def attach(
     writers = count_rollout_draws(trainer, rollouts, rollout_draws)
     if eval_samples and trainer.eval_dataset is None:
         LOG.warning("eval_samples %d has no effect in training: the Trainer has no eval_dataset", eval_samples)
-    given_rate, settings["lr"] = settings["lr"], chosen.alpha(settings["lr"], rescale_lr)
+    settings["lr"] = chosen.alpha(rate, rescale_lr)
     trainer.args = copy.copy(trainer.args)  # whoever made them may make another Trainer with them
     _check_arguments(trainer, chosen, preset)
-    travel = None if given_rate else chosen.travel
+    travel = None if rate else chosen.travel
     if chosen.travel is not None:
         options = trainer.args.lr_scheduler_kwargs
         if isinstance(options, dict):
             trainer.args.lr_scheduler_kwargs = scaled_options(options, 1 / chosen.clip)
         if given_rate:
             header["learning_rate"] = f"{given_rate:g}"
+        if rate:
             trainer.args.learning_rate = settings["lr"]
     per_rank = draws == "per_rank" and trainer.args.world_size > 1
     run = PosteriorTraining(

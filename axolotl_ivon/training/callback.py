@@ -20,7 +20,7 @@ from ..optim.ivon import Skipped
 from ..posterior.adapter import RUN_IDS
 from ..posterior.chain import PRIOR_SHA256
 from ..posterior.findings import begins_at_zero, findings, travel_finding
-from ..settings.presets import USUAL_RATE
+from ..settings.presets import LONGEST_SIGN
 from .processes import agree_on_gradients, average, sum_over_processes
 from .sharded import ReplicatedAdapter
 
@@ -131,11 +131,14 @@ class PosteriorTraining(TrainerCallback):
         s, rate = self.settings, f"{self.trainer.args.learning_rate:.3g}"
         if "learning_rate" in self.header:
             rate += f", as a learning_rate of {self.header['learning_rate']} is the most that a step may move"
-        elif self.travel is not None:
+        elif self.header["preset"] != "paper":
             most = self.trainer.args.learning_rate * self.step_bound
-            travel = f"with which a weight can travel {self.travel:g} in these {steps} steps"
-            usual = f"with which a step moves a weight by {most:.3g} at most, as no learning_rate is given"
-            rate += f", {usual if math.isclose(most, USUAL_RATE) else travel}"
+            if self.travel is None:
+                rate += f", as a learning_rate of {most:.2g} is usual for this model, and none is given"
+            elif math.isclose(most, LONGEST_SIGN):
+                rate += f", with which a step moves a weight by {most:.3g} at most, as no learning_rate is given"
+            else:
+                rate += f", with which a weight can travel {self.travel:g} in these {steps} steps"
         size = f" for {self.header['train_size']} examples" if self.header["train_size"] else ""
         start = f"from the posterior {self.header['prior']}" if "prior" in self.header else f"h0 {s['h0']:.2g}"
         step = f", steps by Adam's direction, σ at τ {s['tau']:.3g}" if s["direction"] == "adam" else ""

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from ..plugins import plugin_manager
-from ..settings.presets import USUAL_RATE
+from ..settings.presets import LONGEST_SIGN
 from ..storage.format import SIGMA_FILE
 from ..storage.tensorfile import TensorFile
 from .callback import PosteriorTraining, trained_parameters
@@ -67,7 +67,7 @@ class PosteriorTrainerMixin(Trainer):
 
         if run.travel is not None:
             lr = rate_for(run.travel, run.step_bound, num_training_steps, with_peak)
-            lr = min(lr, USUAL_RATE / run.step_bound)
+            lr = min(lr, LONGEST_SIGN / run.step_bound)
             chosen: Any = optimizer or self.optimizer
             for group in chosen.param_groups:
                 group["lr"] = group["initial_lr"] = lr

@@ -53,21 +53,22 @@ ROW_NAMES = {
     ("ivon-adam", "temperature-scaling"): "IVON-LoRA, mean + temperature scaling",
     ("ivon-adam", "posterior-scaled"): "IVON-LoRA, {draws} draws + temperature scaling",
     ("ivon-adam", "calibrated"): "**IVON-LoRA, as the end of training recommends**",
-    ("ivon-auto", "mean"): "**IVON-LoRA, untuned (signs), mean**",
-    ("ivon-auto", "posterior"): "**IVON-LoRA, untuned (signs), {draws} draws**",
-    ("ivon-auto", "temperature-scaling"): "IVON-LoRA, untuned (signs), mean + temperature scaling",
-    ("ivon-auto", "posterior-scaled"): "IVON-LoRA, untuned (signs), {draws} draws + temperature scaling",
-    ("ivon-auto", "calibrated"): "**IVON-LoRA, untuned (signs), as the end of training recommends**",
     ("ivon-far", "mean"): "IVON-LoRA by signs, travel 0.125, mean",
-    ("ivon-signs", "mean"): "IVON-LoRA by signs, mean",
-    ("ivon-signs", "posterior"): "IVON-LoRA by signs, {draws} draws",
-    ("ivon-signs", "temperature-scaling"): "IVON-LoRA by signs, mean + temperature scaling",
-    ("ivon-signs", "posterior-scaled"): "IVON-LoRA by signs, {draws} draws + temperature scaling",
-    ("ivon-signs", "calibrated"): "IVON-LoRA by signs, as the end of training recommends",
+    **{
+        (method, row): f"IVON-LoRA by signs, {name}"
+        for method in ("ivon-auto", "ivon-signs")
+        for row, name in {
+            "mean": "mean",
+            "posterior": "{draws} draws",
+            "temperature-scaling": "mean + temperature scaling",
+            "posterior-scaled": "{draws} draws + temperature scaling",
+            "calibrated": "as the end of training recommends",
+        }.items()
+    },
 }
 OURS = (
-    "ivon-auto",
     "ivon-adam",
+    "ivon-auto",
     "ivon-signs",
     "ivon-paper",
     "ivon-lora",
@@ -131,29 +132,37 @@ class Results:
 
     def tasks(self) -> list[str]:
         """Return the tasks on which AdamW and IVON-LoRA have run with at least two seeds."""
-        ours = next(method for method in OURS if method in self.suite["methods"])
-        rows = (("adamw", "mean"), (ours, "posterior"))
-        return [task for task in self.suite["tasks"] if all(len(self.find(task, *row)) > 1 for row in rows)]
-
-
-def _chosen_by(by: str | float) -> str:
-    return "" if by == "nll" else f", rate by {by}" if isinstance(by, str) else f", rate {by:.0e}".replace("e-0", "e-")
+        ours = [method for method in OURS if method in self.suite["methods"]]
+        return [
+            task
+            for task in self.suite["tasks"]
+            if len(self.find(task, "adamw", "mean")) > 1
+            and any(len(self.find(task, method, "posterior")) > 1 for method in ours)
+        ]
 
 
 def label_of(results: Results, method: str, row: str, by: str | float) -> str:
     """Return what a line of a table is called."""
-    return ROW_NAMES[method, row].format(draws=results.suite["draws"]) + _chosen_by(by)
+    name = ROW_NAMES[method, row].format(draws=results.suite["draws"])
+    if by == "usual":  # where the preset is left to itself
+        return name.replace("IVON-LoRA", "IVON-LoRA, untuned", 1)
+    return name if by == "nll" else f"{name}, rate by {by}" if isinstance(by, str) else f"{name}, rate {rate_text(by)}"
+
+
+def rate_text(rate: float) -> str:
+    """Return a learning rate as it is written in a YAML: 5e-4."""
+    return f"{rate:.0e}".replace("e-0", "e-")
 
 
 def lines_of(results: Results) -> list[tuple[str, str, str | float]]:
-    """Return (method, row, what its rate was chosen by) of what the tables show."""
+    """Return (method, row, what its rate was chosen by) of what the tables show: of a given rate, one row."""
     methods = results.suite["methods"]
     return [
         (method, row, by)
         for method, row in ROW_NAMES
         if method in methods
         for by in methods[method].get("choose_by", ["nll"])
-        if by == "nll" or row == methods[method]["select"]
+        if isinstance(by, str) or row == methods[method]["select"]
     ]
 
 

@@ -15,14 +15,21 @@ from datetime import datetime
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from axolotl_ivon.settings.presets import usual_rate
 from axolotl_ivon.storage.atomic import new_file
 
 HERE = Path(__file__).resolve().parent
 ENCODER = ("rank", "targets", "dropout", "upper")  # the settings that make the model, but for the seed
 # What is said of a method that does not change a run of it.
 CHOICES = ("grid", "rows", "shifted_rows", "select", "choose_by")
+# Of the models of the suites, what the usual learning rate follows from.
+CONFIGS = {
+    "SmolLM2-135M-Instruct": SimpleNamespace(model_type="llama", hidden_size=576),
+    "Qwen2.5-Coder-0.5B-Instruct": SimpleNamespace(model_type="qwen2", hidden_size=896),
+}
 Record = dict[str, Any]
 
 
@@ -125,8 +132,10 @@ def grid_jobs(suite: Mapping[str, Any], task: str, method: str) -> list[Job]:
 def chosen(suite: Mapping[str, Any], task: str, method: str, records: list[Record], by: str | float = "nll") -> Any:
     """Return the grid's value with the lowest validation NLL, or highest accuracy; None before the grid has run.
 
-    `by` is "nll" or "accuracy", or the value itself.
+    `by` is "nll" or "accuracy", or the value itself, or "usual": the rate of a run of the preset that gives none.
     """
+    if by == "usual":
+        return usual_rate(CONFIGS[suite["model"]])
     if not isinstance(by, str):
         return by
     best: list[tuple[float, float, Any]] = []

@@ -627,8 +627,8 @@ def test_tables_hold_means_and_standard_errors(tmp_path: Path) -> None:
 
 
 def causal_records() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A suite of AdamW and the preset, and results: AdamW's NLL is 1 at 2e-4 and 2 at 5e-4, the preset's 0.8."""
-    made = suite()
+    """A suite of AdamW, the preset and signs, and results: AdamW's NLL is 1 at 2e-4 and 2 at 5e-4, the others' 0.8."""
+    made = suite() | {"model": "SmolLM2-135M-Instruct"}
     made["methods"] = {
         "adamw": {
             "trainer": "adamw", "grid": {"lr": [2.0e-4, 5.0e-4]}, "select": "mean",
@@ -638,14 +638,20 @@ def causal_records() -> tuple[dict[str, Any], list[dict[str, Any]]]:
             "trainer": "ivon-auto", "grid": {"travel": [0.125]}, "select": "posterior",
             "rows": ["mean", "posterior", "sigma=as-is", "sigma=permuted"],
         },
+        "ivon-adam": {
+            "trainer": "ivon-auto", "direction": "adam", "grid": {"lr": [2.0e-4, 5.0e-4]}, "select": "mean",
+            "choose_by": ["usual", 2.0e-4], "rows": ["mean"],
+        },
     }  # fmt: skip
-    made["stages"] = [{"tasks": ["movie"], "methods": ["adamw", "ivon-auto"], "seeds": [0, 1]}]
+    made["stages"] = [{"tasks": ["movie"], "methods": ["adamw", "ivon-auto", "ivon-adam"], "seeds": [0, 1]}]
     made["ablations"] = {}
     records: list[dict[str, Any]] = []
     for jobs in fidelity.plan(made, records):
         for job in jobs:
             settings = json.loads(job.settings)
-            nll = {2.0e-4: 1.0, 5.0e-4: 2.0}.get(settings.get("lr"), 0.8) + 0.01 * settings["seed"]
+            of_adamw, usual = {2.0e-4: 1.0, 5.0e-4: 2.0}, settings.get("lr") in (None, 5.0e-4)
+            nll = of_adamw[settings["lr"]] if job.method == "adamw" else 0.8 if usual else 0.9
+            nll += 0.01 * settings["seed"]
             for row, data in job.rows:
                 worse = 0.1 * (row == "sigma=permuted")
                 metrics = {"nll": nll + worse, "accuracy": 0.5, "ece": nll / 4, "auroc": 0.8, "aurc": 0.1}
@@ -661,22 +667,26 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     # 0.8 and 0.81 against 1 and 1.01 at the chosen rate, 1.5 and 1.51 over both: ratios of 1.61/2.01 and 1.61/3.01.
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in pages.promises(results).splitlines()[2:]]
     found = {(line[0].rpartition("AdamW")[2].split(",")[0], line[1]): line[3:] for line in lines}
-    assert found[" at 2e-4 and 5e-4", "NLL of the draws"] == ["0.53", "yes"]
-    assert found[" at 2e-4 and 5e-4", "ECE of the draws"] == ["0.53", "no"]
-    assert found["", "NLL of the draws"] == ["0.80", "yes"]
-    assert found["", "accuracy of the mean"] == ["+0.0 ± 0.0 points", "yes"]
+    assert found[" at 2e-4 and 5e-4", "NLL"] == ["0.53", "yes"]
+    assert found[" at 2e-4 and 5e-4", "ECE"] == ["0.53", "no"]
+    assert found["", "NLL"] == ["0.80", "yes"]
+    assert found["", "accuracy"] == ["+0.0 ± 0.0 points", "yes"]
     assert "+0.100 ± 0.000" in pages.shape(results)
-    assert "| AdamW, rate by validation | 50.0 ± 0.0 | 25.1 ± 0.1 | 1.005 ± 0.005 |" in pages.summary(results)
+    summary = pages.summary(results)
+    assert "| AdamW, rate by validation | 50.0 ± 0.0 | 25.1 ± 0.1 | 1.005 ± 0.005 |" in summary
+    assert "| **IVON-LoRA, untuned, mean** | 50.0 ± 0.0 | 20.1 ± 0.1 | 0.805 ± 0.005 |" in summary
+    assert "| **IVON-LoRA, mean**, rate 2e-4 | 50.0 ± 0.0 | 22.6 ± 0.1 | 0.905 ± 0.005 |" in summary
     # One task, no other domains: 1 and 1.01 at the chosen rate, 0.8 and 0.81 of the draws, 0.2 apart in both seeds.
     [line] = pages.beyond(results).splitlines()[2:]
     assert line.startswith("| movie | draws | 1.005 → 0.805 (-0.200 ± 0.000) | 25.1 → 20.1 (-5.0 ± 0.0) |")
     ours, theirs = ([cell.strip() for cell in line.split("|")[1:-1]] for line in pages.work(results).splitlines()[2:])
     assert ours == ["the preset", "2", "50.0 ± 0.0", "0.805 ± 0.005", "–", "0.805 ± 0.005", "20.1 ± 0.1"]
     assert theirs == ["AdamW", "2", "50.0 ± 0.0", "1.005 ± 0.005", "1.005 ± 0.005", "–", "–"]
-    calibrated = [{**r, "row": "calibrated"} for r in records if r["row"] == "sigma=as-is"]
-    [line] = pages.recommended(Results(made, [*records, *calibrated])).splitlines()[2:]
+    calibrated = [{**r, "row": "calibrated"} for r in records if r["row"] == "mean" and r["data"] == "test"]
+    usual, signs = pages.recommended(Results(made, [*records, *calibrated])).splitlines()[2:]
     change = "1.005 → 0.805 (-0.200 ± 0.000) | 50.0 → 50.0 (+0.0 ± 0.0)"
-    assert line == f"| MiniLM, movie, 4 steps, 1 epochs | none | 2 | {change} | wins |"
+    assert usual == f"| SmolLM2-135M, movie, 4 steps, 1 epochs | none | 2 | {change} | wins |"
+    assert signs == f"| SmolLM2-135M, movie, 4 steps, 1 epochs | none, signs | 2 | {change} | wins |"
     [line] = pages.peers(results).splitlines()[2:]  # an ensemble at the chosen rate, beside draws of 0.805
     assert line.endswith("| movie | 50.0 (50.0 ± 0.0) | 25.2 (20.1 ± 0.1) | 1.010 (0.805 ± 0.005) | no |")
     # 4 steps of 4 are one epoch of 16; of twice the steps there are no results, and no line.
@@ -685,7 +695,7 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     shares = "1.005 → 0.805 (0.80) | 25.1 → 20.1 (0.80) | +0.0 | 1.505 → 0.805 (0.53) | 37.6 → 20.1 (0.53) | +0.0"
     assert line == f"| movie | 4 (1 epochs) | 2 | {shares} |"
     heads, _, first, *_ = pages.stage(results, longer).splitlines()
-    assert heads == "| accuracy (%) / ECE (%) / NLL | MiniLM, movie, 1 epochs |"
+    assert heads == "| accuracy (%) / ECE (%) / NLL | SmolLM2-135M, movie, 1 epochs |"
     assert first == "| AdamW, rate by validation | 50.0 ± 0.0 / 25.1 ± 0.1 / 1.005 ± 0.005 |"
     page = "a\n<!-- table: s summary -->\nold\n<!-- end of table -->\nb"
     assert pages.fill(page, {"s": made}, records) == page.replace("old", pages.summary(results))

@@ -64,9 +64,10 @@ def test_travel_is_that_of_transformers(written: Any, schedule: str, warmup: dic
         scheduler.step()
     assert found["travel"] == pytest.approx(total)
     assert (found["steps"], found["learning_rate"]) == (60, 3e-2)
-    short = written(max_steps=60, num_epochs=3, lr_scheduler=schedule, learning_rate=None, **warmup)
+    signs = {"lr_scheduler": schedule, "learning_rate": None, "ivon_direction": "newton"}
+    short = written(max_steps=60, num_epochs=3, **signs, **warmup)
     assert short["learning_rate"] == pytest.approx(2.5e-4 / 0.01)
-    long = written(max_steps=6000, lr_scheduler=schedule, learning_rate=None, warmup_steps=steps)
+    long = written(max_steps=6000, **signs, warmup_steps=steps)
     assert long["travel"] == pytest.approx(0.125)
     rescaled = {"ivon_clip": 0.02, "ivon_rescale_lr": True, "ivon_h0": 0.1, **PAPER, **warmup}
     rescaled = written(max_steps=60, num_epochs=3, lr_scheduler=schedule, **rescaled)
@@ -117,6 +118,14 @@ def test_the_base_model_is_also_looked_for_in_the_hub_s_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert written(base_model="someone/model", lora_r=512) == written(lora_r=512)
     assert written(base_model="someone/other")["ess"] is written(base_model="../no/name")["ess"] is None
+    usual = written(base_model="someone/model", learning_rate=None)
+    assert (usual["learning_rate"], usual["direction"]) == (pytest.approx(0.055), "adam")
+    unknown = written(base_model="someone/other", learning_rate=None, ivon_lambda=1e6, ivon_h0=1.0)
+    assert (unknown["learning_rate"], unknown["tau"], unknown["direction"]) == (None, None, "adam")
+    assert unknown["unknown"] == [
+        "learning_rate: none is given, and the one that is usual follows from the base model's width; "
+        "someone/other is no folder here, nor in the Hub's cache"
+    ]
 
 
 def test_lambda_and_the_rate_by_every_key(written: Any) -> None:

@@ -165,8 +165,8 @@ def test_auto_fits_lambda_h0_and_beta2_to_the_run(attached: Any) -> None:
     noise = sum(1 / (settings["ess"] * settings["h0"]) / p.var() for p in matrices)
     assert noise == pytest.approx(4 * 4, rel=0.2)
     assert (settings["hessian"], settings["prior_strength"], settings["h0_steps"]) == ("squared_gradients", 0.1, 10)
-    for rate, memory in ((0.0, 20), (2e-4, 100)):  # of signs, and of Adam's step
-        trainer = attached(max_steps=100, learning_rate=rate)
+    for direction, memory in (("newton", 20), ("adam", 100)):
+        trainer = attached({"direction": direction}, max_steps=100)
         trainer.create_optimizer_and_scheduler(100)
         assert trainer.optimizer.param_groups[0]["betas"] == (0.9, pytest.approx(1 - 1 / memory))
 
@@ -250,18 +250,18 @@ def test_arguments_can_be_used_for_a_second_trainer(made: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "step_bound", "kept"),
+    ("settings", "rate", "step_bound", "kept"),
     [
-        ({"gamma": 7.0, "clip": 0.02}, 0.02, {"ess": str(7.0 * math.sqrt(24)), "gamma": "7.0", "clip": "0.02"}),
-        ({"rescale_lr": True, "h0": 0.1}, 0.01 * 0.1, {"rescale_lr": "true", "h0": "0.1"}),
+        ({"gamma": 7.0, "clip": 0.02}, 5.5e-4, 0.02, {"ess": str(7.0 * math.sqrt(24)), "gamma": "7.0", "clip": "0.02"}),
+        ({"rescale_lr": True, "h0": 0.1}, 2.5e-4, 0.01 * 0.1, {"rescale_lr": "true", "h0": "0.1"}),
     ],
 )
 def test_what_is_given_goes_before_a_preset_and_no_step_is_longer_than_usual(
-    settings: dict[str, Any], step_bound: float, kept: dict[str, str], trained: Any, tmp_path: Path
+    settings: dict[str, Any], rate: float, step_bound: float, kept: dict[str, str], trained: Any, tmp_path: Path
 ) -> None:
     spy = Rates()
     trained(settings, callbacks=[spy], learning_rate=0.0)
-    assert max(spy.rates) * step_bound == pytest.approx(2.5e-4)
+    assert max(spy.rates) * step_bound == pytest.approx(rate)
     header = Posterior.from_pretrained(tmp_path / "checkpoint-3").metadata
     assert header.items() >= kept.items()
     assert ("rescale_lr" in header) is ("rescale_lr" in settings)

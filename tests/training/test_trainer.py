@@ -138,8 +138,8 @@ def test_the_best_checkpoint_s_sigma_goes_with_the_best_checkpoint_s_mean(
 
 @pytest.fixture
 def steps_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a run be as short as it is here: a step may be as long as `travel` makes it."""
-    monkeypatch.setattr("axolotl_ivon.training.trainer.USUAL_RATE", math.inf)
+    """Let a run be as short as it is here: a sign may be as long as `travel` makes it."""
+    monkeypatch.setattr("axolotl_ivon.training.trainer.LONGEST_SIGN", math.inf)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,11 @@ def steps_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 100},
     ],
 )
-def test_without_a_rate_a_weight_travels_as_far_in_any_schedule(
+def test_without_a_rate_a_weight_travels_as_far_by_signs_in_any_schedule(
     schedule: dict[str, Any], trained: Any, tmp_path: Path, steps_of_any_length: None
 ) -> None:
     spy = Rates()
-    trainer = trained(callbacks=[spy], **{"learning_rate": 0.0, **schedule})
+    trainer = trained({"direction": "newton"}, callbacks=[spy], **{"learning_rate": 0.0, **schedule})
     assert len(spy.rates) == trainer.state.max_steps > 3
     assert sum(spy.rates) * 0.01 == pytest.approx(0.125)
     header = Posterior.from_pretrained(tmp_path / "checkpoint-3").metadata
@@ -167,16 +167,24 @@ def test_without_a_rate_a_weight_travels_as_far_in_any_schedule(
     assert (header["gamma"], header["train_size"]) == ("", "24")
 
 
-def test_without_a_rate_no_step_of_a_short_run_is_longer_than_usual(
-    trained: Any, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("direction", "rate", "told", "tau"),
+    [
+        (None, 5.5e-4, "α 0.055, as a learning_rate of 0.00055 is usual for this model, and none is given", 1e4),
+        ("newton", 2.5e-4, "α 0.025, with which a step moves a weight by 0.00025 at most, as no learning_rate", 1.0),
+    ],
+)
+def test_without_a_rate_a_run_has_one_for_its_model_or_for_signs(
+    direction: str | None, rate: float, told: str, tau: float, trained: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     spy = Rates()
-    trainer = trained(callbacks=[spy], learning_rate=0.0, lr_scheduler_type="linear")
-    assert max(spy.rates) * 0.01 == spy.rates[0] * 0.01 == pytest.approx(2.5e-4)
-    assert "α 0.025, with which a step moves a weight by 0.00025 at most, as no learning_rate is given" in caplog.text
-    assert trainer.optimizer.param_groups[0]["direction"] == "adam"
-    assert trainer.optimizer.param_groups[0]["tau"] == 1e4
+    trainer = trained({"direction": direction}, callbacks=[spy], learning_rate=0.0, lr_scheduler_type="linear")
+    assert max(spy.rates) * 0.01 == spy.rates[0] * 0.01 == pytest.approx(rate)
+    assert told in caplog.text
+    assert trainer.optimizer.param_groups[0]["direction"] == (direction or "adam")
+    assert trainer.optimizer.param_groups[0]["tau"] == tau
+    assert "learning_rate" not in trainer.posterior_training.header
 
 
 def test_a_run_with_a_preset_resumes_at_the_same_rates(
@@ -185,17 +193,17 @@ def test_a_run_with_a_preset_resumes_at_the_same_rates(
     ends = []
     for resume in (None, tmp_path / "checkpoint-3"):
         spy = Rates()
-        trainer = trained(resume=resume, callbacks=[spy], learning_rate=0.0)
+        trainer = trained({"direction": "newton"}, resume=resume, callbacks=[spy], learning_rate=0.0)
         ends.append((spy.rates[-3:], trainer.args.learning_rate, lora_weights(trainer.model)))
     torch.testing.assert_close(*ends, rtol=0, atol=0)
     assert "the checkpoint's learning_rate" not in caplog.text
-    trained(resume=tmp_path / "checkpoint-3", max_steps=12, learning_rate=0.0)
+    trained({"direction": "newton"}, resume=tmp_path / "checkpoint-3", max_steps=12, learning_rate=0.0)
     assert f"the checkpoint's learning_rate {ends[0][1]:.3g}, not at" in caplog.text
 
 
 def test_a_second_run_of_another_length_has_a_rate_of_its_own(trained: Any, steps_of_any_length: None) -> None:
     spy = Rates()
-    trainer = trained(callbacks=[spy], learning_rate=0.0)
+    trainer = trained({"direction": "newton"}, callbacks=[spy], learning_rate=0.0)
     trainer.args.max_steps = 3
     trainer.train()
     assert sum(spy.rates[6:]) * 0.01 == pytest.approx(0.125)
@@ -213,7 +221,7 @@ def test_a_schedule_that_begins_below_its_peak_is_no_checkpoint(
         return trainer.lr_scheduler
 
     trainer.create_scheduler = one_cycle
-    attach(trainer)
+    attach(trainer, direction="newton")
     trainer.train()
     assert sum(spy.rates) * 0.01 == pytest.approx(0.125)
     assert "the checkpoint's learning_rate" not in caplog.text
@@ -304,7 +312,7 @@ def test_functions_that_were_assigned_to_a_trainer_still_run(made: Any) -> None:
 
 def test_a_shallow_copy_makes_schedules_too(attached: Any, steps_of_any_length: None) -> None:
     """DeepSpeed's integration makes the schedule with a copy of the Trainer."""
-    trainer = attached(lr_scheduler_type="linear", learning_rate=0.0)
+    trainer = attached({"direction": "newton"}, lr_scheduler_type="linear", learning_rate=0.0)
     trainer.create_optimizer()
     copied = copy.copy(trainer)
     schedule = copied.create_scheduler(6, optimizer=trainer.optimizer)
