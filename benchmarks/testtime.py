@@ -120,7 +120,7 @@ class Suite:
     Attributes:
         sizes: of the three sets of problems.
         lrs: AdamW's rate is the one of these with the lowest validation loss; auto has the same.
-        travel: of auto without a rate, in place of AdamW's.
+        travel: of auto by signs, in place of AdamW's rate.
         counts: the numbers of outputs per problem, the largest last; each doubles the one before.
         per_model: outputs of each draw.
         temperatures, taus: among which the validation problems choose.

@@ -38,9 +38,9 @@ AXOLOTL_DEFAULTS = {"loraplus_lr_embedding": 1e-6}
 # fmt: off
 LORA_KEYS = (
     "lora_alpha", "lora_alpha_pattern", "lora_dropout", "lora_embedding_kernel", "lora_exclude_modules",
-    "lora_fan_in_fan_out", "lora_mlp_kernel", "lora_model_dir", "lora_modules_to_save", "lora_o_kernel", "lora_on_cpu",
-    "lora_qkv_kernel", "lora_r", "lora_rank_pattern", "lora_target_linear", "lora_target_modules",
-    "lora_target_parameters",
+    "lora_fan_in_fan_out", "lora_fp32_gradients", "lora_mlp_kernel", "lora_model_dir", "lora_modules_to_save",
+    "lora_o_kernel", "lora_on_cpu", "lora_qkv_kernel", "lora_r", "lora_rank_pattern", "lora_target_linear",
+    "lora_target_modules", "lora_target_parameters",
 )
 # fmt: on
 # TRL's, where axolotl gives it none.

@@ -76,7 +76,7 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     strength = preset.strength(given["ivon_prior"], bool(prior))
     ess, h0, asked = preset.fixed_ess, None if prior else preset.h0, number(cfg, "learning_rate")
     if not asked and preset.has_usual_rate:
-        asked = known(lambda: _usual_rate(cfg))  # None where it is not known, and 0 for one by travel
+        asked = known(lambda: _usual_rate(cfg))  # None where it is not known; 0 is one by travel, or none by `paper`
     if size and preset.gamma is not None:
         ess = preset.ess(size, 0)
     # Packed batches count as if they were not.
@@ -90,7 +90,8 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
         run = preset.for_run(size, shapes, asked or 0.0, steps or 1, epochs)
         ess, h0 = run["ess"], None if prior else run["h0"]
     step, long = (preset.step(asked or 0.0, steps or most, epochs) for most in (1, 10**9))
-    tau = step.tau if step.tau == long.tau and asked is not None else None  # it depends on the steps
+    by_hand = preset.fixed_ess is not None or preset.gamma is not None
+    tau = step.tau if step.tau == long.tau and (by_hand or asked is not None) else None  # it depends on the steps
     beta2 = preset.second_beta(steps, step.direction) if steps else preset.beta2
     share = known(lambda: _mean_rate(cfg, steps, size, batch))
     rescaled = given["ivon_rescale_lr"]
@@ -304,7 +305,7 @@ def _usual_rate(cfg: Mapping[str, Any]) -> float:
     try:
         from transformers import AutoConfig
 
-        return usual_rate(AutoConfig.from_pretrained(folder))
+        return usual_rate(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # whatever a model of this kind needs
         raise _Unknown(f"{text}, which cannot be read ({one_line(error)})") from error
 
@@ -333,7 +334,8 @@ def _lora_shapes(base: Path, cfg: Mapping[str, Any]) -> dict[str, Sequence[int]]
 
     targets = cfg.get("lora_target_modules") or []
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         if cfg.get("lora_target_linear"):
             linear = {n.rpartition(".")[2]: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
             output = model.get_output_embeddings()

@@ -13,9 +13,6 @@ from .table import PAPER, SETTINGS
 
 # A learning rate above this is an α and none for AdamW: no step of an AdamW run moves a weight of an adapter so far.
 MAX_LEARNING_RATE = 0.01
-# A weight can travel at most Σ α_t·ξ in a run. The paper's commonsense runs allow 0.13; a run that allowed 0.04
-# learned nothing.
-SHORT_REACH, PAPER_REACH = 0.08, 0.13
 # In so many passes over the data, or fewer, there is nothing to gain from noise.
 FEW_PASSES = 5
 # Steps that p should remember, as a share of the run, and by Adam's direction: benchmarks/fidelity/NOTES.md.
@@ -25,7 +22,7 @@ LONGEST_SIGN = 2.5e-4
 # The best learning rate of AdamW for LoRA falls with the model's width by these powers, in Thinking Machines' "LoRA
 # Without Regret" and the cookbook of their Tinker; and what it is here at a width of 2000, where theirs is 5e-4.
 POWERS_OF_WIDTH = {"llama": 0.781, "qwen": 0.0775}
-USUAL_RATE, USUAL_WIDTH, LEAST_WIDTH = 1.9e-4, 2000, 512
+RATE_AT_USUAL_WIDTH, USUAL_WIDTH, LEAST_WIDTH = 1.9e-4, 2000, 512
 # The highest temperature of short runs: of the noise, nothing is then left to see.
 NARROWEST = 1e4
 # How far weights get by Adam's direction in few passes, as a part of how far they can: where gradients are noise,
@@ -57,10 +54,11 @@ def usual_rate(config: Any) -> float:
     known, it is the lower one of those that are. Models narrower than 512 have the rate of one of 512.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ratio = USUAL_WIDTH / max(getattr(text, "hidden_size", USUAL_WIDTH), LEAST_WIDTH)
+    width = getattr(text, "hidden_size", None)
+    ratio = USUAL_WIDTH / max(width if isinstance(width, int) else USUAL_WIDTH, LEAST_WIDTH)
     kind = str(getattr(text, "model_type", ""))
     powers = [power for name, power in POWERS_OF_WIDTH.items() if kind.startswith(name)]
-    rate = min(USUAL_RATE * ratio**power for power in powers or POWERS_OF_WIDTH.values())
+    rate = min(RATE_AT_USUAL_WIDTH * ratio**power for power in powers or POWERS_OF_WIDTH.values())
     return float(f"{rate:.2g}")
 
 
@@ -218,8 +216,6 @@ class Preset(NamedTuple):
         get 0.01 from zero gives A no gradient among draws of its size. At this τ draws are no wider, for how far
         weights get, than in a run of `travel`. In few passes, where there is nothing to gain from noise, that is a
         fifth of how far they can.
-
-        A sign is as long as a step of AdamW at several times the rate, which not every model bears.
         """
         direction, reach = self.direction or "adam", learning_rate * steps / 2
         if direction != "adam" or not (self.travel and reach) or self.gamma is not None or self.fixed_ess is not None:

@@ -100,7 +100,8 @@ SETTINGS = (
     ),
     Setting("beta1", Average, 0.9, 0.9).means("β1, the running average of the gradient"),
     Setting("beta2", Average, 0.9995, None, "by the number of steps").means(
-        "β2, the running average of the posterior precision: `auto` remembers a fifth of the run"
+        "β2, the running average of the posterior precision: `auto` remembers the whole run, and a "
+        "fifth of it by `ivon_direction: newton`"
     ),
     Setting("prior", Prior, "empirical", "empirical").means(
         "the prior: `empirical` fits the variance of each tensor; a number δ is IVON's fixed prior, which acts as "
@@ -121,7 +122,8 @@ SETTINGS = (
         Direction,
         "newton",
         None,
-        "`adam` where it can be, else `newton`, as with `rl: grpo`",
+        "`adam`, but `newton` with `rl: grpo`, `ivon_rescale_lr`, IVON's own `ivon_hessian`, or a number or an adapter "
+        "as `ivon_prior`",
         **_LATER,
     ).means(
         "the step: `newton` is IVON's g/p, by `auto` at its bound nearly everywhere and so a sign; `adam` is Adam's "

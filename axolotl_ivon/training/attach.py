@@ -115,8 +115,7 @@ def attach(
     earlier = _earlier(prior)
     try:
         chosen = chosen.with_direction(prior, rescale_lr, writes_completions(trainer))
-        given_rate = trainer.args.learning_rate
-        rate = given_rate
+        given_rate = rate = float(trainer.args.learning_rate or 0.0)
         if not rate and chosen.has_usual_rate:
             rate = usual_rate(getattr(model.get_base_model(), "config", None))
         settings_for_run = partial(chosen.for_run, train_size or 0, shapes, rate)
@@ -165,9 +164,8 @@ def attach(
         options = trainer.args.lr_scheduler_kwargs
         if isinstance(options, dict):
             trainer.args.lr_scheduler_kwargs = scaled_options(options, 1 / chosen.clip)
-        if given_rate:
-            header["learning_rate"] = f"{given_rate:g}"
         if rate:
+            header["learning_rate"] = f"{rate:g}"
             trainer.args.learning_rate = settings["lr"]
     per_rank = draws == "per_rank" and trainer.args.world_size > 1
     run = PosteriorTraining(
@@ -181,6 +179,7 @@ def attach(
         eval_samples=eval_samples,
         per_rank=per_rank,
         rollout_draws=writers,
+        rate_is_usual=rate != given_rate,
         travel=travel,
         settings_for_run=settings_for_run,
         calibrates=calibrate,

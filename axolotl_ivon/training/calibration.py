@@ -93,26 +93,20 @@ def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None,
     recommendation, text = _choose(taus, columns, run.trainer.args.seed)
     if recommendation.verdict and recommendation.verdict.differences:
         text += f"; {RECOMMENDED_FILE} beside the adapter holds it, and every command that predicts takes it"
-    return recommendation, text + _advice(recommendation, _higher_rate(run))
+    return recommendation, text + _advice(recommendation, run)
 
 
-def _higher_rate(run: PosteriorTraining) -> str:
-    """Return which learning rate is to be tried where there is more to learn than by the one of a run."""
-    usual = usual_rate(getattr(run.model.get_base_model(), "config", None))
-    given = float(run.header.get("learning_rate", "inf"))
-    if run.settings["direction"] == "adam" and given < usual:
-        return f"a learning_rate of {usual:g}, which is usual for this model,"
-    return "a higher learning_rate,"
-
-
-def _advice(recommendation: Recommendation, higher: str) -> str:
+def _advice(recommendation: Recommendation, run: PosteriorTraining) -> str:
     """Return what the T of a recommended mean says of the run that it is from, if it says something."""
     reported = (recommendation.mean_reported_on, recommendation.reported_on)
     before, after = ((of.nll if of else None) or 0.0 for of in reported)
     if math.isfinite(recommendation.tau) or after >= 0.95 * before:
         return ""  # of a model at chance any T is as good
     if recommendation.temperature <= UNSURE:
-        return f"; so low a T means that there is more to learn: try {higher} or more steps"
+        usual = usual_rate(getattr(run.model.get_base_model(), "config", None))
+        lower = run.settings["direction"] == "adam" and float(run.header.get("learning_rate", "inf")) < usual
+        rate = f"a learning_rate of {usual:g}, which is usual for this model," if lower else "a higher learning_rate,"
+        return f"; so low a T means that there is more to learn: try {rate} or more steps"
     if recommendation.temperature >= OVERFITTED:
         return "; so high a T means that it is overfitted: try a lower learning_rate, or fewer epochs"
     return ""

@@ -52,6 +52,7 @@ class PosteriorTraining(TrainerCallback):
     eval_samples: int  # draws that every evaluation averages over
     per_rank: bool  # whether each process has draws of its own
     rollout_draws: int  # that write a group of completions: 0 where the mean does
+    rate_is_usual: bool  # as none was given, it is the one that is usual for the model
     travel: float | None  # how far a weight can get in the run, where the learning rate is chosen for that
     settings_for_run: Callable[[int, float], dict[str, Any]]  # of that many steps and epochs
     optimizer: Any = None  # until the Trainer makes it
@@ -130,12 +131,11 @@ class PosteriorTraining(TrainerCallback):
             return
         s, rate = self.settings, f"{self.trainer.args.learning_rate:.3g}"
         if "learning_rate" in self.header:
-            rate += f", as a learning_rate of {self.header['learning_rate']} is the most that a step may move"
-        elif self.header["preset"] != "paper":
+            what = "usual for this model, and none is given" if self.rate_is_usual else "the most that a step may move"
+            rate += f", as a learning_rate of {self.header['learning_rate']} is {what}"
+        elif self.travel is not None:
             most = self.trainer.args.learning_rate * self.step_bound
-            if self.travel is None:
-                rate += f", as a learning_rate of {most:.2g} is usual for this model, and none is given"
-            elif math.isclose(most, LONGEST_SIGN):
+            if math.isclose(most, LONGEST_SIGN):
                 rate += f", with which a step moves a weight by {most:.3g} at most, as no learning_rate is given"
             else:
                 rate += f", with which a weight can travel {self.travel:g} in these {steps} steps"

@@ -207,10 +207,10 @@ def train_ivon_auto(model: Encoder, task: Task, settings: Mapping[str, Any]) -> 
     """IVON-LoRA as `ivon_preset: auto` sets it up, where `settings` do not say otherwise.
 
     `lr` is the most that a step may move a weight, as AdamW's learning rate is in a YAML; without it steps are signs,
-    at the rate of the preset's travel, as the preset takes them in 1,000 steps and more. `per_weight` is λ/(N·weights),
-    and `averaged` the share of the steps, the last ones, whose means are averaged. With `blocks` the precision is a
-    matrix over the rank (`blocks.BlockIVON`). `gradients` are taken at a draw; those of "flat" at a draw with one σ for
-    each tensor, of the same mean of σ²; of "mean" there. p comes of them by the same rule.
+    at the rate of the preset's travel, as by `ivon_direction: newton` in 1,000 steps and more. `per_weight` is
+    λ/(N·weights), and `averaged` the share of the steps, the last ones, whose means are averaged. With `blocks` the
+    precision is a matrix over the rank (`blocks.BlockIVON`). `gradients` are taken at a draw; those of "flat" at a draw
+    with one σ for each tensor, of the same mean of σ²; of "mean" there. p comes of them by the same rule.
     """
     parameters, preset = model.trained(), PRESETS["auto"]
     given = {name: settings[name] for name in preset._fields if name in settings}

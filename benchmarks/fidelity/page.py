@@ -169,9 +169,9 @@ def recommended(*suites: Results) -> str:
             model = suite.get("model", "MiniLM").partition("-Instruct")[0]
             what = f"{model}, {task}, {suite['steps']} steps, {epochs:.0f} epochs"
             for rate, (ours, by) in ways.items():
-                if by not in suite["methods"].get(ours, {}).get("choose_by", ["nll"]):
+                if ours not in suite["methods"] or by not in suite["methods"][ours].get("choose_by", ["nll"]):
                     continue
-                if ours in suite["methods"] and (cells := _recommended_cells(results, task, ours, by)):
+                if cells := _recommended_cells(results, task, ours, by):
                     rows.append([what, rate, *cells])
     heads = ["AdamW + temperature scaling → what is recommended", "rate", "seeds", "NLL", "accuracy, %", "holds"]
     return table(heads, rows)
@@ -219,10 +219,10 @@ def shape(results: Results) -> str:
 
 
 def beyond(results: Results) -> str:
-    """Which answers are wrong, and what of other domains: ours against AdamW + temperature scaling, by seed."""
+    """Which answers are wrong, and what of other domains: signs against AdamW + temperature scaling, by seed."""
     columns = {"NLL": "nll", "ECE, %": "ece", "AUROC of errors, %": "auroc", "AURC, %": "aurc"}
     domains = results.suite["domains"] if MOVIE in results.suite["tasks"] else []
-    ours = {"draws": DRAWS, "what is recommended": (DRAWS[0], "calibrated")}
+    ours = {"draws, by signs": DRAWS, "what is recommended, by signs": (DRAWS[0], "calibrated")}
     rows = []
     for data, (name, place) in itertools.product(("test", *domains), ours.items()):
         tasks = results.tasks() if data == "test" else [MOVIE]
@@ -245,18 +245,18 @@ def beyond(results: Results) -> str:
 
 
 PARTS_OF_THE_PRESET = {
-    "ivon-auto": "the preset",
+    "ivon-auto": "signs at draws",
     "flat": "… gradients at draws with one σ for each tensor",
     "silent": "… gradients at the mean: signed momentum",
     "reparameterized": "… ĥ as IVON has it",
-    "noisy-adamw": "AdamW's step, gradients at the preset's draws",
+    "noisy-adamw": "AdamW's step at the same draws: the preset",
     "lion": "Lion",
     "adamw": "AdamW",
 }
 
 
 def work(results: Results) -> str:
-    """What does the work: the preset with one part of it changed, averaged over the tasks."""
+    """What does the work: signs with one part of them changed, averaged over the tasks."""
     columns = [("accuracy", "mean"), *(("nll", row) for row in ("mean", "temperature-scaling", "posterior"))]
     columns.append(("ece", "posterior"))
     rows = []
@@ -282,7 +282,7 @@ PEERS = (
 
 
 def peers(results: Results) -> str:
-    """Other ways to a posterior, on the tasks and seeds that they have run on, beside the draws of the preset there."""
+    """Other ways to a posterior, on the tasks and seeds that they have run on, beside the draws of signs there."""
     rows = []
     for method, row in PEERS:
         tasks = [
@@ -315,7 +315,7 @@ def peers(results: Results) -> str:
 
 
 def training(*suites: Results) -> str:
-    """How the draws stand to AdamW over the length of the training and the size of the data.
+    """How the draws of signs stand to AdamW over the length of the training and the size of the data.
 
     A line a suite, over all of its tasks, and one of the first task where there are several.
     """
@@ -357,7 +357,7 @@ def training(*suites: Results) -> str:
             rows.append(cells)
     heads = ["", "steps", "seeds"]
     for name in list(places)[:2]:
-        heads += [f"AdamW, {name} → draws: NLL", "ECE, %", "accuracy, points"]
+        heads += [f"AdamW, {name} → draws of signs: NLL", "ECE, %", "accuracy, points"]
     return table(heads, rows)
 
 

@@ -678,9 +678,9 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     assert "| **IVON-LoRA, mean**, rate 2e-4 | 50.0 ± 0.0 | 22.6 ± 0.1 | 0.905 ± 0.005 |" in summary
     # One task, no other domains: 1 and 1.01 at the chosen rate, 0.8 and 0.81 of the draws, 0.2 apart in both seeds.
     [line] = pages.beyond(results).splitlines()[2:]
-    assert line.startswith("| movie | draws | 1.005 → 0.805 (-0.200 ± 0.000) | 25.1 → 20.1 (-5.0 ± 0.0) |")
+    assert line.startswith("| movie | draws, by signs | 1.005 → 0.805 (-0.200 ± 0.000) | 25.1 → 20.1 (-5.0 ± 0.0) |")
     ours, theirs = ([cell.strip() for cell in line.split("|")[1:-1]] for line in pages.work(results).splitlines()[2:])
-    assert ours == ["the preset", "2", "50.0 ± 0.0", "0.805 ± 0.005", "–", "0.805 ± 0.005", "20.1 ± 0.1"]
+    assert ours == ["signs at draws", "2", "50.0 ± 0.0", "0.805 ± 0.005", "–", "0.805 ± 0.005", "20.1 ± 0.1"]
     assert theirs == ["AdamW", "2", "50.0 ± 0.0", "1.005 ± 0.005", "1.005 ± 0.005", "–", "–"]
     calibrated = [{**r, "row": "calibrated"} for r in records if r["row"] == "mean" and r["data"] == "test"]
     usual, signs = pages.recommended(Results(made, [*records, *calibrated])).splitlines()[2:]
@@ -795,6 +795,15 @@ def test_what_is_said_of_the_preset_is_measured_with_it(name: str) -> None:
     measured = {key: value for key, value in suite["methods"]["ivon-auto"].items() if key in PRESETS["auto"]._fields}
     assert not measured
     assert suite["methods"]["ivon-auto"]["grid"] == {"travel": [PRESETS["auto"].travel]}
+
+
+def test_the_usual_rate_is_among_those_of_each_suite_that_has_it() -> None:
+    suites = {name: suite for name, suite in SUITES.items() if "ivon-adam" in suite.get("methods", {})}
+    assert len(suites) > 5
+    for suite in suites.values():
+        spec = suite["methods"]["ivon-adam"]
+        assert "usual" in spec["choose_by"]
+        assert fidelity.chosen(suite, "", "ivon-adam", [], "usual") in spec["grid"]["lr"]
 
 
 @pytest.mark.parametrize("name", ["causal-axolotl", "paper", "paper-8b", "paper-70b", "code", "multilingual"])

@@ -121,7 +121,12 @@ def test_the_base_model_is_also_looked_for_in_the_hub_s_cache(
     usual = written(base_model="someone/model", learning_rate=None)
     assert (usual["learning_rate"], usual["direction"]) == (pytest.approx(0.055), "adam")
     unknown = written(base_model="someone/other", learning_rate=None, ivon_lambda=1e6, ivon_h0=1.0)
-    assert (unknown["learning_rate"], unknown["tau"], unknown["direction"]) == (None, None, "adam")
+    assert (unknown["learning_rate"], unknown["tau"], unknown["direction"]) == (None, 1, "adam")  # as λ is given
+    for signs in ({"rl": "grpo", "micro_batch_size": 8}, {"ivon_prior": 0.1}, {"ivon_rescale_lr": True}):
+        found = written(max_steps=100, lr_scheduler="linear", learning_rate=None, **signs)
+        assert (found["direction"], found["tau"]) == ("newton", 1)
+        assert found["travel"] == pytest.approx(2.5e-4 * 49.5, rel=0.05)
+    assert written(base_model="someone/other", learning_rate=None)["tau"] is None
     assert unknown["unknown"] == [
         "learning_rate: none is given, and the one that is usual follows from the base model's width; "
         "someone/other is no folder here, nor in the Hub's cache"

@@ -138,7 +138,9 @@ def test_the_usual_rate_is_lower_the_wider_a_model_is(kind: str, width: int, rat
 def test_the_width_is_that_of_the_text_model_and_may_be_unknown() -> None:
     seeing = transformers.Qwen2_5_VLConfig(text_config={"hidden_size": 3584, "model_type": "qwen2_5_vl_text"})
     assert usual_rate(seeing) == usual_rate(SimpleNamespace(model_type="qwen2", hidden_size=3584))
-    assert usual_rate(None) == usual_rate(object()) == 1.9e-4
+    wrong = [SimpleNamespace(hidden_size=size) for size in (None, [64], "64")]
+    for unknown in (None, object(), {"hidden_size": 64}, *wrong):
+        assert usual_rate(unknown) == 1.9e-4
     assert usual_rate(transformers.GPT2Config(n_embd=1024)) == 2.0e-4
 
 

@@ -7,6 +7,7 @@ import logging
 import math
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,15 +22,7 @@ from axolotl_ivon.decisions.recommendation import recommended_for
 from axolotl_ivon.metrics.bootstrap import compare
 from axolotl_ivon.metrics.scores import Scores
 from axolotl_ivon.records.recommendation import Recommendation
-from axolotl_ivon.training.calibration import (
-    DRAWS,
-    TEMPERATURES,
-    _advice,
-    _choose,
-    _Column,
-    _higher_rate,
-    _mean_of_groups,
-)
+from axolotl_ivon.training.calibration import DRAWS, TEMPERATURES, _advice, _choose, _Column, _mean_of_groups
 
 ROWS = torch.randint(3, 40, (120, 9), generator=torch.Generator().manual_seed(2))
 ROWS[:, 5:] = 7  # what the model is sure of too early
@@ -96,25 +89,28 @@ def test_a_t_far_above_1_says_that_the_run_was_too_long(
     assert words in text
     assert ("so high a T" in text) == bool(words)
     recommendation = trainer.posterior_training.recommendation
-    higher = _higher_rate(trainer.posterior_training)
+    run = trainer.posterior_training
     for tau, temperature, expected in ((math.inf, 0.6, "more to learn"), (math.inf, 1.4, ""), (1.0, 0.6, "")):
-        advice = _advice(recommendation.model_copy(update={"tau": tau, "temperature": temperature}), higher)
+        advice = _advice(recommendation.model_copy(update={"tau": tau, "temperature": temperature}), run)
         assert ("more to learn" in advice) == bool(advice) == bool(expected and words)  # of a model at chance, nothing
 
 
 @pytest.mark.parametrize(
     ("settings", "rate", "words"),
     [
-        ({}, 2e-4, "a learning_rate of 0.00055, which is usual for this model,"),
-        ({}, 1e-3, "a higher learning_rate,"),
-        ({}, 0.0, "a higher learning_rate,"),  # the usual one
-        ({"direction": "newton"}, 2e-4, "a higher learning_rate,"),
-        ({"preset": "paper"}, 2e-4, "a higher learning_rate,"),
+        ({}, 2e-4, "a learning_rate of 0.00055, which is usual for this model, or more steps"),
+        ({}, 1e-3, "a higher learning_rate, or more steps"),
+        ({}, 0.0, "a higher learning_rate, or more steps"),  # than the usual one
+        ({"direction": "newton"}, 2e-4, "a higher learning_rate, or more steps"),
+        ({"preset": "paper"}, 2e-4, "a higher learning_rate, or more steps"),
     ],
 )
 def test_who_has_more_to_learn_is_told_the_usual_rate(settings: Any, rate: float, words: str, attached: Any) -> None:
-    run = attached(settings, learning_rate=rate).posterior_training
-    assert _higher_rate(run) == words
+    unsure = SimpleNamespace(
+        tau=math.inf, temperature=0.6, mean_reported_on=SimpleNamespace(nll=0.5), reported_on=SimpleNamespace(nll=0.4)
+    )
+    advice = _advice(unsure, attached(settings, learning_rate=rate).posterior_training)
+    assert advice == f"; so low a T means that there is more to learn: try {words}"
 
 
 def test_draws_are_tried_in_a_longer_run_and_are_those_of_the_posterior(attached: Any, tmp_path: Path) -> None:

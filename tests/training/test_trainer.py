@@ -184,21 +184,37 @@ def test_without_a_rate_a_run_has_one_for_its_model_or_for_signs(
     assert told in caplog.text
     assert trainer.optimizer.param_groups[0]["direction"] == (direction or "adam")
     assert trainer.optimizer.param_groups[0]["tau"] == tau
-    assert "learning_rate" not in trainer.posterior_training.header
+    assert trainer.posterior_training.header.get("learning_rate") == (None if direction else "0.00055")
 
 
+@pytest.mark.parametrize("direction", ["newton", "adam"])
 def test_a_run_with_a_preset_resumes_at_the_same_rates(
-    trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps_of_any_length: None
+    direction: str, trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps_of_any_length: None
 ) -> None:
     ends = []
     for resume in (None, tmp_path / "checkpoint-3"):
         spy = Rates()
-        trainer = trained({"direction": "newton"}, resume=resume, callbacks=[spy], learning_rate=0.0)
+        trainer = trained({"direction": direction}, resume=resume, callbacks=[spy], learning_rate=0.0)
         ends.append((spy.rates[-3:], trainer.args.learning_rate, lora_weights(trainer.model)))
     torch.testing.assert_close(*ends, rtol=0, atol=0)
     assert "the checkpoint's learning_rate" not in caplog.text
-    trained({"direction": "newton"}, resume=tmp_path / "checkpoint-3", max_steps=12, learning_rate=0.0)
-    assert f"the checkpoint's learning_rate {ends[0][1]:.3g}, not at" in caplog.text
+    trained({"direction": direction}, resume=tmp_path / "checkpoint-3", max_steps=12, learning_rate=0.0)
+    # That of signs depends on the length of a run.
+    assert (f"the checkpoint's learning_rate {ends[0][1]:.3g}, not at" in caplog.text) is (direction == "newton")
+
+
+def test_the_usual_rate_is_that_of_a_run_of_any_length_and_of_any_schedule(trained: Any) -> None:
+    spy, least = Rates(), {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-4}}
+    trainer = trained(callbacks=[spy], learning_rate=0.0, **least)
+    (group,) = trainer.optimizer.param_groups
+    first = group["tau"]
+    trainer.args.max_steps = 3000
+    trainer.create_optimizer_and_scheduler(3000)
+    trainer.posterior_training.fit_to(3000)
+    assert spy.rates[0] == pytest.approx(5.5e-4 / 0.01)
+    assert min(spy.rates) > 1e-4 / 0.01
+    assert trainer.args.learning_rate == pytest.approx(5.5e-4 / 0.01)
+    assert trainer.posterior_training.settings["tau"] == 1 < first
 
 
 def test_a_second_run_of_another_length_has_a_rate_of_its_own(trained: Any, steps_of_any_length: None) -> None:
