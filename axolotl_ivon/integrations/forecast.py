@@ -75,13 +75,14 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     prior = prior_folder(given["ivon_prior"])
     strength = preset.strength(given["ivon_prior"], bool(prior))
     ess, h0, asked = preset.fixed_ess, None if prior else preset.h0, number(cfg, "learning_rate")
-    if not asked and preset.has_usual_rate:
-        asked = known(lambda: _usual_rate(cfg))  # None where it is not known; 0 is one by travel, or none by `paper`
     if size and preset.gamma is not None:
         ess = preset.ess(size, 0)
     # Packed batches count as if they were not.
     by_epochs = not (size and steps) or (_most_steps(cfg) is None and not _counts_steps(cfg))
     epochs = number(cfg, "num_epochs", 1) if by_epochs else steps * accumulated * loaded / (passes * size)
+    if not asked and preset.has_usual_rate:
+        # None where it is not known; 0 is one by travel, or no rate.
+        asked = known(lambda: _usual_rate(cfg, epochs if size or _most_steps(cfg) is None else None))
     if (
         size
         and (ess is None or (h0 is None and not prior))
@@ -104,6 +105,9 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     if PLUGIN not in (cfg.get("plugins") or []) and _needs_plugin_line():
         text = f"plugins has no {PLUGIN}: axolotl before 0.21 will say that {OPTIMIZER} is not a valid OptimizerNames"
         findings.append(Finding("plugins", False, text))
+    if asked and not number(cfg, "learning_rate"):
+        text = f"learning_rate: none is given, so it is {asked:g}, which is usual for a model of this kind and width"
+        findings.append(Finding("learning_rate", True, text))
     if travel is not None:
         findings.append(travel_finding(travel, lr or 0.0, by_hand=preset.travel is None))
     if steps is not None and beta2 is not None:
@@ -296,16 +300,18 @@ def _trained_shapes(cfg: Mapping[str, Any], prior: str | None, least: float) -> 
         raise _Unknown(f"{grows}, which cannot be counted ({one_line(error)})") from error
 
 
-def _usual_rate(cfg: Mapping[str, Any]) -> float:
+def _usual_rate(cfg: Mapping[str, Any], epochs: float | None) -> float:
     """Return the learning rate that a run which gives none has, from the base model's `config.json` here."""
-    text = "learning_rate: none is given, and the one that is usual follows from the base model's width"
+    text = "learning_rate: none is given, and the one that is usual follows from the base model's width and the epochs"
+    if epochs is None:
+        raise _Unknown(text)
     folder = _config_folder(cfg)
     if folder is None:
         raise _Unknown(f"{text}; {_base(cfg)} is no folder here, nor in the Hub's cache")
     try:
         from transformers import AutoConfig
 
-        return usual_rate(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        return usual_rate(AutoConfig.from_pretrained(folder, trust_remote_code=False), epochs)
     except Exception as error:  # whatever a model of this kind needs
         raise _Unknown(f"{text}, which cannot be read ({one_line(error)})") from error
 

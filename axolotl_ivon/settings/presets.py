@@ -23,6 +23,7 @@ LONGEST_SIGN = 2.5e-4
 # Without Regret" and the cookbook of their Tinker; and what it is here at a width of 2000, where theirs is 5e-4.
 POWERS_OF_WIDTH = {"llama": 0.781, "qwen": 0.0775}
 RATE_AT_USUAL_WIDTH, USUAL_WIDTH, LEAST_WIDTH = 1.9e-4, 2000, 512
+FEW_PASSES_RATE = 2  # and by how much it is higher in few passes
 # The highest temperature of short runs: of the noise, nothing is then left to see.
 NARROWEST = 1e4
 # How far weights get by Adam's direction in few passes, as a part of how far they can: where gradients are noise,
@@ -47,11 +48,12 @@ def effective_sample_size(n: int, gamma: float = 5000.0) -> float:
     return gamma * math.sqrt(n)
 
 
-def usual_rate(config: Any) -> float:
+def usual_rate(config: Any, epochs: float) -> float:
     """Return the learning rate of a run by Adam's direction that gives none, from the model's transformers config.
 
-    It is 5e-4 for SmolLM2-135M, 2e-4 for Qwen2.5-0.5B, and 1.1e-4 for Llama-3.1-8B. Where the power of a kind is not
-    known, it is the lower one of those that are. Models narrower than 512 have the rate of one of 512.
+    It is 5e-4 for SmolLM2-135M, 2e-4 for Qwen2.5-0.5B, and 1.1e-4 for Llama-3.1-8B, and in few passes over the data
+    twice that. Where the power of a kind is not known, it is the lower one of those that are. Models narrower than 512
+    have the rate of one of 512.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(text, "hidden_size", None)
@@ -59,7 +61,7 @@ def usual_rate(config: Any) -> float:
     kind = str(getattr(text, "model_type", ""))
     powers = [power for name, power in POWERS_OF_WIDTH.items() if kind.startswith(name)]
     rate = min(RATE_AT_USUAL_WIDTH * ratio**power for power in powers or POWERS_OF_WIDTH.values())
-    return float(f"{rate:.2g}")
+    return float(f"{rate:.2g}") * (FEW_PASSES_RATE if epochs <= FEW_PASSES else 1)
 
 
 class Step(NamedTuple):

@@ -115,13 +115,13 @@ def attach(
     earlier = _earlier(prior)
     try:
         chosen = chosen.with_direction(prior, rescale_lr, writes_completions(trainer))
-        given_rate = rate = float(trainer.args.learning_rate or 0.0)
-        if not rate and chosen.has_usual_rate:
-            rate = usual_rate(getattr(model.get_base_model(), "config", None))
-        settings_for_run = partial(chosen.for_run, train_size or 0, shapes, rate)
+        given_rate, config = float(trainer.args.learning_rate or 0.0), getattr(model.get_base_model(), "config", None)
+        usual = partial(usual_rate, config) if chosen.has_usual_rate and not given_rate else None
+        rate = usual(0.0) if usual else given_rate  # until it is known of how many epochs the run is
+        for_run = partial(chosen.for_run, train_size or 0, shapes)
         settings: dict[str, Any] = {
             "lr": rate,
-            **settings_for_run(1, 0.0),
+            **for_run(rate, 1, 0.0),
             "clip": chosen.clip,
             "prior": "empirical" if earlier else prior,
             "prior_strength": chosen.strength(prior, bool(earlier)),
@@ -179,9 +179,10 @@ def attach(
         eval_samples=eval_samples,
         per_rank=per_rank,
         rollout_draws=writers,
-        rate_is_usual=rate != given_rate,
+        learning_rate=rate,
+        usual_rate=usual,
         travel=travel,
-        settings_for_run=settings_for_run,
+        settings_for_run=for_run,
         calibrates=calibrate,
     )
     header |= header_of_data(trainer)

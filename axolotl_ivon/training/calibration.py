@@ -103,8 +103,8 @@ def _advice(recommendation: Recommendation, run: PosteriorTraining) -> str:
     if math.isfinite(recommendation.tau) or after >= 0.95 * before:
         return ""  # of a model at chance any T is as good
     if recommendation.temperature <= UNSURE:
-        usual = usual_rate(getattr(run.model.get_base_model(), "config", None))
-        lower = run.settings["direction"] == "adam" and float(run.header.get("learning_rate", "inf")) < usual
+        usual = usual_rate(getattr(run.model.get_base_model(), "config", None), run.trainer.state.epoch or 0.0)
+        lower = run.settings["direction"] == "adam" and 0 < run.learning_rate < usual
         rate = f"a learning_rate of {usual:g}, which is usual for this model," if lower else "a higher learning_rate,"
         return f"; so low a T means that there is more to learn: try {rate} or more steps"
     if recommendation.temperature >= OVERFITTED:

@@ -52,9 +52,10 @@ class PosteriorTraining(TrainerCallback):
     eval_samples: int  # draws that every evaluation averages over
     per_rank: bool  # whether each process has draws of its own
     rollout_draws: int  # that write a group of completions: 0 where the mean does
-    rate_is_usual: bool  # as none was given, it is the one that is usual for the model
+    learning_rate: float  # 0 where it is chosen for `travel`
+    usual_rate: Callable[[float], float] | None  # for the model in so many epochs, where no rate is given
     travel: float | None  # how far a weight can get in the run, where the learning rate is chosen for that
-    settings_for_run: Callable[[int, float], dict[str, Any]]  # of that many steps and epochs
+    settings_for_run: Callable[[float, int, float], dict[str, Any]]  # at that rate, of that many steps and epochs
     optimizer: Any = None  # until the Trainer makes it
     adapter: ReplicatedAdapter | None = None  # the trained weights in each process, under DeepSpeed and FSDP2
     shows_draws: bool = False  # whether who reads the model gets what is in the parameters: to send draws to a server
@@ -93,7 +94,10 @@ class PosteriorTraining(TrainerCallback):
             # In GRPO and RLOO a batch is of completions, several of a prompt, and each may be trained on several times.
             times = getattr(args, "num_generations", 1) * getattr(args, "num_iterations", 1)
             epochs = steps * self.trainer.get_total_train_batch_size(args) / (times * size) if size else 0.0
-        settings = self.settings_for_run(steps, epochs)
+        if self.usual_rate:
+            self.learning_rate = self.usual_rate(epochs)
+            self.header = {**self.header, "learning_rate": f"{self.learning_rate:g}"}
+        settings = self.settings_for_run(self.learning_rate, steps, epochs)
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
             group.update({name: value for name, value in settings.items() if group.get(name) == self.settings[name]})
         self.settings |= settings
@@ -131,7 +135,7 @@ class PosteriorTraining(TrainerCallback):
             return
         s, rate = self.settings, f"{self.trainer.args.learning_rate:.3g}"
         if "learning_rate" in self.header:
-            what = "usual for this model, and none is given" if self.rate_is_usual else "the most that a step may move"
+            what = "usual for this model, and none is given" if self.usual_rate else "the most that a step may move"
             rate += f", as a learning_rate of {self.header['learning_rate']} is {what}"
         elif self.travel is not None:
             most = self.trainer.args.learning_rate * self.step_bound

@@ -129,7 +129,12 @@ def stage(*suites: Results) -> str:
         (results, task)
         for results in suites
         for task in results.suite["tasks"]
-        if any(results.find(task, method, "mean") for method in OURS if method in results.suite["methods"])
+        if any(
+            results.find(task, method, "mean", choose_by=by)
+            for method in OURS
+            if method in results.suite["methods"]
+            for by in results.suite["methods"][method].get("choose_by", ["nll"])
+        )
     ]
     heads = ["accuracy (%) / ECE (%) / NLL"]
     for results, task in columns:
@@ -158,7 +163,7 @@ def recommended(*suites: Results) -> str:
 
     IVON-LoRA's is by the preset: without a rate, which is the usual one, with one by validation, and by signs. Paired
     by seed. It holds where NLL and accuracy are worse by one standard error at most, and wins where the NLL is better
-    by two.
+    by two. Where validation chooses the usual rate, one line says it.
     """
     ways = {"none": ("ivon-adam", "usual"), "by validation": ("ivon-adam", "nll"), "none, signs": ("ivon-auto", "nll")}
     rows = []
@@ -171,7 +176,8 @@ def recommended(*suites: Results) -> str:
             for rate, (ours, by) in ways.items():
                 if ours not in suite["methods"] or by not in suite["methods"][ours].get("choose_by", ["nll"]):
                     continue
-                if cells := _recommended_cells(results, task, ours, by):
+                cells = _recommended_cells(results, task, ours, by)
+                if cells and not (rows and rows[-1][0] == what and rows[-1][2:] == cells):
                     rows.append([what, rate, *cells])
     heads = ["AdamW + temperature scaling → what is recommended", "rate", "seeds", "NLL", "accuracy, %", "holds"]
     return table(heads, rows)

@@ -135,7 +135,7 @@ def chosen(suite: Mapping[str, Any], task: str, method: str, records: list[Recor
     `by` is "nll" or "accuracy", or the value itself, or "usual": the rate of a run of the preset that gives none.
     """
     if by == "usual":
-        return usual_rate(CONFIGS[suite["model"]])
+        return usual_rate(CONFIGS[suite["model"]], suite["steps"] * suite["batch"] / suite["tasks"][task]["train"])
     if not isinstance(by, str):
         return by
     best: list[tuple[float, float, Any]] = []

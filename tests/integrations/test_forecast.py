@@ -118,8 +118,9 @@ def test_the_base_model_is_also_looked_for_in_the_hub_s_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert written(base_model="someone/model", lora_r=512) == written(lora_r=512)
     assert written(base_model="someone/other")["ess"] is written(base_model="../no/name")["ess"] is None
-    usual = written(base_model="someone/model", learning_rate=None)
+    usual = written(base_model="someone/model", learning_rate=None, num_epochs=6)
     assert (usual["learning_rate"], usual["direction"]) == (pytest.approx(0.055), "adam")
+    assert "none is given, so it is 0.00055, which is usual" in usual["findings"][0]["text"]
     unknown = written(base_model="someone/other", learning_rate=None, ivon_lambda=1e6, ivon_h0=1.0)
     assert (unknown["learning_rate"], unknown["tau"], unknown["direction"]) == (None, 1, "adam")  # as λ is given
     for signs in ({"rl": "grpo", "micro_batch_size": 8}, {"ivon_prior": 0.1}, {"ivon_rescale_lr": True}):
@@ -128,9 +129,14 @@ def test_the_base_model_is_also_looked_for_in_the_hub_s_cache(
         assert found["travel"] == pytest.approx(2.5e-4 * 49.5, rel=0.05)
     assert written(base_model="someone/other", learning_rate=None)["tau"] is None
     assert unknown["unknown"] == [
-        "learning_rate: none is given, and the one that is usual follows from the base model's width; "
+        "learning_rate: none is given, and the one that is usual follows from the base model's width and the epochs; "
         "someone/other is no folder here, nor in the Hub's cache"
     ]
+    few, many = (written(learning_rate=None, num_epochs=epochs)["learning_rate"] for epochs in (5, 6))
+    assert (few, many) == (pytest.approx(0.11), pytest.approx(0.055))
+    away = {"datasets": [{"path": "someone/data"}], "learning_rate": None}
+    assert written(**away, num_epochs=6)["learning_rate"] == pytest.approx(0.055)
+    assert written(**away, max_steps=100)["learning_rate"] is None
 
 
 def test_lambda_and_the_rate_by_every_key(written: Any) -> None:
@@ -358,8 +364,8 @@ def test_what_will_come_of_it(written: Any, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("steps", [50, 120, 333, 1000, 7919])
 @pytest.mark.parametrize("rate", [None, 2e-4])
 def test_what_the_preset_chooses_is_not_complained_of(written: Any, steps: int, rate: float | None) -> None:
-    found = written(max_steps=steps, learning_rate=rate)
-    assert [(one["about"], one["good"]) for one in found["findings"]] == [("weights", True), ("sigma", True)]
+    found = [(one["about"], one["good"]) for one in written(max_steps=steps, learning_rate=rate)["findings"]]
+    assert found == [*([] if rate else [("learning_rate", True)]), ("weights", True), ("sigma", True)]
 
 
 @pytest.mark.parametrize(

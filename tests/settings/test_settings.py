@@ -129,7 +129,9 @@ def test_the_step_is_adamw_s_in_runs_of_any_length(
 )
 def test_the_usual_rate_is_lower_the_wider_a_model_is(kind: str, width: int, rate: float) -> None:
     """LoRA Without Regret has 5e-4·(2000/width)^power, with 0.781 for Llama and 0.0775 for Qwen: this is 0.38 of it."""
-    assert usual_rate(SimpleNamespace(model_type=kind, hidden_size=width)) == rate
+    config = SimpleNamespace(model_type=kind, hidden_size=width)
+    assert usual_rate(config, 5.1) == usual_rate(config, 100.0) == rate
+    assert usual_rate(config, 5.0) == usual_rate(config, 0.0) == 2 * rate  # where there is little to overfit
     published = {power: 5e-4 * (2000 / max(width, 512)) ** power for power in (0.781, 0.0775)}
     own = {"llama": [0.781], "qwen2": [0.0775], "qwen3_moe": [0.0775]}.get(kind, list(published))
     assert rate == pytest.approx(0.38 * min(published[power] for power in own), rel=0.03)
@@ -137,11 +139,11 @@ def test_the_usual_rate_is_lower_the_wider_a_model_is(kind: str, width: int, rat
 
 def test_the_width_is_that_of_the_text_model_and_may_be_unknown() -> None:
     seeing = transformers.Qwen2_5_VLConfig(text_config={"hidden_size": 3584, "model_type": "qwen2_5_vl_text"})
-    assert usual_rate(seeing) == usual_rate(SimpleNamespace(model_type="qwen2", hidden_size=3584))
+    assert usual_rate(seeing, 9.0) == usual_rate(SimpleNamespace(model_type="qwen2", hidden_size=3584), 9.0)
     wrong = [SimpleNamespace(hidden_size=size) for size in (None, [64], "64")]
     for unknown in (None, object(), {"hidden_size": 64}, *wrong):
-        assert usual_rate(unknown) == 1.9e-4
-    assert usual_rate(transformers.GPT2Config(n_embd=1024)) == 2.0e-4
+        assert usual_rate(unknown, 9.0) == 1.9e-4
+    assert usual_rate(transformers.GPT2Config(n_embd=1024), 9.0) == 2.0e-4
 
 
 @pytest.mark.parametrize(

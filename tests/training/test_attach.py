@@ -252,7 +252,7 @@ def test_arguments_can_be_used_for_a_second_trainer(made: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "rate", "step_bound", "kept"),
     [
-        ({"gamma": 7.0, "clip": 0.02}, 5.5e-4, 0.02, {"ess": str(7.0 * math.sqrt(24)), "gamma": "7.0", "clip": "0.02"}),
+        ({"gamma": 7.0, "clip": 0.02}, 1.1e-3, 0.02, {"ess": str(7.0 * math.sqrt(24)), "gamma": "7.0", "clip": "0.02"}),
         ({"rescale_lr": True, "h0": 0.1}, 2.5e-4, 0.01 * 0.1, {"rescale_lr": "true", "h0": "0.1"}),
     ],
 )

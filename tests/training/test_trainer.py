@@ -170,7 +170,7 @@ def test_without_a_rate_a_weight_travels_as_far_by_signs_in_any_schedule(
 @pytest.mark.parametrize(
     ("direction", "rate", "told", "tau"),
     [
-        (None, 5.5e-4, "α 0.055, as a learning_rate of 0.00055 is usual for this model, and none is given", 1e4),
+        (None, 1.1e-3, "α 0.11, as a learning_rate of 0.0011 is usual for this model, and none is given", 1e4),
         ("newton", 2.5e-4, "α 0.025, with which a step moves a weight by 0.00025 at most, as no learning_rate", 1.0),
     ],
 )
@@ -184,7 +184,7 @@ def test_without_a_rate_a_run_has_one_for_its_model_or_for_signs(
     assert told in caplog.text
     assert trainer.optimizer.param_groups[0]["direction"] == (direction or "adam")
     assert trainer.optimizer.param_groups[0]["tau"] == tau
-    assert trainer.posterior_training.header.get("learning_rate") == (None if direction else "0.00055")
+    assert trainer.posterior_training.header.get("learning_rate") == (None if direction else "0.0011")
 
 
 @pytest.mark.parametrize("direction", ["newton", "adam"])
@@ -199,22 +199,21 @@ def test_a_run_with_a_preset_resumes_at_the_same_rates(
     torch.testing.assert_close(*ends, rtol=0, atol=0)
     assert "the checkpoint's learning_rate" not in caplog.text
     trained({"direction": direction}, resume=tmp_path / "checkpoint-3", max_steps=12, learning_rate=0.0)
-    # That of signs depends on the length of a run.
+    # That of signs depends on the length of a run, and the usual one on whether it sees its data often.
     assert (f"the checkpoint's learning_rate {ends[0][1]:.3g}, not at" in caplog.text) is (direction == "newton")
 
 
-def test_the_usual_rate_is_that_of_a_run_of_any_length_and_of_any_schedule(trained: Any) -> None:
+def test_the_usual_rate_follows_from_the_epochs_in_any_schedule(trained: Any, tmp_path: Path) -> None:
     spy, least = Rates(), {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-4}}
     trainer = trained(callbacks=[spy], learning_rate=0.0, **least)
-    (group,) = trainer.optimizer.param_groups
-    first = group["tau"]
-    trainer.args.max_steps = 3000
-    trainer.create_optimizer_and_scheduler(3000)
-    trainer.posterior_training.fit_to(3000)
-    assert spy.rates[0] == pytest.approx(5.5e-4 / 0.01)
+    assert spy.rates[0] == pytest.approx(1.1e-3 / 0.01)
     assert min(spy.rates) > 1e-4 / 0.01
-    assert trainer.args.learning_rate == pytest.approx(5.5e-4 / 0.01)
-    assert trainer.posterior_training.settings["tau"] == 1 < first
+    assert Posterior.from_pretrained(tmp_path / "checkpoint-6").metadata["learning_rate"] == "0.0011"
+    trainer.args.max_steps = 60
+    trainer.train()
+    assert spy.rates[6] == pytest.approx(5.5e-4 / 0.01)
+    trainer.save_model(str(tmp_path / "longer"))
+    assert Posterior.from_pretrained(tmp_path / "longer").metadata["learning_rate"] == "0.00055"
 
 
 def test_a_second_run_of_another_length_has_a_rate_of_its_own(trained: Any, steps_of_any_length: None) -> None:
