@@ -58,8 +58,8 @@ def main() -> None:
             page.write_text(fill(page.read_text(encoding="utf-8"), suites, records), encoding="utf-8")
         results = Results(suites["causal"], records)
         figures = {
-            "causal-curves": learning_curves(results),
-            "causal-long-curves": learning_curves(Results(suites["causal-long"], records)),
+            "causal-curves": learning_curves(results, "ivon-adam", "usual"),
+            "causal-long-curves": learning_curves(Results(suites["causal-long"], records), "ivon-auto", "nll"),
             "causal-knobs": knobs(results),
         }
         for name, figure in figures.items():

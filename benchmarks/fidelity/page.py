@@ -461,15 +461,17 @@ def fill(page: str, suites: Mapping[str, Any], records: list[Record]) -> str:
     return PLACE.sub(made, page)
 
 
-def learning_curves(results: Results) -> Figure:
-    """Draw validation metrics over the steps of a run: AdamW at each of the paper's rates, the mean and its draws."""
+def learning_curves(results: Results, method: str, by: str) -> Figure:
+    """Draw validation metrics over the steps of a run: AdamW at each of the paper's rates, our mean and its draws."""
     names = results.tasks()
     figure = Figure(figsize=(10, 2.6 * len(names)), layout="constrained")
     lines: list[tuple[str, str, str, str | float, str, bool]] = [
         ("AdamW 2e-4", "adamw", "mean", 2.0e-4, "#9a9a9a", False),
         ("AdamW 5e-4", "adamw", "mean", 5.0e-4, "#4d4d4d", False),
-        ("IVON-LoRA, mean", "ivon-adam", "mean", "usual", "#56b4e9", False),
-        ("IVON-LoRA, 8 draws", "ivon-adam", "posterior", "usual", "#0072b2", True),
+        *(
+            (label_of(results, method, row, by).replace("*", ""), method, row, by, color, row == "posterior")
+            for row, color in (("mean", "#56b4e9"), ("posterior", "#0072b2"))
+        ),
     ]
     for task, panels in zip(names, figure.subplots(len(names), 3, squeeze=False), strict=True):
         for axis, (metric, (label, scale, _)) in zip(panels, METRICS.items(), strict=True):

@@ -703,7 +703,9 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     assert first == "| AdamW, rate by validation | 50.0 ± 0.0 / 25.1 ± 0.1 / 1.005 ± 0.005 |"
     page = "a\n<!-- table: s summary -->\nold\n<!-- end of table -->\nb"
     assert pages.fill(page, {"s": made}, records) == page.replace("old", pages.summary(results))
-    assert len(pages.learning_curves(results).axes) == 3
+    figure = pages.learning_curves(results, "ivon-adam", "usual")
+    assert len(figure.axes) == 3
+    assert "IVON-LoRA, untuned, mean" in {line.get_label() for line in figure.axes[0].lines}
 
 
 def test_ablations_are_held_against_the_same_seeds_of_the_method_as_it_is() -> None:
