@@ -636,13 +636,14 @@ def accuracy_table(records: Sequence[Mapping[str, Any]], suite: str) -> str:
         rows.append(
             [
                 name,
+                str(len(runs)),
                 ", ".join(dict.fromkeys(f"{r['tau']:g} / {r['temperature']:g}" for r in runs)),
                 *(percent(rights(runs, n)) for n in counts),
                 gain,
                 *(f"{100 * statistics.fmean(values):.1f}" if values else "" for values in figures),
             ]
         )
-    heads = ["", "τ / T", *(f"n = {n}" for n in counts), "over one model", "one output", f"pass@{counts[-1]}"]
+    heads = ["", "seeds", "τ / T", *(f"n = {n}" for n in counts), "over one model", "one output", f"pass@{counts[-1]}"]
     return table([*heads, "sure votes", "draws differ"], rows)
 
 
