@@ -166,7 +166,7 @@ def recommended(*suites: Results) -> str:
     by two. Where validation chooses the usual rate, one line says it.
     """
     ways = {"none": ("ivon-adam", "usual"), "by validation": ("ivon-adam", "nll"), "none, signs": ("ivon-auto", "nll")}
-    rows = []
+    rows: list[list[str]] = []
     for results in suites:
         suite = results.suite
         for task, spec in suite["tasks"].items():
@@ -461,7 +461,7 @@ def fill(page: str, suites: Mapping[str, Any], records: list[Record]) -> str:
     return PLACE.sub(made, page)
 
 
-def learning_curves(results: Results, method: str, by: str) -> Figure:
+def learning_curves(results: Results, ours: str, rate: str) -> Figure:
     """Draw validation metrics over the steps of a run: AdamW at each of the paper's rates, our mean and its draws."""
     names = results.tasks()
     figure = Figure(figsize=(10, 2.6 * len(names)), layout="constrained")
@@ -469,7 +469,7 @@ def learning_curves(results: Results, method: str, by: str) -> Figure:
         ("AdamW 2e-4", "adamw", "mean", 2.0e-4, "#9a9a9a", False),
         ("AdamW 5e-4", "adamw", "mean", 5.0e-4, "#4d4d4d", False),
         *(
-            (label_of(results, method, row, by).replace("*", ""), method, row, by, color, row == "posterior")
+            (label_of(results, ours, row, rate).replace("*", ""), ours, row, rate, color, row == "posterior")
             for row, color in (("mean", "#56b4e9"), ("posterior", "#0072b2"))
         ),
     ]
