@@ -94,6 +94,8 @@ class IVONLoRAPlugin(BasePlugin):
         with _refused_by_key():
             attach(trainer, **settings)
             run: PosteriorTraining = trainer.posterior_training  # type: ignore[attr-defined]
+            if not cfg.max_steps or cfg.max_steps < 0:  # axolotl counts the steps, of packed batches too
+                run.epochs = float(cfg.num_epochs or 1)
             # To keep the run itself would keep the model.
             if cfg.chat_template_kwargs:
                 run.header = {**run.header, "chat_template_kwargs": json.dumps(cfg.chat_template_kwargs)}

@@ -17,7 +17,7 @@ from ..posterior.adapter import Adapter
 from ..posterior.chain import links
 from ..posterior.findings import Finding, remembers_too_long, travel_finding
 from ..settings.keys import prior_folder, yaml_key
-from ..settings.presets import LONGEST_SIGN, PRESETS, usual_rate
+from ..settings.presets import LONGEST_SIGN, PRESETS, passes, usual_rate
 from ..settings.table import OPTIMIZER, PLUGIN
 from ..storage.format import regular_size
 from .checks import GRPO_DEFAULTS, check_config, number
@@ -70,16 +70,16 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     micro, accumulated = _batch(cfg)
     batch = micro * accumulated * processes
     size = known(lambda: _train_size(cfg))
-    loaded, passes = _loads(cfg, micro * processes, accumulated)
-    steps = known(lambda: _steps(cfg, size, (loaded, passes), accumulated))
+    loaded, repeated = _loads(cfg, micro * processes, accumulated)
+    steps = known(lambda: _steps(cfg, size, (loaded, repeated), accumulated))
     prior = prior_folder(given["ivon_prior"])
     strength = preset.strength(given["ivon_prior"], bool(prior))
     ess, h0, asked = preset.fixed_ess, None if prior else preset.h0, number(cfg, "learning_rate")
     if size and preset.gamma is not None:
         ess = preset.ess(size, 0)
-    # Packed batches count as if they were not.
-    by_epochs = not (size and steps) or (_most_steps(cfg) is None and not _counts_steps(cfg))
-    epochs = number(cfg, "num_epochs", 1) if by_epochs else steps * accumulated * loaded / (passes * size)
+    epochs = number(cfg, "num_epochs", 1)
+    if size and _most_steps(cfg) is not None:  # packed batches count as if they were not
+        epochs = passes(steps or 1, size, accumulated * loaded / repeated)
     if not asked and preset.has_usual_rate:
         # None where it is not known; 0 is one by travel, or no rate.
         asked = known(lambda: _usual_rate(cfg, epochs if size or _most_steps(cfg) is None else None))
@@ -252,7 +252,7 @@ def _loads(cfg: Mapping[str, Any], together: int, accumulated: int) -> tuple[int
 
 def _steps(cfg: Mapping[str, Any], size: int | None, loads: tuple[int, int], accumulated: int) -> int:
     """Return the number of steps, as the Trainer counts them; `loads` are those of `_loads`."""
-    rows, passes = loads
+    rows, repeated = loads
     if cfg.get("rl") == "grpo" and size is not None and size < rows:
         raise IVONError(
             f"datasets have {size} prompts, and completions are written for {rows} at once: nothing would be trained; "
@@ -269,7 +269,7 @@ def _steps(cfg: Mapping[str, Any], size: int | None, loads: tuple[int, int], acc
         return math.ceil(size * epochs / (rows * accumulated))
     # TRL leaves out the prompts of an epoch that are too few for a whole load; a loader of examples does not.
     in_epoch = size // rows if cfg.get("rl") == "grpo" else math.ceil(size / rows)
-    return math.ceil(epochs * math.ceil(in_epoch * passes / accumulated))
+    return math.ceil(epochs * math.ceil(in_epoch * repeated / accumulated))
 
 
 def _counts_steps(cfg: Mapping[str, Any]) -> bool:

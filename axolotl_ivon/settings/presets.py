@@ -52,8 +52,8 @@ def usual_rate(config: Any, epochs: float) -> float:
     """Return the learning rate of a run by Adam's direction that gives none, from the model's transformers config.
 
     It is 5e-4 for SmolLM2-135M, 2e-4 for Qwen2.5-0.5B, and 1.1e-4 for Llama-3.1-8B, and in few passes over the data
-    twice that. Where the power of a kind is not known, it is the lower one of those that are. Models narrower than 512
-    have the rate of one of 512.
+    twice that, if it is known how many: 0 `epochs` are not. Where the power of a kind is not known, it is the lower one
+    of those that are. Models narrower than 512 have the rate of one of 512.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(text, "hidden_size", None)
@@ -61,7 +61,12 @@ def usual_rate(config: Any, epochs: float) -> float:
     kind = str(getattr(text, "model_type", ""))
     powers = [power for name, power in POWERS_OF_WIDTH.items() if kind.startswith(name)]
     rate = min(RATE_AT_USUAL_WIDTH * ratio**power for power in powers or POWERS_OF_WIDTH.values())
-    return float(f"{rate:.2g}") * (FEW_PASSES_RATE if epochs <= FEW_PASSES else 1)
+    return float(f"{rate:.2g}") * (FEW_PASSES_RATE if 0 < epochs <= FEW_PASSES else 1)
+
+
+def passes(steps: int, size: int, batch: float) -> float:
+    """Return how often a run sees its data, whose last batch may be smaller: steps over those of an epoch."""
+    return steps / max(1, math.ceil(size / batch))
 
 
 class Step(NamedTuple):

@@ -116,8 +116,8 @@ def attach(
     try:
         chosen = chosen.with_direction(prior, rescale_lr, writes_completions(trainer))
         given_rate, config = float(trainer.args.learning_rate or 0.0), getattr(model.get_base_model(), "config", None)
-        usual = partial(usual_rate, config) if chosen.has_usual_rate and not given_rate else None
-        rate = usual(0.0) if usual else given_rate  # until it is known of how many epochs the run is
+        usual = partial(usual_rate, config) if chosen.has_usual_rate else None
+        rate = given_rate or (usual(0.0) if usual else 0.0)  # until it is known of how many epochs the run is
         for_run = partial(chosen.for_run, train_size or 0, shapes)
         settings: dict[str, Any] = {
             "lr": rate,
@@ -179,7 +179,7 @@ def attach(
         eval_samples=eval_samples,
         per_rank=per_rank,
         rollout_draws=writers,
-        learning_rate=rate,
+        given_rate=given_rate,
         usual_rate=usual,
         travel=travel,
         settings_for_run=for_run,

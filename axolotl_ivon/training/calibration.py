@@ -38,7 +38,6 @@ from ..records.recommendation import (
     SweepVerdict,
     describe,
 )
-from ..settings.presets import usual_rate
 from ..storage.format import SIGMA_FILE
 from ..storage.tensorfile import TensorFile
 from .posterior_loss import evaluating
@@ -103,9 +102,9 @@ def _advice(recommendation: Recommendation, run: PosteriorTraining) -> str:
     if math.isfinite(recommendation.tau) or after >= 0.95 * before:
         return ""  # of a model at chance any T is as good
     if recommendation.temperature <= UNSURE:
-        usual = usual_rate(getattr(run.model.get_base_model(), "config", None), run.trainer.state.epoch or 0.0)
-        lower = run.settings["direction"] == "adam" and 0 < run.learning_rate < usual
-        rate = f"a learning_rate of {usual:g}, which is usual for this model," if lower else "a higher learning_rate,"
+        rate = "a higher learning_rate,"
+        if 0 < run.given_rate < run.usual:
+            rate = f"a learning_rate of {run.usual:g}, which is usual for this model,"
         return f"; so low a T means that there is more to learn: try {rate} or more steps"
     if recommendation.temperature >= OVERFITTED:
         return "; so high a T means that it is overfitted: try a lower learning_rate, or fewer epochs"

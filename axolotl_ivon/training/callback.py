@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from ..optim.ivon import Skipped
 from ..posterior.adapter import RUN_IDS
 from ..posterior.chain import PRIOR_SHA256
 from ..posterior.findings import begins_at_zero, findings, travel_finding
-from ..settings.presets import LONGEST_SIGN
+from ..settings.presets import LONGEST_SIGN, passes
 from .processes import agree_on_gradients, average, sum_over_processes
 from .sharded import ReplicatedAdapter
 
@@ -52,10 +53,12 @@ class PosteriorTraining(TrainerCallback):
     eval_samples: int  # draws that every evaluation averages over
     per_rank: bool  # whether each process has draws of its own
     rollout_draws: int  # that write a group of completions: 0 where the mean does
-    learning_rate: float  # 0 where it is chosen for `travel`
-    usual_rate: Callable[[float], float] | None  # for the model in so many epochs, where no rate is given
+    given_rate: float  # the learning rate, or 0 where none is given
+    usual_rate: Callable[[float], float] | None  # for the model in so many epochs; None of a preset that has none
     travel: float | None  # how far a weight can get in the run, where the learning rate is chosen for that
     settings_for_run: Callable[[float, int, float], dict[str, Any]]  # at that rate, of that many steps and epochs
+    usual: float = 0.0  # what `usual_rate` is of this run
+    epochs: float | None = None  # how many it is to have, where whoever made the Trainer gave it their steps
     optimizer: Any = None  # until the Trainer makes it
     adapter: ReplicatedAdapter | None = None  # the trained weights in each process, under DeepSpeed and FSDP2
     shows_draws: bool = False  # whether who reads the model gets what is in the parameters: to send draws to a server
@@ -88,16 +91,20 @@ class PosteriorTraining(TrainerCallback):
 
     def fit_to(self, steps: int) -> None:
         """Take the settings for this number of steps, except those that a third party's optimizer has set itself."""
-        args, size = self.trainer.args, int(self.header["train_size"] or 0)
-        epochs = args.num_train_epochs
-        if args.max_steps > 0:  # packed batches count as if they were not
-            # In GRPO and RLOO a batch is of completions, several of a prompt, and each may be trained on several times.
-            times = getattr(args, "num_generations", 1) * getattr(args, "num_iterations", 1)
-            epochs = steps * self.trainer.get_total_train_batch_size(args) / (times * size) if size else 0.0
+        args = self.trainer.args
+        epochs = args.num_train_epochs if args.max_steps <= 0 else self.epochs
+        if epochs is None:  # packed batches count as if they were not
+            data: Any = self.trainer.train_dataset
+            with suppress(TypeError):  # streamed data have no length
+                size = int(self.header["train_size"] or len(data))
+                # In GRPO and RLOO a batch is of completions, several of a prompt, each trained on several times maybe.
+                times = getattr(args, "num_generations", 1) * getattr(args, "num_iterations", 1)
+                epochs = passes(steps, size, self.trainer.get_total_train_batch_size(args) / times)
+        epochs = epochs or 0.0
         if self.usual_rate:
-            self.learning_rate = self.usual_rate(epochs)
-            self.header = {**self.header, "learning_rate": f"{self.learning_rate:g}"}
-        settings = self.settings_for_run(self.learning_rate, steps, epochs)
+            self.usual = self.usual_rate(epochs)
+            self.header = {**self.header, "learning_rate": f"{self.given_rate or self.usual:g}"}
+        settings = self.settings_for_run(self.given_rate or self.usual, steps, epochs)
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
             group.update({name: value for name, value in settings.items() if group.get(name) == self.settings[name]})
         self.settings |= settings
@@ -135,8 +142,10 @@ class PosteriorTraining(TrainerCallback):
             return
         s, rate = self.settings, f"{self.trainer.args.learning_rate:.3g}"
         if "learning_rate" in self.header:
-            what = "usual for this model, and none is given" if self.usual_rate else "the most that a step may move"
+            what = "the most that a step may move" if self.given_rate else "usual for this model, and none is given"
             rate += f", as a learning_rate of {self.header['learning_rate']} is {what}"
+            if 0 < self.given_rate < self.usual:
+                rate += f" ({self.usual:g} is usual for this model)"
         elif self.travel is not None:
             most = self.trainer.args.learning_rate * self.step_bound
             if math.isclose(most, LONGEST_SIGN):
@@ -162,6 +171,8 @@ class PosteriorTraining(TrainerCallback):
         # Only schedules with lr_lambdas have their peak in base_lrs; one_cycle, say, has its first rate there.
         if hasattr(scheduler, "lr_lambdas") and not math.isclose(lr, scheduler.base_lrs[0]):
             asked, lr = lr, scheduler.base_lrs[0]
+            if "learning_rate" in self.header:
+                self.header = {**self.header, "learning_rate": f"{lr * self.step_bound:g}"}
             self.rates = [rate * lr / asked for rate in self.rates] if asked else []
             LOG.warning("the run resumes at the checkpoint's learning_rate %.3g, not at %.3g", lr, asked)
         if args.max_grad_norm:

@@ -65,8 +65,8 @@ class PosteriorTrainerMixin(Trainer):
             self.args.learning_rate, self.lr_scheduler = lr, None
             return create_scheduler(num_training_steps, probe)
 
-        if run.travel is not None or run.usual_rate:
-            lr = run.learning_rate / run.step_bound
+        if run.travel is not None or (run.usual_rate and not run.given_rate):
+            lr = run.usual / run.step_bound
             if run.travel is not None:
                 lr = rate_for(run.travel, run.step_bound, num_training_steps, with_peak)
                 lr = min(lr, LONGEST_SIGN / run.step_bound)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from axolotl_ivon import IVONLoRA, attach, effective_sample_size
 from axolotl_ivon.errors import IVONError
 from axolotl_ivon.optim.kernels.base import ESS_CEILING
 from axolotl_ivon.settings.keys import DEFAULTS, IVONArgs, attach_parameters
-from axolotl_ivon.settings.presets import PRESETS, resolved, usual_rate
+from axolotl_ivon.settings.presets import PRESETS, passes, resolved, usual_rate
 from axolotl_ivon.settings.table import PAPER, SETTINGS, header_of
 
 
@@ -130,11 +131,18 @@ def test_the_step_is_adamw_s_in_runs_of_any_length(
 def test_the_usual_rate_is_lower_the_wider_a_model_is(kind: str, width: int, rate: float) -> None:
     """LoRA Without Regret has 5e-4·(2000/width)^power, with 0.781 for Llama and 0.0775 for Qwen: this is 0.38 of it."""
     config = SimpleNamespace(model_type=kind, hidden_size=width)
-    assert usual_rate(config, 5.1) == usual_rate(config, 100.0) == rate
-    assert usual_rate(config, 5.0) == usual_rate(config, 0.0) == 2 * rate  # where there is little to overfit
+    assert usual_rate(config, 5.1) == usual_rate(config, 100.0) == usual_rate(config, 0.0) == rate
+    assert usual_rate(config, 5.0) == usual_rate(config, 0.1) == 2 * rate  # where there is little to overfit
     published = {power: 5e-4 * (2000 / max(width, 512)) ** power for power in (0.781, 0.0775)}
     own = {"llama": [0.781], "qwen2": [0.0775], "qwen3_moe": [0.0775]}.get(kind, list(published))
     assert rate == pytest.approx(0.38 * min(published[power] for power in own), rel=0.03)
+
+
+@given(size=st.integers(1, 5000), batch=st.integers(1, 64), epochs=st.integers(1, 40))
+def test_whole_epochs_are_as_many_passes_however_small_the_last_batch(size: int, batch: int, epochs: int) -> None:
+    loader = math.ceil(size / batch)
+    assert passes(epochs * loader, size, batch) == epochs  # as a Trainer counts
+    assert passes(math.ceil(epochs * size / batch), size, batch) <= epochs  # and no more as axolotl does
 
 
 def test_the_width_is_that_of_the_text_model_and_may_be_unknown() -> None:

@@ -101,6 +101,7 @@ def test_a_t_far_above_1_says_that_the_run_was_too_long(
         ({}, 2e-4, "a learning_rate of 0.00055, which is usual for this model, or more steps"),
         ({}, 6e-4, "a higher learning_rate, or more steps"),
         ({}, 0.0, "a higher learning_rate, or more steps"),  # than the usual one
+        ({}, 5.5e-4, "a higher learning_rate, or more steps"),
         ({"direction": "newton"}, 2e-4, "a higher learning_rate, or more steps"),
         ({"preset": "paper"}, 2e-4, "a higher learning_rate, or more steps"),
     ],
@@ -109,9 +110,9 @@ def test_who_has_more_to_learn_is_told_the_usual_rate(settings: Any, rate: float
     unsure = SimpleNamespace(
         tau=math.inf, temperature=0.6, mean_reported_on=SimpleNamespace(nll=0.5), reported_on=SimpleNamespace(nll=0.4)
     )
-    run = attached(settings, learning_rate=rate).posterior_training
-    run.trainer.state.epoch = 9.0
-    advice = _advice(unsure, run)
+    trainer = attached(settings, learning_rate=rate)
+    trainer.create_optimizer_and_scheduler(60)  # of 24 examples: more than five epochs
+    advice = _advice(unsure, trainer.posterior_training)
     assert advice == f"; so low a T means that there is more to learn: try {words}"
 
 

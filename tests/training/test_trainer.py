@@ -203,6 +203,38 @@ def test_a_run_with_a_preset_resumes_at_the_same_rates(
     assert (f"the checkpoint's learning_rate {ends[0][1]:.3g}, not at" in caplog.text) is (direction == "newton")
 
 
+@pytest.mark.parametrize(("rate", "usual"), [(1e-3, " (0.0011 is usual for this model)"), (1.1e-3, ""), (2e-3, "")])
+def test_a_lower_rate_than_the_usual_one_is_told_of(
+    rate: float, usual: str, trained: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    trained(learning_rate=rate)
+    assert f"as a learning_rate of {rate:g} is the most that a step may move{usual}, steps by Adam" in caplog.text
+
+
+@pytest.mark.parametrize("steps", [5, 6])
+def test_epochs_are_counted_where_lambda_is_given_too(steps: int, trained: Any) -> None:
+    """Of 24 examples in batches of 20, of which an epoch has two: three epochs and more; and of streamed ones."""
+    few = trained({"ess": 1e6}, learning_rate=0.0, max_steps=2 * steps, per_device_train_batch_size=20)
+    assert few.args.learning_rate * 0.01 == pytest.approx(1.1e-3 if steps == 5 else 5.5e-4)
+
+
+def test_of_streamed_data_the_lower_rate_is_usual(made: Any) -> None:
+    trainer = made(learning_rate=0.0)
+    trainer.train_dataset = iter(())
+    attach(trainer, ess=1e6)
+    trainer.create_optimizer_and_scheduler(6)
+    assert trainer.args.learning_rate * 0.01 == pytest.approx(5.5e-4)
+
+
+def test_a_resumed_run_says_the_rate_that_it_keeps(trained: Any, tmp_path: Path) -> None:
+    """Of six steps an epoch; a run of more than five has a lower rate."""
+    trained(learning_rate=0.0, max_steps=6, save_steps=3)
+    resumed = trained(learning_rate=0.0, max_steps=60, save_steps=60, resume=tmp_path / "checkpoint-3")
+    assert resumed.lr_scheduler.base_lrs[0] * 0.01 == pytest.approx(1.1e-3)
+    assert Posterior.from_pretrained(tmp_path / "checkpoint-60").metadata["learning_rate"] == "0.0011"
+
+
 def test_the_usual_rate_follows_from_the_epochs_in_any_schedule(trained: Any, tmp_path: Path) -> None:
     spy, least = Rates(), {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-4}}
     trainer = trained(callbacks=[spy], learning_rate=0.0, **least)
