@@ -28,6 +28,18 @@ def test_an_earlier_adapter_that_attach_refuses_has_a_key(make_adapter: Any, tin
     assert trainer.posterior_training.settings["prior_strength"] == 0.5
 
 
+@pytest.mark.parametrize(("max_steps", "rate"), [(None, 5.5e-4), (-1, 5.5e-4), (6, 1.1e-3)])
+def test_epochs_are_axolotl_s_where_it_counts_the_steps(
+    max_steps: int | None, rate: float, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """As of packed rows, nine times which 24 examples are seen in the six steps that the Trainer is given."""
+    cfg = DictDefault({**BASE, "learning_rate": 0.0, "num_epochs": 9, "max_steps": max_steps})
+    trainer = make_trainer(tiny_llama, tmp_path, learning_rate=0.0, max_steps=6)
+    IVONLoRAPlugin().post_trainer_create(cfg, trainer)
+    trainer.create_optimizer_and_scheduler(6)
+    assert trainer.args.learning_rate * 0.01 == pytest.approx(rate)
+
+
 def test_the_library_logs_at_axolotl_s_level() -> None:
     ours = logging.getLogger("axolotl_ivon")
     ours.setLevel(logging.NOTSET)
