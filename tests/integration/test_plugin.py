@@ -30,15 +30,27 @@ def straight_run(make_config: Any) -> Path:
     rate = {"learning_rate": None, "warmup_steps": 2, "lr_scheduler": "cosine"}
     config = make_config("straight", ivon_clip="1e-2", dataset_num_proc=None, **rate)
     result = trained(config)
-    # On the log's level of axolotl, after its own last word.
-    _, saved, last = result.stdout.partition("Model successfully saved to straight")
-    assert saved
-    words = ("the weights", "σ has begun to be", "next: `ivon-post check straight", "not calibrated: there are no")
-    for line, expected in zip(last.strip().splitlines()[-4:], words, strict=True):
-        assert expected in line
-    told = "α 0.11, as a learning_rate of 0.0011 is usual for this model, and none is given"
-    assert told in result.stdout + result.stderr
+    config.with_suffix(".log").write_text(result.stdout + result.stderr)
     return config.with_suffix("")
+
+
+def test_the_log_ends_with_what_was_learned_and_with_what_to_do_next(straight_run: Path) -> None:
+    log = straight_run.with_suffix(".log").read_text()
+    assert "α 0.11, as a learning_rate of 0.0011 is usual for this model, and none is given" in log
+    # On the log's level of axolotl, after its own last word.
+    _, saved, last = log.partition("Model successfully saved to straight")
+    assert saved
+    lines = [line for line in last.splitlines() if "axolotl_ivon" in line][-4:]
+    words = ("the weights moved", "within a tensor it differs by", "next: `ivon-post check straight", "not calibrated")
+    for line, expected in zip(lines, words, strict=True):
+        assert expected in line
+    sigmas = list(Posterior.from_pretrained(straight_run).sigma.values())
+    weights = sum(sigma.numel() for sigma in sigmas)
+    spread = sum(sigma.double().log().std(correction=0).item() * sigma.numel() for sigma in sigmas) / weights
+    # axolotl does not seed the initialization of a new adapter: the spread falls on either side of 10 %.
+    verdict, told = re.findall(r"σ (was|has begun to be) learned: .* differs by ([\d.]+)%", lines[1])[0]
+    assert float(told) / 100 == pytest.approx(spread, abs=6e-4)
+    assert verdict == ("was" if float(told) >= 10 else "has begun to be") or told == "10.0"
 
 
 def test_one_yaml_line_gives_a_posterior_and_a_log_of_it(straight_run: Path, tiny_llama: Path) -> None:
