@@ -53,6 +53,7 @@ from axolotl_ivon.metrics.auroc import auroc
 from axolotl_ivon.metrics.selective import RiskCoverage
 from axolotl_ivon.models.draws import AdapterSlots
 from axolotl_ivon.plots.scaling import scaling
+from axolotl_ivon.settings.presets import passes, usual_rate
 
 from . import evaluation
 from .fidelity import qwen
@@ -119,8 +120,7 @@ class Suite:
 
     Attributes:
         sizes: of the three sets of problems.
-        lrs: AdamW's rate is the one of these with the lowest validation loss; auto has the same.
-        travel: of auto by signs, in place of AdamW's rate.
+        lrs: AdamW's rate is the one of these with the lowest validation loss; auto has the one that it takes by itself.
         counts: the numbers of outputs per problem, the largest last; each doubles the one before.
         per_model: outputs of each draw.
         temperatures, taus: among which the validation problems choose.
@@ -138,7 +138,6 @@ class Suite:
     steps: int = 375  # 6 epochs
     batch: int = 16
     lrs: Sequence[float] = (2e-4, 5e-4, 1e-3)
-    travel: float | None = None
     counts: Sequence[int] = (8, 16, 32, 64, 128)
     per_model: int = 8
     temperatures: Sequence[float] = (0.5, 0.7, 1.0)
@@ -169,8 +168,9 @@ SMALL = Suite(
 )
 SUITES = {
     QUICK: SMALL,
+    "many": replace(SMALL, methods=SMALL.methods[:4], counts=(8, 16, 32, 64, 128), per_model=8),
     # 16 epochs, in which AdamW begins to overfit
-    "longer": replace(SMALL, methods=SMALL.methods[:4], steps=500, lrs=(2e-4, 1e-3), travel=0.125),
+    "longer": replace(SMALL, methods=SMALL.methods[:4], steps=500, lrs=(2e-4, 5e-4, 1e-3)),
     "sums": Suite(SMOLLM2, "sums", list(METHODS), max_tokens=40),
     "words": Suite(qwen.NAME, "words", list(METHODS)),
     "words-all": Suite(qwen.NAME, "words", list(METHODS), rank=16, targets=LINEAR),
@@ -325,11 +325,13 @@ class Solver:
         self.session = make_session(self.model.peft, self.tokenizer)
 
     def settings(self, optimizer: str, seed: int, lr: float) -> dict[str, Any]:
-        """Return what a run depends on."""
+        """Return what a run depends on; `lr` is AdamW's."""
+        from transformers import AutoConfig
+
         suite = self.suite
-        pace = {"lr": lr} if suite.travel is None else {"travel": suite.travel}
-        trainers = {"adamw": {"trainer": "adamw", "lr": lr}, "auto": {"trainer": "ivon-auto", **pace}}
         size = suite.sizes[0]
+        usual = usual_rate(AutoConfig.from_pretrained(self.folder), passes(suite.steps, size, suite.batch))
+        trainers = {"adamw": {"trainer": "adamw", "lr": lr}, "auto": {"trainer": "ivon-auto", "lr": usual}}
         return {
             **trainers.get(optimizer, {**PAPER, "weight": PAPER_ESS / size}),
             **{name: getattr(suite, name) for name in ("model", "task", "rank", "targets", "steps", "batch")},
@@ -539,7 +541,8 @@ class Experiment:
         """Return the record."""
         solver, suite = self.solver, self.solver.suite
         tau, temperature = self.tune()
-        facts = solver.trained(solver.settings(self.method.optimizer, self.seed, self.lr))[1]
+        settings = solver.settings(self.method.optimizer, self.seed, self.lr)
+        facts = solver.trained(settings)[1]
         begun = time.process_time()
         nbests = self.outputs("test", suite.counts[-1], tau, temperature)
         seconds = time.process_time() - begun
@@ -547,7 +550,7 @@ class Experiment:
         return {
             "method": self.name,
             "seed": self.seed,
-            "lr": self.lr,
+            "lr": settings["lr"],
             "tau": tau,
             "temperature": temperature,
             "train_seconds": round(facts["train_seconds"]),
