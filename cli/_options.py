@@ -7,7 +7,7 @@ import functools
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -273,6 +273,11 @@ class PosteriorOptions:
         tau, ratio = tau if self.tau is None else self.tau, ratio if self.ratio is None else self.ratio
         check_tau(tau)
         Pruning(ratio)
+        if taken and (tau, ratio) != (taken.tau, taken.ratio):
+            plain = DecisionRule(by_length=rule.by_length)
+            if rule != replace(plain, mean_confidence=rule.mean_confidence):
+                terminal.note(f"{taken.path.name} is for {taken.describe()}: T, threshold and sets are left out")
+            rule = plain
         return Setting(tau, ratio, rule, taken, taken is not None and taken.is_mean and self.tau is None)
 
 

@@ -175,7 +175,7 @@ def _recommended(path: str, sources: Mapping[str, dict[str, Any] | None], progre
         )
     for label, source in sources.items():
         adapter = source and source["mean_sha256"]
-        if adapter and recommendation.mean_sha256 not in (None, adapter):
+        if source and adapter and recommendation.mean_sha256 not in (None, adapter, source.get("unpruned_sha256")):
             raise IVONError(f"--recommended {path} was chosen for another adapter than {label} was generated with")
     if recommendation.score != "agreement":
         progress.notify(options.OTHER_CONFIDENCE)

@@ -121,6 +121,8 @@ def command(
         rule = replace(rule, threshold=threshold, score="probability")
     if coverage is not None and (rule.prediction_set is None or rule.prediction_set.coverage != coverage):
         fix = f"run `ivon-post sweep --coverage {coverage:g}`, and give its file with --recommended"
+        if samples and setting.recommended:
+            fix = f"leave --samples out, as sets are of what is recommended; or {fix}"
         raise IVONError(f"--set {coverage:g}: there are no sets of that coverage; {fix}")
     if coverage is None:
         rule = replace(rule, prediction_set=None)

@@ -181,6 +181,8 @@ def _choices(posterior: Posterior, given: Sequence[str] | None) -> tuple[str, ..
                 f"{param_ref('choices')}: the adapter has a classification head with labels of its own; leave it out"
             )
         return ()
+    if isinstance(given, str) or not all(isinstance(choice, str) for choice in given or ()):
+        raise IVONError(f"{param_ref('choices')}: {given!r} is no list of strings; give one, as ['A', 'B']")
     choices = trained_choices(posterior.metadata) if given is None else tuple(given)
     if not choices:
         raise IVONError(

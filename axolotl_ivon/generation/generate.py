@@ -13,8 +13,8 @@ from typing import Any
 from ..data.chats import Example
 from ..data.encode import ChatFormat, render
 from ..metrics.selective import is_below
-from ..models.session import Loading, Session, load_tokenizer
-from ..posterior.adapter import mean_sha256
+from ..models.session import Loading, Session, check_writes, load_tokenizer
+from ..posterior.adapter import UNPRUNED, mean_sha256
 from ..posterior.posterior import Posterior, open_posterior
 from ..reporter import SILENT, Reporter
 from ..storage.format import find_base_model
@@ -48,10 +48,12 @@ def loaded_draws(
 ) -> Source:
     """Return draws from the posterior of an adapter (a folder or Hub id), which is to be loaded here.
 
-    An adapter that cannot be read, has no σ where the plan draws, or names no base model is an IVONError.
+    An adapter that cannot be read, writes no text, has no σ where the plan draws, or names no base model is an
+    IVONError.
     """
     mean_only = plan.mean and not prune_ratio
     posterior = open_posterior(adapter, mean_only=True) if mean_only else Posterior.from_pretrained(adapter)
+    check_writes(posterior)
     posterior = posterior.prune(prune_ratio).temper(tau)
     assert posterior.folder is not None, "it was read from a folder"
     base_model = find_base_model(posterior.config, posterior.folder, loading.base_model)
@@ -71,6 +73,8 @@ def loaded_draws(
         "tau": "inf" if plan.mean or math.isinf(posterior.tau) else posterior.tau,
         "prune_ratio": prune_ratio,
     }
+    if UNPRUNED in posterior.metadata:
+        settings[UNPRUNED] = posterior.metadata[UNPRUNED]
     chat_format = ChatFormat.of(posterior.metadata, loading.chat_template_kwargs)
     return Source(plan, posterior.folder, posterior.folder, base_model, settings, start, chat_format)
 

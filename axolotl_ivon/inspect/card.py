@@ -147,7 +147,7 @@ def _setup(row: VariantResult, evaluation: EvaluationRecord) -> str:
     """Return how the predictions of a row were made."""
     setup = row.name
     if row.name.startswith("posterior"):
-        setup += f": average over {row.samples} draws at τ {evaluation.tau}"
+        setup += f": average over {row.samples} draws at τ {evaluation.tau:g}"
     return setup + (f", pruned {evaluation.prune_ratio}" if "pruned" in row.name else "")
 
 

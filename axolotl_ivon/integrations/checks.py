@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..errors import IVONError
+from ..posterior.adapter import Adapter
 from ..posterior.chain import check_prior
 from ..settings.keys import DEFAULTS, FULL_WEIGHTS, check_rollouts, check_values, prior_folder, sends_adapters
 from ..settings.presets import Preset, resolved
@@ -98,9 +99,21 @@ def _check_prior(cfg: Mapping[str, Any], folder: str) -> None:
         raise IVONError(f"ivon_h0: {cfg['ivon_h0']} has no effect with {named}, whose σ it begins with; remove it")
     if cfg.get("ivon_rescale_lr"):
         raise IVONError(f"ivon_rescale_lr: true does not go with {named}; remove it")
-    # With lora_model_dir the adapter is the one that is saved there, whatever the YAML says.
-    keys = {} if begin else {"r": "lora_r", "lora_alpha": "lora_alpha"}
-    check_prior(folder, {name: int(number(cfg, key)) for name, key in keys.items() if cfg.get(key) is not None})
+    if begin:  # the adapter is the one that is saved there, whatever the YAML says
+        check_prior(folder, {})
+        return
+    numbers = {"r": "lora_r", "lora_alpha": "lora_alpha"}
+    config: dict[str, Any] = {name: int(number(cfg, key)) for name, key in numbers.items() if cfg.get(key) is not None}
+    for name, key in {"use_dora": "peft_use_dora", "use_rslora": "peft_use_rslora"}.items():
+        config[name] = bool(cfg.get(key))
+    for name in ("rank_pattern", "alpha_pattern"):
+        config[name] = cfg.get(f"lora_{name}") or {}
+    check_prior(folder, {**config, "base_model_name_or_path": cfg.get("base_model")})
+    targets, held = cfg.get("lora_target_modules"), Adapter(folder).config.get("target_modules")
+    if isinstance(targets, list) and isinstance(held, list) and not cfg.get("lora_target_linear"):
+        own, other = (", ".join(sorted({*map(str, names)})) for names in (held, targets))
+        if own != other:
+            raise IVONError(f"{named} is on {own} and this adapter on {other}; set lora_target_modules: [{own}]")
 
 
 def _check_other_keys(cfg: Mapping[str, Any], known: Collection[str]) -> None:

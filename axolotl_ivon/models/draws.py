@@ -89,10 +89,12 @@ def draws(posterior: Posterior, model: PeftModel, n: int = 10, seed: int = 0) ->
     the model's mode and `requires_grad` stay.
 
     Raises:
-        IVONError: `n` is not positive, or the model, a PeftModel, does not fit the posterior.
+        IVONError: `n` is not positive, the model is no PeftModel with its adapter active and unmerged, or it does not
+            fit the posterior.
     """
     if n < 1:
         raise IVONError(f"{param_ref('n')} {n} is not a number of draws; 10 is usual")
+    _check_active(model)
     slots = AdapterSlots(model)
     slots.check(posterior.mean)
 
@@ -103,6 +105,23 @@ def draws(posterior: Posterior, model: PeftModel, n: int = 10, seed: int = 0) ->
 
     with slots.loaded(posterior.mean):
         yield members()
+
+
+def _check_active(model: PeftModel) -> None:
+    """Refuse a model whose forward pass does not read the adapter that draws are written into."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, PeftModel):
+        raise IVONError(f"the model, a {type(model).__name__}, is no PeftModel; load the adapter into it")
+    active = model.active_adapters
+    if active != ["default"]:
+        raise IVONError(
+            f"the model's active adapter is {', '.join(active)}, and draws go into the one that PEFT calls default: "
+            "load the adapter without a name, and set_adapter('default')"
+        )
+    if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
+        raise IVONError("the model's adapter is merged into it; call unmerge_adapter() first")
 
 
 class Prediction(NamedTuple):

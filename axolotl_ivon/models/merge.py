@@ -66,6 +66,7 @@ def merge(
         slots.write(tensors)
         if adapter.config.get("layer_replication"):
             _own_weights(model.get_base_model())
+        _untie(model.get_base_model())
         try:
             merged = model.merge_and_unload(safe_merge=True)
         except (RuntimeError, ValueError) as error:  # NaN in a merged weight, or a kind of layer that cannot be merged
@@ -97,6 +98,21 @@ def _own_weights(model: Any) -> None:
             if id(parameter) in seen and id(module) not in tied:
                 setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
             seen.add(id(parameter))
+
+
+def _untie(model: Any) -> None:
+    """Give the head weights of its own, where it shares those of the embeddings and an update is added to either."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    adapted = any(isinstance(module, BaseTunerLayer) for module in (embeddings, head))
+    if not adapted or head is None or head.weight is not embeddings.weight:
+        return
+    layer: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
 
 
 def check_merge(adapter: Adapter, loading: Loading = Loading()) -> str:

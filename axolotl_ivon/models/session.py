@@ -216,6 +216,14 @@ def has_head(adapter: Adapter | Posterior) -> bool:
     return bool(adapter.config.get("task_type") == "SEQ_CLS")
 
 
+def check_writes(adapter: Adapter | Posterior) -> None:
+    """Raise IVONError if an adapter cannot write text: it has a classification head."""
+    if has_head(adapter):
+        raise IVONError(
+            f"{adapter.folder} has a classification head and writes no text; `ivon-post predict` labels texts with it"
+        )
+
+
 def pick_device(device: str = "auto") -> torch.device:
     """Return the named device, or for "auto" the machine's accelerator if it has one, else the CPU."""
     import torch
@@ -285,6 +293,8 @@ def load_model(adapter: str | Path, loading: Loading = Loading(), *, classify: b
         with warnings.catch_warnings():
             # PEFT only warns of keys that it misses; `AdapterSlots.check`, which callers run, refuses them.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            # `merge` unties them.
+            warnings.filterwarnings("ignore", message="Model (with|has) `tie_word_embeddings=True`")
             model = PeftModel.from_pretrained(base, str(adapter), torch_device=str(place))
     except Exception as error:  # a wrong value in the configuration can make PEFT raise anything
         raise IVONError(

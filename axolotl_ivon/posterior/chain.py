@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import IVONError, param_ref
@@ -22,6 +23,7 @@ PRIOR_KEYS = ("prior", PRIOR_SHA256, "prior_strength", CHAIN, CHAIN_SIZE)
 MEANING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
 # The plugin's YAML keys of some of them.
 _KEYS = {"r": "lora_r", "use_rslora": "peft_use_rslora", "use_dora": "peft_use_dora"}
+_KEYS |= {name: f"lora_{name}" for name in ("rank_pattern", "alpha_pattern", "fan_in_fan_out")}
 
 
 class Link(NamedTuple):
@@ -146,8 +148,8 @@ def check_prior(prior: str | Posterior, config: Mapping[str, Any]) -> None:
         config: the keys of adapter_config.json that are known of the adapter to be trained; only these are compared.
 
     Raises:
-        IVONError: there is no such adapter, it has no σ, it was pruned, its τ is infinite, or it has another rank or
-            scaling.
+        IVONError: there is no such adapter, it has no σ, it was pruned, its τ is infinite, or it is over another base
+            model, or has another rank or scaling.
     """
     held: Adapter | Posterior
     if isinstance(prior, str):
@@ -167,6 +169,9 @@ def check_prior(prior: str | Posterior, config: Mapping[str, Any]) -> None:
         raise IVONError(f"{named} is pruned, and what is 0 would stay 0: give the adapter as it was before")
     if math.isinf(header_number(header, "tau")):
         raise IVONError(f"{named} has tau inf, so it has no width: give the adapter as it was before")
+    bases = [PurePath(str(x.get("base_model_name_or_path"))).name for x in (held.config, config)]
+    if bases[0] != bases[1] and "None" not in bases:
+        raise IVONError(f"{named} is over {bases[0]} and this adapter over {bases[1]}; give a posterior over that")
     for key in MEANING:
         own, other = held.config.get(key), config.get(key)
         if held.config and key in config and (own or None) != (other or None):

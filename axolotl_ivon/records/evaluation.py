@@ -139,7 +139,7 @@ class EvaluationRecord(Record):
         pruned = self.prune_ratio and any(
             row.name.startswith(("recommended", "mean-", "posterior-")) for row in self.rows
         )
-        return f"{self.samples} draws at τ {self.tau}" + (f", pruning ratio {self.prune_ratio:g}" if pruned else "")
+        return f"{self.samples} draws at τ {self.tau:g}" + (f", pruning ratio {self.prune_ratio:g}" if pruned else "")
 
     @property
     def files(self) -> list[str]:

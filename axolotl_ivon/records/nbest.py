@@ -40,12 +40,14 @@ class NBestSettings(Record):
 
     ensemble: EnsembleSource | None = None  # with an endpoint
     adapter: str | None = None  # the fingerprint (`mean_sha256`) of its mean
+    unpruned_sha256: str | None = None  # and that of the adapter that it was pruned from
     tau: Tau = 1.0
     prune_ratio: float = 0.0
 
     @property
     def source(self) -> dict[str, Any]:
-        """What the outputs were drawn from: `tau`, `ratio`, and where it is known `mean_sha256`."""
+        """What the outputs were drawn from: `tau`, `ratio`, `mean_sha256` and `unpruned_sha256`, as far as known."""
         if self.ensemble:
             return {"tau": self.ensemble.tau, "ratio": self.ensemble.pruned_ratio, "mean_sha256": None}
-        return {"tau": self.tau, "ratio": self.prune_ratio, "mean_sha256": self.adapter}
+        known = {"unpruned_sha256": self.unpruned_sha256} if self.unpruned_sha256 else {}
+        return {"tau": self.tau, "ratio": self.prune_ratio, "mean_sha256": self.adapter, **known}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import IVONError, param_ref
-from ..models.session import Loading, Session, load_tokenizer
+from ..models.session import Loading, Session, check_writes, load_tokenizer
 from ..reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def local_backend(
     name = served_name(name, drawing.adapter)
     posterior = Posterior.from_pretrained(drawing.adapter)
     posterior = posterior.prune(drawing.prune_ratio).temper(drawing.tau)
+    check_writes(posterior)
     session = Session.open(posterior, loading, reporter)
     from ..data.chats import trained_choices
     from .api.prompts import PromptReader

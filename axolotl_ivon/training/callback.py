@@ -124,8 +124,10 @@ class PosteriorTraining(TrainerCallback):
         self.resumed = header
         self.header = {**self.header, **{name: header[name] for name in (RUN_IDS,) if name in header}}
 
-    def identify(self, loss: Tensor) -> None:
-        """Take an id for the run: a digest of its numbers and of its first loss, so only its repetition has the same.
+    def identify(self, loss: Tensor, batch: Any) -> None:
+        """Take an id for the run: a digest of its numbers and of its first loss and batch.
+
+        So only its repetition has the same. (The loss alone is 0 in GRPO where all rewards are equal.)
 
         By it `combine` knows all that is made of the run. A resumed run has that of its checkpoint.
         """
@@ -134,7 +136,9 @@ class PosteriorTraining(TrainerCallback):
         values = {**self.trainer.args.to_dict(), **self.settings, "loss": float(loss.detach())}
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         identity = json.dumps([numbers, self.header.get("train_size")], sort_keys=True)
-        self.header = {**self.header, RUN_IDS: hashlib.sha256(identity.encode()).hexdigest()[:16]}
+        digest = hashlib.sha256(identity.encode())
+        _add(digest, batch)
+        self.header = {**self.header, RUN_IDS: digest.hexdigest()[:16]}
 
     def log_settings(self, steps: int) -> None:
         """Log the settings of the run in one line, and where they are from."""
@@ -316,3 +320,16 @@ def _some(values: Tensor) -> Tensor:
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained, by their names in the model."""
     return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def _add(digest: Any, batch: Any) -> None:
+    """Add texts, whole numbers and token ids of a batch, however nested, to a digest of hashlib."""
+    if isinstance(batch, Mapping):
+        batch = [part for name in sorted(batch, key=str) for part in (name, batch[name])]
+    if isinstance(batch, (list, tuple)):
+        for part in batch:
+            _add(digest, part)
+    elif isinstance(batch, Tensor) and not batch.is_floating_point():
+        digest.update(batch.detach().cpu().numpy().tobytes())
+    elif isinstance(batch, (str, int)):
+        digest.update(str(batch).encode())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import PurePath
 
 import torch
 from peft import PeftModel
@@ -35,9 +34,6 @@ def gaussian_prior(
     if others:
         raise IVONError(f"{named} is for one adapter, and {len(others) + 1} of the model are trained: train one")
     config = model.peft_config[adapter].to_dict()
-    bases = [PurePath(str(x.get("base_model_name_or_path"))).name for x in (prior.config, config)]
-    if bases[0] != bases[1] and "None" not in bases:
-        raise IVONError(f"{named} is over {bases[0]} and this adapter over {bases[1]}; give a posterior over that")
     check_prior(prior, config)
     keys = weights_in_file(model, adapter, names)
     trained, held = set(keys), {key for key in prior.mean if prior.sigma.raw(key).any()}

@@ -84,11 +84,12 @@ class PosteriorTrainerMixin(Trainer):
         """Run one forward and backward pass at a draw."""
         run = self.posterior_training
         context = plugin_manager().hook.sampling_context(trainer=self, optimizer=run.optimizer)
-        run.count_losses(args[0] if args else kwargs["inputs"])
+        batch = args[0] if args else kwargs["inputs"]
+        run.count_losses(batch)
         averaged_later = run.per_rank and isinstance(model, DistributedDataParallel)
         with context, model.no_sync() if averaged_later else nullcontext():  # type: ignore[operator]
             loss = super().training_step(model, *args, **kwargs)
-            run.identify(loss)
+            run.identify(loss, batch)
             if run.adapter is not None and not run.per_rank:
                 average(agree_on_gradients(list(run.params.values())))
             return loss

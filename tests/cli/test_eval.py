@@ -67,7 +67,7 @@ def test_the_table_has_every_row_and_progress_is_on_stderr(
         assert sum(line.split()[:1] == [name] for line in lines) == (3 if name in rows else 0)
     assert sum("chats.jsonl (12)" in line for line in lines) == 3
     assert lines[-1].startswith("12 examples are too few to tell 2 draws from the mean: NLL ")
-    assert lines[0].rstrip().endswith(f"2 draws at τ 1.0{ratio}")
+    assert lines[0].rstrip().endswith(f"2 draws at τ 1{ratio}")
     assert "evaluating" in result.stderr
     assert "evaluating" not in result.stdout
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from command_line import Cli
 from pipeline import Pipeline
+from tiny import build_classifier, with_sigma
 
 from axolotl_ivon.generation import local
 
@@ -67,6 +68,17 @@ def test_a_line_has_a_confidence_and_may_abstain(ivon_post: Cli, pipeline: Pipel
     assert again.stderr == ""
     refusal = ivon_post.error(*command, "--tau", 0.5, "--prune-ratio", 0.3, "-q")
     assert "made with abstain [0.3, 1.5], not None" in refusal
+
+
+def test_a_classifier_writes_no_text(ivon_post: Cli, pipeline: Pipeline, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = with_sigma(build_classifier(tiny_llama, tmp_path / "head"))
+    for words in (["generate", folder, "-p", pipeline.chats, *SMALL, "-o", tmp_path / "x.jsonl"], ["serve", folder]):
+        line = ivon_post.error(*words)
+        assert (
+            line
+            == f"Error: {folder} has a classification head and writes no text; `ivon-post predict` labels texts with it"
+        )
+    assert not list(tmp_path.glob("x.jsonl*"))
 
 
 def test_the_engine_gets_ratio_and_tau(ivon_post: Cli, pipeline: Pipeline, plain_adapter: Path, tmp_path: Path) -> None:

@@ -75,6 +75,18 @@ def test_outputs_without_an_answer_or_a_reference(ivon_post: Cli, files: list[Pa
     assert ivon_post.json("mbr", path, "--overwrite")["accuracy"] is None
 
 
+def test_a_recommendation_for_the_adapter_before_it_was_pruned_is_taken(ivon_post: Cli, tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", [["1", "1", "2"]], ["1"])
+    chosen = tmp_path / "recommended.json"
+    chosen.write_text('{"tau": 1, "ratio": 0.1, "threshold": 0.5, "score": "agreement", "mean_sha256": "whole"}')
+    made = {"adapter": "pruned", "unpruned_sha256": "whole"}
+    Path(f"{path}.settings.json").write_text(json.dumps(made))
+    document = ivon_post.json("mbr", path, "--recommended", chosen, "-o", tmp_path / "out")
+    assert document["results"][0]["coverage"] == 1.0
+    Path(f"{path}.settings.json").write_text(json.dumps({**made, "unpruned_sha256": "other"}))
+    assert "was chosen for another adapter" in ivon_post.error("mbr", path, "--recommended", chosen)
+
+
 def sure(path: Path, count: int) -> Path:
     """Write prompts of 8 outputs, 5 to 8 of them equal, whose choice is wrong one time in 4 if 5 agree, else never."""
     answers = [["1"] * (5 + i % 4) + ["2"] * (3 - i % 4) for i in range(count)]

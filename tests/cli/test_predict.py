@@ -117,6 +117,24 @@ def test_the_adapters_own_recommendation_is_taken_unless_draws_are_asked_for(
     assert "recommended.json" not in drawn.stderr
 
 
+def test_temperature_and_threshold_are_of_what_they_were_chosen_for(
+    tiny_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli
+) -> None:
+    path = tmp_path / "chosen.json"
+    path.write_text('{"tau": 4.0, "ratio": 0.0, "temperature": 2.0, "threshold": 0.4}')
+    given = ["predict", tiny_adapter, "--choices", ",".join(LABELS), "--data", data, "-n", 2]
+    plain = ivon_post(*given, "--tau", 1)
+    other = ivon_post.done(*given, "--recommended", path, "--tau", 1)
+    assert other.stdout == plain
+    left = (
+        "chosen.json is for draws at τ 4 with T 2, abstaining below confidence 0.4: T, threshold and sets are left out"
+    )
+    assert left in other.stderr
+    same = ivon_post.done(*given, "--recommended", path, "--tau", 4)
+    assert same.stdout == ivon_post(*given, "--recommended", path) != ivon_post(*given, "--tau", 4)
+    assert "left out" not in same.stderr
+
+
 def test_sets_are_those_that_a_sweep_has_found(tiny_adapter: Path, tmp_path: Path, ivon_post: Cli) -> None:
     chats = write_chats(tmp_path / "chats.jsonl", 40)
     grid = ["--tau", "1,inf", "--ratio", 0, "-n", 2]
@@ -130,6 +148,11 @@ def test_sets_are_those_that_a_sweep_has_found(tiny_adapter: Path, tmp_path: Pat
         assert set(line["set"]) == {*inside, line["label"]}
     assert {len(line["set"]) for line in lines} <= {1, 2}
     assert "there are no sets of that coverage" in ivon_post.run(*given, "--set", 0.8).stderr.splitlines()[-1]
+    Path(swept["files"][0]).write_text(
+        json.dumps({**json.loads(Path(swept["files"][0]).read_text()), "tau": "inf", "draws": None})
+    )
+    refusal = ivon_post.run(*given, "--set", 0.9, "-n", 2).stderr.splitlines()[-1]
+    assert "--set 0.9: there are no sets of that coverage; leave --samples out" in refusal
     assert "set" not in json.loads(ivon_post(*given, "--limit", 1))
 
 

@@ -111,6 +111,8 @@ def test_the_labels_are_those_of_training_or_of_the_head(
     [
         (["x"], {}, r"does not say which answers its training data had; name the labels with choices A,B"),
         (["x"], {"choices": ["A", ""]}, "choices A,: give at least two different, non-empty strings"),
+        (["x"], {"choices": "A,B"}, r"choices: 'A,B' is no list of strings; give one, as \['A', 'B'\]"),
+        (["x"], {"choices": [1, 2]}, r"choices: \[1, 2\] is no list of strings"),
         (["x"], {"choices": ["A", "B"], "threshold": 2}, r"threshold 2 is outside \[0, 1\]"),
         (["x", " "], {"choices": ["A", "B"]}, "text:2: no user turn with a text; add the question"),
         ("x", {"choices": ["A", "B"]}, "texts: 'x' is one text; give a list of them"),

@@ -80,7 +80,7 @@ def test_results_are_there_with_their_errors(folder: Path, write: Callable[..., 
     results = load(folder).data.eval_results
     values = {(r.metric_type, r.metric_name): r.metric_value for r in results}
     assert values["accuracy", "accuracy, mean (ivon-post eval)"] == 0.875
-    assert values["nll", "nll, posterior: average over 10 draws at τ 1.0 (ivon-post eval)"] == 0.3
+    assert values["nll", "nll, posterior: average over 10 draws at τ 1 (ivon-post eval)"] == 0.3
     assert {(r.task_type, r.dataset_name) for r in results} == {("multiple-choice", "test.jsonl")}
 
     from huggingface_hub import parse_eval_result_entries
@@ -88,7 +88,7 @@ def test_results_are_there_with_their_errors(folder: Path, write: Callable[..., 
     assert [path.name for path in yamls] == ["ivon-mean.yaml", "ivon-posterior.yaml"]
     [entry] = parse_eval_result_entries(yaml.safe_load(yamls[1].read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("test", "default", 90.0)
-    assert entry.notes == "accuracy in %, posterior: average over 10 draws at τ 1.0"
+    assert entry.notes == "accuracy in %, posterior: average over 10 draws at τ 1"
     changed = {name for name, content in files(folder).items() if content != before.get(name)}
     assert changed == {"README.md", ".eval_results/ivon-mean.yaml", ".eval_results/ivon-posterior.yaml"}
 

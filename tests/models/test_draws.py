@@ -155,6 +155,31 @@ def test_a_model_that_does_not_fit_and_no_draws_are_one_line(tiny_adapter: Path,
         predict_logits(q, load_model(tiny_adapter), {"input_ids": torch.ones(1, 3).long()}, n=0)
 
 
+def test_a_model_that_does_not_read_the_draws_is_refused(tiny_adapter: Path, tiny_llama: Path) -> None:
+    q, batch = Posterior.from_pretrained(tiny_adapter), {"input_ids": torch.ones(1, 3).long()}
+    model = load_model(tiny_adapter)
+    model.merge_adapter()
+    with pytest.raises(IVONError, match=r"the model's adapter is merged into it; call unmerge_adapter\(\) first"):
+        predict_logits(q, model, batch)
+    model.unmerge_adapter()
+    model.load_adapter(tiny_adapter, "other")
+    model.set_adapter("other")
+    with pytest.raises(
+        IVONError, match="the model's active adapter is other, and draws go into the one that PEFT calls default"
+    ):
+        predict_logits(q, model, batch)
+    model.set_adapter("default")
+    assert predict_logits(q, model, batch, n=1).probabilities.shape == (1, 3, 350)
+    with (
+        pytest.raises(IVONError, match="the model, a LlamaForCausalLM, is no PeftModel"),
+        draws(q, model.get_base_model()),
+    ):
+        pass
+    named: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tiny_adapter, "foo")
+    with pytest.raises(IVONError, match="the model's active adapter is foo"):
+        predict_logits(q, named, batch)
+
+
 def test_a_classifier_s_prediction_has_its_classes(tiny_llama: Path, tmp_path: Path) -> None:
     model = load_model(build_classifier(tiny_llama, tmp_path / "adapter"), classify=True)
     model.config.pad_token_id = 0

@@ -151,6 +151,31 @@ def test_the_merged_mean(kind: dict, make_adapter: MakeAdapter, tiny_llama: Path
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    ],
+    ids=str,
+)
+def test_of_tied_embeddings_each_side_has_its_own_update(kind: dict, tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    base = build_llama(tmp_path / "base", tie_word_embeddings=True)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **kind)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = Adapter(tmp_path / "adapter")
+    expected = logits(load_model(tmp_path / "adapter"))
+    recwarn.clear()
+    merge(adapter, adapter.mean, tmp_path / "out", temperature=2.0)
+    assert not [w for w in recwarn if "tie" in str(w.message)]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (expected - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.01
+    torch.testing.assert_close(2 * logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [350, 352]}])
 def test_a_vocabulary_that_training_extended(kind: dict, tiny_llama: Path, tmp_path: Path):
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)

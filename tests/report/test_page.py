@@ -122,7 +122,7 @@ def test_it_tells_what_was_measured(report: Path, known: Findings) -> None:
     assert f"answers {100 * kept.mean():.1f} % of these examples" in text
     assert f"and {100 * (1 - right[kept].mean()):.1f} % of those are wrong" in text
     assert "at most 20.0 % of the answers are wrong" in text
-    assert "10 draws at τ 2.0" in text
+    assert "10 draws at τ 2" in text
     # The surest first, the one that is sure and wrong, and the least sure.
     order = re.findall(r"confidence ([\d.]+) %; disagreement", text.replace("\n", " "))
     assert float(order[0]) == 100.0

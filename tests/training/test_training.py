@@ -492,3 +492,19 @@ def test_a_state_that_is_not_this_adapter_s_is_one_line(replicated: Any, tmp_pat
     refused("no state of")
     save_file({key: t.reshape(-1)[:1].clone() for key, t in tensors.items()}, path, metadata=metadata)
     refused("does not fit the adapter")
+
+
+def test_runs_on_other_data_are_other_runs_though_their_losses_are_equal(tiny_llama: Path, tmp_path: Path) -> None:
+    ids = []
+    for number, shift in enumerate((0, 0, 1)):
+        trainer = make_trainer(tiny_llama, tmp_path / str(number), max_steps=1, save_strategy="no")
+        rows = [{key: list(value) for key, value in row.items()} for row in trainer.train_dataset]
+        for row in rows:
+            row["input_ids"][0] += shift
+        trainer.train_dataset = rows
+        compute_loss = trainer.compute_loss
+        trainer.compute_loss = lambda *args, compute=compute_loss, **given: 0 * compute(*args, **given)
+        attach(trainer)
+        trainer.train()
+        ids.append(trainer.posterior_training.header["run_ids"])
+    assert ids[0] == ids[1] != ids[2]
