@@ -156,7 +156,7 @@ def train(folder: Path, data: str, output: str, epochs: int, lora: bool, ivon: b
         str(folder / f"{output}-run"),
         per_device_train_batch_size=8,
         num_train_epochs=epochs,
-        learning_rate=1e-3 if lora else 3e-3,
+        learning_rate=3e-3,
         save_strategy="no",
         report_to=[],
         use_cpu=True,
