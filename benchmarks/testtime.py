@@ -330,7 +330,9 @@ class Solver:
 
         suite = self.suite
         size = suite.sizes[0]
-        usual = usual_rate(AutoConfig.from_pretrained(self.folder), passes(suite.steps, size, suite.batch))
+        config = AutoConfig.from_pretrained(self.folder)
+        ranks = suite.rank * len(suite.targets) * config.num_hidden_layers
+        usual = usual_rate(config, passes(suite.steps, size, suite.batch), ranks)
         trainers = {"adamw": {"trainer": "adamw", "lr": lr}, "auto": {"trainer": "ivon-auto", "lr": usual}}
         return {
             **trainers.get(optimizer, {**PAPER, "weight": PAPER_ESS / size}),

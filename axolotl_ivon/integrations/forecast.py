@@ -17,7 +17,7 @@ from ..posterior.adapter import Adapter
 from ..posterior.chain import links
 from ..posterior.findings import Finding, remembers_too_long, travel_finding
 from ..settings.keys import prior_folder, yaml_key
-from ..settings.presets import LONGEST_SIGN, PRESETS, passes, usual_rate
+from ..settings.presets import LONGEST_SIGN, MANY_PASSES, PRESETS, passes, sum_of_ranks, usual_rate
 from ..settings.table import OPTIMIZER, PLUGIN
 from ..storage.format import regular_size
 from .checks import GRPO_DEFAULTS, check_config, number
@@ -82,7 +82,7 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
         epochs = passes(steps or 1, size, accumulated * loaded / repeated)
     if not asked and preset.has_usual_rate:
         # None where it is not known; 0 is one by travel, or no rate.
-        asked = known(lambda: _usual_rate(cfg, epochs if size or _most_steps(cfg) is None else None))
+        asked = known(lambda: _usual_rate(cfg, prior, epochs if size or _most_steps(cfg) is None else None))
     if (
         size
         and (ess is None or (h0 is None and not prior))
@@ -300,7 +300,7 @@ def _trained_shapes(cfg: Mapping[str, Any], prior: str | None, least: float) -> 
         raise _Unknown(f"{grows}, which cannot be counted ({one_line(error)})") from error
 
 
-def _usual_rate(cfg: Mapping[str, Any], epochs: float | None) -> float:
+def _usual_rate(cfg: Mapping[str, Any], prior: str | None, epochs: float | None) -> float:
     """Return the learning rate that a run which gives none has, from the base model's `config.json` here."""
     text = "learning_rate: none is given, and the one that is usual follows from the base model's width and the epochs"
     if epochs is None:
@@ -311,7 +311,8 @@ def _usual_rate(cfg: Mapping[str, Any], epochs: float | None) -> float:
     try:
         from transformers import AutoConfig
 
-        return usual_rate(AutoConfig.from_pretrained(folder, trust_remote_code=False), epochs)
+        ranks = sum_of_ranks(_trained_shapes(cfg, prior, 0.0)) if epochs > MANY_PASSES[0] else 0
+        return usual_rate(AutoConfig.from_pretrained(folder, trust_remote_code=False), epochs, ranks)
     except Exception as error:  # whatever a model of this kind needs
         raise _Unknown(f"{text}, which cannot be read ({one_line(error)})") from error
 

@@ -24,6 +24,10 @@ LONGEST_SIGN = 2.5e-4
 POWERS_OF_WIDTH = {"llama": 0.781, "qwen": 0.0775}
 RATE_AT_USUAL_WIDTH, USUAL_WIDTH, LEAST_WIDTH = 1.9e-4, 2000, 512
 FEW_PASSES_RATE = 2  # and by how much it is higher in few passes
+# In many passes over its data a large adapter learns them by heart, by AdamW as well, and wants a lower rate: that one
+# up to this sum of the ranks of its matrices, from there on it falls by the root, to this share at least.
+USUAL_RANKS, LEAST_SHARE = 96, 0.25
+MANY_PASSES = (10.0, 20.0)  # from the first to the second the rules of few passes give way to those of many
 # The highest temperature of short runs: of the noise, nothing is then left to see.
 NARROWEST = 1e4
 # How far weights get by Adam's direction in few passes, as a part of how far they can: where gradients are noise,
@@ -48,12 +52,13 @@ def effective_sample_size(n: int, gamma: float = 5000.0) -> float:
     return gamma * math.sqrt(n)
 
 
-def usual_rate(config: Any, epochs: float) -> float:
+def usual_rate(config: Any, epochs: float, ranks: int = 0) -> float:
     """Return the learning rate of a run by Adam's direction that gives none, from the model's transformers config.
 
     It is 5e-4 for SmolLM2-135M, 2e-4 for Qwen2.5-0.5B, and 1.1e-4 for Llama-3.1-8B, and in few passes over the data
-    twice that, if it is known how many: 0 `epochs` are not. Where the power of a kind is not known, it is the lower one
-    of those that are. Models narrower than 512 have the rate of one of 512.
+    twice that, if it is known how many: 0 `epochs` are not. In many passes it is lower for a large adapter, whose ranks
+    add up to `ranks` (see `sum_of_ranks`). Where the power of a kind is not known, it is the lower one of those that
+    are. Models narrower than 512 have the rate of one of 512.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(text, "hidden_size", None)
@@ -61,7 +66,14 @@ def usual_rate(config: Any, epochs: float) -> float:
     kind = str(getattr(text, "model_type", ""))
     powers = [power for name, power in POWERS_OF_WIDTH.items() if kind.startswith(name)]
     rate = min(RATE_AT_USUAL_WIDTH * ratio**power for power in powers or POWERS_OF_WIDTH.values())
+    share = min(1.0, max(LEAST_SHARE, math.sqrt(USUAL_RANKS / max(ranks, 1))))
+    rate *= share ** float(np.interp(epochs, MANY_PASSES, (0, 1)))
     return float(f"{rate:.2g}") * (FEW_PASSES_RATE if 0 < epochs <= FEW_PASSES else 1)
+
+
+def sum_of_ranks(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Return the sum of the ranks of an adapter's matrices A, from the shapes of its weights by name."""
+    return sum(shape[0] for name, shape in shapes.items() if ".lora_A." in name)
 
 
 def passes(steps: int, size: int, batch: float) -> float:
@@ -83,7 +95,9 @@ class Preset(NamedTuple):
         fixed_ess: λ where it is given outright.
         gamma: γ of λ = γ·√N; None for λ = `per_example`·max(N, few)·max(1, weights/`usual_weights`). Where λ·h is
             far above the prior's precision, a draw raises the loss of an example by weights/(2·λ), so from the usual
-            number of weights on this is the same for any. With Adam's direction see `step`.
+            number of weights on this is the same for any. In many passes over the data that is too little noise for a
+            large adapter, which learns them by heart: there by Adam's direction it is the root of the weights that
+            counts. See `step`.
         per_example, usual_weights: see `gamma`.
         few: the least that N counts as: the first in a run of at most `few_epochs[0]` passes over the data, the second
             in one of at least `few_epochs[1]` passes; in between it falls evenly. A short run learns too slowly among
@@ -139,7 +153,8 @@ class Preset(NamedTuple):
             return effective_sample_size(train_size, self.gamma)
         effective_sample_size(train_size)  # complains of a wrong N
         few = np.interp(epochs, self.few_epochs, self.few)
-        return self.per_example * max(train_size, float(few)) * max(1.0, weights / self.usual_weights)
+        power = float(np.interp(epochs, self.few_epochs, (1, 0.5))) if self.direction != "newton" else 1.0
+        return self.per_example * max(train_size, float(few)) * max(1.0, weights / self.usual_weights) ** power
 
     def first_h0(self, ess: float, fan_ins: Sequence[int]) -> float:
         """Return h0 for LoRA matrices A with these numbers of inputs."""
@@ -268,7 +283,7 @@ PRESETS = {
         posterior_strength=300.0,
         per_example=1000.0,
         few=(250, 125),
-        few_epochs=(10.0, 20.0),
+        few_epochs=MANY_PASSES,
         usual_weights=1e5,
         noise=4.0,
         noise_in_all=64.0,

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from .report import METRICS, OURS, ROW_NAMES, Results, cell, label_of, lines_of, mean_and_error, table
-from .run import Job, Record, ablation_jobs, seed_jobs
+from .run import Job, Record, ablation_jobs
 
 PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 MOVIE = "movie-256"  # the task of the ablations, which is evaluated on other domains too
-DRAWS = ("ivon-auto", "posterior")
+PRESET = ("ivon-adam", "usual")  # the untuned preset, and by what its rate is chosen
 
 
 class Baseline(NamedTuple):
@@ -70,10 +70,20 @@ def _over_tasks(
     return {seed: statistics.fmean(values[seed] for values in found) for seed in sorted(seeds)}
 
 
+def headline(results: Results) -> str:
+    """AdamW and the untuned preset, averaged over the tasks."""
+    lines = lines_of(results)
+    return _summary(results, [line for line in lines if line[0] == "adamw" or (line[0], line[2]) == PRESET])
+
+
 def summary(results: Results) -> str:
     """Every method and row, averaged over the tasks."""
+    return _summary(results, lines_of(results))
+
+
+def _summary(results: Results, lines: Sequence[tuple[str, str, str | float]]) -> str:
     rows = []
-    for method, row, by in lines_of(results):
+    for method, row, by in lines:
         found = {metric: list(averaged(results, metric, method, row, by).values()) for metric in METRICS}
         if found["nll"]:
             rows.append([name_of(results, method, row, by), *(cell(found[metric], metric) for metric in METRICS)])
@@ -85,7 +95,7 @@ def promises(results: Results) -> str:
     rows = []
     for baseline in BASELINES:
         for metric in ("accuracy", "nll", "ece"):
-            mine = averaged(results, metric, "ivon-adam", "mean", "usual")
+            mine = averaged(results, metric, PRESET[0], "mean", PRESET[1])
             theirs = [averaged(results, metric, "adamw", baseline.row, by) for by in baseline.rates]
             seeds = [seed for seed in mine if all(seed in values for values in theirs)]
             if not seeds:
@@ -161,11 +171,11 @@ def stage(*suites: Results) -> str:
 def recommended(*suites: Results) -> str:
     """What the end of training recommends against AdamW + temperature scaling, its rate by validation, task by task.
 
-    IVON-LoRA's is by the preset: without a rate, which is the usual one, with one by validation, and by signs. Paired
-    by seed. It holds where NLL and accuracy are worse by one standard error at most, and wins where the NLL is better
-    by two. Where validation chooses the usual rate, one line says it.
+    IVON-LoRA's is by the preset: without a rate, which is the usual one, and with one by validation. Paired by seed.
+    It holds where NLL and accuracy are worse by one standard error at most, and wins where the NLL is better by two.
+    Where validation chooses the usual rate, one line says it.
     """
-    ways = {"none": ("ivon-adam", "usual"), "by validation": ("ivon-adam", "nll"), "none, signs": ("ivon-auto", "nll")}
+    ours, ways = PRESET[0], {"none": PRESET[1], "by validation": "nll"}
     rows: list[list[str]] = []
     for results in suites:
         suite = results.suite
@@ -173,8 +183,8 @@ def recommended(*suites: Results) -> str:
             epochs = suite["steps"] * suite["batch"] / spec["train"]
             model = suite.get("model", "MiniLM").partition("-Instruct")[0]
             what = f"{model}, {task}, {suite['steps']} steps, {epochs:.0f} epochs"
-            for rate, (ours, by) in ways.items():
-                if ours not in suite["methods"] or by not in suite["methods"][ours].get("choose_by", ["nll"]):
+            for rate, by in ways.items():
+                if by not in suite["methods"][ours]["choose_by"]:
                     continue
                 cells = _recommended_cells(results, task, ours, by)
                 if cells and not (rows and rows[-1][0] == what and rows[-1][2:] == cells):
@@ -216,29 +226,28 @@ def shape(results: Results) -> str:
     for name, one, other in pairs:
         cells = []
         for task in results.tasks():
-            first, second = (results.values("nll", task, "ivon-auto", row) for row in (one, other))
+            first, second = (results.values("nll", task, PRESET[0], row, choose_by=PRESET[1]) for row in (one, other))
             differences = [first[seed] - second[seed] for seed in first.keys() & second.keys()]
             average, error = mean_and_error(differences) if differences else (float("nan"), float("nan"))
             cells.append(f"{average:+.3f} ± {error:.3f}" if differences else "–")
-        rows.append([name, *cells])
+        if set(cells) != {"–"}:
+            rows.append([name, *cells])
     return table(["difference in NLL", *results.tasks()], rows)
 
 
 def beyond(results: Results) -> str:
-    """Which answers are wrong, and what of other domains: signs against AdamW + temperature scaling, by seed."""
+    """Which answers are wrong, and what of other domains: ours against AdamW + temperature scaling, by seed."""
     columns = {"NLL": "nll", "ECE, %": "ece", "AUROC of errors, %": "auroc", "AURC, %": "aurc"}
     domains = results.suite["domains"] if MOVIE in results.suite["tasks"] else []
-    ours = {"draws, by signs": DRAWS, "what is recommended, by signs": (DRAWS[0], "calibrated")}
+    ours = {"what is recommended": "calibrated", "draws": "posterior"}
     rows = []
-    for data, (name, place) in itertools.product(("test", *domains), ours.items()):
+    for data, (name, row) in itertools.product(("test", *domains), ours.items()):
         tasks = results.tasks() if data == "test" else [MOVIE]
         cells = []
         for title, metric in columns.items():
             scale, digits = (100, 1) if title.endswith("%") else (1, 3)
-            before, after = (
-                _over_tasks(results, metric, tasks, method, row, data)
-                for method, row in (("adamw", "temperature-scaling"), place)
-            )
+            before = _over_tasks(results, metric, tasks, "adamw", "temperature-scaling", data)
+            after = _over_tasks(results, metric, tasks, PRESET[0], row, data, PRESET[1])
             seeds = sorted(before.keys() & after.keys())
             if not seeds:
                 continue
@@ -288,29 +297,31 @@ PEERS = (
 
 
 def peers(results: Results) -> str:
-    """Other ways to a posterior, on the tasks and seeds that they have run on, beside the draws of signs there."""
+    """Other ways to a posterior, on the tasks and seeds that they have run on, beside the untuned mean there."""
     rows = []
     for method, row in PEERS:
         tasks = [
             task
             for task in results.suite["tasks"]
-            if method in results.suite["methods"] and results.find(task, method, row) and results.find(task, *DRAWS)
+            if method in results.suite["methods"]
+            and results.find(task, method, row)
+            and results.find(task, PRESET[0], "mean", choose_by=PRESET[1])
         ]
         if not tasks:
             continue
         cells, better = [], []
         for metric in METRICS:
             theirs = _over_tasks(results, metric, tasks, method, row, "test")
-            ours = _over_tasks(results, metric, tasks, *DRAWS, "test")
+            ours = _over_tasks(results, metric, tasks, PRESET[0], "mean", "test", PRESET[1])
             if row != "ensemble":  # which is one model of all seeds
-                ours = {seed: ours[seed] for seed in theirs if seed in ours}
+                theirs, ours = ({seed: own[seed] for seed in theirs if seed in ours} for own in (theirs, ours))
             cells.append(f"{cell(list(theirs.values()), metric)} ({cell(list(ours.values()), metric)})")
             better.append((statistics.fmean(theirs.values()), statistics.fmean(ours.values())))
         (accuracy, our_accuracy), _, (nll, our_nll) = better
         both = "yes" if accuracy > our_accuracy and nll < our_nll else "no"
         rows.append([name_of(results, method, row, "nll"), ", ".join(tasks), *cells, both])
     heads = [
-        "peer (the draws of IVON-LoRA by signs)",
+        "peer (the untuned mean of IVON-LoRA)",
         "tasks",
         "accuracy, %",
         "ECE, %",
@@ -321,50 +332,33 @@ def peers(results: Results) -> str:
 
 
 def training(*suites: Results) -> str:
-    """How the draws of signs stand to AdamW over the length of the training and the size of the data.
+    """How the untuned mean stands to AdamW, its rate by validation, over the length of training and the size of data.
 
-    A line a suite, over all of its tasks, and one of the first task where there are several.
+    A line a suite, over all of the tasks that both have run on, and one of the first where there are several.
     """
-    paper = next(baseline.rates for baseline in BASELINES if len(baseline.rates) > 1)
-    places: dict[str, list[tuple[str, str, str | float]]] = {
-        "rate by validation": [("adamw", "mean", "nll")],
-        "the paper's rates": [("adamw", "mean", rate) for rate in paper],
-        "draws": [(*DRAWS, "nll")],
-    }
     rows = []
     for results in suites:
-        names = results.tasks()
-        for some in [names, names[:1]] if len(names) > 1 else [names]:
-            found = {
-                (metric, name): [
-                    _over_tasks(results, metric, some, method, row, "test", by) for method, row, by in wheres
-                ]
-                for metric in METRICS
-                for name, wheres in places.items()
-            }
-            seeds = set.intersection(*(set(values) for columns in found.values() for values in columns))
-            if not seeds:
+        suite = results.suite
+        names = [task for task in suite["tasks"] if results.find(task, PRESET[0], "mean", choose_by=PRESET[1])]
+        for some in [names, names[:1]] if len(names) > 1 else [names] if names else []:
+            cells, seeds = [], set[int]()
+            for row, metric in (("mean", "nll"), ("mean", "ece"), ("mean", "accuracy"), ("temperature-scaling", "nll")):
+                _, scale, digits = METRICS[metric]
+                theirs = _over_tasks(results, metric, some, "adamw", row, "test")
+                ours = _over_tasks(results, metric, some, PRESET[0], row, "test", PRESET[1])
+                if seeds := theirs.keys() & ours.keys():
+                    first, second = (scale * statistics.fmean(own[seed] for seed in seeds) for own in (theirs, ours))
+                    cells.append(f"{first:.{digits}f} → {second:.{digits}f}")
+            if len(cells) < 4:
                 continue
-            of = {
-                at: statistics.fmean(values[seed] for values in columns for seed in seeds)
-                for at, columns in found.items()
-            }
-            [size] = {results.suite["tasks"][name]["train"] for name in some}
-            steps = results.suite["steps"]
-            epochs = steps * results.suite["batch"] / size
+            [size] = {suite["tasks"][name]["train"] for name in some}
+            steps = suite["steps"]
             what = some[0] if len(some) == 1 else f"{len(some)} tasks of {size}"
-            cells = [what, f"{steps} ({epochs:.0f} epochs)", str(len(seeds))]
-            for name in list(places)[:2]:
-                for metric in ("nll", "ece"):
-                    _, scale, digits = METRICS[metric]
-                    theirs, ours = of[metric, name], of[metric, "draws"]
-                    cells.append(f"{scale * theirs:.{digits}f} → {scale * ours:.{digits}f} ({ours / theirs:.2f})")
-                cells.append(f"{100 * (of['accuracy', 'draws'] - of['accuracy', name]):+.1f}")
-            rows.append(cells)
-    heads = ["", "steps", "seeds"]
-    for name in list(places)[:2]:
-        heads += [f"AdamW, {name} → draws of signs: NLL", "ECE, %", "accuracy, points"]
-    return table(heads, rows)
+            rows.append([what, f"{steps} ({steps * suite['batch'] / size:.0f} epochs)", str(len(seeds)), *cells])
+    return table(
+        ["AdamW, rate by validation → the mean", "steps", "seeds", "NLL", "ECE, %", "accuracy, %", "NLL, both + T"],
+        rows,
+    )
 
 
 # What the settings of the ablations are called.
@@ -395,8 +389,9 @@ def ablations(results: Results) -> str:
             alone = {**results.suite, "ablations": {name: {**spec, "variants": [variant]}}}
             jobs = {json.loads(job.settings)["seed"]: job for job in ablation_jobs(alone, name, results.records)}
             cells, seeds = [], set(jobs)
+            by = results.suite["methods"][spec["method"]].get("choose_by", ["nll"])[0]
             for row, metric in (("mean", "accuracy"), ("mean", "nll"), ("posterior", "ece"), ("posterior", "nll")):
-                before = results.values(metric, spec["task"], spec["method"], row)
+                before = results.values(metric, spec["task"], spec["method"], row, choose_by=by)
                 after = {
                     seed: record["metrics"][metric]
                     for seed, job in jobs.items()
@@ -410,7 +405,8 @@ def ablations(results: Results) -> str:
                     spread = "" if math.isnan(error) else f" ± {error:.{digits}f}"
                     cells.append(f"{of:.{digits}f} ({change:+.{digits}f}{spread})")
             if cells:
-                rows.append([_varied(variant, results, jobs[min(seeds)]), spec["task"], str(len(seeds)), *cells])
+                what = _varied(variant, results, jobs[min(seeds)]) + ", by signs" * (spec["method"] == "ivon-auto")
+                rows.append([what, spec["task"], str(len(seeds)), *cells])
     heads = ["changed (against the method as it is)", "task", "seeds"]
     return table(
         [*heads, "accuracy of the mean, %", "NLL of the mean", "ECE of the draws, %", "NLL of the draws"], rows
@@ -433,6 +429,7 @@ def _shown(value: Any) -> str:
 
 
 PARTS: dict[str, Callable[..., str]] = {
+    "headline": headline,
     "summary": summary,
     "promises": promises,
     "tasks": tasks,
@@ -500,24 +497,24 @@ def knobs(results: Results) -> Figure:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     at: dict[float, dict[str, list[float]]] = {}
-    jobs = ablation_jobs(results.suite, "per-weight", results.records)
-    for seed in results.suite["ablations"]["per-weight"]["seeds"]:
-        jobs += seed_jobs(results.suite, MOVIE, "ivon-auto", seed, results.records)
-    for job in jobs:
-        for row in ("mean", "posterior"):
-            if record := results.index.get((job.key, row, "test")):
+    jobs, spec = ablation_jobs(results.suite, "per-weight", results.records), results.suite["ablations"]["per-weight"]
+    for row in ("mean", "posterior"):
+        own = results.find(MOVIE, spec["method"], row)
+        records = [own.get(seed) for seed in spec["seeds"]]
+        for record in [*records, *(results.index.get((job.key, row, "test")) for job in jobs)]:
+            if record:
                 point = at.setdefault(record["facts"]["ivon_ess"], {})
                 point.setdefault(row, []).append(record["metrics"]["nll"])
     for row, name, color in (("mean", "the mean", "#56b4e9"), ("posterior", "8 draws", "#0072b2")):
         points = sorted((ess, statistics.fmean(values[row])) for ess, values in at.items() if row in values)
         left.plot(*zip(*points, strict=True), "o-", color=color, label=name)
     left.set_xscale("log")
-    left.set_xlabel("λ, the effective sample size (256 examples; the preset's is 256,000)", fontsize=8)
+    left.set_xlabel("λ, the effective sample size (by signs; 256 examples; the preset's is 256,000)", fontsize=8)
     for criterion, color in (("snr", "#0072b2"), ("magnitude", "#9a9a9a")):
         points = []
         for ratio in (0.0, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9):
             row = f"mean-pruned={criterion},{ratio:g}" if ratio else "mean"
-            if found := results.values("nll", MOVIE, "ivon-auto", row):
+            if found := results.values("nll", MOVIE, PRESET[0], row, choose_by=PRESET[1]):
                 points.append((100 * ratio, statistics.fmean(found.values())))
         name = "by |m|/σ" if criterion == "snr" else "by |m|"
         right.plot(*zip(*points, strict=True), "o-", color=color, label=name)

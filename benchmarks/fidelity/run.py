@@ -135,7 +135,9 @@ def chosen(suite: Mapping[str, Any], task: str, method: str, records: list[Recor
     `by` is "nll" or "accuracy", or the value itself, or "usual": the rate of a run of the preset that gives none.
     """
     if by == "usual":
-        return usual_rate(CONFIGS[suite["model"]], suite["steps"] * suite["batch"] / suite["tasks"][task]["train"])
+        epochs = suite["steps"] * suite["batch"] / suite["tasks"][task]["train"]
+        ranks = suite["rank"] * len(suite["targets"]) * suite["upper"]
+        return usual_rate(CONFIGS[suite["model"]], epochs, ranks)
     if not isinstance(by, str):
         return by
     best: list[tuple[float, float, Any]] = []
@@ -174,16 +176,17 @@ def seed_jobs(suite: Mapping[str, Any], task: str, method: str, seed: int, recor
 
 
 def ablation_jobs(suite: Mapping[str, Any], name: str, records: list[Record]) -> list[Job]:
-    """Return the runs of one ablation: every variant with every seed, at the chosen learning rate or its own."""
+    """Return the runs of one ablation: every variant with every seed, at its own rate or the first of the method."""
     spec = suite["ablations"][name]
     method, task = spec["method"], spec["task"]
     [grid_name] = suite["methods"][method]["grid"]
+    by = suite["methods"][method].get("choose_by", ["nll"])[0]
     rows = [(row, "test") for row in spec["rows"]]
     rows += [(suite["methods"][method]["select"], "validation")] if spec.get("validate") else []
     jobs = []
     for seed in spec["seeds"]:
         for variant in spec["variants"]:
-            value = variant.get(grid_name, chosen(suite, task, method, records))
+            value = variant.get(grid_name, chosen(suite, task, method, records, by))
             if value is not None:
                 settings = settings_of(suite, task, method, seed, **{**variant, grid_name: value})
                 jobs.append(Job(task, method, settings, tuple(rows)))

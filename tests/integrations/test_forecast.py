@@ -134,6 +134,8 @@ def test_the_base_model_is_also_looked_for_in_the_hub_s_cache(
     ]
     few, many = (written(learning_rate=None, num_epochs=epochs)["learning_rate"] for epochs in (5, 6))
     assert (few, many) == (pytest.approx(0.11), pytest.approx(0.055))
+    large = written(learning_rate=None, num_epochs=20, lora_r=64)  # on q and v of two layers: ranks that sum to 256
+    assert large["learning_rate"] == pytest.approx(0.055 * (96 / 256) ** 0.5, rel=0.03)
     away = {"datasets": [{"path": "someone/data"}], "learning_rate": None}
     assert written(**away, num_epochs=6)["learning_rate"] == pytest.approx(0.055)
     assert written(**away, max_steps=100)["learning_rate"] is None

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from torch.optim.lr_scheduler import OneCycleLR
-from trainers import Rates, Spy, as_saved, before_every_loss, lora_weights, same
+from trainers import Rates, Spy, as_saved, before_every_loss, lora_weights, make_trainer, same
 from transformers import Trainer
 
 from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, effective_sample_size, save_posterior
@@ -233,6 +233,20 @@ def test_a_resumed_run_says_the_rate_that_it_keeps(trained: Any, tmp_path: Path)
     resumed = trained(learning_rate=0.0, max_steps=60, save_steps=60, resume=tmp_path / "checkpoint-3")
     assert resumed.lr_scheduler.base_lrs[0] * 0.01 == pytest.approx(1.1e-3)
     assert Posterior.from_pretrained(tmp_path / "checkpoint-60").metadata["learning_rate"] == "0.0011"
+
+
+def test_in_many_epochs_a_large_adapter_has_a_lower_rate_and_as_much_noise(tiny_llama: Path, tmp_path: Path) -> None:
+    found = []
+    for rank, targets in ((4, ["q_proj"]), (512, ["q_proj", "down_proj"])):  # ranks of 8 and 2048
+        lora = {"r": rank, "target_modules": targets}
+        args: dict[str, Any] = {"learning_rate": 0.0, "num_train_epochs": 20, "max_steps": -1, "save_strategy": "no"}
+        trainer = make_trainer(tiny_llama, tmp_path, lora=lora, per_device_train_batch_size=24, **args)
+        attach(trainer)
+        trainer.train()
+        header = trainer.posterior_training.header
+        found.append((trainer.posterior_training.settings["ess"], float(header["learning_rate"])))
+    assert found[0] == (125_000, 5.5e-4)
+    assert found[1] == (pytest.approx(125_000 * 1.6384**0.5), pytest.approx(5.5e-4 / 4, rel=0.05))  # 163,840 weights
 
 
 def test_the_usual_rate_follows_from_the_epochs_in_any_schedule(trained: Any, tmp_path: Path) -> None:
