@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -100,6 +101,10 @@ def attach(
     names = names_of(model, params)
     check_that_all_is_saved(model, names)
     given: dict[str, Any] = {"gamma": gamma, "ess": ess, "h0": h0, "clip": clip}
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise IVONError(f"betas: {betas!r} is no pair; give (β1, β2), with None for the preset's β2")
+    if train_size is not None and not isinstance(train_size, Integral):
+        raise IVONError(f"{param_ref('train_size')}: {train_size!r} is no whole number of training examples")
     given |= {"beta1": betas[0], "beta2": betas[1]}
     given |= {"prior_strength": prior_strength, "hessian": hessian, "direction": direction, "h0_steps": h0_steps}
     for name, value in given.items():

@@ -103,6 +103,10 @@ def test_a_wrong_value_is_refused_by_its_parameter_and_leaves_nothing(parameter:
 def test_lambda_is_given_once_and_a_number_as_prior_is_its_delta(made: Any) -> None:
     with pytest.raises(IVONError, match=r"^gamma and ess are both given: λ is γ·√N or ess, remove one$"):
         attach(made(), gamma=5.0, ess=1e5)
+    with pytest.raises(IVONError, match=r"^betas: \(0.9,\) is no pair; give \(β1, β2\)"):
+        attach(made(), betas=(0.9,))
+    with pytest.raises(IVONError, match=r"^train_size: 1.5 is no whole number of training examples$"):
+        attach(made(), train_size=1.5)
     for settings, strength in (({}, 1), ({"prior_strength": 0.1}, 0.1), ({"preset": "paper"}, 1)):
         trainer = made()
         attach(trainer, prior=1e-3, **settings)
