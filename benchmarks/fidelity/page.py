@@ -182,7 +182,8 @@ def recommended(*suites: Results) -> str:
         for task, spec in suite["tasks"].items():
             epochs = suite["steps"] * suite["batch"] / spec["train"]
             model = suite.get("model", "MiniLM").partition("-Instruct")[0]
-            what = f"{model}, {task}, {suite['steps']} steps, {epochs:.0f} epochs"
+            adapter = f"r {suite['rank']} on {'all linear layers' if len(suite['targets']) > 2 else 'q and v'}"
+            what = f"{model}, {adapter}, {task}, {suite['steps']} steps, {epochs:.0f} epochs"
             for rate, by in ways.items():
                 if by not in suite["methods"][ours]["choose_by"]:
                     continue

@@ -691,7 +691,7 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     calibrated = [{**r, "row": "calibrated"} for r in records if r["row"] == "mean" and r["data"] == "test"]
     change = "1.005 → 0.805 (-0.200 ± 0.000) | 50.0 → 50.0 (+0.0 ± 0.0)"
     [line] = pages.recommended(Results(made, [*records, *calibrated])).splitlines()[2:]
-    assert line == f"| SmolLM2-135M, movie, 4 steps, 1 epochs | none | 2 | {change} | wins |"
+    assert line == f"| SmolLM2-135M, r 2 on q and v, movie, 4 steps, 1 epochs | none | 2 | {change} | wins |"
     for one in calibrated:
         one["metrics"] = {**one["metrics"], "accuracy": 0.4}
     [line] = pages.recommended(Results(made, [*records, *calibrated])).splitlines()[2:]
