@@ -716,6 +716,8 @@ def draw(records: Sequence[Mapping[str, Any]], suite: str, folder: Path) -> None
         "methods": [name for name in curves if METHODS[name].criterion in (None, "snr")],
         "pruning": [name for name in curves if name in PRUNED and not METHODS[name].tuned],
     }
+    if parts["pruning"] == parts["methods"]:
+        del parts["pruning"]
     for label, names in parts.items():
         if len(names) > 1:
             figure = scaling({name: curves[name] for name in names})
