@@ -523,7 +523,7 @@ task_option = click.option(
 
 def split_choices(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
     """Return the labels that an option has, with commas between."""
-    return value.split(",") if value else None
+    return [label.strip() for label in value.split(",")] if value else None
 
 
 choices_option = click.option(

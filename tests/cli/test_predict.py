@@ -40,7 +40,7 @@ def decisions(tiny_adapter: Path) -> list[Decision]:
 
 
 def words(adapter: Path, *more: object) -> list[str]:
-    return [str(word) for word in ("predict", adapter, "--choices", ",".join(LABELS), "-n", 2, *more)]
+    return [str(word) for word in ("predict", adapter, "--choices", ", ".join(LABELS), "-n", 2, *more)]
 
 
 def check(lines: list[dict[str, Any]], decisions: list[Decision]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import faulthandler
 import http.client
 import json
 import socket
@@ -22,9 +24,15 @@ PATIENCE = 120.0  # seconds until a test fails; a loaded machine may take long
 
 @contextlib.contextmanager
 def serving(begin: Callable[[], Backend], guard: Guard | None = None) -> Iterator[str]:
-    """Serve inside the block, and give the address; leaving waits for what runs."""
+    """Serve inside the block, and give the address; leaving waits for what runs, and tells what does not end."""
     ready = threading.Event()
-    server = Server(make_app(begin(), guard or Guard()), ready.set)
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    def begun() -> None:
+        loops.append(asyncio.get_running_loop())
+        ready.set()
+
+    server = Server(make_app(begin(), guard or Guard()), begun)
     with bind("127.0.0.1", 0) as bound:
         thread = threading.Thread(target=server.run, args=[[bound]])
         thread.start()
@@ -34,7 +42,10 @@ def serving(begin: Callable[[], Backend], guard: Guard | None = None) -> Iterato
         finally:
             server.should_exit = True
             thread.join(PATIENCE)
-            assert not thread.is_alive()
+            if thread.is_alive():
+                faulthandler.dump_traceback()
+                running = [f"{task}: {task.get_stack()}" for task in asyncio.all_tasks(loops[0])]
+                raise AssertionError("\n".join([*running, *map(str, server.server_state.connections)]))
 
 
 def official(url: str, key: str = "none") -> openai.OpenAI:

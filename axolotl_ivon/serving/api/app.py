@@ -131,7 +131,11 @@ def make_app(backend: Backend, guard: Guard) -> ASGIApp:
             raise ApiError(400, message, param="choices")
         data, prompt_tokens = [], 0
         for index, each in enumerate(request.requests(labels, prompts.system_prompt)):
-            answers = await backend.answer(each)
+            try:
+                answers = await backend.answer(each)
+            except ApiError as error:  # it names the field of the chat that was made of this
+                error.param = request.field_of(error.param)
+                raise
             async with contextlib.aclosing(answers.deltas) as deltas:
                 [delta] = [delta async for delta in deltas]
             prompt_tokens += answers.prompt_tokens

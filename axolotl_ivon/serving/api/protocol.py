@@ -246,6 +246,11 @@ class ClassifyRequest(BaseModel):
         system = [Message(role="system", content=system_prompt)] if system_prompt else []
         return [ChatRequest(**chat, messages=[*system, Message(role="user", content=text)]) for text in texts]  # type: ignore
 
+    @staticmethod
+    def field_of(param: str | None) -> str | None:
+        """Return the field that a field of its chats comes from."""
+        return {"messages": "input", "structured_outputs": "choices"}.get(param or "", param)
+
 
 _Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 

@@ -209,6 +209,14 @@ def test_what_is_no_request(url: str, path: str, body: Any, headers: dict[str, s
     assert message in document["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "param"), [({"choices": ["A", " A"]}, "choices"), ({"choices": LABELS, "input": "red " * 700}, "input")]
+)
+def test_a_mistake_in_a_classification_names_its_own_field(url: str, asked: dict[str, Any], param: str) -> None:
+    status, _, document = ask(url, "/classify", {"model": "tiny", "input": "x", **asked})
+    assert (status, document["error"]["param"]) == (400, param)
+
+
 @pytest.mark.parametrize("host", ["localhost:1", "LOCALHOST", "127.0.0.1:8000", "127.0.0.2", "[::1]:8000", "[::1]"])
 def test_names_of_this_machine_are_taken(url: str, host: str) -> None:
     assert ask(url, "/v1/models", Host=host)[0] == 200
