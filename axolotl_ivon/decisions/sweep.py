@@ -4,8 +4,8 @@ The paper leaves both to the user (arXiv 2506.14280, figure 2 shows the trade-of
 of the data and reported on the other, so what `recommended.json` promises was not fitted to.
 
 Beside τ goes the baseline that needs no draws, the softmax temperature T of the output. It is fitted to each point by
-NLL on the half that chooses (`metrics.calibration`); for the task "generate", to the points without pruning, T being
-one of a grid, as at the end of training. `metrics.choice` has the rule.
+NLL and T's prior on the half that chooses (`metrics.calibration`); for the task "generate", to the points without
+pruning, T being one of a grid, as at the end of training. `metrics.choice` has the rule.
 
 With a risk, `abstention` finds the threshold from which on to answer. It needs examples that had no part in the choice:
 half of all; the other half is halved again. Imports no torch.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +42,6 @@ from .abstention import Abstention, check_risk, find_threshold
 from .conformal import check_coverage, find_set
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from ..data.encode import EncodedExample
@@ -284,44 +282,54 @@ class _Choice:
         return min(candidates, key=self._cost)
 
     def _scale(self, candidates: Sequence[_Candidate], part: Tensor) -> list[tuple[Variant, Scores]]:
-        """Return candidates at the softmax temperature with the least NLL on a part of the examples.
+        """Return candidates at the softmax temperature that is most probable by a part of the examples.
 
         For the task "generate" it is one of those that were evaluated, and pruned candidates have none.
         """
         import torch
 
-        from ..metrics.calibration import fit_temperature, scores_at
+        from ..metrics.calibration import penalty, probable_temperature, scores_at
 
         if self._target is None:
             at = {(c.point.tau, c.point.ratio) for c in candidates}
             own = (one for one in self._tempered if (one[0].tau, one[0].ratio) in at)
             groups = itertools.groupby(own, lambda one: one[0].source)
-            return [min(group, key=lambda one: _nll(one[1], part)) for _, group in groups]
+
+            def cost(one: tuple[Variant, Scores]) -> float:
+                return float(one[1].of_groups(part).nll.sum()) + penalty(one[0].temperature)
+
+            return [min(group, key=cost) for _, group in groups]
         scaled = []
         for candidate in candidates:
             probabilities, group = candidate.scores.probabilities, candidate.scores.group
             assert probabilities is not None
             mask = torch.isin(group, part)
-            temperature = fit_temperature(probabilities[mask], self._target[mask])
+            temperature = probable_temperature(probabilities[mask], self._target[mask])
             scores = scores_at(temperature, probabilities, self._target, group, candidate.is_average)
             variant = Variant("scaled", candidate.point.tau, candidate.point.ratio, temperature=temperature)
             scaled.append((variant, scores))
         return scaled
 
     def _crossed(self) -> float:
-        """Return what a T adds to the mean's loss, cross-validated, in units of the objective; 0 of few examples."""
+        """Return the nats that a T adds to the mean's NLL, cross-validated; 0 of few examples."""
+        import numpy as np
         import torch
 
-        examples = torch.cat([self._choosing, self._report])
+        from ..metrics.calibration import TEMPERATURE_GRID, logs_of, nll_at_temperatures, penalty
+
         if len(self._report) < FEWEST:
             return 0.0
-
-        def added(fitted_on: np.ndarray, measured_on: np.ndarray) -> float:
-            [(_, scaled)] = self._scale([self.mean], examples[fitted_on])
-            on = (_metrics(one.of_groups(examples[measured_on])) for one in (scaled, self.mean.scores))
-            return operator.sub(*(rank(metrics, self._objective)[0] for metrics in on))
-
-        return cross_validated(len(examples), 0, added)
+        if self._target is None:
+            of_mean = [scores for variant, scores in self._tempered if math.isinf(variant.tau)]
+            group, nll = of_mean[0].group, torch.stack([scores.nll for scores in of_mean], 1).double()
+        else:
+            group, probabilities = self.mean.scores.group, self.mean.scores.probabilities
+            assert probabilities is not None
+            nll = nll_at_temperatures(logs_of(probabilities), self._target[:, None]).squeeze(1)
+        sums = torch.zeros(self._count, nll.shape[1], dtype=nll.dtype).index_add_(0, group, nll)
+        losses = sums[torch.cat([self._choosing, self._report])]
+        penalties = np.array([penalty(temperature) for temperature in TEMPERATURE_GRID])
+        return cross_validated(losses.numpy(), penalties, TEMPERATURE_GRID.index(1.0))
 
     def recommend(self) -> tuple[_Candidate, _Candidate, SweepVerdict]:
         """Return the best candidate, the one that is recommended, and why."""
@@ -387,10 +395,6 @@ def _targets(group: Tensor, items: Sequence[EncodedExample]) -> Tensor:
     import torch
 
     return torch.tensor([items[number].targets[0] for number in group.tolist()])
-
-
-def _nll(scores: Scores, part: Tensor) -> float:
-    return float(scores.of_groups(part).nll.mean())
 
 
 def _metrics(scores: Scores) -> Metrics:

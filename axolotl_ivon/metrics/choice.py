@@ -2,7 +2,7 @@
 
 Candidates are ranked on one half of the data and compared in pairs on the other, so that having many of them is no
 advantage. Draws and pruned means have to be better beyond noise. T costs nothing at prediction: it is taken where
-it helps, by cross-validation. Imports no torch.
+it helps, by cross-validation that leaves out one example at a time. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,25 +13,21 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from .verdict import UNSEEN
-
-SPLITS = 10  # a single one is a matter of luck
+PAYS = 1.0  # nats over all examples that a T has to take away
 Candidate = TypeVar("Candidate")
 
 
-def cross_validated(examples: int, seed: int, loss: Callable[[np.ndarray, np.ndarray], float]) -> float:
-    """Return the loss on one half of what is fitted to the other, averaged over both halves of some random splits.
+def cross_validated(losses: np.ndarray, penalties: np.ndarray, column: int) -> float:
+    """Return what each example's loss is, in all, above that in `column`, if the others choose its column.
+
+    Halves would not do: of 200 examples they want temperatures from 0.7 to 2.1 where all want 1.4.
 
     Args:
-        examples: how many there are.
-        loss: of what is fitted to the examples with the first numbers, on those with the second.
+        losses: of examples at the values that are chosen from, (examples, values).
+        penalties: what is added to their sums before a value is chosen, (values,).
     """
-    rng, losses = np.random.default_rng(seed), []
-    for _ in range(SPLITS):
-        order = rng.permutation(examples)
-        one, other = order[: examples // 2], order[examples // 2 :]
-        losses += [loss(one, other), loss(other, one)]
-    return float(np.mean(losses))
+    best = (losses.sum(0) - losses + penalties).argmin(1)
+    return float((losses[np.arange(len(losses)), best] - losses[:, column]).sum())
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ def choose(
         others: what costs more than one pass, such as draws.
         cost: ranks candidates, the least first, on the examples that choose; the mean wins a tie.
         outcome: how the first compares with the second on the examples that report, in the words of `judge`.
-        crossed: what a T adds to the mean's loss, by cross-validation. A T has to take away enough for a table to show.
+        crossed: the nats that a T adds to the mean's loss over all examples, by cross-validation.
     """
     scaled = list(scaled)
     at_its_own = min([mean, *scaled], key=cost)
@@ -73,7 +69,7 @@ def choose(
     def is_better(candidate: Candidate, other: Candidate) -> bool:
         return candidate != other and outcome(candidate, other) == "better"
 
-    recommended = min((one for one in scaled if one != mean), key=cost, default=mean) if crossed <= -UNSEEN else mean
+    recommended = min((one for one in scaled if one != mean), key=cost, default=mean) if crossed <= -PAYS else mean
     if is_better(best, mean) and is_better(best, at_its_own):
         recommended = best
     return Choice(recommended, at_its_own, best)

@@ -129,9 +129,11 @@ class Recommendation(Record):
     def describe(self) -> str:
         """Return what is recommended, and its metrics on examples that had no part in the choice, in words."""
         reported, text = self.reported_on or Reported(), describe(self.tau, self.ratio, self.temperature)
-        known = {metric: value for metric in LABELS if (value := reported.value(metric)) is not None}
+        # How often a token is right, most of which follow from those before, says nothing about an answer.
+        shown, unit = (["nll"], " per token") if self.task == "generate" else (list(LABELS), "")
+        known = {metric: value for metric in shown if (value := reported.value(metric)) is not None}
         values = {metric: Paired(value, reported.se.value(metric)) for metric, value in known.items()}
-        return f"{text}; on examples that had no part in the choice: {figures(values, '')}" if values else text
+        return f"{text}; on examples that had no part in the choice: {figures(values, '')}{unit}" if values else text
 
     def sentences(self) -> list[str]:
         """Return what is recommended, why, and what the threshold for an answer's probability promises."""

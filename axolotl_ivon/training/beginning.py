@@ -73,6 +73,14 @@ def _turns(trained: Sequence[int]) -> list[tuple[int, int]]:
     return [(end, place) for i, (end, place) in enumerate(begins) if place - end >= (_GAP if i else 1)]
 
 
+def answers_in(row: Row) -> list[list[int]]:
+    """Return the places of the trained tokens of every turn of a row."""
+    ids, trained = row
+    turns = _turns(trained)
+    ends = [*(end for end, _ in turns[1:]), len(ids)][: len(turns)]
+    return [[i for i in trained if place <= i < end] for (_, place), end in zip(turns, ends, strict=True)]
+
+
 def answers_to_choose_from(tokenizer: Any, rows: Iterable[Row]) -> list[str] | None:
     """Return the different answers if there are several and they `are_labels`, sorted; else None.
 
@@ -80,13 +88,12 @@ def answers_to_choose_from(tokenizer: Any, rows: Iterable[Row]) -> list[str] | N
     """
     special, counts = set(getattr(tokenizer, "all_special_ids", ())), Counter[tuple[int, ...]]()
     before: dict[tuple[int, ...], tuple[int, ...]] = {}  # by the tokens of an answer, those before it
-    for ids, trained in rows:
-        if not (turns := _turns(trained)):
-            continue
-        for (_, place), (end, _) in zip(turns, [*turns[1:], (len(ids), 0)], strict=True):
-            own = (ids[i] for i in trained if place <= i < end)
+    for row in rows:
+        ids = row[0]
+        for places in answers_in(row):
+            own = (ids[i] for i in places)
             tokens = tuple(itertools.takewhile(lambda id: id not in special, own))  # what ends the turn is no answer
-            before.setdefault(tokens, tuple(ids[max(0, place - 2) : place]))
+            before.setdefault(tokens, tuple(ids[max(0, places[0] - 2) : places[0]]))
             counts[tokens] += 1
             if len(before) > MOST_LABELS or not 0 < len(tokens) <= LONGEST_LABEL:
                 return None
@@ -115,14 +122,42 @@ def _is_rendered(tokenizer: Any, answer: str, context: Sequence[int], tokens: Se
 
 def header_of_data(trainer: Any) -> dict[str, str]:
     """Return `header_of` the tokenised rows of a Trainer's data; nothing where they do not say what is trained."""
-    tokenizer, data = getattr(trainer, "processing_class", None), trainer.train_dataset
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    tokenizer, rows = _tokenizer(trainer), _rows_of(trainer)
+    return header_of(tokenizer, rows) if rows and hasattr(tokenizer, "decode") else {}
+
+
+def next_tokens_of_answers(trainer: Any) -> dict[tuple[int, ...], list[int]]:
+    """Return which tokens follow each beginning of an answer of a Trainer's data, in ascending order.
+
+    The special token that ends an answer is one of them. Meant for data whose answers are a few labels.
+    """
+    special, rows = set(getattr(_tokenizer(trainer), "all_special_ids", ())), _rows_of(trainer)
+    following: dict[tuple[int, ...], set[int]] = {}
+    for row in rows(None) if rows else ():
+        for places in answers_in(row):
+            beginning: tuple[int, ...] = ()
+            for token in (row[0][i] for i in places):
+                following.setdefault(beginning, set()).add(token)
+                if token in special:
+                    break
+                beginning = (*beginning, token)
+    return {beginning: sorted(tokens) for beginning, tokens in following.items()}
+
+
+def _tokenizer(trainer: Any) -> Any:
+    tokenizer = getattr(trainer, "processing_class", None)
+    return getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+
+
+def _rows_of(trainer: Any) -> Callable[[int | None], Iterator[Row]] | None:
+    """Return what yields about so many rows of a Trainer's data, or all; None where they do not say what is trained."""
+    data = trainer.train_dataset
     columns = getattr(data, "column_names", None) or ()
     if isinstance(data, list) and data and isinstance(data[0], dict):
         columns = data[0]
     marks = next((name for name in ("labels", "assistant_masks", "completion_mask") if name in columns), "")
-    if not (marks and "input_ids" in columns and hasattr(data, "__len__") and hasattr(tokenizer, "decode")):
-        return {}
+    if not (marks and "input_ids" in columns and hasattr(data, "__len__")):
+        return None
 
     def rows(most: int | None) -> Iterator[Row]:
         untrained, count = -100 if marks == "labels" else 0, len(data)
@@ -133,7 +168,7 @@ def header_of_data(trainer: Any) -> dict[str, str]:
             trained = [i for i, mark in enumerate(row[marks]) if mark != untrained]
             yield [int(id) for id in row["input_ids"]], trained
 
-    return header_of(tokenizer, rows)
+    return rows
 
 
 def header_of(tokenizer: Any, rows: Callable[[int | None], Iterable[Row]]) -> dict[str, str]:

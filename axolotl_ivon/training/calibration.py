@@ -1,5 +1,9 @@
 """What to predict with when training has ended: the mean or draws, and a softmax temperature, from evaluation data.
 
+Where answers are a few labels, what is measured is the choice between them: at every token of the right one at which
+labels part, the probabilities of the tokens that labels go on with. That is what commands predict with T; the other
+tokens, most of which follow from those before, would say that it is sure and right. Of texts every token counts.
+
 The evaluation examples are split in two. One half chooses T for the mean, and τ and T for draws, by their NLL; the
 other half reports. `metrics.choice` has the rule, which is that of `ivon-post sweep` too. In the end T is fitted once
 more, to both halves: that is the one in `recommended.json` beside the adapter, whose figures are of the T before.
@@ -10,7 +14,7 @@ from __future__ import annotations
 import math
 import operator
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +27,7 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from ..metrics.calibration import TEMPERATURE_GRID as TEMPERATURES
+from ..metrics.calibration import nll_at_temperatures, penalty
 from ..metrics.choice import choose, cross_validated
 from ..metrics.scores import Scores, metrics
 from ..metrics.verdict import FEWEST, Paired, judge
@@ -40,7 +45,8 @@ from ..records.recommendation import (
 )
 from ..storage.format import SIGMA_FILE
 from ..storage.tensorfile import TensorFile
-from .posterior_loss import evaluating
+from .beginning import answers_in, next_tokens_of_answers
+from .posterior_loss import evaluating, predicts_next_token
 from .saved import adapter_folder
 
 if TYPE_CHECKING:
@@ -58,11 +64,24 @@ _CHUNK = 1024  # labels whose distributions over the vocabulary are worked on at
 
 
 class _Column(NamedTuple):
-    """What the mean (τ = ∞), or draws at τ, predict for labels at every temperature: tensors of shape (labels, T)."""
+    """What the mean (τ = ∞), or draws at τ, predict at every temperature: tensors of shape (n, T).
+
+    Each of n is a label of a classifier, an answer out of a few, or a token of a text.
+    """
 
     nll: Tensor
     confidence: Tensor
-    correct: Tensor  # (labels,)
+    correct: Tensor  # (n,)
+
+
+class _Asked(NamedTuple):
+    """What is measured in a batch: tensors over the logits that are looked at, (k,), and over answers, (n,)."""
+
+    places: Tensor  # of the logits, as if they were (rows·length, classes)
+    target: Tensor  # the right class, or the place of the right one in `choices`
+    answer: Tensor  # the number of the answer that each is of, ascending
+    example: Tensor  # of each answer, the row of the batch
+    choices: Tensor | None = None  # (k, most) token ids to choose from, filled up with −1; None: all classes
 
 
 class NotCalibrated(Exception):
@@ -82,14 +101,18 @@ def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None,
         dataset = _evaluation_data(run, seen)
         affordable = int((SHARE * seen / len(dataset) - 1) / DRAWS) if run.draws_as_saved else 0
         taus = [math.inf, *TAUS[:affordable]]
+        following = next_tokens_of_answers(run.trainer) if "choices" in run.header else {}
         # In an order of their contents, so that the halves do not depend on the number of processes.
-        columns = [
-            columns
-            for _, columns in sorted(gather_object(list(_measure(run, dataset, taus))), key=operator.itemgetter(0))
-        ]
+        measured = gather_object(list(_measure(run, dataset, taus, following)))
+        columns = [columns for _, columns in sorted(measured, key=operator.itemgetter(0))]
+        if len(columns) < 2 * FEWEST:
+            raise NotCalibrated(f"only {len(columns)} evaluation examples have an answer of the training data")
     except NotCalibrated as why:
         return None, f"not calibrated: {why}"
-    recommendation, text = _choose(taus, columns, run.trainer.args.seed)
+    task = "choice" if following else None
+    if not following and any(len(of_mean.nll) > 1 for of_mean, *_ in columns):
+        task = "generate"
+    recommendation, text = _choose(taus, columns, run.trainer.args.seed, task)
     if recommendation.verdict and recommendation.verdict.differences:
         text += f"; {RECOMMENDED_FILE} beside the adapter holds it, and every command that predicts takes it"
     return recommendation, text + _advice(recommendation, run)
@@ -160,10 +183,21 @@ def _draws_at(tau: float) -> int:
     return DRAWS if math.isfinite(tau) else 1
 
 
-def _measure(run: PosteriorTraining, dataset: Any, taus: Sequence[float]) -> Iterator[tuple[int, list[_Column]]]:
-    """Yield a hash of every example of this process, and what each τ predicts for its labels."""
+def _measure(
+    run: PosteriorTraining, dataset: Any, taus: Sequence[float], following: Mapping[tuple[int, ...], Sequence[int]]
+) -> Iterator[tuple[int, list[_Column]]]:
+    """Yield a hash of every example of this process, and what each τ predicts for its labels.
+
+    `following` has which tokens go on each beginning of an answer, where answers are labels.
+    """
     trainer: Any = run.trainer
-    loader = trainer.get_eval_dataloader(dataset)
+    kept = trainer.__dict__.pop("_eval_dataloaders", None)  # where workers persist, by a name that knows no data
+    try:
+        loader = trainer.get_eval_dataloader(dataset)
+    finally:
+        trainer.__dict__.pop("_eval_dataloaders", None)
+        if kept is not None:
+            trainer._eval_dataloaders = kept
     passes = sum(map(_draws_at, taus))
     shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
     with evaluating(trainer.model):
@@ -172,21 +206,24 @@ def _measure(run: PosteriorTraining, dataset: Any, taus: Sequence[float]) -> Ite
             labels = inputs.pop("labels", None)
             if labels is None:
                 raise NotCalibrated("the evaluation data have no labels to predict")
-            places, target, group = _places(labels)
-            by_tau = [_columns(run, tau, inputs, labels, places, target) for tau in taus]
+            if labels.is_floating_point() or (labels.dim() == 2 and not predicts_next_token(trainer.model)):
+                raise NotCalibrated("its labels are neither classes of a text nor the tokens of an answer")
+            if labels.dim() == 1:
+                rows = torch.arange(len(labels), device=labels.device)
+                asked = _Asked(rows, labels, rows.cpu(), rows.cpu())
+            else:
+                asked = _choices(labels, following) if following else _tokens(labels)
+            by_tau = [_columns(run, tau, inputs, labels, asked) for tau in taus]
             ids, attended = inputs["input_ids"].cpu(), inputs.get("attention_mask")
-            for example in group.unique().tolist():
-                here = group == example
+            for example in asked.example.unique().tolist():
+                here = asked.example == example
                 own = ids[example] if attended is None else ids[example][attended[example].cpu().bool()]
                 columns = [_Column(*(values[here] for values in column)) for column in by_tau]
                 yield zlib.crc32(own.numpy().tobytes()), columns
 
 
-def _places(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which logits are scored, as flat places, their targets, and the example of each."""
-    if labels.dim() == 1:  # a classifier
-        places = torch.arange(len(labels), device=labels.device)
-        return places, labels, places.cpu()
+def _tokens(labels: Tensor) -> _Asked:
+    """Return what is asked of texts: every token, or some of a long one."""
     chosen, rows = [], []
     for row, of_row in enumerate(labels[:, 1:]):
         there = (of_row != -100).nonzero().squeeze(1)
@@ -195,12 +232,46 @@ def _places(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         chosen.append(row * labels.shape[1] + there)
         rows += [row] * len(there)
     places = torch.cat(chosen)
-    return places, labels.flatten()[places + 1], torch.tensor(rows, dtype=torch.long)
+    return _Asked(places, labels.flatten()[places + 1], torch.arange(len(rows)), torch.tensor(rows, dtype=torch.long))
 
 
-def _columns(
-    run: PosteriorTraining, tau: float, inputs: dict[str, Any], labels: Tensor, places: Tensor, target: Tensor
-) -> _Column:
+def _choices(labels: Tensor, following: Mapping[tuple[int, ...], Sequence[int]]) -> _Asked:
+    """Return what is asked of answers that are labels: where labels part, which way; nothing of an unknown label."""
+    places: list[int] = []
+    target: list[int] = []
+    answer: list[int] = []
+    example: list[int] = []
+    choices: list[Sequence[int]] = []
+    for row, tokens in enumerate(labels.tolist()):
+        trained = [i for i, token in enumerate(tokens) if token != -100]
+        for turn in answers_in((tokens, trained)):
+            known = True
+            parts: list[tuple[int, int, Sequence[int]]] = []
+            for length, place in enumerate(turn):
+                ways = following.get(tuple(tokens[i] for i in turn[:length]), ())
+                if not ways:  # it has ended
+                    break
+                known = known and tokens[place] in ways
+                if known and place and len(ways) > 1:
+                    parts.append((row * len(tokens) + place - 1, ways.index(tokens[place]), ways))
+            if known and parts:
+                places += [place for place, _, _ in parts]
+                target += [right for _, right, _ in parts]
+                choices += [ways for _, _, ways in parts]
+                answer += [len(example)] * len(parts)
+                example.append(row)
+    most = max(map(len, choices), default=1)
+    filled = [[*ways, *[-1] * (most - len(ways))] for ways in choices]
+    return _Asked(
+        places=torch.tensor(places, dtype=torch.long, device=labels.device),
+        target=torch.tensor(target, dtype=torch.long, device=labels.device),
+        answer=torch.tensor(answer, dtype=torch.long),
+        example=torch.tensor(example, dtype=torch.long),
+        choices=torch.tensor(filled, dtype=torch.long, device=labels.device).view(-1, most),
+    )
+
+
+def _columns(run: PosteriorTraining, tau: float, inputs: dict[str, Any], labels: Tensor, asked: _Asked) -> _Column:
     """Return what a τ predicts for the labels of a batch: one forward pass, or the average of its draws'."""
     trainer: Any = run.trainer
     averaged: Any = None
@@ -213,48 +284,45 @@ def _columns(
             logits = getattr(trainer.model(**inputs), "logits", None)
         if logits is None or logits.shape[: labels.dim()] != labels.shape:
             raise NotCalibrated("the model gives no logits for the labels of the evaluation data")
-        logits = logits.reshape(-1, logits.shape[-1])[places].float()
+        logits = logits.reshape(-1, logits.shape[-1])[asked.places].float()
+        if asked.choices is not None:
+            logits = logits.gather(1, asked.choices.clamp_min(0)).masked_fill(asked.choices < 0, -math.inf)
         if math.isfinite(tau):
             probabilities = logits.softmax(-1)
             averaged = probabilities if averaged is None else averaged.add_(probabilities)
     logs = logits if averaged is None else averaged.div_(DRAWS).clamp_min_(1e-38).log_()
-    parts = [_at_temperatures(*part) for part in zip(logs.split(_CHUNK), target.split(_CHUNK), strict=True)]
-    nll, confidence, correct = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
-    return _Column(nll, confidence, correct)
+    parts = [_at_temperatures(*part) for part in zip(logs.split(_CHUNK), asked.target.split(_CHUNK), strict=True)]
+    # Of an answer the probabilities of its parts multiply, and it is right where all are.
+    of_parts = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+    nll, of_guess, wrong = (
+        values.new_zeros(len(asked.example), *values.shape[1:]).index_add_(0, asked.answer, values)
+        for values in of_parts
+    )
+    return _Column(nll, of_guess.neg().exp(), wrong == 0)
 
 
 def _at_temperatures(logs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return NLL and confidence (n, T) of p ∝ exp(logs/T) for each temperature, and whether the guess is right (n,)."""
-    largest, guess = logs.max(-1)
-    right = logs.gather(1, target[:, None]).squeeze(1)
-    columns = []
-    for temperature in TEMPERATURES:
-        total = (logs / temperature).logsumexp(-1)
-        columns.append((total - right / temperature, (largest / temperature - total).exp()))
-    nll, confidence = (torch.stack(values, 1).double() for values in zip(*columns, strict=True))
-    return nll, confidence, guess == target
+    """Return the NLL of target and guess by p ∝ exp(logs/T), (k, T), and whether the guess is wrong, 1 or 0, (k,)."""
+    guess = logs.argmax(-1)
+    nll, of_guess = nll_at_temperatures(logs, torch.stack([target, guess], 1)).unbind(1)
+    return nll, of_guess, (guess != target).long()
 
 
-def _choose(taus: Sequence[float], columns: list[list[_Column]], seed: int) -> tuple[Recommendation, str]:
+def _choose(
+    taus: Sequence[float], columns: list[list[_Column]], seed: int, task: str | None = None
+) -> tuple[Recommendation, str]:
     """Return the recommendation from what every τ (inner list) predicts for every example, and a line about it."""
     order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed)).tolist()
     choosing, report = order[: len(order) // 2], order[len(order) // 2 :]
-    nll = [torch.cat([columns[i][way].nll for i in choosing]).mean(0).tolist() for way in range(len(taus))]
-    plain = (0, TEMPERATURES.index(1.0))
+    penalties = np.array([penalty(temperature) for temperature in TEMPERATURES])
     sums = [np.stack([of_example[way].nll.sum(0).numpy() for of_example in columns]) for way in range(len(taus))]
-    labels = np.array([len(of_example[0].nll) for of_example in columns])
-
-    def at_a_t_of_others(fitted_on: np.ndarray, measured_on: np.ndarray) -> float:
-        best = sums[0][fitted_on].sum(0).argmin()
-        return float(sums[0][measured_on, best].sum() / labels[measured_on].sum())
-
-    def as_it_is(_: np.ndarray, measured_on: np.ndarray) -> float:
-        return float(sums[0][measured_on, plain[1]].sum() / labels[measured_on].sum())
-
-    before, after = (cross_validated(len(columns), seed, loss) for loss in (as_it_is, at_a_t_of_others))
+    costs = [(own[choosing].sum(0) + penalties).tolist() for own in sums]
+    plain = (0, TEMPERATURES.index(1.0))
+    labels = sum(len(of_example[0].nll) for of_example in columns)
+    before, added = sums[0][:, plain[1]].sum() / labels, cross_validated(sums[0], penalties, plain[1])
 
     def cost(at: tuple[int, int]) -> float:
-        return nll[at[0]][at[1]]
+        return costs[at[0]][at[1]]
 
     def versus(one: tuple[int, int], other: tuple[int, int]) -> Paired:
         gaps = [columns[i][one[0]].nll[:, one[1]] - columns[i][other[0]].nll[:, other[1]] for i in report]
@@ -266,8 +334,10 @@ def _choose(taus: Sequence[float], columns: list[list[_Column]], seed: int) -> t
     # By the number of τ and that of the temperature.
     candidates = [(way, t) for way in range(len(taus)) for t in range(len(TEMPERATURES))]
     others = candidates[len(TEMPERATURES) :]
-    added = after - before if len(report) >= FEWEST else 0.0
-    choice = choose(plain, candidates[: len(TEMPERATURES)], others, cost, outcome, added)
+    after = before + added / labels
+    choice = choose(
+        plain, candidates[: len(TEMPERATURES)], others, cost, outcome, added if len(report) >= FEWEST else 0.0
+    )
     recommended, scaled, draws = choice.recommended, choice.scaled, min(others, key=cost, default=None)
 
     def measured(at: tuple[int, int], part: Sequence[int]) -> dict[str, Any]:
@@ -275,7 +345,7 @@ def _choose(taus: Sequence[float], columns: list[list[_Column]], seed: int) -> t
 
     def temperature(at: tuple[int, int]) -> float:
         """Return the T of all examples in place of one half's."""
-        return 1.0 if at == plain else TEMPERATURES[sums[at[0]].sum(0).argmin()]
+        return 1.0 if at == plain else TEMPERATURES[(sums[at[0]].sum(0) + penalties).argmin()]
 
     def point(at: tuple[int, int]) -> GridPoint:
         chosen_on, reported_on = (Metrics(**measured(at, part)) for part in (choosing, report))
@@ -289,7 +359,7 @@ def _choose(taus: Sequence[float], columns: list[list[_Column]], seed: int) -> t
     if recommended[0]:
         before, after = (measured(at, report)["nll"] for at in (plain, recommended))
     if recommended != plain:
-        text += f" (NLL {before:.3g} → {after:.3g})"
+        text += f" (NLL {before:.3g} → {after:.3g}{' per token' if task == 'generate' else ''})"
     elif scaled != plain:
         text += " as it is, since by cross-validation no T helps"
     if draws and recommended != draws:
@@ -308,6 +378,7 @@ def _choose(taus: Sequence[float], columns: list[list[_Column]], seed: int) -> t
         objective="nll",
         score="probability",
         data=["the evaluation data of training"],
+        task=task,
         samples=DRAWS,
         seed=seed,
         examples=Sizes(chosen_on=len(choosing), reported_on=len(report)),

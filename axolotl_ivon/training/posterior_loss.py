@@ -27,6 +27,13 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
+def predicts_next_token(model: Any) -> bool:
+    """Return whether the logits at a place are of the token after it; of others they are of the label there."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    encodes = getattr(base.config, "is_encoder_decoder", False)
+    return not (encodes or type(base).__name__.endswith("ForTokenClassification"))
+
+
 def posterior_loss(trainer: Trainer, optimizer: IVONLoRA, dataloader: Iterable[Any], samples: int) -> float:
     """Return the negative log-likelihood of the labels under the predictive distribution averaged over draws.
 
@@ -52,15 +59,21 @@ def posterior_loss(trainer: Trainer, optimizer: IVONLoRA, dataloader: Iterable[A
 def _label_log_probabilities(trainer: Trainer, batch: Any) -> Tensor:
     """Return log p of every label of a batch, float32 on the CPU, shape [labels]."""
     inputs = trainer._prepare_inputs(batch)
-    labels = inputs.pop("labels", None)
+    model: Any = trainer.model
+    labels, shifted = inputs.get("labels"), predicts_next_token(model)
     if labels is None:
         raise IVONError(f"{param_ref('eval_samples')} needs data with `labels`; set it to 0")
-    model: Any = trainer.model
+    if labels.is_floating_point():
+        raise IVONError(
+            f"{param_ref('eval_samples')} needs `labels` that are classes or tokens, not numbers; set it to 0"
+        )
+    if shifted or labels.dim() == 1:  # an encoder-decoder makes its inputs of them
+        del inputs["labels"]
     with trainer.compute_loss_context_manager():
         logits = model(**inputs).logits
     if logits.shape[: labels.dim()] != labels.shape:
         raise IVONError(f"{param_ref('eval_samples')} needs `labels` that fit the model's logits; set it to 0")
-    if labels.dim() == 2:  # a causal LM predicts the next token
+    if labels.dim() == 2 and shifted:
         labels, logits = labels[:, 1:], logits[:, :-1]
     chosen = labels != -100
     return -torch.nn.functional.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none").cpu()

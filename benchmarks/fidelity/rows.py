@@ -14,10 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from axolotl_ivon import Posterior
-from axolotl_ivon.metrics.calibration import fit_temperature
+from axolotl_ivon.metrics.calibration import (
+    TEMPERATURE_GRID,
+    fit_temperature,
+    logs_of,
+    nll_at_temperatures,
+    penalty,
+    probable_temperature,
+)
 from axolotl_ivon.metrics.choice import choose, cross_validated
 from axolotl_ivon.metrics.scores import Scores, metrics
 
@@ -159,14 +165,10 @@ def calibrated(model: Encoder, q: Posterior, task: Task, examples: Sequence[Exam
     """
     labels, held = labels_of(task.validation), drawn(model, q, task.validation, draws, math.inf).probabilities
 
-    def added(fitted_on: np.ndarray, measured_on: np.ndarray) -> float:
-        temperature = fit_temperature(held[fitted_on], labels[fitted_on])
-        logs = held[measured_on].clamp_min(1e-300).log()
-        cold, warm = (F.cross_entropy(logs / t, labels[measured_on]) for t in (1.0, temperature))
-        return float(warm - cold)
-
-    own = math.inf, fit_temperature(held, labels)
-    crossed = cross_validated(len(labels), 0, added)
+    own = math.inf, probable_temperature(held, labels)
+    losses = nll_at_temperatures(logs_of(held), labels[:, None]).squeeze(1)
+    penalties = np.array([penalty(temperature) for temperature in TEMPERATURE_GRID])
+    crossed = cross_validated(losses.numpy(), penalties, TEMPERATURE_GRID.index(1.0))
     costs = {own: 0.0, (math.inf, 1.0): 1.0}.__getitem__
     tau, temperature = choose((math.inf, 1.0), [own], [], costs, lambda *_: "", crossed).recommended
     logits = drawn(model, q, examples, draws, tau).probabilities.log() / temperature

@@ -238,15 +238,17 @@ def test_draws_are_made_once_for_a_run_and_anew_for_another(bert: Path) -> None:
             assert rows.drawn(model, q, texts, draws, tau) is ours
 
 
-def test_of_equal_draws_the_mean_is_recommended_at_a_temperature_that_helps(bert: Path) -> None:
-    model = encoder(bert).eval()
-    q = as_posterior(model.trained())
-    guesses = predict(model, examples(200)).argmax(1).tolist()  # right every time, and a chance model is not sure of it
-    texts = [replace(text, label=guess) for text, guess in zip(examples(200), guesses, strict=True)]
-    ours, facts = rows.calibrated(model, q, task(validation=texts), examples(9), 3)
-    logits = predict_posterior(model, q, examples(9), 0).probabilities.log()
-    torch.testing.assert_close(ours.probabilities, (logits / facts["temperature"]).softmax(-1))
-    assert (facts["tau"], facts["temperature"] < 0.5) == (math.inf, True)
+@pytest.mark.parametrize(("right", "temperature"), [(200, 0.3), (150, 1.0)])
+def test_the_end_of_training_recommends_the_mean_at_a_temperature_that_helps(
+    right: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [replace(text, label=int(n >= right)) for n, text in enumerate(examples(200))]
+    sure = torch.tensor([math.log(3), 0.0], dtype=torch.float64)  # of the first class, by 3 to 1
+    monkeypatch.setattr(rows, "drawn", lambda *given: Predictions.of([sure.repeat(len(given[2]), 1)]))
+    ours, facts = rows.calibrated(None, None, task(validation=texts), examples(9), 3)  # type: ignore[arg-type]
+    torch.testing.assert_close(ours.probabilities, (sure.repeat(9, 1) / facts["temperature"]).softmax(-1))
+    assert (facts["tau"], facts["temperature"]) == (math.inf, pytest.approx(temperature, abs=0.05))
+    assert (facts["temperature"] == 1) == (temperature == 1)
 
 
 def test_averaged_predictions_and_their_entropy() -> None:

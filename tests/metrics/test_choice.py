@@ -7,9 +7,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from axolotl_ivon.metrics.calibration import fit_temperature
+from axolotl_ivon.metrics.calibration import (
+    TEMPERATURE_GRID,
+    fit_temperature,
+    nll_at_temperatures,
+    penalty,
+    probable_temperature,
+)
 from axolotl_ivon.metrics.choice import Choice, choose, cross_validated
 from axolotl_ivon.metrics.verdict import judge
 
@@ -27,7 +36,7 @@ def chosen(losses: Tensor, scaled: list[int], others: list[int]) -> Choice[int]:
     crossed = 0.0
     for fitted_on, measured_on in (halves, halves[::-1]):
         best = min([0, *scaled], key=fitted_on.tolist().__getitem__)
-        crossed += (measured_on[best] - measured_on[0]).item() / 2
+        crossed += COUNT * (measured_on[best] - measured_on[0]).item()
     return choose(0, scaled, others, halves[0].tolist().__getitem__, outcome, crossed)
 
 
@@ -70,9 +79,9 @@ def test_the_first_wins_a_tie_and_another_must_beat_the_mean_at_its_temperature_
     order = {(2, 0): "better", (2, 1): "within noise"}
     cost = [3.0, 2.0, 1.0].__getitem__
     assert choose(0, [1], [2], cost, lambda *pair: order[pair], 0.0) == Choice(0, 1, 2)
-    assert choose(0, [1], [2], cost, lambda *pair: order[pair], -0.1) == Choice(1, 1, 2)
+    assert choose(0, [1], [2], cost, lambda *pair: order[pair], -1.1) == Choice(1, 1, 2)
     # By luck the half that chooses has no T, though one helps.
-    assert choose(0, [0, 1], [], [1.0, 2.0].__getitem__, lambda *pair: order[pair], -0.1) == Choice(1, 0, 0)
+    assert choose(0, [0, 1], [], [1.0, 2.0].__getitem__, lambda *pair: order[pair], -1.1) == Choice(1, 0, 0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5, 0.7])
@@ -92,17 +101,16 @@ def test_a_temperature_is_taken_where_it_pays_in_expectation(temperature: float)
         return torch.nn.functional.cross_entropy(of[0].log() / at, of[1]).item()
 
     many, found, always = sampled(20_000), [], []
+    penalties = np.array([penalty(at) for at in TEMPERATURE_GRID])
     for _ in range(100):
         data = sampled(200)
 
-        def added(one: np.ndarray, other: np.ndarray, data: tuple[Tensor, Tensor] = data) -> float:
-            fitted_on, measured_on = ((data[0][part], data[1][part]) for part in (one, other))
-            return nll(measured_on, fit_temperature(*fitted_on)) - nll(measured_on, 1.0)
-
-        own, crossed = fit_temperature(*data), cross_validated(200, 0, added)
+        losses = nll_at_temperatures(data[0].log(), data[1][:, None]).squeeze(1)
+        own = probable_temperature(*data)
+        crossed = cross_validated(losses.numpy(), penalties, TEMPERATURE_GRID.index(1.0))
         choice = choose(1.0, [own], [], lambda at, data=data: nll(data, at), lambda *_: "within noise", crossed)
         found.append(nll(many, choice.recommended))
-        always.append(nll(many, own))
+        always.append(nll(many, fit_temperature(*data)))
     added, costs = (sum(values) / len(values) - nll(many, 1.0) for values in (found, always))
     if temperature == 1:
         assert 0 < 2 * added < costs
@@ -110,18 +118,15 @@ def test_a_temperature_is_taken_where_it_pays_in_expectation(temperature: float)
         assert added < 0.6 * (nll(many, temperature) - nll(many, 1.0)) < 0
 
 
-def test_every_split_has_two_halves_and_each_is_measured_once() -> None:
-    seen: list[tuple[np.ndarray, np.ndarray]] = []
-    values = np.arange(11.0)
-
-    def loss(fitted_on: np.ndarray, measured_on: np.ndarray) -> float:
-        seen.append((fitted_on, measured_on))
-        return float(values[measured_on].mean())
-
-    found = cross_validated(11, 3, loss)
-    assert found == pytest.approx(np.mean([values[other].mean() for _, other in seen]))
-    for (one, other), (back, forth) in zip(seen[::2], seen[1::2], strict=True):
-        assert sorted([*one, *other]) == list(range(11))
-        assert (list(one), list(other)) == (list(forth), list(back))
-    assert len({tuple(one) for one, _ in seen}) > 10
-    assert cross_validated(11, 3, loss) == found
+@given(
+    losses=arrays(float, (7, 4), elements=st.integers(-9, 9).map(float)),
+    penalties=arrays(float, 4, elements=st.integers(0, 9).map(float)),
+    column=st.integers(0, 3),
+)
+def test_each_example_has_what_is_best_for_the_others(losses: np.ndarray, penalties: np.ndarray, column: int) -> None:
+    added = []
+    for number, own in enumerate(losses):
+        others = [*losses[:number].tolist(), *losses[number + 1 :].tolist()]
+        costs = [sum(values) + more for values, more in zip(zip(*others, strict=True), penalties, strict=True)]
+        added.append(own[costs.index(min(costs))] - own[column])
+    assert cross_validated(losses, penalties, column) == pytest.approx(sum(added))

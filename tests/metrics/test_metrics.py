@@ -17,7 +17,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_calibrat
 
 from axolotl_ivon.metrics.auroc import auroc, detection
 from axolotl_ivon.metrics.bootstrap import standard_errors
-from axolotl_ivon.metrics.calibration import TEMPERATURES, fit_temperature, rescale
+from axolotl_ivon.metrics.calibration import TEMPERATURES, fit_temperature, probable_temperature, rescale
 from axolotl_ivon.metrics.scores import Scores, entropy, metrics, weighted_metrics
 
 
@@ -194,6 +194,20 @@ def test_no_temperature_on_a_grid_is_better(seed: int, sharpness: float) -> None
     torch.testing.assert_close(rescale(p, found), expected)
     # The float32 distributions of the task "generate" have the same minimum.
     assert nll(fit_temperature(p.float(), target)) == pytest.approx(nll(found), abs=1e-6)
+
+
+@given(st.integers(0, 10_000), st.floats(0.05, 20), st.integers(1, 60))
+def test_the_probable_temperature_is_the_mode_of_its_posterior(seed: int, sharpness: float, count: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, 4, generator=generator, dtype=torch.float64)
+    target = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+
+    def cost(t: float) -> float:
+        logs = logits * sharpness / t
+        return torch.nn.functional.cross_entropy(logs, target, reduction="sum").item() + (math.log(t) / 0.3) ** 2 / 2
+
+    found = probable_temperature((logits * sharpness).softmax(1), target)
+    assert cost(found) <= min(cost(t) for t in torch.logspace(-2, 2, 201).tolist()) + 1e-6
 
 
 def test_what_has_no_minimum_is_at_a_limit() -> None:

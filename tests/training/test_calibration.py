@@ -13,15 +13,26 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
-from trainers import lora_weights, same
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import WORDS, chat
+from trainers import before_every_loss, lora_weights, same
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForTokenClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
-from axolotl_ivon import Posterior
+from axolotl_ivon import Posterior, attach
 from axolotl_ivon.decisions.recommendation import recommended_for
 from axolotl_ivon.metrics.bootstrap import compare
 from axolotl_ivon.metrics.scores import Scores
-from axolotl_ivon.records.recommendation import Recommendation
+from axolotl_ivon.records.recommendation import Recommendation, Sizes
 from axolotl_ivon.training.calibration import DRAWS, TEMPERATURES, _advice, _choose, _Column, _mean_of_groups
 
 ROWS = torch.randint(3, 40, (120, 9), generator=torch.Generator().manual_seed(2))
@@ -46,6 +57,10 @@ def nll_of(model: Any, rows: list[int], temperature: float) -> float:
     return -float(logs.gather(-1, ids[:, 4:, None]).mean())
 
 
+def minus_log_prior(temperature: float) -> float:
+    return math.log(temperature) ** 2 / 2 / 0.3**2
+
+
 def test_it_is_what_the_saved_adapter_does(attached: Any, tiny_llama: Path, tmp_path: Path, caplog: Any) -> None:
     caplog.set_level(logging.INFO)
     trainer = train(attached)
@@ -57,6 +72,8 @@ def test_it_is_what_the_saved_adapter_does(attached: Any, tiny_llama: Path, tmp_
     assert (taken.tau, taken.rule.temperature) == (recommendation.tau, recommendation.temperature)
     assert recommendation.draws is None, "480 examples are too few for draws to be tried"
     assert f"calibrated on {96} evaluation examples: the mean" in caplog.text
+    assert (recommendation.task, " per token)" in caplog.text) == ("generate", True)
+    assert "accuracy" not in recommendation.describe(), "of tokens it says nothing about a text"
     assert recommendation.sentences()[0] in (tmp_path / "README.md").read_text()
     # The examples and the halves are drawn by the run's seed.
     places = sorted(torch.randperm(120, generator=torch.Generator().manual_seed(5))[:96].tolist())
@@ -64,16 +81,69 @@ def test_it_is_what_the_saved_adapter_does(attached: Any, tiny_llama: Path, tmp_
     order = torch.randperm(96, generator=torch.Generator().manual_seed(5)).tolist()
     choose, report = ([places[i] for i in half] for half in (order[:48], order[48:]))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path).eval()
-    by_temperature = [nll_of(model, choose, t) for t in TEMPERATURES]
-    best = TEMPERATURES[by_temperature.index(min(by_temperature))]
-    assert recommendation.temperature in (1.0, best)
+
+    def best(rows: list[int]) -> float:
+        labels = len(rows) * ROWS[0, 4:].numel()
+        return min(TEMPERATURES, key=lambda t: labels * nll_of(model, rows, t) + minus_log_prior(t))
+
+    assert recommendation.temperature == best(places) != 1, "all choose T"
     assert recommendation.mean_reported_on.nll == pytest.approx(nll_of(model, report, 1.0), rel=1e-4)
-    reported = nll_of(model, report, recommendation.temperature)
+    reported = nll_of(model, report, best(choose))
     assert recommendation.reported_on.nll == pytest.approx(reported, rel=1e-4)
     # Nothing of it changes what was trained.
     without = train(attached, "without", {"calibrate": False})
     assert not (tmp_path / "without/recommended.json").exists()
     assert same(lora_weights(without.model), lora_weights(trainer.model))
+
+
+LABELS = ("A", "yes", "yes no")
+
+
+def test_where_answers_are_labels_it_is_the_choice_between_them(
+    made: Any, tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    asked = [
+        chat(f"{WORDS[n % 7]} {WORDS[n % 11]} {WORDS[n % 13]}", LABELS[n * n % 7 % 3])["messages"] for n in range(90)
+    ]
+    rows = []
+    for question, answer in asked:
+        prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
+        ids = tokenizer.apply_chat_template([question, answer], return_dict=False)
+        rows.append({"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]})
+    trainer = made(**{**RUN, "learning_rate": 2e-4})
+    trainer.processing_class, trainer.data_collator = tokenizer, DataCollatorForSeq2Seq(tokenizer)
+    unknown = [{**rows[0], "labels": [-100 if id == -100 else 9 for id in rows[0]["labels"]]}] * 3
+    trainer.train_dataset, trainer.eval_dataset = Dataset.from_list(rows), Dataset.from_list(rows + unknown)
+    attach(trainer, gamma=30.0)
+    trainer.train()
+    trainer.save_model()
+    recommendation = Recommendation.load(tmp_path / "recommended.json", "recommended")
+    assert recommendation.task == "choice"
+    assert "calibrated on 90 evaluation examples" in caplog.text
+    assert "accuracy" in recommendation.describe()
+    assert "per token" not in caplog.text + recommendation.describe()
+    # A or yes, and after yes whether it ends.
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path).eval()
+    [a], [yes], [_, no] = (tokenizer(label)["input_ids"] for label in LABELS)
+    right, nll = [], []
+    for row, (_, answer) in zip(rows, asked, strict=True):
+        begin = row["labels"].count(-100)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, begin - 1 : begin + 1]
+        is_yes, goes_on = (logits[0, [a, yes]].softmax(0)[1], logits[1, [tokenizer.eos_token_id, no]].softmax(0)[1])
+        p = {"A": 1 - is_yes, "yes": is_yes * (1 - goes_on), "yes no": is_yes * goes_on}[answer["content"]]
+        steps = {"A": [1 - is_yes], "yes": [is_yes, 1 - goes_on], "yes no": [is_yes, goes_on]}[answer["content"]]
+        nll.append(-math.log(p))
+        right.append(all(step > 0.5 for step in steps))
+    at_1 = recommendation.mean_reported_on
+    assert recommendation.examples == Sizes(chosen_on=45, reported_on=45)
+    places = sorted(range(90), key=lambda i: zlib.crc32(torch.tensor(rows[i]["input_ids"]).numpy().tobytes()))
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(5)).tolist()
+    report = [places[i] for i in order[45:]]
+    assert at_1.nll == pytest.approx(sum(nll[i] for i in report) / 45, rel=1e-4)
+    assert at_1.accuracy == pytest.approx(sum(right[i] for i in report) / 45)
 
 
 @pytest.mark.parametrize(("sharper", "words"), [(40.0, "so high a T means that it is overfitted"), (1.0, "")])
@@ -284,7 +354,8 @@ def test_both_halves_choose_the_temperature_that_is_written() -> None:
         data = overconfident(seed, 100)
         order = torch.randperm(100, generator=torch.Generator().manual_seed(1)).tolist()
         nll = torch.stack([data[i][0].nll[0] for i in order])
-        half, both = (TEMPERATURES[int(part.mean(0).argmin())] for part in (nll[:50], nll))
+        prior = torch.tensor([minus_log_prior(t) for t in TEMPERATURES])
+        half, both = (TEMPERATURES[int((part.sum(0) + prior).argmin())] for part in (nll[:50], nll))
         recommendation, line = _choose([math.inf], data, seed=1)
         assert recommendation.temperature in (1.0, both), line
         differ += recommendation.temperature == both != half
@@ -307,3 +378,47 @@ def test_the_error_of_a_mean_over_dependent_labels_is_the_bootstrap_s() -> None:
     expected = compare(one, other)["nll"]
     assert difference == pytest.approx(expected.difference)
     assert error == pytest.approx(expected.standard_error, rel=0.1)
+
+
+def test_an_evaluation_set_of_the_trainer_s_own_stays_whole_where_workers_persist(attached: Any) -> None:
+    sizes = []
+    for persistent in (False, True):
+        workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": persistent}
+        trainer = attached({"gamma": 30.0}, **{**RUN, **workers})
+        trainer.eval_dataset = DATA
+        if persistent:
+            trainer.evaluate()  # whose loader the Trainer keeps
+        trainer.train()
+        seen: list[int] = []
+        before_every_loss(trainer, lambda model, inputs, *rest, seen=seen, **more: seen.append(len(inputs["labels"])))
+        trainer.evaluate()
+        sizes.append((trainer.posterior_training.recommendation.examples, sum(seen)))
+    assert sizes == [(Sizes(chosen_on=48, reported_on=48), 120)] * 2
+
+
+@pytest.mark.parametrize("kind", ["token classifier", "encoder-decoder"])
+def test_labels_that_are_not_the_next_token_are_not_taken_for_it(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At draws of no width the loss of the posterior is the Trainer's own."""
+    caplog.set_level(logging.INFO)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "token classifier":
+        shape = {"hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 1, "num_labels": 3}
+        model: Any = LlamaForTokenClassification(LlamaConfig(**sizes, **shape))
+        lora = LoraConfig(task_type="TOKEN_CLS", target_modules=["q_proj"])
+    else:
+        shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "decoder_start_token_id": 0}
+        model = T5ForConditionalGeneration(T5Config(vocab_size=40, num_layers=1, num_heads=2, **shape))
+        lora = LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q"])
+    rows = [{"input_ids": row, "labels": [token % 3 for token in row]} for row in ROWS.tolist()]
+    run = TrainingArguments(str(tmp_path), max_steps=40, use_cpu=True, report_to=[], save_strategy="no")
+    data = Dataset.from_list(rows)
+    trainer = Trainer(get_peft_model(model, lora), run, train_dataset=data, eval_dataset=data)
+    attach(trainer, ess=1e12, eval_samples=2)
+    trainer.train()
+    assert trainer.posterior_training.recommendation is None
+    assert "not calibrated: its labels are neither classes of a text nor the tokens of an answer" in caplog.text
+    losses = trainer.evaluate()
+    assert losses["eval_loss_posterior"] == pytest.approx(losses["eval_loss"], rel=1e-3)
