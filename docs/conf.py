@@ -105,20 +105,10 @@ def _type(field: dict[str, Any]) -> str:
     return f"{field['type']} of {_type(inner)}" if isinstance(inner, dict) else str(field["type"])
 
 
-def settings() -> str:
-    """Return the table of the YAML keys."""
-    from axolotl_ivon.settings.table import SETTINGS
-
-    rows = ["| key | default | meaning |", "|---|---|---|"]
-    return "\n".join(rows + [f"| `{setting.key}` | {setting.default} | {setting.help} |" for setting in SETTINGS])
-
-
 def insert_tables(app: Any, page: str, source: list[str]) -> None:
     """Put what is generated into its page."""
     if page == "formats":
         source[0] = source[0].replace("{{ formats }}", formats())
-    if page == "train":
-        source[0] = source[0].replace("{{ settings }}", settings())
 
 
 def options_to_restructured_text(app: Any, context: Any, lines: list[str]) -> None:
