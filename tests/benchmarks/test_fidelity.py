@@ -35,6 +35,7 @@ from benchmarks.fidelity.configs import HUB, as_chat, write_configs
 from benchmarks.fidelity.data import Encoder, Example, Task, collate, labels_of, predict, training_batches
 from benchmarks.fidelity.methods import TRAINERS, BlobLinear, Predictions, as_posterior, kl_weight, predict_posterior
 from benchmarks.fidelity.report import Results, cell, main_table, report, verdict_table
+from benchmarks.temperature import RULES, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -249,6 +250,18 @@ def test_the_end_of_training_recommends_the_mean_at_a_temperature_that_helps(
     torch.testing.assert_close(ours.probabilities, (sure.repeat(9, 1) / facts["temperature"]).softmax(-1))
     assert (facts["tau"], facts["temperature"]) == (math.inf, pytest.approx(temperature, abs=0.05))
     assert (facts["temperature"] == 1) == (temperature == 1)
+
+
+def test_rules_for_a_temperature_are_measured_on_what_had_no_part_in_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(900, 3, generator=generator, dtype=torch.float64)
+    target = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+    needed, not_needed = (measure((s * logits).log_softmax(1), target, 500, 4) for s in (4.0, 1.0))
+    loss = torch.nn.functional.cross_entropy
+    assert needed["never"] == pytest.approx(loss(4 * logits, target).item(), rel=0.1)
+    for name in RULES.keys() - {"never"}:
+        assert needed[name] == pytest.approx(loss(logits, target).item(), rel=0.05), name
+        assert not_needed[name] == pytest.approx(not_needed["never"], rel=0.01), name
 
 
 def test_averaged_predictions_and_their_entropy() -> None:
