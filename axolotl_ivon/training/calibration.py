@@ -125,10 +125,12 @@ def _advice(recommendation: Recommendation, run: PosteriorTraining) -> str:
     if math.isfinite(recommendation.tau) or after >= 0.95 * before:
         return ""  # of a model at chance any T is as good
     if recommendation.temperature <= UNSURE:
-        rate = "a higher learning_rate,"
+        what = "a higher learning_rate, or more steps"
         if 0 < run.given_rate < run.usual:
-            rate = f"a learning_rate of {run.usual:g}, which is usual for this model,"
-        return f"; so low a T means that there is more to learn: try {rate} or more steps"
+            what = f"a learning_rate of {run.usual:g}, which is usual for this model, or more steps"
+        elif run.usual and not run.given_rate:
+            what = f"more steps, or a learning_rate above {run.usual:g}, which it took"
+        return f"; so low a T means that there is more to learn: try {what}"
     if recommendation.temperature >= OVERFITTED:
         return "; so high a T means that it is overfitted: try a lower learning_rate, or fewer epochs"
     return ""
@@ -201,7 +203,7 @@ def _measure(
     passes = sum(map(_draws_at, taus))
     shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
     with evaluating(trainer.model):
-        for batch in tqdm(loader, desc=f"calibrating, {passes} passes", disable=not shown):
+        for batch in tqdm(loader, desc=f"calibrating, {passes} pass{'es' * (passes > 1)}", disable=not shown):
             inputs = trainer._prepare_inputs(batch)
             labels = inputs.pop("labels", None)
             if labels is None:

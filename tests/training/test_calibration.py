@@ -170,7 +170,7 @@ def test_a_t_far_above_1_says_that_the_run_was_too_long(
     [
         ({}, 2e-4, "a learning_rate of 0.00055, which is usual for this model, or more steps"),
         ({}, 6e-4, "a higher learning_rate, or more steps"),
-        ({}, 0.0, "a higher learning_rate, or more steps"),  # than the usual one
+        ({}, 0.0, "more steps, or a learning_rate above 0.00055, which it took"),
         ({}, 5.5e-4, "a higher learning_rate, or more steps"),
         ({"direction": "newton"}, 2e-4, "a higher learning_rate, or more steps"),
         ({"preset": "paper"}, 2e-4, "a higher learning_rate, or more steps"),
