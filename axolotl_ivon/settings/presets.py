@@ -28,6 +28,7 @@ FEW_PASSES_RATE = 2  # and by how much it is higher in few passes
 # up to this sum of the ranks of its matrices, from there on it falls by the root, to this share at least.
 USUAL_RANKS, LEAST_SHARE = 96, 0.25
 MANY_PASSES = (10.0, 20.0)  # from the first to the second the rules of few passes give way to those of many
+USUAL_PASSES = 31.0  # in more it falls by the root, as weights that follow noise get no farther then
 # The highest temperature of short runs: of the noise, nothing is then left to see.
 NARROWEST = 1e4
 # How far weights get by Adam's direction in few passes, as a part of how far they can: where gradients are noise,
@@ -57,8 +58,8 @@ def usual_rate(config: Any, epochs: float, ranks: int = 0) -> float:
 
     It is 5e-4 for SmolLM2-135M, 2e-4 for Qwen2.5-0.5B, and 1.1e-4 for Llama-3.1-8B, and in few passes over the data
     twice that, if it is known how many: 0 `epochs` are not. In many passes it is lower for a large adapter, whose ranks
-    add up to `ranks` (see `sum_of_ranks`). Where the power of a kind is not known, it is the lower one of those that
-    are. Models narrower than 512 have the rate of one of 512.
+    add up to `ranks` (see `sum_of_ranks`), and in more than 31 for any. Where the power of a kind is not known, it is
+    the lower one of those that are. Models narrower than 512 have the rate of one of 512.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(text, "hidden_size", None)
@@ -67,7 +68,7 @@ def usual_rate(config: Any, epochs: float, ranks: int = 0) -> float:
     powers = [power for name, power in POWERS_OF_WIDTH.items() if kind.startswith(name)]
     rate = min(RATE_AT_USUAL_WIDTH * ratio**power for power in powers or POWERS_OF_WIDTH.values())
     share = min(1.0, max(LEAST_SHARE, math.sqrt(USUAL_RANKS / max(ranks, 1))))
-    rate *= share ** float(np.interp(epochs, MANY_PASSES, (0, 1)))
+    rate *= share ** float(np.interp(epochs, MANY_PASSES, (0, 1))) * math.sqrt(USUAL_PASSES / max(epochs, USUAL_PASSES))
     return float(f"{rate:.2g}") * (FEW_PASSES_RATE if 0 < epochs <= FEW_PASSES else 1)
 
 
