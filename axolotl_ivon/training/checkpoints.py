@@ -64,8 +64,10 @@ def whole_checkpoint(trainer: Any, trial: Any) -> Iterator[None]:
         yield
         trainer.accelerator.wait_for_everyone()  # every process has written its part
         state, temporary = trainer.state, os.path.join(hidden, name)
-        if state.best_model_checkpoint == temporary:
-            state.best_model_checkpoint = target
+        # The Trainer looks for the best one among the hidden names, and the run's folder may have moved since then.
+        best = os.path.join(run, f"checkpoint-{state.best_global_step}")
+        if state.best_model_checkpoint not in (None, best) and (best == target or os.path.isdir(best)):
+            state.best_model_checkpoint = best
             if trainer.args.should_save:
                 state.save_to_json(os.path.join(temporary, "trainer_state.json"))
         if trainer.args.should_save:

@@ -132,3 +132,28 @@ def test_saving_over_an_adapter_keeps_what_else_is_there(trained: Any, tiny_adap
     assert names(folder) == names(tiny_adapter) | {"notes.txt"}
     assert same(load_file(folder / MEAN), as_saved(lora_weights(trainer.model)))
     Posterior.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["theirs", "ours"])
+def test_the_best_checkpoint_of_a_run_that_was_moved(ours: bool, made: Any, tmp_path: Path) -> None:
+    """As the Trainer has it without us: it is found where the run is now, though none that follows is better."""
+
+    def run(folder: str, losses: list[float], steps: int, resume: bool = False) -> Any:
+        best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+        trainer = made(folder, max_steps=steps, save_steps=2, **best)
+        evaluate, left = trainer.evaluate, iter(losses)
+        trainer.evaluate = lambda *a, **k: {**evaluate(*a, **k), "eval_loss": next(left)}
+        if ours:
+            attach(trainer, clip=0.1)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    run("old", [1.0, 2.0], 4)
+    (tmp_path / "old").rename(tmp_path / "moved")
+    trainer = run("moved", [3.0], 6, resume=True)
+    best = tmp_path / "moved" / "checkpoint-2"
+    state = json.loads((tmp_path / "moved" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert trainer.state.best_model_checkpoint == state["best_model_checkpoint"] == str(best)
+    trainer.save_model(str(tmp_path / "final"))
+    for name in (MEAN, SIGMA) if ours else (MEAN,):
+        assert same(load_file(tmp_path / "final" / name), load_file(best / name))
