@@ -42,8 +42,8 @@ def combine(posteriors: Sequence[Posterior], method: str, share: Sequence[float]
     """Return the parts of one posterior made of several over the same base model; `Posterior.combine` wraps it.
 
     "precision": the product of the Gaussians. Precisions 1/σ² are added, means are weighted by them. What several of
-    them share is counted once: a fixed prior (the same number in `prior`, and the same `ess`), and in a chain, whose
-    posteriors were each the prior of another, the posterior before: with B and C trained from A it is B·C/A, and
+    them share is counted once: a fixed prior (the same numbers in `prior`, `prior_strength` and `ess`), and in a chain,
+    whose posteriors were each the prior of another, the posterior before: with B and C trained from A it is B·C/A, and
     with A and B it is B (at κ = 1). An empirical prior is each posterior's own, so nothing is taken off. Where one σ
     is 0 that posterior's mean stands, pruned weights included. With `weights` w_i it is the weighted product of
     Variational Model Merging (arXiv 2412.08147): what each posterior knows beside the prior that they share is taken
@@ -259,9 +259,10 @@ def _product_mean(
 
 
 def _shared_prior(posteriors: Sequence[Posterior]) -> float:
-    """Return the precision λ·δ·τ of a prior that all posteriors share, or 0."""
+    """Return the precision λ·κ·δ·τ of a prior that all posteriors share, or 0."""
     try:
-        shared = {float(q.metadata["ess"]) * float(q.metadata["prior"]) * q.tau for q in posteriors}
+        deltas = [float(q.metadata["prior"]) * float(q.metadata.get("prior_strength", 1)) for q in posteriors]
+        shared = {float(q.metadata["ess"]) * delta * q.tau for q, delta in zip(posteriors, deltas, strict=True)}
     except (KeyError, ValueError):  # "empirical", or a header that does not say
         return 0.0
     return shared.pop() if len(shared) == 1 else 0.0

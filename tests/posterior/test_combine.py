@@ -24,7 +24,8 @@ def posterior(seed: int = 0, shape: tuple[int, ...] = (5, 4), **facts: str) -> P
     return Posterior(mean, sigma, facts, {"base_model_name_or_path": "base", "lora_alpha": 8, "r": shape[0]})
 
 
-def test_a_shared_prior_is_counted_once():
+@pytest.mark.parametrize("kappa", [None, 0.25, 10.0])
+def test_a_shared_prior_is_counted_once(kappa: float | None) -> None:
     """y = w·x + noise: the posteriors of two halves of the data combine into that of all of it, to rounding."""
     torch.manual_seed(0)
     x, noise = torch.randn(40, 6, dtype=torch.double), torch.randn(40, 6, dtype=torch.double)
@@ -37,13 +38,22 @@ def test_a_shared_prior_is_counted_once():
 
     def as_posterior(part: slice) -> Posterior:
         mean, sigma = exact(x[part], y[part])
-        facts = {"ess": "20", "prior": str(strength / 20)}
+        facts = {"ess": "20", "prior": str(strength / (20 * (kappa or 1)))}
+        facts |= {"prior_strength": str(kappa)} if kappa else {}
         return Posterior({"w": mean.float()}, {"w": sigma.float()}, facts, {})
 
     both = Posterior.combine([as_posterior(slice(0, 10)), as_posterior(slice(10, 25)), as_posterior(slice(25, 40))])
     mean, sigma = exact(x, y)
     torch.testing.assert_close(both.mean["w"].double(), mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(both.sigma["w"].double(), sigma, rtol=1e-5, atol=1e-6)
+
+
+def test_priors_of_other_strengths_are_not_shared() -> None:
+    qs = [posterior(seed, ess="100.0", prior="0.005", prior_strength=kappa) for seed, kappa in enumerate("12")]
+    q = Posterior.combine(qs)
+    for key in q.mean:
+        total = sum(each.sigma[key].double() ** -2 for each in qs)
+        torch.testing.assert_close(q.sigma[key].double(), total.rsqrt(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_prior_never_takes_knowledge_away():
