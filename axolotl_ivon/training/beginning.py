@@ -163,7 +163,7 @@ def _rows_of(trainer: Any) -> Callable[[int | None], Iterator[Row]] | None:
         untrained, count = -100 if marks == "labels" else 0, len(data)
         for number in range(0, count, max(1, count // most) if most else 1):
             row = data[number]
-            if not hasattr(row[marks], "__len__"):  # a classifier's label
+            if not hasattr(row[marks], "__len__") or getattr(row[marks], "ndim", 1) == 0:  # a classifier's label
                 return
             trained = [i for i, mark in enumerate(row[marks]) if mark != untrained]
             yield [int(id) for id in row["input_ids"]], trained

@@ -295,6 +295,22 @@ def test_a_trainers_rows_say_how_answers_begin(tokenizer: Any) -> None:
     assert header_of_data(SimpleNamespace(train_dataset=None)) == {}
 
 
+@pytest.mark.parametrize("kind", [None, "torch", "numpy"])
+def test_rows_of_tensors_say_the_same_and_a_classifiers_rows_nothing(tokenizer: Any, kind: str | None) -> None:
+    def header(labels: list[Any]) -> dict[str, str]:
+        ids = tokenizer("sun a<t>dog")["input_ids"]
+        data = Dataset.from_list([{"input_ids": ids, "labels": label} for label in labels]).with_format(kind)
+        rows = [data[number] for number in range(len(data))]
+        found = [header_of_data(SimpleNamespace(processing_class=tokenizer, train_dataset=d)) for d in (data, rows)]
+        assert found[0] == found[1]
+        return found[0]
+
+    answer = tokenizer("dog")["input_ids"]
+    asked = len(tokenizer("sun a<t>dog")["input_ids"]) - len(answer)
+    assert header([[-100] * asked + answer] * 2) == {"generation_prompt": "sun a<t>"}
+    assert header([0, 1, 2]) == {}
+
+
 MERGING = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
 
 
