@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import IVONError
 from ..posterior.tensors import Tensors, write_tensors
-from ..storage.atomic import new_file
+from ..storage.atomic import new_file, output_folder
 from ..storage.tensorfile import TensorFile
 
 _EVERY = 30.0  # seconds between two writes
@@ -45,13 +45,14 @@ class State:
             return None
 
     def write(self, snapshot: Snapshot) -> None:
-        """Write the file, whole or not at all.
+        """Write the file, whole or not at all, and the folder that it is in, where that is not there yet.
 
         Raises:
             IVONError: it cannot be written.
         """
         if self._path is None:
             return
+        output_folder(self._path.parent)
         with new_file(self._path) as temporary:
             header = {"fit": self._key, "facts": json.dumps(snapshot.values)}
             write_tensors(temporary, Tensors.of(snapshot.tensors), header)

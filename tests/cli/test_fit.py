@@ -100,3 +100,13 @@ def test_an_interrupted_fit_goes_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train.jsonl", "whole"]
     out, whole = (Posterior.from_pretrained(tmp_path / name) for name in ("out", "whole"))
     assert all(torch.equal(out.sigma[key], sigma) for key, sigma in whole.sigma.items())
+
+
+@pytest.mark.parametrize("method", ["ivon", "fisher", "tfb"])
+def test_the_folders_above_the_target_are_made(
+    plain_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli, method: str
+) -> None:
+    out = tmp_path / "new" / "deep" / "out"
+    ivon_post("fit", plain_adapter, "-d", data, "--method", method, "--validation", data, "-o", out)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    Posterior.from_pretrained(out)

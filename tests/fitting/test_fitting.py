@@ -386,7 +386,10 @@ def test_a_place_that_cannot_be_written_is_told_and_without_a_path_nothing_is_ke
     kept.write(SNAPSHOT)
     kept.keep(lambda: pytest.fail("there is no file"))
     assert kept.read() is None
+    (tmp_path / "no").touch()
     with pytest.raises(IVONError, match="cannot be written"):
         State(tmp_path / "no" / "x", "mine").write(SNAPSHOT)
     with pytest.raises(KeyError), State(tmp_path / "no" / "x", "mine").kept(lambda: SNAPSHOT):
         raise KeyError
+    State(tmp_path / "new" / "deep" / "x", "mine").write(SNAPSHOT)
+    assert same(State(tmp_path / "new" / "deep" / "x", "mine").read(), SNAPSHOT)
