@@ -61,10 +61,12 @@ def command(
 
     if eval and data:
         raise IVONError("--eval is evaluated already; leave --data out")
-    path = output.path(adapter, "report.html")
+    point = options.PosteriorOptions(sweep)
+    inputs = {"eval": eval, "examples": examples, "sweep": point.file, "influence": influence}
+    path = output.path(adapter, "report.html", data=data, **inputs)
     check_file(path, output.overwrite)
     with output.progress() as progress:
-        header, point = Posterior.from_pretrained(adapter, progress).metadata, options.PosteriorOptions(sweep)
+        header = Posterior.from_pretrained(adapter, progress).metadata
         own = point.taken(adapter, output) if sweep is None else None
         files = (Path(file) if file else None for file in (eval, examples, own.path if own else point.file, influence))
         findings = Findings.read(header, *files)
