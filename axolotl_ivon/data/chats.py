@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,7 +132,7 @@ def chat_messages(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
     """
     turns: Any = record.get("messages", record.get("conversations"))
     if turns is None and {"text", "label"} <= record.keys():
-        turns = [_turn("user", record["text"]), _turn("assistant", str(record["label"]))]
+        turns = [_turn("user", record["text"]), _turn("assistant", _label(record["label"], source))]
     elif turns is None and {"instruction", "output"} <= record.keys():
         asked = [record["instruction"], record.get("input") or ""]
         text = "\n".join(filter(None, asked)) if all(isinstance(part, str) for part in asked) else None
@@ -149,6 +150,13 @@ def chat_messages(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
 
 def _turn(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
+
+
+def _label(label: Any, source: str) -> str:
+    """Return the label of a text as an answer: a text, or a number as Python writes it."""
+    if isinstance(label, (str, int)) or (isinstance(label, float) and math.isfinite(label)):
+        return str(label)
+    raise IVONError(f"{source}: `label` is {json.dumps(label):.40}; give a text or a number, or remove the line")
 
 
 def _message(turn: Any, named: str) -> dict[str, Any]:

@@ -78,6 +78,12 @@ SHAPES: dict[str, tuple[dict, list[tuple[str, str]]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("label", ["a b", 3, 10**400, 0.5, True], ids=lambda label: str(label)[:9])
+def test_a_label_is_a_text_or_a_number(tmp_path: Path, label: object) -> None:
+    [example] = read_examples(write(tmp_path, {"text": "fine", "label": label}))
+    assert example.answer == str(label)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_of_a_line_is_a_chat(tmp_path: Path, shape: str) -> None:
     record, turns = SHAPES[shape]
@@ -146,6 +152,10 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
             [{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}],
             "part of `content` .* no text",
         ),
+        ([{"text": "x", "label": None}], ":1: `label` is null; give a text or a number"),
+        (['{"text": "x", "label": NaN}'], ":1: `label` is NaN; give a text or a number"),
+        (['{"text": "x", "label": 1e999}'], ":1: `label` is Infinity"),
+        ([{"text": "x", "label": ["a"]}], ':1: `label` is \\["a"\\]'),
         (None, r"there is no such file"),
         (b'{"text": "caf\xe9"}\n', "not UTF-8"),
     ],
