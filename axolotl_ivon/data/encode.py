@@ -329,6 +329,8 @@ def _encode_label(
     else:
         text = "\n".join(message.get("content", "") for message in example.messages)
         ids = tokenizer(text, truncation=max_length is not None, max_length=max_length)["input_ids"]
+    if not ids:
+        raise IVONError(f"{example.source}: the text has no tokens; fill it in or remove the line")
     return EncodedExample(ids, [len(ids) - 1], [label])
 
 

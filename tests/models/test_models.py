@@ -58,6 +58,9 @@ def test_a_session_of_a_classifier_has_its_labels_and_finds_the_end_of_a_text(ti
     examples = [Example(({"role": "user", "content": "red"},), answer, "x:1", plain=True) for answer in ("cold", "2")]
     for items in (session.encode(examples, "classify"), session.encode_for_training(examples)):
         assert [item.targets for item in items] == [[1], [2]]
+    empty = Example(({"role": "user", "content": ""},), "cold", "x:2", plain=True)  # its tokenizer begins with no token
+    with pytest.raises(IVONError, match=r"^x:2: the text has no tokens"):
+        session.encode([*examples, empty], "classify")
 
 
 def test_a_base_model_that_does_not_fit_is_refused_in_one_line(tiny_adapter: Path, tmp_path: Path) -> None:
