@@ -105,12 +105,15 @@ def _untie(model: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
 
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    adapted = any(isinstance(module, BaseTunerLayer) for module in (embeddings, head))
-    if not adapted or head is None or head.weight is not embeddings.weight:
+    # PEFT holds the rows of trainable tokens in a layer within another; it may give the head those of the embeddings.
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    layers: list[Any] = [getattr(module, "token_adapter", module) for module in modules]
+    adapted = [isinstance(layer, BaseTunerLayer) for layer in layers]
+    embeddings, head = (layer.get_base_layer() if has else layer for layer, has in zip(layers, adapted, strict=True))
+    same_rows = getattr(layers[1], "tied_adapter", None) is not None
+    if not any(adapted) or head is None or head.weight is not embeddings.weight or same_rows:
         return
-    layer: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False
 

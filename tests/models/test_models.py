@@ -13,7 +13,7 @@ import pytest
 import torch
 from heard import Heard
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import build_classifier, build_llama
+from tiny import build_classifier, build_llama, build_lora
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from axolotl_ivon import IVONError, Posterior
@@ -160,16 +160,16 @@ def test_the_merged_mean(kind: dict, make_adapter: MakeAdapter, tiny_llama: Path
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"target_modules": ["q_proj", "lm_head"]},
         {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"trainable_token_indices": [3, 5]},
+        {"trainable_token_indices": {"lm_head": [3, 5]}},
+        {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [3, 5]}},
+        {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [3, 7]}},
     ],
     ids=str,
 )
 def test_of_tied_embeddings_each_side_has_its_own_update(kind: dict, tmp_path: Path, recwarn: pytest.WarningsRecorder):
     base = build_llama(tmp_path / "base", tie_word_embeddings=True)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **kind)
-    )
-    model.save_pretrained(tmp_path / "adapter")
-    adapter = Adapter(tmp_path / "adapter")
+    adapter = Adapter(build_lora(base, tmp_path / "adapter", noise=0.1, **kind))
     expected = logits(load_model(tmp_path / "adapter"))
     recwarn.clear()
     merge(adapter, adapter.mean, tmp_path / "out", temperature=2.0)
