@@ -120,7 +120,7 @@ def same_data(one: Posterior, other: Posterior) -> bool:
     if not all("mean_sha256" in header for header in headers):  # made in memory
         return False
     facts = [{name: value for name, value in header.items() if name not in _CHANGING} for header in headers]
-    scalings = [[q.config.get(name) for name in MEANING] for q in (one, other)]
+    scalings = [[q.config.get(name) or None for name in MEANING] for q in (one, other)]
     if facts[0] != facts[1] or scalings[0] != scalings[1] or any(different_shapes(one.mean, other.mean)):
         return False
     pairs = ((one.mean.float32(key), other.mean.float32(key)) for key in one.mean)
@@ -164,10 +164,9 @@ def _elementwise(
     members = [*posteriors, *priors]
     for q in members[1:]:
         for name in MEANING:
-            if q.config.get(name) != first.config.get(name):
-                raise IVONError(
-                    f"the adapters differ in {name} ({first.config.get(name)}, {q.config.get(name)}); {fix}"
-                )
+            own, other = first.config.get(name), q.config.get(name)
+            if (own or None) != (other or None):  # a key that is absent is off
+                raise IVONError(f"the adapters differ in {name} ({own}, {other}); {fix}")
         for key, shape, other in different_shapes(first.mean, q.mean):
             raise IVONError(f"the adapters differ in {key} ({shape}, {other}); {fix}")
     product = [factor for factor in factors([q.metadata for q in members], share) if factor.weight]

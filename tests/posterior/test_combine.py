@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.posterior.chain import CHAIN, Factor, Link, factors, links, prior_header, shared
+from axolotl_ivon.posterior.combine import same_data
 
 
 def posterior(seed: int = 0, shape: tuple[int, ...] = (5, 4), **facts: str) -> Posterior:
@@ -281,6 +282,20 @@ def test_adapters_of_different_kinds(method: str, other: dict, message: str, mak
     qs = [Posterior.from_pretrained(make_adapter()), Posterior.from_pretrained(make_adapter(**other))]
     with pytest.raises(IVONError, match=f"{message}.*method cat"):
         Posterior.combine(qs, method)
+
+
+def test_keys_that_another_version_of_peft_leaves_out_are_off(make_adapter: Callable) -> None:
+    a, b = (Posterior.from_pretrained(make_adapter(seed=seed)) for seed in (0, 1))
+
+    def without(q: Posterior) -> Posterior:
+        return Posterior(q.mean, q.sigma, q.metadata, {name: value for name, value in q.config.items() if value})
+
+    assert {"use_dora", "use_rslora", "rank_pattern"} <= a.config.keys() - without(a).config.keys()
+    for method in ("precision", "linear"):
+        whole = Posterior.combine([a, b], method)
+        for pair in ([a, without(b)], [without(a), b]):
+            assert_equal(Posterior.combine(pair, method), whole)
+    assert same_data(a, without(a))
 
 
 @pytest.mark.parametrize("kind", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
