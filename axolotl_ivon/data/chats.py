@@ -174,7 +174,10 @@ def _message(turn: Any, named: str) -> dict[str, Any]:
         not isinstance(content, str) if content is not None else not given.keys() & {*_SAID}
     ):
         raise IVONError(f"{named} has no text `role` and `content`; each line must be {_SHAPE}")
-    for call in given.get("tool_calls", ()):
+    calls = given.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise IVONError(f"{named}: `tool_calls` is no list; give a list of calls")
+    for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict):
             raise IVONError(f"{named} has a `tool_calls` without `function`; give name and arguments there")

@@ -146,6 +146,8 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
         ([chat("A"), chat("A \ud83d")], ":2: holds half a surrogate pair"),
         ([{**chat("A"), "tools": "oops"}], ":1: `tools` is not JSON"),
         ([{**chat("A"), "tools": {"name": "f"}}], ":1: `tools` is no list"),
+        ([{"messages": [{"role": "assistant", "tool_calls": 5}]}], ":1: message 0: `tool_calls` is no list"),
+        ([{"messages": [{"role": "assistant", "tool_calls": {"name": "f"}}]}], "message 0: `tool_calls` is no list"),
         ([{"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}], "message 0 .* without `function`"),
         ([{"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]}], "is not JSON"),
         (
