@@ -29,6 +29,7 @@ _grid: dict[str, Any] = {"type": options.numbers, "multiple": True}
     "--combine", is_flag=True, help="Sweep the weights of several ADAPTERs in their product (`combine --weights`)."
 )
 @options.data_options
+@options.chat_template_option
 @options.option(
     "--tau", "taus", **_grid, default=["0.25,0.5,1,2,4,inf"],
     help="Temperatures to try, with commas between; inf is the mean.",

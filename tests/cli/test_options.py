@@ -137,7 +137,7 @@ def test_a_former_name_works_and_is_not_shown(ivon_post: Cli, tiny_adapter: Path
         drawn[option] = (tmp_path / option / "sample-0000" / "adapter_model.safetensors").read_bytes()
     assert drawn["--ratio"] == drawn["--prune-ratio"]
     assert not [name for _, option in OPTIONS for name in option.opts if "prune" in name]
-    assert len(OPTIONS) <= 222
+    assert len(OPTIONS) <= 223
 
 
 def test_the_next_command_is_told_to_people_alone(ivon_post: Cli, tiny_adapter: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from command_line import Cli
 from pipeline import Pipeline
-from tiny import write_chats
+from tiny import CHAT_TEMPLATE, write_chats
+from transformers import AutoTokenizer
 
 SMALL = ["--tau", "1,inf", "--ratio", "0", "--samples", 1]
 
@@ -104,3 +105,22 @@ def test_the_weights_of_a_product(make_adapter: Callable[..., Path], tmp_path: P
     assert found["adapters"] == list(map(str, adapters))
     assert len(found["points"]) == 9
     assert all(Path(path).exists() for path in found["files"])
+
+
+def test_chats_are_those_of_eval_with_the_same_arguments_of_the_template(
+    tiny_adapter: Path, pipeline: Pipeline, copied: Callable[..., Path], ivon_post: Cli
+) -> None:
+    folder = copied(tiny_adapter)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ mood }}" + CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+    def nll(*words: str) -> float:
+        found = ivon_post.json("sweep", folder, "--data", pipeline.chats, *SMALL, "--overwrite", *words)
+        [row] = ivon_post.json("eval", folder, "--data", pipeline.chats, "--rows", "mean", *words)["rows"]
+        [mean] = (point for point in found["grid"] if point["tau"] == "inf")
+        halves = [mean[half]["nll"] for half in ("chosen_on", "reported_on")]
+        assert sum(halves) / 2 == pytest.approx(row["nll"], rel=1e-6)
+        return float(row["nll"])
+
+    assert nll("--chat-template-kwargs", '{"mood": "warm cold "}') != pytest.approx(nll(), rel=1e-4)
