@@ -17,7 +17,7 @@ from axolotl_ivon.models.session import Loading, load_tokenizer
 from axolotl_ivon.records.recommendation import PredictionSet
 from axolotl_ivon.serving.api.backend import Limits
 from axolotl_ivon.serving.api.prompts import PromptReader
-from axolotl_ivon.serving.api.protocol import ChatRequest, ClassifyRequest, read_request
+from axolotl_ivon.serving.api.protocol import ChatRequest, ClassifyRequest, Request, read_request
 from axolotl_ivon.serving.start import Drawing, check_key, local_backend, served_name
 
 
@@ -59,6 +59,30 @@ def test_a_chat_is_rendered_as_in_training_or_as_the_request_wants(tiny_adapter:
         tokenizer.chat_template = template
         chat = [{"role": "developer", "content": "x"}, {"role": "user", "content": "sun"}]
         assert tokenizer.decode(prompts.encode(chat)).startswith(f"{role}: x\n")
+
+
+def test_a_chat_with_choices_is_asked_after_the_system_prompt_of_training(tiny_adapter: Path) -> None:
+    """As `/classify` asks it; the template would put a system message of its own there. One in the chat stays."""
+    tokenizer = load_tokenizer(tiny_adapter, "")
+    own = "{% if messages[0].role not in ['system', 'developer'] %}system: I help.\n{% endif %}"
+    user, other = {"role": "user", "content": "sun"}, {"role": "system", "content": "x"}
+    trained = ChatFormat(system_prompt="good or bad")
+
+    def text(request: Request) -> str:
+        [prompt] = asyncio.run(PromptReader(lambda: tokenizer, trained).read(request))
+        return str(tokenizer.decode(prompt.ids)).rstrip()
+
+    def chat(*messages: object, **more: object) -> Request:
+        return read_request(ChatRequest, {"model": "m", "messages": [*messages], **more})
+
+    [classified] = ClassifyRequest(model="m", input="sun").requests(["A", "B"])
+    for template in (own + TEMPLATE, f"{own}{TEMPLATE}{{# developer #}}"):
+        tokenizer.chat_template = template
+        for choices in ({"guided_choice": ["A", "B"]}, {"structured_outputs": {"choice": ["A", "B"]}}):
+            assert text(chat(user, **choices)) == text(classified) == "system: good or bad\nuser: sun\nassistant:"
+            assert text(chat(other, user, **choices)) == "system: x\nuser: sun\nassistant:"
+            assert "good" not in text(chat({**other, "role": "developer"}, user, **choices))
+        assert text(chat(user)) == "system: I help.\nuser: sun\nassistant:"  # a chat for any text, as it is
 
 
 def test_the_labels_of_training_are_those_of_the_server(make_adapter: Callable[..., Path]) -> None:

@@ -130,7 +130,7 @@ def make_app(backend: Backend, guard: Guard) -> ASGIApp:
             message = "the adapter does not say which answers its training data had; send choices"
             raise ApiError(400, message, param="choices")
         data, prompt_tokens = [], 0
-        for index, each in enumerate(request.requests(labels, prompts.system_prompt)):
+        for index, each in enumerate(request.requests(labels)):
             try:
                 answers = await backend.answer(each)
             except ApiError as error:  # it names the field of the chat that was made of this

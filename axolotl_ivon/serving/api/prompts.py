@@ -82,6 +82,9 @@ class PromptReader:
     ) -> TokenizedPrompt:
         """Return the tokens of a prompt, and those of each label as its answer.
 
+        A chat without a system message is asked after the system prompt of training, as `predict` asks texts: the
+        chat template may otherwise put one of its own there, and labels are what training taught after that prompt.
+
         Raises:
             IVONError: as `data.encode.encode`; the labels are fewer than two or alike; the prompt is no chat or text.
         """
@@ -96,7 +99,10 @@ class PromptReader:
             return TokenizedPrompt(rows[0][:start], tuple(row[start:] for row in rows))
         if isinstance(prompt[0], int):
             raise IVONError("choices go with a text or a chat, not with tokens")
-        example = Example(tuple(self._messages(prompt)), labels[0], "messages")
+        messages = self._messages(prompt)
+        if self.system_prompt and not {"system", "developer"} & {message["role"] for message in messages}:
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        example = Example(tuple(messages), labels[0], "messages")
         chat_format = self._with(chat_template_kwargs)
         [item] = encode(tokenizer, [example], "choice", choices=labels, chat_format=chat_format)
         return TokenizedPrompt(tuple(item.ids), item.candidates or ())

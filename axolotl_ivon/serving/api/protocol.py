@@ -239,12 +239,11 @@ class ClassifyRequest(BaseModel):
     input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
     choices: _Labels | None = None
 
-    def requests(self, labels: Sequence[str], system_prompt: str = "") -> list[ChatRequest]:
-        """Return a request for each text, after the system prompt; the answer is the most probable label."""
+    def requests(self, labels: Sequence[str]) -> list[ChatRequest]:
+        """Return a request for each text; the answer is the most probable label."""
         texts = [self.input] if isinstance(self.input, str) else self.input
         chat = {"model": self.model, "guided_choice": list(labels), "temperature": 0.0}
-        system = [Message(role="system", content=system_prompt)] if system_prompt else []
-        return [ChatRequest(**chat, messages=[*system, Message(role="user", content=text)]) for text in texts]  # type: ignore
+        return [ChatRequest(**chat, messages=[Message(role="user", content=text)]) for text in texts]  # type: ignore[arg-type]
 
     @staticmethod
     def field_of(param: str | None) -> str | None:

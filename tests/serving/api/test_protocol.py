@@ -64,11 +64,11 @@ def test_the_values_of_a_field(field: Any, values: list[str] | FreeString | None
         assert read_request(ChatRequest, asked).fields == {"a": values}
 
 
-def test_texts_to_classify_come_after_the_system_prompt() -> None:
+def test_each_text_to_classify_is_a_chat_with_choices() -> None:
     asked = read_request(ClassifyRequest, {"model": "m", "input": ["a", "b"]})
-    turns = [{"role": "system", "content": "which?"}, {"role": "user", "content": "b"}]
-    assert [request.prompts for request in asked.requests(["x", "y"], "which?")][1] == [turns]
-    assert asked.requests(["x", "y"])[1].prompts == [turns[1:]]
+    requests = asked.requests(["x", "y"])
+    assert [request.prompts for request in requests] == [[[{"role": "user", "content": text}]] for text in "ab"]
+    assert [request.labels for request in requests] == [["x", "y"]] * 2
 
 
 def test_what_is_null_or_unknown_is_left_out() -> None:

@@ -196,6 +196,7 @@ def test_choices_are_those_of_the_members_in_memory(
             told += [choice.model_extra["ivon"] for choice in texts.choices]
             classified = ask(url, "/classify", classify)[2]
             assert [row["labels"] for row in classified["data"]] == [LABELS] * 2
+            assert [*told[0]["choices"].values()] == pytest.approx(classified["data"][0]["probs"])
             told += [row["ivon"] | {"choices": row["probs"]} for row in classified["data"]]
             documents.append((chosen, told, [row["label"] for row in classified["data"]], classified["usage"]))
     (chosen, told, labels, usage), (chosen_here, told_here, labels_here, usage_here) = documents
