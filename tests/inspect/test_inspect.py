@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,26 @@ def test_draws_that_may_cost_more_than_a_nat_are_no_good_news(
     finding = diagnose(folder)["findings"][-1]
     assert f"by at most about {weights / (2 * ess):.2g} nats" in finding["text"]
     assert (finding["good"], "may destroy" in finding["text"]) == (good, not good)
+
+
+def test_draws_that_training_narrowed_to_the_mean_are_said_to_be(
+    make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    wide = Posterior.from_pretrained(make_adapter(facts={"hessian": "squared_gradients", "ess": "100000"}))
+    text = "training narrowed the draws by τ 1600, so that they hardly differ from the mean: a further τ of "
+
+    def draws(tau: float, training_tau: float, header_tau: float | None = None) -> tuple[bool, str]:
+        q = wide.temper(tau)
+        taus = {"tau": str(header_tau or tau), "training_tau": str(training_tau)}
+        q = replace(q, metadata={**q.metadata, **taus})
+        q.save_pretrained(tmp_path / "q", overwrite=True)
+        finding = diagnose(tmp_path / "q")["findings"][-1]
+        return finding["good"], finding["text"].partition("; ")[2]
+
+    assert draws(1600, 1600) == (True, f"{text}0.000625 widens them to what λ says")
+    assert draws(4800, 1600) == (True, f"{text}0.000208 widens them to what λ says")
+    assert draws(1, 1600) == draws(1600, 1) == (True, "")
+    assert draws(1e-3, 2, header_tau=2) == (True, ""), "wide for all that"
 
 
 def test_pruned_weights_take_no_part_and_a_point_has_no_draws(tiny_adapter: Path, tmp_path: Path) -> None:
