@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError, param_ref
 from ..metrics.selective import is_below
-from ..metrics.verdict import LABELS, REFERENCES, Paired, examples_needed, figures, judge
+from ..metrics.verdict import LABELS, REFERENCES, UNSEEN, Paired, examples_needed, figures, judge
 from ..models.session import Loading
 from ..records.base import save_lines
 from ..records.evaluation import Calibration, EvaluationRecord, ExampleRecord, Prediction, VariantResult, VerdictResult
@@ -238,7 +238,9 @@ def _verdict(row: VariantResult, than: str) -> VerdictResult:
     versus = {metric: Paired(own.difference or 0.0, own.standard_error) for metric, own in row.versus(than).items()}
     difference, error = versus["nll"].difference, versus["nll"].standard_error or 0.0
     verdict = judge(difference, error, row.examples)
-    needed = examples_needed(row.examples, difference, error) if verdict == "within noise" else None
+    # Whoever showed a difference that no table shows would have no use for it.
+    telling = verdict == "within noise" and abs(difference) >= UNSEEN
+    needed = examples_needed(row.examples, difference, error) if telling else None
     what, are, against, numbers = "the mean", "is", _REFERENCES[than], figures(versus)
     if row.name == "recommended":
         what = "what is recommended"
@@ -253,7 +255,8 @@ def _verdict(row: VariantResult, than: str) -> VerdictResult:
         enough = f"about {needed:,}" if needed and needed <= 10**6 else "more than a million"
         others = [LABELS[m] for m in ("accuracy", "ece") if m in versus and versus[m].is_beyond_noise]
         but = f" in NLL, but not in {' and '.join(others)}" if others else ""
-        text = f"{what} and {against} are within noise{but}: {numbers}; {enough} examples would tell"
+        text = f"{what} and {against} are within noise{but}: {numbers}"
+        text += f"; {enough} examples would tell" if telling else ""
     else:
         text = f"{what} {are} {verdict} than {against}: {numbers}"
     return VerdictResult(
