@@ -402,7 +402,7 @@ def recommended_option(what: str) -> Callable[[Command], Command]:
 
 
 def point_options(
-    tau: str = "Temperature of the posterior; see `temper`.  [default: 1]",
+    tau: str = "Temperature of the posterior; relative to the adapter's own τ, see `temper`.  [default: 1]",
     ratio: str = "Share of weights to prune first; see `prune`.  [default: 0]",
 ) -> Callable[[Command], Command]:
     """Add --tau and --ratio with these texts, and --recommended with its twin, as the argument `point`."""

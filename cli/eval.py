@@ -42,7 +42,7 @@ _DIFFERENCES = ("accuracy", "ece", "nll")
 )
 @options.server_options
 @options.point_options(
-    "Temperature of the posterior; inf is the mean.  [default: 1]",
+    "Temperature of the posterior; relative to the adapter's own τ, inf is the mean.  [default: 1]",
     "Share of weights that the pruned variants lack, which are then evaluated too.",
 )
 @click.option(

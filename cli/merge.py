@@ -16,7 +16,7 @@ from . import _options as options
 @click.option(
     "--sample-seed", type=int, metavar="K", help="Merge a draw instead of the mean: member 0 of `sample --seed K`."
 )
-@options.point_options(tau="Temperature of that draw; see `temper`.  [default: 1]")
+@options.point_options(tau="Temperature of that draw; relative to the adapter's own τ, see `temper`.  [default: 1]")
 @options.base_model_option
 @click.option("--dtype", type=click.Choice(DTYPES), help="Dtype of the merged model.  [default: the base model's]")
 @options.output_options("ADAPTER-merged, beside ADAPTER")

@@ -11,7 +11,11 @@ from . import _options as options
 
 @click.command("temper", cls=options.Sectioned)
 @options.adapter_argument
-@click.option("--tau", type=float, help="Temperature above 0; inf gives the mean.  [required, unless --recommended]")
+@click.option(
+    "--tau",
+    type=float,
+    help="Temperature above 0; relative to the adapter's own τ, inf gives the mean.  [required, unless --recommended]",
+)
 @options.recommended_option("the temperature")
 @options.output_options("ADAPTER-tau-TAU, beside ADAPTER")
 def command(adapter: str, tau: float | None, recommended: str | None, output: options.OutputOptions) -> None:

@@ -121,6 +121,7 @@ def run(
         base_model=evaluation.base_model,
         samples=sampling.samples,
         tau=choice.tau,
+        adapter_tau=evaluation.posterior.tau,
         prune_ratio=choice.ratio,
         seed=sampling.seed,
         calibration=calibration,

@@ -126,6 +126,7 @@ class EvaluationRecord(Record):
     base_model: str | None = None
     samples: int | None = None
     tau: Tau = 1.0
+    adapter_tau: Tau = 1.0  # of the adapter; `tau` comes on top of it
     prune_ratio: float = 0.0
     seed: int = 0
     calibration: Calibration | None = None
@@ -139,7 +140,9 @@ class EvaluationRecord(Record):
         pruned = self.prune_ratio and any(
             row.name.startswith(("recommended", "mean-", "posterior-")) for row in self.rows
         )
-        return f"{self.samples} draws at τ {self.tau:g}" + (f", pruning ratio {self.prune_ratio:g}" if pruned else "")
+        text = f"{self.samples} draws at τ {self.tau:g}"
+        text += "" if self.adapter_tau == 1 else f" (times the adapter's own {self.adapter_tau:g})"
+        return text + (f", pruning ratio {self.prune_ratio:g}" if pruned else "")
 
     @property
     def files(self) -> list[str]:

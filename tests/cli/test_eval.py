@@ -9,6 +9,7 @@ import pytest
 from command_line import Cli
 from tiny import write_chats
 
+from axolotl_ivon import Posterior
 from axolotl_ivon.evaluation.evaluate import EvaluationData, Sampling
 from axolotl_ivon.evaluation.run import run
 from axolotl_ivon.evaluation.variants import VariantChoice
@@ -70,6 +71,17 @@ def test_the_table_has_every_row_and_progress_is_on_stderr(
     assert lines[0].rstrip().endswith(f"2 draws at τ 1{ratio}")
     assert "evaluating" in result.stderr
     assert "evaluating" not in result.stdout
+
+
+def test_tau_is_said_to_come_on_top_of_the_adapter_s_own(
+    tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli
+) -> None:
+    Posterior.from_pretrained(tiny_adapter).temper(977).save_pretrained(tmp_path / "narrow")
+    words = ("--data", chats, "--samples", 2, "--tau", 0.5)
+    first = ivon_post("eval", tmp_path / "narrow", *words).splitlines()[0]
+    assert first.rstrip().endswith("; 2 draws at τ 0.5 (times the adapter's own 977)")
+    assert ivon_post.json("eval", tmp_path / "narrow", *words)["adapter_tau"] == 977
+    assert "relative to the adapter's own τ" in " ".join(ivon_post("eval", "--help").split())
 
 
 def test_other_data_temperatures_and_examples(tiny_adapter: Path, chats: Path, tmp_path: Path, ivon_post: Cli) -> None:
