@@ -14,7 +14,7 @@ from axolotl.integrations.base import BasePlugin
 from ..errors import IVONError
 from ..settings.keys import attach_parameters, yaml_key
 from ..settings.table import OPTIMIZER
-from .checks import check_config
+from .checks import check_config, slow_on_cpu
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -72,6 +72,8 @@ class IVONLoRAPlugin(BasePlugin):
 
         with _refused_by_key():
             _, preset = check_config(cfg, AxolotlInputConfig.model_fields)
+        if slow := slow_on_cpu(cfg):
+            LOG.warning("%s", slow)
         if preset.travel is not None and not cfg.get("learning_rate"):
             cfg["learning_rate"] = 0.0
 

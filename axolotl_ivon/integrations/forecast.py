@@ -20,7 +20,7 @@ from ..settings.keys import prior_folder, yaml_key
 from ..settings.presets import LONGEST_SIGN, MANY_PASSES, PRESETS, passes, sum_of_ranks, usual_rate
 from ..settings.table import OPTIMIZER, PLUGIN
 from ..storage.format import regular_size
-from .checks import GRPO_DEFAULTS, check_config, number
+from .checks import GRPO_DEFAULTS, check_config, missing_lora_keys, number, slow_on_cpu
 
 _YAML_LIMIT = 16 * 2**20
 # Multiples of the peak after warmup, by the share of the steps after it that were done.
@@ -105,6 +105,11 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     if PLUGIN not in (cfg.get("plugins") or []) and _needs_plugin_line():
         text = f"plugins has no {PLUGIN}: axolotl before 0.21 will say that {OPTIMIZER} is not a valid OptimizerNames"
         findings.append(Finding("plugins", False, text))
+    if missing := missing_lora_keys(cfg):
+        text = f"{', '.join(missing)}: none is given, and axolotl fails without it once it has loaded the model"
+        findings.append(Finding("lora", False, f"{text}; set lora_r, 16 say, and lora_alpha, twice as much"))
+    if slow := slow_on_cpu(cfg):
+        findings.append(Finding("precision", False, slow))
     if asked and not number(cfg, "learning_rate"):
         text = f"learning_rate: none is given, so it is {asked:g}, which is usual for a model of this kind and width"
         findings.append(Finding("learning_rate", True, text))

@@ -14,7 +14,7 @@ from trainers import make_trainer
 from axolotl_ivon import IVONLoRAPlugin
 from axolotl_ivon.integrations.axolotl import ConfigError
 
-BASE = {"optimizer": "ivon_lora", "adapter": "lora"}
+BASE = {"optimizer": "ivon_lora", "adapter": "lora", "bf16": False}
 
 
 def test_an_earlier_adapter_that_attach_refuses_has_a_key(make_adapter: Any, tiny_llama: Path, tmp_path: Path) -> None:

@@ -19,18 +19,18 @@ from axolotl.core.trainers.grpo import GRPOStrategy
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.trainer import calculate_total_num_steps
 from datasets import Dataset, load_dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from trainers import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, get_scheduler
 
-from axolotl_ivon import IVONError, Posterior, attach
+from axolotl_ivon import IVONError, IVONLoRAPlugin, Posterior, attach
 from axolotl_ivon.integrations import forecast as module
 from axolotl_ivon.integrations.forecast import forecast
 from axolotl_ivon.settings.keys import attach_parameters, check_values, prior_folder
 
 BASE = {"optimizer": "ivon_lora", "adapter": "lora", "learning_rate": "3e-4", "plugins": [module.PLUGIN]}
-BASE |= {"lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
+BASE |= {"lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"], "bf16": False}
 PAPER = {"ivon_preset": "paper", "learning_rate": 3e-2}
 EXAMPLES = sorted((Path(__file__).parents[2] / "example_configs").glob("*/*.yaml"))
 
@@ -361,6 +361,42 @@ def test_what_will_come_of_it(written: Any, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(module, "version", lambda name, version=version: version)
         texts = [one["text"] for one in written(plugins=None)["findings"]]
         assert any("is not a valid OptimizerNames" in text for text in texts) is expected
+
+
+def test_keys_that_axolotl_fails_without_are_named(written: Any) -> None:
+    with pytest.raises(TypeError):  # as axolotl makes it of such a YAML
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(lora_alpha=None, target_modules=["0"]))  # type: ignore[arg-type]
+    first = written(lora_alpha=None)["findings"][0]
+    assert (first["good"], first["text"].partition(",")[0]) == (False, "lora_alpha: none is given")
+    assert "lora_r, lora_alpha: none is given" in written(lora_alpha=None, lora_r=None)["findings"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"bf16": None}, "bf16: auto"),  # the key is left out
+        ({"bf16": "auto"}, "bf16: auto"),
+        ({"bf16": True, "lora_qkv_kernel": False}, "bf16: True"),
+        ({"fp16": True}, "fp16: True"),
+        ({"bf16": None, "fp16": False}, ""),
+        ({}, ""),
+    ],
+)
+def test_half_precision_without_a_gpu_is_said_to_be_slow(
+    written: Any, changes: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    texts = [one["text"] for one in written(**changes)["findings"] if not one["good"]]
+    IVONLoRAPlugin().register(yaml.safe_load(Path("train.yaml").read_text()))
+    assert texts == caplog.messages
+    assert len(texts) == bool(named)
+    if named:
+        key = named.partition(":")[0]
+        assert texts[0].startswith(f"{named} is half precision, and there is no GPU here: a step takes about 25 times")
+        assert f"set {key}: false" in texts[0]
+        assert ("lora_mlp_kernel: false" in texts[0]) is ("lora_qkv_kernel" not in changes)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not [one for one in written(**changes)["findings"] if not one["good"]]
 
 
 @pytest.mark.parametrize("steps", [50, 120, 333, 1000, 7919])
