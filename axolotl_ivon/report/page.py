@@ -235,15 +235,19 @@ def _cut(text: str, most: int = 80) -> str:
 
 
 def _examples(findings: Findings) -> dict[str, Any] | None:
-    """Return what the main variant is surest of, least sure of, and surest of while it is wrong."""
+    """Return where the main variant is surest while right, surest while wrong, and least sure; none of them twice."""
     data = findings.evaluation.files
     main = main_variant(findings, _variants(findings, data[0])) if data else None
     if main is None:
         return None
     lines = [line for line in findings.examples if main in line.rows and line.data in data]
     lines.sort(key=lambda line: line.rows[main].confidence, reverse=True)
-    wrong = [line for line in lines if line.rows[main].right is False]
-    kinds = {"Surest": lines[:_SHOWN], "Sure, and wrong": wrong[:_SHOWN], "Least sure": lines[::-1][:_SHOWN]}
+    judged = any(line.rows[main].right is not None for line in lines)  # else texts, which are right in part
+    wrong = [line for line in lines if line.rows[main].right is False][:_SHOWN]
+    surest = [line for line in lines if line.rows[main].right is not False][:_SHOWN]
+    unsure = [line for line in reversed(lines) if line not in surest and line not in wrong][:_SHOWN]
+    first = "Right, surest first" if judged else "Surest"
+    kinds = {first: surest, "Wrong, surest first": wrong, "Least sure": unsure}
     return {"row": main, "kinds": {kind: [_example(line, main) for line in part] for kind, part in kinds.items()}}
 
 

@@ -123,7 +123,7 @@ def test_it_tells_what_was_measured(report: Path, known: Findings) -> None:
     assert f"and {100 * (1 - right[kept].mean()):.1f} % of those are wrong" in text
     assert "at most 20.0 % of the answers are wrong" in text
     assert "10 draws at τ 2" in text
-    # The surest first, the one that is sure and wrong, and the least sure.
+    # The surest that are right, the one that is sure and wrong, and the least sure.
     order = re.findall(r"confidence ([\d.]+) %; disagreement", text.replace("\n", " "))
     assert float(order[0]) == 100.0
     assert float(order[5]) == 99.9
@@ -131,6 +131,24 @@ def test_it_tells_what_was_measured(report: Path, known: Findings) -> None:
     assert float(order[10]) == pytest.approx(100 * every[0], abs=0.06)
     assert "long long" in text
     assert "long " * 200 not in text
+
+
+def test_no_example_is_shown_twice(tiny_adapter: Path) -> None:
+    """Of twelve, the wrong ones are unsure, and would be under "Least sure" as well."""
+    row = {"name": "mean", "data": "a.jsonl", "examples": 12, "accuracy": 0.75}
+    lines = [
+        {"data": "a.jsonl", "line": i, "rows": {"mean": {"right": i > 3, "confidence": 0.5 + i / 100}}}
+        for i in range(1, 13)
+    ]
+    evaluation = EvaluationRecord.parse({"rows": [row]}, "made up")
+    text = page(str(tiny_adapter), Findings(evaluation, [ExampleRecord.parse(line, "made up") for line in lines]))
+    parts = [part.partition("</h3>") for part in text.split("<h3>")[1:]]
+    shown = {head: re.findall(r"a.jsonl, line (\d+)", part) for head, _, part in parts}
+    assert shown == {
+        "Right, surest first": ["12", "11", "10", "9", "8"],
+        "Wrong, surest first": ["3", "2", "1"],
+        "Least sure": ["4", "5", "6", "7"],
+    }
 
 
 def test_without_examples_it_says_how_to_get_them(tiny_adapter: Path, plain_adapter: Path, known: Findings) -> None:
