@@ -58,7 +58,7 @@ def heat_map(title: str, values: Mapping[str, float | None]) -> Figure:
 @house_style
 def histograms(score: str, data: np.ndarray, others: Mapping[str, np.ndarray], note: str = "") -> Figure:
     """Draw how the values of a score are spread over the data, and over each of the other files."""
-    figure, axes = new_figure(f"{score} of the data and of other data", 3.4, 2.7)
+    figure, axes = new_figure(f"{score} of the data and of other data", 3.4, 2.5 + 0.2 * (1 + len(others)))
     every = np.concatenate([data, *others.values()])
     low, high = float(every.min()), float(every.max())
     edges = np.linspace(low, high if high > low else low + 1, 26).tolist()
@@ -69,7 +69,7 @@ def histograms(score: str, data: np.ndarray, others: Mapping[str, np.ndarray], n
         axes.hist(values, edges, weights=share, color=color, histtype="step", linewidth=1.2, label=name)
     axes.set(xlabel=score, ylabel="examples (%)", title=note)
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.legend()
+    figure.legend(loc="outside lower center")  # among the bars there is often no room
     return figure
 
 

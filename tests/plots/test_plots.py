@@ -258,4 +258,9 @@ def test_rows_that_stand_out_are_marked_and_a_histogram_has_both_ends() -> None:
     constant = histograms("entropy", np.ones(4), {"x": np.ones(3), "y": np.ones(2)})
     heights = [patch.get_height() for patch in constant.axes[0].patches if hasattr(patch, "get_height")]
     assert max(heights) == pytest.approx(100)
+    constant.draw_without_rendering()
+    [legend], [axes] = constant.legends, constant.axes
+    assert not legend.get_window_extent().overlaps(axes.get_tightbbox())
+    assert constant.bbox.containsx(legend.get_window_extent().x0)
+    assert constant.bbox.containsy(legend.get_window_extent().y0)
     assert too_few({"x": (np.ones(9), np.ones(9))}).startswith("no reliability diagram")

@@ -93,6 +93,13 @@ def test_a_real_browser_shows_it(report: Path, browser: Browser) -> None:
             assert browser.run(CONTRAST) == {}, (width, dark)
 
 
+def test_no_table_is_cut_off_in_a_window_of_a_small_laptop(report: Path, browser: Browser) -> None:
+    browser.open(report.as_uri(), 1020)
+    boxes = "[...document.querySelectorAll('.scroll')].filter(e => e.querySelector('table'))"
+    assert browser.run(f"{boxes}.length") >= 2
+    assert browser.run(f"{boxes}.every(e => e.scrollWidth <= e.clientWidth)")
+
+
 def test_it_prints_light(report: Path, browser: Browser, tmp_path: Path) -> None:
     browser.open(report.as_uri(), 794, dark=True, media="print")
     assert browser.run("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
