@@ -116,13 +116,16 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
     if travel is not None:
         findings.append(travel_finding(travel, lr or 0.0, by_hand=preset.travel is None))
     if steps is not None and beta2 is not None:
-        text, learns = f"β2 = {beta2:g} remembers {1 / (1 - beta2):,.0f} steps and the run has {steps:,}", True
+        memory, learns = f"{1 / (1 - beta2):,.0f}", True
+        text = f"σ is learned from about the last {memory} of {steps:,} steps (β2 = {beta2:g})"
         if remembers_too_long(beta2, steps):
             # Then the running average has the weights of the steps since the start, which counts as some of them.
             if learns := preset.h0_steps is not None and steps > preset.h0_steps:
-                text += f", but where σ begins counts as {preset.h0_steps:g} steps alone"
+                text = f"σ is learned from all {steps:,} steps (β2 = {beta2:g}), and its start counts as "
+                text += f"{preset.h0_steps:g} more"
             else:
-                text += ": σ will stay near where it begins"
+                text = f"β2 = {beta2:g} remembers {memory} steps and the run has {steps:,}: "
+                text += "σ will stay near where it begins"
         findings.append(Finding("sigma", learns, text))
     if prior:
         findings.append(_prior_finding(prior, strength))

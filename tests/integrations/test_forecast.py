@@ -354,9 +354,10 @@ def test_what_will_come_of_it(written: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert not none["weights"]["good"]
     assert "next to nothing can be learned" in none["weights"]["text"]
     assert none["sigma"]["good"]
-    assert "but where σ begins counts as 10 steps alone" in none["sigma"]["text"]
+    assert none["sigma"]["text"] == "σ is learned from all 500 steps (β2 = 0.9995), and its start counts as 10 more"
     good = written(learning_rate=1e-3, max_steps=1000, ivon_beta2=0.99)["findings"]
     assert [(one["about"], one["good"]) for one in good] == [("weights", True), ("sigma", True)]
+    assert good[1]["text"] == "σ is learned from about the last 100 of 1,000 steps (β2 = 0.99)"
     for version, expected in (("0.19.0", True), ("0.20.1", True), ("0.21.0", False)):
         monkeypatch.setattr(module, "version", lambda name, version=version: version)
         texts = [one["text"] for one in written(plugins=None)["findings"]]
