@@ -287,7 +287,10 @@ def read_request(kind: type[_Model], body: object) -> _Model:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place, message = [str(part) for part in first["loc"]], first["msg"].removeprefix("Value error, ")
-        if place[:1] == ["prompt"]:  # pydantic's place and message are of one type of the union
+        if place == ["response_format"] and first["type"].startswith("union_tag"):
+            given = body[place[0]].get("type") or "without a type"
+            message = f"{str(given)[:100]} is not supported here; give a json_schema"
+        elif place[:1] == ["prompt"]:  # pydantic's place and message are of one type of the union
             place, message = place[:1], "text, token ids, or a list of either"
         elif "content" in place:
             place, message = place[: place.index("content") + 1], "text, or a list of parts of the type 'text'"

@@ -124,7 +124,16 @@ UNSUPPORTED = {
         ({**CHAT, "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({**CHAT, "top_logprobs": 3}, None, "top_logprobs needs logprobs: true"),
         ({**CHAT, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
-        ({**CHAT, "response_format": {"type": "json_object"}}, "response_format", "'text', 'json_schema'"),
+        (
+            {**CHAT, "response_format": {"type": "json_object"}},
+            "response_format",
+            "response_format: json_object is not supported here; give a json_schema",
+        ),
+        (
+            {**CHAT, "response_format": {}},
+            "response_format",
+            "without a type is not supported here; give a json_schema",
+        ),
         (
             schema({"a": {"type": "string"}}),
             "response_format.json_schema.json_schema.schema",
