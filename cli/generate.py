@@ -83,7 +83,7 @@ def command(
     """
     from axolotl_ivon.data.chats import read_chats
     from axolotl_ivon.errors import IVONError
-    from axolotl_ivon.generation.generate import AnswerRule, generate, loaded_draws, served_draws
+    from axolotl_ivon.generation.generate import AnswerRule, generate, loaded_draws, served_draws, speed_text
     from axolotl_ivon.generation.plan import Plan
     from axolotl_ivon.generation.utilities import AnswerExtractor
 
@@ -109,7 +109,7 @@ def command(
         done = generate(source, chats, path, rule, overwrite=output.overwrite, reporter=progress)
         speed = done.tokens_per_second
         if done.resumed < done.prompts:
-            progress.say(f"{done.tokens} tokens in {done.seconds:.1f} s: {speed:.0f} tokens/s")
+            progress.say(f"{done.tokens} tokens in {done.seconds:.1f} s: {speed_text(speed)}")
     coverage = None if rule.threshold is None else 1 - done.abstained / done.prompts
     document = {"output": path, "prompts": done.prompts, "resumed": done.resumed, "members": plan.members}
     document |= {**asdict(plan), "tokens": done.tokens, "seconds": round(done.seconds, 3)}

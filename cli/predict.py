@@ -170,7 +170,11 @@ def command(
         output.finish(document if file else {**document, "decisions": shown})
         return
     texts = ", ".join(f"{label} {n}" for label, n in counts.most_common(8))
-    line = f"{count} texts" + (f" ({resumed} were there)" if resumed else "") + (f": {texts}" if texts else "")
+    line = (
+        f"{count} text{'' if count == 1 else 's'}"
+        + (f" ({resumed} were there)" if resumed else "")
+        + (f": {texts}" if texts else "")
+    )
     line += answered(coverage, rule.threshold)
     if file:
         output.finish(document, line, path)

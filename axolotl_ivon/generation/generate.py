@@ -144,6 +144,11 @@ class Generated:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+def speed_text(tokens_per_second: float) -> str:
+    """Return a speed in words, which is not 0 while anything is generated."""
+    return f"{'<1' if tokens_per_second < 1 else f'{tokens_per_second:.0f}'} tokens/s"
+
+
 def generate(
     source: Source,
     chats: Sequence[Example],
@@ -177,6 +182,6 @@ def generate(
             # Of a member's outputs, as many as are `distinct` were generated; greedy copies are of one length.
             tokens += sum(output.tokens for output in outputs) * source.plan.distinct // source.plan.per_member
             speed = tokens / max(time.monotonic() - begun, 1e-9)
-            reporter.describe("generating", f"generating, {speed:.0f} tokens/s")
+            reporter.describe("generating", f"generating, {speed_text(speed)}")
             advance(1)
     return Generated(len(prompts), resumed, tokens, time.monotonic() - begun, file.abstained)

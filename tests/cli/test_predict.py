@@ -92,6 +92,8 @@ def test_texts_come_from_stdin_and_spreadsheets_take_csv(
         assert probabilities == pytest.approx(decision.probabilities, rel=1e-4)
         assert float(row["confidence"]) == probabilities[row["label"]]
     assert result.stderr.splitlines()[-1].startswith("5 texts: ")
+    one = ivon_post.done(*words(tiny_adapter, "--limit", 1), stdin=lines[0])
+    assert one.stderr.splitlines()[-1].startswith("1 text: ")
     result = ivon_post.done(*words(tiny_adapter, "--json", "--quiet", "--limit", 2), stdin="\n".join(lines))
     document = json.loads(result.stdout)
     assert (result.stderr, document["coverage"], document["temperature"]) == ("", None, 1)

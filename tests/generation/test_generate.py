@@ -19,7 +19,7 @@ from pipeline import Pipeline
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import read_chats
 from axolotl_ivon.data.encode import Prompt
-from axolotl_ivon.generation.generate import Generated, generate, loaded_draws
+from axolotl_ivon.generation.generate import Generated, generate, loaded_draws, speed_text
 from axolotl_ivon.generation.nbest import NBestFile, read_nbest
 from axolotl_ivon.generation.plan import Output, Plan
 
@@ -178,3 +178,7 @@ def test_a_wrong_file_is_told(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "f.jsonl").write_text(line)
     with pytest.raises(IVONError, match=re.escape(message)):
         read_nbest(tmp_path / "f.jsonl")
+
+
+def test_a_slow_speed_is_not_written_as_none() -> None:
+    assert [speed_text(speed) for speed in (0.2, 1.4, 123.6)] == ["<1 tokens/s", "1 tokens/s", "124 tokens/s"]
