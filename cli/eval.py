@@ -33,7 +33,8 @@ _DIFFERENCES = ("accuracy", "ece", "nll")
     "--ood",
     multiple=True,
     metavar="FILE",
-    help="Out-of-distribution data, detected by the uncertainty of predictions. Repeatable.",
+    help="Out-of-distribution data, detected by the uncertainty of predictions: chats, or with labels to predict also "
+    '{"text": …}. Repeatable.',
 )
 @click.option(
     "--calibrate",

@@ -12,12 +12,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..data.chats import Example, choose_task, read_examples, read_files
+from ..data.chats import Example, choose_task, read_examples, read_files, read_questions
 from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..models.session import Loading, Session, has_head
@@ -240,7 +240,7 @@ class EvaluationData:
 
     Attributes:
         files: JSONL files of chats.
-        ood: files out of their distribution.
+        ood: files out of their distribution; where labels are predicted, texts and chats without answers will do.
         calibrate: a file to fit softmax temperatures on.
         task: "choice", "generate" or "classify"; by default "classify" if the adapter has a classification head, else
             what the answers look like (`detect_task`).
@@ -274,6 +274,28 @@ def check_promise(task: str, **promises: float | None) -> None:
         )
 
 
+def _read_ood(paths: Sequence[str | Path], limit: int | None) -> dict[str, list[Example]]:
+    """Read files as `read_files` does; one of texts, or of chats without answers, as `predict` reads it."""
+    files: dict[str, list[Example]] = {}
+    for path in paths:
+        if Path(path) in map(Path, files):
+            raise IVONError(f"{param_ref('ood')} {path} is given twice; give each file once")
+        files[str(path)] = _read_asked(path, limit)
+    return files
+
+
+def _read_asked(path: str | Path, limit: int | None) -> list[Example]:
+    try:
+        return read_examples(path, limit, "ood")
+    except IVONError:
+        questions = list[Example]()
+        with suppress(IVONError):
+            questions += read_questions(path, limit)
+        if not questions:
+            raise
+        return questions
+
+
 class Evaluation:
     """An adapter with its base model in memory, and data files tokenised for it: ready to score variants.
 
@@ -283,6 +305,7 @@ class Evaluation:
         examples: what is evaluated.
         files: the data files with the numbers of their examples, in the order given.
         ood_files: the same for the files out of the distribution; their examples come after the data's.
+        of_no_label: the numbers of those out of the distribution whose answer is none of the labels, or not there.
         items: the examples, tokenised; `held_out` those of the file to fit temperatures on.
         reader: turns chats into tokens.
         base_model: the name of the base model.
@@ -305,11 +328,11 @@ class Evaluation:
 
         Raises:
             IVONError: as `read_examples`, `choose_task`, `open_posterior` and `Session.open` do; a file is there
-                twice, or has answers that are no choices of the data.
+                twice; the file to calibrate on has answers that are no choices of the data.
         """
         self.examples: list[Example] = []
-        self.files = self._read(data, "data", data.files)
-        self.ood_files = self._read(data, "ood", data.ood)
+        self.files = self._place(read_files(data.files, data.limit, "data"))
+        self.ood_files = self._place(_read_ood(data.ood, data.limit))
         held_out = read_examples(data.calibrate, data.limit, "calibrate") if data.calibrate is not None else []
         others = [(path, "ood", [self.examples[i] for i in where]) for path, where in self.ood_files.items()]
         others += [(str(data.calibrate), "calibrate", held_out)] if held_out else []
@@ -332,8 +355,14 @@ class Evaluation:
             reporter.notify(f"{param_ref('by_length')} is about choices and changes nothing: the task is {self.task}")
         check_promise(self.task, risk=data.risk, coverage=data.coverage)
         for path, name, examples in others:
+            silent = next((e for e in examples if not (e.answer or e.says_more)), None)
+            if self.task == "generate" and silent:
+                raise IVONError(
+                    f"{param_ref(name)} {path}: {silent.source} has no answer, whose tokens are scored by "
+                    f"{param_ref('task')} generate; give chats with answers"
+                )
             strange = next((e for e in examples if self.choices and e.answer not in self.choices), None)
-            if strange:
+            if strange and name == "calibrate":
                 raise IVONError(
                     f"{param_ref(name)} {path}: the answer {strange.answer!r} ({strange.source}) is not among the "
                     f"choices {','.join(self.choices)} of {param_ref('data')}; give a file with the same choices"
@@ -345,16 +374,27 @@ class Evaluation:
             session = Session.open(self.posterior, loading, reporter)
             self.reader, self.model, self.base_model = session, session.model, session.base_model
         self.choices = self.choices or self.reader.labels
-        items = self.reader.encode(self.examples + held_out, self.task, self.choices, data.by_length)
+        self.of_no_label = {i for i in range(len(own), len(self.examples)) if self._has_no_label(self.examples[i])}
+        # The first label stands in for their answer, by which the encoder would refuse them.
+        asked = [
+            replace(e, answer=self.choices[0]) if i in self.of_no_label else e for i, e in enumerate(self.examples)
+        ]
+        items = self.reader.encode(asked + held_out, self.task, self.choices, data.by_length)
         self.items, self.held_out = items[: len(self.examples)], items[len(self.examples) :]
 
-    def _read(self, data: EvaluationData, name: str, paths: Sequence[str | Path]) -> dict[str, range]:
-        """Read files to the end of `examples`, and return where each one's are."""
+    def _place(self, files: Mapping[str, Sequence[Example]]) -> dict[str, range]:
+        """Put the examples of files to the end of `examples`, and return where each one's are."""
         places: dict[str, range] = {}
-        for path, examples in read_files(paths, data.limit, name).items():
+        for path, examples in files.items():
             places[path] = range(len(self.examples), len(self.examples) + len(examples))
             self.examples += examples
         return places
+
+    def _has_no_label(self, example: Example) -> bool:
+        """Say whether the answer of an example is none of the labels; with a head, only whether there is none."""
+        return (
+            example.answer not in self.choices if self.task == "choice" else not (example.answer or example.says_more)
+        )
 
     def run(
         self,

@@ -276,8 +276,12 @@ def describe(evaluation: Evaluation, variants: Sequence[Variant], scores: Sequen
     for path, numbers in [*evaluation.files.items(), *evaluation.ood_files.items()]:
         for number in numbers:
             example, item = evaluation.examples[number], evaluation.items[number]
+            # Without a label no prediction is right.
+            known = {"correct": 0.0, "nll": math.nan} if number in evaluation.of_no_label else {}
             rows = {
-                name: _prediction(evaluation.choices, item, {name: column[number] for name, column in of.items()})
+                name: _prediction(
+                    evaluation.choices, item, {**{name: column[number] for name, column in of.items()}, **known}
+                )
                 for name, of in columns.items()
             }
             question = example.question

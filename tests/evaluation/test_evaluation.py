@@ -69,6 +69,36 @@ def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tm
     assert type(record).parse(json.loads(json.dumps(record.dump(), allow_nan=False)), "here") == record
 
 
+def test_the_answers_out_of_the_distribution_do_not_count(tiny_adapter: Path, chats: Path, tmp_path: Path) -> None:
+    """Chats with the choices of the data, with others, without any, and bare texts are told apart alike."""
+    lines = [json.loads(line) for line in write_chats(tmp_path / "same.jsonl", 9, 3).read_text().splitlines()]
+    asked = [line["messages"][:1] for line in lines]
+    forms = {
+        "other": [{"messages": [*turns, {"role": "assistant", "content": "C D"}]} for turns in asked],
+        "none": [{"messages": turns} for turns in asked],
+        "text": [{"text": turns[0]["content"]} for turns in asked],
+    }
+    for name, rows in forms.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ood = [tmp_path / f"{name}.jsonl" for name in ("same", *forms)]
+    evaluated = run(tiny_adapter, EvaluationData([chats], ood), VariantChoice(["mean", "posterior"]), THREE)
+    first, *others = ([(r.name, r.score, r.auroc) for r in evaluated.record.ood if r.data == str(path)] for path in ood)
+    assert len(first) == 6
+    for other in others:
+        for own, expected in zip(other, first, strict=True):
+            assert own == (*expected[:2], pytest.approx(expected[2]))
+    told = {str(path): [line for line in evaluated.examples() if line.data == str(path)] for path in ood}
+    assert {line.rows["mean"].right for line in told[str(ood[0])]} == {True, False}
+    for path, answer in zip(ood[1:], ("C D", "", ""), strict=True):
+        assert {(line.answer, line.rows["mean"].right, line.rows["mean"].nll) for line in told[str(path)]} == {
+            (answer, False, None)
+        }
+    with pytest.raises(IVONError, match=r"ood .*text.jsonl:1 has no answer, .* task generate; give chats with answers"):
+        run(tiny_adapter, EvaluationData([chats], ood[3:], task="generate"), VariantChoice(["mean"]))
+    with pytest.raises(IVONError, match="is given twice"):
+        run(tiny_adapter, EvaluationData([chats], [ood[3], ood[3]]))
+
+
 def test_nothing_answered_has_no_metrics(tiny_adapter: Path, chats: Path) -> None:
     choice = VariantChoice(["mean"], added=[Variant("recommended", 1.0, threshold=1.0)])
     rows = run(tiny_adapter, EvaluationData([chats]), choice, THREE).record.rows
