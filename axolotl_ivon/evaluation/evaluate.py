@@ -377,7 +377,8 @@ class Evaluation:
         self.of_no_label = {i for i in range(len(own), len(self.examples)) if self._has_no_label(self.examples[i])}
         # The first label stands in for their answer, by which the encoder would refuse them.
         asked = [
-            replace(e, answer=self.choices[0]) if i in self.of_no_label else e for i, e in enumerate(self.examples)
+            replace(e, answer=self.choices[0], more={}) if i in self.of_no_label else e
+            for i, e in enumerate(self.examples)
         ]
         items = self.reader.encode(asked + held_out, self.task, self.choices, data.by_length)
         self.items, self.held_out = items[: len(self.examples)], items[len(self.examples) :]
@@ -391,10 +392,11 @@ class Evaluation:
         return places
 
     def _has_no_label(self, example: Example) -> bool:
-        """Say whether the answer of an example is none of the labels; with a head, only whether there is none."""
-        return (
-            example.answer not in self.choices if self.task == "choice" else not (example.answer or example.says_more)
-        )
+        """Say whether the answer of an example is none of the labels, or of a head their index."""
+        if self.task == "generate":
+            return False
+        index = self.task == "classify" and example.answer.isdecimal() and int(example.answer) < len(self.choices)
+        return example.says_more or not (example.answer in self.choices or index)
 
     def run(
         self,

@@ -1,8 +1,9 @@
 """What to predict with when training has ended: the mean or draws, and a softmax temperature, from evaluation data.
 
 Where answers are a few labels, what is measured is the choice between them: at every token of the right one at which
-labels part, the probabilities of the tokens that labels go on with. That is what commands predict with T; the other
-tokens, most of which follow from those before, would say that it is sure and right. Of texts every token counts.
+labels part, the probabilities of the tokens that labels go on with. That is close to what commands predict with T, and
+the same where labels part at one token and the rest follows from it. The other tokens, most of which follow from those
+before, would say that the model is sure and right. Of texts every token counts.
 
 The evaluation examples are split in two. One half chooses T for the mean, and τ and T for draws, by their NLL; the
 other half reports. `metrics.choice` has the rule, which is that of `ivon-post sweep` too. In the end T is fitted once
@@ -80,7 +81,7 @@ class _Asked(NamedTuple):
     places: Tensor  # of the logits, as if they were (rows·length, classes)
     target: Tensor  # the right class, or the place of the right one in `choices`
     answer: Tensor  # the number of the answer that each is of, ascending
-    example: Tensor  # of each answer, the row of the batch
+    example: Tensor  # of each answer, the number of the example in the batch
     choices: Tensor | None = None  # (k, most) token ids to choose from, filled up with −1; None: all classes
 
 
@@ -105,7 +106,7 @@ def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None,
         # In an order of their contents, so that the halves do not depend on the number of processes.
         measured = gather_object(list(_measure(run, dataset, taus, following)))
         columns = [columns for _, columns in sorted(measured, key=operator.itemgetter(0))]
-        if len(columns) < 2 * FEWEST:
+        if following and len(columns) < 2 * FEWEST:
             raise NotCalibrated(f"only {len(columns)} evaluation examples have an answer of the training data")
     except NotCalibrated as why:
         return None, f"not calibrated: {why}"
@@ -210,34 +211,46 @@ def _measure(
                 raise NotCalibrated("the evaluation data have no labels to predict")
             if labels.is_floating_point() or (labels.dim() == 2 and not predicts_next_token(trainer.model)):
                 raise NotCalibrated("its labels are neither classes of a text nor the tokens of an answer")
+            if "input_ids" not in inputs:
+                raise NotCalibrated("the inputs of the evaluation data are no texts")
+            ids, attended = inputs["input_ids"].cpu(), inputs.get("attention_mask")
             if labels.dim() == 1:
                 rows = torch.arange(len(labels), device=labels.device)
-                asked = _Asked(rows, labels, rows.cpu(), rows.cpu())
+                asked, number = _Asked(rows, labels, rows.cpu(), rows.cpu()), rows.cpu()[:, None].expand(ids.shape)
             else:
-                asked = _choices(labels, following) if following else _tokens(labels)
+                number = _examples(labels, inputs.get("position_ids"))
+                asked = _choices(labels, number, following) if following else _tokens(labels, number)
             by_tau = [_columns(run, tau, inputs, labels, asked) for tau in taus]
-            ids, attended = inputs["input_ids"].cpu(), inputs.get("attention_mask")
+            read = attended.cpu().bool() if attended is not None and attended.shape == ids.shape else True
             for example in asked.example.unique().tolist():
-                here = asked.example == example
-                own = ids[example] if attended is None else ids[example][attended[example].cpu().bool()]
+                here, own = asked.example == example, ids[(number == example) & read]
                 columns = [_Column(*(values[here] for values in column)) for column in by_tau]
                 yield zlib.crc32(own.numpy().tobytes()), columns
 
 
-def _tokens(labels: Tensor) -> _Asked:
-    """Return what is asked of texts: every token, or some of a long one."""
-    chosen, rows = [], []
+def _examples(labels: Tensor, positions: Tensor | None) -> Tensor:
+    """Return the number of the example that each token (rows, length) is of; a packed row has several."""
+    begins = torch.zeros(labels.shape, dtype=torch.bool)
+    begins[:, 0] = True
+    if positions is not None and positions.shape == labels.shape:
+        begins |= positions.cpu() == 0
+    return begins.flatten().cumsum(0).view(labels.shape) - 1
+
+
+def _tokens(labels: Tensor, number: Tensor) -> _Asked:
+    """Return what is asked of texts: every token, or some of a long row."""
+    chosen = []
     for row, of_row in enumerate(labels[:, 1:]):
         there = (of_row != -100).nonzero().squeeze(1)
         if len(there) > _LABELS:
             there = there[torch.linspace(0, len(there) - 1, _LABELS, device=there.device).long()]
         chosen.append(row * labels.shape[1] + there)
-        rows += [row] * len(there)
     places = torch.cat(chosen)
-    return _Asked(places, labels.flatten()[places + 1], torch.arange(len(rows)), torch.tensor(rows, dtype=torch.long))
+    example = number.flatten()[places.cpu() + 1]
+    return _Asked(places, labels.flatten()[places + 1], torch.arange(len(places)), example)
 
 
-def _choices(labels: Tensor, following: Mapping[tuple[int, ...], Sequence[int]]) -> _Asked:
+def _choices(labels: Tensor, number: Tensor, following: Mapping[tuple[int, ...], Sequence[int]]) -> _Asked:
     """Return what is asked of answers that are labels: where labels part, which way; nothing of an unknown label."""
     places: list[int] = []
     target: list[int] = []
@@ -261,7 +274,7 @@ def _choices(labels: Tensor, following: Mapping[tuple[int, ...], Sequence[int]])
                 target += [right for _, right, _ in parts]
                 choices += [ways for _, _, ways in parts]
                 answer += [len(example)] * len(parts)
-                example.append(row)
+                example.append(int(number[row, turn[0]]))
     most = max(map(len, choices), default=1)
     filled = [[*ways, *[-1] * (most - len(ways))] for ways in choices]
     return _Asked(
@@ -294,13 +307,15 @@ def _columns(run: PosteriorTraining, tau: float, inputs: dict[str, Any], labels:
             averaged = probabilities if averaged is None else averaged.add_(probabilities)
     logs = logits if averaged is None else averaged.div_(DRAWS).clamp_min_(1e-38).log_()
     parts = [_at_temperatures(*part) for part in zip(logs.split(_CHUNK), asked.target.split(_CHUNK), strict=True)]
-    # Of an answer the probabilities of its parts multiply, and it is right where all are.
+    # Of an answer the probabilities of its parts multiply. Where it has several, the guess may leave its path, and how
+    # sure and right that is takes the other paths as well.
     of_parts = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
     nll, of_guess, wrong = (
         values.new_zeros(len(asked.example), *values.shape[1:]).index_add_(0, asked.answer, values)
         for values in of_parts
     )
-    return _Column(nll, of_guess.neg().exp(), wrong == 0)
+    unknown = asked.answer.bincount(minlength=len(asked.example)) > 1
+    return _Column(nll, of_guess.neg().exp().masked_fill(unknown[:, None], math.nan), wrong == 0)
 
 
 def _at_temperatures(logs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -407,10 +422,11 @@ def _mean_of_groups(values: Sequence[Tensor]) -> Paired:
 
 
 def _metrics(columns: Sequence[_Column], temperature: int) -> dict[str, Any]:
-    """Return accuracy, ECE and NLL at a temperature."""
+    """Return NLL at a temperature, and where all confidences are known accuracy and ECE."""
     nll, confidence = (torch.cat([getattr(c, name)[:, temperature] for c in columns]) for name in ("nll", "confidence"))
     correct = torch.cat([column.correct for column in columns]).double()
     unknown = torch.full_like(nll, math.nan)
     group = torch.arange(len(nll))
     values = metrics(Scores(confidence, correct, nll, unknown, unknown, unknown, unknown, group))
-    return {name: values[name] or 0.0 for name in ("accuracy", "ece", "nll")}
+    known = ("nll",) if confidence.isnan().any() else ("accuracy", "ece", "nll")
+    return {name: values[name] or 0.0 for name in known}

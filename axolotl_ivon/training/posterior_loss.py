@@ -30,8 +30,8 @@ def evaluating(model: Any) -> Iterator[None]:
 def predicts_next_token(model: Any) -> bool:
     """Return whether the logits at a place are of the token after it; of others they are of the label there."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    encodes = getattr(base.config, "is_encoder_decoder", False)
-    return not (encodes or type(base).__name__.endswith("ForTokenClassification"))
+    encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return not (encodes or type(base).__name__.endswith(("ForTokenClassification", "ForMaskedLM")))
 
 
 def posterior_loss(trainer: Trainer, optimizer: IVONLoRA, dataloader: Iterable[Any], samples: int) -> float:
@@ -60,20 +60,21 @@ def _label_log_probabilities(trainer: Trainer, batch: Any) -> Tensor:
     """Return log p of every label of a batch, float32 on the CPU, shape [labels]."""
     inputs = trainer._prepare_inputs(batch)
     model: Any = trainer.model
-    labels, shifted = inputs.get("labels"), predicts_next_token(model)
+    labels = inputs.get("labels")
     if labels is None:
         raise IVONError(f"{param_ref('eval_samples')} needs data with `labels`; set it to 0")
     if labels.is_floating_point():
         raise IVONError(
             f"{param_ref('eval_samples')} needs `labels` that are classes or tokens, not numbers; set it to 0"
         )
+    shifted = labels.dim() == 2 and predicts_next_token(model)
     if shifted or labels.dim() == 1:  # an encoder-decoder makes its inputs of them
         del inputs["labels"]
     with trainer.compute_loss_context_manager():
         logits = model(**inputs).logits
     if logits.shape[: labels.dim()] != labels.shape:
         raise IVONError(f"{param_ref('eval_samples')} needs `labels` that fit the model's logits; set it to 0")
-    if labels.dim() == 2 and shifted:
+    if shifted:
         labels, logits = labels[:, 1:], logits[:, :-1]
     chosen = labels != -100
     return -torch.nn.functional.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none").cpu()

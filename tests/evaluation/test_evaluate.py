@@ -450,6 +450,11 @@ def test_a_classification_head(tmp_path: Path, tiny_llama: Path) -> None:
     assert (drawn.entropy > drawn.expected_entropy).all()
     right = class_probabilities(tiny_llama, texts, folder)[range(4), [0, 1, 2, 0]]
     torch.testing.assert_close((-mean.nll).exp(), right[mean.group].double(), rtol=1e-4, atol=0)
+    other = tmp_path / "other.jsonl"  # of another set of labels
+    rows = [{"text": f"{text} rain", "label": label} for text, label in zip(texts, "weEr", strict=True)]
+    other.write_text("\n".join(map(json.dumps, rows)))
+    beside = run(folder, EvaluationData([path], [other]), sampling=Sampling(samples=4))
+    assert {row.data for row in beside.record.ood} == {str(other)}
 
 
 class Linear(nn.Module):

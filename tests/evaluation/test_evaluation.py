@@ -69,12 +69,16 @@ def test_the_record_says_what_the_scores_say(tiny_adapter: Path, chats: Path, tm
     assert type(record).parse(json.loads(json.dumps(record.dump(), allow_nan=False)), "here") == record
 
 
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {"word": "sun"}}}]}
+
+
 def test_the_answers_out_of_the_distribution_do_not_count(tiny_adapter: Path, chats: Path, tmp_path: Path) -> None:
     """Chats with the choices of the data, with others, without any, and bare texts are told apart alike."""
     lines = [json.loads(line) for line in write_chats(tmp_path / "same.jsonl", 9, 3).read_text().splitlines()]
     asked = [line["messages"][:1] for line in lines]
     forms = {
         "other": [{"messages": [*turns, {"role": "assistant", "content": "C D"}]} for turns in asked],
+        "calls": [{"messages": [*turns, {"role": "assistant", "content": "C D", **CALL}]} for turns in asked],
         "none": [{"messages": turns} for turns in asked],
         "text": [{"text": turns[0]["content"]} for turns in asked],
     }
@@ -89,14 +93,14 @@ def test_the_answers_out_of_the_distribution_do_not_count(tiny_adapter: Path, ch
             assert own == (*expected[:2], pytest.approx(expected[2]))
     told = {str(path): [line for line in evaluated.examples() if line.data == str(path)] for path in ood}
     assert {line.rows["mean"].right for line in told[str(ood[0])]} == {True, False}
-    for path, answer in zip(ood[1:], ("C D", "", ""), strict=True):
+    for path, answer in zip(ood[1:], ("C D", "C D", "", ""), strict=True):
         assert {(line.answer, line.rows["mean"].right, line.rows["mean"].nll) for line in told[str(path)]} == {
             (answer, False, None)
         }
     with pytest.raises(IVONError, match=r"ood .*text.jsonl:1 has no answer, .* task generate; give chats with answers"):
-        run(tiny_adapter, EvaluationData([chats], ood[3:], task="generate"), VariantChoice(["mean"]))
+        run(tiny_adapter, EvaluationData([chats], ood[4:], task="generate"), VariantChoice(["mean"]))
     with pytest.raises(IVONError, match="is given twice"):
-        run(tiny_adapter, EvaluationData([chats], [ood[3], ood[3]]))
+        run(tiny_adapter, EvaluationData([chats], [ood[4], ood[4]]))
 
 
 def test_nothing_answered_has_no_metrics(tiny_adapter: Path, chats: Path) -> None:
