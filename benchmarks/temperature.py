@@ -22,7 +22,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from axolotl_ivon.metrics.calibration import TEMPERATURE_GRID, fit_temperature, logs_of, nll_at_temperatures, penalty
+from axolotl_ivon.metrics.calibration import (
+    PENALTIES,
+    TEMPERATURE_GRID,
+    added_by_a_temperature,
+    fit_temperature,
+    logs_of,
+    nll_at_temperatures,
+)
 from axolotl_ivon.metrics.choice import PAYS, cross_validated
 
 from .fidelity.data import labels_of
@@ -32,7 +39,7 @@ from .fidelity.run import Places, _read_task, run_key, settings_of, trained
 
 EXPERIMENTS = Path(__file__).with_name("fidelity") / "experiments.yaml"
 ONE = TEMPERATURE_GRID.index(1.0)
-NONE, PRIOR = np.zeros(len(TEMPERATURE_GRID)), np.array([penalty(t) for t in TEMPERATURE_GRID])
+NONE = np.zeros(len(TEMPERATURE_GRID))
 
 
 def halves(losses: np.ndarray) -> float:
@@ -54,10 +61,10 @@ def gated(losses: np.ndarray, penalties: np.ndarray, takes: bool) -> int:
 RULES: Mapping[str, Callable[[np.ndarray], int]] = {
     "never": lambda losses: ONE,
     "always": lambda losses: gated(losses, NONE, True),
-    "always, with the prior": lambda losses: gated(losses, PRIOR, True),
+    "always, with the prior": lambda losses: gated(losses, PENALTIES, True),
     "where ten random halves say so": lambda losses: gated(losses, NONE, halves(losses) <= -5e-4),
     "where each left out says so": lambda losses: gated(losses, NONE, cross_validated(losses, NONE, ONE) <= -PAYS),
-    "… with the prior: the rule": lambda losses: gated(losses, PRIOR, cross_validated(losses, PRIOR, ONE) <= -PAYS),
+    "… with the prior: the rule": lambda losses: gated(losses, PENALTIES, added_by_a_temperature(losses) <= -PAYS),
 }
 
 

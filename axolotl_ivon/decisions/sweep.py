@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import IVONError, param_ref
 from ..evaluation.evaluate import Evaluation, Sampling, check_promise
 from ..evaluation.variants import Variant
-from ..metrics.choice import choose, cross_validated
+from ..metrics.choice import choose
 from ..metrics.verdict import FEWEST, SIGNS, Paired, examples_needed, figures, judge
 from ..records.evaluation import Difference, Metrics
 from ..records.recommendation import (
@@ -312,10 +312,9 @@ class _Choice:
 
     def _crossed(self) -> float:
         """Return the nats that a T adds to the mean's NLL, cross-validated; 0 of few examples."""
-        import numpy as np
         import torch
 
-        from ..metrics.calibration import TEMPERATURE_GRID, logs_of, nll_at_temperatures, penalty
+        from ..metrics.calibration import added_by_a_temperature, logs_of, nll_at_temperatures
 
         if len(self._report) < FEWEST:
             return 0.0
@@ -328,8 +327,7 @@ class _Choice:
             nll = nll_at_temperatures(logs_of(probabilities), self._target[:, None]).squeeze(1)
         sums = torch.zeros(self._count, nll.shape[1], dtype=nll.dtype).index_add_(0, group, nll)
         losses = sums[torch.cat([self._choosing, self._report])]
-        penalties = np.array([penalty(temperature) for temperature in TEMPERATURE_GRID])
-        return cross_validated(losses.numpy(), penalties, TEMPERATURE_GRID.index(1.0))
+        return added_by_a_temperature(losses.numpy())
 
     def recommend(self) -> tuple[_Candidate, _Candidate, SweepVerdict]:
         """Return the best candidate, the one that is recommended, and why."""

@@ -2,17 +2,19 @@
 
 The softmax temperature T of an output, p_T(y) ∝ p(y)^(1/T), is another thing than the temperature τ of a posterior. It
 is the baseline that costs nothing at prediction time. As few examples tell little about it, a T that is recommended is
-the most probable one under a prior (`SPREAD`), which does as well as 200 examples allow and better than the maximum of
-the likelihood with fewer: benchmarks/fidelity/NOTES.md, 22.
+the most probable one under a prior (`SPREAD`), and it is taken if examples gain by the T of the others:
+benchmarks/fidelity/NOTES.md, 22.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .choice import cross_validated
 from .scores import Scores
 
 TEMPERATURES = (0.01, 100.0)  # the limits of what is fitted
@@ -49,6 +51,18 @@ def nll_at_temperatures(logs: Tensor, targets: Tensor) -> Tensor:
 def penalty(temperature: float) -> float:
     """Return minus the logarithm of T's prior density, in nats: 0 for T = 1."""
     return (math.log(temperature) / SPREAD) ** 2 / 2
+
+
+PENALTIES = np.array([penalty(temperature) for temperature in TEMPERATURE_GRID])
+
+
+def added_by_a_temperature(losses: np.ndarray) -> float:
+    """Return the nats that the T of all others adds to the NLL of each example, in all.
+
+    Args:
+        losses: NLL of the examples, summed over their labels, at each of TEMPERATURE_GRID, (examples, T).
+    """
+    return cross_validated(losses, PENALTIES, TEMPERATURE_GRID.index(1.0))
 
 
 def probable_temperature(probabilities: Tensor, target: Tensor) -> float:

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
+from ..metrics.calibration import PENALTIES, added_by_a_temperature, nll_at_temperatures
 from ..metrics.calibration import TEMPERATURE_GRID as TEMPERATURES
-from ..metrics.calibration import nll_at_temperatures, penalty
-from ..metrics.choice import choose, cross_validated
+from ..metrics.choice import choose
 from ..metrics.scores import Scores, metrics
 from ..metrics.verdict import FEWEST, Paired, judge
 from ..posterior.adapter import header_number
@@ -331,12 +331,11 @@ def _choose(
     """Return the recommendation from what every τ (inner list) predicts for every example, and a line about it."""
     order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed)).tolist()
     choosing, report = order[: len(order) // 2], order[len(order) // 2 :]
-    penalties = np.array([penalty(temperature) for temperature in TEMPERATURES])
     sums = [np.stack([of_example[way].nll.sum(0).numpy() for of_example in columns]) for way in range(len(taus))]
-    costs = [(own[choosing].sum(0) + penalties).tolist() for own in sums]
+    costs = [(own[choosing].sum(0) + PENALTIES).tolist() for own in sums]
     plain = (0, TEMPERATURES.index(1.0))
     labels = sum(len(of_example[0].nll) for of_example in columns)
-    before, added = sums[0][:, plain[1]].sum() / labels, cross_validated(sums[0], penalties, plain[1])
+    before, added = sums[0][:, plain[1]].sum() / labels, added_by_a_temperature(sums[0])
 
     def cost(at: tuple[int, int]) -> float:
         return costs[at[0]][at[1]]
@@ -362,7 +361,7 @@ def _choose(
 
     def temperature(at: tuple[int, int]) -> float:
         """Return the T of all examples in place of one half's."""
-        return 1.0 if at == plain else TEMPERATURES[(sums[at[0]].sum(0) + penalties).argmin()]
+        return 1.0 if at == plain else TEMPERATURES[(sums[at[0]].sum(0) + PENALTIES).argmin()]
 
     def point(at: tuple[int, int]) -> GridPoint:
         chosen_on, reported_on = (Metrics(**measured(at, part)) for part in (choosing, report))

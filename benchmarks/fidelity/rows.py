@@ -12,19 +12,17 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.metrics.calibration import (
-    TEMPERATURE_GRID,
+    added_by_a_temperature,
     fit_temperature,
     logs_of,
     nll_at_temperatures,
-    penalty,
     probable_temperature,
 )
-from axolotl_ivon.metrics.choice import choose, cross_validated
+from axolotl_ivon.metrics.choice import choose
 from axolotl_ivon.metrics.scores import Scores, metrics
 
 from .data import Encoder, Example, Task, labels_of
@@ -167,8 +165,7 @@ def calibrated(model: Encoder, q: Posterior, task: Task, examples: Sequence[Exam
 
     own = math.inf, probable_temperature(held, labels)
     losses = nll_at_temperatures(logs_of(held), labels[:, None]).squeeze(1)
-    penalties = np.array([penalty(temperature) for temperature in TEMPERATURE_GRID])
-    crossed = cross_validated(losses.numpy(), penalties, TEMPERATURE_GRID.index(1.0))
+    crossed = added_by_a_temperature(losses.numpy())
     costs = {own: 0.0, (math.inf, 1.0): 1.0}.__getitem__
     tau, temperature = choose((math.inf, 1.0), [own], [], costs, lambda *_: "", crossed).recommended
     logits = drawn(model, q, examples, draws, tau).probabilities.log() / temperature
