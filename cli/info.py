@@ -39,7 +39,8 @@ def command(adapter: str, ratio: float, terminal: options.Terminal) -> None:
         return
     columns = ["module", "weights"]
     lines = [[row["module"], f"{row['weights']:,}"] for row in facts["modules"]]
-    if facts["posterior"]:
+    noisy = facts.get("weights_with_sigma", 0) > 0
+    if noisy:
         columns += ["median σ", "median |m|/σ", f"pruned at {facts['prune_ratio']:g}"]
         for line, row in zip(lines, facts["modules"], strict=True):
             line += [number(row["sigma_median"]), number(row["snr_median"]), f"{row['pruned']:.1%}"]
@@ -52,7 +53,7 @@ def command(adapter: str, ratio: float, terminal: options.Terminal) -> None:
         "weights": f"{facts['weights']:,}",
     }
     print_facts(own | ({"recommended": taken.describe()} if taken else {}) | facts["header"])
-    if facts["posterior"]:
+    if noisy:
         names = {"0": "min", "0.5": "median", "1": "max"}
         columns = [names.get(quantile, f"{float(quantile):.0%}") for quantile in facts["sigma"]]
         rows = {"σ": facts["sigma"], "|m|/σ": facts["snr"]}
@@ -61,6 +62,9 @@ def command(adapter: str, ratio: float, terminal: options.Terminal) -> None:
         click.echo(f"{facts['would_prune']:,} weights are 0 after pruning {by}\n")
         _print_histogram(facts["snr_histogram"])
         terminal.suggest("ivon-post", "eval", adapter, "--data", "FILE.jsonl")
+    elif facts["posterior"]:
+        click.echo("σ is 0 everywhere: there is only the mean, and neither draws nor a ratio |m|/σ to prune by.")
+        terminal.suggest("ivon-post", "merge", adapter)
     else:
         click.echo(
             "There is no ivon_sigma.safetensors: `info`, `merge`, `predict`, `eval --rows base,mean` and "

@@ -94,7 +94,7 @@ def test_check_of_a_yaml(tmp_path: Path, ivon_post: Cli) -> None:
     }
     config.write_text(yaml.safe_dump({**keys, "num_epochs": 2, "ivon_preset": "paper"}))
     text = ivon_post("check", config)
-    assert "! no weight can travel farther than" in text
+    assert "! in this run a weight can move by" in text
     assert ["train_size", "30"] in words_of(text)
     assert ["learning_rate", "(α)", "0.1"] in words_of(text)
     assert ivon_post.json("check", config, "--processes", 2)["steps"] == 30
@@ -147,6 +147,9 @@ def test_what_changes_nothing_or_everything_says_so(tiny_adapter: Path, tmp_path
     assert "changes nothing" in told("temper", tiny_adapter, "--tau", 1, "one")
     assert "changes nothing" not in told("temper", tiny_adapter, "--tau", math.inf, "inf")
     assert "changes nothing" in told("temper", tmp_path / "inf", "--tau", 2, "more")
+    shown = ivon_post("info", tmp_path / "inf")
+    assert "σ is 0 everywhere" in shown
+    assert "pruned at" not in shown
 
 
 def test_temper(tiny_adapter: Path, out: Path, tmp_path: Path, ivon_post: Cli) -> None:
