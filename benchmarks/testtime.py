@@ -163,12 +163,11 @@ SMALL = Suite(
     temperatures=(0.5, 1.0),
     tuning=8,
     max_tokens=32,
-    utilities=(),
     compared=16,
 )
 SUITES = {
     QUICK: SMALL,
-    "many": replace(SMALL, methods=SMALL.methods[:4], counts=(8, 16, 32, 64, 128), per_model=8),
+    "many": replace(SMALL, methods=SMALL.methods[:4], counts=(8, 16, 32, 64, 128), per_model=8, utilities=()),
     # 16 epochs, in which AdamW begins to overfit
     "longer": replace(SMALL, methods=SMALL.methods[:4], steps=500, lrs=(2e-4, 5e-4, 1e-3)),
     "sums": Suite(SMOLLM2, "sums", list(METHODS), max_tokens=40),
@@ -683,18 +682,20 @@ def telling_table(records: Sequence[Mapping[str, Any]], suite: str) -> str:
 
 
 def utility_table(records: Sequence[Mapping[str, Any]], suite: str) -> str:
-    """Return the accuracy of choices by other utilities than the vote."""
+    """Return the accuracy of choices by other utilities than the vote, over the seeds that have them."""
     spec = SUITES[suite]
     n = min(spec.compared, spec.counts[-1])
+    measured = [r for r in records if set(spec.utilities) <= set(r["utilities"])]
     rows = [
         [
             name,
+            str(len(runs)),
             f"{100 * float(rights(runs, n).mean()):.1f}",
             *(f"{100 * statistics.fmean(r['utilities'][u] for r in runs):.1f}" for u in spec.utilities),
         ]
-        for name, runs in by_method(records, suite).items()
+        for name, runs in by_method(measured, suite).items()
     ]
-    return table([f"n = {n}", "vote", *spec.utilities], rows)
+    return table([f"n = {n}", "seeds", "vote", *spec.utilities], rows)
 
 
 TABLES = {"accuracy": accuracy_table, "telling": telling_table, "utilities": utility_table}
