@@ -32,12 +32,13 @@ class ReferenceIVON:
     g: np.ndarray = field(init=False)
     p: np.ndarray = field(init=False)
     v: np.ndarray = field(init=False)
+    per_loss: float = field(init=False)
     debias: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.m = np.asarray(self.m, dtype=np.float64)
         self.g = np.zeros_like(self.m)
-        self.v, self.debias = np.zeros_like(self.m), 1.0  # Adam's, with the memory of p
+        self.v, self.per_loss, self.debias = np.zeros_like(self.m), 0.0, 1.0  # E[B·ĝ²] and E[1/B], with p's memory
         self.p = np.full_like(self.m, self.h0)
         if isinstance(self.prior, tuple):  # yesterday's σ is where today begins
             self.p = max(1, self.prior_strength) / (self.lam * np.asarray(self.prior[1], dtype=np.float64) ** 2)
@@ -74,7 +75,9 @@ class ReferenceIVON:
         direction = (self.g / (1 - b1**self.t) + weight_decay) / self.p
         alpha = (self.h0 + delta) * lr if self.rescale_lr else lr
         if self.direction == "adam":
-            self.v = b2 * self.v + (1 - b2) * sum(g**2 for g in gradients)
+            self.v = b2 * self.v + (1 - b2) * self.batch_size * sum(g**2 for g in gradients)
+            self.per_loss = b2 * self.per_loss + (1 - b2) / self.batch_size
             self.debias *= b2
-            direction = self.clip * self.g / (1 - b1**self.t) / np.sqrt(self.v / (1 - self.debias))
+            mean_square = self.v * self.per_loss / (1 - self.debias) ** 2
+            direction = self.clip * self.g / (1 - b1**self.t) / np.sqrt(mean_square)
         self.m = self.m - alpha * np.clip(direction, -self.clip, self.clip)

@@ -66,8 +66,9 @@ class Buffers:
         # m, g and p, and m₀ and 1/σ₀² where every weight has a prior of its own, by their names in the state.
         self.flats = {name: torch.zeros(self.offsets[-1], device=self.device) for name in self.names(group)}
         self.mean, self.momentum, self.precision = (self.flats[name] for name in self.FLATS)
-        # By tensor: t, λ·Σ(m² + σ²) of the last draw, and how p = unseen + seen·B·E[ĝ²] is made up.
-        self.steps, self.moments, self.unseen, self.seen = torch.zeros(4, len(params), device=self.device)
+        # By tensor: t, λ·Σ(m² + σ²) of the last draw, and how p = unseen + seen·E[B·ĝ²] is made up, with seen·E[1/B].
+        self.steps, self.moments, *adam = torch.zeros(5, len(params), device=self.device)
+        self.unseen, self.seen, self.per_loss = adam
         self.numels = to_device([float(param.numel()) for param in params], self.device)
         self.drawn: list[int] = []  # the numbers of the tensors that were drawn last
         # ĥ in units of λ·p, which stays what it is until the step: Σ ĝ·(θ−m) over the draws since the last one,
@@ -81,10 +82,12 @@ class Buffers:
             saved = state.get(param) or {}
             views |= {"step": self.steps[i]}
             if group["direction"] == "adam":
-                views |= {"unseen": self.unseen[i], "seen": self.seen[i]}
+                views |= {"unseen": self.unseen[i], "seen": self.seen[i], "per_loss": self.per_loss[i]}
             for name, view in views.items():
                 if name in saved:
                     view.copy_(saved[name])
+            if "seen" in saved and "per_loss" not in saved:  # of an earlier version, for which B did not change
+                self.per_loss[i] = self.seen[i] / group["batch_size"]
             if "step" not in saved and param.numel():
                 # A parameter that is m₀, rounded to its dtype, starts at all digits of m₀.
                 views["mean"].copy_(views.get("prior_mean", param))
@@ -92,6 +95,14 @@ class Buffers:
                 views["precision"].copy_(start(group, views["mean"], views.get("prior_precision")))
                 self.unseen[i] = views["precision"].flatten()[0]  # one value, but with priors of their own
             state[param] = views
+
+    @property
+    def losses(self) -> Tensor:
+        """The weight of E[ĝ²] in p by tensor, for p = unseen + losses·E[ĝ²]; with B alike in all steps, seen·B.
+
+        B·ĝ² has the Fisher information of one example as its mean whatever B is. So E[ĝ²] is E[B·ĝ²]·E[1/B].
+        """
+        return self.seen.square() / self.per_loss.clamp(min=torch.finfo(torch.float32).tiny)
 
     @classmethod
     def names(cls, group: dict[str, Any]) -> tuple[str, ...]:

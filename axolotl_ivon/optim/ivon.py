@@ -83,7 +83,7 @@ class IVONLoRA(Optimizer):
 
     Then p holds E[ĝ²], and `direction="adam"` goes by it as Vadam does (arXiv 1806.04854, with the prior left to p):
 
-        m ← m − α·ξ·clip((g/(1−β1^t))/√E[ĝ²], ±1)            E[ĝ²] is debiased, as Adam's is
+        m ← m − α·ξ·clip((g/(1−β1^t))/√E[ĝ²], ±1)            E[ĝ²] = E[B·ĝ²]·E[1/B] is debiased, as Adam's is
 
     Where g/p is at ±ξ for nearly all weights, a step is a sign, several times as long as Adam's at the same rate where
     gradients are mostly noise; this one is as long as Adam's.
@@ -372,6 +372,7 @@ class IVONLoRA(Optimizer):
         if adam:
             buffers.unseen += taken * memories * (deltas - buffers.unseen)
             buffers.seen += taken * memories * (1 - buffers.seen)
+            buffers.per_loss += taken * memories * (1 / group["batch_size"] - buffers.per_loss)
         lr = min(group["lr"], MAX_STEP)
         bound = min(clip, MAX_STEP / max(lr, 1.0))
         if group["rescale_lr"]:
@@ -379,7 +380,7 @@ class IVONLoRA(Optimizer):
         else:
             rates = torch.full_like(deltas, lr)
         batch = float(group["batch_size"]) if group["hessian"] == "squared_gradients" else None
-        terms = Terms(deltas, debias, rates, memories, buffers.unseen, buffers.seen)
+        terms = Terms(deltas, debias, rates, memories, buffers.unseen, buffers.losses)
         buffers.update(terms, decision, Constants(ess, beta1, bound, fixed, batch, adam))
 
     @torch.no_grad()
@@ -526,6 +527,7 @@ class IVONLoRA(Optimizer):
             state["precision"].copy_(precision.clamp_(PRECISION_FLOOR, PRECISION_CEILING))
             if "seen" in state:  # how much of it is older than the gradients is not known
                 state["seen"].fill_(1)
+                state["per_loss"].fill_(1 / group["batch_size"])
                 state["unseen"].fill_(_delta(group, state["mean"], state["precision"]))
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:

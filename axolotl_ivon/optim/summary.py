@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -34,13 +33,8 @@ def summarize(all_buffers: Sequence[Buffers]) -> dict[str, float]:
         own = prior == "gaussian"  # δ of a weight is then `given`/σ₀²
         given = 0.0 if prior == "empirical" else strength / ess if own else prior * strength
         decay = debias * given
-        by_tensor = (bounds, decay, *((buffers.unseen, buffers.seen) if adam else ()))
-        work = zip(
-            itertools.repeat(float(buffers.group["batch_size"])),
-            layout.chunks,
-            *(x[layout.owners].split(layout.counts) for x in by_tensor),
-            strict=False,
-        )
+        by_tensor = (bounds, decay, *((buffers.unseen, buffers.losses) if adam else ()))
+        work = zip(layout.chunks, *(x[layout.owners].split(layout.counts) for x in by_tensor), strict=False)
         parts = torch.cat(in_parallel(lambda w: _measure(*w), list(work)), 1).cpu().double()
         tensors = torch.zeros(len(parts), len(buffers.params), dtype=torch.float64)
         tensors.index_add_(1, layout.owners.cpu(), parts)
@@ -60,7 +54,7 @@ def summarize(all_buffers: Sequence[Buffers]) -> dict[str, float]:
     return means | ({"ivon_kl": kl} if kl < math.inf else {})  # a prior of δ = 0 is no distribution
 
 
-def _measure(batch: float, chunk: Chunk, bounds: Tensor, decay: Tensor, *adam: Tensor) -> Tensor:
+def _measure(chunk: Chunk, bounds: Tensor, decay: Tensor, *adam: Tensor) -> Tensor:
     """Return, by part [9, parts]: n, Σ1/√p, Σ|m|·√p, how many are clipped, Σx, Σx² of x = log p + shift, Σm², Σ1/p, 0.
 
     Where every weight has a prior of its own the last three are Σ(m−m₀)²/σ₀², Σ1/(p·σ₀²) and Σ(log(1/σ₀²) + shift).
@@ -74,7 +68,7 @@ def _measure(batch: float, chunk: Chunk, bounds: Tensor, decay: Tensor, *adam: T
         own = chunk.prior[1].sqrt()  # 1/σ₀
         away, widths = (m - chunk.prior[0]).mul_(own), roots * own
         decays, own_logs = decays * own, own.log().mul_(2).add_(_PRIOR_SHIFT)
-    divisor = root_mean_square(p, batch, *map(chunk.spread, adam)) if adam else p
+    divisor = root_mean_square(p, *map(chunk.spread, adam)) if adam else p
     # |(g/(1−β1^t) + δ·m)/p| ≥ ξ, without a division
     clipped = torch.addcmul(chunk.momentum, away, decays).abs_().ge_(chunk.spread(bounds) * divisor)
     sums = _norms(chunk, 1, roots, m / roots, clipped, logs, own_logs)

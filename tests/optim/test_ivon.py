@@ -97,6 +97,33 @@ def test_without_noise_adam_s_direction_is_adam() -> None:
         torch.testing.assert_close(param, theirs[name], rtol=0, atol=1e-4)  # steps are as long as 1e-3
 
 
+def test_adam_s_direction_is_adam_s_where_the_number_of_losses_changes_from_step_to_step() -> None:
+    """Of gradients that are noise of variance 1/B; Adam knows nothing of B."""
+    generator, betas, lr = torch.Generator().manual_seed(0), (0.9, 0.99), 1e-3
+    param, theirs = nn.Parameter(torch.zeros(40, 50)), nn.Parameter(torch.zeros(40, 50))
+    hyper = {"hessian": "squared_gradients", "direction": "adam", "ess": 1e12, "h0": 1e-9, "clip": 0.01}
+    optimizer = IVONLoRA([param], lr=lr / 0.01, betas=betas, **hyper)
+    adam = torch.optim.Adam([theirs], lr=lr, betas=betas, eps=1e-30)
+    reference = ReferenceIVON(
+        param.detach().double().numpy(), 1e12, *betas, 1e-9, 0.01, hessian="squared_gradients", direction="adam"
+    )
+    for step in range(300):
+        count = (4, 256)[step % 2]
+        gradient = torch.randn(param.shape, generator=generator) / count**0.5
+        optimizer.param_groups[0]["batch_size"] = reference.batch_size = count
+        before = [param.detach().clone(), theirs.detach().clone()]
+        with optimizer.sampled_params():
+            param.grad = gradient.clone()
+            draw = param.detach().double().numpy().copy()
+        optimizer.step()
+        theirs.grad = gradient
+        adam.step()
+        reference.step([draw], [gradient.double().numpy()], lr / 0.01)
+        ours, adams = (float((p.detach() - was).abs().mean()) for p, was in zip((param, theirs), before, strict=True))
+        assert step < 50 or 0.85 < ours / adams < 1.15
+    assert relative(optimizer.mean(param), reference.m) < 1e-4
+
+
 def test_at_a_temperature_lambda_times_tau_is_lambda_everywhere() -> None:
     states = []
     for hyper in ({"ess": 1e3, "tau": 64.0}, {"ess": 64e3}):

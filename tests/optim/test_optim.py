@@ -149,7 +149,7 @@ def in_float64(optimizer: IVONLoRA) -> dict[str, float]:
                 direction = direction + precision / group["ess"] * (state["mean"] - center)
             bound = group["clip"] * state["precision"]
             if group["direction"] == "adam":
-                bound = ((state["precision"] - state["unseen"]) / state["seen"] / group["batch_size"]).sqrt()
+                bound = ((state["precision"] - state["unseen"]) * state["per_loss"]).sqrt() / state["seen"]
             clipped += int((direction.abs() >= bound).sum())
     weights = sum(map(len, sigmas))
     return {

@@ -44,12 +44,12 @@ class Terms(NamedTuple):
     rates: Tensor  # α, whatever it was scaled by included
     memories: Tensor  # 1−β2
     unseen: Tensor  # what p is made of besides gradients, after this step
-    seen: Tensor  # and the weight of them in p: p = unseen + seen·B·E[ĝ²]
+    losses: Tensor  # and the weight of E[ĝ²] in it: p = unseen + losses·E[ĝ²]
 
 
-def root_mean_square(p: Tensor, batch: float, unseen: Tensor, seen: Tensor) -> Tensor:
+def root_mean_square(p: Tensor, unseen: Tensor, losses: Tensor) -> Tensor:
     """Return √E[ĝ²] of weights with precision p, and what p is made up of: see `Terms`."""
-    return torch.maximum(p - unseen, p * ROUNDING).div_(seen * batch).sqrt_()
+    return torch.maximum(p - unseen, p * ROUNDING).div_(losses).sqrt_()
 
 
 class Chunk:

@@ -123,8 +123,8 @@ def _update_where(own: bool, adam: bool) -> Any:
     """Return the kernel of a step; `own`: every weight has a prior of its own, m₀ and 1/σ₀² at `prior`."""
 
     def update(m, g, p, h_hat, thetas, gradients, sizes, terms, fixed, squared, numbers, prior):
-        deltas, debias, rates, memories, unseen, weights = terms
-        one_minus_beta1, per_h_hat, batch, bound, max_step, floor, ceiling, rounding = numbers
+        deltas, debias, rates, memories, unseen, losses = terms
+        one_minus_beta1, per_h_hat, bound, max_step, floor, ceiling, rounding = numbers
         half = _ZERO if squared else _HALF
         start = 0
         for part in range(len(sizes)):
@@ -135,7 +135,7 @@ def _update_where(own: bool, adam: bool) -> Any:
             delta, inverse_debias = _at(deltas, len(sizes))[part], _ONE / _at(debias, len(sizes))[part]
             decay, rate = delta if fixed else _ZERO, _at(rates, len(sizes))[part]
             memory, unseen_ = _at(memories, len(sizes))[part], _at(unseen, len(sizes))[part]
-            per_square = _ONE / (_at(weights, len(sizes))[part] * batch * bound * bound)
+            per_square = _ONE / (_at(losses, len(sizes))[part] * bound * bound)
             for i in range(size):
                 delta_i = delta * narrowness_[i] if own else delta
                 pull = delta_i * (m_[i] - center_[i]) if own else decay * m_[i]
@@ -216,7 +216,7 @@ def update(chunk: Chunk, h_hat: Tensor, terms: Terms, decision: StepDecision, c:
         flats, by_part = (tuple(x.data_ptr() for x in xs) for xs in ((m, g, p, h_hat), terms))
         squared, scale = c.batch is not None, float(scale)
         per_h_hat = c.ess * scale if c.batch is None else c.batch * scale**2
-        numbers = (1 - c.beta1, per_h_hat, c.batch or 1.0, c.bound, *_LIMITS)
+        numbers = (1 - c.beta1, per_h_hat, c.bound, *_LIMITS)
         kernel = _update_by_adam if c.adam else _update_from_prior if chunk.prior else _update
         sizes = np.array(chunk.sizes)
         scalars = tuple(map(np.float32, numbers))

@@ -152,7 +152,7 @@ def _update(
     rates,
     memories,
     unseen,
-    seen,
+    losses,
     decision,
     prior_mean,
     prior_precision,
@@ -202,7 +202,7 @@ def _update(
     divisor = p
     if ADAM:
         rest = tl.maximum(p - tl.load(unseen + part), rounding * p)
-        divisor = tl.sqrt(rest / (tl.load(seen + part) * per_h_hat * bound * bound))
+        divisor = tl.sqrt(rest / (tl.load(losses + part) * bound * bound))
     m -= rate * tl.minimum(tl.maximum(direction / divisor, -bound), bound)
 
     tl.store(momentum + flat, g, mask=inside)

@@ -81,7 +81,7 @@ def update(chunk: Chunk, h_hat: Tensor, terms: Terms, decision: StepDecision, c:
     if not taken:
         return
     m, g, p = chunk.mean, chunk.momentum, chunk.precision
-    delta, debias, rate, memory, unseen, seen = map(chunk.spread, terms)
+    delta, debias, rate, memory, unseen, losses = map(chunk.spread, terms)
     if chunk.prior:
         delta = delta * chunk.prior[1]
     torch._foreach_lerp_(chunk.momenta, [gradient.float() for gradient in chunk.gradients], 1 - c.beta1)
@@ -95,8 +95,8 @@ def update(chunk: Chunk, h_hat: Tensor, terms: Terms, decision: StepDecision, c:
         )
     p.clamp_(PRECISION_FLOOR, PRECISION_CEILING)
     direction, divisor = g / debias, p
-    if c.adam and c.batch is not None:
-        divisor = root_mean_square(p, c.batch, unseen, seen).div_(c.bound)
+    if c.adam:
+        divisor = root_mean_square(p, unseen, losses).div_(c.bound)
     if c.fixed:
         direction.addcmul_(m - chunk.prior[0] if chunk.prior else m, delta)
     m.addcmul_(direction.div_(divisor).clamp_(-c.bound, c.bound), rate, value=-1)
