@@ -219,7 +219,12 @@ def _train_size(cfg: Mapping[str, Any]) -> int:
         size += whole
     held_out = number(cfg, "val_set_size", 0)
     # As in scikit-learn, which `datasets` follows.
-    return size - (int(held_out) if held_out >= 1 else math.ceil(held_out * size))
+    left = size - (int(held_out) if held_out >= 1 else math.ceil(held_out * size))
+    if left < 1:
+        raise IVONError(
+            f"val_set_size: {held_out:g} leaves none of the {size} examples to train on; give a smaller one"
+        )
+    return left
 
 
 def _examples(path: Path) -> int:

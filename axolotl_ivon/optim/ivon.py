@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Literal, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -185,6 +186,8 @@ class IVONLoRA(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in `torch.optim.Optimizer`."""
+        for values in (self.defaults, param_group):  # NumPy's numbers cannot be loaded from a checkpoint
+            values.update({name: without_numpy(value) for name, value in values.items() if name != "params"})
         _check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -509,12 +512,14 @@ class IVONLoRA(Optimizer):
         self._buffers = None
 
     @torch.no_grad()
-    def adopt_parameters(self, sigma: Mapping[Tensor, Tensor] | None = None) -> None:
+    def adopt_parameters(self, sigma: Mapping[Tensor, Tensor] | None = None, steps: int = 0) -> None:
         """Let the mean be what the parameters hold, after somebody has put other weights into them.
 
         Args:
             sigma: the σ that was saved with these weights (`sigma_for_next_prior`), by the parameters, in their shapes;
                 it stays where none is given. The momentum stays as well.
+            steps: how many steps had learned that σ, for an optimizer that has taken none, or `h0_steps` would soon
+                forget it.
         """
         for buffers in self._get_buffers():
             buffers.adopt_parameters()
@@ -525,6 +530,8 @@ class IVONLoRA(Optimizer):
             if group["prior"] == _GAUSSIAN and group["prior_strength"] > 1:
                 precision += state["prior_precision"] * ((group["prior_strength"] - 1) / ess)
             state["precision"].copy_(precision.clamp_(PRECISION_FLOOR, PRECISION_CEILING))
+            if not state["step"]:
+                state["step"].fill_(steps)
             if "seen" in state:  # how much of it is older than the gradients is not known
                 state["seen"].fill_(1)
                 state["per_loss"].fill_(1 / group["batch_size"])
@@ -570,6 +577,13 @@ class IVONLoRA(Optimizer):
 
 # κ above it makes δ so large that float32 has nothing left for the data's part of p.
 STRONGEST = 1e18
+
+
+def without_numpy(value: Any) -> Any:
+    """Return a number of NumPy's, alone or in a tuple, as one of Python's, and anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(without_numpy, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _names(group: dict[str, Any]) -> list[str]:

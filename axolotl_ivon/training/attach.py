@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..errors import IVONError, param_ref
-from ..optim.ivon import IVONLoRA
+from ..optim.ivon import IVONLoRA, without_numpy
 from ..posterior.chain import check_prior, prior_header
 from ..posterior.posterior import Posterior
 from ..settings.presets import Preset, resolved, sum_of_ranks, usual_rate
@@ -107,9 +107,16 @@ def attach(
         raise IVONError(f"{param_ref('train_size')}: {train_size!r} is no whole number of training examples")
     given |= {"beta1": betas[0], "beta2": betas[1]}
     given |= {"prior_strength": prior_strength, "hessian": hessian, "direction": direction, "h0_steps": h0_steps}
+    given, prior = {name: without_numpy(value) for name, value in given.items()}, without_numpy(prior)
     for name, value in given.items():
         if isinstance(value, str) and name not in ("hessian", "direction"):
             raise IVONError(f"{param_ref(name)}: {value!r} is a string; give a number")
+    if prior is None or isinstance(prior, bool):
+        raise IVONError(f'{param_ref("prior")}: {prior!r} is no prior; give "empirical", a number or a posterior')
+    if not isinstance(eval_samples, Integral) or eval_samples < 0:
+        raise IVONError(f"{param_ref('eval_samples')}: {eval_samples!r} is no number of draws; give 0 for none")
+    if not isinstance(calibrate, bool):
+        raise IVONError(f"{param_ref('calibrate')}: {calibrate!r} is neither True nor False")
     if ess is not None and gamma is not None:
         raise IVONError(f"{param_ref('gamma')} and {param_ref('ess')} are both given: λ is γ·√N or ess, remove one")
     chosen = resolved(preset, given)
@@ -152,10 +159,6 @@ def attach(
                 raise IVONError(f"{param_ref(name)}: {value} does not go with a posterior as prior; remove it")
         settings["prior"] = gaussian_prior(model, names, shapes, earlier)
         header |= prior_header(earlier, settings["prior_strength"], header["train_size"])
-    if eval_samples < 0:
-        raise IVONError(
-            f"{param_ref('eval_samples')}: {eval_samples} is negative; give the number of draws, or 0 for none"
-        )
     if draws not in ("shared", "per_rank"):
         raise IVONError(f"{param_ref('draws')}: {draws!r} is neither 'shared' nor 'per_rank'")
     writers = count_rollout_draws(trainer, rollouts, rollout_draws)
@@ -235,6 +238,8 @@ def _adapter_of(trainer: Trainer) -> PeftModel:
         raise IVONError(
             f"attach() takes a transformers or TRL Trainer, not a {kind}: make a Trainer, then attach(trainer)"
         )
+    if getattr(trainer, "model_init", None) is not None:
+        raise IVONError("model_init makes another model when training begins: give the Trainer a model in its place")
     if isinstance(trainer, PosteriorTrainerMixin):
         raise IVONError("attach() was called on this Trainer already; make a new Trainer for other settings")
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -271,4 +276,6 @@ def _check_arguments(trainer: Trainer, chosen: Preset, preset: str) -> None:
             raise IVONError(f"{chooses}: give the Trainer no scheduler of your own")
     if args.max_grad_norm == 1.0:  # transformers' default
         args.max_grad_norm = 0.0
+    if str(args.metric_for_best_model).endswith("loss_posterior"):
+        args.greater_is_better = False  # transformers takes a name that does not end in "loss" for a score
     check_sharding(trainer)

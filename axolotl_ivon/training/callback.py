@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,9 @@ from ..posterior.adapter import RUN_IDS
 from ..posterior.chain import PRIOR_SHA256
 from ..posterior.findings import begins_at_zero, findings, travel_finding
 from ..settings.presets import LONGEST_SIGN, passes
+from .posterior_loss import predicts_next_token
 from .processes import agree_on_gradients, average, sum_over_processes
+from .saved import sigma_of_checkpoint
 from .sharded import ReplicatedAdapter
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ DIVERGED = 10
 NONE_SKIPPED = Skipped(0, 0, None)
 # An α below this is a learning rate for AdamW.
 _ADAM_LIKE = 1e-3
+# TRL's Trainers whose batches have the chosen answers, and below them the rejected ones.
+_PAIRED = ("DPOTrainer", "RewardTrainer")
 # Weights of each tensor that are remembered, to measure how far they moved.
 _REMEMBERED = 4096
 
@@ -64,6 +69,7 @@ class PosteriorTraining(TrainerCallback):
     shows_draws: bool = False  # whether who reads the model gets what is in the parameters: to send draws to a server
     begun: bool = False  # before training begins, the optimizer may lack the state that it resumes from
     best_folder: str | None = None  # the checkpoint whose weights the Trainer has loaded at the end
+    best: dict[str, Any] = field(default_factory=dict)  # and, on the first process, its σ and header by adapter
     skipped: Skipped = NONE_SKIPPED  # the skipped steps that the log has reported
     losses: int = 0  # those, in this process, whose mean the gradient since the step began is of
     rates: list[float] = field(default_factory=list)  # of all steps: as they are planned, and then as they were
@@ -83,6 +89,16 @@ class PosteriorTraining(TrainerCallback):
         """Whether the optimizer draws from the posterior that is saved."""
         # An earlier posterior, which counts κ times in the optimizer, counts once in what is saved.
         return hasattr(self.optimizer, "evaluation_draw") and PRIOR_SHA256 not in self.header
+
+    @property
+    def holds_its_mean(self) -> bool:
+        """Whether the model's weights are this run's mean, or its draw, and not what somebody has put there since."""
+        if self.adapter is not None or self.optimizer.sampling:
+            return True
+        return all(
+            torch.equal(param, self.optimizer.mean(param).to(param.device, param.dtype))
+            for param in self.params.values()
+        )
 
     @property
     def step_bound(self) -> float:
@@ -124,6 +140,18 @@ class PosteriorTraining(TrainerCallback):
         self.resumed = header
         self.header = {**self.header, **{name: header[name] for name in (RUN_IDS,) if name in header}}
 
+    def take_settings_of_the_optimizer(self) -> None:
+        """Know the settings that the optimizer has of a checkpoint, and warn where they are not those of this run."""
+        others = {}
+        for name, value in self.optimizer.param_groups[0].items():
+            known = name in self.settings and name != "lr" and not isinstance(self.settings[name], Mapping)
+            if known and value != self.settings[name]:
+                others[name] = value
+        self.settings |= others
+        if others and self.trainer.is_world_process_zero():
+            values = ", ".join(f"{name} {_shown(value)}" for name, value in others.items())
+            LOG.warning("the run resumes with its checkpoint's %s; other values need a run in another folder", values)
+
     def identify(self, loss: Tensor, batch: Any) -> None:
         """Take an id for the run: a digest of its numbers and of its first loss and batch.
 
@@ -140,18 +168,16 @@ class PosteriorTraining(TrainerCallback):
         _add(digest, batch)
         self.header = {**self.header, RUN_IDS: digest.hexdigest()[:16]}
 
-    def log_settings(self, steps: int) -> None:
-        """Log the settings of the run in one line, and where they are from."""
-        if not self.trainer.is_world_process_zero():
-            return
-        s, rate = self.settings, f"{self.trainer.args.learning_rate:.3g}"
+    def log_settings(self, lr: float, steps: int) -> None:
+        """Log the settings of the run of this peak rate in one line, and where they are from."""
+        s, rate = self.settings, f"{lr:.3g}"
         if "learning_rate" in self.header:
             what = "the most that a step may move" if self.given_rate else "usual for this model, and none is given"
             rate += f", as a learning_rate of {self.header['learning_rate']} is {what}"
             if 0 < self.given_rate < self.usual:
                 rate += f" ({self.usual:g} is usual for this model)"
         elif self.travel is not None:
-            most = self.trainer.args.learning_rate * self.step_bound
+            most = lr * self.step_bound
             if math.isclose(most, LONGEST_SIGN):
                 rate += f", with which a step moves a weight by {most:.3g} at most, as no learning_rate is given"
             else:
@@ -167,7 +193,7 @@ class PosteriorTraining(TrainerCallback):
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.best_folder, self.begun, self.recommendation = None, True, None
+        self.best_folder, self.best, self.begun, self.recommendation = None, {}, True, None
         if not state.is_world_process_zero:
             return
         lr = args.learning_rate
@@ -175,10 +201,12 @@ class PosteriorTraining(TrainerCallback):
         # Only schedules with lr_lambdas have their peak in base_lrs; one_cycle, say, has its first rate there.
         if hasattr(scheduler, "lr_lambdas") and not math.isclose(lr, scheduler.base_lrs[0]):
             asked, lr = lr, scheduler.base_lrs[0]
-            if "learning_rate" in self.header:
-                self.header = {**self.header, "learning_rate": f"{lr * self.step_bound:g}"}
             self.rates = [rate * lr / asked for rate in self.rates] if asked else []
-            LOG.warning("the run resumes at the checkpoint's learning_rate %.3g, not at %.3g", lr, asked)
+            unit = self.step_bound if "learning_rate" in self.header else 1.0
+            LOG.warning("the run resumes at the checkpoint's learning_rate %.3g, not at %.3g", lr * unit, asked * unit)
+        if "learning_rate" in self.header:
+            self.header = {**self.header, "learning_rate": f"{lr * self.step_bound:g}"}
+        self.log_settings(lr, state.max_steps)
         if args.max_grad_norm:
             LOG.warning(
                 "max_grad_norm %g scales the gradients and with them the Hessian estimate, which widens the posterior; "
@@ -210,14 +238,17 @@ class PosteriorTraining(TrainerCallback):
         if self.settings["hessian"] != "squared_gradients" or not isinstance(inputs, Mapping):
             return  # rows, say, for which completions are yet to be written and counted
         labels = inputs.get("labels")
-        if isinstance(labels, Tensor):
-            self.losses += int(((labels[..., 1:] if labels.dim() > 1 else labels) != -100).sum())
-        else:
-            values = inputs.values()
-            sizes = (
-                len(value) for value in values if isinstance(value, list) or (isinstance(value, Tensor) and value.dim())
-            )
-            self.losses += next(sizes, 1)
+        if isinstance(labels, Tensor) and not labels.is_floating_point():
+            shifted = labels.dim() > 1 and predicts_next_token(self.model)
+            self.losses += int(((labels[..., 1:] if shifted else labels) != -100).sum())
+            return
+        values = (labels,) if isinstance(labels, Tensor) else inputs.values()
+        sizes = (
+            len(value) for value in values if isinstance(value, list) or (isinstance(value, Tensor) and value.dim())
+        )
+        rows, kinds = next(sizes, 1), {kind.__name__ for kind in type(self.trainer).__mro__}
+        paired = labels is None and "input_ids" in inputs and not kinds.isdisjoint(_PAIRED)
+        self.losses += max(1, rows // 2) if paired else rows
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.losses = 0  # a step that ran out of memory may have left some
@@ -259,8 +290,10 @@ class PosteriorTraining(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         from .calibration import recommend_in_checkpoint
 
-        if args.load_best_model_at_end:
-            self.best_folder = state.best_model_checkpoint
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best and Path(best).is_dir():
+            self.best_folder = best
+            self.best = sigma_of_checkpoint(Path(best), self.adapters) if state.is_world_process_zero else {}
         calibrated = self._calibrate(state.global_step * self.trainer.get_total_train_batch_size(args))
         if not state.is_world_process_zero:
             return
@@ -303,6 +336,12 @@ class PosteriorTraining(TrainerCallback):
             moved += size * float((_some(self.optimizer.mean(self.params[name])) - was).abs().mean())
             count += size
         return {**movement, "moved": moved / count} if count else movement
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_shown, value))})"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def log_verdict(verdict: list[tuple[int, str]]) -> None:

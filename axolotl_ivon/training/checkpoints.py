@@ -31,7 +31,7 @@ from ..posterior.posterior import Posterior
 from ..records.recommendation import RECOMMENDED_FILE, Recommendation
 from ..settings.table import header_of
 from ..storage.atomic import put_in_place, updated_adapter
-from ..storage.format import MEAN_FILE, SIGMA_FILE
+from ..storage.format import MEAN_FILE, SIGMA_FILE, header_number
 from ..storage.tensorfile import TensorFile
 from .calibration import save_recommendation
 from .callback import PosteriorTraining, trained_parameters
@@ -101,6 +101,9 @@ def save_with_sigma(
         LOG.warning("%s holds a posterior and this run has not begun to train: left as it is", folder)
         return
     adapters = run.adapters if run.begun else []
+    if adapters and not run.holds_its_mean:
+        LOG.warning("%s is saved without σ: the weights are others than this run has trained", folder)
+        adapters = []
     _save_adapters(
         folder,
         adapters,
@@ -150,14 +153,16 @@ def load_adapters(run: PosteriorTraining, checkpoint: Path) -> None:
 def adopt_checkpoint(run: PosteriorTraining, checkpoint: Path) -> bool:
     """Take σ from a checkpoint whose weights the Trainer has loaded; return whether it is there, else it stays."""
     sigma: dict[torch.Tensor, torch.Tensor] = {}
+    steps = 0
     for adapter in run.adapters:
         folder = adapter_folder(checkpoint, adapter)
         if (folder / SIGMA_FILE).is_file():
-            saved = Posterior.from_pretrained(folder).sigma
+            saved = Posterior.from_pretrained(folder)
+            steps = int(header_number(saved.metadata, "steps") or 0)
             weights = weights_in_file(run.model, adapter, run.names)
-            sigma |= {run.params[weight]: saved[key] for key, weight in weights.items()}
+            sigma |= {run.params[weight]: saved.sigma[key] for key, weight in weights.items()}
     if hasattr(run.optimizer, "adopt_parameters"):
-        run.optimizer.adopt_parameters(sigma)
+        run.optimizer.adopt_parameters(sigma, steps)
     return bool(sigma)
 
 
@@ -171,10 +176,9 @@ def update_card_in(folder: Path) -> None:
 
 
 def _save_sigma(run: PosteriorTraining, folder: Path, adapter: str) -> None:
-    if run.best_folder is not None:
-        # The weights are those of an earlier checkpoint now, and so is their σ.
-        best = Posterior.from_pretrained(adapter_folder(Path(run.best_folder), adapter))
-        save_sigma(folder, best.sigma, best.metadata)
+    # The weights may be those of an earlier checkpoint by now, and so is their σ.
+    if best := run.best.get(adapter):
+        save_sigma(folder, *best)
         return
     steps = run.trainer.state.global_step
     movement = run.movement(steps) if run.rates else {}

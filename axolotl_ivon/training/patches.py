@@ -39,15 +39,26 @@ def average_in_every_backward_pass(trainer: Trainer) -> None:
     trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
 
-def save_sigma_beside_the_mean(run: PosteriorTraining) -> None:
-    """Let the model's `save_pretrained` save σ too."""
-    model: Any = run.model
-    save_pretrained, process = model.save_pretrained, os.getpid()
+class SaveWithSigma:
+    """`save_pretrained` of the model of a run, which saves σ too. A copy of the model has PEFT's own."""
 
-    @functools.wraps(save_pretrained)
-    def with_sigma(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    run: PosteriorTraining
+    save_pretrained: Any
+
+    def __init__(self, run: PosteriorTraining) -> None:
+        """Take the place of what the model has, or of what a run before this one on the same adapters had put there."""
+        model: Any = run.model
+        earlier: Any = model.save_pretrained
+        if isinstance(earlier, SaveWithSigma) and set(earlier.run.adapters) <= set(run.adapters):
+            earlier = earlier.save_pretrained
+        self.run, self.save_pretrained, self.process = run, earlier, os.getpid()
+        functools.update_wrapper(self, earlier)
+
+    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save the adapters into a folder, as PEFT does, and σ beside them."""
+        run, save_pretrained = self.run, self.save_pretrained
         # A worker of the data loader inherits axolotl's handler of SIGINT, and has the weights of when it was forked.
-        if os.getpid() != process:
+        if os.getpid() != self.process:
             return
         if run.adapter is not None and kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = run.adapter.add_mean(kwargs["state_dict"])
@@ -58,25 +69,35 @@ def save_sigma_beside_the_mean(run: PosteriorTraining) -> None:
         else:
             save_pretrained(save_directory, *args, **kwargs)
 
-    model.save_pretrained = with_sigma
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        model = memo.get(id(self.run.model), self.run.model)
+        return functools.partial(type(model).save_pretrained, model)
+
+
+def save_sigma_beside_the_mean(run: PosteriorTraining) -> None:
+    """Let the model's `save_pretrained` save σ too."""
+    model: Any = run.model
+    model.save_pretrained = SaveWithSigma(run)
 
 
 def show_the_mean(run: PosteriorTraining) -> None:
     """Let `state_dict()` of the model have the mean while a draw is in the parameters, and where they are taken out."""
 
     def put_mean(
-        attribute: str, weight: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+        name: str, weight: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
     ) -> None:
-        key, param, optimizer = prefix + attribute, run.params[weight], run.optimizer
+        if module is not owners[name]:  # of a copy of the model, which has weights of its own
+            return
+        key, param, optimizer = prefix + name.rpartition(".")[2], run.params[weight], run.optimizer
         taken_out = run.adapter is not None and run.adapter.prepared
         if run.shows_draws:
             return
         if taken_out or (optimizer is not None and optimizer.sampling and key in state_dict):
             state_dict[key] = optimizer.mean(param).to(param.dtype)
 
+    owners = {name: run.model.get_submodule(name.rpartition(".")[0]) for name in run.names}
     for name, weight in run.names.items():
-        owner, _, attribute = name.rpartition(".")
-        run.model.get_submodule(owner).register_state_dict_post_hook(functools.partial(put_mean, attribute, weight))
+        owners[name].register_state_dict_post_hook(functools.partial(put_mean, name, weight))
 
 
 def keep_engine_off_the_adapter(trainer: Trainer, adapter: ReplicatedAdapter) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.optim import SGD
 
 # Options of a schedule that are rates, and not shares of its peak.
-_ABSOLUTE = ("min_lr", "lr_end", "eps")
+_ABSOLUTE = ("min_lr", "max_lr", "lr_end", "eps")
 
 
 def scaled_options(options: Mapping[str, Any], factor: float) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Where PEFT saves the weights that are trained: the folder of their adapter, and their names in its file."""
+"""Where PEFT saves the weights that are trained: the folder of their adapter, their names in its file, and their σ."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from ..errors import IVONError
+from ..posterior.posterior import Posterior
 
 
 def names_of(model: PeftModel, params: Mapping[str, Tensor]) -> dict[str, str]:
@@ -65,3 +67,15 @@ def check_that_all_is_saved(model: PeftModel, names: Mapping[str, str]) -> None:
                 f"{name} is trained but is not part of the adapter: freeze it, or add its module to "
                 "lora_target_modules or lora_modules_to_save"
             )
+
+
+def sigma_of_checkpoint(
+    checkpoint: Path, adapters: Iterable[str]
+) -> dict[str, tuple[dict[str, Tensor], Mapping[str, str]]]:
+    """Return σ and its header in a checkpoint, by adapter: in memory, so that the folder may go."""
+    found: dict[str, tuple[dict[str, Tensor], Mapping[str, str]]] = {}
+    for adapter in adapters:
+        with suppress(IVONError):  # a checkpoint of another program's
+            saved = Posterior.from_pretrained(adapter_folder(checkpoint, adapter))
+            found[adapter] = {key: tensor.clone() for key, tensor in saved.sigma.items()}, saved.metadata
+    return found

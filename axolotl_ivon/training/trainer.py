@@ -75,7 +75,6 @@ class PosteriorTrainerMixin(Trainer):
                 group["lr"] = group["initial_lr"] = lr
             getattr(chosen, "defaults", {})["lr"] = lr  # where some schedules look
             self.args.learning_rate, self.lr_scheduler = lr, None
-        run.log_settings(num_training_steps)
         scheduler = create_scheduler(num_training_steps, *([optimizer] if optimizer else ()))
         run.rates = rates(scheduler, num_training_steps)
         return scheduler
@@ -180,6 +179,7 @@ class PosteriorTrainerMixin(Trainer):
             optimizer, scheduler = self.optimizer, self.lr_scheduler
             for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):  # type: ignore[union-attr]
                 group["lr"] = lr
+        run.take_settings_of_the_optimizer()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         # The base model is frozen, and a replicated adapter's weights come with its state; torch 2.14 fails on weights

@@ -419,6 +419,7 @@ def test_what_the_preset_chooses_is_not_complained_of(written: Any, steps: int, 
         ("optimizer: ivon_lora\nadapter: lora\nlearning_rate: fast", "learning_rate: 'fast' is not a number"),
         ("optimizer: ivon_lora\nadapter: lora\nmax_steps: -2", "max_steps: -2 is not a number from 0 on"),
         ("optimizer: ivon_lora\nadapter: lora\nval_set_size: [1]", r"val_set_size: \[1\] is not a number"),
+        ("optimizer: ivon_lora\nadapter: lora\nval_set_size: 5", "val_set_size: 5 leaves none of the 3 examples"),
         ("x: !!python/object/apply:os.system [ls]", "not valid YAML"),
     ],
 )

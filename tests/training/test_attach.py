@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from trainers import IVON_METRICS, LORA, Rates, as_saved, lora_weights, same
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, effective_sample_size
 
@@ -61,6 +61,9 @@ def test_a_trainer_that_cannot_be_attached_to_is_refused(made: Any, tiny_llama: 
         trainer.model = get_peft_model(base, config(task_type="CAUSAL_LM", num_virtual_tokens=2))
         with pytest.raises(IVONError, match=rf"^the adapter is of type {kind}_TUNING, .*: train a LoRA adapter$"):
             attach(trainer)
+    other = made()
+    with pytest.raises(IVONError, match=r"^model_init makes another model when training begins: give the "):
+        attach(Trainer(args=other.args, model_init=lambda: other.model, train_dataset=other.train_dataset))
     streamed = made()
     streamed.train_dataset = iter(())
     with pytest.raises(IVONError, match="no length"):
@@ -86,7 +89,8 @@ def test_a_trainer_that_cannot_be_attached_to_is_refused(made: Any, tiny_llama: 
 WRONG: dict[str, Any] = {"gamma": 0.0, "ess": math.nan, "h0": -1.0, "clip": 0.0, "betas": (1.0, 0.5), "prior": -1.0}
 WRONG |= {"train_size": 0, "eval_samples": -1, "draws": "both", "rescale_lr": "yes", "preset": "tiny"}
 WRONG |= {"prior_strength": 0.0, "hessian": "exact", "direction": "down", "h0_steps": 0.0}
-WRONG_TOO = [("clip", math.inf), ("clip", "0.01"), ("h0", 1e30), ("prior_strength", 1e300)]
+WRONG_TOO = [("clip", math.inf), ("clip", "0.01"), ("h0", 1e30), ("prior_strength", 1e300), ("prior", None)]
+WRONG_TOO += [("prior", True), ("eval_samples", "2"), ("eval_samples", 2.5), ("calibrate", "no")]
 
 
 # An infinite clip is wrong without a learning rate.

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from trainers import as_saved, lora_weights, same
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from axolotl_ivon import Posterior, attach
@@ -157,3 +161,68 @@ def test_the_best_checkpoint_of_a_run_that_was_moved(ours: bool, made: Any, tmp_
     trainer.save_model(str(tmp_path / "final"))
     for name in (MEAN, SIGMA) if ours else (MEAN,):
         assert same(load_file(tmp_path / "final" / name), load_file(best / name))
+
+
+def test_the_best_posterior_is_saved_though_its_checkpoint_is_gone(trained: Any, tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    trainer = trained({"clip": 0.1}, **best)
+    folder = Path(trainer.state.best_model_checkpoint)
+    kept = Posterior.from_pretrained(shutil.copytree(folder, tmp_path / "kept"))
+    shutil.rmtree(folder)
+    trainer.save_model(str(tmp_path / "final"))
+    final = Posterior.from_pretrained(tmp_path / "final")
+    assert same(final.mean, kept.mean)
+    assert same(final.sigma, kept.sigma)
+    assert final.metadata["steps"] == kept.metadata["steps"]
+
+
+def test_a_copy_of_the_model_saves_its_own_weights(attached: Any, tmp_path: Path) -> None:
+    copies: list[Any] = []
+
+    class Copies(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.global_step == 2:
+                copies.append((copy.deepcopy(model), lora_weights(model)))
+
+    trainer = attached({"clip": 0.1})
+    trainer.add_callback(Copies())
+    trainer.train()
+    [(kept, weights)] = copies
+    kept.save_pretrained(tmp_path / "kept")
+    assert same(load_file(tmp_path / "kept" / MEAN), as_saved(weights))
+    assert SIGMA not in names(tmp_path / "kept")
+    assert not same(load_file(tmp_path / "checkpoint-6" / MEAN), as_saved(weights))
+    with trainer.posterior_training.optimizer.sampled_params():
+        assert same({k: v for k, v in kept.state_dict().items() if k in weights}, weights)
+
+
+def test_another_optimizer_s_weights_have_no_sigma_of_ours(
+    trained: Any, made: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = trained({"clip": 0.1}, "ours").model
+    other = made("other")
+    adamw = Trainer(model, other.args, train_dataset=other.train_dataset)
+    adamw.train()
+    assert SIGMA not in names(tmp_path / "other" / "checkpoint-6")
+    assert "is saved without σ: the weights are others than this run has trained" in caplog.text
+    again = Trainer(model, made("again").args, train_dataset=other.train_dataset)
+    attach(again)
+    caplog.clear()
+    again.train()
+    assert same(Posterior.from_pretrained(tmp_path / "again" / "checkpoint-6").mean, as_saved(lora_weights(model)))
+    assert "without σ" not in caplog.text
+
+
+def test_without_the_optimizer_s_state_sigma_is_not_forgotten(trained: Any, tmp_path: Path) -> None:
+    """h0 counts as ten steps: without knowing that 40 have been taken, the next would count as a tenth of all."""
+    run = {"max_steps": 60, "save_steps": 40, "learning_rate": 1e-6}
+    whole = trained({}, "whole", **run)
+    part = shutil.copytree(tmp_path / "whole" / "checkpoint-40", tmp_path / "part" / "checkpoint-40")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (part / name).unlink()
+    resumed = trained({}, "part", resume=part, **run)
+    for folder, trainer in (("whole", whole), ("part", resumed)):
+        trainer.save_model(str(tmp_path / folder / "end"))
+    sigmas = [Posterior.from_pretrained(tmp_path / name / "end").sigma for name in ("whole", "part")]
+    ratios = torch.cat([(sigmas[1][key] / sigmas[0][key]).log().flatten() for key in sigmas[0]])
+    assert ratios.abs().max() < 0.05

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from torch.optim.lr_scheduler import OneCycleLR
-from trainers import Rates, Spy, as_saved, before_every_loss, lora_weights, make_trainer, same
-from transformers import Trainer
+from trainers import LORA, Rates, Spy, as_saved, before_every_loss, lora_weights, make_trainer, same
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    Trainer,
+)
 
 from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, effective_sample_size, save_posterior
 from axolotl_ivon.training.checkpoints import update_card_in
@@ -235,6 +245,39 @@ def test_a_resumed_run_says_the_rate_that_it_keeps(trained: Any, tmp_path: Path)
     assert Posterior.from_pretrained(tmp_path / "checkpoint-60").metadata["learning_rate"] == "0.0011"
 
 
+def test_a_resumed_run_tells_of_the_settings_that_it_keeps(
+    trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = {"ess": np.float64(1e6), "clip": np.float32(0.01)}  # of which a checkpoint keeps Python's numbers
+    trained(first, max_steps=4, save_steps=2)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "axolotl_ivon"):
+        trained({**first, "ess": 1e6}, max_steps=4, save_steps=2, resume=tmp_path / "checkpoint-2")
+    assert "the run resumes with" not in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "axolotl_ivon"):
+        changed = {"ess": 5e7, "clip": 0.02, "betas": (0.5, 0.9)}
+        again = trained(changed, max_steps=4, save_steps=4, resume=tmp_path / "checkpoint-2")
+    [warning] = [r.getMessage() for r in caplog.records if "the run resumes with" in r.getMessage()]
+    assert "ess 1e+06" in warning
+    assert "clip 0.01" in warning
+    assert "betas (0.9, 0.9)" in warning
+    assert "prior" not in warning
+    assert "λ 1e+06, h0" in caplog.text
+    assert again.optimizer.param_groups[0]["ess"] == again.posterior_training.settings["ess"] == 1e6
+    header = Posterior.from_pretrained(tmp_path / "checkpoint-4").metadata
+    sum_of_rates = sum(again.posterior_training.rates)
+    assert float(header["travel"]) == pytest.approx(sum_of_rates * 0.01, rel=1e-4)
+    assert header["learning_rate"] == "0.0003"
+
+
+def test_the_best_checkpoint_by_the_loss_of_the_draws_has_the_lowest(trained: Any) -> None:
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss_posterior"}
+    trainer = trained({"eval_samples": 2}, **best, eval_strategy="steps", eval_steps=2, save_steps=2)
+    losses = [entry["eval_loss_posterior"] for entry in trainer.state.log_history if "eval_loss_posterior" in entry]
+    assert trainer.state.best_metric == min(losses) < max(losses)
+
+
 def test_in_many_epochs_a_large_adapter_has_a_lower_rate_and_as_much_noise(tiny_llama: Path, tmp_path: Path) -> None:
     found = []
     for rank, targets in ((4, ["q_proj"]), (512, ["q_proj", "down_proj"])):  # ranks of 8 and 2048
@@ -411,3 +454,47 @@ def test_squared_gradients_are_scaled_by_the_number_of_losses_of_the_step(made: 
         attach(trainer)
         trainer.train()
         assert trainer.posterior_training.optimizer.param_groups[0]["batch_size"] == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "expected"),
+    [
+        (AutoModelForSequenceClassification, lambda row: row[0] % 2, 4),
+        (AutoModelForSequenceClassification, lambda row: [float(row[0] % 2), 1.0, 0.0], 4),  # several labels a text
+        (AutoModelForSequenceClassification, lambda row: [float(row[0])], 4),  # a number
+        (AutoModelForTokenClassification, lambda row: [-100] * 2 + [token % 2 for token in row[2:]], 4 * 10),
+    ],
+    ids=["classes", "several", "number", "tokens"],
+)
+def test_losses_are_counted_as_the_model_has_them(
+    kind: Any, labels: Callable[[list[int]], Any], expected: int, made: Any, tiny_llama: Path
+) -> None:
+    rows = made().train_dataset["input_ids"]
+    own = [{"input_ids": row, "attention_mask": [1] * 12, "labels": labels(row)} for row in rows]
+    first = own[0]["labels"]
+    count = len(first) if isinstance(first, list) and isinstance(first[0], float) else 2
+    base = kind.from_pretrained(tiny_llama, num_labels=count)
+    base.config.pad_token_id = 0
+    task = "TOKEN_CLS" if kind is AutoModelForTokenClassification else "SEQ_CLS"
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], task_type=task))
+    trainer = Trainer(model, made(max_steps=1, save_steps=1).args, train_dataset=Dataset.from_list(own))
+    attach(trainer)
+    trainer.train()
+    assert trainer.posterior_training.optimizer.param_groups[0]["batch_size"] == expected
+
+
+def test_a_pair_of_answers_has_one_loss(tiny_llama: Path, tmp_path: Path) -> None:
+    import trl
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    trainer = trl.DPOTrainer(
+        get_peft_model(model, LoraConfig(**LORA)),
+        args=trl.DPOConfig(
+            str(tmp_path), use_cpu=True, bf16=False, max_steps=1, per_device_train_batch_size=4, report_to=[]
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "red", "chosen": " dog", "rejected": " cat"}] * 8),
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+    )
+    attach(trainer)
+    trainer.train()
+    assert trainer.posterior_training.optimizer.param_groups[0]["batch_size"] == 4

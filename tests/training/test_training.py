@@ -85,7 +85,7 @@ def test_warnings_say_why(trained: Any, caplog: pytest.LogCaptureFixture) -> Non
     trained({"preset": "paper", "clip": 0.01}, max_steps=4, learning_rate=2e-4, lr_scheduler_type="linear")
     assert "learning_rate 0.0002 looks like one for Adam" in caplog.text
     reach = 2e-4 * 0.01 * (1 + 0.75 + 0.5 + 0.25)
-    assert f"farther than {reach:.3g}" in caplog.text
+    assert f"can move by {reach:.3g} at most" in caplog.text
     assert f"with {2e-4 * 0.13 / reach:.2g} it is 0.13" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
