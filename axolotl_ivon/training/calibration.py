@@ -172,14 +172,23 @@ def _evaluation_data(run: PosteriorTraining, seen: int) -> Any:
         raise NotCalibrated("there are no evaluation data; set val_set_size or test_datasets (or an eval_dataset)")
     if not hasattr(dataset, "__len__"):
         raise NotCalibrated("the evaluation data are streamed")
-    count = min(MOST, len(dataset), int(SHARE * seen))
-    if len(dataset) < 2 * FEWEST:
-        raise NotCalibrated(f"{len(dataset)} evaluation examples tell little; {2 * FEWEST} are needed")
-    if count < 2 * FEWEST:
+    examples = _count_examples(dataset)
+    each = max(1.0, examples / max(1, len(dataset)))  # of a row
+    count = min(math.ceil(MOST / each), len(dataset), int(SHARE * seen))
+    if examples < 2 * FEWEST:
+        raise NotCalibrated(f"{examples} evaluation examples tell little; {2 * FEWEST} are needed")
+    if count * each < 2 * FEWEST:
         raise NotCalibrated("a tenth of this short run's time is too little; use `ivon-post sweep`")
     generator = torch.Generator().manual_seed(run.trainer.args.seed)
     places = sorted(torch.randperm(len(dataset), generator=generator)[:count].tolist())
     return dataset.select(places) if hasattr(dataset, "select") else Subset(dataset, places)
+
+
+def _count_examples(dataset: Any) -> int:
+    """Return how many examples a dataset has: of packed rows, which say so by TRL's lengths, more than rows."""
+    if "seq_lengths" in (getattr(dataset, "column_names", None) or ()):
+        return sum(map(len, dataset["seq_lengths"]))
+    return len(dataset)
 
 
 def _draws_at(tau: float) -> int:

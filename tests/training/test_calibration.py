@@ -433,3 +433,21 @@ def test_labels_that_are_not_the_next_token_are_not_taken_for_it(
     assert "not calibrated: its labels are neither classes of a text nor the tokens of an answer" in caplog.text
     losses = trainer.evaluate()
     assert losses["eval_loss_posterior"] == pytest.approx(losses["eval_loss"], rel=1e-3)
+
+
+def test_packed_rows_of_trl_count_by_the_examples_in_them(tiny_llama: Path, tmp_path: Path, caplog: Any) -> None:
+    import trl
+
+    caplog.set_level(logging.INFO)
+    texts = [{"text": " ".join(WORDS[(n * k) % 17] for k in range(1, 7))} for n in range(1, 81)]
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), LoraConfig(r=4, task_type="CAUSAL_LM"))
+    arguments = trl.SFTConfig(
+        str(tmp_path), use_cpu=True, bf16=False, packing=True, max_length=48, max_steps=60, report_to=[]
+    )
+    data = Dataset.from_list(texts)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    trainer = trl.SFTTrainer(model, args=arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+    assert len(trainer.eval_dataset) < 60
+    attach(trainer)
+    trainer.train()
+    assert "calibrated on 80 evaluation examples" in caplog.text
