@@ -113,7 +113,8 @@ def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None,
     task = "choice" if following else None
     if not following and any(len(of_mean.nll) > 1 for of_mean, *_ in columns):
         task = "generate"
-    recommendation, text = _choose(taus, columns, run.trainer.args.seed, task)
+    too_short = run.draws_as_saved and not affordable
+    recommendation, text = _choose(taus, columns, run.trainer.args.seed, task, too_short)
     if recommendation.verdict and recommendation.verdict.differences:
         text += f"; {RECOMMENDED_FILE} beside the adapter holds it, and every command that predicts takes it"
     return recommendation, text + _advice(recommendation, run)
@@ -335,9 +336,12 @@ def _at_temperatures(logs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _choose(
-    taus: Sequence[float], columns: list[list[_Column]], seed: int, task: str | None = None
+    taus: Sequence[float], columns: list[list[_Column]], seed: int, task: str | None = None, too_short: bool = False
 ) -> tuple[Recommendation, str]:
-    """Return the recommendation from what every τ (inner list) predicts for every example, and a line about it."""
+    """Return the recommendation from what every τ (inner list) predicts for every example, and a line about it.
+
+    The line says so where the run was `too_short` for draws to be tried.
+    """
     order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed)).tolist()
     choosing, report = order[: len(order) // 2], order[len(order) // 2 :]
     sums = [np.stack([of_example[way].nll.sum(0).numpy() for of_example in columns]) for way in range(len(taus))]
@@ -389,6 +393,8 @@ def _choose(
         text += " as it is, since by cross-validation no T helps"
     if draws and recommended != draws:
         text += f"; {named(draws)} are {'worse' if outcome(draws, recommended) == 'worse' else 'level'}"
+    if too_short:
+        text += "; draws were not tried, since the run is too short for that"
     gain = versus(recommended, plain)
     verdict = SweepVerdict(
         differences={} if recommended == plain else {"nll": Difference(**gain._asdict())},

@@ -72,6 +72,9 @@ def test_it_is_what_the_saved_adapter_does(attached: Any, tiny_llama: Path, tmp_
     assert taken
     assert (taken.tau, taken.rule.temperature) == (recommendation.tau, recommendation.temperature)
     assert recommendation.draws is None, "480 examples are too few for draws to be tried"
+    not_tried = "; draws were not tried, since the run is too short for that"
+    assert recommendation.verdict.text.endswith(not_tried)
+    assert not_tried in caplog.text
     assert f"calibrated on {96} evaluation examples: the mean" in caplog.text
     assert (recommendation.task, " per token)" in caplog.text) == ("generate", True)
     assert "accuracy" not in recommendation.describe(), "of tokens it says nothing about a text"
@@ -210,7 +213,9 @@ def test_draws_are_tried_in_a_longer_run_and_are_those_of_the_posterior(attached
 
     run.optimizer.evaluation_draw = draw
     before = lora_weights(trainer.model)
-    assert run._calibrate(60 * PASSES * 5).startswith("calibrated on 60")
+    line = run._calibrate(60 * PASSES * 5)
+    assert line.startswith("calibrated on 60")
+    assert "not tried" not in line
     assert {tau for _, tau in ways} == {1.0, 4.0, 16.0}
     assert {number for number, _ in ways} == set(range(DRAWS))
     assert run.recommendation.draws is not None
