@@ -98,22 +98,25 @@ def slow_on_cpu(cfg: Mapping[str, Any]) -> str:
     """Return why a step takes long on this machine, and what to set; empty where it has a GPU, or the YAML is right.
 
     SmolLM2-135M takes 80 s a step on two cores in the half precision that axolotl's `bf16: auto` is there, and 3 s in
-    float32.
+    float32. With `bfloat16: true` the weights are bfloat16, which some CPUs multiply in hardware.
     """
     precisions = {"bf16": "auto", **cfg}
-    if precisions["bf16"] == "auto" and cfg.get("fp16") is False:  # then auto is float32 where there is no GPU
+    # Where there is no GPU, auto is then bfloat16 or float32.
+    if precisions["bf16"] == "auto" and (cfg.get("bfloat16") or cfg.get("fp16") is False):
         precisions["bf16"] = None
-    key = next((name for name in ("bf16", "fp16", "bfloat16", "float16") if precisions.get(name)), "")
+    key = next((name for name in ("bf16", "bfloat16", "fp16", "float16") if precisions.get(name)), "")
     if not key:
         return ""
     import torch
 
-    if torch.accelerator.is_available():
+    in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if torch.accelerator.is_available() or (key == "bfloat16" and in_hardware):
         return ""
     cure = f"{key}: false"
     if not cfg.get("rl") and all(cfg.get(kernel) is None for kernel in _LORA_KERNELS):
         cure += ", and lora_mlp_kernel: false, as axolotl's LoRA kernels need a GPU"
-    text = f"{key}: {precisions[key]} is half precision, and there is no GPU here"
+    set_to = f"{key}: {precisions[key]} is" if key in cfg else f"{key} is {precisions[key]} by default, which is"
+    text = f"{set_to} half precision, and there is no GPU here"
     return f"{text}: a step takes about 25 times as long as in float32; set {cure}"
 
 

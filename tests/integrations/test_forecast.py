@@ -375,11 +375,12 @@ def test_keys_that_axolotl_fails_without_are_named(written: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"bf16": None}, "bf16: auto"),  # the key is left out
+        ({"bf16": None}, "bf16 is auto by default, which"),  # the key is left out
         ({"bf16": "auto"}, "bf16: auto"),
         ({"bf16": True, "lora_qkv_kernel": False}, "bf16: True"),
         ({"fp16": True}, "fp16: True"),
         ({"bf16": None, "fp16": False}, ""),
+        ({"bf16": None, "bfloat16": True}, "bfloat16: True"),
         ({}, ""),
     ],
 )
@@ -387,17 +388,29 @@ def test_half_precision_without_a_gpu_is_said_to_be_slow(
     written: Any, changes: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     texts = [one["text"] for one in written(**changes)["findings"] if not one["good"]]
     IVONLoRAPlugin().register(yaml.safe_load(Path("train.yaml").read_text()))
     assert texts == caplog.messages
     assert len(texts) == bool(named)
     if named:
-        key = named.partition(":")[0]
+        key = named.partition(":")[0].partition(" ")[0]
         assert texts[0].startswith(f"{named} is half precision, and there is no GPU here: a step takes about 25 times")
         assert f"set {key}: false" in texts[0]
         assert ("lora_mlp_kernel: false" in texts[0]) is ("lora_qkv_kernel" not in changes)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert not [one for one in written(**changes)["findings"] if not one["good"]]
+
+
+def test_bfloat16_is_not_slow_on_a_cpu_that_multiplies_it(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    said = [
+        [one["about"] for one in written(bf16=bf16, bfloat16=True)["findings"] if not one["good"]]
+        for bf16 in (None, "auto", True)
+    ]
+    assert said == [[], [], ["precision"]]
 
 
 @pytest.mark.parametrize("steps", [50, 120, 333, 1000, 7919])
