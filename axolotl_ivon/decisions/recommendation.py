@@ -26,7 +26,8 @@ class Recommended:
         rule: what is made of that prediction.
         draws: τ and softmax temperature for who asks for draws, at the same ratio; where draws are what to predict
             with, these. None: nobody has tried draws, or the adapter is the mean alone.
-        mean_temperature: softmax temperature that fits the mean best, where it is known, recommended or not.
+        mean_temperature: softmax temperature of the mean: the recommended one where the mean is recommended, 1 where no
+            T helps it; beside draws or pruned weights the one that they were compared with.
     """
 
     path: Path
@@ -39,8 +40,8 @@ class Recommended:
     def choice(self) -> VariantChoice:
         """Return the default rows of an evaluation: the posterior is at the best τ for draws.
 
-        Mean and draws have a second row at their own softmax temperature, and what is recommended a row of its own
-        where it has a threshold, or is none of these.
+        Mean and draws have a second row at their own softmax temperature, unless that is 1, and what is recommended a
+        row of its own where it has a threshold, or is none of these.
         """
         draws, rule = self.for_draws(), self.rule
         pairs = {"mean": (math.inf, self.mean_temperature), "posterior": (draws.tau, draws.rule.temperature)}
@@ -117,7 +118,10 @@ def _recommended(
         draws = DrawsPoint(tau=record.tau, temperature=record.temperature)
     if draws is not None:
         draws = None if is_mean else draws.model_copy(update={"tau": on_top(draws.tau)})
-    temperatures = [1.0] + [record.temperature] * (math.isinf(record.tau) and not record.ratio)
-    temperatures += [point.temperature for point in record.scaled if math.isinf(point.tau) and not point.ratio]
+    if math.isinf(record.tau) and not record.ratio:
+        mean_temperature = record.temperature
+    else:
+        scaled = (point.temperature for point in record.scaled if math.isinf(point.tau) and not point.ratio)
+        mean_temperature = next(scaled, 1.0)
     rule = DecisionRule(**{field.name: getattr(record, field.name) for field in fields(DecisionRule)})
-    return Recommended(path, on_top(record.tau), record.ratio, rule, draws, temperatures[-1])
+    return Recommended(path, on_top(record.tau), record.ratio, rule, draws, mean_temperature)

@@ -127,15 +127,15 @@ def test_a_mean_without_sigma_is_held_against_the_file(
         recommended_for(tmp_path)
 
 
-def test_an_evaluation_shows_mean_and_draws_at_their_own_temperature_whichever_is_recommended(
+def test_an_evaluation_shows_mean_and_draws_at_their_own_temperature_unless_the_mean_is_recommended_without(
     recommended: Callable[..., Path],
 ) -> None:
     draws, metrics = {"tau": 4.0, "temperature": 0.8}, {"chosen_on": {}, "reported_on": {}}
     scaled = [{"tau": INF, "ratio": 0.0, "temperature": 1.5, **metrics}, {"ratio": 0.0, **draws, **metrics}]
     rows = [Variant("mean+temperature", temperature=1.5), Variant("posterior+temperature", 4.0, temperature=0.8)]
-    for values in ({"tau": INF}, {"tau": INF, "temperature": 1.5}, draws):
+    for values, added in (({"tau": INF}, rows[1:]), ({"tau": INF, "temperature": 1.5}, rows), (draws, rows)):
         path = recommended(**{"ratio": 0.0, "draws": draws, "scaled": scaled, **values})
-        assert recommended_for(Headed(path.parent)).choice().added == rows
+        assert recommended_for(Headed(path.parent)).choice().added == added
     more = {"temperature": 1.5, "threshold": 0.6}
     path = recommended(**{"tau": INF, "ratio": 0.0, "draws": draws, **more})
     assert recommended_for(Headed(path.parent)).choice().added == [*rows, Variant("recommended", INF, **more)]
