@@ -110,8 +110,8 @@ SETTINGS = (
     Setting(
         "prior_strength", Positive, 1.0, 0.1, "0.1, with a number as prior 1, with an earlier adapter 300", **_LATER
     ).means(
-        "κ, a factor on the prior's precision: at 0.1 the prior is √10 as wide as the one that fits the tensor best, "
-        "and σ shows more of the data; an earlier adapter is forgotten faster the smaller it is"
+        "κ, a factor on the prior's precision. At 0.1 the prior is √10 as wide as the one that fits the tensor best, "
+        "and σ shows more of the data. The smaller κ, the faster an earlier adapter is forgotten"
     ),
     Setting("hessian", Hessian, "reparameterized", "squared_gradients", **_LATER).means(
         "the estimate ĥ of the Hessian: `squared_gradients` is B·ĝ² for a step of B losses (tokens of a language "
@@ -122,13 +122,12 @@ SETTINGS = (
         Direction,
         "newton",
         None,
-        "`adam`, but `newton` with `rl: grpo`, `ivon_rescale_lr`, IVON's own `ivon_hessian`, or a number or an adapter "
-        "as `ivon_prior`",
+        "`adam`; `newton` with `rl: grpo`, `ivon_rescale_lr`, or where `adam` lacks what it needs",
         **_LATER,
     ).means(
-        "the step: `newton` is IVON's g/p, by `auto` at its bound nearly everywhere and so a sign; `adam` is Adam's "
-        "g/√E[ĝ²], as long as AdamW's at the same `learning_rate`, with narrower draws in short runs. It goes with "
-        "`ivon_hessian: squared_gradients` and `ivon_prior: empirical` alone"
+        "the step. `adam`: Adam's g/√E[ĝ²], as long as AdamW's at the same `learning_rate`, with narrower draws in "
+        "short runs; it needs `ivon_hessian: squared_gradients` and `ivon_prior: empirical`. `newton`: IVON's g/p, by "
+        "`auto` nearly everywhere at its bound, and so a sign"
     ),
     Setting("h0_steps", Positive, None, 10.0, **_LATER).means(
         "the number of steps that `ivon_h0` counts as; unset, it fades as β2^t"
@@ -142,8 +141,8 @@ SETTINGS = (
         "`eval_loss`, which is the mean's"
     ),
     Setting("calibrate", bool, True, True, header="").means(
-        "whether the end of training finds out on the evaluation data what to predict with (the mean or draws, and the "
-        "softmax temperature), and writes `recommended.json` beside the adapter"
+        "whether the end of training finds out on the evaluation data what to predict with, and writes "
+        "`recommended.json` beside the adapter"
     ),
     Setting("draws", Literal["shared", "per_rank"], "shared", "shared", header="").means(
         "`shared`: one draw for all processes, so that a run does not depend on their number; `per_rank`: one for "
