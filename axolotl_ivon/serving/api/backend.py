@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from .answers import AnswerDelta
 from .prompts import PromptReader
-from .protocol import ApiError, Request
+from .protocol import ApiError, ChatRequest, Request
 
 Deltas = AsyncGenerator[AnswerDelta, None]
 
@@ -26,6 +26,11 @@ class Limits:
         if request.max_tokens is not None and request.max_tokens > self.max_tokens:
             message = f"max_tokens {request.max_tokens}: this server gives at most {self.max_tokens}"
             raise ApiError(400, message, param="max_tokens")
+
+    def most_tokens(self, request: Request) -> int:
+        """Return the most tokens of an answer; a text whose request names no maximum has 16, as OpenAI has it."""
+        default = self.max_tokens if isinstance(request, ChatRequest) else min(16, self.max_tokens)
+        return request.max_tokens or default
 
 
 def queue_full(requests: str) -> ApiError:

@@ -53,10 +53,10 @@ class Local(Backend):
     def _part(self, request: Request, number: int, prompt: TokenizedPrompt) -> GenerationRequest:
         """Return what the engine is asked for one prompt; raise ApiError if the answer would be too long."""
         ids, candidates = prompt
-        max_tokens, max_length = self.limits.max_tokens, self._engine.max_length
-        room = max_tokens if max_length is None else max_length - len(ids)
-        default = min(max_tokens, room) if isinstance(request, ChatRequest) else 16  # as OpenAI has it
-        wanted = max(request.max_tokens or default, 1)
+        wanted, max_length = self.limits.most_tokens(request), self._engine.max_length
+        room = self.limits.max_tokens if max_length is None else max_length - len(ids)
+        if isinstance(request, ChatRequest) and request.max_tokens is None:
+            wanted = max(min(wanted, room), 1)
         if candidates:
             wanted = max(map(len, candidates))
         if room < wanted:

@@ -78,12 +78,14 @@ class Proxy(Backend):
         over_draws = rule if rule.score == "probability" else DecisionRule()  # of choices
         self._plain = DecisionRule(by_length=over_draws.by_length)
         self._rules = {name: mean_rule or over_draws, f"{name}:posterior": over_draws}
+        expected = self._rules[name].mean_confidence
+        self._expected = {} if expected is None else {"confidence_expected": expected}
         if mean_rule is not None:
             self._rules[f"{name}:mean"] = mean_rule
         self._running = 0
 
     def gauges(self) -> Mapping[str, float]:
-        return {"running": self._running, "upstreams_well": self._pool.well}
+        return {"running": self._running, "upstreams_well": self._pool.well, **self._expected}
 
     async def close(self) -> None:
         await self._pool.close()
@@ -123,7 +125,7 @@ class Proxy(Backend):
         member = self.models[request.model]
         top = 1 if member is None else TOP
         body = {"temperature": request.temperature, "top_p": request.top_p, request.prompt_field: prompt}
-        body |= {"max_tokens": request.max_tokens, "stop": request.stop or None}
+        body |= {"max_tokens": self.limits.most_tokens(request), "stop": request.stop or None}
         if isinstance(request, ChatRequest):
             body |= {"logprobs": True, "top_logprobs": top, "chat_template_kwargs": request.chat_template_kwargs}
         else:
@@ -179,14 +181,36 @@ class Proxy(Backend):
             raise broken_off()
 
     async def _events(self, request: Request, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the events of a stream, or the one response without."""
-        if not request.stream:
-            yield await self._pool.post(request.path, body)
+        """Yield the events of a stream, or the one response without.
+
+        vLLM refuses a max_tokens that does not fit beside the prompt. Where a chat names none, it is asked again
+        without: then the answer ends where the model does, and that is before the limit of this server.
+        """
+        try:
+            async with contextlib.aclosing(self._sent(request.path, body)) as events:
+                async for event in events:
+                    yield event
+        except ApiError as refusal:
+            if refusal.status != 400 or request.max_tokens is not None or not isinstance(request, ChatRequest):
+                raise
+            body = {name: value for name, value in body.items() if name != "max_tokens"}
+            async with contextlib.aclosing(self._sent(request.path, body)) as events:
+                async for event in events:
+                    yield event
+
+    async def _sent(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        if not body.get("stream"):
+            yield await self._pool.post(path, body)
             return
         body = {**body, "stream_options": {"include_usage": True}}
-        async with contextlib.aclosing(self._pool.events(request.path, body)) as events:
+        async with contextlib.aclosing(self._pool.events(path, body)) as events:
             async for event in events:
                 yield event
+
+    async def _response(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the one response to a body without a stream."""
+        [response] = [event async for event in self._events(request, body)]
+        return response
 
     async def _mixture(self, request: Request, body: dict[str, Any], seed: int, answers: AnswerStream) -> Deltas:
         """Yield the chosen answers, whole."""
@@ -196,7 +220,7 @@ class Proxy(Backend):
         posts = []
         for number, member in enumerate(self._draws):
             own = int(generator("serve", seed, number).bit_generator.random_raw() >> 33)
-            posts.append(self._pool.post(request.path, {**body, "model": member, "seed": own}))
+            posts.append(self._response(request, {**body, "model": member, "seed": own}))
         responses = await together(posts)
         with malformed_as_502():
             answers.prompt_tokens += int(responses[0]["usage"]["prompt_tokens"])

@@ -56,6 +56,16 @@ def test_a_request_is_one_for_each_prompt() -> None:
     assert third.seed != fourth.seed  # nobody gave one
 
 
+def test_a_text_has_16_tokens_or_the_limit_if_that_is_less() -> None:
+    engine = SlowEngine(1000)
+
+    async def test(backend: Local) -> None:
+        await deltas(backend, request())
+
+    run(test, engine, Limits(max_tokens=5))
+    assert engine.begun[0].max_tokens == 5
+
+
 def test_a_chat_gets_the_room_that_there_is() -> None:
     engine = SlowEngine(1000)
     engine.max_length = 10

@@ -72,12 +72,14 @@ def upstreams(loaded: list[Server], monkeypatch: pytest.MonkeyPatch) -> Iterator
 def begin(upstreams: list[Server]) -> Begin:
     """A function that serves the first servers, and chooses by minimum Bayes risk by default."""
 
-    def start(count: int = 2, combine: str = "exact", concurrency: int = 256, max_queue: int = 100, **rule: Any) -> Any:
+    def start(
+        count: int = 2, combine: str = "exact", concurrency: int = 256, limits: Limits = Limits(100), **rule: Any
+    ) -> Any:
         def backend() -> Proxy:
             pool = UpstreamPool([server.url for server in upstreams[:count]], concurrency, timeout=999.0)
             combining, decided = Combining(combine), DecisionRule(**rule)
             prompts = PromptReader(lambda: None, ChatFormat())
-            return Proxy(pool, "ours", ["mean", *MEMBERS], combining, decided, Limits(max_queue), prompts)
+            return Proxy(pool, "ours", ["mean", *MEMBERS], combining, decided, limits, prompts)
 
         return serving(backend)
 
@@ -157,6 +159,45 @@ def test_greedy_members_are_asked_for_one_answer(begin: Begin, upstreams: list[S
     asked = [body for server in upstreams for body in server.requests]
     assert [body["n"] for body in asked] == [1] * 4
     assert sorted(body["prompt"] for body in asked) == ["blue", "blue", "red", "red"]
+
+
+def test_an_answer_ends_at_the_limit_of_this_server(begin: Begin, upstreams: list[Server]) -> None:
+    """Also where the request names none; a text has 16 tokens then, or the limit if that is less."""
+    with begin(limits=Limits(max_tokens=8)) as url:
+        for model in ("ours", "ours:mean"):
+            official(url).chat.completions.create(model=model, messages=MESSAGES)
+            official(url).completions.create(model=model, prompt="red")
+            official(url).completions.create(model=model, prompt="red", max_tokens=3)
+    asked = [body["max_tokens"] for server in upstreams for body in server.requests]
+    assert sorted(asked) == [3] * 3 + [8] * 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", ["ours", "ours:mean"])
+def test_a_limit_that_does_not_fit_is_left_to_the_server(
+    begin: Begin, upstreams: list[Server], model: str, stream: bool
+) -> None:
+    """vLLM refuses a prompt whose max_tokens is more than the room that is left; nobody has asked for that number."""
+    for server in upstreams:
+        server.failures = [400]
+    servers = 2 if model == "ours" else 1
+    with begin(servers) as url:
+        assert list(official(url).chat.completions.create(model=model, messages=MESSAGES, stream=stream))
+        asked = [body.get("max_tokens") for server in upstreams for body in server.requests]
+        assert (asked.count(2048), asked.count(None)) == (servers, servers)
+        for server in upstreams:
+            server.failures = [400]
+        with pytest.raises(openai.BadRequestError, match="not now"):
+            official(url).chat.completions.create(model=model, messages=MESSAGES, max_tokens=4)
+
+
+def test_the_confidence_to_expect_is_that_of_who_answers(ensemble: Path, upstreams: list[Server]) -> None:
+    own = functools.partial(proxy_backend, str(ensemble), [upstreams[0].url])
+    drawn, mean = DecisionRule(mean_confidence=0.8), DecisionRule(mean_confidence=0.9)
+    agreed = DecisionRule(mean_confidence=0.8, score="agreement")
+    for rule, mean_rule, expected in ((drawn, None, 0.8), (drawn, mean, 0.9), (agreed, None, None)):
+        gauges = own(rule, Limits(), Combining(), mean_rule=mean_rule).gauges()
+        assert gauges.get("confidence_expected") == expected
 
 
 def test_a_schema_is_refused(begin: Begin) -> None:
@@ -374,7 +415,7 @@ def test_rescoring_needs_token_ids(begin: Begin, upstreams: list[Server]) -> Non
 
 
 def test_too_many_requests_are_refused(begin: Begin, upstreams: list[Server]) -> None:
-    with begin(max_queue=1) as url:
+    with begin(limits=Limits(1)) as url:
         with at_once(url, 1, upstreams, **MEAN):
             until(lambda: "ivon_running 1.0" in ask(url, "/metrics")[2])
             with pytest.raises(openai.RateLimitError, match="1 requests are running already"):
