@@ -162,6 +162,8 @@ def command(
                     else:
                         click.echo(lines.line(example, decision), file=results())
                 results().flush()
+            if file:
+                file.append([])
     count = counts.total()
     coverage = None if rule.threshold is None or not count else 1 - abstained / count
     document: dict[str, Any] = {"output": output.output, "texts": count, "resumed": resumed, **decider.settings}

@@ -79,15 +79,8 @@ def read_examples(path: str | Path, limit: int | None = None, name: str = "data"
 
 
 def _read(path: str | Path, limit: int | None, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield `FILE:LINE` and the object of each line; raise IVONError for one whose texts are no Unicode."""
-    for source, record in itertools.islice(read_lines(path, name), limit):
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise IVONError(
-                f"{source}: holds half a surrogate pair (\\ud800 to \\udfff), which is no text; remove it"
-            ) from None
-        yield source, record
+    """Yield `FILE:LINE` and the object of each line."""
+    return itertools.islice(read_lines(path, name), limit)
 
 
 def read_files(paths: Iterable[str | Path], limit: int | None, name: str) -> dict[str, list[Example]]:
@@ -128,8 +121,15 @@ def chat_messages(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
     `input` and `output` (Alpaca); `system` is put before messages that do not begin with one.
 
     Raises:
-        IVONError: `source` holds no chat, or a field of a message that cannot be rendered; it names the field.
+        IVONError: `source` holds no chat, a text that is no Unicode, or a field of a message that cannot be rendered; it
+            names the field.
     """
+    try:
+        json.dumps(record, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise IVONError(
+            f"{source}: holds half a surrogate pair (\\ud800 to \\udfff), which is no text; remove it"
+        ) from None
     turns: Any = record.get("messages", record.get("conversations"))
     if turns is None and {"text", "label"} <= record.keys():
         turns = [_turn("user", record["text"]), _turn("assistant", _label(record["label"], source))]

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +121,8 @@ class Decider:
             "threshold": rule.threshold,
             "set": rule.prediction_set and rule.prediction_set.dump(),
         }
+        if served is None and (ratio or self.settings["tau"] != "inf"):
+            self.settings["sigma"] = mean_sha256(posterior.sigma)
 
     def __call__(
         self, texts: Sequence[str | Sequence[Message] | Example], reporter: Reporter = SILENT
@@ -194,7 +196,7 @@ def _choices(posterior: Posterior, given: Sequence[str] | None) -> tuple[str, ..
 
 def predict(
     adapter: Posterior | str | os.PathLike[str],
-    texts: Sequence[str | Sequence[Message]],
+    texts: Iterable[str | Sequence[Message]],
     choices: Sequence[str] | None = None,
     n: int = 10,
     seed: int = 0,
@@ -214,7 +216,7 @@ def predict(
     Args:
         adapter: a folder or Hub id, with which is predicted as its recommended.json says, else by draws, or by the mean
             where there is no σ; or a `Posterior` that was read from a folder, by draws as it is.
-        texts: what a user says, or the messages of a chat before the answer.
+        texts: what a user says, or the messages of a chat before the answer; a list, or a column of a table.
         choices: the labels; by default the answers of the training data, or the labels of a classification head.
         n, seed: the draws are `posterior.sample(seed, 0)` to `posterior.sample(seed, n − 1)`.
         threshold: the confidence below which a decision says `abstain`; by default that of recommended.json.
@@ -222,12 +224,15 @@ def predict(
     Raises:
         IVONError: the adapter or its base model cannot be read, no labels are known, or a text does not fit the model.
     """
-    if not isinstance(texts, Sequence):
+    if isinstance(texts, Mapping):
         from ..models.draws import predict_logits
 
         return predict_logits(adapter, texts, choices, n, seed)  # type: ignore
     if isinstance(texts, str):
         raise IVONError(f"{param_ref('texts')}: {texts!r} is one text; give a list of them")
+    if not isinstance(texts, Iterable):
+        raise IVONError(f"{param_ref('texts')}: {texts!r} is no text; give a list of them")
+    texts = list(texts)
     for text in texts:
         if not isinstance(text, str | Sequence):
             raise IVONError(f"{param_ref('texts')}: {text!r} is no text; give strings, or lists of messages")

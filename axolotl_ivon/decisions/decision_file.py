@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -57,7 +58,11 @@ def _csv(values: Sequence[Any]) -> str:
 
 
 class DecisionFile(ResumableFile):
-    """The decisions of one run, a line for each text; an interrupted run continues it with the same settings."""
+    """The decisions of one run, a line for each text; an interrupted run continues it with the same settings.
+
+    A line has the last message alone. So the settings also hold the number of texts so far, and a digest of their
+    conversations with all messages and tools: a run on others is refused.
+    """
 
     def __init__(
         self,
@@ -69,12 +74,13 @@ class DecisionFile(ResumableFile):
     ) -> None:
         super().__init__(path, {**settings, "format": lines.form}, "ivon-post predict", overwrite, inputs)
         self._format = lines
+        self._texts, self._digest = 0, hashlib.sha256()
 
     def resume(self, examples: Iterator[Example]) -> int:
         """Take what an earlier run has decided from `examples`, and return how many that are.
 
         Raises:
-            IVONError: the file is about other texts.
+            IVONError: the file is about other texts, or other conversations that end in them.
         """
         heads = len(self._format.head)
         for source, raw in self._lines():
@@ -86,12 +92,33 @@ class DecisionFile(ResumableFile):
                 if example is None:
                     raise IVONError(f"{source} is about one text more than {param_ref('data')} has; {FIX}")
                 known = self._format.is_about(line, example)
+                self._count(example)
             if not known:
                 raise IVONError(f"{source} is about another text than {param_ref('data')} has there; {FIX}")
         return max(0, self.done - heads)
 
     def append(self, decided: Sequence[tuple[Example, Decision]]) -> None:
-        """Write decisions to the disk."""
+        """Write decisions to the disk; without any, the file is there all the same.
+
+        Raises:
+            IVONError: it cannot be written, or as `resume` does, if lines were lost that the digest is about.
+        """
+        for example, _ in decided:
+            self._count(example)
         head = self._format.head[self.done :]
         lines = [*head, *(self._format.line(example, decision) for example, decision in decided)]
         self._write(*(line.encode("utf-8", "backslashreplace") for line in lines))
+        before = self._before.get("texts")
+        if decided and not (isinstance(before, int) and before > self._texts):
+            self._save_settings(texts=self._texts, texts_sha256=self._digest.hexdigest())
+
+    def _count(self, example: Example) -> None:
+        """Add a conversation to the digest, and compare that with the one of an earlier run after as many."""
+        conversation = [list(map(dict, example.messages)), example.tools, example.plain]
+        self._digest.update(json.dumps(conversation, sort_keys=True).encode() + b"\n")
+        self._texts += 1
+        if self._texts == self._before.get("texts") and self._digest.hexdigest() != self._before.get("texts_sha256"):
+            raise IVONError(
+                f"{self.path} is about other conversations than {param_ref('data')} has: an earlier message or a tool "
+                f"differs in the first {self._texts}; {FIX}"
+            )

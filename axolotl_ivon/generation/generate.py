@@ -54,6 +54,7 @@ def loaded_draws(
     mean_only = plan.mean and not prune_ratio
     posterior = open_posterior(adapter, mean_only=True) if mean_only else Posterior.from_pretrained(adapter)
     check_writes(posterior)
+    sigma = posterior.sigma
     posterior = posterior.prune(prune_ratio).temper(tau)
     assert posterior.folder is not None, "it was read from a folder"
     base_model = find_base_model(posterior.config, posterior.folder, loading.base_model)
@@ -75,6 +76,8 @@ def loaded_draws(
     }
     if UNPRUNED in posterior.metadata:
         settings[UNPRUNED] = posterior.metadata[UNPRUNED]
+    if prune_ratio or settings["tau"] != "inf":
+        settings["sigma"] = mean_sha256(sigma)
     chat_format = ChatFormat.of(posterior.metadata, loading.chat_template_kwargs)
     return Source(plan, posterior.folder, posterior.folder, base_model, settings, start, chat_format)
 

@@ -33,11 +33,13 @@ class NBestFile(ResumableFile):
         for source, line in self._lines():
             try:
                 record = json.loads(line)
-                text = record["prompt"]
+                text, reference = record["prompt"], record.get("reference")
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise IVONError(f"{source}: not an n-best list; choose another {param_ref('output')}") from None
             if self.done >= len(prompts) or text != prompts[self.done].text:
                 raise IVONError(f"{source} answers another prompt than {param_ref('prompts')} has there; {FIX}")
+            if reference != prompts[self.done].reference:
+                raise IVONError(f"{source} has another reference than {param_ref('prompts')} has there; {FIX}")
             self.abstained += record.get("abstain") is True
         return self.done
 

@@ -12,6 +12,7 @@ from ..errors import IVONError, param_ref
 from ..storage.atomic import check_outside, new_file
 from ..storage.format import read_json, write_json
 
+_ADDED = ("sigma",)  # settings that files of earlier versions lack
 FIX = f"choose another {param_ref('output')}, or start anew with {param_ref('overwrite')}"
 
 
@@ -43,6 +44,7 @@ class ResumableFile:
     ) -> None:
         self.path, self._settings = Path(path), dict(settings)
         self._file: IO[bytes] | None = None
+        self._before: dict[str, Any] = {}  # the settings of an earlier run, which this one continues
         self._size = self.done = 0
         if self.path.is_dir() or not self.path.absolute().parent.is_dir():
             raise IVONError(f"{param_ref('output')} {path}: not a file in an existing folder; choose another name")
@@ -52,10 +54,11 @@ class ResumableFile:
             return
         if not settings_path(path).exists():
             raise IVONError(f"{path} exists and was not made by `{command}`; {FIX}")
-        before = read_json(settings_path(path))
+        self._before = read_json(settings_path(path))
         for name, value in json.loads(json.dumps(self._settings)).items():
-            if before.get(name) != value:
-                raise IVONError(f"{path} was made with {name} {before.get(name)!r}, not {value!r}; {FIX}")
+            before = self._before.get(name, value if name in _ADDED else None)
+            if before != value:
+                raise IVONError(f"{path} was made with {name} {before!r}, not {value!r}; {FIX}")
 
     def _lines(self) -> Iterator[tuple[str, bytes]]:
         """Yield `FILE:LINE` and the line for all that an earlier run has written; what is taken is counted as done."""
@@ -84,9 +87,12 @@ class ResumableFile:
             os.truncate(self.path, self._size)
             return self.path.open("ab")
         self.path.unlink(missing_ok=True)
-        with new_file(settings_path(self.path)) as temporary:
-            write_json(temporary, self._settings)
+        self._save_settings()
         return self.path.open("xb")
+
+    def _save_settings(self, **more: Any) -> None:
+        with new_file(settings_path(self.path)) as temporary:
+            write_json(temporary, {**self._settings, **more})
 
     def close(self) -> None:
         """Close the file."""

@@ -74,6 +74,8 @@ def test_lines_are_the_decisions_of_the_library_and_go_on_after_an_interrupt(
     check([json.loads(line) for line in lines], decisions)
     assert "made with threshold 0.4, not 0.5" in ivon_post.error(*given, "--threshold", 0.5, "--quiet")
     assert ivon_post.json(*given, "--threshold", 1, "--overwrite")["coverage"] == 0
+    assert ivon_post.done(*words(tiny_adapter, "-o", path, "--overwrite"), stdin="").stdout.splitlines()[0] == "0 texts"
+    assert path.read_bytes() == b""
 
 
 def test_texts_come_from_stdin_and_spreadsheets_take_csv(
@@ -101,6 +103,8 @@ def test_texts_come_from_stdin_and_spreadsheets_take_csv(
     assert "abstain" not in document["decisions"][0]
     line = ivon_post.error(*words(tiny_adapter, "-q"), stdin="caf\xe9".encode("latin-1"))
     assert line.startswith("Error: stdin:1: not UTF-8 text (unexpected end of data at byte 3)")
+    line = ivon_post.error(*words(tiny_adapter, "-q"), stdin='{"text": "\\ud83d red"}')
+    assert line.startswith("Error: stdin:1: holds half a surrogate pair")
 
 
 def test_the_adapters_own_recommendation_is_taken_unless_draws_are_asked_for(

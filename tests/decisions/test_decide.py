@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from brute_force import class_probabilities, draw_probabilities
@@ -16,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError, Posterior, predict
-from axolotl_ivon.data.chats import read_texts
+from axolotl_ivon.data.chats import Example, read_texts
 from axolotl_ivon.data.encode import EncodedExample
 from axolotl_ivon.decisions.decide import Decider
 from axolotl_ivon.decisions.decision_file import DecisionFile, DecisionLines
@@ -62,6 +65,8 @@ def test_one_call_gives_what_peft_gives_a_label_at_a_time(tiny_adapter: Path, ti
     chats = [[{"role": "user", "content": text}] for text in TEXTS]
     assert predict(q, chats, LABELS, n=3, seed=4) == decisions
     assert predict(tiny_adapter, [], LABELS) == []
+    for texts in (iter(TEXTS), np.array(TEXTS), np.array(TEXTS, dtype=object)):
+        assert predict(tiny_adapter, texts, LABELS, n=3, seed=4) == decisions
 
 
 def test_a_recommendation_is_what_is_predicted_with(
@@ -117,6 +122,10 @@ def test_the_labels_are_those_of_training_or_of_the_head(
         (["x", " "], {"choices": ["A", "B"]}, "text:2: no user turn with a text; add the question"),
         ("x", {"choices": ["A", "B"]}, "texts: 'x' is one text; give a list of them"),
         ([1], {"choices": ["A", "B"]}, "texts: 1 is no text; give strings, or lists of messages"),
+        (np.array([1.5]), {"choices": ["A", "B"]}, r"texts: .*1\.5.* is no text; give strings, or lists of messages"),
+        (5, {"choices": ["A", "B"]}, "texts: 5 is no text; give a list of them"),
+        (["x", "red\ud83d"], {"choices": ["A", "B"]}, "text:2: holds half a surrogate pair"),
+        ([[{"role": "user", "content": "\ud83d"}]], {"choices": ["A", "B"]}, "text:1: holds half a surrogate pair"),
         (["x"], {"choices": ["A", "B"], "n": 0}, "n 0: give a number of draws from 1 on"),
         ([[{"role": "assistant", "content": "x"}]], {"choices": ["A", "B"]}, "text:1: no user turn"),
         (["red " * 600], {"choices": ["A", "B"]}, r"text:1: \d+ tokens, but the model takes 512"),
@@ -157,13 +166,15 @@ def test_draws_are_made_once_for_all_texts(tiny_adapter: Path, monkeypatch: pyte
     assert made == [0, 1, 2]
 
 
+CERTAINTY = {"confidence": 0.75, "expected_entropy": 0.5, "mutual_information": 0.0}
+DECISION = Decision(label="a,b", probabilities={"a,b": 0.75, "c": 0.25}, **CERTAINTY)
+
+
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
 def test_half_a_line_is_dropped_and_other_texts_are_refused(tmp_path: Path, form: str) -> None:
     texts = ['say "a, b"', "two\u2028lines", "three"]
-    certainty = {"confidence": 0.75, "expected_entropy": 0.5, "mutual_information": 0.0}
-    decision = Decision(label="a,b", probabilities={"a,b": 0.75, "c": 0.25}, **certainty)
     given = [text.encode() for text in texts]
-    pairs = [(example, decision) for example in read_texts(given)]
+    pairs = [(example, DECISION) for example in read_texts(given)]
     lines, path = DecisionLines(form, ["a,b", "c"]), tmp_path / "out"
     DecisionFile(path, lines, {"seed": 1}).append(pairs)
     whole = path.read_bytes()
@@ -171,9 +182,74 @@ def test_half_a_line_is_dropped_and_other_texts_are_refused(tmp_path: Path, form
     examples = read_texts(given)
     file = DecisionFile(path, lines, {"seed": 1})
     assert file.resume(examples) == 2
-    file.append([(example, decision) for example in examples])
+    file.append([(example, DECISION) for example in examples])
     assert path.read_bytes() == whole
     with pytest.raises(IVONError, match="is about another text than data has there; choose another output"):
         DecisionFile(path, lines, {"seed": 1}).resume(read_texts([b"other", *given[1:]]))
     with pytest.raises(IVONError, match="out was made with seed 1, not 2; choose another output"):
         DecisionFile(path, lines, {"seed": 2})
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_other_conversations_that_end_alike_are_refused(tmp_path: Path, form: str) -> None:
+    """A line has the last message alone; what comes before it, and the tools, make the decision as well."""
+
+    def chats(system: str, tools: bool = False) -> list[Example]:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": "red"}]
+        record = {"messages": messages, **({"tools": [{"type": "function"}]} if tools else {})}
+        return list(read_texts([json.dumps(record).encode()] * 4))
+
+    lines, path = DecisionLines(form, ["a,b", "c"]), tmp_path / "out"
+
+    def run(examples: list[Example], upto: int) -> int:
+        file, left = DecisionFile(path, lines, {"seed": 1}), iter(examples)
+        resumed = file.resume(left)
+        for example in itertools.islice(left, upto - resumed):
+            file.append([(example, DECISION)])
+        return resumed
+
+    assert [run(chats("be kind"), upto) for upto in (2, 3)] == [0, 2]
+    for other in (chats("be brief"), chats("be kind", tools=True)):
+        with pytest.raises(IVONError, match=r"out is about other conversations than data has: .* choose another outp"):
+            run(other, 4)
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[: -2 if form == "jsonl" else -3]))
+    with pytest.raises(IVONError, match="other conversations than data has"):  # as soon as that can be known
+        run(chats("be brief"), 4)
+    path.write_bytes(whole)
+    assert run(chats("be kind"), 4) == 3
+    (tmp_path / "out.settings.json").write_text('{"seed": 1, "format": "%s"}' % form)  # of an earlier version
+    assert run(chats("be kind"), 4) == 4
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_a_run_without_texts_leaves_an_empty_file(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "out"
+    lines = DecisionLines(form, ["a", "b"])
+    path.write_text("of an earlier run\n")
+    file = DecisionFile(path, lines, {}, overwrite=True)
+    assert file.resume(iter([])) == 0
+    assert path.read_text() == "of an earlier run\n"  # looking changes nothing
+    file.append([])
+    assert path.read_text().splitlines() == lines.head
+    again = DecisionFile(path, lines, {})
+    assert again.resume(iter([])) == 0
+    again.append([])
+    assert path.read_text().splitlines() == lines.head
+
+
+def test_settings_know_the_sigma_of_draws(make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    wide, narrow = (Posterior.from_pretrained(make_adapter()).temper(tau) for tau in (1, 4))
+    narrow = replace(narrow, metadata=wide.metadata)  # another σ that says the same of itself, around the same mean
+    for tau, differ in ((1.0, True), (math.inf, False)):
+        one, other = (
+            Decider(posterior, ["A", "B"], sampling=Sampling(1), tau=tau).settings
+            for posterior in (wide, narrow)
+        )
+        assert (one != other) == differ
+    path, lines = tmp_path / "out", DecisionLines("jsonl", ["A", "B"])
+    DecisionFile(path, lines, {"sigma": "one"}).append([])
+    with pytest.raises(IVONError, match="out was made with sigma 'one', not 'other'"):
+        DecisionFile(path, lines, {"sigma": "other"})
+    (tmp_path / "out.settings.json").write_text('{"format": "jsonl"}')  # of an earlier version
+    DecisionFile(path, lines, {"sigma": "other"})

@@ -78,6 +78,12 @@ def test_the_posterior_that_is_drawn_from(tiny_adapter: Path, make_adapter: Call
     settings = loaded_draws(str(tiny_adapter), PLAN, 2.0, 0.3).settings
     assert (settings["tau"], settings["prune_ratio"]) == (2.0, 0.3)
     assert settings["adapter"] == expected.metadata["mean_sha256"]
+    other = make_adapter()
+    Posterior.from_pretrained(tiny_adapter).temper(4.0).save_pretrained(other, overwrite=True)
+    drawn = [loaded_draws(str(folder), PLAN).settings for folder in (tiny_adapter, other)]
+    assert drawn[0]["adapter"] == drawn[1]["adapter"]  # one mean
+    assert drawn[0]["sigma"] != drawn[1]["sigma"]
+    assert "sigma" not in loaded_draws(str(other), Plan(n=4, mean=True)).settings
     plain = str(make_adapter(sigma=False))
     assert loaded_draws(plain, Plan(n=4, mean=True)).settings["tau"] == "inf"
     for plan, ratio in ((PLAN, 0.0), (Plan(n=4, mean=True), 0.1)):
@@ -139,6 +145,8 @@ def test_other_settings_prompts_or_files_are_refused(tmp_path: Path) -> None:
     for prompts in (PROMPTS[:2], PROMPTS[1:]):
         with pytest.raises(IVONError, match="answers another prompt"):
             NBestFile(path, SETTINGS).resume(prompts)
+    with pytest.raises(IVONError, match=r"out.jsonl:1 has another reference than prompts has there; choose another"):
+        NBestFile(path, SETTINGS).resume([PROMPTS[0]._replace(reference="no"), *PROMPTS[1:]])
     assert path.read_bytes() == content
     path.write_bytes(content + b"junk\n")
     with pytest.raises(IVONError, match=r"out.jsonl:4: not an n-best list"):
