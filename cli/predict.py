@@ -164,20 +164,25 @@ def command(
                 results().flush()
             if file:
                 file.append([])
-    count = counts.total()
-    coverage = None if rule.threshold is None or not count else 1 - abstained / count
-    document: dict[str, Any] = {"output": output.output, "texts": count, "resumed": resumed, **decider.settings}
-    document |= {"labels": dict(counts), "coverage": coverage}
+
+    def share_answered() -> float | None:
+        return None if rule.threshold is None or not counts else 1 - abstained / counts.total()
+
+    document: dict[str, Any] = {"output": output.output, "texts": counts.total(), "resumed": resumed}
+    document |= {**decider.settings, "labels": dict(counts), "coverage": share_answered()}
     if output.as_json:
         output.finish(document if file else {**document, "decisions": shown})
         return
+    if file:  # the line is about all that it holds
+        counts, abstained = counts + file.labels, abstained + file.abstained
+    count = counts.total()
     texts = ", ".join(f"{label} {n}" for label, n in counts.most_common(8))
     line = (
         f"{count} text{'' if count == 1 else 's'}"
         + (f" ({resumed} were there)" if resumed else "")
         + (f": {texts}" if texts else "")
     )
-    line += answered(coverage, rule.threshold)
+    line += answered(share_answered(), rule.threshold)
     if file:
         output.finish(document, line, path)
     elif not output.quiet:

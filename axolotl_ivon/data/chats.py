@@ -121,7 +121,7 @@ def chat_messages(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
     `input` and `output` (Alpaca); `system` is put before messages that do not begin with one.
 
     Raises:
-        IVONError: `source` holds no chat, a text that is no Unicode, or a field of a message that cannot be rendered; it
+        IVONError: `source` holds no chat, half a surrogate pair, or a field of a message that cannot be rendered; it
             names the field.
     """
     try:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,18 @@ class DecisionLines:
         values["set"] = None if decision.set is None else "|".join(decision.set)
         return _csv([*(values[name] for name in _COLUMNS), *map(decision.probabilities.__getitem__, self._choices)])
 
-    def is_about(self, line: str, example: Example) -> bool:
-        """Say whether a line that was written earlier is about `example`."""
+    def read(self, line: str, example: Example) -> tuple[str, bool] | None:
+        """Return the label of a line that was written earlier, and whether it abstains; None: of another text."""
         try:
             if self.form == "csv":
-                number, text, *_ = next(csv.reader([line]))
-                return (number, text) == (str(example.line), _on_one_line(example.question))
+                number, text, label, _, abstain, *_ = next(csv.reader([line]))
+                known = (number, text) == (str(example.line), _on_one_line(example.question))
+                return (label, abstain == "True") if known else None
             record = json.loads(line)
-            return bool((record["line"], record["text"]) == (example.line, example.question))
+            known = (record["line"], record["text"]) == (example.line, example.question)
+            return (str(record["label"]), record.get("abstain") is True) if known else None
         except (ValueError, KeyError, TypeError, RecursionError, csv.Error, StopIteration):
-            return False
+            return None
 
 
 def _on_one_line(text: str) -> str:
@@ -61,7 +64,8 @@ class DecisionFile(ResumableFile):
     """The decisions of one run, a line for each text; an interrupted run continues it with the same settings.
 
     A line has the last message alone. So the settings also hold the number of texts so far, and a digest of their
-    conversations with all messages and tools: a run on others is refused.
+    conversations with all messages and tools: a run on others is refused. Of the lines that an earlier run has written,
+    `labels` counts the labels, and `abstained` those that abstain.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class DecisionFile(ResumableFile):
     ) -> None:
         super().__init__(path, {**settings, "format": lines.form}, "ivon-post predict", overwrite, inputs)
         self._format = lines
+        self.labels, self.abstained = Counter[str](), 0
         self._texts, self._digest = 0, hashlib.sha256()
 
     def resume(self, examples: Iterator[Example]) -> int:
@@ -91,7 +96,10 @@ class DecisionFile(ResumableFile):
                 example = next(examples, None)
                 if example is None:
                     raise IVONError(f"{source} is about one text more than {param_ref('data')} has; {FIX}")
-                known = self._format.is_about(line, example)
+                known = (written := self._format.read(line, example)) is not None
+                if written:
+                    self.labels[written[0]] += 1
+                    self.abstained += written[1]
                 self._count(example)
             if not known:
                 raise IVONError(f"{source} is about another text than {param_ref('data')} has there; {FIX}")

@@ -69,6 +69,7 @@ def test_lines_are_the_decisions_of_the_library_and_go_on_after_an_interrupt(
     path.write_bytes(whole[: whole.index(b'"text": "rain') + 3])
     document = ivon_post.json(*given)
     assert (document["texts"], document["resumed"], document["choices"]) == (22, 2, LABELS)
+    assert ivon_post(*given).splitlines()[-2] == counted.replace("24 texts", "24 texts (24 were there)")
     lines = path.read_bytes().splitlines()
     assert lines[:2] == whole.splitlines()[:2]
     check([json.loads(line) for line in lines], decisions)

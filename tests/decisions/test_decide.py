@@ -167,7 +167,7 @@ def test_draws_are_made_once_for_all_texts(tiny_adapter: Path, monkeypatch: pyte
 
 
 CERTAINTY = {"confidence": 0.75, "expected_entropy": 0.5, "mutual_information": 0.0}
-DECISION = Decision(label="a,b", probabilities={"a,b": 0.75, "c": 0.25}, **CERTAINTY)
+DECISION = Decision(label="a,b", abstain=True, probabilities={"a,b": 0.75, "c": 0.25}, **CERTAINTY)
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
@@ -182,6 +182,7 @@ def test_half_a_line_is_dropped_and_other_texts_are_refused(tmp_path: Path, form
     examples = read_texts(given)
     file = DecisionFile(path, lines, {"seed": 1})
     assert file.resume(examples) == 2
+    assert (file.labels, file.abstained) == ({"a,b": 2}, 2)
     file.append([(example, DECISION) for example in examples])
     assert path.read_bytes() == whole
     with pytest.raises(IVONError, match="is about another text than data has there; choose another output"):
@@ -218,7 +219,7 @@ def test_other_conversations_that_end_alike_are_refused(tmp_path: Path, form: st
         run(chats("be brief"), 4)
     path.write_bytes(whole)
     assert run(chats("be kind"), 4) == 3
-    (tmp_path / "out.settings.json").write_text('{"seed": 1, "format": "%s"}' % form)  # of an earlier version
+    (tmp_path / "out.settings.json").write_text(json.dumps({"seed": 1, "format": form}))  # of an earlier version
     assert run(chats("be kind"), 4) == 4
 
 
@@ -243,8 +244,7 @@ def test_settings_know_the_sigma_of_draws(make_adapter: Callable[..., Path], tmp
     narrow = replace(narrow, metadata=wide.metadata)  # another σ that says the same of itself, around the same mean
     for tau, differ in ((1.0, True), (math.inf, False)):
         one, other = (
-            Decider(posterior, ["A", "B"], sampling=Sampling(1), tau=tau).settings
-            for posterior in (wide, narrow)
+            Decider(posterior, ["A", "B"], sampling=Sampling(1), tau=tau).settings for posterior in (wide, narrow)
         )
         assert (one != other) == differ
     path, lines = tmp_path / "out", DecisionLines("jsonl", ["A", "B"])

@@ -72,14 +72,12 @@ def upstreams(loaded: list[Server], monkeypatch: pytest.MonkeyPatch) -> Iterator
 def begin(upstreams: list[Server]) -> Begin:
     """A function that serves the first servers, and chooses by minimum Bayes risk by default."""
 
-    def start(
-        count: int = 2, combine: str = "exact", concurrency: int = 256, limits: Limits = Limits(100), **rule: Any
-    ) -> Any:
+    def start(count: int = 2, combine: str = "exact", concurrency: int = 256, limits: Any = None, **rule: Any) -> Any:
         def backend() -> Proxy:
             pool = UpstreamPool([server.url for server in upstreams[:count]], concurrency, timeout=999.0)
             combining, decided = Combining(combine), DecisionRule(**rule)
             prompts = PromptReader(lambda: None, ChatFormat())
-            return Proxy(pool, "ours", ["mean", *MEMBERS], combining, decided, limits, prompts)
+            return Proxy(pool, "ours", ["mean", *MEMBERS], combining, decided, limits or Limits(100), prompts)
 
         return serving(backend)
 
