@@ -41,7 +41,8 @@ _grid: dict[str, Any] = {"type": options.numbers, "multiple": True}
 @click.option(
     "--coverage",
     type=float,
-    help="Find the probability from which on labels are in a set that holds the right one so often (`predict --set`).",
+    help="Find the probability that puts a label into the set, so that the set holds the right one this often "
+    "(`predict --set`).",
 )
 @options.output_options("ADAPTER-sweep, or ADAPTER-weights", overwrite="Replace an earlier sweep in the target.")
 @options.as_one("files", options.evaluation_data, "data", "task", "choices", "by_length", "limit")
@@ -135,7 +136,7 @@ def command(
     recommended = {name: values[name] for name in ("tau", "ratio", "temperature", "objective")}
     document = {"recommended": recommended, "files": [str(path) for path in written], **values}
     promise = [result.abstention.describe(share=0.5)] if result.abstention else []
-    promise += [describe(recommendation.prediction_set)] if recommendation.prediction_set else []
+    promise += [describe(recommendation.prediction_set, parts=2)] if recommendation.prediction_set else []
     then: list[object] = ["ivon-post", "eval", adapter, "--data", "TEST.jsonl", *servers.words]
     then += [] if own else ["--recommended", written[0]]
     output.finish(
@@ -218,7 +219,7 @@ def _print(result: Recommendation, recommended: GridPoint) -> None:
         lines[-1].append(marks(front=point.front, best=point is result.best, recommended=point is recommended))
     assert result.examples
     title = (
-        f"left: on the {result.examples.chosen_on} examples that choose (best {result.objective}; Pareto front); "
-        f"right: on {result.examples.reported_on} others"
+        f"first columns: {result.examples.chosen_on} examples that choose (best {result.objective}; Pareto front); "
+        f"last columns: {result.examples.reported_on} others"
     )
     print_table([*settings, *heads(metrics), *heads(metrics), ""], lines, title)

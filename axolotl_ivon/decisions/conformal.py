@@ -63,12 +63,14 @@ def labels_in_set(probabilities: Mapping[str, float], threshold: float) -> list[
     return sorted(labels, key=lambda label: -probabilities[label])
 
 
-def describe(sets: PredictionSet) -> str:
-    """Return it in a line of words."""
+def describe(sets: PredictionSet, parts: int = 1) -> str:
+    """Return it in a line of words; it was found on one of so many equal `parts` of all the examples."""
     share = f"{100 * sets.coverage:g} %"
     if not sets.threshold:
         fewest = math.ceil(sets.coverage / (1 - sets.coverage) - _ROUNDING)
-        return f"{sets.examples} examples are too few for sets of {share}: they hold every label; {fewest} are enough"
+        line = f"{sets.examples} examples are too few for sets of {share}: they hold every label"
+        enough = f"{fewest} are enough" if parts == 1 else f"give {parts * fewest}, {fewest} of them for this test"
+        return f"{line}; {enough}"
     return (
         f"sets that hold the right label in {share}: labels from probability {sets.threshold:.4g} on; on the other "
         f"examples {sets.size or 0:.2f} labels, right in {100 * (sets.covered or 0):.1f} %"

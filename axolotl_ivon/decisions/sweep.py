@@ -38,7 +38,7 @@ from ..records.recommendation import (
     SweepVerdict,
 )
 from ..reporter import SILENT, Reporter
-from .abstention import Abstention, check_risk, find_threshold
+from .abstention import Abstention, check_risk, find_threshold, least_answers
 from .conformal import check_coverage, find_set
 
 if TYPE_CHECKING:
@@ -150,8 +150,13 @@ def sweep(
     choosing, report, test = _split(len(evaluation.items), sampling.seed, (risk, coverage) != (None, None))
     if len(report) < _TELLING:
         reporter.notify(
-            f"{len(choosing)} examples choose and {len(report)} report: few differences are more than noise; "
+            f"only {len(choosing)} examples choose and {len(report)} report: most differences will be noise; "
             f"{_TELLING} each are better"
+        )
+    if risk is not None and len(test) < (least := least_answers(risk, confidence)):
+        reporter.notify(
+            f"no threshold can promise a risk of {risk:g} from {len(test)} examples; give at least {2 * least}, "
+            f"{least} of them for this test"
         )
     scaled: list[Variant] = []
     if evaluation.task == "generate":

@@ -32,7 +32,7 @@ def test_a_sweep_writes_what_eval_takes(tiny_adapter: Path, pipeline: Pipeline, 
     # Twelve examples tell nothing: the mean stays.
     assert [line[:3] for line in lines if "recommended" in line] == [["inf", "0", "1"]]
     assert "too few examples: keep the default, the mean" in result.stdout
-    assert "12 examples choose and 12 report: few differences are more than noise; 100 each are better" in result.stderr
+    assert "only 12 examples choose and 12 report: most differences will be noise; 100 each are better" in result.stderr
     assert len(written["grid"]) == 6
     assert written["data"] == [str(pipeline.chats)]
 

@@ -47,5 +47,7 @@ def test_the_threshold_by_hand_and_too_few_examples() -> None:
     few = find_set(probabilities, target, probabilities, target, coverage=0.9)
     assert (few.threshold, few.size) == (0.0, 2.0)
     assert describe(few) == "4 examples are too few for sets of 90 %: they hold every label; 9 are enough"
+    half = describe(few, parts=2)
+    assert half.endswith("for sets of 90 %: they hold every label; give 18, 9 of them for this test")
     with pytest.raises(IVONError, match=r"coverage 1 is outside \(0, 1\); 0.9 is 90 %"):
         check_coverage(1)

@@ -211,7 +211,18 @@ def test_few_examples_recommend_nothing() -> None:
     found = swept_over({**dict.fromkeys(GRID, -logit), (1.0, 0.0): logit}, target, reporter=heard)
     assert (found.recommendation.best.tau, found.recommended) == (1.0, mean(found))
     assert found.recommendation.verdict.outcome == "too few examples"
-    assert heard.notes == ["20 examples choose and 20 report: few differences are more than noise; 100 each are better"]
+    noise = "only 20 examples choose and 20 report: most differences will be noise; 100 each are better"
+    assert heard.notes == [noise]
+
+
+@pytest.mark.parametrize(("count", "warned"), [(88, True), (90, False)])
+def test_a_risk_that_no_threshold_can_promise_is_told_before_the_work(count: int, warned: bool) -> None:
+    """Half of the examples certify it, and 0.95^45 < 0.1 < 0.95^44."""
+    logit, target = questions(count)
+    heard = Heard()
+    swept_over(dict.fromkeys(GRID, logit), target, risk=0.05, reporter=heard)
+    told = f"no threshold can promise a risk of 0.05 from {count // 2} examples; give at least 90, 45 of them "
+    assert any(note.startswith(told) for note in heard.notes) == warned
 
 
 def test_the_threshold_is_of_examples_that_chose_nothing() -> None:
