@@ -203,11 +203,13 @@ def summarize(
 
 def _answered(variant: Variant, threshold: float, path: str, scores: Scores, samples: int) -> VariantResult:
     """Return the results on the examples of a file whose confidence reaches the variant's threshold."""
+    import torch
+
     from ..metrics.bootstrap import standard_errors
     from ..metrics.scores import metrics
     from ..metrics.selective import upper_bound
 
-    part = scores.where(scores.confidence >= threshold)
+    part = scores.where(torch.tensor([not is_below(each, threshold) for each in scores.confidence.tolist()]))
     count = len(part.group)
     empty: dict[str, Any] = dict.fromkeys(metrics(scores))
     return VariantResult(
@@ -247,7 +249,7 @@ def _verdict(row: VariantResult, than: str) -> VerdictResult:
         what = "what is recommended"
     elif not row.name.startswith("mean"):
         what, are = ("one draw", "is") if row.samples == 1 else (f"{row.samples} draws", "are")
-    what += " at a fitted temperature" if "temperature" in row.name else ""
+    what += f" at {'their' if are == 'are' else 'its'} T" if "temperature" in row.name else ""
     if verdict == "the same":
         text = f"{what} and {against} predict the same"
     elif verdict == "too few examples":

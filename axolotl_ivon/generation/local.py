@@ -22,6 +22,7 @@ from .plan import Output, Plan, random_bits
 _T = TypeVar("_T")
 _ROWS_ON_CPU, _ROWS = 64, 256  # sequences that are decoded at once by default
 _KEPT = 4 * 2**30  # bytes of draws that are kept between batches; more are drawn again each time
+_GREEDY = 1e-6  # temperatures below choose the likeliest token: logits that are divided by them may overflow
 _SHRINK = 0.75  # finished sequences leave the batch when it gets that much smaller
 
 
@@ -175,7 +176,7 @@ def next_tokens(logits: torch.Tensor, uniform: torch.Tensor, temperature: float,
         logits: or log-probabilities, shape (rows, vocabulary).
         uniform: in [0, 1), shape (rows,).
     """
-    if not temperature:
+    if temperature < _GREEDY:
         return logits.argmax(-1)
     probabilities = (logits / temperature).softmax(-1)
     order = None

@@ -143,6 +143,12 @@ def test_tokens_are_drawn_with_their_probabilities(temperature: float, top_p: fl
     torch.testing.assert_close(drawn, kept.softmax(-1)[0], rtol=0, atol=2.5 / draws)
 
 
+@pytest.mark.parametrize("temperature", [0, 1e-45, 1e-38, 1e-7])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    logits = 20 * torch.randn(8, 50, generator=torch.Generator().manual_seed(1))
+    assert next_tokens(logits, torch.rand(8), temperature, 0.9).tolist() == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 16])
 def test_the_batch_does_not_matter(scene: Scene, many_ends: list[int], batch_size: int) -> None:
     same(scene.outputs(SAMPLED, batch_size=batch_size), scene.outputs(SAMPLED))

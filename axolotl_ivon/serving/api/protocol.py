@@ -239,6 +239,14 @@ class ClassifyRequest(BaseModel):
     input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
     choices: _Labels | None = None
 
+    @field_validator("input")
+    @classmethod
+    def _has_no_empty_text(cls, given: str | list[str]) -> str | list[str]:
+        for number, text in enumerate([given] if isinstance(given, str) else given, start=1):
+            if not text.strip():
+                raise ValueError(f"text {number} is empty; leave it out")
+        return given
+
     def requests(self, labels: Sequence[str]) -> list[ChatRequest]:
         """Return a request for each text; the answer is the most probable label."""
         texts = [self.input] if isinstance(self.input, str) else self.input
@@ -292,6 +300,8 @@ def read_request(kind: type[_Model], body: object) -> _Model:
             message = f"{str(given)[:100]} is not supported here; give a json_schema"
         elif place[:1] == ["prompt"]:  # pydantic's place and message are of one type of the union
             place, message = place[:1], "text, token ids, or a list of either"
+        elif place[:1] == ["input"] and len(place) > 1:
+            place, message = place[:1], f"give a text, or a list of 1 to {MAX_CHOICES} texts"
         elif "content" in place:
             place, message = place[: place.index("content") + 1], "text, or a list of parts of the type 'text'"
         param = ".".join(place) or None

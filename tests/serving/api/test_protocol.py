@@ -71,6 +71,22 @@ def test_each_text_to_classify_is_a_chat_with_choices() -> None:
     assert [request.labels for request in requests] == [["x", "y"]] * 2
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "input: give a text, or a list of 1 to 16 texts"),
+        (["x"] * 17, "input: give a text, or a list of 1 to 16 texts"),
+        (5, "input: give a text, or a list of 1 to 16 texts"),
+        (["x", " "], "input: text 2 is empty; leave it out"),
+        ("", "input: text 1 is empty; leave it out"),
+    ],
+)
+def test_what_cannot_be_classified_is_refused_in_one_line(given: Any, message: str) -> None:
+    with pytest.raises(ApiError) as raised:
+        read_request(ClassifyRequest, {"model": "m", "input": given})
+    assert (raised.value.status, raised.value.param, str(raised.value)) == (400, "input", message)
+
+
 def test_what_is_null_or_unknown_is_left_out() -> None:
     asked = read_request(ChatRequest, {**CHAT, "stop": None, "temperature": None, "user": "me", "logit_bias": {}})
     assert (asked.stop, asked.temperature, asked.n, asked.top) == ([], 1.0, 1, None)
