@@ -249,7 +249,7 @@ class PosteriorOptions:
         taken = recommended_for_members(self.file) if served and self.file else recommended_for(adapter, self.file)
         if taken and wants == "draws":
             if taken.is_mean and taken.draws is None and self.tau is None:
-                terminal.note(f"{taken.path} has no τ for draws: it is 1")
+                terminal.note(f"{taken.path} has no τ for draws; τ is 1")
                 return taken.for_draws()
             taken = taken.for_draws()
         if taken and own:

@@ -37,8 +37,8 @@ def command(first: str, second: str, terminal: options.Terminal) -> None:
         ["module", "weights", "KL(A‖B)", "KL(B‖A)", "cosine", "apart", "one-sided"],
         [*map(_row, facts["modules"]), _row({**facts, "module": "all"})],
     )
-    other = a.tau / a.training_tau == b.tau / b.training_tau and not same_data(a, b)
-    terminal.suggest("ivon-post", *(["combine", first, second] if other else ["info", first]))
+    if a.tau / a.training_tau == b.tau / b.training_tau and not same_data(a, b):
+        terminal.suggest("ivon-post", "combine", first, second)
 
 
 def _row(facts: dict[str, Any]) -> list[str]:

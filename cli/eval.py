@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from axolotl_ivon.evaluation import ADDED_VARIANTS, PAPER_VARIANTS
 from axolotl_ivon.storage.format import file_names
 
 from . import _options as options
@@ -48,8 +49,8 @@ _DIFFERENCES = ("accuracy", "ece", "nll")
 )
 @click.option(
     "--rows",
-    help="Variants to evaluate, with commas between: base, mean, mean-pruned, posterior, posterior-pruned.  "
-    "[default: base,mean,posterior; with a ratio all]",
+    help=f"Variants to evaluate, with commas between: {', '.join(PAPER_VARIANTS)}; of a recommendation also "
+    f"{', '.join(ADDED_VARIANTS)}.  [default: base,mean,posterior; with a ratio all five]",
 )
 @options.output_options(None, "JSONL for the prediction of every variant on every example.", metavar="FILE")
 @options.as_one("files", options.evaluation_data, "data", "ood", "calibrate", "task", "choices", "by_length", "limit")
@@ -216,5 +217,5 @@ def _print_ood(ood: list[OodResult], wide: bool) -> None:
             lines.append([f" {variant}", *cells])
     short = {"max_probability": "max p", "mutual_information": "mutual"}
     columns = [short.get(kind, kind) for kind in kinds]
-    title = "AUROC of the uncertainty, for not being of the data" + ("; right: FPR95 %" if wide else "")
+    title = "AUROC of the uncertainty for telling foreign examples" + ("; last columns: FPR95 %" if wide else "")
     print_table(["", *columns, *(columns if wide else [])], lines, title)

@@ -107,7 +107,7 @@ def command(
     if out:
         more = f"; the {len(lines)} most suspicious" if len(out) > len(lines) else ""
         print_table([" line  answer ← question", *shown], lines, title + more)
-    else:
+    elif keep is None:
         click.echo(f"no row stands out by {by}, of {len(rows)}: nothing to leave out")
     if written and keep is not None:
         click.echo(f"{len(rows) - len(gone)} rows stay, {len(gone)} are left out, by {by}")

@@ -39,7 +39,7 @@ from ._tables import answered
     "coverage",
     type=float,
     metavar="COVERAGE",
-    help="Also write the labels of which one is right this often: 0.9 after `sweep --coverage 0.9`.",
+    help="Also write the set of labels that holds the right one this often: 0.9 after `sweep --coverage 0.9`.",
 )
 @options.limit_option
 @click.option(

@@ -68,6 +68,6 @@ def command(
         ensemble = Ensemble(path)
         served = {"serve": ensemble.serve_command(), "serve_script": str(ensemble.write_serve_script())}
     document = {"output": str(path), "seed": seed, "members": names, **served}
-    then = ["sh", served["serve_script"], "--port", 8000] if served else ["ivon-post", "info", path / names[0]]
+    then = ["sh", served["serve_script"], "--port", 8000] if served else []
     line = f"{len(names)} adapter{'s' if len(names) > 1 else ''}, seed {seed}"
     output.finish(document, line, path, *served.values(), then=then)

@@ -20,7 +20,9 @@ _SECTIONS = {
 
 @click.command("serve", cls=options.Sectioned, sections=_SECTIONS)
 @options.adapter_argument
-@options.option("--host", default="127.0.0.1", help="Address to listen on; others need a key.")
+@options.option(
+    "--host", default="127.0.0.1", help="Address to listen on; any but 127.0.0.1, ::1 and localhost needs a key."
+)
 @options.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port; 0: any free one.")
 @click.option("--name", help="Name of the model that answers.  [default: the name of ADAPTER]")
 @options.option("--max-tokens", type=click.IntRange(1), default=2048, help="Tokens per answer.")
@@ -61,11 +63,10 @@ def command(
 ) -> None:
     """Serve an adapter through an OpenAI-compatible API.
 
-    Answers have a confidence. The model NAME chooses every token from the average of the draws' probabilities, or from
-    those of the mean where the recommended.json of ADAPTER recommends it, which takes one pass; both at its softmax
-    temperature. NAME:posterior is the draws, NAME:mean the mean, NAME:member-0000 the first draw. Every answer has a
-    field `ivon`: confidence, expected_entropy and mutual_information; with logprobs also of every token. A page to try
-    it is at /. Clients need the key in the environment variable IVON_API_KEY, if it is set.
+    Answers have a confidence. The model NAME is the average of the draws, or the mean (one pass) where recommended.json
+    says so, at its softmax temperature. NAME:posterior is the draws, NAME:mean the mean, NAME:member-0000 the first
+    draw. Every answer has a field `ivon`: confidence, expected_entropy and mutual_information; with logprobs also of
+    every token. A page to try it is at /. Clients need the key in the environment variable IVON_API_KEY, if it is set.
 
     \b
       ivon-post serve adapter/ --recommended adapter-sweep/recommended.json

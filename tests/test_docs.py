@@ -44,6 +44,21 @@ def test_the_page_on_training_has_every_key_as_the_table_of_settings_has_it() ->
     assert head + "\n".join(rows) + "\n\n" in (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
 
 
+def test_help_and_page_have_the_rows_of_an_evaluation() -> None:
+    from click import Context
+
+    from axolotl_ivon.evaluation import ADDED_VARIANTS, PAPER_VARIANTS
+    from ivon_post import cli
+
+    every = {*PAPER_VARIANTS, *ADDED_VARIANTS}
+    table = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8").split("| row | how it predicts |")[1]
+    heads = [line.split("|")[1] for line in table.split("\n\n")[0].splitlines()[2:]]
+    assert {name for head in heads for name in re.findall(r"`(.+?)`", head)} == every
+    command = cli.get_command(Context(cli), "eval")
+    [rows] = (param.help for param in command.params if param.name == "rows")  # type: ignore[union-attr]
+    assert every <= set(re.findall(r"[a-z+-]+", rows))
+
+
 def test_every_command_has_its_transcript_and_its_options() -> None:
     from click import Context
 

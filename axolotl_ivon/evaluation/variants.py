@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ..errors import IVONError, param_ref
 from ..posterior.posterior import check_tau
 from ..posterior.prune import Pruning
+from . import ADDED_VARIANTS, PAPER_VARIANTS
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,8 @@ class Variant:
 
 def paper_variants(tau: float = 1.0, ratio: float = 0.1) -> dict[str, Variant]:
     """Return the five variants of the paper's tables 1 and 2, by name."""
-    variants = [
-        Variant("base", base=True),
-        Variant("mean"),
-        Variant("mean-pruned", ratio=ratio),
-        Variant("posterior", tau=tau),
-        Variant("posterior-pruned", tau=tau, ratio=ratio),
-    ]
-    return {variant.name: variant for variant in variants}
+    how = [{"base": True}, {}, {"ratio": ratio}, {"tau": tau}, {"tau": tau, "ratio": ratio}]
+    return {name: Variant(name, **fields) for name, fields in zip(PAPER_VARIANTS, how, strict=True)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -87,8 +82,9 @@ class VariantChoice:
         there = [*known, *(variant.name for variant in self.added)]
         for name in self.names:
             if name not in there:
-                raise IVONError(
-                    f"{param_ref('rows')} {','.join(self.names)}: {name!r} is unknown; choose from {','.join(there)}"
-                )
+                given = f"{param_ref('rows')} {','.join(self.names)}: {name!r}"
+                if name in ADDED_VARIANTS:
+                    raise IVONError(f"{given} takes a recommendation that has it; choose from {','.join(there)}")
+                raise IVONError(f"{given} is unknown; choose from {','.join((*PAPER_VARIANTS, *ADDED_VARIANTS))}")
         names = self.names or [name for name, variant in known.items() if self.ratio or "pruned" not in name]
         return [*(variant for name, variant in known.items() if name in names), *self.added]

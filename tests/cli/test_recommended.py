@@ -99,7 +99,7 @@ def test_eval_adds_mean_and_draws_at_their_own_temperature(
     assert "taken from" not in plain, "of these rows nothing is recommended"
     wrong = ivon_post.run(*words, "--rows", "mean+t").stderr.splitlines()[-1]
     assert "'mean+t' is unknown; choose from base,mean," in wrong
-    assert wrong.endswith("mean+temperature,posterior+temperature")
+    assert wrong.endswith("mean+temperature,posterior+temperature,recommended")
     report = ivon_post.run("report", adapter, "--data", pipeline.chats, "-o", tmp_path / "page.html")
     assert report.stderr.splitlines()[0] == MEAN
     page = (tmp_path / "page.html").read_text()

@@ -103,6 +103,16 @@ def test_the_answers_out_of_the_distribution_do_not_count(tiny_adapter: Path, ch
         run(tiny_adapter, EvaluationData([chats], [ood[4], ood[4]]))
 
 
+def test_what_is_answered_is_what_does_not_abstain(tiny_adapter: Path, chats: Path) -> None:
+    """A confidence that differs from the threshold in its last bits reaches it, in the row as in the lines."""
+    data = EvaluationData([chats])
+    [scores] = run(tiny_adapter, data, VariantChoice(["mean"])).scores
+    added = Variant("recommended", threshold=max(scores.confidence.tolist()) + 5e-10)
+    evaluated = run(tiny_adapter, data, VariantChoice(["mean"], added=[added]))
+    sure = [line for line in evaluated.examples() if not line.rows["recommended"].abstain]
+    assert evaluated.record.rows[-1].examples == len(sure) > 0
+
+
 def test_nothing_answered_has_no_metrics(tiny_adapter: Path, chats: Path) -> None:
     choice = VariantChoice(["mean"], added=[Variant("recommended", 1.0, threshold=1.0)])
     rows = run(tiny_adapter, EvaluationData([chats]), choice, THREE).record.rows
@@ -153,8 +163,12 @@ def test_the_row_of_the_base_model_is_the_base_models(tmp_path: Path, lora: Any)
 def test_variants_are_chosen_by_name() -> None:
     known = paper_variants(2.0, 0.3)
     assert VariantChoice(["posterior", "base"], 2.0, 0.3).variants() == [known["base"], known["posterior"]]
-    with pytest.raises(IVONError, match="rows x,mean: 'x' is unknown; choose from base,mean"):
+    every = "base,mean,mean-pruned,posterior,posterior-pruned,mean[+]temperature,posterior[+]temperature,recommended"
+    with pytest.raises(IVONError, match=f"rows x,mean: 'x' is unknown; choose from {every}"):
         VariantChoice(["x", "mean"]).variants()
+    message = "rows recommended: 'recommended' takes a recommendation that has it; choose from base,.*,x"
+    with pytest.raises(IVONError, match=message):
+        VariantChoice(["recommended"], added=[Variant("x")]).variants()
     for bad, name in (((0.0, 0.0), "tau"), ((1.0, 1.1), "ratio")):
         with pytest.raises(IVONError, match=name):
             VariantChoice(["posterior-pruned"], *bad).variants()
@@ -188,9 +202,9 @@ BETTER, WORSE, NOISE = "better", "worse", "within noise"
         (result("mean", -0.5, 0.01, "base"), BETTER, "the mean is better than the base model: NLL −0.500 ± 0.010"),
         (result("posterior", -0.5, 0.01, samples=1), BETTER, "one draw is better than the mean: NLL −0.500 ± 0.010"),
         (result("mean+temperature", -0.5, 0.01, samples=1), BETTER,
-         "the mean at a fitted temperature is better than the mean: NLL −0.500 ± 0.010"),
+         "the mean at its T is better than the mean: NLL −0.500 ± 0.010"),
         (result("posterior+temperature", 0.5, 0.01, "mean+temperature"), WORSE,
-         "10 draws at a fitted temperature are worse than the mean at its own: NLL +0.500 ± 0.010"),
+         "10 draws at their T are worse than the mean at its own: NLL +0.500 ± 0.010"),
         (result("mean", -0.054, 0.215, "base", versus=ACCURACY), NOISE,
          "the mean and the base model are within noise in NLL, but not in accuracy: NLL −0.054 ± 0.215, accuracy "
          "+35.0 ± 8.3 %; about 20,000 examples would tell"),
