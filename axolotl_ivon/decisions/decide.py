@@ -224,7 +224,7 @@ def predict(
     Raises:
         IVONError: the adapter or its base model cannot be read, no labels are known, or a text does not fit the model.
     """
-    if isinstance(texts, Mapping):
+    if isinstance(choices, Mapping):
         from ..models.draws import predict_logits
 
         return predict_logits(adapter, texts, choices, n, seed)  # type: ignore

@@ -90,19 +90,19 @@ class DecisionFile(ResumableFile):
         heads = len(self._format.head)
         for source, raw in self._lines():
             line = raw.decode("utf-8", "replace")
+            other = IVONError(f"{source} is about another text than {param_ref('data')} has there; {FIX}")
             if self.done < heads:
-                known = line == self._format.head[0]
-            else:
-                example = next(examples, None)
-                if example is None:
-                    raise IVONError(f"{source} is about one text more than {param_ref('data')} has; {FIX}")
-                known = (written := self._format.read(line, example)) is not None
-                if written:
-                    self.labels[written[0]] += 1
-                    self.abstained += written[1]
-                self._count(example)
-            if not known:
-                raise IVONError(f"{source} is about another text than {param_ref('data')} has there; {FIX}")
+                if line != self._format.head[0]:
+                    raise other
+                continue
+            example = next(examples, None)
+            if example is None:
+                raise IVONError(f"{source} is about one text more than {param_ref('data')} has; {FIX}")
+            if (written := self._format.read(line, example)) is None:
+                raise other
+            self._count(example)
+            self.labels[written[0]] += 1
+            self.abstained += written[1]
         return max(0, self.done - heads)
 
     def append(self, decided: Sequence[tuple[Example, Decision]]) -> None:
