@@ -330,8 +330,8 @@ class Solver:
         suite = self.suite
         size = suite.sizes[0]
         config = AutoConfig.from_pretrained(self.folder)
-        ranks = suite.rank * len(suite.targets) * config.num_hidden_layers
-        usual = usual_rate(config, passes(suite.steps, size, suite.batch), ranks)
+        matrices = len(suite.targets) * config.num_hidden_layers
+        usual = usual_rate(config, passes(suite.steps, size, suite.batch), matrices)
         trainers = {"adamw": {"trainer": "adamw", "lr": lr}, "auto": {"trainer": "ivon-auto", "lr": usual}}
         return {
             **trainers.get(optimizer, {**PAPER, "weight": PAPER_ESS / size}),

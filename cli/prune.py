@@ -56,10 +56,9 @@ def command(
             before = f"; {source.pruned_ratio:g} of the weights were pruned before" if source.pruned_ratio else ""
             progress.notify(f"ratio {share:g} prunes nothing{before}: {path} holds {adapter} as it was")
         elif share == 1:
-            told = f"ratio 1 prunes every weight of {path}"
-            if all(".lora_" in key and "magnitude" not in key for key in posterior.mean):
-                told += ": with it the base model is as it was before training"
-            progress.notify(told)
+            all_is_lora = all(".lora_" in key and "magnitude" not in key for key in posterior.mean)
+            then_what = ": with it the base model is as it was before training" if all_is_lora else ""
+            progress.notify(f"ratio 1 prunes every weight of {path}{then_what}")
         pruned, weights = sum(posterior.pruned().values()), posterior.mean.weights
     facts = {"output": str(path), "ratio": share, "criterion": criterion, "scope": scope}
     told = f"{pruned:,} of {weights:,} weights are 0 ({pruned / max(weights, 1):.2%}), by {criterion}"

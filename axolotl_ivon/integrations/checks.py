@@ -98,19 +98,20 @@ def slow_on_cpu(cfg: Mapping[str, Any]) -> str:
     """Return why a step takes long on this machine, and what to set; empty where it has a GPU, or the YAML is right.
 
     SmolLM2-135M takes 80 s a step on two cores in the half precision that axolotl's `bf16: auto` is there, and 3 s in
-    float32. With `bfloat16: true` the weights are bfloat16, which some CPUs multiply in hardware.
+    float32. With `bf16: false` and `bfloat16: true` the weights are bfloat16, which some CPUs multiply in hardware.
     """
     precisions = {"bf16": "auto", **cfg}
-    # Where there is no GPU, auto is then bfloat16 or float32.
-    if precisions["bf16"] == "auto" and (cfg.get("bfloat16") or cfg.get("fp16") is False):
+    if precisions["bf16"] == "auto" and cfg.get("fp16") is False:  # then auto is float32 where there is no GPU
         precisions["bf16"] = None
     key = next((name for name in ("bf16", "bfloat16", "fp16", "float16") if precisions.get(name)), "")
     if not key:
         return ""
     import torch
 
-    in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if torch.accelerator.is_available() or (key == "bfloat16" and in_hardware):
+    if torch.accelerator.is_available():
+        return ""
+    kinds = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    if key == "bfloat16" and any(getattr(torch.cpu, kind, bool)() for kind in kinds):
         return ""
     cure = f"{key}: false"
     if not cfg.get("rl") and all(cfg.get(kernel) is None for kernel in _LORA_KERNELS):

@@ -17,7 +17,7 @@ from ..posterior.adapter import Adapter
 from ..posterior.chain import links
 from ..posterior.findings import Finding, remembers_too_long, travel_finding
 from ..settings.keys import prior_folder, yaml_key
-from ..settings.presets import LONGEST_SIGN, MANY_PASSES, PRESETS, passes, sum_of_ranks, usual_rate
+from ..settings.presets import LONGEST_SIGN, MANY_PASSES, PRESETS, adapted_matrices, passes, usual_rate
 from ..settings.table import OPTIMIZER, PLUGIN
 from ..storage.format import regular_size
 from .checks import GRPO_DEFAULTS, check_config, missing_lora_keys, number, slow_on_cpu
@@ -220,6 +220,8 @@ def _train_size(cfg: Mapping[str, Any]) -> int:
     held_out = number(cfg, "val_set_size", 0)
     # As in scikit-learn, which `datasets` follows.
     left = size - (int(held_out) if held_out >= 1 else math.ceil(held_out * size))
+    if not size:
+        raise IVONError("datasets: the files have no examples")
     if left < 1:
         raise IVONError(
             f"val_set_size: {held_out:g} leaves none of the {size} examples to train on; give a smaller one"
@@ -324,8 +326,8 @@ def _usual_rate(cfg: Mapping[str, Any], prior: str | None, epochs: float | None)
     try:
         from transformers import AutoConfig
 
-        ranks = sum_of_ranks(_trained_shapes(cfg, prior, 0.0)) if epochs > MANY_PASSES[0] else 0
-        return usual_rate(AutoConfig.from_pretrained(folder, trust_remote_code=False), epochs, ranks)
+        matrices = adapted_matrices(_trained_shapes(cfg, prior, 0.0)) if epochs > MANY_PASSES[0] else 0
+        return usual_rate(AutoConfig.from_pretrained(folder, trust_remote_code=False), epochs, matrices)
     except Exception as error:  # whatever a model of this kind needs
         raise _Unknown(f"{text}, which cannot be read ({one_line(error)})") from error
 

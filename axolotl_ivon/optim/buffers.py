@@ -66,8 +66,9 @@ class Buffers:
         # m, g and p, and m₀ and 1/σ₀² where every weight has a prior of its own, by their names in the state.
         self.flats = {name: torch.zeros(self.offsets[-1], device=self.device) for name in self.names(group)}
         self.mean, self.momentum, self.precision = (self.flats[name] for name in self.FLATS)
-        # By tensor: t, λ·Σ(m² + σ²) of the last draw, and how p = unseen + seen·E[B·ĝ²] is made up, with seen·E[1/B].
-        self.steps, self.moments, *adam = torch.zeros(5, len(params), device=self.device)
+        # By tensor: t, λ·Σ(m² + σ²) of the last draw, and how p = unseen + seen·E[B·ĝ²] is made up, with seen·E[1/B],
+        # which is 0 where it is not known; and how many steps p had learned before these, in an earlier run.
+        self.steps, self.moments, *adam, self.steps_before = torch.zeros(6, len(params), device=self.device)
         self.unseen, self.seen, self.per_loss = adam
         self.numels = to_device([float(param.numel()) for param in params], self.device)
         self.drawn: list[int] = []  # the numbers of the tensors that were drawn last
@@ -80,14 +81,12 @@ class Buffers:
         for i, param in enumerate(params):
             views = {name: self.view(flat, i) for name, flat in self.flats.items()}
             saved = state.get(param) or {}
-            views |= {"step": self.steps[i]}
+            views |= {"step": self.steps[i], "steps_before": self.steps_before[i]}
             if group["direction"] == "adam":
                 views |= {"unseen": self.unseen[i], "seen": self.seen[i], "per_loss": self.per_loss[i]}
             for name, view in views.items():
                 if name in saved:
                     view.copy_(saved[name])
-            if "seen" in saved and "per_loss" not in saved:  # of an earlier version, for which B did not change
-                self.per_loss[i] = self.seen[i] / group["batch_size"]
             if "step" not in saved and param.numel():
                 # A parameter that is m₀, rounded to its dtype, starts at all digits of m₀.
                 views["mean"].copy_(views.get("prior_mean", param))

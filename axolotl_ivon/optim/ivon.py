@@ -169,6 +169,7 @@ class IVONLoRA(Optimizer):
         self._buffers: list[Buffers] | None = None
         self.process = 0  # number of the process, where each has draws of its own: see synchronize()
         self._drawn = False
+        self.stepping = False  # whether a step is being taken, when m and the parameters may differ: a signal may come
         self._at_draw: Tensor
         self._report: Sequence[int] | Tensor = _NOTHING_SKIPPED
         super().__init__(params, defaults)
@@ -177,7 +178,7 @@ class IVONLoRA(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buffers, self._drawn = None, False
+        self._buffers, self._drawn, self.stepping = None, False, False
         self.__dict__.setdefault("_report", _NOTHING_SKIPPED)
         self.__dict__.setdefault("process", 0)
         for group in self.param_groups:
@@ -346,10 +347,14 @@ class IVONLoRA(Optimizer):
                 "or, in a Trainer, call attach(trainer) and give it no optimizers="
             )
         decision, self._report = self._judge(self._at_draw, self._squares(), self._numbers, self._report)
-        for buffers in all_buffers:
-            if isinstance(decision, Tensor) or decision[0]:
-                self._update(buffers, decision)
-            buffers.h_hat = None
+        self.stepping = True
+        try:
+            for buffers in all_buffers:
+                if isinstance(decision, Tensor) or decision[0]:
+                    self._update(buffers, decision)
+                buffers.h_hat = None
+        finally:
+            self.stepping = False
         return loss
 
     def _update(self, buffers: Buffers, decision: StepDecision) -> None:
@@ -370,9 +375,11 @@ class IVONLoRA(Optimizer):
         deltas = deltas * group["prior_strength"]
         memories = torch.full_like(deltas, 1 - beta2)
         if group["h0_steps"] is not None:
-            memories = torch.maximum(memories, 1 / (buffers.steps + group["h0_steps"]))
+            memories = torch.maximum(memories, 1 / (buffers.steps + buffers.steps_before + group["h0_steps"]))
         adam = group["direction"] == "adam"
         if adam:
+            known = buffers.per_loss > 0  # else all steps are taken to have been of as many losses as this one
+            buffers.per_loss.copy_(torch.where(known, buffers.per_loss, buffers.seen / group["batch_size"]))
             buffers.unseen += taken * memories * (deltas - buffers.unseen)
             buffers.seen += taken * memories * (1 - buffers.seen)
             buffers.per_loss += taken * memories * (1 / group["batch_size"] - buffers.per_loss)
@@ -518,8 +525,8 @@ class IVONLoRA(Optimizer):
         Args:
             sigma: the σ that was saved with these weights (`sigma_for_next_prior`), by the parameters, in their shapes;
                 it stays where none is given. The momentum stays as well.
-            steps: how many steps had learned that σ, for an optimizer that has taken none, or `h0_steps` would soon
-                forget it.
+            steps: how many steps had learned that σ, for an optimizer that has taken none: else `h0_steps` would soon
+                let it forget.
         """
         for buffers in self._get_buffers():
             buffers.adopt_parameters()
@@ -531,10 +538,10 @@ class IVONLoRA(Optimizer):
                 precision += state["prior_precision"] * ((group["prior_strength"] - 1) / ess)
             state["precision"].copy_(precision.clamp_(PRECISION_FLOOR, PRECISION_CEILING))
             if not state["step"]:
-                state["step"].fill_(steps)
+                state["steps_before"].fill_(steps)
             if "seen" in state:  # how much of it is older than the gradients is not known
                 state["seen"].fill_(1)
-                state["per_loss"].fill_(1 / group["batch_size"])
+                state["per_loss"].zero_()
                 state["unseen"].fill_(_delta(group, state["mean"], state["precision"]))
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:

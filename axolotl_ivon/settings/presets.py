@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +23,11 @@ LONGEST_SIGN = 2.5e-4
 # Without Regret" and the cookbook of their Tinker; and what it is here at a width of 2000, where theirs is 5e-4.
 POWERS_OF_WIDTH = {"llama": 0.781, "qwen": 0.0775}
 RATE_AT_USUAL_WIDTH, USUAL_WIDTH, LEAST_WIDTH = 1.9e-4, 2000, 512
-FEW_PASSES_RATE = 2  # and by how much it is higher in few passes
-# In many passes over its data a large adapter learns them by heart, by AdamW as well, and wants a lower rate: that one
-# up to this sum of the ranks of its matrices, from there on it falls by the root, to this share at least.
-USUAL_RANKS, LEAST_SHARE = 96, 0.25
 MANY_PASSES = (10.0, 20.0)  # from the first to the second the rules of few passes give way to those of many
+FEW_PASSES_RATE = 2  # by how much it is higher in few
+# In many an adapter on more than so many matrices, whatever its rank, learns its data by heart, by AdamW as well. Its
+# rate falls by the root of their number, to this share at least.
+USUAL_MATRICES, LEAST_SHARE = 12, 0.25
 USUAL_PASSES = 31.0  # in more it falls by the root, as weights that follow noise get no farther then
 # The highest temperature of short runs: of the noise, nothing is then left to see.
 NARROWEST = 1e4
@@ -53,13 +53,13 @@ def effective_sample_size(n: int, gamma: float = 5000.0) -> float:
     return gamma * math.sqrt(n)
 
 
-def usual_rate(config: Any, epochs: float, ranks: int = 0) -> float:
+def usual_rate(config: Any, epochs: float, matrices: int = 0) -> float:
     """Return the learning rate of a run by Adam's direction that gives none, from the model's transformers config.
 
     It is 5e-4 for SmolLM2-135M, 2e-4 for Qwen2.5-0.5B, and 1.1e-4 for Llama-3.1-8B, and in few passes over the data
-    twice that, if it is known how many: 0 `epochs` are not. In many passes it is lower for a large adapter, whose ranks
-    add up to `ranks` (see `sum_of_ranks`), and in more than 31 for any. Where the power of a kind is not known, it is
-    the lower one of those that are. Models narrower than 512 have the rate of one of 512.
+    twice that, if it is known how many: 0 `epochs` are not. In many passes it is lower for an adapter on many
+    `matrices` (see `adapted_matrices`), and in more than 31 for any. Where the power of a kind is not known, it is the
+    lower one of those that are. Models narrower than 512 have the rate of one of 512.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(text, "hidden_size", None)
@@ -67,14 +67,15 @@ def usual_rate(config: Any, epochs: float, ranks: int = 0) -> float:
     kind = str(getattr(text, "model_type", ""))
     powers = [power for name, power in POWERS_OF_WIDTH.items() if kind.startswith(name)]
     rate = min(RATE_AT_USUAL_WIDTH * ratio**power for power in powers or POWERS_OF_WIDTH.values())
-    share = min(1.0, max(LEAST_SHARE, math.sqrt(USUAL_RANKS / max(ranks, 1))))
-    rate *= share ** float(np.interp(epochs, MANY_PASSES, (0, 1))) * math.sqrt(USUAL_PASSES / max(epochs, USUAL_PASSES))
-    return float(f"{rate:.2g}") * (FEW_PASSES_RATE if 0 < epochs <= FEW_PASSES else 1)
+    share = min(1.0, max(LEAST_SHARE, math.sqrt(USUAL_MATRICES / max(matrices, 1))))
+    many = float(np.interp(epochs, MANY_PASSES, (0, 1)))
+    rate *= share**many * math.sqrt(USUAL_PASSES / max(epochs, USUAL_PASSES))
+    return float(f"{rate * (FEW_PASSES_RATE ** (1 - many) if epochs else 1):.2g}")
 
 
-def sum_of_ranks(shapes: Mapping[str, Sequence[int]]) -> int:
-    """Return the sum of the ranks of an adapter's matrices A, from the shapes of its weights by name."""
-    return sum(shape[0] for name, shape in shapes.items() if ".lora_A." in name)
+def adapted_matrices(names: Iterable[str]) -> int:
+    """Return how many matrices of a model an adapter with weights of these names is on."""
+    return sum(".lora_A." in name for name in names)
 
 
 def passes(steps: int, size: int, batch: float) -> float:

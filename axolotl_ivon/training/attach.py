@@ -18,7 +18,7 @@ from ..errors import IVONError, param_ref
 from ..optim.ivon import IVONLoRA, without_numpy
 from ..posterior.chain import check_prior, prior_header
 from ..posterior.posterior import Posterior
-from ..settings.presets import Preset, resolved, sum_of_ranks, usual_rate
+from ..settings.presets import Preset, adapted_matrices, resolved, usual_rate
 from .beginning import header_of_data
 from .callback import PosteriorTraining, trained_parameters
 from .checkpoints import remove_unfinished
@@ -128,7 +128,7 @@ def attach(
     try:
         chosen = chosen.with_direction(prior, rescale_lr, writes_completions(trainer))
         given_rate, config = float(trainer.args.learning_rate or 0.0), getattr(model.get_base_model(), "config", None)
-        usual = partial(usual_rate, config, ranks=sum_of_ranks(shapes)) if chosen.has_usual_rate else None
+        usual = partial(usual_rate, config, matrices=adapted_matrices(shapes)) if chosen.has_usual_rate else None
         rate = given_rate or (usual(0.0) if usual else 0.0)  # until it is known of how many epochs the run is
         for_run = partial(chosen.for_run, train_size or 0, shapes)
         settings: dict[str, Any] = {

@@ -175,7 +175,7 @@ def _evaluation_data(run: PosteriorTraining, seen: int) -> Any:
         raise NotCalibrated("the evaluation data are streamed")
     examples = _count_examples(dataset)
     each = max(1.0, examples / max(1, len(dataset)))  # of a row
-    count = min(math.ceil(MOST / each), len(dataset), int(SHARE * seen))
+    count = min(max(1, int(MOST / each)), len(dataset), int(SHARE * seen))
     if examples < 2 * FEWEST:
         raise NotCalibrated(f"{examples} evaluation examples tell little; {2 * FEWEST} are needed")
     if count * each < 2 * FEWEST:

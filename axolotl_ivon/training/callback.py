@@ -69,7 +69,7 @@ class PosteriorTraining(TrainerCallback):
     shows_draws: bool = False  # whether who reads the model gets what is in the parameters: to send draws to a server
     begun: bool = False  # before training begins, the optimizer may lack the state that it resumes from
     best_folder: str | None = None  # the checkpoint whose weights the Trainer has loaded at the end
-    best: dict[str, Any] = field(default_factory=dict)  # and, on the first process, its σ and header by adapter
+    best: dict[str, Any] = field(default_factory=dict)  # on the first process: σ and header of that, by adapter
     skipped: Skipped = NONE_SKIPPED  # the skipped steps that the log has reported
     losses: int = 0  # those, in this process, whose mean the gradient since the step began is of
     rates: list[float] = field(default_factory=list)  # of all steps: as they are planned, and then as they were
@@ -92,11 +92,17 @@ class PosteriorTraining(TrainerCallback):
 
     @property
     def holds_its_mean(self) -> bool:
-        """Whether the model's weights are this run's mean, or its draw, and not what somebody has put there since."""
-        if self.adapter is not None or self.optimizer.sampling:
+        """Whether the model's weights are this run's mean, or its draw, and not what somebody has put there since.
+
+        Whatever precision the model was put into since, weights are near their mean.
+        """
+        optimizer = self.optimizer
+        if self.adapter is not None or optimizer.sampling or getattr(optimizer, "stepping", False):
+            return True
+        if not hasattr(optimizer, "adopt_parameters"):  # a third party's: its mean may be of another checkpoint
             return True
         return all(
-            torch.equal(param, self.optimizer.mean(param).to(param.device, param.dtype))
+            torch.allclose(param.float(), optimizer.mean(param).to(param.device), rtol=2.0**-7, atol=1e-6)
             for param in self.params.values()
         )
 
@@ -140,12 +146,12 @@ class PosteriorTraining(TrainerCallback):
         self.resumed = header
         self.header = {**self.header, **{name: header[name] for name in (RUN_IDS,) if name in header}}
 
-    def take_settings_of_the_optimizer(self) -> None:
-        """Know the settings that the optimizer has of a checkpoint, and warn where they are not those of this run."""
+    def take_settings_of_the_optimizer(self, before: Mapping[str, Any]) -> None:
+        """Know the settings that the optimizer has of a checkpoint, and warn of those that it had not `before`."""
         others = {}
         for name, value in self.optimizer.param_groups[0].items():
             known = name in self.settings and name != "lr" and not isinstance(self.settings[name], Mapping)
-            if known and value != self.settings[name]:
+            if known and value != before.get(name):
                 others[name] = value
         self.settings |= others
         if others and self.trainer.is_world_process_zero():
@@ -202,8 +208,10 @@ class PosteriorTraining(TrainerCallback):
         if hasattr(scheduler, "lr_lambdas") and not math.isclose(lr, scheduler.base_lrs[0]):
             asked, lr = lr, scheduler.base_lrs[0]
             self.rates = [rate * lr / asked for rate in self.rates] if asked else []
-            unit = self.step_bound if "learning_rate" in self.header else 1.0
-            LOG.warning("the run resumes at the checkpoint's learning_rate %.3g, not at %.3g", lr * unit, asked * unit)
+            kept, given = lr, asked
+            if "learning_rate" in self.header:
+                kept, given = lr * self.step_bound, float(self.header["learning_rate"])
+            LOG.warning("the run resumes at the checkpoint's learning_rate %.3g, not at %.3g", kept, given)
         if "learning_rate" in self.header:
             self.header = {**self.header, "learning_rate": f"{lr * self.step_bound:g}"}
         self.log_settings(lr, state.max_steps)

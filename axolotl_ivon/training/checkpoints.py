@@ -101,9 +101,12 @@ def save_with_sigma(
         LOG.warning("%s holds a posterior and this run has not begun to train: left as it is", folder)
         return
     adapters = run.adapters if run.begun else []
-    if adapters and not run.holds_its_mean:
-        LOG.warning("%s is saved without σ: the weights are others than this run has trained", folder)
-        adapters = []
+    others = [*adapters] if adapters and not run.holds_its_mean else []
+    if run.best_folder:
+        others += [adapter for adapter in adapters if adapter not in (*run.best, *others)]
+    if others:
+        LOG.warning("%s is saved without σ of %s: the weights are others than it is of", folder, ", ".join(others))
+        adapters = [adapter for adapter in adapters if adapter not in others]
     _save_adapters(
         folder,
         adapters,
@@ -111,6 +114,9 @@ def save_with_sigma(
         partial(_save_sigma, run),
         run.recommendation,
     )
+    for adapter in others:
+        for name in (SIGMA_FILE, RECOMMENDED_FILE):  # of other weights, which were there before
+            (adapter_folder(folder, adapter) / name).unlink(missing_ok=True)
 
 
 def _save_adapters(

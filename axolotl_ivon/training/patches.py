@@ -51,8 +51,8 @@ class SaveWithSigma:
         earlier: Any = model.save_pretrained
         if isinstance(earlier, SaveWithSigma) and set(earlier.run.adapters) <= set(run.adapters):
             earlier = earlier.save_pretrained
+        functools.update_wrapper(self, earlier, updated=())
         self.run, self.save_pretrained, self.process = run, earlier, os.getpid()
-        functools.update_wrapper(self, earlier)
 
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save the adapters into a folder, as PEFT does, and σ beside them."""

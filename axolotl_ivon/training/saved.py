@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..errors import IVONError
 from ..posterior.posterior import Posterior
+from ..storage.format import SIGMA_FILE
 
 
 def names_of(model: PeftModel, params: Mapping[str, Tensor]) -> dict[str, str]:
@@ -72,10 +72,11 @@ def check_that_all_is_saved(model: PeftModel, names: Mapping[str, str]) -> None:
 def sigma_of_checkpoint(
     checkpoint: Path, adapters: Iterable[str]
 ) -> dict[str, tuple[dict[str, Tensor], Mapping[str, str]]]:
-    """Return σ and its header in a checkpoint, by adapter: in memory, so that the folder may go."""
-    found: dict[str, tuple[dict[str, Tensor], Mapping[str, str]]] = {}
+    """Return σ and its header in a checkpoint, by adapter that has one; nothing is left to be read later."""
+    posteriors: dict[str, tuple[dict[str, Tensor], Mapping[str, str]]] = {}
     for adapter in adapters:
-        with suppress(IVONError):  # a checkpoint of another program's
-            saved = Posterior.from_pretrained(adapter_folder(checkpoint, adapter))
-            found[adapter] = {key: tensor.clone() for key, tensor in saved.sigma.items()}, saved.metadata
-    return found
+        folder = adapter_folder(checkpoint, adapter)
+        if (folder / SIGMA_FILE).is_file():
+            saved = Posterior.from_pretrained(folder)
+            posteriors[adapter] = {key: tensor.clone() for key, tensor in saved.sigma.items()}, saved.metadata
+    return posteriors

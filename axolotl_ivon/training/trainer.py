@@ -161,8 +161,9 @@ class PosteriorTrainerMixin(Trainer):
             self.posterior_training.adapter.save_state(Path(output_dir) / STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         run = self.posterior_training
+        settings = dict(run.optimizer.param_groups[0])
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         for adapter in run.adapters:
@@ -179,7 +180,7 @@ class PosteriorTrainerMixin(Trainer):
             optimizer, scheduler = self.optimizer, self.lr_scheduler
             for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):  # type: ignore[union-attr]
                 group["lr"] = lr
-        run.take_settings_of_the_optimizer()
+        run.take_settings_of_the_optimizer(settings)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         # The base model is frozen, and a replicated adapter's weights come with its state; torch 2.14 fails on weights

@@ -136,8 +136,7 @@ def chosen(suite: Mapping[str, Any], task: str, method: str, records: list[Recor
     """
     if by == "usual":
         epochs = suite["steps"] * suite["batch"] / suite["tasks"][task]["train"]
-        ranks = suite["rank"] * len(suite["targets"]) * suite["upper"]
-        return usual_rate(CONFIGS[suite["model"]], epochs, ranks)
+        return usual_rate(CONFIGS[suite["model"]], epochs, len(suite["targets"]) * suite["upper"])
     if not isinstance(by, str):
         return by
     best: list[tuple[float, float, Any]] = []

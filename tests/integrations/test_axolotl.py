@@ -32,8 +32,8 @@ def test_an_earlier_adapter_that_attach_refuses_has_a_key(make_adapter: Any, tin
 def test_epochs_are_axolotl_s_where_it_counts_the_steps(
     max_steps: int | None, rate: float, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """As of packed rows, nine times which 24 examples are seen in the six steps that the Trainer is given."""
-    cfg = DictDefault({**BASE, "learning_rate": 0.0, "num_epochs": 9, "max_steps": max_steps})
+    """As of packed rows, twenty times which 24 examples are seen in the six steps that the Trainer is given."""
+    cfg = DictDefault({**BASE, "learning_rate": 0.0, "num_epochs": 20, "max_steps": max_steps})
     trainer = make_trainer(tiny_llama, tmp_path, learning_rate=0.0, max_steps=6)
     IVONLoRAPlugin().post_trainer_create(cfg, trainer)
     trainer.create_optimizer_and_scheduler(6)

@@ -195,7 +195,7 @@ def test_who_has_more_to_learn_is_told_the_usual_rate(settings: Any, rate: float
         tau=math.inf, temperature=0.6, mean_reported_on=SimpleNamespace(nll=0.5), reported_on=SimpleNamespace(nll=0.4)
     )
     trainer = attached(settings, learning_rate=rate)
-    trainer.create_optimizer_and_scheduler(60)  # of 24 examples: more than five epochs
+    trainer.create_optimizer_and_scheduler(120)  # of 24 examples: twenty epochs
     advice = _advice(unsure, trainer.posterior_training)
     assert advice == f"; so low a T means that there is more to learn: try {words}"
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainers import as_saved, lora_weights, same
+from trainers import Spy, as_saved, lora_weights, same
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -204,7 +204,7 @@ def test_another_optimizer_s_weights_have_no_sigma_of_ours(
     adamw = Trainer(model, other.args, train_dataset=other.train_dataset)
     adamw.train()
     assert SIGMA not in names(tmp_path / "other" / "checkpoint-6")
-    assert "is saved without σ: the weights are others than this run has trained" in caplog.text
+    assert "is saved without σ of default: the weights are others than it is of" in caplog.text
     again = Trainer(model, made("again").args, train_dataset=other.train_dataset)
     attach(again)
     caplog.clear()
@@ -215,14 +215,43 @@ def test_another_optimizer_s_weights_have_no_sigma_of_ours(
 
 def test_without_the_optimizer_s_state_sigma_is_not_forgotten(trained: Any, tmp_path: Path) -> None:
     """h0 counts as ten steps: without knowing that 40 have been taken, the next would count as a tenth of all."""
-    run = {"max_steps": 60, "save_steps": 40, "learning_rate": 1e-6}
-    whole = trained({}, "whole", **run)
+    run = {"max_steps": 60, "save_steps": 40, "learning_rate": 1e-6, "lr_scheduler_type": "constant"}
+    steps = [Spy(), Spy()]
+    whole = trained({}, "whole", callbacks=[steps[0]], **run)
     part = shutil.copytree(tmp_path / "whole" / "checkpoint-40", tmp_path / "part" / "checkpoint-40")
     for name in ("optimizer.pt", "scheduler.pt"):
         (part / name).unlink()
-    resumed = trained({}, "part", resume=part, **run)
+    resumed = trained({}, "part", resume=part, callbacks=[steps[1]], **run)
     for folder, trainer in (("whole", whole), ("part", resumed)):
         trainer.save_model(str(tmp_path / folder / "end"))
     sigmas = [Posterior.from_pretrained(tmp_path / name / "end").sigma for name in ("whole", "part")]
     ratios = torch.cat([(sigmas[1][key] / sigmas[0][key]).log().flatten() for key in sigmas[0]])
     assert ratios.abs().max() < 0.05
+    lengths = [
+        torch.cat([(after[name] - before[name]).abs().flatten() for name in after]).mean()
+        for spy in steps
+        for before, after in [spy.means[-20:-18]]
+    ]
+    assert lengths[1] / lengths[0] == pytest.approx(1, abs=0.6), "its first steps are as long, by a momentum of one"
+
+
+def test_two_adapters_of_a_model_that_are_trained_in_turn_each_have_their_sigma(
+    trained: Any, made: Any, tmp_path: Path
+) -> None:
+    first = trained({"clip": 0.1}, "one", adapter="a")
+    model, other = first.model, made("two")
+    model.add_adapter("b", model.peft_config["a"])
+    model.set_adapter("b")
+    second = Trainer(model, other.args, train_dataset=other.train_dataset)
+    attach(second, clip=0.1)
+    second.train()
+    model.save_pretrained(tmp_path / "both")
+    for name in ("a", "b"):
+        assert SIGMA in names(tmp_path / "both" / name)
+    assert SIGMA in names(tmp_path / "two" / "checkpoint-6" / "b")
+
+
+def test_weights_that_were_rounded_after_training_keep_their_sigma(trained: Any, tmp_path: Path) -> None:
+    trainer = trained({"clip": 0.1})
+    trainer.model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert SIGMA in names(tmp_path / "half")

@@ -222,10 +222,10 @@ def test_a_lower_rate_than_the_usual_one_is_told_of(
     assert f"as a learning_rate of {rate:g} is the most that a step may move{usual}, steps by Adam" in caplog.text
 
 
-@pytest.mark.parametrize("steps", [5, 6])
+@pytest.mark.parametrize("steps", [5, 10])
 def test_epochs_are_counted_where_lambda_is_given_too(steps: int, trained: Any) -> None:
-    """Of 24 examples in batches of 20, of which an epoch has two: three epochs and more; and of streamed ones."""
-    few = trained({"ess": 1e6}, learning_rate=0.0, max_steps=2 * steps, per_device_train_batch_size=20)
+    """Of 24 examples in batches of 20, of which an epoch has two: ten epochs, and twenty."""
+    few = trained({"ess": 1e6}, learning_rate=0.0, max_steps=4 * steps, per_device_train_batch_size=20)
     assert few.args.learning_rate * 0.01 == pytest.approx(1.1e-3 if steps == 5 else 5.5e-4)
 
 
@@ -237,12 +237,16 @@ def test_of_streamed_data_the_lower_rate_is_usual(made: Any) -> None:
     assert trainer.args.learning_rate * 0.01 == pytest.approx(5.5e-4)
 
 
-def test_a_resumed_run_says_the_rate_that_it_keeps(trained: Any, tmp_path: Path) -> None:
-    """Of six steps an epoch; a run of more than five has a lower rate."""
+def test_a_resumed_run_says_the_rate_that_it_keeps(
+    trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of six steps an epoch; a run of twenty has a lower rate."""
     trained(learning_rate=0.0, max_steps=6, save_steps=3)
-    resumed = trained(learning_rate=0.0, max_steps=60, save_steps=60, resume=tmp_path / "checkpoint-3")
+    caplog.clear()
+    resumed = trained(learning_rate=0.0, max_steps=120, save_steps=120, resume=tmp_path / "checkpoint-3")
     assert resumed.lr_scheduler.base_lrs[0] * 0.01 == pytest.approx(1.1e-3)
-    assert Posterior.from_pretrained(tmp_path / "checkpoint-60").metadata["learning_rate"] == "0.0011"
+    assert Posterior.from_pretrained(tmp_path / "checkpoint-120").metadata["learning_rate"] == "0.0011"
+    assert "the run resumes at the checkpoint's learning_rate 0.0011, not at 0.00055" in caplog.text
 
 
 def test_a_resumed_run_tells_of_the_settings_that_it_keeps(
@@ -280,7 +284,8 @@ def test_the_best_checkpoint_by_the_loss_of_the_draws_has_the_lowest(trained: An
 
 def test_in_many_epochs_a_large_adapter_has_a_lower_rate_and_as_much_noise(tiny_llama: Path, tmp_path: Path) -> None:
     found = []
-    for rank, targets in ((4, ["q_proj"]), (512, ["q_proj", "down_proj"])):  # ranks of 8 and 2048
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # on both layers
+    for rank, targets in ((4, ["q_proj"]), (128, every)):
         lora = {"r": rank, "target_modules": targets}
         args: dict[str, Any] = {"learning_rate": 0.0, "num_train_epochs": 20, "max_steps": -1, "save_strategy": "no"}
         trainer = make_trainer(tiny_llama, tmp_path, lora=lora, per_device_train_batch_size=24, **args)
@@ -298,7 +303,7 @@ def test_the_usual_rate_follows_from_the_epochs_in_any_schedule(trained: Any, tm
     assert spy.rates[0] == pytest.approx(1.1e-3 / 0.01)
     assert min(spy.rates) > 1e-4 / 0.01
     assert Posterior.from_pretrained(tmp_path / "checkpoint-6").metadata["learning_rate"] == "0.0011"
-    trainer.args.max_steps = 60
+    trainer.args.max_steps = 120
     trainer.train()
     assert spy.rates[6] == pytest.approx(5.5e-4 / 0.01)
     trainer.save_model(str(tmp_path / "longer"))
