@@ -51,7 +51,7 @@ def test_help_and_page_have_the_rows_of_an_evaluation() -> None:
     from ivon_post import cli
 
     every = {*PAPER_VARIANTS, *ADDED_VARIANTS}
-    table = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8").split("| row | how it predicts |")[1]
+    table = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8").split("| variant | how it predicts |")[1]
     heads = [line.split("|")[1] for line in table.split("\n\n")[0].splitlines()[2:]]
     assert {name for head in heads for name in re.findall(r"`(.+?)`", head)} == every
     command = cli.get_command(Context(cli), "eval")

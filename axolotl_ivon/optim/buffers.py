@@ -81,7 +81,9 @@ class Buffers:
         for i, param in enumerate(params):
             views = {name: self.view(flat, i) for name, flat in self.flats.items()}
             saved = state.get(param) or {}
-            views |= {"step": self.steps[i], "steps_before": self.steps_before[i]}
+            views |= {"step": self.steps[i]}
+            if group["h0_steps"] is not None:
+                views |= {"steps_before": self.steps_before[i]}
             if group["direction"] == "adam":
                 views |= {"unseen": self.unseen[i], "seen": self.seen[i], "per_loss": self.per_loss[i]}
             for name, view in views.items():

@@ -537,7 +537,7 @@ class IVONLoRA(Optimizer):
             if group["prior"] == _GAUSSIAN and group["prior_strength"] > 1:
                 precision += state["prior_precision"] * ((group["prior_strength"] - 1) / ess)
             state["precision"].copy_(precision.clamp_(PRECISION_FLOOR, PRECISION_CEILING))
-            if not state["step"]:
+            if "steps_before" in state and not state["step"]:
                 state["steps_before"].fill_(steps)
             if "seen" in state:  # how much of it is older than the gradients is not known
                 state["seen"].fill_(1)

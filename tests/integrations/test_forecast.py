@@ -118,7 +118,7 @@ def test_the_base_model_is_also_looked_for_in_the_hub_s_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert written(base_model="someone/model", lora_r=512) == written(lora_r=512)
     assert written(base_model="someone/other")["ess"] is written(base_model="../no/name")["ess"] is None
-    usual = written(base_model="someone/model", learning_rate=None, num_epochs=6)
+    usual = written(base_model="someone/model", learning_rate=None, num_epochs=20)
     assert (usual["learning_rate"], usual["direction"]) == (pytest.approx(0.055), "adam")
     assert "none is given, so it is 0.00055, which is usual" in usual["findings"][0]["text"]
     unknown = written(base_model="someone/other", learning_rate=None, ivon_lambda=1e6, ivon_h0=1.0)
@@ -132,12 +132,13 @@ def test_the_base_model_is_also_looked_for_in_the_hub_s_cache(
         "learning_rate: none is given, and the one that is usual follows from the base model's width and the epochs; "
         "someone/other is no folder here, nor in the Hub's cache"
     ]
-    few, many = (written(learning_rate=None, num_epochs=epochs)["learning_rate"] for epochs in (5, 6))
+    few, many = (written(learning_rate=None, num_epochs=epochs)["learning_rate"] for epochs in (10, 20))
     assert (few, many) == (pytest.approx(0.11), pytest.approx(0.055))
-    large = written(learning_rate=None, num_epochs=20, lora_r=64)  # on q and v of two layers: ranks that sum to 256
-    assert large["learning_rate"] == pytest.approx(0.055 * (96 / 256) ** 0.5, rel=0.03)
+    all_of_them = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    large = written(learning_rate=None, num_epochs=20, lora_target_modules=all_of_them)  # 14 matrices; 12 are usual
+    assert large["learning_rate"] == pytest.approx(0.055 * (12 / 14) ** 0.5, rel=0.02)
     away = {"datasets": [{"path": "someone/data"}], "learning_rate": None}
-    assert written(**away, num_epochs=6)["learning_rate"] == pytest.approx(0.055)
+    assert written(**away, num_epochs=20)["learning_rate"] == pytest.approx(0.055)
     assert written(**away, max_steps=100)["learning_rate"] is None
 
 
@@ -380,7 +381,8 @@ def test_keys_that_axolotl_fails_without_are_named(written: Any) -> None:
         ({"bf16": True, "lora_qkv_kernel": False}, "bf16: True"),
         ({"fp16": True}, "fp16: True"),
         ({"bf16": None, "fp16": False}, ""),
-        ({"bf16": None, "bfloat16": True}, "bfloat16: True"),
+        ({"bf16": None, "bfloat16": True}, "bf16 is auto by default, which"),
+        ({"bf16": False, "bfloat16": True}, "bfloat16: True"),
         ({}, ""),
     ],
 )
