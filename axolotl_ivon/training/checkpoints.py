@@ -105,7 +105,11 @@ def save_with_sigma(
     if run.best_folder:
         others += [adapter for adapter in adapters if adapter not in (*run.best, *others)]
     if others:
-        LOG.warning("%s is saved without σ of %s: the weights are others than it is of", folder, ", ".join(others))
+        LOG.warning(
+            "%s is saved without the σ of %s, whose weights are not those that this run trained",
+            folder,
+            ", ".join(others),
+        )
         adapters = [adapter for adapter in adapters if adapter not in others]
     _save_adapters(
         folder,

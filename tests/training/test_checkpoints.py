@@ -204,7 +204,7 @@ def test_another_optimizer_s_weights_have_no_sigma_of_ours(
     adamw = Trainer(model, other.args, train_dataset=other.train_dataset)
     adamw.train()
     assert SIGMA not in names(tmp_path / "other" / "checkpoint-6")
-    assert "is saved without σ of default: the weights are others than it is of" in caplog.text
+    assert "is saved without the σ of default, whose weights are not those that this run trained" in caplog.text
     again = Trainer(model, made("again").args, train_dataset=other.train_dataset)
     attach(again)
     caplog.clear()
