@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from axolotl_ivon.errors import printable
-from axolotl_ivon.metrics.verdict import measured
+from axolotl_ivon.metrics.verdict import METRICS, measured
 
 from ._stdout import results
 
@@ -73,39 +73,19 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def percent(value: float | None, error: float | None = None, signed: bool = False) -> str:
+def percent(value: float | None, error: float | None = None) -> str:
     """Return a share as percent, with its standard error."""
-    return measured(value, error, 100, 1, "+" * signed)
+    return measured(value, error, 100, 1)
 
 
-def decimal(value: float | None, error: float | None = None, signed: bool = False) -> str:
-    """Return a number, with its standard error; `signed` as a difference."""
-    return measured(value, error, sign="+" * signed)
-
-
-# Metric -> its heading, and how it is written.
-METRICS = {
-    "accuracy": ("acc %", percent),
-    "ece": ("ECE %", percent),
-    "ece15": ("ECE-15 %", percent),
-    "nll": ("NLL", decimal),
-    "perplexity": ("PPL", decimal),
-    "brier": ("Brier", decimal),
-    "auroc": ("AUROC", decimal),
-    "entropy": ("entropy", decimal),
-    "expected_entropy": ("expected", decimal),
-    "mutual_information": ("mutual", decimal),
-    "aurc": ("AURC %", percent),
-    "augrc": ("AUGRC %", percent),
-    "cov_at_5risk": ("cov@5 %", percent),
-    "risk_at_80cov": ("risk@80 %", percent),
-    "aece": ("aECE %", percent),
-}
+def decimal(value: float | None, error: float | None = None) -> str:
+    """Return a number, with its standard error."""
+    return measured(value, error)
 
 
 def heads(metrics: Sequence[str]) -> list[str]:
     """Return the headings of metrics."""
-    return [METRICS[metric][0] for metric in metrics]
+    return [METRICS[metric].short + " %" * METRICS[metric].percent for metric in metrics]
 
 
 def is_wide(columns: int) -> bool:

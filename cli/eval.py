@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from axolotl_ivon.evaluation import ADDED_VARIANTS, PAPER_VARIANTS
+from axolotl_ivon.metrics.verdict import METRICS
 from axolotl_ivon.storage.format import file_names
 
 from . import _options as options
 from ._stdout import results
-from ._tables import METRICS, decimal, emit, heads, is_wide, percent, print_table
+from ._tables import decimal, emit, heads, is_wide, percent, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.records.evaluation import EvaluationRecord, OodResult, VariantResult
@@ -165,7 +166,7 @@ def _print(record: EvaluationRecord) -> None:
 def _print_metrics(rows: list[VariantResult], metrics: Sequence[str], title: str, wide: bool) -> None:
     def cells(row: VariantResult) -> list[str]:
         errors = {metric: row.se.value(metric) for metric in metrics if wide and metric not in _ENTROPIES}
-        return [METRICS[metric][1](row.value(metric), errors.get(metric)) for metric in metrics]
+        return [METRICS[metric].write(row.value(metric), errors.get(metric)) for metric in metrics]
 
     print_table(["", *heads(metrics)], _by_file(rows, cells, len(metrics)), title)
 
@@ -180,8 +181,8 @@ def _print_differences(rows: list[VariantResult], wide: bool) -> None:
         texts = []
         for than in shown:
             for metric in _DIFFERENCES:
-                paired, write = row.versus(than).get(metric), METRICS[metric][1]
-                texts.append(write(paired.difference, paired.standard_error, signed=True) if paired else "")
+                paired, write = row.versus(than).get(metric), METRICS[metric].write
+                texts.append(write(paired.difference, paired.standard_error, "+") if paired else "")
         return texts
 
     some = [row for row in rows if any(row.versus(than) for than in shown)]

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from axolotl_ivon.errors import IVONError
+from axolotl_ivon.metrics.verdict import METRICS
 
 from . import _options as options
 from ._progress import Progress
-from ._tables import decimal, percent, print_table
+from ._tables import decimal, heads, percent, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.generation.mbr import MBRResult, MBRSettings
@@ -198,8 +199,8 @@ def _print_accuracy(results: dict[str, MBRResult], utility: str) -> None:
             line.append(decimal(result.curve[-1].utility) if result.curve else "")
         lines.append([*line, decimal(result.auroc)])
     click.echo("accuracy (%) of one output and of the choice among n; AUROC of disagreement, for a wrong choice")
-    heads = ["", "one", *(f"n = {n}" for n in numbers), *([] if utility == "exact" else [utility]), "AUROC"]
-    print_table(heads, lines)
+    columns = ["", "one", *(f"n = {n}" for n in numbers), *([] if utility == "exact" else [utility]), "AUROC"]
+    print_table(columns, lines)
 
 
 def _print_uncertainty(results: dict[str, MBRResult]) -> None:
@@ -214,13 +215,13 @@ def _print_uncertainty(results: dict[str, MBRResult]) -> None:
         if result.fields:
             fields.append([label])
         for name, figures in result.uncertainty.items():
-            values = [decimal(figures[key]) for key in ("mean", "auroc", "aurc", "prr")]
-            measures.append([f" {names[name]}", *values])
+            areas = [METRICS[key].write(figures[key]) for key in ("auroc", "aurc")]
+            measures.append([f" {names[name]}", decimal(figures["mean"]), *areas, decimal(figures["prr"])])
         for path, figures in result.fields.items():
             shares = [percent(figures[key]) for key in ("confidence", "missing", "unparsable", "accuracy")]
             fields.append([f" {path}", *shares, decimal(figures["auroc"])])
     if measures:
-        print_table(["for a wrong choice", "mean", "AUROC", "AURC", "PRR"], measures)
+        print_table(["for a wrong choice", "mean", *heads(("auroc", "aurc")), "PRR"], measures)
     if fields:
         print_table(["field", "confidence %", "missing %", "no JSON %", "acc %", "AUROC"], fields)
     for label, result in results.items():

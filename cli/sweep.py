@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from axolotl_ivon.metrics.verdict import METRICS
 from axolotl_ivon.storage.format import file_names
 
 from . import _options as options
-from ._tables import METRICS, heads, is_wide, marks, print_table
+from ._tables import heads, is_wide, marks, print_table
 
 if TYPE_CHECKING:
     from axolotl_ivon.decisions.weights import WeightsSweep
@@ -196,7 +197,7 @@ def _print_weights(result: WeightsSweep) -> None:
     columns = [f"{name}: {head}" for name in names.values() for head in heads(metrics)]
     lines = []
     for point in result.points:
-        cells = [METRICS[metric][1](point.chosen_on[path][metric]) for path in names for metric in metrics]
+        cells = [METRICS[metric].write(point.chosen_on[path][metric]) for path in names for metric in metrics]
         kinds = marks(front=point.front, best=point is result.best, chosen=point is result.chosen)
         lines.append([point.describe(), *cells, kinds])
     title = f"on the half of each file that chooses (by {result.objective}; Pareto front)"
@@ -215,7 +216,7 @@ def _print(result: Recommendation, recommended: GridPoint) -> None:
             lines.append([""] * (2 * len(metrics) + len(settings) + 1))
         lines.append([f"{point.tau:g}", f"{point.ratio:g}", f"{point.temperature:.3g}"][: len(settings)])
         for values in (point.chosen_on, point.reported_on):
-            lines[-1] += [METRICS[metric][1](values.value(metric)) for metric in metrics]
+            lines[-1] += [METRICS[metric].write(values.value(metric)) for metric in metrics]
         lines[-1].append(marks(front=point.front, best=point is result.best, recommended=point is recommended))
     assert result.examples
     title = (

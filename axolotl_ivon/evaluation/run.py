@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError, param_ref
 from ..metrics.selective import is_below
-from ..metrics.verdict import LABELS, REFERENCES, UNSEEN, Paired, examples_needed, figures, judge
+from ..metrics.verdict import METRICS, REFERENCES, UNSEEN, Paired, examples_needed, figures, judge
 from ..models.session import Loading
 from ..records.base import save_lines
 from ..records.evaluation import Calibration, EvaluationRecord, ExampleRecord, Prediction, VariantResult, VerdictResult
@@ -256,7 +256,7 @@ def _verdict(row: VariantResult, than: str) -> VerdictResult:
         text = f"{row.examples} examples are too few to tell {what} from {against}: {numbers}"
     elif verdict == "within noise":
         enough = f"about {needed:,}" if needed and needed <= 10**6 else "more than a million"
-        others = [LABELS[m] for m in ("accuracy", "ece") if m in versus and versus[m].is_beyond_noise]
+        others = [METRICS[m].label for m in ("accuracy", "ece") if m in versus and versus[m].is_beyond_noise]
         but = f" in NLL, but not in {' and '.join(others)}" if others else ""
         text = f"{what} and {against} are within noise{but}: {numbers}"
         text += f"; {enough} examples would tell" if telling else ""

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import IVONError, param_ref
-from ..metrics.verdict import measured
+from ..metrics.verdict import METRICS
 from ..posterior.adapter import Adapter
 from ..posterior.card import (
     CARD_FILE,
@@ -29,17 +29,7 @@ from ..records.evaluation import EvaluationRecord, VariantResult
 from ..storage.atomic import output_folder
 from ..storage.format import SIGMA_FILE
 
-# Metric -> its heading, and the factor and digits with which it is written.
-COLUMNS: dict[str, tuple[str, int, int]] = {
-    "accuracy": ("accuracy, %", 100, 1),
-    "ece": ("ECE, %", 100, 1),
-    "nll": ("NLL", 1, 3),
-    "perplexity": ("perplexity", 1, 3),
-    "brier": ("Brier", 1, 3),
-    "auroc": ("AUROC", 1, 3),
-    "aurc": ("AURC", 1, 3),
-    "cov_at_5risk": ("coverage at 5 % risk, %", 100, 1),
-}
+_COLUMNS = ("accuracy", "ece", "nll", "perplexity", "brier", "auroc", "aurc", "cov_at_5risk")
 _TASKS = {"choice": "multiple-choice", "classify": "text-classification", "generate": "text-generation"}
 
 
@@ -107,18 +97,17 @@ def _dataset_ids(files: Sequence[str], datasets: Sequence[str]) -> dict[str, str
 
 def metrics_table(evaluation: EvaluationRecord) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Return the headings of what was measured; and for every row its share of answers, and its figures with errors."""
-    columns = {
-        metric: column
-        for metric, column in COLUMNS.items()
+    columns = [
+        metric
+        for metric in _COLUMNS
         if any(row.value(metric) is not None for row in evaluation.rows)
         and (metric != "perplexity" or evaluation.task == "generate")
-    }
+    ]
     lines = []
     for row in evaluation.rows:
         coverage = f" ({100 * row.coverage:.1f} %)" if row.coverage is not None else ""
-        figures = {metric: (row.value(metric), row.se.value(metric)) for metric in columns}
-        lines.append((coverage, [measured(*figures[metric], *column[1:]) for metric, column in columns.items()]))
-    return [heading for heading, *_ in columns.values()], lines
+        lines.append((coverage, [METRICS[name].write(row.value(name), row.se.value(name)) for name in columns]))
+    return [METRICS[name].heading() for name in columns], lines
 
 
 def _table(evaluation: EvaluationRecord) -> list[str]:

@@ -18,8 +18,44 @@ FEWEST = 30  # examples below which a standard error says little
 UNSEEN = 5e-4  # a difference that no table shows, as between the mean and the narrow draws of a short run
 # Metrics that choose between predictions: +1 where less is better.
 SIGNS = {"nll": 1, "ece": 1, "accuracy": -1, "brier": 1}
-LABELS = {"nll": "NLL", "accuracy": "accuracy", "ece": "ECE", "brier": "Brier"}
-_SHOWN = {"nll": (1, 3, ""), "accuracy": (100, 1, " %"), "ece": (100, 1, " %")}  # factor, digits, unit
+IN_WORDS = ("nll", "accuracy", "ece")  # of these a sentence tells
+
+
+class Metric(NamedTuple):
+    """How a metric is called, and whether it is written in per cent."""
+
+    label: str
+    short: str  # in the narrow tables of a terminal
+    percent: bool = False
+
+    def heading(self, form: str = ", %") -> str:
+        """Return the heading of a column or axis; `form` is how the unit follows."""
+        return self.label + form * self.percent
+
+    def write(self, value: float | None, error: float | None = None, sign: str = "") -> str:
+        """Return a value, or a difference, with its standard error."""
+        return measured(value, error, *((100, 1) if self.percent else (1, 3)), sign)
+
+
+METRICS = {
+    "accuracy": Metric("accuracy", "acc", True),
+    "ece": Metric("ECE", "ECE", True),
+    "ece15": Metric("ECE-15", "ECE-15", True),
+    "nll": Metric("NLL", "NLL"),
+    "perplexity": Metric("perplexity", "PPL"),
+    "brier": Metric("Brier", "Brier"),
+    "auroc": Metric("AUROC", "AUROC"),
+    "aupr": Metric("AUPR", "AUPR"),
+    "fpr95": Metric("FPR95", "FPR95", True),
+    "entropy": Metric("entropy", "entropy"),
+    "expected_entropy": Metric("expected entropy", "expected"),
+    "mutual_information": Metric("mutual information", "mutual"),
+    "aurc": Metric("AURC", "AURC", True),
+    "augrc": Metric("AUGRC", "AUGRC", True),
+    "cov_at_5risk": Metric("coverage at 5 % risk", "cov@5", True),
+    "risk_at_80cov": Metric("risk at 80 % coverage", "risk@80", True),
+    "aece": Metric("adaptive ECE", "aECE", True),
+}
 
 
 class Paired(NamedTuple):
@@ -65,8 +101,8 @@ def measured(value: float | None, error: float | None = None, scale: float = 1, 
 def figures(values: Mapping[str, Paired], sign: str = "+") -> str:
     """Return differences, or values, and their errors in words: "NLL −0.010 ± 0.004, accuracy +1.2 ± 0.9 %"."""
     return ", ".join(
-        f"{LABELS[metric]} {measured(*values[metric], scale, digits, sign)}{unit}"
-        for metric, (scale, digits, unit) in _SHOWN.items()
+        f"{METRICS[metric].label} {METRICS[metric].write(*values[metric], sign)}{' %' * METRICS[metric].percent}"
+        for metric in IN_WORDS
         if metric in values
     )
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
+from ..metrics.verdict import METRICS
 from ..records.recommendation import RECOMMENDED_FILE, GridPoint, Recommendation, describe
 from ..reporter import SILENT, Reporter
 from ..storage.atomic import output_folder
@@ -21,8 +22,6 @@ from .style import BLUE, GREEN, GREY, INK, VERMILION, house_style, new_figure, s
 if TYPE_CHECKING:
     from ..decisions.weights import WeightsPoint
     from ..metrics.scores import Scores
-
-LABELS = {"nll": "NLL", "accuracy": "accuracy (%)", "ece": "ECE (%)", "brier": "Brier score"}
 
 
 @house_style
@@ -145,7 +144,7 @@ def _annotate(axes: Axes, notes: Sequence[tuple[str, GridPoint, str]], points: S
 def weights_front(points: Sequence[WeightsPoint], chosen: WeightsPoint, objective: str) -> Figure:
     """Draw the objective of products on one file against that on the other, with the front and the choice."""
     paths = list(chosen.chosen_on)
-    label, scale = LABELS[objective], 100 if "%" in LABELS[objective] else 1
+    label, scale = METRICS[objective].heading(" (%)"), 100 if METRICS[objective].percent else 1
 
     def places(points: Sequence[WeightsPoint]) -> list[list[float]]:
         return [[scale * point.chosen_on[path][objective] for point in points] for path in paths]

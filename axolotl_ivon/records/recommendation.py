@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ..metrics.verdict import LABELS, Paired, figures
+from ..metrics.verdict import IN_WORDS, Paired, figures
 from ..storage.format import RECOMMENDED_FILE as RECOMMENDED_FILE
 from .base import Record, Share, Tau
 from .evaluation import Difference, Metrics
@@ -130,7 +130,7 @@ class Recommendation(Record):
         """Return what is recommended, and its metrics on examples that had no part in the choice, in words."""
         reported, text = self.reported_on or Reported(), describe(self.tau, self.ratio, self.temperature)
         # How often a token is right, most of which follow from those before, says nothing about an answer.
-        shown, unit = (["nll"], " per token") if self.task == "generate" else (list(LABELS), "")
+        shown, unit = (["nll"], " per token") if self.task == "generate" else (list(IN_WORDS), "")
         known = {metric: value for metric in shown if (value := reported.value(metric)) is not None}
         values = {metric: Paired(value, reported.se.value(metric)) for metric, value in known.items()}
         return f"{text}; on examples that had no part in the choice: {figures(values, '')}{unit}" if values else text

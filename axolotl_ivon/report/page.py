@@ -17,7 +17,7 @@ from ..errors import printable
 from ..inspect.card import metrics_table
 from ..inspect.info import describe
 from ..metrics.outliers import outliers
-from ..metrics.verdict import measured
+from ..metrics.verdict import METRICS, measured
 from ..plots.page import heat_map, histograms, memory_map, risk_coverage
 from ..plots.reliability import reliability
 from ..plots.style import to_svg
@@ -121,8 +121,8 @@ def _table(evaluation: EvaluationRecord, names: Mapping[str, str]) -> dict[str, 
 def _ood_table(evaluation: EvaluationRecord, names: Mapping[str, str]) -> list[dict[str, Any]]:
     lines = []
     for result in evaluation.ood:
-        columns = (("auroc", (1, 3)), ("aupr", (1, 3)), ("fpr95", (100, 1)))
-        cells = [measured(getattr(result, name), getattr(result.se, name), *scale) for name, scale in columns]
+        columns = ("auroc", "aupr", "fpr95")
+        cells = [METRICS[name].write(getattr(result, name), getattr(result.se, name)) for name in columns]
         score = result.score.replace("_", " ")
         lines.append({"data": names[result.data], "name": result.name, "score": score, "cells": cells})
     return lines

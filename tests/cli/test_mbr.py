@@ -53,9 +53,9 @@ def test_the_table_has_a_row_for_each_file(ivon_post: Cli, files: list[Path]) ->
     lines = ivon_post("mbr", *files, "-a", "gsm8k", "--utility", "chrf").splitlines()
     assert lines[1].split() == ["one", "n", "=", "8", "n", "=", "16", "chrf", "AUROC"]
     assert [line.split()[:2] for line in lines[2:4]] == [["mean", "(2)"], ["pruned", "(2)"]]
-    assert lines[4].split() == ["for", "a", "wrong", "choice", "mean", "AUROC", "AURC", "PRR"]
+    assert lines[4].split() == ["for", "a", "wrong", "choice", "mean", "AUROC", "AURC", "%", "PRR"]
     # 10 of 16 outputs agree with the wrong choice, all with the right one.
-    assert lines[6].split() == ["confidence", "0.812", "1.000", "0.250", "1.000"]
+    assert lines[6].split() == ["confidence", "0.812", "1.000", "25.0", "1.000"]
     assert lines[-4] == str(files[0].parent / "mean-mbr" / "mean.jsonl")
 
 
