@@ -227,7 +227,8 @@ def test_the_learning_rate_is_the_most_that_a_step_moves_a_weight(
     assert spy.rates == [pytest.approx(given / clip)] * 2
     moved = max(float((p - before[name]).abs().max()) for name, p in lora_weights(trainer.model).items())
     assert moved <= 2 * given * (1 + 1e-3)
-    assert moved >= given or clip > 0.01  # where nearly every step is cut at the bound
+    if clip == 0.01:  # nearly every step is cut at the bound
+        assert moved >= given
     (line,) = (record.message for record in caplog.records if record.message.startswith("preset auto: λ "))
     assert "is the most that a step may move" in line
     assert ("next to nothing can be learned" in caplog.text) is (2 * given < 1e-3)
