@@ -18,13 +18,14 @@ from ..optim.ivon import IVONLoRA
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Hold a model in evaluation mode; training goes on with the random numbers that it would have had."""
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():  # a DataLoader takes a random number at every pass
             yield
     finally:
-        model.train(was_training)
+        for module in training:  # a part may have been frozen in its evaluation mode
+            module.training = True
 
 
 def predicts_next_token(model: Any) -> bool:

@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from axolotl_ivon import IVONError, IVONLoRA, Posterior, attach, hookimpl
 from axolotl_ivon.plugins import plugin_manager
 from axolotl_ivon.training.callback import trained_parameters
+from axolotl_ivon.training.posterior_loss import evaluating
 from axolotl_ivon.training.processes import agree_on_gradients, average, check_sharding
 from axolotl_ivon.training.rates import rate_for, rates
 from axolotl_ivon.training.sharded import ANCHOR, STATE_FILE, ReplicatedAdapter
@@ -253,6 +254,13 @@ def test_evaluating_changes_nothing_in_the_run(trained: Any) -> None:
     run |= {"per_device_train_batch_size": 2}
     without, with_it = (lora_weights(trained({"eval_samples": n}, str(n), **run).model) for n in (0, 3))
     assert same(without, with_it)
+
+
+def test_each_module_gets_its_own_mode_back() -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == [True, True, False]
 
 
 def test_data_without_labels_is_refused(attached: Any) -> None:
