@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,13 +83,18 @@ def _read(path: str | Path, limit: int | None, name: str) -> Iterator[tuple[str,
     return itertools.islice(read_lines(path, name), limit)
 
 
-def read_files(paths: Iterable[str | Path], limit: int | None, name: str) -> dict[str, list[Example]]:
-    """Read several files as `read_examples` does, by the name of the file; raise IVONError if one is given twice."""
+def read_files(
+    paths: Iterable[str | Path],
+    limit: int | None,
+    name: str,
+    read: Callable[[str | Path, int | None, str], list[Example]] = read_examples,
+) -> dict[str, list[Example]]:
+    """Read several files with `read`, by the name of the file; raise IVONError if one is given twice."""
     files: dict[str, list[Example]] = {}
     for path in paths:
         if Path(path) in map(Path, files):
             raise IVONError(f"{param_ref(name)} {path} is given twice; give each file once")
-        files[str(path)] = read_examples(path, limit, name)
+        files[str(path)] = read(path, limit, name)
     return files
 
 

@@ -274,19 +274,10 @@ def check_promise(task: str, **promises: float | None) -> None:
         )
 
 
-def _read_ood(paths: Sequence[str | Path], limit: int | None) -> dict[str, list[Example]]:
-    """Read files as `read_files` does; one of texts, or of chats without answers, as `predict` reads it."""
-    files: dict[str, list[Example]] = {}
-    for path in paths:
-        if Path(path) in map(Path, files):
-            raise IVONError(f"{param_ref('ood')} {path} is given twice; give each file once")
-        files[str(path)] = _read_asked(path, limit)
-    return files
-
-
-def _read_asked(path: str | Path, limit: int | None) -> list[Example]:
+def _read_asked(path: str | Path, limit: int | None, name: str) -> list[Example]:
+    """Read a file as `read_examples` does; one of texts, or of chats without answers, as `predict` reads it."""
     try:
-        return read_examples(path, limit, "ood")
+        return read_examples(path, limit, name)
     except IVONError:
         questions = list[Example]()
         with suppress(IVONError):
@@ -332,7 +323,7 @@ class Evaluation:
         """
         self.examples: list[Example] = []
         self.files = self._place(read_files(data.files, data.limit, "data"))
-        self.ood_files = self._place(_read_ood(data.ood, data.limit))
+        self.ood_files = self._place(read_files(data.ood, data.limit, "ood", _read_asked))
         held_out = read_examples(data.calibrate, data.limit, "calibrate") if data.calibrate is not None else []
         others = [(path, "ood", [self.examples[i] for i in where]) for path, where in self.ood_files.items()]
         others += [(str(data.calibrate), "calibrate", held_out)] if held_out else []

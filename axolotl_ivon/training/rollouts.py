@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class RolloutTrainerMixin(PosteriorTrainerMixin):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Write and score completions at the mean, and take the gradient of a batch at the draw that belongs to it."""
-        run, trainer = self.posterior_training, _methods(self)
+        run, trainer = self.posterior_training, cast(Any, self)
         if run.optimizer is None or not run.optimizer.sampling:  # an evaluation
             return super()._prepare_inputs(inputs)
         kept = trainer._buffered_inputs
@@ -63,7 +63,7 @@ class RolloutTrainerMixin(PosteriorTrainerMixin):
         generate = super()._generate_single_turn  # type: ignore[misc]
         if not self._draws_write:
             return generate(prompt_ids, images, fields, *args, **kwargs)
-        turn = self._turn_on_server if _methods(self).use_vllm else generate
+        turn = self._turn_on_server if cast(Any, self).use_vllm else generate
         completions: list[Any] = [None] * len(prompt_ids)
         log_probabilities: list[Any] | None = None  # by a server
         for k in self._each_draw():
@@ -82,7 +82,7 @@ class RolloutTrainerMixin(PosteriorTrainerMixin):
 
     def _turn_on_server(self, prompt_ids: Any, images: Any, fields: Any, *args: Any, **kwargs: Any) -> Any:
         """Send the draw that is in the parameters to the server, as axolotl sends the mean, and let it write."""
-        run, trainer = self.posterior_training, _methods(self)
+        run, trainer = self.posterior_training, cast(Any, self)
         run.shows_draws = True
         try:
             trainer._sync_lora_adapter()
@@ -122,7 +122,7 @@ class RolloutTrainerMixin(PosteriorTrainerMixin):
     @property
     def _batches_per_draw(self) -> int:
         count = self.posterior_training.rollout_draws
-        return _methods(self).args.steps_per_generation // count if count else 1
+        return cast(Any, self).args.steps_per_generation // count if count else 1
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """Note which draw wrote a completion, before TRL shuffles them."""
@@ -150,7 +150,7 @@ class RolloutTrainerMixin(PosteriorTrainerMixin):
         Where each batch is trained on once before the next update, they are what the loss itself computes, and GRPO's
         does so where they are missing.
         """
-        trainer, optimizer = _methods(self), self.posterior_training.optimizer
+        trainer, optimizer = cast(Any, self), self.posterior_training.optimizer
         by_token, args = _OLD_BY_TOKEN in batch, trainer.args
         if by_token and args.gradient_accumulation_steps % (args.steps_per_generation * trainer.num_iterations) == 0:
             del batch[_OLD_BY_TOKEN]
@@ -203,7 +203,7 @@ def count_rollout_draws(trainer: Trainer, rollouts: str, draws: int | None) -> i
         IVONError: the settings do not go with the Trainer, it shards a model that writes completions, or it writes them
             where nothing here keeps draws out.
     """
-    online, own, args = writes_completions(trainer), _methods(trainer), _methods(trainer.args)
+    online, own, args = writes_completions(trainer), cast(Any, trainer), cast(Any, trainer.args)
     # What each of TRL's other Trainers that generate has; `rollout_worker` is AsyncGRPOTrainer's.
     if not online and (hasattr(trainer, "generation_config") or hasattr(trainer, "rollout_worker")):
         raise IVONError(
@@ -231,11 +231,6 @@ def count_rollout_draws(trainer: Trainer, rollouts: str, draws: int | None) -> i
         steps=getattr(args, "steps_per_generation", 0),
         hindrance=next((name for name, value in hindrances.items() if value), ""),
     )
-
-
-def _methods(trainer: Any) -> Any:
-    """Return a Trainer with the attributes of TRL's, which a type checker does not know of transformers' own."""
-    return trainer
 
 
 def _sort_by_draw(batches: list[dict[str, Any]]) -> None:
