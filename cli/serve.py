@@ -10,7 +10,7 @@ import click
 from . import _options as options
 
 if TYPE_CHECKING:
-    from axolotl_ivon.decisions.recommendation import DecisionRule
+    from axolotl_ivon.decisions.rule import DecisionRule
 
 _SECTIONS = {
     "Server": {"host", "port", "name", "max_tokens"},

@@ -26,7 +26,8 @@ from ..posterior.posterior import Posterior, open_posterior
 from ..records.decision import Decision
 from ..reporter import SILENT, Reporter
 from .conformal import labels_in_set
-from .recommendation import DecisionRule, recommended_for
+from .recommendation import recommended_for
+from .rule import DecisionRule
 
 if TYPE_CHECKING:
     from ..evaluation.served import ServedModel

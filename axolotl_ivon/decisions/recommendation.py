@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ..evaluation.variants import Variant, VariantChoice
-from ..posterior.adapter import Adapter, header_number
+from ..posterior.adapter import Adapter, posterior_number
 from ..posterior.recommended import recommended_from, recommended_in, tau_on_top
 from ..records.recommendation import DrawsPoint, Recommendation, describe
 from ..storage.format import RECOMMENDED_FILE
-from .rule import DecisionRule as DecisionRule
+from .rule import DecisionRule
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def recommended_for(adapter: str | os.PathLike[str] | Adapter, path: str | Path 
     if record is None:
         return None
     file = held.folder / RECOMMENDED_FILE if path is None else Path(path)
-    is_mean = math.isinf(header_number(held.metadata, "tau"))
+    is_mean = math.isinf(posterior_number(held.metadata, "tau"))
     return _recommended(record, file, lambda tau: tau_on_top(record, held.metadata, tau), is_mean)
 
 

@@ -12,6 +12,7 @@ from ..errors import IVONError, param_ref
 from ..metrics.selective import is_below
 from ..metrics.verdict import METRICS, REFERENCES, UNSEEN, Paired, examples_needed, figures, judge
 from ..models.session import Loading
+from ..posterior.adapter import changes_base
 from ..records.base import save_lines
 from ..records.evaluation import Calibration, EvaluationRecord, ExampleRecord, Prediction, VariantResult, VerdictResult
 from ..reporter import SILENT, Reporter
@@ -130,21 +131,16 @@ def run(
     return Evaluated(record, evaluation, variants, scores)
 
 
-# Initializations of PEFT that write what is left of the base model's weights in their place, also on loading.
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
 def _without_base(evaluation: Evaluation) -> str:
     """Return why the model without its adapter is not the base model; empty if it is."""
     config, served = evaluation.posterior.config, evaluation.served
     if served and (reason := served.members.lacks("base")):
         return reason
-    start = str(config.get("init_lora_weights")).lower()
     if evaluation.task == "classify" and config.get("modules_to_save"):
         # The trained head is among the adapter's saved modules, and the base model's own is random.
         return "its classification head is not trained"
-    if start.startswith(_CHANGE_THE_BASE):
-        return f"init_lora_weights {start} has changed its weights"
+    if changes_base(config):
+        return f"init_lora_weights {config['init_lora_weights']} has changed its weights"
     if config.get("bias") not in (None, "none"):
         return f"bias {config['bias']} has trained its biases"
     return "layer_replication has repeated its layers" if config.get("layer_replication") else ""

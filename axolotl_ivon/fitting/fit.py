@@ -73,7 +73,7 @@ def fit(
         )
     session = Session.open(mean, loading, reporter)
     from ..models.gradients import adapter_parameters, make_differentiable
-    from ..training.beginning import header_of
+    from ..training.beginning import data_header
     from .state import State
 
     make_differentiable(session.model)
@@ -91,7 +91,7 @@ def fit(
     data_of_mean = header["mean_sha256"] + header["fit_data_sha256"]  # whatever the method
     header[RUN_IDS] = hashlib.sha256(data_of_mean.encode()).hexdigest()[:16]
     if not session.classify:
-        header |= header_of(session.tokenizer, lambda most: (item.row for item in items[:most]))
+        header |= data_header(session.tokenizer, lambda most: (item.row for item in items[:most]))
     kept = State(state, _key(header["mean_sha256"], chosen, session, items, judged))
     parameters = adapter_parameters(session.model)
     problem = FitProblem(mean, session, parameters, chosen, items, judged, kept, header, reporter)

@@ -18,7 +18,7 @@ from ..data.encode import EncodedExample
 from ..errors import IVONError, param_ref
 from ..evaluation.evaluate import Sampling, evaluate
 from ..evaluation.variants import Variant
-from ..posterior.adapter import UNPRUNED, Adapter, header_number
+from ..posterior.adapter import UNPRUNED, Adapter, posterior_number
 from ..posterior.posterior import Posterior
 from ..reporter import Reporter
 
@@ -121,7 +121,7 @@ class FitProblem:
             if name is not None and first.setdefault(name, key) != key:
                 aliases[key] = first[name]
         before, old = adapter.metadata, adapter.sigma
-        if old is not None and header_number(before, "pruned_ratio"):
+        if old is not None and posterior_number(before, "pruned_ratio"):
             for key, value in values.items():  # what was pruned stays so
                 pruned = (old.raw(key) == 0) & (adapter.mean.float32(key) == 0)
                 value[torch.from_numpy(np.ascontiguousarray(pruned))] = 0

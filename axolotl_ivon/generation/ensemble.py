@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import IVONError, param_ref
+from ..posterior.adapter import changes_base
 from ..records.ensemble import EnsembleRecord
 from ..storage.atomic import new_file
 from ..storage.format import CONFIG_FILE, ENSEMBLE_FILE, base_model_folder, read_json
@@ -22,9 +23,7 @@ _UNSERVED = (
     *("use_dora", "modules_to_save", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters"),
     *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config"),
 )
-# initializations by which PEFT changes the base model, where vLLM serves it as it was,
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# and all tensors but these.
+# what `changes_base`, where vLLM serves the base model as it was, and all tensors but these.
 _SERVED_TENSOR = re.compile(r"\.lora_(A|B)\.weight$|\.lora_embedding_(A|B)$|\.base_layer\.weight$")
 
 
@@ -63,6 +62,10 @@ class Ensemble:
             )
         return self.draws[: plan.members]
 
+    def first(self, samples: int | None) -> list[str]:
+        """Return the names of the first draws, or of all; raise IVONError if there are fewer."""
+        return self.draws if samples is None else self.members(Plan(n=samples, per_model=1))
+
     def serve_command(self) -> str:
         """Return the command line that serves every member with vLLM, under its name; paths are absolute."""
         modules = [f"{name}={(self.folder / name).resolve()}" for name in self._members]
@@ -92,8 +95,8 @@ def served_rank(config: dict[str, Any], tensors: Iterable[str] = ()) -> int:
     unserved = [key for key in _UNSERVED if config.get(key)]
     if config.get("bias", "none") != "none":
         unserved.append(f"bias {config['bias']!r}")
-    if str(init := config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
-        unserved.append(f"init_lora_weights {init!r}, which changes the base model")
+    if changes_base(config):
+        unserved.append(f"init_lora_weights {config['init_lora_weights']!r}, which changes the base model")
     unserved += [f"the tensor {key}" for key in tensors if not _SERVED_TENSOR.search(key)]
     if unserved:
         raise IVONError(f"{vllm} no adapters with {unserved[0]}; `ivon-post merge` gives whole models")

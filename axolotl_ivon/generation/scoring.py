@@ -24,7 +24,6 @@ from ..posterior.posterior import Posterior, open_posterior
 from ..reporter import SILENT, Reporter
 from .endpoint import Endpoint, Result, in_order, together
 from .ensemble import Ensemble
-from .plan import Plan
 
 TOP = 20  # likeliest tokens to ask for, the most that vLLM gives unless told otherwise
 _LEAST = -9999.0  # what vLLM writes for a probability of 0
@@ -101,7 +100,7 @@ class ServedMembers:
         self._ensemble = ensemble = Ensemble(folder)
         self._endpoints, self._concurrency = [Endpoint(url) for url in endpoints], concurrency
         self.base_model = loading.base_model or ensemble.base_model
-        self.draws: list[str] = ensemble.draws if samples is None else ensemble.members(Plan(n=samples, per_model=1))
+        self.draws: list[str] = ensemble.first(samples)
         self._has_base, self._base_name = False, ensemble.base_model
         header = {name: str(value) for name, value in ensemble.source.items()}
         self.chat_format = ChatFormat.of(header, loading.chat_template_kwargs)

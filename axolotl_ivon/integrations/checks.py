@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import IVONError
 from ..posterior.adapter import Adapter
-from ..posterior.chain import check_prior
+from ..posterior.chain import YAML_KEYS, check_prior
 from ..settings.keys import DEFAULTS, FULL_WEIGHTS, check_rollouts, check_values, prior_folder, sends_adapters
 from ..settings.presets import Preset, resolved
 from ..settings.table import OPTIMIZER, SETTINGS
@@ -136,12 +136,11 @@ def _check_prior(cfg: Mapping[str, Any], folder: str) -> None:
     if begin:  # the adapter is the one that is saved there, whatever the YAML says
         check_prior(folder, {})
         return
+    # PEFT sets fan_in_fan_out by the kind of layer, whatever the YAML says.
+    keys = {name: key for name, key in YAML_KEYS.items() if name not in ("r", "fan_in_fan_out")}
+    config: dict[str, Any] = {n: cfg.get(key) or ({} if "pattern" in n else False) for n, key in keys.items()}
     numbers = {"r": "lora_r", "lora_alpha": "lora_alpha"}
-    config: dict[str, Any] = {name: int(number(cfg, key)) for name, key in numbers.items() if cfg.get(key) is not None}
-    for name, key in {"use_dora": "peft_use_dora", "use_rslora": "peft_use_rslora"}.items():
-        config[name] = bool(cfg.get(key))
-    for name in ("rank_pattern", "alpha_pattern"):
-        config[name] = cfg.get(f"lora_{name}") or {}
+    config |= {name: int(number(cfg, key)) for name, key in numbers.items() if cfg.get(key) is not None}
     check_prior(folder, {**config, "base_model_name_or_path": cfg.get("base_model")})
     targets, held = cfg.get("lora_target_modules"), Adapter(folder).config.get("target_modules")
     if isinstance(targets, list) and isinstance(held, list) and not cfg.get("lora_target_linear"):

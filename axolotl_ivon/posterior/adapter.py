@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,11 +37,17 @@ UNPRUNED, RUN_IDS, TRAINING_TAU = "unpruned_sha256", "run_ids", "training_tau"
 _UNCHANGED = {"tau": 1.0, TRAINING_TAU: 1.0, "pruned_ratio": 0.0}
 
 
+def changes_base(config: Mapping[str, Any]) -> bool:
+    """Say whether PEFT writes what is left of the base model's weights in their place, also on loading."""
+    start = str(config.get("init_lora_weights")).lower()
+    return start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+
+
 def _positive(value: float) -> bool:
     return value > 0
 
 
-def header_number(header: Mapping[str, str], name: str) -> float:
+def posterior_number(header: Mapping[str, str], name: str) -> float:
     """Return "tau", "training_tau" or "pruned_ratio" of the header of σ, by default that of an unchanged posterior."""
     return float(header.get(name, _UNCHANGED[name]))
 
@@ -155,7 +161,7 @@ def _check_header(file: TensorFile) -> None:
         )
     for name, good in (("tau", _positive), (TRAINING_TAU, _positive), ("pruned_ratio", lambda x: 0 <= x <= 1)):
         try:
-            valid = good(header_number(header, name))
+            valid = good(posterior_number(header, name))
         except ValueError:
             valid = False
         if not valid:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import IVONError, one_line, printable
 from ..storage.atomic import new_file
 from ..storage.format import RECOMMENDED_FILE, SIGMA_FILE
-from .adapter import TRAINING_TAU, Adapter, header_number
+from .adapter import TRAINING_TAU, Adapter, posterior_number
 from .recommended import recommended_in, tau_on_top
 
 if TYPE_CHECKING:
@@ -188,7 +188,9 @@ def _limits(header: Mapping[str, str]) -> list[str]:
             )
     if header.get("combined"):
         limits.append("It was made of several posteriors; the rest of this card is that of the first.")
-    elif header_number(header, "pruned_ratio") or header_number(header, "tau") != header_number(header, TRAINING_TAU):
+    elif posterior_number(header, "pruned_ratio") or posterior_number(header, "tau") != posterior_number(
+        header, TRAINING_TAU
+    ):
         limits.append("It was changed after training; the rest of this card describes the training.")
     return limits
 

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import IVONError, param_ref
-from .adapter import UNPRUNED, Adapter, header_number, mean_sha256
+from .adapter import UNPRUNED, Adapter, mean_sha256, posterior_number
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -22,8 +22,8 @@ PRIOR_KEYS = ("prior", PRIOR_SHA256, "prior_strength", CHAIN, CHAIN_SIZE)
 # What must agree for a weight of one adapter to mean the same as that weight of another.
 MEANING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
 # The plugin's YAML keys of some of them.
-_KEYS = {"r": "lora_r", "use_rslora": "peft_use_rslora", "use_dora": "peft_use_dora"}
-_KEYS |= {name: f"lora_{name}" for name in ("rank_pattern", "alpha_pattern", "fan_in_fan_out")}
+YAML_KEYS = {"r": "lora_r", "use_rslora": "peft_use_rslora", "use_dora": "peft_use_dora"}
+YAML_KEYS |= {name: f"lora_{name}" for name in ("rank_pattern", "alpha_pattern", "fan_in_fan_out")}
 
 
 class Link(NamedTuple):
@@ -165,9 +165,9 @@ def check_prior(prior: str | Posterior, config: Mapping[str, Any]) -> None:
     if held.sigma is None:
         raise IVONError(f"{named} has no σ, so it is no posterior: train it with ivon_lora, or use it without a prior")
     header = held.metadata
-    if header_number(header, "pruned_ratio") or UNPRUNED in header:
+    if posterior_number(header, "pruned_ratio") or UNPRUNED in header:
         raise IVONError(f"{named} is pruned, and what is 0 would stay 0: give the adapter as it was before")
-    if math.isinf(header_number(header, "tau")):
+    if math.isinf(posterior_number(header, "tau")):
         raise IVONError(f"{named} has tau inf, so it has no width: give the adapter as it was before")
     bases = [PurePath(str(x.get("base_model_name_or_path"))).name for x in (held.config, config)]
     if bases[0] != bases[1] and "None" not in bases:
@@ -175,4 +175,4 @@ def check_prior(prior: str | Posterior, config: Mapping[str, Any]) -> None:
     for key in MEANING:
         own, other = held.config.get(key), config.get(key)
         if held.config and key in config and (own or None) != (other or None):
-            raise IVONError(f"{named} has {key} {own} and this adapter {other}; set {_KEYS.get(key, key)}: {own}")
+            raise IVONError(f"{named} has {key} {own} and this adapter {other}; set {YAML_KEYS.get(key, key)}: {own}")

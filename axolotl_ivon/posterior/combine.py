@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import IVONError, param_ref
 from ..storage.dtypes import NUMPY
 from ..storage.tensorfile import Spec
-from .adapter import RUN_IDS, UNPRUNED, different_shapes
+from .adapter import RUN_IDS, UNPRUNED, changes_base, different_shapes
 from .chain import CHAIN_SIZE, MEANING, PRIOR_KEYS, Factor, factors, identity, links
 from .tensors import Tensors
 
@@ -273,7 +273,7 @@ def _concatenated(posteriors: Sequence[Posterior], share: Sequence[float]) -> Pa
         for name in _NOT_LOW_RANK:
             if q.config.get(name):
                 raise IVONError(f"method cat cannot combine adapters with {name}; use precision or linear")
-        if isinstance(q.config.get("init_lora_weights"), str) and q.config["init_lora_weights"] != "gaussian":
+        if changes_base(q.config):
             raise IVONError(
                 f"method cat cannot combine adapters with init_lora_weights {q.config['init_lora_weights']!r}, "
                 "which changes the base model"
@@ -317,7 +317,7 @@ def _concatenated(posteriors: Sequence[Posterior], share: Sequence[float]) -> Pa
     ranks = {match[1]: specs[key][1][0] for key in specs if (match := _FACTOR.match(key)) and match[2] == "A"}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {module: rank for module, rank in ranks.items() if rank != usual}
-    config = posteriors[0].config | {"r": usual, "lora_alpha": usual, "use_rslora": False}
+    config = posteriors[0].config | {"r": usual, "lora_alpha": usual, "use_rslora": False, "init_lora_weights": True}
     config |= {"rank_pattern": others, "alpha_pattern": others}
     if any(q.config.get(name) != config.get(name) for q in posteriors for name in _TARGETS):
         config |= dict.fromkeys(_TARGETS) | {"target_modules": sorted(ranks)}

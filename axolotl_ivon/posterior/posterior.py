@@ -19,7 +19,7 @@ from ..reporter import SILENT, Reporter
 from ..storage.atomic import check_space, new_folder
 from ..storage.dtypes import NUMPY
 from ..storage.format import CONFIG_FILE, MEAN_FILE, SIGMA_FILE, copy_companions, moved_config, write_json
-from .adapter import TRAINING_TAU, UNPRUNED, Adapter, check_sigma, header_number, modules, write_sigma
+from .adapter import TRAINING_TAU, UNPRUNED, Adapter, check_sigma, modules, posterior_number, write_sigma
 from .card import keep_true
 from .chain import links, shared
 from .combine import check_data, combine, shares
@@ -130,17 +130,17 @@ class Posterior:
     @property
     def tau(self) -> float:
         """The temperature of the posterior: σ was divided by its root."""
-        return header_number(self.metadata, "tau")
+        return posterior_number(self.metadata, "tau")
 
     @property
     def training_tau(self) -> float:
         """The temperature that its training chose, a factor of `tau`: it narrows draws and says nothing of the data."""
-        return header_number(self.metadata, TRAINING_TAU)
+        return posterior_number(self.metadata, TRAINING_TAU)
 
     @property
     def pruned_ratio(self) -> float:
         """The largest ratio that was pruned so far."""
-        return header_number(self.metadata, "pruned_ratio")
+        return posterior_number(self.metadata, "pruned_ratio")
 
     def pruned(self) -> dict[str, int]:
         """Return, per tensor, how many weights are pruned: mean and σ are 0, in a tensor that was trained."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import IVONError, param_ref
 from ..storage.format import RECOMMENDED_FILE, read_json
-from .adapter import UNPRUNED, Adapter, header_number
+from .adapter import UNPRUNED, Adapter, posterior_number
 from .tensors import fingerprint
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def recommended_from(path: Path, adapter: Adapter | Mapping[str, str], name: str
 def tau_on_top(record: Recommendation, header: Mapping[str, str], tau: float) -> float:
     """Return the τ that makes of an adapter's posterior that of the recommendation at `tau`."""
     swept = tau * record.adapter_tau
-    return math.inf if math.isinf(swept) else swept / header_number(header, "tau")
+    return math.inf if math.isinf(swept) else swept / posterior_number(header, "tau")
 
 
 def _header(adapter: Adapter, record: Recommendation) -> Mapping[str, str]:
@@ -69,7 +69,7 @@ def _check(record: Recommendation, header: Mapping[str, str], named: str, fix: s
 
     The adapter may have been made of the one that was evaluated by `temper` and `prune`.
     """
-    sha, pruned = record.mean_sha256, header_number(header, "pruned_ratio")
+    sha, pruned = record.mean_sha256, posterior_number(header, "pruned_ratio")
     if sha is not None and sha not in (header.get("mean_sha256"), header.get(UNPRUNED)):
         raise IVONError(
             f"{named} was chosen for another adapter (mean_sha256 differs); run `ivon-post sweep` on this one{fix}"
@@ -79,5 +79,5 @@ def _check(record: Recommendation, header: Mapping[str, str], named: str, fix: s
             f"{named}: its ratio is {record.ratio:g}, and {pruned:g} of this adapter are pruned already; use the one "
             "that was swept"
         )
-    if math.isinf(header_number(header, "tau")) and math.isfinite(swept := record.tau * record.adapter_tau):
+    if math.isinf(posterior_number(header, "tau")) and math.isfinite(swept := record.tau * record.adapter_tau):
         raise IVONError(f"{named}: its tau is {swept:g}, and this adapter is the mean alone; use the one swept")

@@ -15,7 +15,7 @@ from ..models.session import Loading, Session, check_writes, load_tokenizer
 from ..reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from ..decisions.recommendation import DecisionRule
+    from ..decisions.rule import DecisionRule
     from .api.backend import Backend, Limits
     from .proxy.proxy import Combining
 
@@ -123,7 +123,6 @@ def proxy_backend(
     from ..data.encode import ChatFormat
     from ..generation.endpoint import Endpoint
     from ..generation.ensemble import Ensemble
-    from ..generation.plan import Plan
     from .api.prompts import PromptReader
     from .proxy.proxy import Proxy
     from .proxy.upstream import UpstreamPool
@@ -135,7 +134,7 @@ def proxy_backend(
             f"{param_ref('recommended')}: the mean is recommended, and {folder} has none; have `ivon-post sample` "
             f"include the mean, or let the draws answer with {param_ref('samples')}"
         )
-    draws = ensemble.draws if samples is None else ensemble.members(Plan(n=samples, per_model=1))
+    draws = ensemble.first(samples)
     members = ["mean", *draws] if ensemble.has_mean else draws
     pool = UpstreamPool(endpoints, combining.concurrency, limits.timeout)
     tokenizer = partial(load_tokenizer, ensemble.tokenizer_folder, ensemble.base_model)  # for choices alone

@@ -162,7 +162,7 @@ PAPER = {setting.name: setting.paper for setting in SETTINGS}
 ADDED_LATER = {setting.name: setting.paper for setting in SETTINGS if setting.header == "unless paper"}
 
 
-def header_of(values: Mapping[str, Any]) -> dict[str, str]:
+def settings_header(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the entries of the header of σ for the values of all settings, by their names."""
     kept = [s.name for s in SETTINGS if s.header == "always"]
     kept += [name for name, usual in ADDED_LATER.items() if values.get(name, usual) != usual]

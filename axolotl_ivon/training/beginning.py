@@ -121,9 +121,9 @@ def _is_rendered(tokenizer: Any, answer: str, context: Sequence[int], tokens: Se
 
 
 def header_of_data(trainer: Any) -> dict[str, str]:
-    """Return `header_of` the tokenised rows of a Trainer's data; nothing where they do not say what is trained."""
+    """Return `data_header` of the tokenised rows of a Trainer's data; nothing where they do not say what is trained."""
     tokenizer, rows = _tokenizer(trainer), _rows_of(trainer)
-    return header_of(tokenizer, rows) if rows and hasattr(tokenizer, "decode") else {}
+    return data_header(tokenizer, rows) if rows and hasattr(tokenizer, "decode") else {}
 
 
 def next_tokens_of_answers(trainer: Any) -> dict[tuple[int, ...], list[int]]:
@@ -171,7 +171,7 @@ def _rows_of(trainer: Any) -> Callable[[int | None], Iterator[Row]] | None:
     return rows
 
 
-def header_of(tokenizer: Any, rows: Callable[[int | None], Iterable[Row]]) -> dict[str, str]:
+def data_header(tokenizer: Any, rows: Callable[[int | None], Iterable[Row]]) -> dict[str, str]:
     """Return `generation_prompt`, `system_prompt` and `choices` for the header of σ, where there are any.
 
     `rows` returns about so many rows of the data, evenly spread, or all.

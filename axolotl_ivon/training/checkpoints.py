@@ -29,7 +29,7 @@ from ..posterior.card import CARD_FILE, remove_old_results, update_card
 from ..posterior.chain import prior_header
 from ..posterior.posterior import Posterior
 from ..records.recommendation import RECOMMENDED_FILE, Recommendation
-from ..settings.table import header_of
+from ..settings.table import settings_header
 from ..storage.atomic import put_in_place, updated_adapter
 from ..storage.format import MEAN_FILE, SIGMA_FILE, header_number
 from ..storage.tensorfile import TensorFile
@@ -216,7 +216,7 @@ def _save_optimizer_s_sigma(
     group = optimizer.param_groups[0]
     beta1, beta2 = group["betas"]
     values = {"prior": group["prior"], **header, **{name: group[name] for name in group if name != "prior"}}
-    header = {**header, **header_of({**values, "beta1": beta1, "beta2": beta2}), "steps": str(steps)}
+    header = {**header, **settings_header({**values, "beta1": beta1, "beta2": beta2}), "steps": str(steps)}
     if (tau := group.get("tau", 1.0)) != 1:
         header |= {"tau": repr(tau), TRAINING_TAU: repr(tau)}
     save_sigma(folder, {key: sigma.get(key, zero).contiguous() for key, zero in zeros.items()}, header)

@@ -23,7 +23,7 @@ from axolotl_ivon.data.chats import Example, read_texts
 from axolotl_ivon.data.encode import EncodedExample
 from axolotl_ivon.decisions.decide import Decider
 from axolotl_ivon.decisions.decision_file import DecisionFile, DecisionLines
-from axolotl_ivon.decisions.recommendation import DecisionRule
+from axolotl_ivon.decisions.rule import DecisionRule
 from axolotl_ivon.evaluation.evaluate import Sampling
 from axolotl_ivon.records.decision import Decision
 

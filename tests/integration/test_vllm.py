@@ -134,7 +134,7 @@ def test_the_server_in_front_of_it(served: tuple[Path, str], combine: str) -> No
     import openai
     from served import serving
 
-    from axolotl_ivon.decisions.recommendation import DecisionRule
+    from axolotl_ivon.decisions.rule import DecisionRule
     from axolotl_ivon.serving.api.backend import Limits
     from axolotl_ivon.serving.proxy.proxy import Combining
     from axolotl_ivon.serving.start import proxy_backend

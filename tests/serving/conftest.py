@@ -14,7 +14,7 @@ from slow_engine import SlowEngine
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.data.encode import ChatFormat
-from axolotl_ivon.decisions.recommendation import DecisionRule
+from axolotl_ivon.decisions.rule import DecisionRule
 from axolotl_ivon.models.session import Session, load_tokenizer
 from axolotl_ivon.serving.api.app import Guard
 from axolotl_ivon.serving.api.backend import Limits

@@ -11,7 +11,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from served import ask, until
 
-from axolotl_ivon.decisions.recommendation import DecisionRule
+from axolotl_ivon.decisions.rule import DecisionRule
 from axolotl_ivon.serving.api.app import Guard
 
 ENTER = "new KeyboardEvent('keydown', {key: 'Enter', bubbles: true, cancelable: true})"

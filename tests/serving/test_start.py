@@ -12,7 +12,7 @@ from heard import Heard
 
 from axolotl_ivon import IVONError, predict
 from axolotl_ivon.data.encode import ChatFormat
-from axolotl_ivon.decisions.recommendation import DecisionRule
+from axolotl_ivon.decisions.rule import DecisionRule
 from axolotl_ivon.models.session import Loading, load_tokenizer
 from axolotl_ivon.records.recommendation import PredictionSet
 from axolotl_ivon.serving.api.backend import Limits

@@ -20,7 +20,7 @@ from axolotl_ivon.errors import IVONError
 from axolotl_ivon.optim.kernels.base import ESS_CEILING
 from axolotl_ivon.settings.keys import DEFAULTS, IVONArgs, attach_parameters
 from axolotl_ivon.settings.presets import PRESETS, passes, resolved, usual_rate
-from axolotl_ivon.settings.table import PAPER, SETTINGS, header_of
+from axolotl_ivon.settings.table import PAPER, SETTINGS, settings_header
 
 
 def test_every_signature_has_the_parameters_and_defaults_of_the_table() -> None:
@@ -166,8 +166,8 @@ def test_a_run_without_a_rate_has_the_usual_one_by_adam_s_direction(preset: str,
 
 
 def test_the_header_has_later_settings_where_they_are_not_the_paper_s() -> None:
-    assert "hessian" not in header_of(PAPER)
-    header = header_of({**PAPER, "hessian": "squared_gradients", "rescale_lr": True, "h0_steps": 10.0})
+    assert "hessian" not in settings_header(PAPER)
+    header = settings_header({**PAPER, "hessian": "squared_gradients", "rescale_lr": True, "h0_steps": 10.0})
     assert header.items() >= {"h0": "0.05", "hessian": "squared_gradients", "rescale_lr": "true"}.items()
     assert header["h0_steps"] == "10.0"
     assert header.keys().isdisjoint({"prior_strength", "eval_samples", "draws"})

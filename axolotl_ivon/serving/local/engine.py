@@ -18,7 +18,7 @@ import torch
 
 from ...data.encode import EncodedExample, common_length
 from ...decisions.conformal import labels_in_set
-from ...decisions.recommendation import DecisionRule
+from ...decisions.rule import DecisionRule
 from ...errors import IVONError
 from ...evaluation.predict import Predictor
 from ...generation.local import next_tokens

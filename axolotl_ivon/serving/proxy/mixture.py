@@ -25,7 +25,7 @@ from ...generation.utilities import AnswerExtractor, Utility
 from ..api.answers import AnswerDelta, Token, certainty
 
 if TYPE_CHECKING:
-    from ...decisions.recommendation import DecisionRule
+    from ...decisions.rule import DecisionRule
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...decisions.recommendation import DecisionRule
+from ...decisions.rule import DecisionRule
 from ...generation.endpoint import together
 from ...generation.scoring import TOP, Row, label_logprobs, read_rows, scoring_request
 from ...generation.utilities import UTILITIES, AnswerExtractor

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from axolotl_ivon import Posterior
-from axolotl_ivon.decisions.recommendation import DecisionRule
+from axolotl_ivon.decisions.rule import DecisionRule
 from axolotl_ivon.models.draws import AdapterSlots, predict_logits
 from axolotl_ivon.models.session import load_model
 from axolotl_ivon.serving.api.answer_schema import FreeString

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl_ivon.decisions.recommendation import DecisionRule
+from axolotl_ivon.decisions.rule import DecisionRule
 from axolotl_ivon.generation.scoring import Row
 from axolotl_ivon.generation.utilities import AnswerExtractor, exact
 from axolotl_ivon.serving.proxy.mixture import Candidate, by_risk, by_score, coarse_entropies

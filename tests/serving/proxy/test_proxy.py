@@ -21,7 +21,7 @@ from served import ask, official, serving, until
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.encode import ChatFormat
-from axolotl_ivon.decisions.recommendation import DecisionRule
+from axolotl_ivon.decisions.rule import DecisionRule
 from axolotl_ivon.models.session import Loading
 from axolotl_ivon.posterior.sample import EnsemblePlan, sample
 from axolotl_ivon.serving.api.backend import Limits
