@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -257,20 +257,26 @@ def question_of(value: str | Sequence[Message] | Mapping[str, Any], source: str)
     Raises:
         IVONError: `source` holds no chat, or no turn of a user before the answer.
     """
-    record: dict[str, Any] = {"text": value} if isinstance(value, str) else {"messages": [*value]}
+    record: Mapping[str, Any] = {"text": value} if isinstance(value, str) else {"messages": [*value]}
     if isinstance(value, Mapping):
-        record = dict(value)
+        record = {name: each for name, each in value.items() if name != "label" or "text" not in value}
+    return replace(_prompt(record, source), answer="")
+
+
+def _prompt(line: Mapping[str, Any], source: str) -> Example:
+    """Return what is asked by a line of a file, and the answer after it, which is empty where there is none."""
+    record = dict(line)
     plain = "text" in record and not record.keys() & {"messages", "conversations"}
-    if plain:
+    if plain and "label" not in record:
         record["messages"] = [_turn("user", record["text"])]
     elif "instruction" in record:
         record.setdefault("output", "")
     messages, tools = chat_messages(record, source), chat_tools(record, source)
-    if messages and messages[-1]["role"] == "assistant":
-        messages.pop()
+    answered = messages and messages[-1]["role"] == "assistant"
+    reference = messages.pop().get("content", "") if answered else ""
     if not any(message["role"] == "user" and message.get("content", "").strip() for message in messages):
         raise IVONError(f"{source}: no user turn with a text; add the question")
-    return Example(tuple(messages), "", source, plain, tools=tools)
+    return Example(tuple(messages), reference, source, plain, tools=tools)
 
 
 def detect_task(examples: Sequence[Example]) -> str:
@@ -361,17 +367,9 @@ def find_choices(examples: Sequence[Example], given: Sequence[str] | None = None
 
 
 def read_chats(path: str | Path, limit: int | None = None) -> list[Example]:
-    """Read the prompts of a JSONL file of chats, as axolotl trains on; at most the first `limit`.
+    """Read the prompts of a JSONL file of chats, as axolotl trains on, or of texts; at most the first `limit`.
 
     An assistant message at the end is the reference answer; it is empty where a chat ends with the question. A file
     without lines, or a line without a user turn, is an IVONError.
     """
-    chats = []
-    for source, record in _read(path, limit, "prompts"):
-        messages = chat_messages(record, source)
-        answered = messages and messages[-1]["role"] == "assistant"
-        reference = messages.pop().get("content", "") if answered else ""
-        if not any(message["role"] == "user" for message in messages):
-            raise IVONError(f"{source}: no user turn; add the question as a message with role user")
-        chats.append(Example(tuple(messages), reference, source, tools=chat_tools(record, source)))
-    return chats
+    return [_prompt(record, source) for source, record in _read(path, limit, "prompts")]

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import IVONError, one_line, param_ref
@@ -78,6 +78,12 @@ class ChatFormat:
             trained = dict(json.loads(header.get("chat_template_kwargs") or "{}"))
         chosen, begins, system = kwargs is not None, header.get("generation_prompt"), header.get("system_prompt", "")
         return cls({**trained, **(kwargs or {})}, begins, chosen, system)
+
+    def after_system(self, example: Example) -> Example:
+        """Return an example with the system prompt of training before a text that is no chat."""
+        if not self.system_prompt or not example.plain or example.messages[0]["role"] == "system":
+            return example
+        return replace(example, messages=({"role": "system", "content": self.system_prompt}, *example.messages))
 
 
 _AS_IS = ChatFormat()
@@ -358,7 +364,7 @@ def render(
     """
     template = _Template(tokenizer, chat_format)
     prompts = []
-    for chat in chats:
+    for chat in map(chat_format.after_system, chats):
         ids = _chosen_prompt(template, chat) or _trained_prompt(template, chat)
         if not ids:
             raise IVONError(f"{chat.source}: the chat template makes nothing of it; use the template of training")

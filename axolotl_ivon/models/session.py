@@ -95,7 +95,7 @@ class ChatReader:
         """
         items = encode(
             self.tokenizer,
-            self._after_system(examples),
+            self._asked(examples),
             task,
             choices=choices,
             label2id=self._label2id,
@@ -113,7 +113,7 @@ class ChatReader:
         """
         if self.classify:
             return self.encode(examples, "classify")
-        asked = self._after_system(examples)
+        asked = self._asked(examples)
         return self._checked(encode_turns(self.tokenizer, asked, self.max_length, self.chat_format), examples)
 
     def with_answers(self, items: Sequence[EncodedExample], named: str, reporter: Reporter) -> list[EncodedExample]:
@@ -130,15 +130,8 @@ class ChatReader:
             reporter.notify(f"{text} and are left out")
         return answered
 
-    def _after_system(self, examples: Sequence[Example]) -> Sequence[Example]:
-        says = self.chat_format.system_prompt
-        if not says or self.classify:
-            return examples
-        system = {"role": "system", "content": says}
-        return [
-            replace(e, messages=(system, *e.messages)) if e.plain and e.messages[0]["role"] != "system" else e
-            for e in examples
-        ]
+    def _asked(self, examples: Sequence[Example]) -> Sequence[Example]:
+        return examples if self.classify else [*map(self.chat_format.after_system, examples)]
 
     def _checked(self, items: list[EncodedExample], examples: Sequence[Example]) -> list[EncodedExample]:
         for item, example in zip(items, examples, strict=True):

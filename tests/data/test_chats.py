@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from axolotl_ivon.data.chats import (
     odd_choices,
     read_chats,
     read_examples,
+    read_questions,
 )
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
@@ -120,6 +122,16 @@ def test_all_fields_of_a_message_are_kept_as_axolotl_gives_them_to_the_template(
     )
     assert (called.answer, called.tools, called.turns) == ("", None, whole.turns[:2])
     assert detect_task([whole] * 4) == "generate"
+
+
+def test_prompts_may_be_texts(tmp_path: Path) -> None:
+    records = [{"text": "hi"}, {"text": "hi", "label": "A"}, {"instruction": "hi"}, {"text": "hi", "system": "short"}]
+    prompts = read_chats(write(tmp_path, *records))
+    assert [(prompt.messages[-1]["content"], prompt.answer) for prompt in prompts] == [
+        ("hi", a) for a in ("", "A", "", "")
+    ]
+    assert [prompt.plain for prompt in prompts] == [True, True, False, True]
+    assert [replace(prompt, answer="") for prompt in prompts] == list(read_questions(tmp_path / "data.jsonl"))
 
 
 def test_limit_reads_no_further(tmp_path: Path) -> None:

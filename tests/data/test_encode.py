@@ -127,6 +127,17 @@ def test_prompts_are_what_the_template_puts_before_an_answer(tmp_path: Path, tin
     assert "moon" not in closed.text
 
 
+def test_a_text_is_asked_after_the_system_prompt_of_training(tmp_path: Path, tiny_llama: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    turns = [{"role": "user", "content": "one"}]
+    path.write_text("\n".join([json.dumps({"text": "one"}), json.dumps({"messages": turns})]))
+    tokenizer, chats = AutoTokenizer.from_pretrained(tiny_llama), read_chats(path)
+    text, chat = render(tokenizer, chats, ChatFormat.of({"system_prompt": "be good"}))
+    system = {"role": "system", "content": "be good"}
+    assert text.text == tokenizer.apply_chat_template([system, *turns], tokenize=False, add_generation_prompt=True)
+    assert chat.text == tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
 TALK = (
     {"role": "system", "content": "red"},
     {"role": "user", "content": "blue sun"},
