@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 
 from axolotl_ivon.errors import IVONError, printable
-from axolotl_ivon.models import DTYPES
+from axolotl_ivon.storage.format import DTYPES
 
 from ._progress import Progress, held, hold
 from ._stdout import only_results, results

@@ -71,14 +71,15 @@ def command(
 
     from axolotl_ivon.decisions.abstention import certify
     from axolotl_ivon.generation.fields import check_outputs
-    from axolotl_ivon.generation.mbr import check_output, label_files, mbr, save_choices
+    from axolotl_ivon.generation.mbr import label_files, mbr, save_choices
     from axolotl_ivon.generation.nbest import read_nbest, read_source
+    from axolotl_ivon.storage.atomic import check_folder
 
     with output.progress() as progress:
         paths = label_files(files)
         first = Path(next(iter(paths.values())))
         folder = output.given_path(str(first)) or first.with_name(f"{first.stem}-mbr")
-        check_output(folder, output.overwrite)
+        check_folder(folder, output.overwrite)
         settings = _settings(**comparison)
         sources = {label: read_source(path) for label, path in paths.items()}
         threshold = promise = None

@@ -6,7 +6,7 @@ import math
 
 import click
 
-from axolotl_ivon.models import DTYPES
+from axolotl_ivon.storage.format import DTYPES
 
 from . import _options as options
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from axolotl_ivon.metrics.verdict import METRICS
-from axolotl_ivon.storage.format import file_names
+from axolotl_ivon.storage.format import RECOMMENDED_FILE, file_names
 
 from . import _options as options
 from ._tables import heads, is_wide, marks, print_table
@@ -97,14 +97,15 @@ def command(
         grid = {"taus": ((1.0, math.inf),), "ratios": ((0.0,),)}
     from axolotl_ivon.decisions.abstention import check_risk
     from axolotl_ivon.decisions.conformal import check_coverage, describe
-    from axolotl_ivon.decisions.sweep import check_grid, check_output, sweep
+    from axolotl_ivon.decisions.sweep import check_grid, sweep
+    from axolotl_ivon.storage.atomic import check_folder
 
     # Its own folder is where all commands look for it.
     target = Path(output.output or "").resolve()
     own = output.output and not served and Path(adapter).is_dir() and target == Path(adapter).resolve()
     folder = Path(adapter) if own else output.path(adapter, "sweep")
     variants = check_grid(*([value for group in grid[name] for value in group] for name in ("taus", "ratios")))
-    check_output(folder, output.overwrite)
+    check_folder(folder, output.overwrite, RECOMMENDED_FILE)
     if aim["risk"] is not None:
         check_risk(aim["risk"], aim["confidence"])
     if aim["coverage"] is not None:

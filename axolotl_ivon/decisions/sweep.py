@@ -16,10 +16,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError, param_ref
@@ -29,7 +27,6 @@ from ..metrics.choice import choose
 from ..metrics.verdict import FEWEST, SIGNS, Paired, examples_needed, figures, judge
 from ..records.evaluation import Difference, Metrics
 from ..records.recommendation import (
-    RECOMMENDED_FILE,
     DrawsPoint,
     GridPoint,
     Recommendation,
@@ -95,22 +92,6 @@ def check_grid(taus: Sequence[float], ratios: Sequence[float]) -> list[Variant]:
             "give more values of either"
         )
     return sorted({*variants, Variant("grid")}, key=lambda variant: (variant.ratio, variant.tau))
-
-
-def check_output(folder: Path, overwrite: bool = False) -> None:
-    """Raise IVONError if no sweep can be written to `folder`: worth asking before the evaluation."""
-    if folder.exists() and not folder.is_dir():
-        raise IVONError(f"{folder} is not a folder; choose another name with {param_ref('output')}")
-    if (folder / RECOMMENDED_FILE).exists() and not overwrite:
-        raise IVONError(
-            f"{folder} holds a sweep; choose another name with {param_ref('output')}, or overwrite it "
-            f"with {param_ref('overwrite')}"
-        )
-    parent = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
-    if not os.access(parent, os.W_OK):
-        raise IVONError(
-            f"{folder} cannot be written (no permission for {parent}); choose another name with {param_ref('output')}"
-        )
 
 
 def sweep(

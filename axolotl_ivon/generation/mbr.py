@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import IVONError, param_ref
+from ..errors import IVONError
 from ..metrics.auroc import auroc
 from ..metrics.selective import is_below
 from ..reporter import SILENT, Reporter
@@ -206,15 +206,6 @@ def mbr(nbests: Sequence[NBest], settings: MBRSettings, reporter: Reporter = SIL
         right=(1 - wrong).tolist(),
         uncertainty=judge([choice.uncertainty for choice in choices], wrong, np.array(quality)[:, -1]),
     )
-
-
-def check_output(folder: Path, overwrite: bool = False) -> None:
-    """Raise IVONError if `folder` is not empty, or no folder: to be called before the long work."""
-    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise IVONError(
-            f"{folder} is there; choose another name with {param_ref('output')}, "
-            f"or overwrite it with {param_ref('overwrite')}"
-        )
 
 
 def save_choices(results: Mapping[str, MBRResult], folder: Path) -> list[Path]:

@@ -13,8 +13,7 @@ from ..posterior.posterior import Posterior
 from ..posterior.tensors import Tensors
 from ..reporter import SILENT, Reporter
 from ..storage.atomic import new_folder
-from ..storage.format import TOKENIZER_FILES, copy_companions, find_base_model
-from . import DTYPES
+from ..storage.format import DTYPES, TOKENIZER_FILES, copy_companions, find_base_model
 from .session import Loading, has_head, load_model, load_tokenizer
 
 _SHARD = "5GB"  # the most that one file holds

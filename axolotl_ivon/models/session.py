@@ -15,9 +15,8 @@ from ..data.chats import Example
 from ..data.encode import ChatFormat, EncodedExample, encode, encode_turns
 from ..errors import IVONError, param_ref
 from ..reporter import SILENT, Reporter
-from ..storage.format import CONFIG_FILE, MEAN_FILE, find_base_model, read_json
+from ..storage.format import CONFIG_FILE, MEAN_FILE, check_dtype, find_base_model, read_json
 from ..storage.tensorfile import TensorFile
-from . import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +49,7 @@ class Loading:
     chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("auto", *DTYPES):
-            raise IVONError(f"{param_ref('dtype')} {self.dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
+        check_dtype(self.dtype, "auto")
         ChatFormat.of({}, self.chat_template_kwargs)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import IVONError, param_ref
+from ..errors import IVONError
 from ..records.ensemble import EnsembleRecord
 from ..reporter import SILENT, Reporter, Stage
 from ..storage.atomic import check_space, in_bytes, new_folder
-from ..storage.dtypes import CHOICES, NUMPY, SAFETENSORS
-from ..storage.format import CONFIG_FILE, ENSEMBLE_FILE, MEAN_FILE, moved_config, write_json
+from ..storage.dtypes import NUMPY, SAFETENSORS
+from ..storage.format import CONFIG_FILE, ENSEMBLE_FILE, MEAN_FILE, check_dtype, moved_config, write_json
 from .combine import scaling
 from .posterior import Posterior
 from .tensors import Tensors, as_float32, write_tensors
@@ -46,8 +46,8 @@ class EnsemblePlan:
     def __post_init__(self) -> None:
         if self.members < 1:
             raise IVONError(f"{self.members} members make no ensemble; ask for at least 1")
-        if self.dtype is not None and self.dtype not in CHOICES:
-            raise IVONError(f"{param_ref('dtype')} {self.dtype!r} is unknown; choose one of {', '.join(CHOICES)}")
+        if self.dtype is not None:
+            check_dtype(self.dtype)
 
     @property
     def adapters(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import IVONError, param_ref
-from ..storage.atomic import check_outside, new_file
+from ..storage.atomic import check_file, check_outside, new_file
 from ..storage.format import read_json, write_json
 
 _ADDED = ("sigma",)  # settings that files of earlier versions lack
@@ -46,8 +46,7 @@ class ResumableFile:
         self._file: IO[bytes] | None = None
         self._before: dict[str, Any] = {}  # the settings of an earlier run, which this one continues
         self._size = self.done = 0
-        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
-            raise IVONError(f"{param_ref('output')} {path}: not a file in an existing folder; choose another name")
+        check_file(self.path, overwrite=True)
         check_outside(self.path, inputs)
         self._resumed = self.path.exists() and not overwrite
         if not self._resumed:

@@ -88,6 +88,18 @@ def check_file(path: Path, overwrite: bool = False) -> None:
         raise IVONError(f"{output} exists; choose another name, or overwrite it with {param_ref('overwrite')}")
 
 
+def check_folder(folder: Path, overwrite: bool = False, pattern: str = "*") -> None:
+    """Raise IVONError if files cannot be written into `folder`, or it holds one of `pattern`: before long work."""
+    fix = f"choose another name with {param_ref('output')}"
+    if folder.exists() and not folder.is_dir():
+        raise IVONError(f"{folder} is not a folder; {fix}")
+    if not overwrite and (there := next(folder.glob(pattern), None)):
+        raise IVONError(f"{folder} holds {there.name} already; {fix}, or overwrite it with {param_ref('overwrite')}")
+    parent = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise IVONError(f"{folder} cannot be written (no permission for {parent}); {fix}")
+
+
 def check_outside(target: Path, inputs: Iterable[Path]) -> None:
     """Raise IVONError if `target` is, holds or lies in one of the folders `inputs`."""
     here = target.resolve()

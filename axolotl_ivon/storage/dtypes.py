@@ -22,5 +22,3 @@ SAFETENSORS = {
 }
 NUMPY: dict[str, np.dtype[Any]] = {short: np.dtype(name) for name, short in SAFETENSORS.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
-# What a user may choose for floating-point output.
-CHOICES = ("float32", "bfloat16", "float16")

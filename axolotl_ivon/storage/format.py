@@ -117,6 +117,17 @@ def moved_config(config: dict[str, Any], source: Path | None, target: Path) -> d
     return {**config, "base_model_name_or_path": str(folder)}
 
 
+# What a model is loaded and saved in, as torch and users call it.
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_dtype(dtype: str, *others: str) -> None:
+    """Raise IVONError if a dtype is neither one of `DTYPES` nor of `others`."""
+    if dtype not in (*others, *DTYPES):
+        known = ", ".join([*others, *DTYPES])
+        raise IVONError(f"{param_ref('dtype')} {dtype!r} is unknown; choose one of {known}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`.
 

@@ -151,7 +151,7 @@ def test_other_settings_prompts_or_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(content + b"junk\n")
     with pytest.raises(IVONError, match=r"out.jsonl:4: not an n-best list"):
         fill(path, 4)
-    with pytest.raises(IVONError, match="not a file in an existing folder"):
+    with pytest.raises(IVONError, match="give a file in a folder that exists"):
         fill(tmp_path, 4)
     fill(path, 1, {"seed": 1}, overwrite=True)
     assert len(path.read_bytes().splitlines()) == 1
