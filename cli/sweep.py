@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from axolotl_ivon.metrics.verdict import METRICS
+from axolotl_ivon.metrics.verdict import METRICS, SIGNS
 from axolotl_ivon.storage.format import RECOMMENDED_FILE, file_names
 
 from . import _options as options
@@ -36,7 +36,7 @@ _grid: dict[str, Any] = {"type": options.numbers, "multiple": True}
     help="Temperatures to try, with commas between; inf is the mean.",
 )  # fmt: skip
 @options.option("--ratio", "ratios", **_grid, default=["0,0.1,0.3"], help="Pruning ratios to try, with commas between.")
-@options.choice_option("--objective", ["nll", "ece", "accuracy", "brier"], "Metric by which a point is chosen.")
+@options.choice_option("--objective", list(SIGNS), "Metric by which a point is chosen.")
 @options.server_options
 @options.risk_options("half of the data certifies it, a quarter chooses and a quarter reports")
 @click.option(

@@ -13,7 +13,11 @@ from command_line import Cli
 
 import axolotl_ivon
 from axolotl_ivon.errors import IVONError, param_ref
+from axolotl_ivon.fitting import problem
+from axolotl_ivon.generation.utilities import UTILITIES
 from axolotl_ivon.models.session import Loading
+from axolotl_ivon.posterior import combine, prune
+from axolotl_ivon.records import influence
 from ivon_post import _option, cli
 from ivon_post._options import Sectioned, chat_template_option, model_options
 
@@ -147,3 +151,23 @@ def test_the_next_command_is_told_to_people_alone(ivon_post: Cli, tiny_adapter: 
     assert result.stderr == f"next: ivon-post eval '{folder}' --data FILE.jsonl\n"
     for option in ("--json", "--quiet"):
         assert ivon_post.run("temper", tiny_adapter, "--tau", 2, "-o", f"{folder}{option}", option).stderr == ""
+
+
+# The library's own lists, which the command line repeats so that it starts without what they are defined among.
+CHOICES = [
+    ("fit", "method", problem.METHODS),
+    ("combine", "method", combine.METHODS),
+    ("mbr", "utility", tuple(UTILITIES)),
+    ("serve", "combine", (*UTILITIES, "rescore")),
+    ("influence", "by", influence.SCORES),
+    ("prune", "scope", prune.SCOPES),
+]
+
+
+@pytest.mark.parametrize(("name", "parameter", "known"), CHOICES)
+def test_choices_are_those_of_the_library(name: str, parameter: str, known: tuple[str, ...]) -> None:
+    command = cli.get_command(CONTEXT, name)
+    assert command is not None
+    [kind] = [each.type for each in command.params if each.name == parameter]
+    assert isinstance(kind, click.Choice)
+    assert tuple(kind.choices) == tuple(known)
