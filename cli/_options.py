@@ -405,7 +405,7 @@ def point_options(
     tau: str = "Temperature of the posterior; relative to the adapter's own τ, see `temper`.  [default: 1]",
     ratio: str = "Share of weights to prune first; see `prune`.  [default: 0]",
 ) -> Callable[[Command], Command]:
-    """Add --tau and --ratio with these texts, and --recommended with its twin, as the argument `point`."""
+    """Add --tau and --ratio with these texts, and --recommended with its twin, as the argument `posterior_options`."""
     return add_all(
         click.option("--tau", type=float, help=tau),
         click.option("--ratio", type=float, help=ratio, cls=Renamed, formerly=["--prune-ratio"]),
@@ -415,7 +415,7 @@ def point_options(
             help="Recommendation to take, or none: that of training, `sweep` or `mbr`.  "
             "[default: the adapter's own, unless --tau or --ratio is given]",
         ),
-        as_one("point", PosteriorOptions, "recommended", "tau", "ratio"),
+        as_one("posterior_options", PosteriorOptions, "recommended", "tau", "ratio"),
     )
 
 

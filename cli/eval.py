@@ -59,7 +59,7 @@ def command(
     adapter: str,
     files: options.EvaluationData,
     sampling: options.Sampling,
-    point: options.PosteriorOptions,
+    posterior_options: options.PosteriorOptions,
     rows: str | None,
     output: options.OutputOptions,
     loading: options.Loading,
@@ -99,16 +99,18 @@ def command(
     if served := servers.model(adapter, loading):
         sampling = served.sampling
     pruned = any("pruned" in name for name in names)
-    plain = names and {*names} <= {"base", "mean"} and not point.file  # of these a recommendation changes nothing
-    taken = None if plain else point.taken(adapter, output, served=bool(served))
+    plain = (
+        names and {*names} <= {"base", "mean"} and not posterior_options.file
+    )  # of these a recommendation changes nothing
+    taken = None if plain else posterior_options.taken(adapter, output, served=bool(served))
     choice = taken.choice() if taken else VariantChoice()
     files = replace(files, by_length=files.by_length or bool(taken and taken.rule.by_length))
-    tau = choice.tau if point.tau is None else point.tau
-    ratio = point.ratio if point.ratio is not None else choice.ratio or 0.1 * pruned
+    tau = choice.tau if posterior_options.tau is None else posterior_options.tau
+    ratio = posterior_options.ratio if posterior_options.ratio is not None else choice.ratio or 0.1 * pruned
     # The T of draws is that of one τ.
     there = [row for row in choice.added if row.name == "recommended" or row.tau in (tau, math.inf)]
     # Who names rows gets these alone, and from a file that is named what it says of them.
-    more = (*names, "recommended") if point.file else ()
+    more = (*names, "recommended") if posterior_options.file else ()
     added = [row for row in there if not names or row.name in names or row.name.partition("+")[0] in more]
     if not {*names} <= {*paper_variants(), *(row.name for row in there)}:
         added = there  # which the refusal names
@@ -131,7 +133,7 @@ def command(
         sweep = ["ivon-post", "sweep", adapter, "--data", "VALIDATION.jsonl", *servers.words]
         output.suggest(*([] if taken else sweep))
     elif taken or not evaluated.evaluation.posterior.metadata:
-        given = ["--recommended", point.file] if point.file else []
+        given = ["--recommended", posterior_options.file] if posterior_options.file else []
         output.suggest("ivon-post", "sample" if taken and not taken.is_mean else "merge", adapter, *given)
     else:
         output.suggest("ivon-post", "sweep", adapter, "--data", "VALIDATION.jsonl")

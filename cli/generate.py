@@ -53,7 +53,7 @@ def command(
     adapter: str,
     prompts: str,
     planned: dict[str, Any],
-    point: options.PosteriorOptions,
+    posterior_options: options.PosteriorOptions,
     answer_regex: str | None,
     limit: int | None,
     endpoint: str | None,
@@ -89,13 +89,13 @@ def command(
 
     path = str(output.path(adapter, "nbest.jsonl", prompts=prompts))
     per_model, mean = planned.pop("per_model"), planned.pop("mean")
-    if mean and point.tau is not None:
-        raise IVONError(f"--tau {point.tau}: --mean has no temperature; leave one of them out")
+    if mean and posterior_options.tau is not None:
+        raise IVONError(f"--tau {posterior_options.tau}: --mean has no temperature; leave one of them out")
     if endpoint:
-        options.refuse_drawn("tau", "ratio", *(["recommended"] if point.file else []))
-        point = options.PosteriorOptions(False)
+        options.refuse_drawn("tau", "ratio", *(["recommended"] if posterior_options.file else []))
+        posterior_options = options.PosteriorOptions(False)
     wants = "mean" if mean else "" if per_model is None else "draws"
-    tau, ratio, decided, _, is_mean = point.settings(adapter, output, wants)
+    tau, ratio, decided, _, is_mean = posterior_options.settings(adapter, output, wants)
     plan = Plan(**planned, per_model=8 if per_model is None else per_model, mean=mean or is_mean)
     rule = AnswerRule(AnswerExtractor(answer_regex), decided.threshold, decided.temperature)
     with output.progress() as progress:

@@ -23,7 +23,7 @@ from . import _options as options
 def command(
     adapter: str,
     sample_seed: int | None,
-    point: options.PosteriorOptions,
+    posterior_options: options.PosteriorOptions,
     base_model: str | None,
     dtype: str | None,
     output: options.OutputOptions,
@@ -40,11 +40,13 @@ def command(
     from axolotl_ivon.models.session import Loading
     from axolotl_ivon.posterior.adapter import Adapter
 
-    if point.tau is not None and sample_seed is None:
-        raise IVONError(f"--tau {point.tau:g}: the mean has no temperature; give --sample-seed too, or leave --tau out")
+    if posterior_options.tau is not None and sample_seed is None:
+        raise IVONError(
+            f"--tau {posterior_options.tau:g}: the mean has no temperature; give --sample-seed too, or leave --tau out"
+        )
     path = output.target([adapter], "merged")
-    tau, ratio, rule, *_ = point.settings(adapter, output, "mean" if sample_seed is None else "draws")
-    pruned = ratio if ratio or point.ratio is not None else None
+    tau, ratio, rule, *_ = posterior_options.settings(adapter, output, "mean" if sample_seed is None else "draws")
+    pruned = ratio if ratio or posterior_options.ratio is not None else None
     temperature = rule.temperature if sample_seed is None else 1.0
     loading = Loading(base_model, dtype=dtype or "auto")
     with output.progress() as progress:

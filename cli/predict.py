@@ -70,7 +70,7 @@ def command(
     limit: int | None,
     samples: int | None,
     seed: int,
-    point: options.PosteriorOptions,
+    posterior_options: options.PosteriorOptions,
     loading: options.Loading,
     format: str,
     output: options.OutputOptions,
@@ -115,7 +115,7 @@ def command(
         rows = list(read_questions(str(data), limit))
         total, examples = len(rows), iter(rows)
     served = servers.model(adapter, loading)
-    setting = point.settings(adapter, output, "draws" if samples else "", served=bool(served))
+    setting = posterior_options.settings(adapter, output, "draws" if samples else "", served=bool(served))
     rule = replace(setting.rule, by_length=by_length or setting.rule.by_length)
     if threshold is not None:
         rule = replace(rule, threshold=threshold, score="probability")
@@ -126,7 +126,12 @@ def command(
         raise IVONError(f"--set {coverage:g}: there are no sets of that coverage; {fix}")
     if coverage is None:
         rule = replace(rule, prediction_set=None)
-    asked = served is not None or samples is not None or setting.recommended is not None or point.tau is not None
+    asked = (
+        served is not None
+        or samples is not None
+        or setting.recommended is not None
+        or posterior_options.tau is not None
+    )
     with output.progress() as progress:
         decider = Decider(
             adapter,

@@ -44,8 +44,8 @@ def command(
     from axolotl_ivon.posterior.posterior import Posterior
     from axolotl_ivon.posterior.prune import Pruning
 
-    point = options.PosteriorOptions(recommended or False, ratio=ratio)
-    share = point.settings(adapter, output, default_ratio=0.1).ratio
+    posterior_options = options.PosteriorOptions(recommended or False, ratio=ratio)
+    share = posterior_options.settings(adapter, output, default_ratio=0.1).ratio
     Pruning(share, criterion, scope)  # refuses what is unknown or out of range, before anything is read
     path = output.target([adapter], f"pruned-{share:g}")
     with output.progress() as progress:

@@ -61,17 +61,20 @@ def command(
 
     if eval and data:
         raise IVONError("--eval is evaluated already; leave --data out")
-    point = options.PosteriorOptions(sweep)
-    inputs = {"eval": eval, "examples": examples, "sweep": point.file, "influence": influence}
+    posterior_options = options.PosteriorOptions(sweep)
+    inputs = {"eval": eval, "examples": examples, "sweep": posterior_options.file, "influence": influence}
     path = output.path(adapter, "report.html", data=data, **inputs)
     check_file(path, output.overwrite)
     with output.progress() as progress:
         header = Posterior.from_pretrained(adapter, progress).metadata
-        own = point.taken(adapter, output) if sweep is None else None
-        files = (Path(file) if file else None for file in (eval, examples, own.path if own else point.file, influence))
+        own = posterior_options.taken(adapter, output) if sweep is None else None
+        files = (
+            Path(file) if file else None
+            for file in (eval, examples, own.path if own else posterior_options.file, influence)
+        )
         findings = Findings.read(header, *files)
         if data:
-            taken = own or point.taken(adapter, output)
+            taken = own or posterior_options.taken(adapter, output)
             choice = taken.choice() if taken else VariantChoice()
             evaluated = run(
                 adapter,

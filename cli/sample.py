@@ -27,7 +27,7 @@ def command(
     adapter: str,
     members: int,
     seed: int,
-    point: options.PosteriorOptions,
+    posterior_options: options.PosteriorOptions,
     include_mean: bool,
     serve: str | None,
     output: options.OutputOptions,
@@ -49,7 +49,7 @@ def command(
     from axolotl_ivon.storage.atomic import in_bytes
 
     plan = EnsemblePlan(members, seed, include_mean=include_mean, one_scaling=bool(serve))
-    tau, ratio, *_ = point.settings(adapter, output, "draws")
+    tau, ratio, *_ = posterior_options.settings(adapter, output, "draws")
     path = output.target([adapter], f"samples-{members}")
     with output.progress() as progress:
         posterior = Posterior.from_pretrained(adapter, progress)

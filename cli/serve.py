@@ -56,7 +56,7 @@ def command(
     adapter: str,
     server: dict[str, Any],
     draws: dict[str, Any],
-    point: options.PosteriorOptions,
+    posterior_options: options.PosteriorOptions,
     loading: options.Loading,
     proxied: dict[str, Any],
     terminal: options.Terminal,
@@ -99,13 +99,13 @@ def command(
                         "--endpoint: the servers render chats; send chat_template_kwargs with each request, or start "
                         "vLLM with --default-chat-template-kwargs in place of --chat-template-kwargs"
                     )
-                _, rule, mean_rule = _answering(point.settings(adapter, terminal, wanted, served=True))
+                _, rule, mean_rule = _answering(posterior_options.settings(adapter, terminal, wanted, served=True))
                 names = {"name": server["name"], "samples": draws["samples"], "mean_rule": mean_rule}
                 backend = proxy_backend(adapter, endpoints, rule, limits, Combining(**proxied), **names)
             else:
                 from axolotl_ivon.serving.start import Drawing, local_backend
 
-                setting = point.settings(adapter, terminal, wanted)
+                setting = posterior_options.settings(adapter, terminal, wanted)
                 tau, rule, mean_rule = _answering(setting)
                 drawing = Drawing(adapter, draws["samples"] or 8, draws["seed"], tau, setting.ratio)
                 names = {"name": server["name"], "mean_rule": mean_rule}

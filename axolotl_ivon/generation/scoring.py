@@ -28,7 +28,7 @@ from .ensemble import Ensemble
 TOP = 20  # likeliest tokens to ask for, the most that vLLM gives unless told otherwise
 _LEAST = -9999.0  # what vLLM writes for a probability of 0
 Row = Mapping[int, float]  # log-probabilities by token
-Ask = Callable[[Sequence[int]], Awaitable[list[Row]]]  # of tokens: the row in the place of each but the first
+FetchRows = Callable[[Sequence[int]], Awaitable[list[Row]]]  # of tokens: the row in the place of each but the first
 
 
 def scoring_request(model: str, ids: Sequence[int]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def read_rows(prompt_logprobs: Any, ids: Sequence[int]) -> list[Row]:
 
 
 async def label_logprobs(
-    ask: Ask, ids: Sequence[int], labels: Sequence[tuple[int, ...]], by_length: bool = False
+    ask: FetchRows, ids: Sequence[int], labels: Sequence[tuple[int, ...]], by_length: bool = False
 ) -> list[float]:
     """Return Σ log p(token | before) of each label's tokens after the prompt `ids`, or their mean (`by_length`).
 
@@ -143,7 +143,7 @@ class ServedMembers:
     def labels(self, items: Sequence[EncodedExample], models: Sequence[str]) -> Iterator[list[list[float]]]:
         """Yield for each item, of each model, the log-likelihood of each label: see `label_logprobs`."""
 
-        async def score(ask: Ask, item: EncodedExample) -> list[float]:
+        async def score(ask: FetchRows, item: EncodedExample) -> list[float]:
             return await label_logprobs(ask, item.ids, item.candidates or (), item.by_length)
 
         return self._scores(items, models, score)
@@ -151,7 +151,7 @@ class ServedMembers:
     def answers(self, items: Sequence[EncodedExample], models: Sequence[str]) -> Iterator[list[list[Row]]]:
         """Yield for each item, of each model, the rows at the scored positions of its answer."""
 
-        async def score(ask: Ask, item: EncodedExample) -> list[Row]:
+        async def score(ask: FetchRows, item: EncodedExample) -> list[Row]:
             rows = await ask([*item.ids, item.targets[-1]])
             return [rows[position] for position in item.positions]
 
@@ -161,7 +161,7 @@ class ServedMembers:
         self,
         items: Sequence[EncodedExample],
         models: Sequence[str],
-        score: Callable[[Ask, EncodedExample], Coroutine[Any, Any, Result]],
+        score: Callable[[FetchRows, EncodedExample], Coroutine[Any, Any, Result]],
     ) -> Iterator[list[Result]]:
         """Yield for each item the score under each of the models.
 
