@@ -140,6 +140,7 @@ def test_an_earlier_adapter_unlike_the_yaml_is_refused(make_adapter: Any, refusa
     ):
         assert words in refusal({**given, **changes})
     IVONLoRAPlugin().register(given)
+    IVONLoRAPlugin().register({**given, "lora_fan_in_fan_out": True})  # PEFT sets it by the kind of layer
     IVONLoRAPlugin().register({**given, "lora_r": 4, "lora_alpha": 8, "lora_model_dir": f"{monday}/"})
     # The adapter that axolotl loads is the one that is saved.
     IVONLoRAPlugin().register({**given, "lora_r": 8, "lora_model_dir": str(monday)})

@@ -298,7 +298,14 @@ def test_keys_that_another_version_of_peft_leaves_out_are_off(make_adapter: Call
     assert same_data(a, without(a))
 
 
-@pytest.mark.parametrize("kind", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_cat_takes_an_initialization_that_leaves_the_base_model_as_it_was(make_adapter: Callable):
+    qs = [Posterior.from_pretrained(make_adapter(seed=seed, init_lora_weights="orthogonal")) for seed in (0, 1)]
+    assert Posterior.combine(qs, "cat").config["init_lora_weights"] is True  # which would refuse some ranks on loading
+
+
+@pytest.mark.parametrize(
+    "kind", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "olora"}], ids=str
+)
 def test_cat_is_refused_where_it_is_not_exact(kind: dict, make_adapter: Callable):
     qs = [Posterior.from_pretrained(make_adapter(seed=seed, **kind)) for seed in (0, 1)]
     with pytest.raises(IVONError, match=min(kind)):
