@@ -162,9 +162,10 @@ class Posterior:
 
         `criterion` is "snr" (|m|/σ, smallest first; arXiv 2506.14280), "sigma" (largest σ first), "magnitude",
         "random" (drawn with `seed`), or one that an extension adds. `scope` is "adapter" (ranked over all
-        tensors) or "tensor" (the same share of each). Exactly round(ratio·weights) weights are 0
-        afterwards, those that were pruned before included; ties are broken by name and place. Tensors that
-        were saved but not trained (σ is 0 all over, the mean is not) are neither pruned nor counted.
+        tensors) or "tensor" (the same share of each). round(ratio·weights) weights are 0 afterwards, or as many as were
+        0 before if that is more; ties are broken by name and place. Tensors that were saved but not trained (σ is 0 all
+        over, the mean is not) are neither pruned nor counted, and of those that were saved twice because the model
+        shares them the second is pruned as the first is.
 
         Raises:
             IVONError: a ratio outside [0, 1], an unknown criterion or scope, or σ that is 0 everywhere.
@@ -313,7 +314,11 @@ class Posterior:
         priors = [cls._prior_of(posteriors, sha256) for sha256 in shared([q.metadata for q in posteriors])]
         parts = combine(posteriors, method, share, priors if method == "precision" else ())
         inputs = [folder for q in posteriors for folder in q.inputs]
-        return cls(*parts, folder=posteriors[0].folder, inputs=inputs)
+        combined = cls(*parts, folder=posteriors[0].folder, inputs=inputs)
+        if any(q.pruned_ratio for q in posteriors):
+            pruned = sum(combined.pruned().values()) / max(combined.mean.weights, 1)
+            combined.metadata["pruned_ratio"] = repr(pruned)
+        return combined
 
 
 def check_tau(tau: float) -> None:
