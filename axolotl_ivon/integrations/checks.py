@@ -81,6 +81,11 @@ def check_config(cfg: Mapping[str, Any], axolotl_keys: Collection[str] = ()) -> 
     given = {**DEFAULTS, **check_values(cfg)}
     _check_other_keys(cfg, {*LORA_KEYS, *axolotl_keys})
     preset = resolved(given["ivon_preset"], {s.name: given.get(s.key) for s in SETTINGS})
+    if preset.travel is None and not number(cfg, "learning_rate"):
+        raise IVONError(
+            f"learning_rate: none is given, and ivon_preset: {given['ivon_preset']} has none of its own; set one, "
+            "1e-2 to 1e-1 for IVON's step"
+        )
     preset.alpha(number(cfg, "learning_rate"), given["ivon_rescale_lr"])
     preset = preset.with_direction(given["ivon_prior"], given["ivon_rescale_lr"], cfg.get("rl") == "grpo")
     _check_rollouts(cfg, given)
@@ -167,6 +172,11 @@ def _check_other_keys(cfg: Mapping[str, Any], known: Collection[str]) -> None:
         raise IVONError(
             f"weight_decay: {cfg['weight_decay']} has no effect with optimizer: {OPTIMIZER}; the prior takes its "
             "place: remove it, or set ivon_prior to a number"
+        )
+    if number(cfg, "val_set_size") == 1:
+        raise IVONError(
+            "val_set_size: 1 is all of the data for axolotl, which leaves none to train on; set a number of examples "
+            "from 2 on, or a share below 1"
         )
     for key in ("streaming", "pretraining_dataset"):
         if cfg.get(key) and cfg.get("ivon_lambda") is None:

@@ -99,8 +99,8 @@ def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None,
         seen: the training examples that the run has taken gradients of, by which the share of work is measured.
     """
     try:
-        dataset = _evaluation_data(run, seen)
-        affordable = int((SHARE * seen / len(dataset) - 1) / DRAWS) if run.draws_as_saved else 0
+        dataset, examples = _evaluation_data(run, seen)
+        affordable = int((SHARE * seen / examples - 1) / DRAWS) if run.draws_as_saved else 0
         taus = [math.inf, *TAUS[:affordable]]
         following = next_tokens_of_answers(run.trainer) if "choices" in run.header else {}
         # In an order of their contents, so that the halves do not depend on the number of processes.
@@ -162,8 +162,11 @@ def recommend_in_checkpoint(run: PosteriorTraining) -> Path | None:
     return checkpoint
 
 
-def _evaluation_data(run: PosteriorTraining, seen: int) -> Any:
-    """Return the examples to calibrate on, at most `MOST`, and as many as one pass in the share of work allows."""
+def _evaluation_data(run: PosteriorTraining, seen: int) -> tuple[Any, float]:
+    """Return the rows to calibrate on, and of how many examples they are.
+
+    These are `MOST` at most, and as many as one pass in the share of work allows.
+    """
     dataset: Any = run.trainer.eval_dataset
     if hasattr(run.trainer, "reward_funcs"):
         raise NotCalibrated("a run that learns from rewards has no labels to predict")
@@ -175,14 +178,14 @@ def _evaluation_data(run: PosteriorTraining, seen: int) -> Any:
         raise NotCalibrated("the evaluation data are streamed")
     examples = _count_examples(dataset)
     each = max(1.0, examples / max(1, len(dataset)))  # of a row
-    count = min(max(1, int(MOST / each)), len(dataset), int(SHARE * seen))
+    count = min(max(1, int(MOST / each)), len(dataset), int(SHARE * seen / each))
     if examples < 2 * FEWEST:
         raise NotCalibrated(f"{examples} evaluation examples tell little; {2 * FEWEST} are needed")
     if count * each < 2 * FEWEST:
         raise NotCalibrated("a tenth of this short run's time is too little; use `ivon-post sweep`")
     generator = torch.Generator().manual_seed(run.trainer.args.seed)
     places = sorted(torch.randperm(len(dataset), generator=generator)[:count].tolist())
-    return dataset.select(places) if hasattr(dataset, "select") else Subset(dataset, places)
+    return dataset.select(places) if hasattr(dataset, "select") else Subset(dataset, places), count * each
 
 
 def _count_examples(dataset: Any) -> int:

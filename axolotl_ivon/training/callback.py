@@ -302,7 +302,7 @@ class PosteriorTraining(TrainerCallback):
         if args.load_best_model_at_end and best and Path(best).is_dir():
             self.best_folder = best
             self.best = sigma_of_checkpoint(Path(best), self.adapters) if state.is_world_process_zero else {}
-        calibrated = self._calibrate(state.global_step * self.trainer.get_total_train_batch_size(args))
+        calibrated = self._calibrate(self._examples_seen(args, state))
         if not state.is_world_process_zero:
             return
         movement = self.movement(state.global_step)
@@ -318,10 +318,18 @@ class PosteriorTraining(TrainerCallback):
         saved = checkpoint if self.logs_verdict and checkpoint else args.output_dir  # axolotl still saves there
         self.verdict.append((logging.INFO, f"next: `ivon-post check {saved}`"))
         if calibrated:
-            lacking = self.recommendation is None and self.trainer.eval_dataset is not None
+            could = self.trainer.eval_dataset is not None and not hasattr(self.trainer, "reward_funcs")
+            lacking = self.recommendation is None and could
             self.verdict.append((logging.WARNING if lacking else logging.INFO, calibrated))
         if self.logs_verdict:
             log_verdict(self.verdict)
+
+    def _examples_seen(self, args: Any, state: Any) -> int:
+        """Return of how many examples the run has taken gradients, each epoch counted: a packed row has several."""
+        size, data = self.header["train_size"], self.trainer.train_dataset
+        if size and state.epoch and hasattr(data, "__len__"):  # the epochs of streamed data are none
+            return round(state.epoch * int(size))
+        return int(state.global_step * self.trainer.get_total_train_batch_size(args))
 
     def _calibrate(self, seen: int) -> str:
         """Find out what to predict with; whatever fails there, the trained adapter is still to be saved."""

@@ -76,6 +76,8 @@ def refusal(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
         ({"weight_decay": 0.1, "ivon_prior": 0.1}, ["weight_decay", "0.1", "remove"]),
         ({"weight_decay": "none"}, ["weight_decay: 'none' is not a number"]),
         ({"optim_args": {"a": 1}}, ["optim_args", "ivon_"]),
+        ({"ivon_preset": "paper"}, ["learning_rate: none is given, and ivon_preset: paper has none of its own"]),
+        ({"val_set_size": 1}, ["val_set_size: 1 is all of the data for axolotl"]),
         ({"adam_beta2": 0.99}, ["adam_beta2", "ivon_beta2"]),
         ({"adam_beta3": 0.99}, ["adam_beta3: 0.99 has no effect"]),
         ({"lora_rank": 8}, ["lora_rank is not a key of axolotl", "did you mean lora_r?"]),
@@ -101,7 +103,7 @@ def refusal(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
             )
         ),
         ({"ivon_rollouts": "both"}, ["ivon_rollouts", "'both'", "'mean' or 'draws'"]),
-        ({"rl": "dpo", "ivon_eval_samples": 4, "val_set_size": 1}, ["ivon_eval_samples", "rl"]),
+        ({"rl": "dpo", "ivon_eval_samples": 4, "val_set_size": 2}, ["ivon_eval_samples", "rl"]),
         ({"ivon_eval_samples": 4}, ["ivon_eval_samples: 4", "val_set_size", "test_datasets"]),
         ({"ivon_eval_samples": 2.5}, ["ivon_eval_samples", "2.5", "integer"]),
         ({"ivon_rescale_lr": "maybe"}, ["ivon_rescale_lr", "'maybe'", "boolean"]),
