@@ -444,6 +444,8 @@ def test_squared_gradients_count_the_losses_of_completions(kind: str, length: st
         ("OnlineDPO", DRAWS, {}, "rollouts: draws is for GRPO alone"),
         ("GRPO", DRAWS, {"use_vllm": True}, "rollouts: draws does not go with use_vllm: true unless vllm_mode: s"),
         ("GRPO", DRAWS, {"tools": [print]}, "rollouts: draws does not go with tools"),
+        ("GRPO", {}, {"is_deepspeed_enabled": True}, "DeepSpeed and FSDP are not supported where training writes"),
+        ("RLOO", {}, {"is_fsdp_enabled": True}, "DeepSpeed and FSDP are not supported where training writes"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(kind: str, settings: Any, args: Any, words: str, make: Any) -> None:
