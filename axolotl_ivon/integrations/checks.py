@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import IVONError
 from ..posterior.adapter import Adapter
 from ..posterior.chain import check_prior
-from ..settings.keys import DEFAULTS, FULL_WEIGHTS, check_rollouts, check_values, prior_folder, sends_adapters
+from ..settings.keys import DEFAULTS, check_rollouts, check_values, prior_folder, sends_adapters
 from ..settings.presets import Preset, resolved
 from ..settings.table import OPTIMIZER, SETTINGS
 
@@ -206,16 +206,15 @@ def _check_rollouts(cfg: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     trl = cfg.get("trl") or {}
     if not isinstance(trl, Mapping):
         raise IVONError(f"trl: {trl!r} holds no keys; give a mapping, such as trl: {{num_generations: 8}}")
-    hindrances = {
-        f"trl.{FULL_WEIGHTS}": trl.get("use_vllm") and not sends_adapters(trl),
-        **{f"trl.{key}: {trl.get(key)}": trl.get(key) for key in ("async_prefetch", "rollout_func")},
-    }
+    hindrances = {f"trl.{key}: {trl.get(key)}": trl.get(key) for key in ("async_prefetch", "rollout_func")}
+    generations = int(number(trl, "num_generations", prefix="trl.") or GRPO_DEFAULTS["num_generations"])
+    # With a size of its own, batches of completions are of as many micro-batches as processes make of it.
+    steps = 0 if trl.get("generation_batch_size") else int(number(cfg, "gradient_accumulation_steps", 1))
     check_rollouts(
         given["ivon_rollouts"],
         given.get("ivon_rollout_draws"),
         online=cfg.get("rl") == "grpo",
-        generations=int(number(trl, "num_generations", prefix="trl.") or GRPO_DEFAULTS["num_generations"]),
-        # With a size of its own, batches of completions are of as many micro-batches as processes make of it.
-        steps=0 if trl.get("generation_batch_size") else int(number(cfg, "gradient_accumulation_steps", 1)),
+        multiples={"num_generations": generations, "gradient_accumulation_steps": steps},
+        full_weights="trl.use_vllm" if trl.get("use_vllm") and not sends_adapters(trl) else "",
         hindrance=next((name for name, value in hindrances.items() if value), ""),
     )
