@@ -15,7 +15,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 
 @click.command("prune", cls=options.Sectioned)
 @options.adapter_argument
-@click.option("--ratio", type=float, help="Share of all weights that are 0 afterwards.  [default: 0.1]")
+@click.option("--ratio", type=float, help="Share of all weights to set to 0.  [default: 0.1]")
 @options.option(
     "--criterion",
     default="snr",
@@ -38,7 +38,7 @@ def command(
 ) -> None:
     """Set the least certain weights to 0.
 
-    Mean and σ of exactly round(RATIO × weights) weights are 0 afterwards. Weights that were pruned before count:
+    Afterwards mean and σ of round(RATIO × weights) weights are 0, or of as many as were pruned before if that is more:
     pruning 0.1 twice is pruning 0.1. ADAPTER is a folder or a Hub id and is not modified.
     """
     from axolotl_ivon.posterior.posterior import Posterior

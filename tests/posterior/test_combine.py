@@ -212,7 +212,7 @@ def test_a_prior_that_is_gone_is_asked_for(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
     held = [chain.posteriors[name] for name in "BC"]
     (tmp_path / "A").rename(tmp_path / "moved")
-    with pytest.raises(IVONError, match=r"B and .*C go on from one posterior, which is not at .*A any more; give its"):
+    with pytest.raises(IVONError, match=r"B and .*C continue one posterior, which is no longer at .*A; give its"):
         Posterior.combine(held)
     held.append(Posterior.from_pretrained(tmp_path / "moved"))
     assert_equal(Posterior.combine(held), chain.product(dict.fromkeys("ABC", 1.0)))
