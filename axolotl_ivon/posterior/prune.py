@@ -59,7 +59,7 @@ class Pruning:
     """How many weights to prune, and which go first.
 
     Attributes:
-        ratio: the share of all weights that is 0 afterwards.
+        ratio: the share of all weights that is 0 afterwards; more are if more were pruned before.
         criterion: the name of a score; the weights with the smallest go first.
         scope: "adapter" (ranked over all tensors) or "tensor" (the same share of each).
         seed: seed of what a criterion draws.

@@ -1,13 +1,13 @@
 """What to predict with when training has ended: the mean or draws, and a softmax temperature, from evaluation data.
 
-Where answers are a few labels, what is measured is the choice between them: at every token of the right one at which
-labels part, the probabilities of the tokens that labels go on with. That is close to what commands predict with T, and
-the same where labels part at one token and the rest follows from it. The other tokens, most of which follow from those
-before, would say that the model is sure and right. Of texts every token counts.
+If the answers are a few labels, this measures the choice between them: at each token where labels differ, the
+probabilities of the tokens that can follow. The other tokens follow from those before and would make the model look
+surer and more accurate than it is. What commands predict with T is close to this, and equal to it if labels differ at
+one token only. For free text every token counts.
 
 The evaluation examples are split in two. One half chooses T for the mean, and τ and T for draws, by their NLL; the
-other half reports. `metrics.choice` has the rule, which is that of `ivon-post sweep` too. In the end T is fitted once
-more, to both halves: that is the one in `recommended.json` beside the adapter, whose figures are of the T before.
+other half reports. `metrics.choice` has the rule, which `ivon-post sweep` uses too. In the end T is fitted again, to
+both halves. That T is written to `recommended.json` beside the adapter; the figures there belong to the T before.
 """
 
 from __future__ import annotations
@@ -320,8 +320,8 @@ def _columns(run: PosteriorTraining, tau: float, inputs: dict[str, Any], labels:
             averaged = probabilities if averaged is None else averaged.add_(probabilities)
     logs = logits if averaged is None else averaged.div_(DRAWS).clamp_min_(1e-38).log_()
     parts = [_at_temperatures(*part) for part in zip(logs.split(_CHUNK), asked.target.split(_CHUNK), strict=True)]
-    # Of an answer the probabilities of its parts multiply. Where it has several, the guess may leave its path, and how
-    # sure and right that is takes the other paths as well.
+    # The probability of an answer is the product of those of its parts. With several parts the most probable label may
+    # differ from the guess token by token, so its confidence is unknown here (NaN).
     of_parts = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
     nll, of_guess, wrong = (
         values.new_zeros(len(asked.example), *values.shape[1:]).index_add_(0, asked.answer, values)
