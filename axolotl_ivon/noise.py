@@ -42,7 +42,7 @@ def normals(size: int, *key: object) -> np.ndarray:
     """Return float32 standard normals, shape [size]: the stream of `key`.
 
     Each is the sum of two quantized normals of variance ½, each picked by 16 random bits: mean 0 and variance 1
-    exactly, fourth moment 3 − 4e-4, at most 6.1 in size.
+    exactly, fourth moment 3 − 4e-4, at most 6.12 in size.
     """
     bits = generator(*key).bit_generator
     look_up = _LookUp(_BLOCK)

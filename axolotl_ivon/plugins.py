@@ -27,6 +27,6 @@ def plugin_manager() -> pluggy.PluginManager:
             manager.load_setuptools_entrypoints(hookspecs.PROJECT, entry.name)
         except Exception as error:
             owner = f" of {entry.dist.name}" if entry.dist else ""
-            fix = "mend it, or uninstall what it is of"
+            fix = "fix it, or uninstall the package that provides it"
             raise IVONError(f"the plugin {entry.name}{owner} cannot be loaded ({one_line(error)}); {fix}") from error
     return manager

@@ -27,7 +27,10 @@ class Reporter:
 
 
 class Stage(Reporter):
-    """Show all that is done inside of a stage as one thing with a total; what is said or notified passes through."""
+    """Show all work inside a stage as one thing with a total.
+
+    What is said or notified passes through; what is described is dropped, since its bar is not shown.
+    """
 
     def __init__(self, reporter: Reporter, doing: str, total: int, announced: bool = True) -> None:
         self._reporter = reporter

@@ -604,8 +604,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def by_method(records: Sequence[Mapping[str, Any]], suite: str) -> dict[str, list[Mapping[str, Any]]]:
-    """Return the records of a suite by method, in the order of the suite."""
-    own = {name: [r for r in records if (r["suite"], r["method"]) == (suite, name)] for name in SUITES[suite].methods}
+    """Return the records of a suite by method, in the order of the suite, and then of methods that were asked for."""
+    names = dict.fromkeys([*SUITES[suite].methods, *METHODS])
+    own = {name: [r for r in records if (r["suite"], r["method"]) == (suite, name)] for name in names}
     return {name: runs for name, runs in own.items() if runs}
 
 

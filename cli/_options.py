@@ -34,8 +34,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 OTHER_CONFIDENCE = (
-    "the threshold is of the probabilities that `eval` sees; of the outputs' agreement it promises nothing: "
-    "find one for it with `ivon-post mbr --risk`"
+    "the threshold was found for label probabilities, so it promises nothing for the agreement of outputs; find one "
+    "with `ivon-post mbr --risk`"
 )
 
 # Sections of `--help`, and the parameters in them. The other options of a command come first, as "Options".
@@ -412,7 +412,7 @@ def point_options(
         click.option(
             "--recommended",
             cls=RecommendedOption,
-            help="Recommendation to take, or none: that of training, `sweep` or `mbr`.  "
+            help="Which recommended.json to use (of training, `sweep` or `mbr`), or none.  "
             "[default: the adapter's own, unless --tau or --ratio is given]",
         ),
         as_one("posterior_options", PosteriorOptions, "recommended", "tau", "ratio"),
@@ -420,12 +420,12 @@ def point_options(
 
 
 def risk_options(where: str) -> Callable[[Command], Command]:
-    """Add --risk, which says on which data its threshold is found, and --confidence."""
+    """Add --risk, whose help ends with the sentence `where` about its data, and --confidence."""
     return add_all(
         click.option(
             "--risk",
             type=float,
-            help=f"Find the confidence below which to abstain so that at most this share of answers is wrong: {where}.",
+            help=f"Find a confidence threshold above which at most this share of answers is wrong. {where}",
         ),
         option(
             "--confidence",
@@ -535,7 +535,7 @@ choices_option = click.option(
 by_length_option = click.option(
     "--by-length",
     is_flag=True,
-    help="Score choices by the mean log-probability of their tokens, not the sum. A recommendation keeps it.",
+    help="Score choices by the mean log-probability of their tokens, not the sum. recommended.json remembers this.",
 )
 limit_option = click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT examples of each file.")
 samples_option = option("--samples", "-n", type=click.IntRange(min=1), default=10, help="Number of draws to average.")

@@ -24,7 +24,7 @@ from . import _options as options
     of="results",
     multiple=True,
     metavar="OWNER/NAME[/TASK]",
-    help="Benchmark on the Hub that a data file of --results is. Repeatable, in the files' order.  [default: its name]",
+    help="Hub id of the benchmark in a data file of --results. Repeatable, in the files' order.  [default: its name]",
 )
 @options.terminal_options
 def command(

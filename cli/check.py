@@ -16,7 +16,7 @@ from ._tables import emit, print_facts
 @click.argument("target", metavar="ADAPTER|YAML")
 @click.option("--data", "-d", multiple=True, metavar="FILE", help="Chat JSONL on which draws and mean are compared.")
 @options.limit_option
-@options.option("--processes", type=click.IntRange(min=1), default=1, help="Processes that run the YAML.")
+@options.option("--processes", type=click.IntRange(min=1), default=1, help="Number of processes that will train.")
 @options.model_options
 @options.terminal_options
 def command(

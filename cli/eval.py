@@ -35,8 +35,8 @@ _DIFFERENCES = ("accuracy", "ece", "nll")
     "--ood",
     multiple=True,
     metavar="FILE",
-    help="Out-of-distribution data, detected by the uncertainty of predictions: chats, or with labels to predict also "
-    '{"text": …}. Repeatable.',
+    help="Data unlike the training data, to measure how well uncertainty tells them apart. Chats, or "
+    '{"text": …} if labels are predicted. Repeatable.',
 )
 @click.option(
     "--calibrate",
@@ -46,11 +46,11 @@ _DIFFERENCES = ("accuracy", "ece", "nll")
 @options.server_options
 @options.point_options(
     "Temperature of the posterior; relative to the adapter's own τ, inf is the mean.  [default: 1]",
-    "Share of weights that the pruned variants lack, which are then evaluated too.",
+    "Share of weights to prune in the pruned variants, which are then evaluated too.",
 )
 @click.option(
     "--rows",
-    help=f"Variants to evaluate, with commas between: {', '.join(PAPER_VARIANTS)}; of a recommendation also "
+    help=f"Variants to evaluate, with commas between: {', '.join(PAPER_VARIANTS)}; with a recommendation also "
     f"{', '.join(ADDED_VARIANTS)}.  [default: base,mean,posterior; with a ratio all five]",
 )
 @options.output_options(None, "JSONL for the prediction of every variant on every example.", metavar="FILE")

@@ -66,7 +66,7 @@ def command(
     """Fit a posterior (σ) around an existing adapter.
 
     Finds σ for every weight of ADAPTER, however it was trained; the weights stay as they are. --data is what it was
-    trained on: chat JSONL, of which the assistant's turns count, or the labels of a classifier. The result is a copy of
+    trained on, as chat JSONL: the assistant's turns count, or a classifier's labels. The result is a copy of
     ADAPTER with ivon_sigma.safetensors, on which all of `ivon-post` works.
 
     The effective sample size λ says how much the data count, as in training. An interrupted fit continues where it

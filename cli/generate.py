@@ -26,12 +26,12 @@ from ._tables import answered
     "--mean",
     is_flag=True,
     help="Generate all outputs from the mean, not from draws.  "
-    "[default: if the mean is recommended and --per-model is not given]",
+    "[default: on if recommended.json recommends the mean and --per-model is not given]",
 )
 @options.point_options()
 @options.option("--temperature", type=float, default=1.0, help="Temperature of the tokens; 0 is greedy.")
 @options.option(
-    "--top-p", type=float, default=1.0, help="Draw from the likeliest tokens that have this probability together."
+    "--top-p", type=float, default=1.0, help="Sample only the likeliest tokens, whose probabilities add up to this."
 )
 @options.option("--max-tokens", type=int, default=256, help="Maximum tokens per output.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End an output before TEXT. Repeatable.")
@@ -62,8 +62,8 @@ def command(
 ) -> None:
     """Generate many outputs per prompt, from draws.
 
-    There are n/PER-MODEL draws from ADAPTER's posterior with PER-MODEL outputs each. Where the recommended.json of
-    ADAPTER recommends the mean, all outputs are of the mean. Writes JSONL for `ivon-post mbr`, one line per prompt:
+    Takes n/PER-MODEL draws from ADAPTER's posterior, with PER-MODEL outputs each. If ADAPTER's recommended.json
+    recommends the mean, all outputs are from the mean. Writes JSONL for `ivon-post mbr`, one line per prompt:
 
     \b
       {"prompt": …, "reference": …, "confidence": …, "semantic_entropy": …, "expected_entropy": …,

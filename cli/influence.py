@@ -23,8 +23,8 @@ _SCORES = ("loss", "leverage", "sensitivity", "on")
 @click.option("--data", "-d", required=True, metavar="FILE", help="Training data of ADAPTER: chat JSONL.")
 @click.option("--on", metavar="FILE", help="Other data: adds the effect of each row on the loss there.")
 @options.option("--by", type=click.Choice(_SCORES), default="sensitivity", help="Score that ranks the rows.")
-@click.option("--keep", type=float, metavar="SHARE", help="Write --data without the most suspicious rows to --output.")
-@click.option("--scores", metavar="FILE", help="Scores that an earlier run wrote with --output, instead of new ones.")
+@click.option("--keep", type=float, metavar="SHARE", help="Share of rows that stay: writes them to --output.")
+@click.option("--scores", metavar="FILE", help="With --keep: reuse the scores that an earlier run wrote.")
 @options.limit_option
 @options.model_options
 @options.output_options(
@@ -76,7 +76,7 @@ def command(
     elif scores:
         raise IVONError(f"--scores {scores} are used only with --keep, the share of rows that stay; give both")
     if scores and on:
-        raise IVONError(f"--on {on}: --scores has the effect on it, or has not; leave one of them out")
+        raise IVONError(f"--on {on}: --scores reuses earlier scores, so --on is not computed; leave one of them out")
     rows = load(scores, "scores") if scores else None
     with_on = any(row.on is not None for row in rows) if rows else on is not None
     ranking.check_by(by, with_on)

@@ -24,6 +24,7 @@ def command(adapter: str, ratio: float, terminal: options.Terminal) -> None:
     from axolotl_ivon.decisions.recommendation import recommended_for
     from axolotl_ivon.errors import IVONError
     from axolotl_ivon.inspect.info import describe
+    from axolotl_ivon.models.merge import PROMPT_KINDS
 
     with terminal.progress() as progress:
         facts = describe(adapter, ratio, reporter=progress)
@@ -65,6 +66,8 @@ def command(adapter: str, ratio: float, terminal: options.Terminal) -> None:
     elif facts["posterior"]:
         click.echo("σ is 0 everywhere: there is only the mean, and neither draws nor a ratio |m|/σ to prune by.")
         terminal.suggest("ivon-post", "merge", adapter)
+    elif facts["peft_type"] in PROMPT_KINDS:
+        click.echo("It changes the prompt and no weight, so there is nothing to merge, and no σ of its weights.")
     else:
         click.echo(
             "There is no ivon_sigma.safetensors: `info`, `merge`, `predict`, `eval --rows base,mean` and "

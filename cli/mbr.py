@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 )
 @click.option("--fields", metavar="A,B.C", help="Fields of JSON answers that get a confidence of their own.")
 @click.option("--recommended", metavar="FILE", help="Abstain below the threshold of a recommended.json.")
-@options.risk_options("half of the prompts certify it, the others propose it, and all need references")
+@options.risk_options("Half of the prompts are used for this test alone. All need references.")
 @options.output_options("FILE-mbr")
 @options.as_one("comparison", dict, "utility", "answer_regex", "embedding_model", "fields")
 def command(

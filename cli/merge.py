@@ -30,10 +30,10 @@ def command(
 ) -> None:
     """Merge an adapter into its base model.
 
-    Merges the mean of ADAPTER, or one draw, and writes a model that transformers loads, with its tokenizer. An adapter
-    without σ has a mean, too. ADAPTER is a folder or a Hub id and is not modified. If the mean is recommended with a
-    softmax temperature T, the merged model's logits are divided by T: its probabilities are calibrated in every
-    runtime.
+    Merges the mean of ADAPTER, or one draw, and writes a model that transformers loads, with its tokenizer. The mean of
+    an adapter without σ is merged, too. ADAPTER is a folder or a Hub id and is not modified. If the mean is recommended
+    with a softmax temperature T, the merged model's logits are divided by T, so that its probabilities are calibrated
+    in every runtime.
     """
     from axolotl_ivon.errors import IVONError
     from axolotl_ivon.models.merge import check_merge, choose_weights, merge

@@ -15,7 +15,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 
 @click.command("prune", cls=options.Sectioned)
 @options.adapter_argument
-@click.option("--ratio", type=float, help="Share of all weights that are 0 afterwards.  [default: 0.1]")
+@click.option("--ratio", type=float, help="Share of all weights to set to 0.  [default: 0.1]")
 @options.option(
     "--criterion",
     default="snr",
@@ -38,7 +38,7 @@ def command(
 ) -> None:
     """Set the least certain weights to 0.
 
-    Mean and σ of exactly round(RATIO × weights) weights are 0 afterwards. Weights that were pruned before count:
+    Afterwards mean and σ of round(RATIO × weights) weights are 0, or of as many as were pruned before if that is more:
     pruning 0.1 twice is pruning 0.1. ADAPTER is a folder or a Hub id and is not modified.
     """
     from axolotl_ivon.posterior.posterior import Posterior
@@ -52,14 +52,15 @@ def command(
         source = Posterior.from_pretrained(adapter, progress)
         posterior = source.prune(share, criterion, scope, reporter=progress)
         posterior.save_pretrained(path, output.overwrite, progress)
-        if share <= source.pruned_ratio:
-            before = f"; {source.pruned_ratio:g} of the weights were pruned before" if source.pruned_ratio else ""
+        pruned, weights = sum(posterior.pruned().values()), posterior.mean.weights
+        had = sum(source.pruned().values())
+        if pruned == had:
+            before = f"; {had:,} of {weights:,} weights were 0 before" if had else ""
             progress.notify(f"ratio {share:g} prunes nothing{before}: {path} holds {adapter} as it was")
         elif share == 1:
             all_is_lora = all(".lora_" in key and "magnitude" not in key for key in posterior.mean)
             then_what = ": with it the base model is as it was before training" if all_is_lora else ""
             progress.notify(f"ratio 1 prunes every weight of {path}{then_what}")
-        pruned, weights = sum(posterior.pruned().values()), posterior.mean.weights
     facts = {"output": str(path), "ratio": share, "criterion": criterion, "scope": scope}
     told = f"{pruned:,} of {weights:,} weights are 0 ({pruned / max(weights, 1):.2%}), by {criterion}"
     then = ["ivon-post", "eval", path, "--data", "FILE.jsonl"]

@@ -20,7 +20,8 @@ _LARGE = 10**9  # bytes; a larger ensemble is announced before it is written
 @click.option(
     "--serve",
     type=click.Choice(["vllm"]),
-    help="Also write serve.sh, which serves every member, and print its command. Modules get one rank and scaling.",
+    help="Also write serve.sh, which serves every member, and print its command. All modules then get one "
+    "rank and scaling.",
 )
 @options.output_options("ADAPTER-samples-N, beside ADAPTER")
 def command(
@@ -34,10 +35,10 @@ def command(
 ) -> None:
     """Draw an ensemble of adapters from a posterior.
 
-    Draws are at the best τ for draws that the recommended.json of ADAPTER has, whatever it recommends to predict with.
-    Writes a folder of complete PEFT adapters: sample-0000 and so on. Each loads with PeftModel.from_pretrained, and in
-    vLLM with --lora-modules sample-0000=DIR/sample-0000. ensemble.json says where they came from. ADAPTER is a folder
-    or a Hub id and is not modified.
+    Uses the τ that ADAPTER's recommended.json has for draws, even if it recommends the mean. Writes a folder of
+    complete PEFT adapters: sample-0000 and so on. Each loads with PeftModel.from_pretrained, and in vLLM with
+    --lora-modules sample-0000=DIR/sample-0000. ensemble.json says where they came from. ADAPTER is a folder or a Hub id
+    and is not modified.
 
     \b
       ivon-post sample adapter/ -n 8 --serve vllm -o ensemble/

@@ -24,8 +24,8 @@ _SECTIONS = {
     "--host", default="127.0.0.1", help="Address to listen on; any but 127.0.0.1, ::1 and localhost needs a key."
 )
 @options.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port; 0: any free one.")
-@click.option("--name", help="Name of the model that answers.  [default: the name of ADAPTER]")
-@options.option("--max-tokens", type=click.IntRange(1), default=2048, help="Tokens per answer.")
+@click.option("--name", help="Name under which the adapter is served.  [default: the name of ADAPTER]")
+@options.option("--max-tokens", type=click.IntRange(1), default=2048, help="Maximum tokens per answer.")
 @click.option("--max-queue", type=click.IntRange(0), hidden=True)
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, hidden=True)
 @click.option(
@@ -42,8 +42,8 @@ _SECTIONS = {
 @options.choice_option(
     "--combine",
     ["exact", "bleu", "chrf", "rouge", "bertscore", "rescore"],
-    "With --endpoint: the answer that others agree with most, by a utility of `mbr`; or the one of the largest "
-    "average probability (rescore).",
+    "With --endpoint, which of the members' answers to give: the one that the others agree with most, by this utility "
+    "of `mbr`, or the one with the largest average probability (rescore).",
 )
 @options.answer_option
 @click.option("--candidates", type=click.IntRange(1, 64), default=4, hidden=True)
@@ -66,7 +66,8 @@ def command(
     Answers have a confidence. The model NAME is the average of the draws, or the mean (one pass) where recommended.json
     says so, at its softmax temperature. NAME:posterior is the draws, NAME:mean the mean, NAME:member-0000 the first
     draw. Every answer has a field `ivon`: confidence, expected_entropy and mutual_information; with logprobs also of
-    every token. A page to try it is at /. Clients need the key in the environment variable IVON_API_KEY, if it is set.
+    every token. Open / in a browser to try it. If the environment variable IVON_API_KEY is set, clients must send it as
+    their key.
 
     \b
       ivon-post serve adapter/ --recommended adapter-sweep/recommended.json
@@ -114,14 +115,14 @@ def command(
             of_texts = endpoints and proxied["combine"] != "rescore" and mean_rule is None
             score = "agreement" if of_texts else "probability"
             if decided.threshold is not None and decided.score != score:
-                promised = "answers that are no choices" if decided.score == "probability" else "this one"
-                progress.notify(
-                    f"the threshold is of another confidence ({decided.score}); of {promised} it promises nothing"
-                )
+                line = "the threshold was found for the agreement of outputs, so it promises nothing here"
+                if decided.score == "probability":
+                    line = "the threshold was found for label probabilities, so it promises nothing for free answers"
+                progress.notify(line)
             if endpoints and mean_rule and mean_rule.threshold is not None and mean_rule.temperature != 1:
                 progress.notify(
-                    f"the threshold is of probabilities at T {mean_rule.temperature:.3g}; the servers have those of "
-                    "texts at 1, and of them it promises nothing"
+                    f"the threshold was found at T {mean_rule.temperature:.3g}; the servers write texts at T 1, where "
+                    "it promises nothing"
                 )
         from axolotl_ivon.serving.api.app import Guard, make_app
 

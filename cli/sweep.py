@@ -38,12 +38,12 @@ _grid: dict[str, Any] = {"type": options.numbers, "multiple": True}
 @options.option("--ratio", "ratios", **_grid, default=["0,0.1,0.3"], help="Pruning ratios to try, with commas between.")
 @options.choice_option("--objective", list(SIGNS), "Metric by which a point is chosen.")
 @options.server_options
-@options.risk_options("half of the data certifies it, a quarter chooses and a quarter reports")
+@options.risk_options("Half of the data is used for this test alone.")
 @click.option(
     "--coverage",
     type=float,
-    help="Find the probability that puts a label into the set, so that the set holds the right one this often "
-    "(`predict --set`).",
+    help="Find the probability threshold for label sets that hold the right label this often, e.g. 0.9; see "
+    "`predict --set`.",
 )
 @options.output_options("ADAPTER-sweep, or ADAPTER-weights", overwrite="Replace an earlier sweep in the target.")
 @options.as_one("files", options.evaluation_data, "data", "task", "choices", "by_length", "limit")
@@ -62,11 +62,11 @@ def command(
 ) -> None:
     """Choose temperature and pruning ratio on data.
 
-    A point of the grid is chosen on one half of the data and reported on the other. It is recommended if it is better
-    there than the mean, beyond noise; otherwise the mean is, at a softmax temperature if cross-validation says
-    that one helps. Writes two pictures (PNG and SVG), accuracy against calibration error with the Pareto front, and
-    reliability diagrams; and recommended.json, which other commands take as --recommended. With -o ADAPTER it replaces
-    that of training in the adapter's own folder, from where they take it by themselves.
+    One half of the data chooses a point of the grid, and the other half reports on it. The point is recommended if it
+    is better there than the mean, beyond noise. Otherwise the mean is recommended, at a softmax temperature if
+    cross-validation says that one helps. Writes recommended.json, which other commands take as --recommended, and two
+    pictures (PNG and SVG): accuracy against calibration error with the Pareto front, and reliability diagrams. With -o
+    ADAPTER, recommended.json replaces that of training in the adapter's own folder, where other commands find it.
 
     With --combine, the posteriors of several ADAPTERs are multiplied at a grid of weights. Each product is evaluated on
     every FILE, at the mean unless --samples is given. Writes the product that is best on average as an adapter, with

@@ -44,6 +44,12 @@ def test_the_page_on_training_has_every_key_as_the_table_of_settings_has_it() ->
     assert head + "\n".join(rows) + "\n\n" in (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
 
 
+def test_every_test_in_the_table_of_support_is_a_file() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "support.md").read_text(encoding="utf-8")))
+    assert named
+    assert named <= {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+
+
 def test_help_and_page_have_the_rows_of_an_evaluation() -> None:
     from click import Context
 

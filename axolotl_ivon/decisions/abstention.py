@@ -1,7 +1,7 @@
-"""Abstention with a promise: the confidence from which on at most a given share of the answers is wrong.
+"""Abstention with a promise: a confidence threshold above which at most a given share of the answers is wrong.
 
-Wanted is a threshold t with risk(t) = P(wrong | confidence ≥ t) ≤ r, and that with probability 1 − δ over the examples
-that it is found on. It is learn-then-test (Angelopoulos et al. 2021, arXiv 2110.01052) with fixed-sequence testing:
+Find a threshold t such that risk(t) = P(wrong | confidence ≥ t) ≤ r, with probability 1 − δ over the examples used to
+find it. This is learn-then-test (Angelopoulos et al. 2021, arXiv 2110.01052) with fixed-sequence testing:
 
     H_j: risk(t_j) > r, for t_1 > t_2 > …        tested from one t_j on towards looser ones, each at level δ
     p_j = P(Binomial(n_j, r) ≤ k_j)              k_j wrong of the n_j examples with confidence ≥ t_j

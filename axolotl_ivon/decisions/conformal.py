@@ -72,6 +72,7 @@ def describe(sets: PredictionSet, parts: int = 1) -> str:
         enough = f"{fewest} are enough" if parts == 1 else f"give {parts * fewest}, {fewest} of them for this test"
         return f"{line}; {enough}"
     return (
-        f"sets that hold the right label in {share}: labels from probability {sets.threshold:.4g} on; on the other "
-        f"examples {sets.size or 0:.2f} labels, right in {100 * (sets.covered or 0):.1f} %"
+        f"sets that hold the right label of {share} of the texts: every label with a probability of at least "
+        f"{sets.threshold:.4g}; on the other examples a set has {sets.size or 0:.2f} labels on average and holds the "
+        f"right one in {100 * (sets.covered or 0):.1f} %"
     )

@@ -72,7 +72,7 @@ class Decider:
         served: ServedModel | None = None,
     ) -> None:
         if rule.threshold is not None and rule.score != "probability":
-            reporter.notify(f"the threshold of the recommendation is of another confidence ({rule.score}): not used")
+            reporter.notify(f"the recommended threshold was found for the {rule.score} of outputs, so it is not used")
             rule = replace(rule, threshold=None)
         if rule.threshold is not None and not 0 <= rule.threshold <= 1:
             raise IVONError(f"{param_ref('threshold')} {rule.threshold:g} is outside [0, 1]; it is a probability")

@@ -1,4 +1,4 @@
-"""What a recommendation means for an adapter: recommended.json, applied. Imports no torch."""
+"""Apply a recommended.json to an adapter. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Recommended:
         path: the file.
         tau, ratio: what to predict with, `posterior.prune(ratio).temper(tau)`; at τ = ∞ it is the mean, without draws.
         rule: what is made of that prediction.
-        draws: τ and softmax temperature for who asks for draws, at the same ratio; where draws are what to predict
-            with, these. None: nobody has tried draws, or the adapter is the mean alone.
-        mean_temperature: softmax temperature of the mean: the recommended one where the mean is recommended, 1 where no
-            T helps it; beside draws or pruned weights the one that they were compared with.
+        draws: τ and T used when draws are asked for, at the same ratio; if draws are recommended, theirs. None: draws
+            were never tried, or the adapter is the mean alone.
+        mean_temperature: T for the mean: the recommended one if the mean is recommended unpruned, else the one fitted
+            to the mean at the same time, else 1.
     """
 
     path: Path
@@ -56,9 +56,9 @@ class Recommended:
         return VariantChoice((), draws.tau, self.ratio, added)
 
     def for_draws(self) -> Recommended:
-        """Return what holds for who asks for draws; without a best τ, the posterior as it is.
+        """Return what to predict with when draws are asked for: the best known, or the posterior as it is.
 
-        A threshold is of the prediction that is recommended, and stays only where that is made of draws.
+        The threshold stays only if draws are recommended, since it belongs to the recommended prediction.
         """
         if not self.is_mean:
             return self

@@ -1,4 +1,4 @@
-"""Predictions of a posterior on data, their quality, and the choice of temperature and pruning ratio."""
+"""Predictions of a posterior on data, and their quality."""
 
 # The ways to predict that `eval --rows` names: the paper's, and those that a recommendation adds. The CLI's help has
 # them, so they stand where nothing else is imported.

@@ -242,10 +242,10 @@ class EvaluationData:
         files: JSONL files of chats.
         ood: files out of their distribution; where labels are predicted, texts and chats without answers will do.
         calibrate: a file to fit softmax temperatures on.
-        task: "choice", "generate" or "classify"; by default "classify" if the adapter has a classification head, else
-            what the answers look like (`detect_task`).
-        choices: the strings to choose from; by default the answers of training, where all in `files` are among them,
-            else the answers in `files`.
+        task: "choice", "generate" or "classify"; by default "classify" if the adapter has a classification head,
+            "choice" if `choices` are given or every answer is a label of training, else by the answers (`detect_task`).
+        choices: the strings to choose from; by default the labels of training if every answer is one of them, else the
+            answers in `files`.
         by_length: score choices by the mean log-probability of their tokens; by default by the sum.
         limit: take the first so many examples of each file.
         risk, coverage: the share of wrong answers, or of sets with the right one, that is to be promised, or None. The
@@ -406,7 +406,7 @@ class Evaluation:
     def temperatures(
         self, variants: Sequence[Variant], sampling: Sampling = Sampling(), reporter: Reporter = SILENT
     ) -> list[Variant]:
-        """Return NAME+temperature for each variant, with the temperature that minimizes the NLL of `data.calibrate`.
+        """Return NAME+temperature for each variant, with the temperature that minimizes the NLL of `held_out`.
 
         It is fitted on as many of the file's first examples as fit the memory.
         """

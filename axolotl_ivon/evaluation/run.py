@@ -150,8 +150,8 @@ def _without_threshold(variant: Variant, task: str, reporter: Reporter) -> Varia
     """Return the variant without a threshold that is of something else than the confidence of one answer."""
     if variant.threshold is None or (task != "generate" and variant.score == "probability"):
         return variant
-    what = "single answers, and generate scores tokens" if variant.score == "probability" else "the outputs' agreement"
-    reporter.notify(f"the threshold of the recommendation is of {what}: use it with `ivon-post mbr`")
+    what = "whole answers, and generate scores tokens" if variant.score == "probability" else "the agreement of outputs"
+    reporter.notify(f"the recommended threshold was found for {what}; use it with `ivon-post mbr`")
     return replace(variant, threshold=None)
 
 

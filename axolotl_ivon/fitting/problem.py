@@ -42,8 +42,8 @@ class Settings:
     ess: float | None = None  # λ; None for that of `ivon_preset: auto` for as many examples
     prior: Literal["empirical"] | float = "empirical"  # as in `IVONLoRA`, as is its strength
     prior_strength: float = 1.0
-    # A file; of λ from 1/64 to 64 times the default, take the one whose averaged draws have the lowest NLL there. tfb
-    # finds the width there, by default on the training data.
+    # A data file. fisher and ivon choose λ on it, from 1/64 to 64 times the default, by the NLL of averaged draws; tfb
+    # finds the width on it, by default on the training data.
     validation: str | None = None
     tolerance: float | None = None  # the NLL of averaged draws there may be this many nats above that of the mean
     samples: int = 10  # draws that are averaged

@@ -62,8 +62,8 @@ def diagnose(path_or_hub_id: str | os.PathLike[str], reporter: Reporter = SILENT
         text = f"a draw raises the loss of an example by at most about {cost:.2g} nats"
         text += ", which may destroy what the model knows; a larger λ or τ narrows the draws" if cost > COSTLY else ""
         if q.training_tau > 1 and q.tau > 1 and noise < NARROW:  # rightly, in a short run
-            text += f"; training narrowed the draws by τ {q.training_tau:g}, so that they hardly differ from the mean: "
-            text += f"a further τ of {1 / q.tau:.3g} widens them to what λ says"
+            text += f"; training narrowed the draws by τ {q.training_tau:g}, so they hardly differ from the mean: a "
+            text += f"further τ of {1 / q.tau:.3g} undoes all narrowing"
         run_findings.append(Finding("draws", cost <= COSTLY, text))
     elif noise:
         text = f"the draws disturb the model by D = {noise:.2g}, where 20 to 80 is usual"

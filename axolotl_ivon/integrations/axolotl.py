@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
+# Methods of `rl` for which axolotl has the base model alone, and saves that: TRL puts the adapter into it.
+_BASE_ALONE = ("dpo", "ipo", "kto")
+
 
 class ConfigError(IVONError, SystemExit):
     """A refused YAML: the one line, and no traceback, also where axolotl runs without a command line around it."""
@@ -90,6 +93,7 @@ class IVONLoRAPlugin(BasePlugin):
         if cfg.optimizer != OPTIMIZER:
             return
         from ..training.attach import attach
+        from ..training.patches import save_the_adapter_of
         from ..training.processes import check_sharding
 
         settings = attach_parameters(cfg)
@@ -103,6 +107,11 @@ class IVONLoRAPlugin(BasePlugin):
                 run.header = {**run.header, "chat_template_kwargs": json.dumps(cfg.chat_template_kwargs)}
             run.logs_verdict, self._verdict, self._post_trains = False, run.verdict, 0
             trainer.args.max_grad_norm = cfg.max_grad_norm or 0.0
+            options = trainer.args.lr_scheduler_kwargs or {}
+            if cfg.lr_scheduler == "one_cycle" and isinstance(options, dict):  # torch's would set β1 in every step
+                trainer.args.lr_scheduler_kwargs = {"cycle_momentum": False, **options}
+            if cfg.rl in _BASE_ALONE:
+                save_the_adapter_of(run)
             check_sharding(trainer)
 
     def post_train(self, cfg: DictDefault, model: PeftModel) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import IVONError
 from ..posterior.adapter import Adapter
 from ..posterior.chain import YAML_KEYS, check_prior
-from ..settings.keys import DEFAULTS, FULL_WEIGHTS, check_rollouts, check_values, prior_folder, sends_adapters
+from ..settings.keys import DEFAULTS, check_rollouts, check_values, prior_folder, sends_adapters
 from ..settings.presets import Preset, resolved
 from ..settings.table import OPTIMIZER, SETTINGS
 
@@ -81,6 +81,11 @@ def check_config(cfg: Mapping[str, Any], axolotl_keys: Collection[str] = ()) -> 
     given = {**DEFAULTS, **check_values(cfg)}
     _check_other_keys(cfg, {*LORA_KEYS, *axolotl_keys})
     preset = resolved(given["ivon_preset"], {s.name: given.get(s.key) for s in SETTINGS})
+    if preset.travel is None and not number(cfg, "learning_rate"):
+        raise IVONError(
+            f"learning_rate: none is given, and ivon_preset: {given['ivon_preset']} has none of its own; set one, "
+            "1e-2 to 1e-1 for IVON's step"
+        )
     preset.alpha(number(cfg, "learning_rate"), given["ivon_rescale_lr"])
     preset = preset.with_direction(given["ivon_prior"], given["ivon_rescale_lr"], cfg.get("rl") == "grpo")
     _check_rollouts(cfg, given)
@@ -167,6 +172,11 @@ def _check_other_keys(cfg: Mapping[str, Any], known: Collection[str]) -> None:
             f"weight_decay: {cfg['weight_decay']} has no effect with optimizer: {OPTIMIZER}; the prior takes its "
             "place: remove it, or set ivon_prior to a number"
         )
+    if number(cfg, "val_set_size") == 1:
+        raise IVONError(
+            "val_set_size: 1 is all of the data for axolotl, which leaves none to train on; set a number of examples "
+            "from 2 on, or a share below 1"
+        )
     for key in ("streaming", "pretraining_dataset"):
         if cfg.get(key) and cfg.get("ivon_lambda") is None:
             raise IVONError(f"{key}: streamed data has no length for λ; set ivon_lambda, 1e7 say")
@@ -195,16 +205,15 @@ def _check_rollouts(cfg: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     trl = cfg.get("trl") or {}
     if not isinstance(trl, Mapping):
         raise IVONError(f"trl: {trl!r} holds no keys; give a mapping, such as trl: {{num_generations: 8}}")
-    hindrances = {
-        f"trl.{FULL_WEIGHTS}": trl.get("use_vllm") and not sends_adapters(trl),
-        **{f"trl.{key}: {trl.get(key)}": trl.get(key) for key in ("async_prefetch", "rollout_func")},
-    }
+    hindrances = {f"trl.{key}: {trl.get(key)}": trl.get(key) for key in ("async_prefetch", "rollout_func")}
+    generations = int(number(trl, "num_generations", prefix="trl.") or GRPO_DEFAULTS["num_generations"])
+    # With a size of its own, batches of completions are of as many micro-batches as processes make of it.
+    steps = 0 if trl.get("generation_batch_size") else int(number(cfg, "gradient_accumulation_steps", 1))
     check_rollouts(
         given["ivon_rollouts"],
         given.get("ivon_rollout_draws"),
         online=cfg.get("rl") == "grpo",
-        generations=int(number(trl, "num_generations", prefix="trl.") or GRPO_DEFAULTS["num_generations"]),
-        # With a size of its own, batches of completions are of as many micro-batches as processes make of it.
-        steps=0 if trl.get("generation_batch_size") else int(number(cfg, "gradient_accumulation_steps", 1)),
+        multiples={"num_generations": generations, "gradient_accumulation_steps": steps},
+        full_weights="trl.use_vllm" if trl.get("use_vllm") and not sends_adapters(trl) else "",
         hindrance=next((name for name, value in hindrances.items() if value), ""),
     )

@@ -57,7 +57,9 @@ PENALTIES = np.array([penalty(temperature) for temperature in TEMPERATURE_GRID])
 
 
 def added_by_a_temperature(losses: np.ndarray) -> float:
-    """Return the nats that the T of all others adds to the NLL of each example, in all.
+    """Return how much the NLL of all examples changes if each gets the T fitted to the others; below 0, T helps.
+
+    It is in nats, summed over the examples.
 
     Args:
         losses: NLL of the examples, summed over their labels, at each of TEMPERATURE_GRID, (examples, T).

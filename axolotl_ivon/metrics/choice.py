@@ -18,9 +18,10 @@ Candidate = TypeVar("Candidate")
 
 
 def cross_validated(losses: np.ndarray, penalties: np.ndarray, column: int) -> float:
-    """Return what each example's loss is, in all, above that in `column`, if the others choose its column.
+    """Return the leave-one-out change of the loss: summed over examples, and below 0 if the choice helps.
 
-    Halves would not do: of 200 examples they want temperatures from 0.7 to 2.1 where all want 1.4.
+    It is each example's loss in the column that the other examples choose, minus its loss in `column`. Two halves would
+    not do: those of 200 examples choose temperatures from 0.7 to 2.1 where all choose 1.4.
 
     Args:
         losses: of examples at the values that are chosen from, (examples, values).

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import IVONError, one_line
+from ..errors import IVONError, one_line, param_ref
 from ..posterior.adapter import Adapter
 from ..posterior.posterior import Posterior
 from ..posterior.tensors import Tensors
@@ -17,6 +17,8 @@ from ..storage.format import DTYPES, TOKENIZER_FILES, copy_companions, find_base
 from .session import Loading, has_head, load_model, load_tokenizer
 
 _SHARD = "5GB"  # the most that one file holds
+# Kinds of adapters that change the prompt, so that no weight of the base model can hold them.
+PROMPT_KINDS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 
 
 def merge(
@@ -41,8 +43,8 @@ def merge(
             `models.temperature.build_in_temperature`.
 
     Raises:
-        IVONError: a base model that cannot be loaded or does not fit, one that T cannot be built into, weights that are
-            NaN after merging, or a folder that exists or cannot be written.
+        IVONError: a base model that cannot be loaded or does not fit, that is stored quantized or that T cannot be
+            built into, weights that are NaN after merging, or a folder that exists or cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -50,6 +52,7 @@ def merge(
     with new_folder(Path(folder), overwrite, [adapter.folder, *filter(Path.is_dir, [Path(base)])]) as new:
         reporter.advance("loading the base model", 0, 0)
         from transformers import AutoConfig
+        from transformers.utils import GENERATION_CONFIG_NAME
 
         from .draws import AdapterSlots
 
@@ -59,6 +62,11 @@ def merge(
                 own = str(AutoConfig.from_pretrained(base, trust_remote_code=False).dtype).removeprefix("torch.")
                 dtype = own if own in DTYPES else dtype
         model = load_model(adapter.folder, Loading(base, device="cpu", dtype=dtype), classify=has_head(adapter))
+        if getattr(model.get_base_model(), "is_quantized", False):
+            raise IVONError(
+                f"the base model {base} is stored quantized, and merged weights cannot be; "
+                f"name the one that it was made from with {param_ref('base_model')}"
+            )
         reporter.advance("merging", 0, 0)
         slots = AdapterSlots(model)
         slots.check(tensors)
@@ -75,10 +83,16 @@ def merge(
 
             build_in_temperature(merged, temperature)
         reporter.advance("writing", 0, 0)
+        # Many public models have a temperature without do_sample, which transformers reads but refuses to write.
+        generation = merged.generation_config if merged.can_generate() else None
+        if generation is not None:
+            merged.generation_config = type(generation)()
         try:
             merged.save_pretrained(new, max_shard_size=_SHARD)
         except SafetensorError as error:  # its writer does not raise OSError when the disk is full
             raise IVONError(f"{folder} cannot be written ({one_line(error)})") from error
+        if generation is not None:
+            generation.to_json_file(new / GENERATION_CONFIG_NAME)
         if (adapter.folder / "tokenizer_config.json").exists():
             copy_companions(adapter.folder, new, TOKENIZER_FILES)
         else:
@@ -121,8 +135,13 @@ def check_merge(adapter: Adapter, loading: Loading = Loading()) -> str:
     """Return the base model that `merge` loads; its arguments are checked without torch, before anything is loaded.
 
     Raises:
-        IVONError: an unknown kind of model, or a base model that is not there.
+        IVONError: an unknown kind of model or adapter, or a base model that is not there.
     """
+    if adapter.config.get("peft_type") in PROMPT_KINDS:
+        raise IVONError(
+            f"{adapter.folder} is of peft_type {adapter.config['peft_type']}, which changes the prompt and no weight, "
+            "and cannot be merged; use it with PEFT as it is"
+        )
     kind = adapter.config.get("task_type") or "CAUSAL_LM"
     if kind not in ("CAUSAL_LM", "SEQ_CLS"):
         raise IVONError(f"{adapter.folder} has task_type {kind}; merge knows CAUSAL_LM and SEQ_CLS")

@@ -86,8 +86,8 @@ class IVONLoRA(Optimizer):
 
         m ← m − α·ξ·clip((g/(1−β1^t))/√E[ĝ²], ±1)            E[ĝ²] = E[B·ĝ²]·E[1/B] is debiased, as Adam's is
 
-    Where g/p is at ±ξ for nearly all weights, a step is a sign, several times as long as Adam's at the same rate where
-    gradients are mostly noise; this one is as long as Adam's.
+    With "newton", g/p is often cut at ±ξ for nearly all weights. A step is then a sign, several times longer than
+    Adam's at the same rate if gradients are mostly noise. Steps of "adam" are as long as Adam's.
 
     Run every forward and backward pass inside `sampled_params()`, which puts a draw θ = m + σ·ε into the
     parameters, and call `step()` outside of it. With gradient accumulation, enter it once for each
@@ -130,8 +130,8 @@ class IVONLoRA(Optimizer):
             It is an option of the groups, so it may be set anew before a step.
         direction: "newton" for g/p, or "adam" for ξ·g/√E[ĝ²], which needs squared gradients and the empirical prior.
         tau: temperature τ of the posterior: λ·τ takes the place of λ, and σ is 1/√τ as wide, in training as afterwards.
-        h0_steps: number of steps that h0 counts as, k: the memory of p is 1−β2 = 1/(t+k) until that falls below the
-            one of `betas`, so that what p starts from is soon forgotten. None for the same β2 in every step.
+        h0_steps: k, how many steps h0 counts as: in step t, 1−β2 is 1/(t+k) as long as that is larger than the one of
+            `betas`, so the start is soon forgotten. None: the same β2 in every step.
         rescale_lr: whether the learning rate of a tensor is (h0 + δ)·α, the optional line of IVON's Algorithm 1. A step
             from p = h0 + δ is then as long as the gradient, so α is of the size that it has for SGD.
         seed: seed of the draws. A draw depends on the seed, the number of draws before it and the place of
@@ -449,9 +449,9 @@ class IVONLoRA(Optimizer):
     def sigma_for_next_prior(self, param: Tensor) -> Tensor:
         """Return the σ that is saved of a parameter: float32, the parameter's shape, finite and positive.
 
-        It is `sigma`, but for a prior of every weight's own with κ > 1. That κ makes up for what a Gaussian without
-        correlations does not know of the old data, and says nothing of how many they were. So they count once in the
-        posterior, 1/(λ·(p − δ + δ/κ)): else strengths would multiply along a chain.
+        It is `sigma`, except with an earlier posterior as prior and κ > 1. Such a κ corrects for correlations that a
+        diagonal Gaussian ignores, not for the amount of old data. So the saved σ² = 1/(λ·(p − δ + δ/κ)) counts the
+        prior once; otherwise κ would multiply along a chain.
         """
         group, state = self._group_of(param), self._state_of(param)
         if group["prior"] != _GAUSSIAN or group["prior_strength"] <= 1:

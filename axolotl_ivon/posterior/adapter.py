@@ -207,7 +207,8 @@ def save_sigma(folder: str | os.PathLike[str], sigma: Mapping[str, torch.Tensor]
 
     Args:
         sigma: the standard deviations, under the names and in the shapes of the adapter's tensors.
-        header: what the run knows. Format, version, fingerprint of the mean, τ = 1 and pruned ratio 0 are added.
+        header: what the run knows. Format, version and fingerprint of the mean are added; so are τ = 1 and pruned
+            ratio 0 if it has none.
 
     Raises:
         IVONError: names or shapes differ from the adapter's, σ is negative, NaN or infinite, or the file

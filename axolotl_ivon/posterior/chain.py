@@ -166,9 +166,9 @@ def check_prior(prior: str | Posterior, config: Mapping[str, Any]) -> None:
         raise IVONError(f"{named} has no σ, so it is no posterior: train it with ivon_lora, or use it without a prior")
     header = held.metadata
     if posterior_number(header, "pruned_ratio") or UNPRUNED in header:
-        raise IVONError(f"{named} is pruned, and what is 0 would stay 0: give the adapter as it was before")
+        raise IVONError(f"{named} is pruned, and pruned weights cannot be trained; give the adapter before pruning")
     if math.isinf(posterior_number(header, "tau")):
-        raise IVONError(f"{named} has tau inf, so it has no width: give the adapter as it was before")
+        raise IVONError(f"{named} has tau inf, so it has no width; give the adapter before tempering")
     bases = [PurePath(str(x.get("base_model_name_or_path"))).name for x in (held.config, config)]
     if bases[0] != bases[1] and "None" not in bases:
         raise IVONError(f"{named} is over {bases[0]} and this adapter over {bases[1]}; give a posterior over that")

@@ -38,7 +38,7 @@ def remembers_too_long(beta2: float, steps: int) -> bool:
 
 
 def travel_finding(travel: float, lr: float, by_hand: bool) -> Finding:
-    """Return whether weights can travel far enough, Σ α_t·ξ; of a rate set `by_hand` more is asked."""
+    """Return the finding on whether weights can travel far enough, Σ α_t·ξ; a rate set `by_hand` must allow more."""
     text, short = f"in this run a weight can move by {travel:.3g} at most", by_hand and travel < SHORT_REACH
     if travel < HARDLY_MOVED and not by_hand:
         text, short = f"{text}, so next to nothing can be learned: train longer, or raise learning_rate", True

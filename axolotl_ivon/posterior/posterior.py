@@ -134,7 +134,7 @@ class Posterior:
 
     @property
     def training_tau(self) -> float:
-        """The temperature that its training chose, a factor of `tau`: it narrows draws and says nothing of the data."""
+        """The factor of `tau` that training chose to narrow its draws; it says nothing about the data."""
         return posterior_number(self.metadata, TRAINING_TAU)
 
     @property
@@ -162,9 +162,10 @@ class Posterior:
 
         `criterion` is "snr" (|m|/σ, smallest first; arXiv 2506.14280), "sigma" (largest σ first), "magnitude",
         "random" (drawn with `seed`), or one that an extension adds. `scope` is "adapter" (ranked over all
-        tensors) or "tensor" (the same share of each). Exactly round(ratio·weights) weights are 0
-        afterwards, those that were pruned before included; ties are broken by name and place. Tensors that
-        were saved but not trained (σ is 0 all over, the mean is not) are neither pruned nor counted.
+        tensors) or "tensor" (the same share of each). Afterwards round(ratio·weights) weights are 0, or as many as were
+        pruned before if that is more; ties are broken by name and place. Tensors that were saved but not trained (σ is
+        0 everywhere, the mean is not) are neither pruned nor counted. Two copies of a tensor, saved because the model
+        shares it, are pruned alike.
 
         Raises:
             IVONError: a ratio outside [0, 1], an unknown criterion or scope, or σ that is 0 everywhere.
@@ -247,11 +248,11 @@ class Posterior:
         return Tensors(specs, at)
 
     def sample(self, seed: int = 0, member: int = 0) -> dict[str, torch.Tensor]:
-        """Return one draw θ ~ q: mean + σ·ε in float32, rounded to the mean's dtype, under PEFT's names.
+        """Return one draw θ ~ q: mean + σ·ε, rounded to the mean's dtype, under PEFT's names.
 
-        ε ~ N(0, I) depends on `seed`, `member` and the tensor's name alone: it is the same on every machine, in
-        every thread, and for every τ and pruning ratio. Where σ is 0 the draw is the mean. Tensors that
-        were saved twice because the model shares them get one draw.
+        The sum is taken in float32, for a float64 mean in float64. ε ~ N(0, I) depends only on `seed`, `member` and
+        the tensor's name: it is the same on every machine, in every thread, and for every τ and pruning ratio. Where
+        σ is 0 the draw is the mean. Tensors that were saved twice because the model shares them get one draw.
         """
         return dict(self.draw(seed, member))
 
@@ -287,8 +288,8 @@ class Posterior:
         if prior is None or prior.metadata.get("mean_sha256") != sha256:
             folders = " and ".join(str(q.folder) for q in children)
             raise IVONError(
-                f"{folders} go on from one posterior, which is not at {name} any more; give its folder as well: what "
-                "it knows counts once either way"
+                f"{folders} continue one posterior, which is no longer at {name}; give its folder as well (what it "
+                "knows still counts once)"
             )
         return prior.temper(posteriors[0].tau / prior.tau) if prior.tau != posteriors[0].tau else prior
 
@@ -313,7 +314,11 @@ class Posterior:
         priors = [cls._prior_of(posteriors, sha256) for sha256 in shared([q.metadata for q in posteriors])]
         parts = combine(posteriors, method, share, priors if method == "precision" else ())
         inputs = [folder for q in posteriors for folder in q.inputs]
-        return cls(*parts, folder=posteriors[0].folder, inputs=inputs)
+        combined = cls(*parts, folder=posteriors[0].folder, inputs=inputs)
+        if any(q.pruned_ratio for q in posteriors):
+            pruned = sum(combined.pruned().values()) / max(combined.mean.weights, 1)
+            combined.metadata["pruned_ratio"] = repr(pruned)
+        return combined
 
 
 def check_tau(tau: float) -> None:

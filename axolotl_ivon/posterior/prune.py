@@ -59,7 +59,7 @@ class Pruning:
     """How many weights to prune, and which go first.
 
     Attributes:
-        ratio: the share of all weights that is 0 afterwards.
+        ratio: the share of all weights that is 0 afterwards; more are if more were pruned before.
         criterion: the name of a score; the weights with the smallest go first.
         scope: "adapter" (ranked over all tensors) or "tensor" (the same share of each).
         seed: seed of what a criterion draws.
@@ -90,7 +90,8 @@ def pruning_masks(
 ) -> dict[str, tuple[np.ndarray, int]]:
     """Return, per tensor, the weights to prune as packed bits (np.packbits), and how many are 0 afterwards.
 
-    Which those are, `Posterior.prune` says. `aliases` names the tensor whose random numbers another one uses.
+    Which those are, `Posterior.prune` says. `aliases` has name -> first name of tensors that were saved twice: the copy
+    is pruned where the first one is.
 
     Raises:
         IVONError: scores are NaN or of another shape, or σ is 0 everywhere.
@@ -103,7 +104,7 @@ def pruning_masks(
         m, s = mean.float32(key), sigma.raw(key)
         if score in _ELEMENTWISE:
             m, s, step = m.reshape(-1)[::step], s.reshape(-1)[::step], 1
-        random = generator("prune", pruning.seed, aliases.get(key, key))
+        random = generator("prune", pruning.seed, key)
         values = np.asarray(score(key, m, s, random), np.float32)
         if values.shape != m.shape:
             raise IVONError(f"criterion {criterion!r} gave shape {values.shape} for {key}")
@@ -122,7 +123,7 @@ def pruning_masks(
         return bool(sigma.raw(key).any() or not mean.raw(key).any())
 
     taking = mean.each(takes_part, "reading", reporter)
-    keys = sorted(key for key in taking if taking[key])
+    keys = sorted(key for key in taking if taking[key] and key not in aliases)
     if not keys and pruning.ratio > 0:
         raise IVONError("σ is 0 everywhere, so no weight is less certain than another; prune before tau inf")
     total = sum(map(mean.size, keys))
@@ -135,7 +136,7 @@ def pruning_masks(
         weights = sum(map(mean.size, group))
         if count := round(pruning.ratio * weights):
             marked.update(_lowest(group, scores, count, weights, done))
-    return marked
+    return marked | {copy: marked[first] for copy, first in aliases.items() if first in marked}
 
 
 def _lowest(

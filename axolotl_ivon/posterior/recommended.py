@@ -1,4 +1,4 @@
-"""Whether a recommended.json is of an adapter, and which τ makes of that what was evaluated. Imports no torch."""
+"""Check that a recommended.json belongs to an adapter, and convert its τ for that adapter. Imports no torch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def recommended_from(path: Path, adapter: Adapter | Mapping[str, str], name: str
 
 
 def tau_on_top(record: Recommendation, header: Mapping[str, str], tau: float) -> float:
-    """Return the τ that makes of an adapter's posterior that of the recommendation at `tau`."""
+    """Return the τ to apply to this adapter, which may be tempered already, to reach the recommendation's `tau`."""
     swept = tau * record.adapter_tau
     return math.inf if math.isinf(swept) else swept / posterior_number(header, "tau")
 
@@ -65,9 +65,9 @@ def _header(adapter: Adapter, record: Recommendation) -> Mapping[str, str]:
 
 
 def _check(record: Recommendation, header: Mapping[str, str], named: str, fix: str = "") -> None:
-    """Raise IVONError unless the recommendation is of the adapter with this header; one without a hash is of any.
+    """Raise IVONError unless the recommendation belongs to the adapter with this header.
 
-    The adapter may have been made of the one that was evaluated by `temper` and `prune`.
+    One without a hash belongs to any adapter. `temper` and `prune` may have made the adapter from the evaluated one.
     """
     sha, pruned = record.mean_sha256, posterior_number(header, "pruned_ratio")
     if sha is not None and sha not in (header.get("mean_sha256"), header.get(UNPRUNED)):

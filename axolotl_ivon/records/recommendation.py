@@ -70,14 +70,17 @@ class SweepVerdict(Record):
 
 
 class DrawsPoint(Record):
-    """The best temperatures of draws, for who asks for draws where the mean is recommended."""
+    """The best τ and T of draws, used when draws are asked for although the mean is recommended."""
 
     tau: Tau
     temperature: float = 1.0
 
 
 class PredictionSet(Record):
-    """From which probability on a label is in the set that holds the right one with probability `coverage`."""
+    """The least probability with which a label enters the set.
+
+    The set holds the right label with probability `coverage`.
+    """
 
     coverage: float
     threshold: Share
@@ -89,7 +92,7 @@ class PredictionSet(Record):
 class Recommendation(Record):
     """How to predict with an adapter: τ and pruning ratio, and from which confidence on to answer.
 
-    What only `ivon-post sweep` finds out is None in another's file.
+    Fields that only `ivon-post sweep` fills keep their defaults in a file of training or of `ivon-post mbr`.
     """
 
     written_by: ClassVar[str] = "ivon-post sweep"

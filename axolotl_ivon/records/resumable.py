@@ -25,7 +25,7 @@ class ResumableFile:
     """Lines of one run, and beside them FILE.settings.json with what they were made with.
 
     What was written is on the disk before the next is made; half a line at the end, which an interrupt may leave, is
-    dropped. `done` lines are there (0 before `resume`).
+    dropped. `done` is the number of lines in the file, once `_lines` has read those of an earlier run.
 
     Args:
         settings: what the lines depend on; a file that was made with others is refused.

@@ -14,10 +14,6 @@ from .table import OPTIMIZER, SETTINGS
 # Values of unset keys that are the same by every preset. The fields themselves default to None, so that a run with
 # another optimizer has no trace of them in its configuration.
 DEFAULTS = {s.key: s.auto for s in SETTINGS if s.auto == s.paper and s.auto is not None}
-# What `rollouts: draws` does not go with: a draw is sent as an adapter, or not at all.
-FULL_WEIGHTS = (
-    "use_vllm: true unless vllm_mode: server, use_data_producer: true and vllm_lora_sync: true have it get adapters"
-)
 _KEYS = {s.name: s.key for s in SETTINGS} | {"betas": "ivon_beta1 and ivon_beta2"}
 
 
@@ -82,15 +78,22 @@ def sends_adapters(trl: Mapping[str, Any]) -> bool:
 
 
 def check_rollouts(
-    rollouts: str, draws: int | None, *, online: bool, generations: int, steps: int, hindrance: str = ""
+    rollouts: str,
+    draws: int | None,
+    *,
+    online: bool,
+    multiples: Mapping[str, int],
+    full_weights: str = "",
+    hindrance: str = "",
 ) -> int:
     """Return how many draws write a group of completions: 0 where the mean writes them.
 
     Args:
         rollouts, draws: the settings `rollouts` and `rollout_draws`.
         online: whether the run is GRPO.
-        generations: `num_generations`, the completions of a group.
-        steps: the micro-batches that completions are trained in after they were written, or 0 where it is unknown.
+        multiples: the numbers that the number of draws must divide, by the names of their settings: the completions of
+            a group, and the micro-batches that completions are trained in. 0 stands for an unknown number.
+        full_weights: the name of `use_vllm` if vLLM would get full weights; a draw can be sent as an adapter only.
         hindrance: a setting, with its value, with which completions are not written in this process by `generate`.
 
     Raises:
@@ -106,13 +109,20 @@ def check_rollouts(
         return 0
     if not online:
         raise IVONError(f"{param_ref('rollouts')}: draws is for GRPO alone; remove it")
+    if full_weights:
+        raise IVONError(
+            f"{param_ref('rollouts')}: draws needs a vLLM server that gets adapters: with {full_weights}: true set "
+            "vllm_mode: server, use_data_producer: true and vllm_lora_sync: true"
+        )
     if hindrance:
         raise IVONError(f"{param_ref('rollouts')}: draws does not go with {hindrance}; remove one of them")
     count = 2 if draws is None else draws
-    for name, value in (("num_generations", generations), ("gradient_accumulation_steps", steps)):
-        if count < 1 or value % count:
+    if count < 1:
+        raise IVONError(f"{param_ref('rollout_draws')}: {count} is refused, it must be at least 1")
+    for name, value in multiples.items():
+        if value % count:
             raise IVONError(
                 f"{param_ref('rollout_draws')}: {count} does not divide {name}: {value}; choose a divisor of both "
-                "num_generations and gradient_accumulation_steps, so that every draw has as many completions"
+                f"{' and '.join(multiples)}, so that all draws write equally many completions"
             )
     return count

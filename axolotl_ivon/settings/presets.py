@@ -1,4 +1,4 @@
-"""What settings are that nobody gave: the paper's values, or a rule that fits them to the run."""
+"""The values of settings that nobody gave: the paper's, or those of rules that fit them to the run."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def effective_sample_size(n: int, gamma: float = 5000.0) -> float:
 def usual_rate(config: Any, epochs: float, matrices: int = 0) -> float:
     """Return the learning rate of a run by Adam's direction that gives none, from the model's transformers config.
 
-    It is 5e-4 for SmolLM2-135M, 2e-4 for Qwen2.5-0.5B, and 1.1e-4 for Llama-3.1-8B, and in few passes over the data
-    twice that, if it is known how many: 0 `epochs` are not. In many passes it is lower for an adapter on many
-    `matrices` (see `adapted_matrices`), and in more than 31 for any. Where the power of a kind is not known, it is the
-    lower one of those that are. Models narrower than 512 have the rate of one of 512.
+    It is 5e-4 for SmolLM2-135M, 2e-4 for Qwen2.5-0.5B, and 1.1e-4 for Llama-3.1-8B. Up to ten epochs it is twice that;
+    `epochs` 0 means unknown, and does not double it. In many epochs it is lower for an adapter on many `matrices` (see
+    `adapted_matrices`), and in more than 31 for any adapter. A kind of model without a known power gets the lowest of
+    the known rates. Models narrower than 512 have the rate of one of 512.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(text, "hidden_size", None)
@@ -95,31 +95,28 @@ class Preset(NamedTuple):
 
     Attributes:
         fixed_ess: λ where it is given outright.
-        gamma: γ of λ = γ·√N; None for λ = `per_example`·max(N, few)·max(1, weights/`usual_weights`). Where λ·h is
-            far above the prior's precision, a draw raises the loss of an example by weights/(2·λ), so from the usual
-            number of weights on this is the same for any. In many passes over the data that is too little noise for a
-            large adapter, which learns them by heart: there by Adam's direction it is the root of the weights that
-            counts. See `step`.
+        gamma: γ of λ = γ·√N. None: λ = `per_example`·max(N, few)·max(1, weights/`usual_weights`). The last factor keeps
+            the loss that a draw adds, weights/(2·λ) nats, the same for large adapters of any size. In many epochs that
+            is too little noise for them, so there the factor is its square root (Adam's direction only).
         per_example, usual_weights: see `gamma`.
-        few: the least that N counts as: the first in a run of at most `few_epochs[0]` passes over the data, the second
-            in one of at least `few_epochs[1]` passes; in between it falls evenly. A short run learns too slowly among
-            wide draws, and a long one overfits among narrow ones.
+        few: the least that N counts as: the first number in up to `few_epochs[0]` epochs, the second from
+            `few_epochs[1]` epochs on; in between it falls evenly. A short run learns too slowly among wide draws, and a
+            long one overfits among narrow ones.
         few_epochs: see `few`.
-        h0: initial Hessian; None for the one with which σ² is `noise` times the variance of LoRA matrices A at the
-            start, while their sum over all of them is at most `noise_in_all`, as the disturbances add up.
+        h0: initial Hessian. None: chosen so that σ² starts at `noise` times the variance of PEFT's A matrices; the
+            total over all matrices is at most `noise_in_all`, because their disturbances add up.
         noise, noise_in_all: see `h0`.
         clip: ξ.
-        beta1, beta2: of the running averages; None for a β2 with a memory of `memory`·steps, and by
-            Adam's direction of all.
+        beta1, beta2: of the running averages. None: β2 remembers `memory`·steps steps; with Adam's direction, all.
         memory: see `beta2`.
-        travel: Σ α_t·ξ, the farthest that a weight can get in a run; where no learning rate is given, that of IVON's
-            own direction is chosen for it, but no higher than `LONGEST_SIGN`. One that is given is the most that a step
-            may move a weight. None: a learning rate is α.
+        travel: the farthest a weight can move in a run, Σ α_t·ξ. Without a learning rate, IVON's own direction uses the
+            rate that gives this distance, at most `LONGEST_SIGN`. A given rate is the most one step may move a weight.
+            None: the given rate is α.
         prior_strength, hessian, h0_steps: as in `IVONLoRA`.
-        direction: as in `IVONLoRA`; None for Adam's where it can be: see `with_direction`.
+        direction: as in `IVONLoRA`; None for Adam's where it is possible: see `with_direction`.
         number_strength: κ where the prior is a number, which then is δ.
-        posterior_strength: κ where the prior is a posterior. 1 is Bayes' rule. A diagonal posterior does not know what
-            weights do together, and holds a task too weakly by two orders of magnitude.
+        posterior_strength: κ where the prior is a posterior. 1 is Bayes' rule, but a diagonal posterior ignores what
+            weights do together and then holds the old task about a hundred times too weakly.
     """
 
     gamma: float | None
@@ -173,12 +170,13 @@ class Preset(NamedTuple):
         return self.prior_strength if isinstance(prior, str) else self.number_strength
 
     def with_direction(self, prior: Any, rescale_lr: bool = False, online: bool = False) -> Preset:
-        """Return the preset with a direction: IVON's own where none is asked for and Adam's has not its E[ĝ²].
+        """Return the preset with its direction filled in: Adam's by default.
 
-        So it is, too, where the model writes what it is trained on (`online`), and is to try something out.
+        It is IVON's own if Adam's is impossible (without squared gradients or the empirical prior, or with
+        `rescale_lr`), and in reinforcement learning (`online`).
 
         Raises:
-            IVONError: Adam's is asked for, and another setting leaves it none.
+            IVONError: Adam's was asked for, and one of these settings makes it impossible.
         """
         needed = {
             "hessian": (self.hessian, "squared_gradients"),
@@ -236,10 +234,10 @@ class Preset(NamedTuple):
     def step(self, learning_rate: float, steps: int, epochs: float) -> Step:
         """Return how a run of this length steps.
 
-        By Adam's direction a run learns what AdamW would at its learning rate, if noise does not drown it: a B that can
-        get 0.01 from zero gives A no gradient among draws of its size. At this τ draws are no wider, for how far
-        weights get, than in a run of `travel`. In few passes, where there is nothing to gain from noise, that is a
-        fifth of how far they can.
+        With Adam's direction a run learns what AdamW would at its learning rate, unless noise drowns it: a B that can
+        move 0.01 from zero gives A no gradient among draws of that size. This τ makes draws as narrow, relative to how
+        far weights move, as in a run of length `travel`. In up to `FEW_PASSES` epochs, where there is nothing to gain
+        from noise, weights are taken to move a fifth of the distance that they can.
         """
         direction, reach = self.direction or "adam", learning_rate * steps / 2
         if direction != "adam" or not (self.travel and reach) or self.gamma is not None or self.fixed_ess is not None:
@@ -256,9 +254,9 @@ class Preset(NamedTuple):
         steps: int,
         epochs: float,
     ) -> dict[str, Any]:
-        """Return λ, h0, the betas and what `step` has of a run with N = `size`, for weights of these shapes by name.
+        """Return λ, h0, the betas and the fields of `step` for a run with N = `size` and weights of these shapes.
 
-        A `learning_rate` of 0 is one by `travel`.
+        A `learning_rate` of 0 stands for the one that `travel` gives.
         """
         weights = sum(map(math.prod, shapes.values()))
         ess = self.ess(size, weights, epochs)
@@ -273,7 +271,7 @@ class Preset(NamedTuple):
 
 
 def _preset(name: str, **rules: Any) -> Preset:
-    """Return a preset of the table's values, and of rules for what follows from the run."""
+    """Return a preset: the table's values, and `rules` for what follows from the run."""
     return Preset(**{s.name: getattr(s, name) for s in SETTINGS if s.name in Preset._fields}, **rules)
 
 
@@ -296,7 +294,7 @@ PRESETS = {
 
 
 def resolved(preset: str, given: Mapping[str, Any]) -> Preset:
-    """Return a preset with values in place of its own that are given by their names in the table; None is not given.
+    """Return a preset with the `given` values in place of its own, by their names in the table; None is not given.
 
     Raises:
         IVONError: there is no such preset.

@@ -107,7 +107,10 @@ def base_model_folder(name: str, adapter: Path | None = None) -> Path | None:
 
 
 def moved_config(config: dict[str, Any], source: Path | None, target: Path) -> dict[str, Any]:
-    """Return an adapter's configuration for another folder: a base model that it would not find is absolute there."""
+    """Return an adapter's configuration for another folder.
+
+    A relative path of the base model that cannot be found from there becomes absolute.
+    """
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name or Path(name).is_absolute():
         return config

@@ -1,13 +1,13 @@
 """What to predict with when training has ended: the mean or draws, and a softmax temperature, from evaluation data.
 
-Where answers are a few labels, what is measured is the choice between them: at every token of the right one at which
-labels part, the probabilities of the tokens that labels go on with. That is close to what commands predict with T, and
-the same where labels part at one token and the rest follows from it. The other tokens, most of which follow from those
-before, would say that the model is sure and right. Of texts every token counts.
+If the answers are a few labels, this measures the choice between them: at each token where labels differ, the
+probabilities of the tokens that can follow. The other tokens follow from those before and would make the model look
+surer and more accurate than it is. What commands predict with T is close to this, and equal to it if labels differ at
+one token only. For free text every token counts.
 
 The evaluation examples are split in two. One half chooses T for the mean, and τ and T for draws, by their NLL; the
-other half reports. `metrics.choice` has the rule, which is that of `ivon-post sweep` too. In the end T is fitted once
-more, to both halves: that is the one in `recommended.json` beside the adapter, whose figures are of the T before.
+other half reports. `metrics.choice` has the rule, which `ivon-post sweep` uses too. In the end T is fitted again, to
+both halves. That T is written to `recommended.json` beside the adapter; the figures there belong to the T before.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def calibrate(run: PosteriorTraining, seen: int) -> tuple[Recommendation | None,
         seen: the training examples that the run has taken gradients of, by which the share of work is measured.
     """
     try:
-        dataset = _evaluation_data(run, seen)
-        affordable = int((SHARE * seen / len(dataset) - 1) / DRAWS) if run.draws_as_saved else 0
+        dataset, examples = _evaluation_data(run, seen)
+        affordable = int((SHARE * seen / examples - 1) / DRAWS) if run.draws_as_saved else 0
         taus = [math.inf, *TAUS[:affordable]]
         following = next_tokens_of_answers(run.trainer) if "choices" in run.header else {}
         # In an order of their contents, so that the halves do not depend on the number of processes.
@@ -162,8 +162,11 @@ def recommend_in_checkpoint(run: PosteriorTraining) -> Path | None:
     return checkpoint
 
 
-def _evaluation_data(run: PosteriorTraining, seen: int) -> Any:
-    """Return the examples to calibrate on, at most `MOST`, and as many as one pass in the share of work allows."""
+def _evaluation_data(run: PosteriorTraining, seen: int) -> tuple[Any, float]:
+    """Return the rows to calibrate on, and of how many examples they are.
+
+    These are `MOST` at most, and as many as one pass in the share of work allows.
+    """
     dataset: Any = run.trainer.eval_dataset
     if hasattr(run.trainer, "reward_funcs"):
         raise NotCalibrated("a run that learns from rewards has no labels to predict")
@@ -175,14 +178,14 @@ def _evaluation_data(run: PosteriorTraining, seen: int) -> Any:
         raise NotCalibrated("the evaluation data are streamed")
     examples = _count_examples(dataset)
     each = max(1.0, examples / max(1, len(dataset)))  # of a row
-    count = min(max(1, int(MOST / each)), len(dataset), int(SHARE * seen))
+    count = min(max(1, int(MOST / each)), len(dataset), int(SHARE * seen / each))
     if examples < 2 * FEWEST:
         raise NotCalibrated(f"{examples} evaluation examples tell little; {2 * FEWEST} are needed")
     if count * each < 2 * FEWEST:
         raise NotCalibrated("a tenth of this short run's time is too little; use `ivon-post sweep`")
     generator = torch.Generator().manual_seed(run.trainer.args.seed)
     places = sorted(torch.randperm(len(dataset), generator=generator)[:count].tolist())
-    return dataset.select(places) if hasattr(dataset, "select") else Subset(dataset, places)
+    return dataset.select(places) if hasattr(dataset, "select") else Subset(dataset, places), count * each
 
 
 def _count_examples(dataset: Any) -> int:
@@ -317,8 +320,8 @@ def _columns(run: PosteriorTraining, tau: float, inputs: dict[str, Any], labels:
             averaged = probabilities if averaged is None else averaged.add_(probabilities)
     logs = logits if averaged is None else averaged.div_(DRAWS).clamp_min_(1e-38).log_()
     parts = [_at_temperatures(*part) for part in zip(logs.split(_CHUNK), asked.target.split(_CHUNK), strict=True)]
-    # Of an answer the probabilities of its parts multiply. Where it has several, the guess may leave its path, and how
-    # sure and right that is takes the other paths as well.
+    # The probability of an answer is the product of those of its parts. With several parts the most probable label may
+    # differ from the guess token by token, so its confidence is unknown here (NaN).
     of_parts = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
     nll, of_guess, wrong = (
         values.new_zeros(len(asked.example), *values.shape[1:]).index_add_(0, asked.answer, values)

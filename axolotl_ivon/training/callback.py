@@ -63,24 +63,24 @@ class PosteriorTraining(TrainerCallback):
     travel: float | None  # how far a weight can get in the run, where the learning rate is chosen for that
     settings_for_run: Callable[[float, int, float], dict[str, Any]]  # at that rate, of that many steps and epochs
     usual: float = 0.0  # what `usual_rate` is of this run
-    epochs: float | None = None  # how many it is to have, where whoever made the Trainer gave it their steps
+    epochs: float | None = None  # how many the run has, if the Trainer was only given their steps
     optimizer: Any = None  # until the Trainer makes it
     adapter: ReplicatedAdapter | None = None  # the trained weights in each process, under DeepSpeed and FSDP2
-    shows_draws: bool = False  # whether who reads the model gets what is in the parameters: to send draws to a server
+    shows_draws: bool = False  # while a draw is sent to a server: saving and state_dict() then give it, not the mean
     begun: bool = False  # before training begins, the optimizer may lack the state that it resumes from
     best_folder: str | None = None  # the checkpoint whose weights the Trainer has loaded at the end
     best: dict[str, Any] = field(default_factory=dict)  # on the first process: σ and header of that, by adapter
     skipped: Skipped = NONE_SKIPPED  # the skipped steps that the log has reported
-    losses: int = 0  # those, in this process, whose mean the gradient since the step began is of
+    losses: int = 0  # how many, in this process, the gradient since the step began is the mean of
     rates: list[float] = field(default_factory=list)  # of all steps: as they are planned, and then as they were
     # Some weights of every B matrix, on the first process alone; a resumed run has those of the prior, or 0.
     start: dict[str, Tensor] = field(default_factory=dict)
-    # Whether a resumed run would know `start` too, which must write the same header. Only then it says how far weights
-    # moved.
+    # Whether a resumed run can reconstruct `start`. Only then `moved` goes into the header, since both runs must write
+    # the same one.
     known_start: bool = False
     resumed: Mapping[str, str] = field(default_factory=dict)  # the header of the checkpoint that a run resumes from
     verdict: list[tuple[int, str]] = field(default_factory=list)  # how the run went: levels of the log, and texts
-    logs_verdict: bool = True  # at the end of training
+    logs_verdict: bool = True  # whether the end of training logs `verdict`
     calibrates: bool = True  # whether the end of training finds out what to predict with
     recommendation: Recommendation | None = None  # what it found, on the first process
 
@@ -92,9 +92,9 @@ class PosteriorTraining(TrainerCallback):
 
     @property
     def holds_its_mean(self) -> bool:
-        """Whether the model's weights are this run's mean, or its draw, and not what somebody has put there since.
+        """Whether the model's weights are this run's mean or its draw, and not other weights loaded since.
 
-        Whatever precision the model was put into since, weights are near their mean.
+        A mean that was only converted to another precision still counts.
         """
         optimizer = self.optimizer
         if self.adapter is not None or optimizer.sampling or getattr(optimizer, "stepping", False):
@@ -147,7 +147,7 @@ class PosteriorTraining(TrainerCallback):
         self.header = {**self.header, **{name: header[name] for name in (RUN_IDS,) if name in header}}
 
     def take_settings_of_the_optimizer(self, before: Mapping[str, Any]) -> None:
-        """Know the settings that the optimizer has of a checkpoint, and warn of those that it had not `before`."""
+        """Take over what the optimizer loaded from a checkpoint, and warn of the settings that differ from `before`."""
         others = {}
         for name, value in self.optimizer.param_groups[0].items():
             known = name in self.settings and name != "lr" and not isinstance(self.settings[name], Mapping)
@@ -156,14 +156,17 @@ class PosteriorTraining(TrainerCallback):
         self.settings |= others
         if others and self.trainer.is_world_process_zero():
             values = ", ".join(f"{name} {_shown(value)}" for name, value in others.items())
-            LOG.warning("the run resumes with its checkpoint's %s; other values need a run in another folder", values)
+            LOG.warning(
+                "resuming with the checkpoint's %s instead of the values set now; to change them, start a run in "
+                "another folder",
+                values,
+            )
 
     def identify(self, loss: Tensor, batch: Any) -> None:
-        """Take an id for the run: a digest of its numbers and of its first loss and batch.
+        """Give the run an id: a digest of its numbers and of its first loss and batch.
 
-        So only its repetition has the same. (The loss alone is 0 in GRPO where all rewards are equal.)
-
-        By it `combine` knows all that is made of the run. A resumed run has that of its checkpoint.
+        So only an exact repetition has the same id. (The loss alone is 0 in GRPO where all rewards are equal.) By it
+        `combine` recognizes adapters made from the same run. A resumed run keeps the id of its checkpoint.
         """
         if RUN_IDS in self.header or self.resumed or not self.trainer.is_world_process_zero():
             return
@@ -177,17 +180,17 @@ class PosteriorTraining(TrainerCallback):
     def log_settings(self, lr: float, steps: int) -> None:
         """Log the settings of the run of this peak rate in one line, and where they are from."""
         s, rate = self.settings, f"{lr:.3g}"
-        if "learning_rate" in self.header:
-            what = "the most that a step may move" if self.given_rate else "usual for this model, and none is given"
-            rate += f", as a learning_rate of {self.header['learning_rate']} is {what}"
-            if 0 < self.given_rate < self.usual:
-                rate += f" ({self.usual:g} is usual for this model)"
+        if "learning_rate" in self.header and self.given_rate:
+            rate += f" (a step moves a weight by at most the learning_rate, {self.header['learning_rate']}"
+            rate += f"; {self.usual:g} is usual for this model)" if self.given_rate < self.usual else ")"
+        elif "learning_rate" in self.header:
+            rate += f" (no learning_rate is set: {self.header['learning_rate']} is usual for this model)"
         elif self.travel is not None:
             most = lr * self.step_bound
+            bound = f"a weight can move by {self.travel:g} in these {steps} steps"
             if math.isclose(most, LONGEST_SIGN):
-                rate += f", with which a step moves a weight by {most:.3g} at most, as no learning_rate is given"
-            else:
-                rate += f", with which a weight can travel {self.travel:g} in these {steps} steps"
+                bound = f"a step moves a weight by at most {most:.3g}"
+            rate += f" (no learning_rate is set: with this one {bound})"
         size = f" for {self.header['train_size']} examples" if self.header["train_size"] else ""
         start = f"from the posterior {self.header['prior']}" if "prior" in self.header else f"h0 {s['h0']:.2g}"
         step = f", steps by Adam's direction, σ at τ {s['tau']:.3g}" if s["direction"] == "adam" else ""
@@ -302,7 +305,7 @@ class PosteriorTraining(TrainerCallback):
         if args.load_best_model_at_end and best and Path(best).is_dir():
             self.best_folder = best
             self.best = sigma_of_checkpoint(Path(best), self.adapters) if state.is_world_process_zero else {}
-        calibrated = self._calibrate(state.global_step * self.trainer.get_total_train_batch_size(args))
+        calibrated = self._calibrate(self._examples_seen(args, state))
         if not state.is_world_process_zero:
             return
         movement = self.movement(state.global_step)
@@ -318,10 +321,18 @@ class PosteriorTraining(TrainerCallback):
         saved = checkpoint if self.logs_verdict and checkpoint else args.output_dir  # axolotl still saves there
         self.verdict.append((logging.INFO, f"next: `ivon-post check {saved}`"))
         if calibrated:
-            lacking = self.recommendation is None and self.trainer.eval_dataset is not None
+            could = self.trainer.eval_dataset is not None and not hasattr(self.trainer, "reward_funcs")
+            lacking = self.recommendation is None and could
             self.verdict.append((logging.WARNING if lacking else logging.INFO, calibrated))
         if self.logs_verdict:
             log_verdict(self.verdict)
+
+    def _examples_seen(self, args: Any, state: Any) -> int:
+        """Return of how many examples the run has taken gradients, each epoch counted: a packed row has several."""
+        size, data = self.header["train_size"], self.trainer.train_dataset
+        if size and state.epoch and hasattr(data, "__len__"):  # the epochs of streamed data are none
+            return round(state.epoch * int(size))
+        return int(state.global_step * self.trainer.get_total_train_batch_size(args))
 
     def _calibrate(self, seen: int) -> str:
         """Find out what to predict with; whatever fails there, the trained adapter is still to be saved."""

@@ -3,6 +3,8 @@
 - `model.save_pretrained`: whoever saves the adapter must save σ with it, and axolotl's last save, its handler of
   SIGINT and the user call the model, not the Trainer. PEFT and FSDP2 give the model classes of their own, so it is
   this one method and not the class that changes.
+- `save_pretrained` of the base model, where axolotl has that alone (under DPO, IPO and KTO): its last save and its
+  handler of SIGINT would write all weights of the base model, under names that nothing reads, and no σ.
 - A state-dict hook on every module with trained weights: whoever reads the model while a draw is in it gets the mean,
   and PEFT, accelerate, DeepSpeed and axolotl all read through `state_dict()`.
 - No method of TRL's is changed on its classes or modules: what writes completions is overridden in `rollouts.py`, whose
@@ -26,6 +28,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Trainer
 
@@ -78,6 +82,35 @@ def save_sigma_beside_the_mean(run: PosteriorTraining) -> None:
     """Let the model's `save_pretrained` save σ too."""
     model: Any = run.model
     model.save_pretrained = SaveWithSigma(run)
+
+
+class SaveAdapters:
+    """`save_pretrained` of a base model, which saves the adapters that are in it as their PeftModel does.
+
+    Without them (merged, or taken out) it saves the base model, as that of a copy does.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+
+    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save into a folder; the options of transformers are for the base model alone."""
+        base: Any = self.model.get_base_model()
+        if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+            self.model.save_pretrained(str(save_directory))
+        else:
+            type(base).save_pretrained(base, save_directory, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        base: Any = self.model.get_base_model()
+        base = memo.get(id(base), base)
+        return functools.partial(type(base).save_pretrained, base)
+
+
+def save_the_adapter_of(run: PosteriorTraining) -> None:
+    """Let the base model's `save_pretrained` save the adapters of a run, and σ beside them."""
+    base: Any = run.model.get_base_model()
+    base.save_pretrained = SaveAdapters(run.model)
 
 
 def show_the_mean(run: PosteriorTraining) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from ..errors import IVONError
-from ..settings.keys import FULL_WEIGHTS, check_rollouts, sends_adapters
+from ..settings.keys import check_rollouts, sends_adapters
 from .processes import is_sharded
 from .trainer import PosteriorTrainerMixin
 
@@ -215,7 +215,6 @@ def count_rollout_draws(trainer: Trainer, rollouts: str, draws: int | None) -> i
             "DeepSpeed and FSDP are not supported where training writes completions; use DDP, or one process"
         )
     hindrances = {
-        FULL_WEIGHTS: getattr(own, "use_vllm", False) and not sends_adapters(vars(args)),
         "async_prefetch": getattr(args, "async_prefetch", 0),
         "continuous batching": getattr(own, "use_transformers_continuous_batching", False),
         "a rollout_func": getattr(own, "rollout_func", None),
@@ -227,8 +226,11 @@ def count_rollout_draws(trainer: Trainer, rollouts: str, draws: int | None) -> i
         rollouts,
         draws,
         online=hasattr(trainer, "num_generations") and hasattr(trainer, "importance_sampling_level"),
-        generations=getattr(own, "num_generations", 0),
-        steps=getattr(args, "steps_per_generation", 0),
+        multiples={
+            "num_generations": getattr(own, "num_generations", 0),
+            "steps_per_generation": getattr(args, "steps_per_generation", 0),
+        },
+        full_weights="use_vllm" if getattr(own, "use_vllm", False) and not sends_adapters(vars(args)) else "",
         hindrance=next((name for name, value in hindrances.items() if value), ""),
     )
 

@@ -122,15 +122,9 @@ def promises(results: Results) -> str:
 
 def tasks(results: Results) -> str:
     """Accuracy, ECE and NLL task by task."""
-    rows = []
-    for method, row, by in lines_of(results):
-        cells = []
-        for task in results.tasks():
-            found = {metric: results.values(metric, task, method, row, choose_by=by) for metric in METRICS}
-            cells.append(" / ".join(cell(list(found[metric].values()), metric) for metric in METRICS))
-        if any(text.strip("–/ ") for text in cells):
-            rows.append([name_of(results, method, row, by), *cells])
-    return table(["accuracy (%) / ECE (%) / NLL", *results.tasks()], rows)
+    columns = [(results, task) for task in results.tasks()]
+    lines = [(name_of(results, *line), line) for line in lines_of(results)]
+    return _by_task(columns, [task for _, task in columns], lines)
 
 
 def stage(*suites: Results) -> str:
@@ -146,26 +140,37 @@ def stage(*suites: Results) -> str:
             for by in results.suite["methods"][method].get("choose_by", ["nll"])
         )
     ]
-    heads = ["accuracy (%) / ECE (%) / NLL"]
+    heads = []
     for results, task in columns:
         suite = results.suite
         epochs = suite["steps"] * suite["batch"] / suite["tasks"][task]["train"]
         heads.append(f"{suite.get('model', 'MiniLM').partition('-Instruct')[0]}, {task}, {epochs:.0f} epochs")
-    rows = []
     methods = suites[0].suite["methods"]
-    lines = [
-        (*line, by) for line in ROW_NAMES if line[0] in methods for by in methods[line[0]].get("choose_by", ["nll"])
-    ]
-    for method, row, by in lines:
+    lines = []
+    for method, row in ROW_NAMES:
+        for by in methods.get(method, {}).get("choose_by", ["nll"] if method in methods else []):
+            chosen = by == "nll" and "lr" in methods[method]["grid"]
+            name = label_of(suites[0], method, row, by) + ", rate by validation" * chosen
+            lines.append((name, (method, row, by)))
+    return _by_task(columns, heads, lines)
+
+
+def _by_task(
+    columns: Sequence[tuple[Results, str]],
+    heads: Sequence[str],
+    lines: Sequence[tuple[str, tuple[str, str, str | float]]],
+) -> str:
+    """A line for each method and row that has run on at least half of the tasks, and where it says something new."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, (method, row, by) in lines:
         cells = []
         for results, task in columns:
             found = {metric: results.values(metric, task, method, row, choose_by=by) for metric in METRICS}
-            cells.append(" / ".join(cell(list(found[metric].values()), metric) for metric in METRICS))
-        if any(text.strip("–/ ") for text in cells):
-            name = label_of(suites[0], method, row, by)
-            chosen = by == "nll" and "lr" in methods[method]["grid"]
-            rows.append([name + ", rate by validation" * chosen, *cells])
-    return table(heads, rows)
+            whole = " / ".join(cell(list(found[metric].values()), metric) for metric in METRICS)
+            cells.append(whole if whole.strip("–/ ") else "–")
+        if 2 * cells.count("–") <= len(cells):
+            rows.setdefault((method, row, *cells), [name, *cells])
+    return table(["accuracy (%) / ECE (%) / NLL", *heads], list(rows.values()))
 
 
 def recommended(*suites: Results) -> str:
@@ -405,7 +410,7 @@ def ablations(results: Results) -> str:
                     of = statistics.fmean(scale * after[seed] for seed in seeds)
                     spread = "" if math.isnan(error) else f" ± {error:.{digits}f}"
                     cells.append(f"{of:.{digits}f} ({change:+.{digits}f}{spread})")
-            if cells:
+            if len(cells) == 4:  # every row has run
                 what = _varied(variant, results, jobs[min(seeds)]) + ", by signs" * (spec["method"] == "ivon-auto")
                 rows.append([what, spec["task"], str(len(seeds)), *cells])
     heads = ["changed (against the method as it is)", "task", "seeds"]

@@ -721,11 +721,25 @@ def test_promises_are_held_against_each_baseline_by_their_own_margin() -> None:
     heads, _, first, *_ = pages.stage(results, longer).splitlines()
     assert heads == "| accuracy (%) / ECE (%) / NLL | SmolLM2-135M, movie, 1 epochs |"
     assert first == "| AdamW, rate by validation | 50.0 ± 0.0 / 25.1 ± 0.1 / 1.005 ± 0.005 |"
+    assert "AdamW, rate 2e-4" not in pages.stage(results)  # which is what validation has chosen
     page = "a\n<!-- table: s summary -->\nold\n<!-- end of table -->\nb"
     assert pages.fill(page, {"s": made}, records) == page.replace("old", pages.summary(results))
     figure = pages.learning_curves(results, "ivon-adam", "usual")
     assert len(figure.axes) == 3
     assert "IVON-LoRA, untuned, mean" in {line.get_label() for line in figure.axes[0].lines}
+
+
+def test_a_line_of_the_stage_has_run_on_half_of_the_tasks() -> None:
+    made, records = causal_records()
+    made["tasks"] |= {name: {**made["tasks"]["movie"], "train": size} for name, size in (("b", 8), ("c", 12))}
+    made["stages"] = [{"tasks": ["b", "c"], "methods": ["ivon-adam"], "seeds": [0]}]
+    for jobs in fidelity.plan(made, records):
+        for job in jobs:
+            records += [record(job, row, data, {}, nll=0.7, accuracy=0.5, ece=0.1) for row, data in job.rows]
+    heads, _, *lines = pages.stage(Results(made, records)).splitlines()
+    assert heads.count("SmolLM2") == 3
+    assert any("IVON-LoRA, untuned, mean" in line for line in lines)
+    assert not any("AdamW" in line for line in lines)
 
 
 def test_ablations_are_held_against_the_same_seeds_of_the_method_as_it_is() -> None:
@@ -741,6 +755,10 @@ def test_ablations_are_held_against_the_same_seeds_of_the_method_as_it_is() -> N
         for job, nll in zip(jobs, nlls, strict=False):  # of λ the second seed has not run
             facts = {"ivon_ess": 12345.0}
             records += [record(job, row, "test", facts, nll=nll, accuracy=0.6, ece=0.1) for row, _ in job.rows]
+    # A variant whose draws have not run has no line.
+    made["ablations"]["half"] = {**of_all, "variants": [{"memory": 0.5}]}
+    for job in fidelity.ablation_jobs(made, "half", records):
+        records.append(record(job, "mean", "test", {}, nll=0.1, accuracy=0.6, ece=0.1))
     # The method has NLL 0.8 and 0.81, ECE 20 and 20.25 %, accuracy 50 %.
     memory, ess = pages.ablations(Results(made, records)).splitlines()[2:]
     assert memory == (

@@ -140,8 +140,13 @@ def test_what_changes_nothing_or_everything_says_so(tiny_adapter: Path, tmp_path
 
     assert "ratio 0 prunes nothing: " in told("prune", tiny_adapter, "--ratio", 0, "a")
     assert "prunes" not in told("prune", tiny_adapter, "--ratio", 0.1, "b")
-    before = "ratio 0.1 prunes nothing; 0.1 of the weights were pruned before: "
+    before = "ratio 0.1 prunes nothing; 90 of 896 weights were 0 before: "
     assert before in told("prune", tmp_path / "b", "--ratio", 0.1, "c")
+    # A tenth of every tensor is more than the tenth of the whole left in some of them.
+    command = ["prune", tmp_path / "b", "--ratio", 0.1, "--scope", "tensor", "-o", tmp_path / "e"]
+    result = ivon_post.run(*command)
+    assert "prunes" not in result.stderr
+    assert sum(Posterior.from_pretrained(tmp_path / "e").pruned().values()) > 90
     assert same(Posterior.from_pretrained(tmp_path / "b"), Posterior.from_pretrained(tmp_path / "c"))
     assert "ratio 1 prunes every weight" in told("prune", tiny_adapter, "--ratio", 1, "d")
     assert "changes nothing" in told("temper", tiny_adapter, "--tau", 1, "one")

@@ -141,7 +141,7 @@ CASES = {
     "generate adapter -p chats.jsonl --max-tokens 0": "--max-tokens 0: must be at least 1",
     "fit plain -d rows.jsonl": "no list `messages`",
     "fit plain -d question.jsonl": "no assistant message",
-    "influence adapter -d chats.jsonl --scores scores.jsonl --on chats.jsonl --keep 0.9 -o x": "--scores has the",
+    "influence adapter -d chats.jsonl --scores scores.jsonl --on chats.jsonl --keep 0.9 -o x": "--scores reuses",
     "mbr nbest.jsonl nbest.jsonl": "the label 'nbest' is taken",
     "mbr nbest.jsonl -o -": "--output '-' is not a file name",
     "mbr nbest.jsonl -o home": "already; choose another name with --output",

@@ -41,7 +41,10 @@ def test_the_threshold_by_hand_and_too_few_examples() -> None:
     target = np.array([0, 1, 0, 1])  # with probabilities 0.9, 0.3, 0.4, 0.8
     sets = find_set(probabilities, target, probabilities, target, coverage=0.6)  # ⌊5·0.4⌋ = 2, the second smallest
     assert (sets.threshold, sets.covered, sets.size) == (0.4, 0.75, 1.25)
-    assert "labels from probability 0.4 on; on the other examples 1.25 labels, right in 75.0 %" in describe(sets)
+    assert describe(sets) == (
+        "sets that hold the right label of 60 % of the texts: every label with a probability of at least 0.4; on the "
+        "other examples a set has 1.25 labels on average and holds the right one in 75.0 %"
+    )
     assert labels_in_set({"a": 0.3, "b": 0.45, "c": 0.25}, 0.3) == ["b", "a"]
     assert labels_in_set({"a": 0.3, "b": 0.45, "c": 0.25}, 0.5) == ["b"]  # never empty
     few = find_set(probabilities, target, probabilities, target, coverage=0.9)

@@ -112,7 +112,7 @@ def test_draws_that_training_narrowed_to_the_mean_are_said_to_be(
     make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     wide = Posterior.from_pretrained(make_adapter(facts={"hessian": "squared_gradients", "ess": "100000"}))
-    text = "training narrowed the draws by τ 1600, so that they hardly differ from the mean: a further τ of "
+    text = "training narrowed the draws by τ 1600, so they hardly differ from the mean: a further τ of "
 
     def draws(tau: float, training_tau: float, header_tau: float | None = None) -> tuple[bool, str]:
         q = wide.temper(tau)
@@ -122,8 +122,8 @@ def test_draws_that_training_narrowed_to_the_mean_are_said_to_be(
         finding = diagnose(tmp_path / "q")["findings"][-1]
         return finding["good"], finding["text"].partition("; ")[2]
 
-    assert draws(1600, 1600) == (True, f"{text}0.000625 widens them to what λ says")
-    assert draws(4800, 1600) == (True, f"{text}0.000208 widens them to what λ says")
+    assert draws(1600, 1600) == (True, f"{text}0.000625 undoes all narrowing")
+    assert draws(4800, 1600) == (True, f"{text}0.000208 undoes all narrowing")
     assert draws(1, 1600) == draws(1600, 1) == (True, "")
     assert draws(1e-3, 2, header_tau=2) == (True, ""), "wide for all that"
 

@@ -36,7 +36,7 @@ def straight_run(make_config: Any) -> Path:
 
 def test_the_log_ends_with_what_was_learned_and_with_what_to_do_next(straight_run: Path) -> None:
     log = straight_run.with_suffix(".log").read_text()
-    assert "α 0.11, as a learning_rate of 0.0011 is usual for this model, and none is given" in log
+    assert "α 0.11 (no learning_rate is set: 0.0011 is usual for this model)" in log
     # On the log's level of axolotl, after its own last word.
     _, saved, last = log.partition("Model successfully saved to straight")
     assert saved

@@ -97,6 +97,7 @@ def test_it_trains_and_leaves_a_posterior(name: str, train: Callable[..., Path])
     assert set(posterior.mean) == set(Posterior.from_pretrained(folder / "checkpoint-3").mean)
     assert any(value.any() for key, value in posterior.mean.items() if "lora_B" in key or "lora_embedding_B" in key)
     assert posterior.metadata["steps"] == "3"
+    assert not [*folder.glob("model*"), *folder.glob("pytorch_model*")], "the base model was saved"
     for key, sigma in posterior.sigma.items():
         assert torch.isfinite(posterior.mean[key]).all()
         # PEFT saves the embedding itself beside its LoRA; nobody has trained it.
@@ -104,3 +105,18 @@ def test_it_trains_and_leaves_a_posterior(name: str, train: Callable[..., Path])
     logged = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     spread = [line["ivon_sigma_mean"] for line in logged if "ivon_sigma_mean" in line]
     assert len(set(spread)) > 1  # a Hessian was estimated
+
+
+def test_sigint_in_a_dpo_run_saves_the_mean_and_its_sigma(train: Callable[..., Path]) -> None:
+    """axolotl's handler saves its own model, which under DPO is the base model that TRL puts the adapter into."""
+    keys = {**SUPPORTED["dpo"], "save_steps": 2, "plugins": [*PLUGINS, "axolotl_helpers.InterruptInForward"]}
+    folder = train("dpo-interrupted", **keys)
+    drawn = torch.load(folder / "drawn.pt", weights_only=True)
+    saved, checkpoint = Posterior.from_pretrained(folder), Posterior.from_pretrained(folder / "checkpoint-2")
+    assert not (folder / "checkpoint-3").exists(), "it was not interrupted"
+    for name, draw in drawn.items():
+        key = name.replace(".default", "")
+        assert torch.equal(saved.mean[key], checkpoint.mean[key])
+        assert torch.equal(saved.sigma[key], checkpoint.sigma[key])
+        assert not torch.equal(saved.mean[key], draw)
+    assert not (folder / "model.safetensors").exists()

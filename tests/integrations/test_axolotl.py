@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from axolotl.utils.dict import DictDefault
+from torch.optim.lr_scheduler import OneCycleLR
 from trainers import make_trainer
 
 from axolotl_ivon import IVONLoRAPlugin
@@ -38,6 +40,38 @@ def test_epochs_are_axolotl_s_where_it_counts_the_steps(
     IVONLoRAPlugin().post_trainer_create(cfg, trainer)
     trainer.create_optimizer_and_scheduler(6)
     assert trainer.args.learning_rate * 0.01 == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("beta1", [None, 0.8])
+def test_one_cycle_leaves_beta1_as_it_is(beta1: float | None, tiny_llama: Path, tmp_path: Path) -> None:
+    """torch's OneCycleLR would otherwise set it anew in every step, and a resumed run would take that for a setting."""
+    cfg = DictDefault({**BASE, "learning_rate": 1e-3, "lr_scheduler": "one_cycle", "ivon_beta1": beta1})
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=4)
+    IVONLoRAPlugin().post_trainer_create(cfg, trainer)
+    optimizer = trainer.create_optimizer()
+    schedule = OneCycleLR(optimizer, max_lr=0.1, total_steps=4, **trainer.args.lr_scheduler_kwargs)
+    for _ in range(3):
+        schedule.step()
+        assert optimizer.param_groups[0]["betas"][0] == (beta1 or 0.9)
+
+
+@pytest.mark.parametrize("rl", ["dpo", None])
+def test_the_base_model_saves_its_adapter_where_axolotl_has_no_other(
+    rl: str | None, tiny_llama: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=1)
+    IVONLoRAPlugin().post_trainer_create(DictDefault({**BASE, "learning_rate": 1e-3, "rl": rl}), trainer)
+    trainer.train()
+    base = trainer.model.get_base_model()
+    base.save_pretrained(tmp_path / "saved", safe_serialization=True)
+    assert (tmp_path / "saved" / "ivon_sigma.safetensors").exists() == bool(rl)
+    assert (tmp_path / "saved" / "model.safetensors").exists() == (not rl)
+    # What has no adapter is the base model again: a copy, and the model that the adapter is merged into.
+    copy.deepcopy(trainer.model).merge_and_unload().save_pretrained(tmp_path / "copy")
+    trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for name in ("copy", "merged"):
+        assert (tmp_path / name / "model.safetensors").exists()
+        assert not (tmp_path / name / "adapter_model.safetensors").exists()
 
 
 def test_the_library_logs_at_axolotl_s_level() -> None:

@@ -76,6 +76,8 @@ def refusal(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
         ({"weight_decay": 0.1, "ivon_prior": 0.1}, ["weight_decay", "0.1", "remove"]),
         ({"weight_decay": "none"}, ["weight_decay: 'none' is not a number"]),
         ({"optim_args": {"a": 1}}, ["optim_args", "ivon_"]),
+        ({"ivon_preset": "paper"}, ["learning_rate: none is given, and ivon_preset: paper has none of its own"]),
+        ({"val_set_size": 1}, ["val_set_size: 1 is all of the data for axolotl"]),
         ({"adam_beta2": 0.99}, ["adam_beta2", "ivon_beta2"]),
         ({"adam_beta3": 0.99}, ["adam_beta3: 0.99 has no effect"]),
         ({"lora_rank": 8}, ["lora_rank is not a key of axolotl", "did you mean lora_r?"]),
@@ -89,19 +91,26 @@ def refusal(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
         ({**DRAWS, "rl": "dpo"}, ["ivon_rollouts: draws is for GRPO"]),
         ({**DRAWS, "ivon_rollout_draws": 3}, ["ivon_rollout_draws: 3 does not divide num_generations: 8"]),
         (DRAWS, ["ivon_rollout_draws: 2 does not divide gradient_accumulation_steps: 1"]),
+        (
+            {**DRAWS, "ivon_rollout_draws": 0},
+            ["ivon_rollout_draws: 0 is refused, it must be greater than or equal to 1"],
+        ),
         ({**DRAWS, "trl": {"num_generations": 1}}, ["ivon_rollout_draws: 2 does not divide num_generations: 1"]),
         *(
-            ({**SERVED, "trl": {**TO_SERVER, key: value}}, ["ivon_rollouts: draws does not go with", named])
+            ({**SERVED, "trl": {**TO_SERVER, key: value}}, ["ivon_rollouts: draws needs a vLLM server", named])
             for key, value, named in (
-                ("vllm_mode", None, "trl.use_vllm: true unless vllm_mode: server"),  # TRL then colocates it
-                ("vllm_mode", "colocate", "trl.use_vllm: true unless vllm_mode: server"),
+                ("vllm_mode", None, "with trl.use_vllm: true set vllm_mode: server"),  # TRL then colocates it
+                ("vllm_mode", "colocate", "with trl.use_vllm: true set vllm_mode: server"),
                 ("vllm_lora_sync", False, "and vllm_lora_sync: true"),
                 ("use_data_producer", None, "use_data_producer: true"),
-                ("async_prefetch", True, "trl.async_prefetch: True"),
             )
         ),
+        (
+            {**SERVED, "trl": {**TO_SERVER, "async_prefetch": True}},
+            ["ivon_rollouts: draws does not go with", "trl.async_prefetch: True"],
+        ),
         ({"ivon_rollouts": "both"}, ["ivon_rollouts", "'both'", "'mean' or 'draws'"]),
-        ({"rl": "dpo", "ivon_eval_samples": 4, "val_set_size": 1}, ["ivon_eval_samples", "rl"]),
+        ({"rl": "dpo", "ivon_eval_samples": 4, "val_set_size": 2}, ["ivon_eval_samples", "rl"]),
         ({"ivon_eval_samples": 4}, ["ivon_eval_samples: 4", "val_set_size", "test_datasets"]),
         ({"ivon_eval_samples": 2.5}, ["ivon_eval_samples", "2.5", "integer"]),
         ({"ivon_rescale_lr": "maybe"}, ["ivon_rescale_lr", "'maybe'", "boolean"]),

@@ -14,7 +14,7 @@ import torch
 from heard import Heard
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import build_classifier, build_llama, build_lora
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.data.chats import Example, read_examples
@@ -243,12 +243,36 @@ def test_nothing_is_written_of_what_cannot_be_merged(tiny_adapter: Path, tmp_pat
         (str(tmp_path / "missing"), {}, "cannot be loaded.*base_model"),
         (None, {"base_model_name_or_path": None}, "names no base model"),
         (None, {"task_type": "X"}, "task_type X"),
+        (None, {"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING, which changes the prompt and no weight"),
     ):
         adapter = Adapter(tiny_adapter)
         adapter.config = {**adapter.config, **changed}
         with pytest.raises(IVONError, match=message):
             merge(adapter, adapter.mean, tmp_path / "out", Loading(base))
         assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_stored_quantized_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=options, device_map={"": "cpu"})
+    base.save_pretrained(tmp_path / "base")
+    adapter = Adapter(build_lora(tiny_llama, tmp_path / "adapter"))
+    with pytest.raises(IVONError, match=r"is stored quantized.*base_model"):
+        merge(adapter, adapter.mean, tmp_path / "out", Loading(str(tmp_path / "base")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_base_models_way_to_generate_is_kept(tiny_llama: Path, tmp_path: Path) -> None:
+    """Transformers reads a temperature without do_sample, as many public models have it, but does not write it."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    own = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": 2}
+    (base / "generation_config.json").write_text(json.dumps(own))
+    adapter = Adapter(build_lora(base, tmp_path / "adapter"))
+    merge(adapter, adapter.mean, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert own.items() <= {"do_sample": False, **written}.items()
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert (read.temperature, read.top_p, bool(read.do_sample), read.eos_token_id) == (0.6, 0.9, False, 2)
 
 
 def test_the_weights_that_are_merged(tiny_adapter: Path, make_adapter: MakeAdapter) -> None:

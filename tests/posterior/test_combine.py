@@ -49,6 +49,15 @@ def test_a_shared_prior_is_counted_once(kappa: float | None) -> None:
     torch.testing.assert_close(both.sigma["w"].double(), sigma, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["precision", "linear"])
+def test_the_pruned_share_of_a_combination_is_that_of_its_weights(method: str) -> None:
+    q = Posterior.combine([posterior(seed).prune(0.2) for seed in (0, 1)], method)
+    zeros = sum(int(((q.mean[key] == 0) & (q.sigma[key] == 0)).sum()) for key in q.mean)
+    assert q.pruned_ratio == zeros / 35
+    assert 0 < q.pruned_ratio != 0.2
+    assert Posterior.combine([posterior(0), posterior(1)], method).pruned_ratio == 0
+
+
 def test_priors_of_other_strengths_are_not_shared() -> None:
     qs = [posterior(seed, ess="100.0", prior="0.005", prior_strength=kappa) for seed, kappa in enumerate("12")]
     q = Posterior.combine(qs)
@@ -203,7 +212,7 @@ def test_a_prior_that_is_gone_is_asked_for(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
     held = [chain.posteriors[name] for name in "BC"]
     (tmp_path / "A").rename(tmp_path / "moved")
-    with pytest.raises(IVONError, match=r"B and .*C go on from one posterior, which is not at .*A any more; give its"):
+    with pytest.raises(IVONError, match=r"B and .*C continue one posterior, which is no longer at .*A; give its"):
         Posterior.combine(held)
     held.append(Posterior.from_pretrained(tmp_path / "moved"))
     assert_equal(Posterior.combine(held), chain.product(dict.fromkeys("ABC", 1.0)))

@@ -124,7 +124,7 @@ def test_where_answers_are_labels_it_is_the_choice_between_them(
         prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
         ids = tokenizer.apply_chat_template([question, answer], return_dict=False)
         rows.append({"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]})
-    trainer = made(**{**RUN, "learning_rate": 2e-4})
+    trainer = made(**{**RUN, "max_steps": 72, "learning_rate": 2e-4})
     packs = collator is DataCollatorWithFlattening
     trainer.processing_class, trainer.data_collator = tokenizer, collator() if packs else collator(tokenizer)
     unknown = [{**rows[0], "labels": [-100 if id == -100 else 9 for id in rows[0]["labels"]]}] * 3
@@ -287,6 +287,24 @@ def test_why_a_run_is_not_calibrated(
     assert caplog.records[-1].levelno == (logging.INFO if rows is None else logging.WARNING)
     assert not (tmp_path / "recommended.json").exists()
     assert Posterior.from_pretrained(tmp_path).sigma
+
+
+def test_the_examples_in_packed_rows_count_each(attached: Any, tmp_path: Path) -> None:
+    """axolotl packs in its sampler: three steps see few rows, of forty times as many examples."""
+    trainer = attached({"gamma": 30.0, "train_size": 40 * 24}, **{**RUN, "max_steps": 3})
+    assert len(trainer.train_dataset) == 24
+    trainer.eval_dataset = DATA
+    trainer.train()
+    assert trainer.posterior_training.recommendation.reported_on.nll
+
+
+def test_rewards_without_calibration_are_no_warning(attached: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    trainer = attached(**{**RUN, "max_steps": 1})
+    trainer.eval_dataset, trainer.reward_funcs = DATA, []
+    trainer.train()
+    assert "not calibrated: a run that learns from rewards" in caplog.messages[-1]
+    assert caplog.records[-1].levelno == logging.INFO
 
 
 def test_the_last_checkpoint_has_it_since_a_trainer_saves_nothing_else(

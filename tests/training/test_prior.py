@@ -225,7 +225,7 @@ def test_a_posterior_without_width_or_over_another_model_or_with_settings_of_its
     other = Posterior(q.mean, q.sigma, q.metadata, {**q.config, "base_model_name_or_path": "other/llama"})
     zero = Posterior(q.mean, {**q.sigma, next(iter(q.sigma)): q.sigma[next(iter(q.sigma))] * 0}, q.metadata, q.config)
     for wrong, words in (
-        ({"prior": q.prune(0.2)}, "is pruned, and what is 0 would stay 0"),
+        ({"prior": q.prune(0.2)}, "is pruned, and pruned weights cannot be trained"),
         ({"prior": q.temper(float("inf"))}, "tau inf"),
         ({"prior": other}, "is over llama and this adapter over tiny-llama"),
         ({"prior": zero}, "differ in base_model"),

@@ -437,13 +437,20 @@ def test_squared_gradients_count_the_losses_of_completions(kind: str, length: st
     [
         ("GRPO", {"rollouts": "both"}, {}, "rollouts: 'both' is neither"),
         ("GRPO", {"rollout_draws": 2}, {}, "rollout_draws: 2 has no effect without rollouts: draws"),
-        ("GRPO", {**DRAWS, "rollout_draws": 0}, {}, "rollout_draws: 0 does not divide"),
+        ("GRPO", {**DRAWS, "rollout_draws": 0}, {}, "rollout_draws: 0 is refused, it must be at least 1$"),
         ("GRPO", {**DRAWS, "rollout_draws": 3}, {}, "rollout_draws: 3 does not divide num_generations: 8"),
-        ("GRPO", {**DRAWS, "rollout_draws": 8}, {}, "rollout_draws: 8 does not divide gradient_accumulation_steps: 4"),
+        (
+            "GRPO",
+            {**DRAWS, "rollout_draws": 8},
+            {},
+            "rollout_draws: 8 does not divide steps_per_generation: 4; choose a divisor of both num_generations and s",
+        ),
         ("RLOO", DRAWS, {}, "rollouts: draws is for GRPO alone"),
         ("OnlineDPO", DRAWS, {}, "rollouts: draws is for GRPO alone"),
-        ("GRPO", DRAWS, {"use_vllm": True}, "rollouts: draws does not go with use_vllm: true unless vllm_mode: s"),
+        ("GRPO", DRAWS, {"use_vllm": True}, "rollouts: draws needs a vLLM server .*: with use_vllm: true set vllm_mo"),
         ("GRPO", DRAWS, {"tools": [print]}, "rollouts: draws does not go with tools"),
+        ("GRPO", {}, {"is_deepspeed_enabled": True}, "DeepSpeed and FSDP are not supported where training writes"),
+        ("RLOO", {}, {"is_fsdp_enabled": True}, "DeepSpeed and FSDP are not supported where training writes"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(kind: str, settings: Any, args: Any, words: str, make: Any) -> None:

@@ -180,8 +180,13 @@ def test_without_a_rate_a_weight_travels_as_far_by_signs_in_any_schedule(
 @pytest.mark.parametrize(
     ("direction", "rate", "told", "tau"),
     [
-        (None, 1.1e-3, "α 0.11, as a learning_rate of 0.0011 is usual for this model, and none is given", 1e4),
-        ("newton", 2.5e-4, "α 0.025, with which a step moves a weight by 0.00025 at most, as no learning_rate", 1.0),
+        (None, 1.1e-3, "α 0.11 (no learning_rate is set: 0.0011 is usual for this model)", 1e4),
+        (
+            "newton",
+            2.5e-4,
+            "α 0.025 (no learning_rate is set: with this one a step moves a weight by at most 0.00025)",
+            1.0,
+        ),
     ],
 )
 def test_without_a_rate_a_run_has_one_for_its_model_or_for_signs(
@@ -213,13 +218,13 @@ def test_a_run_with_a_preset_resumes_at_the_same_rates(
     assert (f"the checkpoint's learning_rate {ends[0][1]:.3g}, not at" in caplog.text) is (direction == "newton")
 
 
-@pytest.mark.parametrize(("rate", "usual"), [(1e-3, " (0.0011 is usual for this model)"), (1.1e-3, ""), (2e-3, "")])
+@pytest.mark.parametrize(("rate", "usual"), [(1e-3, "; 0.0011 is usual for this model"), (1.1e-3, ""), (2e-3, "")])
 def test_a_lower_rate_than_the_usual_one_is_told_of(
     rate: float, usual: str, trained: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     trained(learning_rate=rate)
-    assert f"as a learning_rate of {rate:g} is the most that a step may move{usual}, steps by Adam" in caplog.text
+    assert f" (a step moves a weight by at most the learning_rate, {rate:g}{usual}), steps by Adam" in caplog.text
 
 
 @pytest.mark.parametrize("steps", [5, 10])
@@ -257,12 +262,12 @@ def test_a_resumed_run_tells_of_the_settings_that_it_keeps(
     caplog.clear()
     with caplog.at_level(logging.INFO, "axolotl_ivon"):
         trained({**first, "ess": 1e6}, max_steps=4, save_steps=2, resume=tmp_path / "checkpoint-2")
-    assert "the run resumes with" not in caplog.text
+    assert "resuming with the checkpoint's" not in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO, "axolotl_ivon"):
         changed = {"ess": 5e7, "clip": 0.02, "betas": (0.5, 0.9)}
         again = trained(changed, max_steps=4, save_steps=4, resume=tmp_path / "checkpoint-2")
-    [warning] = [r.getMessage() for r in caplog.records if "the run resumes with" in r.getMessage()]
+    [warning] = [r.getMessage() for r in caplog.records if "resuming with the checkpoint's" in r.getMessage()]
     assert "ess 1e+06" in warning
     assert "clip 0.01" in warning
     assert "betas (0.9, 0.9)" in warning
