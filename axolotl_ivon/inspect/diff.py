@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import IVONError
 from ..posterior.adapter import different_shapes, modules
+from ..posterior.chain import meaning
 from ..posterior.posterior import Posterior
 from ..reporter import SILENT, Reporter
 
@@ -30,6 +31,9 @@ def distance(first: Posterior, second: Posterior, reporter: Reporter = SILENT) -
         a, b = ("none such" if shape is None else f"shape {shape}" for shape in shapes)
         fix = "only adapters of the same modules and rank have a distance"
         raise IVONError(f"the adapters differ in {key}: A has {a}, B has {b}; {fix}")
+    tokens = [meaning(q.config)["trainable_token_indices"] for q in (first, second)]
+    if tokens[0] != tokens[1]:
+        raise IVONError(f"the adapters trained different tokens: trainable_token_indices {tokens[0]} and {tokens[1]}")
     sums = first.mean.each(lambda key: _sums(first, second, key), "comparing", reporter)
     rows = [
         {"module": name, **_distance(np.sum([sums[key] for key in keys], axis=0))}

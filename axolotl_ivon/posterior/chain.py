@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import IVONError, param_ref
-from .adapter import UNPRUNED, Adapter, mean_sha256, posterior_number
+from .adapter import UNPRUNED, Adapter, changes_base, mean_sha256, posterior_number
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -19,11 +19,23 @@ if TYPE_CHECKING:
 PRIOR_SHA256, CHAIN, CHAIN_SIZE = "prior_sha256", "prior_chain", "chain_train_size"
 PRIOR_KEYS = ("prior", PRIOR_SHA256, "prior_strength", CHAIN, CHAIN_SIZE)
 
-# What must agree for a weight of one adapter to mean the same as that weight of another.
-MEANING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+# What must agree for a weight of one adapter to mean the same as that weight of another; see `meaning`.
+_MEANING = (
+    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    *("trainable_token_indices", "alora_invocation_tokens", "layer_replication"),
+)
 # The plugin's YAML keys of some of them.
 YAML_KEYS = {"r": "lora_r", "use_rslora": "peft_use_rslora", "use_dora": "peft_use_dora"}
 YAML_KEYS |= {name: f"lora_{name}" for name in ("rank_pattern", "alpha_pattern", "fan_in_fan_out")}
+
+
+def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of adapter_config.json that must agree for weights of two adapters to mean the same.
+
+    A key that is absent is off. Initializations count where they change the base model: the adapter is what it lacks.
+    """
+    start = config["init_lora_weights"] if changes_base(config) else None
+    return {**{name: config.get(name) or None for name in _MEANING}, "init_lora_weights": start}
 
 
 class Link(NamedTuple):
@@ -172,7 +184,8 @@ def check_prior(prior: str | Posterior, config: Mapping[str, Any]) -> None:
     bases = [PurePath(str(x.get("base_model_name_or_path"))).name for x in (held.config, config)]
     if bases[0] != bases[1] and "None" not in bases:
         raise IVONError(f"{named} is over {bases[0]} and this adapter over {bases[1]}; give a posterior over that")
-    for key in MEANING:
-        own, other = held.config.get(key), config.get(key)
-        if held.config and key in config and (own or None) != (other or None):
+    others = meaning(config)
+    for key, own in meaning(held.config).items():
+        if held.config and key in config and own != others[key]:
+            own, other = held.config.get(key), config.get(key)
             raise IVONError(f"{named} has {key} {own} and this adapter {other}; set {YAML_KEYS.get(key, key)}: {own}")

@@ -18,7 +18,7 @@ from ..errors import IVONError, param_ref
 from ..storage.dtypes import NUMPY
 from ..storage.tensorfile import Spec
 from .adapter import RUN_IDS, UNPRUNED, changes_base, different_shapes
-from .chain import CHAIN_SIZE, MEANING, PRIOR_KEYS, Factor, factors, identity, links
+from .chain import CHAIN_SIZE, PRIOR_KEYS, Factor, factors, identity, links, meaning
 from .tensors import Tensors
 
 if TYPE_CHECKING:
@@ -34,7 +34,11 @@ _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_
 # What pruning, tempering and writing anew change in a header.
 _CHANGING = ("tau", "pruned_ratio", "mean_sha256", UNPRUNED, RUN_IDS, "library_version")
 # What a sum of low-rank updates cannot express.
-_NOT_LOW_RANK = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters")
+_NOT_LOW_RANK = (
+    *("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters"),
+    "alora_invocation_tokens",
+)
+_OF_THE_BASE = ("layer_replication", "init_lora_weights")  # what makes another base model of it
 _FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight$")
 
 
@@ -120,8 +124,8 @@ def same_data(one: Posterior, other: Posterior) -> bool:
     if not all("mean_sha256" in header for header in headers):  # made in memory
         return False
     facts = [{name: value for name, value in header.items() if name not in _CHANGING} for header in headers]
-    scalings = [[q.config.get(name) or None for name in MEANING] for q in (one, other)]
-    if facts[0] != facts[1] or scalings[0] != scalings[1] or any(different_shapes(one.mean, other.mean)):
+    same = facts[0] == facts[1] and meaning(one.config) == meaning(other.config)
+    if not same or any(different_shapes(one.mean, other.mean)):
         return False
     pairs = ((one.mean.float32(key), other.mean.float32(key)) for key in one.mean)
     return all(((a == b) | (a == 0) | (b == 0)).all() for a, b in pairs)
@@ -163,10 +167,12 @@ def _elementwise(
     fix = "method cat combines adapters of different ranks and targets"
     members = [*posteriors, *priors]
     for q in members[1:]:
-        for name in MEANING:
-            own, other = first.config.get(name), q.config.get(name)
-            if (own or None) != (other or None):  # a key that is absent is off
-                raise IVONError(f"the adapters differ in {name} ({own}, {other}); {fix}")
+        others = meaning(q.config)
+        for name, own in meaning(first.config).items():
+            if own != others[name]:
+                differ = f"the adapters differ in {name} ({first.config.get(name)}, {q.config.get(name)})"
+                other_things = name in _NOT_LOW_RANK or name in _OF_THE_BASE
+                raise IVONError(differ + (", so their weights mean different things" if other_things else f"; {fix}"))
         for key, shape, other in different_shapes(first.mean, q.mean):
             raise IVONError(f"the adapters differ in {key} ({shape}, {other}); {fix}")
     product = [factor for factor in factors([q.metadata for q in members], share) if factor.weight]
@@ -273,6 +279,8 @@ def _concatenated(posteriors: Sequence[Posterior], share: Sequence[float]) -> Pa
         for name in _NOT_LOW_RANK:
             if q.config.get(name):
                 raise IVONError(f"method cat cannot combine adapters with {name}; use precision or linear")
+        if meaning(q.config)["layer_replication"] != meaning(posteriors[0].config)["layer_replication"]:
+            raise IVONError("the adapters differ in layer_replication, so their weights mean different things")
         if changes_base(q.config):
             raise IVONError(
                 f"method cat cannot combine adapters with init_lora_weights {q.config['init_lora_weights']!r}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.inspect.diff import distance
 from axolotl_ivon.posterior.chain import CHAIN, Factor, Link, factors, links, prior_header, shared
 from axolotl_ivon.posterior.combine import same_data
 
@@ -281,16 +283,42 @@ def test_cat_scales_sigma_as_it_scales_the_mean():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"r": 8}, "differ in r"),
-        ({"lora_alpha": 9}, "differ in lora_alpha"),
-        ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "differ in base_model"),
-        ({"use_dora": True}, "differ in use_dora"),
+        ({"r": 8}, "differ in r .*method cat"),
+        ({"lora_alpha": 9}, "differ in lora_alpha .*method cat"),
+        ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "differ in base_model.*method cat"),
+        ({"use_dora": True}, "differ in use_dora .* different things"),
+        ({"init_lora_weights": "pissa"}, r"differ in init_lora_weights \(.*, pissa\), .* different things"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "differ in layer_replication .* different things"),
+        ({"trainable_token_indices": [3]}, "differ in trainable_token_indices .* different things"),
     ],
 )
 def test_adapters_of_different_kinds(method: str, other: dict, message: str, make_adapter: Callable):
     qs = [Posterior.from_pretrained(make_adapter()), Posterior.from_pretrained(make_adapter(**other))]
-    with pytest.raises(IVONError, match=f"{message}.*method cat"):
+    with pytest.raises(IVONError, match=message):
         Posterior.combine(qs, method)
+
+
+def test_rows_of_other_tokens_are_neither_combined_nor_compared(make_adapter: Callable) -> None:
+    """Their tensors have the same names and shapes."""
+    qs = [Posterior.from_pretrained(make_adapter(trainable_token_indices=tokens)) for tokens in ([3, 7], [4, 9])]
+    assert {k: v.shape for k, v in qs[0].mean.items()} == {k: v.shape for k, v in qs[1].mean.items()}
+    with pytest.raises(IVONError, match=r"trainable_token_indices \(\[3, 7\], \[4, 9\]\)"):
+        Posterior.combine(qs)
+    with pytest.raises(IVONError, match="trained different tokens"):
+        distance(*qs)
+
+
+def test_adapters_that_another_start_left_the_base_model_for_are_told_apart(make_adapter: Callable) -> None:
+    """True and "gaussian" leave it as it was; an aLoRA acts from its tokens on alone."""
+    plain, gaussian = (Posterior.from_pretrained(make_adapter(init_lora_weights=x)) for x in (True, "gaussian"))
+    Posterior.combine([plain, gaussian])
+    there = replace(plain, config={**plain.config, "alora_invocation_tokens": [5, 6]})
+    for method in ("precision", "linear", "cat"):
+        with pytest.raises(IVONError, match="alora_invocation_tokens"):
+            Posterior.combine([gaussian, there], method)
+    replicated = replace(plain, config={**plain.config, "layer_replication": [[0, 2]]})
+    with pytest.raises(IVONError, match="differ in layer_replication"):
+        Posterior.combine([gaussian, replicated], "cat")
 
 
 def test_keys_that_another_version_of_peft_leaves_out_are_off(make_adapter: Callable) -> None:
