@@ -109,10 +109,17 @@ def _example(record: dict[str, Any], source: str) -> Example:
     answer, after = reply.pop("content", "") or "", tuple(messages[last + 1 :])
     if not answer and "content" in messages[last]:
         reply["content"] = ""  # which is something else to a template than no content
-    example = Example(tuple(messages[:last]), answer, source, "text" in record, reply, after, tools)
+    example = Example(tuple(messages[:last]), answer, source, _is_text(record), reply, after, tools)
     if not answer and not example.says_more:
         raise IVONError(f"{source}: the assistant message is empty; it is the reference answer, fill it in")
     return example
+
+
+def _is_text(record: Mapping[str, Any]) -> bool:
+    """Return whether a line is a text, with its label or alone. Beside a chat a column `text` repeats it, rendered."""
+    if any(record.get(name) is not None for name in ("messages", "conversations")):
+        return False
+    return record.get("text") is not None and ("label" in record or "instruction" not in record)
 
 
 _SHAPE = '{"messages": [{"role": …, "content": …}, …]}'
@@ -135,8 +142,10 @@ def chat_messages(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
         raise IVONError(
             f"{source}: holds half a surrogate pair (\\ud800 to \\udfff), which is no text; remove it"
         ) from None
-    turns: Any = record.get("messages", record.get("conversations"))
-    if turns is None and {"text", "label"} <= record.keys():
+    turns: Any = record.get("messages")
+    if turns is None:
+        turns = record.get("conversations")
+    if turns is None and _is_text(record) and "label" in record:
         turns = [_turn("user", record["text"]), _turn("assistant", _label(record["label"], source))]
     elif turns is None and {"instruction", "output"} <= record.keys():
         asked = [record["instruction"], record.get("input") or ""]
@@ -259,14 +268,14 @@ def question_of(value: str | Sequence[Message] | Mapping[str, Any], source: str)
     """
     record: Mapping[str, Any] = {"text": value} if isinstance(value, str) else {"messages": [*value]}
     if isinstance(value, Mapping):
-        record = {name: each for name, each in value.items() if name != "label" or "text" not in value}
+        record = {**value, "label": ""} if _is_text(value) and "label" in value else value
     return replace(_prompt(record, source), answer="")
 
 
 def _prompt(line: Mapping[str, Any], source: str) -> Example:
     """Return what is asked by a line of a file, and the answer after it, which is empty where there is none."""
     record = dict(line)
-    plain = "text" in record and not record.keys() & {"messages", "conversations"}
+    plain = _is_text(record)
     if plain and "label" not in record:
         record["messages"] = [_turn("user", record["text"])]
     elif "instruction" in record:

@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,7 @@ class Decider:
         else:
             tau = tau if tau is not None else 1.0 if Adapter(adapter).sigma is not None else math.inf
             posterior = open_posterior(Path(adapter), mean_only=math.isinf(tau) and not ratio)
+        self._lock = threading.Lock()
         self.choices = _choices(posterior, choices)
         self._task = "classify" if has_head(posterior) else "choice"
         self._rule = rule
@@ -141,8 +143,9 @@ class Decider:
         ]
         if not examples:
             return []
-        items = self._reader.encode(examples, self._task, self.choices, self._rule.by_length)
-        drawn, scaled = self._evaluate(items, self._variants, reporter=reporter)
+        with self._lock:  # draws go into the one model in turn, and a tokenizer is of one thread at a time
+            items = self._reader.encode(examples, self._task, self.choices, self._rule.by_length)
+            drawn, scaled = self._evaluate(items, self._variants, reporter=reporter)
         order = drawn.group.argsort()
         assert scaled.probabilities is not None
         columns = (scaled.probabilities, drawn.expected_entropy, drawn.entropy - drawn.expected_entropy)

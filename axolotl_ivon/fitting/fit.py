@@ -90,13 +90,21 @@ def fit(
     }
     data_of_mean = header["mean_sha256"] + header["fit_data_sha256"]  # whatever the method
     header[RUN_IDS] = hashlib.sha256(data_of_mean.encode()).hexdigest()[:16]
-    if not session.classify:
-        header |= data_header(session.tokenizer, lambda most: (item.row for item in items[:most]))
+    header |= {name: mean.metadata[name] for name in _OF_TRAINING if name in mean.metadata}
+    if not session.classify and not header.keys() & {*_OF_TRAINING}:
+        found = data_header(session.tokenizer, lambda most: (item.row for item in items[:most]))
+        if chosen.limit is not None:
+            found.pop("choices", None)  # the rest of the data may have more
+        header |= found
     kept = State(state, _key(header["mean_sha256"], chosen, session, items, judged))
     parameters = adapter_parameters(session.model)
     problem = FitProblem(mean, session, parameters, chosen, items, judged, kept, header, reporter)
     method = import_module(f".{chosen.method}", __package__)
     return problem.posterior(method.fit(problem))
+
+
+# What training has written about its data, by which the mean is asked; a σ that is fitted anew changes none of it.
+_OF_TRAINING = ("generation_prompt", "system_prompt", "choices", "chat_template_kwargs")
 
 
 def _open(adapter: str | Path, refit: bool) -> Adapter:

@@ -193,8 +193,8 @@ class IVONLoRA(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for param in group["params"]:
-            if not param.is_floating_point():
-                raise ValueError(f"IVONLoRA optimizes floating-point parameters, got {param.dtype}")
+            if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"IVONLoRA optimizes float32, bfloat16 or float16 parameters, got {param.dtype}")
         if isinstance(group["prior"], Mapping):
             self._keep_prior(group, group["prior"])
         self._buffers = None
@@ -493,10 +493,26 @@ class IVONLoRA(Optimizer):
         Where the state has a mean, the parameters are set to it: the next draw is around that, whatever they held.
 
         Raises:
-            ValueError: if the groups or shapes differ from those of this optimizer.
+            ValueError: if the groups or shapes differ from those of this optimizer, which then is as it was.
         """
+        before = self.param_groups, self.state
         # torch would cast the state to the parameter's dtype, and a bfloat16 mean loses the small steps.
         super().load_state_dict({**state_dict, "state": {}})
+        try:
+            loaded = self._checked_state(state_dict)
+        except ValueError:
+            self.param_groups, self.state = before
+            raise
+        for param, values in loaded:
+            self.state[param] = values
+            if "mean" in values:
+                with torch.no_grad():
+                    param.copy_(values["mean"])
+        self._buffers = None
+
+    def _checked_state(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Return float32 copies of the state of each parameter that has one; raise ValueError if it does not fit."""
+        loaded = []
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, param in zip(ids, params, strict=True):
@@ -510,13 +526,9 @@ class IVONLoRA(Optimizer):
             shapes = {name: tuple(saved[name].shape) for name in names}
             if set(shapes.values()) != {tuple(param.shape)}:
                 raise ValueError(f"loaded state has shapes {shapes} for a parameter of {tuple(param.shape)}")
-            self.state[param] = {
-                name: torch.as_tensor(value).to(param.device, torch.float32, copy=True) for name, value in saved.items()
-            }
-            if "mean" in self.state[param]:
-                with torch.no_grad():
-                    param.copy_(self.state[param]["mean"])
-        self._buffers = None
+            copies = (torch.as_tensor(value).to(param.device, torch.float32, copy=True) for value in saved.values())
+            loaded.append((param, dict(zip(saved, copies, strict=True))))
+        return loaded
 
     @torch.no_grad()
     def adopt_parameters(self, sigma: Mapping[Tensor, Tensor] | None = None, steps: int = 0) -> None:

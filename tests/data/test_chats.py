@@ -124,6 +124,18 @@ def test_all_fields_of_a_message_are_kept_as_axolotl_gives_them_to_the_template(
     assert detect_task([whole] * 4) == "generate"
 
 
+@pytest.mark.parametrize("shape", [name for name, (record, _) in SHAPES.items() if "text" not in record])
+def test_a_text_beside_a_chat_is_not_read(shape: str, tmp_path: Path) -> None:
+    """As of data sets that hold the rendered prompt with its answer in a column `text` as well; or nulls."""
+    record, _ = SHAPES[shape]
+    empty = dict.fromkeys(("messages", "text", "label"))
+    path = write(tmp_path, record, {**record, "text": "rendered: the answer"}, {**empty, **record})
+    for read in (read_examples, read_chats, lambda path: list(read_questions(path))):
+        plain, *others = read(path)
+        assert [replace(other, source=plain.source) for other in others] == [plain] * 2
+        assert not plain.plain
+
+
 def test_prompts_may_be_texts(tmp_path: Path) -> None:
     records = [{"text": "hi"}, {"text": "hi", "label": "A"}, {"instruction": "hi"}, {"text": "hi", "system": "short"}]
     prompts = read_chats(write(tmp_path, *records))

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,14 @@ def test_a_run_without_texts_leaves_an_empty_file(tmp_path: Path, form: str) -> 
     assert again.resume(iter([])) == 0
     again.append([])
     assert path.read_text().splitlines() == lines.head
+
+
+def test_threads_may_share_one(tiny_adapter: Path) -> None:
+    decider = Decider(tiny_adapter, choices=["A", "B"], sampling=Sampling(3))
+    texts = [["red sun"], ["blue dog", "a much longer text than the others are"], ["green"], ["cat cold rain"]] * 4
+    expected = [decider(each) for each in texts]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(decider, texts)) == expected
 
 
 def test_settings_know_the_sigma_of_draws(make_adapter: Callable[..., Path], tmp_path: Path) -> None:

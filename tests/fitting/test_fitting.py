@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,19 @@ def test_every_kind_of_adapter(
     saved_alone = {key for key in q.sigma if "embed_tokens.weight" in key or "base_layer" in key}
     for key in trained - saved_alone:
         assert (q.sigma[key] > 0).any(), key
+
+
+def test_what_training_knows_of_its_data_stays(tiny_adapter: Path, plain_adapter: Path, tmp_path: Path) -> None:
+    """A σ that is fitted anew, on other data, changes nothing of how the mean is asked."""
+    facts = {"choices": '["A", "B", "C"]', "chat_template_kwargs": '{"x": 1}', "system_prompt": "Choose."}
+    q = Posterior.from_pretrained(tiny_adapter)
+    replace(q, metadata={**q.metadata, **facts}).save_pretrained(tmp_path / "trained")
+    data = write_chats(tmp_path / "other.jsonl", 8)
+    fitted = fit(tmp_path / "trained", data, method="fisher", samples=1, refit=True)
+    assert facts.items() <= fitted.metadata.items()
+    # A part of the data may lack a label, of an adapter that knows none.
+    assert "choices" in fit(plain_adapter, data, method="fisher", samples=1).metadata
+    assert "choices" not in fit(plain_adapter, data, method="fisher", samples=1, limit=6).metadata
 
 
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])

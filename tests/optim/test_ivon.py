@@ -432,8 +432,19 @@ def test_weights_that_are_put_into_the_parameters_can_be_adopted(dtype: torch.dt
 def test_loading_a_state_of_another_shape_is_refused() -> None:
     small, large = (IVONLoRA([nn.Parameter(torch.ones(size))], ess=1e3) for size in (3, 4))
     small.summary()  # which makes its state
+    small.param_groups[0]["ess"] = 7.0
+    before, mean = copy.deepcopy(large.state_dict()), large.param_groups[0]["params"][0].clone()
     with pytest.raises(ValueError, match=r"shapes .*\(3,\).* \(4,\)"):
         large.load_state_dict(small.state_dict())
+    assert repr(large.state_dict()) == repr(before)
+    assert torch.equal(large.param_groups[0]["params"][0], mean)
+
+
+def test_parameters_of_other_dtypes_are_refused() -> None:
+    for dtype in (torch.float64, torch.int64):
+        parameter = nn.Parameter(torch.ones(2, dtype=dtype), requires_grad=False)
+        with pytest.raises(ValueError, match=f"float32, bfloat16 or float16 parameters, got {dtype}"):
+            IVONLoRA([parameter], ess=1e3)
 
 
 def test_a_copied_or_pickled_optimizer_keeps_its_state() -> None:

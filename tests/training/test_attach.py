@@ -230,7 +230,7 @@ def test_the_learning_rate_is_the_most_that_a_step_moves_a_weight(
     if clip == 0.01:  # nearly every step is cut at the bound
         assert moved >= given
     (line,) = (record.message for record in caplog.records if record.message.startswith("preset auto: λ "))
-    assert "is the most that a step may move" in line
+    assert "a step moves a weight by at most the learning_rate" in line
     assert ("next to nothing can be learned" in caplog.text) is (2 * given < 1e-3)
 
 
