@@ -242,7 +242,7 @@ def test_a_run_without_texts_leaves_an_empty_file(tmp_path: Path, form: str) -> 
 
 def test_threads_may_share_one(tiny_adapter: Path) -> None:
     decider = Decider(tiny_adapter, choices=["A", "B"], sampling=Sampling(3))
-    texts = [["red sun"], ["blue dog", "a much longer text than the others are"], ["green"], ["cat cold rain"]] * 4
+    texts = [[f"{word} {other} sun" for other in ("dog", "cat", "bird")] * 8 for word in ("red", "blue", "green")] * 6
     expected = [decider(each) for each in texts]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(decider, texts)) == expected
