@@ -292,6 +292,8 @@ def work(results: Results) -> str:
 
 
 PEERS = (
+    ("adamw-stopped", "mean"),
+    ("adamw-stopped", "temperature-scaling"),
     ("adamw", "ensemble"),
     ("adamw", "mc-dropout"),
     ("adamw", "laplace=diag"),
@@ -303,7 +305,7 @@ PEERS = (
 
 
 def peers(results: Results) -> str:
-    """Other ways to a posterior, on the tasks and seeds that they have run on, beside the untuned mean there."""
+    """Early stopping and other ways to a posterior, on the tasks and seeds that they have run on, beside the untuned mean there."""
     rows = []
     for method, row in PEERS:
         tasks = [
