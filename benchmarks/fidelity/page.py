@@ -305,7 +305,7 @@ PEERS = (
 
 
 def peers(results: Results) -> str:
-    """Early stopping and other ways to a posterior, on the tasks and seeds that they have run on, beside the untuned mean there."""
+    """Early stopping, and other ways to a posterior, on the tasks that have run, beside the untuned mean there."""
     rows = []
     for method, row in PEERS:
         tasks = [
