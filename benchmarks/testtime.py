@@ -168,6 +168,16 @@ SMALL = Suite(
 SUITES = {
     QUICK: SMALL,
     "many": replace(SMALL, methods=SMALL.methods[:4], counts=(8, 16, 32, 64, 128), per_model=8, utilities=()),
+    # the same at a sampling temperature of 1, at which more outputs go on helping
+    "warm": replace(
+        SMALL,
+        methods=("auto, mean", "auto, draws, pruned by SNR", "AdamW"),
+        seeds=(0, 1, 2),
+        counts=(8, 16, 32, 64, 128),
+        per_model=8,
+        temperatures=(1.0,),
+        utilities=(),
+    ),
     # 16 epochs, in which AdamW begins to overfit
     "longer": replace(SMALL, methods=SMALL.methods[:4], steps=500, lrs=(2e-4, 5e-4, 1e-3)),
     "sums": Suite(SMOLLM2, "sums", list(METHODS), max_tokens=40),
