@@ -7,7 +7,7 @@ The metadata get `model-index`, the form that the Hub reads for any data set. `.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..posterior.card import (
 from ..posterior.recommended import recommended_from, recommended_in
 from ..records.evaluation import EvaluationRecord, VariantResult
 from ..storage.atomic import output_folder
-from ..storage.format import SIGMA_FILE
+from ..storage.format import SIGMA_FILE, file_names
 
 _COLUMNS = ("accuracy", "ece", "nll", "perplexity", "brier", "auroc", "aurc", "cov_at_5risk")
 _TASKS = {"choice": "multiple-choice", "classify": "text-classification", "generate": "text-generation"}
@@ -83,7 +83,7 @@ def add_results(
 
 
 def _dataset_ids(files: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
-    """Return the Hub's data set of each file, or the file's name."""
+    """Return the Hub's data set of each file, or a name of its own."""
     named = param_ref("datasets")
     if datasets and len(datasets) != len(files):
         raise IVONError(
@@ -92,7 +92,13 @@ def _dataset_ids(files: Sequence[str], datasets: Sequence[str]) -> dict[str, str
     for given in datasets:
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}", given):
             raise IVONError(f"{named} {given}: give owner/name, or owner/name/task")
-    return dict(zip(files, datasets or [PurePath(file).stem for file in files], strict=True))
+    return dict(zip(files, datasets or _own_ids(file_names(files).values()), strict=True))
+
+
+def _own_ids(names: Collection[str]) -> list[str]:
+    """Return different ids for files with these names, without a slash: that would be a data set of the Hub."""
+    stems = [name.removesuffix(PurePath(name).suffix) for name in names]
+    return [each.replace("/", "--") for each in (stems if len({*stems}) == len(names) else names)]
 
 
 def metrics_table(evaluation: EvaluationRecord) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -119,9 +125,9 @@ def _table(evaluation: EvaluationRecord) -> list[str]:
         "| data | |" + "".join(f" {heading} |" for heading in heads),
         "|---|---|" + "---:|" * len(heads),
     ]
-    before = None
+    names, before = file_names(evaluation.files), None
     for row, (coverage, figures) in zip(evaluation.rows, cells, strict=True):
-        data = f"{escape(PurePath(row.data).name)} ({row.examples})"
+        data = f"{escape(names[row.data])} ({row.examples})"
         lines.append(f"| {data if data != before else ''} | {escape(row.name)}{coverage} | {' | '.join(figures)} |")
         before = data
     return lines
@@ -143,11 +149,12 @@ def _setup(row: VariantResult, evaluation: EvaluationRecord) -> str:
 def _model_index(evaluation: EvaluationRecord, ids: Mapping[str, str]) -> list[Any]:
     from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
+    names = file_names(evaluation.files)
     results = [
         EvalResult(
             task_type=_TASKS.get(evaluation.task, "text-generation"),
             dataset_type=ids[row.data],
-            dataset_name=PurePath(row.data).name,
+            dataset_name=names[row.data],
             metric_type=metric,
             metric_value=value,
             metric_name=f"{metric}, {_setup(row, evaluation)} ({MEASURED_BY})",

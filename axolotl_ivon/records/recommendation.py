@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import PurePath
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from ..metrics.verdict import IN_WORDS, Paired, figures
 from ..storage.format import RECOMMENDED_FILE as RECOMMENDED_FILE
+from ..storage.format import file_names
 from .base import Record, Share, Tau
 from .evaluation import Difference, Metrics
 
@@ -140,7 +140,7 @@ class Recommendation(Record):
 
     def sentences(self) -> list[str]:
         """Return what is recommended, why, and what the threshold for an answer's probability promises."""
-        where = ", ".join(PurePath(path).name for path in self.data) or "validation data"
+        where = ", ".join(file_names(self.data).values()) or "validation data"
         by = f"by {self.objective} " if self.objective else ""
         sentences = [f"Recommended, {by}on {where}: {self.describe()}."]
         sentences += [f"Why: {self.verdict.text}."] if self.verdict and self.verdict.text else []

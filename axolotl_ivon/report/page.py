@@ -73,7 +73,7 @@ def page(adapter: str, findings: Findings) -> str:
             if summary["posterior"]
         ],
         influence=_influence(findings.influence),
-        examples=_examples(findings),
+        examples=_examples(findings, names),
         version=summary["header"].get("library_version", ""),
     )
 
@@ -234,7 +234,7 @@ def _cut(text: str, most: int = 80) -> str:
     return line if len(line) <= most else f"{line[:most]} …"
 
 
-def _examples(findings: Findings) -> dict[str, Any] | None:
+def _examples(findings: Findings, names: Mapping[str, str]) -> dict[str, Any] | None:
     """Return where the main variant is surest while right, surest while wrong, and least sure; none of them twice."""
     data = findings.evaluation.files
     main = main_variant(findings, _variants(findings, data[0])) if data else None
@@ -248,14 +248,17 @@ def _examples(findings: Findings) -> dict[str, Any] | None:
     unsure = [line for line in reversed(lines) if line not in surest and line not in wrong][:_SHOWN]
     first = "Right, surest first" if judged else "Surest"
     kinds = {first: surest, "Wrong, surest first": wrong, "Least sure": unsure}
-    return {"row": main, "kinds": {kind: [_example(line, main) for line in part] for kind, part in kinds.items()}}
+    return {
+        "row": main,
+        "kinds": {kind: [_example(line, main, names) for line in part] for kind, part in kinds.items()},
+    }
 
 
-def _example(line: ExampleRecord, main: str) -> dict[str, Any]:
+def _example(line: ExampleRecord, main: str, names: Mapping[str, str]) -> dict[str, Any]:
     row, draws = line.rows[main], line.rows.get("posterior", line.rows[main])
     question = line.question or ""
     return {
-        "where": f"{PurePath(line.data).name}, line {line.line}",
+        "where": f"{names[line.data]}, line {line.line}",
         "question": question if len(question) <= _LONGEST else f"{question[:_LONGEST]} …",
         "answer": (line.answer or "")[:_LONGEST],
         "prediction": row.prediction,

@@ -231,10 +231,14 @@ def regular_size(path: Path) -> int:
 
 
 def file_names(paths: Sequence[str]) -> dict[str, str]:
-    """Return a short name for each path: the file's, unless two share it."""
-    short = {path: PurePath(path).name for path in paths}
-    names = list(short.values())
-    return {path: name if names.count(name) == 1 else path for path, name in short.items()}
+    """Return a short name for each path: the file's, after as many of its folders as tell it from the others."""
+    parts = {path: PurePath(path).parts for path in paths}
+    names = {}
+    for path, own in parts.items():
+        tails = (own[-length:] for length in range(1, len(own) + 1))
+        alone = (tail for tail in tails if [other[-len(tail) :] for other in parts.values()].count(tail) == 1)
+        names[path] = next((str(PurePath(*tail)) for tail in alone), path)
+    return names
 
 
 def write_json(path: Path, value: Any) -> None:

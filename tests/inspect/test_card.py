@@ -93,6 +93,33 @@ def test_results_are_there_with_their_errors(folder: Path, write: Callable[..., 
     assert changed == {"README.md", ".eval_results/ivon-mean.yaml", ".eval_results/ivon-posterior.yaml"}
 
 
+@pytest.mark.parametrize(
+    ("paths", "names", "ids"),
+    [
+        (("/some/where/news/test.jsonl", "/some/where/film/test.jsonl"),
+         ("news/test.jsonl", "film/test.jsonl"), ("news--test", "film--test")),
+        (("test.jsonl", "test.json"), ("test.jsonl", "test.json"), ("test.jsonl", "test.json")),
+    ],
+)  # fmt: skip
+def test_files_of_one_name_are_told_apart(
+    paths: tuple[str, str],
+    names: tuple[str, str],
+    ids: tuple[str, str],
+    folder: Path,
+    write: Callable[..., Path],
+) -> None:
+    rows = [{**row, "data": path} for path in paths for row in result_rows()]
+    swept = {"rows": None, "tau": "inf", "ratio": 0.0, "data": paths}
+    card, *yamls = add_results(folder, write(rows=rows), write("recommended.json", **swept))
+    text = card.read_text()
+    assert all(f"| {name} (40) | base |" in text for name in names)
+    assert f"Recommended, on {names[0]}, {names[1]}:" in text
+    assert "/some/where" not in text
+    assert {(r.dataset_type, r.dataset_name) for r in load(folder).data.eval_results} == {*zip(ids, names, strict=True)}
+    for path in yamls:
+        assert tuple(entry["dataset"]["id"] for entry in yaml.safe_load(path.read_text())) == ids
+
+
 def test_the_recommendation_is_the_folder_s_own_or_the_one_that_is_given(
     folder: Path, write: Callable[..., Path], tmp_path: Path
 ) -> None:

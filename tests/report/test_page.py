@@ -158,6 +158,18 @@ def test_no_example_is_shown_twice(tiny_adapter: Path) -> None:
     }
 
 
+def test_examples_of_files_of_one_name_are_told_apart(tiny_adapter: Path) -> None:
+    paths = ("/some/where/a/test.jsonl", "/some/where/b/test.jsonl")
+    evaluation = EvaluationRecord.parse(
+        {"rows": [{"name": "mean", "data": path, "examples": 1, "accuracy": 1.0} for path in paths]}, "made up"
+    )
+    predicted = {"mean": {"right": True, "confidence": 0.9}}
+    lines = [ExampleRecord.parse({"data": path, "line": 1, "rows": predicted}, "made up") for path in paths]
+    text = page(str(tiny_adapter), Findings(evaluation, lines))
+    assert re.findall(r">(\S*test.jsonl, line 1)", text) == ["a/test.jsonl, line 1", "b/test.jsonl, line 1"]
+    assert "/some/where" not in text
+
+
 def test_without_examples_it_says_how_to_get_them(tiny_adapter: Path, plain_adapter: Path, known: Findings) -> None:
     text = page(str(tiny_adapter), replace(known, examples=()))
     assert "test.jsonl (40)" in text

@@ -194,3 +194,5 @@ def test_a_folder_that_is_no_adapter_says_what_is_inside(files: list[str], messa
 def test_files_have_short_names_unless_two_share_one() -> None:
     assert file_names(["a/x", "b/y"]) == {"a/x": "x", "b/y": "y"}
     assert file_names(["a/x", "b/x"]) == {"a/x": "a/x", "b/x": "b/x"}
+    assert file_names(["/my/a/x", "/my/b/x", "x"]) == {"/my/a/x": "a/x", "/my/b/x": "b/x", "x": "x"}
+    assert file_names(["x", "x", "./x"]) == {"x": "x", "./x": "./x"}
