@@ -25,6 +25,7 @@ from ..posterior.card import (
     write_text,
 )
 from ..posterior.recommended import recommended_from, recommended_in
+from ..posterior.tensors import head_size
 from ..records.evaluation import EvaluationRecord, VariantResult
 from ..storage.atomic import output_folder
 from ..storage.format import SIGMA_FILE, file_names
@@ -62,7 +63,7 @@ def add_results(
     record = recommended_in(adapter) if recommended is True else None
     if isinstance(recommended, Path):
         record = recommended_from(recommended, adapter)
-    text = with_posterior(read_card(folder), header, adapter.config, record)
+    text = with_posterior(read_card(folder), header, adapter.config, record, head_size(adapter.mean.specs))
     files = [folder / CARD_FILE]
     if results is None:
         write_text(files[0], text)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.chats import Example
 from ..data.encode import ChatFormat, EncodedExample, encode, encode_turns
 from ..errors import IVONError, param_ref
+from ..posterior.tensors import head_size
 from ..reporter import SILENT, Reporter
 from ..storage.format import CONFIG_FILE, MEAN_FILE, check_dtype, find_base_model, read_json
 from ..storage.tensorfile import TensorFile
@@ -247,7 +248,8 @@ def load_model(adapter: str | Path, loading: Loading = Loading(), *, classify: b
         config = PeftConfig.from_pretrained(str(adapter))
     except Exception as error:  # a wrong value in the configuration can make PEFT raise anything
         raise IVONError(f"{adapter}: PEFT cannot read adapter_config.json ({_reason(error)})") from None
-    shapes = {key: shape for key, (_, shape) in TensorFile(Path(adapter) / MEAN_FILE).specs.items()}
+    specs = TensorFile(Path(adapter) / MEAN_FILE).specs
+    shapes = {key: shape for key, (_, shape) in specs.items()}
     # PEFT would fill the memory before it compares a rank that no tensor of the adapter has.
     longest = max((size for shape in shapes.values() for size in shape), default=0)
     for rank in (getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()):
@@ -265,8 +267,8 @@ def load_model(adapter: str | Path, loading: Loading = Loading(), *, classify: b
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     auto = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
     try:
-        if classify:
-            options["num_labels"] = _head_size(shapes, name)
+        if classify and (labels := head_size(specs)):  # else as many as the base says
+            options["num_labels"] = labels
         base = auto.from_pretrained(name, **options)
     except Exception as error:  # as many kinds as there are models
         raise IVONError(
@@ -324,19 +326,6 @@ def load_tokenizer(folder: str | Path, base_model: str) -> PreTrainedTokenizerBa
         raise IVONError(
             f"no tokenizer in {source} ({_reason(error)}); save the tokenizer of training beside the adapter"
         ) from None
-
-
-def _head_size(shapes: Mapping[str, tuple[int, ...]], base_model: str) -> int:
-    """Return how many labels the classification head has: as the adapter saved it, else as the base does."""
-    from transformers import AutoConfig
-
-    # A head may have hidden layers (classifier.dense) before the one that gives the labels: the narrowest.
-    widths = [
-        shape[0]
-        for key, shape in shapes.items()
-        if key.endswith(".weight") and "lora_" not in key and {"score", "classifier"} & {*key.split(".")}
-    ]
-    return min(widths) if widths else AutoConfig.from_pretrained(base_model, trust_remote_code=False).num_labels
 
 
 def _reason(error: BaseException) -> str:

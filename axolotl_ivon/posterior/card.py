@@ -23,6 +23,7 @@ from ..storage.atomic import new_file
 from ..storage.format import RECOMMENDED_FILE, SIGMA_FILE
 from .adapter import TRAINING_TAU, Adapter, posterior_number
 from .recommended import recommended_in, tau_on_top
+from .tensors import head_size
 
 if TYPE_CHECKING:
     from ..records.recommendation import Recommendation
@@ -66,7 +67,7 @@ _USE = """\
 ```python
 from peft import {auto}
 
-model = {auto}.from_pretrained(".")  # in this folder; elsewhere its path or Hub id
+model = {auto}.from_pretrained("."{labels})  # in this folder; elsewhere its path or Hub id
 ```
 
 {prediction}With axolotl-ivon, draws from the posterior, whose disagreement is what the model does not know:
@@ -136,18 +137,25 @@ def _prediction(recommended: Recommendation, header: Mapping[str, str]) -> str:
     return _PREDICT.format(sentences=sentences, code=code, file=RECOMMENDED_FILE)
 
 
-def section(header: Mapping[str, str], config: Mapping[str, Any], recommended: Recommendation | None = None) -> str:
+def section(
+    header: Mapping[str, str],
+    config: Mapping[str, Any],
+    recommended: Recommendation | None = None,
+    labels: int | None = None,
+) -> str:
     """Return the card's section on a posterior.
 
     Args:
         header: of ivon_sigma.safetensors.
         config: adapter_config.json.
         recommended: what to predict with, where that was found out.
+        labels: how many the adapter's classification head has, if it has one.
     """
     if "fit_method" in header:
         origin = "whose σ axolotl-ivon fitted after training, around the trained weights"
     else:
         origin = "trained with IVON-LoRA ([arXiv 2506.14280](https://arxiv.org/abs/2506.14280)) by axolotl-ivon"
+    task = str(config.get("task_type"))
     rows = [("base model", PurePath(str(config.get("base_model_name_or_path"))).name)]
     rows += [(label, header_value(header[name])) for name, label in HEADER_LABELS.items() if header.get(name)]
     lines = [
@@ -162,7 +170,8 @@ def section(header: Mapping[str, str], config: Mapping[str, Any], recommended: R
         *(f"| {label} | {escape(value)} |" for label, value in rows),
         "",
         _USE.format(
-            auto=_AUTO.get(str(config.get("task_type")), "AutoPeftModelForCausalLM"),
+            auto=_AUTO.get(task, "AutoPeftModelForCausalLM"),
+            labels=f", num_labels={labels}" if labels and task in _AUTO else "",
             prediction=_prediction(recommended, header) if recommended else "",
         ),
         "### Limits",
@@ -202,7 +211,11 @@ def _identity(header: Mapping[str, str]) -> str:
 
 
 def with_posterior(
-    text: str, header: Mapping[str, str], config: Mapping[str, Any], recommended: Recommendation | None = None
+    text: str,
+    header: Mapping[str, str],
+    config: Mapping[str, Any],
+    recommended: Recommendation | None = None,
+    labels: int | None = None,
 ) -> str:
     """Return the card `text` with the posterior's section and tags; results of another posterior go.
 
@@ -214,7 +227,7 @@ def with_posterior(
     results = _RESULTS.search(text)
     if results and results[1].strip() != _identity(header):
         text = _edit_metadata(_RESULTS.sub("", text), lambda data: _put_results(data, []))
-    new = section(header, config, recommended)
+    new = section(header, config, recommended, labels)
     return _edit_metadata(_put_marked(_corrected(text, header, config), _SECTION, new), _add_tags)
 
 
@@ -350,11 +363,14 @@ def update_card(folder: Path) -> None:
     """
     if (folder / SIGMA_FILE).is_file():
         adapter = Adapter(folder)
-        text = with_posterior(read_card(folder), adapter.metadata, adapter.config, recommended_in(adapter))
+        record, labels = recommended_in(adapter), head_size(adapter.mean.specs)
+        text = with_posterior(read_card(folder), adapter.metadata, adapter.config, record, labels)
         write_text(folder / CARD_FILE, text)
 
 
-def keep_true(folder: Path, header: Mapping[str, str], config: Mapping[str, Any], changed: bool) -> None:
+def keep_true(
+    folder: Path, header: Mapping[str, str], config: Mapping[str, Any], labels: int | None, changed: bool
+) -> None:
     """Remove statements from the card in `folder`, a copy of another adapter's, that do not apply here.
 
     `changed`: the mean is another one, so no result in the metadata applies.
@@ -364,7 +380,7 @@ def keep_true(folder: Path, header: Mapping[str, str], config: Mapping[str, Any]
     """
     text = read_card(folder)
     if _SECTION.search(text):
-        text = with_posterior(text, header, config)
+        text = with_posterior(text, header, config, labels=labels)
     if text:
         write_text(folder / CARD_FILE, _edit_metadata(text, _forget_results) if changed else text)
 

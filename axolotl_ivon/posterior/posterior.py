@@ -24,7 +24,7 @@ from .card import keep_true
 from .chain import links, shared
 from .combine import check_data, combine, shares
 from .prune import Pruning, pruning_masks
-from .tensors import Tensors, fingerprint, write_tensors
+from .tensors import Tensors, fingerprint, head_size, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -275,7 +275,8 @@ class Posterior:
             write_sigma(new / SIGMA_FILE, self.sigma, self.metadata, known, reporter)
             header = {**self.metadata, "mean_sha256": known}
             with contextlib.suppress(IVONError):  # a damaged card goes along as it is
-                keep_true(new, header, self.config, changed=known != self.metadata.get("mean_sha256"))
+                changed = known != self.metadata.get("mean_sha256")
+                keep_true(new, header, self.config, head_size(self.mean.specs), changed)
 
     @classmethod
     def _prior_of(cls, posteriors: Sequence[Posterior], sha256: str) -> Posterior:

@@ -151,6 +151,17 @@ def fingerprint(tensors: Tensors, digests: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
+def head_size(specs: Mapping[str, Spec]) -> int | None:
+    """Return how many labels the classification head among the tensors of an adapter has; None without one."""
+    # A head may have hidden layers (classifier.dense) before the one that gives the labels: the narrowest.
+    widths = [
+        shape[0]
+        for key, (_, shape) in specs.items()
+        if key.endswith(".weight") and "lora_" not in key and {"score", "classifier"} & {*key.split(".")}
+    ]
+    return min(widths, default=None)
+
+
 def write_tensors(
     path: Path, tensors: Tensors, metadata: Mapping[str, str], reporter: Reporter = SILENT, hashed: bool = False
 ) -> dict[str, str]:

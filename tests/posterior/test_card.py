@@ -16,6 +16,7 @@ from huggingface_hub.repocard_data import EvalResult
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import set_peft_model_state_dict
+from tiny import build_classifier, with_sigma
 
 from axolotl_ivon import Posterior
 from axolotl_ivon.posterior.card import TAGS, section, update_card, with_posterior
@@ -104,6 +105,21 @@ def test_the_code_for_what_is_recommended_does_it(
         total = total + here["model"](**here["inputs"]).logits.softmax(-1)
     expected = (total / samples).pow(1 / advice.get("temperature", 1.0))
     torch.testing.assert_close(here["probabilities"], expected / expected.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
+
+
+def test_the_code_for_a_classifier_loads_its_head(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base model says two labels, and PEFT does not resize the head by itself."""
+    folder = with_sigma(build_classifier(tiny_llama, tmp_path / "head"))
+    update_card(folder)
+    Posterior.from_pretrained(folder).temper(2).save_pretrained(tmp_path / "tempered")
+    monkeypatch.chdir(folder)
+    load_it, *_ = re.findall("```python\n(.*?)```", load(folder).text, re.DOTALL)
+    assert load_it in load(tmp_path / "tempered").text
+    here: dict[str, Any] = {}
+    exec(load_it, here)
+    assert here["model"](input_ids=torch.tensor([[3, 4, 5]])).logits.shape == (1, 3)
 
 
 @given(
