@@ -222,13 +222,24 @@ def with_posterior(
     Everything else stays as it is; a second time changes nothing.
 
     Raises:
-        IVONError: the metadata at the top of the card cannot be read.
+        IVONError: the metadata at the top of the card cannot be read, or a mark is missing.
     """
+    _check_marks(text)
     results = _RESULTS.search(text)
     if results and results[1].strip() != _identity(header):
         text = _edit_metadata(_RESULTS.sub("", text), lambda data: _put_results(data, []))
     new = section(header, config, recommended, labels)
     return _edit_metadata(_put_marked(_corrected(text, header, config), _SECTION, new), _add_tags)
+
+
+def _check_marks(text: str) -> None:
+    """Raise IVONError if something marked has no end: up to a later one, the user's own words would be replaced."""
+    for name in ("ivon", "ivon results"):
+        begin, end = f"<!-- {name}: begin", f"<!-- {name}: end -->"
+        if not all(end in part for part in text.split(begin)[1:]):
+            raise IVONError(
+                f"{CARD_FILE}: {begin} … --> has no {end} after it; put that line back, or remove the mark that begins"
+            )
 
 
 def _corrected(text: str, header: Mapping[str, str], config: Mapping[str, Any]) -> str:

@@ -226,3 +226,15 @@ def test_a_folder_that_gets_no_results(
     damage(folder, make_adapter(seed=3))
     with pytest.raises(IVONError, match=message):
         add_results(folder, results)
+
+
+@pytest.mark.parametrize("mark", ["<!-- ivon: end -->", "<!-- ivon results: end -->"])
+def test_notes_under_a_section_without_its_end_are_not_lost(
+    mark: str, folder: Path, write: Callable[..., Path]
+) -> None:
+    card, *_ = add_results(folder, write())
+    card.write_text(card.read_text().replace(f"{mark}\n", "") + "\nMy notes.\n")
+    before = files(folder)
+    with pytest.raises(IVONError, match=f"has no {mark} after it; put that line back"):
+        add_results(folder, write())
+    assert files(folder) == before
