@@ -45,8 +45,9 @@ class Posterior:
         aliases: name -> first name of tensors that were saved twice because the model shares them.
 
     `mean` and `sigma` read or compute a tensor each time it is asked for, so an adapter of any size needs the memory of
-    a few; `dict(q.mean)` holds them all. Nothing modifies a posterior: `prune`, `temper` and `dataclasses.replace`
-    return new ones.
+    a few; `dict(q.mean)` holds them all. Nothing modifies a posterior, neither a change to what it was made from nor to
+    a tensor that it gave: `prune`, `temper` and `dataclasses.replace` return new ones. `metadata` and `config` are
+    plain dicts, for JSON; give `replace` others rather than writing to them. A posterior can be copied and pickled.
     """
 
     mean: Tensors
@@ -79,16 +80,16 @@ class Posterior:
     ) -> None:
         """`inputs` are [`folder`] by default."""
         vars(self).update(
-            mean=Tensors.of(mean),
-            sigma=Tensors.of(sigma),
+            mean=Tensors.of(mean, copied=True),
+            sigma=Tensors.of(sigma, copied=True),
             metadata=dict(metadata),
             config=dict(config),
             folder=folder,
             inputs=tuple(inputs) if inputs is not None else (folder,) if folder else (),
-            mean_metadata=mean_metadata,
-            aliases=aliases,
+            mean_metadata=dict(mean_metadata),
+            aliases=dict(aliases),
             _fingerprint=known_fingerprint,
-            _pruned=known_pruned or {},
+            _pruned=dict(known_pruned or {}),
         )
 
     def __repr__(self) -> str:

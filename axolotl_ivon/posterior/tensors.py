@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -47,7 +47,9 @@ def as_float32(raw: np.ndarray) -> np.ndarray:
 
 
 class Tensors(Mapping[str, "torch.Tensor"]):
-    """A mapping from names to torch tensors, each made on demand.
+    """A mapping from names to torch tensors, each made on demand: to change one changes nothing here.
+
+    A pickle holds all of them.
 
     Attributes:
         specs: dtype (as safetensors names it) and shape of every tensor, known without making it.
@@ -59,8 +61,8 @@ class Tensors(Mapping[str, "torch.Tensor"]):
         self.raw = raw
 
     @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-        """Wrap torch tensors that are in memory."""
+    def of(cls, tensors: Mapping[str, torch.Tensor], copied: bool = False) -> Tensors:
+        """Wrap torch tensors that are in memory, or copies of them."""
         if isinstance(tensors, Tensors):
             return tensors
         import torch
@@ -71,9 +73,22 @@ class Tensors(Mapping[str, "torch.Tensor"]):
             if dtype is None:
                 raise IVONError(f"{key} has dtype {tensor.dtype}, which is not supported; use float32 or bfloat16")
             specs[key] = (dtype, tuple(tensor.shape))
-            tensor = tensor.detach().cpu().contiguous()
+            tensor = tensor.detach().to("cpu", copy=copied).contiguous()
             held[key] = (tensor.view(torch.int16) if dtype == "BF16" else tensor).numpy().view(NUMPY[dtype])
+        return cls.of_raw(specs, held)
+
+    @classmethod
+    def of_raw(cls, specs: Mapping[str, Spec], held: Mapping[str, np.ndarray]) -> Tensors:
+        """Wrap raw arrays that are in memory, which cannot be written to from then on."""
+        for raw in held.values():
+            raw.flags.writeable = False
         return cls(specs, held.__getitem__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tensors.of_raw, (self.specs, {key: np.asarray(self.raw(key)) for key in self})
+
+    def __deepcopy__(self, memo: object) -> Tensors:
+        return self
 
     @classmethod
     def of_file(cls, file: TensorFile) -> Tensors:
@@ -86,6 +101,7 @@ class Tensors(Mapping[str, "torch.Tensor"]):
         import torch
 
         raw = np.asarray(self.raw(key))  # numpy makes scalars of 0-d arrays
+        raw = raw if raw.flags.writeable else raw.copy()  # torch knows no tensor that cannot be written to
         if self.specs[key][0] == "BF16":
             return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(raw)

@@ -46,7 +46,7 @@ def gaussian_prior(
         raise IVONError(f"{both}; set lora_target_modules and the layers as they were")
     tensors = {}
     for key, name in keys.items():
-        mean, sigma = torch.from_numpy(prior.mean.float32(key)), torch.from_numpy(prior.sigma.raw(key))
+        mean, sigma = prior.mean[key].float(), prior.sigma[key]
         if mean.shape != shapes[name]:
             raise IVONError(f"{named} has shape {list(mean.shape)} in {key} and this adapter {list(shapes[name])}")
         if not (sigma > 0).all():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,6 +49,34 @@ def test_what_is_read_is_what_peft_saved_and_is_written_again(tiny_adapter: Path
         assert q.config == json.loads((tiny_adapter / "adapter_config.json").read_text())
     for name in ("tokenizer.json", "README.md"):
         assert (tmp_path / "out" / name).read_bytes() == (tiny_adapter / name).read_bytes()
+
+
+@pytest.mark.parametrize("change", [lambda q: q, lambda q: q.prune(0.2).temper(3)], ids=["as it is", "changed"])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))], ids=["copied", "pickled"])
+def test_a_copy_is_the_same_posterior(
+    change: Callable[[Posterior], Posterior],
+    again: Callable[[Posterior], Posterior],
+    tiny_adapter: Path,
+    tmp_path: Path,
+) -> None:
+    for number, q in enumerate(map(change, (Posterior.from_pretrained(tiny_adapter), toy(torch.bfloat16)))):
+        made = again(q)
+        assert same(dict(made.mean), dict(q.mean))
+        assert same(dict(made.sigma), dict(q.sigma))
+        assert (made.metadata, made.config, made.tau, made.pruned()) == (q.metadata, q.config, q.tau, q.pruned())
+        for name, each in {"first": q, "again": made}.items():
+            each.save_pretrained(tmp_path / f"{name}-{number}")
+        for name in (MEAN_FILE, SIGMA_FILE):
+            files = [(tmp_path / f"{which}-{number}" / name).read_bytes() for which in ("first", "again")]
+            assert files[0] == files[1]
+
+
+def test_a_change_to_its_tensors_does_not_reach_a_posterior() -> None:
+    mean, sigma = {"a": torch.ones(2), "b": torch.ones(2).bfloat16()}, {"a": torch.ones(2), "b": torch.ones(2)}
+    q = Posterior(mean, sigma, {}, {})
+    for tensor in (*mean.values(), *sigma.values(), *q.mean.values(), *q.sigma.values(), *q.sample().values()):
+        tensor.fill_(7)
+    assert all(bool((tensor == 1).all()) for tensor in (*q.mean.values(), *q.sigma.values()))
 
 
 def test_a_checkpoint_is_an_adapter_but_its_optimizer_stays(tiny_adapter: Path, copied: Callable, tmp_path: Path):
