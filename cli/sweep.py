@@ -117,10 +117,11 @@ def command(
         result = sweep(evaluation, variants, sampling=sampling, **aim, reporter=progress)
         progress.begin("drawing")
         from axolotl_ivon.plots.sweep import save_sweep
+        from axolotl_ivon.posterior.recommended import provenance
 
         facts = {
             "adapter": adapter,
-            "mean_sha256": evaluation.posterior.metadata.get("mean_sha256"),
+            **provenance(result.recommendation, evaluation.posterior.metadata),
             "base_model": evaluation.base_model,
             "data": [str(path) for path in files.files],
             "task": evaluation.task,
@@ -128,7 +129,6 @@ def command(
             "by_length": files.by_length,
             "samples": sampling.samples,
             "seed": sampling.seed,
-            "adapter_tau": evaluation.posterior.tau,  # which the grid's came on top of
         }
         recommendation = result.recommendation.model_copy(update=facts)
         written = save_sweep(recommendation, result.reliability, folder, progress)

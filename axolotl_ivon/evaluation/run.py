@@ -12,7 +12,7 @@ from ..errors import IVONError, param_ref
 from ..metrics.selective import is_below
 from ..metrics.verdict import METRICS, REFERENCES, UNSEEN, Paired, examples_needed, figures, judge
 from ..models.session import Loading
-from ..posterior.adapter import changes_base
+from ..posterior.adapter import SIGMA_SHA256, changes_base
 from ..records.base import save_lines
 from ..records.evaluation import Calibration, EvaluationRecord, ExampleRecord, Prediction, VariantResult, VerdictResult
 from ..reporter import SILENT, Reporter
@@ -109,6 +109,7 @@ def run(
     reporter.begin("bootstrap")
     from .ood import detect
 
+    header = evaluation.posterior.metadata
     rows = summarize(evaluation, variants, scores, sampling.samples)
     record = EvaluationRecord(
         rows=rows,
@@ -118,7 +119,8 @@ def run(
         choices=list(evaluation.choices),
         by_length=data.by_length,
         adapter=str(adapter),
-        mean_sha256=evaluation.posterior.metadata.get("mean_sha256"),
+        mean_sha256=header.get("mean_sha256"),
+        sigma_sha256=header.get(SIGMA_SHA256) if any(variant.needs_sigma for variant in variants) else None,
         base_model=evaluation.base_model,
         samples=sampling.samples,
         tau=choice.tau,

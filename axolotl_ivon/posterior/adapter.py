@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # In the header: `mean_sha256` before pruning; the runs (of training, of a fit) that a posterior is from, by their ids.
 UNPRUNED, RUN_IDS, TRAINING_TAU = "unpruned_sha256", "run_ids", "training_tau"
+SIGMA_SHA256 = "sigma_sha256"  # of σ as it was trained, fitted or combined: tempering and pruning leave it
 _UNCHANGED = {"tau": 1.0, TRAINING_TAU: 1.0, "pruned_ratio": 0.0}
 
 
@@ -207,8 +208,8 @@ def save_sigma(folder: str | os.PathLike[str], sigma: Mapping[str, torch.Tensor]
 
     Args:
         sigma: the standard deviations, under the names and in the shapes of the adapter's tensors.
-        header: what the run knows. Format, version and fingerprint of the mean are added; so are τ = 1 and pruned
-            ratio 0 if it has none.
+        header: what the run knows. Format, version and the fingerprints of mean and σ are added; so are τ = 1 and
+            pruned ratio 0 if it has none.
 
     Raises:
         IVONError: names or shapes differ from the adapter's, σ is negative, NaN or infinite, or the file
@@ -224,14 +225,23 @@ def save_sigma(folder: str | os.PathLike[str], sigma: Mapping[str, torch.Tensor]
 
 
 def write_sigma(
-    path: Path, sigma: Tensors, header: Mapping[str, str], mean_fingerprint: str, reporter: Reporter = SILENT
+    path: Path,
+    sigma: Tensors,
+    header: Mapping[str, str],
+    mean_fingerprint: str,
+    reporter: Reporter = SILENT,
+    sigma_fingerprint: str | None = None,
 ) -> None:
-    """Write σ with `header`, to which format, version and the fingerprint of its mean are added."""
+    """Write σ with `header`, to which format, version and the fingerprints of its mean and its own are added.
+
+    `sigma_fingerprint` is that of the σ which this one was made of by tempering and pruning, if it was.
+    """
     header = {
         **header,
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "library_version": version("axolotl-ivon"),
         "mean_sha256": mean_fingerprint,
+        **({SIGMA_SHA256: sigma_fingerprint} if sigma_fingerprint else {}),
     }
-    write_tensors(path, sigma, header, reporter)
+    write_tensors(path, sigma, header, reporter, signed=None if sigma_fingerprint else SIGMA_SHA256)

@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import IVONError, param_ref
 from ..storage.dtypes import NUMPY
 from ..storage.tensorfile import Spec
-from .adapter import RUN_IDS, UNPRUNED, changes_base, different_shapes
+from .adapter import RUN_IDS, SIGMA_SHA256, UNPRUNED, changes_base, different_shapes
 from .chain import CHAIN_SIZE, PRIOR_KEYS, Factor, factors, identity, links, meaning
 from .tensors import Tensors
 
@@ -32,7 +32,7 @@ Parts = tuple[Tensors, Tensors, dict[str, str], dict[str, Any]]  # mean, σ, hea
 # What selects the modules that have an adapter.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # What pruning, tempering and writing anew change in a header.
-_CHANGING = ("tau", "pruned_ratio", "mean_sha256", UNPRUNED, RUN_IDS, "library_version")
+_CHANGING = ("tau", "pruned_ratio", "mean_sha256", UNPRUNED, SIGMA_SHA256, RUN_IDS, "library_version")
 # What a sum of low-rank updates cannot express.
 _NOT_LOW_RANK = (
     *("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters"),
@@ -135,7 +135,7 @@ def _header(posteriors: Sequence[Posterior], method: str, share: Sequence[float]
     """Return the header of the result: what all agree on; with "precision", λ and N add up."""
     first = posteriors[0].metadata
     header = {key: value for key, value in first.items() if all(q.metadata.get(key) == value for q in posteriors)}
-    for name in ("mean_sha256", UNPRUNED, RUN_IDS):
+    for name in ("mean_sha256", UNPRUNED, SIGMA_SHA256, RUN_IDS):
         header.pop(name, None)
     if all(RUN_IDS in q.metadata for q in posteriors):
         header[RUN_IDS] = " ".join(q.metadata[RUN_IDS] for q in posteriors)

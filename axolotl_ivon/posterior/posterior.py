@@ -19,7 +19,16 @@ from ..reporter import SILENT, Reporter
 from ..storage.atomic import check_space, new_folder
 from ..storage.dtypes import NUMPY
 from ..storage.format import CONFIG_FILE, MEAN_FILE, SIGMA_FILE, copy_companions, moved_config, write_json
-from .adapter import TRAINING_TAU, UNPRUNED, Adapter, check_sigma, modules, posterior_number, write_sigma
+from .adapter import (
+    SIGMA_SHA256,
+    TRAINING_TAU,
+    UNPRUNED,
+    Adapter,
+    check_sigma,
+    modules,
+    posterior_number,
+    write_sigma,
+)
 from .card import keep_true
 from .chain import links, shared
 from .combine import check_data, combine, shares
@@ -58,10 +67,12 @@ class Posterior:
     inputs: tuple[Path, ...]
     mean_metadata: Mapping[str, str]
     aliases: Mapping[str, str]
-    # Known of these tensors, so not computed again; `replace` forgets both unless they are given anew.
+    # Known of these tensors, so not computed again; `replace` forgets them unless they are given anew.
     known_fingerprint: InitVar[str | None] = None
+    known_sigma: InitVar[str | None] = None
     known_pruned: InitVar[Mapping[str, int] | None] = None
     _fingerprint: str | None = field(init=False)
+    _sigma_fingerprint: str | None = field(init=False)
     _pruned: Mapping[str, int] = field(init=False)
 
     def __init__(
@@ -76,6 +87,7 @@ class Posterior:
         mean_metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
         aliases: Mapping[str, str] = MappingProxyType({}),
         known_fingerprint: str | None = None,
+        known_sigma: str | None = None,
         known_pruned: Mapping[str, int] | None = None,
     ) -> None:
         """`inputs` are [`folder`] by default."""
@@ -89,6 +101,7 @@ class Posterior:
             mean_metadata=dict(mean_metadata),
             aliases=dict(aliases),
             _fingerprint=known_fingerprint,
+            _sigma_fingerprint=known_sigma,
             _pruned=dict(known_pruned or {}),
         )
 
@@ -126,6 +139,7 @@ class Posterior:
             mean_metadata=adapter.mean_metadata,
             aliases=_find_aliases(adapter.mean, adapter.sigma, digests),
             known_fingerprint=adapter.metadata["mean_sha256"],
+            known_sigma=adapter.metadata.get(SIGMA_SHA256),
         )
 
     @property
@@ -191,6 +205,7 @@ class Posterior:
             sigma=self.sigma.map(zero),
             metadata={**origin, **self.metadata, "pruned_ratio": repr(max(float(ratio), self.pruned_ratio))},
             known_fingerprint=None if masks else self._fingerprint,
+            known_sigma=self._sigma_fingerprint,
             known_pruned={key: zeros for key, (_, zeros) in masks.items()},
         )
 
@@ -216,6 +231,7 @@ class Posterior:
             sigma=self.sigma if tau == 1 else self.sigma.map(cool),
             metadata={**self.metadata, "tau": repr(float(tau) * self.tau)},
             known_fingerprint=self._fingerprint,
+            known_sigma=self._sigma_fingerprint,
         )
 
     def _at_training_tau(self, tau: float) -> Posterior:
@@ -273,7 +289,7 @@ class Posterior:
             known = self._fingerprint
             digests = write_tensors(new / MEAN_FILE, self.mean, self.mean_metadata, reporter, hashed=not known)
             known = known or fingerprint(self.mean, digests)
-            write_sigma(new / SIGMA_FILE, self.sigma, self.metadata, known, reporter)
+            write_sigma(new / SIGMA_FILE, self.sigma, self.metadata, known, reporter, self._sigma_fingerprint)
             header = {**self.metadata, "mean_sha256": known}
             with contextlib.suppress(IVONError):  # a damaged card goes along as it is
                 changed = known != self.metadata.get("mean_sha256")

@@ -6,11 +6,11 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import IVONError, param_ref
 from ..storage.format import RECOMMENDED_FILE, read_json
-from .adapter import UNPRUNED, Adapter, posterior_number
+from .adapter import SIGMA_SHA256, UNPRUNED, Adapter, posterior_number
 from .tensors import fingerprint
 
 if TYPE_CHECKING:
@@ -51,6 +51,13 @@ def recommended_from(path: Path, adapter: Adapter | Mapping[str, str], name: str
     return record
 
 
+def provenance(record: Recommendation, header: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a recommendation says of its adapter, by which it is known again: fingerprints, and its τ."""
+    names = ("mean_sha256", *([SIGMA_SHA256] if record.needs_sigma else []))
+    # The τ of draws was measured on top of the adapter's own.
+    return {name: header[name] for name in names if name in header} | {"adapter_tau": posterior_number(header, "tau")}
+
+
 def tau_on_top(record: Recommendation, header: Mapping[str, str], tau: float) -> float:
     """Return the τ to apply to this adapter, which may be tempered already, to reach the recommendation's `tau`."""
     swept = tau * record.adapter_tau
@@ -58,10 +65,10 @@ def tau_on_top(record: Recommendation, header: Mapping[str, str], tau: float) ->
 
 
 def _header(adapter: Adapter, record: Recommendation) -> Mapping[str, str]:
-    """Return the header of σ; without σ its fingerprint is taken from the mean."""
+    """Return the header of σ; without σ the mean's fingerprint is taken from the mean, and there is no other σ."""
     if adapter.metadata or record.mean_sha256 is None:
         return adapter.metadata
-    return {"mean_sha256": fingerprint(adapter.mean, adapter.digests())}
+    return {"mean_sha256": fingerprint(adapter.mean, adapter.digests()), SIGMA_SHA256: record.sigma_sha256 or ""}
 
 
 def _check(record: Recommendation, header: Mapping[str, str], named: str, fix: str = "") -> None:
@@ -73,6 +80,11 @@ def _check(record: Recommendation, header: Mapping[str, str], named: str, fix: s
     if sha is not None and sha not in (header.get("mean_sha256"), header.get(UNPRUNED)):
         raise IVONError(
             f"{named} was chosen for another adapter (mean_sha256 differs); run `ivon-post sweep` on this one{fix}"
+        )
+    if record.sigma_sha256 not in (None, header.get(SIGMA_SHA256)):
+        raise IVONError(
+            f"{named} was chosen for another σ around this mean (sigma_sha256 differs); run `ivon-post sweep` on this "
+            f"adapter{fix}"
         )
     if sha is not None and sha == header.get(UNPRUNED) and pruned > record.ratio:
         raise IVONError(

@@ -179,9 +179,19 @@ def head_size(specs: Mapping[str, Spec]) -> int | None:
 
 
 def write_tensors(
-    path: Path, tensors: Tensors, metadata: Mapping[str, str], reporter: Reporter = SILENT, hashed: bool = False
+    path: Path,
+    tensors: Tensors,
+    metadata: Mapping[str, str],
+    reporter: Reporter = SILENT,
+    hashed: bool = False,
+    signed: str | None = None,
 ) -> dict[str, str]:
-    """Write a safetensors file, a tensor at a time, and return every tensor's `sha256` if `hashed`."""
+    """Write a safetensors file, a tensor at a time, and return every tensor's `sha256` if `hashed`.
+
+    `signed` names a fact of `metadata` that is to be the tensors' fingerprint.
+    """
+    if signed:
+        metadata = {**metadata, signed: "0" * 64}  # replaced when all tensors, each made only once, are hashed
     with TensorWriter(path, tensors.specs, metadata) as writer:
 
         def write(key: str) -> str:
@@ -191,6 +201,9 @@ def write_tensors(
             except FloatingPointError as error:
                 raise IVONError(f"{path.name}: a value of {key} is too large for {tensors.specs[key][0]}") from error
             writer.write(key, as_bytes(raw))
-            return sha256(raw) if hashed else ""
+            return sha256(raw) if hashed or signed else ""
 
-        return tensors.each(write, f"writing {path.name}", reporter)
+        digests = tensors.each(write, f"writing {path.name}", reporter)
+        if signed:
+            writer.replace_metadata({**metadata, signed: fingerprint(tensors, digests)})
+        return digests

@@ -29,26 +29,17 @@ class Record(BaseModel):
     written_by: ClassVar[str] = "ivon-post"  # the command
 
     @classmethod
-    def load(cls, path: str | Path, name: str, header: Mapping[str, str] | None = None) -> Self:
+    def load(cls, path: str | Path, name: str) -> Self:
         """Read a record from a JSON file; `name` is the parameter that gave the path.
 
-        With the header of an ivon_sigma.safetensors the record must be of this adapter (`mean_sha256`).
-
         Raises:
-            IVONError: the file cannot be read, a field is missing or wrong, or the record is another adapter's.
+            IVONError: the file cannot be read, or a field is missing or wrong.
         """
-        named = f"{param_ref(name)} {path}"
         try:
             values = read_json(Path(path))
         except IVONError as error:
             raise IVONError(f"{param_ref(name)} cannot be read: {error}; {cls._fix()}") from None
-        record = cls.parse(values, named)
-        sha, anew = values.get("mean_sha256"), f"write it anew with `{cls.written_by}`"
-        if header is not None and sha is None:
-            raise IVONError(f"{named} does not say of which adapter it is (mean_sha256); {anew}")
-        if header is not None and sha != header.get("mean_sha256"):
-            raise IVONError(f"{named} is of another adapter, {values.get('adapter')} (mean_sha256 differs); {anew}")
-        return record
+        return cls.parse(values, f"{param_ref(name)} {path}")
 
     @classmethod
     def load_lines(cls, path: str | Path, name: str) -> Iterator[tuple[str, Self]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from ..errors import IVONError, param_ref
 from .base import Record, Tau
 
 
@@ -123,6 +126,7 @@ class EvaluationRecord(Record):
     by_length: bool = False  # choices are scored by the mean log-probability of their tokens, not the sum
     adapter: str | None = None
     mean_sha256: str | None = None
+    sigma_sha256: str | None = None  # of its σ before tempering and pruning, where a row needs σ
     base_model: str | None = None
     samples: int | None = None
     tau: Tau = 1.0
@@ -131,6 +135,29 @@ class EvaluationRecord(Record):
     seed: int = 0
     calibration: Calibration | None = None
     output: str | None = None  # the file of examples
+
+    @classmethod
+    def load(cls, path: str | Path, name: str, header: Mapping[str, str] | None = None) -> Self:
+        """Read an evaluation; with the header of an ivon_sigma.safetensors it must be of this adapter, and of this σ.
+
+        Raises:
+            IVONError: as for any record, or it is another adapter's.
+        """
+        record = super().load(path, name)
+        if header is None:
+            return record
+        named, anew = f"{param_ref(name)} {path}", f"write it anew with `{cls.written_by}`"
+        if record.mean_sha256 is None:
+            raise IVONError(f"{named} does not say of which adapter it is (mean_sha256); {anew}")
+        if record.mean_sha256 != header.get("mean_sha256"):
+            raise IVONError(f"{named} is of another adapter, {record.adapter} (mean_sha256 differs); {anew}")
+        if record.sigma_sha256 is None:
+            return record
+        if record.sigma_sha256 != header.get("sigma_sha256"):
+            raise IVONError(f"{named} is of another σ around this mean (sigma_sha256 differs); {anew}")
+        if record.adapter_tau != float(tau := header.get("tau", "1")):
+            raise IVONError(f"{named} is of this adapter at τ {record.adapter_tau:g}, and it is at {tau}; {anew}")
+        return record
 
     @property
     def draws(self) -> str:

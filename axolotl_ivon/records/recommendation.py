@@ -110,6 +110,7 @@ class Recommendation(Record):
     prediction_set: PredictionSet | None = None
     adapter: str | None = None
     mean_sha256: str | None = None
+    sigma_sha256: str | None = None  # of its σ before tempering and pruning, where that was drawn from or pruned by
     base_model: str | None = None
     data: list[str] = []
     task: str | None = None
@@ -128,6 +129,11 @@ class Recommendation(Record):
     grid: list[GridPoint] = []
     scaled: list[GridPoint] = []
     draws: DrawsPoint | None = None
+
+    @property
+    def needs_sigma(self) -> bool:
+        """Whether it says more than what to predict with at the unpruned mean."""
+        return math.isfinite(self.tau) or self.ratio > 0 or self.draws is not None
 
     def describe(self) -> str:
         """Return what is recommended, and its metrics on examples that had no part in the choice, in words."""

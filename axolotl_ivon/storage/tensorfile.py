@@ -80,24 +80,36 @@ class TensorWriter:
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
-        header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
         offset = 0
+        self._entries: dict[str, dict[str, Any]] = {}
         self._left: dict[str, tuple[int, int]] = {}
         # As safetensors does: wide dtypes first, so that every tensor is aligned to its own.
         for key, (dtype, shape) in sorted(specs.items(), key=lambda item: (-NUMPY[item[1][0]].itemsize, item[0])):
             size = NUMPY[dtype].itemsize * math.prod(shape)
-            header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+            self._entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
             self._left[key] = (offset, size)
             offset += size
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        header = self._header(metadata)
         self._file = path.open("xb", buffering=0)
         self._flusher = ThreadPoolExecutor(1)
         self._flushes: list[Future[None]] = []
         self._unflushed = 0
-        self._data = 8 + len(text)
-        self._put(len(text).to_bytes(8, "little") + text, 0)
+        self._data = len(header)
+        self._put(header, 0)
         os.ftruncate(self._file.fileno(), self._data + offset)
+
+    def _header(self, metadata: Mapping[str, str]) -> bytes:
+        strings = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+        text = json.dumps({**strings, **self._entries}, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def replace_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Write other metadata of the same length in place of those given at first."""
+        header = self._header(metadata)
+        if len(header) != self._data:
+            raise ValueError(f"the header has {len(header)} bytes where {self._data} belong")
+        self._put(header, 0)
 
     def _put(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)

@@ -32,7 +32,7 @@ from ..metrics.calibration import TEMPERATURE_GRID as TEMPERATURES
 from ..metrics.choice import choose
 from ..metrics.scores import Scores, metrics
 from ..metrics.verdict import FEWEST, Paired, judge
-from ..posterior.adapter import posterior_number
+from ..posterior.recommended import provenance
 from ..records.evaluation import Difference, Metrics
 from ..records.recommendation import (
     RECOMMENDED_FILE,
@@ -141,8 +141,7 @@ def _advice(recommendation: Recommendation, run: PosteriorTraining) -> str:
 def save_recommendation(recommendation: Recommendation, folder: Path, name: str) -> None:
     """Write what to predict with beside the adapter of this name that is in `folder`."""
     header = TensorFile(folder / SIGMA_FILE).metadata
-    about: dict[str, Any] = {"adapter": name, "mean_sha256": header["mean_sha256"]}
-    about["adapter_tau"] = posterior_number(header, "tau")  # the τ of draws was measured on top of it
+    about = {"adapter": name, **provenance(recommendation, header)}
     recommendation.model_copy(update=about).save(folder / RECOMMENDED_FILE)
 
 

@@ -31,6 +31,9 @@ def test_json_holds_what_the_library_finds(tiny_adapter: Path, chats: Path, tmp_
     data, choice = EvaluationData([str(chats), str(shifted)]), VariantChoice(tau=0.5)
     record = run(str(tiny_adapter), data, choice, Sampling(samples=3)).record
     assert found == json.loads(json.dumps(record.dump()))
+    header = Posterior.from_pretrained(tiny_adapter).metadata
+    assert [found[name] for name in ("mean_sha256", "sigma_sha256")] == [header["mean_sha256"], header["sigma_sha256"]]
+    assert run(str(tiny_adapter), EvaluationData([str(chats)]), VariantChoice(["mean"])).record.sigma_sha256 is None
     assert [row["name"] for row in found["rows"]] == ROWS * 2
     assert all(row.keys() >= METRICS for row in found["rows"])
 

@@ -12,6 +12,8 @@ from pipeline import Pipeline
 from tiny import CHAT_TEMPLATE, write_chats
 from transformers import AutoTokenizer
 
+from axolotl_ivon import Posterior
+
 SMALL = ["--tau", "1,inf", "--ratio", "0", "--samples", 1]
 
 
@@ -35,6 +37,8 @@ def test_a_sweep_writes_what_eval_takes(tiny_adapter: Path, pipeline: Pipeline, 
     assert "only 12 examples choose and 12 report: most differences will be noise; 100 each are better" in result.stderr
     assert len(written["grid"]) == 6
     assert written["data"] == [str(pipeline.chats)]
+    header = Posterior.from_pretrained(tiny_adapter).metadata
+    assert all(written[name] == header[name] for name in ("mean_sha256", "sigma_sha256"))
 
     words = ["--recommended", out / "recommended.json", "--samples", 2, "--rows", "mean,posterior"]
     found = ivon_post.json("eval", tiny_adapter, "--data", pipeline.chats, *words)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior
-from axolotl_ivon.posterior.adapter import save_sigma
+from axolotl_ivon.posterior.adapter import mean_sha256, save_sigma
 from axolotl_ivon.posterior.posterior import open_posterior
 from axolotl_ivon.storage.format import MEAN_FILE, SIGMA_FILE
 
@@ -69,6 +69,19 @@ def test_a_copy_is_the_same_posterior(
         for name in (MEAN_FILE, SIGMA_FILE):
             files = [(tmp_path / f"{which}-{number}" / name).read_bytes() for which in ("first", "again")]
             assert files[0] == files[1]
+
+
+def test_a_file_of_sigma_has_the_fingerprint_of_what_was_trained(tmp_path: Path) -> None:
+    q = toy()
+    for name, made in {"first": q, "tempered": q.temper(4), "other": replace(q, sigma=dict(q.temper(4).sigma))}.items():
+        made.save_pretrained(tmp_path / name)
+    first = Posterior.from_pretrained(tmp_path / "first")
+    first.temper(2).prune(0.3).save_pretrained(tmp_path / "of first")
+    replace(first, sigma=dict(first.temper(4).sigma)).save_pretrained(tmp_path / "another")
+    at = {path.name: Posterior.from_pretrained(path) for path in tmp_path.iterdir()}
+    sha = {name: posterior.metadata["sigma_sha256"] for name, posterior in at.items()}
+    assert sha["first"] == sha["of first"] == mean_sha256(q.sigma)
+    assert sha["other"] == sha["another"] == mean_sha256(q.temper(4).sigma)
 
 
 def test_a_change_to_its_tensors_does_not_reach_a_posterior() -> None:

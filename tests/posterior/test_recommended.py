@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from axolotl_ivon import IVONError
-from axolotl_ivon.posterior.recommended import recommended_from, tau_on_top
+from axolotl_ivon import IVONError, Posterior
+from axolotl_ivon.posterior.adapter import Adapter
+from axolotl_ivon.posterior.recommended import provenance, recommended_from, recommended_in, tau_on_top
 from axolotl_ivon.records.recommendation import Recommendation
 
 
@@ -38,3 +40,25 @@ def test_tau_comes_on_top_of_the_adapters_own() -> None:
     assert tau_on_top(record, {}, 2.0) == 6.0
     assert tau_on_top(record, {"tau": "3.0"}, 2.0) == 2.0
     assert tau_on_top(record, {"tau": "3.0"}, math.inf) == math.inf
+
+
+@pytest.mark.parametrize("advice", [{"tau": 2.0}, {"tau": math.inf, "draws": {"tau": 4.0}}, {"tau": math.inf}], ids=str)
+def test_of_which_sigma_it_is(advice: dict[str, Any], tiny_adapter: Path, tmp_path: Path) -> None:
+    """Draws are of one σ, also after it was tempered or pruned; the mean with its T goes with any."""
+    q = Posterior.from_pretrained(tiny_adapter)
+    record = Recommendation.model_validate({"ratio": 0.0, **advice})
+    record = record.model_copy(update=provenance(record, q.metadata))
+    made = {"same": q, "tempered": q.temper(3).temper(2), "pruned": q.prune(0.2), "mean": q.temper(math.inf)}
+    wider = {key: 2 * value for key, value in q.sigma.items()}
+    made["other"] = Posterior(q.mean, wider, q.metadata, q.config)
+    for name, posterior in made.items():
+        posterior.save_pretrained(tmp_path / name)
+        record.model_copy(update={"ratio": 0.2 if name == "pruned" else 0.0}).save(tmp_path / name / "recommended.json")
+    (tmp_path / "mean" / "ivon_sigma.safetensors").unlink()
+    for name in ("same", "tempered", "pruned", "mean", *([] if record.needs_sigma else ["other"])):
+        assert recommended_in(Adapter(tmp_path / name))
+    if record.needs_sigma:
+        with pytest.raises(IVONError, match=r"was chosen for another σ around this mean \(sigma_sha256 differs\)"):
+            recommended_in(Adapter(tmp_path / "other"))
+    record.model_copy(update={"sigma_sha256": None}).save(tmp_path / "other" / "recommended.json")
+    assert recommended_in(Adapter(tmp_path / "other")), "older files do not say it"

@@ -63,6 +63,42 @@ def test_files_of_0_2_0_load() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "header", "message"),
+    [
+        ({}, {"sigma_sha256": "d", "tau": "4.0"}, ""),
+        ({"mean_sha256": None}, {}, "does not say of which adapter it is (mean_sha256); write it anew with"),
+        ({"mean_sha256": "b"}, {}, "is of another adapter, out (mean_sha256 differs); write it anew with `ivon-post"),
+        ({"sigma_sha256": "c"}, {"sigma_sha256": "c"}, ""),
+        (
+            {"sigma_sha256": "c"},
+            {"sigma_sha256": "d"},
+            "is of another σ around this mean (sigma_sha256 differs); write",
+        ),
+        ({"sigma_sha256": "c"}, {}, "is of another σ around this mean"),
+        ({"sigma_sha256": "c", "adapter_tau": 4.0}, {"sigma_sha256": "c", "tau": "4.0"}, ""),
+        (
+            {"sigma_sha256": "c"},
+            {"sigma_sha256": "c", "tau": "4.0"},
+            "is of this adapter at τ 1, and it is at 4.0; wri",
+        ),
+    ],
+)
+def test_results_are_of_one_mean_and_one_sigma(
+    changes: dict[str, Any], header: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    """Older ones say nothing of σ."""
+    document = {"rows": [ROW], "adapter": "out", "mean_sha256": "a", **changes}
+    (tmp_path / "eval.json").write_text(json.dumps(document))
+    if not message:
+        assert (
+            EvaluationRecord.load(tmp_path / "eval.json", "results", {"mean_sha256": "a", **header}).dump() == document
+        )
+        return
+    with pytest.raises(IVONError, match=re.escape(message)):
+        EvaluationRecord.load(tmp_path / "eval.json", "results", {"mean_sha256": "a", **header})
+
+
+@pytest.mark.parametrize(
     ("record", "change", "message"),
     [
         (EvaluationRecord, {"rows": []}, "rows is []; "),
@@ -114,17 +150,6 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path, text: str | None, m
     with pytest.raises(IVONError, match=message) as caught:
         Recommendation.load(path, "recommended")
     assert (caught.value.parameter, path.name in str(caught.value)) == ("recommended", True)
-
-
-def test_a_record_is_of_its_adapter(tmp_path: Path) -> None:
-    path, fact = tmp_path / "recommended.json", {"tau": 1, "ratio": 0}
-    path.write_text(json.dumps(fact))
-    with pytest.raises(IVONError, match=r"does not say of which adapter it is \(mean_sha256\); write it anew with"):
-        Recommendation.load(path, "recommended", {"mean_sha256": "a"})
-    path.write_text(json.dumps({**fact, "mean_sha256": "a", "adapter": "there/"}))
-    assert Recommendation.load(path, "recommended", {"mean_sha256": "a"}).tau == 1
-    with pytest.raises(IVONError, match="is of another adapter, there/"):
-        Recommendation.load(path, "recommended", {"mean_sha256": "b"})
 
 
 def test_nothing_is_written_of_a_record_with_a_number_that_json_lacks(tmp_path: Path) -> None:

@@ -234,9 +234,10 @@ def test_the_tau_of_draws_comes_on_top_of_the_one_that_training_chose(attached: 
     trainer.train()
     trainer.posterior_training._calibrate(60 * PASSES * 5)
     trainer.save_model()
-    draws = Recommendation.load(tmp_path / "recommended.json", "recommended").draws
-    taken = recommended_for(tmp_path)
-    assert Posterior.from_pretrained(tmp_path).training_tau > 1
+    recommendation, taken = Recommendation.load(tmp_path / "recommended.json", "recommended"), recommended_for(tmp_path)
+    draws, saved = recommendation.draws, Posterior.from_pretrained(tmp_path)
+    assert recommendation.sigma_sha256 == saved.metadata["sigma_sha256"]
+    assert saved.training_tau > 1
     assert draws
     assert taken
     assert taken.for_draws().tau == pytest.approx(draws.tau)
