@@ -63,6 +63,7 @@ def command(
     from axolotl_ivon.errors import IVONError
     from axolotl_ivon.influence import influence as compute
     from axolotl_ivon.influence import ranking
+    from axolotl_ivon.posterior.adapter import Adapter
     from axolotl_ivon.records.base import save_lines
     from axolotl_ivon.records.influence import load
     from axolotl_ivon.storage.atomic import check_file
@@ -77,7 +78,7 @@ def command(
         raise IVONError(f"--scores {scores} are used only with --keep, the share of rows that stay; give both")
     if scores and on:
         raise IVONError(f"--on {on}: --scores reuses earlier scores, so --on is not computed; leave one of them out")
-    rows = load(scores, "scores") if scores else None
+    rows = load(scores, "scores", Adapter(adapter).metadata) if scores else None
     with_on = any(row.on is not None for row in rows) if rows else on is not None
     ranking.check_by(by, with_on)
     written = output.given_path(adapter, data=data, on=on, scores=scores)

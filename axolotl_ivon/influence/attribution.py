@@ -144,14 +144,15 @@ def influence(
     tokens = sum(len(item.positions) for item in scored) / len(scored)
     advance = reporter.begin("influence", len(scored))
     scores = passes.scores(scored, direction, ess / size / tokens, advance)
+    sha = posterior.metadata["mean_sha256"]
     rows = []
     for index, (example, item) in enumerate(zip(examples, trained, strict=True)):
         values: dict[str, Any] = scores.get(id(item), dict.fromkeys(SCORES))
         finite = {name: None if x is None or not math.isfinite(x) else x for name, x in values.items()}
-        question = example.question
-        rows.append(InfluenceRecord(index=index, **finite, line=example.line, question=question, answer=example.answer))
+        more = {"line": example.line, "question": example.question, "answer": example.answer, "mean_sha256": sha}
+        rows.append(InfluenceRecord.model_validate({"index": index, **finite, **more}))
     summary: dict[str, Any] = {"ess": ess / posterior.tau, "train_size": size, "tau": posterior.tau}
-    summary |= {"base_model": session.base_model, "mean_sha256": posterior.metadata.get("mean_sha256")}
+    summary |= {"base_model": session.base_model, "mean_sha256": sha}
     return Influences(rows, summary)
 
 

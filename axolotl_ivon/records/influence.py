@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from ..errors import IVONError
+from ..errors import IVONError, param_ref
 from .base import Record
 
 SCORES = ("loss", "leverage", "sensitivity", "on")
@@ -24,17 +25,28 @@ class InfluenceRecord(Record):
     line: int | None = None  # its line in the file, from 1
     question: str | None = None
     answer: str | None = None
+    mean_sha256: str | None = None  # of the adapter
 
     def score(self, name: str) -> float | None:
         """Return the score of this name, one of `SCORES`."""
         return getattr(self, name)  # type: ignore[no-any-return]
 
 
-def load(path: str | Path, name: str) -> list[InfluenceRecord]:
-    """Read all rows of a file, in order; `name` is the parameter that gave the path."""
+def load(path: str | Path, name: str, header: Mapping[str, str]) -> list[InfluenceRecord]:
+    """Read all rows of a file, in order; `name` is the parameter that gave the path.
+
+    Raises:
+        IVONError: the file cannot be read, or its rows are of another adapter than the one whose
+            ivon_sigma.safetensors has `header`.
+    """
     rows: list[InfluenceRecord] = []
     for source, row in InfluenceRecord.load_lines(path, name):
         if row.index != len(rows):
             raise IVONError(f"{source}: index is {row.index}, not {len(rows)}; write the file anew")
+        if row.mean_sha256 not in (None, header.get("mean_sha256")):
+            raise IVONError(
+                f"{param_ref(name)} {path} is of another adapter (mean_sha256 differs); write it anew with "
+                f"`{InfluenceRecord.written_by}`"
+            )
         rows.append(row if row.line else row.model_copy(update={"line": len(rows) + 1}))
     return rows

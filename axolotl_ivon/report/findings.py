@@ -56,7 +56,7 @@ class Findings:
             record,
             _read_examples(examples, record) if examples is not None else (),
             recommended_from(sweep, header, "sweep") if sweep is not None else None,
-            influence_file.load(influence, "influence") if influence is not None else (),
+            influence_file.load(influence, "influence", header) if influence is not None else (),
         )
 
     def values(self, data: str, variant: str, figure: str) -> np.ndarray:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from command_line import Cli
 from tiny import chat, write_chats
 
-KEYS = ["index", "loss", "leverage", "sensitivity", "on", "line", "question", "answer"]
+KEYS = ["index", "loss", "leverage", "sensitivity", "on", "line", "question", "answer", "mean_sha256"]
 
 
 @pytest.fixture
@@ -17,7 +18,9 @@ def data(tmp_path: Path) -> Path:
     return write_chats(tmp_path / "train.jsonl", count=25)
 
 
-def test_scores_then_clean_data_then_a_report(tiny_adapter: Path, data: Path, tmp_path: Path, ivon_post: Cli) -> None:
+def test_scores_then_clean_data_then_a_report(
+    tiny_adapter: Path, make_adapter: Callable[..., Path], data: Path, tmp_path: Path, ivon_post: Cli
+) -> None:
     out, clean, validation = tmp_path / "influence.jsonl", tmp_path / "clean.jsonl", tmp_path / "validation.jsonl"
     write_chats(validation, count=6, seed=1)
     result = ivon_post.done("influence", tiny_adapter, "-d", data, "--on", validation, "-o", out)
@@ -34,6 +37,18 @@ def test_scores_then_clean_data_then_a_report(tiny_adapter: Path, data: Path, tm
         assert said.splitlines() == [f"22 rows stay, 3 are left out, by {by}", str(clean)]
     ivon_post("report", tiny_adapter, "--influence", out, "-o", tmp_path / "report.html")
     assert "Which training rows stand out?" in (tmp_path / "report.html").read_text()
+    other = make_adapter(seed=3)
+    for word, name in (("influence", "scores"), ("report", "influence")):
+        words = [
+            word,
+            other,
+            f"--{name}",
+            out,
+            "-o",
+            tmp_path / "new",
+            *(["-d", data, "--keep", 0.9] * (name == "scores")),
+        ]
+        assert f"--{name} {out} is of another adapter (mean_sha256 differs)" in ivon_post.error(*words)
 
 
 def test_rows_that_stand_out_are_shown_and_proposed(

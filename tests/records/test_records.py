@@ -163,11 +163,17 @@ def test_rows_of_influence_are_whole_and_in_order(tmp_path: Path) -> None:
     path = tmp_path / "influence.jsonl"
     rows = [influence.InfluenceRecord.parse({**INFLUENCE, "index": i}, "here") for i in range(3)]
     save_lines(path, rows)
-    assert influence.load(path, "scores") == rows
+    assert influence.load(path, "scores", {"mean_sha256": "a"}) == rows
     assert [rows[0].score(name) for name in influence.SCORES] == [0.5, 1, 2.0, None]
     save_lines(path, rows[1:])
     with pytest.raises(IVONError, match=r"influence.jsonl:1: index is 1, not 0; write the file anew"):
-        influence.load(path, "scores")
+        influence.load(path, "scores", {"mean_sha256": "a"})
+    mine = {**INFLUENCE, "mean_sha256": "a"}
+    save_lines(path, [influence.InfluenceRecord.parse(mine, "here")])
+    assert influence.load(path, "scores", {"mean_sha256": "a"})[0].dump() == mine
+    with pytest.raises(IVONError, match=r"influence.jsonl is of another adapter \(mean_sha256 differs\)") as caught:
+        influence.load(path, "scores", {"mean_sha256": "b"})
+    assert caught.value.parameter == "scores"
 
 
 def test_outputs_know_what_they_were_drawn_from() -> None:
