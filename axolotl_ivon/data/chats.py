@@ -98,8 +98,9 @@ def read_files(
     return files
 
 
-def _example(record: dict[str, Any], source: str) -> Example:
-    messages, tools = chat_messages(record, source), chat_tools(record, source)
+def _example(line: dict[str, Any], source: str) -> Example:
+    record = _given(line)
+    messages, tools = chat_messages(line, source), chat_tools(record, source)
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if last is None:
         raise IVONError(f"{source}: no assistant message; the last one is the reference answer, add it")
@@ -115,18 +116,23 @@ def _example(record: dict[str, Any], source: str) -> Example:
     return example
 
 
+def _given(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line without its columns that are null, as data sets of several kinds have them when they are joined."""
+    return {name: value for name, value in line.items() if value is not None}
+
+
 def _is_text(record: Mapping[str, Any]) -> bool:
     """Return whether a line is a text, with its label or alone. Beside a chat a column `text` repeats it, rendered."""
-    if any(record.get(name) is not None for name in ("messages", "conversations")):
+    if {"messages", "conversations"} & record.keys():
         return False
-    return record.get("text") is not None and ("label" in record or "instruction" not in record)
+    return "text" in record and ("label" in record or "instruction" not in record)
 
 
 _SHAPE = '{"messages": [{"role": …, "content": …}, …]}'
 _OTHER_SHAPES = "`conversations`, `text` and `label`, or `instruction` and `output`"
 
 
-def chat_messages(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
+def chat_messages(line: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
     """Return the messages of one line of a file as axolotl gives them to the chat template, all their fields included.
 
     The line has `messages`, `conversations` (ShareGPT, with `from` and `value`), `text` and `label`, or `instruction`,
@@ -136,23 +142,22 @@ def chat_messages(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
         IVONError: `source` holds no chat, half a surrogate pair, or a field of a message that cannot be rendered; it
             names the field.
     """
+    record = _given(line)
     try:
         json.dumps(record, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise IVONError(
             f"{source}: holds half a surrogate pair (\\ud800 to \\udfff), which is no text; remove it"
         ) from None
-    turns: Any = record.get("messages")
-    if turns is None:
-        turns = record.get("conversations")
-    if turns is None and _is_text(record) and "label" in record:
-        turns = [_turn("user", record["text"]), _turn("assistant", _label(record["label"], source))]
+    turns: Any = record.get("messages", record.get("conversations"))
+    if turns is None and _is_text(record) and "label" in line:
+        turns = [_turn("user", record["text"]), _turn("assistant", _label(line["label"], source))]
     elif turns is None and {"instruction", "output"} <= record.keys():
         asked = [record["instruction"], record.get("input") or ""]
         text = "\n".join(filter(None, asked)) if all(isinstance(part, str) for part in asked) else None
         turns = [_turn("user", text), _turn("assistant", record["output"])]
     if not isinstance(turns, list):
-        held = ", ".join(f"`{name}`" for name in record) or "nothing"
+        held = ", ".join(f"`{name}`" for name in line) or "nothing"
         there = f"no list `messages`, but {held}" if turns is None else "no list `messages`, but something else there"
         raise IVONError(f"{source}: {there}; each line must be {_SHAPE}, or have {_OTHER_SHAPES}")
     messages = [_message(turn, f"{source}: message {position}") for position, turn in enumerate(turns)]
@@ -266,15 +271,17 @@ def question_of(value: str | Sequence[Message] | Mapping[str, Any], source: str)
     Raises:
         IVONError: `source` holds no chat, or no turn of a user before the answer.
     """
-    record: Mapping[str, Any] = {"text": value} if isinstance(value, str) else {"messages": [*value]}
+    record = {"text": value} if isinstance(value, str) else {"messages": [*value]}
     if isinstance(value, Mapping):
-        record = {**value, "label": ""} if _is_text(value) and "label" in value else value
+        record = _given(value)
+        if _is_text(record):
+            record.pop("label", None)
     return replace(_prompt(record, source), answer="")
 
 
 def _prompt(line: Mapping[str, Any], source: str) -> Example:
     """Return what is asked by a line of a file, and the answer after it, which is empty where there is none."""
-    record = dict(line)
+    record = _given(line)
     plain = _is_text(record)
     if plain and "label" not in record:
         record["messages"] = [_turn("user", record["text"])]

@@ -386,24 +386,44 @@ def _overlap(text: str, trained: str) -> int:
     return length if length and text[-length:].strip() else 0
 
 
-def _trained_prompt(template: _Template, chat: Example) -> list[int]:
-    def shared(answers: Iterable[Mapping[str, str]]) -> list[int]:
-        rows = []
-        for answer in answers:
-            try:
-                rows.append(template.ids(template.text([*chat.messages, {"role": "assistant", **answer}], chat)))
-            except IVONError:
-                if answer in _ANSWERS:
-                    raise
-        return rows[0][: common_length(rows)]
+def writes_as_trained(tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> bool:
+    """Say whether the template begins an answer as training did, as far as the header and a short question tell."""
+    if not chat_format.generation_prompt or chat_format.chosen or not tokenizer.chat_template:
+        return True
+    template = _Template(tokenizer, chat_format)
+    chat = chat_format.after_system(Example(({"role": "user", "content": "0"},), "", "a question", plain=True))
+    try:
+        return _matched(template, chat, chat_format.generation_prompt)[1] > 0
+    except IVONError:  # a template that wants more than a question
+        return True
 
+
+def _shared(template: _Template, chat: Example, answers: Iterable[Mapping[str, str]]) -> list[int]:
+    """Return what the conversation begins with, whichever of the answers follows."""
+    rows = []
+    for answer in answers:
+        try:
+            rows.append(template.ids(template.text([*chat.messages, {"role": "assistant", **answer}], chat)))
+        except IVONError:
+            if answer in _ANSWERS:
+                raise
+    return rows[0][: common_length(rows)]
+
+
+def _matched(template: _Template, chat: Example, trained: str) -> tuple[list[int], int]:
+    """Return what comes before an answer, and how much of its end is in what training wrote there."""
+    ids = _shared(template, chat, [*_ANSWERS, *_REASONED])
+    # The last token, a blank say, may have merged with the answers of training.
+    lengths = (len(ids) - 1, len(ids))
+    length, kept = max((_overlap(template.decode(ids[:kept]), trained), kept) for kept in lengths)
+    return ids[:kept], length
+
+
+def _trained_prompt(template: _Template, chat: Example) -> list[int]:
     if trained := template.format.generation_prompt:
-        ids = shared([*_ANSWERS, *_REASONED])
-        # The last token, a blank say, may have merged with the answers of training.
-        lengths = (len(ids) - 1, len(ids))
-        length, kept = max((_overlap(template.decode(ids[:kept]), trained), kept) for kept in lengths)
+        ids, length = _matched(template, chat, trained)
         if length:  # else the template is not that of training
-            end = template.decode(ids[:kept])[-length:]
+            end = template.decode(ids)[-length:]
             rest = trained[trained.rindex(end) + length :]
-            return ids[:kept] + (template.ids(rest) if rest else [])
-    return shared(_ANSWERS)
+            return ids + (template.ids(rest) if rest else [])
+    return _shared(template, chat, _ANSWERS)

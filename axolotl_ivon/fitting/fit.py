@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from itertools import chain
@@ -69,7 +69,7 @@ def fit(
     task, choices = "generate", tuple[str, ...]()
     if held_out:
         task, choices = choose_task(
-            judged_examples, has_head(mean), chosen.task, chosen.choices, mean.metadata, reporter
+            judged_examples, has_head(mean), chosen.task, chosen.choices, _of_training(mean.metadata), reporter
         )
     session = Session.open(mean, loading, reporter)
     from ..models.gradients import adapter_parameters, make_differentiable
@@ -90,12 +90,12 @@ def fit(
     }
     data_of_mean = header["mean_sha256"] + header["fit_data_sha256"]  # whatever the method
     header[RUN_IDS] = hashlib.sha256(data_of_mean.encode()).hexdigest()[:16]
-    header |= {name: mean.metadata[name] for name in _OF_TRAINING if name in mean.metadata}
+    header |= _of_training(mean.metadata)
     if not session.classify and not header.keys() & {*_OF_TRAINING}:
         found = data_header(session.tokenizer, lambda most: (item.row for item in items[:most]))
-        if chosen.limit is not None:
+        if chosen.limit is not None and any(len(own) >= chosen.limit for own in training.values()):
             found.pop("choices", None)  # the rest of the data may have more
-        header |= found
+        header |= {**found, _FOUND: " ".join(found)}
     kept = State(state, _key(header["mean_sha256"], chosen, session, items, judged))
     parameters = adapter_parameters(session.model)
     problem = FitProblem(mean, session, parameters, chosen, items, judged, kept, header, reporter)
@@ -105,6 +105,15 @@ def fit(
 
 # What training has written about its data, by which the mean is asked; a σ that is fitted anew changes none of it.
 _OF_TRAINING = ("generation_prompt", "system_prompt", "choices", "chat_template_kwargs")
+# In the header of a fit: which of these it has found in data of its own, so that the next fit looks into its data anew.
+_FOUND = "fit_found"
+
+
+def _of_training(header: Mapping[str, str]) -> dict[str, str]:
+    """Return what training has written about its data; not what an earlier fit has found (all, before `_FOUND`)."""
+    found = header.get(_FOUND, " ".join(_OF_TRAINING) if "fit_method" in header else "").split()
+    kept = {name: header[name] for name in _OF_TRAINING if name in header and name not in found}
+    return {**kept, _FOUND: ""} if kept else {}
 
 
 def _open(adapter: str | Path, refit: bool) -> Adapter:

@@ -82,7 +82,8 @@ def forecast(path: str | Path, processes: int = 1) -> dict[str, Any]:
         epochs = passes(steps or 1, size, accumulated * loaded / repeated)
     if not asked and preset.has_usual_rate:
         # None where it is not known; 0 is one by travel, or no rate.
-        asked = known(lambda: _usual_rate(cfg, prior, epochs if size or _most_steps(cfg) is None else None))
+        counted = bool(size) or _most_steps(cfg) is None
+        asked = known(lambda: _usual_rate(cfg, prior, epochs if counted else 0.0 if _streams(cfg) else None))
     if (
         size
         and (ess is None or (h0 is None and not prior))
@@ -197,8 +198,12 @@ def _batch(cfg: Mapping[str, Any]) -> tuple[int, int]:
     return micro, accumulated
 
 
+def _streams(cfg: Mapping[str, Any]) -> bool:
+    return bool(cfg.get("streaming") or cfg.get("pretraining_dataset"))
+
+
 def _train_size(cfg: Mapping[str, Any]) -> int:
-    if cfg.get("streaming") or cfg.get("pretraining_dataset"):
+    if _streams(cfg):
         raise _Unknown("streamed data has no length")
     size = 0
     for dataset in cfg.get("datasets") or [{}]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.chats import Example
-from ..data.encode import ChatFormat, EncodedExample, encode, encode_turns
+from ..data.encode import ChatFormat, EncodedExample, encode, encode_turns, writes_as_trained
 from ..errors import IVONError, param_ref
 from ..posterior.tensors import head_size
 from ..reporter import SILENT, Reporter
@@ -200,7 +200,14 @@ class Session(ChatReader):
         reporter.begin("loading the base model")
         loading = replace(loading, base_model=base_model)
         model = load_model(adapter.folder, loading, classify=has_head(adapter))
-        return cls(model, adapter, loading.chat_template_kwargs)
+        session = cls(model, adapter, loading.chat_template_kwargs)
+        if not session.classify and not writes_as_trained(session.tokenizer, session.chat_format):
+            trained = session.chat_format.generation_prompt
+            reporter.notify(
+                f"training wrote {trained!r} before an answer, and the chat template does not: the model is asked in "
+                "another way than it was trained; put the template of training beside the adapter"
+            )
+        return session
 
 
 def has_head(adapter: Adapter | Posterior) -> bool:

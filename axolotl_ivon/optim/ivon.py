@@ -495,13 +495,13 @@ class IVONLoRA(Optimizer):
         Raises:
             ValueError: if the groups or shapes differ from those of this optimizer, which then is as it was.
         """
-        before = self.param_groups, self.state
+        before = vars(self).copy()
         # torch would cast the state to the parameter's dtype, and a bfloat16 mean loses the small steps.
         super().load_state_dict({**state_dict, "state": {}})
         try:
             loaded = self._checked_state(state_dict)
         except ValueError:
-            self.param_groups, self.state = before
+            vars(self).update(before)
             raise
         for param, values in loaded:
             self.state[param] = values

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..errors import IVONError, param_ref
 from .adapter import UNPRUNED, Adapter, changes_base, mean_sha256, posterior_number
@@ -35,7 +35,8 @@ def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     A key that is absent is off. Initializations count where they change the base model: the adapter is what it lacks.
     """
     start = config["init_lora_weights"] if changes_base(config) else None
-    return {**{name: config.get(name) or None for name in _MEANING}, "init_lora_weights": start}
+    values = {**{name: config.get(name) or None for name in _MEANING}, "init_lora_weights": start}
+    return cast(dict[str, Any], json.loads(json.dumps(values)))  # a PeftConfig may have tuples where a file has lists
 
 
 class Link(NamedTuple):

@@ -334,8 +334,14 @@ class Posterior:
         inputs = [folder for q in posteriors for folder in q.inputs]
         combined = cls(*parts, folder=posteriors[0].folder, inputs=inputs)
         if any(q.pruned_ratio for q in posteriors):
-            pruned = sum(combined.pruned().values()) / max(combined.mean.weights, 1)
-            combined.metadata["pruned_ratio"] = repr(pruned)
+
+            def zeros(key: str) -> int:
+                mean = combined.mean.float32(key)
+                return int(np.count_nonzero(mean == 0)) if mean.any() else 0
+
+            # At τ = ∞ every σ is 0, so what was pruned shows in the mean alone.
+            counts = combined.pruned() if math.isfinite(combined.tau) else combined.mean.each(zeros)
+            combined.metadata["pruned_ratio"] = repr(sum(counts.values()) / max(combined.mean.weights, 1))
         return combined
 
 

@@ -65,8 +65,11 @@ def tau_on_top(record: Recommendation, header: Mapping[str, str], tau: float) ->
 
 
 def _header(adapter: Adapter, record: Recommendation) -> Mapping[str, str]:
-    """Return the header of σ; without σ the mean's fingerprint is taken from the mean, and there is no other σ."""
-    if adapter.metadata or record.mean_sha256 is None:
+    """Return the header of σ, which must be of this mean; without σ the mean's fingerprint, as there is no other σ."""
+    if record.mean_sha256 is None:
+        return adapter.metadata
+    if adapter.metadata:
+        adapter.check_pair()  # or a later run without IVON has left its weights beside the σ of an earlier one
         return adapter.metadata
     return {"mean_sha256": fingerprint(adapter.mean, adapter.digests()), SIGMA_SHA256: record.sigma_sha256 or ""}
 

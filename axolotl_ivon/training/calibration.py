@@ -85,6 +85,9 @@ class _Asked(NamedTuple):
     choices: Tensor | None = None  # (k, most) token ids to choose from, filled up with −1; None: all classes
 
 
+NO_LABELS = "the evaluation data have no labels to predict, as preferences have none; use `ivon-post sweep` with chats"
+
+
 class NotCalibrated(Exception):
     """Why nothing was measured, in words."""
 
@@ -220,7 +223,7 @@ def _measure(
             inputs = trainer._prepare_inputs(batch)
             labels = inputs.pop("labels", None)
             if labels is None:
-                raise NotCalibrated("the evaluation data have no labels to predict")
+                raise NotCalibrated(NO_LABELS)
             if labels.is_floating_point() or (labels.dim() == 2 and not predicts_next_token(trainer.model)):
                 raise NotCalibrated("its labels are neither classes of a text nor the tokens of an answer")
             if "input_ids" not in inputs:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -299,7 +300,7 @@ class PosteriorTraining(TrainerCallback):
             LOG.warning("%s skipped: the gradient of %s is not finite", steps, skipped.tensor)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from .calibration import recommend_in_checkpoint
+        from .calibration import NO_LABELS, recommend_in_checkpoint
 
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best and Path(best).is_dir():
@@ -319,19 +320,19 @@ class PosteriorTraining(TrainerCallback):
             self.verdict.append((logging.WARNING if warns else logging.INFO, finding.text))
         checkpoint = recommend_in_checkpoint(self)
         saved = checkpoint if self.logs_verdict and checkpoint else args.output_dir  # axolotl still saves there
-        self.verdict.append((logging.INFO, f"next: `ivon-post check {saved}`"))
+        self.verdict.append((logging.INFO, f"next: `ivon-post check {shlex.quote(str(saved))}`"))
         if calibrated:
             could = self.trainer.eval_dataset is not None and not hasattr(self.trainer, "reward_funcs")
-            lacking = self.recommendation is None and could
+            lacking = self.recommendation is None and could and NO_LABELS not in calibrated
             self.verdict.append((logging.WARNING if lacking else logging.INFO, calibrated))
         if self.logs_verdict:
             log_verdict(self.verdict)
 
     def _examples_seen(self, args: Any, state: Any) -> int:
         """Return of how many examples the run has taken gradients, each epoch counted: a packed row has several."""
-        size, data = self.header["train_size"], self.trainer.train_dataset
-        if size and state.epoch and hasattr(data, "__len__"):  # the epochs of streamed data are none
-            return round(state.epoch * int(size))
+        data = self.trainer.train_dataset
+        if state.epoch and data is not None and hasattr(data, "__len__"):  # the epochs of streamed data are none
+            return round(state.epoch * int(self.header["train_size"] or len(data)))
         return int(state.global_step * self.trainer.get_total_train_batch_size(args))
 
     def _calibrate(self, seen: int) -> str:

@@ -89,7 +89,7 @@ def _remove_oldest(run: str, limit: int | None, best: str | None) -> None:
     paths.sort(key=lambda path: (path.stat().st_mtime_ns, int(steps[path])))
     kept = {paths[-1], Path(best)} if best else {paths[-1]}
     spare = [path for path in paths if path not in kept]
-    for path in spare[: len(paths) - max(limit, len(kept))] if limit else []:
+    for path in spare[: max(0, len(paths) - max(limit, len(kept)))] if limit else []:
         shutil.rmtree(path.rename(path.with_name(_HIDDEN.format(path.name))), ignore_errors=True)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
+from ..errors import IVONError
 from ..plugins import plugin_manager
 from ..settings.presets import LONGEST_SIGN
 from ..storage.format import SIGMA_FILE
@@ -163,12 +164,18 @@ class PosteriorTrainerMixin(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         run = self.posterior_training
         settings = dict(run.optimizer.param_groups[0])
+        paths = [adapter_folder(Path(checkpoint), name) / SIGMA_FILE for name in run.adapters] if checkpoint else []
+        sigmas = [path for path in paths if path.is_file()]
+        if checkpoint and not sigmas and any(Path(checkpoint).glob("optimizer*")):
+            raise IVONError(
+                f"{checkpoint} was trained with another optimizer, as it has no {SIGMA_FILE}: begin a new run in "
+                "another folder, or set lora_model_dir to it to start from its weights"
+            )
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        for adapter in run.adapters:
-            if (path := adapter_folder(Path(checkpoint), adapter) / SIGMA_FILE).is_file():
-                run.resume_from(TensorFile(path).metadata, checkpoint)
+        for path in sigmas:
+            run.resume_from(TensorFile(path).metadata, checkpoint)
         if run.adapter is None:
             if not any(Path(checkpoint).glob("optimizer*")):  # save_only_model
                 sigma = "and σ" if adopt_checkpoint(run, Path(checkpoint)) else "with a new σ"

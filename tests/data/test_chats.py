@@ -136,6 +136,26 @@ def test_a_text_beside_a_chat_is_not_read(shape: str, tmp_path: Path) -> None:
         assert not plain.plain
 
 
+def test_null_columns_are_passed_over(tmp_path: Path) -> None:
+    """As of data sets of several kinds that were joined."""
+    empty = dict.fromkeys(("messages", "conversations", "instruction", "input", "output", "system", "label"))
+    path = write(
+        tmp_path,
+        {"text": "T", **empty},
+        {**empty, "text": "rendered: I O", "instruction": "I", "output": "O"},
+        {**empty, "text": "rendered: I", "instruction": "I"},
+        {**empty, "text": "T", "label": "L"},
+    )
+    asked = [("T", ""), ("I", "O"), ("I", ""), ("T", "L")]
+    assert [(prompt.messages[-1]["content"], prompt.answer) for prompt in read_chats(path)] == asked
+    questions = list(read_questions(path))
+    assert [(question.messages[-1]["content"], question.answer) for question in questions] == [
+        (a, "") for a, _ in asked
+    ]
+    answered = write(tmp_path, {**empty, "text": "rendered: I O", "instruction": "I", "output": "O"})
+    assert [(example.messages[-1]["content"], example.answer) for example in read_examples(answered)] == [("I", "O")]
+
+
 def test_prompts_may_be_texts(tmp_path: Path) -> None:
     records = [{"text": "hi"}, {"text": "hi", "label": "A"}, {"instruction": "hi"}, {"text": "hi", "system": "short"}]
     prompts = read_chats(write(tmp_path, *records))

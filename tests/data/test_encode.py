@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from axolotl_ivon import IVONError
 from axolotl_ivon.data.chats import Example, detect_task, read_chats, read_examples
-from axolotl_ivon.data.encode import ChatFormat, EncodedExample, encode, encode_turns, render
+from axolotl_ivon.data.encode import ChatFormat, EncodedExample, encode, encode_turns, render, writes_as_trained
 from axolotl_ivon.training.beginning import answers_to_choose_from, generation_prompt, header_of_data, system_prompt
 
 
@@ -249,6 +249,8 @@ def test_generation_begins_where_training_did(tokenizer: Any, name: str, reason:
     *trained, new = encode_turns(tokenizer, conversations)
     begins = generation_prompt(tokenizer, [item.row for item in trained])
     assert begins
+    assert writes_as_trained(tokenizer, ChatFormat.of({"generation_prompt": begins}))
+    assert not writes_as_trained(tokenizer, ChatFormat.of({"generation_prompt": "\n\nQZ\n"}))
     [prompt] = render(tokenizer, conversations[-1:], ChatFormat.of({"generation_prompt": begins}))
     assert prompt.ids == new.ids[: new.positions[0] + 1]
 

@@ -192,6 +192,25 @@ def test_what_training_knows_of_its_data_stays(tiny_adapter: Path, plain_adapter
     # A part of the data may lack a label, of an adapter that knows none.
     assert "choices" in fit(plain_adapter, data, method="fisher", samples=1).metadata
     assert "choices" not in fit(plain_adapter, data, method="fisher", samples=1, limit=6).metadata
+    assert "choices" in fit(plain_adapter, data, method="fisher", samples=1, limit=9).metadata  # which cuts nothing off
+
+
+def test_the_next_fit_looks_into_its_own_data(tiny_adapter: Path, plain_adapter: Path, tmp_path: Path) -> None:
+    """For it may have been the wrong file before, or a part of it; but what training has written stays."""
+    data, others = write_chats(tmp_path / "a.jsonl", 8), tmp_path / "b.jsonl"
+    others.write_text("".join(json.dumps(chat(f"{x} sun", x)) + "\n" for x in "CDECDE"))
+
+    def fitted(adapter: Path, name: str, **more: Any) -> Path:
+        save(fit(adapter, data=more.pop("data", data), method="fisher", samples=1, refit=True, **more), tmp_path / name)
+        return tmp_path / name
+
+    for first in (fitted(plain_adapter, "whole"), fitted(plain_adapter, "part", limit=6)):
+        again = fit(first, others, method="fisher", samples=1, refit=True)
+        assert again.metadata["choices"] == '["C", "D", "E"]'
+    q = Posterior.from_pretrained(tiny_adapter)
+    replace(q, metadata={**q.metadata, "choices": '["A", "B", "C"]'}).save_pretrained(tmp_path / "trained")
+    twice = fitted(fitted(tmp_path / "trained", "once"), "twice", data=others)
+    assert Posterior.from_pretrained(twice).metadata["choices"] == '["A", "B", "C"]'
 
 
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])

@@ -127,6 +127,9 @@ def test_the_base_model_is_also_looked_for_in_the_hub_s_cache(
         found = written(max_steps=100, lr_scheduler="linear", learning_rate=None, **signs)
         assert (found["direction"], found["tau"]) == ("newton", 1)
         assert found["travel"] == pytest.approx(2.5e-4 * 49.5, rel=0.05)
+    streamed = {"pretraining_dataset": [{"path": "text.jsonl"}], "datasets": None, "max_steps": 20, "ivon_lambda": 1e6}
+    # Their epochs are none, and the rate that of many.
+    assert written(base_model="someone/model", learning_rate=None, **streamed)["learning_rate"] == pytest.approx(0.055)
     assert written(base_model="someone/other", learning_rate=None)["tau"] is None
     assert unknown["unknown"] == [
         "learning_rate: none is given, and the one that is usual follows from the base model's width and the epochs; "

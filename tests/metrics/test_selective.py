@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl_ivon.metrics.selective import RiskCoverage, adaptive_calibration_error, prr
+from axolotl_ivon.metrics.selective import RiskCoverage, adaptive_calibration_error, is_below, prr
 
 Values = list[tuple[int, bool]]
 tied = st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=2, max_size=7)
@@ -54,6 +54,11 @@ def test_every_figure_follows_its_definition(values: Values) -> None:
         within = [k for k, x in enumerate(r, 1) if x <= risk]
         assert curve.coverage_at(risk) == pytest.approx(within[-1] / n if within else math.nan, nan_ok=True)
     assert curve.loss(np.arange(n + 1)) == pytest.approx([0, *(x * k for k, x in enumerate(r, 1))])
+
+
+def test_a_confidence_within_rounding_of_the_threshold_is_not_below_it() -> None:
+    assert not is_below(0.7 - 5e-7, 0.7)
+    assert is_below(0.7 - 2e-6, 0.7)
 
 
 @given(tied)

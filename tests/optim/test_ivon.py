@@ -438,6 +438,11 @@ def test_loading_a_state_of_another_shape_is_refused() -> None:
         large.load_state_dict(small.state_dict())
     assert repr(large.state_dict()) == repr(before)
     assert torch.equal(large.param_groups[0]["params"][0], mean)
+    with large.sampled_params():
+        large.param_groups[0]["params"][0].square().sum().backward()
+    with pytest.raises(ValueError, match="shapes"):
+        large.load_state_dict(small.state_dict())
+    large.step()  # of the draw before
 
 
 def test_parameters_of_other_dtypes_are_refused() -> None:

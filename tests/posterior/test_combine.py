@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.inspect.diff import distance
-from axolotl_ivon.posterior.chain import CHAIN, Factor, Link, factors, links, prior_header, shared
+from axolotl_ivon.posterior.chain import CHAIN, Factor, Link, check_prior, factors, links, prior_header, shared
 from axolotl_ivon.posterior.combine import same_data
 
 
@@ -58,6 +58,13 @@ def test_the_pruned_share_of_a_combination_is_that_of_its_weights(method: str) -
     assert q.pruned_ratio == zeros / 35
     assert 0 < q.pruned_ratio != 0.2
     assert Posterior.combine([posterior(0), posterior(1)], method).pruned_ratio == 0
+
+
+@pytest.mark.parametrize("method", ["linear", "cat"])
+def test_the_pruned_share_of_means_is_that_of_their_zeros(method: str) -> None:
+    q = Posterior.combine([posterior(seed).prune(0.2).temper(math.inf) for seed in (0, 1)], method)
+    zeros = sum(int((mean == 0).sum()) for mean in q.mean.values())
+    assert q.pruned_ratio == zeros / q.mean.weights > 0
 
 
 def test_priors_of_other_strengths_are_not_shared() -> None:
@@ -317,6 +324,7 @@ def test_adapters_that_another_start_left_the_base_model_for_are_told_apart(make
         with pytest.raises(IVONError, match="alora_invocation_tokens"):
             Posterior.combine([gaussian, there], method)
     replicated = replace(plain, config={**plain.config, "layer_replication": [[0, 2]]})
+    check_prior(replicated, {"layer_replication": [(0, 2)]})  # as a LoraConfig may have it
     with pytest.raises(IVONError, match="differ in layer_replication"):
         Posterior.combine([gaussian, replicated], "cat")
 

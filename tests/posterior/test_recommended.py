@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from axolotl_ivon import IVONError, Posterior
 from axolotl_ivon.posterior.adapter import Adapter
@@ -62,3 +63,15 @@ def test_of_which_sigma_it_is(advice: dict[str, Any], tiny_adapter: Path, tmp_pa
             recommended_in(Adapter(tmp_path / "other"))
     record.model_copy(update={"sigma_sha256": None}).save(tmp_path / "other" / "recommended.json")
     assert recommended_in(Adapter(tmp_path / "other")), "older files do not say it"
+
+
+def test_that_of_an_earlier_run_in_the_same_folder_is_refused(tiny_adapter: Path, tmp_path: Path) -> None:
+    """AdamW writes its weights beside the σ and the recommendation that IVON has left there."""
+    q = Posterior.from_pretrained(tiny_adapter)
+    q.save_pretrained(tmp_path / "out")
+    record = Recommendation(tau=math.inf, ratio=0.0, temperature=0.5)
+    record.model_copy(update=provenance(record, q.metadata)).save(tmp_path / "out" / "recommended.json")
+    assert recommended_in(Adapter(tmp_path / "out"))
+    save_file({key: 2 * value for key, value in q.mean.items()}, tmp_path / "out" / "adapter_model.safetensors")
+    with pytest.raises(IVONError, match=r"belongs to another adapter_model.safetensors \(mean_sha256 differs\)"):
+        recommended_in(Adapter(tmp_path / "out"))

@@ -299,6 +299,28 @@ def test_the_examples_in_packed_rows_count_each(attached: Any, tmp_path: Path) -
     assert trainer.posterior_training.recommendation.reported_on.nll
 
 
+def test_the_examples_in_packed_rows_count_where_lambda_is_given(attached: Any) -> None:
+    trainer = attached({"ess": 1e4}, **{**RUN, "max_steps": 3})
+    trainer.train()
+    trainer.train_dataset = range(960)  # three rows of 320 examples each were one epoch of them
+    run = trainer.posterior_training
+    assert run._examples_seen(trainer.args, trainer.state) == 960
+    trainer.train_dataset = iter(range(960))
+    assert run._examples_seen(trainer.args, trainer.state) == 3 * 8
+
+
+def test_preferences_without_labels_are_no_warning(
+    attached: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    trainer = attached(folder="a folder", **{**RUN, "max_steps": 40})
+    trainer.eval_dataset = DATA.remove_columns("labels")
+    trainer.train()
+    assert "not calibrated: the evaluation data have no labels to predict" in caplog.messages[-1]
+    assert caplog.records[-1].levelno == logging.INFO
+    assert f"next: `ivon-post check '{tmp_path / 'a folder'}'`" in caplog.text
+
+
 def test_rewards_without_calibration_are_no_warning(attached: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     trainer = attached(**{**RUN, "max_steps": 1})

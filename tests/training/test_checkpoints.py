@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 from trainers import Spy, as_saved, lora_weights, same
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from axolotl_ivon import Posterior, attach
+from axolotl_ivon import IVONError, Posterior, attach
+from axolotl_ivon.training.checkpoints import _remove_oldest
 
 MEAN, SIGMA = "adapter_model.safetensors", "ivon_sigma.safetensors"
 
@@ -81,6 +82,24 @@ def test_the_limit_and_the_best_checkpoint(made: Any, tmp_path: Path) -> None:
     expected = ({"checkpoint-2", "checkpoint-5"}, "checkpoint-2", "checkpoint-2")
     assert run("theirs", ours=False) == expected
     assert run("ours", ours=True) == expected
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 10])
+@pytest.mark.parametrize("best", [None, 1, 3])
+def test_as_many_checkpoints_stay_as_the_limit_says(limit: int, best: int | None, tmp_path: Path) -> None:
+    """After every save as many as with the Trainer's own rule."""
+    for step in range(1, 13):
+        for folder, remove in (("ours", _remove_oldest), ("theirs", rotate_checkpoints)):
+            run = tmp_path / folder
+            (run / f"checkpoint-{step}").mkdir(parents=True)
+            remove(str(run), limit, str(run / f"checkpoint-{best}") if best and best <= step else None)
+        assert names(tmp_path / "ours") == names(tmp_path / "theirs")
+
+
+def test_resuming_from_another_optimizer_is_refused(made: Any, attached: Any, tmp_path: Path) -> None:
+    made(max_steps=2, save_steps=2).train()
+    with pytest.raises(IVONError, match=r"checkpoint-2 was trained with another optimizer, as it has no ivon_sigma"):
+        attached(max_steps=4).train(resume_from_checkpoint=True)
 
 
 def test_resuming_at_the_end_trains_no_further(trained: Any, attached: Any, tmp_path: Path) -> None:
