@@ -18,6 +18,7 @@ from axolotl_ivon.decisions.recommendation import DecisionRule, recommended_for
 from axolotl_ivon.evaluation.variants import Variant
 from axolotl_ivon.posterior.adapter import Adapter
 from axolotl_ivon.records.recommendation import DrawsPoint
+from axolotl_ivon.reporter import SILENT, Reporter
 
 TAU = st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0, math.inf])
 INF = math.inf
@@ -28,6 +29,9 @@ class Headed(Adapter):
 
     def __init__(self, folder: Path, **header: str) -> None:
         self.folder, self.metadata = folder, {"mean_sha256": "a", **header}
+
+    def check_pair(self, reporter: Reporter = SILENT) -> dict[str, str]:
+        return {}
 
 
 @pytest.fixture
