@@ -128,7 +128,7 @@ class Adapter:
         if self.metadata.get("mean_sha256") != fingerprint(self.mean, digests):
             raise IVONError(
                 f"{self.folder / SIGMA_FILE} belongs to another {MEAN_FILE} (mean_sha256 differs); "
-                "put the two files of one save together"
+                "put the two files of one save together, or remove the σ of an earlier run"
             )
         return digests
 

@@ -64,9 +64,11 @@ def whole_checkpoint(trainer: Any, trial: Any) -> Iterator[None]:
         yield
         trainer.accelerator.wait_for_everyone()  # every process has written its part
         state, temporary = trainer.state, os.path.join(hidden, name)
-        # The Trainer looks for the best one among the hidden names, and the run's folder may have moved since then.
+        # The Trainer looks for the best one among the hidden names, and the run's folder may have moved since then;
+        # a newer Trainer has then forgotten it.
         best = os.path.join(run, f"checkpoint-{state.best_global_step}")
-        if state.best_model_checkpoint not in (None, best) and (best == target or os.path.isdir(best)):
+        found = state.best_global_step and (best == target or os.path.isdir(best))
+        if found and state.best_model_checkpoint != best:
             state.best_model_checkpoint = best
             if trainer.args.should_save:
                 state.save_to_json(os.path.join(temporary, "trainer_state.json"))
